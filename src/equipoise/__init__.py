@@ -1,0 +1,55 @@
+"""equipoise: see how a multimodal transformer divides its attention, and train it so that no modality is wasted."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .attention import Attended as Attended
+from .attention import attend as attend
+from .balance import Balancer as Balancer
+from .balance import ProgressiveRollingQ as ProgressiveRollingQ
+from .balance import RollingQ as RollingQ
+from .balance import RollingStep as RollingStep
+from .balance import fold as fold
+from .balance import rolling_query as rolling_query
+from .diagnose import Cost as Cost
+from .diagnose import NoiseResponse as NoiseResponse
+from .diagnose import cost as cost
+from .diagnose import noise_response as noise_response
+from .encoders import PatchEncoder as PatchEncoder
+from .encoders import SequenceEncoder as SequenceEncoder
+from .errors import EquipoiseError as EquipoiseError
+from .fusion import Concat as Concat
+from .fusion import FiLM as FiLM
+from .fusion import Fusion as Fusion
+from .fusion import Gated as Gated
+from .fusion import JointAttention as JointAttention
+from .fusion import Sum as Sum
+from .fusion import Unimodal as Unimodal
+from .geometry import rotation_between as rotation_between
+from .model import FusionModel as FusionModel
+from .tokens import Output as Output
+from .tokens import Tokens as Tokens
+from .tokens import pack as pack
+from .tokens import unpack as unpack
+from .transformer import Attention as Attention
+
+if TYPE_CHECKING:
+    from . import lightning as lightning
+    from .train import load as load
+
+__version__ = "0.1.0"
+
+# What needs more than torch is loaded when it is first asked for: name -> module.
+_LAZY = {"lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report"}
+# The same for single names: name -> module that has it.
+_LAZY_NAMES = {"load": ".train"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name], __name__)
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
+    raise AttributeError(f"module 'equipoise' has no attribute '{name}'")

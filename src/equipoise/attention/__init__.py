@@ -1,0 +1,4 @@
+"""Attention that says where it went: `attend`, from fused kernels where there are some."""
+
+from .attend import Attended as Attended
+from .attend import attend as attend

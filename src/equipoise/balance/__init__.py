@@ -1,0 +1,8 @@
+"""Balancing methods: one method, one file."""
+
+from .base import Balancer as Balancer
+from .folding import fold as fold
+from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
+from .rolling_query import RollingStep as RollingStep
+from .rolling_query import rolling_query as rolling_query
+from .rollingq import RollingQ as RollingQ

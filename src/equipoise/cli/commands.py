@@ -1,0 +1,299 @@
+"""What each command of the program does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from .. import recipes, record
+from ..errors import ConfigError
+from ..recipes import Recipe
+from .table import show
+
+if TYPE_CHECKING:
+    from ..train.experiment import Job
+
+out, err = Console(), Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line for the list of commands, a parser, and what to do with what it parsed."""
+
+    summary: str
+    parser: Callable[[Recipe | None], ArgumentParser]
+    run: Callable[[Namespace], int]
+    takes_recipe: bool = False
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Tells an error on the error stream, whole and unwrapped."""
+    style = "red" if status == 1 else ""
+    err.print(f"equipoise: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
+    return status
+
+
+def demo_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = _parser(
+        "Trains five methods on the bundled digits: table, results.json, report.html.",
+        "equipoise demo",
+        "equipoise demo --quick                one seed, under two minutes",
+        "equipoise demo --out runs/mine        start it again with the same folder and it goes on",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, results and report")
+    parser.add_argument("--quick", action="store_true", help="one seed instead of five")
+    _add_workers(parser)
+    return parser
+
+
+def demo(options: Namespace) -> int:
+    recipe = recipes.read("digits")
+    return _compare(recipe, recipe.methods, 1 if options.quick else recipe.seeds, [], options, title="digits")
+
+
+def compare_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = _parser(
+        "Runs methods x seeds x folds side by side; finished runs are not run again.",
+        "equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5",
+        "equipoise compare --config av_digits --folds A,B,C --out runs/folds",
+        "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
+    )
+    _add_config(parser)
+    parser.add_argument("--methods", type=str, default=None, help="comma-separated; those of the recipe by default")
+    parser.add_argument("--seeds", type=int, default=None, help="how many, counted from 0")
+    parser.add_argument("--folds", type=str, default=None, help="comma-separated, for data that have folds")
+    parser.add_argument("--out", type=Path, default=None, help="folder; runs/<recipe> by default")
+    _add_workers(parser)
+    parser.add_argument(
+        "--accelerator", type=str, default="cpu",
+        help="as Lightning names it; cpu by default, so that results do not depend on the machine; with gpu each run "
+        "has one device, and workers take turns on those there are",
+    )  # fmt: skip
+    _add_recipe(parser, recipe)
+    return parser
+
+
+def compare(options: Namespace) -> int:
+    recipe = _recipe(options)
+    title = Path(options.config).stem
+    options.out = options.out or Path("runs") / title
+    names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
+    folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
+    seeds = recipe.seeds if options.seeds is None else options.seeds
+    return _compare(recipe, names, seeds, folds, options, title=title, accelerator=options.accelerator)
+
+
+def train_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = _parser(
+        "Trains one method with one seed: weights, checkpoints and figures in one folder.",
+        "equipoise train --config digits --method joint+rollingq",
+        "equipoise train --config digits --method joint+rollingq --resume        after an interruption",
+        "equipoise train --config digits --method joint --accelerator gpu --devices 4 --strategy ddp",
+    )
+    _add_config(parser)
+    parser.add_argument("--method", type=str, default=None, help="the recipe's last one by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fold", type=str, default=None, help="of data that have them; the recipe's first by default")
+    parser.add_argument("--out", type=Path, default=None, help="folder; runs/<recipe>-<method> by default")
+    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
+    parser.add_argument("--accelerator", type=str, default="auto", help="as Lightning names it: auto, cpu, gpu")
+    parser.add_argument("--devices", type=str, default="auto", help="how many, or auto")
+    parser.add_argument("--strategy", type=str, default="auto", help="as Lightning names it: auto, ddp, fsdp")
+    parser.add_argument("--num_nodes", type=int, default=1)
+    _add_recipe(parser, recipe)
+    return parser
+
+
+def train(options: Namespace) -> int:
+    from ..train.experiment import Job, perform
+    from .progress import TrainingProgress
+
+    recipe, title = _recipe(options), Path(options.config).stem
+    method = options.method or recipe.methods[-1]
+    fold = options.fold or (recipe.folds[0] if recipe.folds else None)
+    folder = options.out or Path("runs") / f"{title}-{method}"
+    job = Job(recipe, method, options.seed, fold)
+    _fresh(job, folder, options.resume)
+    settings = {
+        "accelerator": options.accelerator,
+        "devices": int(options.devices) if options.devices.isdecimal() else options.devices,
+        "strategy": options.strategy,
+        "num_nodes": options.num_nodes,
+        "callbacks": [TrainingProgress(out)],
+    }
+    run = perform(job, folder, trainer_options=settings)
+    if run is not None:
+        protocol = {"recipe": title, "methods": [method], "seeds": [options.seed], "folds": [fold] if fold else []}
+        content = record.results([run], protocol)
+        record.write(folder / "results.json", content)
+        show(content, out)
+        out.print(f"weights: {folder / 'model.safetensors'}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _fresh(job: Job, folder: Path, resume: bool) -> None:
+    """Raises ConfigError where a training would overwrite another one."""
+    from ..train.experiment import finished, resumable
+
+    if not (folder / "checkpoints").exists():
+        return
+    if not resume:
+        raise ConfigError(
+            "train", expected="a new folder, or --resume", got=f"'{folder}', which holds a training already",
+            fix="Add --resume to go on with it, or choose another --out.",
+        )  # fmt: skip
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists() and resumable(folder, job) is None and finished(job, folder) is None:
+        raise ConfigError(
+            "train --resume", expected="the recipe, method, seed and fold that the training began with",
+            got=f"others than in '{folder}'", fix="Its recipe is in recipe.yaml there; or choose another --out.",
+        )  # fmt: skip
+
+
+def report_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = _parser(
+        "Draws results.json as one self-contained HTML page.",
+        "equipoise report runs/demo",
+        "equipoise report runs/demo/results.json --out page.html",
+    )
+    parser.add_argument("results", type=Path, help="results.json, or its folder")
+    parser.add_argument("--out", type=Path, default=None, help="file; report.html beside the results by default")
+    return parser
+
+
+def report(options: Namespace) -> int:
+    results = options.results / "results.json" if options.results.is_dir() else options.results
+    _draw(record.read(options.results), results, options.out or results.with_name("report.html"))
+    return 0
+
+
+def recipes_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = _parser(
+        "Lists the packaged recipes, or copies one so that you own it.",
+        "equipoise recipes ls",
+        "equipoise recipes cp digits mine.yaml",
+    )
+    parser.add_argument("action", type=Literal["ls", "cp"], help="ls lists, cp copies")
+    parser.add_argument("name", type=str, nargs="?", default=None, help="cp: the recipe")
+    parser.add_argument("to", type=Path, nargs="?", default=None, help="cp: file or folder; ./<name>.yaml by default")
+    return parser
+
+
+def manage_recipes(options: Namespace) -> int:
+    if options.action == "ls":
+        for name in recipes.names():
+            manual = recipes.manual(recipes.locate(name)).splitlines()
+            out.print(f"[bold]{name}[/bold]  {manual[0].partition(':')[2].strip()}", highlight=False, soft_wrap=True)
+        return 0
+    if options.name is None:
+        known = ", ".join(recipes.names())
+        raise ConfigError("recipes cp", expected="a recipe's name", got="none", fix=f"One of: {known}.")
+    source = recipes.locate(options.name)
+    target = options.to or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise ConfigError("recipes cp", expected="a file that is not there yet", got=f"'{target}'", fix="Name another.")
+    shutil.copyfile(source, target)
+    out.print(f"{target}: now yours. Run it with --config {target}", soft_wrap=True, highlight=False)
+    return 0
+
+
+COMMANDS = {
+    "demo": Command("bundled data, a few minutes -> table and report.html", demo_parser, demo),
+    "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare, takes_recipe=True),
+    "train": Command("one method, with checkpoints and --resume", train_parser, train, takes_recipe=True),
+    "report": Command("results.json -> one self-contained HTML page", report_parser, report),
+    "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
+}
+
+
+def _parser(description: str, *examples: str) -> ArgumentParser:
+    epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
+    return ArgumentParser(description=description, epilog=epilog)
+
+
+def _add_config(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", type=str, default="digits", help="a packaged recipe's name, or a YAML file")
+
+
+def _add_workers(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=None, help="runs side by side; all cores by default")
+
+
+def _add_recipe(parser: ArgumentParser, recipe: Recipe | None) -> None:
+    """Every option of the recipe can be given on the command line; the recipe's own value is the default."""
+    from dataclasses import asdict
+
+    skipped = {"methods", "seeds", "folds"}
+    parser.add_class_arguments(Recipe, None, skip=set(skipped))
+    if recipe is not None:
+        values = {key: value for key, value in asdict(recipe).items() if key not in skipped}
+        trained = values.pop("train")
+        parser.set_defaults({**values, **{f"train.{key}": value for key, value in trained.items()}})
+
+
+def _recipe(options: Namespace) -> Recipe:
+    """The recipe that the command line, filled up by --config, describes."""
+    given = {name: options[name] for name in Recipe.__dataclass_fields__ if name in options}
+    base = recipes.read(options.config)
+    given["train"] = vars(given["train"])
+    for part in ("encoders", "fusions", "balancers"):
+        # An option given for one of them, --encoders.audio.dim 32, leaves its others as the recipe has them.
+        former = getattr(base, part)
+        given[part] = {name: {**former.get(name, {}), **(changes or {})} for name, changes in given[part].items()}
+    keep = {"methods": base.methods, "seeds": base.seeds, "folds": base.folds}
+    return recipes.from_dict({**{k: v for k, v in given.items() if k not in keep}, **keep}, f"recipe {options.config}")
+
+
+def _split(names: str, option: str) -> list[str]:
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        # The defaults would run what nobody asked for.
+        raise ConfigError("compare", expected=f"names after {option}, separated by commas", got=f"'{names}'")
+    return found
+
+
+def _compare(
+    recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str], options: Namespace, *, title: str,
+    accelerator: str = "cpu",
+) -> int:  # fmt: skip
+    from ..train.compare import compare, jobs
+    from ..train.experiment import finished
+    from .progress import ComparisonProgress
+
+    plan = jobs(recipe, names, seeds, folds)
+    done = [job for job in plan if finished(job, job.folder(options.out)) is not None]
+    if done:
+        out.print(f"{len(done)} of {len(plan)} runs are already there.", highlight=False)
+    with ComparisonProgress(plan, done, out) as progress:
+        content = compare(
+            recipe, names, seeds=seeds, folds=folds, out=options.out, title=title, workers=options.workers,
+            listener=progress, accelerator=accelerator,
+        )  # fmt: skip
+    show(content, out)
+    results = options.out / "results.json"
+    _draw(content, results, options.out / "report.html")
+    for failure in content["failures"]:
+        fail(f"{failure['method']}, seed {failure['seed']} failed. {failure['error']}")
+    return 1 if content["failures"] else 0
+
+
+def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
+    """The page, with the picture of its table beside it where both lie beside the results."""
+    from ..report import Readings
+    from ..report import report as draw
+    from ..report.figures import summary_png
+
+    page = draw(content, path)
+    beside = page.parent.resolve() == results.parent.resolve()
+    picture = summary_png(Readings(content)) if beside else None
+    if picture is not None:
+        results.with_name("summary.png").write_bytes(picture)
+    out.print(f"results: {results}", soft_wrap=True, highlight=False)
+    out.print(f"report:  {page}", soft_wrap=True, highlight=False)

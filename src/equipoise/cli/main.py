@@ -1,0 +1,64 @@
+"""The program ``equipoise``: demo, compare, train, report, recipes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from .. import __version__, recipes
+from ..errors import EquipoiseError
+from .commands import COMMANDS, fail
+
+EPILOG = """examples:
+  equipoise demo                                    bundled data, minutes on two cores -> table and report.html
+  equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5
+  equipoise train --config digits --method joint+rollingq --out runs/mine
+  equipoise report runs/demo                        results.json -> one self-contained page
+  equipoise recipes cp digits                       take a recipe into this folder and own it
+
+equipoise COMMAND --help tells more about each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; ends the process with 0, 1 (an error, told in one sentence), 2 (usage) or 130 (Ctrl-C)."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns the exit status."""
+    try:
+        parsed = parser(arguments).parse_args(arguments)
+        return COMMANDS[parsed.command].run(parsed[parsed.command])
+    except EquipoiseError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        return fail("Stopped. What is finished is written down; the same command goes on from there.", 130)
+
+
+def parser(arguments: Sequence[str] = ()) -> ArgumentParser:
+    """The whole command line. The recipe that ``--config`` names gives the recipe's options their defaults."""
+    top = ArgumentParser(
+        prog="equipoise", version=__version__, epilog=EPILOG,
+        description="See how a multimodal transformer divides its attention, and train it so that none is wasted.",
+    )  # fmt: skip
+    commands = top.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        recipe = None
+        if command.takes_recipe and name == next(iter(arguments), None):
+            recipe = recipes.read(_config(arguments))
+        commands.add_subcommand(name, command.parser(recipe), help=command.summary)
+    return top
+
+
+def _config(arguments: Sequence[str]) -> str:
+    """The value of --config, which must be known before the options that it fills."""
+    for here, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if here == "--config" and after is not None:
+            return after
+        if here.startswith("--config="):
+            return here.removeprefix("--config=")
+    return "digits"

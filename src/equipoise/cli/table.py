@@ -1,0 +1,73 @@
+"""The table of a comparison, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+AGAINST = "accuracy against"
+
+
+def show(content: dict[str, Any], console: Console) -> None:
+    """The table in the terminal: accuracy whole and under noise, and how attention answers to it.
+
+    Where the terminal is too narrow, columns are left out and named below; methods and figures are never cut.
+    """
+    rows = {(row["method"], row["metric"]): row for row in content["summary"]}
+    target = content["protocol"].get("noise_modality")
+    replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith("accuracy_noise/")))
+    # What is least missed goes first; the modality whose noise attention should notice is missed more than others.
+    replaced.sort(key=lambda metric: metric != f"accuracy_noise/{target}")
+    columns = {"accuracy": "accuracy"} | {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
+    columns |= {"noise_attention_r": "attention r", AGAINST: AGAINST, "seconds_per_epoch": "s/epoch"}
+    spare = ["seconds_per_epoch", *reversed(replaced), "noise_attention_r", AGAINST]
+    left_out = []
+    while spare and _width(table := _table(rows, columns), console) > console.width:
+        left_out.append(columns.pop(spare.pop(0)))
+        table = _table(rows, columns)
+    console.print(table)
+    console.print(
+        "accuracy in %, also with one modality replaced by noise, and its paired difference in points; attention r: "
+        "does attention leave a modality that is replaced by noise?", style="dim", highlight=False,
+    )  # fmt: skip
+    if left_out:
+        text = f"No room here for: {', '.join(left_out)}. The report has everything."
+        console.print(text, style="dim", highlight=False)
+
+
+def _table(rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    # Where nothing is left to leave out, a long name goes on in the next line.
+    table.add_column("method", overflow="fold")
+    for header in columns.values():
+        table.add_column(header, no_wrap=True)
+    for method in dict.fromkeys(method for method, _ in rows):
+        table.add_row(method, *_cells(method, rows, list(columns)))
+    return table
+
+
+def _cells(method: str, rows: Mapping[tuple[str, str], dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    from ..report.wording import MINUS, amount, probability
+
+    cells = []
+    for metric in columns:
+        row = rows.get((method, "accuracy" if metric == AGAINST else metric))
+        if row is None or (metric == AGAINST and row["difference"] is None):
+            cells.append("")
+        elif metric == AGAINST:
+            p = "" if row["p"] is None else f", {probability(row['p'])}"
+            points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
+            cells.append(f"{row['reference']} {points}{p}")
+        else:
+            spread = "" if row["sd"] is None else f" ± {amount(metric, row['sd'], unit=False)}"
+            cells.append(f"{amount(metric, row['mean'], unit=False)}{spread}")
+    return cells
+
+
+def _width(table: Table, console: Console) -> int:
+    """What the table would take, had the terminal no edge."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum

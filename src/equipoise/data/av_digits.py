@@ -1,0 +1,106 @@
+"""`av_digits`: recorded digits of six speakers (FSDD) with handwritten digits (MNIST)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, unknown_name
+from .augment import check_deviations, noisy, varied
+from .base import Dataset, Split, standardised, statistics
+from .components import principal_components
+from .idx import read_idx
+from .pairing import paired, shuffled
+from .randomness import Draw
+from .recordings import Recordings, read_recordings
+from .root import located
+
+FOLDS = {"A": ("theo", "yweweler"), "B": ("george", "jackson"), "C": ("lucas", "nicolas")}
+"""Speakers that only the test split hears."""
+SPEAKERS = tuple(sorted(speaker for pair in FOLDS.values() for speaker in pair))
+VAL_TAKES = 5
+"""Of every digit and training speaker, takes 0 to 4 are kept for validation."""
+SIZES = {"train": 4000, "val": 1000}
+"""Images; the rest is for the test."""
+FLOOR = 0.03
+"""Of the log-mel energies: white noise at -35 dB of full scale. Parts that are softer are lost, and so the speakers,
+who stand at different distances from their microphones, differ in what is left of their words."""
+MOST_FRAMES, MOST_GAIN, MOST_TILT = 8, 0.5, 0.5
+SOURCE = {
+    "fsdd/recordings": "It holds the Free Spoken Digit Dataset, doi 10.5281/zenodo.1342401.",
+    "mnist": "It holds MNIST's t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz (LeCun, Cortes, Burges).",
+}
+
+
+class AVDigits(Dataset):
+    """The Free Spoken Digit Dataset with the 10,000 test images of MNIST, paired by label.
+
+    Inputs are "audio" (64, 40), a log-mel spectrogram, and "image" (1, 28, 28), a reconstruction from the principal
+    components that hold a quarter of the energy. Two of six speakers are heard in the test split alone. See
+    docs/data/av_digits.md.
+
+    Args:
+        root: folder that holds ``fsdd/recordings`` and ``mnist``; looked at after the environment's EQUIPOISE_DATA.
+        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A alone.
+        audio_noise: standard deviation of the noise added to the standardised spectrogram, in every split.
+        energy: part of the variance that the image's principal components keep, in (0, 1].
+
+    Raises:
+        ConfigError: an unknown fold, negative noise, or an energy outside (0, 1].
+        DataError: a missing folder, or a damaged file.
+    """
+
+    names = ("audio", "image")
+    num_outputs = 10
+
+    def __init__(
+        self, root: str | Path | None = None, *, fold: str = "A", audio_noise: float = 1.0, energy: float = 0.25
+    ) -> None:
+        if fold not in FOLDS:
+            raise unknown_name("AVDigits", "fold", fold, FOLDS)
+        check_deviations("AVDigits", audio_noise=audio_noise)
+        self.fold, self._audio_noise = fold, audio_noise
+        spoken = read_recordings(located("fsdd/recordings", root, SOURCE["fsdd/recordings"]), SPEAKERS, FLOOR)
+        images, labels = _mnist(located("mnist", root, SOURCE["mnist"]))
+        order = shuffled(len(labels), "av_digits/images")
+        sizes = [*SIZES.values(), len(labels) - sum(SIZES.values())]
+        rows = dict(zip(("train", "val", "test"), order.split(sizes), strict=True))
+        components = principal_components(images[rows["train"]], energy)
+        pixels = {name: components.reconstruct(images[row]).reshape(-1, 1, 28, 28) for name, row in rows.items()}
+        voices = _voices(spoken, fold)
+        train_audio = spoken.spectrograms[voices["train"]]
+        splits = {}
+        for name, row in rows.items():
+            partner = voices[name][paired(labels[row], spoken.digit[voices[name]], f"av_digits/{fold}/{name}")]
+            audio = standardised(spoken.spectrograms[partner], train_audio)
+            splits[name] = Split({"audio": audio, "image": standardised(pixels[name], pixels["train"])}, labels[row])
+        self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
+        self.noise = statistics(self.train.inputs)
+        self._silence = standardised(spoken.spectrograms.amin(dim=(0, 1)), train_audio)
+
+    def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
+        audio = inputs["audio"]
+        if train:
+            audio = varied(audio, draw, frames=MOST_FRAMES, gain=MOST_GAIN, tilt=MOST_TILT, fill=self._silence)
+        return {"audio": noisy(audio, self._audio_noise, draw, "audio"), "image": inputs["image"]}
+
+
+def _mnist(folder: Path) -> tuple[Tensor, Tensor]:
+    """(10000, 784) pixels in [0, 1] and their labels."""
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    images, labels = read_idx(folder / "t10k-images-idx3-ubyte.gz", 3), read_idx(path, 1)
+    if len(images) != len(labels):
+        raise DataError(str(path), expected=f"as many labels as images = {len(images)}", got=f"{len(labels)}")
+    if len(images) <= sum(SIZES.values()):
+        raise DataError(str(path), expected=f"more than {sum(SIZES.values())} samples", got=f"{len(images)}")
+    return images.flatten(1).float() / 255, labels.long()
+
+
+def _voices(spoken: Recordings, fold: str) -> dict[str, Tensor]:
+    """Positions of the recordings that belong to each split."""
+    unheard = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in spoken.speaker.tolist()])
+    early = spoken.take < VAL_TAKES
+    belongs = {"train": ~unheard & ~early, "val": ~unheard & early, "test": unheard}
+    return {name: member.nonzero()[:, 0] for name, member in belongs.items()}

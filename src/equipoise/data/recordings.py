@@ -1,0 +1,113 @@
+"""Reads the recordings of the Free Spoken Digit Dataset."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import DataError
+from .spectrogram import RATE, framed, log_mel
+
+_NAME = re.compile(r"(\d)_([a-z]+)_(\d+)\.wav")
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Spectrograms of all recordings in a folder, in the order of digit, speaker and take.
+
+    Attributes:
+        spectrograms: (recording, 64, 40) log-mel energies.
+        digit: (recording,) what is said.
+        speaker: (recording,) who says it, index into the speakers asked for.
+        take: (recording,) the number at the end of the file's name.
+    """
+
+    spectrograms: Float[Tensor, "recording 64 40"]
+    digit: Int[Tensor, " recording"]
+    speaker: Int[Tensor, " recording"]
+    take: Int[Tensor, " recording"]
+
+
+def read_recordings(folder: Path, speakers: tuple[str, ...], floor: float) -> Recordings:
+    """All wav files of a folder.
+
+    Args:
+        folder: with files named {digit}_{speaker}_{take}.wav, 8 kHz mono.
+        speakers: names that may occur; each must, with every digit.
+        floor: of the spectrograms' logarithm.
+
+    Raises:
+        DataError: a file whose name or content is wrong, or a digit that a speaker does not say.
+    """
+    labelled = sorted((_labels(path, speakers), path) for path in folder.glob("*.wav"))
+    missing = {(d, s) for d in range(10) for s in range(len(speakers))} - {labels[:2] for labels, _ in labelled}
+    if missing:
+        digit, speaker = min(missing)
+        raise DataError(
+            str(folder), expected=f"recordings of all digits by {', '.join(speakers)}",
+            got=f"{len(labelled)} recordings, none of them {digit}_{speakers[speaker]}_*.wav",
+        )  # fmt: skip
+    waveforms = torch.stack([framed(read_wav(path)) for _, path in labelled])
+    # In chunks, because the frames of all recordings at once would take half a gigabyte.
+    spectrograms = torch.cat([log_mel(chunk, floor) for chunk in waveforms.split(256)])
+    digit, speaker, take = torch.tensor([labels for labels, _ in labelled]).unbind(dim=1)
+    return Recordings(spectrograms, digit, speaker, take)
+
+
+def read_wav(path: Path) -> Float[Tensor, " sample"]:
+    """A mono recording at 8 kHz, in [-1, 1].
+
+    Raises:
+        DataError: no wav file, or a truncated, empty or stereo one, or one of another rate.
+    """
+    import soundfile
+
+    who, content = str(path), path.read_bytes()
+    _require_whole(who, content)
+    try:
+        values, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise DataError(who, expected="a wav file", got=f"{error}", fix="Fetch the file again.") from error
+    if rate != RATE:
+        raise DataError(who, expected=f"a rate of {RATE} Hz", got=f"{rate} Hz", fix=f"Resample it to {RATE} Hz.")
+    if values.shape[1] != 1:
+        raise DataError(who, expected="one channel", got=f"{values.shape[1]}", fix="Mix the channels to one.")
+    if not len(values):
+        raise DataError(who, expected="at least one sample", got="an empty recording", fix="Fetch the file again.")
+    return torch.from_numpy(values[:, 0])
+
+
+def _labels(path: Path, speakers: tuple[str, ...]) -> tuple[int, int, int]:
+    match = _NAME.fullmatch(path.name)
+    if match is None or match[2] not in speakers:
+        raise DataError(
+            str(path), expected=f"a name {{digit}}_{{speaker}}_{{take}}.wav with a speaker among {', '.join(speakers)}",
+            got=repr(path.name), fix="Keep other files out of this folder.",
+        )  # fmt: skip
+    return int(match[1]), speakers.index(match[2]), int(match[3])
+
+
+def _require_whole(who: str, content: bytes) -> None:
+    """Raises DataError when a chunk is shorter than its header says: libsndfile would return what there is."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise DataError(who, expected="a wav file, which starts with RIFF....WAVE", got=f"{content[:12]!r}")
+    at = 12
+    while at + 8 <= len(content):
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        held = len(content) - at - 8
+        if size > held:
+            chunk = content[at : at + 4].decode("ascii", "replace")
+            raise DataError(
+                who, expected=f"{size} bytes in the chunk '{chunk}', as its header says", got=f"{held}",
+                fix="The file is truncated: fetch it again.",
+            )  # fmt: skip
+        if content[at : at + 4] == b"data":
+            return
+        at += 8 + size + size % 2
+    raise DataError(who, expected="a chunk 'data'", got="none", fix="The file is truncated: fetch it again.")

@@ -1,0 +1,183 @@
+"""Directions and rotations: pure functions, computed in float64 whatever comes in."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .errors import ShapeError
+
+PARALLEL = 1e-12
+"""1 - cosine below which two directions count as equal (spec 2.4)."""
+VANISHING = 1e-12
+"""Length below which a vector has no direction."""
+
+
+def cosine(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Cosine of the angle, in at least float32; 0 where a vector has no direction.
+
+    Example:
+        >>> cosine(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
+        tensor(0.6000)
+    """
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    return ((a * b).sum(dim=-1) / norms.clamp(min=VANISHING)).clamp(-1.0, 1.0)
+
+
+def membership(
+    modality: Int[Tensor, "... key"], num_modalities: int, batch: int, valid: Bool[Tensor, "batch key"] | None = None
+) -> Bool[Tensor, "batch modality key"]:
+    """Which keys belong to which modality, out of labels (key,) or (batch, key); keys that are not valid to none.
+
+    Example:
+        >>> membership(torch.tensor([-1, 0, 1, 1]), 2, batch=1).int()
+        tensor([[[0, 1, 0, 0],
+                 [0, 0, 1, 1]]], dtype=torch.int32)
+    """
+    member = modality[..., None, :] == torch.arange(num_modalities, device=modality.device)[:, None]
+    member = member.expand(batch, -1, -1)
+    return member if valid is None else member & valid[:, None]
+
+
+def mean_keys(
+    key: Float[Tensor, "batch head key dim"], member: Bool[Tensor, "batch modality key"]
+) -> tuple[Float[Tensor, "batch head modality dim"], Float[Tensor, "batch modality"]]:
+    """The mean key of each modality, and of how many keys it is the mean; zeros where there are none (spec 1.1).
+
+    Example:
+        >>> member = torch.tensor([[[True, False, False], [False, True, True]]])
+        >>> mean_keys(torch.tensor([[[[1.0], [2.0], [4.0]]]]), member)
+        (tensor([[[[1.],
+                  [3.]]]]), tensor([[1., 2.]]))
+    """
+    weight = member.to(key.dtype)
+    counts = weight.sum(dim=-1)
+    return (weight[:, None] @ key) / counts.clamp(min=1)[:, None, :, None], counts
+
+
+def rotation_between(
+    source: Float[Tensor, "*batch d"], target: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch d d"]:
+    """The smallest rotation that turns one direction into another: ``unit(source) @ R = unit(target)``.
+
+    With x, y the unit vectors, c = x . y and z the unit part of y orthogonal to x::
+
+        R = I + (c - 1) (x^T x + z^T z) + s (x^T z - z^T x),   s = |y - c x|
+
+    the geodesic in the plane of x and y, the identity on everything orthogonal to it. It equals the form
+    ``I - G + G^2 / (1 + c)``, ``G = y^T x - x^T y``, but does not lose digits where 1 + c is small.
+
+    Args:
+        source: (..., d), any positive length.
+        target: (..., d), any positive length.
+
+    Returns:
+        (..., d, d) in the type of ``source``, orthogonal with determinant +1, for row vectors. Equal directions give
+        the identity; opposite ones, within the rounding of the coarser type, the half turn in the plane of x and the
+        axis on which x is smallest. No gradient flows through it: both inputs are detached.
+
+    Raises:
+        ShapeError: shapes that differ, d = 1 (there is no rotation of a line), a vector without direction, NaN.
+
+    Reference: RollingQ (ICML 2025), eq. 12; spec 2.4.
+    Differs from the paper in: the released code takes an SVD of a rank-1 matrix, which turns all other directions at
+    random (``rotation_svd``); here they stay as they are.
+
+    Example:
+        >>> R = rotation_between(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+        >>> torch.tensor([3.0, 0.0]) @ R
+        tensor([0., 3.])
+    """
+    x, y = _directions("rotation_between", source, target)
+    c = (x * y).sum(dim=-1, keepdim=True)
+    rest = y - c * x
+    rest = rest - (rest * x).sum(dim=-1, keepdim=True) * x
+    sine = rest.norm(dim=-1, keepdim=True)
+    # Where the types themselves round more than this, the plane of opposite vectors would be rounding noise.
+    rounding = 8 * max(torch.finfo(source.dtype).eps, torch.finfo(target.dtype).eps)
+    opposite = (sine <= max(VANISHING, rounding)) & (c < 0)
+    z = torch.where(opposite, _any_orthogonal(x), rest / sine.clamp(min=1e-300))
+    c = torch.where(opposite, -1.0, c)[..., None]
+    sine = torch.where(opposite, 0.0, sine)[..., None]
+    # Of rank 2 beside the identity: one product of (d, 2) and (2, d) instead of sums of d x d matrices.
+    plane = torch.stack([x, z], dim=-2)
+    turned = (c - 1) * plane + sine * torch.stack([z, -x], dim=-2)
+    same = ((x - y).square().sum(dim=-1) / 2 <= PARALLEL)[..., None, None]
+    rotation = plane.mT @ torch.where(same, 0.0, turned)
+    rotation.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return rotation.to(source.device, source.dtype)
+
+
+def rotation_svd(source: Float[Tensor, " d"], target: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
+    """The rotation as the released RollingQ code builds it, for comparison: U V^T of the rank-1 matrix y^T x.
+
+    It satisfies ``unit(source) @ R = unit(target)``, but on the d - 1 other directions it depends on the arbitrary null
+    space that the linear algebra library returns. Args, Returns and Raises as ``rotation_between``, without batches.
+
+    Example:
+        >>> R = rotation_svd(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]))
+        >>> bool((R @ R.T - torch.eye(3)).abs().max() < 1e-6)
+        True
+    """
+    x, y = _directions("rotation_svd", source, target)
+    u, _, vt = torch.linalg.svd(_outer(y, x))
+    column = u @ vt
+    if torch.linalg.det(column) < 0:
+        u[..., -1] = -u[..., -1]
+        column = u @ vt
+    return column.mT.to(source.device, source.dtype)
+
+
+def orthogonalise(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
+    """One Newton-Schulz step towards the nearest orthogonal matrix: R (3 I - R^T R) / 2.
+
+    Example:
+        >>> R = orthogonalise(torch.eye(2) * 1.001)
+        >>> bool((R - torch.eye(2)).abs().max() < 1e-5)
+        True
+    """
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    return rotation @ (3 * eye - rotation.mT @ rotation) / 2
+
+
+def _directions(who: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if source.shape != target.shape or source.ndim < 1:
+        raise ShapeError(
+            who,
+            expected="source and target of one shape (..., d)",
+            got=f"{tuple(source.shape)} and {tuple(target.shape)}",
+        )
+    if not (source.is_floating_point() and target.is_floating_point()):
+        raise ShapeError(
+            who, expected="floating point vectors", got=f"{source.dtype} and {target.dtype}", fix="Use vector.float()."
+        )
+    if source.shape[-1] < 2:
+        raise ShapeError(who, expected="d >= 2", got=f"d = {source.shape[-1]}", fix="A line has no rotation.")
+    # Not every accelerator has float64, so what is moved off it is made double afterwards.
+    device = source.device if source.device.type in ("cpu", "cuda") else torch.device("cpu")
+    pair = []
+    for name, vector in (("source", source), ("target", target)):
+        vector = vector.detach().to(device).double()
+        length = vector.norm(dim=-1, keepdim=True)
+        if not bool((torch.isfinite(length) & (length > VANISHING)).all()):
+            raise ShapeError(
+                who,
+                expected=f"a finite {name} of positive length",
+                got=f"length {length.flatten().tolist()[:8]}",
+                fix="A zero vector has no direction to rotate; skip this step.",
+            )
+        pair.append(vector / length)
+    return pair[0], pair[1]
+
+
+def _any_orthogonal(x: Tensor) -> Tensor:
+    """A unit vector orthogonal to x, always the same one: the axis on which x is smallest, made orthogonal."""
+    axis = torch.nn.functional.one_hot(x.abs().argmin(dim=-1), x.shape[-1]).to(x.dtype)
+    z = axis - (axis * x).sum(dim=-1, keepdim=True) * x
+    return z / z.norm(dim=-1, keepdim=True)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., :, None] * b[..., None, :]

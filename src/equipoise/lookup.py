@@ -1,0 +1,89 @@
+"""Names to classes: a name in a recipe is looked up in its family's package, and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+from .errors import ConfigError, ShapeError, unknown_name
+
+T = TypeVar("T")
+
+PLAIN: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+"""Annotation -> types that a recipe may hold for it; other annotations are the class's own matter."""
+
+
+def family(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
+    """name -> every final class of ``base`` that the package exports; the name is ``cls.name`` or the class's own.
+
+    Example:
+        >>> from equipoise import fusion
+        >>> "concat" in family(fusion, fusion.Fusion)
+        True
+    """
+    classes = [c for c in vars(package).values() if inspect.isclass(c) and issubclass(c, base) and c is not base]
+    return {vars(c).get("name", c.__name__.lower()): c for c in classes if not inspect.isabstract(c)}
+
+
+def find(package: ModuleType, base: type[T], name: str, *, kind: str) -> type[T]:
+    """The class of that name.
+
+    Raises:
+        ConfigError: nobody in the family has the name; the closest is given.
+    """
+    known = family(package, base)
+    if name not in known:
+        raise unknown_name(package.__name__, kind, name, known)
+    return known[name]
+
+
+def made(
+    cls: Callable[..., T],
+    who: str,
+    options: Mapping[str, Any],
+    /,
+    *,
+    takes: Callable[..., Any] | None = None,
+    **given: Any,
+) -> T:
+    """Calls a class with options that came from a recipe, where names and types may be wrong.
+
+    Args:
+        cls: what is called.
+        who: begins the error's message.
+        options: from the recipe.
+        takes: whose options ``cls`` hands on when it takes any name itself.
+        given: what else ``cls`` gets, which a recipe cannot change.
+
+    Raises:
+        ConfigError: an option that the class does not take, lacks, or cannot use; the closest name is given.
+        ConfigError, ShapeError: of the class itself, with ``who`` before its own name.
+
+    Example:
+        >>> from equipoise.encoders import SequenceEncoder
+        >>> made(SequenceEncoder, "encoder 'audio'", {"dim": 8}, features=3, max_length=5).dim
+        8
+    """
+    name = getattr(cls, "__name__", "it")
+    known = {*inspect.signature(cls).parameters, *(inspect.signature(takes).parameters if takes else ())} - set(given)
+    for option in options:
+        if option not in known:
+            raise unknown_name(who, f"option of {name}", option, known - {"options"})
+    hints = typing.get_type_hints(getattr(cls, "__init__", cls))
+    for option, value in options.items():
+        wanted: Any = hints.get(option)
+        if wanted in PLAIN and (
+            not isinstance(value, PLAIN[wanted]) or (isinstance(value, bool) and wanted is not bool)
+        ):
+            fix = "YAML takes 1e-3 for a text; write 1.0e-3." if wanted is float and isinstance(value, str) else ""
+            raise ConfigError(who, expected=f"{option} of type {wanted.__name__}", got=repr(value), fix=fix)
+    try:
+        return cls(**options, **given)
+    except (ConfigError, ShapeError) as error:
+        # Several of one class may stand in a recipe; the class alone does not say which one it was.
+        raise type(error)(f"{who}, {error.who}", expected=error.expected, got=error.got, fix=error.fix) from error
+    except TypeError as error:
+        raise ConfigError(who, expected=f"options that {name} takes", got=f"{dict(options)} ({error})") from error

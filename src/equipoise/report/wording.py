@@ -1,0 +1,103 @@
+"""How numbers and names are written, in figures, tables and sentences alike."""
+
+from __future__ import annotations
+
+MINUS = "\N{MINUS SIGN}"
+
+FRACTIONS = ("accuracy", "val_accuracy", "share/")
+"""Metrics, or beginnings of metrics, that are fractions in [0, 1] and printed as per cent."""
+
+TITLES = {
+    "noise_attention_r": "Attention–noise correlation r",
+    "air": "AIR",
+    "flops": "FLOPs",
+    "seconds_per_epoch": "Seconds an epoch",
+    "val_accuracy": "Validation accuracy",
+}
+
+
+def title(metric: str) -> str:
+    """A metric's name as a reader says it.
+
+    Example:
+        >>> title("accuracy_noise/audio")
+        'Accuracy, audio replaced by noise'
+    """
+    kind, _, modality = metric.partition("/")
+    if modality and kind == "accuracy_noise":
+        return f"Accuracy, {modality} replaced by noise"
+    if modality and kind == "share":
+        return f"Attention share of {modality}"
+    return TITLES.get(metric, metric.replace("_", " ").capitalize())
+
+
+def is_fraction(metric: str) -> bool:
+    return metric.startswith(FRACTIONS)
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A number with its sign, and a true minus.
+
+    Example:
+        >>> signed(0.516), signed(-0.2, 1), signed(-0.001)
+        ('+0.52', '−0.2', '0.00')
+    """
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", MINUS) if float(text) else text[1:]
+
+
+def amount(metric: str, value: float, *, unit: bool = True) -> str:
+    """A figure with the decimals its metric deserves.
+
+    Example:
+        >>> amount("accuracy", 0.7512), amount("parameters", 123456), amount("noise_attention_r", -0.2)
+        ('75.1 %', '123 k', '−0.20')
+    """
+    if is_fraction(metric):
+        return f"{100 * value:.1f}".replace("-", MINUS) + (" %" if unit else "")
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}".replace("-", MINUS)
+    return f"{value:z.2f}".replace("-", MINUS)
+
+
+def change(metric: str, value: float) -> str:
+    """A difference between two figures of one metric, in points where they are fractions.
+
+    Example:
+        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048)
+        ('+2.1 points', '−0.30', '+2.05 k')
+    """
+    if is_fraction(metric):
+        return signed(100 * value, 1) + " points"
+    return ("+" if value >= 0 else "") + amount(metric, value)
+
+
+def probability(p: float) -> str:
+    """A p-value, never more exact than it is worth.
+
+    Example:
+        >>> probability(0.00004), probability(0.0312), probability(0.4)
+        ('p < 0.001', 'p = 0.031', 'p = 0.40')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def listed(parts: list[str]) -> str:
+    """A list as it is spoken.
+
+    Example:
+        >>> listed(["a", "b", "c"])
+        'a, b and c'
+    """
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "seed"), counted(5, "seed")
+        ('1 seed', '5 seeds')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

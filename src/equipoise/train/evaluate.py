@@ -1,0 +1,86 @@
+"""The figures of a trained model on the test split: accuracy, accuracy under noise, attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import data
+from ..diagnose.cost import cost
+from ..diagnose.keys import key_distribution
+from ..diagnose.noise import most_attended, response
+from ..diagnose.reading import Noise, Reading, read
+from ..model import FusionModel
+from ..recipes import Recipe
+from .module import accuracy
+
+BATCH = 256
+NOISE_SEED = 0
+"""Every run meets the same noise."""
+
+
+def reading(model: FusionModel, source: data.Dataset, split: str, replaced: str | None = None) -> Reading:
+    """The model on a split, one modality replaced by noise where it is named."""
+    noise = None if replaced is None else Noise(replaced, *source.noise[replaced], seed=NOISE_SEED)
+    # Each process of a distributed training reads the whole split.
+    return read(model, data.loader(source, split, BATCH, seed=0, train=False, rank=0, world=1), noise=noise)
+
+
+def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> str:
+    """The recipe's, or the one that validation data show to be attended most."""
+    return recipe.noise_modality or most_attended(reading(model, source, "val"))
+
+
+def evaluate(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
+    """metrics, and for models with attention keys and shares, as ``results.json`` holds them."""
+    clean = reading(model, source, "test")
+    score = {None: clean, **{name: reading(model, source, "test", name) for name in model.names}}
+    metrics: dict[str, float] = {"accuracy": _accuracy(clean, model)}
+    for name in source.names:
+        # What a model does not read cannot disturb it.
+        metrics[f"accuracy_noise/{name}"] = _accuracy(score.get(name, clean), model)
+    found: dict[str, Any] = {"metrics": metrics}
+    if clean.share is not None and clean.cosine is not None:
+        target = noise_modality(model, source, recipe)
+        with warnings.catch_warnings():
+            # A constant attention has no correlation: the figure is NaN, written as null, and the report says so.
+            warnings.simplefilter("ignore", UserWarning)
+            answer = response(clean, score[target], target)
+        metrics["noise_attention_r"] = answer.r
+        metrics |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
+        metrics["air"] = imbalance(clean)
+        found["noise_modality"] = target
+        found["keys"] = {"after": keys(model, source, target, split="test")}
+        found["shares"] = {"clean": _histogram(answer.clean), "noise": _histogram(answer.noise)}
+    spent = cost(model, source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False))
+    metrics["parameters"], metrics["flops"] = spent.parameters, spent.flops
+    return found
+
+
+def keys(model: FusionModel, source: data.Dataset, replaced: str, *, split: str) -> dict[str, Any]:
+    """Key distributions on clean and on noise input."""
+    return {
+        "clean": key_distribution(reading(model, source, split)),
+        "noise": key_distribution(reading(model, source, split, replaced)),
+    }
+
+
+def imbalance(seen: Reading) -> float:
+    """AIR of the first modality: mean cosine of query and key, minus the mean of the others'; NaN without others."""
+    if seen.cosine is None or len(seen.names) < 2:
+        return math.nan
+    first, *others = seen.cosine.nanmean(dim=(0, 1)).tolist()
+    return first - sum(others) / len(others)
+
+
+def _accuracy(seen: Reading, model: FusionModel) -> float:
+    return float(accuracy(seen.logits, seen.target, model.task))
+
+
+def _histogram(values: torch.Tensor) -> dict[str, list[float]]:
+    counts, edges = np.histogram(values.clamp(0, 1).numpy(), bins=40, range=(0.0, 1.0))
+    return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}

@@ -1,0 +1,71 @@
+"""A trained model back from the folder of its run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import recipes
+from ..errors import DataError
+from ..model import FusionModel
+from . import methods
+from .checkpoint import load_weights
+from .experiment import dataset
+
+PARTS = ("run.json", "recipe.yaml", "model.safetensors")
+
+
+def load(folder: str | os.PathLike[str]) -> FusionModel:
+    """The model that ``train`` or ``compare`` trained, on the CPU, in evaluation mode, rotated as it was.
+
+    The recipe's data set tells the shapes, so the data must be there. Weights are read, nothing is executed. Where a
+    rotation should be merged into the weights, call ``eq.fold`` on what comes back.
+
+    Args:
+        folder: of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
+
+    Raises:
+        DataError: no folder of a finished run, or a file in it that is damaged or of another model.
+        ConfigError: a recipe that no longer fits the data or the classes.
+
+    Example:
+        >>> import tempfile
+        >>> from equipoise.train import Job, perform
+        >>> recipe = recipes.read("digits").with_train(epochs=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = perform(Job(recipe, "image", seed=0), Path(folder), trainer_options={"limit_train_batches": 1})
+        ...     model = load(folder)
+        >>> model.names, model.training
+        (('image',), False)
+    """
+    folder = Path(folder)
+    run = _run(folder)
+    recipe = recipes.read(folder / "recipe.yaml")
+    with torch.random.fork_rng(devices=[]):
+        model, _ = methods.build(methods.parse(run["method"], recipe), recipe, dataset(recipe, run["fold"]))
+    load_weights(model, folder / "model.safetensors")
+    return model.eval()
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """Method and fold of the finished run in this folder."""
+    missing = [name for name in PARTS if not (folder / name).is_file()]
+    if missing:
+        inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("runs/*/*/seed*/run.json"))
+        fix = "Give --out of equipoise train once it is done."
+        if inside:
+            fix = f"It holds {len(inside)} runs of a comparison; give one of them, such as '{folder / inside[0]}'."
+        raise DataError("load", expected=f"the folder of a finished run, with {', '.join(PARTS)}",
+                        got=f"'{folder}' without {', '.join(missing)}", fix=fix)  # fmt: skip
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
+        return {"method": run["method"], "fold": run["fold"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"load '{folder / 'run.json'}'", expected="a whole run", got=f"{type(error).__name__}: {error}",
+            fix="Remove it and start the run again; it goes on from its checkpoint.",
+        ) from error  # fmt: skip

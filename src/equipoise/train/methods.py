@@ -1,0 +1,143 @@
+"""A method's name, such as ``joint+rollingq``, and the model and balancers that it means in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import balance, encoders, fusion
+from ..balance import Balancer, ProgressiveRollingQ, RollingQ
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..fusion import Fusion, Unimodal
+from ..lookup import family, find, made
+from ..model import FusionModel
+from ..recipes import Recipe
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+
+
+@dataclass(frozen=True)
+class Method:
+    """A fusion, or a modality alone, plus balancers: ``name = base + "+" + "+".join(balancers)``."""
+
+    base: str
+    balancers: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.base, *self.balancers))
+
+
+def parse(name: str, recipe: Recipe) -> Method:
+    """Reads a method's name and checks every part of it.
+
+    Raises:
+        ConfigError: a part that nobody knows; the closest name is given.
+
+    Example:
+        >>> recipe = Recipe(data={"name": "digits"}, encoders={"audio": {}, "image": {}})
+        >>> parse("joint+rollingq", recipe)
+        Method(base='joint', balancers=('rollingq',))
+    """
+    base, *added = (part.strip() for part in name.split("+"))
+    bases = {*recipe.encoders, *recipe.fusions, *(set(family(fusion, Fusion)) - {"unimodal"})}  # type: ignore[type-abstract]
+    if base not in bases:
+        raise unknown_name(f"method '{name}'", "fusion or modality", base, bases)
+    balancers = {*recipe.balancers, *family(balance, Balancer)}
+    for part in added:
+        if part not in balancers:
+            raise unknown_name(f"method '{name}'", "balancer", part, balancers)
+    if len(set(added)) != len(added):
+        raise ConfigError(f"method '{name}'", expected="each balancer once", got=name)
+    return Method(base, tuple(added))
+
+
+def recipe_for(method: Method, recipe: Recipe) -> Recipe:
+    """The recipe with the training options of this method's variant in it."""
+    changes = recipe.fusions.get(method.base, {}).get("train") or {}
+    if not isinstance(changes, dict):
+        raise ConfigError(f"fusion '{method.base}'", expected="a mapping under train", got=str(changes))
+    return recipe.with_train(**changes) if changes else recipe
+
+
+def build(method: Method, recipe: Recipe, dataset: Dataset) -> tuple[FusionModel, list[Balancer]]:
+    """The model of a method, and its balancers attached to it.
+
+    The generator of torch decides the weights: seed it first.
+
+    Raises:
+        ConfigError: an option that a class does not take, a modality that the data lack, an encoder that does not fit
+            the data. ShapeError: encoders of different width.
+    """
+    recipe = recipe_for(method, recipe)
+    for name in (*recipe.encoders, *([recipe.noise_modality] if recipe.noise_modality else [])):
+        if name not in dataset.names:
+            raise unknown_name("recipe", f"modality of the data set '{recipe.data['name']}'", name, dataset.names)
+    alone = method.base in recipe.encoders
+    names = (method.base,) if alone else dataset.names
+    parts = {name: _encoder(name, recipe.encoders.get(name, {}), dataset.shapes[name]) for name in names}
+    width = parts[names[0]].dim
+    for name, part in parts.items():
+        if part.dim != width:
+            raise ShapeError(
+                f"encoder '{name}'", got=f"dim = {part.dim}",
+                expected=f"the width of encoder '{names[0]}', dim = {width}",
+                fix=f"Give both the same dim under encoders, such as {width}.",
+            )  # fmt: skip
+    options = dict(recipe.fusions.get(method.base, {}))
+    options.pop("train", None)
+    cls: type[Fusion] = Unimodal
+    if not alone:
+        cls = find(fusion, Fusion, options.pop("fusion", method.base), kind="fusion")  # type: ignore[type-abstract]
+    joined = made(cls, f"fusion '{method.base}'", options, dim=width)
+    model = FusionModel(
+        parts,
+        joined,
+        dataset.num_outputs,
+        task=dataset.task,  # type: ignore[arg-type]
+        unimodal=recipe.train.unimodal,  # type: ignore[arg-type]
+    )
+    return model, [_balancer(name, recipe, model, method) for name in method.balancers]
+
+
+def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Any:
+    options = dict(options)
+    known = {"PatchEncoder": encoders.PatchEncoder, "SequenceEncoder": encoders.SequenceEncoder}
+    wanted = options.pop("name", None) or ("PatchEncoder" if len(shape) == 3 else "SequenceEncoder")
+    if wanted not in known:
+        raise unknown_name(f"encoder '{name}'", "encoder", str(wanted), known)
+    if wanted == "PatchEncoder" and len(shape) == 3:
+        options = {"channels": shape[0], "size": shape[1:], **options}
+    elif wanted == "SequenceEncoder" and len(shape) == 2:
+        options = {"features": shape[1], "max_length": shape[0], **options}
+    else:
+        raise ConfigError(
+            f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}",
+            expected="PatchEncoder for (channel, height, width), SequenceEncoder for (frame, feature)",
+        )  # fmt: skip
+    return made(known[wanted], f"encoder '{name}'", options)
+
+
+def _balancer(name: str, recipe: Recipe, model: FusionModel, method: Method) -> Balancer:
+    options = dict(recipe.balancers.get(name, {}))
+    cls = find(balance, Balancer, options.pop("balancer", name), kind="balancer")
+    who = f"method '{method.name}'"
+    if issubclass(cls, RollingQ):
+        layer = getattr(model.fusion, "attention", None)
+        if layer is None or len(model.names) < 2:
+            raise ConfigError(
+                who,
+                expected="a fusion whose attention sees two or more modalities",
+                got=method.base,
+                fix="RollingQ rotates attention; choose a fusion that has it, such as joint.",
+            )
+        return made(cls, who, options, layer=layer)
+    if issubclass(cls, ProgressiveRollingQ):
+        if not hasattr(model.fusion, "use_depth") or len(model.names) < 2:
+            raise ConfigError(
+                who, expected="a fusion that can be trained in stages", got=method.base,
+                fix="Choose joint, with depth: 2 or more in the recipe's fusions.",
+            )  # fmt: skip
+        return made(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=recipe.train.epochs)
+    return made(cls, who, options)

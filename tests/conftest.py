@@ -1,0 +1,46 @@
+"""What several tests share: a real browser."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+
+
+def find_chromium():
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+
+
+def install_chromium():
+    """Debian's package, where this process may install it; what went wrong otherwise."""
+    if shutil.which("apt-get") is None:
+        return "no Chromium, and no apt-get to install it with"
+    if os.geteuid() != 0:
+        return "no Chromium, and only root may install it: apt-get install chromium"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 600, "check": False}
+    subprocess.run(["apt-get", "update"], **quiet)
+    subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"], **quiet)
+    return "no Chromium, and apt-get could not install it"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; closed with the module, since it keeps an event loop running in this thread."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    reason = None if find_chromium() else install_chromium()
+    if (path := find_chromium()) is None:
+        pytest.skip(reason or "no Chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=list(QUIET))
+        yield chromium
+        chromium.close()

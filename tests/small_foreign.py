@@ -1,0 +1,45 @@
+"""Attention modules as other libraries write them, with projections that have names of their own."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def labels(tokens):
+    """A class token, then two modalities."""
+    return torch.tensor([-1] + [0] * 2 + [1] * (tokens - 3))
+
+
+class Reader(nn.Module):
+    """Self-attention whose keys are shared by groups of query heads."""
+
+    def __init__(self, dim, heads, keyheads, *, bias=True):
+        super().__init__()
+        self.heads, self.keyheads, width = heads, keyheads, dim // heads
+        self.q_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(dim, keyheads * width, bias=bias)
+        self.v_proj = nn.Linear(dim, keyheads * width, bias=bias)
+
+    def forward(self, tokens, source=None, mask=None):
+        source = tokens if source is None else source
+        query = self.q_proj(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key = self.k_proj(source).unflatten(-1, (self.keyheads, -1)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, (self.keyheads, -1)).transpose(1, 2)
+        group = self.heads // self.keyheads
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        mask = None if mask is None else mask[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer with cross-attention to the tokens of several modalities."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.cross = Reader(dim, heads, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, tokens, memory):
+        tokens = tokens + self.cross(self.norm(tokens), memory)
+        return tokens + self.mlp(tokens)

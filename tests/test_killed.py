@@ -1,0 +1,166 @@
+"""SIGKILL at any moment costs time and nothing else; Ctrl-C leaves whole files and no process."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from equipoise import record
+from equipoise.errors import ConfigError
+from equipoise.train.compare import compare
+from small_runs import (
+    Forked,
+    alive,
+    assert_same_weights,
+    children,
+    figures,
+    program,
+    recipe,
+    table,
+    weights,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+METHODS = ["concat", "joint+rollingq"]
+LONG = 200
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return compare(recipe(), METHODS, seeds=2, out=folder, workers=0), folder
+
+
+def until(condition, process, out=None, seconds=60):
+    """Waits until something is so, False if the process ended first; results are whole at every moment."""
+    start = time.monotonic()
+    while not condition():
+        if process.poll() is not None:
+            return False
+        if out is not None and (out / "results.json").exists():
+            record.read(out)
+        assert time.monotonic() - start < seconds, "waited too long"
+        time.sleep(0.01)
+    return True
+
+
+def gone(pids, seconds=15):
+    start = time.monotonic()
+    while left := {pid for pid in pids if alive(pid)}:
+        if time.monotonic() - start > seconds:
+            return left
+        time.sleep(0.05)
+    return set()
+
+
+def stamps(folder):
+    """Every checkpoint and when it was written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("last.ckpt")}
+
+
+def test_compare_killed_three_times(undisturbed, tmp_path):
+    whole, straight = undisturbed
+    config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
+    dice = random.Random(20)
+    for sitting, pause in enumerate(dice.uniform(0.0, 0.4) for _ in range(3)):
+        # The last of them has workers.
+        several = sitting == 2
+        process = (
+            program(*command, "--workers", 2) if several else Forked(*command, "--workers", 0, said=tmp_path / "said")
+        )
+        before, workers = stamps(out), set()
+        until(lambda before=before: stamps(out) != before, process, out)
+        time.sleep(pause)
+        workers |= children(process.pid)
+        assert bool(workers) == several
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert gone(workers) == set()
+    last = Forked(*command, "--workers", 0, said=tmp_path / "said")
+    assert until(lambda: False, last, out) is False
+    content = record.read(out)
+    assert table(content) == table(whole)
+    assert content["complete"] is True
+    assert (out / "report.html").is_file()
+    for run in ("concat/seed1", "joint+rollingq/seed0"):
+        assert_same_weights(weights(straight / "runs/all" / run), weights(out / "runs/all" / run))
+
+
+def test_train_killed_three_times(undisturbed, tmp_path):
+    whole = next(run for run in undisturbed[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1)
+    config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    command = ["train", "--config", config, "--method", "joint+rollingq", "--seed", 1, "--out", out]
+    command += ["--accelerator", "cpu", "--resume"]
+    dice = random.Random(3)
+    for _ in range(3):
+        before, process = stamps(out), Forked(*command, said=tmp_path / "said")
+        until(lambda before=before: stamps(out) != before, process)
+        time.sleep(dice.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = Forked(*command, said=tmp_path / "said")
+    said = process.communicate()
+    assert process.returncode == 0, said
+    assert figures(record.read(out)["runs"][0]) == figures(whole)
+
+
+def test_ctrl_c_in_compare(tmp_path):
+    """The whole group hears it, as from a terminal, while workers still import and have not said that they are deaf."""
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
+    process = Forked(*command, said=tmp_path / "said")
+    assert until(lambda: len(children(process.pid)) >= 3, process)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Stopped. What is finished is written down" in said
+    assert "Traceback" not in said
+    assert gone(workers) == set()
+    assert record.read(out)["complete"] is False
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_compare_while_workers_train(tmp_path):
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
+    process = Forked(*command, said=tmp_path / "said")
+    assert until(lambda: len(stamps(out)) == 2, process, out)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert gone(workers) == set()
+    assert record.read(out)["complete"] is False
+
+
+def test_ctrl_c_in_train(tmp_path):
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["train", "--config", config, "--method", "concat", "--out", out, "--accelerator", "cpu"]
+    process = Forked(*command, said=tmp_path / "said")
+    assert until(lambda: stamps(out), process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+
+def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
+    compare(recipe(), ["concat"], seeds=1, out=tmp_path, workers=0)
+    known = children(os.getpid())
+
+    def kill(job, done, epochs):
+        for worker in children(os.getpid()) - known:
+            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
+                os.kill(worker, signal.SIGKILL)
+
+    with pytest.raises(
+        ConfigError, match=r"compare: expected worker processes that live, got one that was killed.*kept"
+    ):
+        compare(recipe(), ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
+    assert [run["method"] for run in record.read(tmp_path)["runs"]] == ["concat"]

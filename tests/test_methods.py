@@ -1,0 +1,81 @@
+"""A method's name and what it builds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from equipoise.lookup import made
+from equipoise.train import methods
+from equipoise.train.experiment import dataset
+from small_runs import recipe
+
+
+def build(name, made=None):
+    made = made or recipe()
+    return methods.build(methods.parse(name, made), made, dataset(made, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "fusion", "names", "balancers"),
+    [
+        ("audio", eq.Unimodal, ("audio",), []),
+        ("concat", eq.Concat, ("audio", "image"), []),
+        ("film", eq.FiLM, ("audio", "image"), []),
+        (" joint + rollingq ", eq.JointAttention, ("audio", "image"), [eq.RollingQ]),
+        ("deep+progressive", eq.JointAttention, ("audio", "image"), [eq.ProgressiveRollingQ]),
+    ],
+)
+def test_what_names_mean(name, fusion, names, balancers):
+    model, attached = build(name)
+    assert type(model.fusion) is fusion
+    assert model.names == names
+    assert [type(balancer) for balancer in attached] == balancers
+
+
+def test_the_generator_decides_the_weights():
+    logits = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = build("joint")[0].eval()
+        logits.append(
+            model(dataset(recipe(), None).batch("test", torch.arange(3), seed=0, epoch=0, train=False)).logits
+        )
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_variants_have_training_options_of_their_own():
+    made = recipe()
+    made.fusions["fast"] = {"fusion": "concat", "train": {"epochs": 1, "unimodal": "none"}}
+    own = methods.recipe_for(methods.parse("fast", made), made)
+    assert (own.train.epochs, made.train.epochs) == (1, 3)
+    assert build("fast", made)[0].unimodal == "none"
+    made.fusions["fast"]["train"] = {"epoks": 1}
+    with pytest.raises(ConfigError, match="expected a known training option, got 'epoks'"):
+        build("fast", made)
+
+
+def test_balancers_once():
+    with pytest.raises(ConfigError, match="expected each balancer once"):
+        methods.parse("joint+rollingq+rollingq", recipe())
+
+
+def test_errors_of_a_class_say_which_one_it_was():
+    made = recipe()
+    encoders = {**made.encoders, "image": {**made.encoders["image"], "heads": 3}}
+    with pytest.raises(ConfigError, match=r"^encoder 'image', Attention: expected dim = 8 divisible by heads"):
+        build("joint", replace(made, encoders=encoders))
+
+
+def test_options_are_held_against_the_class():
+    with pytest.raises(ConfigError, match=r"who: expected a known option of PatchEncoder, got 'size'\."):
+        made(eq.PatchEncoder, "who", {"size": 3}, size=(8, 8))
+    with pytest.raises(ConfigError, match=r"who: expected dim of type int, got True\."):
+        made(eq.PatchEncoder, "who", {"dim": True})
+    with pytest.raises(ConfigError, match=r"expected dropout of type float, got '1e-3'\. YAML takes 1e-3 for a text"):
+        made(eq.PatchEncoder, "who", {"dropout": "1e-3"})
+    with pytest.raises(ConfigError, match=r"expected options that PatchEncoder takes, got \{'dim': 8\} \(.*missing"):
+        made(eq.PatchEncoder, "who", {"dim": 8})

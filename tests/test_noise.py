@@ -1,0 +1,197 @@
+"""Pearson's r, its p, and the response of attention to noise, against loops in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from equipoise.diagnose.noise import input_statistics, most_attended, noise_response, pearson, response
+from equipoise.diagnose.reading import Noise, Reading, read
+from equipoise.errors import ConfigError, ShapeError
+from small_fusion import batch, model
+from tolerance import TOL
+
+EXACT = TOL[torch.float64]
+
+
+def slow_pearson(x, y):
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    both = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    alone = [sum((a - mean) ** 2 for a in values) for values, mean in ((x, mean_x), (y, mean_y))]
+    return both / math.sqrt(alone[0] * alone[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 31), st.integers(0, 1000))
+def test_r_and_p(size, seed):
+    x, y = np.random.default_rng(seed).normal(size=(2, size))
+    r, p = pearson(torch.from_numpy(x), torch.from_numpy(y))
+    assert r == pytest.approx(slow_pearson(x.tolist(), y.tolist()), rel=EXACT["rtol"], abs=EXACT["atol"])
+    assert p == pytest.approx(stats.pearsonr(x, y).pvalue, rel=1e-7)
+    assert pearson(torch.from_numpy(y), torch.from_numpy(-x))[0] == pytest.approx(-r)
+
+
+def test_by_hand():
+    r, p = pearson(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 1.0, 2.0]))
+    assert r == pytest.approx(1 / math.sqrt(2))
+    assert p == pytest.approx(1 - 1 / math.sqrt(2))  # two degrees of freedom: p = 1 - |r|
+    assert pearson(torch.arange(5.0), -torch.arange(5.0)) == pytest.approx((-1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "values", [[0.7] * 4, [0.3333333, 0.3333333, 0.3333334, 0.3333333], [0.1, float("nan"), 0.2, 0.3]]
+)
+def test_undefined(values):
+    x = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert all(math.isnan(part) for part in pearson(x, torch.tensor(values)))
+    assert all(math.isnan(part) for part in pearson(x[:2], torch.tensor([0.1, 0.2])))
+
+
+def test_response_against_loops_for_three_modalities():
+    random = torch.Generator().manual_seed(0)
+    share = torch.rand(2, 7, 2, 4, generator=random, dtype=torch.float64).softmax(dim=-1)[..., :3]
+    clean, noisy = (Reading(torch.zeros(7, 2), torch.zeros(7), ("a", "b", "c"), share=part) for part in share)
+    answer = response(clean, noisy, "b")
+    z, others, own = [], [], []
+    for replaced, part in enumerate(share.tolist()):
+        for sample in part:
+            z.append(float(replaced))
+            others.append(sum(head[0] + head[2] for head in sample) / len(sample))
+            own.append(sum(head[1] for head in sample) / len(sample))
+    assert answer.r == pytest.approx(slow_pearson(z, others))
+    assert answer.r_same == pytest.approx(slow_pearson(z, own))
+    assert answer.p == pytest.approx(stats.pearsonr(z, others).pvalue)
+    torch.testing.assert_close(
+        torch.cat([answer.clean, answer.noise]), torch.tensor(others, dtype=torch.float64), **EXACT
+    )
+
+
+@pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
+def test_of_a_model(names):
+    made = model(names)
+    batches = [batch(names, seed=seed) for seed in range(3)]
+    answer = noise_response(made, batches, modality="image", noise={"image": (0.5, 2.0)}, seed=3)
+    assert -1 <= answer.r <= 1
+    assert answer.r != 0
+    changed = []
+    for number, inputs in enumerate(batches):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
+        shape = inputs["image"].shape
+        changed.append({**inputs, "image": (torch.randn(shape, generator=generator) * 2 + 0.5).double()})
+    made.eval()
+    share = torch.cat([made(inputs).share for inputs in changed]).mean(dim=1)
+    rest = [index for index, name in enumerate(names) if name != "image"]
+    torch.testing.assert_close(answer.noise, share[:, rest].sum(dim=1).float(), **TOL[torch.float32])
+    assert noise_response(made, lambda: batches).modality == most_attended(read(made, batches))
+
+
+def test_constant_attention_has_no_response():
+    made = model(depth=1)
+    with torch.no_grad():
+        made.fusion.attention.query.weight.zero_()
+        made.fusion.attention.query.bias.zero_()
+    with pytest.warns(UserWarning, match="attention to the others of 'audio' never changes; r is NaN"):
+        assert math.isnan(noise_response(made, [batch()], modality="audio").r)
+
+
+def test_errors():
+    import equipoise as eq
+
+    made = model()
+    static = eq.FusionModel(
+        {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}, eq.Concat(12), 3
+    ).double()
+    for options in ({}, {"modality": "audio"}):
+        with pytest.raises(ConfigError, match=r"noise_response: expected a model with attention.*got a static fusion"):
+            noise_response(static, [batch()], **options)
+    with pytest.raises(ConfigError, match=r"expected a known modality, got 'imag'. Did you mean 'image'"):
+        noise_response(made, [batch()], modality="imag")
+    with pytest.raises(ConfigError, match="expected a known entry of noise, got 'image'"):
+        noise_response(made, [batch()], modality="image", noise={"audio": (0.0, 1.0)})
+    with pytest.raises(ConfigError, match="read: expected a known modality"):
+        read(made, [batch()], noise=Noise("imag"))
+    with pytest.raises(ShapeError, match=r"at least one batch, got none. Is the split empty, or the loader used up"):
+        noise_response(made, iter([batch()]), modality="audio")
+
+
+def test_needs_no_target():
+    made, batches = model(), [batch(seed=seed) for seed in range(3)]
+    without = [{name: value for name, value in inputs.items() if name != "target"} for inputs in batches]
+    assert noise_response(made, without).r == noise_response(made, batches).r
+    assert read(made, without).target.shape == (0,)
+    assert torch.equal(read(made, batches).target, torch.cat([inputs["target"] for inputs in batches]))
+    with pytest.raises(
+        ShapeError, match="read: expected a target in every batch or in none, got one in 2 of 3 batches"
+    ):
+        read(made, [*batches[:2], without[2]])
+
+
+def test_reads_batches_that_lack_a_modality_but_replaces_none_there():
+    made = model()
+    lacking = [batch(), {**batch(), "image": None}]
+    assert read(made, lacking).share[5:, :, 1].abs().max() == 0
+    assert read(made, lacking, noise=Noise("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
+    message = "read 'image': expected a floating tensor in every batch.*, got NoneType. Leave out batches that lack"
+    with pytest.raises(ShapeError, match=message):
+        read(made, lacking, noise=Noise("image"))
+    with pytest.raises(ShapeError, match=message.replace("read", "noise_response")):
+        noise_response(made, lacking, modality="image")
+    with pytest.raises(ShapeError, match=r"read 'image': .* got torch\.int64"):
+        read(made, [{**batch(), "image": torch.zeros(5, 5, 5).long()}], noise=Noise("image"))
+
+
+class Nameless(torch.nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["audio"])
+
+
+def test_what_cannot_be_read():
+    made = model()
+    with pytest.raises(ShapeError, match=r"read: expected batches that are dicts: .* got tuple\. Wrap the loader"):
+        read(made, [tuple(batch().values())])
+    with pytest.raises(ShapeError, match=r"noise_response: expected batches that are dicts"):
+        input_statistics([[torch.zeros(2, 3)]], "audio")
+    foreign = Nameless(3, 2).double()
+    with pytest.raises(
+        ConfigError, match=r"read: expected a FusionModel, or .* got Nameless without names\. Set model"
+    ):
+        noise_response(foreign, [batch()])
+    foreign.names = ("audio", "image")
+    with pytest.raises(ConfigError, match=r"got Nameless that returns Tensor\. Set .* return equipoise\.Output"):
+        read(foreign, [batch()])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_trace(fails):
+    made = model(dropout=0.5).train()
+    made.fusion.eval()
+    batches = [batch(), {"audio": torch.zeros(2, 3)} if fails else batch()]
+    modes = [module.training for module in made.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in made.modules()]
+    state = torch.random.get_rng_state()
+    if fails:
+        with pytest.raises((ShapeError, KeyError)):
+            read(made, batches, noise=Noise("audio"))
+    else:
+        read(made, batches, noise=Noise("audio"))
+    assert [module.training for module in made.modules()] == modes
+    assert [len(module._forward_pre_hooks) for module in made.modules()] == hooks
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in made.parameters())
+
+
+def test_noise_distributions():
+    values = torch.randn(2, 4001, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [5.0]]) + 3
+    own = Noise("audio", distribution="per_sample").of(values, 0)
+    torch.testing.assert_close(own.std(dim=1), values.std(dim=1), rtol=0.1, atol=0.1)
+    standard = Noise("audio", 9.0, 9.0, distribution="standard").of(values, 0)
+    assert float(standard.mean().abs()) < 0.1
+    assert float(Noise("audio", 9.0, 0.0).of(values, 0).min()) == 9.0
+    assert not torch.equal(Noise("audio").of(values, 0), Noise("audio").of(values, 1))
+    mean, std = input_statistics([{"audio": values[:1]}, {"audio": values[1:]}], "audio")
+    assert mean == pytest.approx(float(values.double().mean()))
+    assert std == pytest.approx(float(values.double().std(correction=0)))
