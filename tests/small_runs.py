@@ -156,6 +156,18 @@ def children(pid):
     return found
 
 
+def workers_of(pid):
+    """Its worker processes; not the resource tracker, which a copy of this process may share with it."""
+    return {child for child in children(pid) if b"spawn_main" in command_line(child)}
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +20,7 @@ from small_runs import (
     recipe,
     table,
     weights,
+    workers_of,
     write_recipe,
 )
 
@@ -114,7 +114,7 @@ def test_ctrl_c_in_compare(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
     process = Forked(*command, said=tmp_path / "said")
-    assert until(lambda: len(children(process.pid)) >= 3, process)
+    assert until(lambda: len(workers_of(process.pid)) == 2, process), process.communicate()
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()
@@ -155,9 +155,8 @@ def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
     known = children(os.getpid())
 
     def kill(job, done, epochs):
-        for worker in children(os.getpid()) - known:
-            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
-                os.kill(worker, signal.SIGKILL)
+        for worker in workers_of(os.getpid()) - known:
+            os.kill(worker, signal.SIGKILL)
 
     with pytest.raises(
         ConfigError, match=r"compare: expected worker processes that live, got one that was killed.*kept"
