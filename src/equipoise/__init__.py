@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .attention import Attended as Attended
 from .attention import attend as attend
 from .balance import Balancer as Balancer
+from .balance import Balancing as Balancing
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep

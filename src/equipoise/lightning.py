@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-from .balance import Balancer, ProgressiveRollingQ, RollingQ
+from .balance import Balancer, Balancing, ProgressiveRollingQ, RollingQ
 from .errors import ConfigError
 
 
 class Balance(pl.Callback):
-    """Calls ``end_epoch`` of balancers after every training epoch, logs what they say, and keeps their state.
+    """Calls what balancers do once a step and once an epoch, logs what they say, and keeps their state.
 
-    The balancers themselves are attached to the model already (``RollingQ(model.fusion.attention)``). Their log appears
+    Balancers that only attach to the model (``RollingQ(model.fusion.attention)``) can be given as they are. Those with
+    a penalty, or that change gradients, are given as the ``Balancing`` whose ``loss`` the training step returns::
+
+        def training_step(self, batch, index):
+            return self.balancing.loss(self.model(batch), batch["target"])
+
+        trainer = pl.Trainer(callbacks=[eq.lightning.Balance(module.balancing)])
+
+    Lightning calls it when gradients are accumulated, reduced and unscaled, and before it clips them. The log appears
     under ``balance/...``; ``last`` holds it too. Put no second one around the same balancer.
 
     Args:
-        balancers: one or several.
+        balancers: a Balancing, or one or several balancers.
         before_end: called with trainer and module when the epoch's statistics are complete and before anything is
             rotated.
 
@@ -32,14 +41,29 @@ class Balance(pl.Callback):
 
     def __init__(
         self,
-        *balancers: Balancer | Sequence[Balancer],
+        *balancers: Balancing | Balancer | Sequence[Balancer],
         before_end: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
     ) -> None:
         self.balancers: list[Balancer] = []
+        self._balancings = [entry for entry in balancers if isinstance(entry, Balancing)]
         for entry in balancers:
-            self.balancers.extend([entry] if isinstance(entry, Balancer) else entry)
+            if isinstance(entry, Balancing):
+                self.balancers.extend(entry.balancers)
+            else:
+                self.balancers.extend([entry] if isinstance(entry, Balancer) else entry)
         self.last: dict[str, float] = {}
         self._before_end = before_end
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            for balancing in self._balancings:
+                balancing.check_optimizer(optimizer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for balancing in self._balancings:
+            balancing.before_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last = {}
@@ -50,6 +74,8 @@ class Balance(pl.Callback):
         if self._before_end is not None:
             self._before_end(trainer, pl_module)
         for balancer in self.balancers:
+            if balancer.reviews:
+                balancer.review(_Moved(trainer.train_dataloader, pl_module), _Moved(trainer.val_dataloaders, pl_module))
             self.last.update(balancer.end_epoch())
         # Processes have agreed in end_epoch already; Lightning wants to be told that it may reduce.
         for name, value in self.last.items():
@@ -57,9 +83,7 @@ class Balance(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, balancer: RollingQ) -> None:
         model = getattr(pl_module, "model", pl_module)
-        batches = trainer.train_dataloader or []
-        moved = (pl_module.transfer_batch_to_device(batch, pl_module.device, 0) for batch in batches)
-        balancer.measure(model, moved)
+        balancer.measure(model, _Moved(trainer.train_dataloader, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {str(number): balancer.state_dict() for number, balancer in enumerate(self.balancers)}
@@ -72,3 +96,14 @@ class Balance(pl.Callback):
             )  # fmt: skip
         for number, balancer in enumerate(self.balancers):
             balancer.load_state_dict(state_dict[str(number)])
+
+
+class _Moved:
+    """A loader's batches on the module's device, as often as they are asked for."""
+
+    def __init__(self, loader: Any, module: pl.LightningModule) -> None:
+        self._loader, self._module = loader, module
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader or ():
+            yield self._module.transfer_batch_to_device(batch, self._module.device, 0)

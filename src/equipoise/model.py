@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -81,6 +81,7 @@ class FusionModel(nn.Module):
         self.head = fusion.head(num_outputs)
         wanted = () if unimodal == "none" else self.names
         self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in wanted})
+        self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
         self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
 
     def forward(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> Output:
@@ -89,12 +90,16 @@ class FusionModel(nn.Module):
         Args:
             batch: name -> input of that modality's encoder, or None where the whole batch lacks it; other keys are not
                 read, but for ``"mask"``: name -> (batch,) True where a sample has the modality, or (batch, token) True
-                for real tokens.
+                for real tokens; and ``"target"``, by balancers that change tokens in training.
 
         Returns:
             Output with logits (batch, output), unimodal_logits, features, tokens and share.
         """
-        return self.fuse(self.encode(batch))
+        tokens: Mapping[str, Tokens] = self.encode(batch)
+        if self.training:
+            for transform in self.transforms:
+                tokens = transform(tokens, batch.get("target"))  # type: ignore[arg-type]
+        return self.fuse(tokens)
 
     def encode(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> dict[str, Tokens]:
         """The encoders alone: name -> Tokens of the fusion's width."""
@@ -146,9 +151,10 @@ class FusionModel(nn.Module):
         Raises:
             ShapeError: a target of another shape or type, or, where looking is free, of numbers that are no class.
         """
-        return self._sample_losses(logits, target).mean()
+        return self.sample_losses(logits, target).mean()
 
-    def _sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
+    def sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
+        """The task's loss of every sample; arguments as ``loss`` takes them."""
         if self.task == "classification":
             _check_classes(logits, target)
             return F.cross_entropy(logits, target.long(), reduction="none")
@@ -163,6 +169,10 @@ class FusionModel(nn.Module):
             return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
         return F.mse_loss(logits, target, reduction="none").mean(dim=1)
 
+    def contributions(self, output: Output) -> dict[str, Tensor] | None:
+        """name -> (batch, output): each modality's part of the logits; None where they are no sum of such parts."""
+        return self.fusion.contributions(output, self.head)
+
     def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
         """Sum of the unimodal heads' losses; 0 without heads. A sample does not count for a modality that it lacks."""
         total = output.features.new_zeros(())
@@ -175,7 +185,7 @@ class FusionModel(nn.Module):
             else:
                 # Chosen by zeros and not by an index, which an accelerator would have to be waited for.
                 present = tokens.present()
-                losses = self._sample_losses(logits, target).masked_fill(~present, 0.0)
+                losses = self.sample_losses(logits, target).masked_fill(~present, 0.0)
                 total = total + losses.sum() / present.sum().clamp(min=1)
         return total
 

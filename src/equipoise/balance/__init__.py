@@ -1,5 +1,6 @@
 """Balancing methods: one method, one file."""
 
+from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .folding import fold as fold
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ

@@ -1,36 +1,99 @@
-"""What every balancing method is: at most five moments around somebody else's training step."""
+"""What every balancing method is: a few moments around somebody else's training step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from ..tokens import Output
+from ..tokens import Output, Tokens
+
+Task = Literal["classification", "multilabel", "regression"]
+Batch = Mapping[str, Any]
+
+
+class Multimodal(Protocol):
+    """What a balancer may ask of the model that it balances; ``FusionModel`` has it all."""
+
+    names: tuple[str, ...]
+    task: Any
+    encoders: Any
+    """name -> module: whose parameters belong to which modality."""
+    fusion: Any
+    head: nn.Module
+    training: bool
+
+    def __call__(self, batch: Batch) -> Output: ...
+    def encode(self, batch: Batch) -> dict[str, Tokens]: ...
+    def fuse(self, tokens: Mapping[str, Tokens]) -> Output: ...
+    def contributions(self, output: Output) -> dict[str, Tensor] | None: ...
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor: ...
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor: ...
+    def unimodal_loss(self, output: Output, target: Tensor) -> Tensor: ...
 
 
 class Balancer(nn.Module):
     """Base of the balancing methods. Override the moments you need; all of them are optional.
 
-    The training loop calls, in this order: ``transform`` during the forward pass, ``observe`` after it, ``penalty`` for
-    a term of the loss, ``gradient_scale`` for a factor on the gradient at each encoder's output, ``end_epoch`` once an
-    epoch. A balancer never sees the loop. What it remembers are buffers, so that a checkpoint holds it.
+    A training step goes through them in this order (``Balancing`` calls them, a balancer never sees the loop):
+
+    1. ``transform`` in the forward pass, between encoders and fusion, in training only;
+    2. ``observe`` and 3. ``penalty`` on what came out, for every batch;
+    4. ``gradient_scale`` and ``before_step`` once for every optimiser step, when gradients are complete: accumulated,
+       reduced over processes, unscaled;
+    5. ``review`` on the data, where ``reviews`` is True, and ``end_epoch`` once an epoch.
+
+    What a balancer remembers are buffers, so that a checkpoint holds it. Statistics that decide something are summed
+    over processes, so that all decide alike. The model is taken in the constructor, and kept out of the module tree.
+
+    Class attributes tell the loop what a method needs:
+
+    Attributes:
+        replaces: terms of the loss that ``penalty`` stands for: ``"task"``, ``"unimodal"``.
+        needs_heads: True where the model's unimodal heads must teach (``unimodal="train"``).
+        needs_teachers: True where it learns from encoders that were trained alone before; the constructor takes
+            ``teachers``, modality -> encoder, and makes do without them until the first ``penalty``.
+        turns: how often the loop serves each batch, one optimiser step each.
+        reviews: True where ``review`` wants to see data before ``end_epoch``.
+        partial_graph: True where some parameters get no gradient in some steps; data-parallel training must be told.
+        only_scales: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
+            it out again.
+        excludes: names of methods that it cannot be combined with -> why.
     """
 
-    def transform(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """name -> (batch, dim) pooled features, before fusion; returns them changed."""
-        return features
+    replaces: ClassVar[tuple[str, ...]] = ()
+    needs_heads: ClassVar[bool] = False
+    needs_teachers: ClassVar[bool] = False
+    turns: int = 1
+    reviews: ClassVar[bool] = False
+    partial_graph: ClassVar[bool] = False
+    only_scales: ClassVar[bool] = False
+    excludes: ClassVar[Mapping[str, str]] = {}
+
+    def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
+        """name -> Tokens between encoders and fusion; returns them changed. ``target`` is None where there is none."""
+        return tokens
 
     def observe(self, output: Output, target: Tensor) -> None:
-        """Sees the output of a training step."""
+        """Sees the output of a training batch."""
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
-        """A scalar that is added to the loss, or None."""
+        """A scalar that is added to the loss (or stands for what ``replaces`` names), or None."""
         return None
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float] | None:
-        """name -> factor on the gradient that flows back into that modality's encoder, or None."""
+        """name -> factor on the gradient of that modality's encoder, or None.
+
+        ``output`` and ``target`` hold all samples of the optimiser step on this process, detached.
+        """
         return None
+
+    def before_step(self) -> None:
+        """Gradients are complete, ``p.grad`` may be read and changed."""
+
+    def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
+        """Sees data once an epoch, before ``end_epoch``: batches on the model's device; iterate as far as needed."""
 
     def end_epoch(self) -> dict[str, float]:
         """What happens once an epoch; returns what is worth logging."""

@@ -48,6 +48,7 @@ class ProgressiveRollingQ(Balancer):
     Differs from the paper in: the stage lengths, which it does not give.
     """
 
+    partial_graph = True
     epoch: Tensor
 
     def __init__(self, fusion: Staged, *, epochs: int, **options: Any) -> None:

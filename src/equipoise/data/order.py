@@ -32,6 +32,8 @@ class Order(DistributedSampler):
         shuffle: True in training; False keeps the stored order.
         drop_last: drop a last batch that is not full.
         rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
+        turns: how often each batch is served, for methods that train in turns.
+        group: batches that make one optimiser step; a whole group is served before it is served again.
 
     Raises:
         ConfigError: a batch size below 1, or one that does not divide among the processes.
@@ -43,13 +45,14 @@ class Order(DistributedSampler):
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool = False,
-        rank: int | None = None, world: int | None = None,
+        rank: int | None = None, world: int | None = None, turns: int = 1, group: int = 1,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ConfigError("Order", expected="batch_size >= 1", got=f"{batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self._rank, self._world = rank, world
+        self.turns, self.group = turns, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -69,11 +72,13 @@ class Order(DistributedSampler):
         order = torch.arange(self.size)
         if self.shuffle:
             order = torch.argsort(Draw(self.seed, self.epoch, order).uniform("order", 1)[:, 0], stable=True)
-        for start, stop in self._bounds(world):
-            yield self.epoch, order[start:stop][rank::world]
+        bounds = self._bounds(world)
+        for first in range(0, len(bounds), self.group):
+            for start, stop in bounds[first : first + self.group] * self.turns:
+                yield self.epoch, order[start:stop][rank::world]
 
     def __len__(self) -> int:
-        return len(self._bounds(self.place()[1]))
+        return len(self._bounds(self.place()[1])) * self.turns
 
     def _bounds(self, world: int) -> list[tuple[int, int]]:
         fix = "batch_size counts the global batch: choose a multiple of the number of processes."

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..tokens import Output, Tokens
@@ -65,6 +65,14 @@ class Fusion(nn.Module, ABC):
     def head(self, num_outputs: int) -> nn.Module:
         """The module that turns ``Output.features`` into logits."""
         return nn.Linear(self.out_dim, num_outputs)
+
+    def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
+        """name -> (batch, output): each modality's part of the logits, which add up to them; None where they do not.
+
+        Cheap and differentiable. Joint attention can be taken apart too, at the price of another pass:
+        ``modality_contributions``.
+        """
+        return None
 
     def forward(self, tokens: Mapping[str, Tokens]) -> Output:
         """name -> Tokens (batch, token, dim) in, Output with ``features`` (and ``share`` where there is attention) out.

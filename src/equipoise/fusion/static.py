@@ -37,6 +37,17 @@ class Concat(Fusion):
         features = torch.cat([part.pooled() for part in tokens.values()], dim=-1)
         return Output(features=features, tokens=tokens, names=self.names)
 
+    def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
+        """W_m f_m + b / N."""
+        if not isinstance(head, nn.Linear):
+            return None
+        count = len(self.names)
+        bias = None if head.bias is None else head.bias / count
+        pieces = zip(output.features.chunk(count, dim=-1), head.weight.chunk(count, dim=1), strict=True)
+        return {
+            name: nn.functional.linear(f, weight, bias) for name, (f, weight) in zip(self.names, pieces, strict=True)
+        }
+
 
 class Sum(Concat):
     """y = sum_m (W_m f_m + b_m): one linear head for each modality, logits added.
@@ -47,6 +58,12 @@ class Sum(Concat):
     def head(self, num_outputs: int) -> nn.Module:
         return SumHead(len(self.names), self.dim, num_outputs)
 
+    def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
+        """W_m f_m + b_m."""
+        if not isinstance(head, SumHead):
+            return None
+        return dict(zip(self.names, head.pieces(output.features), strict=True))
+
 
 class SumHead(nn.Module):
     """One linear layer for each modality's part of the features; the logits are added."""
@@ -55,9 +72,13 @@ class SumHead(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(dim, num_outputs) for _ in range(num_modalities))
 
-    def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
+    def pieces(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
+        """Each modality's part of the logits."""
         pieces = features.chunk(len(self.parts), dim=-1)
-        return torch.stack([part(piece) for part, piece in zip(self.parts, pieces, strict=True)]).sum(dim=0)
+        return [part(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+
+    def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
+        return torch.stack(self.pieces(features)).sum(dim=0)
 
 
 class Unimodal(Fusion):
@@ -85,6 +106,11 @@ class Unimodal(Fusion):
 
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
         return Output(features=tokens[self.modality or self.names[0]].pooled(), tokens=tokens, names=self.names)
+
+    def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
+        """All of the logits come from the one modality."""
+        logits = head(output.features)
+        return {name: logits if name == self.modality else torch.zeros_like(logits) for name in self.names}
 
 
 class _Modulated(Fusion):

@@ -11,7 +11,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from .. import data, recipes
-from ..balance import Balancer, ProgressiveRollingQ
+from ..balance import Balancer
 from ..errors import ConfigError
 from ..lightning import Balance
 from ..lookup import made
@@ -31,7 +32,7 @@ from ..model import FusionModel
 from ..recipes import Recipe
 from ..record import Run, plain, write_whole
 from . import methods
-from .checkpoint import WholeFiles, read_state, save_weights
+from .checkpoint import WholeFiles, load_weights, read_state, save_weights
 from .evaluate import evaluate
 from .journal import Journal, Notes, Progress
 from .module import Training
@@ -62,6 +63,10 @@ class Job:
         for name in ("methods", "seeds", "folds", "reference"):
             content.pop(name)
         content["data"].pop("root", None)
+        # Nor do variants that this method does not use.
+        base, *balancers = self.method.split("+")
+        content["fusions"] = {k: v for k, v in content["fusions"].items() if k == base}
+        content["balancers"] = {k: v for k, v in content["balancers"].items() if k in balancers}
         job = {"recipe": content, "method": self.method, "seed": self.seed, "fold": self.fold}
         return json.dumps(plain(job), sort_keys=True)
 
@@ -102,8 +107,11 @@ def perform(
     method = methods.parse(job.method, job.recipe)
     recipe = methods.recipe_for(method, job.recipe)
     source = dataset(recipe, job.fold)
+    teachers = {}
+    if methods.needs_teachers(method, recipe):
+        teachers = {name: _teacher(job, name, folder, trainer_options) for name in source.names}
     torch.manual_seed(job.seed)
-    model, balancers = methods.build(method, recipe, source)
+    model, balancers = methods.build(method, recipe, source, teachers=teachers)
     journal = Journal(source, recipe, job.fingerprint(), balancers, progress)
     prepare(folder, "train")
     rank_zero_only(write_whole)(folder / "recipe.yaml", recipes.dump(job.recipe))
@@ -116,6 +124,18 @@ def perform(
     text = json.dumps(plain({"fingerprint": job.fingerprint(), "run": run}), indent=1)
     write_whole(folder / "run.json", text)
     return run
+
+
+def _teacher(job: Job, name: str, folder: Path, trainer_options: Mapping[str, Any] | None) -> nn.Module:
+    """The encoder of a modality that was trained alone, with the same seed, on the same fold."""
+    alone, here = replace(job, method=name), folder / "teachers" / name
+    perform(alone, here, trainer_options=trainer_options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    with torch.random.fork_rng(devices=[]):
+        model, _ = methods.build(methods.parse(name, job.recipe), job.recipe, dataset(job.recipe, job.fold))
+    load_weights(model, here / "model.safetensors")
+    return model.encoders[name]
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,9 +165,14 @@ def _fit(
     journal: Journal, given: dict[str, Any],
 ) -> pl.Trainer:  # fmt: skip
     options = recipe.train
-    train = data.loader(source, "train", options.batch_size, seed=job.seed, train=True, exposure=options.exposure)
+    training = Training(model, options, balancers=balancers, seed=job.seed)
+    balancing = training.balancing
+    train = data.loader(
+        source, "train", options.batch_size, seed=job.seed, train=True, exposure=options.exposure,
+        turns=balancing.turns, group=options.accumulate,
+    )  # fmt: skip
     val = data.loader(source, "val", 256, seed=job.seed, train=False)
-    balance = Balance(balancers, before_end=journal.look)
+    balance = Balance(balancing, before_end=journal.look)
     keeper = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="last", save_top_k=1, every_n_epochs=1, monitor=None,
         save_on_train_epoch_end=True, enable_version_counter=False,
@@ -160,11 +185,13 @@ def _fit(
     } | given  # fmt: skip
     settings["callbacks"] = [journal, balance, Notes(journal, balance), keeper, *given.get("callbacks", ())]
     trainer = _trainer(settings)
-    staged = any(isinstance(balancer, ProgressiveRollingQ) for balancer in balancers)
-    if staged and isinstance(trainer.strategy, DDPStrategy) and given.get("strategy", "auto") in ("auto", "ddp"):
-        # A stage leaves later blocks without gradients, for which plain DDP waits in vain.
+    if (
+        balancing.partial_graph
+        and isinstance(trainer.strategy, DDPStrategy)
+        and given.get("strategy", "auto") in ("auto", "ddp")
+    ):
+        # What a stage or turn leaves out gets no gradient, for which plain DDP waits in vain.
         trainer = _trainer({**settings, "strategy": "ddp_find_unused_parameters_true"})
-    training = Training(model, options, balancers=balancers, seed=job.seed)
     heard = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(training, train, val, ckpt_path=resumable(folder, job), weights_only=True)

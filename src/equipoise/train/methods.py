@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .. import balance, encoders, fusion
 from ..balance import Balancer, ProgressiveRollingQ, RollingQ
@@ -61,10 +65,16 @@ def recipe_for(method: Method, recipe: Recipe) -> Recipe:
     return recipe.with_train(**changes) if changes else recipe
 
 
-def build(method: Method, recipe: Recipe, dataset: Dataset) -> tuple[FusionModel, list[Balancer]]:
+def build(
+    method: Method, recipe: Recipe, dataset: Dataset, *, teachers: Mapping[str, nn.Module] | None = None
+) -> tuple[FusionModel, list[Balancer]]:
     """The model of a method, and its balancers attached to it.
 
     The generator of torch decides the weights: seed it first.
+
+    Args:
+        method, recipe, dataset: what is meant.
+        teachers: modality -> trained encoder, for methods that learn from one (``needs_teachers``).
 
     Raises:
         ConfigError: an option that a class does not take, a modality that the data lack, an encoder that does not fit
@@ -91,14 +101,22 @@ def build(method: Method, recipe: Recipe, dataset: Dataset) -> tuple[FusionModel
     if not alone:
         cls = find(fusion, Fusion, options.pop("fusion", method.base), kind="fusion")  # type: ignore[type-abstract]
     joined = made(cls, f"fusion '{method.base}'", options, dim=width)
+    classes = {name: _class(name, recipe) for name in method.balancers}
+    heads = "train" if any(cls.needs_heads for cls in classes.values()) else recipe.train.unimodal
     model = FusionModel(
         parts,
         joined,
         dataset.num_outputs,
         task=dataset.task,  # type: ignore[arg-type]
-        unimodal=recipe.train.unimodal,  # type: ignore[arg-type]
+        unimodal=heads,  # type: ignore[arg-type]
     )
-    return model, [_balancer(name, recipe, model, method) for name in method.balancers]
+    given = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
+    return model, [_balancer(name, cls, recipe, given, method) for name, cls in classes.items()]
+
+
+def needs_teachers(method: Method, recipe: Recipe) -> bool:
+    """Whether one of its balancers learns from encoders that were trained alone before."""
+    return any(_class(name, recipe).needs_teachers for name in method.balancers)
 
 
 def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Any:
@@ -119,13 +137,25 @@ def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Any:
     return made(known[wanted], f"encoder '{name}'", options)
 
 
-def _balancer(name: str, recipe: Recipe, model: FusionModel, method: Method) -> Balancer:
+def _class(name: str, recipe: Recipe) -> type[Balancer]:
+    wanted = recipe.balancers.get(name, {}).get("balancer", name)
+    return find(balance, Balancer, wanted, kind="balancer")
+
+
+def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str, Any], method: Method) -> Balancer:
+    """The balancer, given those of model, layer, fusion, epochs and teachers that its class takes."""
     options = dict(recipe.balancers.get(name, {}))
-    cls = find(balance, Balancer, options.pop("balancer", name), kind="balancer")
+    options.pop("balancer", None)
+    model = given["model"]
     who = f"method '{method.name}'"
+    if len(model.names) < 2:
+        raise ConfigError(
+            who, expected="a fusion of two or more modalities", got=f"{method.base}, which has one",
+            fix="Balancing needs something to balance; choose a fusion, such as concat or joint.",
+        )  # fmt: skip
     if issubclass(cls, RollingQ):
         layer = getattr(model.fusion, "attention", None)
-        if layer is None or len(model.names) < 2:
+        if layer is None:
             raise ConfigError(
                 who,
                 expected="a fusion whose attention sees two or more modalities",
@@ -134,10 +164,13 @@ def _balancer(name: str, recipe: Recipe, model: FusionModel, method: Method) -> 
             )
         return made(cls, who, options, layer=layer)
     if issubclass(cls, ProgressiveRollingQ):
-        if not hasattr(model.fusion, "use_depth") or len(model.names) < 2:
+        if not hasattr(model.fusion, "use_depth"):
             raise ConfigError(
                 who, expected="a fusion that can be trained in stages", got=method.base,
                 fix="Choose joint, with depth: 2 or more in the recipe's fusions.",
             )  # fmt: skip
-        return made(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=recipe.train.epochs)
-    return made(cls, who, options)
+        return made(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=given["epochs"])
+    taken = inspect.signature(cls).parameters
+    return made(
+        cls, who, options, **{key: value for key, value in given.items() if key in taken and key not in options}
+    )

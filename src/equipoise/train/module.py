@@ -1,4 +1,4 @@
-"""The one LightningModule: task loss, unimodal heads, balancers' moments, optimiser. Nobody copies a loop."""
+"""The one LightningModule: task loss, unimodal heads, balancers, optimiser. Nobody copies a loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from ..balance import Balancer
+from ..balance import Balancer, Balancing
 from ..diagnose.reading import watched
 from ..errors import NonFiniteError
 from ..model import FusionModel
@@ -23,8 +23,8 @@ class Training(pl.LightningModule):
     Args:
         model: what is trained.
         options: how.
-        balancers: their ``observe``, ``penalty`` and ``gradient_scale`` are called in every step; ``end_epoch`` is
-            called by the ``Balance`` callback.
+        balancers: ``Balancing`` calls them in every step; give ``module.balancing`` to the ``Balance`` callback, which
+            calls what happens once an epoch.
         seed: of dropout. Every epoch starts from a state that depends on the seed and the epoch alone, so a run that
             resumes at an epoch goes on exactly as it would have.
 
@@ -38,7 +38,7 @@ class Training(pl.LightningModule):
         super().__init__()
         self.model, self.options, self.seed = model, options, seed
         # Not registered: what they remember lies in the model, or in the Balance callback's state.
-        self._balancers = list(balancers)
+        self.balancing = Balancing(model, balancers)
 
     def forward(self, batch: Mapping[str, Any]):
         return self.model(batch)
@@ -48,18 +48,17 @@ class Training(pl.LightningModule):
             # Processes that train together drop different units; the first one drops what a single process would.
             torch.manual_seed((self.seed + 1_000_000 * self.global_rank) * 1_000_003 + self.current_epoch)
         output, target = self.model(batch), batch["target"]
-        task = self.model.loss(output.logits, target)
-        loss = task + self.model.unimodal_loss(output, target)
-        for balancer in self._balancers:
-            balancer.observe(output, target)
-            penalty = balancer.penalty(output, target)
-            if penalty is not None:
-                loss = loss + penalty
-            scale_gradients(output.tokens, balancer.gradient_scale(output, target))
+        loss = self.balancing.loss(output, target)
         if not bool(torch.isfinite(loss)):
             raise self._not_finite(batch, batch_idx, loss)
+        with torch.no_grad():
+            task = self.model.loss(output.logits, target)
         self.log("loss", task, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(target), sync_dist=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Gradients are accumulated, reduced and unscaled here, and not yet clipped.
+        self.balancing.before_step()
 
     def on_validation_epoch_start(self) -> None:
         self._angles: dict[str, list[Tensor]] = {"cosine": [], "key_norm": []}
@@ -129,22 +128,6 @@ class WarmupCosine:
             return (step + 1) / self.warm
         done = (step - self.warm) / max(self.steps - self.warm, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def scale_gradients(tokens: Mapping[str, Any], factors: Mapping[str, Tensor | float] | None) -> None:
-    """Multiplies the gradient that will flow into each encoder, at its output, and so every gradient above it."""
-    for name, factor in (factors or {}).items():
-        values = tokens[name].values
-        if values.requires_grad:
-            values.register_hook(_Scale(factor))
-
-
-class _Scale:
-    def __init__(self, factor: Tensor | float) -> None:
-        self.factor = factor
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self.factor
 
 
 def accuracy(logits: Tensor, target: Tensor, task: str) -> Tensor:
