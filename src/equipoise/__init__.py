@@ -9,6 +9,7 @@ from .attention import Attended as Attended
 from .attention import attend as attend
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
+from .balance import MMPareto as MMPareto
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep

@@ -3,6 +3,7 @@
 from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .folding import fold as fold
+from .mmpareto import MMPareto as MMPareto
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
 from .rolling_query import RollingStep as RollingStep
 from .rolling_query import rolling_query as rolling_query

@@ -1,0 +1,84 @@
+"""What several methods ask of the single modalities: how much each one loses alone, and its part of the features."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..tokens import Output
+from .base import Multimodal
+from .scores import modality_logits, present
+
+
+class Loss(NamedTuple):
+    """Mean loss over the samples that count, and how many they are; both are scalars."""
+
+    mean: Tensor
+    count: Tensor
+
+
+def check_modalities(model: Multimodal, who: str) -> None:
+    """Raises ConfigError where there is nothing to balance."""
+    if len(model.names) < 2:
+        raise ConfigError(who, expected="two or more modalities", got=f"{', '.join(model.names) or 'none'}")
+
+
+def unimodal_losses(model: Multimodal, output: Output, target: Tensor, who: str) -> dict[str, Loss]:
+    """name -> the loss of what that modality alone says, with a gradient that reaches its encoder and no other.
+
+    The unimodal heads speak where they teach, else the modality's part of the logits. A modality that nobody has costs
+    0, and stays in the graph.
+
+    Raises:
+        ConfigError: heads that only watch, and logits that do not decompose.
+    """
+    teaching = getattr(model, "unimodal", "none") == "train" and output.unimodal_logits
+    logits = output.unimodal_logits if teaching else modality_logits(model, output, who, trains=True)
+    found = {}
+    for name, scores in logits.items():
+        counts = present(output, name)
+        losses = model.sample_losses(at_least_single(scores), target).masked_fill(~counts, 0.0)
+        count = counts.sum()
+        found[name] = Loss(losses.sum() / count.clamp(min=1), count)
+    return found
+
+
+def check_side_by_side(model: Multimodal, who: str) -> None:
+    """Raises ConfigError where the head does not read the pooled vectors, one beside the other."""
+    fusion = model.fusion
+    if fusion.out_dim != len(model.names) * fusion.dim:
+        raise ConfigError(
+            who,
+            expected="a fusion whose features are the pooled vectors side by side",
+            got=type(fusion).__name__,
+            fix="Use Concat or Sum: the method joins what modalities say, not what they contain.",
+        )
+
+
+def side_by_side(
+    features: Float[Tensor, "batch feature"], count: int
+) -> tuple[Float[Tensor, "batch modality dim"], Bool[Tensor, "batch modality"]]:
+    """The pooled vectors that stand side by side in the features, and which samples have them.
+
+    ``Tokens.pooled`` is exactly zero for a sample without the modality, and nothing else is.
+
+    Example:
+        >>> side_by_side(torch.tensor([[1.0, 2.0, 0.0, 0.0]]), 2)[1]
+        tensor([[ True, False]])
+    """
+    vectors = features.unflatten(-1, (count, -1))
+    return vectors, (vectors != 0).any(dim=-1)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Half precision widened to float32; wider types as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def masked_mean(values: Float[Tensor, " batch"], kept: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Mean over the samples that count; 0 where there are none."""
+    return values.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
