@@ -9,6 +9,7 @@ from .attention import Attended as Attended
 from .attention import attend as attend
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
+from .balance import GradientBlending as GradientBlending
 from .balance import MMPareto as MMPareto
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import RollingQ as RollingQ
@@ -22,13 +23,19 @@ from .diagnose import noise_response as noise_response
 from .encoders import PatchEncoder as PatchEncoder
 from .encoders import SequenceEncoder as SequenceEncoder
 from .errors import EquipoiseError as EquipoiseError
+from .fusion import JMT as JMT
+from .fusion import MBT as MBT
+from .fusion import MMML as MMML
 from .fusion import Concat as Concat
 from .fusion import FiLM as FiLM
 from .fusion import Fusion as Fusion
 from .fusion import Gated as Gated
 from .fusion import JointAttention as JointAttention
+from .fusion import MidFusion as MidFusion
+from .fusion import MulT as MulT
 from .fusion import Sum as Sum
 from .fusion import Unimodal as Unimodal
+from .fusion import modality_contributions as modality_contributions
 from .geometry import rotation_between as rotation_between
 from .model import FusionModel as FusionModel
 from .tokens import Output as Output
