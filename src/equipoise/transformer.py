@@ -123,20 +123,23 @@ class Block(nn.Module):
         heads: attention heads.
         ratio: width of the hidden layer over ``dim``.
         dropout: on the attention and on both residual branches, in training only.
+        activation: of the hidden layer.
     """
 
-    def __init__(self, dim: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:  # fmt: skip
         super().__init__()
-        hidden = int(dim * ratio)
         self.norm_attention = nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads, dropout=dropout)
         self.norm_mlp = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
-        initialise(self.mlp)
+        self.mlp = feed_forward(dim, ratio, dropout, activation)
 
     def forward(
         self,
         tokens: Float[Tensor, "batch token dim"],
+        source: Float[Tensor, "batch key dim"] | None = None,
         *,
         rows: int | None = None,
         modality: Int[Tensor, "... key"] | None = None,
@@ -144,14 +147,70 @@ class Block(nn.Module):
         mask: Bool[Tensor, "... key"] | None = None,
         is_causal: bool = False,
     ) -> Attended:
-        """Returns Attended(tokens, share). ``rows`` computes only the first rows; they equal those of the whole."""
+        """Returns Attended(tokens, share).
+
+        ``source`` is another sequence that is read, under the same norm. ``rows`` computes only the first rows; they
+        equal those of the whole. The rest is as in ``Attention``.
+        """
         normed = self.norm_attention(tokens)
         attended = self.attention(
-            normed[:, :rows], normed,
+            normed[:, :rows], normed if source is None else self.norm_attention(source),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
         )  # fmt: skip
         tokens = tokens[:, :rows] + attended.output
         return Attended(tokens + self.mlp(self.norm_mlp(tokens)), attended.share)
+
+
+class PostNormAttention(nn.Module):
+    """norm(x + attention(x, source)): 4 (d^2 + d) + 2 d parameters.
+
+    Args:
+        dim: model width.
+        heads: attention heads.
+        dropout: on the attention and on its output, in training only.
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout=dropout)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        source: Float[Tensor, "batch key dim"] | None = None,
+        *,
+        mask: Bool[Tensor, "... key"] | None = None,
+    ) -> Float[Tensor, "batch token dim"]:
+        """``source`` and ``mask`` as in ``Attention``."""
+        return self.norm(tokens + self.attention(tokens, source, mask=mask).output)
+
+
+class PostNormBlock(nn.Module):
+    """Post-norm transformer block: norm(x + attention(x)), then norm(x + mlp(x)); ReLU inside.
+
+    Args:
+        dim: model width.
+        heads: attention heads.
+        ratio: width of the hidden layer over ``dim``.
+        dropout: on the attention and on both residual branches, in training only.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.reading = PostNormAttention(dim, heads, dropout=dropout, eps=eps)
+        self.mlp = feed_forward(dim, ratio, dropout, nn.ReLU)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], *, mask: Bool[Tensor, "... token"] | None = None
+    ) -> Float[Tensor, "batch token dim"]:
+        tokens = self.reading(tokens, mask=mask)
+        return self.norm(tokens + self.mlp(tokens))
 
 
 class Transformer(nn.Module):
@@ -182,6 +241,14 @@ class Transformer(nn.Module):
         return self.norm(tokens)
 
 
+def feed_forward(dim: int, ratio: float, dropout: float, activation: type[nn.Module]) -> nn.Sequential:
+    """The two layers of a block's MLP, with dropout on what they add to the residual stream."""
+    hidden = int(dim * ratio)
+    mlp = nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim), nn.Dropout(dropout))
+    initialise(mlp)
+    return mlp
+
+
 def initialise(module: nn.Module) -> None:
     """Xavier-normal weights and zero biases for every linear layer inside, as RollingQ's released code has them.
 
@@ -190,7 +257,8 @@ def initialise(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_normal_(part.weight)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def learned_token(*shape: int, std: float = 0.02) -> nn.Parameter:

@@ -1,0 +1,141 @@
+"""JMT: a joint stream beside the modalities' own, and cross-attention between all of them (spec 4.3)."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..tokens import Output, Tokens
+from ..transformer import Attention, PostNormBlock, initialise
+from .base import Fusion
+from .streams import equal_lengths
+
+Joining = Literal["fc", "attention"]
+
+
+class JMT(Fusion):
+    """A joint stream J is made at each place, and every stream reads every other one::
+
+        J = W_j [x_1; ...; x_N]                    at each place, sequences brought to the length of the longest
+        s <- PostNormEncoder_s(s)                  for the N modalities and J
+        z_st = Attention_s(s reads t)              for all (N + 1) N ordered pairs; N = 2: the six of the paper
+        "fc":         features = [z_st over all pairs]
+        "attention":  features = the last pair's row of Attention(PostNormEncoder(the pairs as a sequence))
+
+    Features are read at the class token where all modalities have one, else averaged over places. Modalities are taken
+    in alphabetical order, J last, so that the declared order means nothing.
+
+    Args:
+        dim: width of the encoders' tokens and of all streams.
+        heads: attention heads.
+        depth: layers of each encoder.
+        ratio: width of the encoders' hidden layers over ``dim``.
+        output: ``"fc"`` or ``"attention"``.
+        dropout: in training only.
+
+    Raises:
+        ConfigError: a depth below 1, an unknown output.
+
+    Returns (forward): Output with features (batch, (N + 1) N dim) for "fc", (batch, dim) for "attention".
+
+    It helps where sequences run side by side in time, since one place of J is one moment. Tokens in no common order,
+    such as patches and words, are joined at places that have nothing to do with each other.
+
+    Reference: Praveen and Alam, "Recursive Joint Attention", JMT for ABAW (CVPR workshops 2024); spec 4.3.
+    Differs from the released code in: batch first throughout (the release mixes axes), any number of modalities,
+    unequal lengths by linear interpolation, and a width that is the encoders' (512 there).
+
+    Example:
+        >>> fusion = JMT(8, heads=2).build(("audio", "image")).eval()
+        >>> fusion({"audio": Tokens(torch.ones(3, 5, 8)), "image": Tokens(torch.ones(3, 7, 8))}).features.shape
+        torch.Size([3, 48])
+    """
+
+    def __init__(
+        self, dim: int, *, heads: int = 1, depth: int = 1, ratio: float = 1.0, output: Joining = "fc",
+        dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        super().__init__(dim)
+        if depth < 1 or output not in ("fc", "attention"):
+            raise ConfigError(
+                "JMT",
+                expected="depth >= 1 and output 'fc' or 'attention'",
+                got=f"depth = {depth}, output = '{output}'",
+            )
+        self.heads, self.depth, self.ratio, self.output, self.dropout = heads, depth, ratio, output, dropout
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(who reads, who is read) of the N + 1 streams, the joint one last."""
+        return list(permutations(range(len(self.names) + 1), 2))
+
+    @property
+    def out_dim(self) -> int:
+        return self.dim * (len(self.pairs) if self.output == "fc" else 1)
+
+    def _build(self) -> None:
+        def encoder() -> nn.Sequential:
+            one = (
+                PostNormBlock(self.dim, self.heads, ratio=self.ratio, dropout=self.dropout) for _ in range(self.depth)
+            )
+            return nn.Sequential(*one)
+
+        def attention() -> Attention:
+            return Attention(self.dim, self.heads, dropout=self.dropout)
+
+        count = len(self.names)
+        self.join = nn.Linear(count * self.dim, self.dim)
+        initialise(self.join)
+        self.encoders = nn.ModuleList(encoder() for _ in range(count + 1))
+        self.cross = nn.ModuleList(attention() for _ in range(count + 1))
+        if self.output == "attention":
+            self.pair_encoder, self.pair_attention = encoder(), attention()
+
+    def _fuse(self, tokens: dict[str, Tokens]) -> Output:
+        ordered = [tokens[name] for name in sorted(tokens)]
+        classes = all(part.cls for part in ordered)
+        streams = self._streams(equal_lengths(ordered))
+        # With class tokens nothing but their place is read in the end, so nothing else is asked.
+        rows = 1 if classes else None
+        read = torch.stack([self._cross(streams[s], streams[t], s, rows) for s, t in self.pairs], dim=2)
+        present = torch.stack([stream.present() for stream in streams], dim=1)
+        asking = present[:, [s for s, _ in self.pairs]]
+        if self.output == "fc":
+            features = read.masked_fill(~asking[:, None, :, None], 0.0).flatten(2)
+        else:
+            features = self._attend_over_pairs(read, asking)
+        joint = streams[-1]
+        mask = None if joint.mask is None else joint.mask[:, :rows]
+        return Output(features=Tokens(features, mask=mask).pooled(), tokens=tokens, names=self.names)
+
+    def _streams(self, parts: list[Tokens]) -> list[Tokens]:
+        """The modalities' streams and the joint one, encoded."""
+        mask = None
+        if parts[0].mask is not None:
+            mask = torch.stack([part.valid() for part in parts]).any(dim=0)
+        joint = Tokens(self.join(torch.cat([part.values for part in parts], dim=-1)), mask=mask)
+        encoded = []
+        for part, blocks in zip((*parts, joint), self.encoders, strict=True):
+            values = part.values
+            for block in blocks:  # type: ignore[attr-defined]
+                values = block(values, mask=part.mask)
+            encoded.append(Tokens(values, mask=part.mask))
+        return encoded
+
+    def _cross(self, reader: Tokens, source: Tokens, number: int, rows: int | None) -> Tensor:
+        return self.cross[number](reader.values[:, :rows], source.values, mask=source.mask).output
+
+    def _attend_over_pairs(self, read: Tensor, asking: Tensor) -> Tensor:
+        """(batch, place, dim) out of (batch, place, pair, dim): each place is a sequence of pairs."""
+        batch, places = read.shape[:2]
+        sequence = read.flatten(0, 1)
+        mask = asking.repeat_interleave(places, dim=0)
+        for block in self.pair_encoder:
+            sequence = block(sequence, mask=mask)
+        # Only the last row is read.
+        last = self.pair_attention(sequence[:, -1:], sequence, mask=mask).output[:, 0]
+        return last.unflatten(0, (batch, places))

@@ -1,0 +1,168 @@
+"""MulT: every modality reads every other one by cross-attention, then remembers what it has read (spec 4.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..tokens import Output, Tokens
+from ..transformer import Block, initialise
+from .readout import Readout, ReadoutFusion
+from .streams import last_valid, ranks
+
+MEMORY_DEPTH = 3
+"""The memory encoders have at least so many layers."""
+
+
+class MulT(ReadoutFusion):
+    """Pairwise cross-modal attention for sequences that are not aligned::
+
+        P_m = T_m W_m                                                       (no bias)
+        Z_nm = CrossEncoder(P_m reads P_n)      for every target m and source n != m
+        H_m = MemoryEncoder([Z_nm over n, joined on the feature axis])
+        h = [H_m at the last valid token, over m],    y = W_o (h + W_2 dropout(relu(W_1 h)))
+
+    In every layer the source is the embedded sequence, as it entered, under the target's norm. A modality alone reads
+    itself. Sources are in alphabetical order, so that the declared order decides the order of h and nothing else.
+
+    Args:
+        dim: width of the encoders' tokens.
+        width: w, of the streams; a memory encoder has (N - 1) w.
+        heads: attention heads of all encoders.
+        depth: layers of a cross encoder; a memory encoder has max(depth, 3).
+        dropout: on attention, hidden layers and residual branches, in training only.
+        embed_dropout: on embedded sequences. out_dropout: inside the head.
+        causal: a token reads no key more than the difference in length ahead of it. For sequences in time.
+        readout, readout_heads: ``"attention"`` puts joint attention on top; see ``ReadoutFusion``.
+
+    Raises:
+        ConfigError: width or depth below 1, a width that the heads do not divide, an unknown readout.
+
+    Returns (forward): Output with features (batch, N (N - 1) w), and the readout's (N - 1) w before them.
+
+    It helps where modalities complement each other at different times and sequences are short: it has N (N - 1) cross
+    encoders. One token pools each modality, so a sequence whose end says little is read badly.
+
+    Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019); spec 4.1.
+    Differs from the released code in: padding is masked and does not count as time (the release attends to it and reads
+    the last, possibly padded, step, and takes tokens whose first number is 0 for padding), ``causal`` is off and one
+    layer is the default (on, and five, there).
+
+    Example:
+        >>> fusion = MulT(8, width=10).build(("audio", "text")).eval()
+        >>> fusion({"audio": Tokens(torch.ones(3, 5, 8)), "text": Tokens(torch.ones(3, 2, 8))}).features.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self, dim: int, *, width: int = 30, heads: int = 5, depth: int = 1, dropout: float = 0.1,
+        embed_dropout: float = 0.25, out_dropout: float = 0.0, causal: bool = False, readout: Readout = "none",
+        readout_heads: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, readout=readout, readout_heads=readout_heads)
+        if width < 1 or depth < 1:
+            raise ConfigError("MulT", expected="width >= 1 and depth >= 1", got=f"width = {width}, depth = {depth}")
+        self.width, self.heads, self.depth, self.causal = width, heads, depth, causal
+        self.dropout, self.embed_dropout, self.out_dropout = dropout, embed_dropout, out_dropout
+
+    def sources(self, target: str) -> list[str]:
+        """Whom a modality reads."""
+        return sorted(name for name in self.names if name != target) or [target]
+
+    @property
+    def stream_dim(self) -> int:
+        """Width of a memory encoder."""
+        return max(len(self.names) - 1, 1) * self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.stream_dim * (len(self.names) + (self.readout == "attention"))
+
+    def _build(self) -> None:
+        def encoder(width: int, depth: int) -> CrossEncoder:
+            return CrossEncoder(width, depth, self.heads, dropout=self.dropout, embed_dropout=self.embed_dropout)
+
+        self.project = nn.ModuleDict({name: nn.Linear(self.dim, self.width, bias=False) for name in self.names})
+        initialise(self.project)
+        self.cross = nn.ModuleDict(
+            {m: nn.ModuleDict({n: encoder(self.width, self.depth) for n in self.sources(m)}) for m in self.names}
+        )
+        memory_depth = max(self.depth, MEMORY_DEPTH)
+        self.memory = nn.ModuleDict({name: encoder(self.stream_dim, memory_depth) for name in self.names})
+        self._build_readout(self.stream_dim)
+
+    def _fuse(self, tokens: dict[str, Tokens]) -> Output:
+        narrow = {name: replace(part, values=self.project[name](part.values)) for name, part in tokens.items()}
+        streams = {}
+        for name, target in narrow.items():
+            encoders: nn.ModuleDict = self.cross[name]  # type: ignore[assignment]
+            read = [encoder(target, narrow[source], causal=self.causal) for source, encoder in encoders.items()]
+            joined = replace(target, values=torch.cat(read, dim=-1))
+            streams[name] = replace(joined, values=self.memory[name](joined, joined, causal=self.causal))
+        return self._read(streams, torch.cat([last_valid(stream) for stream in streams.values()], dim=-1), tokens)
+
+    def head(self, num_outputs: int) -> nn.Module:
+        return ResidualHead(self.out_dim, num_outputs, dropout=self.out_dropout)
+
+
+class CrossEncoder(nn.Module):
+    """Pre-norm layers in which one sequence reads another, or, when both are the same, itself.
+
+    Args:
+        width: of both sequences.
+        depth: layers.
+        heads: attention heads.
+        dropout, embed_dropout: as in ``MulT``.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, *, dropout: float = 0.0, embed_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale, self.embed_dropout = math.sqrt(width), nn.Dropout(embed_dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout, activation=nn.ReLU) for _ in range(depth))
+        for block in self.blocks:
+            block.mlp.insert(2, nn.Dropout(dropout))  # type: ignore[operator, union-attr]
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, target: Tokens, source: Tokens, *, causal: bool = False) -> Float[Tensor, "batch token width"]:
+        values = self._embed(target)
+        # Another sequence stays as it entered; the target itself is read as it is by now.
+        memory = None if source is target else self._embed(source)
+        mask = band(target, source) if causal else source.mask
+        for block in self.blocks:
+            values = block(values, memory, mask=mask).output
+        return self.norm(values)
+
+    def _embed(self, part: Tokens) -> Tensor:
+        return self.embed_dropout(self.scale * part.values + sinusoids(ranks(part), part.values))
+
+
+class ResidualHead(nn.Module):
+    """y = W_o (h + W_2 dropout(relu(W_1 h)))."""
+
+    def __init__(self, dim: int, num_outputs: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+        self.out = nn.Linear(dim, num_outputs)
+
+    def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
+        return self.out(features + self.hidden(features))
+
+
+def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token width"]:
+    """Sines in the first half of the features, cosines in the second; an odd last one is 0."""
+    half = like.shape[-1] // 2
+    steps = torch.arange(half, device=positions.device, dtype=torch.float64)
+    angles = positions[..., None] * torch.exp(steps * (-math.log(10_000) / max(half - 1, 1)))
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, like.shape[-1] % 2)).to(like.dtype)
+
+
+def band(target: Tokens, source: Tokens) -> Bool[Tensor, "batch query key"]:
+    """True where a key is valid and stands at most | L_target - L_source | ahead of the query."""
+    ahead = ranks(source)[:, None, :] - ranks(target)[:, :, None]
+    gap = (target.valid().sum(dim=1) - source.valid().sum(dim=1)).abs()
+    return (ahead <= gap[:, None, None]) & source.valid()[:, None, :]
