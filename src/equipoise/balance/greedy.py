@@ -1,0 +1,219 @@
+"""Greedy: where a modality learns by looking at the others more than by itself, the look is held still a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from ..errors import ConfigError
+from ..tokens import Output, Tokens
+from .base import Balancer, Multimodal
+from .modalities import check_modalities
+from .scores import summed
+
+
+def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """One step's share of a learning speed: |gradient|^2 / |parameters|^2, over all of them together.
+
+    Example:
+        >>> parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> parameter.grad = torch.tensor([0.0, 5.0])
+        >>> learning_speed([parameter])
+        tensor(1.)
+    """
+    group = list(parameters)
+    weight = get_total_norm([p.detach() for p in group]).square()
+    moved = get_total_norm([p.grad for p in group if p.grad is not None]).square()
+    return moved.to(weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def bypass_lead(
+    main: Float[Tensor, " modality"], bypass: Float[Tensor, " modality"]
+) -> tuple[Float[Tensor, " modality"], Float[Tensor, " modality"]]:
+    """How much faster each modality's path to the others learns than its encoder, and its lead over the others in that.
+
+    Args:
+        main: (modality,) learning speeds of the encoders.
+        bypass: (modality,) learning speeds of the paths between modalities.
+
+    Returns:
+        BDR = log10(bypass / main), and each modality's BDR minus the mean of the others'.
+
+    Example:
+        >>> bypass_lead(torch.tensor([1.0, 1.0]), torch.tensor([100.0, 10.0]))
+        (tensor([2., 1.]), tensor([ 1., -1.]))
+    """
+    tiny = torch.finfo(main.dtype).tiny
+    rate = bypass.clamp(min=tiny).log10() - main.clamp(min=tiny).log10()
+    return rate, rate - (rate.sum() - rate) / (len(rate) - 1)
+
+
+class Greedy(Balancer):
+    """Gates every modality by what all of them show, and freezes the gate of the one that leans on it most.
+
+    z = relu(S [f_1; ...; f_N] + s) squeezes the pooled vectors, g_m = 2 sigmoid(E_m z + e_m) scales the tokens of
+    modality m before the fusion. Over the steps so far, with "main" the encoder and "bypass" the E_m of a modality::
+
+        speed = sum over steps of |gradient|^2 / |parameters|^2
+        BDR_m = log10(speed_bypass,m / speed_main,m),   lead_m = BDR_m - mean_{n != m} BDR_n
+
+    Where the largest lead exceeds the threshold, that modality's gate is its running mean for ``window`` steps.
+
+    Args:
+        model: its ``fusion`` is replaced by one with gates in front: new parameters ``fusion.gate``, which a checkpoint
+            holds and evaluation uses. Make the optimiser afterwards.
+        window: steps for which a gate is held still; the next decision comes after one more step.
+        threshold: on the lead, >= 0.
+        ratio: the squeezed vector is 2 / ratio times as wide as all pooled vectors together.
+
+    Raises:
+        ConfigError: one modality, an option out of range, a second Greedy on one model.
+
+    It helps where one modality is read through the others' eyes and its own encoder stays behind. It changes the
+    architecture: compare with the gates alone (``threshold`` at infinity), not with the plain fusion.
+
+    Reference: Wu, Jastrzebski, Cho and Geras, "Characterizing and overcoming the greedy nature of learning in
+    multi-modal deep neural networks" (ICML 2022); spec 3.3.
+    Differs from the released code in: one gate on tokens in front of any fusion in place of four between convolutions,
+    any number of modalities; the running mean is one over all steps, where released code begins it anew at each call.
+
+    Example:
+        >>> import equipoise as eq
+        >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
+        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2)
+        >>> balancer = eq.Greedy(model, window=5)
+        >>> model.fusion.attention.dim, sorted({name.split(".")[0] for name in model.fusion.state_dict()})
+        (8, ['gate', 'inner'])
+    """
+
+    def __init__(self, model: Multimodal, *, window: int = 5, threshold: float = 1e-3, ratio: float = 4.0) -> None:
+        super().__init__()
+        check_modalities(model, "Greedy")
+        if window < 1 or not threshold >= 0 or not ratio > 0:
+            raise ConfigError(
+                "Greedy", expected="window >= 1, threshold >= 0 and ratio > 0",
+                got=f"window = {window}, threshold = {threshold}, ratio = {ratio}",
+            )  # fmt: skip
+        if isinstance(model.fusion, GatedTokens):
+            raise ConfigError("Greedy", expected="a fusion without gates", got="a second Greedy on one model")
+        self.window, self.threshold = window, threshold
+        like = next(model.head.parameters())
+        gate = CrossGate(model.names, model.fusion.dim, ratio).to(like.device, like.dtype)
+        model.fusion = GatedTokens(model.fusion, gate)
+        self._model, count = [model], len(model.names)
+        self.register_buffer("main", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("bypass", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("left", torch.tensor(0))
+        self.register_buffer("held_steps", torch.zeros(count, dtype=torch.long))
+
+    main: Tensor
+    bypass: Tensor
+    left: Tensor
+    held_steps: Tensor
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Adds up the speeds and decides whose gate is held; nothing here waits for the device."""
+        model, gate = self._model[0], self._model[0].fusion.gate
+        self.to(gate.held.device)
+        gate.settle()
+        for place, name in enumerate(model.names):
+            self.main[place] += learning_speed(model.encoders[name].parameters())
+            self.bypass[place] += learning_speed(gate.excite[name].parameters())
+        self.held_steps += gate.held
+        _, lead = bypass_lead(self.main, self.bypass)
+        starts = (self.left == 0) & (lead.max() > self.threshold)
+        self.left.copy_(torch.where(starts, self.window, (self.left - 1).clamp(min=0)))
+        leader = nn.functional.one_hot(lead.argmax(), len(lead)).bool()
+        gate.held.copy_(torch.where(starts, leader, gate.held & (self.left > 0)))
+
+    def end_epoch(self) -> dict[str, float]:
+        """For each modality ``bdr/<name>`` so far, and ``held/<name>``, the steps of this epoch with its gate held."""
+        rates, _ = bypass_lead(self.main, self.bypass)
+        names = self._model[0].names
+        log = {f"bdr/{name}": rate for name, rate in zip(names, rates.tolist(), strict=True)}
+        log |= {f"held/{name}": float(steps) for name, steps in zip(names, self.held_steps.tolist(), strict=True)}
+        self.held_steps.zero_()
+        return log
+
+
+class CrossGate(nn.Module):
+    """Squeeze and excitation over all modalities: a factor for every channel of every modality's tokens.
+
+    Args:
+        names: the modalities.
+        dim: width of their tokens.
+        ratio: see ``Greedy``.
+    """
+
+    def __init__(self, names: tuple[str, ...], dim: int, ratio: float) -> None:
+        super().__init__()
+        self.names, width = names, max(1, int(2 * len(names) * dim / ratio))
+        self.squeeze = nn.Linear(len(names) * dim, width)
+        self.excite = nn.ModuleDict({name: nn.Linear(width, dim) for name in names})
+        self.register_buffer("held", torch.zeros(len(names), dtype=torch.bool))
+        self.register_buffer("mean", torch.ones(len(names), dim))
+        self.register_buffer("seen", torch.zeros(len(names), dtype=torch.long))
+        # Of the steps' batches that were not yet added to the mean; no state, since checkpoints come between steps.
+        self._pending: Tensor | None = None
+
+    held: Tensor
+    mean: Tensor
+    seen: Tensor
+
+    def forward(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+        pooled = torch.cat([tokens[name].pooled() for name in self.names], dim=-1)
+        squeezed = self.squeeze(pooled).relu()
+        gates = torch.stack([2 * self.excite[name](squeezed).sigmoid() for name in self.names], dim=1)
+        if self.training:
+            self._note(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
+            gates = torch.where(self.held[:, None], self.mean.to(gates.dtype), gates)
+        return {
+            name: replace(tokens[name], values=tokens[name].values * gates[:, place, None])
+            for place, name in enumerate(self.names)
+        }
+
+    def _note(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
+        kept = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1).masked_fill(~present[..., None], 0.0)
+        sums = kept.sum(dim=0, dtype=self.mean.dtype)
+        self._pending = sums if self._pending is None else self._pending + sums
+
+    def settle(self) -> None:
+        """Moves the running means, over all samples so far, by those of one optimiser step on all processes."""
+        if self._pending is None:
+            return
+        total, count = summed(self._pending).split([self.mean.shape[1], 1], dim=1)
+        self.seen += count[:, 0].long()
+        # A mean moves by its newcomers' part of all, so nothing grows without bound.
+        self.mean += (total - count * self.mean) / self.seen.clamp(min=1)[:, None]
+        self._pending = None
+
+
+class GatedTokens(nn.Module):
+    """A fusion with gates in front; everything else about it is the fusion's own.
+
+    The tokens that it returns are those of the encoders, so that unimodal heads do not see the other modalities.
+    """
+
+    def __init__(self, inner: nn.Module, gate: CrossGate) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, gate
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("inner")
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
+    def forward(self, tokens: Mapping[str, Tokens]) -> Output:
+        fused = self.inner(self.gate(tokens))
+        return fused.with_(tokens={name: tokens[name] for name in fused.tokens})
