@@ -11,6 +11,7 @@ from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
 from .balance import GradientBlending as GradientBlending
 from .balance import Greedy as Greedy
+from .balance import MLA as MLA
 from .balance import MMPareto as MMPareto
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import RollingQ as RollingQ

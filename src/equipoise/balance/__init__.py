@@ -5,6 +5,7 @@ from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
 from .folding import fold as fold
 from .greedy import Greedy as Greedy
+from .mla import MLA as MLA
 from .mmpareto import MMPareto as MMPareto
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
 from .rolling_query import RollingStep as RollingStep

@@ -59,6 +59,12 @@ def check_side_by_side(model: Multimodal, who: str) -> None:
         )
 
 
+def watch_only(model: Multimodal) -> None:
+    """From now on unimodal heads read detached vectors: what they learn does not reach encoders out of turn."""
+    if getattr(model, "unimodal", "none") == "train":
+        model.unimodal = "probe"  # type: ignore[attr-defined]
+
+
 def side_by_side(
     features: Float[Tensor, "batch feature"], count: int
 ) -> tuple[Float[Tensor, "batch modality dim"], Bool[Tensor, "batch modality"]]:
