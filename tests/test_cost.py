@@ -9,8 +9,9 @@ from equipoise.balance import RollingQ
 from equipoise.diagnose import cost
 from equipoise.encoders import PatchEncoder
 from equipoise.errors import ConfigError, ShapeError
-from equipoise.fusion import JointAttention
+from equipoise.fusion import JMT, MBT, MMML, JointAttention
 from equipoise.model import FusionModel
+from equipoise.transformer import Attention
 
 CONVENTIONS = ("full", "thop")
 
@@ -76,6 +77,64 @@ def test_published_count_of_all_parameters(published):
     # The release also holds two unused bottleneck tokens for each modality.
     found = sum(p.numel() for p in published.parameters())
     assert found + UNUSED_NORM + 2 * 2 * 768 == 60_164_370
+
+
+def published_with(fusion, *, norms=True):
+    """The same encoders under another fusion, all zeros: only shapes are counted."""
+    size = {"patch": 16, "dim": 768, "depth": 4, "heads": 12}
+    with torch.device("meta"):
+        encoders = {"audio": PatchEncoder(1, (176, 256), **size), "image": PatchEncoder(3, (224, 224), **size)}
+        if not norms:
+            for encoder in encoders.values():
+                encoder.transformer.norm = nn.Identity()
+        model = FusionModel(encoders, fusion(), num_outputs=6, unimodal="probe")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+def test_published_mbt():
+    # The release has its norms behind the last fused block, and none between encoder and fusion.
+    model = published_with(lambda: MBT(768, depth=4, bottlenecks=2), norms=False)
+    found = cost(model, PICTURES, convention="thop")
+    heads = 2 * 4_614
+    assert found.parameters == 114_206_220 - heads + 3 * 4_614
+    assert round(found.gflops, 4) == round(2746.8961 + 0.0018, 4)
+    assert (round(found.parameters / 1e6, 2), round(found.gflops, 2)) == (114.21, 2746.90)
+
+
+def test_published_mmml():
+    # Its head is narrower than the released code's 512: with 384 both figures come out.
+    model = published_with(lambda: MMML(768, depth=1, heads=12, hidden=384))
+    assert sum(p.numel() for p in model.fusion.layers.parameters()) == 18_903_552
+    found = cost(model, PICTURES, convention="thop")
+    probes = 2 * 4_614
+    assert (round(found.parameters / 1e6, 2), round(found.gflops, 2)) == (77.88, 1828.29)
+    assert round(found.gflops - probes * 2 * 64 / 1e9, 3) == 1828.288
+    wide = published_with(lambda: MMML(768, depth=1, heads=12))
+    assert round(cost(wide, PICTURES, convention="thop").parameters / 1e6, 2) == 77.98
+
+
+def test_published_jmt_is_close():
+    # The table's tool does not see torch's own attention modules, which the release uses; so ours are taken out.
+    model = published_with(lambda: JMT(768, heads=12))
+    macs = []
+    attentions = [m for m in model.fusion.modules() if isinstance(m, Attention)]
+    unseen = [part for attention in attentions for part in attention.modules() if isinstance(part, nn.Linear)]
+    for part in unseen:
+        part.register_forward_hook(lambda m, x, y: macs.append(y.numel() * m.in_features))
+    found = cost(model, PICTURES, convention="thop")
+    parameters = found.parameters - sum(p.numel() for part in unseen for p in part.parameters())
+    gflops = found.gflops - 2 * 64 * sum(macs) / 1e9
+    # One joining layer and three feed-forward pairs are the 8 d^2 of the table; over 197 places they are all its cost.
+    norms, head, probes = 6 * 2 * 768, 6 * 768 * 6 + 6, 2 * 4_614
+    assert parameters == 57_494_016 + 8 * 768**2 + 7 * 768 + norms + head + probes
+    assert parameters == pytest.approx(62.23e6, rel=6e-4)
+    assert gflops == pytest.approx(1494.87, rel=4e-4)
+    without = gflops - 2 * 64 * (197 * 6 * 4 * 768 + head) / 1e9
+    assert round(without + 2 * 64 * 4_608 / 1e9, 3) == 1494.867
 
 
 def test_the_class_row_alone_costs_less(published):
