@@ -14,6 +14,7 @@ from .balance import Greedy as Greedy
 from .balance import MLA as MLA
 from .balance import MMPareto as MMPareto
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
+from .balance import ReconBoost as ReconBoost
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep
 from .balance import fold as fold

@@ -8,6 +8,7 @@ from .greedy import Greedy as Greedy
 from .mla import MLA as MLA
 from .mmpareto import MMPareto as MMPareto
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
+from .reconboost import ReconBoost as ReconBoost
 from .rolling_query import RollingStep as RollingStep
 from .rolling_query import rolling_query as rolling_query
 from .rollingq import RollingQ as RollingQ
