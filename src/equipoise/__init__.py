@@ -17,6 +17,7 @@ from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import ReconBoost as ReconBoost
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep
+from .balance import UMT as UMT
 from .balance import fold as fold
 from .balance import rolling_query as rolling_query
 from .diagnose import Cost as Cost

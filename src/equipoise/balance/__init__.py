@@ -12,3 +12,4 @@ from .reconboost import ReconBoost as ReconBoost
 from .rolling_query import RollingStep as RollingStep
 from .rolling_query import rolling_query as rolling_query
 from .rollingq import RollingQ as RollingQ
+from .umt import UMT as UMT
