@@ -1,0 +1,50 @@
+"""Slow and obvious forms of PMR, CML, LFM, AMCo, sample valuation and re-learning (spec 3.2 and 3.3), in loops."""
+
+import math
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def softmax(scores):
+    top = max(scores)
+    powers = [math.exp(score - top) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def distance(one, other):
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)))
+
+
+def entropy(probabilities):
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def class_mean(features, labels, wanted):
+    """Mean of the rows with that label; None where there are none."""
+    members = [row for row, label in zip(features, labels, strict=True) if label == wanted]
+    return [mean(column) for column in zip(*members, strict=True)] if members else None
+
+
+def prototype_probabilities(feature, prototypes):
+    """Softmax over the prototypes that there are; class -> probability."""
+    known = [c for c, prototype in enumerate(prototypes) if prototype is not None]
+    return dict(zip(known, softmax([-distance(feature, prototypes[c]) for c in known]), strict=True))
+
+
+def pmr(features, prototypes, labels, alpha, mu, hard=False):
+    """PMR's term for two modalities, as the paper writes it: features[m][i], prototypes[m][c], labels[i]."""
+    found = [[prototype_probabilities(f, prototypes[m]) for f in features[m]] for m in range(2)]
+    rho = sum(p[y] for p, y in zip(found[0], labels, strict=True)) / sum(
+        p[y] for p, y in zip(found[1], labels, strict=True)
+    )
+    beta = min(1 / rho - 1, 1) if rho < 1 else 0
+    gamma = min(rho - 1, 1) if rho >= 1 else 0
+    if hard:
+        beta, gamma, mu = float(rho < 1), float(rho > 1), 0
+    losses = [mean(-math.log(p[y]) for p, y in zip(found[m], labels, strict=True)) for m in range(2)]
+    entropies = [mean(entropy(p.values()) for p in found[m]) for m in range(2)]
+    pulled = alpha * (beta * losses[0] + gamma * losses[1])
+    return pulled - mu * (gamma * entropies[0] + beta * entropies[1])

@@ -1,0 +1,42 @@
+"""Batches of every task for the tests of the balancers."""
+
+import torch
+
+import equipoise as eq
+from small_fusion import DIM, OUTPUTS, batch
+from small_steps import fused
+
+TASKS = ("classification", "multilabel", "regression")
+
+
+def batch_for(task, *args, **options):
+    """As ``small_fusion.batch``, with a target of the task."""
+    made = batch(*args, **options)
+    random = torch.Generator().manual_seed(options.get("seed", 0) + 1000)
+    scores = torch.randn(len(made["target"]), OUTPUTS, generator=random, dtype=torch.float64)
+    if task != "classification":
+        made["target"] = (scores > 0).double() if task == "multilabel" else scores
+    return made
+
+
+def static(names=("audio", "image"), **options):
+    """A model whose logits are a sum over modalities."""
+    return fused(names, fusion=options.pop("fusion", None) or eq.Concat(DIM), **options)
+
+
+def rows(tensor):
+    """Nested lists of numbers, as the oracles read them."""
+    return tensor.detach().tolist()
+
+
+def loss_of(balancing, made, inputs):
+    """The loss of one batch in training mode, as a number."""
+    return float(balancing.loss(made.train()(inputs), inputs["target"]).detach())
+
+
+def penalty_of(balancer, made, inputs):
+    """A balancer's own term for one batch in training mode; a tensor without gradient, or None."""
+    output = made.train()(inputs)
+    balancer.observe(output, inputs["target"])
+    penalty = balancer.penalty(output, inputs["target"])
+    return None if penalty is None else penalty.detach()
