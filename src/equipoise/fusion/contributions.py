@@ -96,7 +96,7 @@ def _values_of(layer: Attention, label: int) -> Iterator[None]:
     def only(core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         query, key, value = args
         kept = (kwargs["modality"] == label).to(value.device)
-        return (query, key, value * kept[..., :, None].to(value.dtype)), kwargs
+        return (query, key, value * kept[:, None].to(value.dtype)), kwargs
 
     handle = layer.core.register_forward_pre_hook(only, with_kwargs=True)
     try:

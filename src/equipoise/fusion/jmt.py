@@ -45,7 +45,8 @@ class JMT(Fusion):
     It helps where sequences run side by side in time, since one place of J is one moment. Tokens in no common order,
     such as patches and words, are joined at places that have nothing to do with each other.
 
-    Reference: Praveen and Alam, "Recursive Joint Attention", JMT for ABAW (CVPR workshops 2024); spec 4.3.
+    Reference: Waligora et al., "Joint Multimodal Transformer for Emotion Recognition in the Wild" (CVPR workshops
+    2024); spec 4.3.
     Differs from the released code in: batch first throughout (the release mixes axes), any number of modalities,
     unequal lengths by linear interpolation, and a width that is the encoders' (512 there).
 
@@ -102,8 +103,7 @@ class JMT(Fusion):
         # With class tokens nothing but their place is read in the end, so nothing else is asked.
         rows = 1 if classes else None
         read = torch.stack([self._cross(streams[s], streams[t], s, rows) for s, t in self.pairs], dim=2)
-        present = torch.stack([stream.present() for stream in streams], dim=1)
-        asking = present[:, [s for s, _ in self.pairs]]
+        asking = torch.stack([streams[s].present() for s, _ in self.pairs], dim=1)
         if self.output == "fc":
             features = read.masked_fill(~asking[:, None, :, None], 0.0).flatten(2)
         else:

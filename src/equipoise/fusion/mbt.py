@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..tokens import Output, Tokens
 from ..transformer import Block, learned_token
 from .base import Fusion
-from .streams import joined, mean_weights
+from .streams import joined, mean_over_present
 
 Exchange = Literal["bottleneck", "cross"]
 
@@ -79,8 +79,7 @@ class MBT(Fusion):
         return self.dim * len(self.names)
 
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
-        streams, weights = tokens, mean_weights(tuple(tokens.values()))
-        first = next(iter(tokens.values())).values
+        streams, first = tokens, next(iter(tokens.values())).values
         shared = first[:, :0]
         if self.bottleneck is not None:
             shared = self.bottleneck.to(first.dtype).expand(len(first), -1, -1)
@@ -88,32 +87,33 @@ class MBT(Fusion):
             if self.exchange == "cross":
                 streams = self._cross(streams, layer)
             else:
-                streams, shared = self._through_bottleneck(streams, shared, weights, layer)
-        parts = []
-        for index, (name, part) in enumerate(streams.items()):
-            normed = replace(part, values=self.norms[name](part.values))
-            parts.append(normed.pooled() * weights[:, index, None])
-        return Output(features=torch.cat(parts, dim=-1), tokens=tokens, names=self.names)
+                streams, shared = self._through_bottleneck(streams, shared, layer)
+        normed = [replace(part, values=self.norms[name](part.values)) for name, part in streams.items()]
+        features = torch.cat(mean_over_present([part.pooled() for part in normed], normed), dim=-1)
+        return Output(features=features, tokens=tokens, names=self.names)
 
     def _through_bottleneck(
-        self, streams: dict[str, Tokens], shared: Tensor, weights: Tensor, layer: int
+        self, streams: dict[str, Tokens], shared: Tensor, layer: int
     ) -> tuple[dict[str, Tokens], Tensor]:
         found, bottlenecks = {}, []
         for name, part in streams.items():
-            both = joined([part, Tokens(shared)])
-            values = self.blocks[name][layer](both.values, mask=both.mask).output  # type: ignore[index]
+            read = joined([part, Tokens(shared)])
+            values = self._block(name, layer)(read.values, mask=read.mask).output
             found[name] = replace(part, values=values[:, : len(part)])
             bottlenecks.append(values[:, len(part) :])
-        return found, torch.einsum("bm,mbtd->btd", weights, torch.stack(bottlenecks))
+        return found, torch.stack(mean_over_present(bottlenecks, list(streams.values()))).sum(dim=0)
 
     def _cross(self, streams: dict[str, Tokens], layer: int) -> dict[str, Tokens]:
         found = {}
         for name, part in streams.items():
             # Its own tokens first, so that the block can compute their rows alone.
-            read = joined([part, *(other for other in streams.values() if other is not part)])
-            values = self.blocks[name][layer](read.values, rows=len(part), mask=read.mask).output  # type: ignore[index]
+            read = joined([part, *(other for key, other in streams.items() if key != name)])
+            values = self._block(name, layer)(read.values, rows=len(part), mask=read.mask).output
             found[name] = replace(part, values=values)
         return found
+
+    def _block(self, name: str, layer: int) -> nn.Module:
+        return cast(nn.ModuleList, self.blocks[name])[layer]
 
     def head(self, num_outputs: int) -> nn.Module:
         return SharedHead(len(self.names), self.dim, num_outputs)

@@ -125,6 +125,7 @@ class CrossEncoder(nn.Module):
         self.scale, self.embed_dropout = math.sqrt(width), nn.Dropout(embed_dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout, activation=nn.ReLU) for _ in range(depth))
         for block in self.blocks:
+            # Hidden units are dropped too.
             block.mlp.insert(2, nn.Dropout(dropout))  # type: ignore[operator, union-attr]
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -156,7 +157,8 @@ class ResidualHead(nn.Module):
 def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token width"]:
     """Sines in the first half of the features, cosines in the second; an odd last one is 0."""
     half = like.shape[-1] // 2
-    steps = torch.arange(half, device=positions.device, dtype=torch.float64)
+    exact = torch.promote_types(like.dtype, torch.float32)
+    steps = torch.arange(half, device=positions.device, dtype=exact)
     angles = positions[..., None] * torch.exp(steps * (-math.log(10_000) / max(half - 1, 1)))
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, like.shape[-1] % 2)).to(like.dtype)
 

@@ -20,10 +20,18 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     )
 
 
-def mean_weights(parts: Sequence[Tokens]) -> Float[Tensor, "batch modality"]:
-    """Weights of a mean over the modalities that each sample has; zeros where it has none."""
-    present = torch.stack([part.present() for part in parts], dim=1).to(parts[0].values.dtype)
-    return present / present.sum(dim=1, keepdim=True).clamp(min=1)
+def mean_over_present(vectors: Sequence[Tensor], parts: Sequence[Tokens]) -> list[Tensor]:
+    """The terms of a mean over the modalities that each sample has: they add up to it, and the others' are zero.
+
+    Args:
+        vectors: one (batch, ...) for each modality.
+        parts: their tokens, which know who is present.
+    """
+    present = torch.stack([part.present() for part in parts])
+    shape = (-1, *[1] * (vectors[0].ndim - 1))
+    # Divided by a whole number, and not multiplied by its inverse, which half precision would round.
+    count = present.sum(dim=0).clamp(min=1).view(shape)
+    return [v.masked_fill(~here.view(shape), 0.0) / count for v, here in zip(vectors, present, strict=True)]
 
 
 def ranks(part: Tokens) -> Int[Tensor, "batch token"]:
