@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 
 from .attention import Attended as Attended
 from .attention import attend as attend
+from .balance import MLA as MLA
+from .balance import PMR as PMR
+from .balance import UMT as UMT
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
 from .balance import GradientBlending as GradientBlending
 from .balance import Greedy as Greedy
-from .balance import MLA as MLA
 from .balance import MMPareto as MMPareto
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import ReconBoost as ReconBoost
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep
-from .balance import UMT as UMT
 from .balance import fold as fold
 from .balance import rolling_query as rolling_query
 from .diagnose import Cost as Cost

@@ -7,6 +7,7 @@ from .folding import fold as fold
 from .greedy import Greedy as Greedy
 from .mla import MLA as MLA
 from .mmpareto import MMPareto as MMPareto
+from .pmr import PMR as PMR
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
 from .reconboost import ReconBoost as ReconBoost
 from .rolling_query import RollingStep as RollingStep

@@ -17,6 +17,7 @@ class Multimodal(Protocol):
     """What a balancer may ask of the model that it balances; ``FusionModel`` has it all."""
 
     names: tuple[str, ...]
+    num_outputs: int
     task: Any
     encoders: Any
     """name -> module: whose parameters belong to which modality."""
