@@ -7,8 +7,10 @@ import torch
 from torch.autograd import gradcheck
 
 import equipoise as eq
+from equipoise import fusion as package
 from equipoise.errors import ConfigError
 from equipoise.fusion import MidFusion
+from equipoise.lookup import family
 from equipoise.tokens import Tokens
 from equipoise.transformer import Transformer
 from fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
@@ -101,3 +103,9 @@ def test_gradients():
 def test_errors(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_recipe_names():
+    known = family(package, eq.Fusion)
+    wanted = {"mult": eq.MulT, "mbt": eq.MBT, "jmt": eq.JMT, "mmml": eq.MMML, "mid": eq.MidFusion}
+    assert {name: known[name] for name in wanted} == wanted

@@ -44,8 +44,8 @@ class MBT(Fusion):
     sum of one part for each modality, but from the second layer on a part also says what the others have told it.
 
     Reference: Nagrani et al., "Attention Bottlenecks for Multimodal Fusion" (NeurIPS 2021); spec 4.2.
-    Differs from the released code in: a modality that a sample lacks counts in neither mean, and modalities without a
-    class token are pooled by their mean.
+    Differs from the released code in: any number of modalities, of which one that a sample lacks counts in neither
+    mean; those without a class token are pooled by their mean.
 
     Example:
         >>> fusion = MBT(8, heads=2).build(("audio", "image")).eval()
