@@ -84,6 +84,9 @@ class MLA(Balancer):
     an epoch of N modalities costs N forward passes, and about one backward pass in all. P shrinks gradients by about
     the root of d, which SGD feels and Adam divides out.
 
+    Encoders whose turn it is not get no gradient: under ``DistributedDataParallel`` in a loop of your own wrap a module
+    that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.
+
     Reference: Zhang, Yoon, Bansal and Yao, "Multimodal Representation Learning by Alternating Unimodal Adaptation"
     (CVPR 2024); spec 3.3.
     Differs from the released code in: G P takes the place of G, where code adds it to G, and r k is the number of the
@@ -107,7 +110,7 @@ class MLA(Balancer):
         check_side_by_side(model, "MLA")
         self._model, self.projected, self.turns = [model], projected, len(model.names)
         like, dim = next(model.head.parameters()), model.fusion.dim
-        model.head = SharedHead(dim, len(like), self.turns, model.task).to(like.device, like.dtype)
+        model.head = SharedHead(dim, model.num_outputs, self.turns, model.task).to(like.device, like.dtype)
         watch_only(model)
         # Counters stay where they are made: whose turn it is should not be asked of an accelerator.
         self.register_buffer("steps", torch.tensor(0))

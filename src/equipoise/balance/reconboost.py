@@ -67,6 +67,9 @@ class ReconBoost(Balancer):
     (N + 1) / 2N of the epochs only, and logits start small (nu = 0.01): give it several rounds. It costs no more an
     epoch than plain training.
 
+    Encoders whose turn it is not get no gradient: under ``DistributedDataParallel`` in a loop of your own wrap a module
+    that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.
+
     Reference: Hua, Xu, Bao, Yang and Huang, "ReconBoost: Boosting Can Achieve Modality Reconcilement" (ICML 2024);
     spec 3.3.
     Differs from the released code in: multilabel and regression tasks through their own scores; the benchmark detaches
@@ -100,7 +103,7 @@ class ReconBoost(Balancer):
         self._model = [model]
         self.task_weight, self.residual, self.agreement = task_weight, residual, agreement
         like = next(model.head.parameters())
-        head = BoostedHead(len(model.names), model.fusion.dim, len(like), shrinkage)
+        head = BoostedHead(len(model.names), model.fusion.dim, model.num_outputs, shrinkage)
         model.head = head.to(like.device, like.dtype)
         watch_only(model)
         # Stays where it is made: whose epoch it is should not be asked of an accelerator.
