@@ -1,5 +1,6 @@
 """Slow and obvious forms of PMR, CML, LFM, AMCo, sample valuation and re-learning (spec 3.2 and 3.3), in loops."""
 
+import itertools
 import math
 
 
@@ -48,3 +49,16 @@ def pmr(features, prototypes, labels, alpha, mu, hard=False):
     entropies = [mean(entropy(p.values()) for p in found[m]) for m in range(2)]
     pulled = alpha * (beta * losses[0] + gamma * losses[1])
     return pulled - mu * (gamma * entropies[0] + beta * entropies[1])
+
+
+def cross_entropy(scores, target):
+    return -math.log(softmax(scores)[target])
+
+
+def cml(chain, labels, strength):
+    """CML's loss of a chain of logits: chain[t][i] is a row of scores."""
+    losses = [mean(cross_entropy(row, y) for row, y in zip(step, labels, strict=True)) for step in chain]
+    rises = 0.0
+    for before, after in itertools.pairwise(chain):
+        rises += mean(max(0.0, max(softmax(b)) - max(softmax(a))) for a, b in zip(before, after, strict=True))
+    return sum(losses) / len(losses) + strength * rises

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .attention import Attended as Attended
 from .attention import attend as attend
+from .balance import CML as CML
 from .balance import MLA as MLA
 from .balance import PMR as PMR
 from .balance import UMT as UMT

@@ -3,6 +3,7 @@
 from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
+from .cml import CML as CML
 from .folding import fold as fold
 from .greedy import Greedy as Greedy
 from .mla import MLA as MLA
