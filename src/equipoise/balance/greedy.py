@@ -130,7 +130,7 @@ class Greedy(Balancer):
         _, lead = bypass_lead(self.main, self.bypass)
         starts = (self.left == 0) & (lead.max() > self.threshold)
         self.left.copy_(torch.where(starts, self.window, (self.left - 1).clamp(min=0)))
-        leader = nn.functional.one_hot(lead.argmax(), len(lead)).bool()
+        leader = torch.arange(len(lead), device=lead.device) == lead.argmax()
         gate.held.copy_(torch.where(starts, leader, gate.held & (self.left > 0)))
 
     def end_epoch(self) -> dict[str, float]:
