@@ -1,182 +1,290 @@
-"""A battery over every balancer that the package has, in a training loop as a user writes it."""
+"""A battery over every balancer that the package has, in a training loop as users write it."""
 
 import copy
-import inspect
-import math
+from itertools import combinations
 
 import pytest
 import torch
 
 import equipoise as eq
-from equipoise import balance as package
+from balancer_cases import (
+    ATTENTION, BALANCERS, EPOCHS, SMALL, answers, attached, epoch, finite, made_for, plain, sgd, train,
+)  # fmt: skip
 from equipoise.balance import Balancer
-from small_fusion import NAMES, batch, forward, model, slices
+from equipoise.errors import ConfigError
+from fusion_cases import FUSIONS
+from small_fusion import DIM, NAMES, batch, slices
+from small_tasks import TASKS, batch_for
 from tolerance import TOL
 
-EPOCHS, DEPTH = 4, 2
 EXACT = TOL[torch.float64]
-ATTACH = {
-    "RollingQ": lambda made: eq.RollingQ(made.fusion.attention, beta=0.0, tail=None, max_rotations=None),
-    "ProgressiveRollingQ": lambda made: eq.ProgressiveRollingQ(
-        made.fusion, epochs=EPOCHS, beta=0.0, tail=None, max_rotations=None
-    ),
+every = pytest.mark.parametrize("name", sorted(BALANCERS))
+of_models = pytest.mark.parametrize("name", sorted(set(BALANCERS) - set(ATTENTION)))
+
+ADDS = {
+    "Greedy": "the gates between modalities",
+    "MLA": "a head that modalities share",
+    "ReconBoost": "a head for each modality, and their shrinkage",
 }
-"""How each balancer is attached to a model of joint attention. A new one is added here, and meets every test below."""
-FOUND = {
-    name
-    for name, kind in inspect.getmembers(package, inspect.isclass)
-    if issubclass(kind, Balancer) and kind is not Balancer
+"""Balancers that change the model's parameters, and by what."""
+
+MICRO_BATCHES = {
+    "PMR": "prototype weights are decided on each batch",
 }
-every = pytest.mark.parametrize("name", sorted(ATTACH))
+"""Balancers for which accumulated batches are not one large batch, and why."""
 
 
-def attached(name, names=("audio", "image"), **options):
-    made = model(names, depth=DEPTH, **options)
-    return made, ATTACH[name](made)
-
-
-def loss_of(made, balancer, inputs):
-    """The moments of a balancer in the order in which a training loop calls them."""
-    output, target = made(inputs), inputs["target"]
-    balancer.observe(output, target)
-    loss = made.loss(output.logits, target)
-    penalty = balancer.penalty(output, target)
-    return loss if penalty is None else loss + penalty
-
-
-def train(made, balancer, optimiser, epochs, *, names=("audio", "image"), first=0):
-    logs = []
-    for epoch in range(first, first + epochs):
-        made.train()
-        for step in range(3):
-            optimiser.zero_grad()
-            loss_of(made, balancer, batch(names, seed=10 * epoch + step)).backward()
-            optimiser.step()
-        logs.append(balancer.end_epoch())
-    return logs
-
-
-def sgd(made):
-    return torch.optim.SGD(made.parameters(), lr=0.05, momentum=0.9)
-
-
-def logits(made):
-    return made.eval()(batch(seed=77)).logits.detach()
-
-
-def test_every_balancer_is_in_the_battery():
-    assert set(ATTACH) == FOUND
+def test_the_tables_speak_of_balancers():
+    for table in (ADDS, ATTENTION, MICRO_BATCHES, SMALL):
+        assert set(table) <= set(BALANCERS)
 
 
 @every
 @pytest.mark.parametrize("number", [2, 3, 5])
 def test_trains_with_any_number_of_modalities(name, number):
-    made, balancer = attached(name, NAMES[:number])
-    before = made.eval()(batch(NAMES[:number])).logits.detach()
-    logs = train(made, balancer, sgd(made), 2, names=NAMES[:number])
-    assert all(isinstance(value, float) and math.isfinite(value) for log in logs for value in log.values())
-    assert not torch.equal(made.eval()(batch(NAMES[:number])).logits, before)
+    made, balancing = attached(name, NAMES[:number])
+    before = answers(made)
+    logs = train(made, balancing, sgd(made, balancing), 2)
+    assert finite(made, logs)
+    assert not torch.equal(answers(made), before)
 
 
 @every
 def test_a_single_modality_has_nothing_to_balance(name):
-    made = model(("audio",), depth=DEPTH)
-    with pytest.raises(eq.EquipoiseError, match="two or more modalities"):
-        ATTACH[name](made)
+    with pytest.raises(ConfigError, match=r"expected .*two or more modalities, got"):
+        attached(name, ("audio",))
+
+
+@every
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(name, task):
+    made, balancing = attached(name, task=task)
+    before = answers(made, task)
+    logs = train(made, balancing, sgd(made, balancing), 2, task=task)
+    assert finite(made, logs)
+    assert not torch.equal(answers(made, task), before)
+
+
+@every
+def test_one_output(name):
+    """A regression whose targets are (batch,)."""
+    made, balancing = attached(name, task="regression", outputs=1)
+    optimiser = sgd(made, balancing)
+    batches = [{**batch(seed=seed), "target": torch.linspace(-1, 1, 5)} for seed in range(3)]
+    logs = [epoch(made, balancing, optimiser, batches[:2], batches[2:]) for _ in range(2)]
+    assert finite(made, logs)
 
 
 @every
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(name, stop):
-    made, balancer = attached(name)
-    optimiser = sgd(made)
-    train(made, balancer, optimiser, stop)
-    states = copy.deepcopy([part.state_dict() for part in (made, balancer, optimiser)])
+    made, balancing = attached(name)
+    optimiser = sgd(made, balancing)
+    train(made, balancing, optimiser, stop)
+    states = copy.deepcopy([part.state_dict() for part in (made, *balancing.balancers, optimiser)])
     fresh, other = attached(name, seed=9)
-    fresh_optimiser = sgd(fresh)
-    for part, state in zip((fresh, other, fresh_optimiser), states, strict=True):
+    fresh_optimiser = sgd(fresh, other)
+    for part, state in zip((fresh, *other.balancers, fresh_optimiser), states, strict=True):
         part.load_state_dict(state)
-    assert torch.equal(logits(fresh), logits(made))
-    straight = train(made, balancer, optimiser, EPOCHS - stop, first=stop)
+    assert torch.equal(answers(fresh), answers(made))
+    straight = train(made, balancing, optimiser, EPOCHS - stop, first=stop)
     resumed = train(fresh, other, fresh_optimiser, EPOCHS - stop, first=stop)
     assert resumed == straight
-    assert torch.equal(logits(fresh), logits(made))
+    assert torch.equal(answers(fresh), answers(made))
 
 
 @every
-def test_what_it_saves_is_tensors(name):
-    made, balancer = attached(name)
-    train(made, balancer, sgd(made), 1)
-    for state in (made.state_dict(), balancer.state_dict()):
-        assert all(isinstance(value, torch.Tensor) for value in state.values())
+def test_what_it_saves_is_tensors_and_it_trains_nothing_of_its_own(name):
+    made, balancing = attached(name)
+    train(made, balancing, sgd(made, balancing), 1)
+    for part in (made, *balancing.balancers):
+        assert all(isinstance(value, torch.Tensor) for value in part.state_dict().values())
+    # An optimiser is made of the model's parameters, and knows no others.
+    assert not [n for b in balancing.balancers for n, p in b.named_parameters() if p.requires_grad]
 
 
 @every
 def test_accumulated_batches_equal_one_large_batch(name):
-    whole = batch(size=12, seed=5)
     found = []
     for sizes in ((12,), (5, 3, 4)):
-        made, balancer = attached(name)
-        for part, size in zip(slices(whole, *sizes), sizes, strict=True):
-            (loss_of(made, balancer, part) * size / 12).backward()
-        gradients = [p.grad.clone() for p in made.parameters() if p.grad is not None]
-        found.append((gradients, balancer.end_epoch(), logits(made)))
-    torch.testing.assert_close(found[0][0], found[1][0], **EXACT)
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(found[0][2], found[1][2], **EXACT)
+        made, balancing = attached(name)
+        optimiser = sgd(made, balancing)
+        logs = []
+        for number in range(3):
+            batches = [slices(batch(size=12, seed=10 * number + place), *sizes) for place in range(2)]
+            logs.append(epoch(made, balancing, optimiser, batches, [batch(seed=500)]))
+        found.append((list(made.parameters()), logs))
+    (one, said), (other, repeated) = found
+    if name in MICRO_BATCHES:
+        assert not all(torch.allclose(a, b, **EXACT) for a, b in zip(one, other, strict=True))
+        return
+    torch.testing.assert_close(other, one, **EXACT)
+    for log, again in zip(said, repeated, strict=True):
+        assert again == pytest.approx(log, rel=1e-5, abs=1e-6)
 
 
 @every
-def test_a_modality_missing_from_samples_and_from_a_batch(name):
-    made, balancer = attached(name, NAMES[:3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_modality_missing_from_samples_and_from_a_batch(name, masked):
+    made, balancing = attached(name, NAMES[:3])
+    optimiser = sgd(made, balancing)
     some = batch(NAMES[:3], size=7, missing=("audio", "image"))
-    none = {**batch(NAMES[:3], seed=1), "text": None}
-    for inputs in (some, none):
-        loss_of(made.train(), balancer, inputs).backward()
-    assert all(math.isfinite(value) for value in balancer.end_epoch().values())
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters())
+    gone = {"mask": {"text": torch.zeros(5, dtype=torch.bool)}} if masked else {"text": None}
+    none = {**batch(NAMES[:3], seed=1), **gone}
+    logs = [epoch(made, balancing, optimiser, [some, none, [none, some]], [none, some]) for _ in range(3)]
+    assert finite(made, logs)
+
+
+@every
+def test_a_modality_that_nobody_ever_has(name):
+    made, balancing = attached(name, NAMES[:3])
+    optimiser = sgd(made, balancing)
+    batches = [{**batch(NAMES[:3], seed=seed), "image": None} for seed in range(3)]
+    logs = [epoch(made, balancing, optimiser, batches[:2], batches[2:]) for _ in range(3)]
+    # What is not known of it may be said to be NaN, and of nothing else.
+    assert finite(made, [{key: value for key, value in log.items() if not key.endswith("/image")} for log in logs])
 
 
 @every
 def test_autocast(name):
-    made, balancer = attached(name, dtype=torch.float32)
-    for seed in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(made.train(), balancer, batch(seed=seed, dtype=torch.float32))
-        loss.backward()
-    assert all(math.isfinite(value) for value in balancer.end_epoch().values())
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters())
+    made, balancing = attached(name, dtype=torch.float32)
+    optimiser = sgd(made, balancing)
+    with torch.autocast("cpu", torch.bfloat16):
+        logs = train(made, balancing, optimiser, 2, dtype=torch.float32)
+    assert finite(made, logs)
 
 
 @every
-def test_the_end_of_an_epoch_touches_no_parameter_and_draws_no_random_number(name):
-    made, balancer = attached(name)
-    loss_of(made.train(), balancer, batch()).backward()
-    weights = [p.detach().clone() for p in made.parameters()]
-    gradients = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
+def test_an_encoder_that_learns_nothing(name):
+    made, balancing = attached(name)
+    made.encoders["audio"].requires_grad_(False)
+    before = copy.deepcopy(made.encoders["audio"].state_dict())
+    logs = train(made, balancing, sgd(made, balancing), 2)
+    assert finite(made, logs)
+    assert all(torch.equal(value, before[key]) for key, value in made.encoders["audio"].state_dict().items())
+
+
+@every
+def test_draws_no_random_number_but_its_own(name):
+    made, balancing = attached(name)
+    optimiser = sgd(made, balancing)
     state = torch.get_rng_state()
-    balancer.end_epoch()
+    train(made, balancing, optimiser, 2)
     assert torch.equal(torch.get_rng_state(), state)
-    for parameter, weight, gradient in zip(made.parameters(), weights, gradients, strict=True):
-        assert torch.equal(parameter, weight)
+
+
+@every
+def test_the_end_of_an_epoch_leaves_gradients_alone(name):
+    made, balancing = attached(name)
+    optimiser = sgd(made, balancing)
+    train(made, balancing, optimiser, 1)
+    gradients = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
+    mode = made.training
+    balancing.review([batch(seed=1)], [batch(seed=2)])
+    balancing.end_epoch()
+    assert made.training is mode
+    for parameter, gradient in zip(made.parameters(), gradients, strict=True):
         assert parameter.grad is gradient is None or torch.equal(parameter.grad, gradient)
 
 
 @every
-def test_adds_no_parameter_to_the_model(name):
-    made, _ = attached(name)
-    assert [n for n, _ in made.named_parameters()] == [n for n, _ in model(depth=DEPTH).named_parameters()]
+def test_evaluation_is_not_observed(name):
+    found = []
+    for looks in (False, True):
+        made, balancing = attached(name)
+        optimiser = sgd(made, balancing)
+        logs = []
+        for number in range(3):
+            logs += train(made, balancing, optimiser, 1, first=number)
+            if looks:
+                answers(made, size=7)
+                made.train()
+                with torch.no_grad():
+                    made.eval()(batch(seed=3))
+        found.append((logs, answers(made)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @every
-def test_evaluation_is_not_observed(name):
-    made, balancer = attached(name)
-    twin, other = attached(name)
-    for each in (made, twin):
-        forward(each, [batch()])
-    made.eval()(batch(seed=3))
-    assert balancer.end_epoch() == other.end_epoch()
-    assert torch.equal(logits(made), logits(twin))
+def test_a_copy_of_the_model_is_a_model_of_its_own(name):
+    """As averaged weights are kept."""
+    made, balancing = attached(name)
+    optimiser = sgd(made, balancing)
+    train(made, balancing, optimiser, 1)
+    before = answers(made)
+    twin = copy.deepcopy(made)
+    train(made, balancing, optimiser, 1, first=1)
+    assert torch.equal(answers(twin), before)
+    assert not torch.equal(answers(made), before)
+
+
+@every
+def test_parameters_of_the_model(name):
+    made, _ = attached(name)
+    shapes = {key: value.shape for key, value in made.named_parameters()}
+    expected = {key: value.shape for key, value in plain(name).named_parameters()}
+    assert (shapes != expected) is (name in ADDS)
+
+
+@of_models
+def test_any_fusion_or_a_reason(name):
+    """A balancer trains with a fusion, or says in words why it cannot."""
+    for key, kind in FUSIONS.items():
+        options = {"dropout": 0.0} if "dropout" in kind.__init__.__code__.co_varnames else {}
+        try:
+            made, balancing = attached(name, fusion=kind(DIM, **options))
+            logs = train(made, balancing, sgd(made, balancing), 1)
+        except ConfigError as error:
+            assert error.who.startswith(name), f"{key}: {error}"
+            assert error.fix or error.got, f"{key}: {error}"
+        else:
+            assert finite(made, logs), key
+
+
+@every
+def test_any_two_train_together_or_give_the_reason(name):
+    for other in sorted(set(BALANCERS) - {name}):
+        shared = next((pair for pair in ((name, other), (other, name)) if pair[0] in ATTENTION), (name, other))
+        made = plain(shared[0], unimodal="train")
+        try:
+            balancing = eq.Balancing(made, [made_for(made, name), made_for(made, other)])
+            logs = train(made, balancing, sgd(made, balancing), 1)
+        except ConfigError as error:
+            assert error.expected, f"with {other}: {error}"
+        else:
+            assert finite(made, logs), other
+
+
+class Turning(Balancer):
+    turns = 2
+
+
+class Replacing(Balancer):
+    replaces = ("task",)
+
+
+class Excluding(Balancer):
+    excludes = {"Turning": "there is no turn to take"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ((Turning, Turning), "got Turning and Turning, which both take turns. Leave one of them out"),
+        ((Replacing, Replacing), "both put a loss of their own in place of the task loss"),
+        ((Turning, Excluding), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
+        ((Excluding, Turning), "got Excluding with Turning: there is no turn to take"),
+    ],
+)
+def test_conflicts_give_the_reason(kinds, message):
+    with pytest.raises(ConfigError, match=f"Balancing: expected balancers that can be combined, .*{message}"):
+        eq.Balancing(plain("RollingQ"), [kind() for kind in kinds])
+
+
+def test_those_that_do_not_conflict_are_combined():
+    for kinds in combinations((Turning, Replacing), 2):
+        assert eq.Balancing(plain("RollingQ"), [kind() for kind in kinds]).turns == 2
 
 
 def test_the_base_does_nothing():
@@ -187,4 +295,12 @@ def test_the_base_does_nothing():
     assert balancer.observe(output, target) is None
     assert balancer.penalty(output, target) is None
     assert balancer.gradient_scale(output, target) is None
+    assert balancer.before_step() is None
+    assert balancer.review([], []) is None
     assert balancer.end_epoch() == {}
+
+
+def test_a_task_has_batches_of_its_own():
+    """The battery over tasks is worth something."""
+    kinds = {task: batch_for(task)["target"].dtype for task in TASKS}
+    assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
