@@ -62,3 +62,21 @@ def cml(chain, labels, strength):
     for before, after in itertools.pairwise(chain):
         rises += mean(max(0.0, max(softmax(b)) - max(softmax(a))) for a, b in zip(before, after, strict=True))
     return sum(losses) / len(losses) + strength * rises
+
+
+def jensen_shannon(one, other):
+    """Of two lists of probabilities, none of them 0."""
+    middle = [(p + q) / 2 for p, q in zip(one, other, strict=True)]
+    left = sum(p * math.log(p / m) for p, m in zip(one, middle, strict=True))
+    right = sum(q * math.log(q / m) for q, m in zip(other, middle, strict=True))
+    return (left + right) / 2
+
+
+def lfm(logits, alone, labels, a1):
+    """LFM's loss: logits[i], alone[m][i] and labels[i]."""
+    task = mean(cross_entropy(row, y) for row, y in zip(logits, labels, strict=True))
+    pairs = [
+        mean(jensen_shannon(softmax(a), softmax(b)) for a, b in zip(one, other, strict=True))
+        for one, other in itertools.combinations(alone, 2)
+    ]
+    return 2 * ((1 - a1) * task + a1 * mean(pairs))

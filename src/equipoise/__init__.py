@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .attention import Attended as Attended
 from .attention import attend as attend
 from .balance import CML as CML
+from .balance import LFM as LFM
 from .balance import MLA as MLA
 from .balance import PMR as PMR
 from .balance import UMT as UMT

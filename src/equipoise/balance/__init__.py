@@ -6,6 +6,7 @@ from .blending import GradientBlending as GradientBlending
 from .cml import CML as CML
 from .folding import fold as fold
 from .greedy import Greedy as Greedy
+from .lfm import LFM as LFM
 from .mla import MLA as MLA
 from .mmpareto import MMPareto as MMPareto
 from .pmr import PMR as PMR

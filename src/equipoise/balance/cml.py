@@ -14,7 +14,7 @@ from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities
 from .scores import present, true_score
-from .subsets import only
+from .subsets import subset_logits
 
 
 def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
@@ -104,9 +104,9 @@ class CML(Balancer):
         kept, chain = self.order(), [at_least_single(output.logits)]
         while len(kept) > 1:
             name = kept.pop(0)
-            fewer = model.fuse(only(output.tokens, kept)).logits
+            fewer = subset_logits(model, output.tokens, kept)
             taken = (here[name] & (left > 1))[:, None]
-            chain.append(torch.where(taken, at_least_single(fewer), chain[-1]))
+            chain.append(torch.where(taken, fewer, chain[-1]))
             left = left - here[name].to(left)
         losses = torch.stack([model.loss(logits, target) for logits in chain])
         rise = confidence_rise([confidence(logits, target, model.task) for logits in chain])

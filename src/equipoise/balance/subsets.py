@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor
 
 from ..tokens import Tokens
+from .base import Multimodal
+from .modalities import at_least_single
 
 
 def only(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Tokens]:
@@ -20,3 +26,10 @@ def only(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Token
         {'audio': 0, 'image': 7}
     """
     return {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
+
+
+def subset_logits(
+    model: Multimodal, tokens: Mapping[str, Tokens], kept: Collection[str]
+) -> Float[Tensor, "batch output"]:
+    """What the model answers from some modalities alone, in float32 at least. The encoders do not run again."""
+    return at_least_single(cast(Tensor, model.fuse(only(tokens, kept)).logits))
