@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.blending import blending_weights, measured
+from equipoise.balance.blending import blending_weights
+from equipoise.balance.trials import measured
 from equipoise.errors import ConfigError
 from oracles_balance_c import blending
 from small_fusion import DIM, NAMES, batch, slices

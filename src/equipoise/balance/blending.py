@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
-from ..evaluation import evaluating
 from ..tokens import Output
 from .base import Balancer, Batch, Multimodal
-from .modalities import check_modalities, unimodal_losses
+from .modalities import check_modalities
 from .scores import summed
+from .trials import blended_losses, measured, trained_copy
 
 
 def blending_weights(
@@ -77,7 +75,7 @@ class GradientBlending(Balancer):
 
     Example:
         >>> import equipoise as eq
-        >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
+        >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
         >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2, unimodal="train")
         >>> balancer = eq.GradientBlending(model, every=5)
         >>> {name: round(weight, 2) for name, weight in balancer.end_epoch().items()}
@@ -116,7 +114,7 @@ class GradientBlending(Balancer):
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
         """The blended loss; heads that only watch learn beside it."""
-        means, counts = _losses(self._model[0], output, target)
+        means, counts = blended_losses(self._model[0], output, target)
         self.to(means.device)
         self.running += torch.stack([means.detach() * counts, counts])
         blended = (self.weights.to(means.dtype) * means).sum()
@@ -150,73 +148,9 @@ class GradientBlending(Balancer):
         """(2, loss) of copies that were trained for each loss alone."""
         columns = []
         for place in range(len(self.weights)):
-            twin = self._trained(place, train)
+            twin = trained_copy(
+                self._model[0], place, train, epochs=self.every, learning_rate=self.learning_rate,
+                seed=(self.seed * 1_000_003 + int(self.epochs)) * 101 + place,
+            )  # fmt: skip
             columns.append(torch.stack([measured(twin, train)[place], measured(twin, val)[place]]))
         return torch.stack(columns, dim=1)
-
-    def _trained(self, place: int, train: Iterable[Batch]) -> Any:
-        twin: Any = copy.deepcopy(self._model[0])
-        # Other balancers change tokens, and are no part of what is measured.
-        twin.transforms = []
-        optimiser = torch.optim.AdamW(twin.parameters(), lr=self.learning_rate)
-        devices = sorted({p.device.index for p in twin.parameters() if p.is_cuda})
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed((self.seed * 1_000_003 + int(self.epochs)) * 101 + place)
-            twin.train()
-            for _ in range(self.every):
-                for batch in train:
-                    output = twin(_alone(batch, twin.names, place))
-                    optimiser.zero_grad()
-                    _losses(twin, output, batch["target"])[0][place].backward()
-                    _average_gradients(twin)
-                    optimiser.step()
-        return twin
-
-
-def measured(model: Multimodal, batches: Iterable[Batch]) -> Float[Tensor, " loss"]:
-    """Mean losses over batches, in evaluation mode: each modality's own, and the multimodal one last.
-
-    Raises:
-        ConfigError: no batch.
-    """
-    total = None
-    with evaluating(model):  # type: ignore[arg-type]
-        for batch in batches:
-            means, counts = _losses(model, model(batch), batch["target"])
-            part = torch.stack([means * counts, counts]).double()
-            total = part if total is None else total + part
-    if total is None:
-        raise ConfigError(
-            "GradientBlending", expected="training and validation batches to review", got="none",
-            fix="Weights are estimated on a validation split: give one, to Lightning's fit as val_dataloaders.",
-        )  # fmt: skip
-    total = summed(total)
-    return total[0] / total[1].clamp(min=1)
-
-
-def _losses(model: Multimodal, output: Output, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss,) means and (loss,) numbers of samples: each modality's own, and the multimodal one last."""
-    if output.logits is None:
-        raise ConfigError("GradientBlending", expected="an output with logits", got="logits = None")
-    alone = unimodal_losses(model, output, target, "GradientBlending")
-    joint = model.loss(output.logits, target)
-    means = torch.stack([*(alone[name].mean for name in model.names), joint])
-    counts = [alone[name].count for name in model.names]
-    counts = torch.stack([*counts, torch.full_like(counts[0], len(target))])
-    return means, counts
-
-
-def _alone(batch: Batch, names: tuple[str, ...], place: int) -> Batch:
-    """The batch without the modalities that a loss does not read."""
-    if place == len(names) or batch[names[place]] is None:
-        return batch
-    return {**batch, **{name: None for other, name in enumerate(names) if other != place}}
-
-
-def _average_gradients(model: nn.Module) -> None:
-    """Several processes train one copy together, as data-parallel training does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for parameter in model.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = summed(gradient) / torch.distributed.get_world_size()

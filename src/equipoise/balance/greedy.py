@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -12,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
 from .base import Balancer, Multimodal
+from .cross_gate import CrossGate, GatedTokens
 from .modalities import check_modalities
-from .scores import summed
 
 
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
@@ -141,79 +138,3 @@ class Greedy(Balancer):
         log |= {f"held/{name}": float(steps) for name, steps in zip(names, self.held_steps.tolist(), strict=True)}
         self.held_steps.zero_()
         return log
-
-
-class CrossGate(nn.Module):
-    """Squeeze and excitation over all modalities: a factor for every channel of every modality's tokens.
-
-    Args:
-        names: the modalities.
-        dim: width of their tokens.
-        ratio: see ``Greedy``.
-    """
-
-    def __init__(self, names: tuple[str, ...], dim: int, ratio: float) -> None:
-        super().__init__()
-        self.names, width = names, max(1, int(2 * len(names) * dim / ratio))
-        self.squeeze = nn.Linear(len(names) * dim, width)
-        self.excite = nn.ModuleDict({name: nn.Linear(width, dim) for name in names})
-        self.register_buffer("held", torch.zeros(len(names), dtype=torch.bool))
-        self.register_buffer("mean", torch.ones(len(names), dim))
-        self.register_buffer("seen", torch.zeros(len(names), dtype=torch.long))
-        # Of the steps' batches that were not yet added to the mean; no state, since checkpoints come between steps.
-        self._pending: Tensor | None = None
-
-    held: Tensor
-    mean: Tensor
-    seen: Tensor
-
-    def forward(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
-        pooled = torch.cat([tokens[name].pooled() for name in self.names], dim=-1)
-        squeezed = self.squeeze(pooled).relu()
-        gates = torch.stack([2 * self.excite[name](squeezed).sigmoid() for name in self.names], dim=1)
-        if self.training:
-            self._note(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
-            gates = torch.where(self.held[:, None], self.mean.to(gates.dtype), gates)
-        return {
-            name: replace(tokens[name], values=tokens[name].values * gates[:, place, None])
-            for place, name in enumerate(self.names)
-        }
-
-    def _note(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
-        kept = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1).masked_fill(~present[..., None], 0.0)
-        sums = kept.sum(dim=0, dtype=self.mean.dtype)
-        self._pending = sums if self._pending is None else self._pending + sums
-
-    def settle(self) -> None:
-        """Moves the running means, over all samples so far, by those of one optimiser step on all processes."""
-        if self._pending is None:
-            return
-        total, count = summed(self._pending).split([self.mean.shape[1], 1], dim=1)
-        self.seen += count[:, 0].long()
-        # A mean moves by its newcomers' part of all, so nothing grows without bound.
-        self.mean += (total - count * self.mean) / self.seen.clamp(min=1)[:, None]
-        self._pending = None
-
-
-class GatedTokens(nn.Module):
-    """A fusion with gates in front; everything else about it is the fusion's own.
-
-    The tokens that it returns are those of the encoders, so that unimodal heads do not see the other modalities.
-    """
-
-    def __init__(self, inner: nn.Module, gate: CrossGate) -> None:
-        super().__init__()
-        self.inner, self.gate = inner, gate
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            inner = self.__dict__.get("_modules", {}).get("inner")
-            if inner is None:
-                raise
-            return getattr(inner, name)
-
-    def forward(self, tokens: Mapping[str, Tokens]) -> Output:
-        fused = self.inner(self.gate(tokens))
-        return fused.with_(tokens={name: tokens[name] for name in fused.tokens})

@@ -73,8 +73,8 @@ class MMPareto(Balancer):
         ConfigError: one modality, a gamma out of range; in training, nothing that tells the modalities' own losses.
 
     It helps where unimodal losses are wanted and pull against the multimodal one. ``gamma`` alone is a larger learning
-    rate, and Adam divides it out: compare with a tuned learning rate. Both gradients are computed apart, which takes
-    two more backward passes: an epoch takes 2 to 2.5 times as long. Under ``16-mixed`` they are not scaled; prefer bf16.
+    rate, and Adam divides it out: compare with a tuned learning rate. Both gradients are computed apart, by two more
+    backward passes: an epoch takes 2 to 2.5 times as long. Under ``16-mixed`` they are not scaled; prefer bf16.
 
     Reference: Wei and Hu, "MMPareto" (ICML 2024); spec 3.3.
     Differs from the released code in: gradients are of whole optimiser steps, over accumulated batches and processes;
