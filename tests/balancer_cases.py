@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,6 +35,9 @@ SMALL = {
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 """Balancers of attention, which are tried on joint attention of that depth; the others on Concat."""
 
+SIDE_BY_SIDE = {"MLA", "ReconBoost"}
+"""Balancers whose idea needs vectors that stand side by side, so that they refuse joint attention."""
+
 
 def joint(depth=1):
     return eq.JointAttention(DIM, heads=2, depth=depth, dropout=0.0, cls_std=1.0)
@@ -47,12 +51,15 @@ def teachers(names, dtype):
 
 
 def plain(name, names=("audio", "image"), *, fusion=None, **options):
-    """The model that a balancer is tried on, without the balancer."""
+    """The model that a balancer is tried on, without the balancer.
+
+    ``fusion`` is called for one; by default it is joint attention for balancers of attention, else Concat.
+    """
+    torch.manual_seed(options.get("seed", 0))
     if fusion is None:
-        torch.manual_seed(options.get("seed", 0))
-        fusion = joint(ATTENTION[name]) if name in ATTENTION else eq.Concat(DIM)
+        fusion = partial(joint, ATTENTION[name]) if name in ATTENTION else partial(eq.Concat, DIM)
     heads = "train" if BALANCERS[name].needs_heads else "probe"
-    return fused(names, fusion=fusion, **{"unimodal": heads, **options})
+    return fused(names, fusion=fusion(), **{"unimodal": heads, **options})
 
 
 def made_for(model, name):

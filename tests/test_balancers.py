@@ -1,15 +1,17 @@
 """A battery over every balancer that the package has, in a training loop as users write it."""
 
 import copy
+import inspect
+from functools import partial
 from itertools import combinations
+from typing import ClassVar
 
 import pytest
 import torch
 
+import balancer_cases as cases
 import equipoise as eq
-from balancer_cases import (
-    ATTENTION, BALANCERS, EPOCHS, SMALL, answers, attached, epoch, finite, made_for, plain, sgd, train,
-)  # fmt: skip
+from balancer_cases import ATTENTION, BALANCERS, EPOCHS, answers, attached, epoch, finite, made_for, plain, sgd, train
 from equipoise.balance import Balancer
 from equipoise.errors import ConfigError
 from fusion_cases import FUSIONS
@@ -20,6 +22,12 @@ from tolerance import TOL
 EXACT = TOL[torch.float64]
 every = pytest.mark.parametrize("name", sorted(BALANCERS))
 of_models = pytest.mark.parametrize("name", sorted(set(BALANCERS) - set(ATTENTION)))
+everywhere = pytest.mark.parametrize(
+    ("name", "fusion"),
+    [(name, None) for name in sorted(BALANCERS)]
+    + [(name, cases.joint) for name in sorted(set(BALANCERS) - set(ATTENTION) - cases.SIDE_BY_SIDE)],
+)
+"""Each on the fusion that suits it, and on joint attention."""
 
 ADDS = {
     "Greedy": "the gates between modalities",
@@ -35,7 +43,7 @@ MICRO_BATCHES = {
 
 
 def test_the_tables_speak_of_balancers():
-    for table in (ADDS, ATTENTION, MICRO_BATCHES, SMALL):
+    for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL):
         assert set(table) <= set(BALANCERS)
 
 
@@ -55,10 +63,10 @@ def test_a_single_modality_has_nothing_to_balance(name):
         attached(name, ("audio",))
 
 
-@every
+@everywhere
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(name, task):
-    made, balancing = attached(name, task=task)
+def test_every_task(name, fusion, task):
+    made, balancing = attached(name, fusion=fusion, task=task)
     before = answers(made, task)
     logs = train(made, balancing, sgd(made, balancing), 2, task=task)
     assert finite(made, logs)
@@ -75,14 +83,14 @@ def test_one_output(name):
     assert finite(made, logs)
 
 
-@every
+@everywhere
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(name, stop):
-    made, balancing = attached(name)
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(name, fusion, stop):
+    made, balancing = attached(name, fusion=fusion)
     optimiser = sgd(made, balancing)
     train(made, balancing, optimiser, stop)
     states = copy.deepcopy([part.state_dict() for part in (made, *balancing.balancers, optimiser)])
-    fresh, other = attached(name, seed=9)
+    fresh, other = attached(name, fusion=fusion, seed=9)
     fresh_optimiser = sgd(fresh, other)
     for part, state in zip((fresh, *other.balancers, fresh_optimiser), states, strict=True):
         part.load_state_dict(state)
@@ -103,11 +111,11 @@ def test_what_it_saves_is_tensors_and_it_trains_nothing_of_its_own(name):
     assert not [n for b in balancing.balancers for n, p in b.named_parameters() if p.requires_grad]
 
 
-@every
-def test_accumulated_batches_equal_one_large_batch(name):
+@everywhere
+def test_accumulated_batches_equal_one_large_batch(name, fusion):
     found = []
     for sizes in ((12,), (5, 3, 4)):
-        made, balancing = attached(name)
+        made, balancing = attached(name, fusion=fusion)
         optimiser = sgd(made, balancing)
         logs = []
         for number in range(3):
@@ -123,10 +131,10 @@ def test_accumulated_batches_equal_one_large_batch(name):
         assert again == pytest.approx(log, rel=1e-5, abs=1e-6)
 
 
-@every
+@everywhere
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_modality_missing_from_samples_and_from_a_batch(name, masked):
-    made, balancing = attached(name, NAMES[:3])
+def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
+    made, balancing = attached(name, NAMES[:3], fusion=fusion)
     optimiser = sgd(made, balancing)
     some = batch(NAMES[:3], size=7, missing=("audio", "image"))
     gone = {"mask": {"text": torch.zeros(5, dtype=torch.bool)}} if masked else {"text": None}
@@ -145,9 +153,9 @@ def test_a_modality_that_nobody_ever_has(name):
     assert finite(made, [{key: value for key, value in log.items() if not key.endswith("/image")} for log in logs])
 
 
-@every
-def test_autocast(name):
-    made, balancing = attached(name, dtype=torch.float32)
+@everywhere
+def test_autocast(name, fusion):
+    made, balancing = attached(name, fusion=fusion, dtype=torch.float32)
     optimiser = sgd(made, balancing)
     with torch.autocast("cpu", torch.bfloat16):
         logs = train(made, balancing, optimiser, 2, dtype=torch.float32)
@@ -227,33 +235,36 @@ def test_parameters_of_the_model(name):
     assert (shapes != expected) is (name in ADDS)
 
 
+def refused(made, names):
+    """The error with which balancers refuse a model; None where they have trained on it."""
+    try:
+        balancing = eq.Balancing(made, [made_for(made, name) for name in names])
+        logs = train(made, balancing, sgd(made, balancing), 1)
+    except ConfigError as error:
+        return error
+    assert finite(made, logs), names
+    return None
+
+
 @of_models
 def test_any_fusion_or_a_reason(name):
     """A balancer trains with a fusion, or says in words why it cannot."""
+    reasons = {}
     for key, kind in FUSIONS.items():
-        options = {"dropout": 0.0} if "dropout" in kind.__init__.__code__.co_varnames else {}
-        try:
-            made, balancing = attached(name, fusion=kind(DIM, **options))
-            logs = train(made, balancing, sgd(made, balancing), 1)
-        except ConfigError as error:
-            assert error.who.startswith(name), f"{key}: {error}"
-            assert error.fix or error.got, f"{key}: {error}"
-        else:
-            assert finite(made, logs), key
+        still = {"dropout": 0.0} if "dropout" in inspect.signature(kind).parameters else {}
+        reasons[key] = refused(plain(name, fusion=partial(kind, DIM, **still)), [name])
+    assert reasons["Concat"] is None
+    assert (reasons["JointAttention"] is not None) is (name in cases.SIDE_BY_SIDE)
+    assert all(error is None or (error.who.startswith(name) and error.fix) for error in reasons.values())
 
 
 @every
 def test_any_two_train_together_or_give_the_reason(name):
-    for other in sorted(set(BALANCERS) - {name}):
-        shared = next((pair for pair in ((name, other), (other, name)) if pair[0] in ATTENTION), (name, other))
-        made = plain(shared[0], unimodal="train")
-        try:
-            balancing = eq.Balancing(made, [made_for(made, name), made_for(made, other)])
-            logs = train(made, balancing, sgd(made, balancing), 1)
-        except ConfigError as error:
-            assert error.expected, f"with {other}: {error}"
-        else:
-            assert finite(made, logs), other
+    for other in sorted(BALANCERS):
+        if other > name:
+            host = next((each for each in (name, other) if each in ATTENTION), name)
+            error = refused(plain(host, unimodal="train"), [name, other])
+            assert error is None or error.fix, other
 
 
 class Turning(Balancer):
@@ -265,7 +276,7 @@ class Replacing(Balancer):
 
 
 class Excluding(Balancer):
-    excludes = {"Turning": "there is no turn to take"}
+    excludes: ClassVar = {"Turning": "there is no turn to take"}
 
 
 @pytest.mark.parametrize(
