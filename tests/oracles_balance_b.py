@@ -80,3 +80,26 @@ def lfm(logits, alone, labels, a1):
         for one, other in itertools.combinations(alone, 2)
     ]
     return 2 * ((1 - a1) * task + a1 * mean(pairs))
+
+
+def mass_of(parts):
+    """Each modality's part of one softmax over all logits: parts[m] is a row of scores."""
+    together = softmax([score for row in parts for score in row])
+    count = len(parts[0])
+    return [sum(together[m * count : (m + 1) * count]) for m in range(len(parts))]
+
+
+def amco(parts, labels, hidden, mix, bias, sigma):
+    """AMCo's loss: parts[m][i] is a row of scores, ``hidden`` the classes in hiding, ``mix`` the rows of M."""
+    samples = range(len(labels))
+    masses = [mean(mass_of([part[i] for part in parts])[m] for i in samples) for m in range(len(parts))]
+    total = sum(mean(cross_entropy(part[i], labels[i]) for i in samples) for part in parts)
+    joint = []
+    for i in samples:
+        summed = [0.0] * len(parts[0][0])
+        for part, mass in zip(parts, masses, strict=True):
+            for c, score in enumerate(part[i]):
+                summed[c] += 0.0 if mass > sigma and c in hidden else score
+        scores = [sum(w * x for w, x in zip(row, summed, strict=True)) + b for row, b in zip(mix, bias, strict=True)]
+        joint.append(cross_entropy(scores, labels[i]))
+    return mean(joint) + total

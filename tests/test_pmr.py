@@ -244,7 +244,7 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = penalty_of(balancer, made, inputs)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, rtol=0.1, atol=TOL[torch.bfloat16]["atol"])
+    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
 
 
 def test_what_it_refuses():

@@ -12,6 +12,7 @@ from .balance import LFM as LFM
 from .balance import MLA as MLA
 from .balance import PMR as PMR
 from .balance import UMT as UMT
+from .balance import AMCo as AMCo
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
 from .balance import GradientBlending as GradientBlending

@@ -1,5 +1,6 @@
 """Balancing methods: one method, one file."""
 
+from .amco import AMCo as AMCo
 from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
