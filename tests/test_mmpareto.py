@@ -162,6 +162,19 @@ def test_a_frozen_encoder_stays_out():
     assert "encoders.image.weight" in found
 
 
+def test_nothing_to_take_apart():
+    made, balancing = attached()
+    inputs = batch()
+    expected = made.loss(made(inputs).logits, inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])
+    with torch.no_grad():
+        looked_at = balancing.loss(made(inputs), inputs["target"])
+    torch.testing.assert_close(looked_at, expected.detach(), **EXACT)
+    made.encoders.requires_grad_(False)
+    found = step(made, balancing, inputs)
+    assert found
+    assert not any(name.startswith("encoders") for name in found)
+
+
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_other_tasks(task):
     made, balancing = attached(task=task)

@@ -111,7 +111,8 @@ class MMPareto(Balancer):
             raise ConfigError("MMPareto", expected="an output with logits", got="logits = None")
         alone = unimodal_losses(model, output, target, "MMPareto")
         total = torch.stack([loss.mean for loss in alone.values()]).sum()
-        parameters = self._learning()
+        # Nothing is taken apart where all encoders are frozen, or a loss is only looked at.
+        parameters = self._learning() if torch.is_grad_enabled() else {}
         joint_gradients = _gradients(model.loss(output.logits, target), parameters)
         alone_gradients = _gradients(total, parameters)
         for name in parameters:
@@ -143,7 +144,7 @@ class MMPareto(Balancer):
 def _gradients(loss: Tensor, parameters: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
     """name -> one flat gradient of all the encoder's parameters, zero where the loss does not depend on them."""
     every = [p for group in parameters.values() for p in group]
-    found = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True) if every else ()
     whole = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True))
     return {name: _flat([next(whole) for _ in group]) for name, group in parameters.items()}
 
