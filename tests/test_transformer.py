@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from equipoise.errors import ConfigError, ShapeError
-from equipoise.transformer import Attention, Block, Transformer, learned_token
-from oracles_fusion import attention, block, doubles, transformer
+from equipoise.transformer import Attention, Block, PostNormAttention, PostNormBlock, Transformer, learned_token
+from oracles_fusion import attention, block, doubles, layer_norm, linear, transformer
+from oracles_fusion_transformers import post_attention, post_block, relu
 from tolerance import TOL
 
 BATCH, DIM, HEADS, QUERIES, KEYS = 2, 14, 7, 3, 5
@@ -98,6 +99,35 @@ def test_block_computes_the_first_rows_alone():
     part = layer(rows, rows=2, mask=VALID, modality=LABELS, num_modalities=2)
     torch.testing.assert_close(part.output, whole.output[:, :2], **TOL[torch.float64])
     torch.testing.assert_close(part.share, whole.share[:, :, :2], **TOL[torch.float32])
+
+
+def test_block_reads_another_sequence_under_the_same_norm_with_another_activation():
+    torch.manual_seed(0)
+    layer = Block(DIM, 2, activation=torch.nn.ReLU).double()
+    with torch.no_grad():
+        layer.norm_attention.weight.normal_()
+    rows, source, state = normal(11, 1, QUERIES, DIM), normal(12, 1, KEYS, DIM), doubles(layer)
+    queries, keys = (torch.stack([layer_norm(state, "norm_attention.", row) for row in x[0]]) for x in (rows, source))
+    read, _ = attention(state, "attention.", queries, keys, LABELS, VALID[0], 2, 2)
+    after = rows[0] + read
+    hidden = [relu(linear(state, "mlp.0.", layer_norm(state, "norm_mlp.", row))) for row in after]
+    expected = after + torch.stack([linear(state, "mlp.2.", h) for h in hidden])
+    torch.testing.assert_close(layer(rows, source, mask=VALID[:1]).output[0], expected, **TOL[torch.float64])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_post_norm_layers(eps):
+    torch.manual_seed(0)
+    layer = PostNormBlock(DIM, 2, ratio=2.0, eps=eps).double()
+    assert sum(p.numel() for p in layer.parameters()) == 4 * (DIM**2 + DIM) + 4 * DIM**2 + 3 * DIM + 4 * DIM
+    rows, source = normal(13, BATCH, KEYS, DIM), normal(14, BATCH, QUERIES, DIM)
+    for sample in range(BATCH):
+        readable = rows[sample][VALID[sample]]
+        expected = post_block(doubles(layer), "", rows[sample], readable, 2, eps)
+        torch.testing.assert_close(layer(rows, mask=VALID)[sample], expected, **TOL[torch.float64])
+    reading = PostNormAttention(DIM, 2, eps=eps).double()
+    expected = post_attention(doubles(reading), "", rows[0], source[0], 2, eps)
+    torch.testing.assert_close(reading(rows, source)[0], expected, **TOL[torch.float64])
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
