@@ -35,8 +35,8 @@ SMALL = {
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 """Balancers of attention, which are tried on joint attention of that depth; the others on Concat."""
 
-SIDE_BY_SIDE = {"MLA", "ReconBoost"}
-"""Balancers whose idea needs vectors that stand side by side, so that they refuse joint attention."""
+SIDE_BY_SIDE = {"AMCo", "MLA", "ReconBoost"}
+"""Balancers whose idea needs vectors that stand side by side, or logits that add up, so they refuse joint attention."""
 
 
 def joint(depth=1):
@@ -86,23 +86,36 @@ def sgd(model, balancing):
     return optimiser
 
 
-def step(model, balancing, optimiser, *batches):
+class Loss(nn.Module):
+    """A module that returns the loss, as Lightning's training step does: what data-parallel training is wrapped around,
+    so that parameters that take no part in the loss are found."""
+
+    def __init__(self, model, balancing):
+        super().__init__()
+        self.model, self.balancing = model, balancing
+
+    def forward(self, inputs):
+        return self.balancing.loss(self.model(inputs), inputs["target"])
+
+
+def step(loss, balancing, optimiser, *batches):
     """One optimiser step over several batches, of which each weighs by its samples, for every turn."""
     total = sum(len(inputs["target"]) for inputs in batches)
     for _ in range(balancing.turns):
         optimiser.zero_grad()
         for inputs in batches:
-            (balancing.loss(model(inputs), inputs["target"]) * len(inputs["target"]) / total).backward()
+            (loss(inputs) * len(inputs["target"]) / total).backward()
         balancing.before_step()
         optimiser.step()
 
 
-def epoch(model, balancing, optimiser, batches, val):
+def epoch(model, balancing, optimiser, batches, val, *, loss=None):
     """What the balancers say of an epoch; a list among the batches is accumulated into one step."""
+    loss = loss or Loss(model, balancing)
     steps = [inputs if isinstance(inputs, list) else [inputs] for inputs in batches]
     model.train()
     for parts in steps:
-        step(model, balancing, optimiser, *parts)
+        step(loss, balancing, optimiser, *parts)
     if balancing.reviews:
         balancing.review([inputs for parts in steps for inputs in parts], val)
     return balancing.end_epoch()

@@ -30,6 +30,7 @@ everywhere = pytest.mark.parametrize(
 """Each on the fusion that suits it, and on joint attention."""
 
 ADDS = {
+    "AMCo": "a linear map behind the head",
     "Greedy": "the gates between modalities",
     "MLA": "a head that modalities share",
     "ReconBoost": "a head for each modality, and their shrinkage",
