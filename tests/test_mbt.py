@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from equipoise.errors import ConfigError
 from equipoise.fusion import MBT
 from equipoise.tokens import Tokens
-from fusion_cases import BATCH, DIM, EXACT, NAMES, OUTPUTS, built, sequences
+from fusion_cases import BATCH, DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
 from oracles_fusion import doubles, linear
 from oracles_fusion_transformers import mbt
 
@@ -37,6 +37,17 @@ def test_forward(exchange, masked, cls, count):
         rows = [sample[index] @ state["linear.weight"].mT + state["linear.bias"] / count for sample in vectors]
         torch.testing.assert_close(part, torch.stack(rows), **EXACT)
     assert fusion.contributions(output, torch.nn.Linear(fusion.out_dim, OUTPUTS)) is None
+
+
+def test_parts_after_autocast():
+    fusion, tokens = built(MBT, NAMES[:2], dtype=torch.float32), sequences(NAMES[:2], dtype=torch.float32)
+    head = fusion.head(OUTPUTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fusion(tokens)
+    narrow = output.with_(features=output.features.bfloat16())
+    parts = fusion.contributions(narrow, head)
+    assert all(part.dtype == torch.float32 for part in parts.values())
+    torch.testing.assert_close(sum(parts.values()), head(narrow.features.float()), **SINGLE)
 
 
 def perturbed(fusion):

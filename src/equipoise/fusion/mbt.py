@@ -120,7 +120,11 @@ class MBT(Fusion):
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
         """W f_m over the number of modalities that the sample has, + b / N."""
-        return dict(zip(self.names, head.parts(output.features), strict=True)) if isinstance(head, SharedHead) else None
+        if not isinstance(head, SharedHead):
+            return None
+        # Features of autocast may be narrower than the head's weights, and autocast over.
+        pieces = head.pieces(output.features.to(head.linear.weight.dtype))
+        return dict(zip(self.names, pieces, strict=True))
 
 
 class SharedHead(nn.Module):
@@ -130,7 +134,7 @@ class SharedHead(nn.Module):
         super().__init__()
         self.num_modalities, self.linear = num_modalities, nn.Linear(dim, num_outputs)
 
-    def parts(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
+    def pieces(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
         """Each modality's part of the logits."""
         bias = self.linear.bias / self.num_modalities
         pieces = features.chunk(self.num_modalities, dim=-1)
