@@ -103,3 +103,22 @@ def amco(parts, labels, hidden, mix, bias, sigma):
         scores = [sum(w * x for w, x in zip(row, summed, strict=True)) + b for row, b in zip(mix, bias, strict=True)]
         joint.append(cross_entropy(scores, labels[i]))
     return mean(joint) + total
+
+
+def shapley(worth, count):
+    """Values by all orders in which modalities may come: worth[frozenset of places]."""
+    values = [0.0] * count
+    orders = list(itertools.permutations(range(count)))
+    for order in orders:
+        before = frozenset()
+        for m in order:
+            values[m] += (worth[before | {m}] - worth[before]) / len(orders)
+            before = before | {m}
+    return values
+
+
+def copies_of(value):
+    """How often a sample comes again for the sake of a modality of that value."""
+    if value >= 1:
+        return 0
+    return 1 if value >= 0.4 else 2 if value >= -0.1 else 3

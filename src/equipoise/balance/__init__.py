@@ -1,15 +1,22 @@
 """Balancing methods: one method, one file."""
 
+from .agm import AGM as AGM
 from .amco import AMCo as AMCo
 from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
 from .cml import CML as CML
+from .dropout import ModalityDropout as ModalityDropout
 from .folding import fold as fold
 from .greedy import Greedy as Greedy
 from .lfm import LFM as LFM
+from .mbsd import MBSD as MBSD
 from .mla import MLA as MLA
+from .mmcosine import MMCosine as MMCosine
 from .mmpareto import MMPareto as MMPareto
+from .ogm import OGM as OGM
+from .ogm_ge import OGMGE as OGMGE
+from .opm import OPM as OPM
 from .pmr import PMR as PMR
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
 from .reconboost import ReconBoost as ReconBoost
@@ -17,3 +24,4 @@ from .rolling_query import RollingStep as RollingStep
 from .rolling_query import rolling_query as rolling_query
 from .rollingq import RollingQ as RollingQ
 from .umt import UMT as UMT
+from .valuation import SampleValuation as SampleValuation

@@ -168,7 +168,8 @@ class MixedHead(nn.Module):
         like = next(head.parameters(), torch.empty(0))
         self.head = head
         # Without torch's own start, which would draw random numbers.
-        self.mix = nn.utils.skip_init(nn.Linear, num_outputs, num_outputs, device=like.device, dtype=like.dtype)
+        mix = nn.utils.skip_init(nn.Linear, num_outputs, num_outputs, device=like.device, dtype=like.dtype)
+        self.mix = cast(nn.Linear, mix)
         nn.init.eye_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
 
