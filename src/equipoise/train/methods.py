@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import balance, encoders, fusion
 from ..balance import Balancer, ProgressiveRollingQ, RollingQ
+from ..encoders import Encoder
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion, Unimodal
 from ..lookup import family, find, made
@@ -119,22 +120,19 @@ def needs_teachers(method: Method, recipe: Recipe) -> bool:
     return any(_class(name, recipe).needs_teachers for name in method.balancers)
 
 
-def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Any:
-    options = dict(options)
-    known = {"PatchEncoder": encoders.PatchEncoder, "SequenceEncoder": encoders.SequenceEncoder}
+def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Encoder:
+    options, known = dict(options), family(encoders, Encoder)
     wanted = options.pop("name", None) or ("PatchEncoder" if len(shape) == 3 else "SequenceEncoder")
     if wanted not in known:
         raise unknown_name(f"encoder '{name}'", "encoder", str(wanted), known)
-    if wanted == "PatchEncoder" and len(shape) == 3:
-        options = {"channels": shape[0], "size": shape[1:], **options}
-    elif wanted == "SequenceEncoder" and len(shape) == 2:
-        options = {"features": shape[1], "max_length": shape[0], **options}
-    else:
+    follows = known[wanted].for_data(shape)
+    if follows is None:
+        able = [f"{other} for {cls.reads}" for other, cls in known.items() if cls.for_data(shape) is not None]
         raise ConfigError(
             f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}",
-            expected="PatchEncoder for (channel, height, width), SequenceEncoder for (frame, feature)",
+            expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
         )  # fmt: skip
-    return made(known[wanted], f"encoder '{name}'", options)
+    return made(known[wanted], f"encoder '{name}'", {**follows, **options})
 
 
 def _class(name: str, recipe: Recipe) -> type[Balancer]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .errors import ConfigError, ShapeError
-from .tokens import Tokens
-from .transformer import Transformer, initialise, learned_token
+from ..errors import ConfigError, ShapeError
+from ..tokens import Tokens
+from ..transformer import Transformer, initialise, learned_token
+from .base import Encoder
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(Encoder):
     """A small ViT: patches, class token, learned positions, pre-norm blocks, final LayerNorm.
 
-    With ``dim=768, depth=4, heads=12, patch=16`` it is the encoder of the RollingQ paper (spec 1.2).
+    With ``dim=768, depth=4, heads=12, patch=16`` it has the blocks of the RollingQ paper; ``ViTEncoder`` is the paper's
+    encoder whole, with frames and pretrained weights.
 
     Args:
         channels: channels of the picture (1 for a spectrogram).
@@ -33,6 +37,9 @@ class PatchEncoder(nn.Module):
         >>> PatchEncoder(1, (8, 8), patch=2, dim=16, depth=1, heads=2)(torch.zeros(3, 1, 8, 8)).values.shape
         torch.Size([3, 17, 16])
     """
+
+    name = "PatchEncoder"
+    reads = "(channel, height, width)"
 
     def __init__(
         self, channels: int, size: tuple[int, int], *, patch: int, dim: int, depth: int = 2, heads: int = 4,
@@ -54,6 +61,10 @@ class PatchEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.transformer = Transformer(dim, depth, heads, dropout=dropout)
 
+    @classmethod
+    def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        return {"channels": shape[0], "size": shape[1:]} if len(shape) == 3 else None
+
     def forward(self, pixels: Float[Tensor, "batch channel height width"]) -> Tokens:
         expected = (self.channels, *self.size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -68,7 +79,7 @@ class PatchEncoder(nn.Module):
         return Tokens(self.transformer(self.dropout(tokens)), cls=True)
 
 
-class SequenceEncoder(nn.Module):
+class SequenceEncoder(Encoder):
     """A transformer over feature frames: frames are joined by ``stride``, projected, given a class token and positions.
 
     Args:
@@ -78,6 +89,8 @@ class SequenceEncoder(nn.Module):
         stride: frames that make one token; the last, incomplete group is padded with zeros.
         depth: number of blocks.
         heads: attention heads.
+        bias: of the projection. Without it, ``dim=120, depth=4, heads=5, bias=False`` is the encoder of the published
+            CMU-MOSEI setting (spec 1.2), where a convolution of kernel 1 projects.
         dropout: in training only.
 
     Raises:
@@ -89,20 +102,27 @@ class SequenceEncoder(nn.Module):
         torch.Size([3, 16, 16])
     """
 
+    name = "SequenceEncoder"
+    reads = "(frame, feature)"
+
     def __init__(
         self, features: int, *, max_length: int, dim: int, stride: int = 1, depth: int = 2, heads: int = 4,
-        dropout: float = 0.0,
+        bias: bool = True, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if stride < 1:
             raise ConfigError("SequenceEncoder", expected="stride >= 1", got=f"stride = {stride}")
         self.features, self.max_length, self.stride, self.dim = features, max_length, stride, dim
-        self.project = nn.Linear(features * stride, dim)
+        self.project = nn.Linear(features * stride, dim, bias=bias)
         initialise(self.project)
         self.cls = learned_token(dim)
         self.positions = learned_token(-(-max_length // stride) + 1, dim)
         self.dropout = nn.Dropout(dropout)
         self.transformer = Transformer(dim, depth, heads, dropout=dropout)
+
+    @classmethod
+    def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        return {"features": shape[1], "max_length": shape[0]} if len(shape) == 2 else None
 
     def forward(
         self, frames: Float[Tensor, "batch frame feature"], mask: Bool[Tensor, "batch frame"] | None = None

@@ -1,0 +1,152 @@
+"""Any Hugging Face backbone as an encoder: text, vision or audio; trained, frozen or with LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from ..tokens import Tokens
+from ..transformer import initialise
+from .base import Encoder
+from .pretrained import huggingface, load_model
+
+
+class Backbone(Encoder):
+    """A Hugging Face model's last hidden states as tokens, with its attention mask.
+
+    ::
+
+        H = model(input)                  (batch, token, hidden); feature maps are flattened
+        tokens = H A + a                  without A where dim is the model's own width
+
+    Of a model with encoder and decoder the encoder is taken.
+
+    Args:
+        model: a folder, a name on the hub, or a model of transformers. Files are read as safetensors only, in single
+            precision; code from the hub is never run.
+        frozen: the weights get no gradient, and the model stays in evaluation mode; ``A`` still learns.
+        lora: rank of LoRA matrices beside every linear layer, trained instead of its weights; needs peft.
+        dim: token width; by default the model's own.
+        cls: token 0 is a class token, as BERT and ViT have one, and ``pooled`` reads it instead of the mean.
+
+    Raises:
+        ConfigError: frozen together with LoRA, a model whose width is not to be found, or a missing package.
+        DataError: nothing readable in the folder or under the name. ShapeError: a mask of another shape.
+
+    A frozen backbone makes methods that slow one encoder down pointless: only ``A`` is left to slow.
+
+    Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    Differs from the released code in: none; models and LoRA are those of transformers and peft.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> text = Backbone(BertModel(BertConfig(vocab_size=11, **size)), frozen=True, dim=4)
+        >>> inputs = {"input_ids": torch.tensor([[1, 5, 2], [1, 2, 0]]), "attention_mask": torch.ones(2, 3)}
+        >>> text(inputs).values.shape
+        torch.Size([2, 3, 4])
+    """
+
+    name = "Backbone"
+    reads = "any shape that its model reads"
+
+    def __init__(
+        self, model: Any, *, frozen: bool = False, lora: int | None = None, dim: int | None = None, cls: bool = False
+    ) -> None:
+        super().__init__()
+        if frozen and lora is not None:
+            raise ConfigError(
+                "Backbone", expected="frozen=True or a LoRA rank", got=f"both, lora = {lora}",
+                fix="LoRA freezes the weights it stands beside; leave frozen out.",
+            )  # fmt: skip
+        if isinstance(model, str):
+            model = load_model(huggingface("Backbone").AutoModel, model, "Backbone")
+        if getattr(model.config, "is_encoder_decoder", False):
+            model = model.get_encoder()
+        self.frozen, self.cls = frozen, cls
+        hidden = _width(model)
+        self.model = _with_lora(model, lora) if lora is not None else model
+        self.dim = hidden if dim is None else dim
+        self.project = nn.Identity() if self.dim == hidden else nn.Linear(hidden, self.dim)
+        initialise(self.project)
+        if frozen:
+            self.model.requires_grad_(False).eval()
+
+    @classmethod
+    def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        return {}
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen model stays in evaluation mode: no dropout, no running statistics."""
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self, inputs: Tensor | Mapping[str, Tensor], mask: Bool[Tensor, "batch token"] | None = None) -> Tokens:
+        """Encodes a batch.
+
+        Args:
+            inputs: the model's main input (``input_ids``, ``pixel_values``, ``input_values``), or all its inputs by
+                name.
+            mask: True for real tokens, where ``inputs`` names no ``attention_mask``.
+        """
+        given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
+        if mask is not None:
+            given.setdefault("attention_mask", mask.long())
+        attention = given.get("attention_mask")
+        if attention is not None:
+            # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterwards.
+            empty = ~attention.bool().any(dim=1, keepdim=True)
+            given["attention_mask"] = attention.masked_fill(empty, 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            hidden = self.model(**given).last_hidden_state
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(2).transpose(1, 2)
+        valid = None if attention is None else self._valid(attention, hidden.shape[1])
+        return Tokens(self.project(hidden), mask=valid, cls=self.cls)
+
+    def _valid(self, attention: Tensor, length: int) -> Tensor:
+        """The attention mask at the tokens' rate, which for sound is lower than the samples'."""
+        if attention.shape[1] == length:
+            return attention.bool()
+        coarser = getattr(self.model, "_get_feature_vector_attention_mask", None)
+        if coarser is None:
+            raise ShapeError(
+                "Backbone", expected=f"an attention_mask for each of {length} tokens",
+                got=f"shape {tuple(attention.shape)}", fix="Leave it out, and mask whole samples with batch['mask'].",
+            )  # fmt: skip
+        return coarser(length, attention.long()).bool() & attention.bool().any(dim=1, keepdim=True)
+
+
+def _width(model: Any) -> int:
+    config = model.config
+    sizes = getattr(config, "hidden_sizes", None)
+    # Networks of stages end with their widest; transformers have one width.
+    width = sizes[-1] if sizes else getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ConfigError(
+            "Backbone", expected="a model of one modality, with hidden_size or hidden_sizes in its configuration",
+            got=type(model).__name__, fix="Of a model for several modalities give one tower, such as CLIPVisionModel.",
+        )  # fmt: skip
+    return width
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            "Backbone", expected="peft, for LoRA", got="no such package", fix="Run: pip install 'equipoise[lora]'."
+        ) from error
+    if rank < 1:
+        raise ConfigError("Backbone", expected="a LoRA rank of 1 or more", got=f"lora = {rank}")
+    # The scale alpha / rank is 2, as is usual; the model stays of its own class.
+    return peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model
+    )
