@@ -35,7 +35,7 @@ SMALL = {
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 """Balancers of attention, which are tried on joint attention of that depth; the others on Concat."""
 
-SIDE_BY_SIDE = {"AMCo", "MLA", "ReconBoost"}
+SIDE_BY_SIDE = {"AMCo", "MLA", "MMCosine", "ReconBoost"}
 """Balancers whose idea needs vectors that stand side by side, or logits that add up, so they refuse joint attention."""
 
 

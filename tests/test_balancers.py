@@ -33,11 +33,14 @@ ADDS = {
     "AMCo": "a linear map behind the head",
     "Greedy": "the gates between modalities",
     "MLA": "a head that modalities share",
+    "MMCosine": "class vectors in place of a linear head",
     "ReconBoost": "a head for each modality, and their shrinkage",
 }
 """Balancers that change the model's parameters, and by what."""
 
 MICRO_BATCHES = {
+    "ModalityDropout": "unimodal heads average over the samples that were left a modality",
+    "OPM": "unimodal heads average over the samples that were left a modality",
     "PMR": "prototype weights are decided on each batch",
 }
 """Balancers for which accumulated batches are not one large batch, and why."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens import Output
 from .base import Multimodal
-from .scores import modality_logits, present
+from .scores import modality_logits, present, true_score
 
 
 class Loss(NamedTuple):
@@ -27,6 +27,18 @@ def check_modalities(model: Multimodal, who: str) -> None:
         raise ConfigError(who, expected="two or more modalities", got=f"{', '.join(model.names) or 'none'}")
 
 
+def teaching_logits(model: Multimodal, output: Output, who: str) -> dict[str, Tensor]:
+    """name -> (batch, output): what each modality alone says, with a gradient that reaches its encoder.
+
+    The unimodal heads speak where they teach, else the modality's part of the logits.
+
+    Raises:
+        ConfigError: heads that only watch, and logits that do not decompose.
+    """
+    teaching = getattr(model, "unimodal", "none") == "train" and output.unimodal_logits
+    return output.unimodal_logits if teaching else modality_logits(model, output, who, trains=True)
+
+
 def unimodal_losses(model: Multimodal, output: Output, target: Tensor, who: str) -> dict[str, Loss]:
     """name -> the loss of what that modality alone says, with a gradient that reaches its encoder and no other.
 
@@ -36,15 +48,58 @@ def unimodal_losses(model: Multimodal, output: Output, target: Tensor, who: str)
     Raises:
         ConfigError: heads that only watch, and logits that do not decompose.
     """
-    teaching = getattr(model, "unimodal", "none") == "train" and output.unimodal_logits
-    logits = output.unimodal_logits if teaching else modality_logits(model, output, who, trains=True)
     found = {}
-    for name, scores in logits.items():
+    for name, scores in teaching_logits(model, output, who).items():
         counts = present(output, name)
         losses = model.sample_losses(at_least_single(scores), target).masked_fill(~counts, 0.0)
         count = counts.sum()
         found[name] = Loss(losses.sum() / count.clamp(min=1), count)
     return found
+
+
+def score_sums(model: Multimodal, output: Output, target: Tensor, who: str) -> Float[Tensor, "2 modality"]:
+    """For each modality the sum of its true scores over the samples that have it, and how many these are.
+
+    Both add up over batches and processes; their quotient is the mean score, by which modalities are compared.
+
+    Raises:
+        ConfigError: neither unimodal heads, nor logits that decompose.
+    """
+    logits, found = modality_logits(model, output, who), []
+    for name in model.names:
+        counts = present(output, name)
+        scores = true_score(at_least_single(logits[name].detach()), target, model.task)
+        found.append(torch.stack([scores.masked_fill(~counts, 0.0).sum(), counts.sum().to(scores)]))
+    return torch.stack(found, dim=1)
+
+
+def mean_of_others(values: Float[Tensor, " modality"], known: Bool[Tensor, " modality"]) -> Float[Tensor, " modality"]:
+    """For each modality the mean over the other ones that are known; its own value where it has nothing beside it.
+
+    Example:
+        >>> mean_of_others(torch.tensor([1.0, 4.0, 6.0]), torch.tensor([True, True, True]))
+        tensor([5.0000, 3.5000, 2.5000])
+    """
+    beside = known[None] & ~torch.eye(len(known), dtype=torch.bool, device=known.device)
+    count = beside.sum(dim=1)
+    mean = torch.where(beside, values, 0.0).sum(dim=1) / count.clamp(min=1)
+    return torch.where(known & (count > 0), mean, values)
+
+
+def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
+    """s_m / mean_{n != m} s_n: above 1 for a modality that predicts better than the others.
+
+    Args:
+        scores: (modality,) sums or means over the same samples; 0 for a modality that nobody has, which is compared
+            with nobody: its ratio is 1.
+
+    Example:
+        >>> discrepancy_ratio(torch.tensor([40.0, 10.0, 0.0]))
+        tensor([4.0000, 0.2500, 1.0000])
+    """
+    known = scores > 0
+    others = mean_of_others(scores, known).clamp(min=torch.finfo(scores.dtype).tiny)
+    return torch.where(known, scores / others, 1.0)
 
 
 def check_side_by_side(model: Multimodal, who: str) -> None:

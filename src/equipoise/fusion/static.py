@@ -19,7 +19,8 @@ class Concat(Fusion):
     Args:
         dim: width of the encoders' tokens.
 
-    Reference: spec 1.3.
+    Reference: late fusion by concatenation, as in OGM-GE (CVPR 2022) and RollingQ (ICML 2025); spec 1.3.
+    Differs from the released code in: any number of modalities, and samples that lack one add zeros.
 
     Example:
         >>> Concat(5)({"audio": Tokens(torch.ones(2, 3, 5)), "image": Tokens(torch.ones(2, 7, 5))}).features.shape
@@ -38,12 +39,16 @@ class Concat(Fusion):
         return Output(features=features, tokens=tokens, names=self.names)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """W_m f_m + b / N."""
+        """W_m f_m + b / N of a linear head; of another one its ``pieces(features)``, where it has them."""
+        # Features of autocast may be narrower than the head's weights, and autocast over.
+        features = output.features.to(next(head.parameters(), output.features).dtype)
+        if hasattr(head, "pieces"):
+            return dict(zip(self.names, head.pieces(features), strict=True))  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             return None
         count = len(self.names)
         bias = None if head.bias is None else head.bias / count
-        pieces = zip(output.features.chunk(count, dim=-1), head.weight.chunk(count, dim=1), strict=True)
+        pieces = zip(features.chunk(count, dim=-1), head.weight.chunk(count, dim=1), strict=True)
         return {
             name: nn.functional.linear(f, weight, bias) for name, (f, weight) in zip(self.names, pieces, strict=True)
         }
@@ -52,17 +57,14 @@ class Concat(Fusion):
 class Sum(Concat):
     """y = sum_m (W_m f_m + b_m): one linear head for each modality, logits added.
 
-    Args and shapes as ``Concat``. Reference: spec 1.3.
+    Args and shapes as ``Concat``.
+
+    Reference: late fusion by summation, as in OGM-GE (CVPR 2022); spec 1.3.
+    Differs from the released code in: any number of modalities.
     """
 
     def head(self, num_outputs: int) -> nn.Module:
         return SumHead(len(self.names), self.dim, num_outputs)
-
-    def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """W_m f_m + b_m."""
-        if not isinstance(head, SumHead):
-            return None
-        return dict(zip(self.names, head.pieces(output.features), strict=True))
 
 
 class SumHead(nn.Module):
@@ -88,7 +90,8 @@ class Unimodal(Fusion):
         dim: width of the encoder's tokens.
         modality: the one that is read; the first by default.
 
-    Reference: spec 1.3.
+    Reference: the unimodal baseline of RollingQ (ICML 2025); spec 1.3.
+    Differs from the released code in: it is a fusion like any other, so that one loop trains it.
     """
 
     def __init__(self, dim: int, *, modality: str | None = None) -> None:
@@ -154,7 +157,10 @@ class _Modulated(Fusion):
 class FiLM(_Modulated):
     """(gamma, beta) = split(U f_src + u); y = W (gamma * f_dst + beta) + b. No "+1" on gamma, as in the reference code.
 
-    Args and N > 2 as the class above says; shapes as ``Concat`` with width ``dim``. Reference: spec 1.3.
+    Args and N > 2 as the class above says; shapes as ``Concat`` with width ``dim``.
+
+    Reference: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer" (AAAI 2018); spec 1.3.
+    Differs from the released code in: any number of modalities, of which one modulates all others.
     """
 
     def _build_targets(self) -> None:
@@ -168,7 +174,10 @@ class FiLM(_Modulated):
 class Gated(_Modulated):
     """y = W (sigmoid(A f_src + a) * (B f_dst + b')) + b: the gate is made from the projected source.
 
-    Args and N > 2 as FiLM. Reference: spec 1.3.
+    Args and N > 2 as FiLM.
+
+    Reference: Kiela et al., "Efficient Large-Scale Multi-Modal Classification" (AAAI 2018); spec 1.3.
+    Differs from the released code in: any number of modalities, of which one gates all others.
     """
 
     def _build_targets(self) -> None:

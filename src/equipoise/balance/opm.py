@@ -1,0 +1,130 @@
+"""OPM: the modality that predicts best is hidden from part of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..tokens import Output, Tokens
+from .base import Balancer, Multimodal
+from .draws import drawing
+from .dropout import keep_masks, masked, who_has
+from .modalities import check_modalities, discrepancy_ratio, score_sums
+from .scores import summed
+
+
+def drop_rates(scores: Float[Tensor, " modality"], *, q_base: float, alpha: float) -> Float[Tensor, " modality"]:
+    """q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) where rho_m = s_m / mean_{n != m} s_n > 1, else 0.
+
+    Args:
+        scores: (modality,) s_m >= 0; 0 where nobody has the modality.
+        q_base: rate at balance.
+        alpha: how much more where balance is lost.
+
+    Example:
+        >>> drop_rates(torch.tensor([0.6, 0.3]), q_base=0.4, alpha=0.5)
+        tensor([0.5523, 0.0000])
+    """
+    ratio = discrepancy_ratio(scores)
+    rates = (q_base * (1 + alpha * torch.tanh(ratio - 1))).clamp(0.0, 1.0)
+    return torch.where(ratio > 1, rates, 0.0)
+
+
+class OPM(Balancer):
+    """Drops modalities that predict better than the others, at a rate that grows with their lead.
+
+    With s_m the mean probability of the true class by modality m alone, in the step before::
+
+        rho_m = s_m / mean_{n != m} s_n
+        q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) where rho_m > 1, else 0
+        with probability p_exe in a step:  b_im ~ Bernoulli(1 - q_m),  f_im <- b_im f_im / (1 - theta),  theta = mean q
+
+    on all tokens of a modality; those with b = 0 are masked. The first step is plain.
+
+    Args:
+        model: whose logits are a sum over modalities (``Concat``, ``Sum``), or that has unimodal heads.
+        q_base: rate at balance, >= 0.
+        alpha: how much more where balance is lost, >= 0.
+        p_exe: probability in [0, 1] that anything is dropped in a step.
+        seed: of what is dropped, which depends on it, the number of the step and the sample's place in the step alone.
+
+    Raises:
+        ConfigError: one modality, an option out of range; in training, nothing that tells the modalities' scores.
+
+    It helps as modality dropout does, where one modality leads, and leaves the others alone. The factor 1 / (1 - theta)
+    keeps the size of what a linear head reads; attention does that itself, and is sharpened by it.
+
+    Reference: Wei, Hu, Du and Wen, "On-the-fly Modulation for Balanced Multimodal Learning" (TPAMI 2024), OPM;
+    spec 3.3.
+    Differs from the released code in: scores are those of the step before, over all processes, which costs no second
+    pass; more than two modalities are compared by the mean of the others, not their sum; and a sample that would be
+    left with nothing keeps all that it has, where code takes it out of the loss.
+
+    Example:
+        >>> import equipoise as eq
+        >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
+        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
+        >>> balancing = eq.Balancing(model, [eq.OPM(model)])
+        >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
+        >>> balancing.loss(model(batch), batch["target"]).backward()
+        >>> balancing.before_step()
+    """
+
+    def __init__(
+        self, model: Multimodal, *, q_base: float = 0.4, alpha: float = 0.5, p_exe: float = 0.7, seed: int = 0
+    ) -> None:
+        super().__init__()
+        check_modalities(model, "OPM")
+        if not q_base >= 0 or not alpha >= 0 or not 0 <= p_exe <= 1:
+            raise ConfigError(
+                "OPM", expected="q_base >= 0, alpha >= 0 and 0 <= p_exe <= 1",
+                got=f"q_base = {q_base}, alpha = {alpha}, p_exe = {p_exe}",
+            )  # fmt: skip
+        self._model, self.q_base, self.alpha, self.p_exe, self.seed = [model], q_base, alpha, p_exe, seed
+        count = len(model.names)
+        self.register_buffer("rates", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("steps", torch.tensor(0))
+        # Of this epoch: the sum of each modality's rates, and their number.
+        self.register_buffer("used", torch.zeros(count + 1, dtype=torch.float64))
+        # Samples and scores of this step so far; no state, since checkpoints come between steps.
+        self._seen, self._sums = 0, torch.zeros(2, count)
+
+    rates: Tensor
+    steps: Tensor
+    used: Tensor
+
+    def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
+        """Drops; all processes drop in the same steps, each other samples."""
+        has = who_has(tokens)
+        start, self._seen = self._seen, self._seen + len(has)
+        if float(torch.rand((), generator=drawing(self.seed, int(self.steps)))) >= self.p_exe:
+            return tokens
+        # Whoever is behind the samples of the step's earlier batches draws as in one large batch.
+        random = drawing(self.seed + 1, int(self.steps), apart=True)
+        uniform = torch.rand(self._seen, has.shape[1], generator=random)[start:]
+        rates = self.rates.to(has.device)
+        return masked(tokens, keep_masks(has, rates, uniform.to(has.device)), scale=1 / (1 - rates.mean()))
+
+    @torch.no_grad()
+    def observe(self, output: Output, target: Tensor) -> None:
+        sums = score_sums(self._model[0], output, target, "OPM")
+        self._sums = self._sums.to(sums) + sums
+
+    def before_step(self) -> None:
+        """The rates of the next step."""
+        total, count = summed(self._sums)
+        self.used = self.used.to(total.device) + torch.cat([self.rates.to(total), total.new_ones(1)])
+        self.rates = drop_rates(total / count.clamp(min=1), q_base=self.q_base, alpha=self.alpha).double()
+        self._sums, self._seen = torch.zeros_like(self._sums), 0
+        self.steps += 1
+
+    def end_epoch(self) -> dict[str, float]:
+        """``rate/<name>``: the mean rate at which each modality was dropped in this epoch, where any was."""
+        *sums, count = self.used.tolist()
+        self.used.zero_()
+        names = self._model[0].names
+        return {f"rate/{name}": s / max(count, 1.0) for name, s in zip(names, sums, strict=True)}
