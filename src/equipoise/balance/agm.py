@@ -15,42 +15,14 @@ from ..errors import ConfigError
 from ..evaluation import evaluating
 from ..tokens import Output
 from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, mean_of_others
+from .modalities import check_modalities, mean_of_others
 from .scores import present, summed, true_score
-from .subsets import only
+from .subsets import shapley_values, subset_logits, subsets
 
 FLOOR = 1e-8
 """No response is taken to be less probable."""
 CEILING = 7.0
 """No response is taken to stray further."""
-
-
-def shapley_responses(answers: Float[Tensor, "subset batch output"]) -> Float[Tensor, "modality batch output"]:
-    """What each modality adds to the answer, over all orders in which modalities may come::
-
-        phi_m = sum_{S without m} |S|! (N - |S| - 1)! / N! (f(S + m) - f(S))
-
-    Args:
-        answers: (2^N, batch, output) f(S) for every subset; bit m of a subset's number says whether it has modality m,
-            so the first is f of nothing.
-
-    Returns:
-        (N, batch, output); they add up to f of everything minus f of nothing.
-
-    Example:
-        >>> shapley_responses(torch.tensor([1.0, 3.0, 4.0, 10.0]).reshape(4, 1, 1)).flatten()
-        tensor([4., 5.])
-    """
-    count = (len(answers) - 1).bit_length()
-    weights = answers.new_tensor([[_weight(count, m, subset) for subset in range(len(answers))] for m in range(count)])
-    return torch.einsum("ms,sbo->mbo", weights, answers)
-
-
-def _weight(count: int, m: int, subset: int) -> float:
-    """What f of a subset counts in phi_m."""
-    size = (subset & ~(1 << m)).bit_count()
-    weight = math.factorial(size) * math.factorial(count - size - 1) / math.factorial(count)
-    return weight if subset >> m & 1 else -weight
 
 
 def coefficients(
@@ -175,16 +147,14 @@ class AGM(Balancer):
 
     def _error_sums(self, output: Output, target: Tensor) -> Float[Tensor, "2 modality"]:
         """For each modality the sum of its errors over the samples that have it, and how many these are."""
-        model, answers = self._model[0], []
+        model = self._model[0]
         # Tokens of autocast may be narrower than the fusion's weights, and autocast over.
         wide = next(model.head.parameters()).dtype
         tokens = {name: replace(part, values=part.values.to(wide)) for name, part in output.tokens.items()}
         with evaluating(model):  # type: ignore[arg-type]
-            for subset in range(2 ** len(model.names)):
-                kept = [name for m, name in enumerate(model.names) if subset >> m & 1]
-                answers.append(at_least_single(model.fuse(only(tokens, kept)).logits))  # type: ignore[arg-type]
+            answers = torch.stack([subset_logits(model, tokens, kept) for kept in subsets(model.names)])
         found = []
-        for name, response in zip(model.names, shapley_responses(torch.stack(answers)), strict=True):
+        for name, response in zip(model.names, shapley_values(answers), strict=True):
             counts = present(output, name)
             errors = -true_score(response, target, model.task).clamp(min=FLOOR).log()
             found.append(torch.stack([errors.masked_fill(~counts, 0.0).sum(), counts.sum()]).double())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, unknown_name
 from ..tokens import Tokens
 from .base import Balancer, Multimodal
-from .draws import drawing
+from .draws import drawing, sample_draws
 from .modalities import check_modalities
 
 
@@ -112,9 +112,7 @@ class ModalityDropout(Balancer):
         if not any(self.rates.values()):
             return tokens
         has = who_has(tokens)
-        random = drawing(self.seed, int(self.steps), apart=True)
-        # Whoever is behind the samples of the step's earlier batches draws as in one large batch.
-        uniform = torch.rand(self._seen + len(has), has.shape[1], generator=random)[self._seen :]
+        uniform = sample_draws(drawing(self.seed, int(self.steps)), self._seen, *has.shape)
         self._seen += len(has)
         rates = torch.tensor([self.rates[name] for name in tokens])
         return masked(tokens, keep_masks(has, rates.to(has.device), uniform.to(has.device)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens import Output, Tokens
 from .base import Balancer, Multimodal
-from .draws import drawing
+from .draws import drawing, sample_draws
 from .dropout import keep_masks, masked, who_has
 from .modalities import check_modalities, discrepancy_ratio, score_sums
 from .scores import summed
@@ -98,14 +98,13 @@ class OPM(Balancer):
     used: Tensor
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
-        """Drops; all processes drop in the same steps, each other samples."""
-        has = who_has(tokens)
-        start, self._seen = self._seen, self._seen + len(has)
-        if float(torch.rand((), generator=drawing(self.seed, int(self.steps)))) >= self.p_exe:
+        """Drops; all processes in the same steps."""
+        has, before = who_has(tokens), self._seen
+        self._seen += len(has)
+        random = drawing(self.seed, int(self.steps))
+        if float(torch.rand((), generator=random)) >= self.p_exe:
             return tokens
-        # Whoever is behind the samples of the step's earlier batches draws as in one large batch.
-        random = drawing(self.seed + 1, int(self.steps), apart=True)
-        uniform = torch.rand(self._seen, has.shape[1], generator=random)[start:]
+        uniform = sample_draws(random, before, *has.shape)
         rates = self.rates.to(has.device)
         return masked(tokens, keep_masks(has, rates, uniform.to(has.device)), scale=1 / (1 - rates.mean()))
 
