@@ -122,3 +122,12 @@ def copies_of(value):
     if value >= 1:
         return 0
     return 1 if value >= 0.4 else 2 if value >= -0.1 else 3
+
+
+def purity(clusters, labels):
+    """Part of the samples that are of the most frequent class of their cluster."""
+    hits = 0
+    for cluster in set(clusters):
+        members = [label for c, label in zip(clusters, labels, strict=True) if c == cluster]
+        hits += max(members.count(label) for label in set(members))
+    return hits / len(labels)

@@ -27,6 +27,7 @@ from .balance import MMPareto as MMPareto
 from .balance import ModalityDropout as ModalityDropout
 from .balance import ProgressiveRollingQ as ProgressiveRollingQ
 from .balance import ReconBoost as ReconBoost
+from .balance import ReLearning as ReLearning
 from .balance import RollingQ as RollingQ
 from .balance import RollingStep as RollingStep
 from .balance import SampleValuation as SampleValuation

@@ -56,6 +56,8 @@ class Balance(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
+            for balancer in self.balancers:
+                balancer.attach_optimizer(optimizer)
             for balancing in self._balancings:
                 balancing.check_optimizer(optimizer)
 

@@ -20,6 +20,7 @@ from .opm import OPM as OPM
 from .pmr import PMR as PMR
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
 from .reconboost import ReconBoost as ReconBoost
+from .relearning import ReLearning as ReLearning
 from .rolling_query import RollingStep as RollingStep
 from .rolling_query import rolling_query as rolling_query
 from .rollingq import RollingQ as RollingQ

@@ -121,6 +121,12 @@ class Balancing:
             said.update(balancer.end_epoch())
         return said
 
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shows the optimiser to the balancers, and checks it; before training, for methods that reset its state."""
+        for balancer in self.balancers:
+            balancer.attach_optimizer(optimizer)
+        self.check_optimizer(optimizer)
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Warns where the optimiser undoes a method: Adam and its kin divide a constant factor on gradients out."""
         adaptive = any(word in type(optimizer).__name__.lower() for word in ("adam", "rmsprop", "adagrad", "lion"))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..tokens import Output, Tokens
 
@@ -71,6 +72,9 @@ class Balancer(nn.Module):
     partial_graph: ClassVar[bool] = False
     only_scales: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {}
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Is given each optimiser before training starts, also when it resumes; for methods that reset its state."""
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         """name -> Tokens between encoders and fusion; returns them changed. ``target`` is None where there is none."""
