@@ -44,7 +44,8 @@ def clustered(features: Float[Tensor, "batch dim"], count: int, *, seed: int) ->
     low, high = features.amin(dim=0), features.amax(dim=0)
     scaled = 2 * (features - low) / (high - low).clamp(min=torch.finfo(features.dtype).tiny) - 1
     count = min(count, len(torch.unique(scaled, dim=0)))
-    return torch.from_numpy(KMeans(count, n_init=10, random_state=seed).fit_predict(scaled.numpy())).long()
+    means = KMeans(count, n_init=10, random_state=seed)  # type: ignore[arg-type]
+    return torch.from_numpy(means.fit_predict(scaled.numpy())).long()
 
 
 class ReLearning(Balancer):
