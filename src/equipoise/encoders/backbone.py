@@ -101,6 +101,10 @@ class Backbone(Encoder):
             given.setdefault("attention_mask", mask.long())
         attention = given.get("attention_mask")
         if attention is not None:
+            if attention.ndim != 2:
+                raise ShapeError(
+                    "Backbone", expected="an attention_mask (batch, token)", got=f"shape {tuple(attention.shape)}"
+                )
             # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterwards.
             empty = ~attention.bool().any(dim=1, keepdim=True)
             given["attention_mask"] = attention.masked_fill(empty, 1)

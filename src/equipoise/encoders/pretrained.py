@@ -36,20 +36,32 @@ def load_model(cls: Any, source: str, who: str, **options: Any) -> Any:
         options: changes of the configuration.
 
     Raises:
-        DataError: nothing there, nothing readable, or weights in a file that could run code.
+        DataError: nothing there, nothing readable, weights of another network, or in a file that could run code.
     """
+    expected = "a folder or a name on the hub with config.json and model.safetensors"
     try:
         # "auto" would keep half precision where the file has it, and train in it.
-        return cls.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        model, found = cls.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            who,
-            expected="a folder or a name on the hub with config.json and model.safetensors",
-            got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            who, expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model there with save_pretrained(folder); pickled weights and code from the hub are not run.",
-        ) from error
+        ) from error  # fmt: skip
+    # Hugging Face would leave them random, and say so in a log. A pooler is not read here, and often not stored.
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise DataError(
+            who, expected=f"{expected} of a {type(model).__name__}", got=f"'{source}', which lacks {missing[0]}",
+            fix="Give the folder of a model of this kind.",
+        )  # fmt: skip
+    return model
 
 
 def for_channels(

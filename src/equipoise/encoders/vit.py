@@ -126,7 +126,6 @@ class ViTEncoder(Encoder):
                 "ViTEncoder", expected=f"pretrained weights of depth = {mine.num_hidden_layers} blocks or more",
                 got=f"{theirs.num_hidden_layers} blocks",
             )  # fmt: skip
-        # Not what the configuration of a stranger says: what this encoder is built for.
         state = {name: value for name, value in trained.state_dict().items() if name in self.vit.state_dict()}
         kernel, table = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
         height, width = trained.embeddings.patch_embeddings.image_size

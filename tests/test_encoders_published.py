@@ -1,0 +1,411 @@
+"""Encoders on transformers' models: ViT and ResNet against loops, any backbone with its mask, frozen and with LoRA."""
+
+import sys
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import equipoise as eq
+from equipoise.encoders.pretrained import for_channels
+from equipoise.encoders.vit import interpolated
+from equipoise.errors import ConfigError, DataError, ShapeError
+from equipoise.train.methods import _encoder
+from oracles_fusion import doubles, transformer
+from tolerance import TOL
+
+EXACT = TOL[torch.float64]
+SMALL = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
+OURS = {
+    "layers.": "blocks.", "layernorm_before": "norm_attention", "layernorm_after": "norm_mlp", "layernorm": "norm",
+    "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out", "fc1": "0", "fc2": "2",
+}  # fmt: skip
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shaken(module):
+    """Every parameter moved a little, so that zeros and ones cannot hide a mistake."""
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter += 0.1 * normal(seed, *parameter.shape).to(parameter)
+    return module
+
+
+def vit_oracle(encoder, videos, patch, depth, heads, swap):
+    """Frame after frame, patch after patch (rows first), a table of positions over all of them, blocks, norm."""
+    state = {}
+    for name, value in doubles(encoder.vit).items():
+        for theirs, ours in OURS.items():
+            name = name.replace(theirs, ours)
+        state[name] = value
+    kernel, bias = (state[f"embeddings.patch_embeddings.projection.{part}"] for part in ("weight", "bias"))
+    result = []
+    for video in videos:
+        rows = [state["embeddings.cls_token"][0, 0]]
+        for picture in video:
+            picture = picture.mT if swap else picture
+            for top in range(0, picture.shape[1] - patch + 1, patch):
+                for left in range(0, picture.shape[2] - patch + 1, patch):
+                    rows.append((kernel * picture[:, top : top + patch, left : left + patch]).sum(dim=(1, 2, 3)) + bias)
+        rows = torch.stack(rows) + state["embeddings.position_embeddings"][0]
+        result.append(transformer(state, "", rows, [True] * len(rows), depth, heads))
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("axes", [None, "frequency time -> time frequency", "time frequency -> time frequency"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_vit(frames, axes):
+    torch.manual_seed(0)
+    encoder = eq.ViTEncoder(2, (7, 5), frames=frames, patch=2, dim=14, depth=2, heads=7, axes=axes).double()
+    pixels = normal(1, 5, frames, 2, 7, 5)
+    tokens = shaken(encoder)(pixels if frames > 1 else pixels[:, 0])
+    assert tokens.cls
+    assert tokens.mask is None
+    swap = axes is not None and axes.startswith("frequency")
+    assert encoder.grid == ((2, 3) if swap else (3, 2))
+    torch.testing.assert_close(tokens.values, vit_oracle(encoder, pixels, 2, 2, 7, swap), **EXACT)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_published_sizes():
+    with torch.device("meta"):
+        audio = eq.ViTEncoder(1, (257, 188), axes="frequency time -> time frequency")
+        image = eq.ViTEncoder(3, (224, 224))
+        sounds = eq.ViTEncoder(1, (1024, 128), axes="time mel -> mel time", depth=1)
+        video = eq.ViTEncoder(3, (224, 224), frames=3, depth=1)
+        text = eq.SequenceEncoder(300, max_length=50, dim=120, depth=4, heads=5, bias=False)
+    assert (audio.grid, image.grid, sounds.grid) == ((11, 16), (14, 14), (8, 64))
+    blocks = [parameters for encoder in (audio, image) for parameters in map(count, encoder.vit.layers)]
+    assert blocks == 8 * [7_087_872]
+    # Without positions and class tokens, as the published table counts: blocks, patch projections, final norms.
+    tables = (176 + 196 + 2 + 2) * 768
+    assert count(audio) + count(image) - tables == 8 * 7_087_872 + 197_376 + 590_592 + 3_072
+    assert video.vit.embeddings.position_embeddings.shape == (1, 3 * 196 + 1, 768)
+    # Kernel 1, no bias: 300 x 120; table and class token; four blocks of width 120 and the last norm.
+    assert count(text) == 300 * 120 + (50 + 2) * 120 + 4 * (12 * 120**2 + 13 * 120) + 2 * 120
+    with torch.device("meta"):
+        resnet = eq.ResNetEncoder(3)
+    assert count(resnet) == 11_176_512
+
+
+def bilinear(grid, rows, columns):
+    """Another size of a grid (row, column, dim), half a pixel from its edges, written out."""
+
+    def place(index, new, old):
+        at = min(max((index + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+        low = min(int(at), old - 1)
+        return low, min(low + 1, old - 1), at - low
+
+    result = torch.zeros(rows, columns, grid.shape[2], dtype=torch.float64)
+    for i in range(rows):
+        top, bottom, down = place(i, rows, grid.shape[0])
+        for j in range(columns):
+            left, right, across = place(j, columns, grid.shape[1])
+            upper = (1 - across) * grid[top, left] + across * grid[top, right]
+            lower = (1 - across) * grid[bottom, left] + across * grid[bottom, right]
+            result[i, j] = (1 - down) * upper + down * lower
+    return result
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 7), (5, 3), (3, 5)])
+def test_interpolation_of_positions(rows, columns):
+    grid = normal(0, 3, 5, 2)
+    found = interpolated(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
+    torch.testing.assert_close(found[0].unflatten(0, (rows, columns)), bilinear(grid, rows, columns), **EXACT)
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory):
+    """A ViT of three blocks for colours on a grid of 4 x 4, its weights in half precision."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    config = transformers.ViTConfig(image_size=8, patch_size=2, layer_norm_eps=1e-6, **SMALL)
+    shaken(transformers.ViTModel(config)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_pretrained_vit(vit_folder):
+    options = {"frames": 2, "patch": 2, "dim": 12, "depth": 2, "heads": 3}
+    encoder = eq.ViTEncoder(1, (5, 14), pretrained=str(vit_folder), **options)
+    state, trained = (
+        doubles(part) for part in (encoder.vit, transformers.ViTModel.from_pretrained(vit_folder, dtype=torch.float32))
+    )
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    torch.testing.assert_close(state[kernel][:, 0], sum(trained[kernel].unbind(1)) / 3, **TOL[torch.float32])
+    table = "embeddings.position_embeddings"
+    wanted = bilinear(trained[table][0, 1:].unflatten(0, (4, 4)), 2, 7).flatten(0, 1)
+    wanted = torch.cat([trained[table][0, :1], wanted, wanted])
+    torch.testing.assert_close(state[table][0], wanted, **TOL[torch.float32])
+    others = set(state) - {kernel, table}
+    assert len(others) == 2 * 16 + 4
+    assert all(torch.equal(state[name], trained[name]) for name in others)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
+def test_pretrained_resnet(tmp_path):
+    config = transformers.ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
+    )
+    trained = transformers.ResNetModel(config)
+    trained.save_pretrained(tmp_path)
+    encoder = eq.ResNetEncoder(2, frames=3, dim=7, pretrained=str(tmp_path)).eval()
+    kernel = trained.embedder.embedder.convolution.weight
+    with torch.no_grad():
+        trained.embedder.embedder.convolution.weight = nn.Parameter(kernel.mean(1, keepdim=True).expand(-1, 2, -1, -1))
+    trained.embedder.num_channels = 2
+    pixels = normal(2, 2, 3, 2, 34, 65).float()
+    with torch.no_grad():
+        tokens = encoder(pixels)
+        maps = [[trained.eval()(frame[None]).last_hidden_state[0] for frame in video] for video in pixels]
+        rows = [[m[:, i, j] for m in video for i in range(2) for j in range(3)] for video in maps]
+        wanted = encoder.project(torch.stack([torch.stack(row) for row in rows]))
+    assert tokens.values.shape == (2, 3 * 2 * 3, 7)
+    assert not tokens.cls
+    torch.testing.assert_close(tokens.values, wanted, **TOL[torch.float32])
+
+
+def test_kernels_for_other_channels():
+    kernel = normal(3, 2, 3, 2, 2)
+    assert for_channels(kernel, 3) is kernel
+    assert for_channels(kernel, 2).shape == (2, 2, 2, 2)
+
+
+def bert(**options):
+    torch.manual_seed(0)
+    return shaken(transformers.BertModel(transformers.BertConfig(vocab_size=13, **SMALL, **options)))
+
+
+IDS = torch.tensor([[1, 5, 7, 2], [1, 6, 2, 0], [0, 0, 0, 0]])
+TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
+
+
+def test_backbone_hands_on_its_attention_mask(tmp_path):
+    bert().save_pretrained(tmp_path)
+    encoder = eq.Backbone(str(tmp_path), dim=7, cls=True).eval()
+    tokens = encoder(TEXT)
+    assert torch.equal(tokens.mask, IDS > 0)
+    assert torch.equal(tokens.pooled()[:2], tokens.values[:2, 0])
+    assert bool(tokens.values.isfinite().all())
+    assert not bool(tokens.pooled()[2].any())
+    shorter = encoder({"input_ids": IDS[1:2, :3]}).values
+    torch.testing.assert_close(tokens.values[1:2, :3], shorter, **TOL[torch.float32])
+    named = encoder(IDS, mask=IDS > 0)
+    assert torch.equal(named.values, tokens.values)
+    assert encoder(IDS).mask is None
+
+
+def test_backbone_in_a_fusion_model_learns_nothing_from_a_missing_text():
+    torch.manual_seed(0)
+    encoders = {"text": eq.Backbone(bert(), dim=8), "image": nn.Linear(5, 8)}
+    model = eq.FusionModel(encoders, eq.JointAttention(8, dropout=0.0), 2, unimodal="train").eval()
+    batch = {"text": dict(TEXT), "image": normal(4, 3, 2, 5).float()}
+    output = model(batch)
+    assert not bool(output.share[2, :, 0].any())
+    model.loss(output.logits, torch.tensor([0, 1, 1])).backward()
+    # Token 0 stands in the empty text alone.
+    gradient = encoders["text"].model.embeddings.word_embeddings.weight.grad
+    assert float(gradient[0].abs().max()) == 0.0
+    assert float(gradient[5].abs().max()) > 0.0
+
+
+def test_frozen():
+    encoder = eq.Backbone(bert(), frozen=True, dim=7)
+    model = nn.ModuleList([encoder]).train()
+    assert encoder.training
+    assert not any(part.training for part in encoder.model.modules())
+    values = encoder(TEXT).values
+    assert torch.equal(values, encoder(TEXT).values)
+    values.square().mean().backward()
+    learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learns == {"0.project.weight", "0.project.bias"}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == learns
+
+
+def test_lora_trains_small_matrices_alone():
+    plain = eq.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
+    encoder = eq.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), lora=2)
+    torch.testing.assert_close(encoder(TEXT).values, plain(TEXT).values, **TOL[torch.float32])
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    # Six linear layers in each of three blocks, and the pooler; two matrices each.
+    assert len(trained) == 2 * (3 * 6 + 1)
+    assert encoder.model.encoder.layer[0].attention.self.query.lora_A.default.weight.shape == (2, 12)
+
+
+def test_sound_has_fewer_tokens_than_samples():
+    config = transformers.Wav2Vec2Config(
+        conv_dim=[8, 8], conv_stride=[3, 2], conv_kernel=[5, 3], num_feat_extract_layers=2, vocab_size=5,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer", **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = eq.Backbone(transformers.Wav2Vec2Model(config), dim=7).eval()
+    sound, mask = normal(5, 3, 101).float(), torch.arange(101) < torch.tensor([101, 47, 0])[:, None]
+    tokens = encoder({"input_values": sound, "attention_mask": mask.long()})
+    # (101 - 5) // 3 + 1 = 33, (33 - 3) // 2 + 1 = 16; of 47 samples (47 - 5) // 3 + 1 = 15, 7.
+    assert tokens.mask.sum(dim=1).tolist() == [16, 7, 0]
+    assert tokens.values.shape == (3, 16, 7)
+
+
+def resnet():
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    return transformers.ResNetModel(config)
+
+
+def test_pictures_and_encoder_decoders():
+    vit = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL))
+    assert eq.Backbone(vit, cls=True)(torch.zeros(2, 3, 8, 8)).values.shape == (2, 5, 12)
+    stages, pixels = resnet().eval(), normal(6, 2, 3, 16, 24).float()
+    values = eq.Backbone(stages)(pixels).values
+    assert values.shape == (2, 2 * 3, 6)
+    torch.testing.assert_close(values[1, 4], stages(pixels).last_hidden_state[1, :, 1, 1], **TOL[torch.float32])
+    t5 = transformers.T5Model(
+        transformers.T5Config(vocab_size=13, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=3)
+    )
+    encoder = eq.Backbone(t5)
+    assert encoder(TEXT).values.shape == (3, 4, 12)
+    assert not any("decoder" in name for name, _ in encoder.named_parameters())
+
+
+def pickled(folder):
+    bert().config.save_pretrained(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    return str(folder)
+
+
+@pytest.mark.parametrize("load", [eq.Backbone, lambda name: eq.ViTEncoder(3, (16, 16), pretrained=name)])
+def test_nothing_to_load(load, tmp_path):
+    with pytest.raises(DataError, match=r"expected a folder or a name on the hub .* got '.*nowhere' \("):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="pickled weights and code from the hub are not run"):
+        load(pickled(tmp_path))
+
+
+def test_weights_of_another_network(vit_folder):
+    with pytest.raises(
+        DataError, match=r"model.safetensors of a ResNetModel, got '.*', which lacks embedder\.embedder"
+    ):
+        eq.ResNetEncoder(3, pretrained=str(vit_folder))
+
+
+def vit(**options):
+    return eq.ViTEncoder(3, (8, 8), **{"patch": 2, "dim": 12, "depth": 1, "heads": 3, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda: vit(axes="time frequency"),
+            ConfigError,
+            r"expected axes as two names, an arrow.* got 'time frequency'",
+        ),
+        (lambda: vit(axes="time time -> time time"), ConfigError, r"Write for example axes=\"frequency time -> time"),
+        (lambda: vit(axes="time mel -> time frequency"), ConfigError, "the same names in the order of the patches"),
+        (lambda: vit(patch=16), ConfigError, r"one whole patch, got .* patch = 16 for \(height, width\) = \(8, 8\)"),
+        (lambda: vit(frames=0), ConfigError, "at least one frame, one block.* got frames = 0, depth = 1"),
+        (lambda: vit(patch=0), ConfigError, "patch = 0"),
+        (lambda: vit()(torch.zeros(2, 1, 8, 8)), ShapeError, r"expected \(batch, 3, 8, 8\), got shape \(2, 1, 8, 8\)"),
+        (
+            lambda: vit(frames=2)(torch.zeros(2, 3, 8, 8)),
+            ShapeError,
+            r"ViTEncoder: expected \(batch, 2, 3, 8, 8\), got shape \(2, 3, 8, 8\)\. Resize",
+        ),
+        (lambda: eq.ResNetEncoder(0), ConfigError, "ResNetEncoder: expected channels, frames and dim of 1 or more"),
+        (
+            lambda: eq.ResNetEncoder(3)(torch.zeros(2, 1, 8, 8)),
+            ShapeError,
+            r"ResNetEncoder: expected \(batch, 3, height, width\), got shape \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda: eq.Backbone(bert(), frozen=True, lora=2),
+            ConfigError,
+            "frozen=True or a LoRA rank, got both, lora = 2",
+        ),
+        (lambda: eq.Backbone(bert(), lora=0), ConfigError, "expected a LoRA rank of 1 or more, got lora = 0"),
+        (
+            lambda: eq.Backbone(bert())(
+                {"inputs_embeds": torch.zeros(2, 5, 12), "attention_mask": torch.ones(2, 5, 5)}
+            ),
+            ShapeError,
+            r"Backbone: expected an attention_mask \(batch, token\), got shape \(2, 5, 5\)",
+        ),
+        (
+            lambda: eq.Backbone(resnet())(
+                {"pixel_values": torch.zeros(2, 3, 32, 32), "attention_mask": torch.ones(2, 5)}
+            ),
+            ShapeError,
+            r"Backbone: expected an attention_mask for each of 16 tokens, got shape \(2, 5\)\. Leave it out, and mask",
+        ),
+    ],
+)
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 16, "heads": 4}, r"expected pretrained weights with hidden_size = 16, got hidden_size = 12\."),
+        ({"heads": 2}, "num_attention_heads = 2, got num_attention_heads = 3. Build the encoder as its weights are"),
+        ({"patch": 4}, "patch_size = 4, got patch_size = 2"),
+        ({"depth": 4}, r"expected pretrained weights of depth = 4 blocks or more, got 3 blocks"),
+    ],
+)
+def test_weights_of_another_vit(vit_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        vit(pretrained=str(vit_folder), **options)
+
+
+def test_weights_of_another_resnet(tmp_path):
+    resnet().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"expected a ResNet18: .*got \[4, 6\], \[1, 1\], basic"):
+        eq.ResNetEncoder(3, pretrained=str(tmp_path))
+
+
+def test_a_model_without_one_width():
+    class Odd(nn.Module):
+        config = transformers.PreTrainedConfig()
+
+    with pytest.raises(ConfigError, match=r"a model of one modality.* got Odd\. .*give one tower, such as CLIPVision"):
+        eq.Backbone(Odd())
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "fix"),
+    [
+        ("transformers", lambda: vit(), r"ViTEncoder: expected transformers, .*pip install 'equipoise\[hf\]'"),
+        ("transformers", lambda: eq.ResNetEncoder(3), r"ResNetEncoder: expected transformers"),
+        ("transformers", lambda: eq.Backbone("folder"), r"Backbone: expected transformers"),
+        ("peft", lambda: eq.Backbone(bert(), lora=2), r"Backbone: expected peft.*pip install 'equipoise\[lora\]'"),
+    ],
+)
+def test_packages_that_are_not_installed(package, call, fix, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=fix):
+        call()
+
+
+def test_recipes_know_them_by_name(vit_folder):
+    small = {"patch": 2, "dim": 12, "depth": 1, "heads": 3}
+    encoder = _encoder("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
+    assert (encoder.frames, encoder.channels, encoder.size) == (2, 3, (8, 8))
+    encoder = _encoder("image", {"name": "ResNetEncoder", "dim": 12}, (2, 1, 8, 8))
+    assert (encoder.frames, encoder.channels, encoder.dim) == (2, 1, 12)
+    assert _encoder("image", {"name": "Backbone", "model": str(vit_folder)}, (3, 8, 8)).dim == 12
+    sequence = _encoder("text", {"dim": 10, "heads": 5, "depth": 1, "bias": False}, (50, 3))
+    assert (sequence.features, sequence.max_length, sequence.project.bias) == (3, 50, None)
+    message = (
+        r"encoder 'image': expected samples of shape \(channel, height, width\), or .*ViTEncoder for .*, "
+        r"got PatchEncoder for samples of shape \(2, 3, 8, 8\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        _encoder("image", {"name": "PatchEncoder", "dim": 8, "patch": 2}, (2, 3, 8, 8))
