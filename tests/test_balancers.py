@@ -42,6 +42,7 @@ MICRO_BATCHES = {
     "ModalityDropout": "unimodal heads average over the samples that were left a modality",
     "OPM": "unimodal heads average over the samples that were left a modality",
     "PMR": "prototype weights are decided on each batch",
+    "SampleValuation": "copies are counted for each batch",
 }
 """Balancers for which accumulated batches are not one large batch, and why."""
 
