@@ -118,13 +118,13 @@ def test_prototypes_remember():
     made, first, second = static(), batch(size=11), batch(size=7, seed=1)
     # A class that the second review does not show keeps its prototype.
     second["target"] = second["target"].clamp(max=1)
-    balancer = reviewed(made, [first], momentum=0.25)
+    balancer = reviewed(made, [first], momentum=0.3)
     balancer.review([second], [])
     for place, name in enumerate(made.names):
         old, new = (pooled(made, inputs)[place] for inputs in (first, second))
         for c in range(3):
             before, after = class_mean(old, rows(first["target"]), c), class_mean(new, rows(second["target"]), c)
-            expected = before if after is None else [0.25 * a + 0.75 * b for a, b in zip(before, after, strict=True)]
+            expected = before if after is None else [0.3 * a + 0.7 * b for a, b in zip(before, after, strict=True)]
             torch.testing.assert_close(balancer.prototypes[place, 0, c], doubles(*expected), **EXACT, msg=name)
 
 

@@ -165,7 +165,7 @@ class PMR(Balancer):
         new, met = class_means(torch.cat(features, 1).double(), torch.cat(here, 1), classes, self.seen.shape[-1])
         old, seen = self.prototypes.to(new), self.seen.to(met.device)
         # The first time a class is met there is nothing to keep.
-        kept = torch.where(met, torch.where(seen, self.momentum, 0.0), 1.0).to(new)[..., None]
+        kept = torch.where(met, self.momentum * seen.to(new), 1.0)[..., None]
         self.prototypes, self.seen = kept * old + (1 - kept) * new, seen | met
         self.reviewed += 1
         self.batches.zero_()
