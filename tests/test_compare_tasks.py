@@ -1,14 +1,22 @@
 """compare with three modalities, on every task: from the recipe to the page."""
 
+import io
 import math
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from equipoise import recipes
+from equipoise.cli.table import show
+from equipoise.report import figures
+from equipoise.report.readings import Readings
+from equipoise.report.sentences import verdict
+from equipoise.report.wording import title
 from equipoise.train.compare import compare
 from small_tasks import TASKS
 
+NAMES = ("audio", "image", "sensor")
 METHODS = ("sensor", "concat", "concat_sgd+ogm", "joint", "joint+rollingq")
 
 
@@ -27,8 +35,38 @@ def compared(request, tmp_path_factory):
 
 
 def test_every_method_trains(compared):
-    task, content = compared
+    _, content = compared
     assert content["failures"] == []
     assert [run["method"] for run in content["runs"]] == list(METHODS)
     for run in content["runs"]:
         assert all(math.isfinite(entry["loss"]) for entry in run["history"])
+
+
+def test_scores_have_honest_names(compared):
+    task, content = compared
+    score, other = ("negative_error", "accuracy") if task == "regression" else ("accuracy", "negative_error")
+    for run in content["runs"]:
+        metrics = run["metrics"]
+        assert {score, f"val_{score}", *(f"{score}_noise/{name}" for name in NAMES)} <= set(metrics)
+        assert not any(other in metric for metric in metrics)
+        assert metrics[f"val_{score}"] == run["history"][-1][f"val_{score}"]
+        assert -1.5 < metrics[score] < -0.3 if task == "regression" else 0 <= metrics[score] <= 1
+        if run["method"].startswith("joint"):
+            shares = [metrics[f"share/{name}"] for name in NAMES]
+            assert all(share > 0 for share in shares)
+            assert sum(shares) < 1
+
+
+def test_the_page_and_the_table_speak_of_the_task(compared):
+    task, content = compared
+    words = ("accuracy", "negative mean absolute error")
+    said, unsaid = reversed(words) if task == "regression" else words
+    readings = Readings(content)
+    text = " ".join([*verdict(readings), title(readings.score), figures.scores(readings)])
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(content, console)
+    printed = console.export_text()
+    assert f"the highest mean {said}" in text
+    assert said in printed
+    assert unsaid not in (text + printed).lower()
+    assert ("%" in printed) is (task != "regression")

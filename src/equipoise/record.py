@@ -31,8 +31,8 @@ class Run(TypedDict):
         seed: the seed of weights, order and noise.
         fold: name of the split, or None where there is one only.
         metrics: metric name -> number; accuracies and shares are fractions in [0, 1]; None where undefined.
-        history: one dictionary for each epoch: ``epoch`` from 1, and what is known of ``loss``, ``val_accuracy``,
-            ``share`` {modality: fraction}, ``air``, ``rotations`` (so far).
+        history: one dictionary for each epoch: ``epoch`` from 1, and what is known of ``loss``, ``val_accuracy``
+            (``val_negative_error`` of a regression), ``share`` {modality: fraction}, ``air``, ``rotations`` (so far).
         keys: for fusions with attention: ``{"before" | "after": {"clean" | "noise": {modality: {"cosine": {"edges",
             "counts"}, "cosine_mean", "cosine_std", "norm_mean", "norm_std"}}}}``.
         shares: ``{"clean" | "noise": {"edges", "counts"}}``, over the test samples, of the attention that goes to the

@@ -65,7 +65,7 @@ class ComparisonProgress:
 
 
 class TrainingProgress(pl.Callback):
-    """One bar over all steps of a training, with its loss and validation accuracy."""
+    """One bar over all steps of a training, with its validation score."""
 
     def __init__(self, console: Console) -> None:
         self._bar = _bar(console, "steps")
@@ -83,7 +83,7 @@ class TrainingProgress(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             figures = trainer.callback_metrics
-            score = f", validation {float(figures['val_accuracy']):.3f}" if "val_accuracy" in figures else ""
+            score = "".join(f", validation {float(v):.3f}" for n, v in figures.items() if n.startswith("val_"))
             text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{score}"
             self._bar.update(self._task, description=text)
             if not self._bar.console.is_terminal:

@@ -9,30 +9,36 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-AGAINST = "accuracy against"
+AGAINST = "against"
+"""The column of paired differences."""
 
 
 def show(content: dict[str, Any], console: Console) -> None:
-    """The table in the terminal: accuracy whole and under noise, and how attention answers to it.
+    """The table in the terminal: the score whole and under noise, and how attention answers to it.
 
     Where the terminal is too narrow, columns are left out and named below; methods and figures are never cut.
     """
+    from ..report.wording import SCORES, is_fraction
+
     rows = {(row["method"], row["metric"]): row for row in content["summary"]}
+    score = next((name for name in SCORES if name in {metric for _, metric in rows}), "accuracy")
     target = content["protocol"].get("noise_modality")
-    replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith("accuracy_noise/")))
+    replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith(f"{score}_noise/")))
     # What is least missed goes first; the modality whose noise attention should notice is missed more than others.
-    replaced.sort(key=lambda metric: metric != f"accuracy_noise/{target}")
-    columns = {"accuracy": "accuracy"} | {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
-    columns |= {"noise_attention_r": "attention r", AGAINST: AGAINST, "seconds_per_epoch": "s/epoch"}
+    replaced.sort(key=lambda metric: metric != f"{score}_noise/{target}")
+    short = score.replace("_", " ")
+    columns = {score: short} | {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
+    columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
     spare = ["seconds_per_epoch", *reversed(replaced), "noise_attention_r", AGAINST]
     left_out = []
     while spare and _width(table := _table(rows, columns), console) > console.width:
         left_out.append(columns.pop(spare.pop(0)))
         table = _table(rows, columns)
     console.print(table)
+    inside, apart = (" in %", " in points") if is_fraction(score) else ("", "")
     console.print(
-        "accuracy in %, also with one modality replaced by noise, and its paired difference in points; attention r: "
-        "does attention leave a modality that is replaced by noise?", style="dim", highlight=False,
+        f"{SCORES[score]}{inside}, also with one modality replaced by noise, and its paired difference{apart}; "
+        "attention r: does attention leave a modality that is replaced by noise?", style="dim", highlight=False,
     )  # fmt: skip
     if left_out:
         text = f"No room here for: {', '.join(left_out)}. The report has everything."
@@ -51,16 +57,17 @@ def _table(rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str,
 
 
 def _cells(method: str, rows: Mapping[tuple[str, str], dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    from ..report.wording import MINUS, amount, probability
+    from ..report.wording import amount, is_fraction, probability, signed
 
+    score = next(iter(columns))
     cells = []
     for metric in columns:
-        row = rows.get((method, "accuracy" if metric == AGAINST else metric))
+        row = rows.get((method, score if metric == AGAINST else metric))
         if row is None or (metric == AGAINST and row["difference"] is None):
             cells.append("")
         elif metric == AGAINST:
             p = "" if row["p"] is None else f", {probability(row['p'])}"
-            points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
+            points = signed(100 * row["difference"], 1) if is_fraction(score) else signed(row["difference"])
             cells.append(f"{row['reference']} {points}{p}")
         else:
             spread = "" if row["sd"] is None else f" ± {amount(metric, row['sd'], unit=False)}"

@@ -36,11 +36,12 @@ from .readings import Curve, Histogram, Readings
 from .wording import amount, is_fraction, signed, title
 
 
-def scores(readings: Readings, metric: str = "accuracy") -> str | None:
+def scores(readings: Readings, metric: str = "") -> str | None:
     """Methods over a metric: a dot for each run, a bar for the mean, a line for one standard deviation.
 
     A dashed line marks the best single modality, which no fusion should be below.
     """
+    metric = metric or readings.score
     methods = [method for method in readings.methods if readings.values(method, metric)]
     if not methods:
         return None
@@ -156,8 +157,9 @@ def rotations(readings: Readings) -> str | None:
         return to_svg(figure, "rotations", f"Rotations at the end: {ends} a run.")
 
 
-def paired_differences(readings: Readings, metric: str = "accuracy") -> str | None:
+def paired_differences(readings: Readings, metric: str = "") -> str | None:
     """Difference of each method to its reference on the same seeds: dots, mean, and its 95 % interval."""
+    metric = metric or readings.score
     rows = [row for m in readings.methods if (row := readings.row(m, metric)) and row["difference"] is not None]
     if not rows:
         return None
@@ -185,7 +187,7 @@ def summary_svg(readings: Readings) -> str | None:
     """The whole story in one picture: does attention leave a destroyed modality, and what that is worth."""
     with themed():
         figure = _summary(readings)
-        label = "Left: attention to the other modalities, clean and noise. Right: accuracy with a modality destroyed."
+        label = "Left: attention to the other modalities, clean and noise. Right: scores with a modality destroyed."
         return None if figure is None else to_svg(figure, "summary", label)
 
 
@@ -198,7 +200,7 @@ def summary_png(readings: Readings) -> bytes | None:
 
 def _summary(readings: Readings) -> Figure | None:
     shown = [m for m in readings.dynamic if readings.histogram(m, "shares", "noise") is not None][:2]
-    metric = f"accuracy_noise/{readings.noise_modality}"
+    metric = f"{readings.score}_noise/{readings.noise_modality}"
     scored = [method for method in readings.methods if readings.values(method, metric)]
     if not shown or not scored:
         return None

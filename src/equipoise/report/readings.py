@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..record import Run, number, pairs, summarise
+from .wording import SCORES
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Readings:
 
     Attributes:
         methods: in the order of the runs.
+        score: the metric that tells how good a method is; the higher the better.
         modalities: every modality named by a metric or a history.
         single: methods that are one modality alone.
         dynamic: methods with attention between modalities.
@@ -65,6 +67,7 @@ class Readings:
         self.rows = {(row["method"], row["metric"]): row for row in results["summary"] or summarise(self.runs)}
         self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
         self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_place)
+        self.score = next((name for name in SCORES if name in self.metrics), "accuracy")
         self.modalities = self._modalities()
         self.single = [method for method in self.methods if method in self.modalities]
         self.dynamic = [method for method in self.methods if self._attends(method)]
@@ -83,9 +86,9 @@ class Readings:
         """One figure for each run that has it."""
         kind, _, replaced = metric.partition("/")
         found = [value for run in self.of(method) if (value := number(run["metrics"].get(metric))) is not None]
-        if not found and kind == "accuracy_noise" and method in self.modalities and method != replaced:
+        if not found and kind == f"{self.score}_noise" and method in self.modalities and method != replaced:
             # A model of one modality alone does not notice what happens to another.
-            return self.values(method, "accuracy")
+            return self.values(method, self.score)
         return found
 
     def pairs(self, method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
@@ -148,7 +151,7 @@ class Readings:
         return max(moved, key=lambda name: moved[name]) if moved else None
 
     def _modalities(self) -> tuple[str, ...]:
-        named = [m.partition("/")[2] for m in self.metrics if m.startswith(("share/", "accuracy_noise/"))]
+        named = [m.partition("/")[2] for m in self.metrics if m.startswith(("share/", f"{self.score}_noise/"))]
         seen = [name for run in self.runs for e in run.get("history") or () for name in e.get("share") or {}]
         return tuple(dict.fromkeys([*(self.protocol.get("modalities") or ()), *named, *seen]))
 
@@ -179,8 +182,8 @@ def _only(runs: Sequence[Run]) -> str | None:
 
 
 ORDER = (
-    "accuracy",
-    "accuracy_noise",
+    *SCORES,
+    *(f"{name}_noise" for name in SCORES),
     "noise_attention_r",
     "share",
     "air",

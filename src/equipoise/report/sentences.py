@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .readings import Readings
-from .wording import amount, change, counted, is_fraction, listed, probability, signed, title
+from .wording import SCORES, amount, change, counted, is_fraction, listed, probability, signed, title
 
 SURE = 0.05
 """Two-sided p below which a difference is called one; a convention, and said as such on the page."""
@@ -92,9 +92,10 @@ def _eyesight(readings: Readings, method: str) -> str:
 def _effects(readings: Readings, method: str, reference: str) -> str:
     """What a balancer changed, metric by metric."""
     disturbed = readings.noise_modality
-    wanted = {"noise_attention_r": "r", "accuracy": "accuracy"}
+    score, called = readings.score, SCORES[readings.score]
+    wanted = {"noise_attention_r": "r", score: called}
     if disturbed:
-        wanted[f"accuracy_noise/{disturbed}"] = f"accuracy with {disturbed} destroyed"
+        wanted[f"{score}_noise/{disturbed}"] = f"{called} with {disturbed} destroyed"
     parts = [text for metric, words in wanted.items() if (text := _effect(readings, method, metric, words))]
     own, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
     if own and its and own["difference"] is None:
@@ -138,18 +139,20 @@ def _proof(readings: Readings, row: Mapping[str, Any]) -> str:
 
 def _contest(readings: Readings) -> list[str]:
     """The golden rule: no fusion below its best single modality; and who is ahead."""
-    means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, "accuracy"))}
+    score, called = readings.score, SCORES[readings.score]
+    means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, score))}
     fusions = [m for m in means if m not in readings.single]
     singles = [m for m in means if m in readings.single]
     said = []
     if len(means) > 1:
         best = max(means, key=lambda m: means[m])
-        said.append(f"{best} has the highest mean accuracy: {_mean(readings, best)}.")
+        said.append(f"{best} has the highest mean {called}: {_mean(readings, best)}.")
     elif means:
-        said.append(f"{next(iter(means))} has an accuracy of {_mean(readings, next(iter(means)))}.")
+        alone, article = next(iter(means)), "an" if called[0] in "aeiou" else "a"
+        said.append(f"{alone} has {article} {called} of {_mean(readings, alone)}.")
     if singles and fusions:
         best = max(singles, key=lambda m: means[m])
-        below = [f"{m} ({amount('accuracy', means[m])})" for m in fusions if means[m] < means[best]]
+        below = [f"{m} ({amount(score, means[m])})" for m in fusions if means[m] < means[best]]
         rule = f"The best single modality is {best} with {_mean(readings, best)}"
         said.append(f"{rule}; below it: {listed(below)}." if below else f"{rule}; no fusion is below it.")
     return said
@@ -254,7 +257,7 @@ def _sure(row: Mapping[str, Any]) -> bool:
 
 
 def _mean(readings: Readings, method: str) -> str:
-    row = readings.rows[method, "accuracy"]
+    row = readings.rows[method, readings.score]
     return _spread(readings, row, "")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 MINUS = "\N{MINUS SIGN}"
 
+SCORES = {"accuracy": "accuracy", "negative_error": "negative mean absolute error"}
+"""What tells how good a method is -> in words. Higher is better; a results file has one of them."""
+
 FRACTIONS = ("accuracy", "val_accuracy", "share/")
 """Metrics, or beginnings of metrics, that are fractions in [0, 1] and printed as per cent."""
 
@@ -12,7 +15,8 @@ TITLES = {
     "air": "AIR",
     "flops": "FLOPs",
     "seconds_per_epoch": "Seconds an epoch",
-    "val_accuracy": "Validation accuracy",
+    **{name: words.capitalize() for name, words in SCORES.items()},
+    **{f"val_{name}": f"Validation {words}" for name, words in SCORES.items()},
 }
 
 
@@ -24,8 +28,8 @@ def title(metric: str) -> str:
         'Accuracy, audio replaced by noise'
     """
     kind, _, modality = metric.partition("/")
-    if modality and kind == "accuracy_noise":
-        return f"Accuracy, {modality} replaced by noise"
+    if modality and (score := kind.removesuffix("_noise")) in SCORES:
+        return f"{title(score)}, {modality} replaced by noise"
     if modality and kind == "share":
         return f"Attention share of {modality}"
     return TITLES.get(metric, metric.replace("_", " ").capitalize())

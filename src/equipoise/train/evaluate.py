@@ -1,4 +1,4 @@
-"""The figures of a trained model on the test split: accuracy, accuracy under noise, attention."""
+"""The figures of a trained model on the test split: its score, the score under noise, attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..diagnose.noise import most_attended, response
 from ..diagnose.reading import Noise, Reading, read
 from ..model import FusionModel
 from ..recipes import Recipe
-from .module import accuracy
+from .module import SCORES, score
 
 BATCH = 256
 NOISE_SEED = 0
@@ -38,18 +38,19 @@ def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> 
 def evaluate(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
     """metrics, and for models with attention keys and shares, as ``results.json`` holds them."""
     clean = reading(model, source, "test")
-    score = {None: clean, **{name: reading(model, source, "test", name) for name in model.names}}
-    metrics: dict[str, float] = {"accuracy": _accuracy(clean, model)}
+    noisy = {name: reading(model, source, "test", name) for name in model.names}
+    named = SCORES[model.task]
+    metrics: dict[str, float] = {named: _score(clean, model)}
     for name in source.names:
         # What a model does not read cannot disturb it.
-        metrics[f"accuracy_noise/{name}"] = _accuracy(score.get(name, clean), model)
+        metrics[f"{named}_noise/{name}"] = _score(noisy.get(name, clean), model)
     found: dict[str, Any] = {"metrics": metrics}
     if clean.share is not None and clean.cosine is not None:
         target = noise_modality(model, source, recipe)
         with warnings.catch_warnings():
             # A constant attention has no correlation: the figure is NaN, written as null, and the report says so.
             warnings.simplefilter("ignore", UserWarning)
-            answer = response(clean, score[target], target)
+            answer = response(clean, noisy[target], target)
         metrics["noise_attention_r"] = answer.r
         metrics |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
         metrics["air"] = imbalance(clean)
@@ -77,8 +78,8 @@ def imbalance(seen: Reading) -> float:
     return first - sum(others) / len(others)
 
 
-def _accuracy(seen: Reading, model: FusionModel) -> float:
-    return float(accuracy(seen.logits, seen.target, model.task))
+def _score(seen: Reading, model: FusionModel) -> float:
+    return float(score(seen.logits, seen.target, model.task))
 
 
 def _histogram(values: torch.Tensor) -> dict[str, list[float]]:

@@ -251,8 +251,8 @@ def _run(job: Job, model: FusionModel, source: data.Dataset, recipe: Recipe, jou
     # The first epoch warms caches up; it counts only where it is alone.
     seconds = journal.seconds[1:] or journal.seconds
     metrics["seconds_per_epoch"] = sum(seconds) / max(len(seconds), 1)
-    if journal.history and "val_accuracy" in journal.history[-1]:
-        metrics["val_accuracy"] = journal.history[-1]["val_accuracy"]
+    last = journal.history[-1] if journal.history else {}
+    metrics |= {name: value for name, value in last.items() if name.startswith("val_")}
     run: Run = {
         "method": job.method, "seed": job.seed, "fold": job.fold, "metrics": metrics, "history": journal.history,
     }  # fmt: skip

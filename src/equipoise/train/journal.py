@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 
 class Journal(pl.Callback):
-    """Notes every epoch: loss, validation accuracy, shares, imbalance, rotations; and the keys before the first turn.
+    """Notes every epoch: loss, validation score, shares, imbalance, rotations; and the keys before the first turn.
 
     Its moments in the balancers' ``end_epoch``: put it before ``Balance`` in the list of callbacks, give ``look`` to
     ``Balance`` as ``before_end``, and call ``note`` with what they said afterwards (``Notes`` does).
@@ -71,7 +71,7 @@ class Journal(pl.Callback):
         """Closes the epoch's entry, after the balancers have spoken."""
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         entry: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
-        entry |= {name: figures[name] for name in ("loss", "val_accuracy", "air") if name in figures}
+        entry |= {n: figures[n] for n in ("loss", "val_accuracy", "val_negative_error", "air") if n in figures}
         share = {name.removeprefix("share/"): v for name, v in figures.items() if name.startswith("share/")}
         entry |= {"share": share} if share else {}
         if said:

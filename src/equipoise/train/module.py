@@ -72,8 +72,8 @@ class Training(pl.LightningModule):
         with watched(self.model, self._angles):
             output = self.model(batch)
         target = batch["target"]
-        score = accuracy(output.logits, target, self.model.task)
-        self.log("val_accuracy", score, prog_bar=True, batch_size=len(target), sync_dist=True)
+        found, task = score(output.logits, target, self.model.task), self.model.task
+        self.log(f"val_{SCORES[task]}", found, prog_bar=True, batch_size=len(target), sync_dist=True)
         if output.share is not None:
             for index, name in enumerate(output.names):
                 self.log(f"share/{name}", output.share[..., index].mean(), batch_size=len(target), sync_dist=True)
@@ -130,11 +130,18 @@ class WarmupCosine:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def accuracy(logits: Tensor, target: Tensor, task: str) -> Tensor:
-    """Part of right answers: classes by argmax, labels by the sign of their logit; for regression minus the mean error.
+SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
+"""Task -> what its score is called in results."""
+
+
+def score(logits: Tensor, target: Tensor, task: str) -> Tensor:
+    """How good answers are, higher is better, as a mean over samples; ``SCORES`` has its name.
+
+    Part of right answers: classes by argmax, labels by the sign of their logit. For regression minus the mean absolute
+    error.
 
     Example:
-        >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
+        >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         tensor(0.5000)
     """
     if task == "classification":
