@@ -65,13 +65,14 @@ from .tokens import unpack as unpack
 from .transformer import Attention as Attention
 
 if TYPE_CHECKING:
+    from . import hf as hf
     from . import lightning as lightning
     from .train import load as load
 
 __version__ = "0.1.0"
 
 # What needs more than torch is loaded when it is first asked for: name -> module.
-_LAZY = {"lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report"}
+_LAZY = {"hf": ".hf", "lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report"}
 # The same for single names: name -> module that has it.
 _LAZY_NAMES = {"load": ".train"}
 
