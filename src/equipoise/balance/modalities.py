@@ -98,8 +98,10 @@ def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " mod
         tensor([4.0000, 0.2500, 1.0000])
     """
     known = scores > 0
-    others = mean_of_others(scores, known).clamp(min=torch.finfo(scores.dtype).tiny)
-    return torch.where(known, scores / others, 1.0)
+    ratio = scores / mean_of_others(scores, known).clamp(min=torch.finfo(scores.dtype).tiny)
+    # Rounding must not make the least one lead, as it could among equals.
+    least = scores.masked_fill(~known, torch.inf).min()
+    return torch.where(known, torch.where(scores > least, ratio, ratio.clamp(max=1.0)), 1.0)
 
 
 def check_side_by_side(model: Multimodal, who: str) -> None:
