@@ -70,8 +70,8 @@ class AMCo(Balancer):
     grows by 0.1 in each step, so that after three steps a dominant modality is hidden whole; lower ``rate`` to make it
     last. Dominance is decided on each batch, so accumulated batches are not exactly one large one.
 
-    Reference: Zhou et al., "AMCo: Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (ICASSP
-    2023); spec 3.3.
+    Reference: Zhou et al., "Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (ICASSP 2023);
+    spec 3.3.
     Differs from the released code in: M starts as the identity; the dominant modality is decided over all processes,
     among the samples that have a choice, and by absolute values for tasks without classes.
 

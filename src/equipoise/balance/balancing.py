@@ -29,6 +29,8 @@ class Balancing:
 
     Several batches may be accumulated before ``before_step``; under AMP call ``scaler.unscale_(optimiser)`` first; with
     several processes call it after gradients are reduced, as ``DistributedDataParallel`` leaves them. Clip afterwards.
+    Before training, ``balancing.attach_optimizer(optimiser)`` warns of an optimiser that undoes a method, and gives it
+    to those that reset its state.
 
     Args:
         model: a FusionModel, or any module with the members of ``Multimodal``.
@@ -122,7 +124,7 @@ class Balancing:
         return said
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shows the optimiser to the balancers, and checks it; before training, for methods that reset its state."""
+        """Gives the optimiser to the balancers, and checks it; once, before training."""
         for balancer in self.balancers:
             balancer.attach_optimizer(optimizer)
         self.check_optimizer(optimizer)

@@ -75,7 +75,8 @@ class LFM(Balancer):
 
     It helps where one modality answers well and the others can learn its answers. Where modalities know different
     things, agreement costs what they know. Learning a_1 takes two more backward passes, so that an epoch takes about
-    twice as long; under ``16-mixed`` these are not scaled, prefer bf16. Fixed costs next to nothing.
+    twice as long; under ``16-mixed`` these are not scaled, prefer bf16. Fixed costs next to nothing. In recipes the
+    unimodal heads teach, so that their own losses are added.
 
     Reference: Yang et al., "Facilitating Multimodal Classification via Dynamically Learning Modality Gap" (NeurIPS
     2024); spec 3.3.
