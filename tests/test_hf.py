@@ -1,5 +1,6 @@
 """Balancing under transformers' Trainer: as in a plain loop, accumulated, resumed, clipped after the balancers."""
 
+import copy
 import json
 import warnings
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from small_fusion import NAMES, batch, model
+from small_fusion import batch, model
 from tolerance import TOL
 
 CLOSE = TOL[torch.float32]
@@ -101,3 +102,257 @@ def test_trainer_does_what_a_plain_loop_does(tmp_path):
     assert said["scale/audio"] != said["scale/image"]
     logged = [entry for entry in made.state.log_history if "balance/air" in entry]
     assert [entry["step"] for entry in logged] == [5, 10, 15]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    options = {"num_train_epochs": 2, "train_sampling_strategy": "sequential"}
+    large, parts = small(), small()
+    train(tmp_path, large, both(large), **options)
+    train(
+        tmp_path,
+        parts,
+        both(parts),
+        per_device_train_batch_size=PER_STEP // 2,
+        gradient_accumulation_steps=2,
+        **options,
+    )
+    for (name, found), wanted in zip(parts.state_dict().items(), large.state_dict().values(), strict=True):
+        if "rolling" not in name or name.endswith("rotation"):
+            torch.testing.assert_close(found, wanted, **CLOSE, msg=name)
+    assert int(parts.fusion.attention.core.rolling.rotations) == 1
+
+
+@pytest.mark.parametrize(
+    ("balancers", "options"),
+    [
+        (both, {"dropout": 0.2}),
+        (lambda made: [eq.GradientBlending(made, every=1)], {"fusion": eq.Concat}),
+        (lambda made: [eq.ProgressiveRollingQ(made.fusion, epochs=EPOCHS, beta=0.0, tail=None)], {"depth": 2}),
+        (lambda made: [eq.RollingQ(made.fusion.attention, stats="pass"), eq.PMR(made, fraction=0.5)], {"dropout": 0.2}),
+    ],
+)
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(balancers, options, step, tmp_path):
+    options = {name: value(12) if name == "fusion" else value for name, value in options.items()}
+    val = torch.utils.data.DataLoader(samples(7, seed=1), 7)
+
+    def run(folder, **given):
+        made = copy.deepcopy(small(**options))
+        return train(folder, made, balancers(made), callback={"val": val}, **given)
+
+    saved = run(tmp_path, save_strategy="steps", save_steps=step)
+    # Into another folder: what is remembered comes from where the weights come from.
+    resumed = run(tmp_path / "other", resume=str(tmp_path / f"checkpoint-{step}"))
+    same(resumed, saved)
+    logs = [
+        [json.dumps(entry, sort_keys=True) for entry in made.state.log_history if "train_runtime" not in entry]
+        for made in (saved, resumed)
+    ]
+    assert len(logs[0]) == EPOCHS
+    assert logs[0] == logs[1]
+
+
+def test_an_epoch_that_is_broken_off_does_not_end(tmp_path):
+    made = small()
+    balancers = both(made)
+    train(tmp_path, made, balancers, max_steps=7)
+    assert int(balancers[0].epoch) == 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(samples(8))
+
+
+def test_data_of_unknown_length(tmp_path):
+    made = small()
+    balancers = both(made)
+    train(tmp_path, made, balancers, data=Stream(), max_steps=5)
+    assert int(balancers[0].epoch) == 2
+
+
+def test_evaluation_is_the_tasks_loss_and_teaches_nobody(tmp_path):
+    made = small()
+    balancers = both(made)
+    run = trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
+    before = [balancer.state_dict() for balancer in balancers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        found = run.evaluate()
+    whole = batch(size=11, seed=2, dtype=torch.float32)
+    wanted = made.loss(made.eval()(whole).logits, whole["target"])
+    assert found["eval_loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for old, balancer in zip(before, balancers, strict=True):
+        assert all(torch.equal(old[name], value) for name, value in balancer.state_dict().items() if "air" not in name)
+    assert set(run.model(**{name: whole[name] for name in ("audio", "image")})) == {"logits"}
+
+
+def slowed(tmp_path, balancers, **options):
+    """Norms of one step of every encoder's matrix under Trainer."""
+    made = small(eq.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
+    train(tmp_path, made, balancers(made), max_steps=1, train_sampling_strategy="sequential", **options)
+    return {name: float((made.encoders[name].weight.detach() - before[name]).norm()) for name in before}
+
+
+class Slower(eq.Balancer):
+    """A factor on one encoder."""
+
+    def gradient_scale(self, output, target):
+        return {"audio": 0.25}
+
+
+def test_clipping_after_the_balancers(tmp_path):
+    whole = slowed(tmp_path, lambda made: [])
+    clip = 0.1
+    made = small(eq.Concat(12))
+    part = torch.utils.data.default_collate(samples()[:PER_STEP])
+    target = part.pop("labels")
+    eq.Balancing(made).loss(made(part), target).backward()
+    squares = {name: float(p.grad.square().sum()) for name, p in made.named_parameters() if p.grad is not None}
+    norm = sum(squares.values()) ** 0.5
+    after = (norm**2 - (1 - 0.25**2) * squares["encoders.audio.weight"]) ** 0.5
+    assert after > 2 * clip
+    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": clip})
+    assert ours["audio"] == pytest.approx(0.25 * clip / after * whole["audio"], rel=1e-4)
+    assert ours["image"] == pytest.approx(clip / after * whole["image"], rel=1e-4)
+    with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalanceCallback\(clip=0\.1\)"):
+        theirs = slowed(tmp_path, lambda made: [Slower()], max_grad_norm=clip)
+    assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
+    assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
+
+
+class Own(transformers.PreTrainedModel):
+    """A Hugging Face model that computes its own loss."""
+
+    config_class = transformers.PreTrainedConfig
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.net = small()
+        self.balancing = eq.Balancing(self.net, both(self.net))
+        eq.hf.keep_state(self, self.balancing)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def forward(self, audio, image, labels):
+        output = self.net({"audio": audio, "image": image})
+        return {"loss": self.balancing.loss(output, labels), "logits": output.logits}
+
+
+def test_a_model_of_ones_own_keeps_the_state_too(tmp_path):
+    def run(folder, resume=None):
+        made = Own(transformers.PreTrainedConfig())
+        args = arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
+        callbacks = [eq.hf.BalanceCallback(made.balancing)]
+        own = transformers.Trainer(made, args, train_dataset=samples(), callbacks=callbacks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            own.train(resume_from_checkpoint=resume)
+        return own
+
+    straight = run(tmp_path)
+    assert int(straight.model.state_dict()["balance.0.epoch"]) == EPOCHS
+    same(run(tmp_path / "other", resume=str(tmp_path / "checkpoint-7")), straight)
+
+
+def test_the_state_dict_says_what_is_missing_and_what_is_too_much():
+    def balanced(balancers):
+        made = small()
+        return eq.hf.Balanced(made, eq.Balancing(made, balancers(made)))
+
+    one = balanced(ogm)
+    one.balancing.balancers[0].epoch += 5
+    state = one.state_dict()
+    assert {name for name in state if not name.startswith("model.")} == {"balance.0.epoch", "balance.0.used"}
+    other = balanced(ogm)
+    other.load_state_dict(state)
+    assert int(other.balancing.balancers[0].epoch) == 5
+    plain = {name: value for name, value in state.items() if name != "balance.0.used"}
+    assert other.load_state_dict(plain, strict=False).missing_keys == ["balance.0.used"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*balance\.0\.used"):
+        other.load_state_dict(plain)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*balance\.0\.odd"):
+        other.load_state_dict({**state, "balance.0.odd": torch.zeros(())})
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*balance\.0\.epoch"):
+        balanced(lambda made: []).load_state_dict(state)
+
+
+def test_wrapped_models_find_their_state():
+    made = small()
+    one = eq.hf.Balanced(made, eq.Balancing(made, ogm(made)))
+    state = copy.deepcopy(nn.Sequential(one).state_dict())
+    assert "0.balance.0.epoch" in state
+    one.balancing.balancers[0].epoch += 3
+    nn.Sequential(one).load_state_dict(state)
+    assert int(one.balancing.balancers[0].epoch) == 0
+
+
+ARGUMENTS = {
+    "world_size": 1, "n_gpu": 0, "deepspeed": None, "ddp_find_unused_parameters": None, "max_grad_norm": 0.0,
+    "remove_unused_columns": False, "save_strategy": "epoch",
+}  # fmt: skip
+
+
+class Turns(eq.Balancer):
+    turns = 2
+
+
+class Partial(eq.Balancer):
+    partial_graph = True
+
+
+def begin(balancers=ogm, wrapped=True, clip=None, **options):
+    made = small()
+    balancing = eq.Balancing(made, balancers(made))
+    callback = eq.hf.BalanceCallback(balancing, clip=clip)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    given = eq.hf.Balanced(made, balancing) if wrapped else made
+    args = SimpleNamespace(**{**ARGUMENTS, **options})
+    callback.on_train_begin(args, None, None, model=given, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balancers": lambda made: [Turns()]}, r"one that takes turns\. Train it with equipoise's own"),
+        ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps in backward. Use DistributedDataParallel"),
+        ({"n_gpu": 3}, "one device for each process, got 3 under DataParallel.*torchrun"),
+        (
+            {"balancers": lambda made: [Partial()], "world_size": 2},
+            "expected ddp_find_unused_parameters=True, since some parameters .* got None",
+        ),
+        ({"remove_unused_columns": True}, "BalanceCallback: expected remove_unused_columns=False, .* got True"),
+        ({"clip": 0.5, "max_grad_norm": 1.0}, r"max_grad_norm=0 in TrainingArguments .* got 1\.0\. .* clipped twice"),
+        ({"wrapped": False}, r"what the balancers remember, got FusionModel\. Train eq\.hf\.Balanced"),
+        ({"clip": 0.0}, r"BalanceCallback: expected clip > 0 or None, got clip = 0\.0"),
+    ],
+)
+def test_errors_before_training(options, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(**options)
+
+
+def test_what_is_allowed():
+    begin()
+    begin(balancers=lambda made: [Partial()], world_size=2, ddp_find_unused_parameters=True)
+    begin(wrapped=False, save_strategy="no", remove_unused_columns=True)
+    begin(balancers=lambda made: [eq.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)
+
+
+def test_adam_and_foreign_balancings_are_told():
+    made = small()
+    callback = eq.hf.BalanceCallback(eq.Balancing(made, ogm(made)))
+    args = SimpleNamespace(**ARGUMENTS)
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
+    with pytest.warns(UserWarning, match="OGM changes the size of gradients only, and AdamW divides that out"):
+        callback.on_train_begin(args, None, None, model=eq.hf.Balanced(made, callback.balancing), optimizer=optimizer)
+    with pytest.raises(
+        ConfigError, match="Balanced: expected a Balancing of this model, got one of another FusionModel"
+    ):
+        eq.hf.Balanced(small(), eq.Balancing(made))

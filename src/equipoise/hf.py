@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -135,6 +136,9 @@ class BalanceCallback(TrainerCallback):
     ) -> None:
         self._open = False
         device = next(model.parameters()).device
+        if hasattr(train_dataloader, "set_epoch"):
+            # A resumed run reads its first epoch from another loader, and this one would still be at its beginning.
+            train_dataloader.set_epoch(math.ceil(state.epoch or 1) - 1)
         train = _Batches(train_dataloader, device)
         for balancer in self.balancing.balancers:
             rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
