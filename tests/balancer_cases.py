@@ -28,6 +28,7 @@ SMALL = {
     "GradientBlending": {"every": 1},
     "PMR": {"fraction": 1.0},
     "ProgressiveRollingQ": ALWAYS,
+    "ReLearning": {"every": 1},
     "RollingQ": ALWAYS,
 }
 """Options with which a balancer does within a few small epochs what it is there for."""
@@ -81,8 +82,7 @@ def attached(name, names=("audio", "image"), **options):
 
 def sgd(model, balancing):
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    if hasattr(balancing, "attach_optimizer"):
-        balancing.attach_optimizer(optimiser)
+    balancing.attach_optimizer(optimiser)
     return optimiser
 
 
