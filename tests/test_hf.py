@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import socket
 import warnings
 from types import SimpleNamespace
 
@@ -297,6 +299,34 @@ ARGUMENTS = {
     "world_size": 1, "n_gpu": 0, "deepspeed": None, "ddp_find_unused_parameters": None, "max_grad_norm": 0.0,
     "remove_unused_columns": False, "save_strategy": "epoch",
 }  # fmt: skip
+
+
+def worker(rank, folder, port):
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    made = small()
+    options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
+    run = train(folder, made, both(made), train_sampling_strategy="sequential", save_strategy="epoch", **options)
+    assert run.args.world_size == 2
+    torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path), port), nprocs=2)
+    made = small()
+    alone = train(tmp_path / "alone", made, both(made), train_sampling_strategy="sequential", num_train_epochs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, wanted in alone.model.state_dict().items():
+        if name != "model.fusion.attention.core.rolling._extra_state":
+            torch.testing.assert_close(found[0][name], wanted.to(found[0][name]), **CLOSE, msg=name)
+            assert torch.equal(found[0][name], found[1][name])
+    assert int(found[0]["model.fusion.attention.core.rolling.rotations"]) == 1
 
 
 class Turns(eq.Balancer):

@@ -166,7 +166,13 @@ def test_a_loss_that_explodes():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("plain_loop", "attention-noise r: "), ("lightning_balance", "rotations: 1")]
+    ("name", "said"),
+    [
+        ("plain_loop", "attention-noise r: "),
+        ("plain_loop_balancers", "rotations 1.00"),
+        ("lightning_balance", "rotations: 1"),
+        ("hf_trainer", "'rotations': 1.0"),
+    ],
 )
 def test_examples_run(name, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "2"])

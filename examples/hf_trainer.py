@@ -1,0 +1,56 @@
+"""Balancing under Hugging Face's Trainer, which saves, resumes and evaluates as it always does."""
+
+import sys
+import tempfile
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+import equipoise as eq
+
+EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+digits = eq.data.load("digits")
+
+
+def samples(split: str) -> list[dict[str, torch.Tensor]]:
+    """One dict for each sample, with its target under Trainer's name for it."""
+    whole = digits.split(split)
+    return [
+        {**{name: value[i] for name, value in whole.inputs.items()}, "labels": whole.target[i]}
+        for i in range(len(whole))
+    ]
+
+
+def accuracy(found) -> dict[str, float]:
+    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+
+torch.manual_seed(0)
+encoders = {
+    "audio": eq.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
+    "image": eq.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
+}
+inner = eq.FusionModel(encoders, eq.JointAttention(32), num_outputs=10, unimodal="train")
+balancers = [eq.OGM(inner, alpha=0.3), eq.RollingQ(inner.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2)]
+model = eq.hf.Balanced(inner, eq.Balancing(inner, balancers))
+
+with tempfile.TemporaryDirectory() as folder:
+    args = TrainingArguments(
+        folder,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=64,
+        learning_rate=0.03,
+        optim="sgd",  # Adam would divide OGM's factors out again
+        optim_args="momentum=0.9",
+        max_grad_norm=0.0,  # the callback clips, after the balancers
+        remove_unused_columns=False,  # modalities are no arguments by name
+        use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    callback = eq.hf.BalanceCallback(model.balancing, clip=5.0)
+    trainer = Trainer(
+        model, args, train_dataset=samples("train"), eval_dataset=samples("test"),
+        compute_metrics=accuracy, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    print(f"last epoch: {callback.last}")
+    print(f"accuracy: {trainer.evaluate()['eval_accuracy']:.3f}")
