@@ -1,0 +1,155 @@
+"""What balancers cost: an epoch of training with each, relative to an epoch of the same model without it.
+
+    python benchmarks/balancers.py                    # all of them, some five minutes on one core
+    python benchmarks/balancers.py --quick            # wider spread
+    python benchmarks/balancers.py --only OGM,PMR     # those alone
+
+Both sides run in turn within one process, step by step, so that other load on the machine meets both alike. The ratio
+is the median of the ratios of neighbours; what happens once an epoch (review and end_epoch, the mean over epochs) comes
+on top, for an epoch of that many steps. Printed as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from rollingq import Batch, batches, build, interleaved, ratio_of, seconds
+
+import equipoise as eq
+from equipoise import balance
+
+AIM = 1.15
+ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
+"""Balancers of attention -> the depth of the joint attention they are measured on; the others on Concat."""
+EXTRA = {
+    "AGM": "fuses every subset of the modalities again, without gradient",
+    "CML": "fuses again without each modality",
+    "LFM": "two more backward passes while its weight is learned",
+    "MLA": "every batch once for each modality",
+    "MMPareto": "a backward pass for each loss",
+    "ReLearning": "one pass over the data at each re-learning",
+    "SampleValuation": "fuses every subset of the modalities again",
+    "UMT": "a teacher's forward pass for each encoder",
+}
+"""Balancers that compute more by definition -> what."""
+
+
+def model_for(name: str) -> eq.FusionModel:
+    """The two encoders of benchmarks/rollingq.py under the fusion that suits the balancer."""
+    made = build(64, 1)
+    heads = "train" if getattr(balance, name).needs_heads else "probe"
+    torch.manual_seed(0)
+    depth = ATTENTION.get(name)
+    fusion = eq.Concat(64) if depth is None else eq.JointAttention(64, depth=depth)
+    return eq.FusionModel(dict(made.encoders.items()), fusion, 10, unimodal=heads)
+
+
+def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.Balancer:
+    """With its default options."""
+    kind = getattr(balance, name)
+    given = {
+        "model": model, "fusion": model.fusion, "layer": getattr(model.fusion, "attention", None), "epochs": epochs,
+        "teachers": copy.deepcopy(dict(model.encoders.items())),
+    }  # fmt: skip
+    return kind(**{key: value for key, value in given.items() if key in inspect.signature(kind).parameters})
+
+
+def training(model: eq.FusionModel, balancing: eq.Balancing) -> Callable[[Batch], object]:
+    """One batch as a function: an optimiser step for every turn."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    balancing.attach_optimizer(optimiser)
+
+    def step(batch: Batch) -> None:
+        for _ in range(balancing.turns):
+            loss = balancing.loss(model(batch), batch["target"])
+            optimiser.zero_grad()
+            loss.backward()
+            balancing.before_step()
+            optimiser.step()
+
+    return step
+
+
+class Repeated:
+    """A few batches, served as an epoch of many."""
+
+    def __init__(self, data: list[Batch], steps: int) -> None:
+        self.data, self.steps = data, steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.data[step % len(self.data)] for step in range(self.steps))
+
+
+def epoch_cost(name: str, steps: int, epochs: int, size: int) -> tuple[float, float, float]:
+    """An epoch's time relative to one without; the part of it that is paid once an epoch; seconds of one without."""
+    plain, balanced = model_for(name), model_for(name)
+    without = training(plain, eq.Balancing(plain))
+    balancing = eq.Balancing(balanced, [balancer_for(name, balanced, epochs)])
+    with_ = training(balanced, balancing)
+    data = batches(8, size)
+    train, val = Repeated(data, steps), Repeated(data, max(1, steps // 5))
+    interleaved(lambda: without(data[0]), lambda: with_(data[0]), 3)
+    first: list[float] = []
+    second: list[float] = []
+    ends: list[float] = []
+    for _ in range(epochs):
+        plain.train()
+        balanced.train()
+        for batch in train:
+            a, b = interleaved(lambda batch=batch: without(batch), lambda batch=batch: with_(batch), 1)
+            first += a
+            second += b
+        ends.append(seconds(lambda: ending(balancing, train, val)))
+    epoch = statistics.median(first) * steps
+    end = statistics.mean(ends) / epoch
+    return ratio_of(first, second) + end, end, epoch
+
+
+def ending(balancing: eq.Balancing, train: Iterable[Batch], val: Iterable[Batch]) -> None:
+    balancing.review(train, val)
+    balancing.end_epoch()
+
+
+def balancers() -> list[str]:
+    found = {kind for _, kind in inspect.getmembers(balance, inspect.isclass) if issubclass(kind, eq.Balancer)}
+    return sorted(kind.__name__ for kind in found - {eq.Balancer})
+
+
+def report(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), batch {args.batch}, {args.steps} steps\n")
+    print("| balancer | epoch, relative to plain | of it once an epoch | by definition |")
+    print("|---|---|---|---|")
+    missed = []
+    for name in args.only.split(",") if args.only else balancers():
+        ratio, end, _ = epoch_cost(name, args.steps, args.epochs, args.batch)
+        print(f"| `{name}` | {ratio:.2f} | {end:.2f} | {EXTRA.get(name, '')} |", flush=True)
+        if ratio > AIM and name not in EXTRA:
+            missed.append(name)
+    print(f"\nAim: {AIM} for those that add nothing by definition; missed by {', '.join(missed) or 'none'}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps and epochs")
+    parser.add_argument("--only", default="", help="names of classes, with commas between them; all by default")
+    parser.add_argument("--steps", type=int, default=20, help="steps of an epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each balancer")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.epochs = 10, 2
+    torch.set_num_threads(args.threads)
+    # On noise rather than data there may be nothing to rotate.
+    warnings.filterwarnings("ignore", message="RollingQ skipped")
+    report(args)
+
+
+if __name__ == "__main__":
+    main()
