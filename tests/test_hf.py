@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import re
 import socket
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +193,36 @@ def test_evaluation_is_the_tasks_loss_and_teaches_nobody(tmp_path):
     assert set(run.model(**{name: whole[name] for name in ("audio", "image")})) == {"logits"}
 
 
+def test_the_best_model_comes_back_with_its_balancers(tmp_path):
+    made = small()
+    balancers = both(made)
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    # The worst is asked for, so that it is not the last.
+    run = train(tmp_path, made, balancers, evaluation=samples(), greater_is_better=True, **options)
+    assert run.state.best_global_step < EPOCHS * SIZE // PER_STEP
+    assert int(balancers[0].epoch) == run.state.best_global_step // (SIZE // PER_STEP)
+    assert int(balancers[1].epochs) == int(balancers[0].epoch)
+
+
+def test_half_precision(tmp_path):
+    made = small()
+    balancers = both(made)
+    run = train(tmp_path, made, balancers, bf16=True)
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
+    assert int(balancers[1].rotations) > 0
+    assert run.state.log_history[0]["balance/scale/audio"] != run.state.log_history[0]["balance/scale/image"]
+
+
+@pytest.mark.parametrize("page", ["hugging_face.md", "methods/encoders.md"])
+def test_the_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            exec(compile(block, page, "exec"), {"__name__": "page"})
+
+
 def slowed(tmp_path, balancers, **options):
     """Norms of one step of every encoder's matrix under Trainer."""
     made = small(eq.Concat(12))
@@ -373,6 +405,14 @@ def test_what_is_allowed():
     begin(balancers=lambda made: [Partial()], world_size=2, ddp_find_unused_parameters=True)
     begin(wrapped=False, save_strategy="no", remove_unused_columns=True)
     begin(balancers=lambda made: [eq.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)
+
+
+def test_the_balancing_of_another_model():
+    made = small()
+    callback = eq.hf.BalanceCallback(eq.Balancing(made, ogm(made)))
+    wrapped = eq.hf.Balanced(made, eq.Balancing(made, ogm(made)))
+    with pytest.raises(ConfigError, match=r"expected the balancing of the model that is trained, .* model\.balancing"):
+        callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
 
 
 def test_adam_and_foreign_balancings_are_told():

@@ -199,8 +199,28 @@ class _Batches:
 
 
 def _check(balancing: Balancing, clip: float | None, args: TrainingArguments, model: nn.Module) -> None:
-    several = args.world_size > 1
-    wrong = [
+    for is_so, expected, got, fix in _obstacles(balancing, clip, args, model):
+        if is_so:
+            raise ConfigError("BalanceCallback", expected=expected, got=got, fix=fix)
+    changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
+    if args.max_grad_norm > 0 and changing:
+        warnings.warn(
+            f"Trainer clips gradients before {', '.join(changing)} changes them. For the order of the other loops set "
+            f"max_grad_norm=0 in TrainingArguments, and give BalanceCallback(clip={args.max_grad_norm}).",
+            stacklevel=2,
+        )
+
+
+def _obstacles(
+    balancing: Balancing, clip: float | None, args: TrainingArguments, model: nn.Module
+) -> list[tuple[bool, str, str, str]]:
+    """What balancing cannot go on with: (whether it is so, expected, got, fix)."""
+    told = args.ddp_find_unused_parameters
+    return [
+        (
+            isinstance(model, Balanced) and model.balancing is not balancing,
+            "the balancing of the model that is trained", "another one", "Give it model.balancing.",
+        ),
         (
             balancing.turns > 1, "balancers that take one step for each batch", "one that takes turns",
             "Train it with equipoise's own training, or serve each batch several times in a loop of your own.",
@@ -214,12 +234,12 @@ def _check(balancing: Balancing, clip: float | None, args: TrainingArguments, mo
             "Start one process for each: torchrun --nproc-per-node.",
         ),
         (
-            several and balancing.partial_graph and not args.ddp_find_unused_parameters,
-            "ddp_find_unused_parameters=True, since some parameters get no gradient in some steps",
-            str(args.ddp_find_unused_parameters), "Set it in TrainingArguments.",
+            args.world_size > 1 and balancing.partial_graph and not told,
+            "ddp_find_unused_parameters=True, since some parameters get no gradient in some steps", str(told),
+            "Set it in TrainingArguments.",
         ),
         (
-            isinstance(model, Balanced) and args.remove_unused_columns,
+            isinstance(model, Balanced) and bool(args.remove_unused_columns),
             "remove_unused_columns=False, since modalities are not arguments by name", "True",
             "Set it in TrainingArguments.",
         ),
@@ -234,16 +254,6 @@ def _check(balancing: Balancing, clip: float | None, args: TrainingArguments, mo
             "Train eq.hf.Balanced(model, balancing), or call eq.hf.keep_state(model, balancing) before.",
         ),
     ]  # fmt: skip
-    for is_so, expected, got, fix in wrong:
-        if is_so:
-            raise ConfigError("BalanceCallback", expected=expected, got=got, fix=fix)
-    changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
-    if args.max_grad_norm > 0 and changing:
-        warnings.warn(
-            f"Trainer clips gradients before {', '.join(changing)} changes them. For the order of the other loops set "
-            f"max_grad_norm=0 in TrainingArguments, and give BalanceCallback(clip={args.max_grad_norm}).",
-            stacklevel=2,
-        )
 
 
 def _kept(balancing: Balancing, model: nn.Module) -> bool:
