@@ -1,5 +1,8 @@
 """The generated data set: every task, what each modality shows, noise that belongs to the sample."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -88,3 +91,18 @@ def test_noise_off_leaves_inputs_as_they_are():
 def test_refuses(options, message):
     with pytest.raises(ConfigError, match=message):
         load("generated", **options)
+
+
+def test_the_card_tells_the_truth():
+    card = (Path(__file__).parents[1] / "docs/data/generated.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
+    data = load("generated")
+    for split in ("train", "val", "test"):
+        counts = data.split(split).target.bincount().tolist()
+        assert f"| {split} | {' | '.join(map(str, counts))} |" in card
+    assert f"right for {100 * data.test.target.bincount().max() / len(data.test):.1f} %" in card
+    causes = load("generated", task="regression").test.target
+    assert f"wrong by {causes.abs().mean():.3f} on" in card
+    for name, shows in SHOWS.items():
+        cells = " |".join(f" {weight:g}" if weight else "" for weight in shows)
+        assert f"| **{name}** {SHAPES[name]} |{cells} |".replace("| |", "| |") in card
