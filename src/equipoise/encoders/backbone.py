@@ -94,11 +94,11 @@ class Backbone(Encoder):
         Args:
             inputs: the model's main input (``input_ids``, ``pixel_values``, ``input_values``), or all its inputs by
                 name.
-            mask: True for real tokens, where ``inputs`` names no ``attention_mask``.
+            mask: True for real tokens; an ``attention_mask`` among the inputs holds beside it.
         """
         given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
         if mask is not None:
-            given.setdefault("attention_mask", mask.long())
+            given["attention_mask"] = given.get("attention_mask", 1) * mask.long()
         attention = given.get("attention_mask")
         if attention is not None:
             if attention.ndim != 2:
