@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from equipoise import recipes
+from equipoise import balance, recipes
+from equipoise.balance import Balancer
 from equipoise.cli.table import show
+from equipoise.lookup import family
 from equipoise.report import figures
 from equipoise.report.readings import Readings
 from equipoise.report.sentences import verdict
@@ -70,3 +72,14 @@ def test_the_page_and_the_table_speak_of_the_task(compared):
     assert said in printed
     assert unsaid not in (text + printed).lower()
     assert ("%" in printed) is (task != "regression")
+
+
+def test_every_balancer_trains_by_its_name_in_a_recipe(tmp_path):
+    """From the recipe's options to the checkpoint, in Lightning's loop; checkpoints, reviews and teachers included."""
+    made = tiny("classification").with_train(epochs=2, optimizer="sgd", learning_rate=0.05)
+    names = [("joint+" if "rollingq" in name else "concat+") + name for name in family(balance, Balancer)]
+    content = compare(made, names, seeds=1, out=tmp_path, workers=0)
+    assert [failure["error"] for failure in content["failures"]] == []
+    said = {run["method"]: set(run["history"][-1].get("balance", {})) for run in content["runs"]}
+    assert set(said) == set(names)
+    assert {"weight/audio", "weight/image", "weight/sensor"} <= said["concat+pmr"]
