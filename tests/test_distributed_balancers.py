@@ -7,7 +7,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from balancer_cases import BALANCERS, Loss, answers, attached, epoch, sgd
+from balancer_cases import BALANCERS, Loss, answers, attached, epoch, finite, sgd
 from small_fusion import batch, slices
 from tolerance import TOL
 
@@ -41,6 +41,17 @@ def training(rank, name):
     return {"logs": logs, "answers": answers(made)}
 
 
+def lacking(rank, name):
+    """Whether all went well where one process at a time has a modality that the other lacks altogether."""
+    made, balancing = attached(name)
+    loss = DistributedDataParallel(Loss(made, balancing), find_unused_parameters=True)
+    batches = [part(rank, place) for place in range(3)]
+    batches[rank] = {**batches[rank], "image": None}
+    batches[2] = {**batches[2], "image": None}
+    logs = [epoch(made, balancing, sgd(made, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
+    return {"finite": finite(made, logs), "answers": answers(made)}
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -51,6 +62,7 @@ def worker(rank, folder):
         for name in sorted(BALANCERS):
             try:
                 found[name] = training(rank, name)
+                found[name]["lacking"] = lacking(rank, name)
             except Exception as error:  # one balancer's failure is not the others'
                 found[name] = {"error": f"{type(error).__name__}: {error}"}
     finally:
@@ -85,6 +97,14 @@ def test_they_train_as_one_process_on_the_doubled_batch(found, name):
     torch.testing.assert_close(both["answers"], alone["answers"], **EXACT)
     for one, other in zip(both["logs"], alone["logs"], strict=True):
         assert one == pytest.approx(other, rel=1e-7)
+
+
+@every
+def test_a_modality_that_one_process_lacks(found, name):
+    one, other = (process[name]["lacking"] for process in found)
+    assert one["finite"]
+    assert other["finite"]
+    assert torch.equal(one["answers"], other["answers"])
 
 
 @every
