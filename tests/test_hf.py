@@ -58,9 +58,16 @@ def arguments(folder, **options):
     return transformers.TrainingArguments(str(folder), **options)
 
 
-def trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, **options):
+class InOrder(transformers.Trainer):
+    """Without shuffling, for comparison with plain loops."""
+
+    def _get_train_sampler(self, *given):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
     balanced = eq.hf.Balanced(made, eq.Balancing(made, balancers))
-    return transformers.Trainer(
+    return (InOrder if in_order else transformers.Trainer)(
         balanced, arguments(folder, **options), train_dataset=data or samples(), eval_dataset=evaluation,
         callbacks=[eq.hf.BalanceCallback(balanced.balancing, **(callback or {}))],
     )  # fmt: skip
@@ -84,7 +91,7 @@ def same(one, other):
 
 def test_trainer_does_what_a_plain_loop_does(tmp_path):
     net = small()
-    made = train(tmp_path, net, both(net), train_sampling_strategy="sequential")
+    made = train(tmp_path, net, both(net), in_order=True)
     plain = small()
     balancing = eq.Balancing(plain, both(plain))
     optimiser, data = torch.optim.SGD(plain.parameters(), lr=0.1), samples()
@@ -109,7 +116,7 @@ def test_trainer_does_what_a_plain_loop_does(tmp_path):
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path):
-    options = {"num_train_epochs": 2, "train_sampling_strategy": "sequential"}
+    options = {"num_train_epochs": 2, "in_order": True}
     large, parts = small(), small()
     train(tmp_path, large, both(large), **options)
     train(
@@ -227,7 +234,7 @@ def slowed(tmp_path, balancers, **options):
     """Norms of one step of every encoder's matrix under Trainer."""
     made = small(eq.Concat(12))
     before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
-    train(tmp_path, made, balancers(made), max_steps=1, train_sampling_strategy="sequential", **options)
+    train(tmp_path, made, balancers(made), max_steps=1, in_order=True, **options)
     return {name: float((made.encoders[name].weight.detach() - before[name]).norm()) for name in before}
 
 
@@ -339,7 +346,7 @@ def worker(rank, folder, port):
     os.environ.update({name: str(value) for name, value in place.items()})
     made = small()
     options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
-    run = train(folder, made, both(made), train_sampling_strategy="sequential", save_strategy="epoch", **options)
+    run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
     assert run.args.world_size == 2
     torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -352,7 +359,7 @@ def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, args=(str(tmp_path), port), nprocs=2)
     made = small()
-    alone = train(tmp_path / "alone", made, both(made), train_sampling_strategy="sequential", num_train_epochs=2)
+    alone = train(tmp_path / "alone", made, both(made), in_order=True, num_train_epochs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, wanted in alone.model.state_dict().items():
         if name != "model.fusion.attention.core.rolling._extra_state":
