@@ -335,8 +335,8 @@ def test_wrapped_models_find_their_state():
 
 
 ARGUMENTS = {
-    "world_size": 1, "n_gpu": 0, "deepspeed": None, "ddp_find_unused_parameters": None, "max_grad_norm": 0.0,
-    "remove_unused_columns": False, "save_strategy": "epoch",
+    "world_size": 1, "n_gpu": 0, "fp16": False, "deepspeed": None, "ddp_find_unused_parameters": None,
+    "max_grad_norm": 0.0, "remove_unused_columns": False, "save_strategy": "epoch",
 }  # fmt: skip
 
 
@@ -398,6 +398,8 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
         ),
         ({"remove_unused_columns": True}, "BalanceCallback: expected remove_unused_columns=False, .* got True"),
         ({"clip": 0.5, "max_grad_norm": 1.0}, r"max_grad_norm=0 in TrainingArguments .* got 1\.0\. .* clipped twice"),
+        ({"fp16": True}, r"expected max_grad_norm=float\('inf'\) under fp16, since Trainer unscales .* got 0\.0\."),
+        ({"fp16": True, "max_grad_norm": None}, "got None"),
         ({"wrapped": False}, r"what the balancers remember, got FusionModel\. Train eq\.hf\.Balanced"),
         ({"clip": 0.0}, r"BalanceCallback: expected clip > 0 or None, got clip = 0\.0"),
     ],
@@ -409,6 +411,8 @@ def test_errors_before_training(options, message):
 
 def test_what_is_allowed():
     begin()
+    begin(clip=0.5, max_grad_norm=None)
+    begin(clip=0.5, max_grad_norm=float("inf"), fp16=True)
     begin(balancers=lambda made: [Partial()], world_size=2, ddp_find_unused_parameters=True)
     begin(wrapped=False, save_strategy="no", remove_unused_columns=True)
     begin(balancers=lambda made: [eq.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)

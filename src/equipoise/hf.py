@@ -86,7 +86,7 @@ class BalanceCallback(TrainerCallback):
 
     Args:
         balancing: whose loss the model returns; see ``Balanced``.
-        clip: largest norm of all gradients, instead of Trainer's ``max_grad_norm``, which must then be 0.
+        clip: largest norm of all gradients, instead of Trainer's ``max_grad_norm``, which must then be 0 (or infinite).
         val: batches for balancers that review data; by default those of the last evaluation, and there is none before
             the end of the first epoch.
 
@@ -203,7 +203,7 @@ def _check(balancing: Balancing, clip: float | None, args: TrainingArguments, mo
         if is_so:
             raise ConfigError("BalanceCallback", expected=expected, got=got, fix=fix)
     changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
-    if args.max_grad_norm > 0 and changing:
+    if _clips(args) and changing:
         warnings.warn(
             f"Trainer clips gradients before {', '.join(changing)} changes them. For the order of the other loops set "
             f"max_grad_norm=0 in TrainingArguments, and give BalanceCallback(clip={args.max_grad_norm}).",
@@ -244,9 +244,14 @@ def _obstacles(
             "Set it in TrainingArguments.",
         ),
         (
-            clip is not None and args.max_grad_norm > 0,
+            clip is not None and _clips(args),
             "max_grad_norm=0 in TrainingArguments where the callback clips", f"{args.max_grad_norm}",
             "Gradients would be clipped twice.",
+        ),
+        (
+            bool(args.fp16) and not args.max_grad_norm,
+            "max_grad_norm=float('inf') under fp16, since Trainer unscales gradients where it takes their norm",
+            str(args.max_grad_norm), "Set it in TrainingArguments; nothing is clipped by it.",
         ),
         (
             args.save_strategy != "no" and not _kept(balancing, model),
@@ -254,6 +259,10 @@ def _obstacles(
             "Train eq.hf.Balanced(model, balancing), or call eq.hf.keep_state(model, balancing) before.",
         ),
     ]  # fmt: skip
+
+
+def _clips(args: TrainingArguments) -> bool:
+    return 0 < (args.max_grad_norm or 0) < math.inf
 
 
 def _kept(balancing: Balancing, model: nn.Module) -> bool:
