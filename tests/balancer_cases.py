@@ -104,7 +104,9 @@ def step(loss, balancing, optimiser, *batches):
     for _ in range(balancing.turns):
         optimiser.zero_grad()
         for inputs in batches:
-            (loss(inputs) * len(inputs["target"]) / total).backward()
+            found = loss(inputs)
+            assert bool(found.isfinite()), "a loss that is NaN or infinite"
+            (found * len(inputs["target"]) / total).backward()
         balancing.before_step()
         optimiser.step()
 
