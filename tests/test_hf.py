@@ -1,14 +1,17 @@
 """Balancing under transformers' Trainer: as in a plain loop, accumulated, resumed, clipped after the balancers."""
 
 import copy
+import importlib
 import json
 import os
 import re
 import socket
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
@@ -16,6 +19,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError
+from equipoise.train.experiment import quiet
 from small_fusion import batch, model
 from tolerance import TOL
 
@@ -263,6 +267,44 @@ def test_clipping_after_the_balancers(tmp_path):
         theirs = slowed(tmp_path, lambda made: [Slower()], max_grad_norm=clip)
     assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
     assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
+
+
+class Lit(pl.LightningModule):
+    """The same step under Lightning, which clips after the balancers."""
+
+    def __init__(self, made, balancing):
+        super().__init__()
+        self.made, self.balancing = made, balancing
+
+    def training_step(self, part, index):
+        return self.balancing.loss(self.made(part), part["labels"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.made.parameters(), lr=0.1)
+
+
+def test_lightning_clips_where_the_callback_does(tmp_path):
+    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": 0.1})
+    made = small(eq.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
+    lit = Lit(made, eq.Balancing(made, [Slower()]))
+    with quiet():
+        pl.Trainer(
+            max_steps=1, gradient_clip_val=0.1, callbacks=[eq.lightning.Balance(lit.balancing)], accelerator="cpu",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(lit, torch.utils.data.DataLoader(samples(), PER_STEP))  # fmt: skip
+    for name, wanted in ours.items():
+        found = float((made.encoders[name].weight.detach() - before[name]).norm())
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "equipoise.hf")
+    with pytest.raises(
+        ImportError, match=r"eq\.hf needs transformers and accelerate\. Run: pip install 'equipoise\[hf\]'"
+    ):
+        importlib.import_module("equipoise.hf")
 
 
 class Own(transformers.PreTrainedModel):

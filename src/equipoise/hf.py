@@ -9,9 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+try:
+    from accelerate.utils import send_to_device
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("eq.hf needs transformers and accelerate. Run: pip install 'equipoise[hf]'.") from error
 
 from .balance import Balancer, Balancing, ProgressiveRollingQ, RollingQ
 from .errors import ConfigError
