@@ -98,6 +98,21 @@ def test_the_published_sizes():
     assert count(resnet) == 11_176_512
 
 
+def test_the_published_cost():
+    """Parameters and operations of the paper's Table 4, as it counts them; one LayerNorm of the release is unused."""
+    with torch.device("meta"):
+        audio = eq.ViTEncoder(1, (257, 188), axes="frequency time -> time frequency")
+        encoders = {"audio": audio, "image": eq.ViTEncoder(3, (224, 224))}
+    for encoder in encoders.values():
+        for parameter in encoder.to_empty(device="cpu").parameters():
+            nn.init.zeros_(parameter)
+    model = eq.FusionModel(encoders, eq.JointAttention(768, heads=1, shortcut=False), num_outputs=6).eval()
+    pictures = {"audio": torch.zeros(1, 1, 257, 188), "image": torch.zeros(1, 3, 224, 224)}
+    found = eq.cost(model, pictures, convention="thop")
+    assert found.parameters + 2 * 768 == 59_871_762
+    assert round(found.gflops, 4) == 1489.1288
+
+
 def bilinear(grid, rows, columns):
     """Another size of a grid (row, column, dim), half a pixel from its edges, written out."""
 
