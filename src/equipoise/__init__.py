@@ -20,6 +20,7 @@ from .balance import UMT as UMT
 from .balance import AMCo as AMCo
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
+from .balance import Exposure as Exposure
 from .balance import GradientBlending as GradientBlending
 from .balance import Greedy as Greedy
 from .balance import MMCosine as MMCosine

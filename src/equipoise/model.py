@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from .fusion import Fusion
 from .tokens import Output, Tokens, as_tokens
 
 Task = Literal["classification", "multilabel", "regression"]
+Unimodal = Literal["probe", "train", "vote", "none"]
+UNIMODAL = ("probe", "train", "vote", "none")
 
 
 class FusionModel(nn.Module):
@@ -29,7 +31,8 @@ class FusionModel(nn.Module):
         task: ``"classification"`` (cross entropy), ``"multilabel"`` (binary cross entropy), ``"regression"`` (squared
             error).
         unimodal: heads that score each modality alone on its pooled vector: ``"probe"`` reads a detached vector, so it
-            watches without teaching; ``"train"`` lets its loss reach the encoders; ``"none"`` leaves them out.
+            watches without teaching; ``"train"`` lets its loss reach the encoders; ``"vote"`` does so too and adds
+            their logits to the fused ones, so that the fusion learns what they leave open; ``"none"`` leaves them out.
 
     Raises:
         ConfigError: no encoder, a fusion that is none, an unknown task.
@@ -51,7 +54,7 @@ class FusionModel(nn.Module):
         num_outputs: int,
         *,
         task: Task = "classification",
-        unimodal: Literal["probe", "train", "none"] = "probe",
+        unimodal: Unimodal = "probe",
     ) -> None:
         super().__init__()
         if not encoders or not isinstance(fusion, Fusion):
@@ -60,11 +63,11 @@ class FusionModel(nn.Module):
                 expected="at least one encoder and a Fusion",
                 got=f"{len(encoders)} encoders and {type(fusion).__name__}",
             )
-        if task not in ("classification", "multilabel", "regression") or unimodal not in ("probe", "train", "none"):
+        if task not in ("classification", "multilabel", "regression") or unimodal not in UNIMODAL:
             raise ConfigError(
                 "FusionModel",
                 got=f"task='{task}', unimodal='{unimodal}'",
-                expected="task classification, multilabel or regression and unimodal probe, train or none",
+                expected="task classification, multilabel or regression and unimodal probe, train, vote or none",
             )
         bad = [name for name in encoders if name == "mask" or "." in name or hasattr(nn.ModuleDict, name)]
         if bad:
@@ -81,6 +84,7 @@ class FusionModel(nn.Module):
         self.head = fusion.head(num_outputs)
         wanted = () if unimodal == "none" else self.names
         self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in wanted})
+        self.preparations: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
         self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
         self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
 
@@ -95,6 +99,9 @@ class FusionModel(nn.Module):
         Returns:
             Output with logits (batch, output), unimodal_logits, features, tokens and share.
         """
+        if self.training:
+            for prepare in self.preparations:
+                batch = prepare(batch)
         tokens: Mapping[str, Tokens] = self.encode(batch)
         if self.training:
             for transform in self.transforms:
@@ -138,7 +145,24 @@ class FusionModel(nn.Module):
         for name, head in self.unimodal_heads.items():
             pooled = fused.tokens[name].pooled()
             unimodal[name] = head(pooled.detach() if self.unimodal == "probe" else pooled)
-        return fused.with_(logits=self.head(fused.features), unimodal_logits=unimodal)
+        output = fused.with_(unimodal_logits=unimodal)
+        votes = self.votes(output)
+        logits = self.head(fused.features)
+        return output.with_(logits=torch.stack([logits, *votes.values()]).sum(dim=0) if votes else logits)
+
+    def votes(self, output: Output) -> dict[str, Tensor]:
+        """name -> (batch, output) that a modality's head adds to the logits, 0 for samples that lack it; {} without.
+
+        Detached: each head answers for its own loss, and the fusion for what the heads leave open.
+        """
+        votes: dict[str, Tensor] = {}
+        if self.unimodal != "vote":
+            return votes
+        for name, logits in output.unimodal_logits.items():
+            tokens = output.tokens[name]
+            has = len(tokens) > 0 if tokens.mask is None else tokens.present()[:, None]
+            votes[name] = logits.detach() * has
+        return votes
 
     def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
         """The task's loss, mean over the batch.
@@ -171,7 +195,9 @@ class FusionModel(nn.Module):
 
     def contributions(self, output: Output) -> dict[str, Tensor] | None:
         """name -> (batch, output): each modality's part of the logits; None where they are no sum of such parts."""
-        return self.fusion.contributions(output, self.head)
+        parts = self.fusion.contributions(output, self.head)
+        votes = self.votes(output)
+        return {name: part + votes[name] for name, part in parts.items()} if parts and votes else parts
 
     def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
         """Sum of the unimodal heads' losses; 0 without heads. A sample does not count for a modality that it lacks."""

@@ -7,6 +7,7 @@ from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
 from .cml import CML as CML
 from .dropout import ModalityDropout as ModalityDropout
+from .exposure import Exposure as Exposure
 from .folding import fold as fold
 from .greedy import Greedy as Greedy
 from .lfm import LFM as LFM

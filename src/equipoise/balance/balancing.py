@@ -46,6 +46,9 @@ class Balancing:
         self._scaling = [b for b in self.balancers if _overrides(b, "gradient_scale")]
         self._seen: list[tuple[Output, Tensor]] = []
         self._due = False
+        preparations = [b.prepare for b in self.balancers if _overrides(b, "prepare")]
+        if preparations:
+            model.preparations = preparations  # type: ignore[attr-defined]
         transforms = [b.transform for b in self.balancers if _overrides(b, "transform")]
         if transforms:
             model.transforms = transforms  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ class Multimodal(Protocol):
     def __call__(self, batch: Batch) -> Output: ...
     def encode(self, batch: Batch) -> dict[str, Tokens]: ...
     def fuse(self, tokens: Mapping[str, Tokens]) -> Output: ...
+    def votes(self, output: Output) -> dict[str, Tensor]: ...
     def contributions(self, output: Output) -> dict[str, Tensor] | None: ...
     def loss(self, logits: Tensor, target: Tensor) -> Tensor: ...
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor: ...
@@ -40,7 +41,7 @@ class Balancer(nn.Module):
 
     A training step goes through them in this order (``Balancing`` calls them, a balancer never sees the loop):
 
-    1. ``transform`` in the forward pass, between encoders and fusion, in training only;
+    1. ``prepare`` and ``transform`` in the forward pass, before the encoders and behind them, in training only;
     2. ``observe`` and 3. ``penalty`` on what came out, for every batch;
     4. ``gradient_scale`` and ``before_step`` once for every optimiser step, when gradients are complete: accumulated,
        reduced over processes, unscaled;
@@ -75,6 +76,10 @@ class Balancer(nn.Module):
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Is given each optimiser before training starts, also when it resumes; for methods that reset its state."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch before the encoders read it; returns it changed, and leaves the one that it was given as it is."""
+        return batch
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         """name -> Tokens between encoders and fusion; returns them changed. ``target`` is None where there is none."""

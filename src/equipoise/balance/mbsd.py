@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities, masked_mean, teaching_logits, unimodal_losses
-from .scores import present, true_score
+from .scores import heads_teach, present, true_score
 
 FLOOR = 1e-8
 """No probability is taken to be less, under a logarithm."""
@@ -95,7 +95,7 @@ class MBSD(Balancer):
             for a, b in pairs
         ]
         total = self.strength * torch.stack(apart).mean()
-        if getattr(model, "unimodal", "none") == "train" and output.unimodal_logits:
+        if heads_teach(model) and output.unimodal_logits:
             return total
         return total + sum(loss.mean for loss in unimodal_losses(model, output, target, "MBSD").values())
 

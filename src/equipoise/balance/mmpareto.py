@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import check_modalities, unimodal_losses
-from .scores import summed
+from .scores import heads_teach, summed
 
 
 def pareto_weights(joint: Float[Tensor, " n"], alone: Float[Tensor, " n"]) -> Float[Tensor, " 2"]:
@@ -120,7 +120,7 @@ class MMPareto(Balancer):
             size = torch.full_like(count, len(target))
             sums = torch.cat([joint_gradients[name] * size, size[None], alone_gradients[name] * count, count[None]])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        counted = getattr(model, "unimodal", "none") == "train" and output.unimodal_logits
+        counted = heads_teach(model) and output.unimodal_logits
         return None if counted else total
 
     def before_step(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens import Output
 from .base import Multimodal
-from .scores import modality_logits, present, true_score
+from .scores import heads_teach, modality_logits, present, true_score
 
 
 class Loss(NamedTuple):
@@ -35,7 +35,7 @@ def teaching_logits(model: Multimodal, output: Output, who: str) -> dict[str, Te
     Raises:
         ConfigError: heads that only watch, and logits that do not decompose.
     """
-    teaching = getattr(model, "unimodal", "none") == "train" and output.unimodal_logits
+    teaching = heads_teach(model) and output.unimodal_logits
     return output.unimodal_logits if teaching else modality_logits(model, output, who, trains=True)
 
 
@@ -118,7 +118,7 @@ def check_side_by_side(model: Multimodal, who: str) -> None:
 
 def watch_only(model: Multimodal) -> None:
     """From now on unimodal heads read detached vectors: what they learn does not reach encoders out of turn."""
-    if getattr(model, "unimodal", "none") == "train":
+    if heads_teach(model):
         model.unimodal = "probe"  # type: ignore[attr-defined]
 
 

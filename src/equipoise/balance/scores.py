@@ -50,7 +50,7 @@ def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool
     if parts is not None:
         return parts
     heads = getattr(model, "unimodal", "none")
-    if not output.unimodal_logits or (trains and heads != "train"):
+    if not output.unimodal_logits or (trains and not heads_teach(model)):
         wanted = "that teach the encoders" if trains else "for every modality"
         raise ConfigError(
             who,
@@ -59,6 +59,11 @@ def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool
             fix=f"Use Concat or Sum, or FusionModel(..., unimodal='{'train' if trains else 'probe'}').",
         )
     return dict(output.unimodal_logits)
+
+
+def heads_teach(model: Multimodal) -> bool:
+    """Whether the unimodal heads' losses reach the encoders."""
+    return getattr(model, "unimodal", "none") in ("train", "vote")
 
 
 def present(output: Output, name: str) -> Tensor:

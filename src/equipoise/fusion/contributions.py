@@ -25,6 +25,7 @@ class Fused(Protocol):
     def encode(self, batch: Any) -> dict[str, Tokens]: ...
     def fuse(self, tokens: Mapping[str, Tokens]) -> Output: ...
     def contributions(self, output: Output) -> dict[str, Tensor] | None: ...
+    def votes(self, output: Output) -> dict[str, Tensor]: ...
 
 
 def modality_contributions(model: Fused, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -86,7 +87,8 @@ def _by_values(model: Fused, tokens: Mapping[str, Tokens]) -> dict[str, Tensor]:
         found[name] = nn.functional.linear(attended, head.weight)
     with _values_of(layer, SPECIAL):
         rest = head(fusion(tokens).features) / len(found)
-    return {name: part + rest for name, part in found.items()}
+    votes = model.votes(model.fuse(tokens))
+    return {name: part + rest + votes.get(name, 0.0) for name, part in found.items()}
 
 
 @contextmanager

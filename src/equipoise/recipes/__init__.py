@@ -21,7 +21,7 @@ PRECISIONS = (
 )  # fmt: skip
 """As Lightning names them; listed here, so that a wrong one is told before Lightning is loaded or a run starts."""
 
-CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": ("probe", "train", "none"), "precision": PRECISIONS}
+CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": ("probe", "train", "vote", "none"), "precision": PRECISIONS}
 
 LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "epochs": (int, "epochs >= 1", lambda value: value >= 1),
@@ -53,7 +53,8 @@ class TrainOptions:
         accumulate: batches added up before a step.
         precision: as Lightning names it, such as ``"32-true"`` or ``"bf16-mixed"``.
         exposure: probability with which, in training, each modality of a sample is replaced by noise.
-        unimodal: ``"probe"`` heads watch, ``"train"`` heads teach the encoders, ``"none"``.
+        unimodal: ``"probe"`` heads watch, ``"train"`` heads teach the encoders, ``"vote"`` heads also add their
+            logits to the fused ones, ``"none"``.
 
     Raises:
         ConfigError: a value of the wrong type, out of its limits, or unknown.
@@ -74,7 +75,7 @@ class TrainOptions:
     accumulate: int = 1
     precision: str = "32-true"
     exposure: float = 0.0
-    unimodal: Literal["probe", "train", "none"] = "probe"
+    unimodal: Literal["probe", "train", "vote", "none"] = "probe"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

@@ -103,7 +103,9 @@ def build(
         cls = find(fusion, Fusion, options.pop("fusion", method.base), kind="fusion")  # type: ignore[type-abstract]
     joined = made(cls, f"fusion '{method.base}'", options, dim=width)
     classes = {name: _class(name, recipe) for name in method.balancers}
-    heads = "train" if any(cls.needs_heads for cls in classes.values()) else recipe.train.unimodal
+    heads = recipe.train.unimodal
+    if heads != "vote" and any(cls.needs_heads for cls in classes.values()):
+        heads = "train"
     model = FusionModel(
         parts,
         joined,

@@ -1,0 +1,183 @@
+"""Exposure: modalities are damaged in training, and attention is told which of them still hold anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..tokens import Output, Tokens
+from .base import Balancer, Multimodal
+from .draws import drawing, sample_draws
+from .dropout import who_has
+from .modalities import check_modalities
+
+SCALES = 7
+"""Coarse noise varies over 1, 2, 4, ... 64 neighbouring values."""
+
+
+def witness_loss(
+    share: Float[Tensor, "batch head modality"], intact: Bool[Tensor, "batch modality"]
+) -> Float[Tensor, ""]:
+    """Cross entropy between the shares of attention and an even spread over the modalities that are intact.
+
+    ``-mean_ih sum_m t_im log(s_ihm / sum_n s_ihn)`` with ``t_im = intact_im / sum_n intact_in``. A sample without any
+    intact modality does not count.
+
+    Example:
+        >>> witness_loss(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
+        tensor(0.2877)
+    """
+    share = share.to(torch.promote_types(share.dtype, torch.float32))
+    among = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    wanted = intact / intact.sum(dim=1, keepdim=True).clamp(min=1)
+    losses = -(wanted[:, None].to(share.dtype) * among.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
+    return losses.sum() / intact.any(dim=1).sum().clamp(min=1)
+
+
+def coarse_noise(shape: tuple[int, ...], scale: int, random: torch.Generator) -> Tensor:
+    """Standard normal noise, constant over squares of 2^scale neighbours in the last two axes and smooth between them.
+
+    Scale 0 is white; the largest moves a whole input up or down. Made on the generator's device.
+
+    Example:
+        >>> coarse_noise((3, 4, 4), 9, torch.Generator().manual_seed(0)).std(dim=(1, 2)).max() < 1e-6
+        tensor(True)
+    """
+    if scale == 0 or len(shape) < 3:
+        return torch.randn(shape, generator=random, device=random.device)
+    *lead, height, width = shape
+    small = (max(1, height >> scale), max(1, width >> scale))
+    noise = torch.randn(*lead, *small, generator=random, device=random.device)
+    smooth = F.interpolate(noise.flatten(0, -3)[:, None], size=(height, width), mode="bilinear", align_corners=False)
+    smooth = smooth.view(shape)
+    # Interpolation averages; what it took from the size of the noise is given back.
+    return smooth / smooth.std().clamp(min=1e-3)
+
+
+class Exposure(Balancer):
+    """Damages modalities in training and teaches attention, which knows it, to spread over those that are intact.
+
+    With probability ``probability`` each modality of a sample is hit, but never all of one sample. Of the hits a part
+    ``whole`` is replaced by noise (destroyed); the others are mixed with it by a random degree and count as intact::
+
+        x <- sqrt(1 - d^2) x + d noise,     d = 1 where destroyed, else d ~ U(0, 1)
+        L = L_task + weight * witness_loss(share, not destroyed)
+
+    Noise has the mean and deviation of the modality in the batch. Where it destroys it is white; where it is mixed in
+    it is, with ``scales``, as coarse as a die says for the step: from single values to the whole input, which is then a
+    little louder, brighter or darker. Inputs that are no floating-point tensors (words) are never hit.
+
+    Args:
+        model: any fusion; attention is taught where it has shares, elsewhere only the damage is done.
+        probability: in [0, 1], of a hit for each sample and modality.
+        whole: in [0, 1], part of the hits that destroy.
+        weight: of the witness loss; 0 leaves attention to find out by itself.
+        scales: mix in noise of every coarseness; False keeps it white.
+        seed: of everything that is drawn, with the number of the step.
+
+    Raises:
+        ConfigError: one modality; numbers out of range.
+
+    Exposed and taught, attention leaves a destroyed modality and the fused model falls back on the others; noise of
+    every scale also keeps encoders from what is particular to their training data. It costs accuracy where inputs are
+    always clean and plenty, and what it calls destroyed is noise: attention need not notice damage of another kind.
+
+    Reference: ours; the noise is that of RollingQ's test (ICML 2025), section 4.
+    Differs from the paper in: it is no part of it; the paper's noise comes in testing alone.
+
+    Example:
+        >>> import equipoise as eq
+        >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
+        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2, unimodal="vote")
+        >>> balancing = eq.Balancing(model, [eq.Exposure(model, probability=1.0)])
+        >>> output = model({"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5)})
+        >>> bool(balancing.loss(output, torch.tensor([0, 1, 0, 1])) > 0)
+        True
+    """
+
+    def __init__(
+        self, model: Multimodal, *, probability: float = 0.4, whole: float = 0.5, weight: float = 1.0,
+        scales: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_modalities(model, "Exposure")
+        if not (0 <= probability <= 1 and 0 <= whole <= 1 and weight >= 0):
+            raise ConfigError(
+                "Exposure",
+                expected="0 <= probability <= 1, 0 <= whole <= 1 and weight >= 0",
+                got=f"probability = {probability}, whole = {whole}, weight = {weight}",
+            )
+        self.probability, self.whole, self.weight, self.scales, self.seed = probability, whole, weight, scales, seed
+        self.names = model.names
+        self.register_buffer("steps", torch.tensor(0))
+        # Of the step that runs; no state, since checkpoints come between steps.
+        self._seen, self._destroyed = 0, None
+
+    steps: Tensor
+    _destroyed: Tensor | None
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        inputs = {name: batch[name] for name in self.names}
+        open_to = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs.values()]
+        size = next((len(x) for x in inputs.values() if isinstance(x, Tensor)), 0)
+        random = drawing(self.seed, int(self.steps))
+        draws = sample_draws(random, self._seen, size, 2 * len(self.names) + 2)
+        random = drawing(self.seed + 1, int(self.steps) * 65_537 + self._seen)
+        self._seen += size
+        degree, self._destroyed = self._degrees(draws, torch.tensor(open_to))
+        exposed = dict(batch)
+        for place, (name, values) in enumerate(inputs.items()):
+            if open_to[place]:
+                exposed[name] = self._mixed(values, degree[:, place], random)
+        return exposed
+
+    def _degrees(
+        self, draws: Float[Tensor, "batch draw"], open_to: Bool[Tensor, " modality"]
+    ) -> tuple[Float[Tensor, "batch modality"], Bool[Tensor, "batch modality"]]:
+        """How much each modality of each sample is damaged, and which are destroyed."""
+        count = len(self.names)
+        hit = (draws[:, :count] < self.probability) & open_to
+        spared = (draws[:, 2 * count] * count).long()[:, None] == torch.arange(count)
+        hit &= ~(hit.all(dim=1, keepdim=True) & spared)
+        # One number says both: below `whole` it destroys, above it, stretched to (0, 1), it is the degree.
+        drawn = draws[:, count : 2 * count]
+        destroyed = hit & (drawn < self.whole)
+        degree = torch.where(destroyed, 1.0, (drawn - self.whole) / max(1.0 - self.whole, 1e-12))
+        return torch.where(hit, degree.clamp(0.0, 1.0), 0.0), destroyed
+
+    def _mixed(self, values: Tensor, degree: Float[Tensor, " batch"], random: torch.Generator) -> Tensor:
+        white = torch.randn(values.shape, generator=random)
+        noise = white
+        if self.scales:
+            scale = int(torch.randint(SCALES, (1,), generator=random))
+            coarse = coarse_noise(tuple(values.shape), scale, random)
+            noise = torch.where(_beside(degree >= 1, values), white, coarse)
+        deviation, mean = torch.std_mean(values)
+        degree = _beside(degree, values).to(values)
+        noise = mean + deviation * noise.to(values)
+        return torch.where(degree > 0, (1 - degree**2).clamp(min=0).sqrt() * values + degree * noise, values)
+
+    def penalty(self, output: Output, target: Tensor) -> Tensor | None:
+        if output.share is None or self._destroyed is None or self.weight == 0:
+            return None
+        intact = who_has(_in_order(output.tokens, self.names)) & ~self._destroyed.to(output.share.device)
+        return self.weight * witness_loss(output.share, intact)
+
+    def before_step(self) -> None:
+        self.steps += 1
+        self._seen = 0
+
+
+def _beside(per_sample: Tensor, values: Tensor) -> Tensor:
+    """(batch,) shaped so that it broadcasts with (batch, ...)."""
+    return per_sample.view(-1, *[1] * (values.ndim - 1))
+
+
+def _in_order(tokens: Mapping[str, Tokens], names: tuple[str, ...]) -> dict[str, Tokens]:
+    return {name: tokens[name] for name in names}
