@@ -39,6 +39,7 @@ ADDS = {
 """Balancers that change the model's parameters, and by what."""
 
 MICRO_BATCHES = {
+    "Exposure": "noise is drawn for each batch",
     "ModalityDropout": "unimodal heads average over the samples that were left a modality",
     "OPM": "unimodal heads average over the samples that were left a modality",
     "PMR": "prototype weights are decided on each batch",

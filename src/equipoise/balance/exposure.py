@@ -35,8 +35,8 @@ def witness_loss(
     """
     share = share.to(torch.promote_types(share.dtype, torch.float32))
     among = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    wanted = intact / intact.sum(dim=1, keepdim=True).clamp(min=1)
-    losses = -(wanted[:, None].to(share.dtype) * among.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
+    wanted = intact.to(share.dtype) / intact.sum(dim=1, keepdim=True).clamp(min=1)
+    losses = -(wanted[:, None] * among.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
     return losses.sum() / intact.any(dim=1).sum().clamp(min=1)
 
 
