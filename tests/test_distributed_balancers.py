@@ -15,7 +15,10 @@ pytestmark = pytest.mark.distributed
 WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
 EXACT = TOL[torch.float64]
 
-APART = {"ReLearning": "each process clusters its own part of the data"}
+APART = {
+    "Exposure": "noise is drawn for each process's batch",
+    "ReLearning": "each process clusters its own part of the data",
+}
 """Balancers for which two processes are not one on the doubled batch, and why; they must agree with each other all the
 same."""
 
