@@ -32,6 +32,7 @@ class Branch(nn.Module):
         self.linear, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5)
         self.layer = nn.TransformerEncoderLayer(5, 1, 7, batch_first=True)
         self.linear.eval()
+        self.norm.bias.requires_grad_(False)
 
     def forward(self, batch):
         assert not any(module.training for module in self.modules())
@@ -39,6 +40,17 @@ class Branch(nn.Module):
         if self.crash:
             raise RuntimeError("out of order")
         return self.norm(hidden + torch.rand(5))
+
+
+class Views(nn.Module):
+    """Hands a bare view of its own class token, and one of the batch, to a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls, self.linear = nn.Parameter(torch.zeros(5)), nn.Linear(5, 3)
+
+    def forward(self, batch):
+        return self.linear(self.cls.expand(len(batch), 1, -1)) + self.linear(batch[..., :5])
 
 
 # A.1
@@ -244,6 +256,13 @@ def test_batch_size_scales_gflops_alone():
     assert (many.gflops, many.flops, many.batch_size) == (300 / 1e9, 30, 10)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_views_of_what_requires_a_gradient_are_counted(requires_grad):
+    found = cost(Views(), torch.zeros(2, 7, 11, requires_grad=requires_grad))
+    assert found.macs == (1 + 7) * 5 * 3
+    assert found.parameters == 5 + 5 * 3 + 3
+
+
 # No trace
 
 
@@ -253,7 +272,7 @@ def state(model):
         [module.training for module in model.modules()],
         [len(getattr(module, kind)) for module in model.modules() for kind in hooks],
         {name: value.tolist() for name, value in model.state_dict().items()},
-        [p.grad for p in model.parameters()],
+        [(p.grad, p.requires_grad) for p in model.parameters()],
         torch.get_rng_state().tolist(),
         torch.backends.mha.get_fastpath_enabled(),
         torch.is_grad_enabled(),

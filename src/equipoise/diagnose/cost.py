@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,12 +101,31 @@ def _full(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     kernels = [getattr(torch.ops.aten, name) for name in UNCOUNTED if hasattr(torch.ops.aten, name)]
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention_flops))
     try:
-        with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention_flops)) as counter:
+        with _untrained(model), counter:
             model(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+@contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """Parameters that require no gradient, for a while.
+
+    The counter looks for the gradient's function of whatever a module is given and requires one. A view that was taken
+    under no_grad has none, so gradients are on, and nothing of the model is recorded for them.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
