@@ -129,6 +129,11 @@ def test_what_it_refuses():
         eq.MMCosine(static(("audio",)))
     with pytest.raises(ConfigError, match=r"pooled vectors side by side, got JointAttention\. Use Concat or Sum"):
         eq.MMCosine(fused())
+    for fusion in (eq.MBT(DIM, heads=2), eq.MMML(DIM, heads=2)):
+        made = fused(fusion=fusion)
+        assert made.fusion.out_dim == 2 * DIM
+        with pytest.raises(ConfigError, match=f"pooled vectors side by side, got {type(fusion).__name__}"):
+            eq.MMCosine(made)
     made = static()
     with pytest.raises(ConfigError, match="MMCosine with MLA: both put a head of their own"):
         eq.Balancing(made, [eq.MMCosine(made), eq.MLA(made)])

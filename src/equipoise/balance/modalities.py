@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import Output
+from ..evaluation import evaluating
+from ..tokens import Output, Tokens
 from .base import Multimodal
 from .scores import heads_teach, modality_logits, present, true_score
 
@@ -105,9 +106,19 @@ def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " mod
 
 
 def check_side_by_side(model: Multimodal, who: str) -> None:
-    """Raises ConfigError where the head does not read the pooled vectors, one beside the other."""
-    fusion = model.fusion
-    if fusion.out_dim != len(model.names) * fusion.dim:
+    """Raises ConfigError where the head does not read the pooled vectors, one beside the other.
+
+    Width alone does not tell: other fusions hand out as wide a vector of parts that have seen each other. So the fusion
+    is shown one token of each modality, which must come back as it is.
+    """
+    # Gates in front change what is pooled, not how it is joined.
+    fusion = getattr(model.fusion, "inner", model.fusion)
+    like, width = next(model.head.parameters()), len(model.names) * fusion.dim
+    shown = torch.linspace(1, 2, width, device=like.device, dtype=like.dtype)[None]
+    pieces = zip(model.names, shown.chunk(len(model.names), dim=-1), strict=True)
+    with evaluating(fusion):
+        features = fusion({name: Tokens(piece[:, None]) for name, piece in pieces}).features
+    if not torch.equal(features, shown):
         raise ConfigError(
             who,
             expected="a fusion whose features are the pooled vectors side by side",
