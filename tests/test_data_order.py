@@ -74,3 +74,13 @@ def test_errors():
         len(Order(7, 3, seed=0, shuffle=True, rank=0, world=2))
     with pytest.raises(ConfigError, match="a batch_size of at least 5, one sample for each process, got 3"):
         len(Order(7, 3, seed=0, shuffle=False, rank=0, world=5))
+
+
+def test_turns_never_meet_in_one_optimiser_step():
+    # 7 batches in groups of 3, each served twice: the seventh is left out, for its turns would share a step.
+    got = batches(20, 3, seed=0, shuffle=True, turns=2, group=3)
+    whole = batches(20, 3, seed=0, shuffle=True)
+    assert got == whole[:3] * 2 + whole[3:6] * 2
+    assert batches(20, 3, seed=0, shuffle=True, turns=1, group=3) == whole
+    with pytest.raises(ConfigError, match=r"in turns, at least 3 batches in an epoch.*got 2\. Lower train\.accumulate"):
+        len(Order(5, 3, seed=0, shuffle=True, turns=2, group=3))

@@ -33,10 +33,12 @@ class Order(DistributedSampler):
         drop_last: drop a last batch that is not full.
         rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
         turns: how often each batch is served, for methods that train in turns.
-        group: batches that make one optimiser step; a whole group is served before it is served again.
+        group: batches that make one optimiser step; a whole group is served before it is served again. With several
+            turns an epoch's last group is dropped where it is not whole, or turns would meet in one step.
 
     Raises:
-        ConfigError: a batch size below 1, or one that does not divide among the processes.
+        ConfigError: a batch size below 1, or one that does not divide among the processes; with several turns, fewer
+            batches than a group.
 
     Example:
         >>> list(Order(5, 2, seed=0, shuffle=False))
@@ -95,4 +97,12 @@ class Order(DistributedSampler):
         # A last batch with fewer samples than processes would leave a process without any: it joins the one before.
         if len(starts) > 1 and size - starts[-1] < world:
             starts.pop()
-        return list(pairwise([*starts, size])) if starts else []
+        bounds = list(pairwise([*starts, size])) if starts else []
+        if self.turns == 1 or not bounds:
+            return bounds
+        if len(bounds) < self.group:
+            raise ConfigError(
+                "Order", expected=f"in turns, at least {self.group} batches in an epoch, for one optimiser step",
+                got=f"{len(bounds)}", fix="Lower train.accumulate or train.batch_size.",
+            )  # fmt: skip
+        return bounds[: len(bounds) // self.group * self.group]
