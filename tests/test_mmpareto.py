@@ -210,3 +210,10 @@ def test_what_it_refuses():
     balancer, output = eq.MMPareto(made), made(batch()).with_(logits=None)
     with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
         balancer.penalty(output, batch()["target"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_opposite_gradients_nothing_is_left(dtype):
+    for joint, alone in ([20.0], [-40.0]), ([0.3, 0.7, -0.1], [-0.9, -2.1, 0.3]):
+        found = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
+        assert flat(found[0]) == [0.0] * len(joint)

@@ -48,8 +48,11 @@ def pareto_gradient(joint: Sequence[Tensor], alone: Sequence[Tensor], *, gamma: 
     found = []
     for a, b in zip(joint, alone, strict=True):
         mixed = 2 * (first * a + second * b)
-        length = mixed.norm().clamp(min=torch.finfo(mixed.dtype).tiny)
-        found.append(gamma * mixed * ((a + b).norm() / length).clamp(min=1.0))
+        length = mixed.norm()
+        # Of opposite gradients nothing is left but rounding, which must not be blown up to their size.
+        whole = length > torch.finfo(mixed.dtype).eps * (a.norm() + b.norm())
+        restored = (a + b).norm() / torch.where(whole, length, 1.0)
+        found.append(gamma * mixed * torch.where(whole, restored.clamp(min=1.0), 0.0))
     return found
 
 
