@@ -229,3 +229,18 @@ def test_what_it_refuses():
     made, _, _ = attached()
     with pytest.raises(ConfigError, match="expected a fusion without gates, got a second Greedy"):
         eq.Greedy(made)
+
+
+def test_gradients_that_overflow_leave_no_speed():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for value in (torch.inf, torch.nan):
+        parameter.grad = torch.tensor([1.0, value])
+        assert float(learning_speed([parameter])) == 0.0
+
+
+@pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
+def test_gates_do_not_go_with_methods_that_train_in_front_of_them(other):
+    made = fused(fusion=eq.Concat(DIM))
+    first = getattr(eq, other)(made)
+    with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors that have not passed the gates"):
+        eq.Balancing(made, [first, eq.Greedy(made)])

@@ -220,3 +220,10 @@ def test_what_it_refuses():
         ConfigError, match=r"MLA: expected a fusion whose features are .*, got JointAttention. Use Concat"
     ):
         eq.MLA(fused())
+
+
+@pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
+def test_it_silences_the_heads_that_others_need(other):
+    made = fused(fusion=eq.Concat(DIM))
+    with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that teach"):
+        eq.Balancing(made, [getattr(eq, other)(made), eq.MLA(made)])

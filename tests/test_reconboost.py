@@ -207,3 +207,10 @@ def test_what_it_refuses():
     balancer.end_epoch()
     with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
         balancer.penalty(made(batch()).with_(logits=None), batch()["target"])
+
+
+@pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
+def test_it_silences_the_heads_that_others_need(other):
+    made = fused(fusion=eq.Concat(DIM))
+    with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that teach"):
+        eq.Balancing(made, [getattr(eq, other)(made), eq.ReconBoost(made)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from .modalities import check_modalities
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     """One step's share of a learning speed: |gradient|^2 / |parameters|^2, over all of them together.
 
+    0 where gradients overflowed, as under fp16 before its scale is found: such a step is not taken.
+
     Example:
         >>> parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> parameter.grad = torch.tensor([0.0, 5.0])
@@ -27,7 +30,8 @@ def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     group = list(parameters)
     weight = get_total_norm([p.detach() for p in group]).square()
     moved = get_total_norm([p.grad for p in group if p.grad is not None]).square()
-    return moved.to(weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    speed = moved.to(weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return torch.where(speed.isfinite(), speed, 0.0)
 
 
 def bypass_lead(
@@ -88,6 +92,11 @@ class Greedy(Balancer):
         >>> model.fusion.attention.dim, sorted({name.split(".")[0] for name in model.fusion.state_dict()})
         (8, ['gate', 'inner'])
     """
+
+    excludes: ClassVar[Mapping[str, str]] = {
+        "MLA": "it trains on vectors that have not passed the gates",
+        "ReconBoost": "it trains on vectors that have not passed the gates",
+    }
 
     def __init__(self, model: Multimodal, *, window: int = 5, threshold: float = 1e-3, ratio: float = 4.0) -> None:
         super().__init__()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -103,6 +104,10 @@ class MLA(Balancer):
 
     replaces = ("task",)
     partial_graph = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "MBSD": "it needs unimodal heads that teach, and here they only watch",
+        "MMPareto": "it needs unimodal heads that teach, and here they only watch",
+    }
 
     def __init__(self, model: Multimodal, *, projected: bool = True) -> None:
         super().__init__()

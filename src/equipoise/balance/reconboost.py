@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -86,6 +87,10 @@ class ReconBoost(Balancer):
 
     replaces = ("task",)
     partial_graph = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "MBSD": "it needs unimodal heads that teach, and here they only watch",
+        "MMPareto": "it needs unimodal heads that teach, and here they only watch",
+    }
 
     def __init__(
         self, model: Multimodal, *, task_weight: float = 5.0, residual: float = 1.0, agreement: float = 0.5,
