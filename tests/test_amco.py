@@ -199,3 +199,12 @@ def test_what_it_refuses():
     made = fused()
     with pytest.raises(ConfigError, match="expected logits that are a sum over modalities, got fusion JointAttention"):
         penalty_of(eq.AMCo(made), made, batch())
+
+
+def test_votes_join_the_logits_that_it_trains():
+    made, inputs = static(unimodal="vote"), batch()
+    balancer = eq.AMCo(made)
+    output = made.train()(inputs)
+    own = sum(made.loss(part, inputs["target"]) for part in made.fusion.contributions(output, made.head.head).values())
+    wanted = made.loss(output.logits, inputs["target"]) + own
+    torch.testing.assert_close(balancer.penalty(output, inputs["target"]), wanted, **EXACT)

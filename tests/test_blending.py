@@ -228,3 +228,12 @@ def test_what_it_refuses():
     made, _, balancing = attached(unimodal="probe")
     with pytest.raises(ConfigError, match="GradientBlending: expected logits that are a sum"):
         balancing.loss(made(batch()), batch()["target"])
+
+
+def test_copies_see_inputs_as_they_are():
+    made, balancer, _ = attached(copies=True)
+    seen = []
+    made.preparations = [lambda given: seen.append(1) or given]
+    made.train()
+    balancer.review([batch()], [batch()])
+    assert not seen

@@ -175,3 +175,12 @@ def test_what_it_refuses():
         penalty_of(eq.LFM(made), made, batch())
     with pytest.raises(ConfigError, match="LFM: expected an output with logits, got logits = None"):
         eq.LFM(made).penalty(made(batch()).with_(logits=None), batch()["target"])
+
+
+def test_a_loss_may_be_looked_at_without_gradient():
+    made = static()
+    balancer, inputs = eq.LFM(made), batch()
+    balancing = eq.Balancing(made, [balancer])
+    with torch.no_grad():
+        looked = balancing.loss(made(inputs), inputs["target"])
+    torch.testing.assert_close(looked, balancing.loss(made(inputs), inputs["target"]).detach(), **EXACT)

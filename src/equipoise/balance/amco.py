@@ -126,6 +126,10 @@ class AMCo(Balancer):
             masked_mean(model.sample_losses(part, target), counts) for part, counts in zip(parts, here, strict=True)
         ]
         logits = at_least_single(head.mix(shown.to(head.mix.weight.dtype)))
+        if votes := model.votes(output):
+            # They join the logits behind M, and what is hidden is not voted for either.
+            said = torch.stack([votes[name] for name in model.names])
+            logits = logits + said.masked_fill(hides[:, None], 0.0).sum(dim=0)
         return model.loss(logits, target) + torch.stack(alone).sum()
 
     def hidden_classes(self) -> Bool[Tensor, " output"]:

@@ -126,7 +126,8 @@ class LFM(Balancer):
         if output.logits is None:
             raise ConfigError("LFM", expected="an output with logits", got="logits = None")
         task, apart = model.loss(output.logits, target), self._divergence(output)
-        if self.schedule == "learned":
+        # Nothing is learned where a loss is only looked at.
+        if self.schedule == "learned" and torch.is_grad_enabled():
             size = task.new_full((1, 1), len(target)).expand(2, 1)
             sums = torch.cat([torch.stack([self._gradient(task), self._gradient(apart)]) * len(target), size], dim=1)
             self._sums = sums if self._sums is None else self._sums + sums
