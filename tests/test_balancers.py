@@ -13,6 +13,7 @@ import balancer_cases as cases
 import equipoise as eq
 from balancer_cases import ATTENTION, BALANCERS, EPOCHS, answers, attached, epoch, finite, made_for, plain, sgd, train
 from equipoise.balance import Balancer
+from equipoise.balance.balancing import _joined
 from equipoise.errors import ConfigError
 from fusion_cases import FUSIONS
 from small_fusion import DIM, NAMES, batch, slices
@@ -321,3 +322,12 @@ def test_a_task_has_batches_of_its_own():
     """The battery over tasks is worth something."""
     kinds = {task: batch_for(task)["target"].dtype for task in TASKS}
     assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
+
+
+def test_a_joined_step_keeps_the_class_token_of_a_modality_that_its_first_batch_lacks():
+    random = torch.Generator().manual_seed(0)
+    whole = eq.Tokens(torch.randn(2, 5, 3, generator=random), cls=True)
+    lacking = eq.Tokens(torch.zeros(2, 0, 3))
+    outputs = [eq.Output(features=torch.zeros(2, 3), tokens={"audio": part}) for part in (lacking, whole)]
+    output, _ = _joined([(each, torch.zeros(2)) for each in outputs])
+    assert torch.equal(output.tokens["audio"].pooled(), torch.cat([torch.zeros(2, 3), whole.values[:, 0]]))

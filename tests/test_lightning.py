@@ -12,6 +12,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError, NonFiniteError
+from equipoise.lightning import _Moved
 from equipoise.recipes import TrainOptions
 from equipoise.train import Training
 from equipoise.train.evaluate import evaluate
@@ -74,6 +75,23 @@ def test_balance_keeps_its_balancers_state():
     assert int(other.epochs) == 5
     with pytest.raises(ConfigError, match=r"Balance: expected the state of as many balancers = 2, got 1\. Resume with"):
         eq.lightning.Balance(other, third).load_state_dict(state)
+
+
+def test_a_balancer_that_would_be_left_idle_is_refused():
+    made = built(Made())
+    with pytest.raises(ConfigError, match=r"the Balancing of OGM, which takes part in steps, got OGM alone\. Return"):
+        eq.lightning.Balance(eq.OGM(made))
+    assert len(eq.lightning.Balance(eq.Balancing(made, [eq.OGM(made)])).balancers) == 1
+
+
+def test_data_of_unknown_length_are_reviewed():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([torch.ones(2)])
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert len(list(_Moved(loader, pl.LightningModule()))) == 1
+    assert list(_Moved(None, pl.LightningModule())) == []
 
 
 class Probe(eq.Balancer):

@@ -197,7 +197,7 @@ class _Batches:
         self._loader, self._device = loader, device
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader or ():
+        for batch in () if self._loader is None else self._loader:
             moved: Any = send_to_device(batch, self._device)
             yield {"target" if name == "labels" else name: value for name, value in moved.items()}
 

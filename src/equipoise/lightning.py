@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from .balance import Balancer, Balancing, ProgressiveRollingQ, RollingQ
+from .balance.balancing import takes_part_in_steps
 from .errors import ConfigError
 
 
@@ -30,6 +31,9 @@ class Balance(pl.Callback):
         balancers: a Balancing, or one or several balancers.
         before_end: called with trainer and module when the epoch's statistics are complete and before anything is
             rotated.
+
+    Raises:
+        ConfigError: a balancer with a part in steps that is given without its Balancing, which would leave it idle.
 
     Example:
         >>> from equipoise.fusion import JointAttention
@@ -53,6 +57,14 @@ class Balance(pl.Callback):
                 self.balancers.extend([entry] if isinstance(entry, Balancer) else entry)
         self.last: dict[str, float] = {}
         self._before_end = before_end
+        inside = {id(balancer) for balancing in self._balancings for balancer in balancing.balancers}
+        for balancer in self.balancers:
+            if id(balancer) not in inside and takes_part_in_steps(balancer):
+                name = type(balancer).__name__
+                raise ConfigError(
+                    "Balance", expected=f"the Balancing of {name}, which takes part in steps", got=f"{name} alone",
+                    fix="Return the loss of balancing = eq.Balancing(model, [...]) in training_step, and give that.",
+                )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -107,5 +119,5 @@ class _Moved:
         self._loader, self._module = loader, module
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader or ():
+        for batch in () if self._loader is None else self._loader:
             yield self._module.transfer_batch_to_device(batch, self._module.device, 0)

@@ -149,6 +149,12 @@ def encoder_weights(encoder: nn.Module) -> list[nn.Parameter]:
     return [p for p in encoder.parameters() if p.ndim >= 2]
 
 
+def takes_part_in_steps(balancer: Balancer) -> bool:
+    """Whether it does anything but attach to the model and act once an epoch; then a Balancing has to call it."""
+    moments = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
+    return any(_overrides(balancer, moment) for moment in moments)
+
+
 def _overrides(balancer: Balancer, moment: str) -> bool:
     return getattr(type(balancer), moment) is not getattr(Balancer, moment)
 
@@ -215,5 +221,6 @@ def _joined_tokens(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(
         torch.cat([padded(part.values) for part in parts]),
         mask=None if whole else torch.cat([padded(part.valid()) for part in parts]),
-        cls=parts[0].cls,
+        # A batch that lacks the modality has no token that could be a class token.
+        cls=any(part.cls for part in parts),
     )
