@@ -107,6 +107,9 @@ def test_where_data_lie_does_not_change_what_a_run_is():
     assert here.fingerprint() != Job(recipe(epochs=7), "joint", 0).fingerprint()
     assert here.fingerprint() != Job(recipe(), "concat", 0).fingerprint()
     assert here.fingerprint() != Job(recipe(), "joint", 1).fingerprint()
+    # Spaces in a method's name do not hide the options of its parts.
+    spaced = [Job(recipe(balancers={"rollingq": options}), "joint + rollingq", 0) for options in ({}, {"beta": 0.5})]
+    assert spaced[0].fingerprint() != spaced[1].fingerprint()
 
 
 def test_data_do_not_depend_on_threads():

@@ -64,7 +64,7 @@ class Job:
             content.pop(name)
         content["data"].pop("root", None)
         # Nor do variants that this method does not use.
-        base, *balancers = self.method.split("+")
+        base, *balancers = (part.strip() for part in self.method.split("+"))
         content["fusions"] = {k: v for k, v in content["fusions"].items() if k == base}
         content["balancers"] = {k: v for k, v in content["balancers"].items() if k in balancers}
         job = {"recipe": content, "method": self.method, "seed": self.seed, "fold": self.fold}
