@@ -331,3 +331,22 @@ def test_a_joined_step_keeps_the_class_token_of_a_modality_that_its_first_batch_
     outputs = [eq.Output(features=torch.zeros(2, 3), tokens={"audio": part}) for part in (lacking, whole)]
     output, _ = _joined([(each, torch.zeros(2)) for each in outputs])
     assert torch.equal(output.tokens["audio"].pooled(), torch.cat([torch.zeros(2, 3), whole.values[:, 0]]))
+
+
+def test_the_latest_balancing_takes_the_place_of_earlier_ones():
+    made = plain("RollingQ")
+    made.transforms = mine = [lambda tokens, target: tokens]
+    eq.Balancing(made, [eq.ModalityDropout(made), eq.Exposure(made)])
+    assert (len(made.transforms), len(made.preparations)) == (2, 1)
+    eq.Balancing(made, [])
+    assert (made.transforms, made.preparations) == (mine, [])
+
+
+@pytest.mark.parametrize(("kind", "place"), [("ModalityDropout", "transforms"), ("Exposure", "preparations")])
+def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
+    made = plain("RollingQ")
+    balancer = getattr(eq, kind)(made)
+    delattr(made, place)
+    with pytest.raises(ConfigError, match=f"calls its {place} .*, for {kind}, got FusionModel, which has none.*= "):
+        eq.Balancing(made, [balancer])
+    assert eq.Balancing(made, [eq.CML(made)]).turns == 1

@@ -91,6 +91,7 @@ def test_data_of_unknown_length_are_reviewed():
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     assert len(list(_Moved(loader, pl.LightningModule()))) == 1
+    assert len(list(_Moved([loader, loader], pl.LightningModule()))) == 2
     assert list(_Moved(None, pl.LightningModule())) == []
 
 

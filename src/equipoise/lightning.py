@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -119,5 +120,7 @@ class _Moved:
         self._loader, self._module = loader, module
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in () if self._loader is None else self._loader:
+        # Lightning takes several loaders for validation too.
+        several = self._loader if isinstance(self._loader, list | tuple) else (self._loader,)
+        for batch in chain.from_iterable(loader for loader in several if loader is not None):
             yield self._module.transfer_batch_to_device(batch, self._module.device, 0)

@@ -34,10 +34,11 @@ class Balancing:
 
     Args:
         model: a FusionModel, or any module with the members of ``Multimodal``.
-        balancers: made for this model.
+        balancers: made for this model. They take the place of those that an earlier Balancing gave it.
 
     Raises:
-        ConfigError: balancers that cannot be combined, with the reason.
+        ConfigError: balancers that cannot be combined, with the reason; one that changes inputs or tokens, for a model
+            that would never call it.
     """
 
     def __init__(self, model: Multimodal, balancers: Sequence[Balancer] = ()) -> None:
@@ -46,12 +47,8 @@ class Balancing:
         self._scaling = [b for b in self.balancers if _overrides(b, "gradient_scale")]
         self._seen: list[tuple[Output, Tensor]] = []
         self._due = False
-        preparations = [b.prepare for b in self.balancers if _overrides(b, "prepare")]
-        if preparations:
-            model.preparations = preparations  # type: ignore[attr-defined]
-        transforms = [b.transform for b in self.balancers if _overrides(b, "transform")]
-        if transforms:
-            model.transforms = transforms  # type: ignore[attr-defined]
+        for moment, place in (("prepare", "preparations"), ("transform", "transforms")):
+            _hand_over(model, place, [b for b in self.balancers if _overrides(b, moment)], moment)
 
     @property
     def turns(self) -> int:
@@ -175,6 +172,20 @@ def _check(balancers: Sequence[Balancer]) -> None:
                     "Balancing", expected="balancers that can be combined",
                     got=f"{type(one).__name__} and {type(other).__name__}, which {what}", fix="Leave one of them out.",
                 )  # fmt: skip
+
+
+def _hand_over(model: Multimodal, place: str, balancers: Sequence[Balancer], moment: str) -> None:
+    """Puts what balancers do in the forward pass where the model calls it, in place of earlier balancers'."""
+    there = getattr(model, place, None)
+    if there is None and balancers:
+        when = "before it encodes" if moment == "prepare" else "between encoders and fusion"
+        raise ConfigError(
+            "Balancing", expected=f"a model that calls its {place} {when}, for {type(balancers[0]).__name__}",
+            got=f"{type(model).__name__}, which has none", fix=f"Use FusionModel, or give yours {place} = [].",
+        )  # fmt: skip
+    if there is not None:
+        others = [call for call in there if not isinstance(getattr(call, "__self__", None), Balancer)]
+        setattr(model, place, [*others, *(getattr(balancer, moment) for balancer in balancers)])
 
 
 def _detached(output: Output) -> Output:
