@@ -90,9 +90,12 @@ def test_compare_goes_on(compared, capsys):
 def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):
     arguments, _ = compared
     more = ["--out", str(tmp_path), "--methods", "concat", "--encoders.audio.depth", "2", "--train.batch_size", "500"]
+    # Several options of one encoder hold together.
+    more += ["--encoders.audio.heads=1", "--balancers.mine.balancer", "RollingQ", "--balancers.mine.rho", "1e-3"]
     assert run([*arguments, *more]) == 0
     used = recipes.read(tmp_path / "runs/all/concat/seed0/recipe.yaml")
-    assert used.encoders["audio"] == {**recipe().encoders["audio"], "depth": 2}
+    assert used.encoders["audio"] == {**recipe().encoders["audio"], "depth": 2, "heads": 1}
+    assert used.balancers["mine"] == {"balancer": "RollingQ", "rho": 0.001}
     assert used.encoders["image"] == recipe().encoders["image"]
     assert (used.train.batch_size, used.train.epochs) == (500, 1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns the exit status."""
+    arguments = gathered(arguments)
     try:
         parsed = parser(arguments).parse_args(arguments)
         return COMMANDS[parsed.command].run(parsed[parsed.command])
@@ -52,6 +55,37 @@ def parser(arguments: Sequence[str] = ()) -> ArgumentParser:
             recipe = recipes.read(_config(arguments))
         commands.add_subcommand(name, command.parser(recipe), help=command.summary)
     return top
+
+
+OWN = re.compile(r"--((?:encoders|fusions|balancers)\.[^.=]+)\.([^=]+)(?:=(.*))?", re.DOTALL)
+"""An option of one encoder, fusion or balancer, with its value where that stands in the same word."""
+
+PLAIN = re.compile(r"""[\w.+-]+|\[.*\]|\{.*\}|".*"|'.*'""", re.DOTALL)
+"""Values that mean the same inside a YAML mapping; others are texts that need quotes there."""
+
+
+def gathered(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the options of one encoder, fusion or balancer as one; the parser would keep the last alone.
+
+    Example:
+        >>> gathered(["compare", "--balancers.ogm.alpha", "0.3", "--seeds", "2", "--balancers.ogm.end=4"])
+        ['compare', '--seeds', '2', '--balancers.ogm={alpha: 0.3, end: 4}']
+    """
+    rest: list[str] = []
+    found: dict[str, dict[str, str]] = {}
+    words = iter(arguments)
+    for word in words:
+        option = OWN.fullmatch(word)
+        value = option and (option[3] if option[3] is not None else next(words, None))
+        if option is None or value is None:
+            rest.append(word)
+        else:
+            found.setdefault(option[1], {})[option[2]] = value
+    for name, options in found.items():
+        pairs = (f"{key}: {value if PLAIN.fullmatch(value) else json.dumps(value)}" for key, value in options.items())
+        one = next(iter(options.items()))
+        rest.append(f"--{name}={{{', '.join(pairs)}}}" if len(options) > 1 else f"--{name}.{one[0]}={one[1]}")
+    return rest
 
 
 def _config(arguments: Sequence[str]) -> str:
