@@ -69,12 +69,12 @@ def change(metric: str, value: float) -> str:
     """A difference between two figures of one metric, in points where they are fractions.
 
     Example:
-        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048)
-        ('+2.1 points', '−0.30', '+2.05 k')
+        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048), change("negative_error", 0.001)
+        ('+2.1 points', '−0.30', '+2.05 k', '0.00')
     """
     if is_fraction(metric):
         return signed(100 * value, 1) + " points"
-    return ("+" if value >= 0 else "") + amount(metric, value)
+    return signed(value) if abs(value) < 1e3 else ("+" if value > 0 else "") + amount(metric, value)
 
 
 def probability(p: float) -> str:
