@@ -124,6 +124,29 @@ def test_words_are_never_hit_and_a_modality_may_be_missing():
     assert not torch.equal(found["audio"], inputs["audio"])
 
 
+def test_a_sample_keeps_one_of_what_it_has():
+    made = model(NAMES[:3], dtype=torch.float64)
+    inputs = batch(NAMES[:3], size=SIZE, missing=("audio", "image"))
+    inputs["audio"][~inputs["mask"]["audio"]] = torch.nan
+    balancer = eq.Exposure(made, probability=1.0, whole=1.0)
+    found = balancer.prepare(inputs)
+    has = torch.stack([inputs["mask"].get(n, torch.ones(SIZE, dtype=torch.bool)) for n in made.names], dim=1)
+    assert ((has & ~balancer._destroyed).sum(dim=1) == 1).all()
+    assert found["audio"][inputs["mask"]["audio"]].isfinite().all()
+
+
+def test_inputs_that_are_mappings_and_batches_that_are_wrong():
+    made = model(dtype=torch.float64)
+    balancer = eq.Exposure(made, probability=1.0)
+    words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
+    found = balancer.prepare({"audio": words, "image": torch.randn(5, 4, 5)})
+    assert found["audio"] is words
+    assert balancer._destroyed.shape == (5, 2)
+    eq.Balancing(made, [balancer])
+    with pytest.raises(eq.EquipoiseError, match="a batch with audio, image"):
+        made.train()({"audio": torch.ones(2, 3, 3)})
+
+
 def test_attention_is_taught_and_static_fusion_only_exposed():
     for fusion, taught in ((eq.JointAttention(12, dropout=0.0), True), (eq.Concat(12), False)):
         encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}

@@ -153,7 +153,8 @@ class FusionModel(nn.Module):
     def votes(self, output: Output) -> dict[str, Tensor]:
         """name -> (batch, output) that a modality's head adds to the logits, 0 for samples that lack it; {} without.
 
-        Detached: each head answers for its own loss, and the fusion for what the heads leave open.
+        Detached: each head answers for its own loss, and the fusion for what the heads leave open. A vote has its full
+        weight whatever the input is worth: heads are modest about bad inputs only where training shows them some.
         """
         votes: dict[str, Tensor] = {}
         if self.unimodal != "vote":

@@ -131,7 +131,7 @@ class Balancing:
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Warns where the optimiser undoes a method: Adam and its kin divide a constant factor on gradients out."""
-        adaptive = any(word in type(optimizer).__name__.lower() for word in ("adam", "rmsprop", "adagrad", "lion"))
+        adaptive = any(word in type(optimizer).__name__.lower() for word in ("adam", "rmsprop", "adagrad", "adafactor", "adadelta", "lion"))
         names = [type(b).__name__ for b in self.balancers if b.only_scales]
         if adaptive and names:
             warnings.warn(

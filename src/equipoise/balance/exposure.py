@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from ..errors import ConfigError
@@ -123,42 +123,61 @@ class Exposure(Balancer):
     _destroyed: Tensor | None
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        inputs = {name: batch[name] for name in self.names}
-        open_to = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs.values()]
-        size = next((len(x) for x in inputs.values() if isinstance(x, Tensor)), 0)
-        random = drawing(self.seed, int(self.steps))
-        draws = sample_draws(random, self._seen, size, 2 * len(self.names) + 2)
-        random = drawing(self.seed + 1, int(self.steps) * 65_537 + self._seen)
-        self._seen += size
-        degree, self._destroyed = self._degrees(draws, torch.tensor(open_to))
+        self._destroyed = None
+        if not isinstance(batch, Mapping) or any(name not in batch for name in self.names):
+            return batch  # of which the model tells what is wrong with it
+        has = _who_has(batch, self.names)
+        draws = sample_draws(drawing(self.seed, int(self.steps)), self._seen, len(has), 2 * len(self.names) + 2)
+        random = self._noise_generator()
+        self._seen += len(has)
+        open_to = torch.tensor([_can_be_hit(batch[name]) for name in self.names])
+        degree, self._destroyed = self._degrees(draws, has, open_to)
         exposed = dict(batch)
-        for place, (name, values) in enumerate(inputs.items()):
+        for place, name in enumerate(self.names):
             if open_to[place]:
-                exposed[name] = self._mixed(values, degree[:, place], random)
+                exposed[name] = self._mixed(batch[name], degree[:, place], has[:, place], random)
         return exposed
 
+    def _noise_generator(self) -> torch.Generator:
+        """Of this batch, step, process and seed alone."""
+        several = distributed.is_available() and distributed.is_initialized()
+        stream = (distributed.get_rank() if several else 0) + 4096 * self.seed
+        number = 1_000_003 + int(self.steps) * 65_537 + self._seen + stream * 2**44
+        return torch.Generator().manual_seed(number % 2**63)
+
     def _degrees(
-        self, draws: Float[Tensor, "batch draw"], open_to: Bool[Tensor, " modality"]
+        self,
+        draws: Float[Tensor, "batch draw"],
+        has: Bool[Tensor, "batch modality"],
+        open_to: Bool[Tensor, " modality"],
     ) -> tuple[Float[Tensor, "batch modality"], Bool[Tensor, "batch modality"]]:
         """How much each modality of each sample is damaged, and which are destroyed."""
         count = len(self.names)
-        hit = (draws[:, :count] < self.probability) & open_to
-        spared = (draws[:, 2 * count] * count).long()[:, None] == torch.arange(count)
-        hit &= ~(hit.all(dim=1, keepdim=True) & spared)
+        hit = (draws[:, :count] < self.probability) & open_to & has
+        # Where all that a sample has is hit, one of them, as a die says, is spared.
+        chosen = (draws[:, 2 * count] * has.sum(dim=1)).long()[:, None]
+        spared = has & (has.cumsum(dim=1) - 1 == chosen)
+        hit &= ~((hit == has).all(dim=1, keepdim=True) & spared)
         # One number says both: below `whole` it destroys, above it, stretched to (0, 1), it is the degree.
         drawn = draws[:, count : 2 * count]
         destroyed = hit & (drawn < self.whole)
         degree = torch.where(destroyed, 1.0, (drawn - self.whole) / max(1.0 - self.whole, 1e-12))
         return torch.where(hit, degree.clamp(0.0, 1.0), 0.0), destroyed
 
-    def _mixed(self, values: Tensor, degree: Float[Tensor, " batch"], random: torch.Generator) -> Tensor:
+    def _mixed(
+        self, values: Tensor, degree: Float[Tensor, " batch"], has: Bool[Tensor, " batch"], random: torch.Generator
+    ) -> Tensor:
         white = torch.randn(values.shape, generator=random)
         noise = white
         if self.scales:
             scale = int(torch.randint(SCALES, (1,), generator=random))
             coarse = coarse_noise(tuple(values.shape), scale, random)
             noise = torch.where(_beside(degree >= 1, values), white, coarse)
-        deviation, mean = torch.std_mean(values)
+        # What stands in for a missing modality is no measure of noise.
+        seen = values if bool(has.all()) else values[has.to(values.device)]
+        if seen.numel() < 2:
+            return values
+        deviation, mean = torch.std_mean(seen)
         degree = _beside(degree, values).to(values)
         noise = mean + deviation * noise.to(values)
         return torch.where(degree > 0, (1 - degree**2).clamp(min=0).sqrt() * values + degree * noise, values)
@@ -181,3 +200,25 @@ def _beside(per_sample: Tensor, values: Tensor) -> Tensor:
 
 def _in_order(tokens: Mapping[str, Tokens], names: tuple[str, ...]) -> dict[str, Tokens]:
     return {name: tokens[name] for name in names}
+
+
+def _can_be_hit(values: Any) -> bool:
+    return isinstance(values, Tensor) and values.is_floating_point()
+
+
+def _who_has(batch: Mapping[str, Any], names: tuple[str, ...]) -> Bool[Tensor, "batch modality"]:
+    """Which modalities each sample has, as the inputs and ``batch["mask"]`` say; on the CPU, where dice are thrown."""
+    sizes = []
+    for name in names:
+        parts = list(batch[name].values()) if isinstance(batch[name], Mapping) else [batch[name]]
+        sizes += [len(part) for part in parts[:1] if isinstance(part, Tensor)]
+    has = torch.ones(sizes[0] if sizes else 0, len(names), dtype=torch.bool)
+    masks = batch.get("mask")
+    for place, name in enumerate(names):
+        if batch[name] is None:
+            has[:, place] = False
+        elif isinstance(masks, Mapping) and isinstance(masks.get(name), Tensor):
+            has[:, place] = (
+                masks[name].bool().flatten(1).any(dim=1).cpu() if masks[name].ndim > 1 else masks[name].cpu()
+            )
+    return has
