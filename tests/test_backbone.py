@@ -140,6 +140,11 @@ def test_a_model_without_one_width():
         ),
         (lambda: eq.Backbone(bert(), lora=0), ConfigError, "expected a LoRA rank of 1 or more, got lora = 0"),
         (
+            lambda: eq.Backbone(torch.nn.Linear(3, 5)),
+            ConfigError,
+            "a model of transformers, got Linear. Any other module can be given to FusionModel",
+        ),
+        (
             lambda: eq.Backbone(bert())(
                 {"inputs_embeds": torch.zeros(2, 5, 12), "attention_mask": torch.ones(2, 5, 5)}
             ),

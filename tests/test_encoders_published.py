@@ -229,6 +229,8 @@ def vit(**options):
         (lambda: vit(patch=16), ConfigError, r"one whole patch, got .* patch = 16 for \(height, width\) = \(8, 8\)"),
         (lambda: vit(frames=0), ConfigError, "at least one frame, one block.* got frames = 0, depth = 1"),
         (lambda: vit(patch=0), ConfigError, "patch = 0"),
+        (lambda: vit(heads=5), ConfigError, "ViTEncoder: expected .* a dim that heads divides, got .* heads = 5"),
+        (lambda: vit(heads=0), ConfigError, "heads of 1 or more"),
         (lambda: vit()(torch.zeros(2, 1, 8, 8)), ShapeError, r"expected \(batch, 3, 8, 8\), got shape \(2, 1, 8, 8\)"),
         (
             lambda: vit(frames=2)(torch.zeros(2, 3, 8, 8)),

@@ -35,7 +35,8 @@ class Backbone(Encoder):
         cls: token 0 is a class token, as BERT and ViT have one, and ``pooled`` reads it instead of the mean.
 
     Raises:
-        ConfigError: frozen together with LoRA, a model whose width is not to be found, or a missing package.
+        ConfigError: no model of transformers, frozen together with LoRA, a model whose width is not to be found, or a
+            missing package.
         DataError: nothing readable in the folder or under the name. ShapeError: a mask of another shape.
 
     A frozen backbone makes methods that slow one encoder down pointless: only ``A`` is left to slow.
@@ -66,6 +67,11 @@ class Backbone(Encoder):
             )  # fmt: skip
         if isinstance(model, str):
             model = load_model(huggingface("Backbone").AutoModel, model, "Backbone")
+        if not hasattr(model, "config"):
+            raise ConfigError(
+                "Backbone", expected="a folder, a name on the hub, or a model of transformers",
+                got=type(model).__name__, fix="Any other module can be given to FusionModel as it is.",
+            )  # fmt: skip
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
         self.frozen, self.cls = frozen, cls

@@ -42,8 +42,9 @@ class ViTEncoder(Encoder):
             interpolated bilinearly from the trained grid, the same ones for every frame.
 
     Raises:
-        ConfigError: a size smaller than a patch, axes that are not understood, weights of another shape, or
-            transformers is missing. DataError: weights that are not there. ShapeError: other pictures than built for.
+        ConfigError: a size smaller than a patch, heads that do not divide dim, axes that are not understood, weights of
+            another shape, or transformers is missing. DataError: weights that are not there. ShapeError: other pictures
+            than built for.
 
     With its defaults a block has 12 d^2 + 13 d = 7,087,872 parameters. From random weights it needs far more data than
     the small sets of this field have: use ``PatchEncoder`` with a small width, or ``pretrained``.
@@ -74,6 +75,12 @@ class ViTEncoder(Encoder):
             raise ConfigError(
                 "ViTEncoder", expected="at least one frame, one block and one whole patch",
                 got=f"frames = {frames}, depth = {depth}, patch = {patch} for (height, width) = {(height, width)}",
+            )  # fmt: skip
+        # Some versions of transformers would build narrower heads, and say nothing.
+        if channels < 1 or dim < 1 or heads < 1 or dim % heads:
+            raise ConfigError(
+                "ViTEncoder", expected="channels, dim and heads of 1 or more, and a dim that heads divides",
+                got=f"channels = {channels}, dim = {dim}, heads = {heads}",
             )  # fmt: skip
         self.channels, self.size, self.frames, self.patch, self.dim = channels, tuple(size), frames, patch, dim
         config = transformers.ViTConfig(
