@@ -179,7 +179,8 @@ def test_recipes(name):
     assert isinstance(balancers[0], eq.RollingQ)
     assert model.fusion.attention.names == ("audio", "image")
     with pytest.raises(
-        ConfigError, match=r"expected a fusion whose attention sees two or more modalities, got " + name
+        ConfigError,
+        match=rf"expected a fusion whose attention sees two or more modalities, got {name}\. Set readout: attention for",
     ):
         methods.build(methods.parse(f"{name}+rollingq", made), made, dataset(made, None))
 
@@ -189,7 +190,8 @@ def test_recipes(name):
     [
         (lambda: MulT(DIM, width=0), r"MulT: expected width >= 1 and depth >= 1, got width = 0, depth = 1"),
         (lambda: MulT(DIM, depth=0), r"MulT: expected width >= 1 and depth >= 1, got width = 30, depth = 0"),
-        (lambda: MulT(DIM, width=7).build(NAMES[:2]), r"expected dim = 7 divisible by heads, got heads = 5"),
+        (lambda: MulT(DIM, width=7), r"MulT: expected width = 7 divisible by heads, got heads = 5\. Its streams"),
+        (lambda: MulT(DIM, heads=0), r"MulT: expected width = 30 divisible by heads, got heads = 0"),
         (
             lambda: MulT(DIM, readout="atention"),
             r"MulT: expected a known readout, got 'atention'\. Did you mean 'attention'",

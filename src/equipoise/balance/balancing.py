@@ -14,6 +14,9 @@ from ..errors import ConfigError
 from ..tokens import Output, Tokens
 from .base import Balancer, Batch, Multimodal
 
+ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
+"""In the names of optimisers whose step does not grow with the gradient."""
+
 
 class Balancing:
     """Puts balancers around a model's training step, in any loop::
@@ -131,7 +134,7 @@ class Balancing:
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Warns where the optimiser undoes a method: Adam and its kin divide a constant factor on gradients out."""
-        adaptive = any(word in type(optimizer).__name__.lower() for word in ("adam", "rmsprop", "adagrad", "adafactor", "adadelta", "lion"))
+        adaptive = any(word in type(optimizer).__name__.lower() for word in ADAPTIVE)
         names = [type(b).__name__ for b in self.balancers if b.only_scales]
         if adaptive and names:
             warnings.warn(

@@ -67,6 +67,11 @@ class MulT(ReadoutFusion):
         super().__init__(dim, readout=readout, readout_heads=readout_heads)
         if width < 1 or depth < 1:
             raise ConfigError("MulT", expected="width >= 1 and depth >= 1", got=f"width = {width}, depth = {depth}")
+        if heads < 1 or width % heads:
+            raise ConfigError(
+                "MulT", expected=f"width = {width} divisible by heads", got=f"heads = {heads}",
+                fix="Its streams have a width of their own, whatever the encoders' is; change width or heads.",
+            )  # fmt: skip
         self.width, self.heads, self.depth, self.causal = width, heads, depth, causal
         self.dropout, self.embed_dropout, self.out_dropout = dropout, embed_dropout, out_dropout
 

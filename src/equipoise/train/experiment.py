@@ -109,7 +109,9 @@ def perform(
     source = dataset(recipe, job.fold)
     teachers = {}
     if methods.needs_teachers(method, recipe):
-        teachers = {name: _teacher(job, name, folder, trainer_options) for name in source.names}
+        # Teachers are trained as the variant that they teach.
+        alike = replace(job, recipe=recipe)
+        teachers = {name: _teacher(alike, name, folder, trainer_options) for name in source.names}
     torch.manual_seed(job.seed)
     model, balancers = methods.build(method, recipe, source, teachers=teachers)
     journal = Journal(source, recipe, job.fingerprint(), balancers, progress)

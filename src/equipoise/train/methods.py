@@ -14,6 +14,7 @@ from ..balance import Balancer, ProgressiveRollingQ, RollingQ
 from ..encoders import Encoder
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion, Unimodal
+from ..fusion.readout import ReadoutFusion
 from ..lookup import family, find, made
 from ..model import FusionModel
 from ..recipes import Recipe
@@ -160,7 +161,9 @@ def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str
                 who,
                 expected="a fusion whose attention sees two or more modalities",
                 got=method.base,
-                fix="RollingQ rotates attention; choose a fusion that has it, such as joint.",
+                fix=f"Set readout: attention for {method.base} in the recipe's fusions, or choose one such as joint."
+                if isinstance(model.fusion, ReadoutFusion)
+                else "RollingQ rotates attention; choose a fusion that has it, such as joint.",
             )
         return made(cls, who, options, layer=layer)
     if issubclass(cls, ProgressiveRollingQ):
