@@ -180,7 +180,7 @@ def test_recipes(name):
     assert model.fusion.attention.names == ("audio", "image")
     with pytest.raises(
         ConfigError,
-        match=rf"expected a fusion whose attention sees two or more modalities, got {name}\. Set readout: attention for",
+        match=rf"expected a fusion whose attention sees two or more modalities, got {name}\. Set readout: attention",
     ):
         methods.build(methods.parse(f"{name}+rollingq", made), made, dataset(made, None))
 
