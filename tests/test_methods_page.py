@@ -1,10 +1,12 @@
-"""docs/methods.md: current, complete, and pointing at what is there."""
+"""docs/methods.md: current, complete, and pointing at what is there; the methods' own pages run."""
 
 import importlib.util
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import equipoise as eq
 from equipoise import balance, fusion
@@ -46,6 +48,26 @@ def test_published_figures_stand_in_their_tests():
         text = (ROOT / "tests" / test).read_text(encoding="utf-8").replace("_", "")
         for figure in re.findall(r"\d[\d,.]{3,}\d", comes_out):
             assert figure.replace(",", "") in text, figure
+
+
+@pytest.mark.parametrize("page", [path.name for path in sorted((ROOT / "docs" / "methods").glob("*.md"))])
+def test_the_blocks_of_a_methods_page_run(page):
+    text = (ROOT / "docs" / "methods" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    # A later block goes on where an earlier one ended.
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_the_method_that_contributing_shows_is_one():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = textwrap.dedent(re.search(r"( *)```python\n(.*?)```", text, re.DOTALL)[2])
+    names = {"__name__": "equipoise.fusion.product", "__package__": "equipoise.fusion"}
+    exec(compile(block, "product", "exec"), names)
+    tokens = {name: eq.Tokens(torch.full((2, 3, 5), value)) for name, value in (("a", 2.0), ("b", 3.0))}
+    assert names["Product"](5)(tokens).features.tolist() == [[6.0] * 5] * 2
 
 
 class Documented:
