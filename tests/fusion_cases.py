@@ -39,3 +39,13 @@ def built(kind, names, *, dtype=torch.float64, **options):
         for parameter in fusion.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return fusion
+
+
+def right_gradients(fusion):
+    """``gradcheck`` of the features of a fusion of the first two modalities, by all values of one sample's tokens."""
+    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+
+    def features(*values):
+        return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features
+
+    return torch.autograd.gradcheck(features, inputs)

@@ -3,18 +3,9 @@
 import itertools
 import math
 
+from oracles_plain import mean, softmax
+
 FLOOR = 1e-8
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def softmax(scores):
-    top = max(scores)
-    powers = [math.exp(score - top) for score in scores]
-    return [power / sum(powers) for power in powers]
 
 
 def true_score(row, target, task):

@@ -2,6 +2,8 @@
 
 import math
 
+from oracles_plain import mean, softmax
+
 
 def dot(one, other):
     return sum(a * b for a, b in zip(one, other, strict=True))
@@ -11,19 +13,8 @@ def norm(vector):
     return math.sqrt(dot(vector, vector))
 
 
-def softmax(scores):
-    top = max(scores)
-    powers = [math.exp(score - top) for score in scores]
-    return [power / sum(powers) for power in powers]
-
-
 def cross_entropy(scores, target):
     return -math.log(softmax(scores)[target])
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def min_norm(joint, alone):

@@ -5,6 +5,7 @@ import torch
 import equipoise as eq
 from small_fusion import DIM, OUTPUTS, batch
 from small_steps import fused
+from tolerance import TOL
 
 TASKS = ("classification", "multilabel", "regression")
 
@@ -40,3 +41,12 @@ def penalty_of(balancer, made, inputs):
     balancer.observe(output, inputs["target"])
     penalty = balancer.penalty(output, inputs["target"])
     return None if penalty is None else penalty.detach()
+
+
+def assert_like_single_precision(balancer, made, inputs):
+    """Under autocast a balancer's own term is computed in single precision, and is that of single precision."""
+    exact = penalty_of(balancer, made, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = penalty_of(balancer, made, inputs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])

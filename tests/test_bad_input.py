@@ -39,7 +39,10 @@ def told(capfd, *arguments, status=1):
         ("epochs: 2", "epochs: two", "expected a whole number under train.epochs, got two."),
         ("epochs: 2", "epochs: -1", "train: expected epochs >= 1, got epochs = -1."),
         ("seeds: 1", "seeds: many", "expected a whole number under seeds, got many."),
-        ("unimodal: probe", "unimodal: prob", "'vote', 'none' under train.unimodal, got prob."),
+        (
+            "unimodal: probe", "unimodal: prob",
+            "one of 'probe', 'train', 'vote', 'none' under train.unimodal, got prob.",
+        ),
         ("clip: null", "clip: much", "expected a number or nothing under train.clip, got much."),
         ("precision: 32-true", "precision: 33-true", "train: expected a known precision, got '33-true'."),
         ("data:\n  name: digits", "data: digits", "recipe r.yaml: expected a mapping under data, got digits."),

@@ -30,6 +30,13 @@ def learned(made, balancer, *batches):
     return float(balancer.a1)
 
 
+def test_a_step_that_overflows_teaches_nothing():
+    made, inputs = static(), batch()
+    balancer = eq.LFM(made, a1=0.5, rate=1e-3)
+    assert learned(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
+    assert learned(made, balancer, inputs) != 0.5
+
+
 def test_worked_examples():
     same, far = doubles([0.3, -0.2, 0.7]), 200.0
     assert float(divergence(same, same, "classification")) == pytest.approx(0, abs=1e-15)

@@ -15,7 +15,7 @@ from equipoise.errors import ConfigError
 from oracles_balance_b import copies_of, cross_entropy, shapley
 from small_fusion import DIM, NAMES, batch
 from small_steps import fused, step
-from small_tasks import TASKS, batch_for, penalty_of, rows, static
+from small_tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static
 from tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -201,11 +201,7 @@ def test_saved_and_loaded_it_goes_on():
 def test_autocast():
     made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
     balancer = started(made, level="modality")
-    exact = penalty_of(balancer, made, inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = penalty_of(balancer, made, inputs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+    assert_like_single_precision(balancer, made, inputs)
 
 
 def test_what_it_refuses():

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("eq.hf needs transformers and accelerate. Run: pip install 'equipoise[hf]'.") from error
 
-from .balance import Balancer, Balancing, ProgressiveRollingQ, RollingQ
+from .balance import Balancer, Balancing, measured_by_pass
 from .errors import ConfigError
 
 
@@ -144,10 +144,8 @@ class BalanceCallback(TrainerCallback):
             # A resumed run reads its first epoch from another loader, and this one would still be at its beginning.
             train_dataloader.set_epoch(math.ceil(state.epoch or 1) - 1)
         train = _Batches(train_dataloader, device)
-        for balancer in self.balancing.balancers:
-            rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
-            if isinstance(rolling, RollingQ) and rolling.stats == "pass":
-                rolling.measure(self.balancing.model, train)  # type: ignore[arg-type]
+        for rolling in measured_by_pass(self.balancing.balancers):
+            rolling.measure(self.balancing.model, train)  # type: ignore[arg-type]
         self.balancing.review(train, _Batches(self.val if self.val is not None else eval_dataloader, device))
         self.last = self.balancing.end_epoch()
         said = {f"balance/{name}": value for name, value in self.last.items()}

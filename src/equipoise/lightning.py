@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from .balance import Balancer, Balancing, ProgressiveRollingQ, RollingQ
+from .balance import Balancer, Balancing, measured_by_pass
 from .balance.balancing import takes_part_in_steps
 from .errors import ConfigError
 
@@ -37,7 +37,7 @@ class Balance(pl.Callback):
         ConfigError: a balancer with a part in steps that is given without its Balancing, which would leave it idle.
 
     Example:
-        >>> from equipoise.fusion import JointAttention
+        >>> from equipoise import JointAttention, RollingQ
         >>> balancer = RollingQ(JointAttention(8).build(("audio", "image")).attention)
         >>> callback = Balance(balancer)
         >>> callback.last
@@ -82,23 +82,19 @@ class Balance(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last = {}
-        for balancer in self.balancers:
-            rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
-            if isinstance(rolling, RollingQ) and rolling.stats == "pass":
-                self._measure(trainer, pl_module, rolling)
+        train, val = (_Moved(loader, pl_module) for loader in (trainer.train_dataloader, trainer.val_dataloaders))
+        for rolling in measured_by_pass(self.balancers):
+            rolling.measure(getattr(pl_module, "model", pl_module), train)
         if self._before_end is not None:
             self._before_end(trainer, pl_module)
         for balancer in self.balancers:
             if balancer.reviews:
-                balancer.review(_Moved(trainer.train_dataloader, pl_module), _Moved(trainer.val_dataloaders, pl_module))
+                balancer.review(train, val)
+        for balancer in self.balancers:
             self.last.update(balancer.end_epoch())
         # Processes have agreed in end_epoch already; Lightning wants to be told that it may reduce.
         for name, value in self.last.items():
             pl_module.log(f"balance/{name}", value, sync_dist=True)
-
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, balancer: RollingQ) -> None:
-        model = getattr(pl_module, "model", pl_module)
-        balancer.measure(model, _Moved(trainer.train_dataloader, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {str(number): balancer.state_dict() for number, balancer in enumerate(self.balancers)}

@@ -20,6 +20,7 @@ from .ogm_ge import OGMGE as OGMGE
 from .opm import OPM as OPM
 from .pmr import PMR as PMR
 from .progressive import ProgressiveRollingQ as ProgressiveRollingQ
+from .progressive import measured_by_pass as measured_by_pass
 from .reconboost import ReconBoost as ReconBoost
 from .relearning import ReLearning as ReLearning
 from .rolling_query import RollingStep as RollingStep

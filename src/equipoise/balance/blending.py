@@ -71,7 +71,8 @@ class GradientBlending(Balancer):
     Reference: Wang, Tran and Feiszli, "What Makes Training Multi-Modal Classification Networks Hard?" (CVPR 2020);
     spec 3.3.
     Differs from the released code in: mean losses on a real validation split, and a floor under |dO|, without which a
-    loss that has not begun to overfit takes all the weight; the first epoch is trained with equal weights.
+    loss that has not begun to overfit takes all the weight; the first epoch is trained with equal weights; by default
+    estimates come from the running model, and from copies, as in the paper, with ``copies``.
 
     Example:
         >>> import equipoise as eq

@@ -140,7 +140,9 @@ class LFM(Balancer):
         sums, self._sums = summed(self._sums), None
         task, apart = (sums[:, :-1] / sums[:, -1:]).double()
         rate = self.rate * 0.5 ** (int(self.epochs) // 20)
-        self.a1 = (self.a1.to(task) - rate * hyper_gradient(task, apart)).clamp(LEAST, MOST)
+        # A step that overflowed, as loss scaling has them, teaches nothing; NaN would stay for ever.
+        change = torch.nan_to_num(rate * hyper_gradient(task, apart), nan=0.0, posinf=0.0, neginf=0.0)
+        self.a1 = (self.a1.to(task) - change).clamp(LEAST, MOST)
 
     def end_epoch(self) -> dict[str, float]:
         """``a1``: the weight of the divergence."""

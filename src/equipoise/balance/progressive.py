@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -89,3 +89,11 @@ class ProgressiveRollingQ(Balancer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._enter(self.stage())
+
+
+def measured_by_pass(balancers: Sequence[Balancer]) -> Iterator[RollingQ]:
+    """Those that want ``measure`` called before the epoch ends: ``stats="pass"``, of a schedule the stage that runs."""
+    for balancer in balancers:
+        rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
+        if isinstance(rolling, RollingQ) and rolling.stats == "pass":
+            yield rolling

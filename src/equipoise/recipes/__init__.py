@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import ConfigError, unknown_name
+from ..model import UNIMODAL
 
 FOLDER = Path(__file__).parent
 
@@ -21,7 +22,7 @@ PRECISIONS = (
 )  # fmt: skip
 """As Lightning names them; listed here, so that a wrong one is told before Lightning is loaded or a run starts."""
 
-CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": ("probe", "train", "vote", "none"), "precision": PRECISIONS}
+CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": UNIMODAL, "precision": PRECISIONS}
 
 LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "epochs": (int, "epochs >= 1", lambda value: value >= 1),
