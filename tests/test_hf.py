@@ -5,9 +5,9 @@ import importlib
 import json
 import os
 import re
-import socket
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,10 +382,14 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def worker(rank, folder, port):
+def worker(rank, folder):
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
+    # Met over a file before the Trainer looks for a port, which another program may have taken meanwhile.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     made = small()
     options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
     run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
@@ -396,10 +400,7 @@ def worker(rank, folder, port):
 
 @pytest.mark.distributed
 def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
     made = small()
     alone = train(tmp_path / "alone", made, both(made), in_order=True, num_train_epochs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
