@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..balance import Balancer, Balancing
 from ..diagnose.reading import watched
+from ..diagnose.scores import SCORES, score
 from ..errors import NonFiniteError
 from ..model import FusionModel
 from ..recipes import TrainOptions
@@ -128,25 +129,3 @@ class WarmupCosine:
             return (step + 1) / self.warm
         done = (step - self.warm) / max(self.steps - self.warm, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
-"""Task -> what its score is called in results."""
-
-
-def score(logits: Tensor, target: Tensor, task: str) -> Tensor:
-    """How good answers are, higher is better, as a mean over samples; ``SCORES`` has its name.
-
-    Part of right answers: classes by argmax, labels by the sign of their logit. For regression minus the mean absolute
-    error.
-
-    Example:
-        >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
-        tensor(0.5000)
-    """
-    if task == "classification":
-        return (logits.argmax(dim=-1) == target).float().mean()
-    target = target.reshape(logits.shape)
-    if task == "multilabel":
-        return ((logits > 0) == target.bool()).float().mean()
-    return -(logits - target).abs().mean()

@@ -1,0 +1,85 @@
+"""How good answers are, by the model's task, and how good one answer for everybody would be."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, NonFiniteError, ShapeError
+
+SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
+"""Task -> what its score is called in results."""
+
+
+def score(logits: Tensor, target: Tensor, task: str) -> Tensor:
+    """How good answers are, higher is better, as a mean over samples; ``SCORES`` has its name.
+
+    Part of right answers: classes by argmax, labels by the sign of their logit. For regression minus the mean absolute
+    error.
+
+    Example:
+        >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
+        tensor(0.5000)
+    """
+    if task == "classification":
+        return (logits.argmax(dim=-1) == target).float().mean()
+    target = target.reshape(logits.shape)
+    if task == "multilabel":
+        return ((logits > 0) == target.bool()).float().mean()
+    return -(logits - target).abs().mean()
+
+
+def score_of(model: nn.Module, logits: Float[Tensor, "sample output"], target: Tensor, who: str) -> float:
+    """The score of a model's answers, as a number.
+
+    Raises:
+        ConfigError: a model that does not say its task. ShapeError: samples without targets. NonFiniteError: an answer
+            that is NaN.
+    """
+    task = getattr(model, "task", None)
+    if task not in SCORES:
+        raise ConfigError(
+            who,
+            expected=f"a model whose task is {', '.join(SCORES)}",
+            got=f"{type(model).__name__} with task = {task!r}",
+            fix="Set model.task, as FusionModel(..., task=...) does.",
+        )
+    if len(target) != len(logits):
+        raise ShapeError(
+            who,
+            expected=f"a target for each of {len(logits)} samples",
+            got=f"{len(target)}",
+            fix="Give every batch a 'target'.",
+        )
+    check_answers(logits, who)
+    return float(score(logits, target, task))
+
+
+def check_answers(logits: Float[Tensor, "sample ..."], who: str) -> None:
+    """Raises NonFiniteError where an answer is NaN: it would count as some class, and the score as a figure."""
+    bad = logits.isnan().flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+    if bad:
+        raise NonFiniteError(
+            who,
+            expected="logits that are numbers",
+            got=f"NaN for {len(bad)} of {len(logits)} samples, the first is number {bad[0]}",
+            fix="Look for NaN in that sample's input, then in the model's weights.",
+        )
+
+
+def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
+    """The same logits for every sample, of a model that knows the targets and looks at no input.
+
+    Classification: the most frequent class. Multilabel: each label's more frequent value. Regression: the mean target,
+    which has the least squared error.
+
+    Example:
+        >>> constant_answer(torch.tensor([2, 0, 2, 1]), "classification")
+        tensor([0., 0., 1.])
+    """
+    if task == "classification":
+        return F.one_hot(target.long().mode().values, int(target.max()) + 1).float()
+    mean = target.to(torch.promote_types(target.dtype, torch.float32)).mean(dim=0).reshape(-1)
+    return mean - 0.5 if task == "multilabel" else mean

@@ -1,0 +1,82 @@
+"""Scores of every task, and of one answer for everybody, against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.diagnose.scores import SCORES, check_answers, constant_answer, score, score_of
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from small_fusion import model
+from tolerance import TOL
+
+EXACT = TOL[torch.float64]
+
+
+def slow_score(logits, target, task):
+    found = []
+    for answer, truth in zip(logits, target, strict=True):
+        if task == "classification":
+            found.append(float(max(range(len(answer)), key=lambda c: answer[c]) == truth))
+        elif task == "multilabel":
+            found.append(sum((a > 0) == bool(t) for a, t in zip(answer, truth, strict=True)) / len(answer))
+        else:
+            found.append(-sum(abs(a - t) for a, t in zip(answer, truth, strict=True)) / len(answer))
+    return sum(found) / len(found)
+
+
+def drawn(task, samples, outputs, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits, values = torch.randn(2, samples, outputs, generator=random, dtype=torch.float64)
+    if task == "classification":
+        return logits, torch.randint(outputs, (samples,), generator=random)
+    return logits, (values > 0).double() if task == "multilabel" else values
+
+
+@pytest.mark.parametrize("task", SCORES)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 11), st.integers(2, 5), st.integers(0, 1000))
+def test_score_against_loops(task, samples, outputs, seed):
+    logits, target = drawn(task, samples, outputs, seed)
+    found = float(score(logits, target, task))
+    assert found == pytest.approx(slow_score(logits.tolist(), target.tolist(), task), abs=TOL[torch.float32]["atol"])
+
+
+@pytest.mark.parametrize("task", SCORES)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 13), st.integers(2, 5), st.integers(0, 1000))
+def test_no_constant_answer_is_better(task, samples, outputs, seed):
+    _, target = drawn(task, samples, outputs, seed)
+    constant = constant_answer(target, task)
+    found = float(score(constant.expand(samples, -1), target, task))
+    if task == "classification":
+        most = max(target.tolist().count(label) for label in range(outputs))
+        assert found == pytest.approx(most / samples)
+    elif task == "multilabel":
+        ones = [sum(row[label] for row in target.tolist()) for label in range(outputs)]
+        assert found == pytest.approx(sum(max(n, samples - n) for n in ones) / samples / outputs)
+    else:
+        # Best by its squared error, which is what the model is trained for.
+        means = [sum(row[place] for row in target.tolist()) / samples for place in range(outputs)]
+        torch.testing.assert_close(constant, torch.tensor(means, dtype=torch.float64), **EXACT)
+
+
+def test_one_output_of_whole_numbers():
+    assert constant_answer(torch.tensor([1, 2, 6]), "regression").tolist() == [3.0]
+    assert float(score(torch.tensor([[3.0]]).expand(3, -1), torch.tensor([1, 2, 6]), "regression")) == -2.0
+
+
+def test_errors():
+    made, logits = model(), torch.zeros(3, 2)
+    assert score_of(made, logits, torch.tensor([0, 0, 1]), "who") == pytest.approx(2 / 3)
+    with pytest.raises(ConfigError, match=r"who: expected a model whose task is classification, .* task = None\. Set"):
+        score_of(torch.nn.Linear(2, 3), logits, torch.zeros(3), "who")
+    with pytest.raises(ShapeError, match=r"who: expected a target for each of 3 samples, got 0\. Give every batch"):
+        score_of(made, logits, torch.zeros(0), "who")
+    logits[1, 1] = math.nan
+    message = r"who: expected logits that are numbers, got NaN for 1 of 3 samples, the first is number 1\. Look for"
+    with pytest.raises(NonFiniteError, match=message):
+        score_of(made, logits, torch.tensor([0, 0, 1]), "who")
+    check_answers(torch.tensor([[0.0, -math.inf]]), "who")
