@@ -1,6 +1,14 @@
 """Diagnostics: what a model does with its modalities, and what it costs."""
 
+from .confidence import energy as energy
+from .confidence import gen_score as gen_score
+from .confidence import max_logit as max_logit
+from .confidence import msp as msp
 from .cost import Cost as Cost
 from .cost import cost as cost
 from .noise import NoiseResponse as NoiseResponse
 from .noise import noise_response as noise_response
+from .ood import OOD as OOD
+from .ood import ood as ood
+from .separation import auroc as auroc
+from .separation import fpr95 as fpr95
