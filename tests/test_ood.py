@@ -102,7 +102,7 @@ def test_auroc_against_a_double_loop(inside, outside, seed, steps):
     first, second = scores(inside, seed, steps), scores(outside, seed + 1, steps)
     assert auroc(first, second) == slow_auroc(first.tolist(), second.tolist())
     assert auroc(second, first) == pytest.approx(1 - auroc(first, second))
-    assert auroc(first.float() ** 3 - 7, second**3 - 7) == auroc(first, second)
+    assert auroc(first.float() * 3 - 7, second * 3 - 7) == auroc(first, second)
 
 
 @settings(max_examples=50, deadline=None)

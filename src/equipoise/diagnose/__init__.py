@@ -6,9 +6,12 @@ from .confidence import max_logit as max_logit
 from .confidence import msp as msp
 from .cost import Cost as Cost
 from .cost import cost as cost
+from .masking import Masking as Masking
+from .masking import mask_modality as mask_modality
 from .noise import NoiseResponse as NoiseResponse
 from .noise import noise_response as noise_response
 from .ood import OOD as OOD
 from .ood import ood as ood
 from .separation import auroc as auroc
 from .separation import fpr95 as fpr95
+from .shapley import modality_shapley as modality_shapley
