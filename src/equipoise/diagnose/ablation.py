@@ -20,6 +20,7 @@ class Fused(Protocol):
     """What is asked of a model; ``FusionModel`` has it all."""
 
     names: tuple[str, ...]
+    encoders: nn.ModuleDict
     task: str
 
     def encode(self, batch: Any) -> dict[str, Tokens]: ...
@@ -76,11 +77,11 @@ def fused(model: nn.Module, who: str) -> Fused:
     Raises:
         ConfigError: it has not.
     """
-    lacking = [part for part in ("names", "encode", "fuse", "loss", "task") if not hasattr(model, part)]
+    lacking = [part for part in ("names", "encoders", "encode", "fuse", "loss", "task") if not hasattr(model, part)]
     if lacking:
         raise ConfigError(
             who,
-            expected="a FusionModel, or a module with names, encode, fuse, loss and task",
+            expected="a FusionModel, or a module with names, encoders, encode, fuse, loss and task",
             got=f"{type(model).__name__} without {', '.join(lacking)}",
         )
     return model  # type: ignore[return-value]
