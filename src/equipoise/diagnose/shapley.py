@@ -23,8 +23,8 @@ def modality_shapley(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> d
         phi_m = sum_{S without m} |S|! (N - |S| - 1)! / N! (v(S + m) - v(S))
 
     v(S) is the score of the model with the modalities of S alone, the others masked as ``mask_modality`` masks them.
-    v of nothing is the score of the best answer that looks at nothing: the most frequent class of the loader's own
-    targets, each label's more frequent value, or the mean target.
+    v of nothing is the score of the best constant answer: the most frequent class of the loader's own targets, each
+    label's more frequent value, or the mean target, which is best by its squared error.
 
     Args:
         model: a FusionModel of at most 8 modalities.
