@@ -42,7 +42,7 @@ def route(request, monkeypatch):
     monkeypatch.setattr(attention, "FEW_QUERIES", 10**9 if chosen == "explicit" else 0)
     monkeypatch.setattr(layout, "SAMPLE_WORK", 0)
     monkeypatch.setattr(layout, "SHORTEST_RUN", 0)
-    functions = {"segments": "SegmentedAttention", "two passes": "_two_passes", "explicit": "_explicit"}
+    functions = {"segments": "SegmentedAttention", "two passes": "_share_by_columns", "explicit": "_explicit"}
     for other in set(ROUTES) - {chosen}:
         monkeypatch.setattr(attention, functions[other], _must_not_run)
     if chosen == "two passes":
@@ -233,6 +233,17 @@ def test_dropout_touches_the_output_alone():
     query, key, _ = inputs
     mean = attend(query, key, torch.ones_like(key), modality=BLOCKS, dropout=0.3).output[..., 0].mean()
     assert abs(mean - 1) < 5 / math.sqrt(B * H * 211)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_share_alone(route, modality, is_causal):
+    query, key, value = _heads(queries=37, key_heads=1)
+    labels = MODALITIES[modality]
+    options = {"modality": labels, "num_modalities": 3, "is_causal": is_causal, "scale": 0.3}
+    torch.testing.assert_close(
+        attention.shares(query, key, **options), attend(query, key, value, **options).share, **TOL[torch.float64]
+    )
 
 
 def test_dropout_of_the_public_route():

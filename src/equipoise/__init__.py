@@ -64,6 +64,8 @@ from .tokens import Tokens as Tokens
 from .tokens import pack as pack
 from .tokens import unpack as unpack
 from .transformer import Attention as Attention
+from .watch import Seen as Seen
+from .watch import watch as watch
 
 if TYPE_CHECKING:
     from . import hf as hf

@@ -28,10 +28,11 @@ class AttentionCore(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         dropout: float = 0.0,
+        share: bool = True,
     ) -> Attended:
         return attend(
-            query, key, value,
-            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal, dropout=dropout,
+            query, key, value, modality=modality if share else None, num_modalities=num_modalities,
+            mask=mask, is_causal=is_causal, dropout=dropout,
         )  # fmt: skip
 
 
@@ -46,10 +47,12 @@ class Attention(nn.Module):
     Attributes:
         names: names of the modalities whose labels ``forward`` is given, where the fusion knows them.
         readout: True where only the first query row is ever read (a class token that pools).
+        reads_itself: False where the tokens that read are not the first of those that are read.
     """
 
     names: tuple[str, ...]
     readout: bool
+    reads_itself: bool
 
     def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class Attention(nn.Module):
                 fix=f"The closest that divides it is heads = {closest}.",
             )
         self.dim, self.heads, self.dropout = dim, heads, dropout
-        self.names, self.readout = (), False
+        self.names, self.readout, self.reads_itself = (), False, True
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -84,6 +87,7 @@ class Attention(nn.Module):
         num_modalities: int | None = None,
         mask: Bool[Tensor, "... key"] | None = None,
         is_causal: bool = False,
+        share: bool = True,
     ) -> Attended:
         """Lets ``tokens`` read ``source`` (themselves by default).
 
@@ -94,6 +98,7 @@ class Attention(nn.Module):
             num_modalities: number of columns of the share.
             mask: (batch, key) or (batch, query, key), True = takes part.
             is_causal: as in ``attend``.
+            share: False spares the cost of the share; labels are then given for whoever watches.
 
         Returns:
             Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
@@ -106,7 +111,7 @@ class Attention(nn.Module):
         attended = self.core(
             self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout if self.training else 0.0, share=share,
         )  # fmt: skip
         merged = attended.output.transpose(1, 2).flatten(2)
         return Attended(self.output_dropout(self.out(merged)), attended.share)
@@ -146,6 +151,7 @@ class Block(nn.Module):
         num_modalities: int | None = None,
         mask: Bool[Tensor, "... key"] | None = None,
         is_causal: bool = False,
+        share: bool = True,
     ) -> Attended:
         """Returns Attended(tokens, share).
 
@@ -155,7 +161,7 @@ class Block(nn.Module):
         normed = self.norm_attention(tokens)
         attended = self.attention(
             normed[:, :rows], normed if source is None else self.norm_attention(source),
-            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
+            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal, share=share,
         )  # fmt: skip
         tokens = tokens[:, :rows] + attended.output
         return Attended(tokens + self.mlp(self.norm_mlp(tokens)), attended.share)
@@ -182,9 +188,10 @@ class PostNormAttention(nn.Module):
         source: Float[Tensor, "batch key dim"] | None = None,
         *,
         mask: Bool[Tensor, "... key"] | None = None,
+        modality: Int[Tensor, "... key"] | None = None,
     ) -> Float[Tensor, "batch token dim"]:
-        """``source`` and ``mask`` as in ``Attention``."""
-        return self.norm(tokens + self.attention(tokens, source, mask=mask).output)
+        """``source``, ``mask`` and ``modality`` as in ``Attention``; labels are for whoever watches."""
+        return self.norm(tokens + self.attention(tokens, source, mask=mask, modality=modality, share=False).output)
 
 
 class PostNormBlock(nn.Module):

@@ -2,3 +2,4 @@
 
 from .attend import Attended as Attended
 from .attend import attend as attend
+from .attend import shares as shares

@@ -92,36 +92,80 @@ def attend(
         return _attend(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
 
 
+def shares(
+    query: Float[Tensor, "batch head query width"],
+    key: Float[Tensor, "batch key_head key width"],
+    *,
+    modality: Int[Tensor, " key"] | Int[Tensor, "batch key"],
+    num_modalities: int | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "batch head query modality"]:
+    """The share alone, for whoever has the output already; arguments and errors are those of ``attend``.
+
+    Example:
+        >>> query, key = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2)
+        >>> shares(query, key, modality=torch.tensor([-1, 0, 1, 1]))
+        tensor([[[[0.2500, 0.5000]]]])
+    """
+    _check_heads(query, key, key, 0.0)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if mask is None else _bias(mask, query, key)
+    num_modalities = _check_modality(modality, num_modalities, query, key)
+    with torch.autocast(query.device.type, enabled=False):
+        # Every kernel also wants values; the keys are at hand.
+        found = _in_one_pass(query, key, key, modality, num_modalities, bias, is_causal, scale, 0.0)
+        if found is not None:
+            return found.share  # type: ignore[return-value]
+        return _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale)
+
+
 def _attend(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
     """Chooses the cheapest of three exact routes."""
-    rows, keys = query.shape[2], key.shape[2]
-    # Plain attention with dropout has no fused kernel on a CPU either.
-    drops_on_cpu = dropout > 0 and query.device.type == "cpu"
-    if rows <= FEW_QUERIES or 0 in (keys, *query.shape[:2]) or drops_on_cpu:
-        return _explicit(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
-    kernel = kernel_for(query.device, query.dtype)
-    if kernel is not None and dropout == 0 and not (bias is not None and bias.requires_grad):
-        work = query.shape[1] * rows * keys * query.shape[-1]
-        grain = GRAIN if query.device.type == "cpu" and query.dtype.itemsize >= 4 else 1
-        groups = plan(modality, bias, is_causal=is_causal, sample_work=work, grain=grain)
-        if groups is not None:
-            output, share, _ = SegmentedAttention.apply(
-                query, key, value, bias, modality.to(query.device), groups, num_modalities, kernel, is_causal, scale
-            )
-            return Attended(output, share)
+    found = _in_one_pass(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
+    if found is not None:
+        return found
     return _two_passes(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
 
 
 def _two_passes(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
     """Public functions alone: attention with one-hot values gives the shares."""
     output = _fused(query, key, value, bias, is_causal, scale, dropout)
+    return Attended(output, _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale))
+
+
+def _in_one_pass(
+    query, key, value, modality, num_modalities, bias, is_causal, scale, dropout
+) -> Attended | None:  # fmt: skip
+    """Output and share together, written out where that is small, else by segments; None where neither fits."""
+    rows, keys = query.shape[2], key.shape[2]
+    # Plain attention with dropout has no fused kernel on a CPU either.
+    drops_on_cpu = dropout > 0 and query.device.type == "cpu"
+    if rows <= FEW_QUERIES or 0 in (keys, *query.shape[:2]) or drops_on_cpu:
+        return _explicit(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
+    kernel = kernel_for(query.device, query.dtype)
+    if kernel is None or dropout > 0 or (bias is not None and bias.requires_grad):
+        return None
+    work = query.shape[1] * rows * keys * query.shape[-1]
+    grain = GRAIN if query.device.type == "cpu" and query.dtype.itemsize >= 4 else 1
+    groups = plan(modality, bias, is_causal=is_causal, sample_work=work, grain=grain)
+    if groups is None:
+        return None
+    output, share, _ = SegmentedAttention.apply(
+        query, key, value, bias, modality.to(query.device), groups, num_modalities, kernel, is_causal, scale
+    )
+    return Attended(output, share)
+
+
+def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale) -> Tensor:
+    """Attention with one-hot values."""
     exact = torch.promote_types(query.dtype, torch.float32)
     query, key, bias = query.to(exact), key.to(exact), None if bias is None else bias.to(exact)
     hot = one_hot(modality, num_modalities, query).expand(*key.shape[:3], -1)
     # Columns beyond the head's width would widen all factors, so they take another pass.
     passes = hot.split(max(query.shape[-1], 8), dim=-1)
-    share = torch.cat([_fused(query, key, columns, bias, is_causal, scale, 0.0) for columns in passes], dim=-1)
-    return Attended(output, share)
+    return torch.cat([_fused(query, key, columns, bias, is_causal, scale, 0.0) for columns in passes], dim=-1)
 
 
 def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, "batch head query dim"]:

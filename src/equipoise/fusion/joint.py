@@ -143,7 +143,7 @@ class JointAttention(Fusion):
             # Only the layer that pools is asked for shares; the others run as plain fused attention.
             attended = block(
                 values, rows=1 if last and self.shortcut else None, mask=mask,
-                modality=labels if last else None, num_modalities=len(self.names) if last else None,
+                modality=labels, num_modalities=len(self.names), share=last,
             )  # fmt: skip
             values, share = attended.output, attended.share
         return self.norm(values[:, 0]), None if share is None else share[:, :, 0]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
+from ..tokens import SPECIAL, Output, Tokens
 from ..transformer import Block, learned_token
 from .base import Fusion
-from .streams import joined, mean_over_present
+from .streams import joined, labels_of, mean_over_present
 
 Exchange = Literal["bottleneck", "cross"]
 
@@ -73,6 +73,9 @@ class MBT(Fusion):
 
         self.blocks = nn.ModuleDict({name: blocks() for name in self.names})
         self.norms = nn.ModuleDict({name: nn.LayerNorm(self.dim, eps=1e-6) for name in self.names})
+        for stack in self.blocks.values():
+            for block in cast(nn.ModuleList, stack):
+                cast(Block, block).attention.names = self.names
 
     @property
     def out_dim(self) -> int:
@@ -96,9 +99,10 @@ class MBT(Fusion):
         self, streams: dict[str, Tokens], shared: Tensor, layer: int
     ) -> tuple[dict[str, Tokens], Tensor]:
         found, bottlenecks = {}, []
-        for name, part in streams.items():
-            read = joined([part, Tokens(shared)])
-            values = self._block(name, layer)(read.values, mask=read.mask).output
+        for number, (name, part) in enumerate(streams.items()):
+            parts = [part, Tokens(shared)]
+            read, labels = joined(parts), labels_of(parts, [number, SPECIAL])
+            values = self._block(name, layer)(read.values, mask=read.mask, **self._watched(labels)).output
             found[name] = replace(part, values=values[:, : len(part)])
             bottlenecks.append(values[:, len(part) :])
         return found, torch.stack(mean_over_present(bottlenecks, list(streams.values()))).sum(dim=0)
@@ -107,10 +111,18 @@ class MBT(Fusion):
         found = {}
         for name, part in streams.items():
             # Its own tokens first, so that the block can compute their rows alone.
-            read = joined([part, *(other for key, other in streams.items() if key != name)])
-            values = self._block(name, layer)(read.values, rows=len(part), mask=read.mask).output
+            order = [name, *(other for other in streams if other != name)]
+            parts = [streams[key] for key in order]
+            read, labels = joined(parts), labels_of(parts, [self.names.index(key) for key in order])
+            values = self._block(name, layer)(
+                read.values, rows=len(part), mask=read.mask, **self._watched(labels)
+            ).output
             found[name] = replace(part, values=values)
         return found
+
+    def _watched(self, labels: Tensor) -> dict[str, Any]:
+        """Labels for whoever watches; no share is computed for them here."""
+        return {"modality": labels, "num_modalities": len(self.names), "share": False}
 
     def _block(self, name: str, layer: int) -> nn.Module:
         return cast(nn.ModuleList, self.blocks[name])[layer]

@@ -104,14 +104,13 @@ class MidFusion(Fusion):
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
         packed = pack(tokens, cls=self.cls)
         values = packed.values
-        for block in self.blocks[:-1]:
-            values = block(values, mask=packed.mask).output
+        labels = {
+            "modality": segment_labels(packed.lengths or (), values.device), "num_modalities": len(self.names),
+        }  # fmt: skip
         # Only the block that pools is asked for shares.
-        labels = segment_labels(packed.lengths or (), values.device)
-        last = self.blocks[-1](
-            values, rows=1 if self.shortcut else None, mask=packed.mask,
-            modality=labels, num_modalities=len(self.names),
-        )  # fmt: skip
+        for block in self.blocks[:-1]:
+            values = block(values, mask=packed.mask, share=False, **labels).output
+        last = self.blocks[-1](values, rows=1 if self.shortcut else None, mask=packed.mask, **labels)
         features = self.norm(last.output[:, 0])
         return Output(features=features, share=last.share[:, :, 0], tokens=tokens, names=self.names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..errors import ConfigError
 from ..tokens import Output, Tokens
 from ..transformer import PostNormAttention, PostNormBlock, initialise
 from .readout import Readout, ReadoutFusion
-from .streams import joined
+from .streams import joined, labels_of
 
 EPS = 1e-12
 """Of the norms, as in the language models that the release starts from."""
@@ -104,12 +105,16 @@ class CrossModalLayer(nn.Module):
         options = {"dropout": dropout, "eps": EPS}
         self.cross = nn.ModuleDict({name: PostNormAttention(dim, heads, **options) for name in names})
         self.own = nn.ModuleDict({name: PostNormBlock(dim, heads, **options) for name in names})
+        for reading in self.cross.values():
+            layer = cast(PostNormAttention, reading).attention
+            layer.names, layer.reads_itself = tuple(names), False
 
     def forward(self, streams: dict[str, Tokens]) -> dict[str, Tokens]:
         found = {}
         for name, part in streams.items():
-            others = [other for key, other in streams.items() if key != name] or [part]
-            source = joined(others)
-            values = self.cross[name](part.values, source.values, mask=source.mask)
+            others = [key for key in streams if key != name] or [name]
+            parts = [streams[key] for key in others]
+            source, labels = joined(parts), labels_of(parts, [list(streams).index(key) for key in others])
+            values = self.cross[name](part.values, source.values, mask=source.mask, modality=labels)
             found[name] = replace(part, values=self.own[name](values, mask=part.mask))
         return found

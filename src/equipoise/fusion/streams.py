@@ -20,6 +20,18 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     )
 
 
+def labels_of(parts: Sequence[Tokens], numbers: Sequence[int]) -> Int[Tensor, " token"]:
+    """The label of every token of ``joined(parts)``, one number for each part; -1 for tokens of no modality.
+
+    Example:
+        >>> labels_of([Tokens(torch.zeros(1, 2, 5)), Tokens(torch.zeros(1, 3, 5))], [1, -1])
+        tensor([ 1,  1, -1, -1, -1])
+    """
+    device, lengths = parts[0].values.device, [len(part) for part in parts]
+    repeats = torch.tensor(lengths, device=device)
+    return torch.repeat_interleave(torch.tensor(numbers, device=device), repeats, output_size=sum(lengths))
+
+
 def mean_over_present(vectors: Sequence[Tensor], parts: Sequence[Tokens]) -> list[Tensor]:
     """The terms of a mean over the modalities that each sample has: they add up to it, and the others' are zero.
 

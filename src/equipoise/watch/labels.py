@@ -1,0 +1,177 @@
+"""Which modality every key of a call belongs to, and which of its queries are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..tokens import SPECIAL
+from .call import Call, Rows, rows_of
+
+WORDS = ("all", "last", "answer")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """What is known of a call's tokens.
+
+    Attributes:
+        keys: (key,) or (batch, key) labels, -1 = special or padding.
+        names: of the modalities.
+        queries: (query,) or (batch, query) labels of the queries, where they are known.
+        valid: (batch, query) False for queries that are padding; None where all count.
+        answer: (batch, query) True for the queries that write the answer; None where it is the last one.
+        constant: all keys are of this one modality, so that nothing needs to be measured.
+        continues: the call goes on with the samples of the one before, as decoding with a cache does.
+        tower: the call belongs to an encoder of one modality.
+    """
+
+    keys: Int[Tensor, "... key"]
+    names: tuple[str, ...]
+    queries: Int[Tensor, "... query"] | None = None
+    valid: Bool[Tensor, "batch query"] | None = None
+    answer: Bool[Tensor, "batch query"] | None = None
+    constant: int | None = None
+    continues: bool = False
+    tower: bool = False
+
+
+class Labeller(Protocol):
+    """Tells the labels of a call; why, where they cannot be known; None where the call is none of our business."""
+
+    names: tuple[str, ...]
+
+    def labelled(self, call: Call, module: nn.Module) -> Labelled | str | None: ...
+
+
+class GivenLabels:
+    """Labels that the user gave, or that our own layers know.
+
+    Args:
+        modality: (key,) or (batch, key); None leaves the layers' own.
+        names: of the modalities; numbers where there are none.
+    """
+
+    def __init__(self, modality: Tensor | None, names: Sequence[str] | None) -> None:
+        self.modality = None if modality is None else checked(modality)
+        self.names = named(self.modality, names)
+
+    def labelled(self, call: Call, module: nn.Module) -> Labelled | str | None:
+        batch, _, _, keys = call.sizes
+        if self.modality is None:
+            if call.modality is None:
+                return None
+            if not self.names:
+                self.names = call.names or named(call.modality, None)
+            return labelled(call, call.modality, call.names or self.names)
+        given = self.modality
+        if given.ndim == 2 and given.shape[0] not in (1, batch):
+            return f"it has batch = {batch}, and modality is given for {given.shape[0]} samples"
+        if given.shape[-1] != keys - call.added:
+            return f"it has {keys - call.added} keys, and modality is given for {given.shape[-1]}"
+        given = given[0] if given.ndim == 2 and given.shape[0] == 1 else given
+        return labelled(call, F.pad(given, (0, call.added), value=SPECIAL), self.names)
+
+
+def labelled(call: Call, keys: Tensor, names: tuple[str, ...], **known: Any) -> Labelled:
+    """Labels of a call whose queries are its first tokens, where they are its own."""
+    batch, _, rows, total = call.sizes
+    keys = keys.to(call.query.device)
+    if call.reads_itself and rows <= total:
+        known.setdefault("queries", keys[..., :rows])
+        mask = call.mask
+        if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+            known.setdefault("valid", mask[:, 0, 0, :rows].expand(batch, -1))
+    return Labelled(keys, names, **known)
+
+
+def checked(modality: Any) -> Int[Tensor, "... key"]:
+    """Labels as they must be.
+
+    Raises:
+        ShapeError: anything but whole numbers of shape (key,) or (batch, key), from -1 on.
+    """
+    if not isinstance(modality, Tensor):
+        modality = torch.as_tensor(modality)
+    if modality.ndim not in (1, 2) or modality.is_floating_point() or modality.dtype == torch.bool:
+        raise ShapeError(
+            "watch modality", expected="integer labels of shape (key,) or (batch, key)",
+            got=f"shape {tuple(modality.shape)}, {modality.dtype}",
+            fix="Give one label for every token: torch.tensor([0, 0, 1, ...]), -1 for special ones.",
+        )  # fmt: skip
+    if modality.numel() and int(modality.min()) < -1:
+        raise ShapeError("watch modality", expected="labels from -1 on", got=f"{int(modality.min())}")
+    return modality
+
+
+def named(modality: Tensor | None, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names, one for every label.
+
+    Raises:
+        ConfigError: too few names, or a name twice.
+    """
+    if isinstance(names, str):
+        raise ConfigError("watch names", expected="a sequence of names", got=repr(names), fix=f"Use ({names!r},).")
+    count = int(modality.max()) + 1 if modality is not None and modality.numel() else 0
+    if names is None:
+        return tuple(str(number) for number in range(count))
+    found = tuple(names)
+    if len(found) < count or len(set(found)) < len(found):
+        raise ConfigError(
+            "watch names", expected=f"{count} or more different names, one for each label", got=str(found),
+            fix="Labels count the names from 0; special tokens have label -1 and no name.",
+        )  # fmt: skip
+    return found
+
+
+def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | str:
+    """The queries of a call that count, or why there are none.
+
+    Raises:
+        ConfigError: a word or name that nobody knows.
+        ShapeError: a mask that fits neither this call nor a part of it.
+    """
+    batch, _, rows, _ = call.sizes
+    device = call.query.device
+    everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
+    valid = everybody if known.valid is None else known.valid.to(device)
+    if isinstance(queries, Tensor):
+        if queries.shape != (batch, rows):
+            return f"it has (batch, query) = {(batch, rows)}, and queries is a mask of shape {tuple(queries.shape)}"
+        return rows_of(queries.to(device) & valid)
+    if queries == "all":
+        return Rows(valid.float())
+    if queries == "answer" and known.answer is not None:
+        return rows_of(known.answer.to(device) & valid)
+    if queries in ("last", "answer"):
+        place = (valid * torch.arange(1, rows + 1, device=device)).argmax(dim=1, keepdim=True)
+        return Rows(valid.gather(1, place).float(), place)
+    if queries not in known.names:
+        raise unknown_name("watch queries", "word or modality", queries, (*WORDS, *known.names))
+    if known.queries is None:
+        return f"the modality of its queries is not known, and queries is {queries!r}"
+    here = (known.queries.to(device) == known.names.index(queries)).expand(batch, rows)
+    return rows_of(here & valid)
+
+
+def check_queries(queries: Any) -> str | Tensor:
+    """What ``watch`` takes as queries.
+
+    Raises:
+        ConfigError: neither a word nor a boolean mask.
+    """
+    if isinstance(queries, str):
+        return queries
+    if isinstance(queries, Tensor) and queries.dtype == torch.bool and queries.ndim == 2:
+        return queries
+    got = f"{queries.dtype} of shape {tuple(queries.shape)}" if isinstance(queries, Tensor) else repr(queries)
+    raise ConfigError(
+        "watch queries", expected="'all', 'last', 'answer', a modality's name or a boolean mask (batch, query)", got=got
+    )

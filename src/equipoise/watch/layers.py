@@ -1,0 +1,47 @@
+"""The way into our own attention layers: they say themselves which key belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..attention import Attended
+from ..transformer import Attention, AttentionCore
+from .call import Call
+from .session import Session
+
+
+@contextmanager
+def own_layers(session: Session) -> Iterator[None]:
+    """Hooks on every ``Attention``'s core, behind whatever turns its query."""
+    with ExitStack() as stack:
+        for part in session.model.modules():
+            if isinstance(part, Attention):
+                stack.callback(_hook(session, part))
+        yield
+
+
+def has_own_layers(model: nn.Module) -> bool:
+    return any(isinstance(part, Attention) for part in model.modules())
+
+
+def _hook(session: Session, layer: Attention):
+    def seen(core: AttentionCore, args: tuple, kwargs: dict[str, Any], attended: Attended) -> Attended | None:
+        query, key, value = args
+        call = Call(
+            query, key, value, mask=_four(kwargs.get("mask")), is_causal=kwargs.get("is_causal", False),
+            modality=kwargs.get("modality"), names=layer.names, reads_itself=layer.reads_itself,
+        )  # fmt: skip
+        output = session.visit(call, layer, "equipoise", lambda: (attended.output, None))
+        return None if output is attended.output else Attended(output, attended.share)
+
+    return layer.core.register_forward_hook(seen, with_kwargs=True).remove
+
+
+def _four(mask):
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]

@@ -1,0 +1,304 @@
+"""What was seen: shares by site, sample and head, as a value that can be read, printed and saved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import ConfigError, unknown_name
+from ..tokens import SPECIAL
+from .call import Call, Rows, picked
+from .labels import Labelled, watched_rows
+from .measure import Measured, key_mass, measure
+
+
+@dataclass(eq=False)
+class Block:
+    """Sums over the watched queries of samples that went through a site together."""
+
+    share: Float[Tensor, "batch head modality"]
+    sink: Float[Tensor, "batch head"]
+    count: Float[Tensor, " batch"]
+    keys: Float[Tensor, "batch modality"]
+    by_query: Float[Tensor, "batch head query_modality modality"] | None = None
+    query_count: Float[Tensor, "batch query_modality"] | None = None
+    tokens: Float[Tensor, "batch head key"] | None = None
+    labels: Int[Tensor, "batch key"] | None = None
+
+    def add(self, other: Block) -> None:
+        """The same samples, further on."""
+        self.share += other.share
+        self.sink += other.sink
+        self.count += other.count
+        self.keys = other.keys
+        if self.by_query is not None and other.by_query is not None:
+            self.by_query += other.by_query
+            self.query_count += other.query_count  # type: ignore[operator]
+        if self.tokens is not None and other.tokens is not None:
+            longer = other.tokens.clone()
+            longer[..., : self.tokens.shape[-1]] += self.tokens[..., : longer.shape[-1]]
+            self.tokens, self.labels = longer, other.labels
+
+
+@dataclass(eq=False)
+class Site:
+    """All that was seen at one place."""
+
+    names: tuple[str, ...]
+    way: str
+    tower: bool
+    blocks: list[Block] = field(default_factory=list)
+
+
+class Table(list):
+    """Rows, one for each site; prints as a table."""
+
+    def __init__(self, names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+        super().__init__(rows)
+        self.names = names
+
+    def __str__(self) -> str:
+        columns = [*self.names, "special", *(["sink"] if any(row["sink"] for row in self) else [])]
+        width = max([len("site"), *(len(row["site"]) for row in self)])
+        wide = [max(7, len(name)) for name in columns]
+        lines = [" ".join(["site".ljust(width), *(name.rjust(w) for name, w in zip(columns, wide, strict=True))])]
+        for row in self:
+            cells = (_percent(row.get(name)).rjust(w) for name, w in zip(columns, wide, strict=True))
+            lines.append(" ".join([row["site"].ljust(width), *cells]))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class Seen:
+    """What ``watch`` saw. All figures come to the CPU when they are asked for.
+
+    Attributes:
+        names: modality names, in the order of the last axis of every share.
+        queries: which queries were watched.
+    """
+
+    changes = False
+
+    def __init__(self, labeller: Any, queries: str | Tensor, *, tokens: bool = False) -> None:
+        self._labeller, self.queries, self._with_tokens = labeller, queries, tokens
+        self._sites: dict[str, Site] = {}
+        self._missed: dict[str, str] = {}
+
+    # What the session tells.
+
+    @torch.no_grad()
+    def see(self, site: str, way: str, call: Call, known: Labelled) -> None:
+        rows = watched_rows(self.queries, call, known)
+        if isinstance(rows, str):
+            return self.missed(site, rows)
+        block = summed(call, known, rows, with_tokens=self._with_tokens)
+        place = self._sites.setdefault(site, Site(known.names, way, known.tower))
+        self._missed.pop(site, None)
+        if known.continues and place.blocks and place.blocks[-1].share.shape == block.share.shape:
+            place.blocks[-1].add(block)
+        else:
+            place.blocks.append(block)
+
+    def change(self, site: str, call: Call, known: Labelled) -> None:
+        return None
+
+    def missed(self, site: str, reason: str) -> None:
+        if site not in self._sites:
+            self._missed[site] = reason
+
+    # What the user asks.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        first = next(iter(self._sites.values()), None)
+        return self._labeller.names if first is None else first.names
+
+    @property
+    def sites(self) -> list[str]:
+        """Where attention over several modalities was seen, in calling order; towers where there is nothing else."""
+        joint = [name for name, site in self._sites.items() if not site.tower]
+        return joint or list(self._sites)
+
+    @property
+    def towers(self) -> list[str]:
+        """Attention inside encoders of one modality, which gets all of it by construction."""
+        return [name for name, site in self._sites.items() if site.tower]
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """site -> how its attention was seen: by which backend or function."""
+        return {name: site.way for name, site in self._sites.items()}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """site -> why its attention could not be told apart by modality."""
+        return dict(self._missed)
+
+    def share(self, site: str, *, without_top: int = 0) -> Float[Tensor, "sample head modality"]:
+        """Part of the attention that falls on each modality, mean over the watched queries.
+
+        Args:
+            site: one of ``sites``, or of ``towers``.
+            without_top: leaves out so many tokens that get most, sinks in all likelihood, and gives the parts of what
+                remains; needs ``watch(..., tokens=True)``.
+
+        Returns:
+            (sample, head, modality), float32. With special tokens and sinks the modalities sum to less than 1. NaN for
+            a sample without a watched query.
+
+        Raises:
+            ConfigError: an unknown site, or nothing seen at all, with the reason.
+        """
+        place = self._site(site)
+        if without_top:
+            return self._without(site, place, without_top)
+        return _joined([b.share / b.count[:, None, None] for b in place.blocks])
+
+    def special(self, site: str) -> Float[Tensor, "sample head"]:
+        """Part that falls on special tokens, such as a class token or what the layer adds."""
+        rest = 1 - self.share(site).sum(dim=-1) - self.sink(site)
+        return rest.clamp(min=0).masked_fill(rest < 1e-6, 0.0)
+
+    def sink(self, site: str) -> Float[Tensor, "sample head"]:
+        """Part that a learned sink takes, a virtual key without a value; 0 where there is none."""
+        return _joined([b.sink / b.count[:, None] for b in self._site(site).blocks])
+
+    def per_token(self, site: str) -> Float[Tensor, "sample head modality"]:
+        """Share divided by the number of tokens of the modality: attention of one token; NaN for no token."""
+        return _joined([b.share / b.count[:, None, None] / b.keys[:, None] for b in self._site(site).blocks])
+
+    def by_query(self, site: str) -> Float[Tensor, "sample head query_modality modality"]:
+        """Share by the modality of who reads: row m is the mean over the watched queries of modality m.
+
+        Raises:
+            ConfigError: the modality of the queries is not known there.
+        """
+        blocks = self._site(site).blocks
+        if any(b.by_query is None for b in blocks):
+            raise ConfigError(
+                "Seen.by_query", expected="queries whose modality is known", got=f"'{site}', which reads another stream"
+            )
+        return _joined([b.by_query / b.query_count[:, None, :, None] for b in blocks])  # type: ignore[operator, index]
+
+    def tokens(self, site: str) -> Float[Tensor, "sample head key"]:
+        """Attention on every single key, mean over the watched queries; NaN behind the end of shorter samples.
+
+        Raises:
+            ConfigError: watched without ``tokens=True``.
+        """
+        blocks = self._site(site).blocks
+        self._need_tokens()
+        longest = max(b.tokens.shape[-1] for b in blocks)  # type: ignore[union-attr]
+        parts = [b.tokens / b.count[:, None, None] for b in blocks]  # type: ignore[operator]
+        return _joined([torch.nn.functional.pad(p, (0, longest - p.shape[-1]), value=math.nan) for p in parts])
+
+    def labels(self, site: str) -> Int[Tensor, "sample key"]:
+        """The modality of every key, -1 for special tokens and padding; needs ``tokens=True``."""
+        blocks = self._site(site).blocks
+        self._need_tokens()
+        longest = max(b.labels.shape[-1] for b in blocks)  # type: ignore[union-attr]
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(b.labels.cpu(), (0, longest - b.labels.shape[-1]), value=SPECIAL) for b in blocks])  # type: ignore[union-attr]
+
+    def table(self) -> Table:
+        """Site by modality, mean over samples and heads; prints as a table, and is a list of dicts."""
+        if not self._sites:
+            raise self.nothing()
+        rows = []
+        for site in self.sites:
+            share = self.share(site).nanmean(dim=(0, 1))
+            row = {"site": site, **dict(zip(self._sites[site].names, share.tolist(), strict=True))}
+            row |= {"special": float(self.special(site).nanmean()), "sink": float(self.sink(site).nanmean())}
+            rows.append(row)
+        return Table(self.names, rows)
+
+    def nothing(self) -> ConfigError:
+        """The error for a model whose attention stayed hidden."""
+        if self._missed:
+            site, reason = next(iter(self._missed.items()))
+            more = f" ({len(self._missed) - 1} others alike)" if len(self._missed) > 1 else ""
+            got = f"'{site}', but {reason}{more}"
+            fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
+        else:
+            got = "none"
+            fix = (
+                "Seen are equipoise's layers, nn.MultiheadAttention, F.scaled_dot_product_attention, softmax over keys "
+                "and Hugging Face's attention interface; a fused extension, or attention without softmax, hides it. "
+                "Models that are none of these need modality=, one label for every key."
+            )
+        return ConfigError("watch", expected="attention whose keys have known modalities", got=got, fix=fix)
+
+    def _site(self, name: str) -> Site:
+        if not self._sites:
+            raise self.nothing()
+        if name in self._missed:
+            raise ConfigError("Seen", expected="a site whose attention could be seen", got=f"'{name}', but "
+                              f"{self._missed[name]}")  # fmt: skip
+        if name not in self._sites:
+            raise unknown_name("Seen", "site", name, self._sites)
+        return self._sites[name]
+
+    def _need_tokens(self) -> None:
+        if not self._with_tokens:
+            raise ConfigError(
+                "Seen", expected="attention on single tokens", got="none, since it costs a pass of its own",
+                fix="Ask for it: watch(model, tokens=True).",
+            )  # fmt: skip
+
+    def _without(self, site: str, place: Site, top: int) -> Tensor:
+        tokens, labels = self.tokens(site).nan_to_num(0.0), self.labels(site)
+        mean = tokens.mean(dim=1)
+        worst = mean.topk(min(top, mean.shape[-1]), dim=-1).indices
+        kept = tokens.scatter(2, worst[:, None].expand(-1, tokens.shape[1], -1), 0.0)
+        hot = labels[..., None] == torch.arange(len(place.names))
+        share = kept @ hot.to(kept.dtype)
+        return share / kept.sum(dim=-1, keepdim=True)
+
+
+def summed(call: Call, known: Labelled, rows: Rows, *, with_tokens: bool) -> Block:
+    """Sums over the watched queries of one call, on its device."""
+    batch, heads, _, keys = call.sizes
+    count = len(known.names)
+    few = picked(call, rows.index)
+    weight = rows.weight.to(few.query.device)
+    # A query that sees nothing has no attention to divide.
+    if (seeing := few.seeing()) is not None:
+        weight = weight * seeing
+    if known.constant is not None and few.sinks is None and few.attention is None:
+        # Of one modality alone: it gets all.
+        share = few.query.new_zeros(batch, heads, weight.shape[1], count, dtype=torch.float32)
+        share[..., known.constant] = 1.0
+        measured = Measured(share)
+    else:
+        measured = measure(few, known.keys, count)
+    share = measured.share.float()
+    sink = share.new_zeros(batch, heads)
+    if measured.sink is not None:
+        sink = torch.einsum("bhq,bq->bh", measured.sink.float(), weight)
+    labels = known.keys.to(share.device).expand(batch, keys)
+    hot = (labels[..., None] == torch.arange(count, device=share.device)).float()
+    block = Block(torch.einsum("bhqm,bq->bhm", share, weight), sink, weight.sum(dim=1), hot.sum(dim=1))
+    if known.queries is not None:
+        queries = known.queries.to(share.device).expand(batch, -1)
+        queries = queries if rows.index is None else queries.gather(1, rows.index)
+        own = (queries[..., None] == torch.arange(count, device=share.device)).float() * weight[..., None]
+        block.by_query = torch.einsum("bhqm,bqn->bhnm", share, own)
+        block.query_count = own.sum(dim=1)
+    if with_tokens:
+        block.tokens, block.labels = key_mass(few, weight), labels
+    return block
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Samples of all blocks, on the CPU; the first block decides the number of heads."""
+    return torch.cat([part.float().cpu() for part in parts])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f} %"

@@ -1,0 +1,139 @@
+"""While a model is watched: every way into its attention open, and all of them closed again whatever happens."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registry
+
+from ..errors import ConfigError
+from .call import Call
+from .labels import Labelled, Labeller
+
+Run = Callable[[], tuple[Any, Tensor | None]]
+"""Lets the model compute its attention: the output in the form of its own, and the matrix where it was written out."""
+
+
+class Handler(Protocol):
+    """What is done at every attention.
+
+    Attributes:
+        changes: whether ``change`` may return anything.
+    """
+
+    changes: bool
+
+    def see(self, site: str, way: str, call: Call, known: Labelled) -> None:
+        """Looks at an attention that ran."""
+        ...
+
+    def change(self, site: str, call: Call, known: Labelled) -> Tensor | None:
+        """(batch, head, query, dim) in place of the attention's output; None leaves it."""
+        ...
+
+    def missed(self, site: str, reason: str) -> None:
+        """Is told of an attention that cannot be seen, and why."""
+        ...
+
+
+class Session:
+    """One model, one handler, and where the model is at this moment.
+
+    Args:
+        model: any module.
+        labeller: knows the modality of keys.
+        handler: is shown every attention.
+        sites: patterns of names, as in a shell; others are not shown. None shows all.
+    """
+
+    def __init__(
+        self, model: nn.Module, labeller: Labeller, handler: Handler, *, sites: Sequence[str] | None = None
+    ) -> None:
+        compiled = [name for name, part in model.named_modules() if hasattr(part, "_orig_mod")]
+        if compiled:
+            raise ConfigError(
+                "watch", expected="a model whose attention runs in Python", got="one compiled by torch.compile, "
+                "whose attention is inside a graph that nobody can look into",
+                fix="Watch the model that was compiled: model._orig_mod.",
+            )  # fmt: skip
+        if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+            raise ConfigError(
+                "watch", expected="a model whose attention runs in Python", got="a scripted one",
+                fix="Watch the model that was scripted.",
+            )  # fmt: skip
+        self.model, self.labeller, self.handler, self._patterns = model, labeller, handler, sites
+        self.names = {id(part): name for name, part in model.named_modules()}
+        self.quiet = 0
+        """Above 0 while an attention that was announced runs, so that its insides are not seen once more."""
+        self.called = 0
+        self._stack: list[nn.Module] = []
+        self._times: dict[str, int] = {}
+
+    @contextmanager
+    def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
+        """Opens the ways; closes them in the opposite order."""
+        with ExitStack() as stack:
+            stack.callback(registry.register_module_forward_pre_hook(self._enter).remove)
+            stack.callback(registry.register_module_forward_hook(self._leave, always_call=True).remove)
+            for way in ways:
+                stack.enter_context(way(self))
+            yield self
+
+    def here(self) -> nn.Module | None:
+        """The innermost of the model's modules that runs."""
+        return self._stack[-1] if self._stack else None
+
+    def visit(self, call: Call, module: nn.Module | None, way: str, run: Run) -> Any:
+        """Lets an attention happen, shows it, and returns its output or what the handler makes of it."""
+        module = module if module is not None else self.here()
+        if self.quiet or module is None or id(module) not in self.names:
+            return run()[0]
+        site = self._site(module)
+        if self._patterns is not None and not any(fnmatch.fnmatch(site, p) for p in self._patterns):
+            return run()[0]
+        known = self.labeller.labelled(call, module)
+        if known is None or isinstance(known, str):
+            if known is not None:
+                self.handler.missed(site, known)
+            return run()[0]
+        site = site if known.tower else self._numbered(site)
+        if self.handler.changes and (changed := self.handler.change(site, call, known)) is not None:
+            return changed
+        self.quiet += 1
+        try:
+            output, attention = run()
+            if attention is not None and attention.shape[-1] == call.sizes[3]:
+                call = Call(**{**vars(call), "attention": attention})
+            # What is watched is not asked for its own insides.
+            with torch._C.DisableTorchFunction():
+                self.handler.see(site, way, call, known)
+        finally:
+            self.quiet -= 1
+        return output
+
+    def _site(self, module: nn.Module) -> str:
+        return self.names[id(module)] or type(module).__name__
+
+    def _numbered(self, site: str) -> str:
+        """A module that attends several times in one pass has several sites."""
+        self._times[site] = self._times.get(site, 0) + 1
+        return site if self._times[site] == 1 else f"{site}#{self._times[site]}"
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self.names:
+            if not self._stack:
+                self.called += 1
+                self._times = {}
+            self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) not in self.names:
+            return
+        # An exception may have skipped some; they are over too.
+        while self._stack and self._stack.pop() is not module:
+            pass

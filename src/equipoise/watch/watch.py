@@ -1,0 +1,113 @@
+"""``watch``: which share of attention every layer and head of a model gives to every modality."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .functions import torch_functions
+from .interface import attention_interface
+from .labels import GivenLabels, check_queries, checked
+from .layers import has_own_layers, own_layers
+from .multihead import multihead
+from .seen import Seen
+from .session import Handler, Session
+from .tokenmap import TokenMap, pretrained
+
+
+@contextmanager
+def watch(
+    model: nn.Module,
+    *,
+    modality: Int[Tensor, " key"] | Int[Tensor, "batch key"] | None = None,
+    names: Sequence[str] | None = None,
+    queries: str | Bool[Tensor, "batch query"] = "all",
+    sites: Sequence[str] | str | None = None,
+    tokens: bool = False,
+) -> Iterator[Seen]:
+    """Watches the attention of any model while it runs in the block.
+
+    share^m = mean over the watched queries of sum_{j in m} A_ij: exact, of the attention before dropout, for every
+    sample and head. No attention matrix is built where the model builds none, outputs stay what they are bit for bit,
+    and when the block is left, also by an exception, the model is as it was.
+
+    Ways in, chosen at each place and told by ``seen.ways``: equipoise's own layers; ``nn.MultiheadAttention`` and
+    ``nn.TransformerEncoder``, fast path included; ``F.scaled_dot_product_attention``; attention written out with a
+    softmax over keys; transformers' attention interface with whatever backend the model has.
+
+    Args:
+        model: any module; not one compiled by ``torch.compile``.
+        modality: (key,) or (batch, key) label of every key, an index into ``names``, -1 = special. Not needed for
+            fusions of equipoise, which know, and for Hugging Face models, where ``mm_token_type_ids`` or the
+            placeholders' ids in the configuration tell; where a model is given one, it goes before these.
+        names: of the modalities; for Hugging Face models some of text, image, video, audio.
+        queries: whose attention: ``"all"`` that are not padding; ``"last"``, which writes the next token (in
+            ``generate``, the mean over those that wrote the answer); ``"answer"``, those whose next token has a label,
+            else like ``"last"``; a modality's name; or True for the watched in a mask (batch, query).
+        sites: names or patterns (``"*.layers.1?.*"``) of the modules to watch; all by default.
+        tokens: also keep attention on every single key, at the price of a pass of its own.
+
+    Yields:
+        Seen, which fills while the model runs. Batches that follow one another are further samples; steps of
+        ``generate`` with a cache go on with the same samples.
+
+    Raises:
+        ConfigError: a compiled or scripted model, unknown queries, names that do not fit; afterwards, from ``seen``,
+            attention that stayed hidden, with what cannot be seen and why.
+
+    A share is no proof of use: values may be small or cancel, some tokens are sinks. Test causally before concluding.
+
+    Reference: spec 8.1; RollingQ (ICML 2025) measures the class row of its fusion layer alone.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> with watch(layer, modality=torch.tensor([0, 0, 1]), names=("audio", "image")) as seen:
+        ...     _ = layer(*[torch.zeros(5, 3, 8)] * 3)
+        >>> seen.share("MultiheadAttention")[0]
+        tensor([[0.6667, 0.3333],
+                [0.6667, 0.3333]])
+    """
+    labeller, ways, follow = labels_for(model, modality, names)
+    seen = Seen(labeller, check_queries(queries), tokens=tokens)
+    with opened(model, labeller, ways, follow, seen, sites) as session:
+        yield seen
+    if session.called and not seen.sites:
+        warnings.warn(str(seen.nothing()), stacklevel=3)
+
+
+Ways = tuple[Callable[[Session], Any], ...]
+
+
+def labels_for(
+    model: nn.Module, modality: Any, names: Sequence[str] | None
+) -> tuple[Any, Ways, list[Callable[[], AbstractContextManager[None]]]]:
+    """Who knows the modality of this model's keys, which ways lead in, and what has to be followed besides."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
+    given = None if modality is None else checked(modality)
+    found = [] if has_own_layers(model) else pretrained(model)
+    if found:
+        maps = TokenMap(found[0], given, names)
+        return maps, (torch_functions, attention_interface, multihead), [maps.following]
+    ways: Ways = (own_layers,) if has_own_layers(model) else ()
+    if given is not None or not ways:
+        ways = (*ways, torch_functions, multihead)
+    return GivenLabels(given, names), ways, []
+
+
+@contextmanager
+def opened(
+    model: nn.Module, labeller: Any, ways: Ways, follow: list[Callable[[], AbstractContextManager[None]]],
+    handler: Handler, sites: Sequence[str] | str | None = None,
+) -> Iterator[Session]:  # fmt: skip
+    """A session over a model, open while the block runs."""
+    session = Session(model, labeller, handler, sites=[sites] if isinstance(sites, str) else sites)
+    with session.open(*ways, *(lambda session, enter=enter: enter() for enter in follow)):
+        yield session
