@@ -134,6 +134,7 @@ def test_heads_and_samples_come_before_the_difference_and_layers_after_it():
     assert attention_gap(two).tolist() == [0.0, 0.0]
     assert attention_gap(two[:, None]).tolist() == [0.0, 0.0]
     assert attention_gap(two[:, None, None]).tolist() == [50.0, 0.0]
+    assert attention_gap(torch.tensor([[0.0, 0.5], [0.0, 0.25]])).tolist() == [100.0, 100.0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -170,6 +171,17 @@ def test_what_is_absent_does_not_count_and_what_is_broken_is_told():
     # The readout alone looks across: no query of a modality does.
     one_way = torch.tensor([[[True, True, True], [False, True, False], [False, False, True]]])
     assert bool(gap_from_attention(attention, torch.tensor([-1, 0, 1]), mask=one_way).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype):
+    share = table(0, 3, 257, HEADS).to(dtype)
+    single = TOL[torch.float32]
+    torch.testing.assert_close(attention_gap(share), attention_gap(share.double()).float(), **single)
+    attention = attended(0, torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool))[0].to(dtype)
+    labels = torch.arange(TOKENS) % 3
+    expected = gap_from_attention(attention.double(), labels)
+    torch.testing.assert_close(gap_from_attention(attention, labels), expected.float(), **single)
 
 
 def test_layers_in_which_all_goes_to_special_tokens_are_left_out():

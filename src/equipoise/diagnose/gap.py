@@ -55,7 +55,7 @@ def attention_gap(
             the two kinds do not count. Needed for "per_token".
 
     Returns:
-        (modality of query,). NaN for a single modality, and where nothing counts.
+        (modality of query,), in at least float32. NaN for a single modality, and where nothing counts.
 
     Raises:
         ConfigError: an unknown normalisation, or "per_token" without counts.
@@ -83,6 +83,7 @@ def attention_gap(
             expected="a float tensor of shape (layer, sample, head, modality, modality), or without leading dimensions",
             got=f"shape {tuple(share.shape)}, {share.dtype}",
         )
+    table = table if table.dtype == torch.float64 else table.float()
     own, cross = _own_and_cross(table)
     if weights is None:
         weights = (~table.isnan().all(dim=-1)).to(own)
@@ -169,7 +170,7 @@ def share_table(
     for layer in layers:
         kept = torch.where(seen[:, None], layer.to(seen.device), 0.0)
         # (batch, head, query, key) to modalities of keys, then to modalities of queries.
-        to_keys = (kept @ links.member.mT[:, None].to(kept)).masked_fill(~rows.any(dim=-1)[:, None, :, None], 0.0)
+        to_keys = kept @ links.member.mT[:, None].to(kept)
         sums = rows.mT[:, None].to(kept) @ to_keys
         found.append(sums / counts[:, None, :, None])
     return ShareTable(torch.stack(found), counts.to(found[0]))
