@@ -131,7 +131,7 @@ def key_geometry(
 
     A softmax prefers the modality whose keys lie closer to the query, whatever they say. Modalities whose cosines do
     not overlap are told apart by where they lie alone; if noise in place of one leaves its mean cosine where it was,
-    the query does not look at its content.
+    the query does not tell its content from noise, as far as the mean key shows.
 
     Args:
         model: a FusionModel with attention.
