@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import equipoise as eq
 from small_fusion import batch, forward, model, slices
+from small_processes import together
 from tolerance import TOL
 
 pytestmark = pytest.mark.distributed
@@ -107,12 +108,8 @@ SCENES = {"resting": resting, "training": training, "uneven": uneven, "disagreei
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    try:
+    with together(rank, folder, WORLD):
         torch.save({name: scene(rank) for name, scene in SCENES.items()}, f"{folder}/{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """Every balancer in two processes with half of each batch: as one process on the whole of it."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from balancer_cases import BALANCERS, Loss, answers, attached, epoch, finite, sgd
 from small_fusion import batch, slices
+from small_processes import together
 from tolerance import TOL
 
 pytestmark = pytest.mark.distributed
@@ -56,21 +55,15 @@ def lacking(rank, name):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    found = {}
-    try:
+    with together(rank, folder, WORLD):
+        found = {}
         for name in sorted(BALANCERS):
             try:
                 found[name] = training(rank, name)
                 found[name]["lacking"] = lacking(rank, name)
             except Exception as error:  # one balancer's failure is not the others'
                 found[name] = {"error": f"{type(error).__name__}: {error}"}
-    finally:
         torch.save(found, f"{folder}/{rank}.pt")
-        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

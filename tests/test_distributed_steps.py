@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import equipoise as eq
 from small_fusion import DIM, batch, slices
+from small_processes import together
 from small_steps import fused
 from test_umt import teachers
 from tolerance import TOL
@@ -65,12 +66,8 @@ def training(rank, name):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    try:
+    with together(rank, folder, WORLD):
         torch.save({name: training(rank, name) for name in MADE}, f"{folder}/{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ import equipoise as eq
 from equipoise.errors import ConfigError
 from equipoise.train.experiment import quiet
 from small_fusion import batch, model
+from small_processes import together
 from tolerance import TOL
 
 CLOSE = TOL[torch.float32]
@@ -383,19 +383,15 @@ ARGUMENTS = {
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
-    # Met over a file before the Trainer looks for a port, which another program may have taken meanwhile.
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    made = small()
-    options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
-    run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
-    assert run.args.world_size == 2
-    torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    # Met before the Trainer looks for a port, which another program may have taken meanwhile.
+    with together(rank, folder):
+        made = small()
+        options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
+        run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
+        assert run.args.world_size == 2
+        torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.distributed
