@@ -1,0 +1,306 @@
+"""Another attention while a block runs: a modality hidden from every query, or averaged by QUAG, in any model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown_name
+from ..watch import Call, Labelled, Session, labels_for, opened
+from ..watch.measure import output_of
+from .quag import ClsRows, averaged, operators, quag_attention, quag_output
+
+Labels = Int[Tensor, " key"] | Int[Tensor, "batch key"]
+
+
+class Change(Protocol):
+    """What is done to an attention."""
+
+    @property
+    def what(self) -> str:
+        """In words, after "attention"."""
+        ...
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        """Raises ConfigError where it means nothing for these modalities."""
+        ...
+
+    def output(self, call: Call, known: Labelled) -> Tensor | str | None:
+        """The output instead; why there can be none; None where there is nothing to change.
+
+        For attention that the model has written out itself, the attention instead.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """softmax over the keys of all other modalities alone.
+
+    Attributes:
+        gone: names of the hidden ones.
+    """
+
+    gone: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return f"with keys of {' or '.join(repr(name) for name in self.gone)}"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        for name in self.gone:
+            if name not in names:
+                raise unknown_name(who, "modality", name, names)
+
+    def output(self, call: Call, known: Labelled) -> Tensor | str | None:
+        batch, _, _, keys = call.sizes
+        numbers = torch.tensor([known.names.index(name) for name in self.gone])
+        hidden = torch.isin(known.keys.cpu(), numbers).expand(batch, keys).to(call.query.device)
+        if not bool(hidden.any()):
+            return None
+        if call.attention is not None:
+            kept = call.attention.masked_fill(hidden[:, None, None], 0.0)
+            return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+        # Zeros in place of what may be NaN, which no weight of 0 would stop.
+        blank = hidden[:, None, :, None]
+        seen = call.restricted(~hidden[:, None, None])
+        return output_of(replace(seen, key=call.key.masked_fill(blank, 0.0), value=call.value.masked_fill(blank, 0.0)))
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """QUAG.
+
+    Attributes:
+        operator: a name out of ``operators``.
+        cls_rows: what special tokens do that read.
+    """
+
+    operator: str
+    cls_rows: ClsRows = "keys"
+
+    @property
+    def what(self) -> str:
+        return f"with quadrants of '{self.operator}'"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        known = operators(names, cls_rows=self.cls_rows)
+        if self.operator not in known:
+            raise unknown_name(who, "operator", self.operator, known)
+
+    def output(self, call: Call, known: Labelled) -> Tensor | str | None:
+        batch, _, rows, keys = call.sizes
+        count, device = len(known.names), call.query.device
+        pairs = operators(known.names, cls_rows=self.cls_rows)[self.operator]
+        labels, queries = known.keys.to(device), known.queries
+        if queries is None:
+            by_reader = averaged(pairs, count, torch.arange(-1, count)[None])[0]
+            if bool((by_reader != by_reader[0]).any()):
+                return "the modality of its queries is not known"
+            queries = torch.zeros(rows, dtype=torch.long)
+        queries = queries.to(device).expand(batch, rows)
+        present = (labels.expand(batch, keys)[..., None] == torch.arange(count, device=device)).any(dim=1)
+        if not bool((averaged(pairs, count, queries) & present[:, None]).any()):
+            return None
+        if call.attention is not None:
+            return quag_attention(call.attention, queries, labels, pairs, visible=call.attention > 0)
+        return quag_output(call, labels, queries, count, pairs)
+
+
+class Intervention:
+    """What is changed in a model while a block runs, and where.
+
+    Args:
+        who: the function that complains.
+        change: what is done.
+    """
+
+    changes = True
+
+    def __init__(self, who: str, change: Change) -> None:
+        self.who, self._change = who, change
+        self._changed: dict[str, None] = {}
+        self._missing: dict[str, str] = {}
+        self.met = False
+        """Whether there was any attention over known modalities."""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Sites whose output is another one, in calling order."""
+        return tuple(self._changed)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """site -> why it could not be changed."""
+        return {site: reason for site, reason in self._missing.items() if site not in self._changed}
+
+    # What the session tells.
+
+    def see(self, site: str, way: str, call: Call, known: Labelled) -> None:
+        return None
+
+    def change(self, site: str, call: Call, known: Labelled) -> Tensor | None:
+        # An encoder of one modality is left to itself: nobody reads another one there.
+        if known.tower:
+            return None
+        self.check(known.names)
+        self.met = True
+        # What is computed here is no attention of the model's.
+        with torch._C.DisableTorchFunction():
+            output = self._change.output(call, known)
+        if isinstance(output, str):
+            return self.missed(site, output)
+        if output is not None:
+            self._changed[site] = None
+        return output
+
+    def missed(self, site: str, reason: str) -> None:
+        self._missing.setdefault(site, reason)
+
+    # What the block asks.
+
+    def check(self, names: Sequence[str]) -> None:
+        self._change.check(names, self.who)
+
+    def nothing(self, *, ran: bool) -> ConfigError:
+        """The error for a block in which nothing was changed."""
+        if not ran:
+            got, fix = "a model that did not run", "Call the model inside the block."
+        elif self.missing:
+            site, reason = next(iter(self.missing.items()))
+            more = f" ({len(self.missing) - 1} others alike)" if len(self.missing) > 1 else ""
+            got, fix = f"'{site}', but {reason}{more}", "Give one label for every key: modality=labels, names=names."
+        elif self.met:
+            got, fix = "none", "Does the batch hold the modality, and are there tokens of any modality that read?"
+        else:
+            got = "no attention whose keys have known modalities"
+            fix = "Static fusions have no attention; models of other libraries need modality=, one label for every key."
+        return ConfigError(self.who, expected=f"attention {self._change.what}", got=got, fix=fix)
+
+
+@contextmanager
+def without_modality(
+    model: nn.Module, name: str | Collection[str], *, modality: Labels | None = None, names: Sequence[str] | None = None
+) -> Iterator[Intervention]:  # fmt: skip
+    """Hides a modality from every query of every attention while the block runs.
+
+    softmax over the other keys alone, wherever the labels of the keys are known: queries read what they would read if
+    the tokens were not there, at the positions that they have. A query that then sees nothing gets 0. Encoders of one
+    modality are left to themselves.
+
+    Args:
+        model: a FusionModel, a Hugging Face model, or any module with ``modality``; in evaluation mode, since attention
+            dropout is left out. ``generate`` works, its cache included.
+        name: of the modality, or of several.
+        modality, names: labels of the keys, as ``watch`` takes them.
+
+    Yields:
+        Intervention, whose ``changed`` and ``missing`` say where it acted.
+
+    Raises:
+        ConfigError: an unknown modality; a model inside another such block; at the end of the block, nothing changed.
+
+    A model that never saw the modality missing is put before something new. ``watch`` and ``Output.share`` go on to
+    tell of the attention that the model itself computes.
+
+    Reference: RollingQ (ICML 2025), Table 8; spec 8.5.
+
+    Example:
+        >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+        >>> tokens = torch.zeros(5, 3, 8)
+        >>> with without_modality(layer, "image", modality=torch.tensor([0, 0, 1]), names=("audio", "image")) as change:
+        ...     _ = layer(tokens, tokens, tokens)
+        >>> change.changed
+        ('MultiheadAttention',)
+    """
+    change = Hiding((name,) if isinstance(name, str) else tuple(name))
+    with _complaining(model, Intervention("without_modality", change), modality, names) as made:
+        yield made
+
+
+@contextmanager
+def with_quag(
+    model: nn.Module, operator: str, *, modality: Labels | None = None, names: Sequence[str] | None = None,
+    cls_rows: ClsRows = "keys",
+) -> Iterator[Intervention]:  # fmt: skip
+    """Averages attention inside quadrants of (modality that reads, modality that is read) while the block runs.
+
+    Within a quadrant every key that a query sees gets the same attention, and their sum stays what it is: the modality
+    is read as much as before, but no token of it is told from another. In every attention whose labels are known, in
+    every head.
+
+    Args:
+        model, modality, names: as in ``without_modality``.
+        operator: "unimodal", "crossmodal", "avg-<name>" or "all"; ``quag.operators`` lists their quadrants.
+        cls_rows: what class tokens and other special ones do that read: ``"keys"`` take part where everybody does
+            ("avg-..." and "all"), ``"skip"`` nowhere, ``"all"`` in all that an operator averages.
+
+    Yields:
+        Intervention, whose ``changed`` and ``missing`` say where it acted. Where the modality of the queries is not
+        known, only operators act that do not ask for it.
+
+    Raises:
+        ConfigError: an unknown operator or cls_rows; a model inside another such block; at the end of the block,
+            nothing changed, as by "unimodal" where a class token alone reads.
+
+    Reference: RollingQ (ICML 2025), Table 9; spec 8.6.
+    Differs from the paper in: any number of modalities and any model; no attention matrix is built.
+
+    Example:
+        >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+        >>> tokens = torch.zeros(5, 3, 8)
+        >>> with with_quag(layer, "avg-audio", modality=torch.tensor([0, 0, 1]), names=("audio", "image")) as change:
+        ...     _ = layer(tokens, tokens, tokens)
+        >>> change.changed
+        ('MultiheadAttention',)
+    """
+    operators((), cls_rows=cls_rows)
+    with _complaining(model, Intervention("with_quag", Averaging(operator, cls_rows)), modality, names) as made:
+        yield made
+
+
+@contextmanager
+def _complaining(
+    model: nn.Module, made: Intervention, modality: Labels | None, names: Sequence[str] | None
+) -> Iterator[Intervention]:
+    with intervening(model, made, modality=modality, names=names) as session:
+        yield made
+    if not made.changed:
+        raise made.nothing(ran=session.called > 0)
+
+
+@contextmanager
+def intervening(
+    model: nn.Module, made: Intervention, *, modality: Labels | None = None, names: Sequence[str] | None = None
+) -> Iterator[Session]:
+    """The block of an intervention, which may well change nothing.
+
+    Raises:
+        ConfigError: what cannot be changed or means nothing; a model that is being changed already.
+    """
+    labeller, ways, follow = labels_for(model, modality, names)
+    if labeller.names:
+        made.check(labeller.names)
+    parts = set(model.modules())
+    for root, other in _CHANGED:
+        if root in parts or model in set(root.modules()):
+            raise ConfigError(
+                made.who, expected="a model that nothing else changes", got=f"one inside a block of {other}",
+                fix="The inner block would undo the outer one. Hide several by one: name=('audio', 'image').",
+            )  # fmt: skip
+    _CHANGED.append((model, made.who))
+    try:
+        with opened(model, labeller, ways, follow, made) as session:
+            yield session
+    finally:
+        _CHANGED.pop()
+
+
+_CHANGED: list[tuple[nn.Module, str]] = []
+"""Models that are changed at this moment, and by whom."""
