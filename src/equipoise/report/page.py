@@ -77,7 +77,7 @@ def page(results: Mapping[str, Any]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     readings = Readings(results)
-    script = _asset("report.js")
+    script = asset("report.js")
     templates.filters["bound"] = bound
     return templates.get_template("report.html.j2").render(
         title=sentences.headline(readings),
@@ -87,9 +87,9 @@ def page(results: Mapping[str, Any]) -> str:
         columns=[(title(metric), "%" if is_fraction(metric) else "") for metric in readings.metrics],
         rows=[_row(readings, method) for method in readings.methods],
         sections=[section for section in _sections(readings) if section.pictures],
-        protocol=_flat(results["protocol"]),
-        environment=_flat(results["environment"]),
-        style=_asset("report.css"),
+        protocol=flat(results["protocol"]),
+        environment=flat(results["environment"]),
+        style=asset("report.css"),
         light={variable: light for light, (variable, _) in canvas.THEME.items()},
         dark=dict(canvas.THEME.values()),
         script=script,
@@ -124,7 +124,7 @@ def embedded(results: Mapping[str, Any]) -> Markup:
     return Markup(text)
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     """A file that is ours, put in as it is."""
     return Markup((files("equipoise.report") / "templates" / name).read_text(encoding="utf-8"))
 
@@ -232,12 +232,12 @@ def _pictures(
     return pictures
 
 
-def _flat(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as rows: ``optimizer.lr``, ``0.001``."""
     rows = []
     for key, value in part.items():
         if isinstance(value, Mapping) and value:
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
             rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "–"))
         else:

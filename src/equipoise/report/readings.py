@@ -123,7 +123,7 @@ class Readings:
 
     def histogram(self, method: str, *path: str) -> Histogram | None:
         """Pooled over runs, as in ``histogram("joint", "shares", "clean")``; each run weighs the same."""
-        parts = [part for run in self.of(method) if (part := _histogram(_dig(run, path))) is not None]
+        parts = [part for run in self.of(method) if (part := as_histogram(_dig(run, path))) is not None]
         if not parts:
             return None
         first = parts[0].edges
@@ -206,7 +206,8 @@ def _dig(part: Any, path: tuple[str, ...]) -> Any:
     return part
 
 
-def _histogram(part: Any) -> Histogram | None:
+def as_histogram(part: Any) -> Histogram | None:
+    """A part of a results file as a histogram; None where it is none, or holds no sample."""
     if not isinstance(part, Mapping) or len(part.get("edges") or ()) != len(part.get("counts") or ()) + 1:
         return None
     counts = np.asarray(part["counts"], dtype=float)

@@ -1,0 +1,167 @@
+"""``Diagnosis``: what a model was found to do, as a value that can be read, saved, compared and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import record
+from ..errors import DataError, SchemaError
+from ..record import plain, write_whole
+from ..report.diagnosis_page import diagnosis_page
+from ..report.verdict import Verdict, headline
+
+SCHEMA = 1
+FILE, PAGE = "diagnosis.json", "report.html"
+PARTS = {
+    "name": str, "names": list, "samples": int, "seed": int, "metrics": Mapping, "verdicts": list, "details": Mapping,
+    "skipped": Mapping, "protocol": Mapping, "environment": Mapping,
+}  # fmt: skip
+AGAIN = "Run equipoise diagnose again."
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What a model does with its modalities.
+
+    Attributes:
+        name: what the model is called.
+        names: its modalities.
+        task: "classification", "multilabel", "regression"; None for a model that does not say.
+        samples: on how many samples it was tested.
+        metrics: metric name -> figure; docs/diagnose.md has the names.
+        verdicts: what the figures say, most important first.
+        details: test -> what its figure is drawn from, JSON-able.
+        skipped: test -> why it was not run.
+        protocol: how it was tested.
+        seed, fold: of the training, where they are known.
+        environment: what it was computed with.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    task: str | None
+    samples: int
+    metrics: dict[str, float]
+    verdicts: tuple[Verdict, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    fold: str | None = None
+    environment: dict[str, Any] = field(default_factory=record.environment)
+
+    def __str__(self) -> str:
+        """The headline, and a line for each verdict."""
+        lines = [headline(self.name, list(self.verdicts))]
+        return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``diagnosis.json``: JSON-able, figures that are no numbers are None."""
+        content = {"schema": SCHEMA, "kind": "diagnosis", **{name: getattr(self, name) for name in KEPT}}
+        return plain({**content, "verdicts": [asdict(verdict) for verdict in self.verdicts]}, FILE)
+
+    def to_run(self) -> record.Run:
+        """The same as one run of ``results.json``."""
+        run: dict[str, Any] = {"method": self.name, "seed": self.seed, "fold": self.fold, "metrics": self.metrics}
+        response, keys = self.details.get("response"), self.details.get("keys")
+        if response is not None:
+            run |= {"shares": response["shares"], "noise_modality": response["modality"]}
+        if keys is not None:
+            run["keys"] = {"after": {"clean": keys["modalities"], "noise": keys["noise"]}}
+        return run  # type: ignore[return-value]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``diagnosis.json`` and ``results.json``, each whole or not at all; gives the path of the former.
+
+        ``results.json`` has one run, in the layout of ``equipoise compare``, so that other tools read it.
+        """
+        folder = Path(folder)
+        path = write_whole(folder / FILE, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        record.write(folder / "results.json", results([self]))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
+        """Reads what ``save`` wrote, given the file or its folder. Nothing in it is executed.
+
+        Raises:
+            DataError: no such file. SchemaError: not JSON, cut short, of another schema, or with parts missing.
+        """
+        content = _read(Path(path, FILE) if Path(path).is_dir() else Path(path))
+        metrics = {name: math.nan if value is None else float(value) for name, value in content["metrics"].items()}
+        verdicts = tuple(Verdict(**verdict) for verdict in content["verdicts"])
+        given = {name: content.get(name) for name in KEPT}
+        return cls(**{**given, "names": tuple(content["names"]), "metrics": metrics, "verdicts": verdicts})
+
+    def report(self, path: str | os.PathLike[str], *others: Diagnosis) -> Path:
+        """Writes one page that needs nothing else, of this model or, side by side, of several.
+
+        Args:
+            path: the file, or a folder, which gets ``report.html``.
+            others: further models, on the same data.
+
+        Returns:
+            the path of the page.
+        """
+        path = Path(path)
+        page = diagnosis_page([diagnosis.to_dict() for diagnosis in (self, *others)])
+        return write_whole(path / PAGE if path.is_dir() else path, page)
+
+
+KEPT = tuple(name for name in Diagnosis.__dataclass_fields__ if name != "verdicts")
+MARKS = {"good": "+", "bad": "-", "neutral": "."}
+
+
+def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
+    """The content of a ``results.json`` with one run for each diagnosis."""
+    runs = [diagnosis.to_run() for diagnosis in diagnoses]
+    replaced = {run["noise_modality"] for run in runs if "noise_modality" in run}
+    protocol: dict[str, Any] = {
+        **diagnoses[0].protocol,
+        "methods": list(dict.fromkeys(run["method"] for run in runs)),
+        "modalities": list(dict.fromkeys(name for diagnosis in diagnoses for name in diagnosis.names)),
+    }
+    if len(replaced) == 1:
+        protocol["noise_modality"] = replaced.pop()
+    return record.results(runs, protocol)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    who = f"Diagnosis.load '{path.name}'"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "equipoise diagnose writes one; give it or its folder."
+        raise DataError(who, expected="a diagnosis", got="no such file", fix=fix) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        got = f"a file cut short or of another kind ({error})"
+        raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
+    if not isinstance(content, dict) or content.get("kind") != "diagnosis" or content.get("schema") != SCHEMA:
+        got = f"{content.get('kind')!r} of schema {content.get('schema')!r}" if isinstance(content, dict) else "no mapping"
+        raise SchemaError(who, expected=f"a diagnosis of schema {SCHEMA}", got=got, fix=AGAIN)
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    verdicts = content.get("verdicts")
+    if not wrong and not all(_is_verdict(verdict) for verdict in verdicts or ()):
+        wrong = ["verdicts"]
+    if not wrong and not all(value is None or isinstance(value, (int, float)) for value in content["metrics"].values()):
+        wrong = ["metrics"]
+    if wrong:
+        raise SchemaError(who, expected=f"the entries {', '.join(PARTS)}", got=f"no such {', '.join(wrong)}", fix=AGAIN)
+    return content
+
+
+def _is_verdict(part: Any) -> bool:
+    known = set(Verdict.__dataclass_fields__)
+    return (
+        isinstance(part, dict)
+        and set(part) == known
+        and part["ok"] in MARKS
+        and all(isinstance(part[name], str) for name in ("key", "claim", "text", "test"))
+        and isinstance(part["figures"], dict)
+    )

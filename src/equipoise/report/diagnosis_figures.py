@@ -1,0 +1,295 @@
+"""Pictures of one diagnosis: a function for each test, its content in, an SVG element out, or None where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ..record import number
+from .canvas import (
+    ACCENT,
+    INK,
+    MODALITY,
+    MUTED,
+    NOISE,
+    blank,
+    filled,
+    headed,
+    legend,
+    name_rows,
+    outline,
+    percent,
+    shorten,
+    span,
+    themed,
+    to_svg,
+)
+from .readings import as_histogram
+from .verdict import ERRORS, Evidence
+from .wording import signed, title
+
+Content = Mapping[str, Any]
+
+
+class Subject:
+    """One model on a page: its content, its place among the models, and the colours of the modalities.
+
+    Args:
+        content: what ``Diagnosis.to_dict`` gives.
+        place: its number among the models of the page.
+        names: all modalities of all models, so that each has one colour.
+    """
+
+    def __init__(self, content: Content, place: int = 0, names: tuple[str, ...] = ()) -> None:
+        self.content, self.place = content, place
+        self.name, self.names = str(content["name"]), tuple(content["names"])
+        self.found = Evidence(content)
+        self._all = names or self.names
+
+    def details(self, test: str) -> Mapping[str, Any]:
+        return self.content["details"].get(test) or {}
+
+    def colour(self, name: str) -> str:
+        return MODALITY[self._all.index(name) % len(MODALITY)] if name in self._all else INK
+
+    def svg(self, figure: Any, test: str, label: str) -> str:
+        headed(figure, shorten(self.name))
+        return to_svg(figure, f"d-{test}-{self.place}", f"{title(test)} of {self.name}. {label}")
+
+
+def without(of: Subject, test: str, kinds: Mapping[str, str]) -> str | None:
+    """The score as it is and under each condition, with a line of two standard errors to both sides."""
+    full = of.found.get(of.found.score)
+    rows: list[tuple[str, float, str]] = [] if full is None else [("as it is", full, INK)]
+    for name in of.names:
+        for kind, words in kinds.items():
+            if (value := of.found.of(kind, name)) is not None:
+                rows.append((words.format(name=name), value, of.colour(name)))
+    if full is None or len(rows) < 2:
+        return None
+    constant = of.found.get(f"{of.found.score}_constant")
+    with themed():
+        figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
+        axes.axvline(full, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        if constant is not None:
+            axes.axvline(constant, color=NOISE, linewidth=1, linestyle=(0, (1, 2)))
+        for place, (_, value, shade) in enumerate(rows):
+            reach = ERRORS * of.found.error(value)
+            axes.plot([value - reach, value + reach], [place, place], color=shade, linewidth=1.4)
+            axes.plot(value, place, "o", color=shade, markersize=6)
+        name_rows(axes, [shorten(words, 24) for words, _, _ in rows])
+        _score_axis(axes.xaxis, axes.set_xlabel, of)
+        shown = ", ".join(f"{words} {of.found.say(value)}" for words, value, _ in rows)
+        return of.svg(figure, test, f"{shown}.")
+
+
+def score(of: Subject) -> str | None:
+    return without(of, "score", {"alone": "{name} alone"})
+
+
+def noise(of: Subject) -> str | None:
+    return without(of, "noise", {"noise": "{name} as noise"})
+
+
+def masking(of: Subject) -> str | None:
+    return without(of, "masking", {"mask": "without {name}"})
+
+
+def response(of: Subject) -> str | None:
+    """Attention that goes to the other modalities, clean and with one modality as noise."""
+    details = of.details("response")
+    shares = details.get("shares") or {}
+    clean, noisy = as_histogram(shares.get("clean")), as_histogram(shares.get("noise"))
+    if clean is None or noisy is None:
+        return None
+    with themed():
+        figure, axes = blank(height=2.6)
+        filled(axes, clean, MUTED, "clean")
+        outline(axes, noisy, NOISE, f"{details['modality']} as noise")
+        axes.set(xlim=(0, 1), yticks=[], xlabel=f"attention that does not go to {details['modality']}")
+        percent(axes.xaxis)
+        legend(axes)
+        return of.svg(figure, "response", f"Means: clean {_part(clean.mean)}, noise {_part(noisy.mean)}.")
+
+
+def corruption(of: Subject) -> str | None:
+    """The score over the level of noise, one line for each modality that is damaged."""
+    return _levels(of, "accuracy", "", lambda axes: _score_axis(axes.yaxis, axes.set_ylabel, of))
+
+
+def followed(of: Subject) -> str | None:
+    """Attention to the damaged modality over the level of noise."""
+
+    def whole(axes: Axes) -> None:
+        percent(axes.yaxis)
+        axes.set(ylim=(0, 1), ylabel="attention to what is damaged")
+
+    return _levels(of, "share", "share-", whole)
+
+
+def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) -> str | None:
+    curves = {name: curve for name, curve in (of.details("corruption").get("curves") or {}).items() if curve.get(part)}
+    if not curves:
+        return None
+    with themed():
+        figure, axes = blank(height=2.8)
+        for name, curve in curves.items():
+            axes.plot(curve["levels"], curve[part], "o-", color=of.colour(name), markersize=4, label=name)
+        axes.set_xlabel("level of noise")
+        dress(axes)
+        axes.legend(frameon=False, fontsize=9, loc="best")
+        ends = ", ".join(f"{name} {c[part][0]:.3g} to {c[part][-1]:.3g}" for name, c in curves.items())
+        return of.svg(figure, f"{prefix}corruption", f"From no noise to full noise: {ends}.")
+
+
+def shapley(of: Subject) -> str | None:
+    worth = {name: value for name in of.names if (value := of.found.get(f"shapley/{name}")) is not None}
+    return _bars(of, "shapley", worth, of.found.differ, "what it adds to the score") if worth else None
+
+
+def quag(of: Subject) -> str | None:
+    """The score with parts of attention averaged."""
+    full = of.found.get(of.found.score)
+    found = {m.partition("/")[2]: v for m in of.found.metrics if m.startswith("quag/") and (v := of.found.get(m)) is not None}
+    if full is None or not found:
+        return None
+    rows = {"as it is": full, **found}
+    with themed():
+        figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
+        axes.axvline(full, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for place, value in enumerate(rows.values()):
+            reach = ERRORS * of.found.error(value)
+            axes.plot([value - reach, value + reach], [place, place], color=INK, linewidth=1.4)
+            axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
+        name_rows(axes, [shorten(words, 24) for words in rows])
+        _score_axis(axes.xaxis, axes.set_xlabel, of)
+        return of.svg(figure, "quag", ", ".join(f"{words} {of.found.say(v)}" for words, v in rows.items()) + ".")
+
+
+def gradients(of: Subject) -> str | None:
+    norms = {name: value for name in of.names if (value := of.found.get(f"gradient_output/{name}")) is not None}
+    return _bars(of, "gradients", norms, "{:.3g}".format, "norm of the gradient at the encoder's output")
+
+
+def keys(of: Subject) -> str | None:
+    """Cosine between query and mean key of each modality; what noise makes of one of them as an outline."""
+    details = of.details("keys")
+    found = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
+    found = {name: part for name, part in found.items() if part is not None}
+    if not found:
+        return None
+    replaced = details.get("replaced")
+    noisy = as_histogram(((details.get("noise") or {}).get(replaced) or {}).get("cosine"))
+    with themed():
+        figure, axes = blank(height=2.6)
+        for name, part in found.items():
+            filled(axes, part, of.colour(name), name)
+        if noisy is not None:
+            outline(axes, noisy, NOISE, f"{replaced} as noise")
+        axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=span([*found.values(), noisy]))
+        legend(axes)
+        return of.svg(figure, "keys", "Means: " + ", ".join(f"{n} {signed(p.mean)}" for n, p in found.items()) + ".")
+
+
+def attention(of: Subject) -> str | None:
+    """Attention of every layer as one bar: its modalities, and special tokens."""
+    layers = of.details("attention").get("layers") or []
+    rows = [{name: _mean(head[i] for head in row["share"]) for i, name in enumerate(row["names"])} for row in layers]
+    if not rows:
+        rows = [{n: v for n in of.names if (v := of.found.get(f"share/{n}")) is not None}]
+    rows = [row for row in rows if row]
+    if not rows:
+        return None
+    with themed():
+        figure, axes = blank(height=1.15 + 0.34 * len(rows), grid="x")
+        for place, row in enumerate(rows):
+            start = 0.0
+            for name, value in row.items():
+                axes.barh(place, value, left=start, height=0.62, color=of.colour(name), alpha=0.75, linewidth=0)
+                start += value
+        for name in rows[0]:
+            axes.barh(0, 0, color=of.colour(name), alpha=0.75, label=name)
+        name_rows(axes, [f"layer {place + 1}" for place in range(len(rows))] if layers else ["readout"])
+        axes.set_xlim(0, 1)
+        percent(axes.xaxis)
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        said = "; ".join(", ".join(f"{name} {_part(value)}" for name, value in row.items()) for row in rows)
+        return of.svg(figure, "attention", f"From the first layer: {said}.")
+
+
+def gap(of: Subject) -> str | None:
+    gaps = {name: value for name in of.names if (value := of.found.get(f"attention_gap/{name}")) is not None}
+    return _bars(of, "gap", gaps, "{:.0f}".format, "gap between own and other modalities, %") if gaps else None
+
+
+def collapse(of: Subject) -> str | None:
+    rows = of.details("collapse").get("layers") or []
+    if len(rows) < 2:
+        return None
+    with themed():
+        figure, axes = blank(height=2.6)
+        axes.plot(range(len(rows)), [row["mean"] for row in rows], "o-", color=ACCENT, markersize=5)
+        axes.set(ylim=(0, 1), xlabel="block (0 is the input)", ylabel="part that differs")
+        percent(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return of.svg(figure, "collapse", "By block: " + ", ".join(f"{_part(row['mean'])}" for row in rows) + ".")
+
+
+def ood(of: Subject) -> str | None:
+    """Confidence of known and of unknown inputs."""
+    shown = of.details("ood").get("confidence") or {}
+    inside, outside = as_histogram(shown.get("in")), as_histogram(shown.get("out"))
+    if inside is None or outside is None:
+        return None
+    with themed():
+        figure, axes = blank(height=2.6)
+        filled(axes, inside, ACCENT, "known")
+        outline(axes, outside, NOISE, "unknown")
+        axes.set(yticks=[], xlabel=f"confidence ({of.details('ood').get('score')}), more sure to the right")
+        legend(axes)
+        return of.svg(figure, "ood", f"Means: known {signed(inside.mean)}, unknown {signed(outside.mean)}.")
+
+
+FIGURES: dict[str, tuple[Callable[[Subject], str | None], ...]] = {
+    "score": (score,), "noise": (noise,), "masking": (masking,), "response": (response,), "attention": (attention,),
+    "corruption": (corruption, followed), "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
+    "collapse": (collapse,), "gradients": (gradients,), "ood": (ood,),
+}  # fmt: skip
+"""Test -> its pictures."""
+
+
+def _bars(of: Subject, test: str, values: Mapping[str, float], say: Callable[[float], str], label: str) -> str | None:
+    """One bar for each modality, with its figure at the end."""
+    if not values:
+        return None
+    with themed():
+        figure, axes = blank(height=1.05 + 0.38 * len(values), grid="x")
+        reach = max(abs(value) for value in values.values()) or 1.0
+        for place, (name, value) in enumerate(values.items()):
+            axes.barh(place, value, height=0.56, color=of.colour(name), alpha=0.75, linewidth=0)
+            axes.text(max(value, 0.0) + 0.02 * reach, place, say(value), va="center", color=INK)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_xlim(min(0.0, 1.1 * min(values.values())), 1.35 * max(max(values.values()), 0.0) or 0.5 * reach)
+        name_rows(axes, [shorten(name, 18) for name in values])
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        return of.svg(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
+
+
+def _score_axis(axis: Any, name: Callable[[str], Any], of: Subject) -> None:
+    axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    name(title(of.found.score).lower())
+    if of.found.fraction:
+        percent(axis)
+
+
+def _part(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _mean(values: Any) -> float:
+    known = [value for value in values if number(value) is not None]
+    return sum(known) / len(known) if known else 0.0

@@ -1,0 +1,170 @@
+"""Diagnoses in, one self-contained HTML page out: the verdict first, then a section for each test that shows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..errors import ConfigError
+from . import canvas
+from .diagnosis_figures import FIGURES, Subject
+from .diagnosis_metrics import is_score, label, ordered, shown, test_of
+from .diagnosis_words import WORDS
+from .page import Picture, asset, bound, embedded, flat
+from .verdict import ERRORS, Verdict, headline
+from .wording import counted, listed
+
+MARKS = {"good": ("✓", "good"), "bad": ("✗", "bad"), "neutral": ("○", "open")}
+"""Judgement -> the sign before a verdict, and what a screen reader says for it."""
+
+
+class Model(NamedTuple):
+    """One column of the page: its verdicts, and the tests that did not run."""
+
+    name: str
+    headline: str
+    verdicts: list[tuple[str, str, str, str]]
+    skipped: list[tuple[str, str]]
+
+
+class Section(NamedTuple):
+    """One test, of all models."""
+
+    test: str
+    question: str
+    shows: str
+    misleads: str
+    pictures: list[Picture]
+    rows: list[tuple[str, list[Cell]]]
+
+
+class Cell(NamedTuple):
+    """One figure of one model; ``sure`` where it differs measurably from the first model's."""
+
+    text: str
+    sure: bool
+
+
+def diagnosis_page(contents: Sequence[Mapping[str, Any]]) -> str:
+    """The page as a text; nothing in it asks for anything outside it.
+
+    Args:
+        contents: of one or more models, as ``Diagnosis.to_dict`` gives them.
+
+    Raises:
+        ConfigError: no diagnosis at all.
+    """
+    if not contents:
+        raise ConfigError("diagnosis_page", expected="one or more diagnoses", got="none")
+    names = tuple(dict.fromkeys(name for content in contents for name in content["names"]))
+    contents = _told_apart(contents)
+    subjects = [Subject(content, place, names) for place, content in enumerate(contents)]
+    models = [_model(subject) for subject in subjects]
+    templates = Environment(
+        loader=PackageLoader("equipoise.report", "templates"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters["bound"] = bound
+    script = asset("diagnosis.js")
+    return templates.get_template("diagnosis.html.j2").render(
+        title=models[0].headline if len(models) == 1 else f"{listed([model.name for model in models])}, side by side",
+        subtitle=_subtitle(contents),
+        models=models,
+        sections=[section for test in WORDS if (section := _section(test, subjects)) is not None],
+        explorer=_explorer(subjects),
+        protocol=flat(contents[0]["protocol"]),
+        environment=flat(contents[0]["environment"]),
+        style=asset("report.css") + asset("diagnosis.css"),
+        light={variable: shade for shade, (variable, _) in canvas.THEME.items()},
+        dark=dict(canvas.THEME.values()),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=embedded({"diagnoses": list(contents), "names": list(names)}),
+    )
+
+
+def _told_apart(contents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Models of one name get a number, so that columns can be told apart."""
+    names = [content["name"] for content in contents]
+    return [
+        {**content, "name": f"{name} ({names[: place + 1].count(name)})"} if names.count(name) > 1 else content
+        for place, (content, name) in enumerate(zip(contents, names, strict=True))
+    ]
+
+
+def _subtitle(contents: Sequence[Mapping[str, Any]]) -> str:
+    first = contents[0]
+    parts = [f"data {first['protocol']['data']}"] if first["protocol"].get("data") else []
+    parts += [f"fold {first['fold']}"] if first.get("fold") else []
+    sizes = sorted({content["samples"] for content in contents})
+    parts += [f"{listed([str(size) for size in sizes])} samples" if len(sizes) > 1 else counted(sizes[0], "sample")]
+    parts += [listed(list(dict.fromkeys(name for content in contents for name in content["names"])))]
+    return " · ".join(str(part) for part in parts)
+
+
+def _model(subject: Subject) -> Model:
+    said = [Verdict(**verdict) for verdict in subject.content["verdicts"]]
+    lines = [(verdict.text, verdict.ok, *MARKS[verdict.ok], verdict.test) for verdict in said]
+    return Model(subject.name, headline(subject.name, said), lines, list(subject.content["skipped"].items()))  # type: ignore[arg-type]
+
+
+def _section(test: str, subjects: Sequence[Subject]) -> Section | None:
+    """What all models show in one test; None where none of them has run it."""
+    ran = [subject for subject in subjects if test in subject.content["details"]]
+    if not ran:
+        return None
+    pictures = []
+    for subject in ran:
+        for draw in FIGURES.get(test, ()):
+            if (svg := draw(subject)) is not None:
+                pictures.append(Picture(Markup(svg), _caption(subject, test)))
+    return Section(test, *WORDS[test], pictures, _rows(test, subjects))
+
+
+def _caption(subject: Subject, test: str) -> str:
+    """What the verdicts say that stand on this test, or the figures themselves."""
+    said = [verdict["text"] for verdict in subject.content["verdicts"] if verdict["test"] == test]
+    if said:
+        return " ".join(said)
+    return " · ".join(
+        f"{label(metric)} {shown(metric, value, subject.found.score)}"
+        for metric in subject.found.metrics
+        if test_of(metric) == test and (value := subject.found.get(metric)) is not None
+    )
+
+
+def _rows(test: str, subjects: Sequence[Subject]) -> list[tuple[str, list[Cell]]]:
+    """The figures of a test, a column for each model."""
+    every = dict.fromkeys(metric for subject in subjects for metric in subject.found.metrics)
+    metrics = [metric for metric in ordered(every, WORDS) if test_of(metric) == test]
+    return [(label(metric), [_cell(metric, subject, subjects[0]) for subject in subjects]) for metric in metrics]
+
+
+def _cell(metric: str, subject: Subject, first: Subject) -> Cell:
+    value = subject.found.get(metric)
+    if value is None:
+        return Cell("–", False)
+    text, score = shown(metric, value, subject.found.score), is_score(metric)
+    error = subject.found.error(value) if score else 0.0
+    if score and error == error and error > 0:
+        size = f"{100 * ERRORS * error:.1f}" if subject.found.fraction else f"{ERRORS * error:.2g}"
+        text = f"{text.removesuffix(' %')} ± {size}" + (" %" if text.endswith("%") else "")
+    other = first.found.get(metric)
+    sure = score and subject is not first and other is not None and subject.found.measurable(value, other)
+    return Cell(text, bool(sure))
+
+
+def _explorer(subjects: Sequence[Subject]) -> list[tuple[int, str]]:
+    """The models whose attention has more than one layer or head to look at."""
+    found = []
+    for subject in subjects:
+        layers = subject.details("attention").get("layers") or []
+        if len(layers) > 1 or any(len(row["share"]) > 1 for row in layers):
+            found.append((subject.place, subject.name))
+    return found
+
