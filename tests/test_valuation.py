@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.subsets import shapley_values, subsets
 from equipoise.balance.valuation import rightness
 from equipoise.errors import ConfigError
+from equipoise.subsets import shapley_values, subsets
 from oracles_balance_b import copies_of, cross_entropy, shapley
 from small_fusion import DIM, NAMES, batch
 from small_steps import fused, step

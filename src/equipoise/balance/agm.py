@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..evaluation import evaluating
+from ..subsets import shapley_values, subsets
 from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import check_modalities, mean_of_others
 from .scores import present, summed, true_score
-from .subsets import shapley_values, subset_logits, subsets
+from .subset_logits import subset_logits
 
 FLOOR = 1e-8
 """No response is taken to be less probable."""

@@ -14,7 +14,7 @@ from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities
 from .scores import present, true_score
-from .subsets import subset_logits
+from .subset_logits import subset_logits
 
 
 def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:

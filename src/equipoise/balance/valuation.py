@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..evaluation import evaluating
+from ..subsets import shapley_values, subsets
 from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities
 from .scores import present, summed, true_score
-from .subsets import shapley_values, subset_logits, subsets
+from .subset_logits import subset_logits
 
 THRESHOLDS = (1.0, 0.4, -0.1)
 """A value below each of them is one more copy."""

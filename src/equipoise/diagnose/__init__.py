@@ -1,5 +1,7 @@
 """Diagnostics: what a model does with its modalities, and what it costs."""
 
+from .collapse import RankCollapse as RankCollapse
+from .collapse import rank_collapse as rank_collapse
 from .confidence import energy as energy
 from .confidence import gen_score as gen_score
 from .confidence import max_logit as max_logit
@@ -9,8 +11,15 @@ from .corruption import corruption_curve as corruption_curve
 from .cost import Cost as Cost
 from .cost import cost as cost
 from .damage import corrupt as corrupt
+from .decay import alignment_error as alignment_error
+from .decay import e_dda as e_dda
+from .decay import link_decay as link_decay
+from .gap import attention_gap as attention_gap
+from .gap import gap_from_attention as gap_from_attention
 from .gradients import GradientNorms as GradientNorms
 from .gradients import gradient_norms as gradient_norms
+from .key_geometry import KeyGeometry as KeyGeometry
+from .key_geometry import key_geometry as key_geometry
 from .masking import Masking as Masking
 from .masking import mask_modality as mask_modality
 from .noise import NoiseResponse as NoiseResponse
@@ -20,3 +29,8 @@ from .ood import ood as ood
 from .separation import auroc as auroc
 from .separation import fpr95 as fpr95
 from .shapley import modality_shapley as modality_shapley
+from .share import share_statistics as share_statistics
+from .spread import attention_entropy as attention_entropy
+from .spread import share_entropy as share_entropy
+from .spread import share_quality_correlation as share_quality_correlation
+from .spread import share_spread as share_spread

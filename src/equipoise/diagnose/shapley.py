@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..subsets import shapley_values, subsets
 from .ablation import answers, fused
 from .scores import constant_answer, score_of
 
@@ -47,31 +47,9 @@ def modality_shapley(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> d
     names = fused(model, "modality_shapley").names
     if len(names) > MOST:
         raise ConfigError("modality_shapley", expected=f"at most {MOST} modalities", got=f"{len(names)}")
-    sets = [frozenset(some) for size in range(1, len(names) + 1) for some in combinations(names, size)]
-    seen = answers(model, loader, [frozenset(names) - some for some in sets])
-    worth = {
-        some: score_of(model, logits, seen.target, "modality_shapley")
-        for some, logits in zip(sets, seen.logits.unbind(dim=1), strict=True)
-    }
-    constant = constant_answer(seen.target, model.task)  # type: ignore[arg-type]
-    worth[frozenset()] = score_of(model, constant.expand(len(seen.target), -1), seen.target, "modality_shapley")
-    return shapley_values(names, worth)
-
-
-def shapley_values(names: Sequence[str], worth: Mapping[frozenset[str], float]) -> dict[str, float]:
-    """The formula of ``modality_shapley``, out of v of every set.
-
-    Example:
-        >>> some = [frozenset(), frozenset("a"), frozenset("b"), frozenset("ab")]
-        >>> shapley_values("ab", dict(zip(some, [1.0, 3.0, 4.0, 10.0])))
-        {'a': 4.0, 'b': 5.0}
-    """
-    count = len(names)
-    return {
-        name: math.fsum(
-            (value - worth[some - {name}]) / (count * math.comb(count - 1, len(some) - 1))
-            for some, value in worth.items()
-            if name in some
-        )
-        for name in names
-    }
+    _, *sets = subsets(names)
+    seen = answers(model, loader, [[name for name in names if name not in some] for some in sets])
+    scores = [score_of(model, part, seen.target, "modality_shapley") for part in seen.logits.unbind(dim=1)]
+    constant = constant_answer(seen.target, model.task).expand(len(seen.target), -1)  # type: ignore[arg-type]
+    scores.insert(0, score_of(model, constant, seen.target, "modality_shapley"))
+    return dict(zip(names, shapley_values(torch.tensor(scores, dtype=torch.float64)).tolist(), strict=True))

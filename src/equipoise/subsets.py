@@ -1,18 +1,14 @@
-"""Some of the modalities alone: what a fusion answers when the others are taken away, and who deserves what of it."""
+"""Some of the modalities alone, all the sets there are of them, and who deserves what of a whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..tokens import Tokens
-from .base import Multimodal
-from .modalities import at_least_single
+from .tokens import Tokens
 
 
 def only(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Tokens]:
@@ -22,18 +18,12 @@ def only(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Token
     modalities' W_m f_m, with all biases kept.
 
     Example:
+        >>> import torch
         >>> left = only({"audio": Tokens(torch.ones(2, 3, 5)), "image": Tokens(torch.ones(2, 7, 5))}, ["image"])
         >>> {name: len(part) for name, part in left.items()}
         {'audio': 0, 'image': 7}
     """
     return {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
-
-
-def subset_logits(
-    model: Multimodal, tokens: Mapping[str, Tokens], kept: Collection[str]
-) -> Float[Tensor, "batch output"]:
-    """What the model answers from some modalities alone, in float32 at least. The encoders do not run again."""
-    return at_least_single(cast(Tensor, model.fuse(only(tokens, kept)).logits))
 
 
 def subsets(names: Sequence[str]) -> list[list[str]]:
@@ -58,6 +48,7 @@ def shapley_values(worth: Tensor) -> Tensor:
         (modality, ...) the values; over modalities they add up to v of everything minus v of nothing.
 
     Example:
+        >>> import torch
         >>> shapley_values(torch.tensor([1.0, 3.0, 4.0, 10.0]))
         tensor([4., 5.])
     """
