@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import unknown_name
 from .base import Dataset, Split
 from .loader import loader
+from .outside import outside
 
-__all__ = ["Dataset", "Split", "known", "load", "loader"]
+__all__ = ["Dataset", "Split", "known", "load", "loader", "outside"]
 
 
 def known() -> dict[str, type[Dataset]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import DataError, unknown_name
 from .augment import check_deviations, noisy, varied
 from .base import Dataset, Split, standardised, statistics
+from .classes import divided, kept_classes
 from .components import principal_components
 from .idx import read_idx
 from .pairing import paired, shuffled
 from .randomness import Draw
 from .recordings import Recordings, read_recordings
 from .root import located
+from .spectrogram import log_mel
 
 FOLDS = {"A": ("theo", "yweweler"), "B": ("george", "jackson"), "C": ("lucas", "nicolas")}
 """Speakers that only the test split hears."""
@@ -46,9 +50,12 @@ class AVDigits(Dataset):
         fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A alone.
         audio_noise: standard deviation of the noise added to the standardised spectrogram, in every split.
         energy: part of the variance that the image's principal components keep, in (0, 1].
+        held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
+            of the test split are ``outside``.
 
     Raises:
-        ConfigError: an unknown fold, negative noise, or an energy outside (0, 1].
+        ConfigError: an unknown fold, negative noise, an energy outside (0, 1], held-out digits that do not exist or
+            leave fewer than two.
         DataError: a missing folder, or a damaged file.
     """
 
@@ -56,35 +63,50 @@ class AVDigits(Dataset):
     num_outputs = 10
 
     def __init__(
-        self, root: str | Path | None = None, *, fold: str = "A", audio_noise: float = 1.0, energy: float = 0.25
-    ) -> None:
+        self, root: str | Path | None = None, *, fold: str = "A", audio_noise: float = 1.0, energy: float = 0.25,
+        held_out: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         if fold not in FOLDS:
             raise unknown_name("AVDigits", "fold", fold, FOLDS)
         check_deviations("AVDigits", audio_noise=audio_noise)
-        self.fold, self._audio_noise = fold, audio_noise
+        kept = kept_classes(held_out, 10, "AVDigits")
+        self.fold, self._audio_noise, self.num_outputs = fold, audio_noise, len(kept)
         spoken = read_recordings(located("fsdd/recordings", root, SOURCE["fsdd/recordings"]), SPEAKERS, FLOOR)
         images, labels = _mnist(located("mnist", root, SOURCE["mnist"]))
         order = shuffled(len(labels), "av_digits/images")
         sizes = [*SIZES.values(), len(labels) - sum(SIZES.values())]
         rows = dict(zip(("train", "val", "test"), order.split(sizes), strict=True))
-        components = principal_components(images[rows["train"]], energy)
-        pixels = {name: components.reconstruct(images[row]).reshape(-1, 1, 28, 28) for name, row in rows.items()}
+        taught = rows["train"][torch.isin(labels[rows["train"]], kept)]
+        self._components = principal_components(images[taught], energy)
         voices = _voices(spoken, fold)
-        train_audio = spoken.spectrograms[voices["train"]]
-        splits = {}
+        heard = voices["train"][torch.isin(spoken.digit[voices["train"]], kept)]
+        self._reference = {
+            "audio": spoken.spectrograms[heard], "image": self._components.reconstruct(images[taught])
+        }  # fmt: skip
+        splits, held = {}, {}
         for name, row in rows.items():
             partner = voices[name][paired(labels[row], spoken.digit[voices[name]], f"av_digits/{fold}/{name}")]
-            audio = standardised(spoken.spectrograms[partner], train_audio)
-            splits[name] = Split({"audio": audio, "image": standardised(pixels[name], pixels["train"])}, labels[row])
+            inputs = self._standardised(spoken.spectrograms[partner], images[row])
+            splits[name], held[name] = divided(Split(inputs, labels[row]), kept)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
+        self.outside = held["test"] if len(kept) < 10 else None
         self.noise = statistics(self.train.inputs)
-        self._silence = standardised(spoken.spectrograms.amin(dim=(0, 1)), train_audio)
+        self._silence = standardised(spoken.spectrograms.amin(dim=(0, 1)), self._reference["audio"])
+
+    def foreign(
+        self, pictures: Float[Tensor, "sample 28 28"], sounds: Float[Tensor, "sample 5120"]
+    ) -> dict[str, Tensor]:
+        return self._standardised(log_mel(sounds, FLOOR), pictures.flatten(1))
 
     def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
         audio = inputs["audio"]
         if train:
             audio = varied(audio, draw, frames=MOST_FRAMES, gain=MOST_GAIN, tilt=MOST_TILT, fill=self._silence)
         return {"audio": noisy(audio, self._audio_noise, draw, "audio"), "image": inputs["image"]}
+
+    def _standardised(self, spectrograms: Tensor, images: Float[Tensor, "sample 784"]) -> dict[str, Tensor]:
+        pixels = standardised(self._components.reconstruct(images), self._reference["image"])
+        return {"audio": standardised(spectrograms, self._reference["audio"]), "image": pixels.reshape(-1, 1, 28, 28)}
 
 
 def _mnist(folder: Path) -> tuple[Tensor, Tensor]:

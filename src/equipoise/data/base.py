@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ShapeError, unknown_name
+from ..errors import ConfigError, ShapeError, unknown_name
 from .augment import exposed
 from .order import Order
 from .randomness import Draw
@@ -61,6 +61,7 @@ class Dataset(ABC):
         train, val, test: Split.
         noise: name -> (mean, standard deviation) of the standardised training inputs: the statistics of the noise
             that replaces a whole modality (spec 8.3).
+        outside: the test split's samples of classes that are held out, targets as they were; None where none is.
     """
 
     names: tuple[str, ...]
@@ -70,10 +71,24 @@ class Dataset(ABC):
     val: Split
     test: Split
     noise: dict[str, tuple[float, float]]
+    outside: Split | None = None
 
     @abstractmethod
     def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
         """What is done to the inputs of a batch; noise that belongs to the task is added in evaluation too."""
+
+    def foreign(
+        self, pictures: Float[Tensor, "sample height width"], sounds: Float[Tensor, "sample 5120"]
+    ) -> dict[str, Tensor]:
+        """Inputs out of pictures, grey from 0 to 1, and sounds at 8 kHz of another task, made as this data set's are.
+
+        Raises:
+            ConfigError: data that are no pictures and sounds.
+        """
+        raise ConfigError(
+            "outside", expected="a data set of pictures and sounds", got=type(self).__name__,
+            fix="Choose av_digits or digits.",
+        )  # fmt: skip
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .augment import check_deviations, noisy, varied
 from .base import Dataset, Split, standardised, statistics
+from .classes import divided, kept_classes
 from .components import principal_components
 from .pairing import paired, shuffled
 from .randomness import Draw
+from .spectrogram import log_mel
 
 VOICES = Path(__file__).with_name("voices.npz")
 VOICES_SHA256 = "eda163c045fc3039c9d7ce6858d665fe70a95f9e3be9850340e639cf952df39b"
@@ -21,6 +25,8 @@ QUIETEST = -14.0
 """Log energy that level 0 of the stored spectrograms stands for."""
 STEP = 0.1
 """Log energy between two levels."""
+FLOOR = 1e-6
+"""Of the energies that scripts/make_voices.py took the logarithm of."""
 SIZES = {"train": 1000, "val": 300, "test": 497}
 VAL_RENDERING = 3
 """The rendering of the training voices that validation hears and training does not."""
@@ -38,9 +44,12 @@ class Digits(Dataset):
         audio_noise: standard deviation of the noise added to the standardised spectrogram, in every split.
         image_noise: the same for the image.
         energy: part of the variance that the image's principal components keep, in (0, 1].
+        held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
+            of the test split are ``outside``.
 
     Raises:
-        ConfigError: negative noise, or an energy outside (0, 1].
+        ConfigError: negative noise, an energy outside (0, 1], held-out digits that do not exist or leave fewer than
+            two.
 
     Example:
         >>> data = Digits()
@@ -51,33 +60,38 @@ class Digits(Dataset):
     names = ("audio", "image")
     num_outputs = 10
 
-    def __init__(self, *, audio_noise: float = 2.0, image_noise: float = 0.5, energy: float = 0.4) -> None:
+    def __init__(
+        self, *, audio_noise: float = 2.0, image_noise: float = 0.5, energy: float = 0.4, held_out: Sequence[int] = ()
+    ) -> None:
         check_deviations("Digits", audio_noise=audio_noise, image_noise=image_noise)
-        self._deviation = {"audio": audio_noise, "image": image_noise}
+        kept = kept_classes(held_out, 10, "Digits")
+        self._deviation, self.num_outputs = {"audio": audio_noise, "image": image_noise}, len(kept)
         images, labels = _images()
         order = shuffled(len(labels), "digits/images")
         rows = dict(zip(SIZES, order.split(list(SIZES.values())), strict=True))
-        components = principal_components(images[rows["train"]], energy)
         levels, spoken, voices = _voices()
         chosen = {
             name: voices[name][paired(labels[row], spoken[voices[name]], f"digits/{name}")]
             for name, row in rows.items()
         }
-        pixels = {name: components.reconstruct(images[row]).reshape(-1, 1, 8, 8) for name, row in rows.items()}
-        heard = {name: levels[row] for name, row in chosen.items()}
-        splits = {
-            name: Split(
-                {
-                    "audio": standardised(heard[name], heard["train"]),
-                    "image": standardised(pixels[name], pixels["train"]),
-                },
-                labels[row],
-            )
-            for name, row in rows.items()
+        taught = torch.isin(labels[rows["train"]], kept)
+        self._components = principal_components(images[rows["train"][taught]], energy)
+        self._reference = {
+            "audio": levels[chosen["train"][taught]],
+            "image": self._components.reconstruct(images[rows["train"][taught]]),
         }
+        splits, held = {}, {}
+        for name, row in rows.items():
+            whole = Split(self._standardised(levels[chosen[name]], images[row]), labels[row])
+            splits[name], held[name] = divided(whole, kept)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
+        self.outside = held["test"] if len(kept) < 10 else None
         self.noise = statistics(self.train.inputs)
-        self._silence = standardised(torch.full((40,), float(levels.min())), heard["train"])
+        self._silence = standardised(torch.full((40,), float(levels.min())), self._reference["audio"])
+
+    def foreign(self, pictures: Float[Tensor, "sample 8 8"], sounds: Float[Tensor, "sample 5120"]) -> dict[str, Tensor]:
+        levels = ((log_mel(sounds, FLOOR) - QUIETEST) / STEP).round().clamp(0, 255)
+        return self._standardised(levels * STEP + QUIETEST, pictures.flatten(1))
 
     def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
         audio = inputs["audio"]
@@ -87,6 +101,10 @@ class Digits(Dataset):
             "audio": noisy(audio, self._deviation["audio"], draw, "audio"),
             "image": noisy(inputs["image"], self._deviation["image"], draw, "image"),
         }
+
+    def _standardised(self, levels: Tensor, images: Float[Tensor, "sample 64"]) -> dict[str, Tensor]:
+        pixels = standardised(self._components.reconstruct(images), self._reference["image"])
+        return {"audio": standardised(levels, self._reference["audio"]), "image": pixels.reshape(-1, 1, 8, 8)}
 
 
 def _images() -> tuple[Tensor, Tensor]:
