@@ -47,3 +47,16 @@ def blanked(
         value = mean_log_likelihood(model(**given, use_cache=False).logits[0], answer[0])
         found.append(Effect(f"blank {name}", value, value - whole))
     return found
+
+
+def measured(model: nn.Module, inputs: dict[str, Any], answer: Int[Tensor, "1 token"]) -> list[Effect]:
+    """The answer with each modality hidden, and under the operators of QUAG; inputs of the whole sequence."""
+    from ..diagnose.answers import IGNORED, answer_effects
+
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels[:, -answer.shape[1] :] = answer
+    words = {"mask": "{} hidden", "quag": "QUAG {}"}
+    return [
+        Effect(words[row["change"]].format(row["of"]), row["log_likelihood"], -row["drop"])
+        for row in answer_effects(model, {**inputs, "use_cache": False}, labels) if row["change"] in words
+    ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..evaluation import evaluating
 from ..watch import labels_for
-from .effects import blanked, mean_log_likelihood
+from .effects import blanked, mean_log_likelihood, measured
 from .found import VIEWS, Look, Token, view_of
 from .grid import frame_of, grid_of
 from .inputs import Prompt, check_given, completed, prompt_of, read_image, read_sound, tokenizer_of, words
@@ -95,7 +95,7 @@ def look(
         logits, seen, trace = traced(model, whole, _groups(prompt.length, len(texts)), choose, sites)
         likelihood = mean_log_likelihood(logits, written[0])
         tell("taking away what it is given")
-        effects = blanked(model, prompt.blank, written, likelihood)
+        effects = [*measured(model, whole, written), *blanked(model, prompt.blank, written, likelihood)]
     first = seen["answer"]
     if not first.sites:
         raise first.nothing()

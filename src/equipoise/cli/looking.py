@@ -1,0 +1,78 @@
+"""``equipoise look``: a model of Hugging Face and a picture in, a table, ``look.json`` and a page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ..recipes import Recipe
+from .command import described, out
+
+EXAMPLES = (
+    'equipoise look llava-hf/llava-1.5-7b-hf --image cat.png --text "What is on the mat?"',
+    'equipoise look models/mine --image cat.png --text "Is this a dog?" --answer "No"   how likely is it, and why',
+    'equipoise look models/mine --audio dog.wav --text "What do you hear?"',
+    "equipoise look models/config-and-tokenizer --random --image cat.png --text hello   no weights are needed",
+)
+
+
+def look_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = described(
+        "Shows where a vision-language or audio model looks while it answers, and whether the answer needs it: table, "
+        "look.json, report.html.",
+        *EXAMPLES,
+    )
+    parser.add_argument("model", type=str, help="a name on the Hugging Face hub, or a folder of save_pretrained")
+    parser.add_argument("--image", type=Path, default=None, help="the picture, for a model that reads pictures")
+    parser.add_argument("--audio", type=Path, default=None, help="the sound, for a model that reads sounds")
+    parser.add_argument("--text", type=str, required=True, help="the question; the chat template is put around it")
+    parser.add_argument("--answer", type=str, default=None, help="an answer to judge; by default the model writes one")
+    parser.add_argument("--max_new_tokens", type=int, default=20, help="of the answer that the model writes")
+    parser.add_argument("--sites", type=str, default=None, help="comma-separated patterns of layers; all by default")
+    parser.add_argument("--sinks", type=int, default=3, help="top tokens that the second figures leave out")
+    parser.add_argument("--random", action="store_true", help="random weights from the configuration alone")
+    parser.add_argument("--revision", type=str, default=None, help="branch, tag or commit on the hub")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, ...; the accelerator where there is one")
+    parser.add_argument("--dtype", type=str, default=None, help="auto, float32, bfloat16 or float16; auto by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/look"), help="folder of look.json and report.html")
+    return parser
+
+
+def look(options: Namespace) -> int:
+    """Loads the model, asks it, and writes what was found."""
+    from ..look import load_any, look
+    from ..look.inputs import read_image
+
+    # A picture that cannot be read is told before the model is loaded.
+    image = None if options.image is None else read_image(options.image)
+    notes = ["The weights are random: the figures show how the page works, not what a model does."]
+    with out.status("loading the model") as status:
+        loaded = load_any(
+            options.model, random=options.random, revision=options.revision, dtype=options.dtype,
+            device=options.device,
+        )  # fmt: skip
+        found = look(
+            *loaded, image=image, audio=options.audio, text=options.text, answer=options.answer,
+            max_new_tokens=options.max_new_tokens, sinks=options.sinks,
+            sites=None if options.sites is None else [part.strip() for part in options.sites.split(",")],
+            name=options.model, notes=notes if options.random else (), tell=status.update,
+        )  # fmt: skip
+        status.update("writing the page")
+        path = found.save(options.out)
+        page = found.report(options.out / "report.html")
+    out.print(found.table(), highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    for line in (*notes[: len(found.notes)], *_told(found.to_dict())):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"answer:  {found.answer}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"numbers: {path}", highlight=False, soft_wrap=True)
+    out.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _told(content: dict) -> list[str]:
+    """What the page says first."""
+    from ..report.look_sentences import Shares, verdict
+
+    return verdict(Shares(content))

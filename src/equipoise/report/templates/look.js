@@ -1,0 +1,197 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const at = (id) => document.getElementById(id);
+
+  const theme = at("theme");
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
+  const showTheme = () => theme.setAttribute("aria-pressed", String(isDark()));
+  theme.hidden = false;
+  theme.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    showTheme();
+  });
+  prefersDark.addEventListener("change", showTheme);
+  showTheme();
+
+  const look = JSON.parse(at("look").textContent);
+  const download = at("download");
+  download.hidden = false;
+  download.addEventListener("click", () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(look) + "\n"], { type: "application/json" }));
+    link.download = "look.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  });
+
+  const maps = look.maps;
+  if (!maps.layers.length) return;
+
+  // float16, which not every browser has as an array of its own.
+  const half = (bits) => {
+    const sign = bits & 0x8000 ? -1 : 1;
+    const exponent = (bits >> 10) & 31;
+    const rest = bits & 1023;
+    if (exponent === 31) return NaN;
+    return exponent ? sign * (1 + rest / 1024) * 2 ** (exponent - 15) : (sign * rest) / 2 ** 24;
+  };
+  const unpacked = ({ shape, float16 }) => {
+    const text = atob(float16);
+    const values = new Float32Array(text.length / 2);
+    for (let i = 0; i < values.length; i++) {
+      values[i] = half(text.charCodeAt(2 * i) | (text.charCodeAt(2 * i + 1) << 8));
+    }
+    return { shape, values };
+  };
+  const mean = unpacked(maps.mean);
+  const single = unpacked(maps.by_head);
+  const [, layers, keys] = mean.shape;
+  const [withHeads, , heads] = single.shape;
+  const targets = look.tokens.flatMap((token, place) => (token.modality === look.target ? [place] : []));
+
+  // Attention of one reader on every token. Layer 0 and head 0 stand for the mean over all of them.
+  const row = (reader, layer, head) => {
+    const found = new Float32Array(keys);
+    const chosen = layer ? [layer - 1] : [...Array(layers).keys()];
+    const byHead = head > 0 && reader < withHeads;
+    for (const l of chosen) {
+      const start = byHead ? ((reader * layers + l) * heads + head - 1) * keys : (reader * layers + l) * keys;
+      const values = byHead ? single.values : mean.values;
+      for (let k = 0; k < keys; k++) found[k] += (values[start + k] || 0) / chosen.length;
+    }
+    return found;
+  };
+  const part = (values, places) => places.reduce((sum, place) => sum + values[place], 0);
+  const percent = (value) => {
+    const figure = 100 * value;
+    return `${figure >= 9.95 ? figure.toFixed(0) : figure >= 0.095 ? figure.toFixed(1) : figure.toFixed(2)}\u00a0%`;
+  };
+  const visible = (text) => text.trim() || "a space";
+
+  const layer = at("layer");
+  const head = at("head");
+  const told = at("told");
+  const canvas = at("map");
+  const frame = at("frame");
+  const over = at("over");
+  const weak = at("weak");
+  const chips = [...document.querySelectorAll(".chip[data-reader]")];
+  let chosen = chips.find((chip) => chip.getAttribute("aria-pressed") === "true");
+
+  const STOPS = [[20, 19, 43], [132, 32, 105], [229, 92, 48], [246, 215, 70]];
+  const shade = (value) => {
+    const place = Math.min(value, 0.9999) * (STOPS.length - 1);
+    const below = Math.floor(place);
+    return STOPS[below].map((from, c) => from + (STOPS[below + 1][c] - from) * (place - below));
+  };
+
+  // The brightest place, as a reader of text says it.
+  const placeOf = (index) => {
+    const { rows, columns, known } = look.grid;
+    if (look.target === "audio") return `at ${Math.round((100 * (index + 0.5)) / columns)}\u00a0% of its length`;
+    if (!known) return `at token ${index + 1} of ${columns}`;
+    return `in row ${Math.floor(index / columns) + 1} of ${rows}, column ${(index % columns) + 1} of ${columns}`;
+  };
+
+  const draw = (values, whole) => {
+    const figures = targets.map((place) => values[place]);
+    const top = Math.max(...figures, 0);
+    const context = canvas.getContext("2d");
+    const image = context.createImageData(look.grid.columns, look.grid.rows);
+    const covers = canvas.classList.contains("strip");
+    figures.forEach((figure, i) => {
+      const value = top ? (weak.checked ? Math.sqrt(figure / top) : figure / top) : 0;
+      const alpha = covers ? 255 : Math.round(255 * (0.3 + 0.5 * value));
+      image.data.set([...shade(value), alpha], 4 * i);
+    });
+    context.putImageData(image, 0, 0);
+    at("high").textContent = `${percent(top)} a token`;
+    const brightest = figures.indexOf(top);
+    const said = top ? `Most goes to the place ${placeOf(brightest)}: ${percent(top)}.` : `Nothing goes to the ${look.target}.`;
+    canvas.setAttribute("aria-label", `Attention of ${whole} over the ${look.target}. ${said}`);
+    return said;
+  };
+
+  const colour = (values, l, h) => {
+    const mode = document.querySelector("input[name=colour]:checked")?.value ?? "read";
+    const scored = [];
+    document.querySelectorAll(".chip").forEach((chip) => {
+      let value = null;
+      if (mode === "looks" && chip.dataset.reader !== undefined) value = part(row(Number(chip.dataset.reader), l, h), targets);
+      else if (mode === "read" && chip.dataset.place !== undefined) value = values[Number(chip.dataset.place)];
+      scored.push([chip, value]);
+    });
+    const top = Math.max(...scored.map(([, value]) => value ?? 0), 1e-12);
+    for (const [chip, value] of scored) {
+      chip.classList.toggle("read", mode === "read");
+      chip.style.setProperty("--part", `${Math.round((44 * (value ?? 0)) / top)}%`);
+      chip.title = value === null ? "" : mode === "looks" ? `${percent(value)} of its attention goes to the ${look.target}` : `gets ${percent(value)}`;
+    }
+  };
+
+  const show = () => {
+    const reader = Number(chosen.dataset.reader);
+    head.disabled = reader >= withHeads;
+    const l = Number(layer.value);
+    const h = head.disabled ? 0 : Number(head.value);
+    at("layer-said").textContent = l ? String(maps.layers[l - 1]) : "all, mean";
+    at("head-said").textContent = head.disabled ? (withHeads ? "all; single ones for the whole answer" : "all, mean") : h ? String(h - 1) : "all, mean";
+    const values = row(reader, l, h);
+    const { text, place } = maps.readers[reader];
+    const who = place === null ? text : `“${visible(text)}”`;
+    const where = `in ${l ? `layer ${maps.layers[l - 1]}` : "all layers"}, ${h ? `head ${h - 1}` : "all heads"}`;
+    const parts = look.modalities.map((name) => {
+      const places = look.tokens.flatMap((token, i) => (token.modality === name ? [i] : []));
+      return places.length ? `${percent(part(values, places))} to ${places.length === 1 ? "the one token" : `the ${places.length} tokens`} of ${name}` : null;
+    });
+    let said = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
+    if (canvas) said += ` ${draw(values, `${who} ${where}`)}`;
+    told.textContent = said;
+    colour(values, l, h);
+  };
+
+  const choose = (chip) => {
+    chosen.setAttribute("aria-pressed", "false");
+    chosen.tabIndex = -1;
+    chosen = chip;
+    chosen.setAttribute("aria-pressed", "true");
+    chosen.tabIndex = 0;
+    show();
+  };
+  chosen.tabIndex = 0;
+  for (const chip of chips) {
+    chip.addEventListener("click", () => choose(chip));
+    // One stop for the tab key; arrows go from token to token.
+    chip.addEventListener("keydown", (event) => {
+      const here = chips.indexOf(chip);
+      const next = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: chips.length - 1 }[event.key];
+      if (next === undefined || !chips[next]) return;
+      event.preventDefault();
+      choose(chips[next]);
+      chips[next].focus();
+    });
+  }
+  for (const input of document.querySelectorAll(".explorer input")) {
+    input.addEventListener("input", show);
+  }
+
+  const cover = () => {
+    frame.classList.toggle("over", over.checked);
+    canvas.hidden = !over.checked;
+  };
+  if (canvas) {
+    canvas.hidden = false;
+    if (frame && over) {
+      const [left, upper, right, lower] = look.frame.map((edge) => 100 * edge);
+      Object.assign(canvas.style, {
+        left: `${left}%`, top: `${upper}%`, width: `${right - left}%`, height: `${lower - upper}%`,
+      });
+      over.addEventListener("input", cover);
+      cover();
+    }
+  }
+  document.querySelectorAll(".sliders, .scale, .switches, .colours").forEach((part) => (part.hidden = false));
+  show();
+})();
