@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from .. import recipes, record
 from ..errors import ConfigError
 from ..recipes import Recipe
+from .command import Command, described, fail, out
+from .diagnosing import diagnose, diagnose_parser
+from .looking import look, look_parser
 from .table import show
 
 if TYPE_CHECKING:
     from ..train.experiment import Job
 
-out, err = Console(), Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A line for the list of commands, a parser, and what to do with what it parsed."""
-
-    summary: str
-    parser: Callable[[Recipe | None], ArgumentParser]
-    run: Callable[[Namespace], int]
-    takes_recipe: bool = False
-
-
-def fail(message: str, status: int = 1) -> int:
-    """Tells an error on the error stream, whole and unwrapped."""
-    style = "red" if status == 1 else ""
-    err.print(f"equipoise: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
-    return status
-
 
 def demo_parser(recipe: Recipe | None) -> ArgumentParser:
-    parser = _parser(
+    parser = described(
         "Trains five methods on the bundled digits: table, results.json, report.html.",
         "equipoise demo",
         "equipoise demo --quick                one seed, under two minutes",
@@ -58,7 +40,7 @@ def demo(options: Namespace) -> int:
 
 
 def compare_parser(recipe: Recipe | None) -> ArgumentParser:
-    parser = _parser(
+    parser = described(
         "Runs methods x seeds x folds side by side; finished runs are not run again.",
         "equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5",
         "equipoise compare --config av_digits --folds A,B,C --out runs/folds",
@@ -90,7 +72,7 @@ def compare(options: Namespace) -> int:
 
 
 def train_parser(recipe: Recipe | None) -> ArgumentParser:
-    parser = _parser(
+    parser = described(
         "Trains one method with one seed: weights, checkpoints and figures in one folder.",
         "equipoise train --config digits --method joint+rollingq",
         "equipoise train --config digits --method joint+rollingq --resume        after an interruption",
@@ -157,7 +139,7 @@ def _fresh(job: Job, folder: Path, resume: bool) -> None:
 
 
 def report_parser(recipe: Recipe | None) -> ArgumentParser:
-    parser = _parser(
+    parser = described(
         "Draws results.json as one self-contained HTML page.",
         "equipoise report runs/demo",
         "equipoise report runs/demo/results.json --out page.html",
@@ -174,7 +156,7 @@ def report(options: Namespace) -> int:
 
 
 def recipes_parser(recipe: Recipe | None) -> ArgumentParser:
-    parser = _parser(
+    parser = described(
         "Lists the packaged recipes, or copies one so that you own it.",
         "equipoise recipes ls",
         "equipoise recipes cp digits mine.yaml",
@@ -208,14 +190,11 @@ COMMANDS = {
     "demo": Command("bundled data, a few minutes -> table and report.html", demo_parser, demo),
     "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare, takes_recipe=True),
     "train": Command("one method, with checkpoints and --resume", train_parser, train, takes_recipe=True),
+    "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
+    "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }
-
-
-def _parser(description: str, *examples: str) -> ArgumentParser:
-    epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
-    return ArgumentParser(description=description, epilog=epilog)
 
 
 def _add_config(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The program ``equipoise``: demo, compare, train, report, recipes."""
+"""The program ``equipoise``: demo, compare, train, diagnose, look, report, recipes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from jsonargparse import ArgumentParser
 
 from .. import __version__, recipes
 from ..errors import EquipoiseError
-from .commands import COMMANDS, fail
+from .command import fail
+from .commands import COMMANDS
 
 EPILOG = """examples:
   equipoise demo                                    bundled data, minutes on two cores -> table and report.html
   equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5
   equipoise train --config digits --method joint+rollingq --out runs/mine
+  equipoise diagnose runs/mine                      does it use what it is given? -> verdicts and a page
+  equipoise look MODEL --image cat.png --text "What is on the mat?"    where does a vision-language model look?
   equipoise report runs/demo                        results.json -> one self-contained page
   equipoise recipes cp digits                       take a recipe into this folder and own it
 

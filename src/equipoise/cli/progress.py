@@ -94,3 +94,35 @@ class TrainingProgress(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._bar.stop()
+
+
+class DiagnosisProgress:
+    """One bar over the tests of all runs; where there is no terminal, a line for each run.
+
+    Args:
+        runs: how many.
+        console: where to.
+    """
+
+    def __init__(self, runs: int, console: Console) -> None:
+        self._runs, self._begun, self._console, self._bar = runs, 0, console, _bar(console, "tests")
+
+    def __enter__(self) -> DiagnosisProgress:
+        self._bar.start()
+        self._task = self._bar.add_task("diagnosing", total=None)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        """The next run."""
+        self._begun, self._name = self._begun + 1, name
+        if not self._console.is_terminal:
+            self._console.print(f"diagnosing {name}", highlight=False, markup=False)
+
+    def __call__(self, test: str, done: int, tests: int) -> None:
+        said = f"{self._name}: {test}" if test else self._name
+        self._bar.update(
+            self._task, description=said, total=tests * self._runs, completed=tests * (self._begun - 1) + done
+        )

@@ -2,3 +2,5 @@
 
 from .diagnose import diagnose as diagnose
 from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import results as results
+from .questions import QUESTIONS as QUESTIONS

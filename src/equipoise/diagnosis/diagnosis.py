@@ -143,7 +143,11 @@ def _read(path: Path) -> dict[str, Any]:
         got = f"a file cut short or of another kind ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
     if not isinstance(content, dict) or content.get("kind") != "diagnosis" or content.get("schema") != SCHEMA:
-        got = f"{content.get('kind')!r} of schema {content.get('schema')!r}" if isinstance(content, dict) else "no mapping"
+        got = (
+            f"{content.get('kind')!r} of schema {content.get('schema')!r}"
+            if isinstance(content, dict)
+            else "no mapping"
+        )
         raise SchemaError(who, expected=f"a diagnosis of schema {SCHEMA}", got=got, fix=AGAIN)
     wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     verdicts = content.get("verdicts")

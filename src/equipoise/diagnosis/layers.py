@@ -32,7 +32,8 @@ def residuals(fusion: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         row alone are left out: a single token is always like itself.
     """
     found: dict[str, list[Tensor]] = {}
-    names = {part: name for name, part in fusion.named_modules() if isinstance(part, (Block, PostNormBlock))}
+    blocks = (Block, PostNormBlock)
+    names: dict[nn.Module, str] = {part: name for name, part in fusion.named_modules() if isinstance(part, blocks)}
 
     def look(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         tokens = output.output if isinstance(output, Attended) else output

@@ -20,6 +20,7 @@ from ..diagnose.keys import key_distribution
 from ..diagnose.masking import mask_modality
 from ..diagnose.noise import response as response_of
 from ..diagnose.ood import ood as ood_of
+from ..diagnose.quag_scores import quag as quag_of
 from ..diagnose.scores import constant_answer
 from ..diagnose.shapley import modality_shapley
 from ..diagnose.share import share_statistics
@@ -120,8 +121,6 @@ def shapley(of: Examination) -> Found:
 
 def quag(of: Examination) -> Found:
     """The score with parts of the fusion's attention averaged."""
-    from ..diagnose.quag_scores import quag as quag_of
-
     of.needs_targets()
     of.needs_several("there are no quadrants")
     found = quag_of(of.model, of.batches())
@@ -234,7 +233,8 @@ def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]
 QUESTIONS: dict[str, Callable[[Examination], Found]] = {
     question.__name__: question
     for question in (
-        score, noise, masking, response, attention, corruption, shapley, quag, keys, gap, collapse, gradients, ood, cost,
+        score, noise, masking, response, attention, corruption, shapley, quag, keys, gap, collapse, gradients, ood,
+        cost,
     )
 }  # fmt: skip
 """Name of the test -> the function, in the order in which they run."""

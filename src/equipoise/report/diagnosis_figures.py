@@ -1,4 +1,4 @@
-"""Pictures of one diagnosis: a function for each test, its content in, an SVG element out, or None where it has none."""
+"""Pictures of one diagnosis: a function for each test, its content in, a picture out, or None where it has none."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from ..record import number
 from .canvas import (
     ACCENT,
     INK,
-    MODALITY,
     MUTED,
     NOISE,
     blank,
     filled,
-    headed,
     legend,
     name_rows,
     outline,
@@ -25,42 +23,14 @@ from .canvas import (
     shorten,
     span,
     themed,
-    to_svg,
 )
+from .diagnosis_subject import Picture, Subject
+from .evidence import ERRORS
 from .readings import as_histogram
-from .verdict import ERRORS, Evidence
 from .wording import signed, title
 
-Content = Mapping[str, Any]
 
-
-class Subject:
-    """One model on a page: its content, its place among the models, and the colours of the modalities.
-
-    Args:
-        content: what ``Diagnosis.to_dict`` gives.
-        place: its number among the models of the page.
-        names: all modalities of all models, so that each has one colour.
-    """
-
-    def __init__(self, content: Content, place: int = 0, names: tuple[str, ...] = ()) -> None:
-        self.content, self.place = content, place
-        self.name, self.names = str(content["name"]), tuple(content["names"])
-        self.found = Evidence(content)
-        self._all = names or self.names
-
-    def details(self, test: str) -> Mapping[str, Any]:
-        return self.content["details"].get(test) or {}
-
-    def colour(self, name: str) -> str:
-        return MODALITY[self._all.index(name) % len(MODALITY)] if name in self._all else INK
-
-    def svg(self, figure: Any, test: str, label: str) -> str:
-        headed(figure, shorten(self.name))
-        return to_svg(figure, f"d-{test}-{self.place}", f"{title(test)} of {self.name}. {label}")
-
-
-def without(of: Subject, test: str, kinds: Mapping[str, str]) -> str | None:
+def without(of: Subject, test: str, kinds: Mapping[str, str]) -> Picture | None:
     """The score as it is and under each condition, with a line of two standard errors to both sides."""
     full = of.found.get(of.found.score)
     rows: list[tuple[str, float, str]] = [] if full is None else [("as it is", full, INK)]
@@ -83,22 +53,22 @@ def without(of: Subject, test: str, kinds: Mapping[str, str]) -> str | None:
         name_rows(axes, [shorten(words, 24) for words, _, _ in rows])
         _score_axis(axes.xaxis, axes.set_xlabel, of)
         shown = ", ".join(f"{words} {of.found.say(value)}" for words, value, _ in rows)
-        return of.svg(figure, test, f"{shown}.")
+        return of.picture(figure, test, f"{shown}.")
 
 
-def score(of: Subject) -> str | None:
+def score(of: Subject) -> Picture | None:
     return without(of, "score", {"alone": "{name} alone"})
 
 
-def noise(of: Subject) -> str | None:
+def noise(of: Subject) -> Picture | None:
     return without(of, "noise", {"noise": "{name} as noise"})
 
 
-def masking(of: Subject) -> str | None:
+def masking(of: Subject) -> Picture | None:
     return without(of, "masking", {"mask": "without {name}"})
 
 
-def response(of: Subject) -> str | None:
+def response(of: Subject) -> Picture | None:
     """Attention that goes to the other modalities, clean and with one modality as noise."""
     details = of.details("response")
     shares = details.get("shares") or {}
@@ -112,15 +82,15 @@ def response(of: Subject) -> str | None:
         axes.set(xlim=(0, 1), yticks=[], xlabel=f"attention that does not go to {details['modality']}")
         percent(axes.xaxis)
         legend(axes)
-        return of.svg(figure, "response", f"Means: clean {_part(clean.mean)}, noise {_part(noisy.mean)}.")
+        return of.picture(figure, "response", f"Means: clean {_part(clean.mean)}, noise {_part(noisy.mean)}.")
 
 
-def corruption(of: Subject) -> str | None:
+def corruption(of: Subject) -> Picture | None:
     """The score over the level of noise, one line for each modality that is damaged."""
     return _levels(of, "accuracy", "", lambda axes: _score_axis(axes.yaxis, axes.set_ylabel, of))
 
 
-def followed(of: Subject) -> str | None:
+def followed(of: Subject) -> Picture | None:
     """Attention to the damaged modality over the level of noise."""
 
     def whole(axes: Axes) -> None:
@@ -130,7 +100,7 @@ def followed(of: Subject) -> str | None:
     return _levels(of, "share", "share-", whole)
 
 
-def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) -> str | None:
+def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) -> Picture | None:
     curves = {name: curve for name, curve in (of.details("corruption").get("curves") or {}).items() if curve.get(part)}
     if not curves:
         return None
@@ -142,18 +112,20 @@ def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) 
         dress(axes)
         axes.legend(frameon=False, fontsize=9, loc="best")
         ends = ", ".join(f"{name} {c[part][0]:.3g} to {c[part][-1]:.3g}" for name, c in curves.items())
-        return of.svg(figure, f"{prefix}corruption", f"From no noise to full noise: {ends}.")
+        return of.picture(figure, f"{prefix}corruption", f"From no noise to full noise: {ends}.")
 
 
-def shapley(of: Subject) -> str | None:
+def shapley(of: Subject) -> Picture | None:
     worth = {name: value for name in of.names if (value := of.found.get(f"shapley/{name}")) is not None}
     return _bars(of, "shapley", worth, of.found.differ, "what it adds to the score") if worth else None
 
 
-def quag(of: Subject) -> str | None:
+def quag(of: Subject) -> Picture | None:
     """The score with parts of attention averaged."""
     full = of.found.get(of.found.score)
-    found = {m.partition("/")[2]: v for m in of.found.metrics if m.startswith("quag/") and (v := of.found.get(m)) is not None}
+    found = {
+        m.partition("/")[2]: v for m in of.found.metrics if m.startswith("quag/") and (v := of.found.get(m)) is not None
+    }
     if full is None or not found:
         return None
     rows = {"as it is": full, **found}
@@ -166,15 +138,15 @@ def quag(of: Subject) -> str | None:
             axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
         name_rows(axes, [shorten(words, 24) for words in rows])
         _score_axis(axes.xaxis, axes.set_xlabel, of)
-        return of.svg(figure, "quag", ", ".join(f"{words} {of.found.say(v)}" for words, v in rows.items()) + ".")
+        return of.picture(figure, "quag", ", ".join(f"{words} {of.found.say(v)}" for words, v in rows.items()) + ".")
 
 
-def gradients(of: Subject) -> str | None:
+def gradients(of: Subject) -> Picture | None:
     norms = {name: value for name in of.names if (value := of.found.get(f"gradient_output/{name}")) is not None}
     return _bars(of, "gradients", norms, "{:.3g}".format, "norm of the gradient at the encoder's output")
 
 
-def keys(of: Subject) -> str | None:
+def keys(of: Subject) -> Picture | None:
     """Cosine between query and mean key of each modality; what noise makes of one of them as an outline."""
     details = of.details("keys")
     found = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
@@ -191,10 +163,12 @@ def keys(of: Subject) -> str | None:
             outline(axes, noisy, NOISE, f"{replaced} as noise")
         axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=span([*found.values(), noisy]))
         legend(axes)
-        return of.svg(figure, "keys", "Means: " + ", ".join(f"{n} {signed(p.mean)}" for n, p in found.items()) + ".")
+        return of.picture(
+            figure, "keys", "Means: " + ", ".join(f"{n} {signed(p.mean)}" for n, p in found.items()) + "."
+        )
 
 
-def attention(of: Subject) -> str | None:
+def attention(of: Subject) -> Picture | None:
     """Attention of every layer as one bar: its modalities, and special tokens."""
     layers = of.details("attention").get("layers") or []
     rows = [{name: _mean(head[i] for head in row["share"]) for i, name in enumerate(row["names"])} for row in layers]
@@ -217,15 +191,15 @@ def attention(of: Subject) -> str | None:
         percent(axes.xaxis)
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
         said = "; ".join(", ".join(f"{name} {_part(value)}" for name, value in row.items()) for row in rows)
-        return of.svg(figure, "attention", f"From the first layer: {said}.")
+        return of.picture(figure, "attention", f"From the first layer: {said}.")
 
 
-def gap(of: Subject) -> str | None:
+def gap(of: Subject) -> Picture | None:
     gaps = {name: value for name in of.names if (value := of.found.get(f"attention_gap/{name}")) is not None}
     return _bars(of, "gap", gaps, "{:.0f}".format, "gap between own and other modalities, %") if gaps else None
 
 
-def collapse(of: Subject) -> str | None:
+def collapse(of: Subject) -> Picture | None:
     rows = of.details("collapse").get("layers") or []
     if len(rows) < 2:
         return None
@@ -235,10 +209,10 @@ def collapse(of: Subject) -> str | None:
         axes.set(ylim=(0, 1), xlabel="block (0 is the input)", ylabel="part that differs")
         percent(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return of.svg(figure, "collapse", "By block: " + ", ".join(f"{_part(row['mean'])}" for row in rows) + ".")
+        return of.picture(figure, "collapse", "By block: " + ", ".join(f"{_part(row['mean'])}" for row in rows) + ".")
 
 
-def ood(of: Subject) -> str | None:
+def ood(of: Subject) -> Picture | None:
     """Confidence of known and of unknown inputs."""
     shown = of.details("ood").get("confidence") or {}
     inside, outside = as_histogram(shown.get("in")), as_histogram(shown.get("out"))
@@ -250,10 +224,10 @@ def ood(of: Subject) -> str | None:
         outline(axes, outside, NOISE, "unknown")
         axes.set(yticks=[], xlabel=f"confidence ({of.details('ood').get('score')}), more sure to the right")
         legend(axes)
-        return of.svg(figure, "ood", f"Means: known {signed(inside.mean)}, unknown {signed(outside.mean)}.")
+        return of.picture(figure, "ood", f"Means: known {signed(inside.mean)}, unknown {signed(outside.mean)}.")
 
 
-FIGURES: dict[str, tuple[Callable[[Subject], str | None], ...]] = {
+FIGURES: dict[str, tuple[Callable[[Subject], Picture | None], ...]] = {
     "score": (score,), "noise": (noise,), "masking": (masking,), "response": (response,), "attention": (attention,),
     "corruption": (corruption, followed), "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
     "collapse": (collapse,), "gradients": (gradients,), "ood": (ood,),
@@ -261,7 +235,9 @@ FIGURES: dict[str, tuple[Callable[[Subject], str | None], ...]] = {
 """Test -> its pictures."""
 
 
-def _bars(of: Subject, test: str, values: Mapping[str, float], say: Callable[[float], str], label: str) -> str | None:
+def _bars(
+    of: Subject, test: str, values: Mapping[str, float], say: Callable[[float], str], label: str
+) -> Picture | None:
     """One bar for each modality, with its figure at the end."""
     if not values:
         return None
@@ -276,7 +252,7 @@ def _bars(of: Subject, test: str, values: Mapping[str, float], say: Callable[[fl
         name_rows(axes, [shorten(name, 18) for name in values])
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        return of.svg(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
+        return of.picture(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
 
 
 def _score_axis(axis: Any, name: Callable[[str], Any], of: Subject) -> None:

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ..errors import ConfigError
 from . import canvas
-from .diagnosis_figures import FIGURES, Subject
+from .diagnosis_figures import FIGURES
 from .diagnosis_metrics import is_score, label, ordered, shown, test_of
+from .diagnosis_subject import Picture, Subject
 from .diagnosis_words import WORDS
-from .page import Picture, asset, bound, embedded, flat
-from .verdict import ERRORS, Verdict, headline
+from .evidence import ERRORS
+from .page import asset, bound, embedded, flat
+from .verdict import Verdict, headline
 from .wording import counted, listed
 
 MARKS = {"good": ("✓", "good"), "bad": ("✗", "bad"), "neutral": ("○", "open")}
@@ -118,24 +119,9 @@ def _section(test: str, subjects: Sequence[Subject]) -> Section | None:
     ran = [subject for subject in subjects if test in subject.content["details"]]
     if not ran:
         return None
-    pictures = []
-    for subject in ran:
-        for draw in FIGURES.get(test, ()):
-            if (svg := draw(subject)) is not None:
-                pictures.append(Picture(Markup(svg), _caption(subject, test)))
+    drawn = [draw(subject) for subject in ran for draw in FIGURES.get(test, ())]
+    pictures = [picture for picture in drawn if picture is not None]
     return Section(test, *WORDS[test], pictures, _rows(test, subjects))
-
-
-def _caption(subject: Subject, test: str) -> str:
-    """What the verdicts say that stand on this test, or the figures themselves."""
-    said = [verdict["text"] for verdict in subject.content["verdicts"] if verdict["test"] == test]
-    if said:
-        return " ".join(said)
-    return " · ".join(
-        f"{label(metric)} {shown(metric, value, subject.found.score)}"
-        for metric in subject.found.metrics
-        if test_of(metric) == test and (value := subject.found.get(metric)) is not None
-    )
 
 
 def _rows(test: str, subjects: Sequence[Subject]) -> list[tuple[str, list[Cell]]]:
@@ -167,4 +153,3 @@ def _explorer(subjects: Sequence[Subject]) -> list[tuple[int, str]]:
         if len(layers) > 1 or any(len(row["share"]) > 1 for row in layers):
             found.append((subject.place, subject.name))
     return found
-

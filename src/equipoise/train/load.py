@@ -43,7 +43,7 @@ def load(folder: str | os.PathLike[str]) -> FusionModel:
         (('image',), False)
     """
     folder = Path(folder)
-    run = _run(folder)
+    run = finished_run(folder)
     recipe = recipes.read(folder / "recipe.yaml")
     with torch.random.fork_rng(devices=[]):
         model, _ = methods.build(methods.parse(run["method"], recipe), recipe, dataset(recipe, run["fold"]))
@@ -51,8 +51,12 @@ def load(folder: str | os.PathLike[str]) -> FusionModel:
     return model.eval()
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    """Method and fold of the finished run in this folder."""
+def finished_run(folder: Path) -> dict[str, Any]:
+    """The finished run in this folder, as ``results.json`` holds it.
+
+    Raises:
+        DataError: no folder of a finished run, or a damaged one.
+    """
     missing = [name for name in PARTS if not (folder / name).is_file()]
     if missing:
         inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("runs/*/*/seed*/run.json"))
@@ -63,7 +67,7 @@ def _run(folder: Path) -> dict[str, Any]:
                         got=f"'{folder}' without {', '.join(missing)}", fix=fix)  # fmt: skip
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
-        return {"method": run["method"], "fold": run["fold"]}
+        return {**run, "method": run["method"], "seed": run["seed"], "fold": run["fold"], "metrics": run["metrics"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"load '{folder / 'run.json'}'", expected="a whole run", got=f"{type(error).__name__}: {error}",

@@ -1,0 +1,222 @@
+"""``equipoise diagnose``: trained runs in, verdicts, ``diagnosis.json`` and a page out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import recipes, record
+from ..errors import ConfigError
+from ..recipes import Recipe
+from .command import described, out
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+    from ..diagnosis import Diagnosis
+
+EXAMPLES = (
+    "equipoise diagnose runs/digits-joint+rollingq",
+    "equipoise diagnose runs/demo/runs/all/joint/seed0 runs/demo/runs/all/joint+rollingq/seed0 --out runs/two",
+    "equipoise diagnose runs/mine --tests noise,masking,response --outside noise",
+)
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run as its folder has it."""
+
+    folder: Path
+    recipe: Recipe
+    run: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return str(self.run["method"])
+
+
+def diagnose_parser(recipe: Recipe | None) -> ArgumentParser:
+    parser = described(
+        "Asks trained models whether they use what they are given: verdicts, figures, one page.", *EXAMPLES
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, of train or compare")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder; RUN/diagnosis by default, runs/diagnosis for several"
+    )
+    parser.add_argument("--tests", type=str, default=None, help="comma-separated names of tests; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
+    parser.add_argument(
+        "--outside", type=Literal["noise", "none"], default="noise",
+        help="unknown inputs for the test of confidence: noise puts pure noise in place of every modality",
+    )  # fmt: skip
+    parser.add_argument(
+        "--modality", type=str, default=None, help="that noise replaces to see whether attention leaves; the run's own"
+    )
+    return parser
+
+
+def diagnose(options: Namespace) -> int:
+    """Diagnoses every run on its test split, writes what was found, and shows the verdicts."""
+    from ..diagnosis import QUESTIONS, results
+    from .progress import DiagnosisProgress
+
+    tests = None if options.tests is None else [name.strip() for name in options.tests.split(",") if name.strip()]
+    if tests == []:
+        raise ConfigError("diagnose", expected=f"some of {', '.join(QUESTIONS)} after --tests", got=repr(options.tests))
+    # All folders are read before the first test, so that a wrong name costs nothing.
+    trained = [read(folder) for folder in options.runs]
+    folder = options.out or (trained[0].folder / "diagnosis" if len(trained) == 1 else Path("runs") / "diagnosis")
+    names = _named(trained)
+    alone = _alone(trained)
+    found = []
+    with DiagnosisProgress(len(trained), out) as progress:
+        for one, name in zip(trained, names, strict=True):
+            progress.begin(name)
+            found.append(examine(one, name, tests, options, alone, progress))
+    for name, diagnosis in zip(names, found, strict=True):
+        diagnosis.save(folder if len(found) == 1 else folder / name.replace("/", "-"))
+    if len(found) > 1:
+        record.write(folder / "results.json", results(found))
+    page = found[0].report(folder / "report.html", *found[1:])
+    show(found, out)
+    out.print(f"diagnosis: {folder}", soft_wrap=True, highlight=False)
+    out.print(f"report:    {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def read(folder: Path) -> Trained:
+    """The run in a folder.
+
+    Raises:
+        DataError: no folder of a finished run, or a damaged one.
+    """
+    from ..train.load import finished_run
+
+    run = finished_run(folder)
+    return Trained(folder, recipes.read(folder / "recipe.yaml"), run)
+
+
+def examine(
+    trained: Trained, name: str, tests: Sequence[str] | None, options: Namespace, alone: dict[tuple, float],
+    progress: Any,
+) -> Diagnosis:  # fmt: skip
+    """One run's diagnosis on its test split, with the noise that its training data have."""
+    from .. import data
+    from ..diagnosis import diagnose as ask
+    from ..train.experiment import dataset
+    from ..train.load import load
+
+    run = trained.run
+    model = load(trained.folder)
+    source = dataset(trained.recipe, run["fold"])
+    loader = data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1)
+    known = {one: alone[key] for one in model.names if (key := (one, run["fold"], run["seed"])) in alone}
+    diagnosis = ask(
+        model, loader, tests=tests, name=name, seed=options.seed,
+        noise={one: source.noise[one] for one in model.names},
+        modality=_modality(options, trained, model.names),
+        outside=_Noise(source, model.names, options.seed) if options.outside == "noise" else None,
+        # Heads speak for all modalities or for none.
+        alone=known if len(known) == len(model.names) else None, progress=progress,
+    )  # fmt: skip
+    protocol = {"data": trained.recipe.data["name"], "split": "test", "method": run["method"]}
+    outside = {"outside": options.outside} if options.outside != "none" else {}
+    return replace(
+        diagnosis, seed=run["seed"], fold=run["fold"], protocol={**protocol, **outside, **diagnosis.protocol}
+    )
+
+
+def _modality(options: Namespace, trained: Trained, names: tuple[str, ...]) -> str | None:
+    """The one that is named, else the one that the run itself replaced."""
+    wanted = options.modality or trained.run.get("noise_modality") or trained.recipe.noise_modality
+    # A run of one modality has none of the others to replace.
+    return wanted if options.modality or wanted in names else None
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Batches of pure noise, shaped as the test split."""
+
+    source: Dataset
+    names: tuple[str, ...]
+    seed: int
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        # Another stream than the noise that replaces one modality.
+        generator = torch.Generator().manual_seed(self.seed + 7_919)
+        size = len(self.source.test)
+        for start in range(0, size, BATCH):
+            count = min(BATCH, size - start)
+            yield {
+                name: torch.randn(count, *self.source.shapes[name], generator=generator) * std + mean
+                for name in self.names
+                for mean, std in [self.source.noise[name]]
+            }
+
+
+def _named(trained: Sequence[Trained]) -> list[str]:
+    """Methods, with fold and seed where the method alone does not tell two runs apart."""
+    titles = [one.title for one in trained]
+    names = []
+    for one in trained:
+        more = "" if one.run["fold"] is None else f", fold {one.run['fold']}"
+        names.append(one.title if titles.count(one.title) == 1 else f"{one.title}{more}, seed {one.run['seed']}")
+    if len(set(names)) < len(names):
+        raise ConfigError("diagnose", expected="each run once", got=", ".join(names))
+    return names
+
+
+def _alone(trained: Sequence[Trained]) -> dict[tuple, float]:
+    """(modality, fold, seed) -> score of a model of it alone: of those given, and of the same comparison."""
+    from ..diagnose.scores import SCORES
+
+    found: dict[tuple, float] = {}
+    for one in trained:
+        siblings = [one.folder.parent.parent / name / one.folder.name / "run.json" for name in one.recipe.encoders]
+        runs = [one.run, *(run for path in siblings if (run := _stored(path)) is not None)]
+        for run in runs:
+            score = next((value for name in SCORES.values() if (value := run["metrics"].get(name)) is not None), None)
+            if run["method"] in one.recipe.encoders and score is not None:
+                found[run["method"], run["fold"], run["seed"]] = float(score)
+    return found
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))["run"]
+        return run if {"method", "fold", "seed", "metrics"} <= set(run) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "dim")}
+
+
+def show(found: Sequence[Diagnosis], console: Console) -> None:
+    """The verdicts in the terminal, with the test that shows each."""
+    from ..report.verdict import headline
+
+    for diagnosis in found:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        title = headline(diagnosis.name, list(diagnosis.verdicts))
+        table.add_column("")
+        table.add_column(f"{title} ({diagnosis.samples} samples)", overflow="fold")
+        table.add_column("test", no_wrap=True)
+        for verdict in diagnosis.verdicts:
+            mark, style = STYLES[verdict.ok]
+            table.add_row(Text(mark, style=style), Text(verdict.text), Text(verdict.test, style="dim"))
+        console.print(table)
+        if diagnosis.skipped:
+            reasons = "; ".join(f"{test}: {reason}" for test, reason in diagnosis.skipped.items())
+            console.print(f"Not tested: {reasons}", style="dim", highlight=False, markup=False)
+        console.print()

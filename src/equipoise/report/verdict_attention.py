@@ -1,0 +1,106 @@
+"""Rules on attention and confidence: does it look at quality, does it move, do tokens of two modalities meet?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from .evidence import ERRORS, Evidence, Judgement, Verdict
+from .wording import probability, signed
+
+FOLLOWS, BLIND = 0.3, 0.1
+"""Attention-noise correlation from which attention follows quality, and below which it is blind to it."""
+SURE = 0.05
+"""p-value above which a correlation is not told from 0; the convention of the other report too."""
+STILL = 0.01
+"""Standard deviation of every share over samples below which attention divides all samples alike."""
+FLAT = 0.05
+"""Relative residual below which the tokens of a layer are as good as one."""
+KNOWS, GUESSES = 0.8, 0.6
+"""AUROC from which unknown inputs are told well, and below which hardly at all."""
+
+
+def quality(found: Evidence) -> Iterator[Verdict]:
+    """Does attention leave what is destroyed?"""
+    if "noise_attention_r" not in found.metrics:
+        return
+    r, p = found.get("noise_attention_r"), found.get("noise_attention_p")
+    name = (found.details.get("response") or {}).get("modality") or "the modality"
+    if r is None:
+        text = f"Attention is blind to quality: what goes to {name} never changes, destroyed or not."
+        yield Verdict("quality", "is blind to quality", text, {}, "response", "bad")
+        return
+    figures = {"noise_attention_r": r} | ({} if p is None else {"noise_attention_p": p})
+    shown = f"r = {signed(r)}" + ("" if p is None else f", {probability(p)}")
+    if p is not None and p >= SURE:
+        text = f"No measurable answer of attention to noise in {name} ({shown})."
+        yield Verdict("quality", "shows no measurable answer of attention to noise", text, figures, "response")
+    elif r >= FOLLOWS:
+        text = f"Attention follows quality: it leaves {name} when that is replaced by noise ({shown})."
+        yield Verdict("quality", "follows quality", text, figures, "response", "good")
+    elif r >= BLIND:
+        text = f"Attention hardly follows quality: it leaves {name} a little when that is replaced by noise ({shown})."
+        yield Verdict("quality", "hardly follows quality", text, figures, "response")
+    elif r > -BLIND:
+        text = f"Attention is blind to quality: it does not leave {name} when that is replaced by noise ({shown})."
+        yield Verdict("quality", "is blind to quality", text, figures, "response", "bad")
+    else:
+        text = f"Attention is blind to quality: it moves towards {name} when that is replaced by noise ({shown})."
+        yield Verdict("quality", "is drawn to noise", text, figures, "response", "bad")
+
+
+def still(found: Evidence) -> Iterator[Verdict]:
+    spread = {f"share_spread/{name}": found.get(f"share_spread/{name}") for name in found.names}
+    known = {metric: value for metric, value in spread.items() if value is not None}
+    if len(found.names) > 1 and known and max(known.values()) < STILL:
+        text = (
+            f"Attention divides all samples alike: no share moves by more than {100 * max(known.values()):.2f} points "
+            "(standard deviation) from sample to sample. It is dynamic in name only."
+        )
+        yield Verdict("still", "divides all samples alike", text, known, "attention", "bad")
+
+
+def needs_crossing(found: Evidence) -> Iterator[Verdict]:
+    """Do tokens of one modality read the other?"""
+    full, crossed = found.get(found.score), found.get("quag/crossmodal")
+    changed = (found.details.get("quag") or {}).get("changed") or {}
+    # Where no layer has tokens of one modality that read another, nothing was averaged.
+    if full is None or crossed is None or not changed.get("crossmodal", True):
+        return
+    figures = {found.score: full, "quag/crossmodal": crossed}
+    text = f"{found.say(full)} as it is, {found.say(crossed)} with attention across modalities averaged"
+    if found.measurable(full, crossed) and crossed < full:
+        text = f"Needs which token of one modality reads which of another: {text}."
+        yield Verdict("quag", "needs attention across modalities", text, figures, "quag", "good")
+    else:
+        text = f"No measurable need of attention between tokens of different modalities: {text}; "
+        yield Verdict("quag", "shows no measurable need of attention across modalities",
+                      f"{text}{found.reach(full, crossed)}.", figures, "quag")  # fmt: skip
+
+
+def outside(found: Evidence) -> Iterator[Verdict]:
+    auroc = found.get("auroc")
+    if auroc is None:
+        return
+    outside = int((found.details.get("ood") or {}).get("outside") or 1)
+    # Of the rank statistic where both kinds are alike: how far from 1/2 chance takes it.
+    error = math.sqrt((found.samples + outside + 1) / (12 * max(found.samples, 1) * max(outside, 1)))
+    figures, shown = {"auroc": auroc}, f"AUROC {auroc:.2f}, {found.samples} known and {outside} unknown samples"
+    if abs(auroc - 0.5) <= ERRORS * error:
+        text = f"Its confidence does not tell these unknown inputs from known ones measurably ({shown})."
+        yield Verdict("outside", "does not notice unknown inputs", text, figures, "ood", "bad")
+    elif auroc < 0.5:
+        text = f"It is more sure of these unknown inputs than of known ones ({shown})."
+        yield Verdict("outside", "is surer of unknown inputs", text, figures, "ood", "bad")
+    else:
+        well = "well" if auroc >= KNOWS else "hardly" if auroc < GUESSES else "in part"
+        ok: Judgement = "good" if auroc >= KNOWS else "bad" if auroc < GUESSES else "neutral"
+        text = f"Its confidence tells these unknown inputs {well} ({shown})."
+        yield Verdict("outside", f"tells unknown inputs {well}", text, figures, "ood", ok)
+
+
+def collapse(found: Evidence) -> Iterator[Verdict]:
+    last = found.get("residual_last")
+    if last is not None and last < FLAT:
+        text = f"Its tokens become one with depth: only {100 * last:.1f} % of their size is not common to all."
+        yield Verdict("collapse", "makes its tokens one", text, {"residual_last": last}, "collapse", "bad")
