@@ -34,7 +34,8 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
             matrix products alone, for an accelerator; ``"svd"`` the reference; ``"auto"`` gram on a CPU, else polar.
 
     Returns:
-        (...,), in float32 or better. Against ``"svd"`` in float32: gram to 1e-5 relative, polar to 2e-3.
+        (...,), in float32 or better. Relative error in float32, size 192 to 768: gram 2e-5, polar and svd below 1e-6;
+        polar leaves out singular values below about 1e-5 of the norm.
 
     Raises:
         ShapeError, NonFiniteError: no square matrix of finite numbers. ConfigError: an unknown method.
