@@ -71,7 +71,10 @@ def answer_effects(
             if one.changed:
                 rows.append(_row(change, name, full, left, tokens, len(one.changed)))
     if len(rows) == 1:
-        raise _untouched(known) if not made else made[0][2].nothing(ran=True)
+        raise next((one.nothing(ran=True) for *_, one in made), None) or ConfigError(
+            "answer_effects", expected="attention over known modalities", got="none",
+            fix="Give one label for every key: modality=labels, names=names.",
+        )  # fmt: skip
     return rows
 
 
@@ -122,7 +125,3 @@ def _logits(output: Any, labels: Tensor) -> Float[Tensor, "batch token word"]:
 
 def _row(change: str, of: str | None, full: float, left: float, tokens: int, sites: int) -> dict[str, Any]:
     return {"change": change, "of": of, "log_likelihood": left, "drop": full - left, "tokens": tokens, "sites": sites}
-
-
-def _untouched(known: Sequence[str]) -> ConfigError:
-    return ConfigError("answer_effects", expected="a model with known modalities", got=str(tuple(known)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,7 +110,8 @@ class Averaging:
         if not bool((averaged(pairs, count, queries) & present[:, None]).any()):
             return None
         if call.attention is not None:
-            return quag_attention(call.attention, queries, labels, pairs, visible=call.attention > 0)
+            seen = call.attention > 0 if call.mask is None else call.visible()
+            return quag_attention(call.attention, queries, labels, pairs, visible=seen)
         return quag_output(call, labels, queries, count, pairs)
 
 
@@ -126,8 +128,9 @@ class Intervention:
     def __init__(self, who: str, change: Change) -> None:
         self.who, self._change = who, change
         self._changed: dict[str, None] = {}
-        self._missing: dict[str, str] = {}
-        self.met = False
+        self._unknown: dict[str, str] = {}
+        self._unable: dict[str, str] = {}
+        self.met, self._towers = False, False
         """Whether there was any attention over known modalities."""
 
     @property
@@ -137,8 +140,8 @@ class Intervention:
 
     @property
     def missing(self) -> dict[str, str]:
-        """site -> why it could not be changed."""
-        return {site: reason for site, reason in self._missing.items() if site not in self._changed}
+        """site -> why it could not be changed, in some of its calls at least."""
+        return self._unable | self._unknown
 
     # What the session tells.
 
@@ -148,6 +151,7 @@ class Intervention:
     def change(self, site: str, call: Call, known: Labelled) -> Tensor | None:
         # An encoder of one modality is left to itself: nobody reads another one there.
         if known.tower:
+            self._towers = True
             return None
         self.check(known.names)
         self.met = True
@@ -155,13 +159,14 @@ class Intervention:
         with torch._C.DisableTorchFunction():
             output = self._change.output(call, known)
         if isinstance(output, str):
-            return self.missed(site, output)
+            self._unable.setdefault(site, output)
+            return None
         if output is not None:
             self._changed[site] = None
         return output
 
     def missed(self, site: str, reason: str) -> None:
-        self._missing.setdefault(site, reason)
+        self._unknown.setdefault(site, reason)
 
     # What the block asks.
 
@@ -172,16 +177,29 @@ class Intervention:
         """The error for a block in which nothing was changed."""
         if not ran:
             got, fix = "a model that did not run", "Call the model inside the block."
-        elif self.missing:
-            site, reason = next(iter(self.missing.items()))
-            more = f" ({len(self.missing) - 1} others alike)" if len(self.missing) > 1 else ""
-            got, fix = f"'{site}', but {reason}{more}", "Give one label for every key: modality=labels, names=names."
+        elif self._unable:
+            got, fix = _first(self._unable), "Choose what does not ask who reads: 'avg-<name>' or 'all'."
         elif self.met:
             got, fix = "none", "Does the batch hold the modality, and are there tokens of any modality that read?"
+        elif self._unknown:
+            got, fix = _first(self._unknown), "Give one label for every key: modality=labels, names=names."
+        elif self._towers:
+            got, fix = "encoders of one modality alone", "Nobody reads several modalities there; take away their input."
         else:
             got = "no attention whose keys have known modalities"
             fix = "Static fusions have no attention; models of other libraries need modality=, one label for every key."
         return ConfigError(self.who, expected=f"attention {self._change.what}", got=got, fix=fix)
+
+    def partly(self) -> str:
+        """A warning about sites that were changed in some of their calls alone; nothing where there are none."""
+        found = {site: reason for site, reason in self.missing.items() if site in self._changed}
+        return f"{self.who} changed only a part of the calls of {_first(found)}." if found else ""
+
+
+def _first(reasons: dict[str, str]) -> str:
+    site, reason = next(iter(reasons.items()))
+    more = f" ({len(reasons) - 1} others alike)" if len(reasons) > 1 else ""
+    return f"'{site}', but {reason}{more}"
 
 
 @contextmanager
@@ -273,6 +291,8 @@ def _complaining(
         yield made
     if not made.changed:
         raise made.nothing(ran=session.called > 0)
+    if found := made.partly():
+        warnings.warn(found, stacklevel=5)
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def _rest(call: Call, labels: Tensor, taken: Tensor) -> Float[Tensor, "batch hea
 def _visible_mean(call: Call, member: Bool[Tensor, "batch key"]) -> Float[Tensor, "batch somehead #query dim"]:
     """Mean of the values of the member keys that each query sees; 0 where it sees none."""
     value = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
-    mask, members = _open(call.mask), member[:, None, None]
+    mask, members = replace(call, is_causal=False).visible(), member[:, None, None]
     if mask is not None and mask.shape[1] > 1:
         value = value.repeat_interleave(mask.shape[1] // value.shape[1], dim=1)
     if mask is not None and mask.shape[2] > 1:
@@ -218,10 +218,6 @@ def _visible_mean(call: Call, member: Bool[Tensor, "batch key"]) -> Float[Tensor
     last = torch.arange(call.sizes[2], device=value.device).clamp(max=member.shape[1] - 1)
     sums, counts = ((weight * part).cumsum(dim=2)[:, :, last] for part in (value, torch.ones_like(weight)))
     return sums / counts.clamp(min=1)
-
-
-def _open(mask: Tensor | None) -> Bool[Tensor, "#batch #head #query #key"] | None:
-    return mask if mask is None or mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
 
 
 def _pieces(mask: Tensor, is_causal: bool, keys: int) -> Iterator[Bool[Tensor, "#batch #head some #key"]]:
