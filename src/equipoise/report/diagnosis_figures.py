@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -51,9 +51,9 @@ def without(of: Subject, test: str, kinds: Mapping[str, str]) -> Picture | None:
             axes.plot([value - reach, value + reach], [place, place], color=shade, linewidth=1.4)
             axes.plot(value, place, "o", color=shade, markersize=6)
         name_rows(axes, [shorten(words, 24) for words, _, _ in rows])
-        _score_axis(axes.xaxis, axes.set_xlabel, of)
+        _score_axis(axes, "x", of)
         shown = ", ".join(f"{words} {of.found.say(value)}" for words, value, _ in rows)
-        return of.picture(figure, test, f"{shown}.")
+        return of.picture(figure, test, f"{shown[0].upper()}{shown[1:]}.")
 
 
 def score(of: Subject) -> Picture | None:
@@ -87,7 +87,7 @@ def response(of: Subject) -> Picture | None:
 
 def corruption(of: Subject) -> Picture | None:
     """The score over the level of noise, one line for each modality that is damaged."""
-    return _levels(of, "accuracy", "", lambda axes: _score_axis(axes.yaxis, axes.set_ylabel, of))
+    return _levels(of, "accuracy", "", of.found.say, lambda axes: _score_axis(axes, "y", of))
 
 
 def followed(of: Subject) -> Picture | None:
@@ -97,10 +97,12 @@ def followed(of: Subject) -> Picture | None:
         percent(axes.yaxis)
         axes.set(ylim=(0, 1), ylabel="attention to what is damaged")
 
-    return _levels(of, "share", "share-", whole)
+    return _levels(of, "share", "share-", _part, whole)
 
 
-def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) -> Picture | None:
+def _levels(
+    of: Subject, part: str, prefix: str, say: Callable[[float], str], dress: Callable[[Axes], None]
+) -> Picture | None:
     curves = {name: curve for name, curve in (of.details("corruption").get("curves") or {}).items() if curve.get(part)}
     if not curves:
         return None
@@ -111,7 +113,7 @@ def _levels(of: Subject, part: str, prefix: str, dress: Callable[[Axes], None]) 
         axes.set_xlabel("level of noise")
         dress(axes)
         axes.legend(frameon=False, fontsize=9, loc="best")
-        ends = ", ".join(f"{name} {c[part][0]:.3g} to {c[part][-1]:.3g}" for name, c in curves.items())
+        ends = ", ".join(f"{name} {say(curve[part][0])} to {say(curve[part][-1])}" for name, curve in curves.items())
         return of.picture(figure, f"{prefix}corruption", f"From no noise to full noise: {ends}.")
 
 
@@ -137,8 +139,9 @@ def quag(of: Subject) -> Picture | None:
             axes.plot([value - reach, value + reach], [place, place], color=INK, linewidth=1.4)
             axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
         name_rows(axes, [shorten(words, 24) for words in rows])
-        _score_axis(axes.xaxis, axes.set_xlabel, of)
-        return of.picture(figure, "quag", ", ".join(f"{words} {of.found.say(v)}" for words, v in rows.items()) + ".")
+        _score_axis(axes, "x", of)
+        averaged = ", ".join(f"{words} {of.found.say(value)}" for words, value in found.items())
+        return of.picture(figure, "quag", f"As it is {of.found.say(full)}, averaged {averaged}.")
 
 
 def gradients(of: Subject) -> Picture | None:
@@ -255,10 +258,13 @@ def _bars(
         return of.picture(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
 
 
-def _score_axis(axis: Any, name: Callable[[str], Any], of: Subject) -> None:
+def _score_axis(axes: Axes, which: Literal["x", "y"], of: Subject) -> None:
+    """Fractions from 0 to 1, so that models side by side can be compared by eye."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_label_text(title(of.found.score).lower())
     axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    name(title(of.found.score).lower())
     if of.found.fraction:
+        axes.set(**{f"{which}lim": (0, 1)})
         percent(axis)
 
 

@@ -32,7 +32,12 @@ def quality(found: Evidence) -> Iterator[Verdict]:
         return
     figures = {"noise_attention_r": r} | ({} if p is None else {"noise_attention_p": p})
     shown = f"r = {signed(r)}" + ("" if p is None else f", {probability(p)}")
-    if p is not None and p >= SURE:
+    # How large r may be for all these samples tell: its error is at most that of no correlation.
+    most = r + ERRORS / math.sqrt(2 * max(found.samples, 1))
+    if p is not None and p >= SURE and most < FOLLOWS:
+        text = f"Attention is blind to quality: it does not leave {name} measurably when that is noise ({shown})."
+        yield Verdict("quality", "is blind to quality", text, figures, "response", "bad")
+    elif p is not None and p >= SURE:
         text = f"No measurable answer of attention to noise in {name} ({shown})."
         yield Verdict("quality", "shows no measurable answer of attention to noise", text, figures, "response")
     elif r >= FOLLOWS:
