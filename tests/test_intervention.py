@@ -136,7 +136,7 @@ def test_hidden_is_removed(kind, names):
     for name in names:
         masked = mask_modality(made, batches, modality=name)
         with without_modality(made, name) as found:
-            inside = eq.diagnose.masking.mask_modality(made, batches, modality=name)
+            inside = mask_modality(made, batches, modality=name)
         # Inside the block nothing of it is left to take away.
         assert inside.full == pytest.approx(masked.without[name], rel=SINGLE["rtol"])
         assert inside.full != pytest.approx(masked.full, rel=SINGLE["rtol"])

@@ -1,5 +1,7 @@
 """QUAG written out and without its matrix, against loops in float64."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles_quag as slow
-from equipoise.diagnose import quag as module
 from equipoise.diagnose.quag import operators, quag_attention, quag_output
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.watch import Call
@@ -146,7 +147,7 @@ def test_properties_of_the_matrix(seed, name):
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both ways", "causal"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_output_without_the_matrix(mask, is_causal, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(importlib.import_module("equipoise.diagnose.quag"), "CHUNK", 2)
     call = Call(*tensors(), mask=MASKS[mask](ROWS, KEYS), is_causal=is_causal, scale=0.7)
     rows, columns = labels(3, BATCH, ROWS), labels(3, BATCH, KEYS, seed=1)
     for name, wanted in every_operator(3):
