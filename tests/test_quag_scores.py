@@ -60,6 +60,15 @@ def test_the_class_row(cls_rows):
         assert found.scores["unimodal"] == found.scores["crossmodal"] == found.scores["all"]
 
 
+def test_a_class_token_that_is_no_key():
+    fusion = eq.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0, include_cls_key=False)
+    made, inputs = fused(fusion=fusion, task="regression").eval(), batch_for("regression")
+    found = quag(made, [inputs])
+    acts = {name: bool(changed) for name, changed in found.changed.items()}
+    assert acts == {"unimodal": False, "crossmodal": False, "avg-audio": True, "avg-image": True, "all": True}
+    assert all((found.drops[name] != 0) == act for name, act in acts.items())
+
+
 def test_chosen_operators_and_one_pass_of_the_encoders():
     made, calls = model(NAMES, depth=2), []
     handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]

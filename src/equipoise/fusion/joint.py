@@ -73,6 +73,7 @@ class JointAttention(Fusion):
         self.cls = learned_token(dim, std=cls_std)
         if depth == 1:
             self.attention = Attention(dim, heads, dropout=dropout)
+            self.attention.reads_itself = include_cls_key
         else:
             self.blocks = nn.ModuleList(Block(dim, heads, dropout=dropout) for _ in range(depth))
             self.norm = nn.LayerNorm(dim, eps=1e-6)
