@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+MASKED = -5e3
+"""A score as low as this comes from a mask: its weight is 0 in every type."""
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -56,7 +59,7 @@ class Call:
         """Who sees whom, by mask and causality; None where everybody sees everybody."""
         seen = self.mask
         if seen is not None and seen.dtype != torch.bool:
-            seen = seen > torch.finfo(seen.dtype).min
+            seen = seen > MASKED
         if self.is_causal:
             _, _, rows, keys = self.sizes
             past = torch.ones(rows, keys, dtype=torch.bool, device=self.query.device).tril()[None, None]
@@ -69,6 +72,14 @@ class Call:
             return None
         seen = self.visible()
         return None if seen is None else seen.any(dim=-1).any(dim=1)
+
+    def read(self) -> Bool[Tensor, "batch key"] | None:
+        """The keys that any query may see; None where no mask tells of padding."""
+        if self.mask is None:
+            return None
+        batch, _, _, keys = self.sizes
+        seen = self.visible()
+        return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)
 
     def restricted(self, keep: Bool[Tensor, "#batch #head #query key"]) -> Call:
         """The same attention, where only those that ``keep`` says may be seen."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..transformer import AttentionCore
-from .call import Call
+from .call import MASKED, Call
+from .projection import Projection, projected
 from .session import Session
 
-SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
+SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
+"""How modules name the number of their heads."""
 
 
 @contextmanager
@@ -32,56 +38,94 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        busy = self._session.quiet or isinstance(self._session.here(), AttentionCore)
-        if func is F.scaled_dot_product_attention and not busy:
-            return self._sdpa(func, args, kwargs)
-        if func in SOFTMAXES and not busy and self._session.here() is not None:
+        here = self._session.here()
+        if here is None or self._session.quiet or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func in FUSED:
+            return self._fused(func, args, kwargs)
+        if func in SOFTMAXES:
             return self._softmax(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multihead(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _sdpa(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        shape = given["query"].shape
-        query, key, value = (_four(given[name]) for name in names[:3])
+        if any(given[name].is_nested for name in names[:3]):
+            self._session.hidden(None, "its inputs are nested tensors")
+            return func(*args, **kwargs)
+        shape, heads = given["query"].shape, self._heads(given["query"])
+        query, key, value = (_four(given[name], heads) for name in names[:3])
         mask = given.get("attn_mask")
         call = Call(
-            query, key, value, mask=_mask(mask, query, len(shape)), is_causal=bool(given.get("is_causal", False)),
+            query, *(part.expand(len(query), -1, -1, -1) for part in (key, value)),
+            mask=None if mask is None else _mask(mask, shape, heads), is_causal=bool(given.get("is_causal", False)),
             scale=given.get("scale"), reads_itself=query.shape[2] == key.shape[2],
         )  # fmt: skip
         output = self._session.visit(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
         # The model's own output is handed on as it is; another one comes in our form.
-        return output if output.ndim == len(shape) else output.reshape(*shape[:-1], output.shape[-1])
+        return output.reshape(*shape[:-1], output.shape[-1])
 
     def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         scores = args[0] if args else kwargs["input"]
         attention = func(*args, **kwargs)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if not isinstance(dim, int) or scores.ndim not in (3, 4) or dim not in (-1, scores.ndim - 1):
+        if not isinstance(dim, int) or scores.ndim < 3 or dim not in (-1, scores.ndim - 1) or scores.is_nested:
             return attention
-        # (batch * head, query, key) is taken for as many samples, each with one head.
-        four = attention if scores.ndim == 4 else attention[:, None]
-        if not four.is_floating_point() or four.shape[2] < 1:
+        heads = self._heads(attention)
+        four, masked = _four(attention, heads), _four(scores, heads) <= MASKED
+        if not four.is_floating_point() or 0 in four.shape:
             return attention
         blank = four[..., :0]
-        call = Call(blank, blank, blank, attention=four, reads_itself=four.shape[2] == four.shape[3])
-        return self._session.visit(call, None, "softmax", lambda: (attention, None))
+        call = Call(
+            blank, blank, blank, attention=four, mask=~masked if masked.any() else None,
+            reads_itself=four.shape[2] == four.shape[3],
+        )  # fmt: skip
+        return self._session.visit(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+
+    def _multihead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = MULTIHEAD.bind(*args, **kwargs)
+        given.apply_defaults()
+        of = given.arguments
+        apart = (of["q_proj_weight"], of["k_proj_weight"], of["v_proj_weight"])
+        layer = Projection(
+            of["num_heads"], None if of["use_separate_proj_weight"] else of["in_proj_weight"], apart,
+            of["in_proj_bias"], of["bias_k"], of["bias_v"], of["add_zero_attn"],
+        )  # fmt: skip
+        call = projected(
+            layer, of["query"], of["key"], of["value"], batch_first=False, padding=of["key_padding_mask"],
+            mask=of["attn_mask"],
+        )  # fmt: skip
+        output = self._session.visit(call, None, "multihead function", lambda: (func(*args, **kwargs), None))
+        if not isinstance(output, Tensor):
+            return output
+        merged = F.linear(output.transpose(1, 2).flatten(2), of["out_proj_weight"], of["out_proj_bias"])
+        return (merged[0] if of["query"].ndim == 2 else merged.transpose(0, 1)), None
+
+    def _heads(self, tensor: Tensor) -> int:
+        """Heads that were merged with the samples, where the module that attends tells how many it has."""
+        if tensor.ndim != 3:
+            return 1
+        module: nn.Module | None = self._session.attending()
+        found = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), 1)
+        return found if found > 0 and tensor.shape[0] % found == 0 else 1
 
 
-def _four(tensor: Tensor) -> Tensor:
-    """(batch, head, token, dim), out of fewer or more dimensions."""
-    if tensor.ndim == 4:
-        return tensor
+def _four(tensor: Tensor, heads: int) -> Tensor:
+    """(batch, head, token, dim), out of fewer or more dimensions, or out of heads merged with samples."""
+    if tensor.ndim == 3:
+        return tensor.unflatten(0, (-1, heads)) if len(tensor) % heads == 0 else tensor[:, None]
     if tensor.ndim < 4:
-        return tensor[(None,) * (3 - tensor.ndim)][:, None] if tensor.ndim == 3 else tensor[None, None]
-    return tensor.flatten(0, tensor.ndim - 4)
+        return tensor[(None,) * (4 - tensor.ndim)]
+    return tensor.flatten(1, tensor.ndim - 3)
 
 
-def _mask(mask: Tensor | None, query: Tensor, ndim: int) -> Tensor | None:
-    if mask is None:
-        return None
-    if ndim == 3 and mask.ndim == 3:
-        return mask[:, None]
-    while mask.ndim < 4:
-        mask = mask[None]
-    return mask if mask.ndim == 4 else mask.expand(*mask.shape).flatten(0, mask.ndim - 4)
+def _mask(mask: Tensor, query: torch.Size, heads: int) -> Tensor:
+    """A mask that broadcasts to the attention, in four dimensions."""
+    if len(query) == 3 and mask.ndim == 3 and mask.shape[0] == query[0]:
+        return _four(mask, heads)
+    if len(query) > 4 and mask.ndim > 2:
+        mask = mask[(None,) * (len(query) - mask.ndim)]
+        return mask.expand(-1, *query[1:-2], -1, -1).flatten(1, len(query) - 3)
+    return mask[(None,) * (4 - mask.ndim)]

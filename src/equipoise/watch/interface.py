@@ -46,8 +46,8 @@ def attention_interface(session: Session) -> Iterator[None]:
                 delattr(AttentionInterface, name)
 
 
-def _around(session: Session, function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    if getattr(function, "watched_by", None) is session:
+def _around(session: Session, function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+    if getattr(function, "watched_by", None) is session or not _is_known(backend):
         return function
 
     def attend(
@@ -55,7 +55,7 @@ def _around(session: Session, function: Callable[..., Any], backend: str) -> Cal
     ) -> Any:
         if torch.compiler.is_compiling() or id(module) not in session.names:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
-        call = _call(module, query, key, value, attention_mask, backend, kwargs)
+        call = _call(module, query, key, value, attention_mask, backend or "eager", kwargs)
         found: list[Any] = []
 
         def run() -> tuple[Any, Tensor | None]:
@@ -65,11 +65,17 @@ def _around(session: Session, function: Callable[..., Any], backend: str) -> Cal
             usable = isinstance(weights, Tensor) and weights.ndim == 4 and not (module.training and _drops(kwargs))
             return found[0], weights if usable else None
 
-        output = session.visit(call, module, f"transformers, {backend}", run)
+        output = session.visit(call, module, f"transformers, {backend or 'eager'}", run)
         return (output.transpose(1, 2).contiguous(), None) if isinstance(output, Tensor) else output
 
     attend.watched_by = session  # type: ignore[attr-defined]
     return attend
+
+
+def _is_known(backend: str | None) -> bool:
+    """Whether it is one of transformers' own; what others do with a mask shows in the functions that they call."""
+    name = (backend or "eager").removeprefix("paged|")
+    return name in ("eager", "sdpa", "flex_attention") or "flash" in name or "/" in name
 
 
 def _drops(kwargs: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ class Labelled:
         constant: all keys are of this one modality, so that nothing needs to be measured.
         continues: the call goes on with the samples of the one before, as decoding with a cache does.
         tower: the call belongs to an encoder of one modality.
+        start: place of the first key in the sequence, where a window leaves out those before.
     """
 
     keys: Int[Tensor, "... key"]
@@ -41,6 +42,7 @@ class Labelled:
     constant: int | None = None
     continues: bool = False
     tower: bool = False
+    start: int = 0
 
 
 class Labeller(Protocol):
@@ -62,15 +64,14 @@ class GivenLabels:
     def __init__(self, modality: Tensor | None, names: Sequence[str] | None) -> None:
         self.modality = None if modality is None else checked(modality)
         self.names = named(self.modality, names)
+        self._asked = self.names
 
     def labelled(self, call: Call, module: nn.Module) -> Labelled | str | None:
         batch, _, _, keys = call.sizes
         if self.modality is None:
             if call.modality is None:
-                return None
-            if not self.names:
-                self.names = call.names or named(call.modality, None)
-            return labelled(call, call.modality, call.names or self.names)
+                return f"nothing tells the modality of its {keys} keys"
+            return self._own(call, call.modality, call.names or named(call.modality, self._asked or None))
         given = self.modality
         if given.ndim == 2 and given.shape[0] not in (1, batch):
             return f"it has batch = {batch}, and modality is given for {given.shape[0]} samples"
@@ -79,16 +80,27 @@ class GivenLabels:
         given = given[0] if given.ndim == 2 and given.shape[0] == 1 else given
         return labelled(call, F.pad(given, (0, call.added), value=SPECIAL), self.names)
 
+    def _own(self, call: Call, modality: Tensor, names: tuple[str, ...]) -> Labelled:
+        """A layer's own labels, in the order of the names that the user gave."""
+        self.names = self.names or names
+        if not self._asked or self._asked == names:
+            return labelled(call, modality, names)
+        for name in self._asked:
+            if name not in names:
+                raise unknown_name("watch names", "modality", name, names)
+        places = [self._asked.index(name) if name in self._asked else SPECIAL for name in names]
+        order = torch.tensor([*places, SPECIAL], device=modality.device)
+        return labelled(call, order[modality], self._asked)
+
 
 def labelled(call: Call, keys: Tensor, names: tuple[str, ...], **known: Any) -> Labelled:
     """Labels of a call whose queries are its first tokens, where they are its own."""
-    batch, _, rows, total = call.sizes
+    _, _, rows, total = call.sizes
     keys = keys.to(call.query.device)
     if call.reads_itself and rows <= total:
         known.setdefault("queries", keys[..., :rows])
-        mask = call.mask
-        if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
-            known.setdefault("valid", mask[:, 0, 0, :rows].expand(batch, -1))
+        if "valid" not in known and (read := call.read()) is not None:
+            known["valid"] = read[:, :rows]
     return Labelled(keys, names, **known)
 
 
@@ -131,8 +143,8 @@ def named(modality: Tensor | None, names: Sequence[str] | None) -> tuple[str, ..
     return found
 
 
-def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | str:
-    """The queries of a call that count, or why there are none.
+def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | str | None:
+    """The queries of a call that count, or why that cannot be told; None where a mask ended before them.
 
     Raises:
         ConfigError: a word or name that nobody knows.
@@ -143,6 +155,8 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
     everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
     valid = everybody if known.valid is None else known.valid.to(device)
     if isinstance(queries, Tensor):
+        if queries.shape != (batch, rows) and known.continues:
+            return None
         if queries.shape != (batch, rows):
             return f"it has (batch, query) = {(batch, rows)}, and queries is a mask of shape {tuple(queries.shape)}"
         return rows_of(queries.to(device) & valid)
@@ -161,13 +175,15 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
     return rows_of(here & valid)
 
 
-def check_queries(queries: Any) -> str | Tensor:
+def check_queries(queries: Any, names: Sequence[str]) -> str | Tensor:
     """What ``watch`` takes as queries.
 
     Raises:
-        ConfigError: neither a word nor a boolean mask.
+        ConfigError: neither a word nor a boolean mask; a word that is none of the names, where these are known.
     """
     if isinstance(queries, str):
+        if names and queries not in (*WORDS, *names):
+            raise unknown_name("watch queries", "word or modality", queries, (*WORDS, *names))
         return queries
     if isinstance(queries, Tensor) and queries.dtype == torch.bool and queries.ndim == 2:
         return queries

@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import Call
+from .projection import Projection, projected
 from .session import Session
+
+NESTED = "its inputs are nested tensors"
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def multihead(session: Session) -> Iterator[None]:
     bit. Where outputs are changed, the fast path is off.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
+    lengths: dict[int, int] = {}
     with ExitStack() as stack:
         if session.handler.changes:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -30,18 +32,21 @@ def multihead(session: Session) -> Iterator[None]:
         for part in session.model.modules():
             if isinstance(part, nn.MultiheadAttention) and _untouched(part, nn.MultiheadAttention):
                 stack.callback(_wrapped(part, _attends(session, part)))
-            elif type(part) is nn.TransformerEncoderLayer:
-                stack.callback(_wrapped(part, _encodes(session, part)))
-            elif type(part) is nn.TransformerEncoder and all(
-                type(layer) is nn.TransformerEncoderLayer for layer in part.layers
-            ):
-                stack.callback(_wrapped(part, _stands_aside))
+            elif _plain(part):
+                stack.callback(_wrapped(part, _encodes(session, part, lengths)))  # type: ignore[arg-type]
+            elif type(part) is nn.TransformerEncoder and all(_plain(layer) for layer in part.layers):
+                stack.callback(_wrapped(part, _packs(part, lengths)))
         yield
 
 
 def _untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module's forward is that of its class in torch."""
     return type(part).forward is kind.forward
+
+
+def _plain(part: nn.Module) -> bool:
+    """Whether it is torch's own encoder layer, with nothing of its own inside."""
+    return type(part) is nn.TransformerEncoderLayer and type(part.self_attn) is nn.MultiheadAttention
 
 
 def _wrapped(part: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], None]:
@@ -69,14 +74,32 @@ def _stands_aside(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
 
 
+def _packs(encoder: nn.TransformerEncoder, lengths: dict[int, int]) -> Callable[..., Any]:
+    """Notes how many tokens came, before padding is packed away."""
+
+    def packs(inner: Callable[..., Any], src: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not src.is_nested and src.ndim == 3:
+            lengths.update({id(layer): src.shape[1] for layer in encoder.layers})
+        try:
+            return _stands_aside(inner, src, *args, **kwargs)
+        finally:
+            lengths.clear()
+
+    return packs
+
+
 def _attends(session: Session, layer: nn.MultiheadAttention) -> Callable[..., Any]:
     signature = inspect.signature(nn.MultiheadAttention.forward)
 
     def attends(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(layer, *args, **kwargs).arguments
-        call = _call(layer, **{name: value for name, value in given.items() if name not in UNREAD})
-        if call is None:
+        if any(given[name].is_nested for name in ("query", "key", "value")):
+            session.hidden(layer, NESTED)
             return _stands_aside(inner, *args, **kwargs)
+        call = projected(
+            Projection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
+            padding=given.get("key_padding_mask"), mask=given.get("attn_mask"),
+        )  # fmt: skip
         output = session.visit(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output
@@ -90,10 +113,7 @@ def _attends(session: Session, layer: nn.MultiheadAttention) -> Callable[..., An
     return attends
 
 
-UNREAD = ("self", "need_weights", "average_attn_weights")
-
-
-def _encodes(session: Session, layer: nn.TransformerEncoderLayer) -> Callable[..., Any]:
+def _encodes(session: Session, layer: nn.TransformerEncoderLayer, lengths: dict[int, int]) -> Callable[..., Any]:
     """Shows the attention of a layer whose fast path never calls it."""
     signature = inspect.signature(nn.TransformerEncoderLayer.forward)
 
@@ -107,82 +127,27 @@ def _encodes(session: Session, layer: nn.TransformerEncoderLayer) -> Callable[..
             restore()
         if not seen and not quiet:
             given = signature.bind(layer, *args, **kwargs).arguments
-            source = given["src"]
-            padding, mask = given.get("src_key_padding_mask"), given.get("src_mask")
-            if source.is_nested:
-                lengths = torch.tensor([len(part) for part in source.unbind()], device=source.device)
-                source = source.to_padded_tensor(0.0)
-                padding = torch.arange(source.shape[1], device=source.device) >= lengths[:, None]
-            tokens = layer.norm1(source) if layer.norm_first else source
-            call = _call(attention, tokens, tokens, tokens, key_padding_mask=padding, attn_mask=mask)
-            if call is not None:
-                session.visit(call, attention, "multihead, fast path", lambda: (output, None))
+            del given["self"]
+            _show_fast(session, layer, output, lengths.get(id(layer)), **given)
         return output
 
     return encodes
 
 
-def _call(
-    layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None, is_causal: bool = False,
-) -> Call | None:  # fmt: skip
-    """What the layer will do with its inputs; None for inputs that are no plain tensors."""
-    if query.is_nested or key.is_nested:
-        return None
-    with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
-        itself = key is query
-        if query.ndim == 2:
-            query, key, value = query[None], key[None], value[None]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not layer.batch_first:
-            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-        projected = [_project(layer, number, part) for number, part in enumerate((query, key, value))]
-        for number, extra in ((1, layer.bias_k), (2, layer.bias_v)):
-            if extra is not None:
-                projected[number] = torch.cat([projected[number], extra.expand(len(query), -1, -1)], dim=1)
-            if layer.add_zero_attn:
-                projected[number] = F.pad(projected[number], (0, 0, 0, 1))
-        heads = [part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in projected]
-        mask = _masks(layer, key_padding_mask, attn_mask, heads[0].shape[0], heads[1].shape[2])
-    return Call(*heads, mask=mask, added=(layer.bias_k is not None) + layer.add_zero_attn, reads_itself=itself)
-
-
-def _project(layer: nn.MultiheadAttention, number: int, part: Tensor) -> Tensor:
-    if layer.in_proj_weight is not None:
-        weight = layer.in_proj_weight.chunk(3)[number]
-    else:
-        weight = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)[number]
-    bias = None if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)[number]
-    return F.linear(part, weight, bias)
-
-
-def _masks(
-    layer: nn.MultiheadAttention, padding: Tensor | None, mask: Tensor | None, batch: int, keys: int
-) -> Tensor | None:  # fmt: skip
-    """torch's masks, in which True hides a key, as one of ours; keys that the layer adds are seen by all."""
-    found = None
-    if mask is not None:
-        mask = mask.view(batch, layer.num_heads, *mask.shape[-2:]) if mask.ndim == 3 else mask[None, None]
-        found = _shown(mask)
-    if padding is not None:
-        padding = _shown(padding[:, None, None])
-        if found is None:
-            found = padding
-        elif found.dtype == padding.dtype == torch.bool:
-            found = found & padding
-        else:
-            found = _added(found) + _added(padding)
-    if found is not None and found.shape[-1] < keys:
-        found = F.pad(found, (0, keys - found.shape[-1]), value=True if found.dtype == torch.bool else 0.0)
-    return found
-
-
-def _shown(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else mask
-
-
-def _added(mask: Tensor) -> Tensor:
-    """As numbers to add to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
+def _show_fast(
+    session: Session, layer: nn.TransformerEncoderLayer, output: Tensor, length: int | None, src: Tensor,
+    src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
+) -> None:  # fmt: skip
+    """Padded tokens may arrive packed, without a mask; ``length`` is what they were before."""
+    if src.is_nested:
+        lengths = torch.tensor([len(part) for part in src.unbind()], device=src.device)
+        whole = None if length is None else (len(lengths), length, src.size(2))
+        src = src.to_padded_tensor(0.0, output_size=whole)
+        src_key_padding_mask = torch.arange(src.shape[1], device=src.device) >= lengths[:, None]
+    attention = layer.self_attn
+    tokens = layer.norm1(src) if layer.norm_first else src
+    call = projected(
+        Projection.of(attention), tokens, tokens, tokens, batch_first=attention.batch_first,
+        padding=src_key_padding_mask, mask=src_mask,
+    )  # fmt: skip
+    session.visit(call, attention, "multihead, fast path", lambda: (output, None))

@@ -12,37 +12,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
 from ..tokens import SPECIAL
-from .call import Call, Rows, picked
+from .block import Block, summed
+from .call import Call
 from .labels import Labelled, watched_rows
-from .measure import Measured, key_mass, measure
-
-
-@dataclass(eq=False)
-class Block:
-    """Sums over the watched queries of samples that went through a site together."""
-
-    share: Float[Tensor, "batch head modality"]
-    sink: Float[Tensor, "batch head"]
-    count: Float[Tensor, " batch"]
-    keys: Float[Tensor, "batch modality"]
-    by_query: Float[Tensor, "batch head query_modality modality"] | None = None
-    query_count: Float[Tensor, "batch query_modality"] | None = None
-    tokens: Float[Tensor, "batch head key"] | None = None
-    labels: Int[Tensor, "batch key"] | None = None
-
-    def add(self, other: Block) -> None:
-        """The same samples, further on."""
-        self.share += other.share
-        self.sink += other.sink
-        self.count += other.count
-        self.keys = other.keys
-        if self.by_query is not None and other.by_query is not None:
-            self.by_query += other.by_query
-            self.query_count += other.query_count  # type: ignore[operator]
-        if self.tokens is not None and other.tokens is not None:
-            longer = other.tokens.clone()
-            longer[..., : self.tokens.shape[-1]] += self.tokens[..., : longer.shape[-1]]
-            self.tokens, self.labels = longer, other.labels
 
 
 @dataclass(eq=False)
@@ -89,6 +61,7 @@ class Seen:
         self._labeller, self.queries, self._with_tokens = labeller, queries, tokens
         self._sites: dict[str, Site] = {}
         self._missed: dict[str, str] = {}
+        self.session: Any = None
 
     # What the session tells.
 
@@ -97,9 +70,10 @@ class Seen:
         rows = watched_rows(self.queries, call, known)
         if isinstance(rows, str):
             return self.missed(site, rows)
+        if rows is None:
+            return None
         block = summed(call, known, rows, with_tokens=self._with_tokens)
         place = self._sites.setdefault(site, Site(known.names, way, known.tower))
-        self._missed.pop(site, None)
         if known.continues and place.blocks and place.blocks[-1].share.shape == block.share.shape:
             place.blocks[-1].add(block)
         else:
@@ -109,8 +83,7 @@ class Seen:
         return None
 
     def missed(self, site: str, reason: str) -> None:
-        if site not in self._sites:
-            self._missed[site] = reason
+        self._missed.setdefault(site, reason)
 
     # What the user asks.
 
@@ -137,7 +110,7 @@ class Seen:
 
     @property
     def missing(self) -> dict[str, str]:
-        """site -> why its attention could not be told apart by modality."""
+        """site -> why its attention, or that of some batches, could not be told apart by modality."""
         return dict(self._missed)
 
     def share(self, site: str, *, without_top: int = 0) -> Float[Tensor, "sample head modality"]:
@@ -225,6 +198,8 @@ class Seen:
             more = f" ({len(self._missed) - 1} others alike)" if len(self._missed) > 1 else ""
             got = f"'{site}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
+        elif self.session is not None and not self.session.called:
+            got, fix = "none, since the model did not run while it was watched", "Call it inside of the with block."
         else:
             got = "none"
             fix = (
@@ -237,7 +212,7 @@ class Seen:
     def _site(self, name: str) -> Site:
         if not self._sites:
             raise self.nothing()
-        if name in self._missed:
+        if name in self._missed and name not in self._sites:
             raise ConfigError("Seen", expected="a site whose attention could be seen", got=f"'{name}', but "
                               f"{self._missed[name]}")  # fmt: skip
         if name not in self._sites:
@@ -259,40 +234,6 @@ class Seen:
         hot = labels[..., None] == torch.arange(len(place.names))
         share = kept @ hot.to(kept.dtype)
         return share / kept.sum(dim=-1, keepdim=True)
-
-
-def summed(call: Call, known: Labelled, rows: Rows, *, with_tokens: bool) -> Block:
-    """Sums over the watched queries of one call, on its device."""
-    batch, heads, _, keys = call.sizes
-    count = len(known.names)
-    few = picked(call, rows.index)
-    weight = rows.weight.to(few.query.device)
-    # A query that sees nothing has no attention to divide.
-    if (seeing := few.seeing()) is not None:
-        weight = weight * seeing
-    if known.constant is not None and few.sinks is None and few.attention is None:
-        # Of one modality alone: it gets all.
-        share = few.query.new_zeros(batch, heads, weight.shape[1], count, dtype=torch.float32)
-        share[..., known.constant] = 1.0
-        measured = Measured(share)
-    else:
-        measured = measure(few, known.keys, count)
-    share = measured.share.float()
-    sink = share.new_zeros(batch, heads)
-    if measured.sink is not None:
-        sink = torch.einsum("bhq,bq->bh", measured.sink.float(), weight)
-    labels = known.keys.to(share.device).expand(batch, keys)
-    hot = (labels[..., None] == torch.arange(count, device=share.device)).float()
-    block = Block(torch.einsum("bhqm,bq->bhm", share, weight), sink, weight.sum(dim=1), hot.sum(dim=1))
-    if known.queries is not None:
-        queries = known.queries.to(share.device).expand(batch, -1)
-        queries = queries if rows.index is None else queries.gather(1, rows.index)
-        own = (queries[..., None] == torch.arange(count, device=share.device)).float() * weight[..., None]
-        block.by_query = torch.einsum("bhqm,bqn->bhnm", share, own)
-        block.query_count = own.sum(dim=1)
-    if with_tokens:
-        block.tokens, block.labels = key_mass(few, weight), labels
-    return block
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from .call import Call
 from .labels import Labelled, Labeller
 
@@ -54,18 +55,8 @@ class Session:
     def __init__(
         self, model: nn.Module, labeller: Labeller, handler: Handler, *, sites: Sequence[str] | None = None
     ) -> None:
-        compiled = [name for name, part in model.named_modules() if hasattr(part, "_orig_mod")]
-        if compiled:
-            raise ConfigError(
-                "watch", expected="a model whose attention runs in Python", got="one compiled by torch.compile, "
-                "whose attention is inside a graph that nobody can look into",
-                fix="Watch the model that was compiled: model._orig_mod.",
-            )  # fmt: skip
-        if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
-            raise ConfigError(
-                "watch", expected="a model whose attention runs in Python", got="a scripted one",
-                fix="Watch the model that was scripted.",
-            )  # fmt: skip
+        _check_open(model)
+        self._check_sites(model, sites)
         self.model, self.labeller, self.handler, self._patterns = model, labeller, handler, sites
         self.names = {id(part): name for name, part in model.named_modules()}
         self.quiet = 0
@@ -73,6 +64,13 @@ class Session:
         self.called = 0
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
+
+    def _check_sites(self, model: nn.Module, sites: Sequence[str] | None) -> None:
+        names = [name or type(model).__name__ for name, _ in model.named_modules()]
+        for pattern in sites or ():
+            # The second attention of a module in one pass is "name#2".
+            if not any(fnmatch.fnmatchcase(name, pattern.split("#")[0]) for name in names):
+                raise unknown_name("watch", "module for sites", pattern, names)
 
     @contextmanager
     def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
@@ -88,30 +86,53 @@ class Session:
         """The innermost of the model's modules that runs."""
         return self._stack[-1] if self._stack else None
 
+    def attending(self) -> nn.Module | None:
+        """The innermost module that runs, but for a softmax that is a module itself."""
+        inside = [module for module in self._stack[-2:] if not isinstance(module, nn.Softmax)]
+        return inside[-1] if inside else self.here()
+
+    def hidden(self, module: nn.Module | None, reason: str) -> None:
+        """Tells the handler of an attention that cannot be looked into."""
+        module = module if module is not None else self.attending()
+        if module is not None and id(module) in self.names and not self.quiet:
+            self.handler.missed(self._site(module), reason)
+
+    def begin_pass(self) -> None:
+        """A pass through the model begins, in which every module attends for the first time again."""
+        self._times = {}
+
     def visit(self, call: Call, module: nn.Module | None, way: str, run: Run) -> Any:
         """Lets an attention happen, shows it, and returns its output or what the handler makes of it."""
-        module = module if module is not None else self.here()
+        module = module if module is not None else self.attending()
         if self.quiet or module is None or id(module) not in self.names:
             return run()[0]
-        site = self._site(module)
-        if self._patterns is not None and not any(fnmatch.fnmatch(site, p) for p in self._patterns):
-            return run()[0]
         known = self.labeller.labelled(call, module)
-        if known is None or isinstance(known, str):
-            if known is not None:
-                self.handler.missed(site, known)
+        if known is None:
             return run()[0]
-        site = site if known.tower else self._numbered(site)
+        site = self._site(module)
+        if isinstance(known, Labelled) and not known.tower:
+            site = self._numbered(site)
+        if self._patterns is not None and not any(fnmatch.fnmatchcase(site, p) for p in self._patterns):
+            return run()[0]
+        if isinstance(known, str):
+            self.handler.missed(site, known)
+            return run()[0]
         if self.handler.changes and (changed := self.handler.change(site, call, known)) is not None:
             return changed
+        return self._shown(site, way, call, known, run)
+
+    def _shown(self, site: str, way: str, call: Call, known: Labelled, run: Run) -> Any:
+        # In a backward pass it happens once more for gradient checkpointing, and was seen already.
+        again = torch._C._current_graph_task_id() != -1
         self.quiet += 1
         try:
             output, attention = run()
             if attention is not None and attention.shape[-1] == call.sizes[3]:
-                call = Call(**{**vars(call), "attention": attention})
-            # What is watched is not asked for its own insides.
-            with torch._C.DisableTorchFunction():
-                self.handler.see(site, way, call, known)
+                call = replace(call, attention=attention)
+            if not again:
+                # What is watched is not asked for its own insides.
+                with torch._C.DisableTorchFunction(), torch.autocast(call.query.device.type, enabled=False):
+                    self.handler.see(site, way, call, known)
         finally:
             self.quiet -= 1
         return output
@@ -128,7 +149,7 @@ class Session:
         if id(module) in self.names:
             if not self._stack:
                 self.called += 1
-                self._times = {}
+                self.begin_pass()
             self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -137,3 +158,24 @@ class Session:
         # An exception may have skipped some; they are over too.
         while self._stack and self._stack.pop() is not module:
             pass
+
+
+def _check_open(model: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: a model, or a part of one, whose attention no hook can reach.
+    """
+    compiled = any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()
+    )
+    if compiled:
+        raise ConfigError(
+            "watch", expected="a model whose attention runs in Python", got="one compiled by torch.compile, "
+            "whose attention is inside a graph that nobody can look into",
+            fix="Watch the model that was compiled: model._orig_mod; after model.compile(), a copy from before.",
+        )  # fmt: skip
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise ConfigError(
+            "watch", expected="a model whose attention runs in Python", got="a scripted one",
+            fix="Watch the model that was scripted.",
+        )  # fmt: skip

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .functions import torch_functions
 from .interface import attention_interface
-from .labels import GivenLabels, check_queries, checked
+from .labels import GivenLabels, Labeller, check_queries, checked
 from .layers import has_own_layers, own_layers
 from .multihead import multihead
+from .parts import pretrained
 from .seen import Seen
 from .session import Handler, Session
-from .tokenmap import TokenMap, pretrained
+from .tokenmap import Together, TokenMap
 
 
 @contextmanager
@@ -75,39 +76,52 @@ def watch(
                 [0.6667, 0.3333]])
     """
     labeller, ways, follow = labels_for(model, modality, names)
-    seen = Seen(labeller, check_queries(queries), tokens=tokens)
+    seen = Seen(labeller, check_queries(queries, labeller.names), tokens=tokens)
     with opened(model, labeller, ways, follow, seen, sites) as session:
+        seen.session = session
         yield seen
     if session.called and not seen.sites:
         warnings.warn(str(seen.nothing()), stacklevel=3)
+    elif partly := [site for site in seen.missing if site in seen.ways]:
+        warnings.warn(f"watch: some batches were not seen at '{partly[0]}': {seen.missing[partly[0]]}.", stacklevel=3)
 
 
-Ways = tuple[Callable[[Session], Any], ...]
+Way = Callable[[Session], AbstractContextManager[None]]
 
 
 def labels_for(
     model: nn.Module, modality: Any, names: Sequence[str] | None
-) -> tuple[Any, Ways, list[Callable[[], AbstractContextManager[None]]]]:
+) -> tuple[Labeller, tuple[Way, ...], list[Way]]:
     """Who knows the modality of this model's keys, which ways lead in, and what has to be followed besides."""
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     given = None if modality is None else checked(modality)
-    found = [] if has_own_layers(model) else pretrained(model)
-    if found:
-        maps = TokenMap(found[0], given, names)
-        return maps, (torch_functions, attention_interface, multihead), [maps.following]
-    ways: Ways = (own_layers,) if has_own_layers(model) else ()
+    roots = [] if has_own_layers(model) else pretrained(model)
+    if len(roots) == 1 and _is_all(model, roots[0]):
+        whole = TokenMap(roots[0], given, names)
+        return whole, (torch_functions, attention_interface, multihead), [whole.following]
+    if roots:
+        maps = [TokenMap.inside(root, given if len(roots) == 1 else None, names) for root in roots]
+        labeller = Together(GivenLabels(given, names), maps)
+        return labeller, (torch_functions, attention_interface, multihead), [part.following for part in maps]
+    ways: tuple[Way, ...] = (own_layers,) if has_own_layers(model) else ()
     if given is not None or not ways:
         ways = (*ways, torch_functions, multihead)
     return GivenLabels(given, names), ways, []
 
 
+def _is_all(model: nn.Module, root: nn.Module) -> bool:
+    """Whether nothing but wrappers stands around a model: all that learns is inside."""
+    inside = {id(part) for part in root.parameters()}
+    return all(id(part) in inside for part in model.parameters())
+
+
 @contextmanager
 def opened(
-    model: nn.Module, labeller: Any, ways: Ways, follow: list[Callable[[], AbstractContextManager[None]]],
-    handler: Handler, sites: Sequence[str] | str | None = None,
+    model: nn.Module, labeller: Labeller, ways: tuple[Way, ...], follow: list[Way], handler: Handler,
+    sites: Sequence[str] | str | None = None,
 ) -> Iterator[Session]:  # fmt: skip
     """A session over a model, open while the block runs."""
     session = Session(model, labeller, handler, sites=[sites] if isinstance(sites, str) else sites)
-    with session.open(*ways, *(lambda session, enter=enter: enter() for enter in follow)):
+    with session.open(*ways, *follow):
         yield session

@@ -1,0 +1,88 @@
+"""Attention summed over the watched queries of samples that went through a site together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..tokens import SPECIAL
+from .call import Call, Rows, picked
+from .labels import Labelled
+from .measure import Measured, key_mass, measure
+
+
+@dataclass(eq=False)
+class Block:
+    """Sums over the watched queries; ``keys`` counts what they read, and ``start`` is the place of the first key."""
+
+    share: Float[Tensor, "batch head modality"]
+    sink: Float[Tensor, "batch head"]
+    count: Float[Tensor, " batch"]
+    keys: Float[Tensor, "batch modality"]
+    by_query: Float[Tensor, "batch head query_modality modality"] | None = None
+    query_count: Float[Tensor, "batch query_modality"] | None = None
+    tokens: Float[Tensor, "batch head key"] | None = None
+    labels: Int[Tensor, "batch key"] | None = None
+    start: int = 0
+
+    def add(self, other: Block) -> None:
+        """The same samples, further on."""
+        self.share = self.share + other.share
+        self.sink = self.sink + other.sink
+        self.count = self.count + other.count
+        self.keys = other.keys
+        if self.by_query is not None and other.by_query is not None:
+            self.by_query = self.by_query + other.by_query
+            self.query_count = self.query_count + other.query_count  # type: ignore[operator]
+        else:
+            self.by_query = self.query_count = None
+        if self.tokens is not None and other.tokens is not None:
+            self._add_tokens(other.tokens, other.labels, other.start - self.start)  # type: ignore[arg-type]
+
+    def _add_tokens(self, tokens: Tensor, labels: Tensor, start: int) -> None:
+        """Keys that follow; where there is a window, they begin later."""
+        end = max(self.tokens.shape[-1], start + tokens.shape[-1])  # type: ignore[union-attr]
+        longer = F.pad(self.tokens, (0, end - self.tokens.shape[-1]))  # type: ignore[union-attr, arg-type]
+        known = F.pad(self.labels, (0, end - self.labels.shape[-1]), value=SPECIAL)  # type: ignore[union-attr, arg-type]
+        here = slice(start, start + tokens.shape[-1])
+        longer[..., here] += tokens
+        known[..., here] = labels
+        self.tokens, self.labels = longer, known
+
+
+def summed(call: Call, known: Labelled, rows: Rows, *, with_tokens: bool) -> Block:
+    """Sums over the watched queries of one call, on its device."""
+    batch, heads, _, keys = call.sizes
+    count = len(known.names)
+    few = picked(call, rows.index)
+    weight = rows.weight.to(few.query.device)
+    # A query that sees nothing has no attention to divide.
+    if (seeing := few.seeing()) is not None:
+        weight = weight * seeing
+    if known.constant is not None and few.sinks is None and few.attention is None:
+        # Of one modality alone: it gets all.
+        share = few.query.new_zeros(batch, heads, weight.shape[1], count, dtype=torch.float32)
+        share[..., known.constant] = 1.0
+        measured = Measured(share)
+    else:
+        measured = measure(few, known.keys, count)
+    share = measured.share.float()
+    sink = share.new_zeros(batch, heads)
+    if measured.sink is not None:
+        sink = torch.einsum("bhq,bq->bh", measured.sink.float(), weight)
+    labels = known.keys.to(share.device).expand(batch, keys)
+    hot = (labels[..., None] == torch.arange(count, device=share.device)).float()
+    block = Block(torch.einsum("bhqm,bq->bhm", share, weight), sink, weight.sum(dim=1), hot.sum(dim=1))
+    if known.queries is not None:
+        queries = known.queries.to(share.device).expand(batch, -1)
+        queries = queries if rows.index is None else queries.gather(1, rows.index)
+        own = (queries[..., None] == torch.arange(count, device=share.device)).float() * weight[..., None]
+        block.by_query = torch.einsum("bhqm,bqn->bhnm", share, own)
+        block.query_count = own.sum(dim=1)
+    if with_tokens:
+        block.tokens, block.labels, block.start = key_mass(few, weight), labels, known.start
+    return block
