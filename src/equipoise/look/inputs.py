@@ -157,6 +157,13 @@ def completed(inputs: dict[str, Any], answer: Int[Tensor, "1 token"], model_type
     return found
 
 
+def placeholders(config: Any) -> list[int]:
+    """Tokens that stand for pictures and sounds, which no answer may hold."""
+    names = (f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
+    found = {getattr(config, name, None) for name in names}
+    return sorted(token for token in found if isinstance(token, int) and token >= 0)
+
+
 def words(tokenizer: Any, ids: Int[Tensor, " token"]) -> list[str]:
     """Every token as text, with the space before it."""
     found = []

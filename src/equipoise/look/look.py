@@ -18,7 +18,7 @@ from ..watch import labels_for
 from .effects import blanked, mean_log_likelihood, measured
 from .found import VIEWS, Look, Token, view_of
 from .grid import frame_of, grid_of
-from .inputs import Prompt, check_given, completed, prompt_of, read_image, read_sound, tokenizer_of, words
+from .inputs import Prompt, check_given, completed, placeholders, prompt_of, read_image, read_sound, tokenizer_of, words
 from .maps import maps_of, readers_of
 from .trace import traced
 
@@ -87,7 +87,7 @@ def look(
             tell("writing the answer")
             written = _generated(model, prompt, max_new_tokens)
         else:
-            written = _given(tokenizer, answer)
+            written = _given(tokenizer, answer, placeholders(model.config))
         tell("watching")
         whole = completed(prompt.inputs, written, model.config.model_type)
         texts = words(tokenizer, whole["input_ids"][0])
@@ -104,7 +104,8 @@ def look(
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
     return Look(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
-        names=first.names, prompt=prompt.text, answer="".join(texts[prompt.length :]).strip(), given=answer is not None,
+        names=first.names, prompt=prompt.text, given=answer is not None,
+        answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
         tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), sites=tuple(first.sites),
         views={
             part: view_of(seen[part], [trace.even[site][part] for site in first.sites], texts, labels, sinks)
@@ -126,15 +127,16 @@ def _groups(length: int, total: int) -> dict[str, Tensor]:
 
 def _generated(model: Any, prompt: Prompt, count: int) -> Int[Tensor, "1 token"]:
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    found = model.generate(**prompt.inputs, max_new_tokens=count, **greedy)
+    barred = placeholders(model.config)
+    found = model.generate(**prompt.inputs, max_new_tokens=count, suppress_tokens=barred or None, **greedy)
     return found[:, prompt.length :]
 
 
-def _given(tokenizer: Any, answer: str) -> Int[Tensor, "1 token"]:
+def _given(tokenizer: Any, answer: str, barred: Sequence[int]) -> Int[Tensor, "1 token"]:
     ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids if answer.strip() else None
-    if ids is None or not ids.shape[1]:
-        raise ConfigError("look answer", expected="an answer of one token or more", got=repr(answer),
-                          fix="Leave it out, and the model writes one.")  # fmt: skip
+    if ids is None or not ids.shape[1] or set(barred) & set(ids[0].tolist()):
+        raise ConfigError("look answer", expected="words that the model could write, one token or more",
+                          got=repr(answer), fix="Leave it out, and the model writes one.")  # fmt: skip
     return ids.long()
 
 

@@ -81,7 +81,7 @@ def verdict(shares: Shares) -> list[str]:
         f"While the model reads the prompt, it is {percent(shares.part('prompt'))}, "
         f"{times(shares.times('prompt'))} the even part.",
     ]
-    if len(curve) > 1 and high != low:
+    if percent(curve[high]) != percent(curve[low]):
         more.append(
             f"Layer {high} looks at the {target} most ({percent(curve[high])}), "
             f"layer {low} least ({percent(curve[low])})."
