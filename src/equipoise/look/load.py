@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from ..encoders.pretrained import huggingface
 from ..errors import ConfigError, DataError
@@ -101,7 +102,7 @@ def processor_of(hf: Any, source: str, config: Any, where: dict[str, Any]) -> An
     except ImportError as error:
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-        cls = PROCESSOR_MAPPING.get(type(config))
+        cls = PROCESSOR_MAPPING.get(type(config), None)
         if cls is None or "video_processor" not in cls.get_attributes():
             raise ConfigError(
                 "look", expected="what the processor of this model needs", got=_line(error), fix="Install it."
@@ -158,7 +159,7 @@ def _read(load: Any, source: str, what: str) -> Any:
         return load()
     except (ConfigError, DataError):
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         there = Path(source).is_dir()
         fix = (
             "Save model and processor there with save_pretrained(folder); pickled weights and code from the hub are "
