@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,23 @@ def test_the_command_looks_at_the_picture_before_it_loads_a_model(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"nothing")
     with pytest.raises(EquipoiseError, match="look image: expected a whole picture"):
         run("nobody/nothing", "--image", tmp_path / "cat.png", "--text", QUESTION)
+
+
+def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "look.md").read_text(encoding="utf-8")
+    for heading in ("What the figures mean", "When they mislead", "What it can look at"):
+        assert f"\n## {heading}\n" in text
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "cat.png", tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block.replace("llava-hf/llava-1.5-7b-hf", str(folder)), names)
+    assert (tmp_path / "look.html").is_file()
+    assert re.search(r"mean +\d", capsys.readouterr().out)
+    for option in re.findall(r"(--\w+)", text):
+        assert option in look_parser(None).format_help()
 
 
 def test_the_processor_of_the_test_is_saved_whole(folder):
