@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,9 +76,7 @@ def diagnose(
             if progress is not None:
                 progress(test, done, len(chosen))
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)
-                    found = QUESTIONS[test](of)
+                found = QUESTIONS[test](of)
             except Skipped as reason:
                 skipped[test] = str(reason)
                 continue

@@ -119,7 +119,7 @@ MARKS = {"good": "+", "bad": "-", "neutral": "."}
 
 
 def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
-    """The content of a ``results.json`` with one run for each diagnosis."""
+    """The content of a ``results.json`` with one run for each diagnosis; others are compared with the first."""
     runs = [diagnosis.to_run() for diagnosis in diagnoses]
     replaced = {run["noise_modality"] for run in runs if "noise_modality" in run}
     protocol: dict[str, Any] = {
@@ -129,7 +129,7 @@ def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
     }
     if len(replaced) == 1:
         protocol["noise_modality"] = replaced.pop()
-    return record.results(runs, protocol)
+    return record.results(runs, protocol, default=diagnoses[0].name)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -142,12 +142,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         got = f"a file cut short or of another kind ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
-    if not isinstance(content, dict) or content.get("kind") != "diagnosis" or content.get("schema") != SCHEMA:
-        got = (
-            f"{content.get('kind')!r} of schema {content.get('schema')!r}"
-            if isinstance(content, dict)
-            else "no mapping"
-        )
+    known = content if isinstance(content, dict) else {"kind": type(content).__name__}
+    if known.get("kind") != "diagnosis" or known.get("schema") != SCHEMA:
+        got = f"{known.get('kind')!r} of schema {known.get('schema')!r}"
         raise SchemaError(who, expected=f"a diagnosis of schema {SCHEMA}", got=got, fix=AGAIN)
     wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     verdicts = content.get("verdicts")
