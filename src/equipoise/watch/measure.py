@@ -35,12 +35,16 @@ def measure(call: Call, labels: Int[Tensor, "... key"], num_modalities: int) -> 
     Labels of -1 count in no column. A row that sees no key has share 0.
     """
     if call.attention is not None:
-        return Measured(_columns(call.attention, labels, num_modalities))
-    if call.softcap is not None:
-        parts = [_columns(part, labels, num_modalities) for part in written_out(call)]
-        share = torch.cat(parts, dim=2)
-        sink = None if call.sinks is None else (1 - torch.cat([p.sum(-1) for p in written_out(call)], dim=2)).clamp(0)
+        share = _columns(call.attention, labels, num_modalities)
+        # What a row lacks to 1 went to the sink.
+        sink = None if call.sinks is None else (1 - call.attention.to(share.dtype).sum(dim=-1)).clamp(min=0)
         return Measured(share, sink)
+    if call.softcap is not None:
+        parts = [
+            measure(replace(call, attention=part, softcap=None), labels, num_modalities) for part in written_out(call)
+        ]
+        sink = None if call.sinks is None else torch.cat([part.sink for part in parts], dim=2)  # type: ignore[misc]
+        return Measured(torch.cat([part.share for part in parts], dim=2), sink)
     if call.sinks is None:
         share = shares(
             call.query, call.key, modality=labels, num_modalities=num_modalities,

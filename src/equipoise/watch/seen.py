@@ -181,7 +181,7 @@ class Seen:
 
     def table(self) -> Table:
         """Site by modality, mean over samples and heads; prints as a table, and is a list of dicts."""
-        if not self._sites:
+        if not self.complete:
             raise self.nothing()
         rows = []
         for site in self.sites:
@@ -190,6 +190,11 @@ class Seen:
             row |= {"special": float(self.special(site).nanmean()), "sink": float(self.sink(site).nanmean())}
             rows.append(row)
         return Table(self.names, rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether anything was seen where modalities meet, if there was anything to see."""
+        return bool(self._sites) and not (self._missed and all(site.tower for site in self._sites.values()))
 
     def nothing(self) -> ConfigError:
         """The error for a model whose attention stayed hidden."""
@@ -216,7 +221,7 @@ class Seen:
             raise ConfigError("Seen", expected="a site whose attention could be seen", got=f"'{name}', but "
                               f"{self._missed[name]}")  # fmt: skip
         if name not in self._sites:
-            raise unknown_name("Seen", "site", name, self._sites)
+            raise unknown_name("Seen", "site", name, (*self._sites, *self._missed))
         return self._sites[name]
 
     def _need_tokens(self) -> None:

@@ -110,7 +110,7 @@ class Session:
         if known is None:
             return run()[0]
         site = self._site(module)
-        if isinstance(known, Labelled) and not known.tower:
+        if isinstance(known, str) or not known.tower:
             site = self._numbered(site)
         if self._patterns is not None and not any(fnmatch.fnmatchcase(site, p) for p in self._patterns):
             return run()[0]

@@ -80,7 +80,7 @@ def watch(
     with opened(model, labeller, ways, follow, seen, sites) as session:
         seen.session = session
         yield seen
-    if session.called and not seen.sites:
+    if session.called and not seen.complete:
         warnings.warn(str(seen.nothing()), stacklevel=3)
     elif partly := [site for site in seen.missing if site in seen.ways]:
         warnings.warn(f"watch: some batches were not seen at '{partly[0]}': {seen.missing[partly[0]]}.", stacklevel=3)
