@@ -124,13 +124,14 @@ def picked(call: Call, index: Int[Tensor, "batch n"] | None) -> Call:
         return call
     batch, heads, _, keys = call.sizes
     at = index[:, None, :, None]
-    if call.attention is not None:
-        return replace(call, attention=call.attention.gather(2, at.expand(-1, heads, -1, keys)))
+    attention = call.attention
+    if attention is not None:
+        attention = attention.gather(2, at.expand(-1, heads, -1, keys))
     query = call.query.gather(2, at.expand(-1, heads, -1, call.query.shape[-1]))
     mask = call.mask
     if mask is not None and mask.shape[2] > 1:
         mask = mask.expand(batch, -1, -1, -1).gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    found = replace(call, query=query, mask=mask, is_causal=False)
+    found = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
     if call.is_causal:
         found = found.restricted(torch.arange(keys, device=index.device) <= at)
     return found

@@ -149,10 +149,12 @@ class TokenMap:
         """Keys that come from another stream than the queries."""
         _, _, rows, keys = call.sizes
         if self.parts.encoder is not None:
-            labels = self._encoder.labels
-            if labels is not None and labels.shape[1] == keys and labels.shape[0] in (1, call.sizes[0]):
-                return self._known(call, labels, self._main, rows)
-            return self._constant(call, self.parts.source())
+            labels = _repeated(self._encoder.labels, call.sizes[0])
+            if labels is None:
+                return self._constant(call, self.parts.source())
+            if labels.shape[1] != keys:
+                return self._other_length(keys, labels.shape[1])
+            return self._known(call, labels, self._main, rows)
         words = self._main.labels
         if words is not None and keys == words.shape[1] and not self._main.told:
             if rows != keys:
@@ -231,6 +233,13 @@ class Together:
                     return replace(known, tower=True, continues=False)
                 return known
         return self._outside.labelled(call, module)
+
+
+def _repeated(labels: Tensor | None, batch: int) -> Tensor | None:
+    """Labels of the samples of a source that several beams read each."""
+    if labels is None or len(labels) == 1 or batch % len(labels):
+        return labels
+    return labels.repeat_interleave(batch // len(labels), dim=0)
 
 
 def _word_embedding(root: nn.Module) -> nn.Module | None:
