@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from equipoise import record
-from equipoise.diagnosis import Diagnosis, diagnose, results
+from equipoise.diagnosis import QUESTIONS, Diagnosis, diagnose, results
 from equipoise.errors import DataError, SchemaError
 from small_fusion import batch, model
 
@@ -84,3 +86,28 @@ def test_damaged_files(what, found, tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(DataError, match=r"expected a diagnosis, got no such file\. equipoise diagnose writes one"):
         Diagnosis.load(tmp_path)
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "diagnose.md"
+
+
+def test_the_page_names_every_figure_and_every_verdict(found):
+    text = PAGE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_0-9]+(?:/<\w+>)?)`", text))
+    for metric in found.metrics:
+        kind, slash, _ = metric.partition("/")
+        assert f"{kind}/<{'operator' if kind == 'quag' else 'm'}>" in named if slash else kind in named, metric
+    for verdict in found.verdicts:
+        assert re.sub(r"/.*", "/<m>", verdict.key) in named
+    assert all(re.search(rf"\| {test} \|", text) for test in QUESTIONS)
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) == 5
+    exec(code.replace("eq.diagnose", "diagnose"), {
+        "model": model(dtype=torch.float32), "test_loader": batches(), "diagnose": diagnose,
+    })  # fmt: skip
+    assert capsys.readouterr().out.startswith("joint ")
+    assert {path.name for path in tmp_path.iterdir()} == {"diagnosis", "report.html"}

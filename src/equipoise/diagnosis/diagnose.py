@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import ConfigError, EquipoiseError, unknown_name
 from ..evaluation import evaluating
-from ..report.verdict import verdicts
 from .diagnosis import Diagnosis
 from .examination import Examination, Loader, Skipped, checked, repeatable
 from .questions import QUESTIONS
@@ -62,6 +61,8 @@ def diagnose(
 
     Reference: RollingQ (ICML 2025), section 4; spec 8.
     """
+    from ..report.verdict import verdicts
+
     chosen = _chosen(tests)
     names = tuple(getattr(model, "names", ()))
     if names:

@@ -8,13 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import record
 from ..errors import DataError, SchemaError
 from ..record import plain, write_whole
-from ..report.diagnosis_page import diagnosis_page
-from ..report.verdict import Verdict, headline
+
+if TYPE_CHECKING:
+    from ..report.verdict import Verdict
 
 SCHEMA = 1
 FILE, PAGE = "diagnosis.json", "report.html"
@@ -58,6 +59,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The headline, and a line for each verdict."""
+        from ..report.verdict import headline
+
         lines = [headline(self.name, list(self.verdicts))]
         return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
 
@@ -93,6 +96,8 @@ class Diagnosis:
         Raises:
             DataError: no such file. SchemaError: not JSON, cut short, of another schema, or with parts missing.
         """
+        from ..report.verdict import Verdict
+
         content = _read(Path(path, FILE) if Path(path).is_dir() else Path(path))
         metrics = {name: math.nan if value is None else float(value) for name, value in content["metrics"].items()}
         verdicts = tuple(Verdict(**verdict) for verdict in content["verdicts"])
@@ -109,6 +114,9 @@ class Diagnosis:
         Returns:
             the path of the page.
         """
+        # What draws is loaded when something is drawn.
+        from ..report.diagnosis_page import diagnosis_page
+
         path = Path(path)
         page = diagnosis_page([diagnosis.to_dict() for diagnosis in (self, *others)])
         return write_whole(path / PAGE if path.is_dir() else path, page)
@@ -158,6 +166,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_verdict(part: Any) -> bool:
+    from ..report.verdict import Verdict
+
     known = set(Verdict.__dataclass_fields__)
     return (
         isinstance(part, dict)

@@ -10,7 +10,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "changed_noise": ("noise", "Answers that change, {} replaced by noise", "part"),
     "noise_attention_r": ("response", "Attention–noise correlation r", "number"),
     "noise_attention_r_same": ("response", "The same with attention to the modality itself", "number"),
-    "noise_attention_p": ("response", "p of that correlation", "p"),
+    "noise_attention_p": ("response", "Its p-value", "p"),
     "area": ("corruption", "Mean over the levels of noise in {}", "score"),
     "shapley": ("shapley", "Shapley value of {}", "effect"),
     "quag": ("quag", "Attention averaged, {}", "score"),
@@ -46,11 +46,11 @@ CONDITIONS = {
 """What follows the name of a score -> (test, words)."""
 
 
-def test_of(metric: str) -> str | None:
+def source_of(metric: str) -> str | None:
     """The test that a figure comes from; None for a figure that no test of ours gives.
 
     Example:
-        >>> test_of("accuracy_mask/audio"), test_of("quag/crossmodal"), test_of("loss")
+        >>> source_of("accuracy_mask/audio"), source_of("quag/crossmodal"), source_of("loss")
         ('masking', 'quag', None)
     """
     kind = metric.partition("/")[0]
@@ -106,7 +106,7 @@ def is_score(metric: str) -> bool:
 def ordered(metrics: Iterable[str], tests: Iterable[str]) -> list[str]:
     """The figures in the order of their tests, those of no test last."""
     places = {test: place for place, test in enumerate(tests)}
-    return sorted(metrics, key=lambda metric: places.get(test_of(metric) or "", len(places)))
+    return sorted(metrics, key=lambda metric: places.get(source_of(metric) or "", len(places)))
 
 
 def _condition(kind: str) -> str | None:

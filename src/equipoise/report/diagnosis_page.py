@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..errors import ConfigError
 from . import canvas
 from .diagnosis_figures import FIGURES
-from .diagnosis_metrics import is_score, label, ordered, shown, test_of
+from .diagnosis_metrics import is_score, label, ordered, shown, source_of
 from .diagnosis_subject import Picture, Subject
 from .diagnosis_words import WORDS
 from .evidence import ERRORS
@@ -127,7 +127,7 @@ def _section(test: str, subjects: Sequence[Subject]) -> Section | None:
 def _rows(test: str, subjects: Sequence[Subject]) -> list[tuple[str, list[Cell]]]:
     """The figures of a test, a column for each model."""
     every = dict.fromkeys(metric for subject in subjects for metric in subject.found.metrics)
-    metrics = [metric for metric in ordered(every, WORDS) if test_of(metric) == test]
+    metrics = [metric for metric in ordered(every, WORDS) if source_of(metric) == test]
     return [(label(metric), [_cell(metric, subject, subjects[0]) for subject in subjects]) for metric in metrics]
 
 
