@@ -254,6 +254,17 @@ def test_families(name, tmp_path):
     close(long[:, : short.shape[1]], short)
 
 
+def test_layers_that_read_another_stream_have_shares_and_no_maps(tmp_path):
+    model, inputs = family("mllama")
+    found = look(model, Given(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
+    assert [site.split(".")[-1] for site in found.sites] == ["self_attn", "cross_attn"]
+    close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
+    assert found.maps.layers == (0,)
+    assert found.notes == ("1 of 2 layers read another stream than the words; the maps leave them out.",)
+    assert found.grid.why == "one token"
+    assert found.notes[0] in found.report(tmp_path / "page.html").read_text()
+
+
 def test_grids():
     assert grid_of(6, {"image_grid_thw": torch.tensor([[1, 4, 6]])}, None)[:3] == (2, 3, True)
     merged = type("Config", (), {"vision_config": type("Vision", (), {"spatial_merge_size": 2})})

@@ -61,6 +61,41 @@ def test_random_weights_need_a_configuration_alone_and_are_always_the_same(folde
         load_any(bare)
 
 
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "blip2"])
+def test_a_configuration_and_nothing_else(name, tmp_path, capsys):
+    config = family(name)[0].config
+    config.get_text_config().vocab_size = 300
+    config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    loaded = load_any(tmp_path, random=True)
+    found = look(*loaded, image=picture(), text="what?", answer="cat")
+    kinds = [token.modality for token in found.tokens]
+    assert kinds == [*["image"] * 4, *["text"] * 8]
+    assert "".join(token.text for token in found.tokens[4:]) == "what?cat"
+    with pytest.raises(DataError, match="a configuration without weights needs random=True, or --random"):
+        load_any(tmp_path)
+    picture().save(tmp_path / "cat.png")
+    asked = ("--random", "--image", tmp_path / "cat.png", "--text", "what?", "--max_new_tokens", 2)
+    assert run(tmp_path, *asked, "--out", tmp_path / "out") == 0
+    assert "every byte of the text stands as a token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "got"),
+    [
+        ("llava", 97, "a vocabulary of 97 words"),
+        ("idefics3", 300, "Idefics3ForConditionalGeneration, which reads pictures in pieces"),
+        ("qwen2_vl", 300, "pictures of any size"),
+    ],
+)
+def test_what_needs_a_processor_is_told(name, words, got, tmp_path):
+    config = family(name)[0].config
+    config.get_text_config().vocab_size = words
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"without the files of a tokenizer and processor, got {got}"):
+        look(*load_any(tmp_path, random=True), image=picture(), text="what?", answer="cat")
+
+
 def test_a_dtype_can_be_chosen(folder):
     model, made = load_any(folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16

@@ -13,7 +13,7 @@ EXAMPLES = (
     'equipoise look llava-hf/llava-1.5-7b-hf --image cat.png --text "What is on the mat?"',
     'equipoise look models/mine --image cat.png --text "Is this a dog?" --answer "No"   how likely is it, and why',
     'equipoise look models/mine --audio dog.wav --text "What do you hear?"',
-    "equipoise look models/config-and-tokenizer --random --image cat.png --text hello   no weights are needed",
+    "equipoise look models/configuration --random --image cat.png --text hello   no weights are needed",
 )
 
 
@@ -43,27 +43,32 @@ def look(options: Namespace) -> int:
     """Loads the model, asks it, and writes what was found."""
     from ..look import load_any, look
     from ..look.inputs import read_image
+    from ..look.standin import StandIn
 
     # A picture that cannot be read is told before the model is loaded.
     image = None if options.image is None else read_image(options.image)
-    notes = ["The weights are random: the figures show how the page works, not what a model does."]
+    notes = []
     with out.status("loading the model") as status:
         loaded = load_any(
             options.model, random=options.random, revision=options.revision, dtype=options.dtype,
             device=options.device,
         )  # fmt: skip
+        if options.random:
+            notes.append("The weights are random: the figures show how the page works, not what a model does.")
+        if isinstance(loaded.processor, StandIn):
+            notes.append("There are no files of a tokenizer: every byte of the text stands as a token.")
         found = look(
             *loaded, image=image, audio=options.audio, text=options.text, answer=options.answer,
             max_new_tokens=options.max_new_tokens, sinks=options.sinks,
             sites=None if options.sites is None else [part.strip() for part in options.sites.split(",")],
-            name=options.model, notes=notes if options.random else (), tell=status.update,
+            name=options.model, notes=notes, tell=status.update,
         )  # fmt: skip
         status.update("writing the page")
         path = found.save(options.out)
         page = found.report(options.out / "report.html")
     out.print(found.table(), highlight=False, markup=False, soft_wrap=True)
     out.print()
-    for line in (*notes[: len(found.notes)], *_told(found.to_dict())):
+    for line in (*notes, *_told(found.to_dict())):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"answer:  {found.answer}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"numbers: {path}", highlight=False, soft_wrap=True)

@@ -180,9 +180,9 @@ def _sinks(seen: Seen, texts: Sequence[str], labels: Tensor | None, count: int) 
     if labels is None or not rows:
         return []
     mean = torch.stack(rows).mean(dim=0)
-    top = mean.topk(min(count, len(mean)))
+    places: list[int] = mean.topk(min(count, len(mean))).indices.tolist()
     modality = [seen.names[label] if label >= 0 else None for label in labels.tolist()]
-    return [Sink(p, texts[p], modality[p], value) for value, p in zip(*map(Tensor.tolist, top), strict=True)]
+    return [Sink(place, texts[place], modality[place], float(mean[place])) for place in places]
 
 
 def _stacked(parts: Sequence[Float[Tensor, "head modality"]]) -> Float[Tensor, "layer head modality"]:

@@ -43,7 +43,7 @@ def grid_of(count: int, inputs: dict[str, Any], config: Any, kind: str = "image"
             return Grid(rows // merge, columns // merge, True, f"image_grid_thw, {merge} x {merge} patches a token")
     side = math.isqrt(count)
     if count and side * side == count:
-        return Grid(side, side, True, f"{count} tokens are a square of {side} x {side}")
+        return Grid(side, side, True, f"{count} tokens are a square of {side} x {side}" if count > 1 else "one token")
     return Grid(1, count, False, f"{count} tokens are no square, and the processor names no grid: one line of tokens")
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..encoders.pretrained import huggingface
 from ..errors import ConfigError, DataError
+from .standin import StandIn
 
 WRITERS = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
 """Classes of transformers whose models write text; the first that knows a configuration is taken."""
@@ -34,6 +35,7 @@ def load_any(
     Args:
         source: a name on the hub, or a folder as ``save_pretrained`` writes it.
         random: random weights, always the same, of the configuration; no file of weights is read, or need be there.
+            Without files of a tokenizer, every byte of a text is a token.
         revision: branch, tag or commit on the hub.
         dtype: of the weights; by default that of the file, and single precision for random ones.
         device: by default the accelerator where there is one.
@@ -75,8 +77,14 @@ def load_any(
                 "look", expected=f"all weights of a {type(model).__name__}",
                 got=f"'{source}', which lacks {missing[0]}", fix="Give the folder of a model of this kind.",
             )  # fmt: skip
-    processor = _read(lambda: processor_of(hf, source, config, where), source, "the files of a tokenizer or processor")
-    return Loaded(model.to(place).eval(), processor)
+    model = model.to(place).eval()
+    try:
+        what = "the files of a tokenizer or processor"
+        return Loaded(model, _read(lambda: processor_of(hf, source, config, where), source, what))
+    except DataError:
+        if not random:
+            raise
+        return Loaded(model, StandIn(model))
 
 
 def writer(hf: Any, config: Any) -> Any:
@@ -102,7 +110,7 @@ def processor_of(hf: Any, source: str, config: Any, where: dict[str, Any]) -> An
     except ImportError as error:
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-        cls = PROCESSOR_MAPPING.get(type(config), None)
+        cls: Any = PROCESSOR_MAPPING.get(type(config), None)
         if cls is None or "video_processor" not in cls.get_attributes():
             raise ConfigError(
                 "look", expected="what the processor of this model needs", got=_line(error), fix="Install it."

@@ -102,6 +102,10 @@ def look(
     target = next((kind for kind, given in (("image", picture), ("audio", sound)) if given is not None), None)
     labels = trace.labels
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
+    maps = maps_of(first.sites, seen, trace, prompt.length)
+    if apart := len(first.sites) - len(maps.layers):
+        said = f"{apart} of {len(first.sites)} layers read another stream than the words; the maps leave them out."
+        notes = (*notes, said)
     return Look(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         names=first.names, prompt=prompt.text, given=answer is not None,
@@ -112,10 +116,9 @@ def look(
             for part in VIEWS
         },
         log_likelihood=likelihood, effects=tuple(effects), target=target,
-        grid=grid_of(count, prompt.inputs, model.config, target) if count else None,
+        grid=grid_of(count, prompt.inputs, model.config, target) if target and count else None,
         frame=frame_of(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0),
-        maps=maps_of(first.sites, seen, trace, prompt.length),
-        picture=_png(picture) if picture else None, left_out=sinks, notes=tuple(notes),
+        maps=maps, picture=_png(picture) if picture else None, left_out=sinks, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def _generated(model: Any, prompt: Prompt, count: int) -> Int[Tensor, "1 token"]
 
 
 def _given(tokenizer: Any, answer: str, barred: Sequence[int]) -> Int[Tensor, "1 token"]:
-    ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids if answer.strip() else None
+    ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"] if answer.strip() else None
     if ids is None or not ids.shape[1] or set(barred) & set(ids[0].tolist()):
         raise ConfigError("look answer", expected="words that the model could write, one token or more",
                           got=repr(answer), fix="Leave it out, and the model writes one.")  # fmt: skip
