@@ -1,0 +1,105 @@
+"""Is a scene more than its words: Winoground's scores, and embeddings that add up (spec 7.10)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import NonFiniteError, ShapeError
+
+CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
+"""What scores that are drawn at random reach."""
+
+
+class Winoground(NamedTuple):
+    """Shares of examples that were solved.
+
+    Attributes:
+        text: both images find their own caption; chance 1/4.
+        image: both captions find their own image; chance 1/4.
+        group: all of it; chance 1/6.
+    """
+
+    text: float
+    image: float
+    group: float
+
+
+def winoground(scores: Float[Tensor, "example 2 2"]) -> Winoground:
+    """Scores of two images with two captions of the same words in another order.
+
+    text: ``S(I0, T0) > S(I0, T1)`` and ``S(I1, T1) > S(I1, T0)``; image: ``S(I0, T0) > S(I1, T0)`` and
+    ``S(I1, T1) > S(I0, T1)``. Equal scores are not solved.
+
+    Args:
+        scores: (example, image, caption).
+
+    Raises:
+        ShapeError: another shape, or no example. NonFiniteError: NaN.
+
+    Reference: Thrush et al., Winoground (CVPR 2022), eq. 1 to 3; spec 7.10.
+
+    Example:
+        >>> import torch
+        >>> winoground(torch.tensor([[[2.0, 1.0], [2.5, 3.0]]]))
+        Winoground(text=1.0, image=0.0, group=0.0)
+    """
+    if scores.ndim != 3 or scores.shape[1:] != (2, 2) or not len(scores):
+        raise ShapeError(
+            "winoground", expected="(example, image, caption) = (1 or more, 2, 2)", got=f"{tuple(scores.shape)}"
+        )
+    if bool(scores.isnan().any()):
+        raise NonFiniteError("winoground", expected="scores", got="NaN")
+    own = scores.diagonal(dim1=1, dim2=2)
+    text = (own[:, 0] > scores[:, 0, 1]) & (own[:, 1] > scores[:, 1, 0])
+    image = (own[:, 0] > scores[:, 1, 0]) & (own[:, 1] > scores[:, 0, 1])
+    return Winoground(*(float(solved.double().mean()) for solved in (text, image, text & image)))
+
+
+def additive_compositionality(
+    parts: Float[Tensor, "sample part dim"],
+    whole: Float[Tensor, "sample dim"],
+    distractors: Float[Tensor, "sample other dim"] | None = None,
+) -> Float[Tensor, " sample"]:
+    """``cos(sum of parts, whole)`` less the mean of the same with distractors.
+
+    emb("red") + emb("car") against the embedding of a red car, and against those of other things. Positive values say
+    that the sum points to the whole; the mean hides whether it finds it, which ``recall_at_k`` of the cosines tells.
+
+    Args:
+        parts: (sample, part, dim).
+        whole: (sample, dim).
+        distractors: (sample, other, dim); by default the other samples' wholes.
+
+    Raises:
+        ShapeError: sizes that do not fit, or no distractor.
+
+    Reference: spec 7.10.
+
+    Example:
+        >>> import torch
+        >>> red_car, blue_car = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+        >>> additive_compositionality(torch.stack([red_car, blue_car]), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+        tensor([0.2828, 0.2000])
+    """
+    if parts.ndim != 3 or whole.shape != (parts.shape[0], parts.shape[2]):
+        raise ShapeError(
+            "additive_compositionality", expected="parts (sample, part, dim) and whole (sample, dim)",
+            got=f"{tuple(parts.shape)} and {tuple(whole.shape)}",
+        )  # fmt: skip
+    added = F.normalize(parts.sum(dim=1), dim=-1)
+    own = (added * F.normalize(whole, dim=-1)).sum(dim=-1)
+    if distractors is None:
+        if len(whole) < 2:
+            raise ShapeError("additive_compositionality", expected="two or more samples, or distractors", got="neither")
+        cosines = added @ F.normalize(whole, dim=-1).T
+        return own - (cosines.sum(dim=1) - own) / (len(whole) - 1)
+    if distractors.ndim != 3 or 0 in distractors.shape[:2] or distractors.shape[::2] != whole.shape:
+        raise ShapeError(
+            "additive_compositionality distractors", expected=f"(sample, other, dim) for {tuple(whole.shape)}",
+            got=f"{tuple(distractors.shape)}",
+        )  # fmt: skip
+    return own - (F.normalize(distractors, dim=-1) @ added[..., None])[..., 0].mean(dim=1)

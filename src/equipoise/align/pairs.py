@@ -1,0 +1,227 @@
+"""What losses over pairs of modalities share: which pairs, who has both, and the batches of all processes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..tokens import Output, Tokens
+from .gather import gathered, mean_of_all, place_of, together
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Unit vectors of two modalities, of the samples that have both.
+
+    Attributes:
+        a, b: (here, dim) of this process.
+        all_a, all_b: (all, dim) of all processes.
+        ids, all_ids: samples of one id show the same thing.
+        rows, all_rows: numbers of the samples themselves.
+    """
+
+    a: Float[Tensor, "here dim"]
+    b: Float[Tensor, "here dim"]
+    all_a: Float[Tensor, "all dim"]
+    all_b: Float[Tensor, "all dim"]
+    ids: Int[Tensor, " here"]
+    all_ids: Int[Tensor, " all"]
+    rows: Int[Tensor, " here"]
+    all_rows: Int[Tensor, " all"]
+
+
+Vectors = Mapping[str, Tensor | Tokens]
+
+
+class PairLoss(nn.Module):
+    """A loss over pairs of modalities; a concrete one has ``_pair``, its loss of this process's rows.
+
+    Args:
+        anchor: pairs with this modality alone; None means all.
+        widths, dim: name -> width of vectors that are brought to ``dim`` first.
+    """
+
+    def __init__(self, *, anchor: str | None, widths: dict[str, int] | None, dim: int | None) -> None:
+        super().__init__()
+        if (widths is None) != (dim is None):
+            raise ConfigError(type(self).__name__, expected="widths and dim, or none", got=f"{widths} and {dim}")
+        if anchor is not None and widths is not None and anchor not in widths:
+            raise unknown_name(type(self).__name__, "anchor", anchor, widths)
+        self.anchor = anchor
+        self.heads = nn.ModuleDict()
+        if widths is not None and dim is not None:
+            self.heads.update({name: nn.Linear(width, dim, bias=False) for name, width in widths.items()})
+
+    @abstractmethod
+    def _pair(self, pair: Pair) -> Float[Tensor, ""]:
+        """This process's rows' part of the loss; the parts of all processes add up to the loss."""
+
+    def _prepare(self) -> None:
+        """Before each call; nothing by default."""
+
+    def forward(
+        self,
+        a: Float[Tensor, "batch dim"] | Vectors,
+        b: Float[Tensor, "batch dim"] | None = None,
+        *,
+        ids: Int[Tensor, " batch"] | None = None,
+        present: Mapping[str, Bool[Tensor, " batch"]] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The mean over all pairs of modalities.
+
+        Args:
+            a: (batch, dim), or name -> (batch, dim) or Tokens, which are pooled.
+            b: the second, where ``a`` is one tensor.
+            ids: (batch,) equal for samples that show the same thing; by default all differ.
+            present: name -> (batch,), False where a sample lacks it. Every process must give the same names: a modality
+                that one of them lacks altogether is given as zeros with False.
+        """
+        terms = self.terms(a, b, ids=ids, present=present)
+        if terms:
+            return torch.stack(list(terms.values())).mean()
+        parts = [part.values if isinstance(part, Tokens) else part for part in named(a, b, self._who).values()]
+        return torch.stack([part.sum() * 0.0 for part in parts]).sum()
+
+    def terms(
+        self,
+        a: Float[Tensor, "batch dim"] | Vectors,
+        b: Float[Tensor, "batch dim"] | None = None,
+        *,
+        ids: Int[Tensor, " batch"] | None = None,
+        present: Mapping[str, Bool[Tensor, " batch"]] | None = None,
+    ) -> dict[tuple[str, str], Float[Tensor, ""]]:
+        """(name, name) -> loss of this pair, for the log; pairs that no sample has are left out."""
+        self._prepare()
+        vectors, masks = self._units(named(a, b, self._who), present)
+        first = next(iter(vectors.values()))
+        place = place_of(len(first), first.device)
+        rows = place.start + torch.arange(len(first), device=first.device)
+        if ids is not None and ids.shape != rows.shape:
+            raise ShapeError(f"{self._who} ids", expected=f"shape (batch,) = ({len(rows)},)", got=f"{tuple(ids.shape)}")
+        ids = rows if ids is None else ids.to(rows.device)
+        numbers = torch.stack([ids, rows], dim=1)
+        all_numbers = gathered(numbers, place)
+        everyone = {name: gathered(part, place) for name, part in vectors.items()}
+        if masks or together():
+            masks = {name: masks.get(name, torch.ones_like(rows, dtype=torch.bool)) for name in vectors}
+        everywhere = {name: gathered(mask, place) for name, mask in masks.items()}
+        found = {}
+        for one, other in self._pairs(tuple(vectors)):
+            here = all_of_them = slice(None)
+            if masks:
+                here, all_of_them = masks[one] & masks[other], everywhere[one] & everywhere[other]
+            ids_here, all_ids = numbers[here].unbind(1), all_numbers[all_of_them].unbind(1)
+            pair = Pair(
+                vectors[one][here], vectors[other][here], everyone[one][all_of_them], everyone[other][all_of_them],
+                ids_here[0], all_ids[0], ids_here[1], all_ids[1],
+            )  # fmt: skip
+            if len(pair.all_a):
+                found[one, other] = mean_of_all(self._pair(pair) * len(place.sizes))
+        return found
+
+    def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
+        """The same of a model's output, pooled, in the form that training loops ask for."""
+        return self(output.tokens)
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
+
+    def _pairs(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        if len(names) < 2:
+            raise ConfigError(self._who, expected="two or more modalities", got=f"{len(names)}")
+        if self.anchor is None:
+            return list(combinations(names, 2))
+        if self.anchor not in names:
+            raise unknown_name(self._who, "anchor", self.anchor, names)
+        return [(self.anchor, name) for name in names if name != self.anchor]
+
+    def _units(
+        self, parts: Vectors, present: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+        vectors, masks = {}, dict(present or {})
+        for name in masks:
+            if name not in parts:
+                raise unknown_name(self._who, "modality in present", name, parts)
+        for name, part in parts.items():
+            if isinstance(part, Tokens):
+                if part.mask is not None and name not in masks:
+                    masks[name] = part.present()
+                part = part.pooled()
+            vectors[name] = self._projected(name, part)
+        first_name, first = next(iter(vectors.items()))
+        for name, part in vectors.items():
+            if part.shape != first.shape:
+                raise ShapeError(
+                    f"{self._who} '{name}'", expected=f"(batch, dim) = {tuple(first.shape)} as '{first_name}' has",
+                    got=f"{tuple(part.shape)}", fix="widths={name: width} and dim bring vectors to a common width.",
+                )  # fmt: skip
+            if name in masks and masks[name].shape != part.shape[:1]:
+                raise ShapeError(
+                    f"{self._who} present['{name}']", expected=f"shape (batch,) = ({len(part)},)",
+                    got=f"{tuple(masks[name].shape)}",
+                )  # fmt: skip
+        return vectors, {name: mask.bool().to(first.device) for name, mask in masks.items()}
+
+    def _projected(self, name: str, part: Tensor) -> Tensor:
+        if part.ndim != 2 or not part.is_floating_point():
+            raise ShapeError(
+                f"{self._who} '{name}'", expected="a floating tensor of shape (batch, dim)",
+                got=f"shape {tuple(part.shape)}, {part.dtype}", fix="Pool tokens first: Tokens(values).pooled().",
+            )  # fmt: skip
+        if self.heads:
+            if name not in self.heads:
+                raise unknown_name(self._who, "modality", name, self.heads)
+            head = self.heads[name]
+            if part.shape[1] != head.in_features:
+                raise ShapeError(
+                    f"{self._who} '{name}'", expected=f"width = {head.in_features}", got=f"{part.shape[1]}"
+                )  # fmt: skip
+            part = head(part)
+        return F.normalize(exact(part), dim=-1)
+
+
+def named(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:
+    """Two tensors as a mapping; a mapping as it is."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return {"a": a, "b": b}
+    if isinstance(a, Mapping) and b is None:
+        if a:
+            return a
+        raise ConfigError(who, expected="two or more modalities", got="an empty mapping")
+    raise ShapeError(
+        who, expected="two tensors (batch, dim), or one mapping name -> (batch, dim)",
+        got=f"{type(a).__name__} and {type(b).__name__}",
+    )  # fmt: skip
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float32 or better, where half precision would round logits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def products(a: Float[Tensor, "row dim"], b: Float[Tensor, "column dim"], scale: float | Tensor) -> Tensor:
+    """(row, column) scale a b^T in float32 or better, also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = exact(a), exact(b)
+        return (scale * a) @ b.T
+
+
+def checked_pair(a: Tensor, b: Tensor, who: str) -> None:
+    """Whether a and b are (batch, dim), floating, alike, and not empty."""
+    for name, part in (("a", a), ("b", b)):
+        if part.ndim != 2 or not part.is_floating_point() or len(part) == 0:
+            raise ShapeError(
+                f"{who} {name}", expected="a floating tensor of shape (batch, dim) with at least one row",
+                got=f"shape {tuple(part.shape)}, {part.dtype}",
+            )  # fmt: skip
+    if a.shape != b.shape:
+        raise ShapeError(f"{who} b", expected=f"(batch, dim) = {tuple(a.shape)} as a has", got=f"{tuple(b.shape)}")

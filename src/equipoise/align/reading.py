@@ -1,0 +1,96 @@
+"""Attention whose keys come from a sequence of another width: how queries read media."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..attention import Attended
+from ..errors import ConfigError, ShapeError
+from ..tokens import Tokens, pack
+from ..transformer import Attention, initialise
+
+Media = Tensor | Tokens | Mapping[str, Tensor | Tokens]
+
+
+class Reading(Attention):
+    """An ``Attention`` from queries of width ``dim`` to a source of width ``source_dim``; ``watch`` sees it like any.
+
+    Args:
+        dim: width of the queries and the output.
+        source_dim: width of what is read.
+        heads: each dim / heads wide.
+        bias: of the projections.
+        dropout: in training only.
+
+    Example:
+        >>> import torch
+        >>> Reading(8, 5, heads=2)(torch.zeros(1, 3, 8), torch.zeros(1, 4, 5)).output.shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self, dim: int, source_dim: int, *, heads: int = 1, bias: bool = True, dropout: float = 0.0
+    ) -> None:  # fmt: skip
+        super().__init__(dim, heads, dropout=dropout)
+        self.source_dim, self.reads_itself = source_dim, False
+        self.query, self.out = nn.Linear(dim, dim, bias=bias), nn.Linear(dim, dim, bias=bias)
+        self.key, self.value = (nn.Linear(source_dim, dim, bias=bias) for _ in range(2))
+        initialise(self)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch query dim"],
+        source: Float[Tensor, "batch key source_dim"] | None = None,
+        *,
+        modality: Int[Tensor, "... key"] | None = None,
+        num_modalities: int | None = None,
+        mask: Bool[Tensor, "... key"] | None = None,
+        is_causal: bool = False,
+        share: bool = True,
+    ) -> Attended:
+        """As ``Attention``, with a source that must be given. A query that sees no key has output bias alone."""
+        width = None if source is None else source.shape[-1]
+        if source is None or tokens.shape[-1] != self.dim or width != self.source_dim:
+            raise ShapeError(
+                "Reading", expected=f"dim = {self.dim} and source_dim = {self.source_dim}",
+                got=f"{tokens.shape[-1]} and {width}",
+            )  # fmt: skip
+        attended = self.core(
+            self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
+            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0, share=share,
+        )  # fmt: skip
+        merged = attended.output.transpose(1, 2).flatten(2)
+        return Attended(self.output_dropout(self.out(merged)), attended.share)
+
+
+def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, Tokens]:
+    """name -> Tokens, where each has the width it should; a single tensor is the only kind of media there is."""
+    if not isinstance(media, Mapping):
+        if len(widths) != 1:
+            raise ConfigError(who, expected=f"media by name: {', '.join(widths)}", got=type(media).__name__)
+        media = {next(iter(widths)): media}
+    if set(media) != set(widths):
+        raise ConfigError(who, expected=f"media {sorted(widths)}", got=f"{sorted(media)}", fix="Mask those that lack.")
+    parts = {}
+    for name, width in widths.items():
+        part = media[name]
+        if not isinstance(part, Tokens):
+            if part.ndim != 3:
+                raise ShapeError(f"{who} '{name}'", expected="(batch, token, dim)", got=f"shape {tuple(part.shape)}")
+            part = Tokens(part)
+        if part.dim != width:
+            raise ShapeError(f"{who} '{name}'", expected=f"width = {width}", got=f"{part.dim}")
+        parts[name] = part
+    return parts
+
+
+def joined_media(media: Media, dim: int, who: str) -> Tokens:
+    """One sequence of all kinds of media with labels."""
+    parts = media if isinstance(media, Mapping) else {"media": media}
+    if not parts:
+        raise ConfigError(who, expected="at least one kind of media", got="none")
+    return pack(named_media(parts, dict.fromkeys(parts, dim), who))
