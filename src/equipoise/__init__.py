@@ -5,6 +5,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .align import GatedCrossAttention as GatedCrossAttention
+from .align import InfoNCE as InfoNCE
+from .align import Projector as Projector
+from .align import QFormer as QFormer
+from .align import QFormerLosses as QFormerLosses
+from .align import Resampler as Resampler
+from .align import Retrieval as Retrieval
+from .align import SigLIP as SigLIP
+from .align import Spliced as Spliced
+from .align import TimeBias as TimeBias
+from .align import info_nce as info_nce
+from .align import modality_gap as modality_gap
+from .align import recall_at_k as recall_at_k
+from .align import retrieval as retrieval
+from .align import siglip as siglip
+from .align import splice as splice
+from .align import winoground as winoground
 from .attention import Attended as Attended
 from .attention import attend as attend
 from .balance import AGM as AGM
