@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import record
 from ..errors import DataError, SchemaError
-from ..record import plain, write_whole
+from ..files import plain, write_whole
 
 if TYPE_CHECKING:
+    from ..record import Run
     from ..report.verdict import Verdict
 
 SCHEMA = 1
@@ -24,6 +24,12 @@ PARTS = {
     "skipped": Mapping, "protocol": Mapping, "environment": Mapping,
 }  # fmt: skip
 AGAIN = "Run equipoise diagnose again."
+
+
+def _environment() -> dict[str, Any]:
+    from ..record import environment
+
+    return environment()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +61,7 @@ class Diagnosis:
     protocol: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     fold: str | None = None
-    environment: dict[str, Any] = field(default_factory=record.environment)
+    environment: dict[str, Any] = field(default_factory=_environment)
 
     def __str__(self) -> str:
         """The headline, and a line for each verdict."""
@@ -69,7 +75,7 @@ class Diagnosis:
         content = {"schema": SCHEMA, "kind": "diagnosis", **{name: getattr(self, name) for name in KEPT}}
         return plain({**content, "verdicts": [asdict(verdict) for verdict in self.verdicts]}, FILE)
 
-    def to_run(self) -> record.Run:
+    def to_run(self) -> Run:
         """The same as one run of ``results.json``."""
         run: dict[str, Any] = {"method": self.name, "seed": self.seed, "fold": self.fold, "metrics": self.metrics}
         response, keys = self.details.get("response"), self.details.get("keys")
@@ -84,9 +90,11 @@ class Diagnosis:
 
         ``results.json`` has one run, in the layout of ``equipoise compare``, so that other tools read it.
         """
+        from ..record import write
+
         folder = Path(folder)
         path = write_whole(folder / FILE, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        record.write(folder / "results.json", results([self]))
+        write(folder / "results.json", results([self]))
         return path
 
     @classmethod
@@ -128,6 +136,8 @@ MARKS = {"good": "+", "bad": "-", "neutral": "."}
 
 def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
     """The content of a ``results.json`` with one run for each diagnosis; others are compared with the first."""
+    from ..record import results as collected
+
     runs = [diagnosis.to_run() for diagnosis in diagnoses]
     replaced = {run["noise_modality"] for run in runs if "noise_modality" in run}
     protocol: dict[str, Any] = {
@@ -137,7 +147,7 @@ def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
     }
     if len(replaced) == 1:
         protocol["noise_modality"] = replaced.pop()
-    return record.results(runs, protocol, default=diagnoses[0].name)
+    return collected(runs, protocol, default=diagnoses[0].name)
 
 
 def _read(path: Path) -> dict[str, Any]:
