@@ -70,7 +70,8 @@ class Session:
         for pattern in sites or ():
             # The second attention of a module in one pass is "name#2".
             if not any(fnmatch.fnmatchcase(name, pattern.split("#")[0]) for name in names):
-                raise unknown_name("watch", "module for sites", pattern, names)
+                ends = {part for name in names for part in name.split(".") if not part.isdigit()}
+                raise unknown_name("watch", "module for sites", pattern.strip("*?.").split(".")[-1] or pattern, ends)
 
     @contextmanager
     def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
@@ -107,25 +108,32 @@ class Session:
         if self.quiet or module is None or id(module) not in self.names:
             return run()[0]
         known = self.labeller.labelled(call, module)
-        if known is None:
-            return run()[0]
         site = self._site(module)
-        if isinstance(known, str) or not known.tower:
+        if isinstance(known, str) or (known is not None and not known.tower):
             site = self._numbered(site)
-        if self._patterns is not None and not any(fnmatch.fnmatchcase(site, p) for p in self._patterns):
-            return run()[0]
-        if isinstance(known, str):
+        wanted = self._patterns is None or any(fnmatch.fnmatchcase(site, p) for p in self._patterns)
+        if isinstance(known, str) and wanted:
             self.handler.missed(site, known)
+        if isinstance(known, Labelled) and wanted:
+            if self.handler.changes and (changed := self.handler.change(site, call, known)) is not None:
+                return changed
+            return self._shown(site, way, call, known, run)
+        with self._silence():
             return run()[0]
-        if self.handler.changes and (changed := self.handler.change(site, call, known)) is not None:
-            return changed
-        return self._shown(site, way, call, known, run)
+
+    @contextmanager
+    def _silence(self) -> Iterator[None]:
+        """What runs now was announced; its insides are not seen once more."""
+        self.quiet += 1
+        try:
+            yield
+        finally:
+            self.quiet -= 1
 
     def _shown(self, site: str, way: str, call: Call, known: Labelled, run: Run) -> Any:
         # In a backward pass it happens once more for gradient checkpointing, and was seen already.
         again = torch._C._current_graph_task_id() != -1
-        self.quiet += 1
-        try:
+        with self._silence():
             output, attention = run()
             if attention is not None and attention.shape[-1] == call.sizes[3]:
                 call = replace(call, attention=attention)
@@ -133,8 +141,6 @@ class Session:
                 # What is watched is not asked for its own insides.
                 with torch._C.DisableTorchFunction(), torch.autocast(call.query.device.type, enabled=False):
                     self.handler.see(site, way, call, known)
-        finally:
-            self.quiet -= 1
         return output
 
     def _site(self, module: nn.Module) -> str:

@@ -109,7 +109,8 @@ class Stream:
             numbers = [self._names.index(name) if name in self._names else SPECIAL for name in ORDER]
             return torch.tensor(numbers, device=inputs.types.device)[inputs.types.long().clamp(0, len(ORDER) - 1)]
         self.told = bool(self._placeholders or inputs.places) or (self.told and inputs.past > 0)
-        ids = inputs.ids
+        # A single token that follows was generated, whatever it is called.
+        ids = inputs.ids if inputs.past == 0 or inputs.shape[1] > 1 else None
         labels = torch.full(inputs.shape, self.text, device=None if ids is None else ids.device)
         if ids is None and not inputs.places and len(self._names) > 1 and inputs.past == 0:
             self._fail("its inputs are inputs_embeds without input_ids, which alone tell pictures from text")

@@ -74,6 +74,7 @@ class TokenMap:
             for part in models_in(self.root):
                 stack.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(end, always_call=True).remove)
+                stack.enter_context(_uncompiled(part))
             if (words := _word_embedding(self.root)) is not None:
                 stack.callback(words.register_forward_hook(embed).remove)
             yield
@@ -233,6 +234,23 @@ class Together:
                     return replace(known, tower=True, continues=False)
                 return known
         return self._outside.labelled(call, module)
+
+
+@contextmanager
+def _uncompiled(part: nn.Module) -> Iterator[None]:
+    """``generate`` compiles a model by itself where its cache allows it; attention could not be seen there."""
+    if not hasattr(type(part), "get_compiled_call"):
+        yield
+        return
+    before = part.__dict__.get("get_compiled_call")
+    part.__dict__["get_compiled_call"] = lambda compile_config: part.__call__
+    try:
+        yield
+    finally:
+        if before is None:
+            part.__dict__.pop("get_compiled_call", None)
+        else:
+            part.__dict__["get_compiled_call"] = before
 
 
 def _repeated(labels: Tensor | None, batch: int) -> Tensor | None:

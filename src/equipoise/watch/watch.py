@@ -36,7 +36,8 @@ def watch(
 
     share^m = mean over the watched queries of sum_{j in m} A_ij: exact, of the attention before dropout, for every
     sample and head. No attention matrix is built where the model builds none, outputs stay what they are bit for bit,
-    and when the block is left, also by an exception, the model is as it was.
+    and when the block is left, also by an exception, the model is as it was. Only what ``generate`` compiles by itself
+    runs uncompiled.
 
     Ways in, chosen at each place and told by ``seen.ways``: equipoise's own layers; ``nn.MultiheadAttention`` and
     ``nn.TransformerEncoder``, fast path included; ``F.scaled_dot_product_attention``; attention written out with a
