@@ -65,6 +65,8 @@ from .diagnose import GradientNorms as GradientNorms
 from .diagnose import KeyGeometry as KeyGeometry
 from .diagnose import Masking as Masking
 from .diagnose import NoiseResponse as NoiseResponse
+from .diagnose import Quag as Quag
+from .diagnose import answer_effects as answer_effects
 from .diagnose import attention_entropy as attention_entropy
 from .diagnose import attention_gap as attention_gap
 from .diagnose import auroc as auroc
@@ -83,8 +85,13 @@ from .diagnose import modality_shapley as modality_shapley
 from .diagnose import msp as msp
 from .diagnose import noise_response as noise_response
 from .diagnose import ood as ood
+from .diagnose import quag as quag
 from .diagnose import rank_collapse as rank_collapse
 from .diagnose import share_spread as share_spread
+from .diagnose import with_quag as with_quag
+from .diagnose import without_modality as without_modality
+from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import diagnose as diagnose
 from .encoders import Backbone as Backbone
 from .encoders import PatchEncoder as PatchEncoder
 from .encoders import ResNetEncoder as ResNetEncoder
@@ -105,6 +112,8 @@ from .fusion import Sum as Sum
 from .fusion import Unimodal as Unimodal
 from .fusion import modality_contributions as modality_contributions
 from .geometry import rotation_between as rotation_between
+from .look import Look as Look
+from .look import look as look
 from .model import FusionModel as FusionModel
 from .tokens import Output as Output
 from .tokens import Tokens as Tokens
@@ -122,7 +131,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # What needs more than torch is loaded when it is first asked for: name -> module.
-_LAZY = {"hf": ".hf", "lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report"}
+_LAZY = {
+    "hf": ".hf", "lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report",
+}  # fmt: skip
 # The same for single names: name -> module that has it.
 _LAZY_NAMES = {"load": ".train"}
 

@@ -1,5 +1,6 @@
 """Diagnostics: what a model does with its modalities, and what it costs."""
 
+from .answers import answer_effects as answer_effects
 from .collapse import RankCollapse as RankCollapse
 from .collapse import rank_collapse as rank_collapse
 from .confidence import energy as energy
@@ -18,6 +19,9 @@ from .gap import attention_gap as attention_gap
 from .gap import gap_from_attention as gap_from_attention
 from .gradients import GradientNorms as GradientNorms
 from .gradients import gradient_norms as gradient_norms
+from .intervention import Intervention as Intervention
+from .intervention import with_quag as with_quag
+from .intervention import without_modality as without_modality
 from .key_geometry import KeyGeometry as KeyGeometry
 from .key_geometry import key_geometry as key_geometry
 from .masking import Masking as Masking
@@ -26,6 +30,8 @@ from .noise import NoiseResponse as NoiseResponse
 from .noise import noise_response as noise_response
 from .ood import OOD as OOD
 from .ood import ood as ood
+from .quag_scores import Quag as Quag
+from .quag_scores import quag as quag
 from .separation import auroc as auroc
 from .separation import fpr95 as fpr95
 from .shapley import modality_shapley as modality_shapley
