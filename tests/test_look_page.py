@@ -5,9 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from equipoise.errors import SchemaError
 from equipoise.look import look
+from equipoise.report import canvas
+from equipoise.report.look_figures import DEEPEST
 from equipoise.report.look_page import look_page, look_report
 from equipoise.report.look_sentences import Shares, percent, verdict
 from small_look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
@@ -87,6 +90,22 @@ def test_a_page_of_what_is_there(content):
     assert "none" in look_page(hollow(content))
     strip = content | {"grid": {"rows": 1, "columns": 9, "known": False, "why": "9 tokens are no square"}}
     assert "The places of the tokens in the picture are not known: 9 tokens are no square." in look_page(strip)
+
+
+@pytest.mark.parametrize("shade", canvas.MODALITY)
+def test_figures_can_be_read_in_the_deepest_cell(shade):
+    for paper, ink, colour in (
+        ("#fdfcfa", canvas.INK, shade),
+        ("#15171a", canvas.THEME[canvas.INK][1], canvas.THEME[shade][1]),
+    ):
+        ground = [(1 - DEEPEST) * p + DEEPEST * c for p, c in zip(*map(to_rgb, (paper, colour)), strict=True)]
+        low, high = sorted((luminance(ground), luminance(to_rgb(ink))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def luminance(rgb):
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
 
 def test_what_is_no_look_is_refused(content, tmp_path):

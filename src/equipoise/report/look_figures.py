@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .canvas import ACCENT, INK, MODALITY, MUTED, blank, headed, only_grid, percent, themed, to_svg
 
-DEEPEST = 0.62
+DEEPEST = 0.45
 """Opacity of the largest value: ink still stands out on it."""
 
 
@@ -85,8 +85,7 @@ def _cells(axes: Axes, values: Float[np.ndarray, "row column"], shade: str, top:
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
             opacity = round(DEEPEST * min(1.0, value / top), 3)
-            # A hair of overlap, so that no seam shows between cells.
-            cell = Rectangle((left + column - 0.5, row - 0.5), 1.01, 1.01)
+            cell = Rectangle((left + column - 0.5, row - 0.5), 1, 1)
             axes.add_collection(PatchCollection([cell], facecolors=shade, alpha=opacity, linewidths=0))
 
 
