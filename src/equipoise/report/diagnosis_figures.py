@@ -255,6 +255,9 @@ def _bars(
         name_rows(axes, [shorten(name, 18) for name in values])
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        if test == "shapley" and of.found.fraction:
+            axes.xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
+            axes.set_xlabel(f"{label}, points")
         return of.picture(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
 
 
