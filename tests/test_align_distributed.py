@@ -84,7 +84,16 @@ def queries(rank):
     return {"loss": found["contrastive"].detach(), **grads}
 
 
-SCENES = {name: lambda rank, name=name: scene(name, rank) for name in MADE} | {
+def by_itself(rank):
+    """One process evaluates while the other does something else."""
+    vectors = torch.eye(3, dtype=torch.float64)
+    loss = (
+        InfoNCE(gather=False).double()(vectors, vectors.roll(1, 0)).detach() if rank in (None, 0) else torch.zeros(())
+    )
+    return {"loss": loss}
+
+
+SCENES = {"by_itself": by_itself} | {name: lambda rank, name=name: scene(name, rank) for name in MADE} | {
     "alone": lambda rank: scene("siglip", rank, wrapped=False), "nobody": nobody, "queries": queries
 }  # fmt: skip
 
@@ -134,3 +143,7 @@ def test_what_nobody_has_is_left_out(found):
     for process in found:
         assert float(process["nobody"]["loss"]) == 0.0
         assert float(process["nobody"]["grad"].abs().max()) == 0.0
+
+
+def test_one_process_may_evaluate_by_itself(found):
+    assert float(found[0]["by_itself"]["loss"]) == float(by_itself(None)["loss"]) > 1.0

@@ -192,6 +192,31 @@ def test_samples_that_lack_a_modality_are_left_out_of_its_pairs(made):
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
+@pytest.mark.parametrize("there", [0.0, math.nan])
+def test_what_stands_where_a_modality_is_missing_reaches_no_gradient(made, there):
+    here = torch.arange(BATCH) != 2
+    values = B.clone().index_fill(0, torch.tensor([2]), there).requires_grad_()
+    loss = made(widths={"a": DIM, "b": DIM}, dim=3).double()
+    found = loss({"a": A, "b": values}, present={"b": here})
+    close(found, loss({"a": A[here], "b": B[here]}))
+    found.backward()
+    assert float(values.grad[2].abs().max()) == 0.0
+    assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
+    empty = Tokens(B[:, None][:, :0])
+    assert loss.terms({"a": A, "b": empty}) == {}
+
+
+def test_a_gradient_scaler_saves_what_half_precision_would_lose():
+    """Gradients of 1e-8 are nothing in half precision, unless they are scaled before they are rounded."""
+    a, b = A.half().requires_grad_(), B.half()
+    (siglip(a, b, scale=1e-6, bias=-10.0) * 2.0**20).backward()
+    reference = A.half().float().requires_grad_()
+    siglip(reference, b.float(), scale=1e-6, bias=-10.0).backward()
+    assert float(reference.grad.half().abs().max()) < 1e-6
+    torch.testing.assert_close(a.grad.float() / 2**20, reference.grad, rtol=TOL[torch.float16]["rtol"], atol=1e-9)
+
+
+@pytest.mark.parametrize("made", [InfoNCE, SigLIP])
 def test_lengths_do_not_matter_and_heads_bring_widths_together(made):
     loss = made().double()
     close(loss(3 * A, B), loss(A, 0.1 * B))

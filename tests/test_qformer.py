@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import oracles_align as slow
 from equipoise.align.bootstrapping import QFormerLosses, query_similarity
@@ -306,6 +307,23 @@ def test_learning_brings_all_three_down():
     for name in history[0]:
         early, late = (sum(step[name] for step in part) for part in (history[:5], history[-5:]))
         assert late < 0.8 * early, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_of_activations_changes_nothing(dropout):
+    model, found = made(dropout=dropout), []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        torch.manual_seed(7)
+        image = media()["image"].values.requires_grad_()
+        if checkpointed:
+            queries = checkpoint(model, image, IDS, objective="matching", use_reentrant=False).queries
+        else:
+            queries = model(image, IDS, objective="matching").queries
+        queries.square().sum().backward()
+        found.append([queries.detach(), image.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one is other is None) or torch.equal(one, other)
 
 
 def test_matching_pairs():

@@ -15,6 +15,7 @@ from .align import Retrieval as Retrieval
 from .align import SigLIP as SigLIP
 from .align import Spliced as Spliced
 from .align import TimeBias as TimeBias
+from .align import TimedAttention as TimedAttention
 from .align import info_nce as info_nce
 from .align import modality_gap as modality_gap
 from .align import recall_at_k as recall_at_k

@@ -46,6 +46,7 @@ from .temporal import rotate_by_time as rotate_by_time
 from .temporal import time_bias as time_bias
 from .temporal import time_causal as time_causal
 from .temporal import time_window as time_window
+from .timed import TimedAttention as TimedAttention
 from .warping import warping_cost as warping_cost
 from .warping import warping_path as warping_path
 from .weighting import FixedWeights as FixedWeights

@@ -105,22 +105,22 @@ class QFormerLosses(nn.Module):
         positives = same_ids(ids, gathered(ids, place))
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        temperature = shared(self.temperature)
+        temperature = shared(self.temperature, place)
         to_text = query_similarity(queries, gathered(text, place)) / temperature
         to_media = query_similarity(gathered(queries, place), text).T / temperature
-        rows_of = (row_losses(logits, positives, smoothing=self.smoothing)[0] for logits in (to_text, to_media))
-        total = torch.stack(list(rows_of)).sum()
+        both = [row_losses(z, positives, smoothing=self.smoothing)[0] for z in (to_text, to_media)]
+        total = torch.stack(both).sum()
         part = total * len(place.sizes) / (2 * max(sum(place.sizes), 1))
         own = to_text[:, place.start : place.start + len(rows)]
         pairs = matching_pairs(own, same_ids(ids), generator=generator)
         judged = self.match(_rows(media, pairs.a), input_ids[pairs.b], mask=None if mask is None else mask[pairs.b])
         labels = caption_labels(input_ids, mask)
-        captions = captioning_loss(
-            self.caption(media, input_ids, mask=mask), labels, smoothing=self.caption_smoothing
-        )  # fmt: skip
+        words = self.caption(media, input_ids, mask=mask)
         return {
-            "contrastive": mean_of_all(part), "matching": matching_loss(judged, pairs.label), "captioning": captions
-        }  # fmt: skip
+            "contrastive": mean_of_all(part, place),
+            "matching": matching_loss(judged, pairs.label),
+            "captioning": captioning_loss(words, labels, smoothing=self.caption_smoothing),
+        }
 
     def embed(
         self, media: Media, input_ids: Int[Tensor, "batch word"], *, mask: Bool[Tensor, "batch word"] | None = None

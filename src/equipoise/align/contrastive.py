@@ -139,6 +139,7 @@ class InfoNCE(PairLoss):
         anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
         widths, dim: name -> width of vectors that still have to be brought to a common ``dim``, by a linear layer each.
         smoothing, hard, top_k: as in ``info_nce``.
+        gather: False compares samples within this process alone, as one that evaluates while others wait must.
         duplicates: what pairs of one id are that are not the same sample: ``"positive"`` partners, or ``"ignore"``.
 
     Raises:
@@ -160,9 +161,9 @@ class InfoNCE(PairLoss):
     def __init__(
         self, *, scale: float = 1 / 0.07, max_scale: float = 100.0, learn: bool = True, anchor: str | None = None,
         widths: dict[str, int] | None = None, dim: int | None = None, smoothing: float = 0.0, hard: float = 0.0,
-        top_k: int | None = None, duplicates: Duplicates = "positive",
+        top_k: int | None = None, duplicates: Duplicates = "positive", gather: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(anchor=anchor, widths=widths, dim=dim)
+        super().__init__(anchor=anchor, widths=widths, dim=dim, gather=gather)
         check_options("InfoNCE", smoothing, hard, top_k)
         if not 0 < scale <= max_scale:
             raise ConfigError("InfoNCE", expected=f"0 < scale <= max_scale = {max_scale}", got=f"scale = {scale}")
@@ -177,7 +178,7 @@ class InfoNCE(PairLoss):
             self.log_scale.clamp_(max=math.log(self.max_scale))
 
     def _pair(self, pair: Pair) -> Float[Tensor, ""]:
-        scale = shared(self.log_scale).exp()
+        scale = shared(self.log_scale, pair.place).exp()
         total, ignored = pair.a.new_zeros(()), None
         for here, all_there in ((pair.a, pair.all_b), (pair.b, pair.all_a)):
             positives = same_ids(pair.ids, pair.all_ids)

@@ -25,14 +25,10 @@ class Place(NamedTuple):
         return sum(self.sizes[: self.rank])
 
 
-def together() -> bool:
-    """Whether there is more than one process."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def place_of(rows: int, device: torch.device) -> Place:
-    """Asks all processes how many rows they have; they need not be equally many."""
-    if not together():
+def place_of(rows: int, device: torch.device, *, alone: bool = False) -> Place:
+    """Asks all processes how many rows they have; they need not be equally many. ``alone`` asks nobody."""
+    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if alone or not together:
         return Place(0, (rows,))
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(distributed.get_world_size())]
     distributed.all_gather(sizes, torch.tensor([rows], device=device))
@@ -87,15 +83,15 @@ class _Shared(torch.autograd.Function):
         return grad / distributed.get_world_size()
 
 
-def shared(parameter: Tensor) -> Tensor:
+def shared(parameter: Tensor, place: Place) -> Tensor:
     """The parameter itself; its gradient is the mean over processes, whether or not a wrapper averages it again."""
-    return _Shared.apply(parameter) if together() else parameter  # type: ignore[return-value]
+    return parameter if len(place.sizes) == 1 else _Shared.apply(parameter)  # type: ignore[return-value]
 
 
-def mean_of_all(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def mean_of_all(loss: Float[Tensor, ""], place: Place) -> Float[Tensor, ""]:
     """The mean of the processes' losses as the value, this process's own as what is differentiated."""
-    if not together():
+    if len(place.sizes) == 1:
         return loss
     total = loss.detach().clone()
     distributed.all_reduce(total)
-    return loss + (total / distributed.get_world_size() - loss.detach())
+    return loss + (total / len(place.sizes) - loss.detach())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..tokens import Output, Tokens
-from .gather import gathered, mean_of_all, place_of, together
+from .gather import Place, gathered, mean_of_all, place_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Pair:
         all_a, all_b: (all, dim) of all processes.
         ids, all_ids: samples of one id show the same thing.
         rows, all_rows: numbers of the samples themselves.
+        place: of this process among all.
     """
 
     a: Float[Tensor, "here dim"]
@@ -36,6 +37,7 @@ class Pair:
     all_ids: Int[Tensor, " all"]
     rows: Int[Tensor, " here"]
     all_rows: Int[Tensor, " all"]
+    place: Place
 
 
 Vectors = Mapping[str, Tensor | Tokens]
@@ -47,15 +49,18 @@ class PairLoss(nn.Module):
     Args:
         anchor: pairs with this modality alone; None means all.
         widths, dim: name -> width of vectors that are brought to ``dim`` first.
+        gather: compare with the samples of all processes.
     """
 
-    def __init__(self, *, anchor: str | None, widths: dict[str, int] | None, dim: int | None) -> None:
+    def __init__(
+        self, *, anchor: str | None, widths: dict[str, int] | None, dim: int | None, gather: bool
+    ) -> None:  # fmt: skip
         super().__init__()
         if (widths is None) != (dim is None):
             raise ConfigError(type(self).__name__, expected="widths and dim, or none", got=f"{widths} and {dim}")
         if anchor is not None and widths is not None and anchor not in widths:
             raise unknown_name(type(self).__name__, "anchor", anchor, widths)
-        self.anchor = anchor
+        self.anchor, self.gather = anchor, gather
         self.heads = nn.ModuleDict()
         if widths is not None and dim is not None:
             self.heads.update({name: nn.Linear(width, dim, bias=False) for name, width in widths.items()})
@@ -102,7 +107,7 @@ class PairLoss(nn.Module):
         self._prepare()
         vectors, masks = self._units(named(a, b, self._who), present)
         first = next(iter(vectors.values()))
-        place = place_of(len(first), first.device)
+        place = place_of(len(first), first.device, alone=not self.gather)
         rows = place.start + torch.arange(len(first), device=first.device)
         if ids is not None and ids.shape != rows.shape:
             raise ShapeError(f"{self._who} ids", expected=f"shape (batch,) = ({len(rows)},)", got=f"{tuple(ids.shape)}")
@@ -110,7 +115,7 @@ class PairLoss(nn.Module):
         numbers = torch.stack([ids, rows], dim=1)
         all_numbers = gathered(numbers, place)
         everyone = {name: gathered(part, place) for name, part in vectors.items()}
-        if masks or together():
+        if masks or len(place.sizes) > 1:
             masks = {name: masks.get(name, torch.ones_like(rows, dtype=torch.bool)) for name in vectors}
         everywhere = {name: gathered(mask, place) for name, mask in masks.items()}
         found = {}
@@ -121,10 +126,10 @@ class PairLoss(nn.Module):
             ids_here, all_ids = numbers[here].unbind(1), all_numbers[all_of_them].unbind(1)
             pair = Pair(
                 vectors[one][here], vectors[other][here], everyone[one][all_of_them], everyone[other][all_of_them],
-                ids_here[0], all_ids[0], ids_here[1], all_ids[1],
+                ids_here[0], all_ids[0], ids_here[1], all_ids[1], place,
             )  # fmt: skip
             if len(pair.all_a):
-                found[one, other] = mean_of_all(self._pair(pair) * len(place.sizes))
+                found[one, other] = mean_of_all(self._pair(pair) * len(place.sizes), place)
         return found
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
@@ -153,10 +158,15 @@ class PairLoss(nn.Module):
                 raise unknown_name(self._who, "modality in present", name, parts)
         for name, part in parts.items():
             if isinstance(part, Tokens):
-                if part.mask is not None and name not in masks:
-                    masks[name] = part.present()
+                if name not in masks and (part.mask is not None or not len(part)):
+                    masks[name] = part.present() if len(part) else part.values.new_zeros(len(part.values)).bool()
                 part = part.pooled()
-            vectors[name] = self._projected(name, part)
+            self._check_vectors(name, part)
+            if name in masks:
+                masks[name] = self._checked_mask(name, masks[name], part)
+                # What stands where a modality is missing, NaN perhaps, must not reach a gradient.
+                part = part.masked_fill(~masks[name][:, None], 0.0)
+            vectors[name] = F.normalize(exact(self.heads[name](part) if self.heads else part), dim=-1)
         first_name, first = next(iter(vectors.items()))
         for name, part in vectors.items():
             if part.shape != first.shape:
@@ -164,29 +174,27 @@ class PairLoss(nn.Module):
                     f"{self._who} '{name}'", expected=f"(batch, dim) = {tuple(first.shape)} as '{first_name}' has",
                     got=f"{tuple(part.shape)}", fix="widths={name: width} and dim bring vectors to a common width.",
                 )  # fmt: skip
-            if name in masks and masks[name].shape != part.shape[:1]:
-                raise ShapeError(
-                    f"{self._who} present['{name}']", expected=f"shape (batch,) = ({len(part)},)",
-                    got=f"{tuple(masks[name].shape)}",
-                )  # fmt: skip
-        return vectors, {name: mask.bool().to(first.device) for name, mask in masks.items()}
+        return vectors, masks
 
-    def _projected(self, name: str, part: Tensor) -> Tensor:
+    def _check_vectors(self, name: str, part: Tensor) -> None:
         if part.ndim != 2 or not part.is_floating_point():
             raise ShapeError(
                 f"{self._who} '{name}'", expected="a floating tensor of shape (batch, dim)",
                 got=f"shape {tuple(part.shape)}, {part.dtype}", fix="Pool tokens first: Tokens(values).pooled().",
             )  # fmt: skip
-        if self.heads:
-            if name not in self.heads:
-                raise unknown_name(self._who, "modality", name, self.heads)
-            head = self.heads[name]
-            if part.shape[1] != head.in_features:
-                raise ShapeError(
-                    f"{self._who} '{name}'", expected=f"width = {head.in_features}", got=f"{part.shape[1]}"
-                )  # fmt: skip
-            part = head(part)
-        return F.normalize(exact(part), dim=-1)
+        if not self.heads:
+            return
+        if name not in self.heads:
+            raise unknown_name(self._who, "modality", name, self.heads)
+        width = self.heads[name].in_features
+        if part.shape[1] != width:
+            raise ShapeError(f"{self._who} '{name}'", expected=f"width = {width}", got=f"{part.shape[1]}")
+
+    def _checked_mask(self, name: str, mask: Tensor, part: Tensor) -> Tensor:
+        if mask.shape != part.shape[:1]:
+            wanted = f"shape (batch,) = ({len(part)},)"
+            raise ShapeError(f"{self._who} present['{name}']", expected=wanted, got=f"{tuple(mask.shape)}")
+        return mask.bool().to(part.device)
 
 
 def named(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:

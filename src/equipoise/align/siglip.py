@@ -97,13 +97,16 @@ class _Tiles(torch.autograd.Function):
                         grads[2].add_((slope * cosines).sum(dtype=total.dtype))
                         grads[3].add_(slope.sum(dtype=total.dtype))
         if wanted:
-            ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)))
+            # Unrounded: a gradient scaler multiplies what half precision would have lost.
+            ctx.save_for_backward(*grads)
+            ctx.dtypes = [x.dtype for x in inputs]
         return total.to(a.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        return *(grad.to(part.dtype) * part for part in ctx.saved_tensors), None, None, None, None
+        found = ((grad * part).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *found, None, None, None, None
 
 
 class SigLIP(PairLoss):
@@ -121,6 +124,7 @@ class SigLIP(PairLoss):
         learn: False keeps both.
         anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
         widths, dim: name -> width of vectors that still have to be brought to a common ``dim``, by a linear layer each.
+        gather: False compares samples within this process alone, as one that evaluates while others wait must.
         tile: as in ``siglip``.
 
     Raises:
@@ -138,9 +142,10 @@ class SigLIP(PairLoss):
 
     def __init__(
         self, *, scale: float = 10.0, bias: float = -10.0, max_scale: float | None = None, learn: bool = True,
-        anchor: str | None = None, widths: dict[str, int] | None = None, dim: int | None = None, tile: int = TILE,
+        anchor: str | None = None, widths: dict[str, int] | None = None, dim: int | None = None, gather: bool = True,
+        tile: int = TILE,
     ) -> None:  # fmt: skip
-        super().__init__(anchor=anchor, widths=widths, dim=dim)
+        super().__init__(anchor=anchor, widths=widths, dim=dim, gather=gather)
         if scale <= 0 or (max_scale is not None and scale > max_scale):
             raise ConfigError("SigLIP", expected=f"0 < scale <= max_scale = {max_scale}", got=f"scale = {scale}")
         if tile < 1:
@@ -155,6 +160,6 @@ class SigLIP(PairLoss):
                 self.log_scale.clamp_(max=math.log(self.max_scale))
 
     def _pair(self, pair: Pair) -> Float[Tensor, ""]:
-        scale, bias = shared(self.log_scale).exp(), shared(self.bias)
+        scale, bias = shared(self.log_scale, pair.place).exp(), shared(self.bias, pair.place)
         total = sum_over_pairs(pair.a, pair.all_b, scale, bias, pair.ids, pair.all_ids, self.tile)
         return total / len(pair.all_a)

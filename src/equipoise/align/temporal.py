@@ -106,7 +106,18 @@ def _filled(distance: Tensor, most: float, valid: Tensor | None, empty: str, who
         )  # fmt: skip
     there = torch.ones_like(distance, dtype=torch.bool) if valid is None else valid[:, None].expand_as(distance)
     seen = there & ((distance <= most) | distance.isnan())
-    if empty == "zero" or distance.shape[2] == 0:
+    if empty == "zero":
+        return seen
+    return or_nearest(seen, distance, there)
+
+
+def or_nearest(
+    seen: Bool[Tensor, "batch query key"],
+    distance: Float[Tensor, "batch query key"],
+    there: Bool[Tensor, "batch query1 key"],
+) -> Bool[Tensor, "batch query key"]:
+    """``seen``, and for queries that see nothing the nearest of those keys that are ``there``, if any."""
+    if distance.shape[2] == 0:
         return seen
     nearest = distance.masked_fill(~there, torch.inf).argmin(dim=2, keepdim=True)
     alone = torch.zeros_like(seen).scatter(2, nearest, True) & there
@@ -247,11 +258,23 @@ class TimeBias(nn.Module):
         """
         if query.times is None or key.times is None:
             raise ShapeError("TimeBias", expected="tokens with times", got="times=None")
-        rows, columns = self._numbers(query, query_name), self._numbers(key, key_name)
-        special = (rows < 0)[:, :, None] | (columns < 0)[:, None, :]
-        pairs = rows.clamp(min=0)[:, :, None], columns.clamp(min=0)[:, None, :]
-        lag = ((self.lags - self.lags.T) / 2)[pairs].masked_fill(special, 0.0)
-        return time_bias(query.times, key.times, kind=self.kind, width=self.log_widths[pairs].exp(), lag=lag)
+        rows, columns = self._pairs(query, key, query_name, key_name)
+        width, lag = self.log_widths[rows, columns].exp(), self.lags_between(query, key, query_name, key_name)
+        return time_bias(query.times, key.times, kind=self.kind, width=width, lag=lag)
+
+    def lags_between(
+        self, query: Tokens, key: Tokens, query_name: str | None = None, key_name: str | None = None
+    ) -> Float[Tensor, "batch query key"]:
+        """The lag of every pair of tokens; 0 for special ones. Arguments as above."""
+        rows, columns = self._pairs(query, key, query_name, key_name)
+        lag = ((self.lags - self.lags.T) / 2)[rows, columns]
+        return lag.masked_fill((rows < 0) | (columns < 0), 0.0)
+
+    def _pairs(
+        self, query: Tokens, key: Tokens, query_name: str | None, key_name: str | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The numbers of both modalities; -1, which reads the last, for special tokens."""
+        return self._numbers(query, query_name)[:, :, None], self._numbers(key, key_name)[:, None, :]
 
     def _number(self, name: str) -> int:
         if name not in self.names:
