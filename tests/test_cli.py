@@ -21,9 +21,9 @@ def ended(*arguments):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples(command, capsys):
     assert ended(command, "--help") == 0
-    said = capsys.readouterr().out
-    assert "examples:" in said
-    assert f"equipoise {command}" in said.partition("examples:")[2]
+    examples = capsys.readouterr().out.partition("examples:\n")[2].strip("\n").split("\n")
+    # Each in a line of its own.
+    assert all(line.startswith(f"  equipoise {command}") for line in examples)
 
 
 def test_help_lists_every_command(capsys):

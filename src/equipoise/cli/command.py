@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import fill
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
 from ..recipes import Recipe
@@ -30,7 +32,11 @@ def fail(message: str, status: int = 1) -> int:
     return status
 
 
+class Lines(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help whose examples keep their lines."""
+
+
 def described(description: str, *examples: str) -> ArgumentParser:
     """A parser without options, with examples at the end of its help."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
-    return ArgumentParser(description=description, epilog=epilog)
+    return ArgumentParser(description=fill(description, 100), epilog=epilog, formatter_class=Lines)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from .. import __version__, recipes
 from ..errors import EquipoiseError
-from .command import fail
+from .command import Lines, fail
 from .commands import COMMANDS
 
 EPILOG = """examples:
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
 def parser(arguments: Sequence[str] = ()) -> ArgumentParser:
     """The whole command line. The recipe that ``--config`` names gives the recipe's options their defaults."""
     top = ArgumentParser(
-        prog="equipoise", version=__version__, epilog=EPILOG,
+        prog="equipoise", version=__version__, epilog=EPILOG, formatter_class=Lines,
         description="See how a multimodal transformer divides its attention, and train it so that none is wasted.",
     )  # fmt: skip
     commands = top.add_subcommands(required=True, dest="command")
