@@ -41,6 +41,7 @@ class Stream:
         self.answer: Bool[Tensor, "batch token"] | None = None
         self.rows, self.continues, self.static, self.told = 0, False, False, False
         self.why = "nothing has told its tokens"
+        self._lost = False
 
     @property
     def text(self) -> int:
@@ -49,10 +50,12 @@ class Stream:
 
     def words(self, inputs: Inputs) -> None:
         """A pass of words alone."""
+        self._lost = self._lost and inputs.past > 0
         self._begin(inputs, None if inputs.shape is None else torch.full(inputs.shape, self.text))
 
     def begin(self, inputs: Inputs) -> None:
         """A pass whose tokens may be of any modality."""
+        self._lost = self._lost and inputs.past > 0
         if inputs.shape is None and self._given is None:
             return self._fail("its inputs hold neither input_ids nor inputs_embeds")
         self._begin(inputs, self._first() if inputs.past == 0 and self._given is not None else self._new(inputs))
@@ -85,7 +88,7 @@ class Stream:
     def _unseen(self, past: int) -> Tensor | None:
         """Labels of tokens that went through the model before it was watched."""
         if self._given is not None:
-            return self._first()
+            return None if self._lost else self._first()
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
     def _unfit(self, known: int, past: int) -> str:
@@ -122,7 +125,9 @@ class Stream:
         return labels
 
     def _fail(self, why: str) -> None:
-        self.labels, self.why, self.continues, self.rows = None, why, False, 0
+        if not self._lost:
+            self.why = why
+        self.labels, self.continues, self.rows, self._lost = None, False, 0, True
 
 
 def fitted(labels: Int[Tensor, "batch token"], keys: int, stream: Stream) -> tuple[Tensor, int] | None:
