@@ -48,7 +48,9 @@ def scene(name, rank, wrapped=True):
     model = Model(MADE[name]()).double()
     called = DistributedDataParallel(model) if rank is not None and wrapped else model
     loss = called(
-        {n: part(rank, x) for n, x in batch.items()}, part(rank, ids), {n: part(rank, x) for n, x in HERE.items()}
+        {n: part(rank, x) for n, x in batch.items()},
+        None if name == "info_nce" else part(rank, ids),
+        {n: part(rank, x) for n, x in HERE.items()},
     )
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}

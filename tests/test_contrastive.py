@@ -137,6 +137,16 @@ def test_half_precision_has_logits_in_single(dtype):
     torch.testing.assert_close(wanted, info_nce(A.float(), B.float(), scale=100.0), **SINGLE)
 
 
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.2}])
+def test_masks_that_say_nothing_change_nothing(options):
+    eye, none = torch.eye(BATCH, dtype=torch.bool), torch.zeros(BATCH, BATCH, dtype=torch.bool)
+    plain = info_nce(A, B, scale=3.0, **options)
+    for masks in ({"positives": eye}, {"ignored": none}, {"top_k": BATCH}):
+        close(info_nce(A, B, scale=3.0, **options, **masks), plain)
+    for ids in (None, torch.arange(BATCH).flip(0)):
+        close(InfoNCE(scale=3.0, **options).double()(A, B, ids=ids), plain, SINGLE)
+
+
 def test_duplicates_are_no_false_negatives():
     texts = B.clone()
     texts[2], texts[5], texts[4] = texts[0], texts[0], texts[1]

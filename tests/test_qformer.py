@@ -1,6 +1,7 @@
 """Q-Former: who sees whom by perturbation, transformers' own as reference, its heads and losses."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -158,6 +159,11 @@ def test_a_missing_modality_says_nothing(combine):
     assert same(one[1], other[1])
     assert not same(one[0], other[0])
     if combine == "sum":
+        with torch.no_grad():
+            for name, parameter in (silent := deepcopy(model)).named_parameters():
+                if "reading.audio.out" in name:
+                    parameter.zero_()
+        assert same(one[1], silent({**parts, "audio": Tokens(parts["audio"].values, mask=gone)}).queries[1])
         none = Tokens(parts["image"].values, mask=torch.zeros(BATCH, LENGTHS["image"], dtype=torch.bool))
         blind = model({"image": none, "audio": Tokens(parts["audio"].values, mask=gone)}).queries
         assert blind.isfinite().all()

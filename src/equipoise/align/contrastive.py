@@ -6,8 +6,9 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError, unknown_name
 from .gather import shared
@@ -59,6 +60,10 @@ def info_nce(
     checked_pair(a, b, "info_nce")
     check_options("info_nce", smoothing, hard, top_k)
     logits = products(a, b, scale)
+    if positives is None and ignored is None and not hard and top_k is None:
+        # One partner each needs no masks, and a third of the memory.
+        rows = torch.arange(len(a), device=a.device)
+        return (one_partner(logits, rows, smoothing).mean() + one_partner(logits.T, rows, smoothing).mean()) / 2
     if positives is None:
         positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
     for name, mask in (("positives", positives), ("ignored", ignored)):
@@ -75,6 +80,18 @@ def info_nce(
         )  # fmt: skip
         directions.append(losses.sum() / counted.sum().clamp(min=1))
     return (directions[0] + directions[1]) / 2
+
+
+def one_partner(
+    logits: Float[Tensor, "row column"], partner: Int[Tensor, " row"], smoothing: float = 0.0
+) -> Float[Tensor, " row"]:
+    """``row_losses`` where every row has one partner and all columns count.
+
+    Example:
+        >>> one_partner(torch.zeros(2, 4), torch.tensor([0, 1]))
+        tensor([1.3863, 1.3863])
+    """
+    return F.cross_entropy(logits, partner, label_smoothing=smoothing, reduction="none")
 
 
 def row_losses(
@@ -180,10 +197,15 @@ class InfoNCE(PairLoss):
     def _pair(self, pair: Pair) -> Float[Tensor, ""]:
         scale = shared(self.log_scale, pair.place).exp()
         total, ignored = pair.a.new_zeros(()), None
+        plain = pair.unique and not self.options["hard"] and self.options["top_k"] is None
         for here, all_there in ((pair.a, pair.all_b), (pair.b, pair.all_a)):
+            logits = products(here, all_there, scale)
+            if plain:
+                partner = torch.searchsorted(pair.all_rows, pair.rows)
+                total = total + one_partner(logits, partner, self.options["smoothing"]).sum()
+                continue
             positives = same_ids(pair.ids, pair.all_ids)
             if self.duplicates == "ignore":
                 ignored, positives = positives, same_ids(pair.rows, pair.all_rows)
-            losses, _ = row_losses(products(here, all_there, scale), positives, ignored=ignored, **self.options)
-            total = total + losses.sum()
+            total = total + row_losses(logits, positives, ignored=ignored, **self.options)[0].sum()
         return total / (2 * len(pair.all_a))

@@ -25,7 +25,8 @@ class Pair:
         a, b: (here, dim) of this process.
         all_a, all_b: (all, dim) of all processes.
         ids, all_ids: samples of one id show the same thing.
-        rows, all_rows: numbers of the samples themselves.
+        rows, all_rows: numbers of the samples themselves, ascending.
+        unique: no two samples have one id.
         place: of this process among all.
     """
 
@@ -37,6 +38,7 @@ class Pair:
     all_ids: Int[Tensor, " all"]
     rows: Int[Tensor, " here"]
     all_rows: Int[Tensor, " all"]
+    unique: bool
     place: Place
 
 
@@ -111,6 +113,7 @@ class PairLoss(nn.Module):
         rows = place.start + torch.arange(len(first), device=first.device)
         if ids is not None and ids.shape != rows.shape:
             raise ShapeError(f"{self._who} ids", expected=f"shape (batch,) = ({len(rows)},)", got=f"{tuple(ids.shape)}")
+        unique = ids is None
         ids = rows if ids is None else ids.to(rows.device)
         numbers = torch.stack([ids, rows], dim=1)
         all_numbers = gathered(numbers, place)
@@ -123,10 +126,10 @@ class PairLoss(nn.Module):
             here = all_of_them = slice(None)
             if masks:
                 here, all_of_them = masks[one] & masks[other], everywhere[one] & everywhere[other]
-            ids_here, all_ids = numbers[here].unbind(1), all_numbers[all_of_them].unbind(1)
+            ids_here, all_ids = (part.T.contiguous() for part in (numbers[here], all_numbers[all_of_them]))
             pair = Pair(
                 vectors[one][here], vectors[other][here], everyone[one][all_of_them], everyone[other][all_of_them],
-                ids_here[0], all_ids[0], ids_here[1], all_ids[1], place,
+                ids_here[0], all_ids[0], ids_here[1], all_ids[1], unique, place,
             )  # fmt: skip
             if len(pair.all_a):
                 found[one, other] = mean_of_all(self._pair(pair) * len(place.sizes), place)
