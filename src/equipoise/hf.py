@@ -19,6 +19,8 @@ except ImportError as error:
 
 from .balance import Balancer, Balancing, measured_by_pass
 from .errors import ConfigError
+from .hf_moda import Moda as Moda
+from .hf_moda import apply_moda as apply_moda
 
 
 class Balanced(nn.Module):

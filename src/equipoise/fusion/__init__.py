@@ -7,6 +7,7 @@ from .joint import JointAttention as JointAttention
 from .mbt import MBT as MBT
 from .mid import MidFusion as MidFusion
 from .mmml import MMML as MMML
+from .moda import MODA as MODA
 from .mult import MulT as MulT
 from .static import Concat as Concat
 from .static import FiLM as FiLM
