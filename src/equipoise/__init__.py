@@ -25,6 +25,9 @@ from .align import splice as splice
 from .align import winoground as winoground
 from .attention import Attended as Attended
 from .attention import attend as attend
+from .attention.modular import Modular as Modular
+from .attention.modular import modular_attention as modular_attention
+from .attention.pseudo import Pseudo as Pseudo
 from .balance import AGM as AGM
 from .balance import CML as CML
 from .balance import LFM as LFM
@@ -93,6 +96,7 @@ from .diagnose import with_quag as with_quag
 from .diagnose import without_modality as without_modality
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import diagnose as diagnose
+from .duplex import DuplexAligner as DuplexAligner
 from .encoders import Backbone as Backbone
 from .encoders import PatchEncoder as PatchEncoder
 from .encoders import ResNetEncoder as ResNetEncoder
@@ -102,6 +106,7 @@ from .errors import EquipoiseError as EquipoiseError
 from .fusion import JMT as JMT
 from .fusion import MBT as MBT
 from .fusion import MMML as MMML
+from .fusion import MODA as MODA
 from .fusion import Concat as Concat
 from .fusion import FiLM as FiLM
 from .fusion import Fusion as Fusion
