@@ -129,12 +129,12 @@ def test_command_lines(arguments, said, tmp_path, capfd):
     [
         (
             ["compare", "--config", "digts"],
-            "expected a known recipe, got 'digts'. Did you mean 'digits' or 'av_digits'?",
+            "expected a known recipe, got 'digts'. Did you mean 'digits' or 'av_digits' or 'av_digits_ood'?",
         ),
         (["compare", "--config", "no/digits.yaml"], "expected an existing file or the name of a packaged recipe"),
         (["compare", "--config", "."], "recipe: expected a file or the name of a packaged recipe, got the folder '.'."),
         (["recipes", "cp", "digts"], "Did you mean 'digits'"),
-        (["recipes", "cp"], "recipes cp: expected a recipe's name, got none. One of: av_digits, digits"),
+        (["recipes", "cp"], "recipes cp: expected a recipe's name, got none. One of: av_digits, av_digits_ood, digits"),
         (["report", "nowhere"], "read 'nowhere': expected a results file, got no such file."),
     ],
 )
