@@ -71,7 +71,7 @@ class Session:
             # The second attention of a module in one pass is "name#2".
             if not any(fnmatch.fnmatchcase(name, pattern.split("#")[0]) for name in names):
                 ends = {part for name in names for part in name.split(".") if not part.isdigit()}
-                raise unknown_name("watch", "module for sites", pattern.strip("*?.").split(".")[-1] or pattern, ends)
+                raise unknown_name("watch", "module for sites", pattern, ends, like=pattern.strip("*?.").split(".")[-1])
 
     @contextmanager
     def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
