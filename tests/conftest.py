@@ -1,10 +1,14 @@
-"""What several tests share: a real browser."""
+"""What all tests share: threads, and a real browser."""
 
 import os
 import shutil
 import subprocess
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side, one on a core; read by torch when it is imported, and by the programs that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 QUIET = (
     "--no-sandbox",
