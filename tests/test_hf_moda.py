@@ -68,12 +68,14 @@ def test_untrained_it_changes_nothing_and_leaves_no_trace(name, backend):
     assert hooks(model) == others
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3", "idefics3", "llama"])
+# Ways to merge do not depend on the family.
+DECODERS = [(name, {}) for name in ("llava", "qwen2_vl", "gemma3", "idefics3", "llama")]
+DECODERS += [("llava", {"merge": "gate"}), ("llava", {"pseudo": Pseudo(reference=40)})]
+
+
 @pytest.mark.parametrize("scope", ["prefix", "causal"])
-@pytest.mark.parametrize("how", [{}, {"merge": "gate"}, {"pseudo": Pseudo(reference=40)}])
+@pytest.mark.parametrize(("name", "how"), DECODERS)
 def test_decoding_equals_one_pass(name, scope, how):
-    if name != "llava" and how:
-        pytest.skip("one family tells")
     model, inputs = whole(name)
     given = {"modality": LABELS, "names": ("text", "image")} if name == "llama" else {}
     moda = trained(model, basis_scope=scope, **given, **how)
