@@ -1,0 +1,1 @@
+"""A shared space: towers that bring pictures, sounds and words to one place, trained so that pairs lie close."""
