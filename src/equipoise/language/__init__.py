@@ -1,1 +1,1 @@
-"""A small vision-language model: encoder, connector, causal language model; and whether its words look at what they name."""
+"""A small vision-language model: encoder, connector, causal language model; and where its words look."""
