@@ -14,7 +14,8 @@ import torch
 from equipoise import data, recipes
 from equipoise.cli import run
 from equipoise.data.base import Dataset, Split, statistics
-from equipoise.train.experiment import Job, perform
+from equipoise.train.experiment import perform
+from equipoise.train.job import Job
 
 ENCODERS = {
     "audio": {"name": "SequenceEncoder", "dim": 8, "depth": 1, "heads": 2, "stride": 16},

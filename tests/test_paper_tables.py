@@ -15,7 +15,8 @@ from equipoise.diagnose.corruption import corruption_curve
 from equipoise.diagnose.quag_scores import quag
 from equipoise.diagnose.separation import auroc, fpr95
 from equipoise.errors import ConfigError, DataError
-from equipoise.train.experiment import Job, perform
+from equipoise.train.experiment import perform
+from equipoise.train.job import Job
 from small_runs import recipe
 from tolerance import TOL
 

@@ -8,7 +8,8 @@ import torch
 from equipoise.balance import RollingQ
 from equipoise.errors import ConfigError
 from equipoise.train import experiment
-from equipoise.train.experiment import Job, finished, perform
+from equipoise.train.experiment import perform
+from equipoise.train.job import Job, finished
 from small_runs import BALANCERS, Interruption, assert_same_weights, figures, interrupted, job, recipe, weights
 
 CASES = {

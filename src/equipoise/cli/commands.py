@@ -18,7 +18,7 @@ from .looking import look, look_parser
 from .table import show
 
 if TYPE_CHECKING:
-    from ..train.experiment import Job
+    from ..train.job import Job
 
 
 def demo_parser(recipe: Recipe | None) -> ArgumentParser:
@@ -93,7 +93,9 @@ def train_parser(recipe: Recipe | None) -> ArgumentParser:
 
 
 def train(options: Namespace) -> int:
-    from ..train.experiment import Job, perform
+    from ..train.experiment import perform
+    from ..train.job import Job
+    from ..train.objectives import judged_by
     from .progress import TrainingProgress
 
     recipe, title = _recipe(options), Path(options.config).stem
@@ -112,6 +114,7 @@ def train(options: Namespace) -> int:
     run = perform(job, folder, trainer_options=settings)
     if run is not None:
         protocol = {"recipe": title, "methods": [method], "seeds": [options.seed], "folds": [fold] if fold else []}
+        protocol |= judged_by(recipe)
         content = record.results([run], protocol)
         record.write(folder / "results.json", content)
         show(content, out)
@@ -121,7 +124,8 @@ def train(options: Namespace) -> int:
 
 def _fresh(job: Job, folder: Path, resume: bool) -> None:
     """Raises ConfigError where a training would overwrite another one."""
-    from ..train.experiment import finished, resumable
+    from ..train.experiment import resumable
+    from ..train.job import finished
 
     if not (folder / "checkpoints").exists():
         return
@@ -222,7 +226,7 @@ def _recipe(options: Namespace) -> Recipe:
     given = {name: options[name] for name in Recipe.__dataclass_fields__ if name in options}
     base = recipes.read(options.config)
     given["train"] = vars(given["train"])
-    for part in ("encoders", "fusions", "balancers"):
+    for part in ("encoders", "fusions", "balancers", "variants"):
         # An option given for one of them, --encoders.audio.dim 32, leaves its others as the recipe has them.
         former = getattr(base, part)
         given[part] = {name: {**former.get(name, {}), **(changes or {})} for name, changes in given[part].items()}
@@ -243,7 +247,7 @@ def _compare(
     accelerator: str = "cpu",
 ) -> int:  # fmt: skip
     from ..train.compare import compare, jobs
-    from ..train.experiment import finished
+    from ..train.job import finished
     from .progress import ComparisonProgress
 
     plan = jobs(recipe, names, seeds, folds)

@@ -102,8 +102,14 @@ def read(folder: Path) -> Trained:
     """
     from ..train.load import finished_run
 
-    run = finished_run(folder)
-    return Trained(folder, recipes.read(folder / "recipe.yaml"), run)
+    run, recipe = finished_run(folder), recipes.read(folder / "recipe.yaml")
+    if recipe.model:
+        raise ConfigError(
+            "diagnose", expected="a run of a fusion, whose attention is shared between modalities",
+            got=f"'{folder}', a run of the model '{recipe.model['name']}'",
+            fix="Its own figures are in results.json and run.json; equipoise report draws them.",
+        )  # fmt: skip
+    return Trained(folder, recipe, run)
 
 
 def examine(

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..train.experiment import Job
+from ..train.job import Job
 
 
 def _bar(console: Console, unit: str) -> Progress:

@@ -18,31 +18,44 @@ def show(content: dict[str, Any], console: Console) -> None:
 
     Where the terminal is too narrow, columns are left out and named below; methods and figures are never cut.
     """
-    from ..report.wording import SCORES, is_fraction
+    from ..report.wording import called, is_fraction, score_of
 
     rows = {(row["method"], row["metric"]): row for row in content["summary"]}
-    score = next((name for name in SCORES if name in {metric for _, metric in rows}), "accuracy")
+    score = score_of(content["protocol"], {metric for _, metric in rows})
     target = content["protocol"].get("noise_modality")
     replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith(f"{score}_noise/")))
     # What is least missed goes first; the modality whose noise attention should notice is missed more than others.
     replaced.sort(key=lambda metric: metric != f"{score}_noise/{target}")
     short = score.replace("_", " ")
     columns = {score: short} | {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
+    # A model that brings its own judgement says more than one figure; those that take part are in its protocol.
+    others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
+    columns |= {metric: metric.replace("_", " ") for metric in others}
     columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
-    spare = ["seconds_per_epoch", *reversed(replaced), "noise_attention_r", AGAINST]
+    spare = ["seconds_per_epoch", *reversed(others), *reversed(replaced), "noise_attention_r", AGAINST]
+    columns = {name: words for name, words in columns.items() if name == AGAINST or any(m == name for _, m in rows)}
+    spare = [name for name in spare if name in columns]
     left_out = []
     while spare and _width(table := _table(rows, columns), console) > console.width:
         left_out.append(columns.pop(spare.pop(0)))
         table = _table(rows, columns)
     console.print(table)
     inside, apart = (" in %", " in points") if is_fraction(score) else ("", "")
-    console.print(
-        f"{SCORES[score]}{inside}, also with one modality replaced by noise, and its paired difference{apart}; "
-        "attention r: does attention leave a modality that is replaced by noise?", style="dim", highlight=False,
-    )  # fmt: skip
+    noise = ", also with one modality replaced by noise," if replaced else ""
+    told = f"{called(score)}{inside}{noise} and its paired difference{apart}"
+    if "noise_attention_r" in columns:
+        told += "; attention r: does attention leave a modality that is replaced by noise?"
+    console.print(told, style="dim", highlight=False)
     if left_out:
         text = f"No room here for: {', '.join(left_out)}. The report has everything."
         console.print(text, style="dim", highlight=False)
+
+
+def _shown(metric: str, score: str) -> bool:
+    """Whether a metric of a model's own judgement is a figure to compare, not one of the training or its cost."""
+    return metric not in (score, "parameters", "flops", "seconds_per_epoch", "air") and not metric.startswith(
+        ("val_", "share/", "chance")
+    )
 
 
 def _table(rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str, str]) -> Table:

@@ -61,6 +61,7 @@ class Dataset(ABC):
         train, val, test: Split.
         noise: name -> (mean, standard deviation) of the standardised training inputs: the statistics of the noise
             that replaces a whole modality (spec 8.3).
+        vocabulary: name -> number of token ids, for inputs that are ids of words or characters; 0 pads.
         outside: the test split's samples of classes that are held out, targets as they were; None where none is.
     """
 
@@ -71,6 +72,7 @@ class Dataset(ABC):
     val: Split
     test: Split
     noise: dict[str, tuple[float, float]]
+    vocabulary: dict[str, int] = {}  # noqa: RUF012
     outside: Split | None = None
 
     @abstractmethod

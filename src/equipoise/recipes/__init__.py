@@ -107,6 +107,9 @@ class Recipe:
             training options of this variant alone.
         balancers: name -> options; ``"balancer"`` names the class where the key is a name of your own.
         train: how.
+        model: what is trained where that is no fusion of one target: ``{"name": class in equipoise.space, language or
+            correspondence, option: value, ...}``; methods are then the names under ``variants``.
+        variants: name -> options of the model in this variant; ``"train"`` holds training options of it alone.
         noise_modality: the one whose noise the attention should notice; by default the one attended most on
             validation data.
         reference: the method that others are compared with; by default the first static fusion among them.
@@ -120,6 +123,8 @@ class Recipe:
     fusions: dict[str, dict[str, Any]] = field(default_factory=dict)
     balancers: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: TrainOptions = field(default_factory=TrainOptions)
+    model: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     noise_modality: str | None = None
     reference: str | None = None
 
@@ -214,6 +219,13 @@ def from_dict(content: Any, who: str = "recipe") -> Recipe:
         raise ConfigError(who, expected="a mapping under train", got=str(train))
     if isinstance(data, dict) and "name" not in data:
         raise ConfigError(who, expected="the name of the data set under data", got=f"data: {data}")
+    if content.get("model") and not (isinstance(content["model"], dict) and "name" in content["model"]):
+        raise ConfigError(who, expected="the name of a model under model", got=f"model: {content['model']}")
+    if content.get("variants") and not content.get("model"):
+        raise ConfigError(
+            who, expected="variants of a model", got="variants without model",
+            fix="Name the model under model, or put variants of a fusion under fusions.",
+        )  # fmt: skip
     for key in train:
         if key not in TrainOptions.__dataclass_fields__:
             raise unknown_name(who, "training option", str(key), TrainOptions.__dataclass_fields__)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..record import Run, number, pairs, summarise
-from .wording import SCORES
+from .wording import SCORES, score_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Readings:
         self.rows = {(row["method"], row["metric"]): row for row in results["summary"] or summarise(self.runs)}
         self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
         self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_place)
-        self.score = next((name for name in SCORES if name in self.metrics), "accuracy")
+        self.score = score_of(self.protocol, self.metrics)
         self.modalities = self._modalities()
         self.single = [method for method in self.methods if method in self.modalities]
         self.dynamic = [method for method in self.methods if self._attends(method)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .readings import Readings
-from .wording import SCORES, amount, change, counted, is_fraction, listed, probability, signed, title
+from .wording import amount, called, change, counted, is_fraction, listed, probability, signed, title
 
 SURE = 0.05
 """Two-sided p below which a difference is called one; a convention, and said as such on the page."""
@@ -92,10 +92,10 @@ def _eyesight(readings: Readings, method: str) -> str:
 def _effects(readings: Readings, method: str, reference: str) -> str:
     """What a balancer changed, metric by metric."""
     disturbed = readings.noise_modality
-    score, called = readings.score, SCORES[readings.score]
-    wanted = {"noise_attention_r": "r", score: called}
+    score, words = readings.score, called(readings.score)
+    wanted = {"noise_attention_r": "r", score: words}
     if disturbed:
-        wanted[f"{score}_noise/{disturbed}"] = f"{called} with {disturbed} destroyed"
+        wanted[f"{score}_noise/{disturbed}"] = f"{words} with {disturbed} destroyed"
     parts = [text for metric, words in wanted.items() if (text := _effect(readings, method, metric, words))]
     own, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
     if own and its and own["difference"] is None:
@@ -139,17 +139,17 @@ def _proof(readings: Readings, row: Mapping[str, Any]) -> str:
 
 def _contest(readings: Readings) -> list[str]:
     """The golden rule: no fusion below its best single modality; and who is ahead."""
-    score, called = readings.score, SCORES[readings.score]
+    score, words = readings.score, called(readings.score)
     means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, score))}
     fusions = [m for m in means if m not in readings.single]
     singles = [m for m in means if m in readings.single]
     said = []
     if len(means) > 1:
         best = max(means, key=lambda m: means[m])
-        said.append(f"{best} has the highest mean {called}: {_mean(readings, best)}.")
+        said.append(f"{best} has the highest mean {words}: {_mean(readings, best)}.")
     elif means:
-        alone, article = next(iter(means)), "an" if called[0] in "aeiou" else "a"
-        said.append(f"{alone} has {article} {called} of {_mean(readings, alone)}.")
+        alone, article = next(iter(means)), "an" if words[0] in "aeiou" else "a"
+        said.append(f"{alone} has {article} {words} of {_mean(readings, alone)}.")
     if singles and fusions:
         best = max(singles, key=lambda m: means[m])
         below = [f"{m} ({amount(score, means[m])})" for m in fusions if means[m] < means[best]]

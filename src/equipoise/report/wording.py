@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 MINUS = "\N{MINUS SIGN}"
 
-SCORES = {"accuracy": "accuracy", "negative_error": "negative mean absolute error"}
-"""What tells how good a method is -> in words. Higher is better; a results file has one of them."""
+SCORES = {"accuracy": "accuracy", "negative_error": "negative mean absolute error", "recall@1": "recall at 1"}
+"""What tells how good a method is -> in words. Higher is better; a protocol names its ``score``, or it is the first of
+these that a results file has."""
 
-FRACTIONS = ("accuracy", "val_accuracy", "share/")
-"""Metrics, or beginnings of metrics, that are fractions in [0, 1] and printed as per cent."""
+FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
+"""Beginnings of metrics, or of their last part, that are fractions in [0, 1] and printed as per cent."""
 
 TITLES = {
     "noise_attention_r": "Attention–noise correlation r",
@@ -35,8 +39,36 @@ def title(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " ").capitalize())
 
 
+def score_of(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
+    """The metric that tells how good a method is: the one that the protocol names, else the first of ``SCORES``.
+
+    Example:
+        >>> score_of({}, ["parameters", "negative_error"]), score_of({"score": "transfer"}, ["accuracy", "transfer"])
+        ('negative_error', 'transfer')
+    """
+    named = protocol.get("score")
+    return named if isinstance(named, str) else next((name for name in SCORES if name in metrics), "accuracy")
+
+
+def called(score: str) -> str:
+    """A score in the middle of a sentence.
+
+    Example:
+        >>> called("negative_error"), called("recall@1"), called("transfer")
+        ('negative mean absolute error', 'recall at 1', 'transfer')
+    """
+    return SCORES.get(score, title(score)[:1].lower() + title(score)[1:])
+
+
 def is_fraction(metric: str) -> bool:
-    return metric.startswith(FRACTIONS)
+    """Whether it is a fraction in [0, 1], printed as per cent.
+
+    Example:
+        >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
+        (True, True, False)
+    """
+    parts = metric.split("/")
+    return any(part.startswith(FRACTIONS) for part in (parts[0], parts[-1])) and not parts[0].startswith("share_")
 
 
 def signed(value: float, decimals: int = 2) -> str:

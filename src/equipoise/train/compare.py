@@ -24,8 +24,10 @@ from .. import record
 from ..errors import ConfigError, EquipoiseError
 from ..recipes import Recipe
 from . import methods
-from .experiment import Job, check_trainer, dataset, finished, one_thread, perform, prepare
+from .experiment import check_trainer, dataset, one_thread, perform, prepare
+from .job import Job, finished
 from .journal import Progress
+from .objectives import judged_by
 
 Listener = Callable[[Job, int, int], None]
 """Called with a job, its epochs done, and its epochs."""
@@ -128,6 +130,7 @@ def _check(plan: Sequence[Job], accelerator: str) -> None:
 
 def _protocol(recipe: Recipe, plan: Sequence[Job], title: str) -> dict[str, Any]:
     return {
+        **judged_by(recipe),
         "recipe": title,
         "data": recipe.data["name"],
         "methods": list(dict.fromkeys(job.method for job in plan)),

@@ -14,7 +14,9 @@ from ..diagnose.cost import cost
 from ..diagnose.keys import key_distribution
 from ..diagnose.noise import most_attended, response
 from ..diagnose.reading import Noise, Reading, read
+from ..evaluation import evaluating
 from ..model import FusionModel
+from ..objective import Objective
 from ..recipes import Recipe
 from .module import SCORES, score
 
@@ -35,8 +37,10 @@ def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> 
     return recipe.noise_modality or most_attended(reading(model, source, "val"))
 
 
-def evaluate(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
+def evaluate(model: FusionModel | Objective, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
     """metrics, and for models with attention keys and shares, as ``results.json`` holds them."""
+    if isinstance(model, Objective):
+        return judged(model, source)
     clean = reading(model, source, "test")
     noisy = {name: reading(model, source, "test", name) for name in model.names}
     named = SCORES[model.task]
@@ -60,6 +64,15 @@ def evaluate(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[s
     spent = cost(model, source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False))
     metrics["parameters"], metrics["flops"] = spent.parameters, spent.flops
     return found
+
+
+def judged(model: Objective, source: data.Dataset) -> dict[str, Any]:
+    """What the model says of itself on the test split, and how many numbers it learned."""
+    with evaluating(model), torch.no_grad():
+        found = model.evaluate(source)
+    metrics = {name: float(value) for name, value in found["metrics"].items()}
+    metrics["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {**found, "metrics": metrics}
 
 
 def keys(model: FusionModel, source: data.Dataset, replaced: str, *, split: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,56 +29,20 @@ from ..errors import ConfigError
 from ..lightning import Balance
 from ..lookup import made
 from ..model import FusionModel
+from ..objective import Objective
 from ..recipes import Recipe
 from ..record import Run, plain, write_whole
 from . import methods
 from .checkpoint import WholeFiles, load_weights, read_state, save_weights
 from .evaluate import evaluate
+from .job import Job, finished
 from .journal import Journal, Notes, Progress
-from .module import Training
+from .module import ObjectiveTraining, Training
 
 ADVICE = (
     "does not have many workers", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
 )  # fmt: skip
 """Of Lightning, to people who wrote their own loaders and loggers."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is run: everything that decides the result."""
-
-    recipe: Recipe
-    method: str
-    seed: int
-    fold: str | None = None
-
-    def folder(self, out: Path) -> Path:
-        """Where the run lives in the folder of its comparison."""
-        return out / "runs" / (self.fold or "all") / self.method / f"seed{self.seed}"
-
-    def fingerprint(self) -> str:
-        """What must be unchanged for a finished or stopped run to count."""
-        content = asdict(self.recipe)
-        # What compare runs, and where the data lie, does not change what a run computes.
-        for name in ("methods", "seeds", "folds", "reference"):
-            content.pop(name)
-        content["data"].pop("root", None)
-        # Nor do variants that this method does not use.
-        base, *balancers = (part.strip() for part in self.method.split("+"))
-        content["fusions"] = {k: v for k, v in content["fusions"].items() if k == base}
-        content["balancers"] = {k: v for k, v in content["balancers"].items() if k in balancers}
-        job = {"recipe": content, "method": self.method, "seed": self.seed, "fold": self.fold}
-        return json.dumps(plain(job), sort_keys=True)
-
-
-def finished(job: Job, folder: Path) -> Run | None:
-    """The run that ``perform`` wrote into this folder, if it is whole and of the same recipe."""
-    try:
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = isinstance(stored, dict) and stored.get("fingerprint") == job.fingerprint()
-    return stored["run"] if same else None
 
 
 def perform(
@@ -137,7 +101,7 @@ def _teacher(job: Job, name: str, folder: Path, trainer_options: Mapping[str, An
     with torch.random.fork_rng(devices=[]):
         model, _ = methods.build(methods.parse(name, job.recipe), job.recipe, dataset(job.recipe, job.fold))
     load_weights(model, here / "model.safetensors")
-    return model.encoders[name]
+    return model.encoders[name]  # type: ignore[index,return-value]
 
 
 @functools.lru_cache(maxsize=4)
@@ -163,11 +127,15 @@ def dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
 
 
 def _fit(
-    model: FusionModel, balancers: list[Balancer], job: Job, recipe: Recipe, source: data.Dataset, folder: Path,
-    journal: Journal, given: dict[str, Any],
+    model: FusionModel | Objective, balancers: list[Balancer], job: Job, recipe: Recipe, source: data.Dataset,
+    folder: Path, journal: Journal, given: dict[str, Any],
 ) -> pl.Trainer:  # fmt: skip
     options = recipe.train
-    training = Training(model, options, balancers=balancers, seed=job.seed)
+    training = (
+        ObjectiveTraining(model, options, seed=job.seed)
+        if isinstance(model, Objective)
+        else Training(model, options, balancers=balancers, seed=job.seed)
+    )
     balancing = training.balancing
     train = data.loader(
         source, "train", options.batch_size, seed=job.seed, train=True, exposure=options.exposure,
@@ -247,7 +215,7 @@ def resumable(folder: Path, job: Job) -> str | None:
     return str(path) if kept.get("fingerprint") == job.fingerprint() else None
 
 
-def _run(job: Job, model: FusionModel, source: data.Dataset, recipe: Recipe, journal: Journal) -> Run:
+def _run(job: Job, model: FusionModel | Objective, source: data.Dataset, recipe: Recipe, journal: Journal) -> Run:
     found = evaluate(model, source, recipe)
     metrics = found["metrics"]
     # The first epoch warms caches up; it counts only where it is alone.
@@ -258,10 +226,10 @@ def _run(job: Job, model: FusionModel, source: data.Dataset, recipe: Recipe, jou
     run: Run = {
         "method": job.method, "seed": job.seed, "fold": job.fold, "metrics": metrics, "history": journal.history,
     }  # fmt: skip
+    run |= {name: value for name, value in found.items() if name not in run}  # type: ignore[typeddict-item]
     if "keys" in found:
         before = {"before": journal.keys_before} if journal.keys_before else {}
-        run |= {"keys": {**before, **found["keys"]}, "shares": found["shares"]}  # type: ignore[typeddict-item]
-        run["noise_modality"] = found["noise_modality"]  # type: ignore[typeddict-unknown-key]
+        run["keys"] = {**before, **found["keys"]}
     return run
 
 

@@ -71,7 +71,7 @@ class Journal(pl.Callback):
         """Closes the epoch's entry, after the balancers have spoken."""
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         entry: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
-        entry |= {n: figures[n] for n in ("loss", "val_accuracy", "val_negative_error", "air") if n in figures}
+        entry |= {n: v for n, v in figures.items() if n in ("loss", "air") or n.startswith(("val_", "loss/"))}
         share = {name.removeprefix("share/"): v for name, v in figures.items() if name.startswith("share/")}
         entry |= {"share": share} if share else {}
         if said:

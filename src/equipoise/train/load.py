@@ -12,6 +12,7 @@ import torch
 from .. import recipes
 from ..errors import DataError
 from ..model import FusionModel
+from ..objective import Objective
 from . import methods
 from .checkpoint import load_weights
 from .experiment import dataset
@@ -19,7 +20,7 @@ from .experiment import dataset
 PARTS = ("run.json", "recipe.yaml", "model.safetensors")
 
 
-def load(folder: str | os.PathLike[str]) -> FusionModel:
+def load(folder: str | os.PathLike[str]) -> FusionModel | Objective:
     """The model that ``train`` or ``compare`` trained, on the CPU, in evaluation mode, rotated as it was.
 
     The recipe's data set tells the shapes, so the data must be there. Weights are read, nothing is executed. Where a

@@ -17,7 +17,9 @@ from ..fusion import Fusion, Unimodal
 from ..fusion.readout import ReadoutFusion
 from ..lookup import family, find, made
 from ..model import FusionModel
+from ..objective import Objective
 from ..recipes import Recipe
+from .objectives import objective, variant
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -47,6 +49,8 @@ def parse(name: str, recipe: Recipe) -> Method:
         Method(base='joint', balancers=('rollingq',))
     """
     base, *added = (part.strip() for part in name.split("+"))
+    if recipe.model:
+        return Method(variant(name, recipe))
     bases = {*recipe.encoders, *recipe.fusions, *(set(family(fusion, Fusion)) - {"unimodal"})}  # type: ignore[type-abstract]
     if base not in bases:
         raise unknown_name(f"method '{name}'", "fusion or modality", base, bases)
@@ -61,15 +65,15 @@ def parse(name: str, recipe: Recipe) -> Method:
 
 def recipe_for(method: Method, recipe: Recipe) -> Recipe:
     """The recipe with the training options of this method's variant in it."""
-    changes = recipe.fusions.get(method.base, {}).get("train") or {}
+    changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
     if not isinstance(changes, dict):
-        raise ConfigError(f"fusion '{method.base}'", expected="a mapping under train", got=str(changes))
+        raise ConfigError(f"method '{method.base}'", expected="a mapping under train", got=str(changes))
     return recipe.with_train(**changes) if changes else recipe
 
 
 def build(
     method: Method, recipe: Recipe, dataset: Dataset, *, teachers: Mapping[str, nn.Module] | None = None
-) -> tuple[FusionModel, list[Balancer]]:
+) -> tuple[FusionModel | Objective, list[Balancer]]:
     """The model of a method, and its balancers attached to it.
 
     The generator of torch decides the weights: seed it first.
@@ -86,9 +90,12 @@ def build(
     for name in (*recipe.encoders, *([recipe.noise_modality] if recipe.noise_modality else [])):
         if name not in dataset.names:
             raise unknown_name("recipe", f"modality of the data set '{recipe.data['name']}'", name, dataset.names)
+    if recipe.model:
+        parts = {name: encoder(name, options, dataset) for name, options in recipe.encoders.items()}
+        return objective(method.base, recipe, dataset, parts), []
     alone = method.base in recipe.encoders
     names = (method.base,) if alone else dataset.names
-    parts = {name: _encoder(name, recipe.encoders.get(name, {}), dataset.shapes[name]) for name in names}
+    parts = {name: encoder(name, recipe.encoders.get(name, {}), dataset) for name in names}
     width = parts[names[0]].dim
     for name, part in parts.items():
         if part.dim != width:
@@ -123,9 +130,12 @@ def needs_teachers(method: Method, recipe: Recipe) -> bool:
     return any(_class(name, recipe).needs_teachers for name in method.balancers)
 
 
-def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Encoder:
+def encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encoder:
+    """The encoder of a modality, with what follows from the data."""
+    shape, words = dataset.shapes[name], dataset.vocabulary.get(name)
     options, known = dict(options), family(encoders, Encoder)
-    wanted = options.pop("name", None) or ("PatchEncoder" if len(shape) == 3 else "SequenceEncoder")
+    usual = {3: "PatchEncoder", 1: "TextEncoder"}.get(len(shape), "SequenceEncoder")
+    wanted = options.pop("name", None) or usual
     if wanted not in known:
         raise unknown_name(f"encoder '{name}'", "encoder", str(wanted), known)
     follows = known[wanted].for_data(shape)
@@ -135,7 +145,8 @@ def _encoder(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> Enco
             f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}",
             expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
         )  # fmt: skip
-    return made(known[wanted], f"encoder '{name}'", {**follows, **options})
+    given = {} if words is None else {"vocabulary": words}
+    return made(known[wanted], f"encoder '{name}'", {**follows, **given, **options})
 
 
 def _class(name: str, recipe: Recipe) -> type[Balancer]:
