@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..tokens import Output, Tokens
+from .blocks import SquareMatrix
 from .cycle import cycle_error
 from .rank import effective_rank, nuclear_norm
 from .supermatrix import supermatrix_from_tokens
@@ -79,6 +80,15 @@ class ConsistencyLoss(nn.Module):
         A modality that a sample lacks is left out of that sample's mean; samples with fewer than two count nothing.
         """
         return self.weight * self._loss(self.supermatrix(tokens), len(self._parts(tokens)))
+
+    def of(self, matrix: SquareMatrix, num_modalities: int) -> Float[Tensor, ""]:
+        """The loss of maps that are there already, such as a model's own attention.
+
+        Args:
+            matrix: (batch, N M, N M), as ``eq.supermatrix`` makes it; their ``temperature`` is the maker's matter.
+            num_modalities: N.
+        """
+        return self.weight * self._loss(matrix, num_modalities)
 
     def supermatrix(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> Float[Tensor, "batch size size"]:
         """P of every sample that has all modalities."""
