@@ -16,7 +16,7 @@ from .base import Dataset, Split
 from .drawing import Thing, drawn, patches_of
 from .questions import KINDS, Asked, Chooser, placed
 from .randomness import Draw
-from .words import END, IDS, IMAGE, PAD, WORDS
+from .vocabulary import END, IDS, IMAGE, PAD, WORDS
 
 SIZE, PATCH = 48, 6
 IGNORED = -100
