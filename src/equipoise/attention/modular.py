@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, unknown_name
-from .attend import _autocast, _bias, _check_heads, _check_modality
+from .arguments import autocast, bias_of, check_heads, check_modality
 from .kernels import HeadTensor
 from .parts import Part, Sides, own_and_cross
 from .pseudo import Pseudo, pseudo_logits
@@ -95,10 +95,10 @@ def modular_attention(
         tensor([7.5000, 7.5000, 7.5000])
     """
     with _speaking():
-        query, key, value = _autocast(query, key, value)
-        _check_heads(query, key, value, dropout)
-        _check_modality(modality, None, query, key)
-        bias = None if mask is None else _bias(mask, query, key)
+        query, key, value = autocast(query, key, value)
+        check_heads(query, key, value, dropout)
+        check_modality(modality, None, query, key)
+        bias = None if mask is None else bias_of(mask, query, key)
     sides = _sides(modality, query_modality, bias, is_causal, offset, query, key)
     _check_merge(merge, gate, query)
     factor = query.shape[-1] ** -0.5 if scale is None else scale

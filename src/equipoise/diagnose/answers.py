@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NonFiniteError, ShapeError
 from ..evaluation import evaluating
 from ..watch import labels_for
-from .intervention import Averaging, Hiding, Intervention, Labels, intervening
+from .changes import Averaging, Hiding
+from .intervention import Intervention, Labels, intervening
 from .quag import ClsRows, chosen_operators
 
 IGNORED = -100

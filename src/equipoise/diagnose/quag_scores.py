@@ -12,7 +12,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..tokens import Output
 from .ablation import fused
-from .intervention import Averaging, Intervention, intervening
+from .changes import Averaging
+from .intervention import Intervention, intervening
 from .quag import ClsRows, chosen_operators
 from .reading import read
 from .scores import score_of
