@@ -88,7 +88,7 @@ def corruption_curve(
         check(kind, level, "corruption_curve")
     batches: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     if std is None and not kind.startswith("multibench"):
-        std = input_statistics(_damaged(batches(), modality, 0.0, kind, seed, 1.0), modality)[1]
+        std = input_statistics(_damaged(batches(), modality, 0.0, kind, seed, 1.0), modality, who="corruption_curve")[1]
     found = {}
     for level in dict.fromkeys((0.0, *levels)):
         seen = read(model, _damaged(batches(), modality, level, kind, seed, 1.0 if std is None else std))

@@ -174,7 +174,7 @@ def key_geometry(
             raise unknown_name("key_geometry", "modality", replaced, clean.names)
         if noise and replaced not in noise:
             raise unknown_name("key_geometry", "entry of noise", replaced, noise)
-        mean, std = noise[replaced] if noise else input_statistics(batches(), replaced)
+        mean, std = noise[replaced] if noise else input_statistics(batches(), replaced, who="key_geometry")
         after = key_distribution(read(model, batches(), noise=Noise(replaced, mean, std, seed)))
         shift = {name: _difference(after[name]["cosine_mean"], means[name]) for name in means}
     return KeyGeometry(

@@ -148,15 +148,15 @@ def noise_response(
         raise unknown_name("noise_response", "modality", modality, clean.names)
     if noise and modality not in noise:
         raise unknown_name("noise_response", "entry of noise", modality, noise)
-    mean, std = noise[modality] if noise else input_statistics(batches(), modality)
+    mean, std = noise[modality] if noise else input_statistics(batches(), modality, who="noise_response")
     return response(clean, read(model, batches(), noise=Noise(modality, mean, std, seed)), modality)
 
 
-def input_statistics(batches: Loader, modality: str) -> tuple[float, float]:
-    """(mean, standard deviation) over all values of one modality's inputs."""
+def input_statistics(batches: Loader, modality: str, *, who: str) -> tuple[float, float]:
+    """(mean, standard deviation) over all values of one modality's inputs; ``who`` begins the errors."""
     count, total, squares = 0, 0.0, 0.0
     for batch in batches:
-        values = input_of(batch, modality, "noise_response").cpu().double()
+        values = input_of(batch, modality, who).cpu().double()
         count += values.numel()
         total += float(values.sum())
         squares += float(values.square().sum())
