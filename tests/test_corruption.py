@@ -183,7 +183,7 @@ def test_drop_is_from_no_damage_whatever_the_levels():
 def test_the_deviation_is_the_data_s_own_by_default():
     made, batches = fused(task="regression", unimodal="none"), [batch_for("regression", seed=seed) for seed in range(2)]
     std = torch.cat([part["audio"].flatten() for part in batches]).std(correction=0)
-    assert float(std) == pytest.approx(input_statistics(batches, "audio")[1])
+    assert float(std) == pytest.approx(input_statistics(batches, "audio", who="test")[1])
     default, given = (corruption_curve(made, batches, modality="audio", std=value) for value in (None, float(std)))
     assert numbers(default) == pytest.approx(numbers(given))
     assert default.drop != corruption_curve(made, batches, modality="audio", std=2 * float(std)).drop

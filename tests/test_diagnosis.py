@@ -58,7 +58,7 @@ def test_scores_against_loops(deep):
         assert found.metrics["accuracy"] == pytest.approx(slow_accuracy(clean, target))
         for name in NAMES[2]:
             assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(slow_accuracy(heads[name], target))
-            mean, std = input_statistics(loader, name)
+            mean, std = input_statistics(loader, name, who="test")
             noisy = []
             for number, inputs in enumerate(loader):
                 generator = torch.Generator().manual_seed(3 * 1_000_003 + number)

@@ -78,7 +78,7 @@ def test_noise_shifts_the_modality_that_it_replaces(count, given):
     names = NAMES[:count]
     made, batches = model(names), [batch(names, seed=seed) for seed in range(3)]
     found = key_geometry(made, lambda: iter(batches), replaced="image", noise=given, seed=5)
-    level = (0.5, 2.0) if given else input_statistics(batches, "image")
+    level = (0.5, 2.0) if given else input_statistics(batches, "image", who="test")
     noisy = [
         {**inputs, "image": Noise("image", *level, seed=5).of(inputs["image"], number)}
         for number, inputs in enumerate(batches)

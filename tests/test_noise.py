@@ -154,7 +154,7 @@ def test_what_cannot_be_read():
     with pytest.raises(ShapeError, match=r"read: expected batches that are dicts: .* got tuple\. Wrap the loader"):
         read(made, [tuple(batch().values())])
     with pytest.raises(ShapeError, match=r"noise_response: expected batches that are dicts"):
-        input_statistics([[torch.zeros(2, 3)]], "audio")
+        input_statistics([[torch.zeros(2, 3)]], "audio", who="noise_response")
     foreign = Nameless(3, 2).double()
     with pytest.raises(
         ConfigError, match=r"read: expected a FusionModel, or .* got Nameless without names\. Set model"
@@ -192,6 +192,6 @@ def test_noise_distributions():
     assert float(standard.mean().abs()) < 0.1
     assert float(Noise("audio", 9.0, 0.0).of(values, 0).min()) == 9.0
     assert not torch.equal(Noise("audio").of(values, 0), Noise("audio").of(values, 1))
-    mean, std = input_statistics([{"audio": values[:1]}, {"audio": values[1:]}], "audio")
+    mean, std = input_statistics([{"audio": values[:1]}, {"audio": values[1:]}], "audio", who="test")
     assert mean == pytest.approx(float(values.double().mean()))
     assert std == pytest.approx(float(values.double().std(correction=0)))

@@ -103,11 +103,7 @@ class Attention(nn.Module):
         Returns:
             Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
         """
-        source = tokens if source is None else source
-        if tokens.shape[-1] != self.dim or source.shape[-1] != self.dim:
-            raise ShapeError(
-                "Attention", expected=f"dim = {self.dim}", got=f"{tokens.shape[-1]} and {source.shape[-1]}"
-            )
+        source = self._source(tokens, source)
         attended = self.core(
             self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
@@ -115,6 +111,15 @@ class Attention(nn.Module):
         )  # fmt: skip
         merged = attended.output.transpose(1, 2).flatten(2)
         return Attended(self.output_dropout(self.out(merged)), attended.share)
+
+    def _source(self, tokens: Tensor, source: Tensor | None) -> Tensor:
+        """What is read, once it is known to fit."""
+        source = tokens if source is None else source
+        if tokens.shape[-1] != self.dim or source.shape[-1] != self.dim:
+            raise ShapeError(
+                "Attention", expected=f"dim = {self.dim}", got=f"{tokens.shape[-1]} and {source.shape[-1]}"
+            )
+        return source
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

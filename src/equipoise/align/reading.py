@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..attention import Attended
 from ..errors import ConfigError, ShapeError
 from ..tokens import Tokens, pack
 from ..transformer import Attention, initialise
@@ -40,31 +38,14 @@ class Reading(Attention):
         self.key, self.value = (nn.Linear(source_dim, dim, bias=bias) for _ in range(2))
         initialise(self)
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch query dim"],
-        source: Float[Tensor, "batch key source_dim"] | None = None,
-        *,
-        modality: Int[Tensor, "... key"] | None = None,
-        num_modalities: int | None = None,
-        mask: Bool[Tensor, "... key"] | None = None,
-        is_causal: bool = False,
-        share: bool = True,
-    ) -> Attended:
-        """As ``Attention``, with a source that must be given. A query that sees no key has output bias alone."""
+    def _source(self, tokens: Tensor, source: Tensor | None) -> Tensor:
         width = None if source is None else source.shape[-1]
         if source is None or tokens.shape[-1] != self.dim or width != self.source_dim:
             raise ShapeError(
                 "Reading", expected=f"dim = {self.dim} and source_dim = {self.source_dim}",
                 got=f"{tokens.shape[-1]} and {width}",
             )  # fmt: skip
-        attended = self.core(
-            self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
-            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
-            dropout=self.dropout if self.training else 0.0, share=share,
-        )  # fmt: skip
-        merged = attended.output.transpose(1, 2).flatten(2)
-        return Attended(self.output_dropout(self.out(merged)), attended.share)
+        return source
 
 
 def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, Tokens]:

@@ -7,9 +7,10 @@ from typing import cast
 from torch import nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens, pack, segment_labels
+from ..tokens import Output, Tokens
 from ..transformer import Attention, Block, Transformer, learned_token
 from .base import Fusion
+from .streams import pooled_by_cls
 
 
 class MidFusion(Fusion):
@@ -102,17 +103,7 @@ class MidFusion(Fusion):
         return self.dim
 
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
-        packed = pack(tokens, cls=self.cls)
-        values = packed.values
-        labels = {
-            "modality": segment_labels(packed.lengths or (), values.device), "num_modalities": len(self.names),
-        }  # fmt: skip
-        # Only the block that pools is asked for shares.
-        for block in self.blocks[:-1]:
-            values = block(values, mask=packed.mask, share=False, **labels).output
-        last = self.blocks[-1](values, rows=1 if self.shortcut else None, mask=packed.mask, **labels)
-        features = self.norm(last.output[:, 0])
-        return Output(features=features, share=last.share[:, :, 0], tokens=tokens, names=self.names)
+        return pooled_by_cls(tokens, self.cls, self.blocks, self.norm, rows=1 if self.shortcut else None)
 
 
 def _sizes(block: nn.Module) -> tuple[int, int, int]:

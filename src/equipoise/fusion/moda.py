@@ -13,9 +13,10 @@ from ..attention import Attended
 from ..attention.modular import Merge, Pseudo, modular_attention
 from ..duplex import DuplexAligner
 from ..errors import ConfigError, unknown_name
-from ..tokens import Output, Tokens, pack, segment_labels
+from ..tokens import Output, Tokens
 from ..transformer import Attention, Block, learned_token
 from .base import Fusion
+from .streams import pooled_by_cls
 
 
 class DuplexAttention(Attention):
@@ -169,13 +170,4 @@ class MODA(Fusion):
         return self.dim
 
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
-        packed = pack(tokens, cls=self.cls)
-        values = packed.values
-        labels = {
-            "modality": segment_labels(packed.lengths or (), values.device), "num_modalities": len(self.names),
-        }  # fmt: skip
-        for block in self.blocks[:-1]:
-            values = block(values, mask=packed.mask, share=False, **labels).output
-        last = self.blocks[-1](values, rows=1, mask=packed.mask, **labels)
-        features = self.norm(last.output[:, 0])
-        return Output(features=features, share=last.share[:, :, 0], tokens=tokens, names=self.names)
+        return pooled_by_cls(tokens, self.cls, self.blocks, self.norm, rows=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..tokens import Tokens
+from ..tokens import Output, Tokens, pack, segment_labels
 
 
 def joined(parts: Sequence[Tokens]) -> Tokens:
@@ -30,6 +30,28 @@ def labels_of(parts: Sequence[Tokens], numbers: Sequence[int]) -> Int[Tensor, " 
     device, lengths = parts[0].values.device, [len(part) for part in parts]
     repeats = torch.tensor(lengths, device=device)
     return torch.repeat_interleave(torch.tensor(numbers, device=device), repeats, output_size=sum(lengths))
+
+
+def pooled_by_cls(
+    tokens: dict[str, Tokens], cls: Tensor, blocks: Iterable[nn.Module], norm: nn.Module, *, rows: int | None
+) -> Output:  # fmt: skip
+    """One sequence of a class token and all tokens through a stack of blocks; the features are the class token's.
+
+    Args:
+        tokens: of every modality, in order.
+        cls: the class token.
+        blocks: each takes (values, mask, labels) as ``transformer.Block`` does.
+        norm: of the features.
+        rows: how many of the first tokens the last block computes; None for all.
+    """
+    packed = pack(tokens, cls=cls)
+    values, (*first, last) = packed.values, blocks
+    labels = {"modality": segment_labels(packed.lengths or (), values.device), "num_modalities": len(tokens)}
+    # Only the block that pools is asked for shares.
+    for block in first:
+        values = block(values, mask=packed.mask, share=False, **labels).output
+    read = last(values, rows=rows, mask=packed.mask, **labels)
+    return Output(features=norm(read.output[:, 0]), share=read.share[:, :, 0], tokens=tokens, names=tuple(tokens))
 
 
 def mean_over_present(vectors: Sequence[Tensor], parts: Sequence[Tokens]) -> list[Tensor]:
