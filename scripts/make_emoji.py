@@ -1,0 +1,211 @@
+"""Makes src/equipoise/data/emoji.npz: emoji pictures with their names, keywords, parts and splits.
+
+Reads three Debian packages (bookworm), installed or unpacked with dpkg -x into one folder:
+
+    apt-get download fonts-noto-color-emoji unicode-cldr-core unicode-data
+    for package in *.deb; do dpkg -x $package emoji; done
+    python scripts/make_emoji.py emoji
+
+Needs Pillow with raqm, which joins sequences of characters to one picture. The same versions of the packages, Pillow
+and zlib give the same file, byte for byte; the test compares its SHA-256 with ATLAS_SHA256 in
+src/equipoise/data/emoji.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import sys
+import zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+LIST = "usr/share/unicode/emoji/emoji-test.txt"
+KEYWORDS = "usr/share/unicode/cldr/common/annotations/en.xml", "usr/share/unicode/cldr/common/annotationsDerived/en.xml"
+TARGET = Path(__file__).parents[1] / "src/equipoise/data/emoji.npz"
+STRIKE = 109
+"""Pixels of the one size that the font's pictures have."""
+SIDE = 32
+TONE = re.compile(r"(?P<base>[^:]+): (?:(?P<tone>[\w-]+ skin tone)(?:, )?)?(?P<rest>.*)")
+COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink"
+COLOURED = re.compile(rf"(?P<colour>{COLOURS}) (?P<shape>heart|circle|square|book|apple)")
+SIZED = re.compile(
+    rf"(?:(?P<a>{COLOURS}) (?P<b>large|medium|medium-small|small)|(?P<c>large|small) (?P<d>{COLOURS})) "
+    r"(?P<shape>square|diamond)"
+)
+CLOCK = re.compile(
+    r"(?P<hour>one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?: |-)(?P<half>o’clock|thirty)"
+)
+HELD = {"test": 0.15, "val": 0.10}
+"""Part of each family's combinations."""
+
+
+class Emoji(NamedTuple):
+    """A character or sequence, its name, keywords, the parts of its name, and the family of combinations it is in."""
+
+    text: str
+    name: str
+    keywords: tuple[str, ...]
+    parts: tuple[str, ...]
+    family: str
+
+
+def main(folder: Path) -> None:
+    if not features.check("raqm"):
+        raise SystemExit("Pillow has no raqm here, and would draw sequences as several pictures.")
+    named = listed(folder / LIST)
+    told = keywords([folder / path for path in KEYWORDS])
+    font = ImageFont.truetype(str(folder / FONT), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+    names = set(named.values())
+    rows, pictures = [], []
+    for text, name in named.items():
+        picture = drawn(text, font)
+        if picture is None or name.count("skin tone") > 1:
+            continue
+        parts, family = parts_of(name, names)
+        said = [word for word in told.get(text.replace("\N{VARIATION SELECTOR-16}", ""), []) if word != name]
+        rows.append(Emoji(text, name, tuple(said), parts, family))
+        pictures.append(picture)
+    palette, levels = indexed(pictures)
+    split = divided(rows, [level.tobytes() for level in levels])
+    write(
+        TARGET, palette=palette, levels=levels, split=split,
+        text=np.array([row.text for row in rows]), name=np.array([row.name for row in rows]),
+        keywords=np.array(["|".join(row.keywords) for row in rows]),
+        parts=np.array(["|".join(row.parts) for row in rows]), family=np.array([row.family for row in rows]),
+    )  # fmt: skip
+    print(f"{TARGET.name}: {len(rows)} pictures, {TARGET.stat().st_size} bytes")  # noqa: T201
+    print(f"SHA-256 {hashlib.sha256(TARGET.read_bytes()).hexdigest()}")  # noqa: T201
+    for place, which in enumerate(("train", "val", "test")):
+        count = Counter(row.family or "single" for row, own in zip(rows, split, strict=True) if own == place)
+        print(which, int((split == place).sum()), dict(count))  # noqa: T201
+
+
+def listed(path: Path) -> dict[str, str]:
+    """Character or sequence -> name, as Unicode lists them."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"(.+?)\s*; fully-qualified\s*# \S+ E\S+ (.+)", line):
+            found["".join(chr(int(code, 16)) for code in match[1].split())] = match[2]
+    return found
+
+
+def keywords(paths: list[Path]) -> dict[str, list[str]]:
+    """Character or sequence, without variation selectors -> English keywords."""
+    found = {}
+    for path in paths:
+        for entry in ElementTree.parse(path).iter("annotation"):
+            if entry.get("type") is None:
+                found[entry.get("cp")] = [word.strip() for word in (entry.text or "").split("|")]
+    return found
+
+
+def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """The picture on white; None where the font has no single picture for it."""
+    left, top, right, bottom = font.getbbox(text)
+    if right - left > 1.4 * STRIKE or right - left < 0.5 * STRIKE:
+        return None
+    side = int(max(right - left, bottom - top)) + 4
+    canvas = Image.new("RGB", (side, side), "white")
+    place = (side - (right - left)) / 2 - left, (side - (bottom - top)) / 2 - top
+    ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
+    return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """(256, 3) colours that all pictures share, and each picture as (picture, row, column) of numbers of colours."""
+    atlas = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
+    made = atlas.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+    palette = np.array(made.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    return palette, np.asarray(made, dtype=np.uint8).reshape(len(pictures), SIDE, SIDE)
+
+
+def parts_of(name: str, names: set[str]) -> tuple[tuple[str, ...], str]:
+    """What a name is put together of, and the family of such names; one part and "" where it is not."""
+    if (match := COLOURED.fullmatch(name)) is not None:
+        return (match["colour"], match["shape"]), "colour"
+    if (match := SIZED.fullmatch(name)) is not None:
+        return tuple(part for part in match.groups() if part), "colour"
+    if (match := CLOCK.fullmatch(name)) is not None:
+        return (match["hour"], match["half"]), "clock"
+    if name.endswith(" face") and name.removesuffix(" face") in names:
+        return (name.removesuffix(" face"), "face"), "face"
+    for who, other in (("cat", "face"), ("face", "cat")):
+        if re.search(rf"\b{who}\b", name) and re.sub(rf"\b{who}\b", other, name) in names - {name}:
+            return (re.sub(rf" ?\b{who}\b", "", name).strip(), who), "cat"
+    base, tone, more = name, None, []
+    if (match := TONE.fullmatch(name)) is not None and not name.startswith(("flag", "keycap")):
+        base, tone = match["base"], match["tone"]
+        more = [part for part in match["rest"].split(", ") if part]
+    who, what = person(base, names)
+    parts = tuple(part for part in (who, what, *more, tone) if part)
+    if len(parts) < 2:
+        return (name,), ""
+    return parts, ("family" if base in ("family", "kiss", "couple with heart") else "people" if who else "body")
+
+
+PEOPLE = ("man", "woman", "person", "men", "women", "people")
+
+
+def person(base: str, names: set[str]) -> tuple[str | None, str | None]:
+    """("woman", "running") of "woman running"; (None, base) of what has no such brothers."""
+    who, _, what = base.partition(" ")
+    if who in PEOPLE and what:
+        brothers = [other for other in PEOPLE if other != who]
+        if any(f"{other} {what}" in names for other in brothers) or what in names:
+            return who, what
+    if base in ("man", "woman", "person"):
+        return base, None
+    return None, base
+
+
+def divided(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
+    """0 = train, 1 = val, 2 = test: combinations are held out, and every part of them stays in training.
+
+    Twins, two names of one picture, stay in training. The order in which combinations are tried is that of a hash of
+    their names. One is held out where each of its parts keeps half of its pictures or more, and each of its words is in
+    the name of another picture that stays.
+    """
+    twins = {picture for picture, count in Counter(pictures).items() if count > 1}
+    total: Counter[str] = Counter(part for row in rows for part in set(row.parts))
+    left, words = total.copy(), Counter(word for row in rows for word in set(re.findall(r"\w+", row.name.lower())))
+    split = np.zeros(len(rows), dtype=np.uint8)
+    families = defaultdict(list)
+    for place, row in enumerate(rows):
+        if row.family and pictures[place] not in twins:
+            families[row.family].append(place)
+    for members in families.values():
+        members.sort(key=lambda place: hashlib.sha256(rows[place].name.encode()).digest())
+        wanted = {2: round(HELD["test"] * len(members)), 1: round(HELD["val"] * len(members))}
+        for place in members:
+            which = next((number for number, count in wanted.items() if count), None)
+            parts, said = set(rows[place].parts), set(re.findall(r"\w+", rows[place].name.lower()))
+            if which is None:
+                break
+            if any(left[part] - 1 < total[part] / 2 for part in parts) or any(words[word] < 2 for word in said):
+                continue
+            split[place], wanted[which] = which, wanted[which] - 1
+            left.subtract(parts)
+            words.subtract(said)
+    return split
+
+
+def write(path: Path, **arrays: np.ndarray) -> None:
+    """An npz file whose bytes do not depend on the clock."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, array, version=(1, 0))
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, buffer.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=9)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,147 @@
+"""How good a shared space is: finding both ways, meanings that add up, and how its modalities lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..align import (
+    Retrieval,
+    additive_compositionality,
+    alignment,
+    linear_cka,
+    modality_gap,
+    retrieval,
+    same_ids,
+    uniformity,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from .space import SharedSpace
+
+BATCH = 256
+RANKS = (1, 5)
+
+Vectors = Mapping[str, Float[Tensor, "sample dim"]]
+
+
+def judged(space: SharedSpace, source: Any, split: str) -> dict[str, float]:
+    """Figures of a model in evaluation mode.
+
+    * ``<a>_to_<b>/recall@1``, ``recall@5``, ``median_rank``, ``mrr``: samples of the split as seen by a find what b has
+      of them among the split's samples; ``chance/...`` is what guessing gets.
+    * ``recall@1``, ``recall@5``, ``median_rank``: the mean over these directions.
+    * ``<a>_to_<b>_among_all/...``: the same among the samples of all splits, those of the training too.
+    * ``composed_to_<b>/recall@1`` and ``compositionality/<b>``: of data that have ``combinations``, see ``composed``.
+    * ``modality_gap``, ``alignment``, ``uniformity``, ``cka``: see `equipoise.align`.
+    """
+    vectors, target = embedded(space, source, split)
+    found = finding(vectors, target) | lying(vectors)
+    parts = [embedded(space, source, other) for other in ("train", "val", "test") if other != split]
+    everything = {name: torch.cat([own, *(part[0][name] for part in parts)]) for name, own in vectors.items()}
+    found |= among_all(vectors, target, everything, torch.cat([target, *(part[1] for part in parts)]))
+    if hasattr(source, "combinations"):
+        found |= composed(space, source, split, vectors)
+    return found
+
+
+def embedded(space: SharedSpace, source: Any, split: str) -> tuple[dict[str, Tensor], Int[Tensor, " sample"]]:
+    """name -> (sample, dim) of a whole split, on the CPU, and the targets."""
+    place = next(space.parameters()).device
+    made: dict[str, list[Tensor]] = {name: [] for name in space.names}
+    for batch in source.batches(split, BATCH, seed=0, epoch=0, train=False):
+        for name, vectors in space.embed({name: batch[name].to(place) for name in space.names}).items():
+            made[name].append(vectors.float().cpu())
+    return {name: torch.cat(parts) for name, parts in made.items()}, source.split(split).target
+
+
+def finding(vectors: Vectors, target: Int[Tensor, " sample"]) -> dict[str, float]:
+    """Every modality finds every other one; samples that lack one of the two are left out of their pair.
+
+    Example:
+        >>> found = finding({"image": torch.eye(3), "text": torch.eye(3)}, torch.arange(3))
+        >>> found["image_to_text/recall@1"], round(found["chance/recall@1"], 3)
+        (1.0, 0.333)
+    """
+    figures: dict[str, float] = {}
+    ways: list[Retrieval] = []
+    for one, other in combinations(vectors, 2):
+        both = vectors[one].any(dim=1) & vectors[other].any(dim=1)
+        if not bool(both.any()):
+            continue
+        relevant = same_ids(target[both], target[both])
+        there, back = retrieval(vectors[one][both] @ vectors[other][both].T, relevant=relevant, k=RANKS)
+        figures |= _said(f"{one}_to_{other}", there) | _said(f"{other}_to_{one}", back)
+        ways += [there, back]
+    if not ways:
+        return {}
+    mean = {f"recall@{k}": sum(way.recall[k] for way in ways) / len(ways) for k in RANKS}
+    chance = {f"chance/recall@{k}": sum(way.chance[k] for way in ways) / len(ways) for k in RANKS}
+    return {**mean, "median_rank": sum(way.median_rank for way in ways) / len(ways), **figures, **chance}
+
+
+def among_all(
+    vectors: Vectors, target: Int[Tensor, " sample"], everything: Vectors, meaning: Int[Tensor, " item"]
+) -> dict[str, float]:
+    """The same among more items than those that ask."""
+    figures: dict[str, float] = {}
+    for one in vectors:
+        for other in vectors:
+            asks, there = vectors[one].any(dim=1), everything[other].any(dim=1)
+            relevant = same_ids(target[asks], meaning[there])
+            if one == other or not bool(relevant.any()):
+                continue
+            found, _ = retrieval(vectors[one][asks] @ everything[other][there].T, relevant=relevant, k=RANKS)
+            figures |= _said(f"{one}_to_{other}_among_all", found)
+    return figures
+
+
+def lying(vectors: Vectors) -> dict[str, float]:
+    """How the modalities lie to each other, and how evenly each fills the sphere."""
+    figures = {}
+    for name, own in vectors.items():
+        here = own[own.any(dim=1)]
+        if len(here) > 1:
+            figures[f"uniformity/{name}"] = float(uniformity(here))
+    for one, other in combinations(vectors, 2):
+        both = vectors[one].any(dim=1) & vectors[other].any(dim=1)
+        if int(both.sum()) > 1:
+            a, b = vectors[one][both], vectors[other][both]
+            measures = {"modality_gap": modality_gap, "alignment": alignment, "cka": linear_cka}
+            figures |= {f"{kind}/{one}-{other}": float(measure(a, b)) for kind, measure in measures.items()}
+    return figures
+
+
+def composed(space: SharedSpace, source: Any, split: str, vectors: Vectors) -> dict[str, float]:
+    """Does "red" plus "heart" find the red heart? The sum of the parts' vectors, among all combinations of the split.
+
+    ``composed_to_<b>/recall@1``: combinations whose own b is the nearest; ``compositionality/<b>``: the cosine with
+    their own b less the mean of those with the others'.
+    """
+    rows, modality, parts, present = source.combinations(split)
+    if len(rows) < 2:
+        return {}
+    place = next(space.parameters()).device
+    flat = space.embed({modality: parts[present].to(place)})[modality].float().cpu()
+    apart = torch.zeros(*present.shape, flat.shape[-1])
+    apart[present] = flat
+    target = source.split(split).target[rows]
+    figures: dict[str, float] = {}
+    for name, own in vectors.items():
+        if name != modality:
+            added = torch.nn.functional.normalize(apart.sum(dim=1), dim=-1)
+            there, _ = retrieval(added @ own[rows].T, relevant=same_ids(target, target), k=RANKS)
+            figures |= _said(f"composed_to_{name}", there)
+            figures |= {f"chance/composed_to_{name}/recall@{k}": there.chance[k] for k in RANKS}
+            figures[f"compositionality/{name}"] = float(additive_compositionality(apart, own[rows]).mean())
+    return figures
+
+
+def _said(way: str, found: Retrieval) -> dict[str, float]:
+    recalls = {f"{way}/recall@{k}": value for k, value in found.recall.items()}
+    return {**recalls, f"{way}/median_rank": found.median_rank, f"{way}/mrr": found.mean_reciprocal_rank}
