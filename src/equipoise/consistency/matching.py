@@ -54,6 +54,8 @@ def _sinkhorn(scores: Tensor, rounds: int, dustbin: bool) -> Tensor:
     for _ in range(rounds):
         for dim in (-2, -1):
             total = scores.logsumexp(dim=dim, keepdim=True)
+            # Padding stays padding: what has no real partner is not blown up to a sum of 1.
+            total = total.masked_fill(total <= lowest / 2, 0.0)
             part = total[..., kept, :] if dim == -1 else total[..., kept]
             free = torch.zeros_like(total)
             if dim == -1:

@@ -18,10 +18,10 @@ from ..evaluation import evaluating
 from ..lookup import made
 from ..objective import Objective
 from ..tokens import as_tokens
-from .judgement import judged
-from .maps import Pair, PairScores, maps, partners
+from .judgement import Scenes, judged
+from .maps import PairScores, maps, partners
 from .mixing import Kind, Mixing
-from .pairs import checked_pairs, left_out
+from .pairs import Pair, checked_pairs, left_out
 
 
 class Found(NamedTuple):
@@ -130,8 +130,8 @@ class Correspondence(Objective):
         """
         items, present = {}, {}
         for name in self.names:
-            if batch.get(name) is not None:
-                items[name], present[name] = self._encoded(name, batch[name])
+            if (values := batch.get(name)) is not None:
+                items[name], present[name] = self._encoded(name, values)
         if len({tuple(mask.shape[:1]) for mask in present.values()}) != 1:
             raise ShapeError(
                 "Correspondence", expected="modalities with the same scenes, one at least",
@@ -146,22 +146,34 @@ class Correspondence(Objective):
         target = self._target(batch, found)
         losses = {"matching": self._matching(found, target), "probe": self._probe_loss(found, target)}
         if self.term is not None:
-            losses["consistency"] = self.term.of(self.supermatrix(found), len(self.names))
+            matrix = self.supermatrix(found, temperature=self.temperature)
+            losses["consistency"] = self.term.of(matrix, len(self.names))
         return losses
 
     def evaluate(self, source: Any) -> dict[str, Any]:
-        with evaluating(self):
-            return {"metrics": judged(self, source, "test")}
+        return {"metrics": self.judged(source, "test")}
 
-    def supermatrix(self, found: Found) -> Float[Tensor, "scene size size"]:
-        """P of every scene that lacks nothing, of maps sharpened by ``temperature``; (0, 0, 0) where there is none."""
+    def judged(self, source: Any, split: str) -> dict[str, float]:
+        """The figures of ``evaluate`` on a split; see ``judgement.judged`` for what they are."""
+        with evaluating(self):
+            batches = source.batches(split, 256, seed=0, epoch=0, train=False)
+            return judged(map(self._scenes, batches), self.names, self.pairs, self.transfer)
+
+    def whole(self, found: Found) -> Bool[Tensor, " batch"]:
+        """The scenes that lack nothing."""
         if len(found.items) < len(self.names):
-            return next(iter(found.items.values())).new_zeros(0, 0, 0)
-        whole = torch.cat([found.present[name] for name in self.names], dim=1).all(dim=1)
+            return next(iter(found.present.values())).new_zeros(len(next(iter(found.items.values()))))
+        return torch.cat([found.present[name] for name in self.names], dim=1).all(dim=1)
+
+    def supermatrix(self, found: Found, *, temperature: float = 1.0) -> Float[Tensor, "scene size size"]:
+        """P of every scene that lacks nothing; scores are divided by ``temperature`` first."""
+        whole = self.whole(found)
+        masks = {name: found.present[name][whole] for name in found.present}
         scores = {pair: values[whole] for pair, values in found.scores.items()}
-        masks = {name: mask[whole] for name, mask in found.present.items()}
-        blocks = maps(scores, masks, sinkhorn=self.sinkhorn, temperature=self.temperature)
-        return supermatrix(blocks, names=self.names)
+        if len(found.items) < len(self.names):
+            size = len(self.names) * next(iter(masks.values())).shape[1]
+            return next(iter(found.items.values())).new_zeros(0, size, size)
+        return supermatrix(maps(scores, masks, sinkhorn=self.sinkhorn, temperature=temperature), names=self.names)
 
     def probed(self, found: Found) -> dict[str, Float[Tensor, "batch item num_classes"]]:
         """name -> which class each item is, told from the item and what it reads of the others; nothing flows back."""
@@ -193,6 +205,17 @@ class Correspondence(Objective):
         """Where each item's partner stands, and whether both are there."""
         place, has = partners(target, self.names.index(one), self.names.index(other))
         return place, has & found.present[one] & found.present[other].gather(1, place)
+
+    def _scenes(self, batch: Mapping[str, Tensor]) -> Scenes:
+        found = self(batch)
+        target = self._target(batch, found)
+        sought = {pair: self.partners(found, target, *pair) for pair in found.maps}
+        told = {
+            name: (logits.argmax(dim=-1) == target[:, self.names.index(name)])[found.present[name]]
+            for name, logits in self.probed(found).items()
+        }
+        place, has = ({pair: both[part] for pair, both in sought.items()} for part in (0, 1))
+        return Scenes(found.maps, place, has, self.whole(found), told)
 
     def _probe_loss(self, found: Found, target: Int[Tensor, "batch modality item"]) -> Float[Tensor, ""]:
         losses = []

@@ -1,79 +1,97 @@
-"""How good maps are on a split: matching, transfer to a pair that was never trained, agreement, accuracy."""
+"""How good maps are: matching, transfer to a pair that was never trained, agreement, accuracy."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..consistency import consistency_score, cycle_error, synchronize
-from .maps import Pair, composed
-from .pairs import unordered
-
-if TYPE_CHECKING:
-    from .correspondence import Correspondence
-
-BATCH = 256
+from ..consistency import consistency_score, cycle_error, supermatrix, synchronize
+from ..errors import DataError
+from .maps import composed
+from .pairs import Pair, unordered
 
 
-def judged(model: Correspondence, source: Any, split: str) -> dict[str, float]:
-    """Figures of a model in evaluation mode, all of them fractions; of items that have a partner.
+class Scenes(NamedTuple):
+    """What is judged of a batch.
 
-    * ``matching/a-b``: items whose largest entry in the map is their partner's, mean of both ways.
-    * ``transfer``: the same of the pair that is judged as never trained; ``transfer_composed`` by way of the third
-      modality, P_ik P_kj; ``transfer_synchronized`` after ``synchronize`` has made all maps agree.
-    * ``chance``: what guessing gets.
-    * ``consistency``, ``cycle_error``: of the maps together, see spec 6.3.
-    * ``accuracy``, ``accuracy/a``: items whose class the probe tells.
+    Attributes:
+        maps: ordered pair -> (batch, item, item).
+        place: ordered pair -> (batch, item) where each item's partner stands.
+        has: ordered pair -> (batch, item) whether item and partner are there.
+        whole: (batch,) scenes that lack nothing.
+        told: name -> (some,) whether an item's class was told right.
     """
-    seen: dict[Any, list[Tensor]] = {}
 
-    def note(key: Any, values: Tensor) -> None:
-        seen.setdefault(key, []).append(values.float().cpu())
+    maps: dict[Pair, Tensor]
+    place: dict[Pair, Int[Tensor, "batch item"]]
+    has: dict[Pair, Bool[Tensor, "batch item"]]
+    whole: Bool[Tensor, " batch"]
+    told: dict[str, Bool[Tensor, " some"]]
 
-    a, b = model.transfer
-    for batch in source.batches(split, BATCH, seed=0, epoch=0, train=False):
-        found, target = model(batch), batch["target"]
-        for pair in found.maps:
-            note(("matching", *_sorted(pair, model)), _right(model, found, target, pair, found.maps[pair]))
-        for pair in ((a, b), (b, a)):
-            note("transfer_composed", _right(model, found, target, pair, composed(found.maps, *pair)))
-        matrix = model.supermatrix(found)
-        note("consistency", consistency_score(matrix, num_modalities=len(model.names)))
-        note("cycle_error", cycle_error(matrix, num_modalities=len(model.names)))
-        agreed = _blocks(synchronize(matrix, num_modalities=len(model.names)), model)
-        for pair in ((a, b), (b, a)):
-            note("transfer_synchronized", _right(model, found, target, pair, agreed[pair]))
-        for name, logits in model.probed(found).items():
-            right = logits.argmax(dim=-1) == target[:, model.names.index(name)]
-            note(("accuracy", name), right[found.present[name]])
-        items = target.shape[-1]
-    rates = {key: float(torch.cat(values).mean()) for key, values in seen.items()}
-    pairs = unordered(model.names)
+
+def judged(
+    batches: Iterable[Scenes], names: Sequence[str], trained: Sequence[Pair], transfer: Pair
+) -> dict[str, float]:
+    """Figures of maps, all of them fractions, of items that have a partner.
+
+    * ``matching/a-b``: items whose largest entry in the map is their partner's, mean of both ways; ``matching``, the
+      mean over the trained pairs.
+    * ``transfer``: the same of the pair that is judged as never trained; ``transfer_composed`` by way of the third
+      modality, P_ik P_kj; ``transfer_synchronized`` after ``synchronize`` has made all maps one-to-one and agree.
+    * ``chance``: what guessing gets.
+    * ``consistency``, ``cycle_error``: of all maps together, see spec 6.3.
+    * ``accuracy``, ``accuracy/a``: items whose class is told right.
+
+    Raises:
+        DataError: no scene in which nothing is missing.
+    """
+    seen: dict[Any, list[Tensor]] = defaultdict(list)
+    items = 1
+    for scenes in batches:
+        for pair, values in scenes.maps.items():
+            seen["matching", *sorted(pair, key=names.index)].append(_right(scenes, pair, values))
+        whole = {pair: values[scenes.whole] for pair, values in scenes.maps.items()}
+        matrix = supermatrix(whole, names=names)
+        agreed = synchronize(matrix, num_modalities=len(names))
+        items = matrix.shape[-1] // len(names)
+        for pair in (transfer, (transfer[1], transfer[0])):
+            seen["transfer_composed"].append(_right(scenes, pair, composed(scenes.maps, *pair)))
+            rows, columns = (slice(items * names.index(n), items * (names.index(n) + 1)) for n in pair)
+            seen["transfer_synchronized"].append(_right(scenes, pair, agreed[:, rows, columns], scenes.whole))
+        seen["consistency"].append(consistency_score(matrix, num_modalities=len(names)))
+        seen["cycle_error"].append(cycle_error(matrix, num_modalities=len(names)))
+        for name, right in scenes.told.items():
+            seen["accuracy", name].append(right)
+    if not sum(len(values) for values in seen["consistency"]):
+        raise DataError("evaluate", expected="a scene without missing items", got="none")
+    rates = {key: float(torch.cat(values).float().mean()) for key, values in seen.items()}
+    return {**_named(rates, names, trained, transfer), "chance": 1 / items}
+
+
+def _named(rates: dict[Any, float], names: Sequence[str], trained: Sequence[Pair], transfer: Pair) -> dict[str, float]:
+    """The rates by the names of metrics."""
+    told = [rates["accuracy", name] for name in names]
     return {
-        "transfer": rates["matching", a, b],
+        "transfer": rates["matching", *transfer],
         **{name: rates[name] for name in ("transfer_composed", "transfer_synchronized")},
-        "chance": 1 / items,
-        **{f"matching/{one}-{other}": rates["matching", one, other] for one, other in pairs},
-        "matching": sum(rates["matching", *pair] for pair in model.pairs) / len(model.pairs),
+        "matching": sum(rates["matching", *pair] for pair in trained) / len(trained),
+        **{f"matching/{one}-{other}": rates["matching", one, other] for one, other in unordered(names)},
         **{name: rates[name] for name in ("consistency", "cycle_error")},
-        "accuracy": sum(rates["accuracy", name] for name in model.names) / len(model.names),
-        **{f"accuracy/{name}": rates["accuracy", name] for name in model.names},
+        "accuracy": sum(told) / len(told),
+        **{f"accuracy/{name}": rate for name, rate in zip(names, told, strict=True)},
     }
 
 
-def _right(model, found, target, pair: Pair, values: Tensor) -> Tensor:
-    place, has = model.partners(found, target, *pair)
+def _right(
+    scenes: Scenes, pair: Pair, values: Float[Tensor, "scene row column"], some: Bool[Tensor, " batch"] | None = None
+) -> Bool[Tensor, " item"]:
+    """For every item that has a partner, whether its row is largest there; ``values`` are of ``some`` scenes alone."""
+    place, has = scenes.place[pair], scenes.has[pair]
+    if some is not None:
+        place, has = place[some], has[some]
     return (values.argmax(dim=-1) == place)[has]
-
-
-def _blocks(matrix: Tensor, model) -> dict[Pair, Tensor]:
-    size = matrix.shape[-1] // len(model.names)
-    rows = [row.split(size, dim=-1) for row in matrix.split(size, dim=-2)]
-    return {(one, other): rows[i][j] for i, one in enumerate(model.names) for j, other in enumerate(model.names)}
-
-
-def _sorted(pair: Pair, model) -> Pair:
-    first, second = sorted(pair, key=model.names.index)
-    return first, second

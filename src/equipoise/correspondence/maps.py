@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..consistency.matching import match
 from ..transformer import initialise
-
-Pair = tuple[str, str]
+from .pairs import Pair
 
 
 class PairScores(nn.Module):
@@ -64,11 +63,9 @@ def maps(
 ) -> dict[Pair, Tensor]:  # fmt: skip
     """Scores as maps: rows of what is present sum to 1; what is missing maps to nothing, and nothing to it."""
     return {
-        (one, other): match(
-            values / temperature, rows=present[one], columns=present[other], sinkhorn=sinkhorn
-        )
+        (one, other): match(values / temperature, rows=present[one], columns=present[other], sinkhorn=sinkhorn)
         for (one, other), values in scores.items()
-    }  # fmt: skip
+    }
 
 
 def partners(
@@ -82,8 +79,6 @@ def partners(
     """
     same = target[:, one, :, None] == target[:, other, None, :]
     return same.long().argmax(dim=-1), same.any(dim=-1)
-
-
 
 
 def composed(found: Mapping[Pair, Tensor], one: str, other: str) -> Float[Tensor, "batch row column"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ class Mixing(nn.Module):
     def forward(
         self, items: Mapping[str, Float[Tensor, "batch _ dim"]], present: Mapping[str, Bool[Tensor, "batch _"]]
     ) -> dict[str, Tensor]:
-        """name -> (batch, item, dim), mixed; ``present`` is True for items that are there, all where it says nothing."""
+        """name -> (batch, item, dim), mixed; ``present`` is True for items that are there, all where it is silent."""
         if self.kind == "none":
             return dict(items)
         some = next(iter(items.values()))
