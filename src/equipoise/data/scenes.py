@@ -63,6 +63,7 @@ class Made:
         pictures: (sample, 3, 48, 48).
         text, labels: (sample, word) ids; what is predicted, and -100.
         regions: (sample, word, patch) True where a thing is that the word speaks of.
+        covered: (sample, patch) True where any thing is.
         kinds: of the samples.
         new: (sample,) True where what is asked about has a held-out combination.
         things: of the pictures.
@@ -72,6 +73,7 @@ class Made:
     text: Int[Tensor, "sample word"]
     labels: Int[Tensor, "sample word"]
     regions: Bool[Tensor, "sample word patch"]
+    covered: Bool[Tensor, "sample patch"]
     kinds: tuple[str, ...]
     new: Bool[Tensor, " sample"]
     things: tuple[tuple[Thing, ...], ...]
@@ -102,7 +104,8 @@ class Scenes(Dataset):
 
     names = ("image", "text")
     num_outputs = len(WORDS)
-    patch, vocabulary = PATCH, WORDS
+    patch, lexicon = PATCH, WORDS
+    vocabulary = {"text": len(WORDS)}  # noqa: RUF012
 
     def __init__(self, *, level: int = 2, samples: int = 12_000, seed: int = 0) -> None:
         if level not in LEVELS:
@@ -149,6 +152,10 @@ class Scenes(Dataset):
         """The true patches of every word, row by row from the upper left; none for a word that names no thing there."""
         return self._part(split).regions[index]
 
+    def covered(self, split: str, index: Int[Tensor, " batch"]) -> Bool[Tensor, "batch patch"]:
+        """The patches where any thing is."""
+        return self._part(split).covered[index]
+
     def things(self, split: str, index: int) -> tuple[Thing, ...]:
         """What the picture of a sample shows."""
         return self._part(split).things[index]
@@ -167,10 +174,10 @@ def made(split: str, count: int, level: int, seed: int) -> Made:
     """The samples of a split, each a function of the seed, the split, the level and its position alone."""
     kinds = tuple(LEVELS[level].kinds[place % len(LEVELS[level].kinds)] for place in range(count))
     rows = [_sample(split, place, kind, level, seed) for place, kind in enumerate(kinds)]
-    pictures, text, labels, regions, new, things = zip(*rows, strict=True)
+    pictures, text, labels, regions, covered, new, things = zip(*rows, strict=True)
     return Made(
         torch.from_numpy(np.stack(pictures)), torch.tensor(text), torch.tensor(labels),
-        torch.from_numpy(np.stack(regions)), kinds, torch.tensor(new), things,
+        torch.from_numpy(np.stack(regions)), torch.from_numpy(np.stack(covered)), kinds, torch.tensor(new), things,
     )  # fmt: skip
 
 
@@ -183,7 +190,8 @@ def _sample(split: str, place: int, kind: str, level: int, seed: int) -> tuple:
     light = int(rng.integers(*GROUND))
     picture, owner = drawn(asked.things, SIZE, (light, light, light - 4))
     text, labels = written(asked, kind)
-    return picture, text, labels, regions_of(asked, owner), new, asked.things
+    covered = patches_of(owner, range(len(asked.things)), PATCH)
+    return picture, text, labels, regions_of(asked, owner), covered, new, asked.things
 
 
 def written(asked: Asked, kind: str) -> tuple[list[int], list[int]]:

@@ -1,0 +1,202 @@
+"""A picture encoder, a connector and a small causal language model, trained together on answers and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..align import GatedCrossAttention, captioning_loss
+from ..align.splice import splice
+from ..errors import ConfigError, ShapeError
+from ..lookup import made
+from ..objective import Objective
+from ..tokens import as_tokens
+from .connectors import connector
+from .words import reading, small_llama
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """What the language model reads.
+
+    Attributes:
+        embeddings: (batch, token, dim).
+        labels: (batch, token) what is to be predicted, -100 = nothing.
+        modality: (batch, token) 0 = text, 1 = picture, -1 = padding.
+        media, media_at: for gates: (batch, patch, width), and where the text names them; None without gates.
+    """
+
+    embeddings: Float[Tensor, "batch token dim"]
+    labels: Int[Tensor, "batch token"]
+    modality: Int[Tensor, "batch token"]
+    media: Float[Tensor, "batch patch width"] | None = None
+    media_at: Bool[Tensor, "batch token"] | None = None
+
+
+class PictureLanguageModel(Objective):
+    """A small vision-language model: it answers questions about pictures and describes them.
+
+    The picture's patches, without the encoder's class token, go through the connector and stand in the text where it
+    has ``<image>`` (LLaVA), or are read by gated cross-attention in front of every block (Flamingo). The loss is the
+    next-token cross entropy of answers and captions; words of a question are read and not predicted.
+
+    Args:
+        encoder: pictures -> Tokens.
+        words: the vocabulary; it holds "<image>", "<end>" and "<pad>".
+        connector: ``"linear"``, ``"mlp"``, ``"qformer"``, ``"resampler"`` or ``"gated"``.
+        dim: width of the language model.
+        depth: its blocks.
+        heads: its attention heads.
+        latents: tokens that a Q-Former or a resampler makes of a picture.
+        context: the most tokens that it reads, those of the picture included.
+
+    Raises:
+        ConfigError: options out of range, an unknown connector, transformers that is not installed, a batch without
+            picture or without text. ShapeError: pictures of another size, a text longer than the context, a text
+            without its picture.
+
+    Reference: LLaVA (NeurIPS 2023), BLIP-2 (ICML 2023), Flamingo (NeurIPS 2022); spec 7.4 to 7.7.
+    Differs from the papers in: everything is small and trained from scratch, all parts at once.
+    """
+
+    name = "language"
+
+    def __init__(
+        self, encoder: nn.Module, words: Sequence[str], *, connector: str = "mlp", dim: int = 64, depth: int = 3,
+        heads: int = 4, latents: int = 16, context: int = 128,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.names, self.words, self.context, self.kind = ("image", "text"), tuple(words), context, connector
+        self.ids = {word: number for number, word in enumerate(self.words)}
+        self.encoder = encoder
+        width: int = encoder.dim  # type: ignore[assignment]
+        self.connector = _connector(connector, width, dim, latents=latents, heads=heads)
+        self.language = small_llama(len(self.words), dim=dim, depth=depth, heads=heads, context=context)
+        gates = depth if connector == "gated" else 0
+        self.gates = nn.ModuleList(GatedCrossAttention(dim, width, heads=heads) for _ in range(gates))
+
+    @classmethod
+    def for_data(cls, source: Any, encoders: Mapping[str, nn.Module], **options: Any) -> PictureLanguageModel:
+        words = getattr(source, "lexicon", None)
+        if words is None or "image" not in source.names:
+            raise ConfigError(
+                "model 'language'", expected="a data set of pictures and texts", got=type(source).__name__,
+                fix="Use data: {name: scenes}.",
+            )  # fmt: skip
+        if set(encoders) != {"image"}:
+            raise ConfigError("model 'language'", expected="one encoder, image", got=f"{sorted(encoders)}")
+        return made(cls, "model 'language'", options, encoder=encoders["image"], words=words)
+
+    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stream = self.stream(self.patches(_part(batch, "image")), _part(batch, "text"), _part(batch, "labels"))
+        return {"answer": captioning_loss(self.logits(stream), stream.labels)}
+
+    def evaluate(self, source: Any) -> dict[str, Any]:
+        from .judging import judged
+        from .pointing import pointing_metrics
+
+        row = judged(self, source)
+        return {**row, "metrics": row["metrics"] | pointing_metrics(self, source)}
+
+    def patches(self, image: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch patch width"]:
+        """The picture's tokens, without the class token."""
+        tokens = as_tokens(self.encoder(image), "language image")
+        return tokens.values[:, 1:] if tokens.cls else tokens.values
+
+    def stream(
+        self, patches: Float[Tensor, "batch patch width"], text: Int[Tensor, "batch word"],
+        labels: Int[Tensor, "batch word"] | None = None,
+    ) -> Stream:  # fmt: skip
+        """Words and picture in one sequence, or words beside what they read.
+
+        Args:
+            patches: as the method of that name gives them.
+            text: (batch, word) ids with one "<image>" each.
+            labels: (batch, word) aligned with the text; by default nothing is predicted.
+        """
+        self._check(patches, text)
+        labels = torch.full_like(text, IGNORED) if labels is None else labels
+        embedded = self.language.get_input_embeddings()(text)
+        if len(self.gates):
+            modality = torch.zeros_like(text)
+            return Stream(embedded, labels, modality, patches, text == self.ids["<image>"])
+        joined = splice(embedded, text, self.ids["<image>"], self.connector(patches), labels=labels)
+        if joined.embeddings.shape[1] > self.context:
+            raise self._too_long(joined.embeddings.shape[1])
+        return Stream(joined.embeddings, joined.labels, joined.modality)
+
+    def logits(self, stream: Stream) -> Float[Tensor, "batch token word"]:
+        """What comes next, at every token. Padding follows the words, so that causality alone keeps it unread."""
+        reads = nullcontext()
+        if stream.media is not None and stream.media_at is not None:
+            reads = reading(self.language.model.layers, list(self.gates), stream.media, stream.media_at)  # type: ignore[arg-type]
+        with reads:
+            return self.language(inputs_embeds=stream.embeddings).logits
+
+    def answer(self, batch: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
+        """The word that the model says behind each question.
+
+        Args:
+            batch: "image", "text" and, where the text goes on behind the question, "labels".
+        """
+        text = _part(batch, "text")
+        labels = batch.get("labels")
+        if labels is None:
+            # The question ends where padding begins: what follows its last word is the answer.
+            last = (text != self.ids["<pad>"]).sum(dim=1) - 1
+            text = torch.nn.functional.pad(text, (0, 1), value=self.ids["<pad>"])
+            labels = torch.full_like(text, IGNORED).scatter(1, last[:, None] + 1, 0)
+        stream = self.stream(self.patches(_part(batch, "image")), text, labels)
+        place = (stream.labels != IGNORED).int().argmax(dim=1) - 1
+        return self.logits(stream)[torch.arange(len(text)), place].argmax(dim=-1)
+
+    def caption(self, batch: Mapping[str, Tensor], *, longest: int = 12) -> Int[Tensor, "batch word"]:
+        """What the model says about each picture, word by word, always the likeliest; padding behind the end."""
+        patches = self.patches(_part(batch, "image"))
+        prompt = torch.tensor([self.ids["<image>"], self.ids["describe"]], device=patches.device)
+        text = prompt.expand(len(patches), -1)
+        over = torch.zeros(len(patches), dtype=torch.bool, device=patches.device)
+        for _ in range(longest):
+            word = self.logits(self.stream(patches, text))[:, -1].argmax(dim=-1).masked_fill(over, self.ids["<pad>"])
+            text, over = torch.cat([text, word[:, None]], dim=1), over | (word == self.ids["<end>"])
+            if bool(over.all()):
+                break
+        return text[:, 2:]
+
+    def _check(self, patches: Tensor, text: Tensor) -> None:
+        if text.ndim != 2 or len(text) != len(patches) or text.shape[1] < 2:
+            raise ShapeError(
+                "language text", expected=f"ids (batch, word) = ({len(patches)}, at least <image> and one word)",
+                got=f"shape {tuple(text.shape)}",
+            )  # fmt: skip
+        if text.shape[1] > self.context:
+            raise self._too_long(text.shape[1])
+        if not bool(((text == self.ids["<image>"]).sum(dim=1) == 1).all()):
+            raise ShapeError(
+                "language text", expected="one <image> in every text",
+                got=f"{(text == self.ids['<image>']).sum(dim=1).tolist()}",
+                fix="Put <image> where the picture stands; a text without picture has to be taken out of the batch.",
+            )  # fmt: skip
+
+    def _too_long(self, length: int) -> ShapeError:
+        return ShapeError(
+            "language text", expected=f"at most context = {self.context} tokens, those of the picture included",
+            got=f"{length}", fix="Shorten the text, or build the model with a longer context.",
+        )  # fmt: skip
+
+
+_connector = connector
+
+
+def _part(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    if batch.get(name) is None:
+        raise ConfigError("language", expected=f"'{name}' in the batch", got=f"{sorted(batch)}")
+    return batch[name]
