@@ -63,6 +63,7 @@ from .consistency import nuclear_norm as nuclear_norm
 from .consistency import supermatrix as supermatrix
 from .consistency import synchronize as synchronize
 from .diagnose import OOD as OOD
+from .diagnose import AttentionConsistency as AttentionConsistency
 from .diagnose import CorruptionCurve as CorruptionCurve
 from .diagnose import Cost as Cost
 from .diagnose import GradientNorms as GradientNorms
@@ -71,6 +72,7 @@ from .diagnose import Masking as Masking
 from .diagnose import NoiseResponse as NoiseResponse
 from .diagnose import Quag as Quag
 from .diagnose import answer_effects as answer_effects
+from .diagnose import attention_consistency as attention_consistency
 from .diagnose import attention_entropy as attention_entropy
 from .diagnose import attention_gap as attention_gap
 from .diagnose import auroc as auroc
@@ -132,6 +134,7 @@ from .watch import watch as watch
 if TYPE_CHECKING:
     from . import hf as hf
     from . import lightning as lightning
+    from .published import judge as judge
     from .train import load as load
 
 __version__ = "0.1.0"
@@ -141,7 +144,7 @@ _LAZY = {
     "hf": ".hf", "lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report",
 }  # fmt: skip
 # The same for single names: name -> module that has it.
-_LAZY_NAMES = {"load": ".train"}
+_LAZY_NAMES = {"load": ".train", "judge": ".published"}
 
 
 def __getattr__(name: str):

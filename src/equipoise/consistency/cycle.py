@@ -97,3 +97,39 @@ def worst_contradictions(
                 path = ((i, token), (j, int(first)), (k, int(second)), (k, int(third)))
                 found.append(Contradiction(path, float(there * on * straight)))
     return sorted(found, key=lambda one: -one.strength)[:most]
+
+
+def worst_cycles(
+    matrix: Float[Tensor, "size size"], *, num_modalities: int | None = None, sizes: Sequence[int] | None = None,
+    most: int = 5,
+) -> list[Contradiction]:  # fmt: skip
+    """The strongest ways round that come back to another token: "bark -> dog -> man -> silence".
+
+    Each step goes to the token that the map gives most. Two modalities have only ways there and back. A way counts
+    once, wherever it begins.
+
+    Args:
+        matrix: one supermatrix, rows map to columns.
+        most: how many at most.
+
+    Returns:
+        Contradictions whose path is i, j, k and i again, or i, j, i, and whose strength is the product of the maps'
+        entries. Where j has fewer tokens than i, some must come back elsewhere, though with little strength.
+    """
+    parts = sizes_of(matrix, num_modalities, sizes, "worst_cycles")
+    blocks = split(exact(matrix).detach().cpu(), parts)
+    found: dict[frozenset[tuple[int, int]], Contradiction] = {}
+    for round_ in permutations(range(len(parts)), min(len(parts), 3)):
+        for token in range(parts[round_[0]]):
+            path, strength = [(round_[0], token)], 1.0
+            for modality in (*round_[1:], round_[0]):
+                value, place = blocks[path[-1][0]][modality][path[-1][1]].max(dim=0)
+                path.append((modality, int(place)))
+                strength *= float(value)
+            # A row without any attention maps to nothing.
+            if path[-1] != path[0] and strength > 0:
+                way = frozenset(path[:-1])
+                if way not in found or found[way].strength < strength:
+                    found[way] = Contradiction(tuple(path), strength)
+    # Rounding must not decide which of two equals comes first.
+    return sorted(found.values(), key=lambda one: (-round(one.strength, 6), one.path))[:most]

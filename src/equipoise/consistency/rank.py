@@ -166,10 +166,27 @@ def freedom_from_contradiction(
     return 1 - (nuclear_norm(matrix, method=method) / size - 1) / (math.sqrt(num_modalities) - 1)
 
 
-def top_energy(matrix: SquareMatrix, *, num_modalities: int) -> Float[Tensor, ...]:
-    """Sum of the M largest singular values over N M, in (0, 1]; 1 for hard maps that agree."""
-    size = sizes_of(matrix, num_modalities, None, "top_energy")[0]
-    return torch.linalg.svdvals(exact(matrix))[..., :size].sum(dim=-1) / (num_modalities * size)
+def top_energy(
+    matrix: SquareMatrix, *, num_modalities: int | None = None, sizes: Sequence[int] | None = None
+) -> Float[Tensor, ...]:
+    """Sum of the M largest singular values over T = N M rows, in (0, 1]; 1 for hard maps that agree.
+
+    With unequal ``sizes`` T is their sum and M the smallest.
+    """
+    parts = sizes_of(matrix, num_modalities, sizes, "top_energy")
+    return torch.linalg.svdvals(exact(matrix))[..., : min(parts)].sum(dim=-1) / sum(parts)
+
+
+def ideal_spectrum(sizes: Sequence[int]) -> list[float]:
+    """Singular values of hard maps that agree: N for each shared concept, 1 for tokens without a partner, then 0.
+
+    Example:
+        >>> ideal_spectrum((2, 3))
+        [2.0, 2.0, 1.0, 0.0, 0.0]
+    """
+    total, shared, count = sum(sizes), min(sizes, default=0), len(sizes)
+    alone = total - count * shared
+    return [float(count)] * shared + [1.0] * alone + [0.0] * (total - shared - alone)
 
 
 def _check_diagonal(matrix: Tensor, sizes: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ from .confidence import energy as energy
 from .confidence import gen_score as gen_score
 from .confidence import max_logit as max_logit
 from .confidence import msp as msp
+from .consistency import AttentionConsistency as AttentionConsistency
+from .consistency import attention_consistency as attention_consistency
 from .corruption import CorruptionCurve as CorruptionCurve
 from .corruption import corruption_curve as corruption_curve
 from .cost import Cost as Cost

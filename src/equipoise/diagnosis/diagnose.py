@@ -26,6 +26,7 @@ def diagnose(
     outside: Loader | None = None,
     modality: str | None = None,
     alone: Mapping[str, float] | None = None,
+    tokens: Mapping[str, Sequence[str]] | None = None,
     name: str = "",
     seed: int = 0,
     progress: Progress | None = None,
@@ -48,6 +49,7 @@ def diagnose(
             attended most, which is better chosen on validation data.
         alone: name -> score of a model of that modality alone on the same samples. Without it the model's own unimodal
             heads have to do, where it has any.
+        tokens: modality -> a name for each of its tokens, for the contradictions of its attention.
         name: what the model is called; by default its fusion's name.
         seed: of all noise.
         progress: called before every test, and at the end.
@@ -66,8 +68,8 @@ def diagnose(
     chosen = _chosen(tests)
     names = tuple(getattr(model, "names", ()))
     if names:
-        checked(names, modality=modality, noise=noise, alone=alone)
-    of = Examination(model, repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {})
+        checked(names, modality=modality, noise=noise, alone=alone, tokens=tokens)
+    of = Examination(model, repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {}, tokens or {})
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     skipped: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ class Examination:
         modality: the one that noise replaces for the response of attention; None for the one attended most.
         seed: of all noise.
         alone: name -> score of a model of that modality alone; empty where the model's own heads have to do.
+        tokens: name -> what each of its tokens is called.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Examination:
     modality: str | None = None
     seed: int = 0
     alone: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.heads: dict[str, list[Tensor]] = {}
@@ -113,7 +115,7 @@ class Examination:
         if name in self.noise:
             return self.noise[name]
         if name not in self._statistics:
-            self._statistics[name] = input_statistics(self.batches(), name)
+            self._statistics[name] = input_statistics(self.batches(), name, who="diagnose")
         return self._statistics[name]
 
     def needs_targets(self) -> None:
@@ -140,10 +142,10 @@ class Examination:
 
 def checked(names: tuple[str, ...], **given: Any) -> None:
     """Raises ConfigError where an option names a modality that the model does not have."""
-    modality, noise, alone = given["modality"], given["noise"], given["alone"]
+    modality = given.pop("modality")
     if modality is not None and modality not in names:
         raise unknown_name("diagnose", "modality", modality, names)
-    for option, named in (("noise", noise), ("alone", alone)):
+    for option, named in given.items():
         for name in named or ():
             if name not in names:
                 raise unknown_name(f"diagnose {option}", "modality", name, names)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diagnose.consistency import attention_consistency
 from ..diagnose.corruption import corruption_curve
 from ..diagnose.cost import cost as costs
 from ..diagnose.gradients import gradient_norms
@@ -25,6 +26,7 @@ from ..diagnose.scores import constant_answer
 from ..diagnose.shapley import modality_shapley
 from ..diagnose.share import share_statistics
 from ..diagnose.spread import share_entropy, share_quality_correlation, share_spread
+from ..errors import ConfigError
 from .examination import Examination, Skipped, different
 from .layers import attention_rows, collapse_rows, gaps
 
@@ -192,6 +194,20 @@ def gap(of: Examination) -> Found:
     return Found({f"attention_gap/{name}": value for name, value in found.items()}, {"gap": found})
 
 
+def consistency(of: Examination) -> Found:
+    """Do the maps between modalities agree, so that going round leads back?"""
+    of.needs_several("there is nobody to agree with")
+    try:
+        found = attention_consistency(of.model, of.batches(), tokens=of.tokens)
+    except ConfigError as error:
+        raise Skipped(f"it takes {error.expected}; here is {error.got}") from error
+    metrics = {f"consistency/{layer.site}": layer.score for layer in found.layers}
+    metrics |= {f"pair_error/{layer.site}": layer.pair_error for layer in found.layers}
+    if len(found.names) > 2:
+        metrics |= {f"cycle_error/{layer.site}": layer.cycle_error for layer in found.layers}
+    return Found(metrics, found.to_dict())
+
+
 def collapse(of: Examination) -> Found:
     """Do the tokens become alike with depth?"""
     rows = collapse_rows(of.residuals)
@@ -233,8 +249,8 @@ def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]
 QUESTIONS: dict[str, Callable[[Examination], Found]] = {
     question.__name__: question
     for question in (
-        score, noise, masking, response, attention, corruption, shapley, quag, keys, gap, collapse, gradients, ood,
-        cost,
+        score, noise, masking, response, attention, corruption, shapley, quag, keys, gap, consistency, collapse,
+        gradients, ood, cost,
     )
 }  # fmt: skip
 """Name of the test -> the function, in the order in which they run."""

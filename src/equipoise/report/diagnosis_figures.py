@@ -24,6 +24,7 @@ from .canvas import (
     span,
     themed,
 )
+from .diagnosis_consistency import consistency, spectrum
 from .diagnosis_subject import Picture, Subject
 from .evidence import ERRORS
 from .readings import as_histogram
@@ -233,6 +234,7 @@ def ood(of: Subject) -> Picture | None:
 FIGURES: dict[str, tuple[Callable[[Subject], Picture | None], ...]] = {
     "score": (score,), "noise": (noise,), "masking": (masking,), "response": (response,), "attention": (attention,),
     "corruption": (corruption, followed), "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
+    "consistency": (consistency, spectrum),
     "collapse": (collapse,), "gradients": (gradients,), "ood": (ood,),
 }  # fmt: skip
 """Test -> its pictures."""

@@ -90,6 +90,17 @@ WORDS: dict[str, Words] = {
         "A gap may be right: where one modality has nothing to say, no one should read it. Modalities of many "
         "tokens get much by their number alone.",
     ),
+    "consistency": Words(
+        "Does attention between modalities agree with itself?",
+        "If a sound goes to a picture and that to a word, the sound should go to the word. Each block holds what the "
+        "tokens of one modality (rows) give to those of another (columns), as parts of 1; the layer that contradicts "
+        "itself most is drawn, as a mean over samples. The score is 1 for hard maps that agree and 0 for none. Maps "
+        "that agree have one large singular value for each shared concept, as large as there are modalities.",
+        "Soft maps hide contradictions: even attention contradicts nothing, and what it scores stands beside the "
+        "score. Two modalities have no way round, and only the error of going there and back tells. Unequal numbers of "
+        "tokens cannot reach 1. A mean over samples is one of places: where a place means something else in each "
+        "sample, the picture is even. Agreement is not truth: maps may agree on the wrong concepts.",
+    ),
     "collapse": Words(
         "Do the tokens become alike with depth?",
         "The part of a layer that is not its mean token. A fall to nearly 0 says that depth has made all tokens the "
