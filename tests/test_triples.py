@@ -162,6 +162,21 @@ def test_noise_in_place_of_a_text_is_an_empty_one(single):
     assert torch.equal(bare["text"][~gone], plain["text"][~gone])
 
 
+def test_letters_as_vectors(single):
+    data = load("triples", letters="vectors")
+    assert data.shapes == {**single.shapes, "text": (6, len(LETTERS))}
+    assert data.vocabulary == {}
+    ids, rows = held(single, "train", train=True)["text"], held(data, "train", train=True)["text"]
+    assert torch.equal(rows.sum(dim=2), (ids > 0).float())
+    assert torch.equal(rows.argmax(dim=2)[ids > 0], ids[ids > 0] - 1)
+    # A 1 among 36 for every letter of a clean word: the deviation of a coin.
+    part = float((single.train.inputs["text"] > 0).float().mean()) / len(LETTERS)
+    assert data.noise["text"] == pytest.approx((part, math.sqrt(part * (1 - part))))
+    gone = held(data, "train", train=True, exposure=0.9)["text"]
+    assert not torch.equal(gone, rows)
+    assert held(load("triples", items=2, letters="vectors"), "val")["text"].shape == (len(ROWS), 2, 6, 36)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -169,6 +184,7 @@ def test_noise_in_place_of_a_text_is_an_empty_one(single):
         ({"items": 11}, r"got items = 11"),
         ({"slips": 1.5}, r"Triples: expected 0 <= slips <= 1, got slips = 1\.5"),
         ({"slips": math.nan}, r"got slips = nan"),
+        ({"letters": "vector"}, r"Triples: expected a known letters, got 'vector'\. Did you mean 'vectors'"),
         ({"audio_noise": -1.0}, r"expected a finite audio_noise >= 0, got audio_noise = -1\.0"),
     ],
 )

@@ -33,6 +33,7 @@ class Mixing(nn.Module):
         ConfigError: an unknown kind, a depth below 1.
 
     Example:
+        >>> import torch
         >>> mixing = Mixing(("audio", "text"), 8, kind="moda", heads=2)
         >>> mixing({"audio": torch.ones(2, 3, 8), "text": torch.ones(2, 3, 8)}, {})["text"].shape
         torch.Size([2, 3, 8])

@@ -50,6 +50,18 @@ def written_digits() -> Int[Tensor, "digit form length"]:
     return torch.stack([letter_ids(words.split()) for words in FORMS.values()], dim=1)
 
 
+def one_hot(ids: Int[Tensor, "*batch length"]) -> Float[Tensor, "*batch length letter"]:
+    """A row for each place, with a 1 for its letter; padding is zeros.
+
+    Example:
+        >>> one_hot(letter_ids(["ad"], length=3))[0, :, :4]
+        tensor([[1., 0., 0., 0.],
+                [0., 0., 0., 1.],
+                [0., 0., 0., 0.]])
+    """
+    return torch.nn.functional.one_hot(ids, len(LETTERS) + 1)[..., 1:].float()
+
+
 def misspelt(ids: Int[Tensor, "batch length"], slips: float, draw: Draw) -> Int[Tensor, "batch length"]:
     """Words with slips: a letter becomes another one, is left out, or changes places with the next, equally likely.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from .base import Dataset, Split, statistics
 from .digits import Digits
 from .pairing import PAIRING_SEED
 from .randomness import Draw
-from .spelling import FORMS, LETTERS, misspelt, written_digits
+from .spelling import FORMS, LETTERS, misspelt, one_hot, written_digits
 
 MOST_ITEMS = 10
 
@@ -28,6 +30,8 @@ class Triples(Dataset):
         items: digits of a sample, 1 to 10; 1 has no correspondence to find, more have no single class to tell.
         audio_noise, image_noise, energy: as in `Digits`.
         slips: probability with which a letter is wrong, lost or late, in every split.
+        letters: ``"ids"`` as above; ``"vectors"`` makes a text (6, 36), a row with a single 1 for each letter, which
+            Gaussian noise can replace like any other input.
 
     Attributes:
         items: as given.
@@ -49,7 +53,7 @@ class Triples(Dataset):
 
     def __init__(
         self, *, items: int = 1, audio_noise: float = 2.0, image_noise: float = 0.5, energy: float = 0.4,
-        slips: float = 0.3,
+        slips: float = 0.3, letters: Literal["ids", "vectors"] = "ids",
     ) -> None:  # fmt: skip
         if not 1 <= items <= MOST_ITEMS:
             raise ConfigError(
@@ -57,29 +61,33 @@ class Triples(Dataset):
             )
         if not 0 <= slips <= 1:
             raise ConfigError("Triples", expected="0 <= slips <= 1", got=f"slips = {slips}")
-        self.items, self._slips = items, slips
+        if letters not in ("ids", "vectors"):
+            raise unknown_name("Triples", "letters", str(letters), ("ids", "vectors"))
+        self.items, self._slips, self._vectors = items, slips, letters == "vectors"
         self._digits = Digits(audio_noise=audio_noise, image_noise=image_noise, energy=energy)
         self.task = "classification" if items == 1 else "correspondence"
         make = self._single if items == 1 else self._scenes
         self.train, self.val, self.test = (make(name) for name in ("train", "val", "test"))
-        self.vocabulary = {"text": len(LETTERS) + 1}
-        # Letters have no mean: a text that noise replaces is an empty one.
-        self.noise = {**statistics(self._digits.train.inputs), "text": (0.0, 0.0)}
+        self.vocabulary = {} if self._vectors else {"text": len(LETTERS) + 1}
+        # Numbers of letters have no mean: a text that noise replaces is an empty one.
+        text = statistics({"text": one_hot(self.train.inputs["text"])}) if self._vectors else {"text": (0.0, 0.0)}
+        self.noise = {**statistics(self._digits.train.inputs), **text}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of one item's input: what an encoder reads."""
-        inputs = self.train.inputs
-        return {name: tuple(values.shape[1 if self.items == 1 else 2 :]) for name, values in inputs.items()}
+        clean = {name: tuple(values.shape[1 if self.items == 1 else 2 :]) for name, values in self.train.inputs.items()}
+        return {**clean, "text": (*clean["text"], len(LETTERS))} if self._vectors else clean
 
     def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
         batch, items = len(draw.index), self.items
         place = (draw.index[:, None] * items + torch.arange(items)).flatten()
         each = Draw(draw.seed, draw.epoch, place, draw.salt)
-        flat = {name: values.reshape(batch * items, *self.shapes[name]) for name, values in inputs.items()}
+        flat = inputs if items == 1 else {name: values.flatten(0, 1) for name, values in inputs.items()}
         spoken = self._digits.augment({name: flat[name] for name in self._digits.names}, each, train=train)
-        made = {**spoken, "text": misspelt(flat["text"], self._slips, each)}
-        return {name: values.reshape(inputs[name].shape) for name, values in made.items()}
+        text = misspelt(flat["text"], self._slips, each)
+        made = {**spoken, "text": one_hot(text) if self._vectors else text}
+        return made if items == 1 else {name: values.unflatten(0, (batch, items)) for name, values in made.items()}
 
     def _single(self, name: str) -> Split:
         digits = self._digits.split(name)
