@@ -33,9 +33,7 @@ def judged(model: PictureLanguageModel, source: Scenes, split: str = "test") -> 
     examples: list[dict[str, str]] = []
     for picture in get_args(Picture):
         said = dict(replies(model, source, split, picture))
-        ending = "" if picture == "own" else f"_{picture}"
-        scores = _scores(said, source, split)
-        metrics |= {_ended(name, ending): sum(values) / len(values) for name, values in scores.items()}
+        metrics |= scored(said, source, split, picture)
         if picture == "own":
             examples = [_example(place, said[place], source, split) for place in range(min(len(said), 16))]
     return {"metrics": metrics, "examples": examples}
@@ -83,6 +81,13 @@ def word_f1(said: Sequence[str], truth: Sequence[str]) -> float:
     """
     shared = sum((Counter(said) & Counter(truth)).values())
     return 2 * shared / (len(said) + len(truth)) if said or truth else 1.0
+
+
+def scored(said: Mapping[int, str], source: Scenes, split: str, picture: Picture = "own") -> dict[str, float]:
+    """The metrics of ``judged`` for one kind of picture, of whatever was said: {position: reply}."""
+    ending = "" if picture == "own" else f"_{picture}"
+    scores = _scores(said, source, split)
+    return {_ended(name, ending): sum(values) / len(values) for name, values in scores.items()}
 
 
 def _scores(said: Mapping[int, str], source: Scenes, split: str) -> dict[str, list[float]]:

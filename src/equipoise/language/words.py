@@ -39,8 +39,8 @@ def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -
     config = LlamaConfig(
         vocab_size=words, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=depth,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, use_cache=False,
-        initializer_range=dim**-0.5, attn_implementation="sdpa", pad_token_id=None, bos_token_id=None,
-        eos_token_id=None,
+        initializer_range=dim**-0.5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
