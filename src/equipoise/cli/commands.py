@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..recipes import Recipe
 from .command import Command, described, fail, out
 from .diagnosing import diagnose, diagnose_parser
+from .judging import judge, judge_parser
 from .looking import look, look_parser
 from .table import show
 
@@ -196,6 +197,7 @@ COMMANDS = {
     "train": Command("one method, with checkpoints and --resume", train_parser, train, takes_recipe=True),
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
+    "judge": Command("a published model at the work of ours -> retrieval, answers, pointing", judge_parser, judge),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }

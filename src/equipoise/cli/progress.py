@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,14 @@ def _bar(console: Console, unit: str) -> Progress:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
         console=console, disable=not console.is_terminal,
     )  # fmt: skip
+
+
+@contextmanager
+def counted(what: str, console: Console) -> Iterator[Callable[[], None]]:
+    """A bar that counts, of work whose end is not known; call what it gives after every step."""
+    with _bar(console, "steps") as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda: bar.advance(task)
 
 
 class ComparisonProgress:

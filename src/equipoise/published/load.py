@@ -1,0 +1,60 @@
+"""Which work fits a published model, and the model as it is read from a folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..encoders.pretrained import huggingface, load_model
+from ..errors import DataError
+from ..look import Loaded, load_any
+from ..look.load import device_of
+
+TOWERS = "AutoModelForZeroShotImageClassification"
+"""Of transformers: models that bring pictures and words to one space."""
+
+
+def fitting(source: str | Path) -> str:
+    """The data at which a model is judged: "emoji" with two towers, "scenes" where it writes. BLIP-2 can do both.
+
+    Raises:
+        ConfigError: transformers is missing. DataError: no configuration there.
+    """
+    hf = huggingface("judge")
+    try:
+        config = hf.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            "judge", expected="a folder or a name on the hub with config.json",
+            got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            fix="Save a model and its processor there with save_pretrained(folder).",
+        ) from error  # fmt: skip
+    return "emoji" if type(config) in getattr(hf, TOWERS)._model_mapping else "scenes"
+
+
+def load_for(data: str, source: str | Path, *, dtype: str | None = None, device: str | None = None) -> Loaded:
+    """The model and its processor, for that work; safetensors only, no code from the hub is run.
+
+    Raises:
+        ConfigError, DataError: as ``look.load_any``.
+    """
+    if data == "scenes":
+        return load_any(source, dtype=dtype, device=device)
+    hf = huggingface("judge")
+    model = load_model(getattr(hf, TOWERS), str(source), "judge").to(device_of(device)).eval()
+    try:
+        processor = hf.AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            "judge", expected="the files of its processor beside the model",
+            got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            fix="Save it there with processor.save_pretrained(folder).",
+        ) from error  # fmt: skip
+    words = model.config.get_text_config().vocab_size
+    known = len(getattr(processor, "tokenizer", processor))
+    if 2 * known < words:
+        # Without its files transformers makes a tokenizer that knows nothing, and every caption would read the same.
+        raise DataError(
+            "judge", expected=f"a tokenizer of the model's {words} tokens", got=f"one of {known} in '{source}'",
+            fix="Save its own there with tokenizer.save_pretrained(folder).",
+        )  # fmt: skip
+    return Loaded(model, processor)

@@ -1,0 +1,126 @@
+"""Where a published model's words look, against the true places of what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.scenes import PATCH, SIZE, Scenes
+from ..language.pointing import KINDS, spoken
+from ..look.grid import Grid, frame_of, grid_of
+from ..look.inputs import tokenizer_of, words
+from ..look.trace import Reader, traced
+from .writers import SIDE, Writer, picture_of, question_of
+
+ROWS = SIZE // PATCH
+
+
+def judged_pointing(
+    writer: Writer, source: Scenes, split: str, samples: int, progress: Callable[[], None]
+) -> dict[str, float]:
+    """``pointing_mean/<kind>``, ``pointing/<kind>`` and ``chance/<kind>`` of words in questions.
+
+    Of the attention that a word gives to the tokens of the picture, the part that falls on the thing it names; a token
+    that covers a part of it counts with that part::
+
+        mass = sum_j A_wj c_j / sum_j A_wj,    chance = mean_j c_j,    c_j = part of token j that the thing covers
+
+    ``pointing_mean`` is the mean over layers and heads; ``pointing`` that of the layer and head which is best on
+    another half of the words, so that nothing is chosen on what it is told of. Empty where the tokens of a picture have
+    no known places, or where the words cannot be found again among the model's tokens.
+    """
+    metrics: dict[str, float] = {}
+    for kind in KINDS:
+        masses, chances = [], []
+        for index, place, region in spoken(source, split, kind):
+            for row in range(len(index)):
+                sample = int(index[row])
+                if sample >= samples or source.kinds(split)[sample] == "caption":
+                    continue
+                word = source.lexicon[int(source.split(split).inputs["text"][sample, place[row]])]
+                found = pointed(writer, source, split, sample, word, region[row])
+                progress()
+                if found is not None:
+                    masses.append(found[0])
+                    chances.append(found[1])
+        if len(masses) > 1:
+            mass = torch.stack(masses)
+            chosen = mass[::2].mean(dim=0).flatten().argmax()
+            metrics |= {
+                f"pointing/{kind}": float(mass[1::2].mean(dim=0).flatten()[chosen]),
+                f"pointing_mean/{kind}": float(mass.mean()), f"chance/{kind}": sum(chances) / len(chances),
+            }  # fmt: skip
+    return metrics
+
+
+def pointed(
+    writer: Writer, source: Scenes, split: str, sample: int, word: str, region: Bool[Tensor, " patch"]
+) -> tuple[Float[Tensor, "layer head"], float] | None:
+    """(mass, chance) of one word of a question; None where word or places are not known."""
+    prompt = writer.prompt(question_of(source, split, sample), picture_of(source, split, sample))
+    ids = prompt.inputs["input_ids"][0]
+    place = place_of(words(tokenizer_of(writer.processor), ids), word)
+    if place is None:
+        return None
+    everyone = {"prompt": torch.ones(len(ids), dtype=torch.bool)}
+    with torch.no_grad():
+        _, seen, trace = traced(
+            writer.model, prompt.inputs, everyone, lambda names, labels: [Reader(word, "prompt", place, place)], None
+        )
+    names = seen["prompt"].names
+    if trace.labels is None or "image" not in names or not trace.rows:
+        return None
+    pictured = trace.labels == names.index("image")
+    grid = grid_of(int(pictured.sum()), prompt.inputs, writer.model.config)
+    if not grid.known or grid.rows * grid.columns < 4:
+        return None
+    cover = covered(region, grid, frame_of(writer.processor, (SIDE, SIDE)))
+    heads = [rows[:, 0, pictured] for rows in trace.rows.values()]
+    if len({len(head) for head in heads}) > 1:
+        heads = [head.mean(dim=0, keepdim=True) for head in heads]
+    attention = torch.stack(heads)
+    mass = (attention @ cover) / attention.sum(dim=-1).clamp(min=torch.finfo(attention.dtype).tiny)
+    return mass, float(cover.mean())
+
+
+def place_of(texts: Sequence[str], word: str) -> int | None:
+    """The token that ends the last occurrence of a word; None where it is not there.
+
+    Example:
+        >>> place_of(["<image>", " is", " the", " tri", "angle", " red"], "triangle")
+        4
+    """
+    whole = "".join(texts).lower()
+    start = whole.rfind(word)
+    if start < 0:
+        return None
+    length = 0
+    for place, text in enumerate(texts):
+        length += len(text)
+        if length >= start + len(word):
+            return place
+    return None
+
+
+def covered(
+    region: Bool[Tensor, " patch"], grid: Grid, frame: tuple[float, float, float, float]
+) -> Float[Tensor, " token"]:
+    """The part of every token of a picture that a region covers.
+
+    Args:
+        region: of the scene's patches, row by row.
+        grid: of the model's tokens.
+        frame: left, upper, right and lower edge of what the model is shown of the picture, from 0 to 1.
+
+    Example:
+        >>> covered(torch.arange(64) < 32, Grid(2, 1, True, ""), (0.0, 0.0, 1.0, 1.0))
+        tensor([1., 0.])
+    """
+    left, upper, right, lower = frame
+    fine = F.interpolate(region.view(1, 1, ROWS, ROWS).float(), size=(SIDE, SIDE), mode="nearest")
+    shown = fine[..., round(upper * SIDE) : round(lower * SIDE), round(left * SIDE) : round(right * SIDE)]
+    return F.adaptive_avg_pool2d(shown, (grid.rows, grid.columns)).flatten()

@@ -1,0 +1,98 @@
+"""Models that read a picture and write, at the questions and captions of the scenes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.questions import NUMBERS
+from ..data.scenes import IGNORED, Scenes
+from ..language.judging import Picture, turned
+from ..look.inputs import Prompt, prompt_of, tokenizer_of
+
+ASK = "{}? Answer with one word."
+DESCRIBE = "Describe the picture in the form 'a red car and a blue truck', with the colour of every thing."
+MOST_WORDS = {"answer": 8, "caption": 32}
+"""Tokens that a reply may have."""
+SIDE = 192
+"""Pixels of the side of a picture as it is shown: these models were trained on pictures that are larger than ours."""
+
+
+class Writer:
+    """A model of Hugging Face that answers questions about pictures.
+
+    Args:
+        model: as ``equipoise.look.load_any`` gives it.
+        processor: its own.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    def prompt(self, text: str, picture: Image.Image) -> Prompt:
+        """The question as the model reads it, its chat template around it."""
+        return prompt_of(self.model, self.processor, text, picture)
+
+    def reply(self, inputs: dict[str, Any], most: int) -> str:
+        """What it writes, greedily."""
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        found = self.model.generate(**inputs, max_new_tokens=most, **greedy)
+        written = found[0, inputs["input_ids"].shape[1] :]
+        return tokenizer_of(self.processor).decode(written, skip_special_tokens=True).strip()
+
+
+def replies(
+    writer: Writer, source: Scenes, split: str, samples: int, picture: Picture, progress: Callable[[], None]
+) -> Iterator[tuple[int, str]]:
+    """(position, reply in the words of the scenes) of the first samples of a split."""
+    other = turned(len(source.split(split)))
+    kinds = source.kinds(split)
+    for place in range(samples):
+        shown = picture_of(source, split, int(other[place]) if picture == "shuffled" else place)
+        asked = question_of(source, split, place)
+        prompt = writer.prompt(asked, shown)
+        inputs = prompt.blank["image"] if picture == "blank" else prompt.inputs
+        kind = "caption" if kinds[place] == "caption" else "answer"
+        with torch.no_grad():
+            said = writer.reply(inputs, MOST_WORDS[kind])
+        yield place, in_our_words(said, source, first=kind == "answer")
+        progress()
+
+
+def picture_of(source: Scenes, split: str, place: int) -> Image.Image:
+    """The picture of a sample, enlarged, without the noise that belongs to the data set."""
+    pixels = source.split(split).inputs["image"][place].permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def question_of(source: Scenes, split: str, place: int) -> str:
+    """What is asked of a sample, in a sentence."""
+    held = source.split(split).inputs
+    read = held["text"][place][held["labels"][place] == IGNORED]
+    words = [source.lexicon[number] for number in read.tolist()]
+    words = [word for word in words if not word.startswith("<")]
+    return DESCRIBE if words == ["describe"] else ASK.format(" ".join(words).capitalize())
+
+
+def in_our_words(said: str, source: Scenes, *, first: bool) -> str:
+    """A reply in the words of the scenes: what they do not have is left out, digits are written out.
+
+    Args:
+        said: anything.
+        source: whose words count.
+        first: the first of them alone, as an answer is.
+
+    Example:
+        >>> scenes = Scenes(samples=128)
+        >>> in_our_words("It is Red.", scenes, first=True), in_our_words("2 cars", scenes, first=True)
+        ('red', 'two')
+    """
+    words = [NUMBERS[int(word)] if word in "0123" else word for word in re.findall(r"[a-z]+|[0-3]", said.lower())]
+    if first:
+        answers = {source.lexicon[number] for number in source.train.target.tolist() if number >= 0}
+        return next((word for word in words if word in answers), "")
+    return " ".join(word for word in words if word in source.lexicon)

@@ -1,0 +1,208 @@
+"""Published models at our work: their own scores come out, and what they write is read as an answer."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import adaptive_avg_pool2d
+
+import equipoise as eq
+import small_look
+import small_published
+from equipoise.data import load
+from equipoise.data.vocabulary import WORDS
+from equipoise.errors import ConfigError, DataError
+from equipoise.look.grid import Grid
+from equipoise.published import PretrainedSpace, Shown, Writer, judge
+from equipoise.published.load import fitting, load_for
+from equipoise.published.pointing import covered, place_of, pointed
+from equipoise.published.writers import in_our_words, picture_of, question_of
+from tolerance import TOL
+
+
+def close(found, truth):
+    torch.testing.assert_close(found, truth, **TOL[found.dtype])
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load("emoji")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load("scenes", samples=256)
+
+
+def ranks(scores, target):
+    """1 + those above the best partner + half of those beside it, one query after another."""
+    found = []
+    for row in range(len(scores)):
+        right = [j for j in range(scores.shape[1]) if target[j] == target[row]]
+        best = max(float(scores[row, j]) for j in right)
+        wrong = [float(scores[row, j]) for j in range(scores.shape[1]) if j not in right]
+        found.append(1 + sum(s > best for s in wrong) + 0.5 * sum(s == best for s in wrong))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
+def test_the_models_own_scores_decide(emoji, kind):
+    model, processor = getattr(small_published, kind)(), small_published.Processor()
+    shown = Shown(emoji, processor, fixed=kind == "siglip")
+    whole = next(shown.batches("val", 1000))
+    mask = {} if kind == "siglip" else {"attention_mask": (whole["text"] != 0).long()}
+    with torch.no_grad():
+        options = {"use_image_text_matching_head": False} if kind == "blip2" else {}
+        scores = model(pixel_values=whole["image"], input_ids=whole["text"], **mask, **options).logits_per_image
+    found = judge(model, processor, emoji, split="val")
+    target = whole["target"].tolist()
+    assert found["image_to_text/recall@5"] == pytest.approx(np.mean(ranks(scores, target) <= 5))
+    assert found["text_to_image/median_rank"] == pytest.approx(np.median(ranks(scores.T, target)))
+    if kind != "blip2":
+        assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(found)
+
+
+def test_captions_go_into_the_template(emoji):
+    shown = Shown(emoji, small_published.Processor(), template="red {}")
+    ids = [small_published.WORDS.index(word) for word in ("red", "heart")]
+    assert shown.encoded(["heart"])[0].tolist()[:2] == ids
+    with pytest.raises(ConfigError, match=r"judge template: expected a text with \{\}"):
+        Shown(emoji, small_published.Processor(), template="a picture")
+
+
+def test_parts_of_combinations_are_captions_of_their_own(emoji):
+    shown = Shown(emoji, small_published.Processor())
+    found, items = shown.combinations("val"), emoji.split_items("val")
+    for row, place in enumerate(found.rows.tolist()):
+        own = shown.encoded(items[place].parts)
+        assert int(found.present[row].sum()) == len(items[place].parts)
+        assert torch.equal(found.parts[row, 0, : own.shape[1]][: own.shape[1]], torch.nn.functional.pad(
+            own, (0, found.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
+
+
+def writer(seed=0):
+    """A tiny LLaVA whose tokens are the words of the scenes."""
+    known = dict.fromkeys((*WORDS, "<unk>", "?", ".", "answer", "with", "word", "USER", ":"))
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    text = {**small_look.TEXT, "vocab_size": len(known), "num_hidden_layers": 3}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**{**small_look.VISION, "image_size": 32, "patch_size": 4}),
+        text_config=hf.LlamaConfig(**text), image_token_id=WORDS.index("<image>"),
+        vision_feature_select_strategy="default", vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = small_look.sharpened(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager"))
+    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = hf.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return Writer(model, processor)
+
+
+def test_a_word_points_as_its_attention_written_out(scenes):
+    asker = writer()
+    sample = next(
+        place for place, kind in enumerate(scenes.kinds("test")) if kind == "colour"
+    )  # "what colour is the <shape>"
+    held = scenes.split("test").inputs
+    regions = scenes.regions("test", torch.tensor([sample]))[0]
+    place = int(regions.any(dim=1).nonzero()[0, 0])
+    word = WORDS[int(held["text"][sample, place])]
+    mass, chance = pointed(asker, scenes, "test", sample, word, regions[place])
+    prompt = asker.prompt(question_of(scenes, "test", sample), picture_of(scenes, "test", sample)).inputs
+    with torch.no_grad():
+        written = asker.model(**prompt, output_attentions=True).attentions
+    ids = prompt["input_ids"][0].tolist()
+    pictured = torch.tensor(ids) == WORDS.index("<image>")
+    row = max(position for position, number in enumerate(ids) if number == WORDS.index(word))
+    # Tokens are as fine as the scene's patches, so that each is covered whole or not at all.
+    region = regions[place].float()
+    for layer, attention in enumerate(written):
+        seen = attention[0, :, row, pictured]
+        close(mass[layer], (seen * region).sum(dim=-1) / seen.sum(dim=-1))
+    assert chance == pytest.approx(float(region.mean()))
+
+
+def test_a_writer_is_judged_with_and_without_its_picture(scenes):
+    asker = writer()
+    found = judge(asker.model, asker.processor, scenes, samples=16)
+    assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(found)
+    assert 0 < found["chance/colour"] < 1
+    assert 0 <= found["pointing/shape"] <= 1
+    assert found == judge(asker.model, asker.processor, scenes, samples=16)
+
+
+@pytest.mark.parametrize(
+    ("said", "first", "read"),
+    [
+        ("Red.", True, "red"), ("The answer is: yes", True, "yes"), ("2", True, "two"), ("bluish", True, ""),
+        ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
+    ],
+)  # fmt: skip
+def test_replies_are_read_in_our_words(scenes, said, first, read):
+    assert in_our_words(said, scenes, first=first) == read
+
+
+def test_words_of_several_tokens_end_at_their_last():
+    assert place_of(["red", " tri", "angle", "s"], "triangle") == 2
+    assert place_of(["red"], "blue") is None
+
+
+def test_what_a_frame_cuts_off_covers_nothing():
+    region = torch.zeros(8, 8, dtype=torch.bool)
+    region[:, :2] = True
+    assert covered(region.flatten(), Grid(2, 2, True, ""), (0.25, 0.0, 0.75, 1.0)).sum() == 0
+    close(
+        covered(region.flatten(), Grid(4, 4, True, ""), (0.0, 0.0, 1.0, 1.0)),
+        adaptive_avg_pool2d(region[None].float(), 4).flatten(),
+    )
+
+
+def test_nothing_is_left_behind(emoji):
+    model = small_published.clip().train()
+    state = torch.random.get_rng_state()
+    judge(model, small_published.Processor(), emoji, split="val")
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_does_not_fit_is_told(scenes, emoji):
+    with pytest.raises(ConfigError, match=r"a tower for pictures and one for words.*got LlamaForCausalLM"):
+        judge(small_look.llama(), small_published.Processor(), emoji)
+    with pytest.raises(ConfigError, match="judge: expected the data emoji or scenes, got Digits"):
+        judge(small_published.clip(), small_published.Processor(), load("digits"))
+    asker = writer()
+    with pytest.raises(ConfigError, match="expected samples >= 1, got samples = 0"):
+        judge(asker.model, asker.processor, scenes, samples=0)
+
+
+def test_models_are_read_from_folders(tmp_path):
+    folder = small_published.saved_clip(tmp_path / "clip")
+    assert fitting(folder) == "emoji"
+    model, processor = load_for("emoji", folder, device="cpu")
+    close(model.logit_scale, small_published.clip().logit_scale)
+    assert isinstance(PretrainedSpace(model, padding=processor.tokenizer.pad_token_id), torch.nn.Module)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match="judge: expected a tokenizer of the model's 14 tokens, got one of"):
+        load_for("emoji", folder, device="cpu")
+    with pytest.raises(DataError, match=r"judge: expected a folder or a name on the hub with config\.json"):
+        fitting(tmp_path / "nowhere")
+    assert eq.judge is judge
+
+
+def test_pictures_are_shown_large(scenes):
+    shown = picture_of(scenes, "test", 0)
+    assert isinstance(shown, Image.Image)
+    assert shown.size == (192, 192)
