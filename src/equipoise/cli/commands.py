@@ -16,6 +16,7 @@ from .command import Command, described, fail, out
 from .diagnosing import diagnose, diagnose_parser
 from .judging import judge, judge_parser
 from .looking import look, look_parser
+from .searching import search, search_parser
 from .table import show
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ COMMANDS = {
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
     "judge": Command("a published model at the work of ours -> retrieval, answers, pointing", judge_parser, judge),
+    "search": Command("words -> pictures, a picture -> words, in a trained shared space", search_parser, search),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }

@@ -198,7 +198,8 @@ def _items(stored: dict[str, Any]) -> list[Item]:
     splits = ("train", "val", "test")
     columns = (stored[name].tolist() for name in ("text", "name", "keywords", "parts", "family", "split"))
     return [
-        Item(text, name, tuple(filter(None, keywords.split("|"))), tuple(parts.split("|")), family, splits[which])
+        # Keywords such as "?" are no words.
+        Item(text, name, tuple(filter(split, keywords.split("|"))), tuple(parts.split("|")), family, splits[which])
         for text, name, keywords, parts, family, which in zip(*columns, strict=True)
     ]
 

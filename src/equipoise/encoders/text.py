@@ -17,8 +17,8 @@ from .base import Encoder
 class TextEncoder(Encoder):
     """A small transformer over words: a learned vector for each, positions, pre-norm blocks, final LayerNorm.
 
-    Number 0 is padding: its tokens are masked and nothing of them reaches another one. ``pooled`` is the mean over
-    words. A text without any word is a missing modality: a row of False.
+    Number 0 is padding: its tokens are masked, and cut off where all texts of a batch are shorter. ``pooled`` is the
+    mean over words. A text without any word is a missing modality: a row of False.
 
     Args:
         vocabulary: numbers are 0 to vocabulary - 1.
@@ -36,7 +36,7 @@ class TextEncoder(Encoder):
         >>> encoder = TextEncoder(10, max_length=6, dim=16, depth=1, heads=2)
         >>> tokens = encoder(torch.tensor([[4, 2, 0], [7, 0, 0]]))
         >>> tokens.values.shape, tokens.mask.sum(dim=1)
-        (torch.Size([2, 3, 16]), tensor([2, 1]))
+        (torch.Size([2, 2, 16]), tensor([2, 1]))
     """
 
     name = "TextEncoder"
@@ -78,6 +78,10 @@ class TextEncoder(Encoder):
                 fix="Build the encoder with vocabulary = the number of words of the data set.",
             )  # fmt: skip
         mask = words > 0
+        # What is padding for all needs no work.
+        used = mask.any(dim=0).nonzero()
+        longest = int(used[-1]) + 1 if len(used) else 1
+        words, mask = words[:, :longest], mask[:, :longest]
         values = nn.functional.embedding(words, self.words)
         if self.positions is not None:
             values = values + self.positions[: words.shape[1]]

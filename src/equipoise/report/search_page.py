@@ -1,0 +1,94 @@
+"""What a search found in, one self-contained HTML page out: a gallery to look through by mouse or by keyboard."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..errors import SchemaError
+from ..files import write_whole
+from . import canvas
+from .page import asset
+from .wording import MINUS, counted, listed
+
+SCHEMA = 1
+
+
+def search_report(content: Mapping[str, Any], out: str | os.PathLike[str]) -> Path:
+    """Writes the page; nothing in it asks for anything outside it.
+
+    Args:
+        content: what ``search.gallery.told`` gives.
+        out: the file to write, or a folder, which gets ``gallery.html``.
+
+    Raises:
+        SchemaError: something else.
+    """
+    out = Path(out)
+    return write_whole(out / "gallery.html" if out.is_dir() else out, search_page(content))
+
+
+def search_page(content: Mapping[str, Any]) -> str:
+    """The page as a text."""
+    if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("search", SCHEMA):
+        raise SchemaError("search_report", expected=f"a search of schema {SCHEMA}", got=type(content).__name__)
+    templates = Environment(
+        loader=PackageLoader("equipoise.report", "templates"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= {"cosine": cosine, "trained": trained}
+    script = asset("search.js")
+    return templates.get_template("search.html.j2").render(
+        search=content,
+        title=headline(content),
+        summary=summary(content),
+        notes=[*content["notes"], *unseen(content)],
+        best=max([hit["score"] for hit in content["hits"]], default=0.0),
+        style=asset("report.css") + asset("search.css"),
+        light={variable: light for light, (variable, _) in canvas.THEME.items()},
+        dark=dict(canvas.THEME.values()),
+        script=script,
+        # The page runs this one script and loads nothing, whatever a file name or a question may contain.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """The question."""
+    return f"What is {content['question']}?" if content["picture"] else f"“{content['question']}”"
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """How many were found among how many, and what is cut off."""
+    kind = "caption" if content["picture"] else "picture"
+    said = f"The {counted(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
+    return said + (f"; {content['tied']} more are as near as the last." if content["tied"] else ".")
+
+
+def unseen(content: Mapping[str, Any]) -> list[str]:
+    """What the model cannot know of the question."""
+    if not content["unseen"]:
+        return []
+    words = listed([f"“{word}”" for word in content["unseen"]])
+    return [f"No caption of the training has {words}: read by its letters alone."]
+
+
+def cosine(value: float) -> str:
+    """A cosine as it is read.
+
+    Example:
+        >>> cosine(0.4567), cosine(-0.2)
+        ('0.457', '−0.200')
+    """
+    return f"{abs(value):.3f}" if value >= 0 else f"{MINUS}{-value:.3f}"
+
+
+def trained(seen: bool | None) -> str:
+    """Whether the model knows it from its training."""
+    return {True: "seen in training", False: "not seen in training", None: "your picture"}[seen]

@@ -1,0 +1,53 @@
+"""Vectors of a data set beside the weights that made them, so that the second search starts at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "search.safetensors"
+
+
+def kept(folder: Path, weights: Path, source: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The vectors in the folder if they are of these weights and data, else new ones, which are put there.
+
+    A file that is damaged, or of other weights, is made anew; a folder where nothing can be written stays as it is.
+
+    Args:
+        folder: of the run.
+        weights: file of the model.
+        source: data set, with ``items`` and ``pictures``.
+        make: what makes the vectors.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    wanted = fingerprint(weights, source)
+    path = folder / NAME
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as stored:
+        if (stored.metadata() or {}).get("made_of") == wanted:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    vectors = make()
+    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError, SafetensorError):
+        save_file({name: value.contiguous() for name, value in vectors.items()}, temporary, {"made_of": wanted})
+        os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+    return vectors
+
+
+def fingerprint(weights: Path, source: Any) -> str:
+    """Of everything that the vectors depend on."""
+    digest = hashlib.sha256(weights.read_bytes())
+    digest.update(torch.as_tensor(source.pictures).numpy().tobytes())
+    for item in source.items:
+        digest.update("\0".join((item.name, *item.keywords, item.split)).encode())
+    return digest.hexdigest()
