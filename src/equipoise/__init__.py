@@ -100,9 +100,11 @@ from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import diagnose as diagnose
 from .duplex import DuplexAligner as DuplexAligner
 from .encoders import Backbone as Backbone
+from .encoders import ConvEncoder as ConvEncoder
 from .encoders import PatchEncoder as PatchEncoder
 from .encoders import ResNetEncoder as ResNetEncoder
 from .encoders import SequenceEncoder as SequenceEncoder
+from .encoders import TextEncoder as TextEncoder
 from .encoders import ViTEncoder as ViTEncoder
 from .errors import EquipoiseError as EquipoiseError
 from .fusion import JMT as JMT
@@ -123,6 +125,7 @@ from .geometry import rotation_between as rotation_between
 from .look import Look as Look
 from .look import look as look
 from .model import FusionModel as FusionModel
+from .space import SharedSpace as SharedSpace
 from .tokens import Output as Output
 from .tokens import Tokens as Tokens
 from .tokens import pack as pack
