@@ -80,9 +80,9 @@ def _named(rates: dict[Any, float], names: Sequence[str], trained: Sequence[Pair
         "transfer": rates["matching", *transfer],
         **{name: rates[name] for name in ("transfer_composed", "transfer_synchronized")},
         "matching": sum(rates["matching", *pair] for pair in trained) / len(trained),
-        **{f"matching/{one}-{other}": rates["matching", one, other] for one, other in unordered(names)},
-        **{name: rates[name] for name in ("consistency", "cycle_error")},
         "accuracy": sum(told) / len(told),
+        **{name: rates[name] for name in ("consistency", "cycle_error")},
+        **{f"matching/{one}-{other}": rates["matching", one, other] for one, other in unordered(names)},
         **{f"accuracy/{name}": rate for name, rate in zip(names, told, strict=True)},
     }
 
