@@ -62,6 +62,7 @@ from .consistency import effective_rank as effective_rank
 from .consistency import nuclear_norm as nuclear_norm
 from .consistency import supermatrix as supermatrix
 from .consistency import synchronize as synchronize
+from .correspondence import Correspondence as Correspondence
 from .diagnose import OOD as OOD
 from .diagnose import AttentionConsistency as AttentionConsistency
 from .diagnose import CorruptionCurve as CorruptionCurve
