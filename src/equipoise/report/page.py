@@ -83,6 +83,7 @@ def page(results: Mapping[str, Any]) -> str:
         title=sentences.headline(readings),
         subtitle=_subtitle(readings),
         verdict=sentences.verdict(readings),
+        attends=bool(readings.dynamic),
         notices=sentences.notices(results),
         columns=[(title(metric), "%" if is_fraction(metric) else "") for metric in readings.metrics],
         rows=[_row(readings, method) for method in readings.methods],
@@ -171,8 +172,12 @@ def _sections(readings: Readings) -> list[Section]:
     return [
         Section(
             "How good is each method?",
-            f"One dot is one {readings.unit}, the bar is the mean, the line one standard deviation. Dashed: the best "
-            "single modality, which no multimodal model should be below.",
+            f"One dot is one {readings.unit}, the bar is the mean, the line one standard deviation."
+            + (
+                " Dashed: the best single modality, which no multimodal model should be below."
+                if readings.single
+                else ""
+            ),
             _pictures(readings, figures.scores, sentences.scores_text, chosen),
         ),
         Section(

@@ -28,14 +28,16 @@ def title(metric: str) -> str:
     """A metric's name as a reader says it.
 
     Example:
-        >>> title("accuracy_noise/audio")
-        'Accuracy, audio replaced by noise'
+        >>> title("accuracy_noise/audio"), title("image_to_text/recall@1"), title("accuracy_shuffled/colour")
+        ('Accuracy, audio replaced by noise', 'Image to text: recall at 1', 'Accuracy shuffled: colour')
     """
     kind, _, modality = metric.partition("/")
-    if modality and (score := kind.removesuffix("_noise")) in SCORES:
+    if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in SCORES:
         return f"{title(score)}, {modality} replaced by noise"
     if modality and kind == "share":
         return f"Attention share of {modality}"
+    if modality and metric not in TITLES:
+        return f"{title(kind)}: {SCORES.get(modality, modality.replace('_', ' '))}"
     return TITLES.get(metric, metric.replace("_", " ").capitalize())
 
 

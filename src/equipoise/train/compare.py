@@ -129,17 +129,18 @@ def _check(plan: Sequence[Job], accelerator: str) -> None:
 
 
 def _protocol(recipe: Recipe, plan: Sequence[Job], title: str) -> dict[str, Any]:
+    fused = {
+        "fusions": recipe.fusions, "balancers": recipe.balancers,
+        "noise_modality": recipe.noise_modality or "the one attended most on validation data",
+    }  # fmt: skip
     return {
-        **judged_by(recipe),
         "recipe": title,
         "data": recipe.data["name"],
         "methods": list(dict.fromkeys(job.method for job in plan)),
         "seeds": sorted({job.seed for job in plan}),
         "folds": sorted({job.fold for job in plan if job.fold is not None}),
         "train": asdict(recipe.train),
-        "fusions": recipe.fusions,
-        "balancers": recipe.balancers,
-        "noise_modality": recipe.noise_modality or "the one attended most on validation data",
+        **(judged_by(recipe) or fused),
         "selection": "none: the last epoch counts",
     }
 
