@@ -203,7 +203,7 @@ def test_other_tasks(task):
         deviation = math.sqrt(sum((error - mean) ** 2 for error in errors) / len(errors))
         assert found.details["score"]["deviation"] == pytest.approx(deviation, rel=1e-5)
     assert found.skipped["ood"] == f"confidence is that of a classifier, and the task is {task}"
-    assert set(found.skipped) == {"ood", "gap", "collapse"}
+    assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
 
 
 def test_regression_of_one_number():
@@ -217,7 +217,7 @@ def test_samples_that_lack_a_modality():
     made = model(dtype=torch.float32)
     loader = batches(missing=NAMES[2])
     found = diagnose(made, loader)
-    assert set(found.skipped) == {"ood", "gap", "collapse"}
+    assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
     has = torch.cat([inputs["mask"]["audio"] for inputs in loader])
     target = torch.cat([inputs["target"] for inputs in loader])[has].tolist()
     made.eval()

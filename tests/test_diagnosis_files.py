@@ -89,6 +89,7 @@ def test_no_such_file(tmp_path):
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "diagnose.md"
+PLACES = {"quag": "operator", "consistency": "site", "pair_error": "site", "cycle_error": "site"}
 
 
 def test_the_page_names_every_figure_and_every_verdict(found):
@@ -96,7 +97,7 @@ def test_the_page_names_every_figure_and_every_verdict(found):
     named = set(re.findall(r"`([a-z_0-9]+(?:/<\w+>)?)`", text))
     for metric in found.metrics:
         kind, slash, _ = metric.partition("/")
-        assert f"{kind}/<{'operator' if kind == 'quag' else 'm'}>" in named if slash else kind in named, metric
+        assert f"{kind}/<{PLACES.get(kind, 'm')}>" in named if slash else kind in named, metric
     for verdict in found.verdicts:
         assert re.sub(r"/.*", "/<m>", verdict.key) in named
     assert all(re.search(rf"\| {test} \|", text) for test in QUESTIONS)

@@ -22,7 +22,7 @@ from ..consistency import (
     top_energy,
     worst_cycles,
 )
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, ShapeError, unknown_name
 from ..tokens import Output
 from ..watch import labels_for, opened
 from .maps import Mapped, MapReader, token_maps
@@ -170,6 +170,9 @@ def attention_consistency(
             WHO, expected="source 'attention' or 'tokens', samples >= 1, parts >= 1 and temperature > 0",
             got=f"source = {source!r}, samples = {samples}, parts = {parts}, temperature = {temperature}",
         )  # fmt: skip
+    for name in tokens or ():
+        if name not in getattr(model, "names", ()):
+            raise unknown_name(f"{WHO} tokens", "modality", name, getattr(model, "names", ()))
     names, layers, skipped = _maps(model, loader, source, samples, temperature)
     found = [_layer(site, mapped, names, tokens or {}, parts, worst) for site, mapped in layers.items()]
     return AttentionConsistency(names, tuple(found), skipped)
@@ -195,7 +198,7 @@ def _maps(
     finally:
         handle.remove()
     if len(names) < 2:
-        raise ConfigError(WHO, expected="two or more modalities", got=f"one, '{names[0]}'")
+        raise ConfigError(WHO, expected="two or more modalities", got=f"one, '{next(iter(names))}'")
     if source == "tokens":
         if not given:
             raise ConfigError(WHO, expected="samples with tokens of all modalities", got="none")

@@ -23,7 +23,9 @@ CLASS_ALONE = "no token of a modality reads, only special ones such as a class t
 OWN_ALONE = "tokens read their own modality and special ones alone"
 UNKNOWN = "nothing tells the modality of those who read"
 OTHER_TOKENS = "the tokens that are read are not those that read"
-REASONS = (CLASS_ALONE, OWN_ALONE, UNKNOWN, OTHER_TOKENS)
+NOT_ALL = "no sample has a map from every modality to every other"
+REASONS = (NOT_ALL, OTHER_TOKENS, OWN_ALONE, UNKNOWN, CLASS_ALONE)
+"""The one that says most first."""
 
 
 class Mapped(NamedTuple):
@@ -92,9 +94,10 @@ class MapReader:
 
     def nothing(self) -> str:
         """Why there is no layer: of what was seen rather than of what stayed hidden."""
-        for site, why in self.reasons.items():
-            if why in REASONS:
-                return f"none: in '{site}' {why}"
+        for reason in REASONS:
+            for site, why in self.reasons.items():
+                if why == reason:
+                    return f"none: in '{site}' {why}"
         return "no attention over tokens of known modalities"
 
     def layers(self) -> dict[str, list[Mapped]]:
@@ -114,7 +117,7 @@ class MapReader:
             if fitting and len(self.names) > 1:
                 found[_common(sites)] = fitting
             else:
-                self.missed(sites[0], OTHER_TOKENS if whole else OWN_ALONE)
+                self.missed(sites[0], OTHER_TOKENS if whole else NOT_ALL)
         return found
 
     def _together(self) -> list[list[str]]:
