@@ -169,15 +169,11 @@ def _cell(readings: Readings, method: str, metric: str) -> Cell:
 def _sections(readings: Readings) -> list[Section]:
     chosen = [m for m in readings.metrics if m.startswith(readings.score) or m == "noise_attention_r"]
     chosen = chosen or readings.metrics[:1]
+    dashed = " Dashed: the best single modality, which no multimodal model should be below." if readings.single else ""
     return [
         Section(
             "How good is each method?",
-            f"One dot is one {readings.unit}, the bar is the mean, the line one standard deviation."
-            + (
-                " Dashed: the best single modality, which no multimodal model should be below."
-                if readings.single
-                else ""
-            ),
+            f"One dot is one {readings.unit}, the bar is the mean, the line one standard deviation.{dashed}",
             _pictures(readings, figures.scores, sentences.scores_text, chosen),
         ),
         Section(
