@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,14 +102,21 @@ class Emoji(Dataset):
         self.words = Words((said for item in taught for said in (item.name, *item.keywords)), length=LENGTH)
         self._colours = self.pictures[self._rows["train"]].float()
         self.white = float(standardised(torch.tensor(255.0), self._colours))
-        meaning = _meanings(self.pictures)
+        meaning = _meanings(self.items, self.pictures)
         self.train, self.val, self.test = (self._split(which, meaning) for which in ("train", "val", "test"))
         self.num_outputs = int(meaning.max()) + 1
-        # Keywords mean something of their own: whoever is called by one alone is its partner.
-        keywords = sorted({word for item in taught for word in item.keywords})
-        self._keywords = {word: self.num_outputs + place for place, word in enumerate(keywords)}
+        self._keywords = self._meanings_of_keywords(taught)
         self.vocabulary = {"text": len(self.words)}
         self.noise = statistics({"image": self.train.inputs["image"]})
+
+    def _meanings_of_keywords(self, taught: Sequence[Item]) -> dict[str, int]:
+        """What a keyword alone means: what is named so, or else itself; all that are called so are partners."""
+        names = [tuple(split(item.name)) for item in taught]
+        named = dict(zip(names, self.train.target.tolist(), strict=True))
+        spoken = {tuple(split(word)) for item in taught for word in item.keywords}
+        new = {words: self.num_outputs + place for place, words in enumerate(sorted(spoken - set(named)))}
+        meant = {**new, **named}
+        return {word: meant[tuple(split(word))] for item in taught for word in item.keywords}
 
     def split_items(self, split: str) -> list[Item]:
         """What the samples of a split are."""
@@ -163,7 +172,7 @@ class Emoji(Dataset):
             caption = item.name
             if item.keywords and kind >= NAMED:
                 keyword = item.keywords[int(which * len(item.keywords))]
-                alone = kind >= EXTENDED and keyword in self._keywords
+                alone = kind >= EXTENDED
                 caption, meaning = (keyword, self._keywords[keyword]) if alone else (f"{caption} {keyword}", meaning)
             texts.append(caption)
             found.append(meaning)
@@ -185,9 +194,9 @@ class Emoji(Dataset):
 
 def _stored() -> dict[str, Any]:
     try:
-        with np.load(ATLAS) as stored:
+        with open(ATLAS, "rb") as file, np.load(file) as stored:
             return dict(stored)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"emoji '{ATLAS.name}'", expected="the file that comes with the package", got=str(error),
             fix="Install equipoise again.",
@@ -197,14 +206,25 @@ def _stored() -> dict[str, Any]:
 def _items(stored: dict[str, Any]) -> list[Item]:
     splits = ("train", "val", "test")
     columns = (stored[name].tolist() for name in ("text", "name", "keywords", "parts", "family", "split"))
+    rows = list(zip(*columns, strict=True))
+    # A keyword such as "?" has no word in it, and one that is a name held out would be learned after all.
+    refused = {(), *(tuple(split(name)) for _, name, _, _, _, which in rows if which)}
     return [
-        # Keywords such as "?" are no words.
-        Item(text, name, tuple(filter(split, keywords.split("|"))), tuple(parts.split("|")), family, splits[which])
-        for text, name, keywords, parts, family, which in zip(*columns, strict=True)
-    ]
+        Item(
+            text, name, tuple(word for word in keywords.split("|") if tuple(split(word)) not in refused),
+            tuple(parts.split("|")), family, splits[which],
+        )
+        for text, name, keywords, parts, family, which in rows
+    ]  # fmt: skip
 
 
-def _meanings(pictures: Tensor) -> Int[Tensor, " sample"]:
-    """The same number for the same picture; names are different, so a name never stands for two."""
-    numbers: dict[bytes, int] = {}
-    return torch.tensor([numbers.setdefault(picture.numpy().tobytes(), len(numbers)) for picture in pictures])
+def _meanings(items: Sequence[Item], pictures: Tensor) -> Int[Tensor, " sample"]:
+    """The same number for the same picture, and for names of the same words, such as "keycap: #" and "keycap: *"."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for item, picture in zip(items, pictures, strict=True):
+        shown, said = picture.numpy().tobytes(), tuple(split(item.name))
+        number = numbers.get(shown, numbers.get(said, len(found)))
+        numbers[shown] = numbers[said] = number
+        found.append(number)
+    return torch.unique(torch.tensor(found), return_inverse=True)[1]

@@ -56,7 +56,7 @@ def embedded(space: SharedSpace, source: Any, split: str) -> tuple[dict[str, Ten
     made: dict[str, list[Tensor]] = {name: [] for name in space.names}
     for batch in source.batches(split, BATCH, seed=0, epoch=0, train=False):
         for name, vectors in space.embed({name: batch[name].to(place) for name in space.names}).items():
-            made[name].append(vectors.float().cpu())
+            made[name].append(vectors.detach().float().cpu())
     return {name: torch.cat(parts) for name, parts in made.items()}, source.split(split).target
 
 
@@ -127,7 +127,7 @@ def composed(space: SharedSpace, source: Any, split: str, vectors: Vectors) -> d
     if len(rows) < 2:
         return {}
     place = next(space.parameters()).device
-    flat = space.embed({modality: parts[present].to(place)})[modality].float().cpu()
+    flat = space.embed({modality: parts[present].to(place)})[modality].detach().float().cpu()
     apart = torch.zeros(*present.shape, flat.shape[-1])
     apart[present] = flat
     target = source.split(split).target[rows]
