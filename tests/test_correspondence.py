@@ -1,7 +1,9 @@
 """Correspondence: losses by loops, what is trained and what is not, missing items, the figures, recipes."""
 
+import importlib.util
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +12,16 @@ import torch
 from torch import nn
 
 import oracles_consistency as slow
+from equipoise import recipes
 from equipoise.correspondence import Correspondence
 from equipoise.correspondence.judgement import Scenes, judged
 from equipoise.correspondence.maps import composed, partners
 from equipoise.correspondence.mixing import Mixing
+from equipoise.data import load
 from equipoise.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from equipoise.report import canvas
 from equipoise.tokens import Tokens
+from equipoise.train import methods
 from tolerance import TOL
 
 EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
@@ -399,3 +405,39 @@ def test_mixing_alone():
     assert Mixing(NAMES, DIM)(parts, {}) == parts
     mixed = Mixing(NAMES, DIM, kind="moda", heads=2)(parts, {"text": torch.ones(2, 5, dtype=torch.bool)})
     assert {name: values.shape for name, values in mixed.items()} == {n: v.shape for n, v in parts.items()}
+
+
+def test_every_variant_of_the_recipe_learns():
+    recipe = recipes.read("transfer")
+    source = load("triples", **{key: value for key, value in recipe.data.items() if key != "name"})
+    batch = source.batch("train", torch.arange(3), seed=0, epoch=0, train=True)
+    assert set(recipe.methods) == set(recipe.variants)
+    for method in recipe.methods:
+        torch.manual_seed(0)
+        model, balancers = methods.build(methods.parse(method, recipe), recipe, source)
+        assert balancers == []
+        losses = model.losses(batch)
+        sum(losses.values()).backward()
+        untrained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+        assert untrained <= {"scores"}
+        assert ("consistency" in losses) == bool(recipe.variants[method].get("consistency"))
+        assert model.transfer == ("audio", "text")
+
+
+def test_the_page_of_the_recipe():
+    """The script that makes the table and the picture, on runs whose figures are known."""
+    place = importlib.util.spec_from_file_location("page", Path(__file__).parents[1] / "scripts" / "transfer.py")
+    page = importlib.util.module_from_spec(place)
+    place.loader.exec_module(page)
+    figures = {"plain": (0.2, 0.3), "attention": (0.3, 0.3), "moda": (0.5, 0.6)}
+    runs = [
+        {"method": method, "seed": seed, "fold": None,
+         "metrics": {"transfer": value, "transfer_composed": 0.5, "consistency": 0.625, "chance": 0.25}}
+        for method, values in figures.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    lines = page.table(runs, {"transfer": "never taught", "consistency": "score"}, "transfer").splitlines()
+    assert lines[0] == "| variant | never taught | score | against | difference |"
+    assert lines[2] == "| plain | 25.0 \u00b1 7.1 | 0.62 \u00b1 0.00 |  |  |"
+    assert lines[4].startswith("| moda | 55.0 \u00b1 7.1 | 0.62 \u00b1 0.00 | attention | +25.0 (2 of 2, p = ")
+    with canvas.themed():
+        assert canvas.to_png(page.figure(runs)).startswith(b"\x89PNG")

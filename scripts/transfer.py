@@ -1,0 +1,101 @@
+"""Draws docs/pictures/transfer.png, and prints the tables of docs/methods/consistency.md and moda.md.
+
+    equipoise compare --config transfer --out runs/transfer
+    python scripts/transfer.py runs/transfer/results.json
+
+A variant with MODA is compared with the same blocks and ordinary attention, everything else with ``plain``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from equipoise.record import read, summarise
+from equipoise.report import canvas
+from equipoise.report.wording import signed
+
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "transfer.png"
+METRICS = {
+    "transfer": "never taught", "transfer_composed": "composed", "transfer_synchronized": "synchronised",
+    "matching": "taught", "accuracy": "accuracy", "consistency": "score", "cycle_error": "cycle error",
+}  # fmt: skip
+"""Metric -> the head of its column."""
+PLAIN_NUMBERS = ("consistency", "cycle_error")
+AGAINST = {"moda": "attention", "moda_consistency": "attention_consistency"}
+
+
+def table(runs: Sequence[Any], metrics: Mapping[str, str], score: str, default: str = "plain") -> str:
+    """The figures as Markdown: mean and spread over seeds, and the score's paired difference."""
+    rows = {(row["method"], row["metric"]): row for row in summarise(runs, AGAINST, default=default)}
+    methods = list(dict.fromkeys(method for method, _ in rows))
+    shown = [name for name in metrics if any(metric == name for _, metric in rows)]
+    lines = ["| variant | " + " | ".join(metrics[name] for name in shown) + " | against | difference |"]
+    lines.append("|---" * (len(shown) + 3) + "|")
+    for method in methods:
+        cells = [_cell(rows[method, name], name) for name in shown]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {_difference(rows[method, score])} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], metric: str) -> str:
+    factor, digits = (1, 2) if metric in PLAIN_NUMBERS else (100, 1)
+    spread = "" if row["sd"] is None else f" ± {factor * row['sd']:.{digits}f}"
+    return f"{factor * row['mean']:.{digits}f}{spread}"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    if row["difference"] is None:
+        return " | "
+    chance = "" if row["p"] is None else ", p < 0.001" if row["p"] < 0.001 else f", p = {row['p']:.3f}"
+    return f"{row['reference']} | {signed(100 * row['difference'], 1)} ({row['higher']} of {row['pairs']}{chance})"
+
+
+def figure(runs: Sequence[Any]) -> Figure:
+    """For every variant the pair that was never taught, seed by seed, with its composition out of those that were."""
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    drawn, axes = canvas.blank(6.6, 0.36 * len(methods) + 1.15, grid="x")
+    for row, method in enumerate(methods):
+        own = [run["metrics"] for run in runs if run["method"] == method]
+        places = row + 0.8 * canvas.jitter(len(own))
+        for metric, shade, mark in (("transfer_composed", canvas.MODALITY[1], "D"), ("transfer", canvas.ACCENT, "o")):
+            values = [metrics[metric] for metrics in own]
+            axes.scatter(values, places, s=16, color=shade, marker=mark, alpha=0.75, linewidths=0, zorder=3)
+            mean = sum(values) / len(values)
+            axes.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, zorder=2)
+    chance = runs[0]["metrics"]["chance"]
+    axes.axvline(chance, color=canvas.MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    axes.text(chance, -0.62, " chance", color=canvas.MUTED, fontsize=8.5, va="bottom")
+    canvas.name_rows(axes, [method.replace("_", " + ") for method in methods])
+    axes.set_xlim(0.15, 1.0)
+    axes.set_xlabel("items whose partner is found", color=canvas.INK)
+    canvas.percent(axes.xaxis)
+    for shade, mark, words in (
+        (canvas.ACCENT, "o", "sound to word, as mapped"),
+        (canvas.MODALITY[1], "D", "by way of the picture"),
+    ):
+        axes.scatter([], [], s=22, color=shade, marker=mark, linewidths=0, label=words)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper right", borderaxespad=0.1)
+    canvas.headed(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.json of a comparison with the recipe transfer")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    given = parser.parse_args()
+    runs = read(given.results)["runs"]
+    first = table(runs, METRICS, "transfer")
+    sys.stdout.write(f"{first}\n\n{table(runs, {'accuracy': 'accuracy'}, 'accuracy')}\n")
+    with canvas.themed():
+        given.picture.write_bytes(canvas.to_png(figure(runs), dpi=160))
+
+
+if __name__ == "__main__":
+    main()
