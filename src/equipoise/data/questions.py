@@ -170,7 +170,9 @@ KINDS: dict[str, Callable[[Chooser], Asked]] = {
 QUESTIONS = tuple(kind for kind in KINDS if kind != "caption")
 
 
-def placed(asked: Asked, rng: np.random.Generator, *, size: int, sides: tuple[int, int], overlap: float) -> Asked:
+def placed(
+    asked: Asked, rng: np.random.Generator, *, size: int, sides: Sequence[int], step: int, overlap: float
+) -> Asked:  # fmt: skip
     """The same with every thing in its place: inside the picture, in the order that the answer asks for.
 
     No two centres are closer than ``APART`` along either axis, so that "left of" and "above" are never in doubt.
@@ -179,16 +181,16 @@ def placed(asked: Asked, rng: np.random.Generator, *, size: int, sides: tuple[in
         asked: what is to be placed.
         rng: of the sample.
         size: side of the picture.
-        sides: smallest and largest side of a thing, in pixels.
+        sides: that a thing may have, in pixels.
+        step: things stand at multiples of it, in pixels.
         overlap: the largest part of a thing's square that another one may cover.
     """
     while True:
         things = []
         for thing in asked.things:
-            side = float(rng.integers(sides[0], sides[1] + 1))
-            left = replace(thing, x=0.0, side=side).box[0]
-            x, y = rng.uniform(-left, size - side), rng.uniform(0, size - side)
-            things.append(replace(thing, x=float(np.floor(x)), y=float(np.floor(y)), side=side))
+            side = float(sides[int(rng.integers(len(sides)))])
+            x, y = (step * float(rng.integers((size - side) // step + 1)) for _ in range(2))
+            things.append(replace(thing, x=x, y=y, side=side))
         if asked.order is not None:
             things = _ordered(things, *asked.order)
         fits = all(_fit(a, b, overlap) for place, a in enumerate(things) for b in things[:place])

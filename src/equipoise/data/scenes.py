@@ -33,14 +33,16 @@ class Level:
 
     Attributes:
         most: things in a picture.
-        sides: smallest and largest side of a thing, in pixels.
+        sides: of the things' squares, in pixels.
+        step: things stand at multiples of it, in pixels; at ``PATCH`` a thing meets all patches alike wherever it is.
         overlap: part of a thing's square that another one may cover.
         noise: standard deviation of the pixels' noise, that of the pixels being 1.
         kinds: what the samples are, in turn.
     """
 
     most: int
-    sides: tuple[int, int]
+    sides: tuple[int, ...]
+    step: int
     overlap: float
     noise: float
     kinds: tuple[str, ...]
@@ -49,9 +51,9 @@ class Level:
 ALL = ("caption", *KINDS)
 """A caption twice as often as a question of any kind."""
 LEVELS = {
-    1: Level(2, (16, 18), 0.0, 0.1, tuple(kind for kind in ALL if kind not in ("count", "relation"))),
-    2: Level(3, (13, 18), 0.0, 0.2, ALL),
-    3: Level(3, (11, 20), 0.3, 0.5, ALL),
+    1: Level(2, (18,), 6, 0.0, 0.1, tuple(kind for kind in ALL if kind not in ("count", "relation"))),
+    2: Level(3, (12, 18), 6, 0.0, 0.2, ALL),
+    3: Level(3, tuple(range(11, 21)), 1, 0.3, 0.5, ALL),
 }
 
 
@@ -87,7 +89,8 @@ class Scenes(Dataset):
     alone, where every second sample asks about one of them. See docs/data/scenes.md.
 
     Args:
-        level: 1: one or two things of one size; 2: up to three, sizes, counting, relations; 3: overlap and noise too.
+        level: 1: one or two things of one size, in line with the patches; 2: up to three, small and large, counted and
+            put in relation; 3: of any size anywhere, with overlap and more noise.
         samples: of the training split; validation has a sixteenth of them, the test an eighth.
         seed: of everything that is drawn.
 
@@ -186,7 +189,7 @@ def _sample(split: str, place: int, kind: str, level: int, seed: int) -> tuple:
     rng = np.random.default_rng((seed, ("train", "val", "test").index(split), level, place))
     new = split == "test" and bool(rng.integers(2))
     asked = KINDS[kind](Chooser(rng, chosen.most, new))
-    asked = placed(asked, rng, size=SIZE, sides=chosen.sides, overlap=chosen.overlap)
+    asked = placed(asked, rng, size=SIZE, sides=chosen.sides, step=chosen.step, overlap=chosen.overlap)
     light = int(rng.integers(*GROUND))
     picture, owner = drawn(asked.things, SIZE, (light, light, light - 4))
     text, labels = written(asked, kind)

@@ -42,9 +42,7 @@ def connector(kind: str, width: int, dim: int, *, latents: int, heads: int) -> n
     if kind == "qformer":
         return Queries(QFormer(width, dim=dim, depth=2, heads=heads, queries=latents, vocabulary=None))
     if kind == "resampler":
-        return nn.Sequential(
-            Projector(width, dim, kind="linear"), Resampler(dim, latents=latents, depth=2, heads=heads)
-        )
+        return Latents(width, Resampler(dim, latents=latents, depth=2, heads=heads))
     return nn.Identity()
 
 
@@ -61,3 +59,19 @@ class Queries(nn.Module):
 
     def forward(self, patches: Float[Tensor, "batch patch width"]) -> Float[Tensor, "batch query dim"]:
         return self.out(self.qformer(patches).queries)
+
+
+class Latents(nn.Module):
+    """What the latents of a resampler found in a picture, which is a video of one frame.
+
+    Args:
+        width: of the patches.
+        resampler: of the language model's width.
+    """
+
+    def __init__(self, width: int, resampler: Resampler) -> None:
+        super().__init__()
+        self.project, self.resampler = Projector(width, resampler.dim, kind="linear"), resampler
+
+    def forward(self, patches: Float[Tensor, "batch patch width"]) -> Float[Tensor, "batch latent dim"]:
+        return self.resampler(self.project(patches)[:, None])

@@ -46,7 +46,7 @@ class PictureLanguageModel(Objective):
 
     The picture's patches, without the encoder's class token, go through the connector and stand in the text where it
     has ``<image>`` (LLaVA), or are read by gated cross-attention in front of every block (Flamingo). The loss is the
-    next-token cross entropy of answers and captions; words of a question are read and not predicted.
+    next-token cross entropy of answers, plus that of captions; words of a question are read and not predicted.
 
     Args:
         encoder: pictures -> Tokens.
@@ -97,11 +97,15 @@ class PictureLanguageModel(Objective):
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stream = self.stream(self.patches(_part(batch, "image")), _part(batch, "text"), _part(batch, "labels"))
-        return {"answer": captioning_loss(self.logits(stream), stream.labels)}
+        logits, captions = self.logits(stream), _part(batch, "target") == IGNORED
+        # Apart, since the many words of captions would drown the single ones of answers.
+        answers = stream.labels.masked_fill(captions[:, None], IGNORED)
+        described = stream.labels.masked_fill(~captions[:, None], IGNORED)
+        return {"answer": captioning_loss(logits, answers), "caption": captioning_loss(logits, described)}
 
     def evaluate(self, source: Any) -> dict[str, Any]:
+        from .grounding import pointing_metrics
         from .judging import judged
-        from .pointing import pointing_metrics
 
         row = judged(self, source)
         return {**row, "metrics": row["metrics"] | pointing_metrics(self, source)}
@@ -147,15 +151,17 @@ class PictureLanguageModel(Objective):
         Args:
             batch: "image", "text" and, where the text goes on behind the question, "labels".
         """
-        text = _part(batch, "text")
+        text, patches = _part(batch, "text"), self.patches(_part(batch, "image"))
         labels = batch.get("labels")
+        self._check(patches, text)
         if labels is None:
-            # The question ends where padding begins: what follows its last word is the answer.
             last = (text != self.ids["<pad>"]).sum(dim=1) - 1
-            text = torch.nn.functional.pad(text, (0, 1), value=self.ids["<pad>"])
-            labels = torch.full_like(text, IGNORED).scatter(1, last[:, None] + 1, 0)
-        stream = self.stream(self.patches(_part(batch, "image")), text, labels)
-        place = (stream.labels != IGNORED).int().argmax(dim=1) - 1
+        else:
+            last = (labels != IGNORED).int().argmax(dim=1) - 1
+        # The picture may stand for several tokens: the question's last word is found again by a label of its own.
+        marked = torch.full_like(text, IGNORED).scatter(1, last[:, None], 0)
+        stream = self.stream(patches, text, marked)
+        place = (stream.labels != IGNORED).int().argmax(dim=1)
         return self.logits(stream)[torch.arange(len(text)), place].argmax(dim=-1)
 
     def caption(self, batch: Mapping[str, Tensor], *, longest: int = 12) -> Int[Tensor, "batch word"]:
@@ -172,11 +178,10 @@ class PictureLanguageModel(Objective):
         return text[:, 2:]
 
     def _check(self, patches: Tensor, text: Tensor) -> None:
-        if text.ndim != 2 or len(text) != len(patches) or text.shape[1] < 2:
+        if text.ndim != 2 or len(text) != len(patches):
             raise ShapeError(
-                "language text", expected=f"ids (batch, word) = ({len(patches)}, at least <image> and one word)",
-                got=f"shape {tuple(text.shape)}",
-            )  # fmt: skip
+                "language text", expected=f"ids (batch, word), batch = {len(patches)}", got=f"shape {tuple(text.shape)}"
+            )
         if text.shape[1] > self.context:
             raise self._too_long(text.shape[1])
         if not bool(((text == self.ids["<image>"]).sum(dim=1) == 1).all()):
@@ -184,6 +189,12 @@ class PictureLanguageModel(Objective):
                 "language text", expected="one <image> in every text",
                 got=f"{(text == self.ids['<image>']).sum(dim=1).tolist()}",
                 fix="Put <image> where the picture stands; a text without picture has to be taken out of the batch.",
+            )  # fmt: skip
+
+        if not bool(((text != self.ids["<pad>"]).sum(dim=1) > 1).all()):
+            raise ShapeError(
+                "language text", expected="at least one word beside <image>",
+                got=f"texts of {(text != self.ids['<pad>']).sum(dim=1).tolist()} ids",
             )  # fmt: skip
 
     def _too_long(self, length: int) -> ShapeError:
