@@ -37,7 +37,7 @@ def search_report(content: Mapping[str, Any], out: str | os.PathLike[str]) -> Pa
 def search_page(content: Mapping[str, Any]) -> str:
     """The page as a text."""
     if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("search", SCHEMA):
-        raise SchemaError("search_report", expected=f"a search of schema {SCHEMA}", got=type(content).__name__)
+        raise SchemaError("search_report", expected=f"a search of schema {SCHEMA}", got=_kind(content))
     templates = Environment(
         loader=PackageLoader("equipoise.report", "templates"),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -92,3 +92,9 @@ def cosine(value: float) -> str:
 def trained(seen: bool | None) -> str:
     """Whether the model knows it from its training."""
     return {True: "seen in training", False: "not seen in training", None: "your picture"}[seen]
+
+
+def _kind(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    return f"{content.get('kind', 'no search')} of schema {content.get('schema')}"
