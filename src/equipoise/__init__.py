@@ -70,6 +70,7 @@ from .diagnose import Cost as Cost
 from .diagnose import GradientNorms as GradientNorms
 from .diagnose import KeyGeometry as KeyGeometry
 from .diagnose import Masking as Masking
+from .diagnose import ModalityLinks as ModalityLinks
 from .diagnose import NoiseResponse as NoiseResponse
 from .diagnose import Quag as Quag
 from .diagnose import answer_effects as answer_effects
@@ -88,6 +89,7 @@ from .diagnose import gradient_norms as gradient_norms
 from .diagnose import key_geometry as key_geometry
 from .diagnose import mask_modality as mask_modality
 from .diagnose import max_logit as max_logit
+from .diagnose import modality_links as modality_links
 from .diagnose import modality_shapley as modality_shapley
 from .diagnose import msp as msp
 from .diagnose import noise_response as noise_response

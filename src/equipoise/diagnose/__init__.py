@@ -26,6 +26,8 @@ from .intervention import with_quag as with_quag
 from .intervention import without_modality as without_modality
 from .key_geometry import KeyGeometry as KeyGeometry
 from .key_geometry import key_geometry as key_geometry
+from .links import ModalityLinks as ModalityLinks
+from .links import modality_links as modality_links
 from .masking import Masking as Masking
 from .masking import mask_modality as mask_modality
 from .noise import NoiseResponse as NoiseResponse

@@ -1,0 +1,57 @@
+"""MODA in a vision-language model, before and after its parts are trained: moda_before_after.py [FOLDER] [STEPS]."""
+
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+import transformers as hf
+from PIL import Image
+
+import equipoise as eq
+from equipoise.diagnose.links import read_links
+from equipoise.look.inputs import completed, placeholders, prompt_of, tokenizer_of
+from equipoise.look.load import load_any
+from equipoise.look.standin import StandIn
+
+FOLDER = next((word for word in sys.argv[1:] if not word.isdigit()), None)
+STEPS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 100)
+COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow")
+
+torch.manual_seed(0)
+if FOLDER:
+    model, processor = load_any(FOLDER)
+else:  # a tiny one, whose weights are random
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    picture = hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    words = hf.LlamaConfig(**sizes, vocab_size=300, pad_token_id=0, initializer_range=0.3)
+    config = hf.LlavaConfig(vision_config=picture, text_config=words, image_token_id=299)
+    model = hf.LlavaForConditionalGeneration(config)
+    processor = StandIn(model.eval())
+model.set_attn_implementation("eager")
+questions, answers = [], []
+for colour in COLOURS:
+    questions.append(prompt_of(model, processor, "What colour is it?", Image.new("RGB", (64, 64), colour)).inputs)
+    if not FOLDER:  # the stand-in puts the picture first, where it could read no text
+        questions[-1]["input_ids"] = questions[-1]["input_ids"].roll(5, dims=1)
+    answers.append(tokenizer_of(processor)(colour, add_special_tokens=False, return_tensors="pt")["input_ids"])
+ids = torch.cat([inputs["input_ids"] for inputs in questions]).cpu()
+labels = torch.isin(ids, torch.tensor(placeholders(model.config))).long()
+
+before, moda = read_links(model, questions, labels), eq.hf.apply_moda(model)
+optimiser = torch.optim.AdamW(moda.parameters(), lr=3e-3)
+for step in range(STEPS):
+    inputs, answer = questions[step % 8], answers[step % 8].to(model.device)
+    unread = torch.full_like(inputs["input_ids"], -100)
+    whole = completed(inputs, answer, model.config.model_type)
+    loss = model(**whole, labels=torch.cat([unread, answer], dim=1)).loss
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+after = read_links(model, questions, labels)
+for what, was in before.rows(("text", "image")).items():
+    print(f"{what:24s} before {was:9.3f}   after {after.rows(('text', 'image'))[what]:9.3f}")
+for links, name in ((before, "before"), (after, "after MODA")):
+    plt.plot(range(1, len(links.share) + 1), links.share[:, 0, 1], label=name)
+plt.gca().set(xlabel="layer", ylabel="attention of text to the picture")
+plt.legend()
+plt.savefig("moda_before_after.png", dpi=150)
