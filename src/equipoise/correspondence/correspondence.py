@@ -21,7 +21,7 @@ from ..tokens import as_tokens
 from .judgement import Scenes, judged
 from .maps import PairScores, maps, partners
 from .mixing import Kind, Mixing
-from .pairs import Pair, checked_pairs, left_out
+from .pairs import Pair, checked_pairs, left_out, unordered
 
 
 class Found(NamedTuple):
@@ -108,6 +108,11 @@ class Correspondence(Objective):
         self.encoders = nn.ModuleDict(encoders)
         self.mixing = Mixing(self.names, self.dim, kind=mixing, depth=depth, heads=heads, merge=merge)
         self.scores = PairScores(self.names, self.dim, width=width, shared=shared)
+        if not consistency:
+            for pair in unordered(self.names):
+                if pair not in self.pairs:
+                    # What no loss reaches would be waited for in vain where processes share gradients.
+                    self.scores.freeze(pair)
         self.probes = nn.ModuleDict({n: nn.Linear(self.dim * len(self.names), num_classes) for n in self.names})
         self.term = ConsistencyLoss(slots=None, kind=kind, weight=consistency) if consistency else None
 

@@ -44,6 +44,13 @@ class PairScores(nn.Module):
         self.key = None if shared else nn.ModuleDict({key: nn.Linear(dim, width) for key in keys})
         initialise(self)
 
+    def freeze(self, pair: Pair) -> None:
+        """Leaves what this pair alone has, both ways, as it was made; a shared space has no such thing."""
+        if self.key is not None:
+            for way in (_key(pair), _key(pair[::-1])):
+                self.query[way].requires_grad_(False)
+                self.key[way].requires_grad_(False)
+
     def forward(self, items: Mapping[str, Float[Tensor, "batch _ dim"]]) -> dict[Pair, Tensor]:
         """Ordered pair -> (batch, item of the first, item of the second), for the modalities that are there."""
         scores = {}
@@ -91,5 +98,5 @@ def composed(found: Mapping[Pair, Tensor], one: str, other: str) -> Float[Tensor
     return torch.stack(ways).mean(dim=0)
 
 
-def _key(pair: Pair) -> str:
+def _key(pair: Sequence[str]) -> str:
     return "->".join(pair)
