@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Correspondence(Objective):
         num_classes: of the items.
         pairs: those whose partners are told, such as ``[[audio, image], [image, text]]``.
         transfer: the pair that is judged as never trained; by default the first that ``pairs`` leaves out.
+        dim: width of the encoders' tokens; by default what they say of themselves.
         width: of the projections.
         shared: one projection for each modality in place of two for each ordered pair: a control, in which a pair that
             was never trained has a map all the same.
@@ -69,8 +71,8 @@ class Correspondence(Objective):
         temperature: scores are divided by it before the term looks at them; below 1 sharpens.
 
     Raises:
-        ConfigError: fewer than three encoders, or of different width; pairs that do not exist, or none; a negative
-            weight. In ``losses`` and ``evaluate``, ShapeError: inputs or targets that do not fit. NonFiniteError: NaN
+        ConfigError: fewer than three encoders, or of different width; pairs that do not exist, or none; numbers out
+            of range. In ``losses`` and ``evaluate``, ShapeError: inputs or targets that do not fit. NonFiniteError: NaN
             in an input, with the modality's name.
 
     Reference: spec 6.3 and 6.4; ours.
@@ -96,10 +98,10 @@ class Correspondence(Objective):
         self.names = tuple(encoders)
         if len(self.names) < 3:
             raise ConfigError("Correspondence", expected="three or more modalities", got=f"{len(self.names)}")
-        if consistency < 0 or temperature <= 0:
+        if not (0 <= consistency < math.inf and temperature > 0 and width >= 1 and sinkhorn >= 0):
             raise ConfigError(
-                "Correspondence", expected="consistency >= 0 and temperature > 0",
-                got=f"consistency = {consistency}, temperature = {temperature}",
+                "Correspondence", expected="a finite consistency >= 0, temperature > 0, width >= 1 and sinkhorn >= 0",
+                got=f"consistency = {consistency}, temperature = {temperature}, width = {width}, sinkhorn = {sinkhorn}",
             )  # fmt: skip
         self.pairs = checked_pairs(pairs, self.names)
         self.transfer = left_out(self.pairs, transfer, self.names)
