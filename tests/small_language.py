@@ -17,7 +17,7 @@ def scenes():
 def language(connector="mlp", seed=0, **options):
     """Of width 20 and encoder's width 12, two blocks, five latents."""
     torch.manual_seed(seed)
-    encoder = PatchEncoder(3, (48, 48), patch=6, dim=12, depth=1, heads=2)
+    encoder = PatchEncoder(3, (48, 48), patch=8, dim=12, depth=1, heads=2)
     options = {"dim": 20, "depth": 2, "heads": 2, "latents": 5, **options}
     return PictureLanguageModel(encoder, scenes().lexicon, connector=connector, **options).eval()
 

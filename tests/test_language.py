@@ -20,7 +20,7 @@ from tolerance import TOL
 
 pytest.importorskip("transformers")
 EXACT = TOL[torch.float32]
-PATCHES, LATENTS = 64, 5
+PATCHES, LATENTS = 36, 5
 
 
 def ids(text):
@@ -244,10 +244,10 @@ def test_errors():
     with pytest.raises(ShapeError, match=r"language text: expected ids \(batch, word\), batch = 3, got shape \(14,\)"):
         model.answer({"image": part["image"], "text": part["text"][0]})
     long = torch.cat([part["text"], torch.full((3, 100), IDS["car"])], dim=1)
-    with pytest.raises(ShapeError, match=r"language text: expected at most context = 128 tokens, .* got 177\. Shorten"):
+    with pytest.raises(ShapeError, match=r"language text: expected at most context = 128 tokens, .* got 149\. Shorten"):
         model.answer({"image": part["image"], "text": long})
-    with pytest.raises(ShapeError, match=r"at most context = 70 tokens, .* got 77"):
-        language(context=70).losses(part)
+    with pytest.raises(ShapeError, match=r"at most context = 40 tokens, .* got 49"):
+        language(context=40).losses(part)
     with pytest.raises(ShapeError, match=r"at most context = 10 tokens, .* got 14"):
         language("gated", context=10).losses(part)
     with pytest.raises(ConfigError, match=r"language: expected a known connector, got 'qforner'\. Did you mean"):
@@ -259,7 +259,7 @@ def test_errors():
 
 
 def test_errors_of_recipes():
-    encoders = {"image": PatchEncoder(3, (48, 48), patch=6, dim=8, depth=1, heads=2)}
+    encoders = {"image": PatchEncoder(3, (48, 48), patch=8, dim=8, depth=1, heads=2)}
     with pytest.raises(ConfigError, match=r"'language': expected a data set of pictures and texts, got Generated"):
         PictureLanguageModel.for_data(load("generated", samples=20), encoders)
     with pytest.raises(ConfigError, match=r"model 'language': expected one encoder, image, got \[\]"):

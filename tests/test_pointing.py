@@ -6,7 +6,7 @@ import torch
 import equipoise.language.grounding as part
 from equipoise.data.vocabulary import WORDS
 from equipoise.errors import ConfigError
-from equipoise.language import pointing
+from equipoise.language import attention_map, pointing
 from equipoise.language.grounding import GROUND, OBJECT, OTHER, TEXT, looked, pointing_metrics, spoken
 from small_language import batch, language, scenes
 from tolerance import TOL
@@ -49,17 +49,27 @@ def test_against_attention_written_out(kind):
         torch.nn.init.ones_(gate.attention_gate)
     torch.manual_seed(2)
     place = torch.tensor([1, 3, 2, 5, 4, 2, 3])
-    region, others = torch.rand(7, 64) < 0.3, torch.rand(7, 64) < 0.3
+    region, others = torch.rand(7, 36) < 0.3, torch.rand(7, 36) < 0.3
     others &= ~region
     found = looked(model, held["image"], held["text"], place, region, others)
     maps = written_out(model, held["image"], held["text"])
     assert found.shape == (7, 2, 2, 4)
     for row in range(7):
         seen = maps[row, :, :, place[row]]
-        patches = seen[..., :64]
+        patches = seen[..., :36]
         for label, kept in ((OBJECT, region), (OTHER, others), (GROUND, ~(region | others))):
             torch.testing.assert_close(found[row, ..., label], patches[..., kept[row]].sum(dim=-1), **CLOSE)
-        torch.testing.assert_close(found[row, ..., TEXT], seen[..., 64:].sum(dim=-1), **CLOSE)
+        torch.testing.assert_close(found[row, ..., TEXT], seen[..., 36:].sum(dim=-1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+@torch.no_grad()
+def test_maps_against_attention_written_out(kind):
+    model, held = language(kind), batch(5)
+    place = torch.tensor([1, 3, 2, 5, 4])
+    patches = written_out(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
+    found = attention_map(model, held["image"], held["text"], place)
+    torch.testing.assert_close(found, patches / patches.sum(dim=-1, keepdim=True), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +87,7 @@ def test_means_over_words_by_a_loop(kind):
         for at, word in enumerate(words):
             if word not in part.KINDS[kind] or not regions[at].any() or (not caption and at == len(words) - 1):
                 continue
-            patches = maps[:, :, at, :64]
+            patches = maps[:, :, at, :36]
             own = patches[..., regions[at]].sum(dim=-1)
             masses.append(own / patches.sum(dim=-1))
             sizes.append(float(regions[at].float().mean()))

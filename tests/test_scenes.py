@@ -26,7 +26,7 @@ def scenes(level=2, seed=0, samples=SAMPLES):
 def asked(kind, seed, *, new=False, most=3):
     rng = np.random.default_rng(seed)
     made = KINDS[kind](Chooser(rng, most, new))
-    return placed(made, rng, size=SIZE, sides=(12, 15, 18), step=3, overlap=0.0)
+    return placed(made, rng, size=SIZE, sides=(16, 24), step=8, overlap=0.0)
 
 
 def said(words):

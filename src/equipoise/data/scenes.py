@@ -18,7 +18,7 @@ from .questions import KINDS, Asked, Chooser, placed
 from .randomness import Draw
 from .vocabulary import END, IDS, IMAGE, PAD, WORDS
 
-SIZE, PATCH = 48, 6
+SIZE, PATCH = 48, 8
 IGNORED = -100
 """Label of what is not predicted."""
 LONGEST = 14
@@ -51,9 +51,9 @@ class Level:
 ALL = ("caption", *KINDS)
 """A caption twice as often as a question of any kind."""
 LEVELS = {
-    1: Level(2, (18,), 6, 0.0, 0.1, tuple(kind for kind in ALL if kind not in ("count", "relation"))),
-    2: Level(3, (12, 18), 6, 0.0, 0.2, ALL),
-    3: Level(3, tuple(range(11, 21)), 1, 0.3, 0.5, ALL),
+    1: Level(2, (16,), 8, 0.0, 0.1, tuple(kind for kind in ALL if kind not in ("count", "relation"))),
+    2: Level(3, (16, 24), 8, 0.0, 0.2, ALL),
+    3: Level(3, tuple(range(12, 25)), 1, 0.3, 0.5, ALL),
 }
 
 

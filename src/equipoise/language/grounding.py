@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from ..data.questions import PLURALS
 from ..data.scenes import IGNORED, Scenes
 from ..errors import ConfigError, unknown_name
 from ..watch import Seen, watch
-from .model import PictureLanguageModel
+from .model import PictureLanguageModel, Stream
 
 KINDS = {"colour": tuple(COLOURS), "shape": (*PLURALS, *PLURALS.values())}
 OBJECT, OTHER, GROUND, TEXT = range(4)
@@ -116,20 +117,50 @@ def looked(
         region: patches, row by row.
         others: patches of other things.
     """
-    stream = model.stream(model.patches(image), text)
     on_patches = torch.where(region, OBJECT, torch.where(others, OTHER, GROUND))
-    if stream.media is not None:
-        labels, at, part = on_patches, place, model.gates
-    else:
+    stream = model.stream(model.patches(image), text)
+    if stream.media is None:
         labels = torch.full_like(stream.modality, TEXT)
         labels[stream.modality == 1] = on_patches.flatten()
-        # The picture stands where one word stood.
-        at, part = place + region.shape[1] - 1, model.language
+    else:
+        labels = on_patches
+    return stacked(_watched(model, stream, place, labels, names=NAMES))
+
+
+def attention_map(
+    model: PictureLanguageModel,
+    image: Float[Tensor, "batch channel height width"],
+    text: Int[Tensor, "batch word"],
+    place: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch layer head patch"]:
+    """The attention of one word of each text on every patch, as part of its attention to the picture.
+
+    Args:
+        model: see ``pointing``.
+        image: as the data set gives it.
+        text: ids with "<image>".
+        place: of the word, counted in ``text``.
+    """
+    stream = model.stream(model.patches(image), text)
+    labels = torch.zeros_like(stream.modality) if stream.media is None else torch.zeros(stream.media.shape[:2]).long()
+    seen = _watched(model, stream, place, labels, tokens=True)
+    maps = torch.stack([seen.tokens(site) for site in seen.sites], dim=1)
+    if stream.media is None:
+        maps = maps[..., stream.modality[0] == 1]
+    return maps / maps.sum(dim=-1, keepdim=True)
+
+
+def _watched(model: PictureLanguageModel, stream: Stream, place: Tensor, labels: Tensor, **options: Any) -> Seen:
+    """What the word at a place of each text looks at."""
+    pictured = int((stream.modality[0] == 1).sum())
+    # The picture stands where one word stood.
+    at = place + pictured - 1 if pictured else place
     queries = torch.zeros(stream.labels.shape, dtype=torch.bool)
-    queries[torch.arange(len(text)), at] = True
-    with watch(part, modality=labels, names=NAMES, queries=queries) as seen:
+    queries[torch.arange(len(place)), at] = True
+    part = model.language if stream.media is None else model.gates
+    with watch(part, modality=labels, queries=queries, **options) as seen:
         model.logits(stream)
-    return stacked(seen)
+    return seen
 
 
 def stacked(seen: Seen) -> Float[Tensor, "sample layer head label"]:
