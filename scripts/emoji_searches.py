@@ -1,0 +1,33 @@
+"""Draws docs/pictures/emoji_searches.png: five searches with a trained run of the recipe emoji_clip.
+
+equipoise compare --config emoji_clip --out runs/emoji_clip
+python scripts/emoji_searches.py runs/emoji_clip/runs/all/info_nce/seed0
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from equipoise.data import load
+from equipoise.report.search_sheet import Row, sheet
+from equipoise.search import pictures_of
+from equipoise.train import load as load_run
+
+TARGET = Path(__file__).parents[1] / "docs/pictures/emoji_searches.png"
+QUESTIONS = ("blue heart", "woman firefighter", "green book", "kissing cat", "dark skin hand")
+"""Names of the test split, a name without its last words, and words that no name has in this order."""
+
+
+def main(folder: Path) -> None:
+    index = pictures_of(load_run(folder), load("emoji"))
+    rows = []
+    for question in QUESTIONS:
+        hits = index.find(question, top=6).hits
+        rows.append(Row(question, [(h.entry.name, h.score, h.entry.picture, bool(h.entry.seen)) for h in hits]))
+    TARGET.write_bytes(sheet(rows))
+    print(TARGET)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

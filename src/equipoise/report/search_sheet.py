@@ -1,0 +1,46 @@
+"""Several searches side by side, as one picture for a page of documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import NamedTuple
+
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .canvas import ACCENT, INK, MUTED, themed, to_png
+from .search_page import cosine
+
+
+class Row(NamedTuple):
+    """A question and what was found.
+
+    Attributes:
+        question: in words.
+        found: (name, cosine, picture, whether it was in the training), nearest first.
+    """
+
+    question: str
+    found: Sequence[tuple[str, float, UInt8[Tensor, "height width 3"], bool]]
+
+
+def sheet(rows: Sequence[Row]) -> bytes:
+    """A PNG: one line for each question, pictures with names and cosines; names of what is new stand in colour."""
+    columns = max(len(row.found) for row in rows)
+    with themed():
+        figure = Figure(figsize=(1.9 + 1.15 * columns, 1.45 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.6, *[1] * columns])
+        for line, row in zip(grid, rows, strict=True):
+            for axes in line:
+                axes.set_axis_off()
+            line[0].text(0, 0.5, fill(f"“{row.question}”", 16), fontsize=11, color=INK, va="center")
+            line[0].set(xlim=(0, 1), ylim=(0, 1))
+            for axes, (name, value, picture, seen) in zip(line[1:], row.found, strict=False):
+                axes.imshow(picture.numpy(), interpolation="lanczos")
+                axes.set_title(
+                    f"{fill(name, 17)}\n{cosine(value)}", fontsize=6.5, color=MUTED if seen else ACCENT, loc="center",
+                    y=-0.02, va="top", pad=0,
+                )  # fmt: skip
+        return to_png(figure, dpi=150)
