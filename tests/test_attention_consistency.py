@@ -70,6 +70,7 @@ def test_a_planted_swap_is_named_as_a_cycle():
         "audio 'bark' -> text 'dog' -> video 'man' -> audio 'noise'",
     ]
     assert found.worst.cycles[0].strength == pytest.approx(1, abs=1e-5)
+    assert found.worst.cycles[0].even == pytest.approx(1 / 27)
     said = str(found).splitlines()
     assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (even attention 0.60), cycle error 0.67")
     assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
@@ -412,3 +413,5 @@ def test_nothing_warns_and_even_maps_name_no_contradiction():
     layer = found.details["consistency"]["layers"][0]
     assert layer["score"] == pytest.approx(layer["even"])
     assert layer["score"] == pytest.approx(0.6)
+    text = diagnosis_page([found.to_dict()])
+    assert "No way that leads astray gets 3 times what even attention would give it." in text

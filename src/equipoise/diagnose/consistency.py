@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -39,10 +40,12 @@ class Cycle:
     Attributes:
         way: its stations in words, such as ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'silence'").
         strength: the product of the maps' entries on it, in [0, 1].
+        even: what attention that tells no token from another would give it.
     """
 
     way: tuple[str, ...]
     strength: float
+    even: float
 
     def __str__(self) -> str:
         return " -> ".join(self.way)
@@ -231,7 +234,11 @@ def _layer(
     called = _called(names, sizes, list(groups), tokens)
     places = {place: number for number, place in enumerate((i, k) for i, few in enumerate(sizes) for k in range(few))}
     cycles = [
-        Cycle(tuple(called[places[station]] for station in cycle.path), cycle.strength)
+        Cycle(
+            tuple(called[places[station]] for station in cycle.path),
+            cycle.strength,
+            math.prod(1 / sizes[modality] for modality, _ in cycle.path[1:]),
+        )
         for cycle in worst_cycles(mean, sizes=sizes, most=worst)
     ]
     spectrum = torch.linalg.svdvals((mean + mean.mT) / 2)

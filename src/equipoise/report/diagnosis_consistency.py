@@ -17,8 +17,8 @@ from .diagnosis_subject import Picture, Subject
 
 FAINT = 0.02
 """A part of the strongest cell below which a cell is not drawn."""
-WEAK = 0.01
-"""A way round that gets less attention is no contradiction worth a name."""
+CLEAR = 3
+"""A way round is named where it gets so many times what even attention would give it."""
 NAMED = 24
 """Most tokens that get their names at the edge."""
 
@@ -76,11 +76,12 @@ def _where(layer: Mapping[str, Any]) -> str:
 
 def _ways(layer: Mapping[str, Any]) -> str:
     """The worst contradictions in a sentence."""
-    ways = [f"{' → '.join(cycle['way'])} ({100 * cycle['strength']:.0f} %)" for cycle in layer["cycles"]]
-    if not ways:
+    if not layer["cycles"]:
         return "Every way round leads back to where it began."
-    if layer["cycles"][0]["strength"] < WEAK:
-        return f"No way that leads astray is taken by {100 * WEAK:.0f} % of attention."
+    clear = [cycle for cycle in layer["cycles"] if cycle["strength"] >= CLEAR * cycle["even"]]
+    ways = [f"{' → '.join(cycle['way'])} ({100 * cycle['strength']:.0f} %)" for cycle in clear]
+    if not ways:
+        return f"No way that leads astray gets {CLEAR} times what even attention would give it."
     return f"Ways that do not lead back, and how much attention takes them: {'; '.join(ways)}."
 
 
