@@ -47,7 +47,8 @@ def show(content: dict[str, Any], console: Console) -> None:
         told += "; attention r: does attention leave a modality that is replaced by noise?"
     console.print(told, style="dim", highlight=False)
     if left_out:
-        text = f"No room here for: {', '.join(left_out)}. The report has everything."
+        what = ": " + ", ".join(left_out) if len(left_out) < 7 else f" {len(left_out)} more figures"
+        text = f"No room here for{what}. The report has everything."
         console.print(text, style="dim", highlight=False)
 
 

@@ -38,6 +38,7 @@ class SharedSpace(Objective):
         scale: of the cosines at the start; the loss's own by default. It is learned.
         bias: at the start, of "siglip".
         smoothing: of "info_nce", in [0, 1).
+        anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
         dropout: of pooled tokens, in training only.
 
     Raises:
@@ -67,7 +68,8 @@ class SharedSpace(Objective):
 
     def __init__(
         self, encoders: Mapping[str, nn.Module], *, dim: int = 128, loss: Literal["info_nce", "siglip"] = "info_nce",
-        scale: float | None = None, bias: float | None = None, smoothing: float | None = None, dropout: float = 0.0,
+        scale: float | None = None, bias: float | None = None, smoothing: float | None = None, anchor: str | None = None,
+        dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if len(encoders) < 2:
@@ -80,7 +82,9 @@ class SharedSpace(Objective):
             {name: nn.Linear(_width(name, encoder), dim, bias=False) for name, encoder in encoders.items()}
         )
         self.dropout = nn.Dropout(dropout)
-        given = {"scale": scale, "bias": bias, "smoothing": smoothing}
+        if anchor is not None and anchor not in encoders:
+            raise unknown_name("SharedSpace", "anchor", str(anchor), encoders)
+        given = {"scale": scale, "bias": bias, "smoothing": smoothing, "anchor": anchor}
         options = {name: value for name, value in given.items() if value is not None}
         self.loss = made(LOSSES[loss], f"SharedSpace loss '{loss}'", options)
 
