@@ -188,9 +188,9 @@ def placed(
     while True:
         things = []
         for thing in asked.things:
-            side = float(sides[int(rng.integers(len(sides)))])
+            side = int(sides[int(rng.integers(len(sides)))])
             x, y = (step * float(rng.integers((size - side) // step + 1)) for _ in range(2))
-            things.append(replace(thing, x=x, y=y, side=side))
+            things.append(replace(thing, x=x, y=y, side=float(side)))
         if asked.order is not None:
             things = _ordered(things, *asked.order)
         fits = all(_fit(a, b, overlap) for place, a in enumerate(things) for b in things[:place])
