@@ -140,7 +140,7 @@ def judged_space(space: PretrainedSpace, shown: Shown, split: str) -> dict[str, 
     """The figures of ``space.figures.judged``; of BLIP-2, where a picture is as near as its nearest query, those of
     finding alone."""
     if not late(space.model):
-        return judged(space, shown, split)  # type: ignore[arg-type]
+        return judged(space, shown, split)
     place = next(space.parameters()).device
     parts = [space.embed({name: batch[name].to(place) for name in space.names}) for batch in shown.batches(split, 64)]
     pictures, captions = (torch.cat([part[name].cpu() for part in parts]) for name in space.names)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -21,16 +21,30 @@ from ..align import (
     uniformity,
 )  # fmt: skip
 
-if TYPE_CHECKING:
-    from .space import SharedSpace
-
 BATCH = 256
 RANKS = (1, 5)
 
 Vectors = Mapping[str, Float[Tensor, "sample dim"]]
 
 
-def judged(space: SharedSpace, source: Any, split: str) -> dict[str, float]:
+class Space(Protocol):
+    """What is judged: it brings batches to unit vectors."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the modalities."""
+        ...
+
+    def embed(self, batch: Mapping[str, Tensor]) -> Vectors:
+        """name -> (batch, dim) of every modality that the batch has."""
+        ...
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Of the module, which tell where it stands."""
+        ...
+
+
+def judged(space: Space, source: Any, split: str) -> dict[str, float]:
     """Figures of a model in evaluation mode.
 
     * ``<a>_to_<b>/recall@1``, ``recall@5``, ``median_rank``, ``mrr``: samples of the split as seen by a find what b has
@@ -50,7 +64,7 @@ def judged(space: SharedSpace, source: Any, split: str) -> dict[str, float]:
     return found
 
 
-def embedded(space: SharedSpace, source: Any, split: str) -> tuple[dict[str, Tensor], Int[Tensor, " sample"]]:
+def embedded(space: Space, source: Any, split: str) -> tuple[dict[str, Tensor], Int[Tensor, " sample"]]:
     """name -> (sample, dim) of a whole split, on the CPU, and the targets."""
     place = next(space.parameters()).device
     made: dict[str, list[Tensor]] = {name: [] for name in space.names}
@@ -117,7 +131,7 @@ def lying(vectors: Vectors) -> dict[str, float]:
     return figures
 
 
-def composed(space: SharedSpace, source: Any, split: str, vectors: Vectors) -> dict[str, float]:
+def composed(space: Space, source: Any, split: str, vectors: Vectors) -> dict[str, float]:
     """Does "red" plus "heart" find the red heart? The sum of the parts' vectors, among all combinations of the split.
 
     ``composed_to_<b>/recall@1``: combinations whose own b is the nearest; ``compositionality/<b>``: the cosine with

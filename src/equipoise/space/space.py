@@ -68,8 +68,8 @@ class SharedSpace(Objective):
 
     def __init__(
         self, encoders: Mapping[str, nn.Module], *, dim: int = 128, loss: Literal["info_nce", "siglip"] = "info_nce",
-        scale: float | None = None, bias: float | None = None, smoothing: float | None = None, anchor: str | None = None,
-        dropout: float = 0.0,
+        scale: float | None = None, bias: float | None = None, smoothing: float | None = None,
+        anchor: str | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if len(encoders) < 2:
