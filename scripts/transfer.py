@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from equipoise import recipes
 from equipoise.record import read, summarise
 from equipoise.report import canvas
 from equipoise.report.wording import signed
@@ -28,6 +29,27 @@ METRICS = {
 """Metric -> the head of its column."""
 PLAIN_NUMBERS = ("consistency", "cycle_error")
 AGAINST = {"moda": "attention", "moda_consistency": "attention_consistency"}
+
+ROUTES = {
+    "plain, composed": ("plain", "transfer_composed"),
+    "consistency, as mapped": ("consistency", "transfer"),
+    "supervised, as mapped": ("supervised", "transfer"),
+    "plain, synchronised": ("plain", "transfer_synchronized"),
+    "consistency, synchronised": ("consistency", "transfer_synchronized"),
+    "supervised, synchronised": ("supervised", "transfer_synchronized"),
+}
+"""Ways to the pair that was never taught -> the variant and the metric that has it."""
+
+
+def routes(runs: Sequence[Any]) -> str:
+    """Every way to the pair that was never taught, against composing the maps that were."""
+    ways = [
+        {**run, "method": name, "metrics": {"found": run["metrics"][metric]}}
+        for name, (method, metric) in ROUTES.items()
+        for run in runs
+        if run["method"] == method
+    ]
+    return table(ways, {"found": "found"}, "found", default="plain, composed")
 
 
 def table(runs: Sequence[Any], metrics: Mapping[str, str], score: str, default: str = "plain") -> str:
@@ -80,7 +102,7 @@ def figure(runs: Sequence[Any]) -> Figure:
         (canvas.MODALITY[1], "D", "by way of the picture"),
     ):
         axes.scatter([], [], s=22, color=shade, marker=mark, linewidths=0, label=words)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right", borderaxespad=0.1)
+    axes.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.33, 0.5))
     canvas.headed(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
     return drawn
 
@@ -90,9 +112,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of a comparison with the recipe transfer")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     given = parser.parse_args()
-    runs = read(given.results)["runs"]
+    order = recipes.read("transfer").methods
+    runs = sorted(read(given.results)["runs"], key=lambda run: order.index(run["method"]))
     first = table(runs, METRICS, "transfer")
-    sys.stdout.write(f"{first}\n\n{table(runs, {'accuracy': 'accuracy'}, 'accuracy')}\n")
+    sys.stdout.write(f"{first}\n\n{routes(runs)}\n\n{table(runs, {'accuracy': 'accuracy'}, 'accuracy')}\n")
     with canvas.themed():
         given.picture.write_bytes(canvas.to_png(figure(runs), dpi=160))
 

@@ -430,19 +430,23 @@ def test_every_variant_of_the_recipe_learns():
 
 
 def test_the_page_of_the_recipe():
-    """The script that makes the table and the picture, on runs whose figures are known."""
+    """The script that makes the tables and the picture, on runs whose figures are known."""
     place = importlib.util.spec_from_file_location("page", Path(__file__).parents[1] / "scripts" / "transfer.py")
     page = importlib.util.module_from_spec(place)
     place.loader.exec_module(page)
-    figures = {"plain": (0.2, 0.3), "attention": (0.3, 0.3), "moda": (0.5, 0.6)}
+    figures = {"plain": (0.2, 0.3), "consistency": (0.7, 0.9), "attention": (0.3, 0.3), "moda": (0.5, 0.6)}
+    shared = {"transfer_synchronized": 0.5, "consistency": 0.625, "chance": 0.25}
     runs = [
         {"method": method, "seed": seed, "fold": None,
-         "metrics": {"transfer": value, "transfer_composed": 0.5, "consistency": 0.625, "chance": 0.25}}
+         "metrics": {"transfer": value, "transfer_composed": 0.4 + seed / 10, **shared}}
         for method, values in figures.items() for seed, value in enumerate(values)
     ]  # fmt: skip
     lines = page.table(runs, {"transfer": "never taught", "consistency": "score"}, "transfer").splitlines()
     assert lines[0] == "| variant | never taught | score | against | difference |"
     assert lines[2] == "| plain | 25.0 \u00b1 7.1 | 0.62 \u00b1 0.00 |  |  |"
-    assert lines[4].startswith("| moda | 55.0 \u00b1 7.1 | 0.62 \u00b1 0.00 | attention | +25.0 (2 of 2, p = ")
+    assert lines[5].startswith("| moda | 55.0 \u00b1 7.1 | 0.62 \u00b1 0.00 | attention | +25.0 (2 of 2, p = ")
+    ways = page.routes(runs).splitlines()
+    assert ways[2] == "| plain, composed | 45.0 \u00b1 7.1 |  |  |"
+    assert ways[3].startswith("| consistency, as mapped | 80.0 \u00b1 14.1 | plain, composed | +35.0 (2 of 2, p = ")
     with canvas.themed():
         assert canvas.to_png(page.figure(runs)).startswith(b"\x89PNG")
