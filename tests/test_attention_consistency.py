@@ -14,14 +14,21 @@ from torch import nn
 
 import equipoise as eq
 import oracles_consistency as slow
-from equipoise.consistency import ideal_spectrum, pooled, top_energy, worst_cycles
+from equipoise.consistency import (
+    contradiction_excess,
+    ideal_spectrum,
+    pooled,
+    spectral,
+    top_energy,
+    worst_cycles,
+)
 from equipoise.diagnosis import diagnose
-from equipoise.errors import ConfigError, ShapeError
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.report.diagnosis_page import diagnosis_page
 from small_consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concepts, planted
 from small_fusion import DIM, FEATURES, OUTPUTS, batch, model
 from test_no_trace import Broken, state
-from test_report import EVIL
+from test_report import CONTRAST, EVIL
 from tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -283,6 +290,20 @@ def test_pooling_against_loops():
         pooled(matrix, sizes=sizes, parts=(2, 4))
 
 
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 2), (2, 3, 5)])
+def test_all_figures_of_the_spectrum_at_once(sizes):
+    random = torch.Generator().manual_seed(len(sizes))
+    blocks = {
+        (i, j): torch.rand(a, b, generator=random, dtype=torch.float64).softmax(dim=-1)
+        for i, a in enumerate(sizes) for j, b in enumerate(sizes) if i != j
+    }  # fmt: skip
+    matrix = eq.supermatrix(blocks, symmetrise=True)
+    wanted = (eq.consistency_score(matrix, sizes=sizes), eq.effective_rank(matrix), contradiction_excess(matrix),
+              top_energy(matrix, sizes=sizes))  # fmt: skip
+    found = spectral(matrix, sizes=sizes)
+    assert [float(value) for value in found] == pytest.approx([float(value) for value in wanted], rel=1e-6, abs=1e-9)
+
+
 def test_ideals_of_unequal_numbers():
     hard = torch.tensor([[1.0, 0], [0, 1], [0, 0]])
     matrix = eq.supermatrix({(0, 1): hard})
@@ -333,6 +354,10 @@ def test_data_that_do_not_fit():
         eq.attention_consistency(made, [])
     with pytest.raises(ConfigError, match="expected two or more modalities, got one, 'audio'"):
         eq.attention_consistency(model(("audio",), depth=2), [batch(("audio",))])
+    broken = batch(THREE)
+    broken["audio"][0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="expected finite numbers, got NaN or infinity"):
+        eq.attention_consistency(made, [broken])
     gone = {**batch(THREE), "mask": {"text": torch.zeros(5, dtype=torch.bool)}}
     with pytest.raises(ConfigError, match="no sample has a map from every modality to every other"):
         eq.attention_consistency(made, [gone])
@@ -403,6 +428,30 @@ def test_names_of_tokens_stay_text(evil):
     text = diagnosis_page([found.to_dict()])
     assert evil not in text
     assert text.count("<script") == 2
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_can_be_read_on_a_small_screen(swapped, browser, tmp_path, scheme):
+    long = {name: tuple(f"{word} without a place to break" * 3 for word in words) for name, words in TOKENS.items()}
+    other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
+    (tmp_path / "page.html").write_text(diagnosis_page([swapped.to_dict(), other.to_dict()]), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    view = context.new_page()
+    view.goto((tmp_path / "page.html").as_uri())
+    assert view.evaluate("document.documentElement.scrollWidth") <= 390
+    shown = view.locator("#test-consistency")
+    assert shown.locator("svg[role=img]").count() == shown.locator("figcaption").count() == 4
+    assert "Consistency of swapped. fusion.blocks.0.attention" in shown.locator("svg").first.get_attribute("aria-label")
+    measured = view.evaluate(CONTRAST)
+    assert min(measured["texts"], measured["labels"]) >= 4.5
+    # A cell is as strong as its map, in the colour of the page's theme.
+    fills = shown.locator("svg").first.evaluate(
+        "svg => [...svg.querySelectorAll('path')].map(p => getComputedStyle(p).fill)"
+    )
+    accent = {"light": "rgb(0, 112, 90)", "dark": "rgb(79, 207, 174)"}[scheme]
+    assert fills.count(accent) == 18
+    context.close()
 
 
 def test_nothing_warns_and_even_maps_name_no_contradiction():

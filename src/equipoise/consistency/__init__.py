@@ -11,6 +11,7 @@ from .rank import contradiction_excess as contradiction_excess
 from .rank import effective_rank as effective_rank
 from .rank import ideal_spectrum as ideal_spectrum
 from .rank import nuclear_norm as nuclear_norm
+from .rank import spectral as spectral
 from .rank import top_energy as top_energy
 from .supermatrix import supermatrix as supermatrix
 from .supermatrix import supermatrix_from_attention as supermatrix_from_attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -175,6 +175,34 @@ def top_energy(
     """
     parts = sizes_of(matrix, num_modalities, sizes, "top_energy")
     return torch.linalg.svdvals(exact(matrix))[..., : min(parts)].sum(dim=-1) / sum(parts)
+
+
+class Spectral(NamedTuple):
+    """All that the singular values say of one supermatrix, or of a batch; see the functions of these names."""
+
+    consistency_score: Float[Tensor, ...]
+    effective_rank: Float[Tensor, ...]
+    contradiction_excess: Float[Tensor, ...]
+    top_energy: Float[Tensor, ...]
+
+
+def spectral(matrix: SquareMatrix, *, sizes: Sequence[int]) -> Spectral:
+    """The figures of a symmetric supermatrix with I on the diagonal, out of one set of eigenvalues; no gradient.
+
+    Example:
+        >>> spectral(torch.eye(2).repeat(3, 3), sizes=(2, 2, 2)).effective_rank.round(decimals=4)
+        tensor(2.)
+    """
+    parts = sizes_of(matrix, None, sizes, "spectral")
+    total, concepts = sum(parts), min(parts)
+    # Singular values of what is symmetric.
+    values = torch.linalg.eigvalsh(exact(matrix).detach()).abs().sort(dim=-1, descending=True).values
+    norm = values.sum(dim=-1)
+    rank = norm.square() / values.square().sum(dim=-1)
+    return Spectral(
+        ((total - rank) / (total - concepts)).clamp(0.0, 1.0), rank, norm / total - 1,
+        values[..., :concepts].sum(dim=-1) / total,
+    )  # fmt: skip
 
 
 def ideal_spectrum(sizes: Sequence[int]) -> list[float]:

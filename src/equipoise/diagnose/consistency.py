@@ -12,15 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..consistency import (
-    consistency_score,
-    contradiction_excess,
     cycle_error,
-    effective_rank,
     ideal_spectrum,
     pair_error,
     pooled,
+    spectral,
     supermatrix,
-    top_energy,
     worst_cycles,
 )
 from ..errors import ConfigError, ShapeError, unknown_name
@@ -257,18 +254,14 @@ FIGURES = (
 def _figures(matrix: Float[Tensor, "sample size size"], sizes: tuple[int, ...]) -> Float[Tensor, "figure sample"]:
     """A row for each of ``FIGURES``."""
     blocks = [[torch.full((a, b), 1 / b, dtype=matrix.dtype) for b in sizes] for a in sizes]
-    both = [(part + part.mT) / 2 for part in (matrix, supermatrix(blocks))]
+    found, even = (spectral((part + part.mT) / 2, sizes=sizes) for part in (matrix, supermatrix(blocks)))
     return torch.stack(
         [
-            consistency_score(both[0], sizes=sizes),
-            consistency_score(both[1], sizes=sizes).expand(len(matrix)),
-            effective_rank(both[0]),
-            contradiction_excess(both[0]),
-            top_energy(both[0], sizes=sizes),
-            cycle_error(matrix, sizes=sizes),
+            found.consistency_score, even.consistency_score.expand(len(matrix)), found.effective_rank,
+            found.contradiction_excess, found.top_energy, cycle_error(matrix, sizes=sizes),
             pair_error(matrix, sizes=sizes),
         ]
-    )
+    )  # fmt: skip
 
 
 def _called(
