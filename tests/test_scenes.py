@@ -1,6 +1,8 @@
 """The scenes: what is drawn, what is asked, who is held out, and whose patches are true."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,3 +247,16 @@ def test_refuses_what_it_cannot_do():
     with pytest.raises(ConfigError, match="scenes text: expected a known word, got 'lorry'"):
         encoded("what colour is the lorry")
     assert decoded(encoded("What is left of the car?")) == "what is left of the car"
+
+
+def test_the_card_tells_the_truth():
+    card = (Path(__file__).parents[1] / "docs/data/scenes.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
+    for colour, shape in HELD_OUT:
+        assert f"{colour} {shape}" in card.replace("\n", " ")
+    for number, level in LEVELS.items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {number} |"))
+        assert str(level.most) in row
+        assert str(level.noise) in row
+        assert all(str(side) in row for side in (level.sides[0], level.sides[-1]))
+    assert f"{len(WORDS) - 3} words" in card
