@@ -17,7 +17,7 @@ from equipoise.errors import ConfigError, DataError
 from equipoise.look.grid import Grid
 from equipoise.published import PretrainedSpace, Shown, Writer, judge
 from equipoise.published.load import fitting, load_for
-from equipoise.published.pointing import covered, place_of, pointed
+from equipoise.published.pointing import ROWS, covered, place_of, pointed
 from equipoise.published.writers import in_our_words, picture_of, question_of
 from tolerance import TOL
 
@@ -95,13 +95,15 @@ def writer(seed=0):
     )  # fmt: skip
     text = {**small_look.TEXT, "vocab_size": len(known), "num_hidden_layers": 3}
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**{**small_look.VISION, "image_size": 32, "patch_size": 4}),
+        vision_config=hf.CLIPVisionConfig(**{**small_look.VISION, "image_size": 4 * ROWS, "patch_size": 4}),
         text_config=hf.LlamaConfig(**text), image_token_id=WORDS.index("<image>"),
         vision_feature_select_strategy="default", vision_feature_layer=-1,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = small_look.sharpened(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager"))
-    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pictures = hf.CLIPImageProcessorPil(
+        size={"shortest_edge": 4 * ROWS}, crop_size={"height": 4 * ROWS, "width": 4 * ROWS}
+    )
     processor = hf.LlavaProcessor(
         image_processor=pictures, tokenizer=tokenizer, patch_size=4, num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
@@ -159,12 +161,12 @@ def test_words_of_several_tokens_end_at_their_last():
 
 
 def test_what_a_frame_cuts_off_covers_nothing():
-    region = torch.zeros(8, 8, dtype=torch.bool)
-    region[:, :2] = True
+    region = torch.zeros(ROWS, ROWS, dtype=torch.bool)
+    region[:, 0] = True
     assert covered(region.flatten(), Grid(2, 2, True, ""), (0.25, 0.0, 0.75, 1.0)).sum() == 0
     close(
-        covered(region.flatten(), Grid(4, 4, True, ""), (0.0, 0.0, 1.0, 1.0)),
-        adaptive_avg_pool2d(region[None].float(), 4).flatten(),
+        covered(region.flatten(), Grid(3, 2, True, ""), (0.0, 0.0, 1.0, 1.0)),
+        adaptive_avg_pool2d(region[None].float(), (3, 2)).flatten(),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.scenes import PATCH, SIZE, Scenes
-from ..language.pointing import KINDS, spoken
+from ..language.grounding import KINDS, spoken
 from ..look.grid import Grid, frame_of, grid_of
 from ..look.inputs import tokenizer_of, words
 from ..look.trace import Reader, traced
@@ -117,7 +117,7 @@ def covered(
         frame: left, upper, right and lower edge of what the model is shown of the picture, from 0 to 1.
 
     Example:
-        >>> covered(torch.arange(64) < 32, Grid(2, 1, True, ""), (0.0, 0.0, 1.0, 1.0))
+        >>> covered(torch.arange(ROWS * ROWS) < ROWS * ROWS // 2, Grid(2, 1, True, ""), (0.0, 0.0, 1.0, 1.0))
         tensor([1., 0.])
     """
     left, upper, right, lower = frame
