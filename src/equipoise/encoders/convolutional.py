@@ -36,6 +36,7 @@ class ConvEncoder(Encoder):
         ShapeError: pictures of another shape than ``size`` says.
 
     Example:
+        >>> import torch
         >>> ConvEncoder(3, (32, 32), dim=16, widths=(8, 16))(torch.zeros(2, 3, 32, 32)).values.shape
         torch.Size([2, 64, 16])
     """
