@@ -48,7 +48,7 @@ def told(capfd, *arguments, status=1):
         ("data:\n  name: digits", "data: digits", "recipe r.yaml: expected a mapping under data, got digits."),
         ("methods:\n- concat\n- joint", "methods: joint", "expected a list under methods, got joint."),
         ("    depth: 2\n", "    depth: 2\n    train: 3\n", "fusion 'deep': expected a mapping under train, got 3."),
-        ("methods:", "method:", "expected a known option, got 'method'. Did you mean 'methods'?"),
+        ("methods:", "method:", "expected a known option, got 'method'. Did you mean 'methods' or 'model'?"),
         ("PatchEncoder", "PatchEncodr", "encoder 'image': expected a known encoder, got 'PatchEncodr'. Did you mean"),
         ("patch: 4", "ptch: 4", "expected a known option of PatchEncoder, got 'ptch'. Did you mean 'patch'"),
         ("patch: 4", "patch: four", "encoder 'image': expected patch of type int, got 'four'."),

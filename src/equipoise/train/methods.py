@@ -67,7 +67,8 @@ def recipe_for(method: Method, recipe: Recipe) -> Recipe:
     """The recipe with the training options of this method's variant in it."""
     changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
     if not isinstance(changes, dict):
-        raise ConfigError(f"method '{method.base}'", expected="a mapping under train", got=str(changes))
+        kind = "variant" if recipe.model else "fusion"
+        raise ConfigError(f"{kind} '{method.base}'", expected="a mapping under train", got=str(changes))
     return recipe.with_train(**changes) if changes else recipe
 
 
