@@ -12,20 +12,24 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 import equipoise as eq
 from equipoise.data.drawing import COLOURS, Thing, drawn, patches_of
 from equipoise.data.scenes import PATCH, SIZE, Scenes
 from equipoise.data.vocabulary import IDS, IMAGE, encoded
 from equipoise.language import PictureLanguageModel, attention_map, pointing
-from equipoise.report.canvas import INK, MUTED, STYLE
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from equipoise.report.canvas import GRID, INK, MUTED, STYLE
 
 SENTENCE = "The red car is parked"
-THINGS = (Thing("red", "car", 0, 24, 24), Thing("blue", "truck", 24, 0, 24), Thing("green", "tree", 32, 24, 16))
+THINGS = (Thing("red", "car", 8, 24, 24), Thing("blue", "truck", 16, 0, 24), Thing("green", "tree", 32, 24, 16))
 WORDS = (("red", "colour"), ("car", "shape"))
+LEAST = 0.05
+"""Attention of a patch that is written on it."""
 OUT = Path(__file__).parents[1] / "docs" / "pictures" / "red_car.png"
 
 
@@ -76,50 +80,76 @@ def shares(attention: np.ndarray, owner: np.ndarray) -> list[tuple[str, float]]:
     return [*found, ("ground", attention[most < 0].sum())]
 
 
-def paint(picture: np.ndarray, owner: np.ndarray, maps: dict, ending: str) -> pyplot.Figure:
-    figure, axes = pyplot.subplots(1, 3, figsize=(9.2, 4.0), layout="constrained")
+def paint(picture: np.ndarray, owner: np.ndarray, maps: dict, ending: str) -> Figure:
+    figure = Figure(figsize=(9.0, 3.95))
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 3, height_ratios=(1, 0.045), hspace=0.08, wspace=0.07, left=0.012, right=0.988, top=0.9, bottom=0.135
+    )
     shown = picture.transpose(1, 2, 0)
-    axes[0].imshow(shown, interpolation="nearest", extent=(0, SIZE, SIZE, 0))
-    axes[0].set_title("The scene", fontsize=11)
-    axes[0].set_xlabel(f"“The red car is …”: {ending}", color=MUTED, fontsize=9.5, labelpad=8)
-    pale = (0.35 * shown + 0.65 * 255).astype(np.uint8)
+    axes = bare(figure.add_subplot(grid[0, 0]), "The scene")
+    axes.imshow(shown, interpolation="nearest", extent=(0, SIZE, SIZE, 0))
+    below = figure.add_subplot(grid[1, 0])
+    below.axis("off")
+    below.text(0, -0.4, f"“The red car is …”   the model says: {ending}", fontsize=9.5, color=MUTED, va="center")
+    top = max(attention.max() for attention, _ in maps.values())
     for place, (word, (attention, where)) in enumerate(maps.items(), start=1):
-        grid = attention.reshape(SIZE // PATCH, -1)
-        axes[place].imshow(pale, interpolation="nearest", extent=(0, SIZE, SIZE, 0))
-        heat = axes[place].imshow(
-            grid, cmap=heat_map(), vmin=0, vmax=max(m.max() for m, _ in maps.values()), extent=(0, SIZE, SIZE, 0),
-            interpolation="nearest",
-        )  # fmt: skip
-        outline(axes[place], owner)
-        axes[place].set_title(f"“{word}” looks here", fontsize=11)
-        text = ",  ".join(f"{name} {100 * share:.0f} %" for name, share in shares(attention, owner))
-        axes[place].set_xlabel(f"{text}\n{where}", color=MUTED, fontsize=8.6, labelpad=8)
-    bar = figure.colorbar(heat, ax=axes, shrink=0.62, pad=0.015, aspect=26)
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    bar.ax.set_title("of a patch", fontsize=8, color=MUTED)
-    for part in axes:
-        part.set_xticks([])
-        part.set_yticks([])
-        part.grid(False)
-        for edge in part.spines.values():
-            edge.set_visible(True)
-            edge.set_color("#dcdfe3")
+        axes = bare(figure.add_subplot(grid[0, place]), f"Where “{word}” looks")
+        axes.imshow(lit(shown, attention / top), interpolation="nearest", extent=(0, SIZE, SIZE, 0))
+        outline(axes, patches_of(owner, [0], PATCH))
+        for patch, share in enumerate(attention):
+            if share >= LEAST:
+                y, x = np.array(divmod(patch, SIZE // PATCH)) * PATCH + PATCH / 2
+                text = axes.text(x, y, f"{100 * share:.0f} %", ha="center", va="center", fontsize=8, color="white")
+                text.set_path_effects([patheffects.withStroke(linewidth=1.6, foreground=INK)])
+        divided(figure.add_subplot(grid[1, place]), shares(attention, owner), where)
     return figure
 
 
-def outline(axes: pyplot.Axes, owner: np.ndarray) -> None:
-    """The patches of the red car, framed."""
-    true = np.kron(patches_of(owner, [0], PATCH).reshape(SIZE // PATCH, -1), np.ones((8, 8)))
-    fine = np.linspace(0, SIZE, len(true), endpoint=False) + SIZE / len(true) / 2
-    axes.contour(fine, fine, np.pad(true, 0), levels=[0.5], colors=[INK], linewidths=1.1, linestyles=[(0, (3, 2))])
+def bare(axes: Axes, title: str) -> Axes:
+    axes.set_title(title, fontsize=11)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for edge in axes.spines.values():
+        edge.set_visible(True)
+        edge.set_color(GRID)
+    return axes
 
 
-def heat_map() -> matplotlib.colors.Colormap:
-    """From nothing to the red of the cars."""
-    red = tuple(part / 255 for part in COLOURS["red"])
-    stops = [(1.0, 0.72, 0.2, 0.0), (1.0, 0.6, 0.15, 0.55), (*red, 0.85)]
-    return matplotlib.colors.LinearSegmentedColormap.from_list("heat", stops)
+def lit(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """The picture, pale where nobody looks, in its own colours where attention is strongest."""
+    side = SIZE // PATCH
+    weight = np.kron(np.sqrt(strength).reshape(side, side), np.ones((PATCH, PATCH)))[..., None]
+    pale = 255 - 0.22 * (255 - shown.astype(float))
+    return (weight * shown + (1 - weight) * pale).astype(np.uint8)
+
+
+def outline(axes: Axes, true: np.ndarray) -> None:
+    """A dashed line around the true patches."""
+    side = SIZE // PATCH
+    padded = np.pad(true.reshape(side, side), 1)
+    lines = []
+    for y, x in np.argwhere(padded):
+        for dy, dx, ends in ((-1, 0, ((0, 0), (1, 0))), (1, 0, ((0, 1), (1, 1))), (0, -1, ((0, 0), (0, 1))),
+                             (0, 1, ((1, 0), (1, 1)))):  # fmt: skip
+            if not padded[y + dy, x + dx]:
+                lines.append([(PATCH * (x - 1 + a), PATCH * (y - 1 + b)) for a, b in ends])
+    axes.add_collection(LineCollection(lines, colors=INK, linewidths=1.3, linestyles=[(0, (3, 2))], clip_on=False))
+
+
+def divided(axes: Axes, parts: list[tuple[str, float]], where: str) -> None:
+    """One bar of all the attention that goes to the picture, and the words for it."""
+    axes.axis("off")
+    start, words = 0.0, []
+    for name, share in parts:
+        shade = "#cfd3d8" if name == "ground" else matplotlib.colors.to_hex([c / 255 for c in COLOURS[name.split()[0]]])
+        axes.barh(0, share, left=start, color=shade, height=1)
+        start += share
+        words += [f"{name} {100 * share:.0f} %"] if share >= 0.005 else []
+    axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
+    axes.text(0, -1.35, " · ".join(words), fontsize=7.7, color=INK, va="center")
+    axes.text(0, -2.75, where, fontsize=8.2, color=MUTED, va="center")
 
 
 if __name__ == "__main__":

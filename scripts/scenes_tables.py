@@ -1,0 +1,79 @@
+"""Prints the tables of docs/methods/language.md from the results of a comparison.
+
+equipoise compare --config scenes_vlm --out runs
+python scripts/scenes_tables.py runs/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from equipoise.data.questions import QUESTIONS
+
+METHODS = ("linear", "mlp", "qformer", "resampler", "gated")
+PICTURES = ("", "_shuffled", "_blank")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    results = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
+    rows = {(row["method"], row["metric"]): row for row in results["summary"]}
+    methods = [method for method in METHODS if (method, "accuracy") in rows]
+    for table in (by_type, compared, pointed):
+        sys.stdout.write(table(rows, methods) + "\n\n")
+
+
+def by_type(rows: dict, methods: Sequence[str]) -> str:
+    """Question type x connector, each with the picture of another sample and a blank one behind it."""
+
+    def cell(method: str, kind: str) -> str:
+        values = [rows[method, f"accuracy{picture}{kind}"]["mean"] for picture in PICTURES]
+        return " / ".join(f"{100 * value:.0f}" for value in values)
+
+    lines = [[name or "all", *(cell(method, f"/{name}" if name else "") for method in methods)]
+             for name in (*QUESTIONS, "")]  # fmt: skip
+    return table(["question", *methods], lines)
+
+
+def compared(rows: dict, methods: Sequence[str]) -> str:
+    """Connector x figure, mean and spread over seeds, and the difference in accuracy to the reference."""
+    wanted = ("accuracy", "accuracy_known", "accuracy_new", "caption_exact", "caption_f1")
+    lines = []
+    for method in methods:
+        row = rows[method, "accuracy"]
+        against = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
+        p = "" if row.get("p") is None else f"{row['p']:.2f}"
+        figures = [spread(rows[method, name]) for name in wanted]
+        lines.append([method, *figures, against, p, f"{rows[method, 'parameters']['mean'] / 1e3:.0f} k"])
+    head = ["connector", "accuracy", "known", "new", "captions exact", "words F1", "to linear", "p", "parameters"]
+    return table(head, lines)
+
+
+def pointed(rows: dict, methods: Sequence[str]) -> str:
+    """Connector x figure of pointing."""
+    wanted = ("pointing", "chance", "pointing_mean", "pointing_choice", "chance_choice", "share_picture")
+    lines = [
+        [method, kind, *(spread(rows[method, f"{name}/{kind}"]) for name in wanted)]
+        for method in methods for kind in ("colour", "shape") if (method, f"pointing/{kind}") in rows
+    ]  # fmt: skip
+    head = ["connector", "words", "best head", "chance", "all heads", "among things", "chance", "to picture"]
+    return table(head, lines)
+
+
+def spread(row: dict) -> str:
+    sd = "" if not row["sd"] else f" ± {100 * row['sd']:.1f}"
+    return f"{100 * row['mean']:.1f}{sd}"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    written = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+
+
+if __name__ == "__main__":
+    main()
