@@ -13,7 +13,7 @@ from equipoise.encoders import PatchEncoder, SequenceEncoder, TextEncoder
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.objective import Objective
 from equipoise.space import SharedSpace
-from equipoise.space.figures import among_all, composed, finding, judged, lying
+from equipoise.space.figures import among_all, by_group, composed, finding, judged, lying
 from oracles_align import info_nce, siglip
 from tolerance import TOL
 
@@ -245,6 +245,13 @@ def test_samples_that_lack_a_side_are_left_out():
     assert found["chance/recall@1"] == pytest.approx(1 / 3)
     assert finding({"image": one, "text": torch.zeros(4, 4)}, torch.arange(4)) == {}
     assert "cka/image-text" not in lying({"image": one, "text": torch.zeros(4, 4)})
+
+
+def test_groups_are_judged_among_all():
+    image, text = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    found = by_group({"image": image, "text": text}, torch.arange(4), ["a", "b", "b", "c"])
+    assert found == {"recall@1/a": 1.0, "recall@1/b": 0.5, "recall@1/c": 0.0}
+    assert by_group({"image": image, "text": torch.zeros(4, 4)}, torch.arange(4), list("abbc")) == {}
 
 
 def test_among_more_items_it_is_harder():

@@ -143,6 +143,10 @@ class Emoji(Dataset):
             present[number, : len(own)] = True
         return Combinations(torch.tensor(rows, dtype=torch.long), "text", parts, present)
 
+    def groups(self, split: str) -> list[str]:
+        """The family of every sample of a split; "single" for what is put together of nothing."""
+        return [item.family or "single" for item in self.split_items(split)]
+
     def augment(self, inputs: dict[str, Tensor], draw: Draw, *, train: bool) -> dict[str, Tensor]:
         if not train:
             return inputs

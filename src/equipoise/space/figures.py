@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, permutations
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from ..align import (
     alignment,
     linear_cka,
     modality_gap,
+    ranks,
     retrieval,
     same_ids,
     uniformity,
@@ -51,6 +52,7 @@ def judged(space: Space, source: Any, split: str) -> dict[str, float]:
       of them among the split's samples; ``chance/...`` is what guessing gets.
     * ``recall@1``, ``recall@5``, ``median_rank``: the mean over these directions.
     * ``<a>_to_<b>_among_all/...``: the same among the samples of all splits, those of the training too.
+    * ``recall@1/<group>``: of data that have ``groups``, see ``by_group``.
     * ``composed_to_<b>/recall@1`` and ``compositionality/<b>``: of data that have ``combinations``, see ``composed``.
     * ``modality_gap``, ``alignment``, ``uniformity``, ``cka``: see `equipoise.align`.
     """
@@ -59,6 +61,8 @@ def judged(space: Space, source: Any, split: str) -> dict[str, float]:
     parts = [embedded(space, source, other) for other in ("train", "val", "test") if other != split]
     everything = {name: torch.cat([own, *(part[0][name] for part in parts)]) for name, own in vectors.items()}
     found |= among_all(vectors, target, everything, torch.cat([target, *(part[1] for part in parts)]))
+    if hasattr(source, "groups"):
+        found |= by_group(vectors, target, source.groups(split))
     if hasattr(source, "combinations"):
         found |= composed(space, source, split, vectors)
     return found
@@ -97,6 +101,26 @@ def finding(vectors: Vectors, target: Int[Tensor, " sample"]) -> dict[str, float
     mean = {f"recall@{k}": sum(way.recall[k] for way in ways) / len(ways) for k in RANKS}
     chance = {f"chance/recall@{k}": sum(way.chance[k] for way in ways) / len(ways) for k in RANKS}
     return {**mean, "median_rank": sum(way.median_rank for way in ways) / len(ways), **figures, **chance}
+
+
+def by_group(vectors: Vectors, target: Int[Tensor, " sample"], groups: Sequence[str]) -> dict[str, float]:
+    """``recall@1/<group>``: the mean over directions of what samples of one group find among all of the split.
+
+    Example:
+        >>> by_group({"image": torch.eye(2), "text": torch.eye(2)}, torch.arange(2), ["hearts", "clocks"])
+        {'recall@1/clocks': 1.0, 'recall@1/hearts': 1.0}
+    """
+    solved: dict[str, list[float]] = {group: [] for group in sorted(set(groups))}
+    for one, other in permutations(vectors, 2):
+        both = vectors[one].any(dim=1) & vectors[other].any(dim=1)
+        if not bool(both.any()):
+            continue
+        own = target[both]
+        found = ranks(vectors[one][both] @ vectors[other][both].T, same_ids(own, own)) <= 1
+        names = [group for group, there in zip(groups, both.tolist(), strict=True) if there]
+        for group, right in zip(names, found.tolist(), strict=True):
+            solved[group].append(float(right))
+    return {f"recall@1/{group}": sum(rows) / len(rows) for group, rows in solved.items() if rows}
 
 
 def among_all(
