@@ -1,12 +1,16 @@
 """The gallery: whole and harmless whatever a name holds; used with a real browser, by mouse and by keyboard."""
 
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from equipoise.errors import SchemaError
 from equipoise.report.search_page import search_page, search_report
+from equipoise.report.search_sheet import Row, sheet
 from equipoise.search import Entry, Found, Hit, gallery
 from equipoise.search.gallery import told
 from small_search import EVIL
@@ -70,6 +74,17 @@ def test_what_is_no_search_is_refused(content, tmp_path):
     with pytest.raises(SchemaError, match="got list"):
         search_page([])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sheet_has_a_line_for_each_question():
+    found = [(f"a rather long name {n}", 0.5 - n, coloured(40 * n, 200, 0), n != 1) for n in range(3)]
+    one, two = (sheet([Row("red heart", found), *more]) for more in ([], [Row("$what$", found[:1])]))
+    widths = [Image.open(io.BytesIO(png)).size for png in (one, two)]
+    assert widths[0][0] == widths[1][0]
+    assert abs(widths[1][1] - 2 * widths[0][1]) <= 1
+    pixels = np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).reshape(-1, 3)
+    for n in range(3):
+        assert (pixels == (40 * n, 200, 0)).all(axis=1).sum() > 1000
 
 
 @pytest.fixture
