@@ -88,6 +88,16 @@ def test_three_modalities_cost_the_mean_over_their_pairs():
         assert found[f"{one}-{other}"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_with_an_anchor_the_others_are_not_compared():
+    model, batch = space("image", "text", "audio", anchor="text"), inputs("image", "text", "audio")
+    found = costs(model, {**batch, "target": torch.arange(5)})
+    u = vectors(model, batch)
+    assert set(found) == {"text-image", "text-audio"}
+    assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07) / 2, rel=1e-5)
+    with pytest.raises(ConfigError, match=r"SharedSpace: expected a known anchor, got 'texts'\. Did you mean 'text'"):
+        space(anchor="texts")
+
+
 def test_a_batch_may_lack_a_modality():
     model, batch = space("image", "text", "audio"), inputs("text", "audio")
     found = costs(model, {**batch, "target": torch.arange(5)})
