@@ -140,6 +140,7 @@ from .watch import watch as watch
 if TYPE_CHECKING:
     from . import hf as hf
     from . import lightning as lightning
+    from .language import PictureLanguageModel as PictureLanguageModel
     from .published import judge as judge
     from .train import load as load
 
@@ -150,7 +151,7 @@ _LAZY = {
     "hf": ".hf", "lightning": ".lightning", "data": ".data", "record": ".record", "report": ".report",
 }  # fmt: skip
 # The same for single names: name -> module that has it.
-_LAZY_NAMES = {"load": ".train", "judge": ".published"}
+_LAZY_NAMES = {"load": ".train", "judge": ".published", "PictureLanguageModel": ".language"}
 
 
 def __getattr__(name: str):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from ..align.matching import IGNORED
 from ..errors import ConfigError, unknown_name
 from .augment import noisy
 from .base import Dataset, Split
@@ -19,8 +20,6 @@ from .randomness import Draw
 from .vocabulary import END, IDS, IMAGE, PAD, WORDS
 
 SIZE, PATCH = 48, 8
-IGNORED = -100
-"""Label of what is not predicted."""
 LONGEST = 14
 """Words of the longest text, the picture's place and the end included."""
 GROUND = (222, 250)

@@ -15,7 +15,7 @@ from ..data.questions import PLURALS
 from ..data.scenes import IGNORED, Scenes
 from ..errors import ConfigError, unknown_name
 from ..watch import Seen, watch
-from .model import PictureLanguageModel, Stream
+from .reader import PictureReader, Stream
 
 KINDS = {"colour": tuple(COLOURS), "shape": (*PLURALS, *PLURALS.values())}
 OBJECT, OTHER, GROUND, TEXT = range(4)
@@ -52,7 +52,7 @@ class Pointing:
         return layer, head
 
 
-def pointing(model: PictureLanguageModel, source: Scenes, split: str, kind: str) -> Pointing:
+def pointing(model: PictureReader, source: Scenes, split: str, kind: str) -> Pointing:
     """How well the words of a kind point, in every layer and head.
 
     Words of questions and captions count, each where it stands; answers do not, since nothing is read from them. A word
@@ -100,7 +100,7 @@ def pointing(model: PictureLanguageModel, source: Scenes, split: str, kind: str)
 
 
 def looked(
-    model: PictureLanguageModel,
+    model: PictureReader,
     image: Float[Tensor, "batch channel height width"],
     text: Int[Tensor, "batch word"],
     place: Int[Tensor, " batch"],
@@ -128,7 +128,7 @@ def looked(
 
 
 def attention_map(
-    model: PictureLanguageModel,
+    model: PictureReader,
     image: Float[Tensor, "batch channel height width"],
     text: Int[Tensor, "batch word"],
     place: Int[Tensor, " batch"],
@@ -150,7 +150,7 @@ def attention_map(
     return maps / maps.sum(dim=-1, keepdim=True)
 
 
-def _watched(model: PictureLanguageModel, stream: Stream, place: Tensor, labels: Tensor, **options: Any) -> Seen:
+def _watched(model: PictureReader, stream: Stream, place: Tensor, labels: Tensor, **options: Any) -> Seen:
     """What the word at a place of each text looks at."""
     pictured = int((stream.modality[0] == 1).sum())
     # The picture stands where one word stood.
@@ -182,7 +182,7 @@ def spoken(
         yield index, place, regions[index, place]
 
 
-def pointing_metrics(model: PictureLanguageModel, source: Scenes) -> dict[str, float]:
+def pointing_metrics(model: PictureReader, source: Scenes) -> dict[str, float]:
     """Pointing on the test split, as ``results.json`` holds it; nothing for connectors without patches.
 
     ``pointing/<kind>`` and ``pointing_choice/<kind>`` are those of the layer and head with the largest mass on the

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.scenes import IGNORED, Scenes
 from ..data.vocabulary import decoded
-from .model import PictureLanguageModel
+from .reader import PictureReader
 
 Picture = Literal["own", "shuffled", "blank"]
 BATCH = 250
@@ -19,7 +19,7 @@ SHUFFLE_SEED = 0
 """Every model is shown the same wrong pictures."""
 
 
-def judged(model: PictureLanguageModel, source: Scenes, split: str = "test") -> dict[str, Any]:
+def judged(model: PictureReader, source: Scenes, split: str = "test") -> dict[str, Any]:
     """How good answers and captions are, and how good they are without the picture.
 
     Returns:
@@ -39,9 +39,7 @@ def judged(model: PictureLanguageModel, source: Scenes, split: str = "test") -> 
     return {"metrics": metrics, "examples": examples}
 
 
-def replies(
-    model: PictureLanguageModel, source: Scenes, split: str, picture: Picture = "own"
-) -> Iterator[tuple[int, str]]:
+def replies(model: PictureReader, source: Scenes, split: str, picture: Picture = "own") -> Iterator[tuple[int, str]]:
     """(position, what the model says) for every sample of a split."""
     device = next(model.parameters()).device
     other = turned(len(source.split(split)))
