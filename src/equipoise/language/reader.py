@@ -43,23 +43,7 @@ class PictureReader(nn.Module):
     The picture's patches, without the encoder's class token, go through the connector and stand in the text where it
     has ``<image>`` (LLaVA), or are read by gated cross-attention in front of every block (Flamingo).
 
-    Args:
-        encoder: pictures -> Tokens.
-        words: the vocabulary; it holds "<image>", "<end>" and "<pad>".
-        connector: ``"linear"``, ``"mlp"``, ``"qformer"``, ``"resampler"`` or ``"gated"``.
-        dim: width of the language model.
-        depth: its blocks.
-        heads: its attention heads.
-        latents: tokens that a Q-Former or a resampler makes of a picture.
-        context: the most tokens that it reads, those of the picture included.
-
-    Raises:
-        ConfigError: options out of range, an unknown connector, transformers that is not installed, a batch without
-            picture or without text. ShapeError: pictures of another size, a text longer than the context, a text
-            without its picture.
-
-    Reference: LLaVA (NeurIPS 2023), BLIP-2 (ICML 2023), Flamingo (NeurIPS 2022); spec 7.4 to 7.7.
-    Differs from the papers in: everything is small and trained from scratch, all parts at once.
+    Arguments and errors are those of ``PictureLanguageModel``, which adds the losses.
     """
 
     def __init__(
