@@ -1,7 +1,9 @@
 """The bundled emoji: what the data card says of splits, captions and targets; pictures of other origin."""
 
 import hashlib
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +174,16 @@ def test_parts_of_combinations_are_texts_of_their_own(emoji):
     place = [item.name for item in items].index("blue heart")
     assert torch.equal(found.parts[place, :2], emoji.words.encode(["blue", "heart"]))
     assert not found.parts[~found.present].any()
+
+
+def test_the_card_says_what_its_code_finds():
+    card = (Path(__file__).parents[1] / "docs/data/emoji.md").read_text(encoding="utf-8")
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block, found)
+    for way, words in ((found["there"], "nearest training picture's name"), (found["back"], "name to picture")):
+        assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
+        assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
 
 
 def test_noise_cannot_replace_words(emoji):
