@@ -1,6 +1,8 @@
 """The shared space: its losses against double loops, two and three modalities, what is missing, and its figures."""
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -312,3 +314,10 @@ def test_it_is_a_model_of_recipes():
         ConfigError, match=r"expected data of one thing in a sample.*got Source for retrieval.*items: 1"
     ):
         SharedSpace.for_data(scenes, encoders("image", "text"))
+
+
+def test_the_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs/methods/space.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
+    assert "image-text" in capsys.readouterr().out
