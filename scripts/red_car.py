@@ -146,9 +146,9 @@ def divided(axes: Axes, parts: list[tuple[str, float]], where: str) -> None:
         shade = "#cfd3d8" if name == "ground" else matplotlib.colors.to_hex([c / 255 for c in COLOURS[name.split()[0]]])
         axes.barh(0, share, left=start, color=shade, height=1)
         start += share
-        words += [f"{name} {100 * share:.0f} %"] if share >= 0.005 else []
+        words += [f"{name.split()[-1]} {100 * share:.0f} %"] if share >= 0.005 else []
     axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
-    axes.text(0, -1.35, " · ".join(words), fontsize=7.7, color=INK, va="center")
+    axes.text(0, -1.35, " · ".join(words), fontsize=8.6, color=INK, va="center")
     axes.text(0, -2.75, where, fontsize=8.2, color=MUTED, va="center")
 
 
