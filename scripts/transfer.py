@@ -94,7 +94,7 @@ def figure(runs: Sequence[Any]) -> Figure:
     axes.axvline(chance, color=canvas.MUTED, linewidth=1, linestyle=(0, (4, 2)))
     axes.text(chance, -0.62, " chance", color=canvas.MUTED, fontsize=8.5, va="bottom")
     canvas.name_rows(axes, [method.replace("_", " + ") for method in methods])
-    axes.set_xlim(0.15, 1.0)
+    axes.set_xlim(0.15, 0.9)
     axes.set_xlabel("items whose partner is found", color=canvas.INK)
     canvas.percent(axes.xaxis)
     for shade, mark, words in (
@@ -102,7 +102,7 @@ def figure(runs: Sequence[Any]) -> Figure:
         (canvas.MODALITY[1], "D", "by way of the picture"),
     ):
         axes.scatter([], [], s=22, color=shade, marker=mark, linewidths=0, label=words)
-    axes.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.33, 0.5))
+    axes.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.35, 0.8))
     canvas.headed(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
     return drawn
 
