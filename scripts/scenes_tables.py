@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from equipoise.data.questions import QUESTIONS
+from equipoise.data.scenes import Scenes
+from equipoise.language.grounding import pointing_metrics
+from equipoise.recipes import read
+from equipoise.train.methods import build, parse
 
 METHODS = ("linear", "mlp", "qformer", "resampler", "gated")
 PICTURES = ("", "_shuffled", "_blank")
@@ -21,11 +28,15 @@ PICTURES = ("", "_shuffled", "_blank")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    results = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
+    parser.add_argument("--untrained", action="store_true", help="also how well the recipe's models point at the start")
+    chosen = parser.parse_args()
+    results = json.loads(chosen.results.read_text(encoding="utf-8"))
     rows = {(row["method"], row["metric"]): row for row in results["summary"]}
     methods = [method for method in METHODS if (method, "accuracy") in rows]
-    for table in (by_type, compared, pointed):
-        sys.stdout.write(table(rows, methods) + "\n\n")
+    for made in (by_type, compared, pointed):
+        sys.stdout.write(made(rows, methods) + "\n\n")
+    if chosen.untrained:
+        sys.stdout.write(pointed(untrained(("mlp", "gated")), ("mlp", "gated")) + "\n")
 
 
 def by_type(rows: dict, methods: Sequence[str]) -> str:
@@ -63,6 +74,23 @@ def pointed(rows: dict, methods: Sequence[str]) -> str:
     ]  # fmt: skip
     head = ["connector", "words", "best head", "chance", "all heads", "among things", "chance", "to picture"]
     return table(head, lines)
+
+
+@torch.no_grad()
+def untrained(methods: Sequence[str], seeds: int = 3) -> dict:
+    """Pointing of models as they are made, before any step."""
+    recipe = read("scenes_vlm")
+    source, rows = Scenes(level=recipe.data["level"]), {}
+    for method in methods:
+        found = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model, _ = build(parse(method, recipe), recipe, source)
+            found.append(pointing_metrics(model.eval(), source))  # type: ignore[arg-type]
+        for name in found[0]:
+            values = [metrics[name] for metrics in found]
+            rows[method, name] = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+    return rows
 
 
 def spread(row: dict) -> str:
