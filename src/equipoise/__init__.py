@@ -41,6 +41,7 @@ from .balance import UMT as UMT
 from .balance import AMCo as AMCo
 from .balance import Balancer as Balancer
 from .balance import Balancing as Balancing
+from .balance import Consistency as Consistency
 from .balance import Exposure as Exposure
 from .balance import GradientBlending as GradientBlending
 from .balance import Greedy as Greedy

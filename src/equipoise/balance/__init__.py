@@ -6,6 +6,7 @@ from .balancing import Balancing as Balancing
 from .base import Balancer as Balancer
 from .blending import GradientBlending as GradientBlending
 from .cml import CML as CML
+from .consistency import Consistency as Consistency
 from .dropout import ModalityDropout as ModalityDropout
 from .exposure import Exposure as Exposure
 from .folding import fold as fold

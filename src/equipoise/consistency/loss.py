@@ -105,7 +105,9 @@ class ConsistencyLoss(nn.Module):
                     got=f"{[part.shape[1] for part in pooled]}", fix="Give slots=8 and dim, which pools them.",
                 )  # fmt: skip
             masks = [_mask(part, whole) for part in parts]
-        units = [nn.functional.normalize(part.float(), dim=-1) for part in pooled]
+        # Singular values want single precision, or better where it is there.
+        exact = torch.promote_types(pooled[0].dtype, torch.float32)
+        units = [nn.functional.normalize(part.to(exact), dim=-1) for part in pooled]
         return supermatrix_from_tokens(units, temperature=self.temperature, masks=masks, sinkhorn=self.sinkhorn)
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
