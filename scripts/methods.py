@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 PACKAGE = ROOT / "src" / "equipoise"
 
-TESTS = {"static": "fusion", "joint": "fusion", "dropout": "modality_dropout"}
+TESTS = {"consistency": "balance_consistency", "static": "fusion", "joint": "fusion", "dropout": "modality_dropout"}
 """File of a method -> the name of its tests, where it is another one."""
 
 REPRODUCED = [

@@ -37,9 +37,10 @@ class Consistency(Balancer):
     cycle: the term then asks for hard maps alone.
 
     Reference: ours; the terms are those of spec 6.3 and 6.4.
-    Differs from the seed text in: r* in place of the bare nuclear norm, which uniform maps minimise.
+    Differs from the paper in: there is none; r* in place of the bare nuclear norm, which uniform maps minimise.
 
     Example:
+        >>> import torch
         >>> import equipoise as eq
         >>> encoders = {name: torch.nn.Linear(3, 8) for name in ("audio", "image", "text")}
         >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2)
