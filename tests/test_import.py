@@ -57,3 +57,8 @@ def test_lazy_names_are_modules(plain, name):
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="module 'equipoise' has no attribute 'rolingq'"):
         _ = eq.rolingq
+
+
+def test_the_program_tells_its_help_without_the_trainer():
+    heavy = {"lightning", "transformers", "matplotlib", "sklearn", "pandas", "torchmetrics"}
+    assert not heavy & loaded("import equipoise.cli")

@@ -12,7 +12,6 @@ from rich.table import Table
 from .. import record
 from ..recipes import Recipe
 from .command import described, out
-from .progress import counted
 
 EXAMPLES = (
     "equipoise judge openai/clip-vit-base-patch32                    two towers: finding emoji and their names",
@@ -43,6 +42,7 @@ def judge(options: Namespace) -> int:
     from .. import data
     from ..published import judge as ask
     from ..published.load import fitting, load_for
+    from .progress import counted
 
     name = Path(options.model).name
     work = options.data or fitting(options.model)
