@@ -30,8 +30,9 @@ def slow(tokens, concepts, temperature):
         for concept in concepts:
             weights = [math.exp(float(concept @ value) / math.sqrt(len(concept))) for value in valid]
             pooled = sum(w * value for w, value in zip(weights, valid, strict=True)) / sum(weights)
-            rows.append(pooled / pooled.norm())
-        units.append(rows)
+            rows.append(pooled)
+        centre = sum(rows) / len(rows)
+        units.append([(row - centre) / (row - centre).norm() for row in rows])
     count, size = len(units), len(concepts)
     whole = torch.eye(count * size, dtype=torch.float64)
     for i in range(count):

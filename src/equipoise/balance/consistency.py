@@ -17,7 +17,8 @@ from .modalities import check_modalities
 class Consistency(Balancer):
     """Adds the consistency of the maps between modalities to the loss, whatever the fusion does::
 
-        c_m = softmax(concepts tokens_m^T / sqrt(d)) tokens_m,   P_mn = softmax(cos(c_m, c_n) / temperature)
+        c_m = softmax(concepts tokens_m^T / sqrt(d)) tokens_m, less their mean over the concepts
+        P_mn = softmax(cos(c_m, c_n) / temperature)
         L   = L_task + weight * mean over samples of log(r*(P) / M)
 
     A sample that lacks a modality counts as 0. The concepts are learned with the model and nothing else uses them.
@@ -51,7 +52,7 @@ class Consistency(Balancer):
     """
 
     def __init__(
-        self, model: Multimodal, *, weight: float = 0.1, slots: int = 8, kind: Kind = "rank", temperature: float = 0.1
+        self, model: Multimodal, *, weight: float = 1.0, slots: int = 8, kind: Kind = "rank", temperature: float = 0.1
     ) -> None:
         super().__init__()
         check_modalities(model, "Consistency")

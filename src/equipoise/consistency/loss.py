@@ -27,14 +27,17 @@ class ConsistencyLoss(nn.Module):
     so that any numbers of tokens can be compared; maps between the concepts of two modalities are softmaxes of their
     cosines, and P holds them all::
 
-        c_i = softmax(concepts tokens_i^T / sqrt(d)) tokens_i,  P_ij = softmax(cos(c_i, c_j) / temperature)
+        c_i = softmax(concepts tokens_i^T / sqrt(d)) tokens_i,  less their mean over the concepts
+        P_ij = softmax(cos(c_i, c_j) / temperature)
         rank     log(r*(P) / M)         0 for hard maps that agree, log N for none; the default
         nuclear  |P|_* / (N M) - 1      contradiction alone
         cycle    cycle_error(P)         no singular values
 
     Differs from plain minimisation of the nuclear norm, which collapses: with I on the diagonal it is N M on all maps
     without contradiction, P = I and uniform maps included, so nothing keeps maps from becoming uniform. ``"rank"``
-    is smallest for hard maps alone; the low temperature keeps soft ones from hiding what they contradict.
+    is smallest for hard maps alone; the low temperature keeps soft ones from hiding what they contradict. What all
+    concepts of a modality have in common is taken out, since it makes every map uniform, where the loss has next to no
+    slope.
 
     Args:
         dim: width of the tokens; needed for slots.
@@ -138,7 +141,8 @@ class ConsistencyLoss(nn.Module):
         scores = part.values @ self.concepts.t() / part.dim**0.5
         if part.mask is not None:
             scores = scores.masked_fill(~part.mask[..., None], torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=1).transpose(1, 2) @ part.values
+        pooled = scores.softmax(dim=1).transpose(1, 2) @ part.values
+        return pooled - pooled.mean(dim=1, keepdim=True)
 
 
 def _mask(part: Tokens, whole: Bool[Tensor, " batch"]) -> Bool[Tensor, "some token"] | None:
