@@ -64,6 +64,16 @@ def test_the_models_own_scores_decide(emoji, kind):
         assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(found)
 
 
+def test_an_end_that_also_pads_is_read():
+    # As in OpenAI's CLIP, whose vector of a caption is that of its end.
+    model = small_published.clip()
+    ids, mask = torch.tensor([[1, 4, 2, 2, 2], [1, 5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    space = PretrainedSpace(model, padding=2, closes=True)
+    with torch.no_grad():
+        told = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
+
+
 def test_captions_go_into_the_template(emoji):
     shown = Shown(emoji, small_published.Processor(), template="red {}")
     ids = [small_published.WORDS.index(word) for word in ("red", "heart")]

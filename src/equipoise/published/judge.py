@@ -44,7 +44,8 @@ def judge(
             siglip = "siglip" in str(getattr(model.config, "model_type", ""))
             tokenizer = getattr(processor, "tokenizer", processor)
             padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1
-            space = PretrainedSpace(model, padding=padding, attends=not siglip)
+            closes = padding == tokenizer.eos_token_id
+            space = PretrainedSpace(model, padding=padding, attends=not siglip, closes=closes)
             return judged_space(space, Shown(source, processor, template=template, fixed=siglip), split)
         if not isinstance(source, Scenes):
             raise ConfigError("judge", expected="the data emoji or scenes", got=type(source).__name__)

@@ -29,6 +29,7 @@ class PretrainedSpace(nn.Module):
             whose pictures have one vector for each query.
         padding: id that fills short captions up.
         attends: whether the text tower is told which tokens are padding; SigLIP was trained without.
+        closes: whether the first padding is the end of the caption, as where CLIP has one token for both.
 
     Raises:
         ConfigError: a model without two towers.
@@ -36,14 +37,14 @@ class PretrainedSpace(nn.Module):
 
     names = ("image", "text")
 
-    def __init__(self, model: Any, *, padding: int, attends: bool = True) -> None:
+    def __init__(self, model: Any, *, padding: int, attends: bool = True, closes: bool = False) -> None:
         super().__init__()
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")) and not late(model):
             raise ConfigError(
                 "judge", expected="a model with a tower for pictures and one for words, such as CLIP, SigLIP or BLIP-2",
                 got=type(model).__name__, fix="A model that writes is judged at the scenes: --data scenes.",
             )  # fmt: skip
-        self.model, self.padding, self.attends = model, padding, attends
+        self.model, self.padding, self.attends, self.closes = model, padding, attends, closes
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
         """name -> unit vectors (batch, dim) of the modalities that are there; BLIP-2's pictures: (batch, query, dim).
@@ -56,7 +57,8 @@ class PretrainedSpace(nn.Module):
             found["image"] = F.normalize(self._pictures(batch["image"]).float(), dim=-1)
         if "text" in batch:
             ids = batch["text"]
-            mask = {"attention_mask": (ids != self.padding).long()} if self.attends else {}
+            filled = (ids == self.padding).cumsum(dim=1)
+            mask = {"attention_mask": (filled <= self.closes).long()} if self.attends else {}
             found["text"] = F.normalize(self._captions(ids, mask).float(), dim=-1)
         return found
 
