@@ -128,6 +128,14 @@ def test_captions_are_greedy(kind):
         assert set(words[end:]) <= {IDS["<pad>"]}
 
 
+def test_a_caption_has_no_second_picture():
+    model = language()
+    picture = torch.tensor(IDS["<image>"])
+    # What it would say all the time.
+    model.language.lm_head.register_forward_hook(lambda module, args, said: said.index_fill(-1, picture, 99.0))
+    assert IDS["<image>"] not in model.caption({"image": batch(3)["image"]}, longest=4)
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_a_few_steps_teach_and_the_seed_is_everything(kind):
     def trained():

@@ -121,7 +121,10 @@ class PictureReader(nn.Module):
         text = prompt.expand(len(patches), -1)
         over = torch.zeros(len(patches), dtype=torch.bool, device=patches.device)
         for _ in range(longest):
-            word = self.logits(self.stream(patches, text))[:, -1].argmax(dim=-1).masked_fill(over, self.ids["<pad>"])
+            likely = self.logits(self.stream(patches, text))[:, -1]
+            # A second picture there is none to stand for.
+            likely[:, self.ids["<image>"]] = -torch.inf
+            word = likely.argmax(dim=-1).masked_fill(over, self.ids["<pad>"])
             text, over = torch.cat([text, word[:, None]], dim=1), over | (word == self.ids["<end>"])
             if bool(over.all()):
                 break
