@@ -221,7 +221,7 @@ def test_what_is_transparent_becomes_white_and_what_is_no_square_gets_borders():
     assert made[4, 6].min() > 240
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBa", "CMYK", "YCbCr"])
 def test_every_usual_mode_is_read(mode):
     made = read_picture(Image.new("RGB", (16, 16), "white").convert(mode), 4)
     assert made.unique().tolist() == [255]
@@ -251,6 +251,13 @@ def test_files_that_are_no_pictures(tmp_path):
     (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
     with pytest.raises(DataError, match="expected a whole picture"):
         read_picture(tmp_path / "part.png", 32)
+
+
+def test_a_picture_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (16, 16)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match=r"expected a whole picture.*decompression bomb"):
+        read_picture(tmp_path / "bomb.png", 32)
 
 
 def test_pictures_move_as_a_whole():

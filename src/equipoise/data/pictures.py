@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError
 from .randomness import Draw
 
-MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "La", "RGBa")
+MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "RGBa")
 """Of eight bits or fewer for each colour; what more bits mean the file does not say."""
 SMALLEST, LONGEST = 8, 4.0
 
@@ -62,7 +62,7 @@ def _opened(picture: str | Path | Image.Image) -> tuple[str, Image.Image]:
             return who, opened
     except FileNotFoundError as error:
         raise DataError(who, expected="a picture", got="no such file") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
             who, expected="a whole picture, as PNG, JPEG, WebP or the like", got=" ".join(str(error).split())[:120],
             fix="Is it cut off, or a file of another kind?",
