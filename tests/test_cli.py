@@ -8,6 +8,7 @@ import pytest
 from equipoise import __version__, recipes, record
 from equipoise.cli import run
 from equipoise.cli.commands import COMMANDS
+from equipoise.cli.main import gathered, parser
 from small_runs import program, recipe, weights, write_recipe
 
 
@@ -85,6 +86,12 @@ def test_compare_goes_on(compared, capsys):
     assert "2 of 2 runs are already there." in said
     assert json.loads(before)["runs"] == record.read(folder)["runs"]
     assert (folder / "report.html").is_file()
+
+
+def test_several_options_of_one_variant_hold_together():
+    words = ["train", "--config", "transfer", "--method", "plain", "--variants.plain.width", "8"]
+    words = gathered([*words, "--variants.plain.kind=cycle"])
+    assert parser(words).parse_args(words).train.variants["plain"] == {"width": 8, "kind": "cycle"}
 
 
 def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):

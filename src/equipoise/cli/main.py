@@ -60,15 +60,15 @@ def parser(arguments: Sequence[str] = ()) -> ArgumentParser:
     return top
 
 
-OWN = re.compile(r"--((?:encoders|fusions|balancers)\.[^.=]+)\.([^=]+)(?:=(.*))?", re.DOTALL)
-"""An option of one encoder, fusion or balancer, with its value where that stands in the same word."""
+OWN = re.compile(r"--((?:encoders|fusions|balancers|variants)\.[^.=]+)\.([^=]+)(?:=(.*))?", re.DOTALL)
+"""An option of one encoder, fusion, balancer or variant, with its value where that stands in the same word."""
 
 PLAIN = re.compile(r"""[\w.+-]+|\[.*\]|\{.*\}|".*"|'.*'""", re.DOTALL)
 """Values that mean the same inside a YAML mapping; others are texts that need quotes there."""
 
 
 def gathered(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the options of one encoder, fusion or balancer as one; the parser would keep the last alone.
+    """The arguments with the options of one encoder, fusion, balancer or variant as one; the parser keeps the last one.
 
     Example:
         >>> gathered(["compare", "--balancers.ogm.alpha", "0.3", "--seeds", "2", "--balancers.ogm.end=4"])
