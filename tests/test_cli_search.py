@@ -92,7 +92,10 @@ def test_a_question_that_is_none(folder, capsys, tmp_path):
     assert "search: expected a text with a word in it, got ' '" in failed(capsys, *model, " ")
     assert "search: expected a text with a word in it, got '?!'" in failed(capsys, *model, "?!")
     assert "search: expected --top of 1 or more, got 0" in failed(capsys, *model, "dog", "--top", "0")
-    assert "expected a known word, got 'qqqq'" in failed(capsys, *model, "qqqq")
+    said = failed(capsys, *model, "qqqq")
+    assert "expected a known word, got 'qqqq'. Choose one of: 0, 00, 1" in said
+    assert "in all)" in said
+    assert len(said) < 400
     assert "of at most 24 words, got 30" in failed(capsys, *model, "dog " * 30)
 
 

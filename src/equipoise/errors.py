@@ -45,11 +45,16 @@ class SchemaError(EquipoiseError):
     """A results file or checkpoint written by another version."""
 
 
+MOST_LISTED = 100
+"""Names that are listed whole; of the words of a data set the first few do."""
+
+
 def unknown_name(who: str, kind: str, name: str, known: Iterable[str], *, like: str | None = None) -> ConfigError:
     """The error for a name that nobody has, with the closest names that somebody has; ``like`` is compared for it."""
     known = sorted(known)
     close = difflib.get_close_matches(name if like is None else like, known, n=3, cutoff=0.5)
-    fix = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else f"Choose one of: {', '.join(known)}."
+    listed = ", ".join(known if len(known) <= MOST_LISTED else [*known[:20], f"... ({len(known)} in all)"])
+    fix = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else f"Choose one of: {listed}."
     return ConfigError(who, expected=f"a known {kind}", got=repr(name), fix=fix)
 
 
