@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import equipoise as eq
+from equipoise.data import load
 from equipoise.data.emoji import Combinations
+from equipoise.data.scenes import Scenes
 from equipoise.encoders import PatchEncoder, SequenceEncoder, TextEncoder
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.objective import Objective
@@ -314,6 +316,26 @@ def test_it_is_a_model_of_recipes():
         ConfigError, match=r"expected data of one thing in a sample.*got Source for retrieval.*items: 1"
     ):
         SharedSpace.for_data(scenes, encoders("image", "text"))
+
+
+def test_texts_with_their_answers_are_no_space():
+    with pytest.raises(ConfigError, match=r"expected data of one thing in a sample.*got Scenes for language"):
+        SharedSpace.for_data(Scenes(samples=128), encoders("image", "text"))
+
+
+def test_letters_may_be_vectors():
+    source = load("triples", letters="vectors")
+    towers = {"image": torch.nn.Flatten(), "text": torch.nn.Flatten()}
+    towers["image"].dim, towers["text"].dim = 64, 216
+    batch = source.batch("val", torch.arange(3), seed=0, epoch=0, train=False)
+    found = SharedSpace.for_data(source, towers, dim=5).embed(batch)
+    assert {name: part.shape for name, part in found.items()} == {"image": (3, 5), "text": (3, 5)}
+
+
+@pytest.mark.parametrize("options", [{"dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_options_out_of_range(options):
+    with pytest.raises(ConfigError, match=r"SharedSpace: expected dim >= 1 and 0 <= dropout < 1, got dim = "):
+        SharedSpace(encoders("image", "text"), **options)
 
 
 def test_the_page_runs(capsys):

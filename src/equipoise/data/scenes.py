@@ -105,6 +105,7 @@ class Scenes(Dataset):
     """
 
     names = ("image", "text")
+    task = "language"
     num_outputs = len(WORDS)
     patch, lexicon = PATCH, WORDS
     vocabulary = {"text": len(WORDS)}  # noqa: RUF012

@@ -74,6 +74,10 @@ class SharedSpace(Objective):
         super().__init__()
         if len(encoders) < 2:
             raise ConfigError("SharedSpace", expected="two or more modalities", got=f"{', '.join(encoders) or 'none'}")
+        if dim < 1 or not 0 <= dropout < 1:
+            raise ConfigError(
+                "SharedSpace", expected="dim >= 1 and 0 <= dropout < 1", got=f"dim = {dim}, dropout = {dropout}"
+            )
         if loss not in LOSSES:
             raise unknown_name("SharedSpace", "loss", str(loss), LOSSES)
         self.names = tuple(encoders)
@@ -90,8 +94,8 @@ class SharedSpace(Objective):
 
     @classmethod
     def for_data(cls, source: Any, encoders: Mapping[str, nn.Module], **options: Any) -> SharedSpace:
-        shapes = {name: values.shape[1:] for name, values in source.train.inputs.items()}
-        if source.train.target.ndim != 1 or source.train.target.is_floating_point() or shapes != source.shapes:
+        target = source.train.target
+        if source.task not in ("classification", "retrieval") or target.ndim != 1 or target.is_floating_point():
             raise ConfigError(
                 "model 'space'", expected="data of one thing in a sample, with a whole number that says which",
                 got=f"{type(source).__name__} for {source.task}",
