@@ -1,5 +1,7 @@
 """Published models at our work: their own scores come out, and what they write is read as an answer."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from equipoise.look.grid import Grid
 from equipoise.published import PretrainedSpace, Shown, Writer, judge
 from equipoise.published.load import fitting, load_for
 from equipoise.published.pointing import ROWS, covered, place_of, pointed
-from equipoise.published.writers import in_our_words, picture_of, question_of
+from equipoise.published.writers import in_our_words, picture_of, question_of, replies
 from tolerance import TOL
 
 
@@ -154,6 +156,16 @@ def test_a_writer_is_judged_with_and_without_its_picture(scenes):
     assert found == judge(asker.model, asker.processor, scenes, samples=16)
 
 
+def test_the_blank_picture_tells_no_colours(scenes, monkeypatch):
+    asker, shown = writer(), []
+    made = SimpleNamespace(inputs={})
+    monkeypatch.setattr(Writer, "prompt", lambda self, text, picture: shown.append(picture) or made)
+    monkeypatch.setattr(Writer, "reply", lambda self, inputs, most: "")
+    assert len(dict(replies(asker, scenes, "test", 3, "blank", lambda: None))) == 3
+    level = round(float(scenes.train.inputs["image"].double().mean()))
+    assert [picture.getcolors() for picture in shown] == [[(192 * 192, (level, level, level))]] * 3
+
+
 @pytest.mark.parametrize(
     ("said", "first", "read"),
     [
@@ -168,6 +180,14 @@ def test_replies_are_read_in_our_words(scenes, said, first, read):
 def test_words_of_several_tokens_end_at_their_last():
     assert place_of(["red", " tri", "angle", "s"], "triangle") == 2
     assert place_of(["red"], "blue") is None
+    assert place_of([], "blue") is None
+
+
+def test_a_word_inside_another_one_is_not_meant():
+    asked = ["<|im_start|>", "user", " the", " star", "?", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert place_of(asked, "star") == 3
+    assert place_of([" a", " scared", " card"], "car") is None
+    assert place_of([" a", " car, parked"], "car") == 1
 
 
 def test_what_a_frame_cuts_off_covers_nothing():

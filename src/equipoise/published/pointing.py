@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float
@@ -90,19 +92,18 @@ def pointed(
 def place_of(texts: Sequence[str], word: str) -> int | None:
     """The token that ends the last occurrence of a word; None where it is not there.
 
+    Letters beside it in the same token make another word of it: there is no star in "<|im_start|>".
+
     Example:
         >>> place_of(["<image>", " is", " the", " tri", "angle", " red"], "triangle")
         4
     """
-    whole = "".join(texts).lower()
-    start = whole.rfind(word)
-    if start < 0:
-        return None
-    length = 0
-    for place, text in enumerate(texts):
-        length += len(text)
-        if length >= start + len(word):
-            return place
+    whole, ends = "".join(texts).lower(), list(accumulate(map(len, texts)))
+    for found in reversed(list(re.finditer(re.escape(word), whole))):
+        start, end = found.span()
+        before = start in (0, *ends) or not whole[start - 1].isalpha()
+        if before and (end in ends or not whole[end].isalpha()):
+            return next(place for place, until in enumerate(ends) if until >= end)
     return None
 
 

@@ -50,12 +50,13 @@ def replies(
 ) -> Iterator[tuple[int, str]]:
     """(position, reply in the words of the scenes) of the first samples of a split."""
     other = turned(len(source.split(split)))
+    # The mean of all training pictures, as ours are asked; that of the picture itself would tell of its colours.
+    level = round(source.train.inputs["image"].float().mean().item())
+    empty = Image.new("RGB", (SIDE, SIDE), (level, level, level))
     kinds = source.kinds(split)
     for place in range(samples):
         shown = picture_of(source, split, int(other[place]) if picture == "shuffled" else place)
-        asked = question_of(source, split, place)
-        prompt = writer.prompt(asked, shown)
-        inputs = prompt.blank["image"] if picture == "blank" else prompt.inputs
+        inputs = writer.prompt(question_of(source, split, place), empty if picture == "blank" else shown).inputs
         kind = "caption" if kinds[place] == "caption" else "answer"
         with torch.no_grad():
             said = writer.reply(inputs, MOST_WORDS[kind])
