@@ -214,6 +214,8 @@ class Correspondence(Objective):
         return place, has & found.present[one] & found.present[other].gather(1, place)
 
     def _scenes(self, batch: Mapping[str, Tensor]) -> Scenes:
+        device = next(self.parameters()).device
+        batch = {name: values.to(device) for name, values in batch.items()}
         found = self(batch)
         target = self._target(batch, found)
         sought = {pair: self.partners(found, target, *pair) for pair in found.maps}

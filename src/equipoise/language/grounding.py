@@ -117,8 +117,9 @@ def looked(
         region: patches, row by row.
         others: patches of other things.
     """
-    on_patches = torch.where(region, OBJECT, torch.where(others, OTHER, GROUND))
-    stream = model.stream(model.patches(image), text)
+    device = next(model.parameters()).device
+    on_patches = torch.where(region, OBJECT, torch.where(others, OTHER, GROUND)).to(device)
+    stream = model.stream(model.patches(image.to(device)), text.to(device))
     if stream.media is None:
         labels = torch.full_like(stream.modality, TEXT)
         labels[stream.modality == 1] = on_patches.flatten()
@@ -141,12 +142,13 @@ def attention_map(
         text: ids with "<image>".
         place: of the word, counted in ``text``.
     """
-    stream = model.stream(model.patches(image), text)
+    device = next(model.parameters()).device
+    stream = model.stream(model.patches(image.to(device)), text.to(device))
     labels = torch.zeros_like(stream.modality) if stream.media is None else torch.zeros(stream.media.shape[:2]).long()
     seen = _watched(model, stream, place, labels, tokens=True)
     maps = torch.stack([seen.tokens(site) for site in seen.sites], dim=1)
     if stream.media is None:
-        maps = maps[..., stream.modality[0] == 1]
+        maps = maps[..., (stream.modality[0] == 1).to(maps.device)]
     return maps / maps.sum(dim=-1, keepdim=True)
 
 
