@@ -70,6 +70,14 @@ def test_errors_of_a_class_say_which_one_it_was():
         build("joint", replace(made, encoders=encoders))
 
 
+@pytest.mark.parametrize("method", ["joint", "text"])
+def test_numbers_of_letters_are_refused_before_training(method):
+    made = replace(recipe(), data={"name": "triples"}, encoders={"audio": {}, "image": {}, "text": {}})
+    message = f"^method '{method}': expected modalities that noise can replace, got 'text', numbers of words or letters"
+    with pytest.raises(ConfigError, match=message):
+        build(method, made)
+
+
 def test_options_are_held_against_the_class():
     with pytest.raises(ConfigError, match=r"who: expected a known option of PatchEncoder, got 'size'\."):
         made(eq.PatchEncoder, "who", {"size": 3}, size=(8, 8))
