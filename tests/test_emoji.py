@@ -253,6 +253,16 @@ def test_files_that_are_no_pictures(tmp_path):
         read_picture(tmp_path / "part.png", 32)
 
 
+def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
+    image, turned = Image.new("RGB", (16, 16), "white"), Image.Exif()
+    image.paste("black", (0, 0, 16, 8))
+    turned[0x0112] = 6
+    image.save(tmp_path / "held.png", exif=turned)
+    made = read_picture(tmp_path / "held.png", 16)
+    assert made[:, :7].unique().tolist() == [255]
+    assert made[:, 9:].unique().tolist() == [0]
+
+
 def test_a_picture_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (16, 16)).save(tmp_path / "bomb.png")

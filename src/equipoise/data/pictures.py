@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DataError
@@ -59,7 +59,8 @@ def _opened(picture: str | Path | Image.Image) -> tuple[str, Image.Image]:
     try:
         with Image.open(picture) as opened:
             opened.load()
-            return who, opened
+            # Cameras store how they were held, and turn nothing.
+            return who, ImageOps.exif_transpose(opened)
     except FileNotFoundError as error:
         raise DataError(who, expected="a picture", got="no such file") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
