@@ -13,6 +13,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 import equipoise as eq
 import small_look
 import small_published
+from equipoise import record
+from equipoise.cli import run
 from equipoise.data import load
 from equipoise.data.vocabulary import WORDS
 from equipoise.errors import ConfigError, DataError
@@ -80,6 +82,9 @@ def test_captions_go_into_the_template(emoji):
     shown = Shown(emoji, small_published.Processor(), template="red {}")
     ids = [small_published.WORDS.index(word) for word in ("red", "heart")]
     assert shown.encoded(["heart"])[0].tolist()[:2] == ids
+    # Nothing else in braces means anything.
+    twice = Shown(emoji, small_published.Processor(), template="{} {cat} {}").encoded(["heart"])[0].tolist()
+    assert [number for number in twice if number > 3] == [5, 7, 5]
     with pytest.raises(ConfigError, match=r"judge template: expected a text with \{\}"):
         Shown(emoji, small_published.Processor(), template="a picture")
 
@@ -232,6 +237,15 @@ def test_models_are_read_from_folders(tmp_path):
     with pytest.raises(DataError, match=r"judge: expected a folder or a name on the hub with config\.json"):
         fitting(tmp_path / "nowhere")
     assert eq.judge is judge
+
+
+def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
+    assert run(["judge", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    said = record.read(tmp_path / "out")
+    assert said["protocol"]["methods"] == ["small"]
+    assert said["runs"][0]["metrics"]["chance/recall@1"] == pytest.approx(1 / 183)
+    assert "recall@1" in capsys.readouterr().out
 
 
 def test_pictures_are_shown_large(scenes):

@@ -44,7 +44,8 @@ def judge(options: Namespace) -> int:
     from ..published.load import fitting, load_for
     from .progress import counted
 
-    name = Path(options.model).name
+    model = Path(options.model)
+    name = model.resolve().name if model.name in ("", "..") else model.name
     work = options.data or fitting(options.model)
     source = data.load(work, **({"level": options.level} if work == "scenes" else {}))
     with out.status("loading the model"):

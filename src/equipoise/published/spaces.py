@@ -122,7 +122,7 @@ class Shown:
     def encoded(self, texts: Sequence[str]) -> Tensor:
         """(text, token) ids, padded on the right and cut at the tokenizer's limit."""
         found = self._tokenizer(
-            [self._template.format(text) for text in texts], padding="max_length" if self._fixed else True,
+            [self._template.replace("{}", text) for text in texts], padding="max_length" if self._fixed else True,
             truncation=True, max_length=self._limit, return_tensors="pt",
         )  # fmt: skip
         return found["input_ids"]
