@@ -450,3 +450,10 @@ def test_the_page_of_the_recipe():
     assert ways[3].startswith("| consistency, as mapped | 80.0 \u00b1 14.1 | plain, composed | +35.0 (2 of 2, p = ")
     with canvas.themed():
         assert canvas.to_png(page.figure(runs)).startswith(b"\x89PNG")
+
+
+def test_modalities_with_different_numbers_of_items_are_told():
+    batch = scenes()
+    batch["text"] = batch["text"][:, :2]
+    with pytest.raises(ShapeError, match=r"expected equally many items in all modalities, got \{.*'text': 2\}"):
+        made().losses(batch)

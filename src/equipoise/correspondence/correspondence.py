@@ -250,6 +250,9 @@ class Correspondence(Objective):
         return tokens.pooled().unflatten(0, shape), tokens.present().unflatten(0, shape)
 
     def _target(self, batch: Mapping[str, Tensor], found: Found) -> Int[Tensor, "batch modality item"]:
+        counts = {name: mask.shape[1] for name, mask in found.present.items()}
+        if len(set(counts.values())) > 1:
+            raise ShapeError("Correspondence", expected="equally many items in all modalities", got=f"{counts}")
         target, (scenes, items) = batch["target"], next(iter(found.present.values())).shape
         if tuple(target.shape) != (scenes, len(self.names), items) or target.is_floating_point():
             raise ShapeError(
