@@ -337,7 +337,8 @@ def test_why_there_are_no_maps(case):
     [
         ({"source": "keys"}, ConfigError, "expected source 'attention' or 'tokens', .* got source = 'keys'"),
         ({"samples": 0}, ConfigError, "samples >= 1, .* samples = 0"),
-        ({"parts": 0}, ConfigError, "parts >= 1 .* parts = 0"),
+        ({"parts": 0}, ConfigError, "parts >= 1, .* parts = 0"),
+        ({"worst": -1}, ConfigError, "worst >= 0 .* worst = -1"),
         ({"temperature": 0.0}, ConfigError, "temperature > 0, .* temperature = 0"),
         ({"tokens": {"audio": ["one"]}}, ShapeError, "tokens 'audio': expected a name for each of its 7 tokens, got 1"),
         ({"tokens": {"audoi": ["one"]}}, ConfigError, "known modality, got 'audoi'. Did you mean 'audio'"),

@@ -165,10 +165,11 @@ def attention_consistency(
 
     Reference: spec 6.
     """
-    if source not in ("attention", "tokens") or samples < 1 or parts < 1 or temperature <= 0:
+    if source not in ("attention", "tokens") or min(samples, parts, worst + 1) < 1 or temperature <= 0:
         raise ConfigError(
-            WHO, expected="source 'attention' or 'tokens', samples >= 1, parts >= 1 and temperature > 0",
-            got=f"source = {source!r}, samples = {samples}, parts = {parts}, temperature = {temperature}",
+            WHO, expected="source 'attention' or 'tokens', samples >= 1, parts >= 1, worst >= 0 and temperature > 0",
+            got=f"source = {source!r}, samples = {samples}, parts = {parts}, worst = {worst}, "
+            f"temperature = {temperature}",
         )  # fmt: skip
     for name in tokens or ():
         if name not in getattr(model, "names", ()):
