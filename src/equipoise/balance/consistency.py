@@ -35,7 +35,7 @@ class Consistency(Balancer):
 
     It helps where correspondence is known for some pairs of modalities and wanted for another, see the page on
     consistency. A classification that has all modalities knows their correspondence already: measured there it gives
-    nothing, and at weight 1 costs accuracy with one of them destroyed, since tokens that must agree rely on each other.
+    nothing, and at weight 1 costs accuracy where one of them is destroyed.
     Two modalities have no cycle: the term then asks for hard maps alone.
 
     Reference: ours; the terms are those of spec 6.3 and 6.4.
