@@ -239,6 +239,21 @@ def test_models_are_read_from_folders(tmp_path):
     assert eq.judge is judge
 
 
+@pytest.mark.parametrize("size", [5, 3000])
+def test_weights_that_are_cut_off_are_told(tmp_path, size):
+    weights = small_published.saved_clip(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"judge: expected a folder .* with config\.json and model\.safetensors, got"):
+        load_for("emoji", tmp_path, device="cpu")
+
+
+def test_weights_of_another_size_are_told(tmp_path):
+    config = small_published.saved_clip(tmp_path) / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 20'))
+    with pytest.raises(DataError, match=r"model\.safetensors, got '.*' \(You set `ignore_mismatched_sizes`"):
+        load_for("emoji", tmp_path, device="cpu")
+
+
 def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
     assert run(["judge", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0

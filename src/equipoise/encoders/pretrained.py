@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
@@ -49,7 +50,7 @@ def load_model(cls: Any, source: str, who: str, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(
             who, expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model there with save_pretrained(folder); pickled weights and code from the hub are not run.",
