@@ -1,6 +1,7 @@
 """Encoders of the published settings: ViT and ResNet on transformers' models, against loops."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import equipoise as eq
 from equipoise.encoders.pretrained import for_channels
 from equipoise.encoders.vit import interpolated
 from equipoise.errors import ConfigError, DataError, ShapeError
-from equipoise.train.methods import _encoder
+from equipoise.train import methods
 from oracles_fusion import doubles, transformer
 from tolerance import TOL
 
@@ -284,18 +285,22 @@ def test_without_transformers(call, fix, monkeypatch):
         call()
 
 
+def made(name, options, shape):
+    return methods.encoder(name, options, SimpleNamespace(shapes={name: shape}, vocabulary={}))
+
+
 def test_recipes_know_them_by_name(vit_folder):
     small = {"patch": 2, "dim": 12, "depth": 1, "heads": 3}
-    encoder = _encoder("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
+    encoder = made("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
     assert (encoder.frames, encoder.channels, encoder.size) == (2, 3, (8, 8))
-    encoder = _encoder("image", {"name": "ResNetEncoder", "dim": 12}, (2, 1, 8, 8))
+    encoder = made("image", {"name": "ResNetEncoder", "dim": 12}, (2, 1, 8, 8))
     assert (encoder.frames, encoder.channels, encoder.dim) == (2, 1, 12)
-    assert _encoder("image", {"name": "Backbone", "model": str(vit_folder)}, (3, 8, 8)).dim == 12
-    sequence = _encoder("text", {"dim": 10, "heads": 5, "depth": 1, "bias": False}, (50, 3))
+    assert made("image", {"name": "Backbone", "model": str(vit_folder)}, (3, 8, 8)).dim == 12
+    sequence = made("text", {"dim": 10, "heads": 5, "depth": 1, "bias": False}, (50, 3))
     assert (sequence.features, sequence.max_length, sequence.project.bias) == (3, 50, None)
     message = (
         r"encoder 'image': expected samples of shape \(channel, height, width\), or .*ViTEncoder for .*, "
         r"got PatchEncoder for samples of shape \(2, 3, 8, 8\)"
     )
     with pytest.raises(ConfigError, match=message):
-        _encoder("image", {"name": "PatchEncoder", "dim": 8, "patch": 2}, (2, 3, 8, 8))
+        made("image", {"name": "PatchEncoder", "dim": 8, "patch": 2}, (2, 3, 8, 8))
