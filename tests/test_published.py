@@ -174,7 +174,7 @@ def test_the_blank_picture_tells_no_colours(scenes, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "first", "read"),
     [
-        ("Red.", True, "red"), ("The answer is: yes", True, "yes"), ("2", True, "two"), ("bluish", True, ""),
+        ("Red.", True, "red"), ("10", True, ""), ("The answer is: yes", True, "yes"), ("2", True, "two"), ("bluish", True, ""),
         ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
     ],
 )  # fmt: skip
@@ -227,6 +227,9 @@ def test_what_does_not_fit_is_told(scenes, emoji):
 def test_models_are_read_from_folders(tmp_path):
     folder = small_published.saved_clip(tmp_path / "clip")
     assert fitting(folder) == "emoji"
+    for name, model in (("writes", small_look.llava()), ("finds", small_published.blip2())):
+        model.save_pretrained(tmp_path / name)
+    assert (fitting(tmp_path / "writes"), fitting(tmp_path / "finds")) == ("scenes", "emoji")
     model, processor = load_for("emoji", folder, device="cpu")
     close(model.logit_scale, small_published.clip().logit_scale)
     assert isinstance(PretrainedSpace(model, padding=processor.tokenizer.pad_token_id), torch.nn.Module)

@@ -20,6 +20,8 @@ EPILOG = """examples:
   equipoise train --config digits --method joint+rollingq --out runs/mine
   equipoise diagnose runs/mine                      does it use what it is given? -> verdicts and a page
   equipoise look MODEL --image cat.png --text "What is on the mat?"    where does a vision-language model look?
+  equipoise search --model runs/emoji "red heart"   pictures by words, in a space of train --config emoji_clip
+  equipoise judge openai/clip-vit-base-patch32      a published model at the work of ours
   equipoise report runs/demo                        results.json -> one self-contained page
   equipoise recipes cp digits                       take a recipe into this folder and own it
 

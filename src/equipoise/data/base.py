@@ -57,7 +57,7 @@ class Dataset(ABC):
     Attributes:
         names: modality names.
         num_outputs: classes, or outputs of a regression.
-        task: "classification", "multilabel" or "regression".
+        task: "classification", "multilabel" or "regression" for fusions; another word for data that other models read.
         train, val, test: Split.
         noise: name -> (mean, standard deviation) of the standardised training inputs: the statistics of the noise
             that replaces a whole modality (spec 8.3).

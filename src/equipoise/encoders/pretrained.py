@@ -27,13 +27,14 @@ def huggingface(who: str) -> Any:
     return transformers
 
 
-def load_model(cls: Any, source: str, who: str, **options: Any) -> Any:
+def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **options: Any) -> Any:
     """A model of a class of transformers.
 
     Args:
         cls: has ``from_pretrained``.
         source: a folder with ``config.json`` and ``model.safetensors``, or a name on the hub.
         who: begins the error's message.
+        pooled: what the model pools is read; otherwise a pooler, which is often not stored, may be missing.
         options: changes of the configuration.
 
     Raises:
@@ -55,8 +56,8 @@ def load_model(cls: Any, source: str, who: str, **options: Any) -> Any:
             who, expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model there with save_pretrained(folder); pickled weights and code from the hub are not run.",
         ) from error  # fmt: skip
-    # Hugging Face would leave them random, and say so in a log. A pooler is not read here, and often not stored.
-    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    # Hugging Face would leave them random, and say so in a log.
+    missing = sorted(name for name in found["missing_keys"] if pooled or "pooler" not in name)
     if missing:
         raise DataError(
             who, expected=f"{expected} of a {type(model).__name__}", got=f"'{source}', which lacks {missing[0]}",

@@ -14,7 +14,9 @@ TOWERS = "AutoModelForZeroShotImageClassification"
 
 
 def fitting(source: str | Path) -> str:
-    """The data at which a model is judged: "emoji" with two towers, "scenes" where it writes. BLIP-2 can do both.
+    """The data at which a model is judged: "emoji" with two towers, "scenes" where it writes.
+
+    BLIP-2 can be either; what the folder was saved from decides.
 
     Raises:
         ConfigError: transformers is missing. DataError: no configuration there.
@@ -28,7 +30,8 @@ def fitting(source: str | Path) -> str:
             got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model and its processor there with save_pretrained(folder).",
         ) from error  # fmt: skip
-    return "emoji" if type(config) in getattr(hf, TOWERS)._model_mapping else "scenes"
+    writes = any("ForConditionalGeneration" in name for name in config.architectures or ())
+    return "emoji" if type(config) in getattr(hf, TOWERS)._model_mapping and not writes else "scenes"
 
 
 def load_for(data: str, source: str | Path, *, dtype: str | None = None, device: str | None = None) -> Loaded:
@@ -40,7 +43,7 @@ def load_for(data: str, source: str | Path, *, dtype: str | None = None, device:
     if data == "scenes":
         return load_any(source, dtype=dtype, device=device)
     hf = huggingface("judge")
-    model = load_model(getattr(hf, TOWERS), str(source), "judge").to(device_of(device)).eval()
+    model = load_model(getattr(hf, TOWERS), str(source), "judge", pooled=True).to(device_of(device)).eval()
     try:
         processor = hf.AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

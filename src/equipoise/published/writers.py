@@ -92,7 +92,7 @@ def in_our_words(said: str, source: Scenes, *, first: bool) -> str:
         >>> in_our_words("It is Red.", scenes, first=True), in_our_words("2 cars", scenes, first=True)
         ('red', 'two')
     """
-    words = [NUMBERS[int(word)] if word in "0123" else word for word in re.findall(r"[a-z]+|[0-3]", said.lower())]
+    words = [NUMBERS[int(word)] if word in "0123" else word for word in re.findall(r"[a-z]+|\b[0-3]\b", said.lower())]
     if first:
         answers = {source.lexicon[number] for number in source.train.target.tolist() if number >= 0}
         return next((word for word in words if word in answers), "")
