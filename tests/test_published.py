@@ -174,7 +174,8 @@ def test_the_blank_picture_tells_no_colours(scenes, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "first", "read"),
     [
-        ("Red.", True, "red"), ("10", True, ""), ("The answer is: yes", True, "yes"), ("2", True, "two"), ("bluish", True, ""),
+        ("Red.", True, "red"), ("10", True, ""), ("The answer is: yes", True, "yes"), ("2", True, "two"),
+        ("bluish", True, ""),
         ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
     ],
 )  # fmt: skip
