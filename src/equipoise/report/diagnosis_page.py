@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..errors import ConfigError
 from . import canvas
 from .diagnosis_figures import FIGURES
@@ -16,7 +14,7 @@ from .diagnosis_metrics import is_score, label, ordered, shown, source_of
 from .diagnosis_subject import Picture, Subject
 from .diagnosis_words import WORDS
 from .evidence import ERRORS
-from .page import asset, bound, embedded, flat
+from .page import asset, bound, embedded, flat, template
 from .verdict import Verdict, headline
 from .wording import counted, listed
 
@@ -66,13 +64,8 @@ def diagnosis_page(contents: Sequence[Mapping[str, Any]]) -> str:
     contents = _told_apart(contents)
     subjects = [Subject(content, place, names) for place, content in enumerate(contents)]
     models = [_model(subject) for subject in subjects]
-    templates = Environment(
-        loader=PackageLoader("equipoise.report", "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters["bound"] = bound
     script = asset("diagnosis.js")
-    return templates.get_template("diagnosis.html.j2").render(
+    return template("diagnosis.html.j2", bound=bound).render(
         title=models[0].headline if len(models) == 1 else f"{listed([model.name for model in models])}, side by side",
         subtitle=_subtitle(contents),
         models=models,

@@ -11,14 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import SchemaError
 from ..files import write_whole
 from . import canvas, look_figures, look_sentences
 from .look_sentences import Shares
-from .page import Picture, bound, embedded
+from .page import Picture, bound, embedded, template
 
 SCHEMA = 1
 
@@ -57,14 +56,9 @@ def look_page(content: Mapping[str, Any]) -> str:
     """The page as a text."""
     if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("look", SCHEMA):
         raise SchemaError("look_report", expected=f"a look of schema {SCHEMA}", got=_kind(content))
-    templates = Environment(
-        loader=PackageLoader("equipoise.report", "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters |= {"bound": bound, "shown": shown}
     shares = Shares(content)
     script = _asset("look.js")
-    return templates.get_template("look.html.j2").render(
+    return template("look.html.j2", bound=bound, shown=shown).render(
         look=content,
         title=look_sentences.headline(shares),
         verdict=look_sentences.verdict(shares),

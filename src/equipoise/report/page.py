@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..record import plain, read, validate, write_whole
@@ -72,14 +72,9 @@ def page(results: Mapping[str, Any]) -> str:
         >>> "<h1>No run yet</h1>" in page({"schema": 1, "protocol": {}, "environment": {}, "runs": [], "summary": []})
         True
     """
-    templates = Environment(
-        loader=PackageLoader("equipoise.report", "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     readings = Readings(results)
     script = asset("report.js")
-    templates.filters["bound"] = bound
-    return templates.get_template("report.html.j2").render(
+    return template("report.html.j2", bound=bound).render(
         title=sentences.headline(readings),
         subtitle=_subtitle(readings),
         verdict=sentences.verdict(readings),
@@ -123,6 +118,16 @@ def embedded(results: Mapping[str, Any]) -> Markup:
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)
+
+
+def template(name: str, **filters: Callable[..., Any]) -> Template:
+    """A page to be filled in; whatever is put into it is escaped, and a value that lacks is an error."""
+    templates = Environment(
+        loader=PackageLoader("equipoise.report", "templates"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= filters
+    return templates.get_template(name)
 
 
 def asset(name: str) -> Markup:

@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..errors import SchemaError
 from ..files import write_whole
 from . import canvas
-from .page import asset
+from .page import asset, template
 from .wording import MINUS, counted, listed
 
 SCHEMA = 1
@@ -38,13 +36,8 @@ def search_page(content: Mapping[str, Any]) -> str:
     """The page as a text."""
     if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("search", SCHEMA):
         raise SchemaError("search_report", expected=f"a search of schema {SCHEMA}", got=_kind(content))
-    templates = Environment(
-        loader=PackageLoader("equipoise.report", "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters |= {"cosine": cosine, "trained": trained}
     script = asset("search.js")
-    return templates.get_template("search.html.j2").render(
+    return template("search.html.j2", cosine=cosine, trained=trained).render(
         search=content,
         title=headline(content),
         summary=summary(content),
