@@ -8,9 +8,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError
 from ..tokens import Tokens
-from .base import Encoder
+from .base import Encoder, check_pictures
 
 
 class ConvEncoder(Encoder):
@@ -65,13 +65,7 @@ class ConvEncoder(Encoder):
         return {"channels": shape[0], "size": shape[1:]} if len(shape) == 3 else None
 
     def forward(self, pixels: Float[Tensor, "batch channel height width"]) -> Tokens:
-        expected = (self.channels, *self.size)
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-            raise ShapeError(
-                "ConvEncoder",
-                expected=f"(batch, channel, height, width) = (batch, {', '.join(map(str, expected))})",
-                got=f"shape {tuple(pixels.shape)}", fix="Resize the pictures, or build the encoder for their size.",
-            )  # fmt: skip
+        check_pictures(pixels, (self.channels, *self.size), "ConvEncoder")
         last = self.dropout(nn.functional.gelu(self.norm(self.stages(pixels))))
         return Tokens(self.project(last.flatten(2).transpose(1, 2)))
 

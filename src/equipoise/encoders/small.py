@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..tokens import Tokens
 from ..transformer import Transformer, initialise, learned_token
-from .base import Encoder
+from .base import Encoder, check_pictures
 
 
 class PatchEncoder(Encoder):
@@ -66,14 +66,7 @@ class PatchEncoder(Encoder):
         return {"channels": shape[0], "size": shape[1:]} if len(shape) == 3 else None
 
     def forward(self, pixels: Float[Tensor, "batch channel height width"]) -> Tokens:
-        expected = (self.channels, *self.size)
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-            raise ShapeError(
-                "PatchEncoder",
-                expected=f"(batch, channel, height, width) = (batch, {', '.join(map(str, expected))})",
-                got=f"shape {tuple(pixels.shape)}",
-                fix="Resize the pictures, or build the encoder for their size.",
-            )
+        check_pictures(pixels, (self.channels, *self.size), "PatchEncoder")
         patches = self.patches(pixels).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls.expand(len(pixels), 1, -1), patches], dim=1) + self.positions
         return Tokens(self.transformer(self.dropout(tokens)), cls=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..encoders.pretrained import huggingface, load_model
 from ..errors import DataError
@@ -22,14 +23,7 @@ def fitting(source: str | Path) -> str:
         ConfigError: transformers is missing. DataError: no configuration there.
     """
     hf = huggingface("judge")
-    try:
-        config = hf.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            "judge", expected="a folder or a name on the hub with config.json",
-            got=f"'{source}' ({' '.join(str(error).split())[:200]})",
-            fix="Save a model and its processor there with save_pretrained(folder).",
-        ) from error  # fmt: skip
+    config = _read(hf.AutoConfig, source, "a folder or a name on the hub with config.json")
     writes = any("ForConditionalGeneration" in name for name in config.architectures or ())
     return "emoji" if type(config) in getattr(hf, TOWERS)._model_mapping and not writes else "scenes"
 
@@ -44,14 +38,7 @@ def load_for(data: str, source: str | Path, *, dtype: str | None = None, device:
         return load_any(source, dtype=dtype, device=device)
     hf = huggingface("judge")
     model = load_model(getattr(hf, TOWERS), str(source), "judge", pooled=True).to(device_of(device)).eval()
-    try:
-        processor = hf.AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            "judge", expected="the files of its processor beside the model",
-            got=f"'{source}' ({' '.join(str(error).split())[:200]})",
-            fix="Save it there with processor.save_pretrained(folder).",
-        ) from error  # fmt: skip
+    processor = _read(hf.AutoProcessor, source, "the files of its processor beside the model")
     words = model.config.get_text_config().vocab_size
     known = len(getattr(processor, "tokenizer", processor))
     if 2 * known < words:
@@ -61,3 +48,14 @@ def load_for(data: str, source: str | Path, *, dtype: str | None = None, device:
             fix="Save its own there with tokenizer.save_pretrained(folder).",
         )  # fmt: skip
     return Loaded(model, processor)
+
+
+def _read(cls: Any, source: str | Path, what: str) -> Any:
+    """What a class of transformers finds there."""
+    try:
+        return cls.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            "judge", expected=what, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            fix="Save a model and its processor there with save_pretrained(folder).",
+        ) from error  # fmt: skip
