@@ -1,5 +1,6 @@
 """Alignment by double loops in float64, written from the formulas of the specification (section 7)."""
 
+import itertools
 import math
 
 import numpy as np
@@ -89,17 +90,31 @@ def spliced(text, ids, labels, mask, places, media):
     return rows
 
 
-def rank_of_best(row, relevant, part):
-    best = max(row[j] for j in range(len(row)) if relevant[j])
-    others = [row[j] for j in range(len(row)) if not relevant[j]]
-    return 1 + sum(x > best for x in others) + part * sum(x == best for x in others)
+def neighbors(order):
+    return list(itertools.pairwise(order))
 
 
-def average_precision(row, relevant, part):
-    own = sorted((row[j] for j in range(len(row)) if relevant[j]), reverse=True)
-    others = [row[j] for j in range(len(row)) if not relevant[j]]
-    ahead = [sum(x > s for x in others) + part * sum(x == s for x in others) for s in own]
-    return sum((i + 1) / (i + 1 + n) for i, n in enumerate(ahead)) / len(own)
+def orders(row, relevant, ties):
+    """Relevance in the order of the ranking, for every order that equal items may have, by trying all permutations."""
+    everything = itertools.permutations(range(len(row)))
+    sorted_ = [order for order in everything if all(row[a] >= row[b] for a, b in neighbors(order))]
+    if ties != "average":
+        first = ties == "optimistic"
+        sorted_ = [
+            order
+            for order in sorted_
+            if all(row[a] > row[b] or (relevant[a] == first) >= (relevant[b] == first) for a, b in neighbors(order))
+        ]
+    return [[relevant[j] for j in order] for order in sorted_]
+
+
+def rank_of_first(ranking):
+    return 1 + ranking.index(True)
+
+
+def average_precision(ranking):
+    places = [place for place, right in enumerate(ranking) if right]
+    return sum((i + 1) / (place + 1) for i, place in enumerate(places)) / len(places)
 
 
 def warping(cost):

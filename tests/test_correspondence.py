@@ -323,7 +323,7 @@ def certain(target, wrong=()):
                 place[one, other], has[one, other] = partners(target, i, j)
                 columns = place[one, other] + ((one, other) in wrong)
                 maps[one, other] = torch.eye(target.shape[-1])[columns % target.shape[-1]]
-    told = {"audio": torch.tensor([True]), "image": torch.tensor([True, False]), "text": torch.tensor([False])}
+    told = {"audio": torch.tensor([1.0]), "image": torch.tensor([1.0, 0.0]), "text": torch.tensor([0.0])}
     return Scenes(maps, place, has, torch.ones(len(target), dtype=torch.bool), told)
 
 
@@ -345,6 +345,18 @@ def test_the_figures_of_maps_that_are_known():
     # What is composed goes wrong with either part.
     found = judged([certain(target, wrong=[("audio", "image")])], NAMES, trained, transfer)
     assert (found["transfer"], found["transfer_composed"], found["matching"]) == (1, 0.5, 0.75)
+
+
+def test_equal_entries_of_a_map_count_as_chance():
+    known = certain(scenes()["target"])
+    pair = ("audio", "image")
+    found = judged([known._replace(maps={p: torch.ones_like(m) for p, m in known.maps.items()})], NAMES, [pair], pair)
+    assert [found[name] for name in ("matching", "transfer", "transfer_composed")] == pytest.approx(
+        [found["chance"]] * 3
+    )
+    known.maps[pair][0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="evaluate: expected a map from audio to image without NaN"):
+        judged([known], NAMES, [pair], pair)
 
 
 def test_without_a_whole_scene_there_is_no_figure():

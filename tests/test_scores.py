@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.diagnose.scores import SCORES, check_answers, constant_answer, score, score_of
+from equipoise.diagnose.scores import SCORES, check_answers, constant_answer, correct, score, score_of
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from small_fusion import model
 from tolerance import TOL
@@ -68,8 +68,18 @@ def test_one_output_of_whole_numbers():
     assert float(score(torch.tensor([[3.0]]).expand(3, -1), torch.tensor([1, 2, 6]), "regression")) == -2.0
 
 
+def test_equal_logits_count_as_a_draw_among_them():
+    logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 1.0, 0.5], [1.0, 1.0, 0.0], [torch.nan, 1.0, 0.0]])
+    found = correct(logits, torch.tensor([1, 2, 1, 2, 1]))
+    assert found[:4].tolist() == pytest.approx([1 / 2, 1 / 3, 1.0, 0.0])
+    assert found[4].isnan()
+    # A constant model is at chance, whatever class 0 is.
+    for target in (0, 3):
+        assert float(score(torch.zeros(7, 4), torch.full((7,), target), "classification")) == 0.25
+
+
 def test_errors():
-    made, logits = model(), torch.zeros(3, 2)
+    made, logits = model(), torch.tensor([[1.0, 0.0]] * 3)
     assert score_of(made, logits, torch.tensor([0, 0, 1]), "who") == pytest.approx(2 / 3)
     with pytest.raises(ConfigError, match=r"who: expected a model whose task is classification, .* task = None\. Set"):
         score_of(torch.nn.Linear(2, 3), logits, torch.zeros(3), "who")

@@ -22,8 +22,10 @@ from .negatives import triplet_loss as triplet_loss
 from .projector import Projector as Projector
 from .qformer import QFormer as QFormer
 from .qformer import objective_mask as objective_mask
+from .ranking import similarities as similarities
 from .resampler import Resampler as Resampler
 from .retrieval import Retrieval as Retrieval
+from .retrieval import found_within as found_within
 from .retrieval import mean_average_precision as mean_average_precision
 from .retrieval import mean_rank as mean_rank
 from .retrieval import mean_reciprocal_rank as mean_reciprocal_rank

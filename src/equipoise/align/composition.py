@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import NonFiniteError, ShapeError
+from ..errors import NonFiniteError, ShapeError, unknown_name
+from .ranking import TIES, Ties
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
-"""What scores that are drawn at random reach."""
+"""What random scores reach, and constant ones too."""
 
 
 class Winoground(NamedTuple):
-    """Shares of examples that were solved.
+    """Shares of examples that were solved, as expectations over the orders of equal scores.
 
     Attributes:
         text: both images find their own caption; chance 1/4.
@@ -28,34 +31,52 @@ class Winoground(NamedTuple):
     group: float
 
 
-def winoground(scores: Float[Tensor, "example 2 2"]) -> Winoground:
+def winoground(scores: Float[Tensor, "example 2 2"], *, ties: Ties = "average") -> Winoground:
     """Scores of two images with two captions of the same words in another order.
 
     text: ``S(I0, T0) > S(I0, T1)`` and ``S(I1, T1) > S(I1, T0)``; image: ``S(I0, T0) > S(I1, T0)`` and
-    ``S(I1, T1) > S(I0, T1)``. Equal scores are not solved.
+    ``S(I1, T1) > S(I0, T1)``; group: both.
 
     Args:
         scores: (example, image, caption).
+        ties: ``"average"`` over all orders of an example's equal scores, so that a model that gives all the same score
+            is at chance; ``"pessimistic"`` counts equal scores as not solved, as the paper does, ``"optimistic"`` as
+            solved.
 
     Raises:
-        ShapeError: another shape, or no example. NonFiniteError: NaN.
+        ShapeError: another shape, or no example. NonFiniteError: NaN. ConfigError: an unknown treatment of ties.
 
-    Reference: Thrush et al., Winoground (CVPR 2022), eq. 1 to 3; spec 7.10.
+    Reference: Thrush et al., Winoground (CVPR 2022), eq. 1 to 3.
+    Differs from the paper in: equal scores count by chance; ``ties="pessimistic"`` is the paper's rule.
 
     Example:
-        >>> import torch
         >>> winoground(torch.tensor([[[2.0, 1.0], [2.5, 3.0]]]))
         Winoground(text=1.0, image=0.0, group=0.0)
+        >>> winoground(torch.zeros(1, 2, 2)).text
+        0.25
     """
+    if ties not in TIES:
+        raise unknown_name("winoground", "treatment of ties", str(ties), TIES)
     if scores.ndim != 3 or scores.shape[1:] != (2, 2) or not len(scores):
         raise ShapeError(
             "winoground", expected="(example, image, caption) = (1 or more, 2, 2)", got=f"{tuple(scores.shape)}"
         )
     if bool(scores.isnan().any()):
         raise NonFiniteError("winoground", expected="scores", got="NaN")
-    own = scores.diagonal(dim1=1, dim2=2)
-    text = (own[:, 0] > scores[:, 0, 1]) & (own[:, 1] > scores[:, 1, 0])
-    image = (own[:, 0] > scores[:, 1, 0]) & (own[:, 1] > scores[:, 0, 1])
+    # Where scores are equal, the larger number here decides: (order, image, caption).
+    numbers = {
+        "average": torch.tensor(list(permutations(range(4)))).view(-1, 2, 2),
+        "optimistic": torch.eye(2)[None],
+        "pessimistic": -torch.eye(2)[None],
+    }[ties].to(scores.device)
+
+    def greater(one: tuple[int, int], other: tuple[int, int]) -> Bool[Tensor, "example order"]:
+        first, second = (scores[:, place[0], place[1], None] for place in (one, other))
+        decided = numbers[:, one[0], one[1]] > numbers[:, other[0], other[1]]
+        return (first > second) | ((first == second) & decided)
+
+    text = greater((0, 0), (0, 1)) & greater((1, 1), (1, 0))
+    image = greater((0, 0), (1, 0)) & greater((1, 1), (0, 1))
     return Winoground(*(float(solved.double().mean()) for solved in (text, image, text & image)))
 
 
@@ -80,7 +101,6 @@ def additive_compositionality(
     Reference: spec 7.10.
 
     Example:
-        >>> import torch
         >>> red_car, blue_car = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
         >>> additive_compositionality(torch.stack([red_car, blue_car]), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
         tensor([0.2828, 0.2000])

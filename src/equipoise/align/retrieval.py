@@ -1,36 +1,34 @@
-"""Finding by similarity: ranks of what is relevant, and the numbers made of them (spec 7.10)."""
+"""Retrieval metrics: recall, ranks and average precision, as expectations over the orders of equally similar items."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteError, ShapeError, unknown_name
-
-Ties = Literal["average", "optimistic", "pessimistic"]
-PART = {"average": 0.5, "optimistic": 0.0, "pessimistic": 1.0}
-
-Similarity = Float[Tensor, "query item"]
-Relevant = Bool[Tensor, "query item"]
+from ..errors import ConfigError
+from .ranking import Relevant, Similarity, Ties, sort_items
 
 
 def ranks(
     similarity: Similarity, relevant: Relevant | None = None, *, ties: Ties = "average"
 ) -> Float[Tensor, " query"]:
-    """The rank of the best relevant item of each query, 1 = first.
+    """The expected rank of the first relevant item of each query, 1 = best.
 
-    ``1 + #{others that are more similar} + 1/2 #{others that are equally similar}``, others being irrelevant ones. With
-    ties counted so, a model that says the same of everything is at chance, and not perfect.
+    Items that are exactly as similar as the first relevant one may come in any order, and all orders are equally
+    likely. With a items above, t irrelevant and r relevant items in that group, the expected rank is
+    ``a + (t + r + 1) / (r + 1)``. Do not compute other metrics from it: they are no linear functions of the rank.
+    ``recall_at_k``, ``mean_reciprocal_rank`` and the others are expectations themselves, so that a model that gives
+    the same score to everything is at chance in each of them.
 
     Args:
         similarity: (query, item).
         relevant: (query, item), True = should be found; the diagonal by default.
-        ties: half of them come first by default; ``"optimistic"`` none, ``"pessimistic"`` all.
+        ties: ``"average"`` over all orders of equal items; ``"optimistic"`` puts relevant ones first,
+            ``"pessimistic"`` last. Only equal numbers tie; a difference by rounding is a difference.
 
     Returns:
         (query,) float64 ranks; queries without any relevant item are left out.
@@ -39,21 +37,35 @@ def ranks(
         ShapeError: sizes that do not fit, no query or nothing relevant at all. NonFiniteError: NaN or infinity among
             the similarities. ConfigError: an unknown treatment of ties.
 
-    Reference: spec 7.10.
-
     Example:
         >>> ranks(torch.tensor([[0.9, 0.5], [0.7, 0.7]]))
         tensor([1.0000, 1.5000], dtype=torch.float64)
     """
-    ahead, relevant = _ahead(similarity, relevant, ties, "ranks")
-    best = ahead.masked_fill(~relevant, torch.inf).amin(dim=1)
-    return 1 + best[relevant.any(dim=1)]
+    return sort_items(similarity, relevant, ties, "ranks").first.mean()
+
+
+def found_within(
+    similarity: Similarity, k: int = 1, *, relevant: Relevant | None = None, ties: Ties = "average"
+) -> Float[Tensor, " query"]:
+    """The probability of each query that a relevant item is among its first k: 0 or 1 where nothing ties.
+
+    Arguments, left-out queries and errors are those of ``ranks``.
+
+    Raises:
+        ConfigError: k < 1.
+
+    Example:
+        >>> found_within(torch.tensor([[0.9, 0.5], [0.7, 0.7]]), 1)
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    _check_k(k, "found_within")
+    return sort_items(similarity, relevant, ties, "found_within").first.within(torch.tensor([k]))[:, 0]
 
 
 def recall_at_k(
     similarity: Similarity, k: int = 1, *, relevant: Relevant | None = None, ties: Ties = "average"
 ) -> float:  # fmt: skip
-    """The share of queries of which a relevant item is among the first k; chance is k / items for one relevant each.
+    """The share of queries that have a relevant item among the first k; chance is k / items for one relevant each.
 
     The other arguments and the errors are those of ``ranks``.
 
@@ -63,20 +75,25 @@ def recall_at_k(
     Example:
         >>> recall_at_k(torch.tensor([[0.9, 0.5], [0.7, 0.6]]), 1)
         0.5
+        >>> recall_at_k(torch.zeros(4, 4), 3)
+        0.75
     """
-    if k < 1:
-        raise ConfigError("recall_at_k", expected="k >= 1", got=f"k = {k}")
-    return float((ranks(similarity, relevant, ties=ties) <= k).double().mean())
+    _check_k(k, "recall_at_k")
+    return float(sort_items(similarity, relevant, ties, "recall_at_k").first.within(torch.tensor([k])).mean())
 
 
 def median_rank(similarity: Similarity, *, relevant: Relevant | None = None, ties: Ties = "average") -> float:
-    """The median of ``ranks``, the mean of the two middle ones for an even number.
+    """The expected median over queries of the rank of the first relevant item.
+
+    Each order of equal items, independent between queries, has a median: the mean of the two middle ranks for an
+    even number of queries. This is the mean of those medians over all orders, computed exactly from the distribution
+    of each query's rank. It is not the median of ``ranks``.
 
     Example:
         >>> median_rank(torch.tensor([[0.9, 0.5], [0.7, 0.6]]))
         1.5
     """
-    return float(ranks(similarity, relevant, ties=ties).quantile(0.5))
+    return sort_items(similarity, relevant, ties, "median_rank").first.median()
 
 
 def mean_rank(similarity: Similarity, *, relevant: Relevant | None = None, ties: Ties = "average") -> float:
@@ -86,52 +103,49 @@ def mean_rank(similarity: Similarity, *, relevant: Relevant | None = None, ties:
         >>> mean_rank(torch.tensor([[0.9, 0.5], [0.7, 0.6]]))
         1.5
     """
-    return float(ranks(similarity, relevant, ties=ties).mean())
+    return float(sort_items(similarity, relevant, ties, "mean_rank").first.mean().mean())
 
 
 def mean_reciprocal_rank(similarity: Similarity, *, relevant: Relevant | None = None, ties: Ties = "average") -> float:
-    """The mean of 1 / rank.
+    """The mean over queries of the expected reciprocal rank of the first relevant item.
 
     Example:
         >>> mean_reciprocal_rank(torch.tensor([[0.9, 0.5], [0.7, 0.6]]))
         0.75
     """
-    return float(ranks(similarity, relevant, ties=ties).reciprocal().mean())
+    return float(sort_items(similarity, relevant, ties, "mean_reciprocal_rank").first.reciprocal().mean())
 
 
 def mean_average_precision(
     similarity: Similarity, *, relevant: Relevant | None = None, ties: Ties = "average"
 ) -> float:  # fmt: skip
-    """The mean over queries of the mean over their relevant items of the precision there.
+    """The mean over queries of the expected average precision.
 
-    The i-th relevant item has ``i`` relevant and ``n_i`` irrelevant ones up to it, and precision ``i / (i + n_i)``;
-    ties count in n_i as in ``ranks``. With one relevant item each it is the mean reciprocal rank.
+    Average precision is the mean over a query's relevant items of the precision at their rank. With one relevant item
+    each it is the reciprocal rank.
+
+    Reference: McSherry and Najork, Computing Information Retrieval Performance Measures Efficiently in the Presence of
+    Tied Scores (ECIR 2008), for the expectation.
 
     Example:
         >>> relevant = torch.tensor([[True, False, True]])
         >>> round(mean_average_precision(torch.tensor([[0.9, 0.5, 0.1]]), relevant=relevant), 4)
         0.8333
     """
-    ahead, relevant = _ahead(similarity, relevant, ties, "mean_average_precision")
-    # Relevant items in their order: the further down, the more irrelevant ones are ahead.
-    ordered = ahead.masked_fill(~relevant, torch.inf).sort(dim=1).values
-    number = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
-    precision = number / (number + ordered)
-    counts = relevant.sum(dim=1)
-    average = precision.sum(dim=1) / counts.clamp(min=1)
-    return float(average[counts > 0].mean())
+    return float(sort_items(similarity, relevant, ties, "mean_average_precision").average_precision().mean())
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one side finds the other.
+    """How well one side finds the other; every number is an expectation over the orders of equal items.
 
     Attributes:
         recall: k -> share of queries found among the first k.
         median_rank, mean_rank: 1 is best.
         mean_reciprocal_rank, mean_average_precision: in (0, 1].
-        chance: k -> the recall of a model that knows nothing.
-        queries, items: how many.
+        chance: k -> the expected recall of a random order.
+        queries: number of queries that have a relevant item; the others are left out.
+        items: number of items.
     """
 
     recall: dict[int, float]
@@ -147,7 +161,7 @@ class Retrieval:
 def retrieval(
     similarity: Similarity, *, relevant: Relevant | None = None, k: Sequence[int] = (1, 5, 10), ties: Ties = "average"
 ) -> tuple[Retrieval, Retrieval]:
-    """All of these numbers both ways: rows find columns, and columns find rows.
+    """All of these metrics both ways: rows find columns, and columns find rows.
 
     Args:
         similarity: (a, b).
@@ -155,19 +169,30 @@ def retrieval(
         k: of the recalls.
         ties: as in ``ranks``.
 
+    Raises:
+        ConfigError: a k < 1; the other errors are those of ``ranks``.
+
     Example:
         >>> there, back = retrieval(torch.tensor([[0.9, 0.5], [0.7, 0.6]]), k=[1])
         >>> there.recall, back.recall
         ({1: 0.5}, {1: 1.0})
     """
+    for each in k:
+        _check_k(each, "retrieval")
     made = []
     for matrix, mask in ((similarity, relevant), (similarity.mT, None if relevant is None else relevant.mT)):
-        found = ranks(matrix, mask, ties=ties)
-        recall = {each: float((found <= each).double().mean()) for each in k}
-        precision = mean_average_precision(matrix, relevant=mask, ties=ties)
-        numbers = float(found.quantile(0.5)), float(found.mean()), float(found.reciprocal().mean()), precision
-        made.append(Retrieval(recall, *numbers, _chance(k, mask, matrix), len(found), matrix.shape[1]))
+        ranking = sort_items(matrix, mask, ties, "retrieval")
+        first, precision = ranking.first, float(ranking.average_precision().mean())
+        recalls = first.within(torch.tensor(list(k), dtype=torch.long)).mean(dim=0).tolist()
+        numbers = first.median(), float(first.mean().mean()), float(first.reciprocal().mean()), precision
+        recall = dict(zip(k, recalls, strict=True))
+        made.append(Retrieval(recall, *numbers, _chance(k, mask, matrix), len(first.ahead), matrix.shape[1]))
     return made[0], made[1]
+
+
+def _check_k(k: int, who: str) -> None:
+    if k < 1:
+        raise ConfigError(who, expected="k >= 1", got=f"k = {k}")
 
 
 def _chance(k: Sequence[int], relevant: Tensor | None, similarity: Tensor) -> dict[int, float]:
@@ -181,32 +206,3 @@ def _chance(k: Sequence[int], relevant: Tensor | None, similarity: Tensor) -> di
         missed = ((items - counts[:, None] - place).clamp(min=0) / (items - place)).prod(dim=1)
         made[each] = float((1 - missed).mean())
     return made
-
-
-def _ahead(similarity: Tensor, relevant: Tensor | None, ties: str, who: str) -> tuple[Tensor, Tensor]:
-    """How many irrelevant items come before each item, (query, item) float64, and what is relevant."""
-    if ties not in PART:
-        raise unknown_name(who, "treatment of ties", str(ties), PART)
-    if similarity.ndim != 2 or (relevant is None and similarity.shape[0] != similarity.shape[1]):
-        raise ShapeError(
-            who, expected="similarities (query, item), square where relevant is not given",
-            got=f"shape {tuple(similarity.shape)}",
-        )  # fmt: skip
-    if relevant is None:
-        relevant = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    if relevant.shape != similarity.shape or relevant.dtype != torch.bool:
-        raise ShapeError(
-            f"{who} relevant", expected=f"a boolean mask (query, item) = {tuple(similarity.shape)}",
-            got=f"{tuple(relevant.shape)}, {relevant.dtype}",
-        )  # fmt: skip
-    if not bool(relevant.any()):
-        raise ShapeError(who, expected="at least one relevant item", got="none", fix="Is the split empty?")
-    if not bool(similarity.isfinite().all()):
-        raise NonFiniteError(who, expected="finite similarities", got="NaN or infinity", fix="Mask samples without it.")
-    scores = similarity.detach()
-    scores = (scores.cpu() if scores.is_mps else scores).double().contiguous()
-    relevant = relevant.to(scores.device)
-    wrong = scores.masked_fill(relevant, -torch.inf).sort(dim=1).values
-    below = torch.searchsorted(wrong, scores, right=False)
-    upto = torch.searchsorted(wrong, scores, right=True)
-    return (scores.shape[1] - upto) + PART[ties] * (upto - below).double(), relevant

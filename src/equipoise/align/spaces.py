@@ -73,7 +73,8 @@ def linear_cka(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"])
 def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"], *, k: int = 10) -> float:
     """The mean share of a sample's k nearest neighbours in one space that are so in the other; chance is k / (n - 1).
 
-    Near is what has a large cosine.
+    Neighbours are those of the largest cosine. Where several tie for the last places, this is the expectation over all
+    choices among them, independent in the two spaces: vectors that are all equal are at chance.
 
     Raises:
         ConfigError: k < 1 or k >= samples.
@@ -91,8 +92,11 @@ def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"],
     for x in (a, b):
         unit = F.normalize(_exact(x), dim=1)
         cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
-        near.append(torch.zeros_like(cosines, dtype=torch.bool).scatter(1, cosines.topk(k, dim=1).indices, True))
-    return float((near[0] & near[1]).double().sum(dim=1).mean() / k)
+        last = cosines.topk(k, dim=1).values[:, -1:]
+        above, tied = cosines > last, cosines == last
+        left = (k - above.sum(dim=1, keepdim=True)).double() / tied.sum(dim=1, keepdim=True)
+        near.append(above + tied * left)
+    return float((near[0] * near[1]).sum(dim=1).mean() / k)
 
 
 def _exact(x: Tensor) -> Tensor:

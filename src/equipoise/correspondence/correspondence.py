@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..attention.modular import Merge
 from ..consistency import ConsistencyLoss, supermatrix
 from ..consistency.loss import Kind as Term
+from ..diagnose.scores import correct
 from ..errors import ConfigError, NonFiniteError, ShapeError
 from ..evaluation import evaluating
 from ..lookup import made
@@ -220,7 +221,7 @@ class Correspondence(Objective):
         target = self._target(batch, found)
         sought = {pair: self.partners(found, target, *pair) for pair in found.maps}
         told = {
-            name: (logits.argmax(dim=-1) == target[:, self.names.index(name)])[found.present[name]]
+            name: correct(logits, target[:, self.names.index(name)])[found.present[name]]
             for name, logits in self.probed(found).items()
         }
         place, has = ({pair: both[part] for pair, both in sought.items()} for part in (0, 1))

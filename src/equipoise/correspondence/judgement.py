@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..consistency import consistency_score, cycle_error, supermatrix, synchronize
-from ..errors import DataError
+from ..diagnose.scores import correct
+from ..errors import DataError, NonFiniteError
 from .maps import composed
 from .pairs import Pair, unordered
 
@@ -24,14 +25,14 @@ class Scenes(NamedTuple):
         place: ordered pair -> (batch, item) where each item's partner stands.
         has: ordered pair -> (batch, item) whether item and partner are there.
         whole: (batch,) scenes that lack nothing.
-        told: name -> (some,) whether an item's class was told right.
+        told: name -> (some,) the probability that an item's class is told right.
     """
 
     maps: dict[Pair, Tensor]
     place: dict[Pair, Int[Tensor, "batch item"]]
     has: dict[Pair, Bool[Tensor, "batch item"]]
     whole: Bool[Tensor, " batch"]
-    told: dict[str, Bool[Tensor, " some"]]
+    told: dict[str, Float[Tensor, " some"]]
 
 
 def judged(
@@ -39,8 +40,8 @@ def judged(
 ) -> dict[str, float]:
     """Figures of maps, all of them fractions, of items that have a partner.
 
-    * ``matching/a-b``: items whose largest entry in the map is their partner's, mean of both ways; ``matching``, the
-      mean over the trained pairs.
+    * ``matching/a-b``: items whose largest entry in the map is their partner's, mean of both ways; where n entries
+      share the maximum, the partner's among them, 1 / n. ``matching``: the mean over the trained pairs.
     * ``transfer``: the same of the pair that is judged as never trained; ``transfer_composed`` by way of the third
       modality, P_ik P_kj; ``transfer_synchronized`` after ``synchronize`` has made all maps one-to-one and agree.
     * ``chance``: what guessing gets.
@@ -48,7 +49,7 @@ def judged(
     * ``accuracy``, ``accuracy/a``: items whose class is told right.
 
     Raises:
-        DataError: no scene in which nothing is missing.
+        DataError: no scene in which nothing is missing. NonFiniteError: NaN in a map.
     """
     seen: dict[Any, list[Tensor]] = defaultdict(list)
     items = 1
@@ -89,9 +90,16 @@ def _named(rates: dict[Any, float], names: Sequence[str], trained: Sequence[Pair
 
 def _right(
     scenes: Scenes, pair: Pair, values: Float[Tensor, "scene row column"], some: Bool[Tensor, " batch"] | None = None
-) -> Bool[Tensor, " item"]:
-    """For every item that has a partner, whether its row is largest there; ``values`` are of ``some`` scenes alone."""
+) -> Float[Tensor, " item"]:
+    """For every item that has a partner, the probability that the largest entry of its row, drawn among equal ones, is
+    the partner's; ``values`` are of ``some`` scenes alone."""
     place, has = scenes.place[pair], scenes.has[pair]
     if some is not None:
         place, has = place[some], has[some]
-    return (values.argmax(dim=-1) == place)[has]
+    right = correct(values, place)[has]
+    if bool(right.isnan().any()):
+        raise NonFiniteError(
+            "evaluate", expected=f"a map from {pair[0]} to {pair[1]} without NaN",
+            got=f"NaN for {int(right.isnan().sum())} items", fix="Look for NaN in the inputs, then in the weights.",
+        )  # fmt: skip
+    return right

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,18 +13,35 @@ SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": 
 """Task -> what its score is called in results."""
 
 
+def correct(
+    logits: Float[Tensor, "*batch choice"], target: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:  # fmt: skip
+    """The probability that the target is chosen, where the largest logit is and equal ones are drawn from at random.
+
+    1 or 0 where one logit is largest, and 1 / n where n share the maximum and the target is among them: argmax would
+    choose the first of them, and a constant model would be right about class 0. NaN where a logit is NaN.
+
+    Example:
+        >>> correct(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+        tensor([1.0000, 0.5000])
+    """
+    best = logits == logits.amax(dim=-1, keepdim=True)
+    choices = torch.arange(logits.shape[-1], device=logits.device)
+    return (best & (choices == target[..., None])).any(dim=-1) / best.sum(dim=-1)
+
+
 def score(logits: Tensor, target: Tensor, task: str) -> Tensor:
     """How good answers are, higher is better, as a mean over samples; ``SCORES`` has its name.
 
-    Part of right answers: classes by argmax, labels by the sign of their logit. For regression minus the mean absolute
-    error.
+    Classification: the share of correct answers, see ``correct``. Multilabel: the share of labels for which the logit
+    has the right sign. Regression: minus the mean absolute error.
 
     Example:
         >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         tensor(0.5000)
     """
     if task == "classification":
-        return (logits.argmax(dim=-1) == target).float().mean()
+        return correct(logits, target).mean()
     target = target.reshape(logits.shape)
     if task == "multilabel":
         return ((logits > 0) == target.bool()).float().mean()

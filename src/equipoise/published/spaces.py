@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..align import retrieval, same_ids
+from ..align import retrieval, same_ids, similarities
 from ..data.emoji import Combinations, Emoji
 from ..errors import ConfigError
 from ..space.figures import judged
@@ -146,7 +146,7 @@ def judged_space(space: PretrainedSpace, shown: Shown, split: str) -> dict[str, 
     place = next(space.parameters()).device
     parts = [space.embed({name: batch[name].to(place) for name in space.names}) for batch in shown.batches(split, 64)]
     pictures, captions = (torch.cat([part[name].cpu() for part in parts]) for name in space.names)
-    scores = torch.einsum("iqd,jd->ijq", pictures, captions).amax(dim=-1)
+    scores = similarities(pictures.flatten(0, 1), captions).unflatten(0, pictures.shape[:2]).amax(dim=1)
     target = shown.split(split).target
     there, back = retrieval(scores, relevant=same_ids(target, target), k=(1, 5))
     figures = {}

@@ -14,11 +14,12 @@ from ..align import (
     Retrieval,
     additive_compositionality,
     alignment,
+    found_within,
     linear_cka,
     modality_gap,
-    ranks,
     retrieval,
     same_ids,
+    similarities,
     uniformity,
 )  # fmt: skip
 
@@ -93,7 +94,7 @@ def finding(vectors: Vectors, target: Int[Tensor, " sample"]) -> dict[str, float
         if not bool(both.any()):
             continue
         relevant = same_ids(target[both], target[both])
-        there, back = retrieval(vectors[one][both] @ vectors[other][both].T, relevant=relevant, k=RANKS)
+        there, back = retrieval(similarities(vectors[one][both], vectors[other][both]), relevant=relevant, k=RANKS)
         figures |= _said(f"{one}_to_{other}", there) | _said(f"{other}_to_{one}", back)
         ways += [there, back]
     if not ways:
@@ -116,10 +117,10 @@ def by_group(vectors: Vectors, target: Int[Tensor, " sample"], groups: Sequence[
         if not bool(both.any()):
             continue
         own = target[both]
-        found = ranks(vectors[one][both] @ vectors[other][both].T, same_ids(own, own)) <= 1
+        found = found_within(similarities(vectors[one][both], vectors[other][both]), 1, relevant=same_ids(own, own))
         names = [group for group, there in zip(groups, both.tolist(), strict=True) if there]
         for group, right in zip(names, found.tolist(), strict=True):
-            solved[group].append(float(right))
+            solved[group].append(right)
     return {f"recall@1/{group}": sum(rows) / len(rows) for group, rows in solved.items() if rows}
 
 
@@ -134,7 +135,7 @@ def among_all(
             relevant = same_ids(target[asks], meaning[there])
             if one == other or not bool(relevant.any()):
                 continue
-            found, _ = retrieval(vectors[one][asks] @ everything[other][there].T, relevant=relevant, k=RANKS)
+            found, _ = retrieval(similarities(vectors[one][asks], everything[other][there]), relevant=relevant, k=RANKS)
             figures |= _said(f"{one}_to_{other}_among_all", found)
     return figures
 
@@ -173,7 +174,7 @@ def composed(space: Space, source: Any, split: str, vectors: Vectors) -> dict[st
     for name, own in vectors.items():
         if name != modality:
             added = torch.nn.functional.normalize(apart.sum(dim=1), dim=-1)
-            there, _ = retrieval(added @ own[rows].T, relevant=same_ids(target, target), k=RANKS)
+            there, _ = retrieval(similarities(added, own[rows]), relevant=same_ids(target, target), k=RANKS)
             figures |= _said(f"composed_to_{name}", there)
             figures |= {f"chance/composed_to_{name}/recall@{k}": there.chance[k] for k in RANKS}
             figures[f"compositionality/{name}"] = float(additive_compositionality(apart, own[rows]).mean())
