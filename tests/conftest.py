@@ -5,10 +5,17 @@ import shutil
 import subprocess
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from waiting import DEADLOCK
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side, one on a core; read by torch when it is imported, and by the programs that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 QUIET = (
     "--no-sandbox",
@@ -31,7 +38,7 @@ def install_chromium():
         return "no Chromium, and no apt-get to install it with"
     if os.geteuid() != 0:
         return "no Chromium, and only root may install it: apt-get install chromium"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 600, "check": False}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": DEADLOCK, "check": False}
     subprocess.run(["apt-get", "update"], **quiet)
     subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"], **quiet)
     return "no Chromium, and apt-get could not install it"
@@ -45,6 +52,6 @@ def browser():
     if (path := find_chromium()) is None:
         pytest.skip(reason or "no Chromium")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=list(QUIET))
+        chromium = driver.chromium.launch(executable_path=path, args=list(QUIET), timeout=1000 * DEADLOCK)
         yield chromium
         chromium.close()

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from waiting import DEADLOCK
+
 
 @contextmanager
 def together(rank, folder, world=2):
@@ -17,7 +19,7 @@ def together(rank, folder, world=2):
     """
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=DEADLOCK)
     )
     yield
     distributed.barrier()

@@ -133,6 +133,9 @@ class Forked:
     def send_signal(self, number):
         os.kill(self.pid, number)
 
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
     def communicate(self):
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -167,13 +170,6 @@ def command_line(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Made(Dataset):

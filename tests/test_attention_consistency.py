@@ -30,6 +30,7 @@ from small_fusion import DIM, FEATURES, OUTPUTS, batch, model
 from test_no_trace import Broken, state
 from test_report import CONTRAST, EVIL
 from tolerance import TOL
+from waiting import DEADLOCK
 
 EXACT = TOL[torch.float64]
 ROUND = EYE[[1, 2, 0]]
@@ -438,6 +439,7 @@ def test_the_picture_can_be_read_on_a_small_screen(swapped, browser, tmp_path, s
     other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
     (tmp_path / "page.html").write_text(diagnosis_page([swapped.to_dict(), other.to_dict()]), encoding="utf-8")
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(1000 * DEADLOCK)
     view = context.new_page()
     view.goto((tmp_path / "page.html").as_uri())
     assert view.evaluate("document.documentElement.scrollWidth") <= 390

@@ -146,7 +146,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     command = ["train", "--config", config, "--method", "joint+rollingq", "--accelerator", "cpu", "--devices"]
     process = program(*command, 2, "--strategy", "ddp", "--out", tmp_path / "two")
     assert run([*command, "1", "--out", str(tmp_path / "one")]) == 0
-    said = process.communicate(timeout=180)[0]
+    said = process.communicate()[0]
     assert process.returncode == 0, said
     # Only the first process speaks and writes.
     assert said.count("epoch 2/2") == said.count("weights:") == 1
@@ -173,7 +173,7 @@ def test_stages_train_in_two_processes(tmp_path):
         "train", "--config", config, "--method", "deep+progressive", "--accelerator", "cpu", "--devices", 2,
         "--strategy", "ddp", "--out", tmp_path / "o",
     )  # fmt: skip
-    said = process.communicate(timeout=180)[0]
+    said = process.communicate()[0]
     assert process.returncode == 0, said
     (done,) = record.read(tmp_path / "o")["runs"]
     assert [entry["balance"]["stage"] for entry in done["history"]] == [1, 2]

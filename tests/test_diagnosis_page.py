@@ -15,6 +15,7 @@ from equipoise.report.diagnosis_page import diagnosis_page
 from equipoise.report.diagnosis_words import WORDS
 from small_fusion import DIM, FEATURES, OUTPUTS, batch, model
 from test_report import CONTRAST, EVIL
+from waiting import DEADLOCK
 
 LONG = "a-name-that-has-no-place-to-break-" * 3
 
@@ -172,6 +173,7 @@ def opened(browser, tmp_path):
         address = path.as_uri()
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
         view = context.new_page()
         view.on("console", lambda message: troubles.append(f"console: {message.text}"))
         view.on("pageerror", lambda error: troubles.append(f"error: {error}"))

@@ -12,7 +12,6 @@ from equipoise.errors import ConfigError
 from equipoise.train.compare import compare
 from small_runs import (
     Forked,
-    alive,
     assert_same_weights,
     children,
     figures,
@@ -23,6 +22,7 @@ from small_runs import (
     workers_of,
     write_recipe,
 )
+from waiting import wait_for_end, wait_until
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 METHODS = ["concat", "joint+rollingq"]
@@ -35,28 +35,6 @@ def undisturbed(tmp_path_factory):
     return compare(recipe(), METHODS, seeds=2, out=folder, workers=0), folder
 
 
-def until(condition, process, out=None, seconds=60):
-    """Waits until something is so, False if the process ended first; results are whole at every moment."""
-    start = time.monotonic()
-    while not condition():
-        if process.poll() is not None:
-            return False
-        if out is not None and (out / "results.json").exists():
-            record.read(out)
-        assert time.monotonic() - start < seconds, "waited too long"
-        time.sleep(0.01)
-    return True
-
-
-def gone(pids, seconds=15):
-    start = time.monotonic()
-    while left := {pid for pid in pids if alive(pid)}:
-        if time.monotonic() - start > seconds:
-            return left
-        time.sleep(0.05)
-    return set()
-
-
 def stamps(folder):
     """Every checkpoint and when it was written."""
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("last.ckpt")}
@@ -67,22 +45,27 @@ def test_compare_killed_three_times(undisturbed, tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
     dice = random.Random(20)
-    for sitting, pause in enumerate(dice.uniform(0.0, 0.4) for _ in range(3)):
-        # The last of them has workers.
-        several = sitting == 2
+
+    def whole_results():
+        if (out / "results.json").exists():
+            record.read(out)
+
+    # The first of them has workers: everything is still to be done when they are killed.
+    for several in (True, False, False):
         process = (
             program(*command, "--workers", 2) if several else Forked(*command, "--workers", 0, said=tmp_path / "said")
         )
-        before, workers = stamps(out), set()
-        until(lambda before=before: stamps(out) != before, process, out)
-        time.sleep(pause)
-        workers |= children(process.pid)
-        assert bool(workers) == several
+        before = stamps(out)
+        running = wait_until(lambda before=before: stamps(out) != before, process, whole_results)
+        workers = children(process.pid)
+        assert bool(workers) == (several and running)
+        # Any moment will do.
+        time.sleep(dice.uniform(0.0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert gone(workers) == set()
+        assert wait_for_end(workers) == set()
     last = Forked(*command, "--workers", 0, said=tmp_path / "said")
-    assert until(lambda: False, last, out) is False
+    assert wait_until(lambda: False, last, whole_results) is False
     content = record.read(out)
     assert table(content) == table(whole)
     assert content["complete"] is True
@@ -99,7 +82,7 @@ def test_train_killed_three_times(undisturbed, tmp_path):
     dice = random.Random(3)
     for _ in range(3):
         before, process = stamps(out), Forked(*command, said=tmp_path / "said")
-        until(lambda before=before: stamps(out) != before, process)
+        wait_until(lambda before=before: stamps(out) != before, process)
         time.sleep(dice.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -114,14 +97,14 @@ def test_ctrl_c_in_compare(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
     process = Forked(*command, said=tmp_path / "said")
-    assert until(lambda: len(workers_of(process.pid)) == 2, process), process.communicate()
+    assert wait_until(lambda: len(workers_of(process.pid)) == 2, process), process.communicate()
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 130, said
     assert "Stopped. What is finished is written down" in said
     assert "Traceback" not in said
-    assert gone(workers) == set()
+    assert wait_for_end(workers) == set()
     assert record.read(out)["complete"] is False
 
 
@@ -130,12 +113,12 @@ def test_ctrl_c_in_compare_while_workers_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
     process = Forked(*command, said=tmp_path / "said")
-    assert until(lambda: len(stamps(out)) == 2, process, out)
+    assert wait_until(lambda: len(stamps(out)) == 2, process)
     workers = children(process.pid)
     process.send_signal(signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 130, said
-    assert gone(workers) == set()
+    assert wait_for_end(workers) == set()
     assert record.read(out)["complete"] is False
 
 
@@ -143,7 +126,7 @@ def test_ctrl_c_in_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["train", "--config", config, "--method", "concat", "--out", out, "--accelerator", "cpu"]
     process = Forked(*command, said=tmp_path / "said")
-    assert until(lambda: stamps(out), process)
+    assert wait_until(lambda: stamps(out), process)
     process.send_signal(signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 130, said
@@ -151,7 +134,9 @@ def test_ctrl_c_in_train(tmp_path):
 
 
 def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
-    compare(recipe(), ["concat"], seeds=1, out=tmp_path, workers=0)
+    # Long enough that the worker still trains when its first epoch is told.
+    plan = recipe(epochs=30)
+    compare(plan, ["concat"], seeds=1, out=tmp_path, workers=0)
     known = children(os.getpid())
 
     def kill(job, done, epochs):
@@ -161,5 +146,5 @@ def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
     with pytest.raises(
         ConfigError, match=r"compare: expected worker processes that live, got one that was killed.*kept"
     ):
-        compare(recipe(), ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
+        compare(plan, ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
     assert [run["method"] for run in record.read(tmp_path)["runs"]] == ["concat"]

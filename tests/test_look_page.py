@@ -15,6 +15,7 @@ from equipoise.report.look_page import look_page, look_report
 from equipoise.report.look_sentences import Shares, percent, verdict
 from small_look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
 from test_report import CONTRAST
+from waiting import DEADLOCK
 
 ASKED = f"{QUESTION} {EVIL} a cat"
 
@@ -127,6 +128,7 @@ def opened(browser, tmp_path):
         address = look_report(content, tmp_path / "page.html").as_uri()
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
         view = context.new_page()
         view.on("console", lambda message: troubles.append(f"console: {message.text}"))
         view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
@@ -283,7 +285,7 @@ def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, content
 @pytest.mark.browser
 def test_a_hostile_token_does_nothing_and_is_shown(opened, content):
     view = opened(content)
-    view.wait_for_timeout(100)
+    view.wait_for_load_state("networkidle")
     view.get_by_role("button", name=EVIL, exact=True).first.click()
     assert f"Attention of “{EVIL}” in all layers" in told(view)
     assert view.locator(".subtitle").text_content().startswith(EVIL)

@@ -10,6 +10,7 @@ from equipoise.errors import DataError, SchemaError
 from equipoise.report import page, report
 from equipoise.report.page import embedded
 from fake_results import fake_results
+from waiting import DEADLOCK
 
 EVIL = (
     "<img src=x onerror=alert(1)>",
@@ -167,6 +168,7 @@ def opened(browser, written):
         address = written(content).as_uri()
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
         view = context.new_page()
         view.on("console", lambda message: troubles.append(f"console: {message.text}"))
         view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
@@ -279,7 +281,7 @@ def test_a_hostile_name_does_nothing_and_is_shown(opened, evil):
     content = fake_results(methods=("concat", "joint"), seeds=2, epochs=2, rename={"joint": evil})
     content["protocol"]["data"] = evil
     view = opened(content)
-    view.wait_for_timeout(100)
+    view.wait_for_load_state("networkidle")
     assert column(view, 1) == ["concat", evil]
     assert view.locator(".subtitle").text_content().startswith(evil)
     assert evil[:12] in view.locator("svg").first.text_content()

@@ -15,6 +15,7 @@ from equipoise.search import Entry, Found, Hit, gallery
 from equipoise.search.gallery import told
 from small_search import EVIL
 from test_report import CONTRAST
+from waiting import DEADLOCK
 
 
 def coloured(red, green, blue):
@@ -96,6 +97,7 @@ def opened(browser, tmp_path):
         address = search_report(content, tmp_path / "page.html").as_uri()
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
         view = context.new_page()
         view.on("console", lambda message: troubles.append(f"console: {message.text}"))
         view.on("pageerror", lambda error: troubles.append(f"error: {error}"))

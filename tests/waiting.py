@@ -1,0 +1,38 @@
+"""Waiting for events: a condition, or the end of processes. No test waits for a number of seconds."""
+
+import os
+import select
+import time
+
+DEADLOCK = 1200
+"""Seconds after which a wait is given up; only ends a test that would hang, on however busy a machine."""
+
+
+def wait_until(condition, process, meanwhile=lambda: None):
+    """Waits until something is so; False if the process ended first. ``meanwhile`` must hold at every moment."""
+    give_up = time.monotonic() + DEADLOCK
+    while not condition():
+        if process.poll() is not None:
+            return False
+        meanwhile()
+        if time.monotonic() > give_up:
+            process.kill()
+            raise AssertionError("neither the condition nor the end of the process came")
+        time.sleep(0.01)
+    return True
+
+
+def wait_for_end(pids):
+    """Waits until all these processes, whoever started them, have ended; returns those that have not."""
+    left = set()
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ended = select.poll()
+        ended.register(handle, select.POLLIN)
+        if not ended.poll(1000 * DEADLOCK):
+            left.add(pid)
+        os.close(handle)
+    return left
