@@ -115,16 +115,20 @@ def test_generate(name, cache):
     assert torch.equal(plain, watched)
     model.set_attn_implementation("eager")
     torch.manual_seed(3)
-    steps = model.generate(**inputs, **options, **written).attentions
+    found = model.generate(**inputs, **options, **written)
+    steps, beams = found.attentions, getattr(found, "beam_indices", None)
     count = len(seen.names)
-    prompt = labels_of(inputs, seen.names).repeat_interleave(2 if cache == "beams" else 1, dim=0)
+    prompt = labels_of(inputs, seen.names)
     labels = nn.functional.pad(prompt, (0, 4), value=seen.names.index("text"))
     for number in range(2):
         total = 0
         for step, attention in enumerate(steps):
             length, keys = prompt.shape[1] + step, attention[number].shape[-1]
             here = nn.functional.pad(labels[:, :length], (0, max(keys - length, 0)), value=-1)[:, -keys:]
-            total = total + share_of(attention[number][:, :, -1:], here, torch.ones(len(labels), 1).bool(), count)
+            rows = attention[number][:, :, -1:]
+            # A returned sequence goes on with the beam that wrote its token.
+            rows = rows if beams is None else rows[beams[:, step].long()]
+            total = total + share_of(rows, here, torch.ones(len(labels), 1).bool(), count)
         site = layer(seen.sites, number)
         torch.testing.assert_close(seen.share(site), total / len(steps), **NEAR)
         tokens, places = seen.tokens(site), seen.labels(site)
@@ -180,9 +184,10 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
     with eq.watch(model, queries="last") as seen:
         model.generate(**inputs, **options)
     steps = eager(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
-    many = labels.repeat_interleave(beams, dim=0)
+    came = steps.beam_indices.long().T if beams > 1 else torch.arange(2).expand(4, -1)
     total = sum(
-        share_of(step[1][:, :, -1:], many, torch.ones(len(many), 1).bool(), 2) for step in steps.cross_attentions
+        share_of(step[1][rows, :, -1:], labels, torch.ones(2, 1).bool(), 2)
+        for step, rows in zip(steps.cross_attentions, came, strict=True)
     )
     share = seen.share("model.language_model.decoder.layers.1.encoder_attn")
     torch.testing.assert_close(share, total / len(steps.cross_attentions), **NEAR)

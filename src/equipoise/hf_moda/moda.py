@@ -29,8 +29,16 @@ CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 class _Session:
     """Stands where `TokenMap` tells a watching session that a pass begins."""
 
+    aside = False
+
     def begin_pass(self) -> None:
         pass
+
+    def mine(self) -> bool:
+        return True
+
+    def loop(self, model: nn.Module) -> None:
+        return None
 
 
 class Moda:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..tokens import SPECIAL
@@ -29,19 +29,22 @@ class Block:
     labels: Int[Tensor, "batch key"] | None = None
     start: int = 0
 
-    def add(self, other: Block) -> None:
-        """The same samples, further on."""
+    def add(self, other: Block, alive: Bool[Tensor, " batch"] | None = None) -> None:
+        """The same samples, further on; those that are not alive have got no keys any more."""
         self.share = self.share + other.share
         self.sink = self.sink + other.sink
         self.count = self.count + other.count
-        self.keys = other.keys
+        self.keys = other.keys if alive is None else torch.where(alive[:, None], other.keys, self.keys)
         if self.by_query is not None and other.by_query is not None:
             self.by_query = self.by_query + other.by_query
             self.query_count = self.query_count + other.query_count  # type: ignore[operator]
         else:
             self.by_query = self.query_count = None
         if self.tokens is not None and other.tokens is not None:
-            self._add_tokens(other.tokens, other.labels, other.start - self.start)  # type: ignore[arg-type]
+            labels: Tensor = other.labels  # type: ignore[assignment]
+            if alive is not None:
+                labels = labels.masked_fill(~alive[:, None], SPECIAL)
+            self._add_tokens(other.tokens, labels, other.start - self.start)
 
     def _add_tokens(self, tokens: Tensor, labels: Tensor, start: int) -> None:
         """Keys that follow; where there is a window, they begin later."""
@@ -50,8 +53,19 @@ class Block:
         known = F.pad(self.labels, (0, end - self.labels.shape[-1]), value=SPECIAL)  # type: ignore[union-attr, arg-type]
         here = slice(start, start + tokens.shape[-1])
         longer[..., here] += tokens
-        known[..., here] = labels
+        known[..., here] = torch.where(labels == SPECIAL, known[..., here], labels)
         self.tokens, self.labels = longer, known
+
+    def take(self, index: Int[Tensor, " row"], keep: Bool[Tensor, " row"] | None = None) -> Block:
+        """Samples in another order or several times; where ``keep`` is False, without what they add to sums."""
+        found = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value[index]
+                if keep is not None and name not in ("keys", "labels"):
+                    value = value.masked_fill(~keep.view(-1, *(1,) * (value.ndim - 1)), 0.0)
+            found[name] = value
+        return Block(**found)
 
 
 def summed(call: Call, known: Labelled, rows: Rows, *, with_tokens: bool) -> Block:

@@ -28,6 +28,9 @@ class Inputs(NamedTuple):
     places: modality -> (batch, token) True where a token is of it.
     valid: (batch, token) False for padding.
     answer: (batch, token) True for the queries whose next token is to be learned.
+    text: tokens at the end that ``generate`` added to the prompt.
+    generates: whether it is a pass of ``generate``, which may repeat samples.
+    partial: whether ``generate`` reads a part of the prompt.
     """
 
     shape: tuple[int, int] | None = None
@@ -38,6 +41,9 @@ class Inputs(NamedTuple):
     places: Mapping[str, Bool[Tensor, "batch token"]] = {}
     valid: Bool[Tensor, "batch token"] | None = None
     answer: Bool[Tensor, "batch token"] | None = None
+    text: int = 0
+    generates: bool = False
+    partial: bool = False
 
 
 def bound(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .call import Call
 from .session import Session
+from .shared import wrapped
 
 
 @contextmanager
@@ -24,30 +25,21 @@ def attention_interface(session: Session) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
-    before = {name: AttentionInterface.__dict__.get(name) for name in ("__getitem__", "get_interface")}
-    item, asked = AttentionInterface.__getitem__, getattr(AttentionInterface, "get_interface", None)
+    def getitem(inner: Callable[..., Any], faces: Any, key: str) -> Any:
+        return _around(session, inner(faces, key), key)
 
-    def getitem(self: Any, key: str) -> Any:
-        return _around(session, item(self, key), key)
+    def get_interface(inner: Callable[..., Any], faces: Any, name: str, default: Any) -> Any:
+        return _around(session, inner(faces, name, default), name)
 
-    def get_interface(self: Any, name: str, default: Any) -> Any:
-        return _around(session, asked(self, name, default), name)  # type: ignore[misc]
-
-    try:
-        AttentionInterface.__getitem__ = getitem  # type: ignore[method-assign]
-        if asked is not None:
-            AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        stack.enter_context(wrapped(AttentionInterface, "__getitem__", getitem))
+        if hasattr(AttentionInterface, "get_interface"):
+            stack.enter_context(wrapped(AttentionInterface, "get_interface", get_interface))
         yield
-    finally:
-        for name, method in before.items():
-            if method is not None:
-                setattr(AttentionInterface, name, method)
-            elif name in AttentionInterface.__dict__:
-                delattr(AttentionInterface, name)
 
 
 def _around(session: Session, function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
-    if getattr(function, "watched_by", None) is session or not _is_known(backend):
+    if getattr(function, "watched_by", None) is session or not session.mine() or not _is_known(backend):
         return function
 
     def attend(

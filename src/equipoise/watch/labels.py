@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..tokens import SPECIAL
 from .call import Call, Rows, rows_of
+from .loops import Step
 
 WORDS = ("all", "last", "answer")
 
@@ -32,6 +33,14 @@ class Labelled:
         continues: the call goes on with the samples of the one before, as decoding with a cache does.
         tower: the call belongs to an encoder of one modality.
         start: place of the first key in the sequence, where a window leaves out those before.
+        length: tokens of the sequence that the queries end, where it is known.
+        own: the keys are those of the sequence itself.
+        writes: (batch, query) True for the queries that write a token under ``generate``; None elsewhere.
+        text: tokens at the end of the sequence that ``generate`` added to the prompt.
+        partial: the pass reads a part of the prompt alone.
+        alive: (batch,) False for samples that ``generate`` has finished; None where there are none.
+        step: of ``generate``, where it is known later which samples go on to be returned.
+        beside: the call runs before the decoding loop of ``generate``, as an encoder does.
     """
 
     keys: Int[Tensor, "... key"]
@@ -43,6 +52,14 @@ class Labelled:
     continues: bool = False
     tower: bool = False
     start: int = 0
+    length: int | None = None
+    own: bool = False
+    writes: Bool[Tensor, "batch query"] | None = None
+    text: int = 0
+    partial: bool = False
+    alive: Bool[Tensor, " batch"] | None = None
+    step: Step | None = None
+    beside: bool = False
 
 
 class Labeller(Protocol):
@@ -155,6 +172,8 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
     everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
     valid = everybody if known.valid is None else known.valid.to(device)
     if isinstance(queries, Tensor):
+        if known.writes is not None and known.length is not None:
+            return _of_prompt(queries.to(device), known, valid)
         if queries.shape != (batch, rows) and known.continues:
             return None
         if queries.shape != (batch, rows):
@@ -162,6 +181,8 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
         return rows_of(queries.to(device) & valid)
     if queries == "all":
         return Rows(valid.float())
+    if queries in ("last", "answer") and known.writes is not None:
+        return rows_of(known.writes.to(device) & valid)
     if queries == "answer" and known.answer is not None:
         return rows_of(known.answer.to(device) & valid)
     if queries in ("last", "answer"):
@@ -173,6 +194,17 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
         return f"the modality of its queries is not known, and queries is {queries!r}"
     here = (known.queries.to(device) == known.names.index(queries)).expand(batch, rows)
     return rows_of(here & valid)
+
+
+def _of_prompt(queries: Tensor, known: Labelled, valid: Tensor) -> Rows | str | None:
+    """The part of a mask of the prompt's queries that a pass of ``generate`` holds."""
+    (batch, rows), (given, total) = valid.shape, queries.shape
+    prompt: int = known.length - known.text  # type: ignore[operator]
+    if batch % given or (prompt > total if known.partial else prompt != total):
+        return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(given, total)}"
+    first: int = known.length - rows  # type: ignore[operator]
+    here = queries[:, first : first + rows].repeat_interleave(batch // given, dim=0)
+    return rows_of(F.pad(here, (0, rows - here.shape[1]), value=False) & valid) if here.shape[1] else None
 
 
 def check_queries(queries: Any, names: Sequence[str]) -> str | Tensor:

@@ -29,7 +29,13 @@ def has_own_layers(model: nn.Module) -> bool:
 
 
 def _hook(session: Session, layer: Attention):
-    def seen(core: AttentionCore, args: tuple, kwargs: dict[str, Any], attended: Attended) -> Attended | None:
+    # In another thread, a hook that is being removed may come without the keyword arguments.
+    def seen(core: AttentionCore, args: tuple, *rest: Any) -> Attended | None:
+        if not session.mine():
+            return None
+        kwargs: dict[str, Any]
+        attended: Attended
+        kwargs, attended = rest
         query, key, value = args
         call = Call(
             query, key, value, mask=_four(kwargs.get("mask")), is_causal=kwargs.get("is_causal", False),

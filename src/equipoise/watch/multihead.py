@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .projection import Projection, projected
 from .session import Session
+from .shared import held, wrapped
 
 NESTED = "its inputs are nested tensors"
 
@@ -23,20 +24,47 @@ def multihead(session: Session) -> Iterator[None]:
     Scores are computed once more from the layer's inputs, so the model takes the path that it always takes, bit for
     bit. Where outputs are changed, the fast path is off.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    lengths: dict[int, int] = {}
+    ran = _Ran()
     with ExitStack() as stack:
         if session.handler.changes:
-            torch.backends.mha.set_fastpath_enabled(False)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            stack.enter_context(held("fast path", _without_fast_path))
         for part in session.model.modules():
             if isinstance(part, nn.MultiheadAttention) and _untouched(part, nn.MultiheadAttention):
-                stack.callback(_wrapped(part, _attends(session, part)))
+                wrapper = _attends(session, part, ran)
             elif _plain(part):
-                stack.callback(_wrapped(part, _encodes(session, part, lengths)))  # type: ignore[arg-type]
+                wrapper = _encodes(session, part, ran)  # type: ignore[arg-type]
             elif type(part) is nn.TransformerEncoder and all(_plain(layer) for layer in part.layers):
-                stack.callback(_wrapped(part, _packs(part, lengths)))
+                wrapper = _packs(part, ran)
+            else:
+                continue
+            stack.enter_context(wrapped(part, "forward", _in_own_thread(session, wrapper)))
         yield
+
+
+class _Ran:
+    """What has run in the thread that is watched.
+
+    Attributes:
+        calls: of ``nn.MultiheadAttention`` layers.
+        lengths: id of a layer -> number of tokens before padding was packed away.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.lengths: dict[int, int] = {}
+
+
+def _without_fast_path() -> Callable[[], None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _in_own_thread(session: Session, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return wrapper(inner, *args, **kwargs) if session.mine() else inner(*args, **kwargs)
+
+    return forward
 
 
 def _untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
@@ -49,49 +77,31 @@ def _plain(part: nn.Module) -> bool:
     return type(part) is nn.TransformerEncoderLayer and type(part.self_attn) is nn.MultiheadAttention
 
 
-def _wrapped(part: nn.Module, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """Puts a function around a module's forward; what it returns takes it away again."""
-    before = part.__dict__.get("forward")
-    inner = part.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs)
-
-    part.__dict__["forward"] = forward
-
-    def restore() -> None:
-        if before is None:
-            part.__dict__.pop("forward", None)
-        else:
-            part.__dict__["forward"] = before
-
-    return restore
-
-
 def _stands_aside(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # A function mode is noticed too.
     with torch._C.DisableTorchFunction():
         return inner(*args, **kwargs)
 
 
-def _packs(encoder: nn.TransformerEncoder, lengths: dict[int, int]) -> Callable[..., Any]:
+def _packs(encoder: nn.TransformerEncoder, ran: _Ran) -> Callable[..., Any]:
     """Notes how many tokens came, before padding is packed away."""
 
     def packs(inner: Callable[..., Any], src: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not src.is_nested and src.ndim == 3:
-            lengths.update({id(layer): src.shape[1] for layer in encoder.layers})
+            ran.lengths.update({id(layer): src.shape[1] for layer in encoder.layers})
         try:
             return _stands_aside(inner, src, *args, **kwargs)
         finally:
-            lengths.clear()
+            ran.lengths.clear()
 
     return packs
 
 
-def _attends(session: Session, layer: nn.MultiheadAttention) -> Callable[..., Any]:
+def _attends(session: Session, layer: nn.MultiheadAttention, ran: _Ran) -> Callable[..., Any]:
     signature = inspect.signature(nn.MultiheadAttention.forward)
 
     def attends(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ran.calls += 1
         given = signature.bind(layer, *args, **kwargs).arguments
         if any(given[name].is_nested for name in ("query", "key", "value")):
             session.hidden(layer, NESTED)
@@ -113,22 +123,17 @@ def _attends(session: Session, layer: nn.MultiheadAttention) -> Callable[..., An
     return attends
 
 
-def _encodes(session: Session, layer: nn.TransformerEncoderLayer, lengths: dict[int, int]) -> Callable[..., Any]:
+def _encodes(session: Session, layer: nn.TransformerEncoderLayer, ran: _Ran) -> Callable[..., Any]:
     """Shows the attention of a layer whose fast path never calls it."""
     signature = inspect.signature(nn.TransformerEncoderLayer.forward)
 
     def encodes(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        seen, quiet = [], session.quiet
-        attention = layer.self_attn
-        restore = _wrapped(attention, lambda inside, *a, **k: (seen.append(True), inside(*a, **k))[1])
-        try:
-            output = _stands_aside(inner, *args, **kwargs)
-        finally:
-            restore()
-        if not seen and not quiet:
+        calls, quiet = ran.calls, session.quiet
+        output = _stands_aside(inner, *args, **kwargs)
+        if ran.calls == calls and not quiet:
             given = signature.bind(layer, *args, **kwargs).arguments
             del given["self"]
-            _show_fast(session, layer, output, lengths.get(id(layer)), **given)
+            _show_fast(session, layer, output, ran.lengths.get(id(layer)), **given)
         return output
 
     return encodes

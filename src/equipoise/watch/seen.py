@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..tokens import SPECIAL
 from .block import Block, summed
 from .call import Call
 from .labels import Labelled, watched_rows
+from .loops import Chosen, Loop, Step
 
 
 @dataclass(eq=False)
@@ -25,6 +27,13 @@ class Site:
     way: str
     tower: bool
     blocks: list[Block] = field(default_factory=list)
+
+    def add(self, block: Block, *, continues: bool, alive: Tensor | None = None) -> None:
+        """Further queries of the samples before, or further samples."""
+        if continues and self.blocks and self.blocks[-1].share.shape == block.share.shape:
+            self.blocks[-1].add(block, alive)
+        else:
+            self.blocks.append(block)
 
 
 class Table(list):
@@ -61,6 +70,10 @@ class Seen:
         self._labeller, self.queries, self._with_tokens = labeller, queries, tokens
         self._sites: dict[str, Site] = {}
         self._missed: dict[str, str] = {}
+        self._open: list[tuple[Step, str, Site, Block]] = []
+        """Steps of `generate` of which it is not known yet which returned sequence they belong to."""
+        self._beside: list[tuple[Site, int]] = []
+        """Blocks of samples that `generate` may return several times."""
         self.session: Any = None
 
     # What the session tells.
@@ -73,11 +86,39 @@ class Seen:
         if rows is None:
             return None
         block = summed(call, known, rows, with_tokens=self._with_tokens)
+        if known.step is not None:
+            self._open.append((known.step, site, Site(known.names, way, known.tower), block))
+            return None
         place = self._sites.setdefault(site, Site(known.names, way, known.tower))
-        if known.continues and place.blocks and place.blocks[-1].share.shape == block.share.shape:
-            place.blocks[-1].add(block)
-        else:
-            place.blocks.append(block)
+        place.add(block, continues=known.continues, alive=known.alive)
+        if known.beside:
+            self._beside.append((place, len(place.blocks) - 1))
+        return None
+
+    @torch.no_grad()
+    def settle(self, loop: Loop, chosen: Callable[[Step], Chosen | None], rows: int) -> None:
+        """A decoding loop has returned so many sequences: adds up those of its steps that led to them."""
+        begun: set[str] = set()
+        waiting, self._open = self._open, []
+        for step, site, like, block in waiting:
+            if step.loop is not loop:
+                self._open.append((step, site, like, block))
+            elif (found := chosen(step)) is not None:
+                keep = found.keep.to(block.share.device)
+                part = block.take(found.index.to(block.share.device), keep)
+                place = self._sites.setdefault(site, like)
+                place.add(part, continues=step.draft > 0 or site in begun, alive=keep)
+                begun.add(site)
+        for place, number in self._beside:
+            block = place.blocks[number]
+            if rows > len(block.share) and rows % len(block.share) == 0:
+                index = torch.arange(rows, device=block.share.device) // (rows // len(block.share))
+                place.blocks[number] = block.take(index)
+        self._beside = []
+
+    def discard(self, loop: Loop) -> None:
+        """A decoding loop has ended; what has not been settled belongs to no sequence."""
+        self._open, self._beside = [entry for entry in self._open if entry[0].loop is not loop], []
 
     def change(self, site: str, call: Call, known: Labelled) -> None:
         return None
@@ -203,6 +244,9 @@ class Seen:
             more = f" ({len(self._missed) - 1} others alike)" if len(self._missed) > 1 else ""
             got = f"'{site}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
+        elif self.session is not None and not self.session.called and self.session.elsewhere:
+            got = f"none, since the model ran in another thread, '{self.session.elsewhere}'"
+            fix = "Open the block in the thread that runs the model, which is the one that is watched."
         elif self.session is not None and not self.session.called:
             got, fix = "none, since the model did not run while it was watched", "Call it inside of the with block."
         else:

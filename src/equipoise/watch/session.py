@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
-from ..errors import ConfigError, unknown_name
+from ..errors import unknown_name
+from .assign import assigned
 from .call import Call
+from .compiled import check_open, uncompiled
 from .labels import Labelled, Labeller
+from .loops import UNKNOWN, Chosen, Loop, Step
 
 Run = Callable[[], tuple[Any, Tensor | None]]
 """Lets the model compute its attention: the output in the form of its own, and the matrix where it was written out."""
@@ -55,18 +59,32 @@ class Session:
     def __init__(
         self, model: nn.Module, labeller: Labeller, handler: Handler, *, sites: Sequence[str] | None = None
     ) -> None:
-        _check_open(model)
+        check_open(model)
+        # A compiled model is called like the one inside.
+        self.names = {id(part): name.replace("_orig_mod.", "") for name, part in model.named_modules()}
         self._check_sites(model, sites)
         self.model, self.labeller, self.handler, self._patterns = model, labeller, handler, sites
-        self.names = {id(part): name for name, part in model.named_modules()}
         self.quiet = 0
         """Above 0 while an attention that was announced runs, so that its insides are not seen once more."""
         self.called = 0
+        self.elsewhere = ""
+        """A thread that ran the model and did not watch it."""
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
+        self._loops: list[Loop] = []
+        self._generating = 0
+        self._thread = threading.get_ident()
+
+    def mine(self) -> bool:
+        """Whether the thread that runs is the one that is watched. Patches are seen by all threads."""
+        return threading.get_ident() == self._thread
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether it is a part of the model, in the thread that is watched."""
+        return self.mine() and id(model) in self.names
 
     def _check_sites(self, model: nn.Module, sites: Sequence[str] | None) -> None:
-        names = [name or type(model).__name__ for name, _ in model.named_modules()]
+        names = [name or type(model).__name__ for name in self.names.values()]
         for pattern in sites or ():
             # The second attention of a module in one pass is "name#2".
             if not any(fnmatch.fnmatchcase(name, pattern.split("#")[0]) for name in names):
@@ -77,6 +95,9 @@ class Session:
     def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
         """Opens the ways; closes them in the opposite order."""
         with ExitStack() as stack:
+            _OPEN.append(self)
+            stack.callback(_OPEN.remove, self)
+            stack.enter_context(uncompiled())
             stack.callback(registry.register_module_forward_pre_hook(self._enter).remove)
             stack.callback(registry.register_module_forward_hook(self._leave, always_call=True).remove)
             for way in ways:
@@ -95,18 +116,53 @@ class Session:
     def hidden(self, module: nn.Module | None, reason: str) -> None:
         """Tells the handler of an attention that cannot be looked into."""
         module = module if module is not None else self.attending()
-        if module is not None and id(module) in self.names and not self.quiet:
+        if module is not None and id(module) in self.names and not self.quiet and self.mine():
             self.handler.missed(self._site(module), reason)
 
     def begin_pass(self) -> None:
         """A pass through the model begins, in which every module attends for the first time again."""
         self._times = {}
 
+    @property
+    def aside(self) -> bool:
+        """Whether what runs writes no token of what ``generate`` returns."""
+        if self.handler.changes:
+            return False
+        top = self._loops[-1] if self._loops else None
+        return top is not None and (top.aside or any(loop.draft for loop in self._loops))
+
+    def loop(self, model: nn.Module) -> Loop | None:
+        """The innermost decoding loop of a model."""
+        return next((loop for loop in reversed(self._loops) if loop.model is model), None)
+
+    @contextmanager
+    def generating(self, loop: Loop | None) -> Iterator[None]:
+        """While a model generates, by a decoding loop or around it."""
+        self._generating += 1
+        if loop is not None:
+            self._loops.append(loop)
+        try:
+            yield
+        finally:
+            self._generating -= 1
+            if loop is not None:
+                self._loops.remove(loop)
+                if discard := getattr(self.handler, "discard", None):
+                    discard(loop)
+
+    def settle(self, loop: Loop, chosen: Callable[[Step], Chosen | None], rows: int) -> None:
+        """A decoding loop returns so many sequences, made of the steps that are chosen."""
+        if not loop.draft and (settle := getattr(self.handler, "settle", None)):
+            settle(loop, chosen, rows)
+
     def visit(self, call: Call, module: nn.Module | None, way: str, run: Run) -> Any:
         """Lets an attention happen, shows it, and returns its output or what the handler makes of it."""
         module = module if module is not None else self.attending()
-        if self.quiet or module is None or id(module) not in self.names:
+        if self.quiet or module is None or id(module) not in self.names or not self.mine():
             return run()[0]
+        if self.aside:
+            with self._silence():
+                return run()[0]
         known = self.labeller.labelled(call, module)
         site = self._site(module)
         if isinstance(known, str) or (known is not None and not known.tower):
@@ -140,8 +196,21 @@ class Session:
             if not again:
                 # What is watched is not asked for its own insides.
                 with torch._C.DisableTorchFunction(), torch.autocast(call.query.device.type, enabled=False):
-                    self.handler.see(site, way, call, known)
+                    for part in self._assigned(site, call, known):
+                        self.handler.see(site, way, call, part)
         return output
+
+    def _assigned(self, site: str, call: Call, known: Labelled) -> Iterator[Labelled]:
+        """The queries of a call, in groups by where ``generate`` puts what they write."""
+        loop = self._loops[-1] if self._loops else None
+        if known.tower or not self._generating:
+            yield known
+        elif loop is None or loop.model not in self._stack:
+            yield replace(known, beside=True)
+        elif loop.kind == "unknown":
+            self.handler.missed(site, UNKNOWN)
+        else:
+            yield from assigned(call, known, loop)
 
     def _site(self, module: nn.Module) -> str:
         return self.names[id(module)] or type(module).__name__
@@ -152,36 +221,32 @@ class Session:
         return site if self._times[site] == 1 else f"{site}#{self._times[site]}"
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self.names:
-            if not self._stack:
-                self.called += 1
-                self.begin_pass()
-            self._stack.append(module)
+        if id(module) not in self.names:
+            return
+        if not self.mine():
+            self._note_other_thread(module)
+            return
+        if not self._stack:
+            self.called += 1
+            self.begin_pass()
+        self._stack.append(module)
+        if self._loops and self._loops[-1].model is module:
+            self._loops[-1].begin()
+
+    def _note_other_thread(self, module: nn.Module) -> None:
+        """A thread that watches the model itself is no reason to wonder; nor are those of a backward pass."""
+        if not self.elsewhere and torch._C._current_graph_task_id() == -1 and not any(
+            session.follows(module) for session in tuple(_OPEN)
+        ):  # fmt: skip
+            self.elsewhere = threading.current_thread().name
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) not in self.names:
+        if id(module) not in self.names or not self.mine():
             return
         # An exception may have skipped some; they are over too.
         while self._stack and self._stack.pop() is not module:
             pass
 
 
-def _check_open(model: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: a model, or a part of one, whose attention no hook can reach.
-    """
-    compiled = any(
-        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()
-    )
-    if compiled:
-        raise ConfigError(
-            "watch", expected="a model whose attention runs in Python", got="one compiled by torch.compile, "
-            "whose attention is inside a graph that nobody can look into",
-            fix="Watch the model that was compiled: model._orig_mod; after model.compile(), a copy from before.",
-        )  # fmt: skip
-    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
-        raise ConfigError(
-            "watch", expected="a model whose attention runs in Python", got="a scripted one",
-            fix="Watch the model that was scripted.",
-        )  # fmt: skip
+_OPEN: list[Session] = []
+"""All sessions that are open, of all threads."""

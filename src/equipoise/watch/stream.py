@@ -58,7 +58,22 @@ class Stream:
         self._lost = self._lost and inputs.past > 0
         if inputs.shape is None and self._given is None:
             return self._fail("its inputs hold neither input_ids nor inputs_embeds")
-        self._begin(inputs, self._first() if inputs.past == 0 and self._given is not None else self._new(inputs))
+        if self._given is not None and (inputs.past == 0 or (inputs.partial and inputs.past < self._given.shape[-1])):
+            return self._begin(inputs, self._prompt(inputs))
+        new = self._new(inputs)
+        if new is not None and inputs.text:
+            # Whatever it is called, what was generated is text.
+            new[:, -min(inputs.text, new.shape[1]) :] = self.text
+        self._begin(inputs, new)
+
+    def _prompt(self, inputs: Inputs) -> Tensor:
+        """The user's labels, repeated for samples that are returned several times, and text behind them."""
+        given = self._first()
+        if inputs.generates and inputs.shape is not None and inputs.shape[0] % len(given) == 0:
+            given = given.repeat_interleave(inputs.shape[0] // len(given), dim=0)
+        if inputs.partial and inputs.shape is not None:
+            return given[:, inputs.past : inputs.past + inputs.shape[1]]
+        return F.pad(given, (0, inputs.text), value=self.text)
 
     def forget(self) -> None:
         self._fail("nothing has told its tokens")
@@ -78,7 +93,7 @@ class Stream:
             return None
         self.continues = before is not None and before.shape[0] in (1, new.shape[0])
         past = before if self.continues else self._unseen(inputs.past)
-        if past is None or (why := self._unfit(past.shape[1], inputs.past)):
+        if past is None or (why := self._unfit(past.shape[1], inputs)):
             return self._fail(why if past is not None else f"its cache holds {inputs.past} tokens from before, whose "
                               "modality is not known")  # fmt: skip
         batch = max(len(past), len(new))
@@ -91,9 +106,10 @@ class Stream:
             return None if self._lost else self._first()
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
-    def _unfit(self, known: int, past: int) -> str:
+    def _unfit(self, known: int, inputs: Inputs) -> str:
         """Why labels of so many tokens cannot be those of a cache; a cache may have been cut, but not into a prompt."""
-        if self._given is not None and not self._given.shape[-1] <= past:
+        past = inputs.past
+        if self._given is not None and not self._given.shape[-1] <= past and not inputs.partial:
             return f"modality is given for {self._given.shape[-1]} tokens, and the prompt has {past}"
         if past > known:
             return f"its cache holds {past} tokens, and the inputs tell the modality of {known}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,10 @@ from ..tokens import SPECIAL
 from .call import Call
 from .inputs import bound, read, read_decoder
 from .labels import GivenLabels, Labelled, labelled, named
+from .loops import Loop
 from .parts import ORDER, Parts, modalities_of, models_in
 from .session import Session
+from .shared import wrapped
 from .stream import Stream, fitted
 
 
@@ -58,23 +60,30 @@ class TokenMap:
     def following(self, session: Session) -> Iterator[None]:
         """Reads the inputs of every forward pass, those of ``generate`` and of parts that run alone included."""
 
-        def begin(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def begin(part: nn.Module, args: tuple, kwargs: Any = None) -> None:
+            if not session.mine() or session.aside:
+                return
             if not self._running:
                 session.begin_pass()
-            self._begin(part, bound(part, args, kwargs))
+            self._begin(part, bound(part, args, kwargs or {}), session.loop(part))
 
         def end(part: nn.Module, args: Any, output: Any) -> None:
+            if not session.mine() or session.aside:
+                return
             while self._running and self._running.pop() is not part:
                 pass
 
         def embed(part: nn.Module, args: tuple, output: Any) -> None:
+            if not session.mine() or session.aside:
+                return
             self._embedded = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 2 else None
 
         with ExitStack() as stack:
             for part in models_in(self.root):
                 stack.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(end, always_call=True).remove)
-                stack.enter_context(_uncompiled(part))
+                if hasattr(type(part), "get_compiled_call"):
+                    stack.enter_context(wrapped(part, "get_compiled_call", _uncompiled(session, part)))
             if (words := _word_embedding(self.root)) is not None:
                 stack.callback(words.register_forward_hook(embed).remove)
             yield
@@ -96,7 +105,7 @@ class TokenMap:
             return why
         return self._fitting(call, stream, tower=self._is_text_tower(module, stream))
 
-    def _begin(self, part: nn.Module, given: dict[str, Any]) -> None:
+    def _begin(self, part: nn.Module, given: dict[str, Any], loop: Loop | None) -> None:
         first = not self._running
         self._running.append(part)
         (self._reads_vectors.discard if given.get("input_ids") is not None else self._reads_vectors.add)(id(part))
@@ -106,7 +115,10 @@ class TokenMap:
         if self.parts.encoder is None or own is self._encoder:
             if self.given is not None or self.parts.alone(part) not in self.parts.others or part is self.root:
                 # Words become vectors outside of a part that is given these, as parts of `generate` are.
-                own.begin(read(given, embedded=None if part is self.root else self._embedded))
+                inputs = read(given, embedded=None if part is self.root else self._embedded)
+                if loop is not None:
+                    inputs = inputs._replace(text=loop.text, generates=True, partial=loop.partial)
+                own.begin(inputs)
             return
         if any(given.get(name) is not None for name in ("input_ids", "inputs_embeds")) or self.given is not None:
             if given.get("encoder_outputs") is None:
@@ -124,7 +136,7 @@ class TokenMap:
         if found is None:
             return self._one_of_several(call) or self._other_length(keys, labels.shape[1])
         keys_here, start = found
-        return self._known(call, keys_here, stream, rows, start=start, tower=tower)
+        return self._known(call, keys_here, stream, rows, start=start, own=True, tower=tower)
 
     def _known(self, call: Call, keys: Tensor, stream: Stream, rows: int, **known: Any) -> Labelled:
         batch = call.sizes[0]
@@ -132,6 +144,8 @@ class TokenMap:
             known["queries"] = stream.labels[:, -rows:].expand(batch, -1)
             known |= {key: value for key in ("valid", "answer")
                       if (value := getattr(stream, key)) is not None and value.shape == (batch, rows)}  # fmt: skip
+        if stream.labels is not None:
+            known["length"] = stream.labels.shape[1]
         constant = _constant(keys) if keys.device.type == "cpu" else None
         return labelled(
             call, keys.expand(batch, -1), self.names, constant=constant, continues=stream.continues, **known
@@ -173,6 +187,7 @@ class TokenMap:
         if self._running and rows == self._main.rows and not tower and self._main.labels is not None:
             known = {key: value for key in ("valid", "answer")
                      if (value := getattr(self._main, key)) is not None and len(value) == batch}  # fmt: skip
+            known["length"] = self._main.labels.shape[1]
             known["queries"] = self._main.labels[:, -rows:].expand(batch, -1) if len(self._main.labels) in (1, batch) \
                 else None  # fmt: skip
         return Labelled(
@@ -236,21 +251,13 @@ class Together:
         return self._outside.labelled(call, module)
 
 
-@contextmanager
-def _uncompiled(part: nn.Module) -> Iterator[None]:
+def _uncompiled(session: Session, part: nn.Module) -> Callable[..., Any]:
     """``generate`` compiles a model by itself where its cache allows it; attention could not be seen there."""
-    if not hasattr(type(part), "get_compiled_call"):
-        yield
-        return
-    before = part.__dict__.get("get_compiled_call")
-    part.__dict__["get_compiled_call"] = lambda compile_config: part.__call__
-    try:
-        yield
-    finally:
-        if before is None:
-            part.__dict__.pop("get_compiled_call", None)
-        else:
-            part.__dict__["get_compiled_call"] = before
+
+    def get_compiled_call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return part.__call__ if session.mine() else inner(*args, **kwargs)
+
+    return get_compiled_call
 
 
 def _repeated(labels: Tensor | None, batch: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from .functions import torch_functions
 from .interface import attention_interface
 from .labels import GivenLabels, Labeller, check_queries, checked
 from .layers import has_own_layers, own_layers
+from .loops import decoding_loops
 from .multihead import multihead
 from .parts import pretrained
 from .seen import Seen
@@ -36,15 +37,15 @@ def watch(
 
     share^m = mean over the watched queries of sum_{j in m} A_ij: exact, of the attention before dropout, for every
     sample and head. No attention matrix is built where the model builds none, outputs stay what they are bit for bit,
-    and when the block is left, also by an exception, the model is as it was. Only what ``generate`` compiles by itself
-    runs uncompiled.
+    and when the block is left, also by an exception, the model is as it was. Only what ``torch.compile`` has compiled
+    runs uncompiled in the block, in all threads, and its output may differ by rounding.
 
     Ways in, chosen at each place and told by ``seen.ways``: equipoise's own layers; ``nn.MultiheadAttention`` and
     ``nn.TransformerEncoder``, fast path included; ``F.scaled_dot_product_attention``; attention written out with a
     softmax over keys; transformers' attention interface with whatever backend the model has.
 
     Args:
-        model: any module; not one compiled by ``torch.compile``.
+        model: any module; not a scripted or exported one.
         modality: (key,) or (batch, key) label of every key, an index into ``names``, -1 = special. Not needed for
             fusions of equipoise, which know, and for Hugging Face models, where ``mm_token_type_ids`` or the
             placeholders' ids in the configuration tell; where a model is given one, it goes before these.
@@ -56,11 +57,13 @@ def watch(
         tokens: also keep attention on every single key, at the price of a pass of its own.
 
     Yields:
-        Seen, which fills while the model runs. Batches that follow one another are further samples; steps of
-        ``generate`` with a cache go on with the same samples.
+        Seen, which fills while the thread that opened the block runs the model. Batches that follow one another are
+        further samples. Under ``generate`` the samples are the returned sequences, and only the queries that they hold
+        count, each once: no padding after the end, no beams or drafts that were dropped. Decoding loops of your own
+        (``custom_generate``) are reported in ``seen.missing``.
 
     Raises:
-        ConfigError: a compiled or scripted model, unknown queries, names that do not fit; afterwards, from ``seen``,
+        ConfigError: a scripted or exported model, unknown queries, names that do not fit; afterwards, from ``seen``,
             attention that stayed hidden, with what cannot be seen and why.
 
     A share is no proof of use: values may be small or cancel, some tokens are sinks. Test causally before concluding.
@@ -81,13 +84,14 @@ def watch(
     with opened(model, labeller, ways, follow, seen, sites) as session:
         seen.session = session
         yield seen
-    if session.called and not seen.complete:
+    if (session.called or session.elsewhere) and not seen.complete:
         warnings.warn(str(seen.nothing()), stacklevel=3)
     elif partly := [site for site in seen.missing if site in seen.ways]:
         warnings.warn(f"watch: some batches were not seen at '{partly[0]}': {seen.missing[partly[0]]}.", stacklevel=3)
 
 
 Way = Callable[[Session], AbstractContextManager[None]]
+HUGGING_FACE: tuple[Way, ...] = (torch_functions, attention_interface, multihead, decoding_loops)
 
 
 def labels_for(
@@ -100,11 +104,11 @@ def labels_for(
     roots = [] if has_own_layers(model) else pretrained(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
         whole = TokenMap(roots[0], given, names)
-        return whole, (torch_functions, attention_interface, multihead), [whole.following]
+        return whole, HUGGING_FACE, [whole.following]
     if roots:
         maps = [TokenMap.inside(root, given if len(roots) == 1 else None, names) for root in roots]
         labeller = Together(GivenLabels(given, names), maps)
-        return labeller, (torch_functions, attention_interface, multihead), [part.following for part in maps]
+        return labeller, HUGGING_FACE, [part.following for part in maps]
     ways: tuple[Way, ...] = (own_layers,) if has_own_layers(model) else ()
     if given is not None or not ways:
         ways = (*ways, torch_functions, multihead)
