@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from .errors import ConfigError, ShapeError, unknown_name
 from .fusion import Fusion
+from .masks import at_least_float32, bool_mask
 from .tokens import Output, Tokens, as_tokens
 
 Task = Literal["classification", "multilabel", "regression"]
 Unimodal = Literal["probe", "train", "vote", "none"]
+MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = takes part"
 UNIMODAL = ("probe", "train", "vote", "none")
 
 
@@ -94,7 +96,12 @@ class FusionModel(nn.Module):
         Args:
             batch: name -> input of that modality's encoder, or None where the whole batch lacks it; other keys are not
                 read, but for ``"mask"``: name -> (batch,) True where a sample has the modality, or (batch, token) True
-                for real tokens; and ``"target"``, by balancers that change tokens in training.
+                for real tokens; and ``"target"``, by balancers that change tokens in training. Masks are boolean, or
+                numbers that are all 0 or 1; additive ones are refused, and so are floating zeros alone, which could be
+                either. Masks of modalities that the model does not read are ignored, whatever they hold.
+
+        What a mask hides is set to zero before the encoder reads it, so that NaN there reaches no output and no
+        gradient: whole samples, and tokens of inputs (batch, token, ...) of the mask's size.
 
         Returns:
             Output with logits (batch, output), unimodal_logits, features, tokens and share.
@@ -125,7 +132,7 @@ class FusionModel(nn.Module):
                 got=f"a batch with {', '.join(map(str, batch)) or 'nothing'}",
                 fix=f"Set batch['{absent[0]}'] = None for a batch without it, or batch['mask'] for some samples.",
             )
-        masks = self._masks(batch.get("mask"))
+        masks = self._masks(batch)
         tokens = {}
         for name in self.names:
             if batch[name] is not None:
@@ -166,7 +173,7 @@ class FusionModel(nn.Module):
         return votes
 
     def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
-        """The task's loss, mean over the batch.
+        """The task's loss, mean over the batch, in float32 or better.
 
         Args:
             logits: (batch, output).
@@ -180,6 +187,7 @@ class FusionModel(nn.Module):
 
     def sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
         """The task's loss of every sample; arguments as ``loss`` takes them."""
+        logits = at_least_float32(logits)
         if self.task == "classification":
             _check_classes(logits, target)
             return F.cross_entropy(logits, target.long(), reduction="none")
@@ -202,7 +210,7 @@ class FusionModel(nn.Module):
 
     def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
         """Sum of the unimodal heads' losses; 0 without heads. A sample does not count for a modality that it lacks."""
-        total = output.features.new_zeros(())
+        total = at_least_float32(output.features).new_zeros(())
         for name, logits in output.unimodal_logits.items():
             tokens = output.tokens[name]
             if len(tokens) == 0:
@@ -216,8 +224,9 @@ class FusionModel(nn.Module):
                 total = total + losses.sum() / present.sum().clamp(min=1)
         return total
 
-    def _masks(self, masks: object) -> Mapping[str, Tensor | None]:
-        """What a batch says under "mask", checked."""
+    def _masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a batch says under "mask" of the modalities that the model reads, as booleans."""
+        masks: object = batch.get("mask")
         if masks is None:
             return {}
         if not isinstance(masks, Mapping):
@@ -227,19 +236,29 @@ class FusionModel(nn.Module):
                 got=type(masks).__name__,
                 fix=f"Give batch['mask'] = {{'{self.names[0]}': mask}}, with True where a sample has it.",
             )
+        found = {}
         for name, mask in masks.items():
             if name not in self.names:
-                raise unknown_name("FusionModel mask", "modality", str(name), self.names)
-            if not isinstance(mask, Tensor | None):
-                raise ShapeError(
-                    f"mask of '{name}'", expected="a tensor (batch,) or (batch, token)", got=type(mask).__name__
-                )
-        return masks
+                # The batch may hold modalities that other models read; a name that it does not hold is a mistake.
+                if len(self.names) > 1 and name not in batch:
+                    raise unknown_name("FusionModel mask", "modality", str(name), self.names)
+            elif mask is not None:
+                try:
+                    found[name] = bool_mask(mask, f"mask of '{name}'", MASK, numbers=True)
+                except ShapeError:
+                    if self._reads(name):
+                        raise
+        return found
+
+    def _reads(self, name: str) -> bool:
+        """Whether the modality has an influence on the logits or on the encoders' gradients."""
+        return name in self.fusion.reads or self.unimodal in ("train", "vote")
 
     def _encode_one(self, name: str, value: object, mask: Tensor | None) -> Tokens:
         encoder = self.encoders[name]
-        mask = None if mask is None else mask.bool()
-        per_token = mask is not None and mask.ndim == 2 and self._takes_mask[name]
+        takes_mask = self._takes_mask[name]
+        per_token = mask is not None and mask.ndim == 2 and takes_mask
+        value = _without_masked(value, mask, tokens_too=takes_mask)
         tokens = as_tokens(encoder(value, mask=mask) if per_token else encoder(value), f"encoder '{name}'")
         if tokens.dim != self.fusion.dim:
             raise ShapeError(
@@ -249,11 +268,16 @@ class FusionModel(nn.Module):
                 fix=f"Give the encoder dim={self.fusion.dim}, or put "
                 f"torch.nn.Linear({tokens.dim}, {self.fusion.dim}) behind it.",
             )
-        if mask is None or per_token:
-            return tokens
+        if mask is not None and per_token and tokens.mask is None and mask.shape != tokens.values.shape[:2]:
+            # The encoder made fewer tokens of those that it was told of; a sample without any has none here either.
+            mask = mask.any(dim=1)
+        elif mask is None or (per_token and tokens.mask is not None):
+            return tokens.zero_masked()
         if mask.ndim == 1:
             mask = mask[:, None].expand(-1, len(tokens))
         if mask.shape != tokens.values.shape[:2]:
+            if not self._reads(name):
+                return tokens.zero_masked()
             raise ShapeError(
                 f"mask of '{name}'",
                 expected=f"(batch,) or (batch, token) = {tuple(tokens.values.shape[:2])}",
@@ -261,7 +285,25 @@ class FusionModel(nn.Module):
                 fix="Give one value for a sample, or one for each token that the encoder returns.",
             )
         valid = mask if tokens.mask is None else tokens.mask & mask
-        return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls)
+        return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls).zero_masked()
+
+
+def _without_masked(value: object, mask: Tensor | None, *, tokens_too: bool) -> object:
+    """An encoder's input with zeros where the mask hides it; inputs by name keep their whole numbers."""
+    if mask is None:
+        return value
+    if isinstance(value, Mapping):
+        floating = {key: x for key, x in value.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        return {**value, **{key: _without_masked(x, mask, tokens_too=tokens_too) for key, x in floating.items()}}
+    # What does not fit is an error that is raised once the encoder has said how many tokens there are.
+    if not isinstance(value, Tensor) or value.ndim == 0 or mask.ndim not in (1, 2) or len(mask) != len(value):
+        return value
+    whole = mask if mask.ndim == 1 else mask.any(dim=1)
+    # Of four sizes the second is that of channels, unless the encoder takes masks of what it reads. Whole numbers under
+    # such a mask are the encoder's own padding.
+    by_token = mask.shape == value.shape[:2] and (value.is_floating_point() if tokens_too else value.ndim != 4)
+    hidden = ~(mask if by_token else whole).to(value.device)
+    return value.masked_fill(hidden.reshape(*hidden.shape, *[1] * (value.ndim - hidden.ndim)), 0)
 
 
 def _check_classes(logits: Tensor, target: Tensor) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .errors import ShapeError
+from .masks import bool_mask, zero_masked
 
 SPECIAL = -1
 """Label of a token that belongs to no modality: a class token, padding."""
@@ -22,7 +23,7 @@ class Tokens:
     Args:
         values: (batch, token, dim).
         mask: (batch, token), True = the token takes part; ``None`` means all do. A modality that is missing for a
-            sample is a row of False.
+            sample is a row of False. What stands under the mask, NaN included, has no influence on anything.
         modality: (batch, token) integer labels, index into ``names``, -1 = special or padding. ``None`` for the
             tokens of a single modality.
         names: the modality names that the labels index.
@@ -61,13 +62,9 @@ class Tokens:
                     got=f"shape {tuple(part.shape)}",
                     expected=f"shape (batch, token) = {tuple(self.values.shape[:2])}",
                 )
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            raise ShapeError(
-                "Tokens mask",
-                expected="dtype torch.bool with True = takes part",
-                got=f"dtype {self.mask.dtype}",
-                fix="Use mask.bool() for 0/1 masks; an additive mask is mask == 0.",
-            )
+        if self.mask is not None:
+            fix = "Use mask.bool() for 0/1 masks; an additive mask is mask == 0."
+            bool_mask(self.mask, "Tokens mask", "dtype torch.bool with True = takes part", fix=fix)
 
     @property
     def dim(self) -> int:
@@ -81,6 +78,13 @@ class Tokens:
         if self.mask is not None:
             return self.mask
         return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
+
+    def zero_masked(self) -> Tokens:
+        """The same tokens with zeros in place of masked values, which then reach neither outputs nor gradients.
+
+        Fusions, connectors and losses begin with it, since 0 times NaN is NaN.
+        """
+        return self if self.mask is None else replace(self, values=zero_masked(self.values, self.mask))
 
     def present(self) -> Bool[Tensor, " batch"]:
         """True for the samples that have at least one token."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import Attended, attend
 from .errors import ConfigError, ShapeError
+from .masks import bool_mask, finite_masked, zero_masked
 
 
 class AttentionCore(nn.Module):
@@ -96,13 +97,15 @@ class Attention(nn.Module):
             source: (batch, key, dim).
             modality: (key,) or (batch, key) labels, for the share; see ``attend``.
             num_modalities: number of columns of the share.
-            mask: (batch, key) or (batch, query, key), True = takes part.
+            mask: (batch, key) or (batch, query, key), boolean, True = takes part. Keys that no query sees have no
+                influence, NaN included.
             is_causal: as in ``attend``.
             share: False spares the cost of the share; labels are then given for whoever watches.
 
         Returns:
             Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
         """
+        tokens, source = without_hidden(tokens, source, mask, type(self).__name__)
         source = self._source(tokens, source)
         attended = self.core(
             self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
@@ -163,6 +166,7 @@ class Block(nn.Module):
         ``source`` is another sequence that is read, under the same norm. ``rows`` computes only the first rows; they
         equal those of the whole. The rest is as in ``Attention``.
         """
+        tokens, source = without_hidden(tokens, source, mask, "Block")
         normed = self.norm_attention(tokens)
         attended = self.attention(
             normed[:, :rows], normed if source is None else self.norm_attention(source),
@@ -196,6 +200,7 @@ class PostNormAttention(nn.Module):
         modality: Int[Tensor, "... key"] | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """``source``, ``mask`` and ``modality`` as in ``Attention``; labels are for whoever watches."""
+        tokens, source = without_hidden(tokens, source, mask, "PostNormAttention")
         return self.norm(tokens + self.attention(tokens, source, mask=mask, modality=modality, share=False).output)
 
 
@@ -251,6 +256,36 @@ class Transformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, mask=mask).output
         return self.norm(tokens)
+
+
+def without_hidden(
+    tokens: Float[Tensor, "batch query dim"], source: Float[Tensor, "batch key dim"] | None, mask: Tensor | None,
+    who: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(tokens, source) with zeros in the source where no query sees it.
+
+    Without a source the tokens read themselves. Padding is then a query too, whose own output is what its values make
+    of it; but NaN and infinity in padding become 0, since they would reach the gradients of the weights.
+
+    Raises:
+        ShapeError: a mask that is not boolean.
+    """
+    if mask is None:
+        return tokens, source
+    bool_mask(mask, f"{who} mask", "a boolean mask (batch, key) or (batch, query, key)")
+    if source is None:
+        if not _fits(mask, tokens):
+            return tokens, None
+        return finite_masked(tokens, mask), None
+    seen = mask
+    while seen.ndim > 2:
+        seen = seen.any(dim=1)
+    return tokens, zero_masked(source, seen) if _fits(seen, source) else source
+
+
+def _fits(mask: Tensor, x: Tensor) -> bool:
+    # A mask of another size is an error, which attend raises.
+    return mask.ndim == 2 and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == x.shape[1]
 
 
 def feed_forward(dim: int, ratio: float, dropout: float, activation: type[nn.Module]) -> nn.Sequential:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
+from ..masks import full_precision
 from ..tokens import Tokens
 from .contrastive import check_options, row_losses
 from .gather import gathered, mean_of_all, place_of, shared
@@ -29,7 +30,8 @@ def query_similarity(
         >>> query_similarity(torch.eye(2)[None], torch.tensor([[0.6, 0.8]]))
         tensor([[0.8000]])
     """
-    return torch.einsum("iqd,jd->ijq", exact(queries), exact(text)).amax(dim=-1)
+    with full_precision(queries):
+        return torch.einsum("iqd,jd->ijq", exact(queries), exact(text)).amax(dim=-1)
 
 
 class QFormerLosses(nn.Module):
@@ -87,7 +89,10 @@ class QFormerLosses(nn.Module):
         ids: Int[Tensor, " batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The three losses by name.
+        """The three losses by name, in float32 or better.
+
+        Without any negative, in a batch of one or of one id, "contrastive" and "matching" are 0 with gradient 0. Every
+        text needs at least its class token.
 
         Args:
             media: as in ``QFormer``.

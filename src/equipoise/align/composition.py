@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import NonFiniteError, ShapeError, unknown_name
+from ..masks import at_least_float32, full_precision
 from .ranking import TIES, Ties
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
@@ -110,16 +111,19 @@ def additive_compositionality(
             "additive_compositionality", expected="parts (sample, part, dim) and whole (sample, dim)",
             got=f"{tuple(parts.shape)} and {tuple(whole.shape)}",
         )  # fmt: skip
+    parts, whole = at_least_float32(parts), at_least_float32(whole)
     added = F.normalize(parts.sum(dim=1), dim=-1)
     own = (added * F.normalize(whole, dim=-1)).sum(dim=-1)
     if distractors is None:
         if len(whole) < 2:
             raise ShapeError("additive_compositionality", expected="two or more samples, or distractors", got="neither")
-        cosines = added @ F.normalize(whole, dim=-1).T
+        with full_precision(whole):
+            cosines = added @ F.normalize(whole, dim=-1).T
         return own - (cosines.sum(dim=1) - own) / (len(whole) - 1)
     if distractors.ndim != 3 or 0 in distractors.shape[:2] or distractors.shape[::2] != whole.shape:
         raise ShapeError(
             "additive_compositionality distractors", expected=f"(sample, other, dim) for {tuple(whole.shape)}",
             got=f"{tuple(distractors.shape)}",
         )  # fmt: skip
-    return own - (F.normalize(distractors, dim=-1) @ added[..., None])[..., 0].mean(dim=1)
+    with full_precision(whole):
+        return own - (F.normalize(at_least_float32(distractors), dim=-1) @ added[..., None])[..., 0].mean(dim=1)

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError, ShapeError, unknown_name
+from ..errors import ConfigError, unknown_name
+from ..masks import at_least_float32, bool_mask
 from .gather import shared
 from .negatives import log_weights, nearest_negatives, same_ids
 from .pairs import Pair, PairLoss, checked_pair, products
@@ -46,7 +47,8 @@ def info_nce(
 
     Returns:
         The loss, in float32 or better. log(batch) is what chance costs, 0 what a perfect match costs at infinite
-        scale. A row without partner does not count. It falls with the batch's size too: compare only equal batches.
+        scale. A row without partner does not count, and one without negative costs 0 with gradient 0: so does a batch
+        of one, or of one id. It falls with the batch's size too: compare only equal batches.
 
     Raises:
         ShapeError: a and b that do not fit, no pair at all, masks of another shape. ConfigError: options out of range.
@@ -67,10 +69,10 @@ def info_nce(
     if positives is None:
         positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
     for name, mask in (("positives", positives), ("ignored", ignored)):
-        if mask is not None and (mask.shape != logits.shape or mask.dtype != torch.bool):
-            raise ShapeError(
-                f"info_nce {name}", expected=f"a boolean mask of shape (batch, batch) = {tuple(logits.shape)}",
-                got=f"shape {tuple(mask.shape)}, {mask.dtype}", fix="same_ids(ids) makes one.",
+        if mask is not None:
+            bool_mask(
+                mask, f"info_nce {name}", f"a boolean mask of shape (batch, batch) = {tuple(logits.shape)}",
+                shape=logits.shape, fix="same_ids(ids) makes one.",
             )  # fmt: skip
     directions = []
     for turn in (lambda matrix: matrix, lambda matrix: matrix.T):
@@ -103,27 +105,32 @@ def row_losses(
     hard: float = 0.0,
     top_k: int | None = None,
 ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-    """The cross entropy of every row, and which rows have a partner; 0 for those that have none.
+    """The cross entropy of every row, and which rows have a partner; 0 for those without a partner or a negative.
 
-    The options are those of ``info_nce``.
+    In float32 or better. The options are those of ``info_nce``.
 
     Example:
         >>> row_losses(torch.zeros(2, 4), torch.eye(2, 4, dtype=torch.bool))[0]
         tensor([1.3863, 1.3863])
     """
+    logits = at_least_float32(logits)
     negatives = ~positives if ignored is None else ~positives & ~ignored
+    # What does not count must not count by being NaN either.
+    logits = logits if ignored is None else logits.masked_fill(ignored & ~positives, 0.0)
+    counted = positives.any(dim=1)
+    nothing = ~(counted & negatives.any(dim=1))
     if hard:
         logits = logits + log_weights(logits, negatives, hard)
     if top_k is not None:
         negatives = nearest_negatives(logits, negatives, top_k)
-    kept, counted = positives | negatives, positives.any(dim=1)
+    kept = positives | negatives
     # The lowest finite number, since rows in which nothing counts must not make NaN in the gradient.
     log_p = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).log_softmax(dim=1).masked_fill(~kept, 0.0)
     target = _even(positives, log_p.dtype)
     if smoothing:
         target = (1 - smoothing) * target + smoothing * _even(kept, log_p.dtype)
     losses = -(target * log_p).sum(dim=1)
-    return losses.masked_fill(~counted, 0.0), counted
+    return losses.masked_fill(nothing, 0.0), counted
 
 
 def _even(mask: Bool[Tensor, "row column"], dtype: torch.dtype) -> Float[Tensor, "row column"]:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..masks import bool_mask, zero_masked
 from .reading import Reading
 from .resampler import feed_forward_without_bias
 
@@ -33,9 +34,15 @@ def media_mask(
                  [1, 0],
                  [0, 1]]], dtype=torch.int32)
     """
+    bool_mask(media_at, "media_mask media_at", "a boolean mask (batch, word)")
     index: Int[Tensor, "batch word"] = media_at.cumsum(dim=1) - 1
     seen = (index[..., None] == torch.arange(media, device=index.device)).repeat_interleave(tokens, dim=2)
-    return seen if valid is None else seen & valid.flatten(1)[:, None]
+    if valid is None:
+        return seen
+    expected = f"a boolean mask (batch, medium, token) = {(len(media_at), media, tokens)}"
+    return (
+        seen & bool_mask(valid, "media_mask valid", expected, shape=(len(media_at), media, tokens)).flatten(1)[:, None]
+    )
 
 
 class GatedCrossAttention(nn.Module):
@@ -97,11 +104,13 @@ class GatedCrossAttention(nn.Module):
                 expected=f"(batch, medium, token, media_dim) with batch, media_dim = {len(text)}, {self.media_dim}",
                 got=f"{tuple(media.shape)}",
             )  # fmt: skip
+        if valid is not None:
+            if valid.shape != media.shape[:3]:
+                raise ShapeError(
+                    "GatedCrossAttention valid", expected=f"{tuple(media.shape[:3])}", got=f"{tuple(valid.shape)}"
+                )
+            media = zero_masked(media, bool_mask(valid, "GatedCrossAttention valid", "a boolean mask"))
         mask = None if valid is None else valid.flatten(1)
-        if valid is not None and valid.shape != media.shape[:3]:
-            raise ShapeError(
-                "GatedCrossAttention valid", expected=f"{tuple(media.shape[:3])}", got=f"{tuple(valid.shape)}"
-            )
         if media_at is not None:
             _check_places(media_at, text, media.shape[1])
             mask = media_mask(media_at, *media.shape[1:3], valid=valid)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ShapeError
+from ..masks import at_least_float32, bool_mask, full_precision
 
 
 def linear_attend(
@@ -23,7 +24,10 @@ def linear_attend(
 
     Args:
         query, key, value: (batch, head, token, width); value may have another width.
-        mask: (batch, key), True = takes part; a sample without any key gets 0.
+        mask: (batch, key), boolean, True = takes part; a sample without any key gets 0.
+
+    Returns:
+        (batch, head, query, dim) in the type of the values; sums are made in float32 or better.
 
     Raises:
         ShapeError: sizes that do not fit.
@@ -41,14 +45,18 @@ def linear_attend(
         )  # fmt: skip
     if value.shape[:3] != key.shape[:3]:
         raise ShapeError("linear_attend value", expected=f"{(*key.shape[:3], 'dim')}", got=f"{tuple(value.shape)}")
-    query, key = F.elu(query) + 1, F.elu(key) + 1
+    hidden = None
     if mask is not None:
-        if mask.shape != (key.shape[0], key.shape[2]):
-            raise ShapeError(
-                "linear_attend mask", expected=f"(batch, key) = {(key.shape[0], key.shape[2])}",
-                got=f"{tuple(mask.shape)}"
-            )  # fmt: skip
-        key = key.masked_fill(~mask[:, None, :, None], 0.0)
-        value = value.masked_fill(~mask[:, None, :, None], 0.0)
-    total = query @ key.sum(dim=2)[..., None]
-    return query @ (key.mT @ value) / torch.where(total > 0, total, 1.0)
+        shape = (key.shape[0], key.shape[2])
+        if mask.shape != shape:
+            raise ShapeError("linear_attend mask", expected=f"(batch, key) = {shape}", got=f"{tuple(mask.shape)}")
+        hidden = ~bool_mask(mask, "linear_attend mask", "a boolean mask (batch, key)")[:, None, :, None]
+        # Before the exponential: what it makes of NaN would come back in the gradient.
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    dtype = value.dtype
+    query, key, value = (at_least_float32(x) for x in (query, key, value))
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    key = key if hidden is None else key.masked_fill(hidden, 0.0)
+    with full_precision(value):
+        total = query @ key.sum(dim=2)[..., None]
+        return (query @ (key.mT @ value) / torch.where(total > 0, total, 1.0)).to(dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
+from ..masks import bool_mask, zero_loss
 from .negatives import sample_negatives
 from .pairs import exact
 
@@ -61,7 +62,7 @@ def matching_pairs(
 
 
 def matching_loss(logits: Float[Tensor, "pair 2"], label: Int[Tensor, " pair"]) -> Float[Tensor, ""]:
-    """Cross entropy of "belongs together" (label 1) over the pairs.
+    """Cross entropy of "belongs together" (label 1) over the pairs, in float32 or better.
 
     Where all pairs have one label, as in a batch of one, the term is skipped: 0, or a head would learn to say yes.
 
@@ -80,7 +81,7 @@ def matching_loss(logits: Float[Tensor, "pair 2"], label: Int[Tensor, " pair"]) 
             got=f"{tuple(logits.shape)} and {tuple(label.shape)}",
         )  # fmt: skip
     if not bool((label == 0).any() & (label == 1).any()):
-        return exact(logits).sum() * 0.0
+        return zero_loss([logits])
     return F.cross_entropy(exact(logits), label)
 
 
@@ -117,7 +118,8 @@ def captioning_loss(
         smoothing: part of the target that is spread over all words.
 
     Returns:
-        The loss; 0 where no label counts. exp of it is the perplexity when smoothing is 0.
+        The loss, in float32 or better; 0 with gradient 0 where no label counts. Logits in front of labels that do not
+        count have no influence, NaN included. exp of it is the perplexity when smoothing is 0.
 
     Raises:
         ShapeError: labels that do not fit. ConfigError: smoothing out of range.
@@ -135,7 +137,8 @@ def captioning_loss(
         )  # fmt: skip
     if not 0 <= smoothing < 1:
         raise ConfigError("captioning_loss", expected="smoothing in [0, 1)", got=f"smoothing = {smoothing}")
-    ahead, behind = labels[:, 1:].flatten(), exact(logits[:, :-1]).flatten(0, 1)
+    ahead = labels[:, 1:].flatten()
+    behind = exact(logits[:, :-1].masked_fill(labels[:, 1:, None] == IGNORED, 0.0)).flatten(0, 1)
     total = F.cross_entropy(behind, ahead, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
     return total / (ahead != IGNORED).sum().clamp(min=1)
 
@@ -154,5 +157,7 @@ def caption_labels(
     """
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
+    expected = f"a boolean mask (batch, token) = {tuple(input_ids.shape)}"
+    bool_mask(mask, "caption_labels mask", expected, shape=input_ids.shape)
     prompt = torch.as_tensor(prompt, device=input_ids.device).reshape(-1, 1)
     return input_ids.masked_fill(~mask | (mask.cumsum(dim=1) <= prompt), IGNORED)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
+from ..masks import at_least_float32, bool_mask, zero_loss
 
 
 def same_ids(
@@ -63,7 +64,9 @@ def sample_negatives(
         tensor([1, 0])
     """
     positives = _partners(logits, positives, "sample_negatives")
-    scores = logits.detach().float().masked_fill(positives, -torch.inf)
+    # A negative at minus infinity still comes before any partner.
+    lowest = torch.finfo(torch.float32).min / 2
+    scores = logits.detach().float().clamp(min=lowest).masked_fill(positives, -torch.inf)
     valid = (~positives).any(dim=1)
     if scores.numel() == 0:
         return Drawn(torch.zeros(len(scores), dtype=torch.int64, device=scores.device), valid)
@@ -121,7 +124,7 @@ def triplet_loss(
     """Mean over rows of ``max(0, margin + s_i,hardest negative - s_i,hardest positive)``.
 
     The hardest negative is the largest, the hardest positive the smallest. Rows that lack one of both do not count;
-    where none is left the loss is 0.
+    where none is left the loss is 0 with gradient 0. In float32 or better.
 
     Args:
         similarity: (row, column), cosines.
@@ -141,8 +144,8 @@ def triplet_loss(
     positives = _partners(similarity, positives, "triplet_loss")
     counted = positives.any(dim=1) & (~positives).any(dim=1)
     if not bool(counted.any()):
-        return similarity.sum() * 0.0
-    similarity, positives = similarity[counted], positives[counted]
+        return zero_loss([similarity])
+    similarity, positives = at_least_float32(similarity)[counted], positives[counted]
     furthest = similarity.masked_fill(~positives, torch.inf).amin(dim=1)
     nearest = similarity.masked_fill(positives, -torch.inf).amax(dim=1)
     return (margin + nearest - furthest).clamp(min=0).mean()
@@ -156,9 +159,7 @@ def _partners(scores: Tensor, positives: Tensor | None, who: str) -> Tensor:
         )  # fmt: skip
     if positives is None:
         return torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    if positives.shape != scores.shape or positives.dtype != torch.bool:
-        raise ShapeError(
-            f"{who} positives", expected=f"a boolean mask of shape (row, column) = {tuple(scores.shape)}",
-            got=f"shape {tuple(positives.shape)}, {positives.dtype}", fix="same_ids(ids) makes one.",
-        )  # fmt: skip
-    return positives
+    return bool_mask(
+        positives, f"{who} positives", f"a boolean mask of shape (row, column) = {tuple(scores.shape)}",
+        shape=scores.shape, fix="same_ids(ids) makes one.",
+    )  # fmt: skip

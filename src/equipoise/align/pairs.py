@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..masks import at_least_float32 as exact
+from ..masks import bool_mask, full_precision, zero_loss
 from ..tokens import Output, Tokens
 from .gather import Place, gathered, mean_of_all, place_of
 
@@ -82,20 +84,21 @@ class PairLoss(nn.Module):
         ids: Int[Tensor, " batch"] | None = None,
         present: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> Float[Tensor, ""]:
-        """The mean over all pairs of modalities.
+        """The mean over all pairs of modalities, in float32 or better; 0 with gradient 0 where no sample has a pair.
 
         Args:
             a: (batch, dim), or name -> (batch, dim) or Tokens, which are pooled.
             b: the second, where ``a`` is one tensor.
             ids: (batch,) equal for samples that show the same thing; by default all differ.
-            present: name -> (batch,), False where a sample lacks it. Every process must give the same names: a modality
+            present: name -> (batch,), boolean or all 0 and 1, False where a sample lacks it: what stands there has no
+                influence, NaN included. Every process must give the same names: a modality
                 that one of them lacks altogether is given as zeros with False.
         """
         terms = self.terms(a, b, ids=ids, present=present)
         if terms:
             return torch.stack(list(terms.values())).mean()
         parts = [part.values if isinstance(part, Tokens) else part for part in named(a, b, self._who).values()]
-        return torch.stack([part.sum() * 0.0 for part in parts]).sum()
+        return zero_loss([*parts, *self.parameters()])
 
     def terms(
         self,
@@ -169,7 +172,9 @@ class PairLoss(nn.Module):
                 masks[name] = self._checked_mask(name, masks[name], part)
                 # What stands where a modality is missing, NaN perhaps, must not reach a gradient.
                 part = part.masked_fill(~masks[name][:, None], 0.0)
-            vectors[name] = F.normalize(exact(self.heads[name](part) if self.heads else part), dim=-1)
+            if self.heads:
+                part = self.heads[name](part.to(self.heads[name].weight.dtype))  # type: ignore[arg-type]
+            vectors[name] = F.normalize(exact(part), dim=-1)
         first_name, first = next(iter(vectors.items()))
         for name, part in vectors.items():
             if part.shape != first.shape:
@@ -194,10 +199,10 @@ class PairLoss(nn.Module):
             raise ShapeError(f"{self._who} '{name}'", expected=f"width = {width}", got=f"{part.shape[1]}")
 
     def _checked_mask(self, name: str, mask: Tensor, part: Tensor) -> Tensor:
-        if mask.shape != part.shape[:1]:
-            wanted = f"shape (batch,) = ({len(part)},)"
-            raise ShapeError(f"{self._who} present['{name}']", expected=wanted, got=f"{tuple(mask.shape)}")
-        return mask.bool().to(part.device)
+        who, wanted = f"{self._who} present['{name}']", f"shape (batch,) = ({len(part)},)"
+        if isinstance(mask, Tensor) and mask.shape != part.shape[:1]:
+            raise ShapeError(who, expected=wanted, got=f"{tuple(mask.shape)}")
+        return bool_mask(mask, who, f"a boolean or 0/1 mask of {wanted}", numbers=True).to(part.device)
 
 
 def named(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:
@@ -214,15 +219,11 @@ def named(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:
     )  # fmt: skip
 
 
-def exact(x: Tensor) -> Tensor:
-    """In float32 or better, where half precision would round logits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def products(a: Float[Tensor, "row dim"], b: Float[Tensor, "column dim"], scale: float | Tensor) -> Tensor:
     """(row, column) scale a b^T in float32 or better, also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
+    with full_precision(a):
         a, b = exact(a), exact(b)
+        scale = exact(scale) if isinstance(scale, Tensor) else scale
         return (scale * a) @ b.T
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..masks import finite_masked
 from ..tokens import Tokens
 from .splice import Side, Spliced, splice
 
@@ -54,9 +55,9 @@ class Projector(nn.Module):
             )  # fmt: skip
 
     def forward(self, tokens: Float[Tensor, "*lead token in_dim"] | Tokens) -> Tensor | Tokens:
-        """(..., in_dim) -> (..., out_dim); Tokens keep their mask, labels and times."""
+        """(..., in_dim) -> (..., out_dim); Tokens keep their mask, labels and times; NaN under the mask counts as 0."""
         if isinstance(tokens, Tokens):
-            return replace(tokens, values=self._projected(tokens.values))
+            return replace(tokens, values=self._projected(finite_masked(tokens.values, tokens.mask)))
         return self._projected(tokens)
 
     def splice(

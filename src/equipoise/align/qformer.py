@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..masks import bool_mask
 from ..tokens import Tokens, pack
 from ..transformer import Attention, feed_forward
 from .reading import Media, Reading, named_media
@@ -161,7 +162,7 @@ class QFormer(nn.Module):
         Args:
             media: (batch, token, width) or Tokens, or name -> these where there are several.
             input_ids: (batch, word).
-            mask: (batch, word), False = padding.
+            mask: (batch, word), False = padding, whose ids and media's values have no influence.
             objective: whose mask holds between queries and words. "contrastive" gives what two separate passes give.
         """
         parts = named_media(media, self.widths, "QFormer")
@@ -174,14 +175,13 @@ class QFormer(nn.Module):
         count = self.queries.shape[1]
         hidden, between = self.queries.expand(batch, -1, -1), None
         if input_ids is not None:
-            words = self._embedded(input_ids, batch)
             if mask is None:
                 mask = torch.ones_like(input_ids, dtype=torch.bool)
-            if mask.shape != input_ids.shape or mask.dtype != torch.bool:
-                raise ShapeError(
-                    "QFormer mask", expected=f"a boolean mask (batch, word) = {tuple(input_ids.shape)}",
-                    got=f"{tuple(mask.shape)}, {mask.dtype}",
-                )  # fmt: skip
+            else:
+                expected = f"a boolean mask (batch, word) = {tuple(input_ids.shape)}"
+                bool_mask(mask, "QFormer mask", expected, shape=input_ids.shape)
+                input_ids = input_ids.masked_fill(~mask, 0)
+            words = self._embedded(input_ids, batch)
             hidden, between = torch.cat([hidden, words], dim=1), objective_mask(objective, count, mask)
         hidden = self.dropout(self.norm(hidden))
         for layer in self.layers:

@@ -49,7 +49,7 @@ class Reading(Attention):
 
 
 def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, Tokens]:
-    """name -> Tokens, where each has the width it should; a single tensor is the only kind of media there is."""
+    """name -> Tokens, zeros under their masks, each of the width it should have; a tensor alone is the only kind."""
     if not isinstance(media, Mapping):
         if len(widths) != 1:
             raise ConfigError(who, expected=f"media by name: {', '.join(widths)}", got=type(media).__name__)
@@ -65,7 +65,7 @@ def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, 
             part = Tokens(part)
         if part.dim != width:
             raise ShapeError(f"{who} '{name}'", expected=f"width = {width}", got=f"{part.dim}")
-        parts[name] = part
+        parts[name] = part.zero_masked()
     return parts
 
 

@@ -40,7 +40,8 @@ def siglip(
         tile: rows and columns that are compared at once.
 
     Returns:
-        The loss, in float32 or better. Near 0 where all is right; at s = 10 and bias = -10 perfect vectors cost log 2.
+        The loss, in float32 or better. Every pair counts for itself, so that a batch of one, or of one id, has a loss
+        of its own, of partners alone. Near 0 where all is right; at s = 10 and bias = -10 perfect vectors cost log 2.
 
     Raises:
         ShapeError: a and b that do not fit, no pair at all, ids of another shape. ConfigError: tile < 1.

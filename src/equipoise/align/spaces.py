@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
+from ..masks import at_least_float32 as _exact
+from ..masks import full_precision
 
 Vectors = Float[Tensor, "sample dim"]
 
@@ -67,7 +69,8 @@ def linear_cka(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"])
     """
     _checked("linear_cka", a, b, same_width=False, least=2)
     a, b = (_exact(x) - _exact(x).mean(dim=0) for x in (a, b))
-    return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
+    with full_precision(a):
+        return (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
 
 
 def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"], *, k: int = 10) -> float:
@@ -91,16 +94,13 @@ def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"],
     near = []
     for x in (a, b):
         unit = F.normalize(_exact(x), dim=1)
-        cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
+        with full_precision(unit):
+            cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
         last = cosines.topk(k, dim=1).values[:, -1:]
         above, tied = cosines > last, cosines == last
         left = (k - above.sum(dim=1, keepdim=True)).double() / tied.sum(dim=1, keepdim=True)
         near.append(above + tied * left)
     return float((near[0] * near[1]).sum(dim=1).mean() / k)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _checked(who: str, a: Tensor, b: Tensor, *, paired: bool = True, same_width: bool = True, least: int = 1) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..masks import bool_mask
 from ..tokens import SPECIAL, Tokens
 from .matching import IGNORED
 
@@ -162,7 +163,7 @@ def _check(text: Tensor, input_ids: Tensor, labels: Tensor | None, mask: Tensor 
             raise ShapeError(
                 f"splice {name}", expected=f"(batch, word) = {tuple(text.shape[:2])}", got=f"{tuple(part.shape)}"
             )  # fmt: skip
-    if mask is not None and mask.dtype != torch.bool:
-        raise ShapeError("splice mask", expected="dtype torch.bool", got=f"{mask.dtype}", fix="Use mask.bool().")
+    if mask is not None:
+        bool_mask(mask, "splice mask", "dtype torch.bool", fix="Use mask.bool(), or mask == 0 of an additive one.")
     if side not in ("right", "left"):
         raise unknown_name("splice", "side", str(side), ("right", "left"))

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
-from ..tokens import Tokens
+from ..masks import bool_mask
+from ..tokens import SPECIAL, Tokens
 
 Times = Float[Tensor, "batch token"]
 Empty = Literal["nearest", "zero"]
@@ -99,11 +100,9 @@ def time_causal(
 def _filled(distance: Tensor, most: float, valid: Tensor | None, empty: str, who: str) -> Tensor:
     if empty not in ("nearest", "zero"):
         raise unknown_name(who, "treatment of empty windows", str(empty), ("nearest", "zero"))
-    if valid is not None and (valid.shape != (distance.shape[0], distance.shape[2]) or valid.dtype != torch.bool):
-        raise ShapeError(
-            f"{who} valid", expected=f"a boolean mask (batch, key) = {(distance.shape[0], distance.shape[2])}",
-            got=f"{tuple(valid.shape)}, {valid.dtype}",
-        )  # fmt: skip
+    if valid is not None:
+        shape = (distance.shape[0], distance.shape[2])
+        bool_mask(valid, f"{who} valid", f"a boolean mask (batch, key) = {shape}", shape=shape)
     there = torch.ones_like(distance, dtype=torch.bool) if valid is None else valid[:, None].expand_as(distance)
     seen = there & ((distance <= most) | distance.isnan())
     if empty == "zero":
@@ -205,6 +204,20 @@ def rotate_by_time(
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def known_times(tokens: Tokens) -> Times:
+    """The times of tokens, NaN = unknown for special tokens and for those under the mask.
+
+    Raises:
+        ShapeError: tokens without times.
+    """
+    if tokens.times is None:
+        raise ShapeError("known_times", expected="tokens with times", got="times=None")
+    known = tokens.valid() if tokens.modality is None else tokens.valid() & (tokens.modality != SPECIAL)
+    return (
+        tokens.times if tokens.mask is None and tokens.modality is None else tokens.times.masked_fill(~known, torch.nan)
+    )
+
+
 class TimeBias(nn.Module):
     """``time_bias`` with a learned lag for each pair of modalities, and learned widths.
 
@@ -260,7 +273,7 @@ class TimeBias(nn.Module):
             raise ShapeError("TimeBias", expected="tokens with times", got="times=None")
         rows, columns = self._pairs(query, key, query_name, key_name)
         width, lag = self.log_widths[rows, columns].exp(), self.lags_between(query, key, query_name, key_name)
-        return time_bias(query.times, key.times, kind=self.kind, width=width, lag=lag)
+        return time_bias(known_times(query), known_times(key), kind=self.kind, width=width, lag=lag)
 
     def lags_between(
         self, query: Tokens, key: Tokens, query_name: str | None = None, key_name: str | None = None

@@ -10,9 +10,19 @@ from torch import Tensor
 
 from ..attention import Attended
 from ..errors import ConfigError, ShapeError, unknown_name
-from ..tokens import SPECIAL, Tokens
+from ..tokens import Tokens
 from ..transformer import Attention
-from .temporal import Empty, Kind, TimeBias, differences, or_nearest, rotate_by_time, time_causal, time_window
+from .temporal import (
+    Empty,
+    Kind,
+    TimeBias,
+    differences,
+    known_times,
+    or_nearest,
+    rotate_by_time,
+    time_causal,
+    time_window,
+)
 
 
 class TimedAttention(Attention):
@@ -115,12 +125,10 @@ class TimedAttention(Attention):
         return seen[:, None]
 
     def _timed(self, tokens: Tokens) -> Tokens:
-        """The tokens, where special ones have no time."""
+        """The tokens, where special and masked ones have no time, and masked ones are 0."""
         if tokens.times is None or tokens.dim != self.dim:
             raise ShapeError(
                 "TimedAttention", expected=f"tokens with times, dim = {self.dim}",
                 got=f"dim = {tokens.dim}, {'no times' if tokens.times is None else 'times'}",
             )  # fmt: skip
-        if tokens.modality is None:
-            return tokens
-        return replace(tokens, times=tokens.times.masked_fill(tokens.modality == SPECIAL, torch.nan))
+        return replace(tokens.zero_masked(), times=known_times(tokens))

@@ -7,13 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
+from ..masks import at_least_float32
 
 
 def warping_cost(cost: Float[Tensor, "*batch row column"], *, softness: float = 0.0) -> Float[Tensor, "*batch"]:
     """The smallest sum of costs on a way from the first pair to the last that never goes back.
 
     ``D_ij = c_ij + min(D_i-1,j, D_i,j-1, D_i-1,j-1)``; with ``softness`` g > 0 the minimum is ``-g log sum exp(-x/g)``,
-    which is smooth. Differentiable.
+    which is smooth. Differentiable; in float32 or
+    better.
 
     Args:
         cost: (..., row, column), for example 1 - cosine of two modalities' tokens.
@@ -58,6 +60,7 @@ def _table(cost: Tensor, softness: float) -> list[Tensor]:
         )  # fmt: skip
     if softness < 0:
         raise ConfigError("warping_cost", expected="softness >= 0", got=f"{softness}")
+    cost = at_least_float32(cost)
     rows: list[Tensor] = []
     for i in range(cost.shape[-2]):
         row: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
+from ..masks import at_least_float32
 
 
 class Weighted(NamedTuple):
     """A sum of losses.
 
     Attributes:
-        total: what is differentiated.
+        total: what is differentiated, in float32 or better.
         terms: name -> the loss before its weight, detached, for the log.
         weights: name -> its weight, detached.
     """
@@ -37,8 +39,11 @@ def uncertainty_weighted(
         >>> uncertainty_weighted({"itc": torch.tensor(2.0)}, {"itc": torch.tensor(2.0).log()})
         tensor(1.6931)
     """
-    parts = [torch.exp(-log_variances[name]) * loss + log_variances[name] for name, loss in losses.items()]
-    return torch.stack(parts).sum()
+    parts = []
+    for name, loss in losses.items():
+        loss, s = at_least_float32(loss), at_least_float32(log_variances[name])
+        parts.append(torch.exp(-s) * loss + s)
+    return _added(parts)
 
 
 class FixedWeights(nn.Module):
@@ -70,7 +75,7 @@ class FixedWeights(nn.Module):
             if name not in losses:
                 raise unknown_name("FixedWeights", "loss", name, losses)
         weights = {name: loss.new_tensor(self.weights.get(name, 1.0)) for name, loss in losses.items()}
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        total = _added([weights[name] * at_least_float32(loss) for name, loss in losses.items()])
         return Weighted(total, {name: loss.detach() for name, loss in losses.items()}, weights)
 
 
@@ -108,6 +113,12 @@ class UncertaintyWeights(nn.Module):
         total = uncertainty_weighted(losses, chosen)
         weights = {name: torch.exp(-s.detach()) for name, s in chosen.items()}
         return Weighted(total, {name: loss.detach() for name, loss in losses.items()}, weights)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    """Their sum, in the widest type among them."""
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.stack([part.to(dtype) for part in parts]).sum()
 
 
 def _some(losses: object, who: str) -> None:

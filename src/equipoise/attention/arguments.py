@@ -42,6 +42,21 @@ def bias_of(mask: Tensor, query: HeadTensor, key: HeadTensor) -> Bias:
     return shaped.masked_fill(shaped <= torch.finfo(shaped.dtype).min, -math.inf).to(query.dtype)
 
 
+def without_hidden(
+    query: HeadTensor, key: HeadTensor, value: HeadTensor, bias: Bias | None, is_causal: bool = False, offset: int = 0
+) -> tuple[HeadTensor, HeadTensor]:
+    """Keys and values with zeros where no query sees them: what stands there must reach no score and no gradient."""
+    if key.shape[2] == 0:
+        return key, value
+    hidden = None if bias is None else (bias == -math.inf).all(dim=2).all(dim=1)[:, None, :, None]
+    if is_causal and key.shape[2] > offset + query.shape[2]:
+        later = (torch.arange(key.shape[2], device=key.device) >= offset + query.shape[2])[:, None]
+        hidden = later if hidden is None else hidden | later
+    if hidden is None:
+        return key, value
+    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
 def check_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
     """Raises ShapeError for ranks, sizes or types that do not fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):

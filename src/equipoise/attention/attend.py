@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .arguments import autocast, bias_of, check_heads, check_modality
+from .arguments import autocast, bias_of, check_heads, check_modality, without_hidden
 from .kernels import HeadTensor, kernel_for
 from .layout import GRAIN, one_hot, plan
 from .segments import SegmentedAttention
@@ -69,7 +69,8 @@ def attend(
         dropout: probability with which the output forgets an attention weight. The share is of the undropped attention.
 
     Returns:
-        Attended(output, share). A query that sees no key has output 0, share 0 and gradient 0. The columns of the
+        Attended(output, share). A query that sees no key has output 0, share 0 and gradient 0. Keys and values that no
+        query sees have no influence, NaN and infinity included. The columns of the
         share and the part of the special keys sum to 1 otherwise. An attention share is not proof that a modality
         was used: values may be small or cancel, so test causally before concluding.
 
@@ -85,6 +86,7 @@ def attend(
     check_heads(query, key, value, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bias = None if mask is None else bias_of(mask, query, key)
+    key, value = without_hidden(query, key, value, bias, is_causal)
     if modality is None:
         return Attended(_fused(query, key, value, bias, is_causal, scale, dropout), None)
     num_modalities = check_modality(modality, num_modalities, query, key)
@@ -112,6 +114,7 @@ def shares(
     check_heads(query, key, key, 0.0)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bias = None if mask is None else bias_of(mask, query, key)
+    key, _ = without_hidden(query, key, key, bias, is_causal)
     num_modalities = check_modality(modality, num_modalities, query, key)
     with torch.autocast(query.device.type, enabled=False):
         # Every kernel also wants values; the keys are at hand.

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, unknown_name
-from .arguments import autocast, bias_of, check_heads, check_modality
+from .arguments import autocast, bias_of, check_heads, check_modality, without_hidden
 from .kernels import HeadTensor
 from .parts import Part, Sides, own_and_cross
 from .pseudo import Pseudo, pseudo_logits
@@ -100,6 +100,7 @@ def modular_attention(
         check_modality(modality, None, query, key)
         bias = None if mask is None else bias_of(mask, query, key)
     sides = _sides(modality, query_modality, bias, is_causal, offset, query, key)
+    key, value = without_hidden(query, key, value, bias, is_causal, offset)
     _check_merge(merge, gate, query)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):

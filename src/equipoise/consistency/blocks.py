@@ -54,11 +54,6 @@ def square(matrix: SquareMatrix, who: str) -> int:
     return matrix.shape[-1]
 
 
-def exact(matrix: Tensor) -> Tensor:
-    """In single precision at least, outside of autocast."""
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-
-
 def split(matrix: SquareMatrix, sizes: Sequence[int]) -> list[list[Tensor]]:
     """The blocks: ``split(P, sizes)[i][j]`` maps modality i to j."""
     return [list(row.split(list(sizes), dim=-1)) for row in matrix.split(list(sizes), dim=-2)]

@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from .blocks import SquareMatrix, exact, sizes_of, split
+from ..masks import at_least_float32 as exact
+from ..masks import full_precision
+from .blocks import SquareMatrix, sizes_of, split
 
 
 def cycle_error(
@@ -19,7 +21,8 @@ def cycle_error(
 ) -> Float[Tensor, ...]:
     """Mean over ordered triples i, j, k of |P_ij P_jk - P_ik|_F^2 / (2 M), in [0, 1] for maps; differentiable.
 
-    For two modalities there is no triple, and the error of pairs is given, |P_ij P_ji - I|_F^2 / (2 M).
+    For two modalities there is no triple, and the error of pairs is given, |P_ij P_ji - I|_F^2 / (2 M). In float32 or
+    better.
 
     Args:
         matrix: (..., N M, N M).
@@ -40,10 +43,11 @@ def cycle_error(
     if len(parts) == 2:
         return pair_error(matrix, num_modalities=num_modalities, sizes=sizes)
     blocks = split(exact(matrix), parts)
-    errors = [
-        (blocks[i][j] @ blocks[j][k] - blocks[i][k]).square().sum(dim=(-1, -2)) / (2 * parts[i])
-        for i, j, k in permutations(range(len(parts)), 3)
-    ]
+    with full_precision(matrix):
+        errors = [
+            (blocks[i][j] @ blocks[j][k] - blocks[i][k]).square().sum(dim=(-1, -2)) / (2 * parts[i])
+            for i, j, k in permutations(range(len(parts)), 3)
+        ]
     return torch.stack(errors).mean(dim=0)
 
 
@@ -57,8 +61,10 @@ def pair_error(
     blocks = split(exact(matrix), parts)
     errors = []
     for i, j in permutations(range(len(parts)), 2):
-        back = blocks[i][j] @ blocks[j][i]
-        eye = torch.eye(parts[i], dtype=back.dtype, device=back.device)
+        with full_precision(matrix):
+            back = blocks[i][j] @ blocks[j][i]
+        # Padding is zero on the diagonal too, and leads nowhere.
+        eye = torch.diag_embed((blocks[i][i].diagonal(dim1=-2, dim2=-1) != 0).to(back.dtype))
         errors.append((back - eye).square().sum(dim=(-1, -2)) / (2 * parts[i]))
     return torch.stack(errors).mean(dim=0)
 

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..masks import at_least_float32 as exact
+from ..masks import full_precision, zero_loss
 from ..tokens import Output, Tokens
 from .blocks import SquareMatrix
 from .cycle import cycle_error
@@ -80,9 +82,17 @@ class ConsistencyLoss(nn.Module):
     def forward(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> Float[Tensor, ""]:
         """name -> Tokens or (batch, token, dim), or an Output that holds them: the mean loss over the batch.
 
-        A modality that a sample lacks is left out of that sample's mean; samples with fewer than two count nothing.
+        Samples that lack a modality do not count; where none is left the loss is 0 with gradient 0. In float32 or
+        better, whatever the tokens and the module are, and under autocast.
         """
-        return self.weight * self._loss(self.supermatrix(tokens), len(self._parts(tokens)))
+        parts = self._parts(tokens)
+        if len(parts) > 1 and any(len(part) == 0 for part in parts):
+            return self._zero(parts)
+        matrix = self.supermatrix(tokens)
+        return self.weight * self._loss(matrix, len(parts)) if len(matrix) else self._zero(parts)
+
+    def _zero(self, parts: list[Tokens]) -> Tensor:
+        return zero_loss([*(part.values for part in parts), *self.parameters()])
 
     def of(self, matrix: SquareMatrix, num_modalities: int) -> Float[Tensor, ""]:
         """The loss of maps that are there already, such as a model's own attention.
@@ -109,8 +119,7 @@ class ConsistencyLoss(nn.Module):
                 )  # fmt: skip
             masks = [_mask(part, whole) for part in parts]
         # Singular values want single precision, or better where it is there.
-        exact = torch.promote_types(pooled[0].dtype, torch.float32)
-        units = [nn.functional.normalize(part.to(exact), dim=-1) for part in pooled]
+        units = [nn.functional.normalize(exact(part), dim=-1) for part in pooled]
         return supermatrix_from_tokens(units, temperature=self.temperature, masks=masks, sinkhorn=self.sinkhorn)
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
@@ -119,17 +128,21 @@ class ConsistencyLoss(nn.Module):
 
     def _loss(self, matrix: Tensor, count: int) -> Tensor:
         if len(matrix) == 0:
-            return matrix.sum()
+            return zero_loss([matrix])
         size = matrix.shape[-1]
         if self.kind == "cycle":
             return cycle_error(matrix, num_modalities=count).mean()
         if self.kind == "nuclear":
             return (nuclear_norm(matrix) / size - 1).mean()
-        return (effective_rank(matrix) * count / size).log().mean()
+        rank = effective_rank(matrix)
+        # A sample without any token has a matrix of zeros, and rank 0.
+        counts = rank > 0
+        losses = (rank.masked_fill(~counts, 1.0) * count / size).log().masked_fill(~counts, 0.0)
+        return losses.sum() / counts.sum().clamp(min=1)
 
     def _parts(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> list[Tokens]:
         found = tokens.tokens if isinstance(tokens, Output) else tokens
-        parts = [part if isinstance(part, Tokens) else Tokens(part) for part in found.values()]
+        parts = [(part if isinstance(part, Tokens) else Tokens(part)).zero_masked() for part in found.values()]
         for name, part in zip(found, parts, strict=True):
             if self.dim is not None and part.dim != self.dim:
                 raise ShapeError(f"ConsistencyLoss '{name}'", expected=f"width dim = {self.dim}", got=f"{part.dim}")
@@ -138,10 +151,12 @@ class ConsistencyLoss(nn.Module):
     def _concepts(self, part: Tokens) -> Tensor:
         if self.concepts is None:
             return part.values
-        scores = part.values @ self.concepts.t() / part.dim**0.5
-        if part.mask is not None:
-            scores = scores.masked_fill(~part.mask[..., None], torch.finfo(scores.dtype).min)
-        pooled = scores.softmax(dim=1).transpose(1, 2) @ part.values
+        values, concepts = exact(part.values), exact(self.concepts)
+        with full_precision(values):
+            scores = values @ concepts.t() / part.dim**0.5
+            if part.mask is not None:
+                scores = scores.masked_fill(~part.mask[..., None], torch.finfo(scores.dtype).min)
+            pooled = scores.softmax(dim=1).transpose(1, 2) @ values
         return pooled - pooled.mean(dim=1, keepdim=True)
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..masks import bool_mask
+
 
 def match(
     scores: Float[Tensor, "... row column"],
@@ -30,8 +32,9 @@ def match(
     Returns:
         rows that sum to 1 (without a dustbin), 0 for padding.
     """
-    for mask, dim in ((rows, -1), (columns, -2)):
+    for name, mask, dim in (("rows", rows, -1), ("columns", columns, -2)):
         if mask is not None:
+            bool_mask(mask, f"match {name}", "a boolean mask (..., row) or (..., column)")
             scores = scores.masked_fill(~mask.unsqueeze(dim), -math.inf)
     if dustbin is not None:
         scores = F.pad(scores, (0, 1, 0, 1), value=dustbin)

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
-from .blocks import SquareMatrix, exact, sizes_of
+from ..masks import at_least_float32 as exact
+from ..masks import full_precision
+from .blocks import SquareMatrix, sizes_of
 
 
 def overlaps(tokens: int, parts: int) -> Float[Tensor, "part token"]:
@@ -55,6 +57,7 @@ def pooled(matrix: SquareMatrix, *, sizes: Sequence[int], parts: Sequence[int]) 
         )
     values = exact(matrix)
     into = torch.block_diag(*(overlaps(many, few) for many, few in zip(sizes, parts, strict=True))).to(values)
-    whole = (into / into.sum(dim=1, keepdim=True)) @ values @ into.transpose(0, 1)
+    with full_precision(values):
+        whole = (into / into.sum(dim=1, keepdim=True)) @ values @ into.transpose(0, 1)
     own = torch.block_diag(*(torch.ones(few, few) for few in parts)).to(values.device).bool()
     return torch.where(own, torch.eye(sum(parts)).to(values), whole)

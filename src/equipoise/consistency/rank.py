@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
-from .blocks import SquareMatrix, exact, sizes_of, split, square
+from ..masks import at_least_float32 as exact
+from .blocks import SquareMatrix, sizes_of, split, square
 
 Method = Literal["auto", "gram", "svd", "polar"]
 METHODS = ("auto", "gram", "svd", "polar")
@@ -151,9 +152,12 @@ def consistency_score(
 
 
 def contradiction_excess(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """(|P|_* - tr P) / tr P >= 0; 0 exactly for symmetric positive semidefinite P: nothing contradicts itself."""
+    """(|P|_* - tr P) / tr P >= 0; 0 exactly for symmetric positive semidefinite P: nothing contradicts itself.
+
+    0 for a matrix of zeros, the maps of a sample without any token.
+    """
     trace = exact(matrix).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return (nuclear_norm(matrix, method=method) - trace) / trace
+    return (nuclear_norm(matrix, method=method) - trace) / trace.masked_fill(trace == 0, 1.0)
 
 
 def freedom_from_contradiction(
@@ -198,7 +202,8 @@ def spectral(matrix: SquareMatrix, *, sizes: Sequence[int]) -> Spectral:
     # Singular values of what is symmetric.
     values = torch.linalg.eigvalsh(exact(matrix).detach()).abs().sort(dim=-1, descending=True).values
     norm = values.sum(dim=-1)
-    rank = norm.square() / values.square().sum(dim=-1)
+    squared = values.square().sum(dim=-1)
+    rank = norm.square() / squared.masked_fill(squared == 0, 1.0)
     return Spectral(
         ((total - rank) / (total - concepts)).clamp(0.0, 1.0), rank, norm / total - 1,
         values[..., :concepts].sum(dim=-1) / total,

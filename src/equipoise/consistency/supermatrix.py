@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError, ShapeError
-from .blocks import exact
+from ..masks import at_least_float32 as exact
+from ..masks import bool_mask, full_precision, zero_masked
 from .matching import match
 
 Diagonal = Literal["identity", "given"]
@@ -91,7 +92,8 @@ def supermatrix_from_tokens(
     Args:
         tokens: one (..., M_i, d) for each modality.
         temperature: by default sqrt(d), attention's.
-        masks: True for real tokens, one for each modality; rows and columns of others are 0, the diagonal included.
+        masks: True for real tokens, one for each modality; rows and columns of others are 0, the diagonal included, and
+            what stands in them, NaN included, has no influence.
         sinkhorn: so many alternations make maps doubly stochastic (equal numbers of tokens), 0 is softmax over rows.
         dustbin: logit of an additional row and column for tokens without a partner, which are then cut off.
         symmetrise: (P + P^T) / 2.
@@ -106,6 +108,11 @@ def supermatrix_from_tokens(
         )  # fmt: skip
     scale = tokens[0].shape[-1] ** 0.5 if temperature is None else temperature
     masks = [None] * len(tokens) if masks is None else list(masks)
+    for part, mask in zip(tokens, masks, strict=True):
+        if mask is not None:
+            expected = f"a boolean mask (..., token) = {tuple(part.shape[:-1])}"
+            bool_mask(mask, "supermatrix_from_tokens masks", expected, shape=part.shape[:-1])
+    tokens = [zero_masked(part, mask) for part, mask in zip(tokens, masks, strict=True)]
     if all(mask is not None for mask in masks):
         some = torch.stack([mask.any(dim=-1) for mask in masks if mask is not None]).any(dim=0)
         if not bool(some.all()):
@@ -119,7 +126,8 @@ def supermatrix_from_tokens(
                 eye = torch.eye(one.shape[-2], dtype=exact(one).dtype, device=one.device)
                 blocks[i, j] = eye if rows is None else eye * rows[..., None, :]
             else:
-                scores = exact(one) @ exact(other).transpose(-1, -2) / scale
+                with full_precision(one):
+                    scores = exact(one) @ exact(other).transpose(-1, -2) / scale
                 blocks[i, j] = match(scores, rows=rows, columns=columns, sinkhorn=sinkhorn, dustbin=dustbin)
     return supermatrix(blocks, diagonal="given", symmetrise=symmetrise)
 

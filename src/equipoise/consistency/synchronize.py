@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
-from .blocks import SquareMatrix, exact, sizes_of
+from ..masks import at_least_float32 as exact
+from .blocks import SquareMatrix, sizes_of
 from .matching import match
 
 Kind = Literal["hard", "soft", "orthogonal"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.blocks import blocks_of, into_blocks, out_of_blocks
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..masks import bool_mask
 from .bases import Basis, Kind, Moments, Norm, moments_of, normed_bases
 from .running import running_bases
 
@@ -133,12 +134,24 @@ class DuplexAligner(nn.Module):
             state: of the keys before these, when decoding. Under "causal" the bases go on from it, else they stay.
 
         Returns:
-            Aligned(key, state). A modality that a sample lacks has the identity for a basis.
+            Aligned(key, state). A modality that a sample lacks has the identity for a basis. Keys under the mask are
+            returned as they came, and have no influence on anything else.
 
         Raises:
             ShapeError: sizes that do not fit.
         """
         self._check(key, value, modality, mask)
+        if mask is None:
+            return self._aligned(key, value, modality, None, prefix, is_causal, state)
+        valid = mask.to(key.device)[:, None, :, None]
+        clean = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
+        found = self._aligned(*clean, modality, mask, prefix, is_causal, state)
+        return found._replace(key=torch.where(valid, found.key, key))
+
+    def _aligned(
+        self, key: Tensor, value: Tensor, modality: Tensor, mask: Tensor | None, prefix: Tensor | int | None,
+        is_causal: bool, state: Moments | None,
+    ) -> Aligned:  # fmt: skip
         labels = (modality if modality.ndim == 2 else modality[None]).to(key.device)
         scope = self.basis_scope or ("prefix" if is_causal else "all")
         with torch.autocast(key.device.type, enabled=False):
@@ -208,8 +221,6 @@ class DuplexAligner(nn.Module):
                 "DuplexAligner modality", expected=f"labels from -1 to num_modalities - 1 = {self.num_modalities - 1}",
                 got=f"{int(modality.max())}",
             )  # fmt: skip
-        if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
-            raise ShapeError(
-                "DuplexAligner mask", expected=f"a boolean tensor of shape (batch, key) = {(batch, length)}",
-                got=f"shape {tuple(mask.shape)}, {mask.dtype}",
-            )  # fmt: skip
+        if mask is not None:
+            expected = f"a boolean tensor of shape (batch, key) = {(batch, length)}"
+            bool_mask(mask, "DuplexAligner mask", expected, shape=(batch, length))

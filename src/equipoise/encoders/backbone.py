@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..masks import bool_mask
 from ..tokens import Tokens
 from ..transformer import initialise
 from .base import Encoder
@@ -100,18 +101,23 @@ class Backbone(Encoder):
         Args:
             inputs: the model's main input (``input_ids``, ``pixel_values``, ``input_values``), or all its inputs by
                 name.
-            mask: True for real tokens; an ``attention_mask`` among the inputs holds beside it.
+            mask: True for real tokens; an ``attention_mask`` among the inputs, boolean or all 0 and 1, holds beside it.
+                What both hide is not read: padding ids and zeros stand in its place.
         """
         given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
-        if mask is not None:
-            given["attention_mask"] = given.get("attention_mask", 1) * mask.long()
         attention = given.get("attention_mask")
+        if attention is not None:
+            attention = bool_mask(attention, "Backbone attention_mask", "a boolean or 0/1 mask", numbers=True).long()
+        if mask is not None:
+            bool_mask(mask, "Backbone mask", "a boolean mask (batch, token)")
+            attention = mask.long() if attention is None else attention * mask
         if attention is not None:
             if attention.ndim != 2:
                 raise ShapeError(
                     "Backbone", expected="an attention_mask (batch, token)", got=f"shape {tuple(attention.shape)}"
                 )
             # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterwards.
+            given = {key: self._without_masked(key, value, attention.bool()) for key, value in given.items()}
             empty = ~attention.bool().any(dim=1, keepdim=True)
             given["attention_mask"] = attention.masked_fill(empty, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -120,6 +126,21 @@ class Backbone(Encoder):
             hidden = hidden.flatten(2).transpose(1, 2)
         valid = None if attention is None else self._valid(attention, hidden.shape[1])
         return Tokens(self.project(hidden), mask=valid, cls=self.cls)
+
+    def _without_masked(self, key: str, value: Any, mask: Tensor) -> Any:
+        """An input without what the mask hides; masks and labels of tokens stay."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        if not (floating or key == "input_ids") or value.ndim < 2 or len(value) != len(mask):
+            return value
+        hidden = ~mask.to(value.device)
+        if value.shape[:2] == mask.shape:
+            hidden = hidden.reshape(*hidden.shape, *[1] * (value.ndim - 2))
+        elif value.ndim == 3 and value.shape[::2] == mask.shape:
+            hidden = hidden[:, None]
+        else:
+            return value
+        padding = 0.0 if floating else getattr(self.model.config, "pad_token_id", None) or 0
+        return value.masked_fill(hidden, padding)
 
     def _valid(self, attention: Tensor, length: int) -> Tensor:
         """The attention mask at the tokens' rate, which for sound is lower than the samples'."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..masks import bool_mask, zero_masked
 from ..tokens import Tokens
 from ..transformer import Transformer, initialise, learned_token
 from .base import Encoder, check_pictures
@@ -130,14 +131,11 @@ class SequenceEncoder(Encoder):
             )
         missing = -frames.shape[1] % self.stride
         if mask is not None:
-            if mask.shape != frames.shape[:2] or mask.dtype != torch.bool:
-                raise ShapeError(
-                    "SequenceEncoder mask",
-                    got=f"shape {tuple(mask.shape)}, {mask.dtype}",
-                    expected=f"(batch, frame) = {tuple(frames.shape[:2])}, torch.bool",
-                    fix="Give one value for each frame, True = real.",
-                )
-            frames = frames.masked_fill(~mask[..., None], 0.0)
+            bool_mask(
+                mask, "SequenceEncoder mask", f"(batch, frame) = {tuple(frames.shape[:2])}, torch.bool",
+                shape=frames.shape[:2], fix="Give one value for each frame, True = real.",
+            )  # fmt: skip
+            frames = zero_masked(frames, mask)
             mask = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, self.stride)).any(dim=2)
             mask = torch.cat([mask.any(dim=1, keepdim=True), mask], dim=1)
         groups = nn.functional.pad(frames, (0, 0, 0, missing)).unflatten(1, (-1, self.stride)).flatten(2)

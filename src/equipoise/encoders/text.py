@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..masks import bool_mask
 from ..tokens import Tokens
 from ..transformer import Transformer, learned_token
 from .base import Encoder
@@ -60,7 +61,8 @@ class TextEncoder(Encoder):
     def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
         return {"max_length": shape[0]} if len(shape) == 1 else None
 
-    def forward(self, words: Int[Tensor, "batch word"]) -> Tokens:
+    def forward(self, words: Int[Tensor, "batch word"], mask: Bool[Tensor, "batch word"] | None = None) -> Tokens:
+        """``mask`` is True for words that are read; the others are padding, whatever their number."""
         if words.ndim != 2 or words.is_floating_point() or words.dtype == torch.bool:
             raise ShapeError(
                 "TextEncoder", expected="whole numbers of shape (batch, word)",
@@ -71,6 +73,9 @@ class TextEncoder(Encoder):
                 "TextEncoder", expected=f"1 to {self.max_length} words", got=f"{words.shape[1]}",
                 fix="Cut the texts, or build the encoder with a larger max_length.",
             )  # fmt: skip
+        if mask is not None:
+            expected = f"a boolean mask (batch, word) = {tuple(words.shape)}"
+            words = words.masked_fill(~bool_mask(mask, "TextEncoder mask", expected, shape=words.shape), 0)
         if words.numel() and not 0 <= int(words.min()) <= int(words.max()) < self.vocabulary:
             raise ShapeError(
                 "TextEncoder", expected=f"numbers of words in 0 to {self.vocabulary - 1}",

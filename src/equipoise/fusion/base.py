@@ -58,6 +58,11 @@ class Fusion(nn.Module, ABC):
     def out_dim(self) -> int:
         """Width of ``Output.features``."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The modalities on which the features depend: all of ``names``, unless the fusion is made to read fewer."""
+        return self.names
+
     @abstractmethod
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
         """The fusion itself, on checked tokens in the order of ``names``."""
@@ -78,6 +83,8 @@ class Fusion(nn.Module, ABC):
         """name -> Tokens (batch, token, dim) in, Output with ``features`` (and ``share`` where there is attention) out.
 
         A modality that a sample lacks is a mask row of False; one that the whole batch lacks has no tokens at all.
+        Masked values are set to zero first, so that none reaches an output or a gradient, NaN and infinity included.
+        Tokens of modalities outside of ``reads`` are passed on as they are, whatever their size.
         """
         who = type(self).__name__
         if not self.names:
@@ -89,13 +96,15 @@ class Fusion(nn.Module, ABC):
                 got=f"tokens for {', '.join(tokens) or 'none'}",
                 fix="A modality that is missing from the whole batch is Tokens(torch.zeros(batch, 0, dim)).",
             )
-        ordered = {name: tokens[name] for name in self.names}
-        batch = len(ordered[self.names[0]].values)
-        for name, part in ordered.items():
+        ordered = {name: tokens[name].zero_masked() for name in self.names}
+        first = self.reads[0]
+        batch = len(ordered[first].values)
+        for name in self.reads:
+            part = ordered[name]
             if len(part.values) != batch:
                 raise ShapeError(
                     f"{who} '{name}'",
-                    expected=f"batch = {batch} as '{self.names[0]}' has",
+                    expected=f"batch = {batch} as '{first}' has",
                     got=f"{len(part.values)}",
                     fix="All modalities of a batch hold the same samples; mask those that lack one.",
                 )

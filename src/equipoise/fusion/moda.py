@@ -14,7 +14,7 @@ from ..attention.modular import Merge, Pseudo, modular_attention
 from ..duplex import DuplexAligner
 from ..errors import ConfigError, unknown_name
 from ..tokens import Output, Tokens
-from ..transformer import Attention, Block, learned_token
+from ..transformer import Attention, Block, learned_token, without_hidden
 from .base import Fusion
 from .streams import pooled_by_cls
 
@@ -50,6 +50,7 @@ class DuplexAttention(Attention):
         share: bool = True,
     ) -> Attended:
         """As in `Attention`; ``modality`` is needed, and the queries are the first of the tokens that are read."""
+        tokens, source = without_hidden(tokens, source, mask, "DuplexAttention")
         source = tokens if source is None else source
         labels = cast(Tensor, modality)
         query, key, value = (

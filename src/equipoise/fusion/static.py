@@ -84,7 +84,7 @@ class SumHead(nn.Module):
 
 
 class Unimodal(Fusion):
-    """y = W f_m + b: one modality alone, the others are not read.
+    """y = W f_m + b: one modality alone, the others are not read, and neither are their masks.
 
     Args:
         dim: width of the encoder's tokens.
@@ -102,6 +102,10 @@ class Unimodal(Fusion):
         self.modality = self.modality or self.names[0]
         if self.modality not in self.names:
             raise unknown_name("Unimodal", "modality", self.modality, self.names)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.modality or self.names[0],)
 
     @property
     def out_dim(self) -> int:

@@ -14,6 +14,7 @@ from ..align import InfoNCE, SigLIP
 from ..errors import ConfigError, NonFiniteError, ShapeError, unknown_name
 from ..evaluation import evaluating
 from ..lookup import made
+from ..masks import zero_loss
 from ..objective import Objective
 from ..tokens import as_tokens
 from .figures import judged
@@ -143,7 +144,7 @@ class SharedSpace(Objective):
         present = {name: vectors.detach().any(dim=1) for name, vectors in found.items()}
         terms = self.loss.terms(found, ids=batch.get("target"), present=present)
         if not terms:
-            return {"nothing": torch.stack([vectors.sum() * 0.0 for vectors in found.values()]).sum()}
+            return {"nothing": zero_loss([*found.values(), *self.loss.parameters()])}
         return {"-".join(pair): term / len(terms) for pair, term in terms.items()}
 
     def evaluate(self, source: Any) -> dict[str, Any]:
