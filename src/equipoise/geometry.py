@@ -12,6 +12,8 @@ PARALLEL = 1e-12
 """1 - cosine below which two directions count as equal (spec 2.4)."""
 VANISHING = 1e-12
 """Length below which a vector has no direction."""
+SINGULAR = 1e-3
+"""Smallest singular value of an average of rotations from which a rotation is still recovered."""
 
 
 def cosine(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -140,6 +142,35 @@ def orthogonalise(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batc
     """
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     return rotation @ (3 * eye - rotation.mT @ rotation) / 2
+
+
+def nearest_rotation(matrix: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
+    """Computes the rotation nearest to ``matrix`` in the Frobenius norm, the orthogonal factor U V^T of its SVD.
+
+    A matrix that is orthogonal up to rounding is returned unchanged. An average of rotations is not orthogonal; for
+    rotations by angles a and b in one plane, averaged with equal weights, the result is the rotation by (a + b) / 2.
+    Where the matrix is singular or a reflection (two rotations half a turn apart cancel), the result is NaN.
+
+    Args:
+        matrix: (..., d, d).
+
+    Returns:
+        (..., d, d), in the type of ``matrix``, float32 at least, computed in float64 where the device has it.
+
+    Example:
+        >>> R = nearest_rotation(torch.tensor([[0.5, 0.5], [-0.5, 0.5]]))
+        >>> bool((R * 2**0.5 - torch.tensor([[1.0, 1.0], [-1.0, 1.0]])).abs().max() < 1e-6)
+        True
+    """
+    dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    exact = matrix.to(dtype if matrix.device.type == "mps" else torch.float64)
+    eye = torch.eye(matrix.shape[-1], dtype=exact.dtype, device=exact.device)
+    error = (exact.mT @ exact - eye).abs().amax(dim=(-2, -1), keepdim=True)
+    # The SVD raises an error for numbers that are not finite, and is replaced by NaN where they are.
+    u, values, vt = torch.linalg.svd(exact.nan_to_num(0.0, 0.0, 0.0))
+    valid = (values[..., -1:, None] > SINGULAR) & (torch.linalg.det(u @ vt)[..., None, None] > 0) & error.isfinite()
+    rounding = 64 * torch.finfo(dtype).eps
+    return torch.where(valid, torch.where(error <= rounding, exact, u @ vt), torch.nan).to(dtype)
 
 
 def _directions(who: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

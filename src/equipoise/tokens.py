@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ShapeError
 from .masks import bool_mask, zero_masked
@@ -276,3 +276,15 @@ class Output:
     def with_(self, **changes) -> Output:
         """A copy with some fields replaced."""
         return replace(self, **changes)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be read: not under ``torch.compile``, export, ``vmap`` or on the meta device.
+
+    Example:
+        >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -31,6 +31,10 @@ def fold(model: nn.Module) -> nn.Module:
         >>> "attention.core.rolling.rotation" in fold(fusion).state_dict()
         False
     """
+    for module in model.modules():
+        # Which layers pool is read from a buffer, which may have changed since the last forward pass.
+        if callable(read_active := getattr(module, "read_active", None)):
+            read_active()
     attached = [module for module in model.modules() if isinstance(module, RollingQ)]
     for rolling in attached:
         rolling.check_foldable()

@@ -107,6 +107,7 @@ class RollingQ(Rotation):
         self._measuring, self._frozen = False, False
         # The sums are bookkeeping, and their cursor would make a model compile anew at each step.
         self._handles: list[Any] = site.install(self.rotate, Untraced(self._add_up))
+        self._handles.append(self._site.projection.register_load_state_dict_pre_hook(self._on_load))
         site.home.add_module("rolling", self)
 
     def due(self) -> bool:
@@ -123,7 +124,7 @@ class RollingQ(Rotation):
         ``rotations`` (so far). Where several processes train together, all of them must call it.
         """
         self.epochs += 1
-        total, before = self._sums.total(self.rotation.device), int(self.rotations)
+        total, before = self._sums.total(self.rotation.device), self._count()
         air = self.air.cpu().double()
         if float(total[0, -1, -1]) > 0:
             steps = [self._step(total, group) for group in range(len(self.rotation))]
@@ -134,7 +135,7 @@ class RollingQ(Rotation):
                 self._multiply([step if yes else None for step, yes in zip(steps, due, strict=True)])
         self._synchronise()
         self._sums.reset()
-        return self._log(air, rotated=int(self.rotations) > before)
+        return self._log(air, rotated=self._count() > before)
 
     def measure(self, model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> None:
         """Replaces the statistics by those of a pass in evaluation mode, over all its batches.
@@ -182,13 +183,13 @@ class RollingQ(Rotation):
     def fold(self) -> None:
         """Merges the rotation into the query projection and leaves the layer as plain as it was; see ``eq.fold``."""
         self.check_foldable()
-        if self._turned:
-            self._site.fold(self.rotation)
+        if self.rotates():
+            self._site.fold(self.effective())
         self.detach()
 
     def check_foldable(self) -> None:
         """Raises ConfigError where ``fold`` would change what the layer computes."""
-        if self.scope == "cls" and self._turned and not self._site.only_first_row():
+        if self.scope == "cls" and self.rotates() and not self._site.only_first_row():
             raise ConfigError(
                 "fold",
                 expected="a rotation of all query rows, or a layer of which only the class row is read",
@@ -255,7 +256,7 @@ class RollingQ(Rotation):
         ]
 
     def _allowed(self, epoch: int) -> bool:
-        count = int(self.rotations)
+        count = self._count()
         within = self.max_rotations is None or count < self.max_rotations
         spaced = count == 0 or epoch - int(self.last_epoch) >= self.min_epochs_between
         return not self._frozen and within and spaced and epoch > self.warmup_epochs
@@ -268,7 +269,7 @@ class RollingQ(Rotation):
             **log,
             "spread": _spread(mean),
             "rotated": float(rotated),
-            "rotations": float(self.rotations),
+            "rotations": float(self._count()),
         }
 
     def get_extra_state(self) -> Tensor:

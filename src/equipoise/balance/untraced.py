@@ -21,12 +21,12 @@ class Untraced:
         ['batch']
     """
 
-    def __init__(self, method: Callable[..., None]) -> None:
+    def __init__(self, method: Callable[..., Any]) -> None:
         self.method = method
         self._call: Any = torch.compiler.disable(method)
 
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
     def __reduce__(self):
         return type(self), (self.method,)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens, pack, segment_labels
+from ..tokens import Output, Tokens, has_values, pack, segment_labels
 from ..transformer import Attention, Block, learned_token
 from .base import Fusion
 
@@ -77,9 +78,11 @@ class JointAttention(Fusion):
         else:
             self.blocks = nn.ModuleList(Block(dim, heads, dropout=dropout) for _ in range(depth))
             self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.register_buffer("active", torch.tensor(depth))
+        # Floating point, so that an average of weights averages it too: torch truncates averages of integers, and an
+        # exponential moving average would keep the first depth forever.
+        self.register_buffer("active", torch.tensor(float(depth)))
         self._active = depth
-        self.register_load_state_dict_post_hook(_refresh)
+        self.register_load_state_dict_post_hook(_read_active)
 
     active: Tensor
 
@@ -99,18 +102,24 @@ class JointAttention(Fusion):
         if not 1 <= depth <= self.depth:
             raise ConfigError("JointAttention.use_depth", expected=f"1 <= depth <= {self.depth}", got=str(depth))
         self.active.fill_(depth)
-        self._read_active()
+        self.read_active()
 
-    def _read_active(self) -> None:
-        # Kept beside the buffer, so that no forward pass has to fetch it from the device.
-        self._active = int(self.active)
+    def read_active(self) -> None:
+        """Updates which block is the last one from the buffer ``active``, which copies and averages of weights change.
+
+        Every forward pass does, except that on a GPU a training step does not wait for the device to read it.
+        """
+        if not has_values(self.active):
+            return
+        depth = self.active.item()
+        self._active = min(max(round(depth), 1), self.depth) if math.isfinite(depth) else self.depth
         for number, layer in enumerate(self.layers, start=1):
             layer.readout = number == self._active
 
     def _build(self) -> None:
         for layer in self.layers:
             layer.names = self.names
-        self._read_active()
+        self.read_active()
         if self._use_embedding:
             self.embedding = learned_token(len(self.names), self.dim)
 
@@ -139,6 +148,8 @@ class JointAttention(Fusion):
 
     def _stack(self, values: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         share = None
+        if self.active.device.type == "cpu" or not (self.training and torch.is_grad_enabled()):
+            self.read_active()
         for number, block in enumerate(self.blocks[: self._active], start=1):
             last = number == self._active
             # Only the layer that pools is asked for shares; the others run as plain fused attention.
@@ -150,6 +161,6 @@ class JointAttention(Fusion):
         return self.norm(values[:, 0]), None if share is None else share[:, :, 0]
 
 
-def _refresh(module: nn.Module, keys: object) -> None:
+def _read_active(module: nn.Module, keys: object) -> None:
     if isinstance(module, JointAttention):
-        module._read_active()
+        module.read_active()
