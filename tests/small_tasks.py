@@ -36,10 +36,11 @@ def loss_of(balancing, made, inputs):
 
 
 def penalty_of(balancer, made, inputs):
-    """A balancer's own term for one batch in training mode; a tensor without gradient, or None."""
+    """A balancer's own term for one batch in training mode, and a step; a tensor without gradient, or None."""
     output = made.train()(inputs)
     balancer.observe(output, inputs["target"])
     penalty = balancer.penalty(output, inputs["target"])
+    balancer.before_step()
     return None if penalty is None else penalty.detach()
 
 

@@ -100,6 +100,7 @@ def test_weights_come_from_the_losses_of_the_running_model():
     optimiser = torch.optim.SGD(made.parameters(), lr=0.3)
     looks, logs = [], []
     for number in range(3):
+        made.train()
         train = [batch(seed=10 * number + step, size=size) for step, size in enumerate((5, 3))]
         seen = []
         for inputs in train:
@@ -183,7 +184,8 @@ def test_accumulated_batches_equal_one_large_batch():
     for sizes in ((12,), (5, 7)):
         made, balancer, balancing = attached()
         for part in slices(whole, *sizes):
-            balancing.loss(made(part), part["target"])
+            balancing.loss(made(part), part["target"]).backward()
+        balancing.before_step()
         found.append(balancer.running[0] / balancer.running[1])
     torch.testing.assert_close(*found, **EXACT)
 
@@ -195,6 +197,7 @@ def test_a_modality_that_nobody_has_weighs_nothing(copies):
     for _ in range(2):
         loss = balancing.loss(made.train()(without), without["target"])
         loss.backward()
+        balancing.before_step()
         balancing.review([without], [{**batch(NAMES[:3], seed=7), "text": None}])
         balancing.end_epoch()
         with torch.no_grad():

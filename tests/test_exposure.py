@@ -21,6 +21,11 @@ def exposed(made, balancer, inputs):
     return balancer.prepare({name: inputs[name] for name in made.names})
 
 
+def destroyed(balancer):
+    """Which modalities of which samples the last ``prepare`` destroyed."""
+    return balancer.kept("destroyed", eq.Output(features=torch.zeros(0, 1)))
+
+
 def oracle(share, intact):
     """Sample by sample, head by head."""
     losses = []
@@ -78,12 +83,12 @@ def test_how_often_and_what():
     # Of two modalities one is spared where both are hit: 0.4 - 0.4^2 / 2.
     assert changed.double().mean() == pytest.approx(0.32, abs=0.05)
     assert not changed.all(dim=1).any()
-    assert balancer._destroyed.double().mean() == pytest.approx(0.16, abs=0.04)
-    assert (balancer._destroyed <= changed).all()
+    assert destroyed(balancer).double().mean() == pytest.approx(0.16, abs=0.04)
+    assert (destroyed(balancer) <= changed).all()
     # Destroyed inputs tell nothing of what they were; mixed ones do.
     for place, name in enumerate(made.names):
         was, now = inputs[name].flatten(1), found[name].flatten(1)
-        gone = balancer._destroyed[:, place]
+        gone = destroyed(balancer)[:, place]
         mixed = changed[:, place] & ~gone
         assert abs(float(torch.corrcoef(torch.stack([was[gone].flatten(), now[gone].flatten()]))[0, 1])) < 0.15
         assert float(torch.corrcoef(torch.stack([was[mixed].flatten(), now[mixed].flatten()]))[0, 1]) > 0.5
@@ -131,7 +136,7 @@ def test_a_sample_keeps_one_of_what_it_has():
     balancer = eq.Exposure(made, probability=1.0, whole=1.0)
     found = balancer.prepare(inputs)
     has = torch.stack([inputs["mask"].get(n, torch.ones(SIZE, dtype=torch.bool)) for n in made.names], dim=1)
-    assert ((has & ~balancer._destroyed).sum(dim=1) == 1).all()
+    assert ((has & ~destroyed(balancer)).sum(dim=1) == 1).all()
     assert found["audio"][inputs["mask"]["audio"]].isfinite().all()
 
 
@@ -141,7 +146,7 @@ def test_inputs_that_are_mappings_and_batches_that_are_wrong():
     words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
     found = balancer.prepare({"audio": words, "image": torch.randn(5, 4, 5)})
     assert found["audio"] is words
-    assert balancer._destroyed.shape == (5, 2)
+    assert destroyed(balancer).shape == (5, 2)
     eq.Balancing(made, [balancer])
     with pytest.raises(eq.EquipoiseError, match="a batch with audio, image"):
         made.train()({"audio": torch.ones(2, 3, 3)})
@@ -158,7 +163,7 @@ def test_attention_is_taught_and_static_fusion_only_exposed():
         penalty = balancer.penalty(output, inputs["target"])
         assert (penalty is not None) is taught
         if taught:
-            wanted = 2.0 * oracle(output.share.detach(), ~balancer._destroyed)
+            wanted = 2.0 * oracle(output.share.detach(), ~balancer.kept("destroyed", output))
             assert float(penalty.detach()) == pytest.approx(wanted, abs=EXACT["atol"])
         assert bool(balancing.loss(output, inputs["target"]).isfinite())
 

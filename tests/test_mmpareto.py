@@ -126,9 +126,8 @@ def test_logits_that_decompose_need_no_heads(fusion):
         torch.testing.assert_close(found[f"head.{name}"], gradient, **EXACT)
 
 
-@pytest.mark.parametrize("missing", [(), ("audio", "image")])
-def test_accumulated_batches_equal_one_large_batch(missing):
-    whole = batch(size=12, missing=missing)
+def test_accumulated_batches_equal_one_large_batch():
+    whole = batch(size=12)
     made, balancing = attached()
     large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
     for name in (n for n in large if n.startswith("encoders")):

@@ -120,7 +120,6 @@ def test_rates_are_met_over_samples_and_steps():
             kept.append(found["audio"].present().double().mean())
             assert bool(found["image"].present().all())
         balancer.steps += 1
-        balancer._seen = 0
     assert done / 200 == pytest.approx(0.7, abs=0.1)
     assert float(torch.stack(kept).mean()) == pytest.approx(0.7, abs=0.01)
 

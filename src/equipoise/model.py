@@ -88,6 +88,7 @@ class FusionModel(nn.Module):
         self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in wanted})
         self.preparations: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
         self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
+        self.results: list[Callable[[Output], Output]] = []
         self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
 
     def forward(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> Output:
@@ -113,7 +114,11 @@ class FusionModel(nn.Module):
         if self.training:
             for transform in self.transforms:
                 tokens = transform(tokens, batch.get("target"))  # type: ignore[arg-type]
-        return self.fuse(tokens)
+        output = self.fuse(tokens)
+        if self.training:
+            for result in self.results:
+                output = result(output)
+        return output
 
     def encode(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> dict[str, Tokens]:
         """The encoders alone: name -> Tokens of the fusion's width."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -264,6 +265,7 @@ class Output:
         share: (batch, head, modality) share of the readout query's attention, in the order of ``names``; the rest up
             to 1 went to special tokens. None for static fusions, which have no attention.
         names: modality names, in the order of ``share``.
+        record: what balancers noted in the forward pass; set and read by ``Balancing``.
     """
 
     features: Float[Tensor, "batch feature"]
@@ -272,6 +274,7 @@ class Output:
     tokens: dict[str, Tokens] = field(default_factory=dict)
     share: Float[Tensor, "batch head modality"] | None = None
     names: tuple[str, ...] = ()
+    record: Any = field(default=None, repr=False)
 
     def with_(self, **changes) -> Output:
         """A copy with some fields replaced."""

@@ -141,6 +141,8 @@ class AMCo(Balancer):
         hidden[torch.randperm(outputs, generator=random)[:number]] = True
         return hidden
 
+    changes_gradients = False
+
     def before_step(self) -> None:
         self.steps += 1
         self.progress += self.rate * int(self.epochs)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..tokens import Output, Tokens
-from .base import Balancer, Batch, Multimodal
+from .base import Balancer, Batch, Multimodal, overrides
+from .forward_pass import ForwardPass
+from .pending import Pending
 
 ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
 """In the names of optimisers whose step does not grow with the gradient."""
@@ -32,6 +34,13 @@ class Balancing:
 
     Several batches may be accumulated before ``before_step``; under AMP call ``scaler.unscale_(optimiser)`` first; with
     several processes call it after gradients are reduced, as ``DistributedDataParallel`` leaves them. Clip afterwards.
+
+    The state of balancers changes in ``before_step`` alone, by the batches whose gradients the parameters hold, and
+    only if all gradients are finite; so it follows the weights where ``GradScaler`` skips a step. Otherwise
+    ``before_step`` leaves gradients and state as they are. A batch whose loss the loop does not back-propagate,
+    gradients that it clears, and losses computed in evaluation mode or without gradient leave no trace. Activation
+    checkpointing of the model or of parts of it repeats what the first pass drew.
+
     Before training, ``balancing.attach_optimizer(optimiser)`` warns of an optimiser that undoes a method, and gives it
     to those that reset its state.
 
@@ -47,11 +56,11 @@ class Balancing:
     def __init__(self, model: Multimodal, balancers: Sequence[Balancer] = ()) -> None:
         self.model, self.balancers = model, list(balancers)
         _check(self.balancers)
-        self._scaling = [b for b in self.balancers if _overrides(b, "gradient_scale")]
-        self._seen: list[tuple[Output, Tensor]] = []
-        self._due = False
-        for moment, place in (("prepare", "preparations"), ("transform", "transforms")):
-            _hand_over(model, place, [b for b in self.balancers if _overrides(b, moment)], moment)
+        self._scaling = [b for b in self.balancers if overrides(b, "gradient_scale")]
+        self._pending = Pending(model)
+        for balancer in self.balancers:
+            balancer.join(self._pending)
+        ForwardPass(self._pending, self.balancers).attach(model)
 
     @property
     def turns(self) -> int:
@@ -70,7 +79,16 @@ class Balancing:
             output: of the model.
             target: as ``FusionModel.loss`` takes it.
         """
-        self._due = True
+        record, total = self._pending.enter_loss(output), None
+        try:
+            total = self._total(output, target)
+            if self._scaling and self._pending.noting():
+                record.outputs = _detached(output), target.detach()
+        finally:
+            self._pending.leave_loss(record, total)
+        return total
+
+    def _total(self, output: Output, target: Tensor) -> Tensor:
         replaced = {term for b in self.balancers for term in b.replaces}
         terms = []
         if "task" not in replaced:
@@ -84,19 +102,20 @@ class Balancing:
             penalty = balancer.penalty(output, target)
             if penalty is not None:
                 terms.append(penalty)
-        if self._scaling:
-            self._seen.append((_detached(output), target.detach()))
         return torch.stack([term.reshape(()) for term in terms]).sum()
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Between ``backward`` and ``optimiser.step``; does nothing where no loss was computed since the last one."""
-        if not self._due:
+        """Between ``backward`` and ``optimizer.step``.
+
+        Does nothing where no backward pass reached a loss since the last step, or a gradient is not finite.
+        """
+        parameters: Iterable[nn.Parameter] = self.model.parameters()  # type: ignore[attr-defined]
+        records = self._pending.commit([p.grad for p in parameters if p.grad is not None])
+        if not records:
             return
-        self._due = False
-        if self._seen:
-            output, target = _joined(self._seen)
-            self._seen = []
+        if self._scaling:
+            output, target = _joined([record.outputs for record in records if record.outputs is not None])
             for balancer in self._scaling:
                 self._scale(balancer.gradient_scale(output, target))
         for balancer in self.balancers:
@@ -152,11 +171,7 @@ def encoder_weights(encoder: nn.Module) -> list[nn.Parameter]:
 def takes_part_in_steps(balancer: Balancer) -> bool:
     """Whether it does anything but attach to the model and act once an epoch; then a Balancing has to call it."""
     moments = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
-    return any(_overrides(balancer, moment) for moment in moments)
-
-
-def _overrides(balancer: Balancer, moment: str) -> bool:
-    return getattr(type(balancer), moment) is not getattr(Balancer, moment)
+    return any(overrides(balancer, moment) for moment in moments)
 
 
 def _check(balancers: Sequence[Balancer]) -> None:
@@ -177,23 +192,10 @@ def _check(balancers: Sequence[Balancer]) -> None:
                 )  # fmt: skip
 
 
-def _hand_over(model: Multimodal, place: str, balancers: Sequence[Balancer], moment: str) -> None:
-    """Puts what balancers do in the forward pass where the model calls it, in place of earlier balancers'."""
-    there = getattr(model, place, None)
-    if there is None and balancers:
-        when = "before it encodes" if moment == "prepare" else "between encoders and fusion"
-        raise ConfigError(
-            "Balancing", expected=f"a model that calls its {place} {when}, for {type(balancers[0]).__name__}",
-            got=f"{type(model).__name__}, which has none", fix=f"Use FusionModel, or give yours {place} = [].",
-        )  # fmt: skip
-    if there is not None:
-        others = [call for call in there if not isinstance(getattr(call, "__self__", None), Balancer)]
-        setattr(model, place, [*others, *(getattr(balancer, moment) for balancer in balancers)])
-
-
 def _detached(output: Output) -> Output:
     return replace(
         output,
+        record=None,
         features=output.features.detach(),
         logits=None if output.logits is None else output.logits.detach(),
         unimodal_logits={name: logits.detach() for name, logits in output.unimodal_logits.items()},

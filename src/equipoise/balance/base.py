@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tokens import Output, Tokens
+from .pending import Pending, Record
 
 Task = Literal["classification", "multilabel", "regression"]
 Batch = Mapping[str, Any]
@@ -47,8 +50,12 @@ class Balancer(nn.Module):
        reduced over processes, unscaled;
     5. ``review`` on the data, where ``reviews`` is True, and ``end_epoch`` once an epoch.
 
-    What a balancer remembers are buffers, so that a checkpoint holds it. Statistics that decide something are summed
-    over processes, so that all decide alike. The model is taken in the constructor, and kept out of the module tree.
+    What a balancer remembers are buffers, so that a checkpoint holds it; they change in ``before_step`` and at the end
+    of an epoch alone. What a forward pass or a loss finds out goes through ``note`` to ``noted`` of the step: a batch
+    that the loop skips, a step with gradients that are not finite and a validation loss leave nothing, and the
+    recomputation of activation checkpointing is not counted again. ``keep`` hands values from the forward pass to the
+    loss of the same batch. Statistics that decide something are summed over processes, so that all decide alike. The
+    model is taken in the constructor, and kept out of the module tree.
 
     Class attributes tell the loop what a method needs:
 
@@ -60,6 +67,8 @@ class Balancer(nn.Module):
         turns: how often the loop serves each batch, one optimiser step each.
         reviews: True where ``review`` wants to see data before ``end_epoch``.
         partial_graph: True where some parameters get no gradient in some steps; data-parallel training must be told.
+        notes_in_forward: True where hooks of the balancer's own ``note`` or ``keep`` something in the forward pass.
+        changes_gradients: False where ``before_step`` updates the balancer's state and leaves gradients as they are.
         only_scales: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
             it out again.
         excludes: names of methods that it cannot be combined with -> why.
@@ -73,6 +82,62 @@ class Balancer(nn.Module):
     partial_graph: ClassVar[bool] = False
     only_scales: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {}
+    notes_in_forward: ClassVar[bool] = False
+    changes_gradients: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join(Pending())
+
+    def join(self, pending: Pending) -> None:
+        """Shares the records of forward passes with the other balancers of one ``Balancing``."""
+        self._pending = pending
+
+    @property
+    def record(self) -> Record:
+        """The record of the forward pass or of the loss that runs."""
+        return self._pending.record()
+
+    def note(self, key: str, value: Tensor) -> None:
+        """Adds to a sum over this batch, which ``noted`` returns if the optimizer steps on the batch."""
+        if self._pending.noting():
+            self.record.add(self, key, value)
+
+    def noted(self, key: str) -> list[Tensor]:
+        """In ``before_step``, once: what was noted under this key, a tensor for each batch of the step."""
+        notes = [record.take(self, key) for record in self._pending.committed]
+        return [note for note in notes if note is not None]
+
+    def noted_sum(self, key: str) -> Tensor | None:
+        """The sum of ``noted`` on this process; None where nothing was noted."""
+        notes = self.noted(key)
+        return reduce(torch.add, notes) if notes else None
+
+    def keep(self, key: str, value: Any) -> None:
+        """Keeps a value for the loss of the batch whose forward pass runs."""
+        self.record.kept[id(self), key] = value
+
+    def kept(self, key: str, output: Output) -> Any:
+        """What ``keep`` kept in the forward pass of this output; None where there is none."""
+        record = output.record if isinstance(output.record, Record) else self.record
+        return record.kept.get((id(self), key))
+
+    def gradient_size(self) -> Tensor | float:
+        """In ``before_step``: how many times the mean gradient of the step's losses ``p.grad`` is.
+
+        1 where the loop divides losses by the number of accumulated batches; 0.1 where it multiplies them by 0.1; the
+        scale of ``GradScaler`` where it was not unscaled. To make thresholds and sums independent of it.
+        """
+        return self._pending.size()
+
+    def when_reached(self, moment: Callable[[Tensor], None]) -> None:
+        """In ``penalty``: calls ``moment`` with the gradient of this batch's loss when a backward pass begins there.
+
+        The graph is whole then: ``torch.autograd.grad(term, parameters, gradient, retain_graph=True)`` is what this
+        backward pass brings of one term, scaled as the loop scales the loss.
+        """
+        if self._pending.noting():
+            self._pending.moments.append(moment)
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Is given each optimiser before training starts, also when it resumes; for methods that reset its state."""
@@ -108,3 +173,8 @@ class Balancer(nn.Module):
     def end_epoch(self) -> dict[str, float]:
         """What happens once an epoch; returns what is worth logging."""
         return {}
+
+
+def overrides(balancer: Balancer, moment: str) -> bool:
+    """Whether the balancer does anything at this moment."""
+    return getattr(type(balancer), moment) is not getattr(Balancer, moment)

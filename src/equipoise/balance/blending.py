@@ -87,6 +87,7 @@ class GradientBlending(Balancer):
     replaces = ("task", "unimodal")
     needs_heads = True
     reviews = True
+    changes_gradients = False
 
     def __init__(
         self, model: Multimodal, *, epochs: int | None = None, every: int = 10, floor: float = 1e-3,
@@ -116,11 +117,16 @@ class GradientBlending(Balancer):
     def penalty(self, output: Output, target: Tensor) -> Tensor:
         """The blended loss; heads that only watch learn beside it."""
         means, counts = blended_losses(self._model[0], output, target)
-        self.to(means.device)
-        self.running += torch.stack([means.detach() * counts, counts])
-        blended = (self.weights.to(means.dtype) * means).sum()
+        self.note("losses", torch.stack([means.detach() * counts, counts]))
+        blended = (self.weights.to(means) * means).sum()
         watching = getattr(self._model[0], "unimodal", "none") == "probe"
         return blended + self._model[0].unimodal_loss(output, target) if watching else blended
+
+    def before_step(self) -> None:
+        """Adds the step's losses to those of the epoch."""
+        losses = self.noted_sum("losses")
+        if losses is not None:
+            self.running = self.running.to(losses.device) + losses
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
         """Estimates the weights, in the epochs after which it is time."""

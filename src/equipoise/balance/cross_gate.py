@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,9 @@ class CrossGate(nn.Module):
         names: the modalities.
         dim: width of their tokens.
         ratio: the squeezed vector is 2 / ratio times as wide as all pooled vectors together.
+
+    Attributes:
+        note: is given the sums over a training batch's gates, as ``Balancer.note``.
     """
 
     def __init__(self, names: tuple[str, ...], dim: int, ratio: float) -> None:
@@ -31,8 +34,7 @@ class CrossGate(nn.Module):
         self.register_buffer("held", torch.zeros(len(names), dtype=torch.bool))
         self.register_buffer("mean", torch.ones(len(names), dim))
         self.register_buffer("seen", torch.zeros(len(names), dtype=torch.long))
-        # Of the steps' batches that were not yet added to the mean; no state, since checkpoints come between steps.
-        self._pending: Tensor | None = None
+        self.note: Callable[[str, Tensor], None] | None = None
 
     held: Tensor
     mean: Tensor
@@ -43,27 +45,24 @@ class CrossGate(nn.Module):
         squeezed = self.squeeze(pooled).relu()
         gates = torch.stack([2 * self.excite[name](squeezed).sigmoid() for name in self.names], dim=1)
         if self.training:
-            self._note(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
+            self._sum_up(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
             gates = torch.where(self.held[:, None], self.mean.to(gates.dtype), gates)
         return {
             name: replace(tokens[name], values=tokens[name].values * gates[:, place, None])
             for place, name in enumerate(self.names)
         }
 
-    def _note(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
+    def _sum_up(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
         kept = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1).masked_fill(~present[..., None], 0.0)
-        sums = kept.sum(dim=0, dtype=self.mean.dtype)
-        self._pending = sums if self._pending is None else self._pending + sums
+        if self.note is not None:
+            self.note("gates", kept.sum(dim=0, dtype=self.mean.dtype))
 
-    def settle(self) -> None:
-        """Moves the running means, over all samples so far, by those of one optimiser step on all processes."""
-        if self._pending is None:
-            return
-        total, count = summed(self._pending).split([self.mean.shape[1], 1], dim=1)
+    def settle(self, sums: Float[Tensor, "modality dim1"]) -> None:
+        """Moves the running means, over all samples so far, by those of one optimizer step on all processes."""
+        total, count = summed(sums).split([self.mean.shape[1], 1], dim=1)
         self.seen += count[:, 0].long()
         # A mean moves by its newcomers' part of all, so nothing grows without bound.
         self.mean += (total - count * self.mean) / self.seen.clamp(min=1)[:, None]
-        self._pending = None
 
 
 class GatedTokens(nn.Module):

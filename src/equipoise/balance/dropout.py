@@ -91,6 +91,7 @@ class ModalityDropout(Balancer):
     """
 
     name = "dropout"
+    changes_gradients = False
 
     def __init__(self, model: Multimodal, *, p: float | Mapping[str, float] = 0.2, seed: int = 0) -> None:
         super().__init__()
@@ -103,8 +104,6 @@ class ModalityDropout(Balancer):
                 raise ConfigError("ModalityDropout", expected="0 <= p <= 1", got=f"p = {rate!r} for '{name}'")
         self.rates, self.seed = {name: float(rates.get(name, 0.0)) for name in model.names}, seed
         self.register_buffer("steps", torch.tensor(0))
-        # Samples of this step so far; no state, since checkpoints come between steps.
-        self._seen = 0
 
     steps: Tensor
 
@@ -112,11 +111,9 @@ class ModalityDropout(Balancer):
         if not any(self.rates.values()):
             return tokens
         has = who_has(tokens)
-        uniform = sample_draws(drawing(self.seed, int(self.steps)), self._seen, *has.shape)
-        self._seen += len(has)
+        uniform = sample_draws(drawing(self.seed, int(self.steps)), self.record.place(len(has)), *has.shape)
         rates = torch.tensor([self.rates[name] for name in tokens])
         return masked(tokens, keep_masks(has, rates.to(has.device), uniform.to(has.device)))
 
     def before_step(self) -> None:
         self.steps += 1
-        self._seen = 0

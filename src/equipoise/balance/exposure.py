@@ -101,6 +101,8 @@ class Exposure(Balancer):
         True
     """
 
+    changes_gradients = False
+
     def __init__(
         self, model: Multimodal, *, probability: float = 0.4, whole: float = 0.5, weight: float = 1.0,
         scales: bool = True, seed: int = 0,
@@ -116,33 +118,30 @@ class Exposure(Balancer):
         self.probability, self.whole, self.weight, self.scales, self.seed = probability, whole, weight, scales, seed
         self.names = model.names
         self.register_buffer("steps", torch.tensor(0))
-        # Of the step that runs; no state, since checkpoints come between steps.
-        self._seen, self._destroyed = 0, None
 
     steps: Tensor
-    _destroyed: Tensor | None
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        self._destroyed = None
         if not isinstance(batch, Mapping) or any(name not in batch for name in self.names):
             return batch  # of which the model tells what is wrong with it
         has = _who_has(batch, self.names)
-        draws = sample_draws(drawing(self.seed, int(self.steps)), self._seen, len(has), 2 * len(self.names) + 2)
-        random = self._noise_generator()
-        self._seen += len(has)
+        before = self.record.place(len(has))
+        draws = sample_draws(drawing(self.seed, int(self.steps)), before, len(has), 2 * len(self.names) + 2)
+        random = self._noise_generator(before)
         open_to = torch.tensor([_can_be_hit(batch[name]) for name in self.names])
-        degree, self._destroyed = self._degrees(draws, has, open_to)
+        degree, destroyed = self._degrees(draws, has, open_to)
+        self.keep("destroyed", destroyed)
         exposed = dict(batch)
         for place, name in enumerate(self.names):
             if open_to[place]:
                 exposed[name] = self._mixed(batch[name], degree[:, place], has[:, place], random)
         return exposed
 
-    def _noise_generator(self) -> torch.Generator:
-        """Of this batch, step, process and seed alone."""
+    def _noise_generator(self, before: int) -> torch.Generator:
+        """Of this batch, step, process and seed alone; ``before`` are the samples of the step's earlier batches."""
         several = distributed.is_available() and distributed.is_initialized()
         stream = (distributed.get_rank() if several else 0) + 4096 * self.seed
-        number = 1_000_003 + int(self.steps) * 65_537 + self._seen + stream * 2**44
+        number = 1_000_003 + int(self.steps) * 65_537 + before + stream * 2**44
         return torch.Generator().manual_seed(number % 2**63)
 
     def _degrees(
@@ -183,14 +182,14 @@ class Exposure(Balancer):
         return torch.where(degree > 0, (1 - degree**2).clamp(min=0).sqrt() * values + degree * noise, values)
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
-        if output.share is None or self._destroyed is None or self.weight == 0:
+        destroyed = self.kept("destroyed", output)
+        if output.share is None or destroyed is None or self.weight == 0:
             return None
-        intact = who_has(_in_order(output.tokens, self.names)) & ~self._destroyed.to(output.share.device)
+        intact = who_has(_in_order(output.tokens, self.names)) & ~destroyed.to(output.share.device)
         return self.weight * witness_loss(output.share, intact)
 
     def before_step(self) -> None:
         self.steps += 1
-        self._seen = 0
 
 
 def _beside(per_sample: Tensor, values: Tensor) -> Tensor:

@@ -93,6 +93,8 @@ class Greedy(Balancer):
         (8, ['gate', 'inner'])
     """
 
+    notes_in_forward = True
+    changes_gradients = False
     excludes: ClassVar[Mapping[str, str]] = {
         "MLA": "it trains on vectors that have not passed the gates",
         "ReconBoost": "it trains on vectors that have not passed the gates",
@@ -111,6 +113,7 @@ class Greedy(Balancer):
         self.window, self.threshold = window, threshold
         like = next(model.head.parameters())
         gate = CrossGate(model.names, model.fusion.dim, ratio).to(like.device, like.dtype)
+        gate.note = self.note
         model.fusion = GatedTokens(model.fusion, gate)
         self._model, count = [model], len(model.names)
         self.register_buffer("main", torch.zeros(count, dtype=torch.float64))
@@ -128,10 +131,13 @@ class Greedy(Balancer):
         """Adds up the speeds and decides whose gate is held; nothing here waits for the device."""
         model, gate = self._model[0], self._model[0].fusion.gate
         self.to(gate.held.device)
-        gate.settle()
+        sums = self.noted_sum("gates")
+        if sums is not None:
+            gate.settle(sums)
+        scale = self.gradient_size()
         for place, name in enumerate(model.names):
-            self.main[place] += learning_speed(model.encoders[name].parameters())
-            self.bypass[place] += learning_speed(gate.excite[name].parameters())
+            self.main[place] += learning_speed(model.encoders[name].parameters()) / scale**2
+            self.bypass[place] += learning_speed(gate.excite[name].parameters()) / scale**2
         self.held_steps += gate.held
         _, lead = bypass_lead(self.main, self.bypass)
         starts = (self.left == 0) & (lead.max() > self.threshold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar, Literal
 
@@ -75,8 +76,8 @@ class LFM(Balancer):
 
     It helps where one modality answers well and the others can learn its answers. Where modalities know different
     things, agreement costs what they know. Learning a_1 takes two more backward passes, so that an epoch takes about
-    twice as long; under ``16-mixed`` these are not scaled, prefer bf16. Fixed costs next to nothing. In recipes the
-    unimodal heads teach, so that their own losses are added.
+    twice as long; they run when the loop calls ``backward`` and are scaled as it scales the loss. Fixed costs next to
+    nothing. In recipes the unimodal heads teach, so that their own losses are added.
 
     Reference: Yang et al., "Facilitating Multimodal Classification via Dynamically Learning Modality Gap" (NeurIPS
     2024); spec 3.3.
@@ -98,6 +99,7 @@ class LFM(Balancer):
 
     replaces: ClassVar[tuple[str, ...]] = ("task",)
     needs_heads = True
+    changes_gradients = False
 
     def __init__(
         self, model: Multimodal, *, a1: float = 0.5, schedule: Literal["learned", "fixed"] = "learned",
@@ -113,9 +115,6 @@ class LFM(Balancer):
         self._model, self.schedule, self.rate = [model], schedule, rate
         self.register_buffer("a1", torch.tensor(a1, dtype=torch.float64))
         self.register_buffer("epochs", torch.tensor(0))
-        # Both gradients times samples, and samples, over the batches of one step; no state, since checkpoints are
-        # written between steps.
-        self._sums: Tensor | None = None
 
     a1: Tensor
     epochs: Tensor
@@ -126,21 +125,19 @@ class LFM(Balancer):
         if output.logits is None:
             raise ConfigError("LFM", expected="an output with logits", got="logits = None")
         task, apart = model.loss(output.logits, target), self._divergence(output)
-        # Nothing is learned where a loss is only looked at.
-        if self.schedule == "learned" and torch.is_grad_enabled():
-            size = task.new_full((1, 1), len(target)).expand(2, 1)
-            sums = torch.cat([torch.stack([self._gradient(task), self._gradient(apart)]) * len(target), size], dim=1)
-            self._sums = sums if self._sums is None else self._sums + sums
+        if self.schedule == "learned":
+            self.when_reached(partial(self._compare, task, apart, len(target)))
         a1 = self.a1.to(task)
         return 2 * ((1 - a1) * task + a1 * apart)
 
     def before_step(self) -> None:
-        if self._sums is None:
+        sums = self.noted_sum("gradients")
+        if sums is None:
             return
-        sums, self._sums = summed(self._sums), None
-        task, apart = (sums[:, :-1] / sums[:, -1:]).double()
+        sums = summed(sums)
+        task, apart = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).double()
         rate = self.rate * 0.5 ** (int(self.epochs) // 20)
-        # A step that overflowed, as loss scaling has them, teaches nothing; NaN would stay for ever.
+        # A product that overflows teaches nothing; NaN would stay for ever.
         change = torch.nan_to_num(rate * hyper_gradient(task, apart), nan=0.0, posinf=0.0, neginf=0.0)
         self.a1 = (self.a1.to(task) - change).clamp(LEAST, MOST)
 
@@ -159,11 +156,16 @@ class LFM(Balancer):
             pairs.append(masked_mean(losses, present(output, one) & present(output, other)))
         return torch.stack(pairs).mean()
 
-    def _gradient(self, loss: Tensor) -> Tensor:
+    def _compare(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> None:
+        """Notes both gradients times samples, and samples; scaled as the loop scales the loss, then unscaled."""
+        found = torch.stack([self._gradient(term, gradient) for term in (task, apart)]) / gradient
+        self.note("gradients", torch.cat([found * size, found.new_full((2, 1), size)], dim=1))
+
+    def _gradient(self, loss: Tensor, gradient: Tensor) -> Tensor:
         """With respect to everything that learns, as one vector."""
         model: Any = self._model[0]
         learning = [p for p in model.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, learning, gradient.to(loss), retain_graph=True, allow_unused=True)
         return torch.cat(
             [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(learning, found, strict=True)]
         )

@@ -122,8 +122,6 @@ class MLA(Balancer):
         self.register_buffer("epoch_steps", torch.tensor(0))
         self.register_buffer("epoch_length", torch.tensor(0))
         self.register_buffer("projector", torch.eye(dim, device=like.device, dtype=like.dtype))
-        # Sum of the features of one optimiser step, and their number; no state, since checkpoints come between steps.
-        self._sums: Tensor | None = None
 
     steps: Tensor
     epoch_steps: Tensor
@@ -138,8 +136,7 @@ class MLA(Balancer):
         # Not a slice of the features: that would give the other encoders a gradient of zeros, and Adam moves on those.
         vectors = output.tokens[name].pooled()
         kept = at_least_single(vectors.detach()).masked_fill(~has[:, None], 0.0)
-        sums = torch.cat([kept.sum(dim=0), has.sum()[None]])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self.note("features", torch.cat([kept.sum(dim=0), has.sum()[None]]))
         return masked_mean(model.sample_losses(at_least_single(head.classifier(vectors)), target), has)
 
     @property
@@ -149,10 +146,11 @@ class MLA(Balancer):
     @torch.no_grad()
     def before_step(self) -> None:
         """Projects the head's gradient, and passes the turn on."""
-        if self._sums is None:
+        sums = self.noted_sum("features")
+        if sums is None:
             return
         if self.projected:
-            total = summed(self._sums)
+            total = summed(sums)
             whole = int(self.epoch_length)
             done = int(self.epoch_steps) // self.turns * self.turns / whole if whole else 0.0
             weight = self._head.classifier.weight
@@ -160,7 +158,6 @@ class MLA(Balancer):
             self.projector = next_projector(self.projector.to(row), row, alpha=0.1 ** (1 + done))
             if weight.grad is not None:
                 weight.grad.copy_(weight.grad @ self.projector.to(weight))
-        self._sums = None
         self.steps += 1
         self.epoch_steps += 1
 

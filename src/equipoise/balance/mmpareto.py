@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -65,8 +66,9 @@ class MMPareto(Balancer):
         g = 2 (w_1 g_1 + w_2 g_2)
         g <- gamma g max(1, |g_1 + g_2| / |g|)          for each parameter tensor
 
-    The heads and the fusion learn from the plain sum of all losses. The gradients of the encoders are this method's
-    alone: penalties of other balancers do not reach them.
+    g_2 is what the loop's backward passes bring of the modalities' losses, and g_1 all the rest of an encoder's
+    gradient, penalties of other balancers included; so both are scaled as the loop scales the loss. The heads and the
+    fusion learn from the plain sum of all losses.
 
     Args:
         model: with unimodal heads that teach, or logits that are a sum over modalities.
@@ -76,8 +78,8 @@ class MMPareto(Balancer):
         ConfigError: one modality, a gamma out of range; in training, nothing that tells the modalities' own losses.
 
     It helps where unimodal losses are wanted and pull against the multimodal one. ``gamma`` alone is a larger learning
-    rate, and Adam divides it out: compare with a tuned learning rate. Both gradients are computed apart, by two more
-    backward passes: an epoch takes 2 to 2.5 times as long. Under ``16-mixed`` they are not scaled; prefer bf16.
+    rate, and Adam divides it out: compare with a tuned learning rate. The modalities' gradient is computed by one
+    more backward pass.
 
     Reference: Wei and Hu, "MMPareto" (ICML 2024); spec 3.3.
     Differs from the released code in: gradients are of whole optimiser steps, over accumulated batches and processes;
@@ -103,9 +105,6 @@ class MMPareto(Balancer):
         if not gamma > 0:
             raise ConfigError("MMPareto", expected="gamma > 0", got=f"gamma = {gamma}")
         self._model, self.gamma = [model], gamma
-        # Sums over the batches of one optimiser step, name -> [joint..., samples, alone..., samples]; no state, since
-        # checkpoints are written between steps.
-        self._sums: dict[str, Tensor] = {}
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
         """Takes the gradients of the encoders apart; the modalities' losses where the loop does not count them."""
@@ -114,42 +113,41 @@ class MMPareto(Balancer):
             raise ConfigError("MMPareto", expected="an output with logits", got="logits = None")
         alone = unimodal_losses(model, output, target, "MMPareto")
         total = torch.stack([loss.mean for loss in alone.values()]).sum()
-        # Nothing is taken apart where all encoders are frozen, or a loss is only looked at.
-        parameters = self._learning() if torch.is_grad_enabled() else {}
-        joint_gradients = _gradients(model.loss(output.logits, target), parameters)
-        alone_gradients = _gradients(total, parameters)
-        for name in parameters:
-            count = alone[name].count
-            size = torch.full_like(count, len(target))
-            sums = torch.cat([joint_gradients[name] * size, size[None], alone_gradients[name] * count, count[None]])
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self.when_reached(partial(self._take_apart, total))
         counted = heads_teach(model) and output.unimodal_logits
         return None if counted else total
 
     def before_step(self) -> None:
-        """Writes the joined gradients."""
-        for name, sums in self._sums.items():
-            joint, alone = (part[:-1] / part[-1].clamp(min=1) for part in summed(sums).chunk(2))
-            parameters = self._learning()[name]
-            found = pareto_gradient(_shaped(joint, parameters), _shaped(alone, parameters), gamma=self.gamma)
+        """Joins the gradient that backward brought for the modalities' losses with the rest of it."""
+        ratio = self._pending.ratio()
+        for name, parameters in self._learning().items():
+            sums = self.noted_sum(name)
+            if sums is None:
+                continue
+            whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            alone = _shaped(summed(sums) * ratio, parameters)
+            joint = [total - own for total, own in zip(whole, alone, strict=True)]
+            found = pareto_gradient(joint, alone, gamma=self.gamma)
             for parameter, gradient in zip(parameters, found, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.copy_(gradient)
-        self._sums = {}
+
+    def _take_apart(self, total: Tensor, gradient: Tensor) -> None:
+        """Notes what this backward pass brings to the encoders of the modalities' own losses."""
+        learning = self._learning()
+        every = [p for group in learning.values() for p in group]
+        if not every:
+            return
+        found = torch.autograd.grad(total, every, gradient.to(total), retain_graph=True, allow_unused=True)
+        whole = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True))
+        for name, group in learning.items():
+            self.note(name, _flat([next(whole) for _ in group]))
 
     def _learning(self) -> dict[str, list[nn.Parameter]]:
         """name -> what the encoder learns; encoders that learn nothing are left out."""
         learning = {name: list(self._model[0].encoders[name].parameters()) for name in self._model[0].names}
         learning = {name: [p for p in group if p.requires_grad] for name, group in learning.items()}
         return {name: group for name, group in learning.items() if group}
-
-
-def _gradients(loss: Tensor, parameters: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
-    """name -> one flat gradient of all the encoder's parameters, zero where the loss does not depend on them."""
-    every = [p for group in parameters.values() for p in group]
-    found = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True) if every else ()
-    whole = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True))
-    return {name: _flat([next(whole) for _ in group]) for name, group in parameters.items()}
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

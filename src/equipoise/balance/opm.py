@@ -74,6 +74,8 @@ class OPM(Balancer):
         >>> balancing.before_step()
     """
 
+    changes_gradients = False
+
     def __init__(
         self, model: Multimodal, *, q_base: float = 0.4, alpha: float = 0.5, p_exe: float = 0.7, seed: int = 0
     ) -> None:
@@ -90,8 +92,6 @@ class OPM(Balancer):
         self.register_buffer("steps", torch.tensor(0))
         # Of this epoch: the sum of each modality's rates, and their number.
         self.register_buffer("used", torch.zeros(count + 1, dtype=torch.float64))
-        # Samples and scores of this step so far; no state, since checkpoints come between steps.
-        self._seen, self._sums = 0, torch.zeros(2, count)
 
     rates: Tensor
     steps: Tensor
@@ -99,8 +99,8 @@ class OPM(Balancer):
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         """Drops; all processes in the same steps."""
-        has, before = who_has(tokens), self._seen
-        self._seen += len(has)
+        has = who_has(tokens)
+        before = self.record.place(len(has))
         random = drawing(self.seed, int(self.steps))
         if float(torch.rand((), generator=random)) >= self.p_exe:
             return tokens
@@ -110,16 +110,17 @@ class OPM(Balancer):
 
     @torch.no_grad()
     def observe(self, output: Output, target: Tensor) -> None:
-        sums = score_sums(self._model[0], output, target, "OPM")
-        self._sums = self._sums.to(sums) + sums
+        self.note("scores", score_sums(self._model[0], output, target, "OPM"))
 
     def before_step(self) -> None:
         """The rates of the next step."""
-        total, count = summed(self._sums)
+        self.steps += 1
+        sums = self.noted_sum("scores")
+        if sums is None:
+            return
+        total, count = summed(sums)
         self.used = self.used.to(total.device) + torch.cat([self.rates.to(total), total.new_ones(1)])
         self.rates = drop_rates(total / count.clamp(min=1), q_base=self.q_base, alpha=self.alpha).double()
-        self._sums, self._seen = torch.zeros_like(self._sums), 0
-        self.steps += 1
 
     def end_epoch(self) -> dict[str, float]:
         """``rate/<name>``: the mean rate at which each modality was dropped in this epoch, where any was."""

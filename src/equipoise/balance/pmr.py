@@ -91,6 +91,7 @@ class PMR(Balancer):
     """
 
     reviews = True
+    changes_gradients = False
 
     def __init__(
         self, model: Multimodal, *, alpha: float = 1.0, mu: float = 0.01, entropy_epochs: int = 5,
@@ -124,7 +125,7 @@ class PMR(Balancer):
     used: Tensor
 
     def observe(self, output: Output, target: Tensor) -> None:
-        self.batches += 1
+        self.note("batches", torch.ones((), dtype=torch.long))
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
         """None before the first review."""
@@ -146,8 +147,16 @@ class PMR(Balancer):
         if int(self.reviewed) <= self.entropy_epochs:
             entropies = -(log_p.exp() * log_p).sum(dim=-1)
             total = total - self.mu * (leads * _sums(entropies, counts) / size).sum()
-        self.used = self.used.to(lags.device) + torch.cat([lags, lags.new_ones(1)])
+        self.note("weights", torch.cat([lags, lags.new_ones(1)]))
         return total
+
+    def before_step(self) -> None:
+        """Counts the step's batches and the weights in use."""
+        batches, weights = self.noted_sum("batches"), self.noted_sum("weights")
+        if batches is not None:
+            self.batches += batches
+        if weights is not None:
+            self.used = self.used.to(weights.device) + weights
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
         """Renews the prototypes from the first batches of another pass over the training data."""

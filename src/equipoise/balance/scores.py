@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..tokens import Output
 from .base import Multimodal
+from .pending import summed as summed
 
 
 def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
@@ -70,11 +71,3 @@ def present(output: Output, name: str) -> Tensor:
     """(batch,) True for samples that have the modality."""
     tokens = output.tokens[name]
     return tokens.present() if len(tokens) else tokens.values.new_zeros(len(tokens.values), dtype=torch.bool)
-
-
-def summed(total: Tensor) -> Tensor:
-    """The sum over all processes; the tensor itself where there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total.detach().clone()
-        torch.distributed.all_reduce(total)
-    return total

@@ -57,7 +57,7 @@ def trained_copy(
     """A copy of the model, trained for the loss at that place alone; the model and the random state are left alone."""
     twin: Any = copy.deepcopy(model)
     # Other balancers change inputs and tokens, and are no part of what is measured.
-    twin.preparations, twin.transforms = [], []
+    twin.preparations, twin.transforms, twin.results = [], [], []
     optimiser = torch.optim.AdamW(twin.parameters(), lr=learning_rate)
     devices = sorted({p.device.index for p in twin.parameters() if p.is_cuda})
     with torch.enable_grad(), torch.random.fork_rng(devices=devices):

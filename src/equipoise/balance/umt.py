@@ -16,6 +16,7 @@ from ..errors import ConfigError, ShapeError
 from ..tokens import Output, Tokens, as_tokens
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities, masked_mean
+from .pending import recomputing
 
 
 def distillation(
@@ -67,6 +68,7 @@ class UMT(Balancer):
     """
 
     needs_teachers = True
+    notes_in_forward = True
 
     def __init__(
         self, model: Multimodal, *, teachers: Mapping[str, nn.Module] | None = None, strength: float = 10.0
@@ -82,17 +84,11 @@ class UMT(Balancer):
         self.names, self.strength = model.names, strength
         self.teachers = nn.ModuleDict({name: copy.deepcopy(teacher) for name, teacher in (teachers or {}).items()})
         self.teachers.requires_grad_(False).eval()
-        # name -> what student and teacher made of the batch, on the way from the encoders to ``penalty``.
-        self._seen: dict[str, tuple[Tokens, Tokens]] = {}
         self._handles: list[Any] = [
             model.encoders[name].register_forward_hook(partial(self._teach, name), with_kwargs=True)
             for name in model.names
             if name in self.teachers
         ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A graph cannot be copied.
-        return {**self.__dict__, "_seen": {}}
 
     def train(self, mode: bool = True) -> UMT:
         """Teachers stay in evaluation mode, also where a module that contains this one is trained."""
@@ -100,7 +96,6 @@ class UMT(Balancer):
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
         """The distance to the teachers on this batch."""
-        seen, self._seen = self._seen, {}
         total = output.features.new_zeros((), dtype=torch.promote_types(output.features.dtype, torch.float32))
         for name in self.names:
             if name not in self.teachers:
@@ -109,9 +104,15 @@ class UMT(Balancer):
                     fix="Give UMT(model, teachers={name: encoder}) encoders that were trained alone.",
                 )  # fmt: skip
             tokens = output.tokens[name]
-            if name not in seen or len(tokens) == 0:
+            passed = self.kept(name, output)
+            if passed is None or len(tokens) == 0:
                 continue
-            student, teacher = (_masked(part, tokens) for part in seen[name])
+            student, args, kwargs = passed
+            teacher = self._taught(name, student, args, kwargs)
+            if not student.values.requires_grad:
+                # The encoder ran under a checkpoint that computes its graph later.
+                student = replace(student, values=tokens.values)
+            student, teacher = _masked(student, tokens), _masked(teacher, tokens)
             total = total + distillation(student.pooled(), teacher.pooled(), student.present())
         return self.strength * total
 
@@ -122,11 +123,15 @@ class UMT(Balancer):
         self._handles = []
 
     def _teach(self, name: str, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Shows the teacher what its student has just seen."""
-        if not encoder.training or not torch.is_grad_enabled():
+        """Keeps what the student reads, for the teacher."""
+        # In the recomputation of the encoder alone there is nothing new.
+        if not encoder.training or (recomputing() and not self._pending.announced()):
             return
-        student, teacher = as_tokens(result, f"encoder '{name}'"), self.teachers[name]
-        teacher.to(student.values.device)
+        self.keep(name, (as_tokens(result, f"encoder '{name}'"), args, kwargs))
+
+    def _taught(self, name: str, student: Tokens, args: tuple, kwargs: dict[str, Any]) -> Tokens:
+        """The teacher's tokens for what the student read."""
+        teacher = self.teachers[name].to(student.values.device)
         with torch.no_grad():
             taught = as_tokens(teacher(*args, **kwargs), f"teacher '{name}'")
         if taught.dim != student.dim:
@@ -134,7 +139,7 @@ class UMT(Balancer):
                 f"UMT '{name}'", expected=f"a teacher of its student's width dim = {student.dim}",
                 got=f"width {taught.dim}", fix="Train the teacher with the same encoder options.",
             )  # fmt: skip
-        self._seen[name] = student, taught
+        return taught
 
 
 def _masked(tokens: Tokens, like: Tokens) -> Tokens:

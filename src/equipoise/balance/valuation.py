@@ -74,6 +74,7 @@ class SampleValuation(Balancer):
 
     name = "valuation"
     replaces: ClassVar[tuple[str, ...]] = ("task",)
+    changes_gradients = False
 
     def __init__(
         self, model: Multimodal, *, level: Literal["sample", "modality"] = "sample",
@@ -103,8 +104,7 @@ class SampleValuation(Balancer):
             raise ConfigError("SampleValuation", expected="an output with logits", got="logits = None")
         here = torch.stack([present(output, name) for name in model.names])
         values = self.values(output, target)
-        found = torch.stack([values.masked_fill(~here, 0.0).sum(dim=1), here.sum(dim=1).to(values)])
-        self.running = self.running.to(found.device) + found
+        self.note("values", torch.stack([values.masked_fill(~here, 0.0).sum(dim=1), here.sum(dim=1).to(values)]))
         if int(self.epochs) == 0:
             return model.loss(output.logits, target)
         losses = model.sample_losses(at_least_single(output.logits), target)
@@ -116,6 +116,12 @@ class SampleValuation(Balancer):
         # Processes share one denominator, as gradients are averaged over them.
         weight, processes = summed(torch.stack([copies.sum() + len(target), total.new_ones(())]))
         return total * processes / weight
+
+    def before_step(self) -> None:
+        """Adds the step's values to those of the epoch."""
+        values = self.noted_sum("values")
+        if values is not None:
+            self.running = self.running.to(values.device) + values
 
     @torch.no_grad()
     def values(self, output: Output, target: Tensor) -> Float[Tensor, "modality batch"]:
