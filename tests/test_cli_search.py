@@ -59,7 +59,7 @@ def test_a_folder_of_ones_own(folder, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "sky.png" in said
     assert "1 of 1" in said
-    assert "Left out: picture" in said
+    assert "Left out: image" in said
     assert "new" not in said.replace("sky.png", "")
 
 
@@ -101,9 +101,9 @@ def test_a_question_that_is_none(folder, capsys, tmp_path):
 
 def test_pictures_and_folders_that_are_none(folder, capsys, tmp_path):
     model = ("--model", folder)
-    assert "expected a picture, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
+    assert "expected an image, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
     Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
-    assert "got mode F. Convert it to 8-bit RGB" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
+    assert "got mode F, whose range is not known" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
     assert "which is none" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
 
 

@@ -311,9 +311,9 @@ def test_a_picture_for_a_model_of_text_is_told():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "look image: expected a picture, got .* where no file is"),
-        (b"no picture", "look image: expected a whole picture, as PNG, JPEG"),
-        ("cut", "look image: expected a whole picture, as PNG, JPEG.* Is it cut off"),
+        (None, "look image '.*cat.png': expected an image, got no such file"),
+        (b"no picture", "look image '.*': expected an image, as PNG, JPEG or WebP, got a file of another kind"),
+        ("cut", "expected a complete image, as PNG, JPEG or WebP.* Is the file truncated"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_told(model, content, message, tmp_path):
@@ -330,7 +330,7 @@ def test_a_picture_that_cannot_be_read_is_told(model, content, message, tmp_path
 def test_a_sound_is_read_at_the_models_rate(tmp_path):
     import soundfile
 
-    from equipoise.look.inputs import read_sound
+    from equipoise.media import read_sound
 
     wave = np.sin(2 * np.pi * 100 * np.arange(4000) / 8000)
     soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], axis=1), 8000)
@@ -339,5 +339,5 @@ def test_a_sound_is_read_at_the_models_rate(tmp_path):
     middle = np.sin(2 * np.pi * 100 * np.arange(8000) / 16000)[1000:-1000]
     assert np.abs(found[1000:-1000] - middle).max() < TOL[torch.bfloat16]["atol"]
     (tmp_path / "b.wav").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="look audio: expected a sound, as WAV or FLAC"):
+    with pytest.raises(DataError, match=r"audio '.*b\.wav': expected a sound, as WAV or FLAC"):
         read_sound(tmp_path / "b.wav", 16000)

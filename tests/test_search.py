@@ -135,7 +135,7 @@ def test_folders_without_pictures(model, emoji, tmp_path):
     with pytest.raises(DataError, match=r"search: expected pictures \(.bmp, .*\), got none in '.*'\.$"):
         folder_of(model, emoji, tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 troubles: picture '.*broken.png': expected"):
+    with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 troubles: image '.*broken.png': expected"):
         folder_of(model, emoji, tmp_path)
 
 

@@ -42,11 +42,11 @@ def look_parser(recipe: Recipe | None) -> ArgumentParser:
 def look(options: Namespace) -> int:
     """Loads the model, asks it, and writes what was found."""
     from ..look import load_any, look
-    from ..look.inputs import read_image
     from ..look.standin import StandIn
+    from ..media import read_image
 
     # A picture that cannot be read is told before the model is loaded.
-    image = None if options.image is None else read_image(options.image)
+    image = None if options.image is None else read_image(options.image, who="look image")
     notes = []
     with out.status("loading the model") as status:
         loaded = load_any(

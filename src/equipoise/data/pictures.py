@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
+from ..media import read_image
 from .randomness import Draw
 
-MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "RGBa")
-"""Of eight bits or fewer for each colour; what more bits mean the file does not say."""
 SMALLEST, LONGEST = 8, 4.0
 
 
@@ -26,48 +25,24 @@ def read_picture(picture: str | Path | Image.Image, side: int) -> UInt8[Tensor, 
         side: pixels.
 
     Raises:
-        DataError: no picture or a part of one; more than eight bits a colour; fewer than 8 pixels a side, or one side
-            more than four times the other.
+        DataError: what ``media.read_image`` refuses; fewer than 8 pixels a side, or one side more than four times the
+            other.
 
     Example:
         >>> read_picture(Image.new("LA", (30, 40)), 16)[0, 0]
         tensor([255, 255, 255], dtype=torch.uint8)
     """
-    who, image = _opened(picture)
-    if image.mode not in MODES:
+    colors = read_image(picture)
+    if min(colors.size) < SMALLEST or max(colors.size) > LONGEST * min(colors.size):
         raise DataError(
-            who, expected=f"a picture of mode RGB, or one of {', '.join(MODES[1:])}", got=f"mode {image.mode}",
-            fix="Convert it to 8-bit RGB first.",
+            "image" if isinstance(picture, Image.Image) else f"image '{picture}'",
+            expected=f"at least {SMALLEST} x {SMALLEST} pixels, no side more than {LONGEST:.0f} times the other",
+            got=f"width x height = {colors.width} x {colors.height}", fix="Cut it to what it shows.",
         )  # fmt: skip
-    if min(image.size) < SMALLEST or max(image.size) > LONGEST * min(image.size):
-        raise DataError(
-            who, expected=f"at least {SMALLEST} x {SMALLEST} pixels, no side more than {LONGEST:.0f} times the other",
-            got=f"width x height = {image.width} x {image.height}", fix="Cut it to what it shows.",
-        )  # fmt: skip
-    colours = image.convert("RGBA")
-    longest = max(colours.size)
-    square = Image.new("RGBA", (longest, longest), "white")
-    square.alpha_composite(colours, ((longest - colours.width) // 2, (longest - colours.height) // 2))
-    small = square.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(small))
-
-
-def _opened(picture: str | Path | Image.Image) -> tuple[str, Image.Image]:
-    if isinstance(picture, Image.Image):
-        return "picture", picture
-    who = f"picture '{picture}'"
-    try:
-        with Image.open(picture) as opened:
-            opened.load()
-            # Cameras store how they were held, and turn nothing.
-            return who, ImageOps.exif_transpose(opened)
-    except FileNotFoundError as error:
-        raise DataError(who, expected="a picture", got="no such file") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            who, expected="a whole picture, as PNG, JPEG, WebP or the like", got=" ".join(str(error).split())[:120],
-            fix="Is it cut off, or a file of another kind?",
-        ) from error  # fmt: skip
+    longest = max(colors.size)
+    square = Image.new("RGB", (longest, longest), "white")
+    square.paste(colors, ((longest - colors.width) // 2, (longest - colors.height) // 2))
+    return torch.from_numpy(np.array(square.resize((side, side), Image.Resampling.LANCZOS)))
 
 
 def moved(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import DataError
+from ..media import load_sound
 from .spectrogram import RATE, framed, log_mel
 
 _NAME = re.compile(r"(\d)_([a-z]+)_(\d+)\.wav")
@@ -64,22 +64,14 @@ def read_wav(path: Path) -> Float[Tensor, " sample"]:
     """A mono recording at 8 kHz, in [-1, 1].
 
     Raises:
-        DataError: no wav file, or a truncated, empty or stereo one, or one of another rate.
+        DataError: what ``media.load_sound`` refuses; several channels, or another rate.
     """
-    import soundfile
-
-    who, content = str(path), path.read_bytes()
-    _require_whole(who, content)
-    try:
-        values, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise DataError(who, expected="a wav file", got=f"{error}", fix="Fetch the file again.") from error
+    values, rate = load_sound(path, who="recording")
+    who = f"recording '{path}'"
     if rate != RATE:
         raise DataError(who, expected=f"a rate of {RATE} Hz", got=f"{rate} Hz", fix=f"Resample it to {RATE} Hz.")
     if values.shape[1] != 1:
         raise DataError(who, expected="one channel", got=f"{values.shape[1]}", fix="Mix the channels to one.")
-    if not len(values):
-        raise DataError(who, expected="at least one sample", got="an empty recording", fix="Fetch the file again.")
     return torch.from_numpy(values[:, 0])
 
 
@@ -91,23 +83,3 @@ def _labels(path: Path, speakers: tuple[str, ...]) -> tuple[int, int, int]:
             got=repr(path.name), fix="Keep other files out of this folder.",
         )  # fmt: skip
     return int(match[1]), speakers.index(match[2]), int(match[3])
-
-
-def _require_whole(who: str, content: bytes) -> None:
-    """Raises DataError when a chunk is shorter than its header says: libsndfile would return what there is."""
-    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        raise DataError(who, expected="a wav file, which starts with RIFF....WAVE", got=f"{content[:12]!r}")
-    at = 12
-    while at + 8 <= len(content):
-        size = int.from_bytes(content[at + 4 : at + 8], "little")
-        held = len(content) - at - 8
-        if size > held:
-            chunk = content[at : at + 4].decode("ascii", "replace")
-            raise DataError(
-                who, expected=f"{size} bytes in the chunk '{chunk}', as its header says", got=f"{held}",
-                fix="The file is truncated: fetch it again.",
-            )  # fmt: skip
-        if content[at : at + 4] == b"data":
-            return
-        at += 8 + size + size % 2
-    raise DataError(who, expected="a chunk 'data'", got="none", fix="The file is truncated: fetch it again.")

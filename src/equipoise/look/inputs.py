@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
+from ..media import read_image as read_image
+from ..media import read_sound as read_sound
 
 SPACES = ("\u2581", "\u0120")
 """How vocabularies write the space before a word."""
@@ -36,46 +37,6 @@ class Prompt:
     @property
     def length(self) -> int:
         return self.inputs["input_ids"].shape[1]
-
-
-def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """A picture in colours.
-
-    Raises:
-        DataError: no picture, or a part of one.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError("look image", expected="a picture", got=f"'{image}', where no file is") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            "look image", expected="a whole picture, as PNG, JPEG, WebP or the like",
-            got=f"'{image}' ({' '.join(str(error).split())[:120]})", fix="Is it cut off, or a file of another kind?",
-        ) from error  # fmt: skip
-
-
-def read_sound(audio: str | Path | np.ndarray, rate: int) -> np.ndarray:
-    """A sound, (sample,) at a model's rate; an array is taken as it is.
-
-    Raises:
-        DataError: no sound.
-    """
-    if isinstance(audio, np.ndarray):
-        return audio
-    import soundfile
-    from scipy.signal import resample_poly
-
-    try:
-        values, own = soundfile.read(str(audio), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise DataError("look audio", expected="a sound, as WAV or FLAC", got=f"'{audio}' ({error})") from error
-    values = values.mean(axis=1)
-    divisor = np.gcd(own, rate)
-    return values if own == rate else resample_poly(values, rate // divisor, own // divisor).astype(np.float32)
 
 
 def prompt_of(model: Any, processor: Any, text: str, image: Any = None, audio: Any = None) -> Prompt:

@@ -75,8 +75,8 @@ def look(
                           got=f"max_new_tokens = {max_new_tokens}, sinks = {sinks}")  # fmt: skip
     names = labels_for(model, None, None)[0].names
     check_given(model, names, text, image, audio)
-    picture = None if image is None else read_image(image)
-    sound = None if audio is None else read_sound(audio, processor.feature_extractor.sampling_rate)
+    picture = None if image is None else read_image(image, who="look image")
+    sound = None if audio is None else read_sound(audio, processor.feature_extractor.sampling_rate, who="look audio")
     if device is not None:
         model.to(device)
     with evaluating(model):

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from ..align import similarities
 from ..data.pictures import read_picture
 from ..errors import ConfigError, DataError
 from ..evaluation import evaluating
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 BATCH = 256
 SHOWN = 96
 """Side of a picture of the user's own as it is shown, in pixels."""
-EQUAL = 1e-6
-"""Cosines that differ by less are a tie: rounding makes as much."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -114,14 +113,13 @@ class Index:
     def _nearest(self, query: Tensor, question: str, picture: Tensor | None, top: int, unseen: list[str]) -> Found:
         if top < 1:
             raise ConfigError("search", expected="top >= 1", got=f"top = {top}")
-        scores = (self.vectors @ query).double()
+        scores = similarities(self.vectors, query[None])[:, 0]
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         hits = [
-            Hit(1 + int((scores > scores[place] + EQUAL).sum()), float(scores[place]), self.entries[place])
-            for place in order
+            Hit(1 + int((scores > scores[place]).sum()), float(scores[place]), self.entries[place]) for place in order
         ]
         last = scores[order[-1]]
-        tied = int(((scores - last).abs() <= EQUAL).sum()) - sum(abs(hit.score - float(last)) <= EQUAL for hit in hits)
+        tied = int((scores == last).sum()) - sum(hit.score == float(last) for hit in hits)
         return Found(question, picture, hits, tied, unseen, len(self.entries))
 
 
