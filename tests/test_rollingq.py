@@ -473,11 +473,46 @@ def test_a_line_has_no_rotation():
         attached(model(heads=DIM))
 
 
-def test_nan_in_a_batch_is_not_averaged_away():
+@pytest.mark.parametrize("bad", [float("nan"), 1e308])
+@pytest.mark.parametrize("options", [
+    *({"indicator": indicator} for indicator in INDICATORS),
+    {"heads": "joint"}, {"scope": "all"}, {"paired": True}, {"tail": 2},
+])  # fmt: skip
+def test_samples_that_are_not_finite_are_left_out(bad, options):
+    good, harmed = batch(size=5), batch(size=7)
+    for name in (*TWO, "target"):
+        harmed[name][:5] = good[name]
+    harmed["audio"][5, 0, 0] = harmed["image"][6, 1, 2] = bad
+    rollings = []
+    for inputs in (good, harmed):
+        made = model()
+        rollings.append(attached(made, **options))
+        forward(made, [batch(seed=1), inputs])
+    one, other = (rolling.end_epoch() for rolling in rollings)
+    assert one == pytest.approx(other, abs=1e-12)
+    assert one["rotated"] == 1.0
+    torch.testing.assert_close(rollings[0].rotation, rollings[1].rotation, **EXACT)
+
+
+@pytest.mark.parametrize("stats", ["tail", "pass"])
+@pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
+def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(stats, options):
+    made = model(heads=1)
+    rolling = attached(made, stats=stats, **options)
+    inputs = batch()
+    inputs["audio"][:] = float("nan")
+    rolling.measure(made, [inputs]) if stats == "pass" else forward(made, [inputs])
+    before = {name: value.clone() for name, value in rolling.named_buffers()}
+    log = rolling.end_epoch()
+    assert (log["rotated"], log["rotations"]) == (0.0, 0.0)
+    for name, value in rolling.named_buffers():
+        assert name == "epochs" or torch.equal(value.nan_to_num(-9.0), before[name].nan_to_num(-9.0))
+    assert rolling.get_extra_state().isfinite().all()
+
+
+def test_a_checkpoint_whose_sums_are_not_finite_starts_with_none():
     made = model()
     rolling = attached(made)
-    inputs = batch()
-    inputs["audio"][0, 0, 0] = float("nan")
-    forward(made, [inputs])
-    with pytest.raises(ValueError, match="rolling_query 'audio': expected finite numbers, got NaN"):
-        rolling.end_epoch()
+    forward(made, [batch()])
+    rolling.set_extra_state(torch.full_like(rolling.get_extra_state(), torch.nan))
+    assert not rolling.get_extra_state().any()

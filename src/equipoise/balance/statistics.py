@@ -30,6 +30,9 @@ def query_key_sums(
 ) -> Float[Tensor, "head modality1 dim3"]:
     """Sums over one batch from which all of RollingQ's statistics follow; they can be added over batches and processes.
 
+    A sample whose query or keys are not finite, or too large to have a length, is left out, so the sums are finite.
+    Values of keys that are not valid and of rows that do not count have no effect.
+
     Args:
         query: (batch, head, query, dim), already rotated.
         key: (batch, key head, key, dim); query head h reads key head h // (heads / key heads).
@@ -50,6 +53,9 @@ def query_key_sums(
     """
     query, key = (x if x.dtype == torch.float64 else x.float() for x in (query.detach(), key.detach()))
     batch, heads, _, dim = query.shape
+    # Set to zero, since a weight of zero does not remove NaN.
+    key = key if valid is None else key.masked_fill(~valid[:, None, :, None], 0.0)
+    query = query if rows is None else query.masked_fill(~rows[:, None, :, None], 0.0)
     member = membership(modality.to(key.device), num_modalities, batch, valid)
     # With all heads side by side in one row the keys are read where they lie; head by head they would be copied.
     means, counts = mean_keys(key.transpose(1, 2).flatten(2)[:, None], member)
@@ -64,11 +70,16 @@ def query_key_sums(
         chosen = rows.to(query.dtype)[:, None, None]
         part = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
         close, mean_query = (part @ close)[:, :, 0], (part @ query)[:, :, 0]
-    weight = (present & counted[:, None]).to(query.dtype)
-    per_sample = torch.stack([close, counts[:, None].expand_as(close), torch.ones_like(close)], dim=-1)
+    per_sample = torch.cat(
+        [means, torch.stack([close, counts[:, None].expand_as(close), torch.ones_like(close)], -1)], -1
+    )
+    # Of squares, because numbers whose squares overflow have no length.
+    squares = per_sample.square().flatten(1).sum(dim=1) + mean_query.square().flatten(1).sum(dim=1)
+    counted = counted & squares.isfinite()
+    left_out = ~(present & counted[:, None])[:, None, :, None]
     sums = query.new_zeros(heads, num_modalities + 1, dim + EXTRA, dtype=accumulator(query.device))
-    sums[:, :-1] = (torch.cat([means, per_sample], dim=-1) * weight[:, None, :, None]).sum(dim=0, dtype=sums.dtype)
-    sums[:, -1, :dim] = (mean_query * counted[:, None, None]).sum(dim=0, dtype=sums.dtype)
+    sums[:, :-1] = per_sample.masked_fill(left_out, 0.0).sum(dim=0, dtype=sums.dtype)
+    sums[:, -1, :dim] = mean_query.masked_fill(~counted[:, None, None], 0.0).sum(dim=0, dtype=sums.dtype)
     sums[:, -1, -1] = counted.sum()
     return sums
 
@@ -164,8 +175,8 @@ class RunningSums:
         return torch.cat([cursor, self.window.flatten().cpu().double()])
 
     def load(self, state: Tensor) -> None:
-        """Takes up a state; one of another window length starts afresh."""
-        if state.numel() == self.window.numel() + 1:
+        """Loads a state; one of another window length, or with numbers that are not finite, empties the window."""
+        if state.numel() == self.window.numel() + 1 and bool(state.isfinite().all()):
             self.cursor = int(state[0])
             self.window = state[1:].to(self.window.device, self.window.dtype).reshape(self.window.shape).clone()
         else:
