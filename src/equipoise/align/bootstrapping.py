@@ -110,7 +110,8 @@ class QFormerLosses(nn.Module):
         positives = same_ids(ids, gathered(ids, place))
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        temperature = shared(self.temperature, place)
+        # A copy, since a second forward pass before the backward pass clamps the parameter again.
+        temperature = shared(self.temperature, place).clone()
         to_text = query_similarity(queries, gathered(text, place)) / temperature
         to_media = query_similarity(gathered(queries, place), text).T / temperature
         both = [row_losses(z, positives, smoothing=self.smoothing)[0] for z in (to_text, to_media)]
