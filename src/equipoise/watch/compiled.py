@@ -22,21 +22,33 @@ def uncompiled() -> Iterator[None]:
     """
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(held("stance", _force_eager))
+            _enter(stack)
         else:
             # Importing dynamo takes seconds, and nothing can be compiled yet.
             def compiles(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 found = inner(*args, **kwargs)
-                stack.enter_context(held("stance", _force_eager))
+                _enter(stack)
                 return found
 
             stack.enter_context(wrapped(torch, "compile", compiles))
         yield
 
 
+def _enter(stack: ExitStack) -> None:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    stack.enter_context(held("stance", _force_eager))
+    stack.enter_context(wrapped(OptimizedModule, "__call__", _call))
+
+
 def _force_eager() -> Callable[[], None]:
     stance = torch.compiler.set_stance("force_eager")
     return lambda: stance.__exit__(None, None, None)
+
+
+def _call(inner: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Its own `__call__` warns that hooks on all modules fire once more for it, which does no harm here.
+    return nn.Module.__call__(module, *args, **kwargs)
 
 
 def check_open(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 @contextmanager
 def torch_functions(session: Session) -> Iterator[None]:
     """Sees ``F.scaled_dot_product_attention`` under whatever name it was imported, and softmax over keys."""
+    session.threads.local.append(lambda: _Mode(session))
     with _Mode(session):
         yield
 

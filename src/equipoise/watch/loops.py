@@ -76,12 +76,13 @@ class Loop:
     Attributes:
         done: (sample,) which samples have finished; None before the first token.
         first: no forward pass has been seen before this one.
+        over: all samples have finished.
     """
 
     def __init__(self, model: nn.Module, kind: str, prompt: int = 0, chunks: int = 1, *, draft: bool = False) -> None:
         self.model, self.kind, self.draft, self._prompt, self._chunks = model, kind, draft, prompt, chunks
         self.done: Bool[Tensor, " sample"] | None = None
-        self.number = 0
+        self.number, self.over = 0, False
         self.passes = 0
         """Forward passes since the last token."""
         self._written, self._drafted = 0, 0
@@ -266,6 +267,8 @@ def _recorded(criteria: Any, loop: Loop, session: Any) -> Any:
     class Recorded(StoppingCriteriaList):
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
             done = super().__call__(input_ids, scores, **kwargs)  # type: ignore[arg-type]
+            finished = done if loop.done is None else done | loop.done
+            loop.over = loop.kind != "beams" and bool(finished.all())
             loop.wrote(input_ids.shape[1], done if ends else None)
             if loop.kind == "assisted":
                 session.settle(loop, loop.accepted, len(input_ids))

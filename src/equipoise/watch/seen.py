@@ -244,9 +244,9 @@ class Seen:
             more = f" ({len(self._missed) - 1} others alike)" if len(self._missed) > 1 else ""
             got = f"'{site}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
-        elif self.session is not None and not self.session.called and self.session.elsewhere:
-            got = f"none, since the model ran in another thread, '{self.session.elsewhere}'"
-            fix = "Open the block in the thread that runs the model, which is the one that is watched."
+        elif self.session is not None and not self.session.called and self.session.threads.elsewhere:
+            got = f"none, since the model ran in another thread, '{self.session.threads.elsewhere}'"
+            fix = "Open the block in the thread that runs the model, or start that thread in the block."
         elif self.session is not None and not self.session.called:
             got, fix = "none, since the model did not run while it was watched", "Call it inside of the with block."
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from .call import Call
 from .compiled import check_open, uncompiled
 from .labels import Labelled, Labeller
 from .loops import UNKNOWN, Chosen, Loop, Step
+from .threads import Threads
 
 Run = Callable[[], tuple[Any, Tensor | None]]
 """Lets the model compute its attention: the output in the form of its own, and the matrix where it was written out."""
@@ -61,23 +61,21 @@ class Session:
     ) -> None:
         check_open(model)
         # A compiled model is called like the one inside.
-        self.names = {id(part): name.replace("_orig_mod.", "") for name, part in model.named_modules()}
+        self.names = {id(part): _plain(name) for name, part in model.named_modules()}
         self._check_sites(model, sites)
         self.model, self.labeller, self.handler, self._patterns = model, labeller, handler, sites
         self.quiet = 0
         """Above 0 while an attention that was announced runs, so that its insides are not seen once more."""
         self.called = 0
-        self.elsewhere = ""
-        """A thread that ran the model and did not watch it."""
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
         self._loops: list[Loop] = []
         self._generating = 0
-        self._thread = threading.get_ident()
+        self.threads = Threads(self)
 
     def mine(self) -> bool:
-        """Whether the thread that runs is the one that is watched. Patches are seen by all threads."""
-        return threading.get_ident() == self._thread
+        """Whether the thread that runs is watched. Hooks and patches are called in all threads."""
+        return self.threads.watched()
 
     def follows(self, model: nn.Module) -> bool:
         """Whether it is a part of the model, in the thread that is watched."""
@@ -95,8 +93,7 @@ class Session:
     def open(self, *ways: Callable[[Session], Any]) -> Iterator[Session]:
         """Opens the ways; closes them in the opposite order."""
         with ExitStack() as stack:
-            _OPEN.append(self)
-            stack.callback(_OPEN.remove, self)
+            stack.enter_context(self.threads.open())
             stack.enter_context(uncompiled())
             stack.callback(registry.register_module_forward_pre_hook(self._enter).remove)
             stack.callback(registry.register_module_forward_hook(self._leave, always_call=True).remove)
@@ -106,7 +103,7 @@ class Session:
 
     def here(self) -> nn.Module | None:
         """The innermost of the model's modules that runs."""
-        return self._stack[-1] if self._stack else None
+        return self._stack[-1] if self._stack and self.mine() else None
 
     def attending(self) -> nn.Module | None:
         """The innermost module that runs, but for a softmax that is a module itself."""
@@ -138,6 +135,7 @@ class Session:
     @contextmanager
     def generating(self, loop: Loop | None) -> Iterator[None]:
         """While a model generates, by a decoding loop or around it."""
+        self.threads.enter(self.model)
         self._generating += 1
         if loop is not None:
             self._loops.append(loop)
@@ -149,6 +147,7 @@ class Session:
                 self._loops.remove(loop)
                 if discard := getattr(self.handler, "discard", None):
                     discard(loop)
+            self._pause()
 
     def settle(self, loop: Loop, chosen: Callable[[Step], Chosen | None], rows: int) -> None:
         """A decoding loop returns so many sequences, made of the steps that are chosen."""
@@ -223,8 +222,8 @@ class Session:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if id(module) not in self.names:
             return
+        self.threads.enter(module)
         if not self.mine():
-            self._note_other_thread(module)
             return
         if not self._stack:
             self.called += 1
@@ -233,20 +232,23 @@ class Session:
         if self._loops and self._loops[-1].model is module:
             self._loops[-1].begin()
 
-    def _note_other_thread(self, module: nn.Module) -> None:
-        """A thread that watches the model itself is no reason to wonder; nor are those of a backward pass."""
-        if not self.elsewhere and torch._C._current_graph_task_id() == -1 and not any(
-            session.follows(module) for session in tuple(_OPEN)
-        ):  # fmt: skip
-            self.elsewhere = threading.current_thread().name
-
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if id(module) not in self.names or not self.mine():
             return
         # An exception may have skipped some; they are over too.
         while self._stack and self._stack.pop() is not module:
             pass
+        self._pause()
+
+    def _pause(self) -> None:
+        if not self._stack and not self._generating:
+            self.threads.leave()
+
+    @property
+    def running(self) -> bool:
+        """Whether the model runs, and not only returns what it has generated."""
+        return bool(self._stack) or any(not loop.over for loop in self._loops)
 
 
-_OPEN: list[Session] = []
-"""All sessions that are open, of all threads."""
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

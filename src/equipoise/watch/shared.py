@@ -58,17 +58,18 @@ def wrapped(owner: Any, name: str, wrapper: Wrapper) -> Iterator[None]:
     Saving and restoring the attribute in each block would lose wrappers when blocks of several threads overlap. Here
     the first block saves the attribute, and the last one restores it.
     """
-    key = (id(owner), name)
+    # The same function may be put around twice.
+    key, own = (id(owner), name), functools.partial(wrapper)
     with _LOCK:
         chain = _CHAINS.get(key)
         if chain is None:
             chain = _CHAINS[key] = _Chain(owner, name)
-        chain.wrappers = (*chain.wrappers, wrapper)
+        chain.wrappers = (*chain.wrappers, own)
     try:
         yield
     finally:
         with _LOCK:
-            chain.wrappers = tuple(other for other in chain.wrappers if other is not wrapper)
+            chain.wrappers = tuple(other for other in chain.wrappers if other is not own)
             if not chain.wrappers:
                 del _CHAINS[key]
                 chain.restore()

@@ -57,10 +57,10 @@ def watch(
         tokens: also keep attention on every single key, at the price of a pass of its own.
 
     Yields:
-        Seen, which fills while the thread that opened the block runs the model. Batches that follow one another are
-        further samples. Under ``generate`` the samples are the returned sequences, and only the queries that they hold
-        count, each once: no padding after the end, no beams or drafts that were dropped. Decoding loops of your own
-        (``custom_generate``) are reported in ``seen.missing``.
+        Seen, which fills while the model runs in the thread that opened the block, or in one that is started in it.
+        Batches that follow one another are further samples. Under ``generate`` the samples are the returned sequences,
+        and only the queries that they hold count, each once: no padding after the end, no beams or drafts that were
+        dropped. Decoding loops of your own (``custom_generate``) are reported in ``seen.missing``.
 
     Raises:
         ConfigError: a scripted or exported model, unknown queries, names that do not fit; afterwards, from ``seen``,
@@ -84,7 +84,7 @@ def watch(
     with opened(model, labeller, ways, follow, seen, sites) as session:
         seen.session = session
         yield seen
-    if (session.called or session.elsewhere) and not seen.complete:
+    if (session.called or session.threads.elsewhere) and not seen.complete:
         warnings.warn(str(seen.nothing()), stacklevel=3)
     elif partly := [site for site in seen.missing if site in seen.ways]:
         warnings.warn(f"watch: some batches were not seen at '{partly[0]}': {seen.missing[partly[0]]}.", stacklevel=3)

@@ -1,0 +1,191 @@
+"""Compiled models are measured as if they were not; models whose attention cannot be reached are refused."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+
+LABELS = torch.tensor([0, 0, 1, 1, -1])
+NAMES = ("a", "b")
+
+
+class Own(nn.Module):
+    """Attention by torch's function, or written out."""
+
+    def __init__(self, written=False):
+        super().__init__()
+        self.project, self.written = nn.Linear(6, 18), written
+
+    def forward(self, tokens):
+        query, key, value = self.project(tokens).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        if self.written:
+            found = (query @ key.transpose(-1, -2)).softmax(dim=-1) @ value
+        else:
+            found = F.scaled_dot_product_attention(query, key, value)
+        return found.transpose(1, 2).flatten(2)
+
+
+class Linear(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 6)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.written = Own(), Own(written=True)
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 7, batch_first=True)
+
+    def forward(self, tokens):
+        return self.encoder(self.written(self.own(tokens)))
+
+
+def by_torch_compile(made):
+    return torch.compile(made, backend="eager")
+
+
+def by_forward(made):
+    made.forward = torch.compile(made.forward, backend="eager")
+    return made
+
+
+def by_compile(made):
+    made.compile(backend="eager")
+    return made
+
+
+def a_part(made):
+    made.own = torch.compile(made.own, backend="eager")
+    return made
+
+
+def forward_of_a_part(made):
+    made.written.forward = torch.compile(made.written.forward, backend="eager")
+    made.encoder.self_attn.forward = torch.compile(made.encoder.self_attn.forward, backend="eager")
+    return made
+
+
+def compile_of_a_part(made):
+    made.encoder.compile(backend="eager")
+    made.own.compile(backend="aot_eager")
+    return made
+
+
+WAYS = (by_torch_compile, by_forward, by_compile, a_part, forward_of_a_part, compile_of_a_part)
+
+
+@pytest.fixture(autouse=True)
+def calm():
+    with warnings.catch_warnings():
+        for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*torch.jit.*", ".*generation flags.*"):
+            warnings.filterwarnings("ignore", message=text)
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ran", [False, True])
+def test_compiled_in_any_way(way, ran):
+    torch.manual_seed(0)
+    made = Model().eval()
+    tokens = torch.randn(3, 5, 6)
+    with torch.no_grad():
+        with eq.watch(made, modality=LABELS, names=NAMES) as plain:
+            expected = made(tokens)
+        compiled = way(copy.deepcopy(made))
+        before = compiled(tokens) if ran else expected
+        with eq.watch(compiled, modality=LABELS, names=NAMES) as seen:
+            inside = compiled(tokens)
+        after = compiled(tokens)
+    assert seen.sites == plain.sites == ["own", "written", "encoder.self_attn"]
+    for site in plain.sites:
+        torch.testing.assert_close(seen.share(site), plain.share(site))
+    assert not seen.missing
+    for output in (before, inside, after):
+        torch.testing.assert_close(output, expected)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_compiled_code_is_kept():
+    counter = torch._dynamo.testing.CompileCounter()
+    made = torch.compile(Model().eval(), backend=counter)
+    tokens = torch.randn(3, 5, 6)
+    with torch.no_grad():
+        made(tokens)
+        count = counter.frame_count
+        with pytest.raises(KeyError), eq.watch(made, modality=LABELS):
+            {}[made(tokens)]
+        made(tokens)
+    assert counter.frame_count == count > 0
+
+
+def test_compiled_inside_the_block():
+    made = Model().eval()
+    with torch.no_grad(), eq.watch(made, modality=LABELS) as seen:
+        torch.compile(made, backend="eager")(torch.randn(3, 5, 6))
+    assert len(seen.sites) == 3
+
+
+def test_the_users_stance_comes_back():
+    made = Model().eval()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with torch.no_grad(), eq.watch(made, modality=LABELS), eq.watch(made, modality=LABELS):
+            made(torch.randn(3, 5, 6))
+        assert torch._dynamo.eval_frame._stance.stance == "fail_on_recompile"
+
+
+def exported():
+    return torch.export.export(Own(written=True), (torch.randn(3, 5, 6),)).module()
+
+
+def forward_traced():
+    made = Model()
+    made.own.forward = torch.jit.trace(Linear().forward, (torch.randn(3, 5, 6),))
+    return made
+
+
+def parallel():
+    made = nn.DataParallel(Own())
+    made.device_ids = [0, 1]
+    return made
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (exported, "got an exported graph of operators. Watch the model that was exported"),
+    (lambda: nn.Sequential(exported()), "got '0', an exported graph"),
+    (lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 3))), "got a scripted one. Watch the model that was scripted"),
+    (lambda: nn.Sequential(torch.jit.trace(Linear(), torch.randn(3, 5, 6))), "got '0', a scripted one"),
+    (forward_traced, "got 'own.forward', a scripted one"),
+    (parallel, "got nn.DataParallel over several devices, .*Watch the model inside: .module"),
+])  # fmt: skip
+def test_what_cannot_be_reached(make, message):
+    with pytest.raises(ConfigError, match=message), eq.watch(make(), modality=LABELS):
+        pytest.fail("watched")
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model", "model.language_model.layers.1"])
+@pytest.mark.parametrize("how", ["forward", "compile"])
+def test_parts_of_a_vision_language_model(part, how):
+    family = pytest.importorskip("small_vlms").family
+    made, inputs = family("llava")
+    with torch.no_grad(), eq.watch(made) as plain:
+        made(**inputs)
+    inner = made.get_submodule(part)
+    if how == "forward":
+        inner.forward = torch.compile(inner.forward, backend="eager")
+    else:
+        inner.compile(backend="eager")
+    with torch.no_grad(), eq.watch(made) as seen:
+        made(**inputs)
+    assert seen.sites == plain.sites
+    for site in plain.sites:
+        assert torch.equal(seen.share(site), plain.share(site))
+    with eq.watch(torch.compile(made, backend="eager"), queries="last") as whole:
+        made.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert whole.sites == plain.sites
