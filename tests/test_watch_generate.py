@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import equipoise as eq
+from equipoise.errors import ConfigError
 from small_vlms import IMAGE, family
 from tolerance import TOL
 
@@ -311,12 +312,17 @@ def test_nested_and_doubled():
     options = {**GREEDY, "num_beams": 3}
     with eq.watch(model, queries="last") as outer, eq.watch(model, queries="all") as inner:
         found = model.generate(**inputs, **options)
-    with eq.watch(model.model.language_model, names=("text",)) as part, eq.watch(model, queries="last") as whole:
+    labels = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
+    given = {"modality": labels, "names": ("text", "image"), "queries": "last"}
+    with eq.watch(model.model.language_model, **given) as part, eq.watch(model, queries="last") as whole:
+        model.generate(**inputs, **options)
+    with eq.watch(model.model, queries="last") as body:
         model.generate(**inputs, **options)
     torch.testing.assert_close(outer.share(LAYER), truth(model, inputs, found), **NEAR)
     torch.testing.assert_close(inner.share(LAYER), truth(model, inputs, found, "all"), **NEAR)
     assert torch.equal(whole.share(LAYER), outer.share(LAYER))
-    assert len(part.share("layers.1.self_attn")) == 2
+    for seen, layer in ((part, "layers.1.self_attn"), (body, "language_model.layers.1.self_attn")):
+        assert torch.equal(seen.share(layer), outer.share(LAYER))
 
 
 def test_an_error_within_generate():

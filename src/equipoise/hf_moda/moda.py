@@ -37,7 +37,7 @@ class _Session:
     def mine(self) -> bool:
         return True
 
-    def loop(self, model: nn.Module) -> None:
+    def current(self) -> None:
         return None
 
 

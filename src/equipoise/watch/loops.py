@@ -77,12 +77,13 @@ class Loop:
         done: (sample,) which samples have finished; None before the first token.
         first: no forward pass has been seen before this one.
         over: all samples have finished.
+        running: a forward pass of the model runs.
     """
 
     def __init__(self, model: nn.Module, kind: str, prompt: int = 0, chunks: int = 1, *, draft: bool = False) -> None:
         self.model, self.kind, self.draft, self._prompt, self._chunks = model, kind, draft, prompt, chunks
         self.done: Bool[Tensor, " sample"] | None = None
-        self.number, self.over = 0, False
+        self.number, self.over, self.running = 0, False, False
         self.passes = 0
         """Forward passes since the last token."""
         self._written, self._drafted = 0, 0
@@ -111,7 +112,7 @@ class Loop:
 
     def begin(self) -> None:
         """A forward pass begins."""
-        self.passes += 1
+        self.passes, self.running = self.passes + 1, True
 
     def drafted(self, count: int) -> None:
         """So many tokens of a draft will be checked in the next pass."""
@@ -147,12 +148,19 @@ def decoding_loops(session: Any) -> Iterator[None]:
     """Follows the decoding loops of ``generate`` of Hugging Face models."""
     with ExitStack() as stack:
         done: set[tuple[type, str]] = set()
-        for kind in {type(part) for part in session.model.modules() if hasattr(type(part), "_sample")}:
+        # Besides its own parts, a model that holds the one that is watched may generate.
+        for kind in (*{type(part) for part in session.model.modules()}, _mixin()):
             for owner, name, wrapper in _places(session, kind):
                 if (owner, name) not in done:
                     done.add((owner, name))
                     stack.enter_context(wrapped(owner, name, wrapper))
         yield
+
+
+def _mixin() -> type:
+    from transformers import GenerationMixin
+
+    return GenerationMixin
 
 
 def _places(session: Any, kind: type) -> Iterator[tuple[type, str, Callable[..., Any]]]:
@@ -266,7 +274,8 @@ def _recorded(criteria: Any, loop: Loop, session: Any) -> Any:
 
     class Recorded(StoppingCriteriaList):
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-            done = super().__call__(input_ids, scores, **kwargs)  # type: ignore[arg-type]
+            # Those that were given may tell another loop in turn.
+            done = criteria(input_ids, scores, **kwargs)
             finished = done if loop.done is None else done | loop.done
             loop.over = loop.kind != "beams" and bool(finished.all())
             loop.wrote(input_ids.shape[1], done if ends else None)

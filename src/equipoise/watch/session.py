@@ -78,8 +78,8 @@ class Session:
         return self.threads.watched()
 
     def follows(self, model: nn.Module) -> bool:
-        """Whether it is a part of the model, in the thread that is watched."""
-        return self.mine() and id(model) in self.names
+        """Whether it is a part of the model, or holds it, and runs in a thread that is watched."""
+        return self.mine() and (id(model) in self.names or any(part is self.model for part in model.modules()))
 
     def _check_sites(self, model: nn.Module, sites: Sequence[str] | None) -> None:
         names = [name or type(model).__name__ for name in self.names.values()]
@@ -131,6 +131,10 @@ class Session:
     def loop(self, model: nn.Module) -> Loop | None:
         """The innermost decoding loop of a model."""
         return next((loop for loop in reversed(self._loops) if loop.model is model), None)
+
+    def current(self) -> Loop | None:
+        """The decoding loop of which a forward pass runs."""
+        return self._loops[-1] if self._loops and self._loops[-1].running else None
 
     @contextmanager
     def generating(self, loop: Loop | None) -> Iterator[None]:
@@ -201,10 +205,10 @@ class Session:
 
     def _assigned(self, site: str, call: Call, known: Labelled) -> Iterator[Labelled]:
         """The queries of a call, in groups by where ``generate`` puts what they write."""
-        loop = self._loops[-1] if self._loops else None
+        loop = self.current()
         if known.tower or not self._generating:
             yield known
-        elif loop is None or loop.model not in self._stack:
+        elif loop is None:
             yield replace(known, beside=True)
         elif loop.kind == "unknown":
             self.handler.missed(site, UNKNOWN)
@@ -220,6 +224,8 @@ class Session:
         return site if self._times[site] == 1 else f"{site}#{self._times[site]}"
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._loops and self._loops[-1].model is module and self.mine():
+            self._loops[-1].begin()
         if id(module) not in self.names:
             return
         self.threads.enter(module)
@@ -229,10 +235,10 @@ class Session:
             self.called += 1
             self.begin_pass()
         self._stack.append(module)
-        if self._loops and self._loops[-1].model is module:
-            self._loops[-1].begin()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._loops and self._loops[-1].model is module and self.mine():
+            self._loops[-1].running = False
         if id(module) not in self.names or not self.mine():
             return
         # An exception may have skipped some; they are over too.

@@ -65,7 +65,7 @@ class TokenMap:
                 return
             if not self._running:
                 session.begin_pass()
-            self._begin(part, bound(part, args, kwargs or {}), session.loop(part))
+            self._begin(part, bound(part, args, kwargs or {}), session.current())
 
         def end(part: nn.Module, args: Any, output: Any) -> None:
             if not session.mine() or session.aside:
