@@ -169,9 +169,9 @@ def encoder_weights(encoder: nn.Module) -> list[nn.Parameter]:
 
 
 def takes_part_in_steps(balancer: Balancer) -> bool:
-    """Whether it does anything but attach to the model and act once an epoch; then a Balancing has to call it."""
+    """Whether a Balancing has to call it: it does more than attach to the model and act once an epoch."""
     moments = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
-    return any(overrides(balancer, moment) for moment in moments)
+    return not balancer.works_alone and any(overrides(balancer, moment) for moment in moments)
 
 
 def _check(balancers: Sequence[Balancer]) -> None:

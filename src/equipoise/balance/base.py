@@ -69,6 +69,7 @@ class Balancer(nn.Module):
         partial_graph: True where some parameters get no gradient in some steps; data-parallel training must be told.
         notes_in_forward: True where hooks of the balancer's own ``note`` or ``keep`` something in the forward pass.
         changes_gradients: False where ``before_step`` updates the balancer's state and leaves gradients as they are.
+        works_alone: True where it needs no ``Balancing``, only its hooks in the model and a call once an epoch.
         only_scales: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
             it out again.
         excludes: names of methods that it cannot be combined with -> why.
@@ -84,6 +85,7 @@ class Balancer(nn.Module):
     excludes: ClassVar[Mapping[str, str]] = {}
     notes_in_forward: ClassVar[bool] = False
     changes_gradients: ClassVar[bool] = True
+    works_alone: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

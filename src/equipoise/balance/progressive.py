@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..transformer import Attention
 from .base import Balancer
+from .pending import Pending
 from .rollingq import RollingQ
 
 
@@ -49,6 +50,9 @@ class ProgressiveRollingQ(Balancer):
     """
 
     partial_graph = True
+    notes_in_forward = True
+    changes_gradients = False
+    works_alone = True
     epoch: Tensor
 
     def __init__(self, fusion: Staged, *, epochs: int, **options: Any) -> None:
@@ -71,6 +75,15 @@ class ProgressiveRollingQ(Balancer):
     def stage(self) -> int:
         """The stage of the epoch that runs, from 1."""
         return min(int(self.epoch) // self.stage_length + 1, len(self._stages))
+
+    def join(self, pending: Pending) -> None:
+        super().join(pending)
+        for rolling in getattr(self, "_stages", ()):
+            rolling.join(pending)
+
+    def before_step(self) -> None:
+        for rolling in self._stages:
+            rolling.before_step()
 
     def end_epoch(self) -> dict[str, float]:
         stage = self.stage()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..evaluation import evaluating
 from .options import check_options
+from .pending import recomputing
 from .rolling_query import RollingStep, rolling_query
 from .rotation import Rotation
 from .site import LayerSite, ProjectionSite, find_site
@@ -24,7 +25,8 @@ from .untraced import Untraced
 class RollingQ(Rotation):
     """Watches how a layer's queries lie to the keys of each modality, and rotates the queries at the end of an epoch.
 
-    While the model trains, a hook adds up mean queries, mean keys and cosines of the last ``tail`` batches.
+    While the model trains, a hook adds up mean queries, mean keys and cosines of the last ``tail`` batches: inside a
+    ``Balancing`` of those on which the optimizer stepped, without one of all forward passes in training mode.
     ``end_epoch`` compares the modalities; where they are further apart than ``beta``, and the budget allows, it
     multiplies the rotation of ``rolling_query`` onto the one there is. Everything is kept in the layer's own state
     dict, so a reloaded model is rotated as before. ``fold`` merges the rotation into the weights.
@@ -66,6 +68,10 @@ class RollingQ(Rotation):
         >>> sorted(fusion.state_dict())[:3]
         ['active', 'attention.core.rolling._extra_state', 'attention.core.rolling.air']
     """
+
+    notes_in_forward = True
+    changes_gradients = False
+    works_alone = True
 
     def __init__(
         self,
@@ -198,7 +204,8 @@ class RollingQ(Rotation):
             )
 
     def _add_up(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
-        wanted = self._measuring or (self.training and self.stats == "tail")
+        # The recomputation of activation checkpointing repeats a batch that was counted in its first pass.
+        wanted = self._measuring or (self.training and self.stats == "tail" and not recomputing())
         if self._frozen or not wanted:
             return
         if modality is None or modality.shape[-1] != key.shape[2]:
@@ -220,7 +227,14 @@ class RollingQ(Rotation):
                 query, key, modality, len(self.names),
                 valid=valid, rows=rows, indicator=self.indicator, paired=self.paired,
             )  # fmt: skip
+        if self._measuring or self._pending.model is None:
             self._sums.add(sums, keep_all=self._measuring)
+        else:
+            self.note("sums", sums)
+
+    def before_step(self) -> None:
+        for sums in self.noted("sums"):
+            self._sums.add(sums)
 
     def _step(self, total: Tensor, group: int) -> RollingStep | None:
         means = self._sums.means(total, group)
