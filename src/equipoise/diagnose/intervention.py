@@ -217,12 +217,14 @@ def intervening(
                 made.who, expected="a model that nothing else changes", got=f"one inside a block of {other}",
                 fix="The inner block would undo the outer one. Hide several by one: name=('audio', 'image').",
             )  # fmt: skip
-    _CHANGED.append((model, made.who))
+    entry = (model, made.who)
+    _CHANGED.append(entry)
     try:
         with opened(model, labeller, ways, follow, made) as session:
             yield session
     finally:
-        _CHANGED.pop()
+        # Blocks of several threads end in any order.
+        _CHANGED.remove(entry)
 
 
 _CHANGED: list[tuple[nn.Module, str]] = []
