@@ -1,16 +1,18 @@
 """From figures to sentences: every rule at both sides of its threshold, and nothing said that samples cannot show."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.diagnosis import diagnose
-from equipoise.report.evidence import ERRORS, Evidence, Verdict
+from equipoise.report.evidence import Evidence, Verdict
 from equipoise.report.verdict import headline, verdicts
 from equipoise.report.verdict_attention import BLIND, FLAT, FOLLOWS, GUESSES, KNOWS, STILL
 from equipoise.report.verdict_use import GRACE, SMALL, leans_from
+from equipoise.significance import SURE
 from small_diagnosis import answered, looking, marked, weighing
 
 MANY = 10_000
@@ -26,41 +28,45 @@ def said(**given):
     return {verdict.key: verdict for verdict in verdicts(content(**given))}
 
 
-def slow_error(samples, *scores):
-    return math.sqrt(sum(p * (1 - p) / samples for p in scores))
+def slow_unpaired(samples, a, b):
+    """Two-sided p of a normal test of two fractions, each with one success and one failure more."""
+    a, b = ((samples * part + 1) / (samples + 2) for part in (a, b))
+    error = math.sqrt((a * (1 - a) + b * (1 - b)) / (samples + 2))
+    return 2 * NormalDist().cdf(-abs(a - b) / error)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5000), st.floats(0, 1), st.floats(0, 1))
-def test_an_effect_is_measurable_beyond_two_standard_errors(samples, a, b):
-    found = Evidence(content(samples, accuracy=a))
-    error = slow_error(samples, a, b)
-    assert found.error(a, b) == pytest.approx(error)
-    assert found.measurable(a, b) == (abs(a - b) > ERRORS * found.error(a, b))
-    assert found.measurable(a, b) == found.measurable(b, a)
+def test_scores_alone_are_compared_as_if_of_different_samples(samples, a, b):
+    found = Evidence(content(samples, accuracy=a, accuracy_mask__audio=b))
+    compared = found.compare("accuracy_mask/audio", "accuracy")
+    assert compared.p == pytest.approx(slow_unpaired(samples, a, b), abs=1e-12)
+    assert compared.sure == (compared.p < SURE)
+    assert not compared.paired
+    back = found.compare("accuracy", "accuracy_mask/audio")
+    assert (back.p, back.difference) == (pytest.approx(compared.p), pytest.approx(-compared.difference))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(10, 3000), st.floats(0.2, 0.95), st.floats(-0.1, 0.1))
-def test_use_is_claimed_only_where_it_is_measurable(samples, full, effect):
+def test_use_is_claimed_only_where_it_is_significant(samples, full, effect):
     left = min(max(full + effect, 0.0), 1.0)
     found = said(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
-    big = abs(full - left) > ERRORS * slow_error(samples, full, left)
+    big = slow_unpaired(samples, full, left) < SURE
     assert (found.claim in ("uses audio", "is better without audio")) == big
     if not big:
-        assert "two standard errors are" in found.text
+        assert "p = " in found.text
         assert found.ok != "good"
 
 
-def test_both_sides_of_two_standard_errors():
-    # sqrt(2 * 0.25 / 800) = 0.025, so two of them are 5 points, but for the second score's own p.
-    inside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.451)["use/audio"]
+def test_both_sides_of_the_level_of_significance():
+    # sqrt(2 * 0.25 / 800) = 0.025, so 1.96 of them are 4.9 points.
+    inside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.452)["use/audio"]
     outside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.449)["use/audio"]
-    assert (inside.claim, inside.ok) == ("shows no measurable effect of audio", "neutral")
+    assert (inside.claim, inside.ok) == ("shows no significant effect of audio", "neutral")
     assert (outside.claim, outside.ok) == ("uses audio", "good")
     assert inside.text == (
-        "No measurable effect of audio: 50.0 % as it is, 45.1 % without it (−4.9 points); "
-        "two standard errors are 5.0 points."
+        "No significant effect of audio: 50.0 % as it is, 45.2 % without it (−4.8 points, p = 0.055, unpaired)."
     )
     assert outside.figures == {"accuracy": 0.5, "accuracy_mask/audio": 0.449}
     assert outside.test == "masking"
@@ -69,12 +75,12 @@ def test_both_sides_of_two_standard_errors():
 def test_a_modality_is_called_ignored_only_where_the_samples_could_have_shown_it():
     many = said(accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
     assert (many.claim, many.ok) == ("ignores audio", "bad")
-    assert ERRORS * slow_error(MANY, 0.5, 0.5) <= SMALL
+    assert 1.96 * math.sqrt(2 * 0.25 / MANY) <= SMALL
     few = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
     assert few.ok == "neutral"
     # Where no answer changes at all, even a few samples say so.
     same = said(samples=7, accuracy=0.5, accuracy_noise__audio=0.5, changed_noise__audio=0.0)["use/audio"]
-    assert same.text == "Ignores audio: of 7 answers none changes when it is replaced by noise."
+    assert same.text == "Ignores audio: none of 7 answers changes when it is replaced by noise."
     assert (same.ok, same.test) == ("bad", "noise")
 
 
@@ -87,7 +93,7 @@ def test_use_of_all_modalities_in_one_sentence():
     assert (ignoring.claim, ignoring.ok) == ("uses audio and text and ignores image", "bad")
     assert said(**{**metrics, "accuracy_mask__image": 0.9})["use"].claim == "uses audio and is better without image"
     open_ = said(**{**metrics, "accuracy_mask__image": 0.79, "samples": 100})["use"]
-    assert (open_.claim, open_.ok) == ("uses audio and shows no measurable effect of image", "neutral")
+    assert (open_.claim, open_.ok) == ("uses audio and shows no significant effect of image", "neutral")
     # Of one that was not measured nothing is said for all.
     assert "use" not in said(accuracy=0.8, accuracy_mask__audio=0.5)
     assert not verdicts(content(names=("audio",), accuracy=0.8, accuracy_noise__audio=0.1))
@@ -98,8 +104,7 @@ def test_leaning():
     at = {"shapley__audio": 0.25, "shapley__image": 0.75}
     found = said(**metrics, **at)["use"]
     assert (found.claim, found.test) == ("leans on image", "shapley")
-    assert "82" not in found.text
-    assert "owed 75 %" in found.text
+    assert "contributes 75 %" in found.text
     assert said(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
     # The same parts of a difference that may be luck.
     luck = {**metrics, "accuracy_mask__image": 0.69}
@@ -131,7 +136,7 @@ def test_quality(r, p, claim, ok):
 
 def test_few_samples_do_not_call_attention_blind():
     found = said(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
-    assert (found.claim, found.ok) == ("shows no measurable answer of attention to noise", "neutral")
+    assert (found.claim, found.ok) == ("shows no significant response of attention to noise", "neutral")
     assert "r = +0.20, p = 0.30" in found.text
 
 
@@ -143,15 +148,15 @@ def test_fall_back_on_what_the_other_alone_reaches(left, samples, ok):
     metrics = {"accuracy": 0.8, "accuracy_noise__audio": left, "accuracy_alone__image": 0.65}
     found = said(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)["fallback/audio"]
     assert found.ok == ok
-    assert "what image alone reaches is 65.0 %" in found.text
+    assert "image alone reaches 65.0 %" in found.text
     assert found.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
 
 
 def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
     found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["fallback/audio"]
     assert found.text == (
-        "Does not fall back: with audio destroyed it keeps 30.0 %; what it reaches without audio is 60.0 % "
-        "(−30.0 points)."
+        "Does not fall back: with audio replaced by noise the score is 30.0 %, without audio it reaches 60.0 % "
+        "(−30.0 points, p < 0.001, unpaired)."
     )
     assert "fallback/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)
 
@@ -162,7 +167,7 @@ def test_golden_rule():
     assert "60.0 % against 70.0 % of image alone (its own head, a floor" in worse.text
     models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})["golden"]
     assert models.ok == "good"
-    assert "(a model of it alone)" in models.text
+    assert "(a model of it alone; " in models.text
     same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["golden"]
     assert (same.ok, same.claim) == ("neutral", "is no better than its best single modality")
     assert "golden" not in said(accuracy=0.6)
@@ -171,7 +176,7 @@ def test_golden_rule():
 def test_a_model_that_has_learnt_nothing_is_told_first():
     found = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
     assert found[0].key == "chance"
-    assert headline("mine", found) == "mine does no better than one answer for everybody"
+    assert headline("mine", found) == "mine is no better than a constant answer"
     assert "chance" not in said(accuracy=0.35, accuracy_constant=0.3)
     assert "chance" in said(accuracy=0.2, accuracy_constant=0.3)
 
@@ -185,7 +190,7 @@ def test_attention_and_confidence_at_their_thresholds():
     given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
     found = [said(auroc=value, details=details)["outside"] for value in given]
     assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
-    assert "does not tell" in found[4].text
+    assert "does not significantly tell" in found[4].text
     # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
     few = {"samples": 30, "details": {"ood": {"outside": 30}}}
     assert said(auroc=0.64, **few)["outside"].claim == "does not notice unknown inputs"
@@ -205,7 +210,8 @@ def test_regression_has_the_error_of_its_samples():
     # sqrt(2 * 0.25 / 200) = 0.05
     assert said(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
     found = said(**regression, negative_error_mask__audio=-1.11)["use/audio"]
-    assert found.text == "Uses audio: −1.00 as it is, −1.11 without it (−0.11)."
+    # An error grows; it is no negative number that falls.
+    assert found.text == "Uses audio: 1.00 as it is, 1.11 without it (+0.11, p = 0.028, unpaired)."
     # Without the samples' errors nothing is measurable, and nothing is ignored either.
     blank = said(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
     assert blank.ok == "neutral"

@@ -91,8 +91,13 @@ class TrainingProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
+            # The package of the report loads Matplotlib.
+            from ..report.wording import as_read, title
+
             figures = trainer.callback_metrics
-            score = "".join(f", validation {float(v):.3f}" for n, v in figures.items() if n.startswith("val_"))
+            score = "".join(
+                f", {title(n).lower()} {as_read(n, float(v)):.3f}" for n, v in figures.items() if n.startswith("val_")
+            )
             text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{score}"
             self._bar.update(self._task, description=text)
             if not self._bar.console.is_terminal:

@@ -71,7 +71,7 @@ def _table(rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str,
 
 
 def _cells(method: str, rows: Mapping[tuple[str, str], dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    from ..report.wording import amount, is_fraction, probability, signed
+    from ..report.wording import change, probability, with_spread
 
     score = next(iter(columns))
     cells = []
@@ -81,11 +81,10 @@ def _cells(method: str, rows: Mapping[tuple[str, str], dict[str, Any]], columns:
             cells.append("")
         elif metric == AGAINST:
             p = "" if row["p"] is None else f", {probability(row['p'])}"
-            points = signed(100 * row["difference"], 1) if is_fraction(score) else signed(row["difference"])
+            points = change(score, row["difference"]).removesuffix(" points")
             cells.append(f"{row['reference']} {points}{p}")
         else:
-            spread = "" if row["sd"] is None else f" ± {amount(metric, row['sd'], unit=False)}"
-            cells.append(f"{amount(metric, row['mean'], unit=False)}{spread}")
+            cells.append(with_spread(metric, row["mean"], row["sd"]))
     return cells
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import unknown_name
 from .ablation import TAKING, Semantics, answers, fused
-from .scores import score_of
+from .scores import outcomes, score_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Masking:
         full: score of the model as it is: accuracy, or minus the mean absolute error of a regression.
         without: name -> score without that modality.
         drop: name -> full minus without.
+        outcomes: name -> (sample,) the outcome of every sample without that modality, whose mean is the score.
     """
 
     semantics: Semantics
     full: float
     without: dict[str, float]
     drop: dict[str, float]
+    outcomes: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def mask_modality(
@@ -70,4 +72,6 @@ def mask_modality(
     seen = answers(model, loader, [(), *((name,) for name in chosen)], semantics=semantics)
     full, *rest = (score_of(model, part, seen.target, "mask_modality") for part in seen.logits.unbind(dim=1))
     without = dict(zip(chosen, rest, strict=True))
-    return Masking(semantics, full, without, {name: full - left for name, left in without.items()})
+    drop = {name: full - left for name, left in without.items()}
+    kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
+    return Masking(semantics, full, without, drop, dict(zip(chosen, kept, strict=True)))

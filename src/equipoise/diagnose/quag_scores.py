@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..tokens import Output
@@ -16,7 +16,7 @@ from .changes import Averaging
 from .intervention import Intervention, intervening
 from .quag import ClsRows, chosen_operators
 from .reading import read
-from .scores import score_of
+from .scores import outcomes, score_of
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Quag:
         drops: operator -> origin minus score.
         changed: operator -> the attention layers in which it averaged anything; where there is none the score is the
             origin.
+        outcomes: operator -> (sample,) the outcome of every sample, whose mean is the score.
     """
 
     origin: float
     scores: dict[str, float]
     drops: dict[str, float]
     changed: dict[str, tuple[str, ...]]
+    outcomes: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def quag(
@@ -78,7 +80,9 @@ def quag(
     origin, *rest = (score_of(model, part, seen.target, "quag") for part in seen.logits.unbind(dim=1))
     scores = dict(zip(chosen, rest, strict=True))
     drops = {name: origin - score for name, score in scores.items()}
-    return Quag(origin, scores, drops, {name: one.changed for name, one in zip(chosen, made, strict=True)})
+    kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
+    changed = {name: one.changed for name, one in zip(chosen, made, strict=True)}
+    return Quag(origin, scores, drops, changed, dict(zip(chosen, kept, strict=True)))
 
 
 class _Averaged(nn.Module):

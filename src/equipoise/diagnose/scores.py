@@ -40,12 +40,25 @@ def score(logits: Tensor, target: Tensor, task: str) -> Tensor:
         >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         tensor(0.5000)
     """
+    return outcomes(logits, target, task).mean()
+
+
+def outcomes(logits: Tensor, target: Tensor, task: str) -> Float[Tensor, " sample"]:
+    """How good the answer to each sample is; ``score`` is the mean.
+
+    1 or 0 for classes, the part of its labels that are right for multilabel, minus the mean absolute error of its
+    outputs for regression.
+
+    Example:
+        >>> outcomes(torch.tensor([[1.0, -1.0], [2.0, 3.0]]), torch.tensor([[1, 1], [1, 1]]), "multilabel")
+        tensor([0.5000, 1.0000])
+    """
     if task == "classification":
-        return correct(logits, target).mean()
+        return correct(logits, target)
     target = target.reshape(logits.shape)
     if task == "multilabel":
-        return ((logits > 0) == target.bool()).float().mean()
-    return -(logits - target).abs().mean()
+        return ((logits > 0) == target.bool()).float().flatten(1).mean(dim=1)
+    return -(logits - target).abs().flatten(1).mean(dim=1)
 
 
 def score_of(model: nn.Module, logits: Float[Tensor, "sample output"], target: Tensor, who: str) -> float:
@@ -89,8 +102,8 @@ def check_answers(logits: Float[Tensor, "sample ..."], who: str) -> None:
 def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
     """The same logits for every sample, of a model that knows the targets and looks at no input.
 
-    Classification: the most frequent class. Multilabel: each label's more frequent value. Regression: the mean target,
-    which has the least squared error.
+    Classification: the most frequent class. Multilabel: each label's more frequent value. Regression: the median
+    target, which has the least mean absolute error. No constant answer has a better score on these targets.
 
     Example:
         >>> constant_answer(torch.tensor([2, 0, 2, 1]), "classification")
@@ -98,5 +111,5 @@ def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
     """
     if task == "classification":
         return F.one_hot(target.long().mode().values, int(target.max()) + 1).float()
-    mean = target.to(torch.promote_types(target.dtype, torch.float32)).mean(dim=0).reshape(-1)
-    return mean - 0.5 if task == "multilabel" else mean
+    known = target.to(torch.promote_types(target.dtype, torch.float32))
+    return (known.mean(dim=0) - 0.5 if task == "multilabel" else known.median(dim=0).values).reshape(-1)

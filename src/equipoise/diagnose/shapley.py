@@ -24,7 +24,7 @@ def modality_shapley(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> d
 
     v(S) is the score of the model with the modalities of S alone, the others masked as ``mask_modality`` masks them.
     v of nothing is the score of the best constant answer: the most frequent class of the loader's own targets, each
-    label's more frequent value, or the mean target, which is best by its squared error.
+    label's more frequent value, or the median target, which has the least mean absolute error.
 
     Args:
         model: a FusionModel of at most 8 modalities.

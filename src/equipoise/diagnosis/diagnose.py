@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, EquipoiseError, unknown_name
 from ..evaluation import evaluating
@@ -25,7 +25,7 @@ def diagnose(
     noise: Mapping[str, tuple[float, float]] | None = None,
     outside: Loader | None = None,
     modality: str | None = None,
-    alone: Mapping[str, float] | None = None,
+    alone: Mapping[str, float | Tensor] | None = None,
     tokens: Mapping[str, Sequence[str]] | None = None,
     name: str = "",
     seed: int = 0,
@@ -47,7 +47,9 @@ def diagnose(
         outside: batches of what the model was never taught, for the test of confidence.
         modality: the one that noise replaces when attention is asked whether it leaves; by default the one that is
             attended most, which is better chosen on validation data.
-        alone: name -> score of a model of that modality alone on the same samples. Without it the model's own unimodal
+        alone: name -> score of a model of that modality alone on the same samples; or, for a paired test, the outcome
+            of every sample in the loader's order: 1 for a right class and 0 for a wrong one, the part of right labels,
+            or minus the absolute error, NaN for a sample without the modality. Without it the model's own unimodal
             heads have to do, where it has any.
         tokens: modality -> a name for each of its tokens, for the contradictions of its attention.
         name: what the model is called; by default its fusion's name.

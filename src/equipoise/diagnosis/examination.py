@@ -37,7 +37,8 @@ class Examination:
         outside: batches of what the model was never taught, or None.
         modality: the one that noise replaces for the response of attention; None for the one attended most.
         seed: of all noise.
-        alone: name -> score of a model of that modality alone; empty where the model's own heads have to do.
+        alone: name -> score of a model of that modality alone, or the outcome of every sample; empty where the model's
+            own heads have to do.
         tokens: name -> what each of its tokens is called.
     """
 
@@ -47,7 +48,7 @@ class Examination:
     outside: Loader | None = None
     modality: str | None = None
     seed: int = 0
-    alone: Mapping[str, float] = field(default_factory=dict)
+    alone: Mapping[str, float | Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

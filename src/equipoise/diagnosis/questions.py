@@ -22,11 +22,12 @@ from ..diagnose.masking import mask_modality
 from ..diagnose.noise import response as response_of
 from ..diagnose.ood import ood as ood_of
 from ..diagnose.quag_scores import quag as quag_of
-from ..diagnose.scores import constant_answer
+from ..diagnose.scores import check_answers, constant_answer, outcomes
 from ..diagnose.shapley import modality_shapley
 from ..diagnose.share import share_statistics
 from ..diagnose.spread import share_entropy, share_quality_correlation, share_spread
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
+from ..significance import Outcomes, pack
 from .examination import Examination, Skipped, different
 from .layers import attention_rows, collapse_rows, gaps
 
@@ -44,37 +45,66 @@ def score(of: Examination) -> Found:
     """How good the answers are, what a constant answer would reach, and what each modality's own head reaches."""
     of.needs_targets()
     clean, named = of.clean, of.score
-    metrics = {named: of.worth(clean.logits)}
+    metrics, each = {named: of.worth(clean.logits)}, {named: _each(of, clean.logits)}
     constant = constant_answer(clean.target, str(of.task))
     if of.task == "classification" or constant.shape == clean.logits.shape[1:]:
-        metrics[f"{named}_constant"] = of.worth(constant.expand(of.samples, -1))
-    details: dict[str, Any] = {"alone_from": "models" if of.alone else "heads"}
+        same = constant.expand(of.samples, -1)
+        metrics[f"{named}_constant"], each[f"{named}_constant"] = of.worth(same), _each(of, same)
+    for name in of.names if len(of.names) > 1 else ():
+        known = _given(of, name) if of.alone else _head(of, name)
+        if known is None or bool(known.isnan().all()):
+            continue
+        metric, has = f"{named}_alone/{name}", ~known.isnan()
+        metrics[metric] = float(known.double().nanmean())
+        if known.ndim:
+            each[metric] = pack(known)
+        if not bool(has.all()):
+            metrics[f"{named}_with/{name}"] = of.worth(clean.logits[has], clean.target[has])
+    details: dict[str, Any] = {"alone_from": "models" if of.alone else "heads", "outcomes": each}
     if of.task == "regression":
-        errors = (clean.logits - clean.target.reshape(clean.logits.shape)).abs().mean(dim=1)
-        details["deviation"] = float(errors.double().std(correction=0))
-    if len(of.names) > 1:
-        alone = dict(of.alone) or {name: value for name in of.names if (value := _head(of, name)) is not None}
-        metrics |= {f"{named}_alone/{name}": value for name, value in alone.items()}
+        details["deviation"] = float(outcomes(clean.logits, clean.target, "regression").double().std(correction=0))
     return Found(metrics, details)
 
 
-def _head(of: Examination, name: str) -> float | None:
-    """The score of a modality's own head, over the samples that have the modality."""
+def _given(of: Examination, name: str) -> Tensor | None:
+    """The score of a model of this modality alone, or the outcome of every sample."""
+    if name not in of.alone:
+        return None
+    known = torch.as_tensor(of.alone[name], dtype=torch.float64)
+    if known.ndim and known.shape != (of.samples,):
+        raise ShapeError(
+            f"diagnose alone '{name}'", expected=f"a score, or the outcome of each of {of.samples} samples",
+            got=f"shape {tuple(known.shape)}",
+        )  # fmt: skip
+    return known
+
+
+def _each(of: Examination, logits: Tensor) -> Outcomes:
+    """The outcome of every sample, for tests that compare conditions on the same samples."""
+    return pack(outcomes(logits, of.clean.target, str(of.task)))
+
+
+def _head(of: Examination, name: str) -> Tensor | None:
+    """The outcomes of a modality's own head; NaN for samples that lack the modality."""
     if name not in of.heads:
         return None
     has = torch.cat(of.has[name])
-    return of.worth(torch.cat(of.heads[name])[has], of.clean.target[has]) if bool(has.any()) else None
+    logits = torch.cat(of.heads[name])
+    check_answers(logits[has], "diagnose")
+    return outcomes(logits, of.clean.target, str(of.task)).masked_fill(~has, math.nan)
 
 
 def noise(of: Examination) -> Found:
     """The score with each modality replaced by noise, and how many answers change."""
     of.needs_targets()
     metrics: dict[str, float] = {}
+    each: dict[str, Outcomes] = {}
     for name in of.names:
         noisy = of.noisy(name)
-        metrics[f"{of.score}_noise/{name}"] = of.worth(noisy.logits)
+        metric = f"{of.score}_noise/{name}"
+        metrics[metric], each[metric] = of.worth(noisy.logits), _each(of, noisy.logits)
         metrics[f"changed_noise/{name}"] = different(of.clean.logits, noisy.logits, of.task)
-    return Found(metrics, {"statistics": {name: list(of.statistics(name)) for name in of.names}})
+    return Found(metrics, {"statistics": {name: list(of.statistics(name)) for name in of.names}, "outcomes": each})
 
 
 def response(of: Examination) -> Found:
@@ -109,7 +139,10 @@ def masking(of: Examination) -> Found:
     of.needs_parts()
     of.needs_several("without it nothing is left")
     found = mask_modality(of.model, of.batches())
-    return Found({f"{of.score}_mask/{name}": left for name, left in found.without.items()}, asdict(found))
+    each = {f"{of.score}_mask/{name}": pack(part) for name, part in found.outcomes.items()}
+    details = {"semantics": found.semantics, "full": found.full, "without": found.without, "drop": found.drop}
+    metrics = {f"{of.score}_mask/{name}": left for name, left in found.without.items()}
+    return Found(metrics, {**details, "outcomes": each})
 
 
 def shapley(of: Examination) -> Found:
@@ -127,7 +160,9 @@ def quag(of: Examination) -> Found:
     of.needs_several("there are no quadrants")
     found = quag_of(of.model, of.batches())
     metrics = {f"quag/{operator}": value for operator, value in found.scores.items()}
-    return Found(metrics, {"origin": found.origin, "drops": dict(found.drops), "changed": dict(found.changed)})
+    each = {f"quag/{operator}": pack(part) for operator, part in found.outcomes.items()}
+    details = {"origin": found.origin, "drops": dict(found.drops), "changed": dict(found.changed)}
+    return Found(metrics, {**details, "outcomes": each})
 
 
 def gradients(of: Examination) -> Found:

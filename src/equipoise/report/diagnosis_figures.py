@@ -26,34 +26,33 @@ from .canvas import (
 )
 from .diagnosis_consistency import consistency, spectrum
 from .diagnosis_subject import Picture, Subject
-from .evidence import ERRORS
 from .readings import as_histogram
-from .wording import signed, title
+from .wording import as_read, called, is_error, signed, title
 
 
 def without(of: Subject, test: str, kinds: Mapping[str, str]) -> Picture | None:
-    """The score as it is and under each condition, with a line of two standard errors to both sides."""
+    """The score as it is and under each condition, with its 95 % interval."""
     full = of.found.get(of.found.score)
-    rows: list[tuple[str, float, str]] = [] if full is None else [("as it is", full, INK)]
+    rows: list[tuple[str, str, str]] = [] if full is None else [("as it is", of.found.score, INK)]
     for name in of.names:
         for kind, words in kinds.items():
-            if (value := of.found.of(kind, name)) is not None:
-                rows.append((words.format(name=name), value, of.colour(name)))
+            if of.found.of(kind, name) is not None:
+                rows.append((words.format(name=name), of.found.named(kind, name), of.colour(name)))
     if full is None or len(rows) < 2:
         return None
     constant = of.found.get(f"{of.found.score}_constant")
     with themed():
         figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
-        axes.axvline(full, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(as_read(of.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         if constant is not None:
-            axes.axvline(constant, color=NOISE, linewidth=1, linestyle=(0, (1, 2)))
-        for place, (_, value, shade) in enumerate(rows):
-            reach = ERRORS * of.found.error(value)
+            axes.axvline(as_read(of.found.score, constant), color=NOISE, linewidth=1, linestyle=(0, (1, 2)))
+        for place, (_, metric, shade) in enumerate(rows):
+            value, reach = as_read(metric, of.found.get(metric) or 0.0), of.found.reach(metric)
             axes.plot([value - reach, value + reach], [place, place], color=shade, linewidth=1.4)
             axes.plot(value, place, "o", color=shade, markersize=6)
         name_rows(axes, [shorten(words, 24) for words, _, _ in rows])
         _score_axis(axes, "x", of)
-        shown = ", ".join(f"{words} {of.found.say(value)}" for words, value, _ in rows)
+        shown = ", ".join(f"{words} {of.found.say(of.found.get(metric) or 0.0)}" for words, metric, _ in rows)
         return of.picture(figure, test, f"{shown[0].upper()}{shown[1:]}.")
 
 
@@ -110,7 +109,8 @@ def _levels(
     with themed():
         figure, axes = blank(height=2.8)
         for name, curve in curves.items():
-            axes.plot(curve["levels"], curve[part], "o-", color=of.colour(name), markersize=4, label=name)
+            drawn = [as_read(of.found.score, value) if part == "accuracy" else value for value in curve[part]]
+            axes.plot(curve["levels"], drawn, "o-", color=of.colour(name), markersize=4, label=name)
         axes.set_xlabel("level of noise")
         dress(axes)
         axes.legend(frameon=False, fontsize=9, loc="best")
@@ -120,7 +120,12 @@ def _levels(
 
 def shapley(of: Subject) -> Picture | None:
     worth = {name: value for name in of.names if (value := of.found.get(f"shapley/{name}")) is not None}
-    return _bars(of, "shapley", worth, of.found.differ, "what it adds to the score") if worth else None
+    if not worth:
+        return None
+    score = of.found.score
+    drawn = {name: as_read(score, value) for name, value in worth.items()}
+    label = f"what it changes in the {called(score)}" if is_error(score) else "what it adds to the score"
+    return _bars(of, "shapley", drawn, lambda value: of.found.differ(as_read(score, value)), label)
 
 
 def quag(of: Subject) -> Picture | None:
@@ -134,9 +139,9 @@ def quag(of: Subject) -> Picture | None:
     rows = {"as it is": full, **found}
     with themed():
         figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
-        axes.axvline(full, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for place, value in enumerate(rows.values()):
-            reach = ERRORS * of.found.error(value)
+        axes.axvline(as_read(of.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for place, (operator, value) in enumerate(rows.items()):
+            value, reach = as_read(of.found.score, value), of.found.reach(f"quag/{operator}" if place else of.found.score)
             axes.plot([value - reach, value + reach], [place, place], color=INK, linewidth=1.4)
             axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
         name_rows(axes, [shorten(words, 24) for words in rows])

@@ -43,6 +43,7 @@ CONDITIONS = {
     "": ("score", "{score}"),
     "constant": ("score", "{score} of one answer for all"),
     "alone": ("score", "{score} of {name} alone"),
+    "with": ("score", "{score} on the samples that have {name}"),
     "noise": ("noise", "{score}, {name} replaced by noise"),
     "mask": ("masking", "{score}, {name} taken away"),
 }
@@ -101,7 +102,7 @@ def shown(metric: str, value: float, score: str = "accuracy") -> str:
 
 
 def is_score(metric: str) -> bool:
-    """Whether a figure is the score under some condition, whose difference has a binomial error."""
+    """Whether a figure is the score under some condition, which can be tested against another one."""
     kind = metric.partition("/")[0]
     return _condition(kind) is not None or kind == "quag"
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..significance import SURE
 from . import canvas
 from .diagnosis_figures import FIGURES
 from .diagnosis_metrics import is_score, label, ordered, shown, source_of
 from .diagnosis_subject import Picture, Subject
 from .diagnosis_words import WORDS
-from .evidence import ERRORS
 from .page import asset, bound, embedded, flat, template
 from .verdict import Verdict, headline
 from .wording import counted, listed
@@ -43,9 +43,10 @@ class Section(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One figure of one model; ``sure`` where it differs measurably from the first model's."""
+    """One figure of one model, its difference to the first model's, and whether that is significant."""
 
     text: str
+    note: str
     sure: bool
 
 
@@ -71,6 +72,7 @@ def diagnosis_page(contents: Sequence[Mapping[str, Any]]) -> str:
         models=models,
         sections=[section for test in WORDS if (section := _section(test, subjects)) is not None],
         explorer=_explorer(subjects),
+        level=SURE,
         protocol=flat(contents[0]["protocol"]),
         environment=flat(contents[0]["environment"]),
         style=asset("report.css") + asset("diagnosis.css"),
@@ -127,15 +129,14 @@ def _rows(test: str, subjects: Sequence[Subject]) -> list[tuple[str, list[Cell]]
 def _cell(metric: str, subject: Subject, first: Subject) -> Cell:
     value = subject.found.get(metric)
     if value is None:
-        return Cell("–", False)
+        return Cell("–", "", False)
     text, score = shown(metric, value, subject.found.score), is_score(metric)
-    error = subject.found.error(value) if score else 0.0
-    if score and error == error and error > 0:
-        size = f"{100 * ERRORS * error:.1f}" if subject.found.fraction else f"{ERRORS * error:.2g}"
+    reach = subject.found.reach(metric) if score else 0.0
+    if reach == reach and reach > 0:
+        size = f"{100 * reach:.1f}" if subject.found.fraction else f"{reach:.2g}"
         text = f"{text.removesuffix(' %')} ± {size}" + (" %" if text.endswith("%") else "")
-    other = first.found.get(metric)
-    sure = score and subject is not first and other is not None and subject.found.measurable(value, other)
-    return Cell(text, bool(sure))
+    compared = subject.found.compare(metric, metric, first.found) if score and subject is not first else None
+    return Cell(text, "" if compared is None else subject.found.proof(compared), compared is not None and compared.sure)
 
 
 def _explorer(subjects: Sequence[Subject]) -> list[tuple[int, str]]:

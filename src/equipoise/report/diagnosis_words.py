@@ -16,9 +16,9 @@ class Words(NamedTuple):
 WORDS: dict[str, Words] = {
     "score": Words(
         "How good is it, and what does each modality alone reach?",
-        "The score on these samples, beside what each modality reaches alone. Lines are two standard errors to both "
-        "sides; the dotted line is the best answer that looks at no input. No multimodal model should be below its "
-        "best single modality.",
+        "The score on these samples, beside what each modality reaches alone. Lines are 95 % intervals; the "
+        "dotted line is the best constant answer. No multimodal model should be worse than "
+        "its best single modality.",
         "Alone means a model of that modality where one was given, and otherwise the model's own unimodal head. A "
         "head that only watches (a probe) reads features made for the fusion, so it is a floor: a model trained for "
         "that modality may reach more.",

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ..record import plain, read, validate, write_whole
 from . import canvas, figures, sentences
 from .readings import Readings
-from .wording import amount, change, is_fraction, listed, probability, title
+from .wording import change, is_fraction, listed, probability, title, with_spread
 
 
 class Picture(NamedTuple):
@@ -161,8 +161,7 @@ def _cell(readings: Readings, method: str, metric: str) -> Cell:
     row, n = readings.row(method, metric), len(readings.of(method))
     if row is None:
         return Cell(None, "–", "", False)
-    text = amount(metric, row["mean"], unit=False)
-    text += "" if not row["sd"] else f" ± {amount(metric, row['sd'], unit=False)}"
+    text = with_spread(metric, row["mean"], row["sd"] or None)
     notes = [f"n = {row['n']}"] if row["n"] != n else []
     if row["difference"]:
         notes.append(change(metric, row["difference"]).removesuffix(" points"))

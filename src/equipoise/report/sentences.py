@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .readings import Readings
-from .wording import amount, called, change, counted, is_fraction, listed, probability, signed, title
+from .wording import amount, called, change, counted, is_fraction, listed, probability, signed, title, with_spread
 
 SURE = 0.05
 """Two-sided p below which a difference is called one; a convention, and said as such on the page."""
@@ -263,11 +263,9 @@ def _mean(readings: Readings, method: str) -> str:
 
 def _spread(readings: Readings, row: Mapping[str, Any], prefix: str) -> str:
     metric = row["metric"]
-    text = prefix + amount(metric, row["mean"], unit=False)
-    if row["n"] < 2 or row["sd"] is None:
-        return text + (" %" if is_fraction(metric) else "")
-    text += f" ± {amount(metric, row['sd'], unit=False)}" + (" %" if is_fraction(metric) else "")
-    return f"{text}, {counted(row['n'], readings.unit)}"
+    sd = row["sd"] if row["n"] > 1 else None
+    text = prefix + with_spread(metric, row["mean"], sd) + (" %" if is_fraction(metric) else "")
+    return text if sd is None else f"{text}, {counted(row['n'], readings.unit)}"
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ..significance import SURE
 from .evidence import ERRORS, Evidence, Judgement, Verdict
 from .wording import probability, signed
 
 FOLLOWS, BLIND = 0.3, 0.1
 """Attention-noise correlation from which attention follows quality, and below which it is blind to it."""
-SURE = 0.05
-"""p-value above which a correlation is not told from 0; the convention of the other report too."""
 STILL = 0.01
 """Standard deviation of every share over samples below which attention divides all samples alike."""
 FLAT = 0.05
@@ -35,11 +34,11 @@ def quality(found: Evidence) -> Iterator[Verdict]:
     # How large r may be for all these samples tell: its error is at most that of no correlation.
     most = r + ERRORS / math.sqrt(2 * max(found.samples, 1))
     if p is not None and p >= SURE and most < FOLLOWS:
-        text = f"Attention is blind to quality: it does not leave {name} measurably when that is noise ({shown})."
+        text = f"Attention is blind to quality: it does not significantly leave {name} when that is noise ({shown})."
         yield Verdict("quality", "is blind to quality", text, figures, "response", "bad")
     elif p is not None and p >= SURE:
-        text = f"No measurable answer of attention to noise in {name} ({shown})."
-        yield Verdict("quality", "shows no measurable answer of attention to noise", text, figures, "response")
+        text = f"No significant response of attention to noise in {name} ({shown})."
+        yield Verdict("quality", "shows no significant response of attention to noise", text, figures, "response")
     elif r >= FOLLOWS:
         text = f"Attention follows quality: it leaves {name} when that is replaced by noise ({shown})."
         yield Verdict("quality", "follows quality", text, figures, "response", "good")
@@ -67,20 +66,25 @@ def still(found: Evidence) -> Iterator[Verdict]:
 
 def needs_crossing(found: Evidence) -> Iterator[Verdict]:
     """Do tokens of one modality read the other?"""
-    full, crossed = found.get(found.score), found.get("quag/crossmodal")
+    compared = found.compare("quag/crossmodal", found.score)
     changed = (found.details.get("quag") or {}).get("changed") or {}
     # Where no layer has tokens of one modality that read another, nothing was averaged.
-    if full is None or crossed is None or not changed.get("crossmodal", True):
+    if compared is None or not changed.get("crossmodal", True):
         return
-    figures = {found.score: full, "quag/crossmodal": crossed}
-    text = f"{found.say(full)} as it is, {found.say(crossed)} with attention across modalities averaged"
-    if found.measurable(full, crossed) and crossed < full:
-        text = f"Needs which token of one modality reads which of another: {text}."
+    figures = {found.score: compared.base, "quag/crossmodal": compared.value}
+    text = (
+        f"{found.say(compared.base)} as it is, {found.say(compared.value)} with attention across modalities averaged "
+        f"({found.proof(compared)})"
+    )
+    if compared.worse and found.informed is not False:
+        text = f"Needs to know which token of one modality reads which of another: {text}."
         yield Verdict("quag", "needs attention across modalities", text, figures, "quag", "good")
+    elif compared.worse:
+        text = f"Attention across modalities changes a score that is no better than the constant answer's: {text}."
+        yield Verdict("quag", "depends without benefit on attention across modalities", text, figures, "quag")
     else:
-        text = f"No measurable need of attention between tokens of different modalities: {text}; "
-        yield Verdict("quag", "shows no measurable need of attention across modalities",
-                      f"{text}{found.reach(full, crossed)}.", figures, "quag")  # fmt: skip
+        text = f"No significant need for attention between tokens of different modalities: {text}."
+        yield Verdict("quag", "shows no significant need for attention across modalities", text, figures, "quag")
 
 
 def outside(found: Evidence) -> Iterator[Verdict]:
@@ -90,9 +94,11 @@ def outside(found: Evidence) -> Iterator[Verdict]:
     outside = int((found.details.get("ood") or {}).get("outside") or 1)
     # Of the rank statistic where both kinds are alike: how far from 1/2 chance takes it.
     error = math.sqrt((found.samples + outside + 1) / (12 * max(found.samples, 1) * max(outside, 1)))
-    figures, shown = {"auroc": auroc}, f"AUROC {auroc:.2f}, {found.samples} known and {outside} unknown samples"
-    if abs(auroc - 0.5) <= ERRORS * error:
-        text = f"Its confidence does not tell these unknown inputs from known ones measurably ({shown})."
+    p = math.erfc(abs(auroc - 0.5) / (error * math.sqrt(2)))
+    shown = f"AUROC {auroc:.2f}, {probability(p)}, {found.samples} known and {outside} unknown samples"
+    figures = {"auroc": auroc}
+    if p >= SURE:
+        text = f"Its confidence does not significantly tell these unknown inputs from known ones ({shown})."
         yield Verdict("outside", "does not notice unknown inputs", text, figures, "ood", "bad")
     elif auroc < 0.5:
         text = f"It is more sure of these unknown inputs than of known ones ({shown})."

@@ -1,114 +1,136 @@
-"""Rules on use: which modalities the score needs, what is left without one, and whether one alone is better."""
+"""Rules on use: which modalities the score needs, what is left without one, and whether one alone is better.
+
+No rule calls it a success when a score is not significantly above that of the constant answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
-from .evidence import ERRORS, Evidence, Judgement, Verdict
+from .evidence import Comparison, Evidence, Judgement, Verdict
 from .wording import counted, listed
 
 SMALL = 0.02
-"""Largest effect, as a fraction, that may hide in the error of a modality that is said to be ignored."""
+"""Largest effect, as a fraction, that the 95 % interval of a modality may reach that is said to be ignored."""
 GRACE = 0.02
-"""How far below the other modalities alone a model may fall, as a fraction, when one is destroyed."""
+"""How far below the other modalities alone a model may fall when one is destroyed: a fraction, or for errors that part
+of the constant answer's error."""
+
+Kind = Literal["used", "idle", "ignored", "harmful", "unclear"]
+CLAIMS: dict[Kind, str] = {
+    "used": "uses",
+    "idle": "depends without benefit on",
+    "ignored": "ignores",
+    "harmful": "is better without",
+    "unclear": "shows no significant effect of",
+}
+
+
+class _Use(NamedTuple):
+    kind: Kind
+    verdict: Verdict
 
 
 def chance(found: Evidence) -> Iterator[Verdict]:
-    """A model that has learnt nothing makes every other question idle."""
-    score, constant = found.get(found.score), found.get(f"{found.score}_constant")
-    if score is None or constant is None or (score > constant and found.measurable(score, constant)):
+    """A model that has learned nothing makes every other question idle."""
+    compared = found.compare(found.score, found.constant)
+    if compared is None or compared.better:
         return
     yield Verdict(
-        "chance", "does no better than one answer for everybody",
-        f"It does no measurably better ({found.say(score)}) than the same answer for every sample "
-        f"({found.say(constant)}; {found.reach(score, constant)}). What follows says little.",
-        {found.score: score, f"{found.score}_constant": constant}, "score", "bad",
+        "chance", "is no better than a constant answer",
+        f"No better than the same answer for every sample: {found.say(compared.value)} against "
+        f"{found.say(compared.base)} ({found.proof(compared)}). The other verdicts say little.",
+        {found.score: compared.value, found.constant: compared.base}, "score", "bad",
     )  # fmt: skip
 
 
 def use(found: Evidence) -> Iterator[Verdict]:
     single = [_one(found, name) for name in found.names] if len(found.names) > 1 else []
-    known = [verdict for verdict in single if verdict is not None]
+    known = [one for one in single if one is not None]
     if not known:
         return
     if len(known) == len(found.names):
         yield _together(found, known)
-    yield from known
+    for one in known:
+        yield one.verdict
 
 
-def _one(found: Evidence, name: str) -> Verdict | None:
+def _one(found: Evidence, name: str) -> _Use | None:
     """Does the score need this modality?"""
-    full, key = found.get(found.score), f"use/{name}"
-    left = {kind: value for kind in ("mask", "noise") if (value := found.of(kind, name)) is not None}
-    if full is None or not left:
+    compared = {
+        kind: one
+        for kind in ("mask", "noise")
+        if (one := found.compare(found.named(kind, name), found.score)) is not None
+    }
+    if not compared:
         return None
-    figures = {found.score: full} | {f"{found.score}_{kind}/{name}": value for kind, value in left.items()}
+    full = next(iter(compared.values())).base
+    figures = {found.score: full} | {found.named(kind, name): one.value for kind, one in compared.items()}
     words = {"mask": "without it", "noise": "with noise in its place"}
-    shown = listed([f"{found.say(v)} {words[kind]} ({found.differ(v - full)})" for kind, v in left.items()])
+    shown = listed([f"{found.say(one.value)} {words[kind]} ({found.proof(one)})" for kind, one in compared.items()])
     text = f"{found.say(full)} as it is, {shown}"
-    test = "masking" if "mask" in left else "noise"
-    sure = {kind: value - full for kind, value in left.items() if found.measurable(full, value)}
-    if any(effect < 0 for effect in sure.values()):
-        test = min(sure, key=lambda kind: sure[kind]).replace("mask", "masking")
-        return Verdict(key, f"uses {name}", f"Uses {name}: {text}.", figures, test, "good")
-    if sure:
-        return Verdict(key, f"is better without {name}", f"Is better without {name}: {text}.", figures, test, "bad")
-    changed = found.get(f"changed_noise/{name}")
-    if changed == 0:
+    worst = min(compared, key=lambda kind: (not compared[kind].worse, compared[kind].difference))
+    test = {"mask": "masking", "noise": "noise"}[worst]
+
+    def said(kind: Kind, sentence: str, ok: Judgement = "neutral", test: str = test) -> _Use:
+        return _Use(kind, Verdict(f"use/{name}", f"{CLAIMS[kind]} {name}", sentence, figures, test, ok))
+
+    if compared[worst].worse:
+        if found.informed is False:
+            return said(
+                "idle",
+                f"The score depends on {name}, but is not significantly above that of the constant answer: {text}.",
+            )
+        return said("used", f"Uses {name}: {text}.", "good")
+    if any(one.better for one in compared.values()):
+        test = next({"mask": "masking"}.get(kind, kind) for kind, one in compared.items() if one.better)
+        return said("harmful", f"Is better without {name}: {text}.", "bad", test)
+    if found.get(f"changed_noise/{name}") == 0:
         figures[f"changed_noise/{name}"] = 0.0
-        text = f"Ignores {name}: of {counted(found.samples, 'answer')} none changes when it is replaced by noise."
-        return Verdict(key, f"ignores {name}", text, figures, "noise", "bad")
-    reach = found.reach(full, min(left.values()))
-    if found.fraction and ERRORS * found.error(full, min(left.values())) <= SMALL:
-        text = f"Ignores {name}, as far as the score goes: {text}; {reach}."
-        return Verdict(key, f"ignores {name}", text, figures, test, "bad")
-    text = f"No measurable effect of {name}: {text}; {reach}."
-    return Verdict(key, f"shows no measurable effect of {name}", text, figures, test)
+        text = f"Ignores {name}: none of {counted(found.samples, 'answer')} changes when it is replaced by noise."
+        return said("ignored", text, "bad", "noise")
+    if found.fraction and all(one.within(SMALL) for one in compared.values()):
+        return said("ignored", f"Ignores {name}, as far as the score goes: {text}.", "bad")
+    return said("unclear", f"No significant effect of {name}: {text}.")
 
 
-def _together(found: Evidence, single: list[Verdict]) -> Verdict:
+def _together(found: Evidence, single: list[_Use]) -> Verdict:
     """All modalities in one sentence."""
     names = found.names
-    used, ignored, harmful, unclear = (
-        [name for name, verdict in zip(names, single, strict=True) if verdict.claim.startswith(start)]
-        for start in ("uses", "ignores", "is better", "shows")
-    )
+    groups = {kind: [name for name, one in zip(names, single, strict=True) if one.kind == kind] for kind in CLAIMS}
     every = "both modalities" if len(names) == 2 else f"all {len(names)} modalities"
-    if len(used) == len(names):
+    if len(groups["used"]) == len(names):
         return _lean(found) or Verdict(
-            "use", f"uses {every}", f"Uses {every}: the score falls measurably without any of them.",
-            _drops(found), single[0].test, "good",
+            "use", f"uses {every}", f"Uses {every}: the score falls significantly without any of them.",
+            _drops(found), single[0].verdict.test, "good",
         )  # fmt: skip
-    parts = [f"uses {listed(used)}"] if used else []
-    parts += [f"ignores {listed(ignored)}"] if ignored else []
-    parts += [f"is better without {listed(harmful)}"] if harmful else []
-    parts += [f"shows no measurable effect of {listed(unclear)}"] if unclear else []
-    claim = listed(parts)
-    ok: Judgement = "bad" if ignored or harmful else "neutral"
-    why = next(v for v in single if not v.claim.startswith("uses"))
+    claim = listed([f"{CLAIMS[kind]} {listed(group)}" for kind, group in groups.items() if group])
+    ok: Judgement = "bad" if groups["ignored"] or groups["harmful"] else "neutral"
+    why = next(one.verdict for one in single if one.kind != "used")
     return Verdict("use", claim, f"It {claim}.", _drops(found), why.test, ok)
 
 
 def _drops(found: Evidence) -> dict[str, float]:
-    kept = {f"{found.score}_{kind}/{name}": found.of(kind, name) for kind in ("mask", "noise") for name in found.names}
+    kept = {found.named(kind, name): found.of(kind, name) for kind in ("mask", "noise") for name in found.names}
     kept[found.score] = found.get(found.score)
     return {metric: value for metric, value in kept.items() if value is not None}
 
 
 def _lean(found: Evidence) -> Verdict | None:
-    """One modality that most of the score is owed to, where that is more than luck."""
+    """One modality that contributes most of the score, where that is significant."""
     worth = {name: value for name in found.names if (value := found.get(f"shapley/{name}")) is not None}
     total = sum(max(value, 0.0) for value in worth.values())
     if len(worth) < len(found.names) or total <= 0:
         return None
     first, second = sorted(worth, key=lambda name: -worth[name])[:2]
-    part, left = worth[first] / total, [found.of("mask", name) for name in (first, second)]
-    if part < leans_from(len(worth)) or None in left or not found.measurable(left[0], left[1]):  # type: ignore[arg-type]
+    part, compared = worth[first] / total, found.compare(found.named("mask", first), found.named("mask", second))
+    if part < leans_from(len(worth)) or compared is None or not compared.worse:
         return None
     figures = {f"shapley/{name}": value for name, value in worth.items()}
     text = (
-        f"Leans on {first}: it is owed {100 * part:.0f} % of what the modalities add to the score (Shapley), though "
-        f"every one of them is used."
+        f"Leans on {first}: it contributes {100 * part:.0f} % of what the modalities add to the score (Shapley "
+        f"values), though every one of them is used."
     )
     return Verdict("use", f"leans on {first}", text, figures, "shapley")
 
@@ -124,49 +146,77 @@ def leans_from(modalities: int) -> float:
 
 
 def fallback(found: Evidence) -> Iterator[Verdict]:
-    """When one modality is destroyed, is the model as good as the others are?"""
+    """When one modality is destroyed, is the model as good as the others are, and better than a constant answer?"""
     for name in found.names if len(found.names) > 1 else ():
-        left = found.of("noise", name)
-        others = {rest: found.of("alone", rest) for rest in found.names if rest != name}
-        known = {rest: value for rest, value in others.items() if value is not None}
-        best, metric, wanted = "", f"{found.score}_mask/{name}", found.of("mask", name)
-        if known:
-            best = max(known, key=lambda rest: known[rest])
-            metric, wanted = f"{found.score}_alone/{best}", known[best]
-        if left is None or wanted is None:
+        noise = found.named("noise", name)
+        best = _best_alone(found, noise, [rest for rest in found.names if rest != name])
+        wanted = found.named("alone", best) if best else found.named("mask", name)
+        compared = found.compare(noise, wanted)
+        if compared is None:
             continue
-        alone = f"what {best} alone reaches" if best else f"what it reaches without {name}"
-        figures = {f"{found.score}_noise/{name}": left, metric: wanted}
-        below, sure = wanted - left, found.measurable(left, wanted)
-        text = f"with {name} destroyed it keeps {found.say(left)}; {alone} is {found.say(wanted)}"
-        if below <= (GRACE if found.fraction else 0.0) or (not found.fraction and not sure):
-            yield Verdict(f"fallback/{name}", f"falls back gracefully from {name}",
-                          f"Falls back gracefully: {text}.", figures, "noise", "good")  # fmt: skip
-        elif sure:
-            yield Verdict(f"fallback/{name}", f"does not fall back from {name}",
-                          f"Does not fall back: {text} ({found.differ(-below)}).", figures, "noise", "bad")  # fmt: skip
+        figures = {noise: compared.value, wanted: compared.base}
+        alone = f"{best} alone reaches" if best else f"without {name} it reaches"
+        text = (
+            f"with {name} replaced by noise the score is {found.say(compared.value)}, {alone} "
+            f"{found.say(compared.base)} ({found.proof(compared)})"
+        )
+        left, other = found.compare(noise, found.constant), found.compare(wanted, found.constant)
+        if left is not None and not left.better:
+            figures[found.constant] = left.base
+            text += f", the constant answer {found.say(left.base)}"
+            if other is not None and not other.better:
+                claim, sentence, ok = "has nothing to fall back on without", "Nothing to fall back on", "neutral"
+            elif compared.worse:
+                claim, sentence, ok = "does not fall back from", "Does not fall back", "bad"
+            else:
+                claim, sentence, ok = "may fall back from", "Whether it falls back is open", "neutral"
+        elif compared.difference >= -_grace(found):
+            claim, sentence, ok = "falls back gracefully from", "Falls back gracefully", "good"
+        elif compared.worse:
+            claim, sentence, ok = "does not fall back from", "Does not fall back", "bad"
         else:
-            text = f"Whether it falls back is open: {text}; {found.reach(left, wanted)}."
-            yield Verdict(f"fallback/{name}", f"may fall back from {name}", text, figures, "noise")
+            claim, sentence, ok = "may fall back from", "Whether it falls back is open", "neutral"
+        yield Verdict(f"fallback/{name}", f"{claim} {name}", f"{sentence}: {text}.", figures, "noise", ok)  # type: ignore[arg-type]
+
+
+def _grace(found: Evidence) -> float:
+    return GRACE if found.fraction else GRACE * abs(found.get(found.constant) or 0.0)
+
+
+def _best_alone(found: Evidence, metric: str, names: list[str]) -> str:
+    """The modality whose score alone exceeds ``metric`` most, each on the samples that have it; "" for none known."""
+    gaps: dict[str, Comparison] = {
+        name: one for name in names if (one := found.compare(found.named("alone", name), metric)) is not None
+    }
+    return max(gaps, key=lambda name: gaps[name].difference) if gaps else ""
 
 
 def golden(found: Evidence) -> Iterator[Verdict]:
     """A multimodal model must never be worse than its best single modality."""
-    full = found.get(found.score)
-    alone = {name: value for name in found.names if (value := found.of("alone", name)) is not None}
-    if full is None or not alone or len(found.names) < 2:
+    best = _best_alone(found, found.score, list(found.names)) if len(found.names) > 1 else ""
+    alone = found.named("alone", best)
+    compared = found.compare(found.score, alone) if best else None
+    if compared is None:
         return
-    best = max(alone, key=lambda name: alone[name])
-    figures = {found.score: full, f"{found.score}_alone/{best}": alone[best]}
     models = (found.details.get("score") or {}).get("alone_from") == "models"
     source = "a model of it alone" if models else "its own head, a floor of what a model of it alone reaches"
-    text = f"{found.say(full)} against {found.say(alone[best])} of {best} alone ({source})"
-    if not found.measurable(full, alone[best]):
-        text = f"No measurable difference to the best single modality: {text}; {found.reach(full, alone[best])}."
-        yield Verdict("golden", "is no better than its best single modality", text, figures, "score")
-    elif full < alone[best]:
-        text = f"Worse than its best single modality: {text}."
-        yield Verdict("golden", "is worse than its best single modality", text, figures, "score", "bad")
+    text = f"{found.say(compared.value)} against {found.say(compared.base)} of {best} alone"
+    text += f" ({source}; {found.proof(compared)})"
+    ok: Judgement = "neutral"
+    if compared.worse:
+        claim, ok = "worse than its best single modality", "bad"
+    elif not compared.better:
+        claim, text = (
+            "no better than its best single modality",
+            f"No significant difference to its best single modality: {text}",
+        )
+    elif found.informed is False:
+        claim, text = (
+            "better than its best single modality, but not than a constant answer",
+            (f"Better than its best single modality, but not significantly better than the constant answer: {text}"),
+        )
     else:
-        text = f"Better than its best single modality: {text}."
-        yield Verdict("golden", "is better than its best single modality", text, figures, "score", "good")
+        claim, ok = "better than its best single modality", "good"
+    if ok != "neutral":
+        text = f"{claim[0].upper()}{claim[1:]}: {text}"
+    yield Verdict("golden", f"is {claim}", f"{text}.", {found.score: compared.value, alone: compared.base}, "score", ok)

@@ -7,9 +7,9 @@ from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 
-SCORES = {"accuracy": "accuracy", "negative_error": "negative mean absolute error", "recall@1": "recall at 1"}
+SCORES = {"accuracy": "accuracy", "negative_error": "mean absolute error", "recall@1": "recall at 1"}
 """What tells how good a method is -> in words. Higher is better; a protocol names its ``score``, or it is the first of
-these that a results file has."""
+these that a results file has. A negative error is stored, and read as the error itself, whose sign is turned."""
 
 FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
 """Beginnings of metrics, or of their last part, that are fractions in [0, 1] and printed as per cent."""
@@ -38,6 +38,8 @@ def title(metric: str) -> str:
         return f"Attention share of {modality}"
     if modality and metric not in TITLES:
         return f"{title(kind)}: {SCORES.get(modality, modality.replace('_', ' '))}"
+    if metric not in TITLES and is_error(metric):
+        return metric.replace("negative_", "", 1).replace("_", " ").capitalize()
     return TITLES.get(metric, metric.replace("_", " ").capitalize())
 
 
@@ -57,9 +59,29 @@ def called(score: str) -> str:
 
     Example:
         >>> called("negative_error"), called("recall@1"), called("transfer")
-        ('negative mean absolute error', 'recall at 1', 'transfer')
+        ('mean absolute error', 'recall at 1', 'transfer')
     """
     return SCORES.get(score, title(score)[:1].lower() + title(score)[1:])
+
+
+def is_error(metric: str) -> bool:
+    """Whether it is stored as a negative error, and read as an error, of which less is better.
+
+    Example:
+        >>> is_error("negative_error_noise/audio"), is_error("val_negative_mse"), is_error("accuracy")
+        (True, True, False)
+    """
+    return any(part.removeprefix("val_").startswith("negative_") for part in metric.split("/"))
+
+
+def as_read(metric: str, value: float) -> float:
+    """A stored figure, or a difference of two, with the sign that a reader sees.
+
+    Example:
+        >>> as_read("negative_error", -0.5), as_read("accuracy", 0.5)
+        (0.5, 0.5)
+    """
+    return -value if is_error(metric) else value
 
 
 def is_fraction(metric: str) -> bool:
@@ -85,29 +107,48 @@ def signed(value: float, decimals: int = 2) -> str:
 
 
 def amount(metric: str, value: float, *, unit: bool = True) -> str:
-    """A figure with the decimals its metric deserves.
+    """A figure with the decimals its metric deserves; an error has three significant digits and no minus.
 
     Example:
         >>> amount("accuracy", 0.7512), amount("parameters", 123456), amount("noise_attention_r", -0.2)
         ('75.1 %', '123 k', '−0.20')
+        >>> amount("negative_error", -0.01234), amount("negative_error", -2.0)
+        ('0.0123', '2.00')
     """
     if is_fraction(metric):
         return f"{100 * value:.1f}".replace("-", MINUS) + (" %" if unit else "")
+    value = as_read(metric, value)
+    if is_error(metric) and 1e-4 <= abs(value) < 1e3:
+        return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}".replace("-", MINUS)
     return f"{value:z.2f}".replace("-", MINUS)
 
 
+def with_spread(metric: str, mean: float, sd: float | None) -> str:
+    """A mean and its standard deviation, without a unit.
+
+    Example:
+        >>> with_spread("accuracy", 0.5, 0.01), with_spread("negative_error", -0.5, 0.0125)
+        ('50.0 ± 1.0', '0.500 ± 0.0125')
+    """
+    text = amount(metric, mean, unit=False)
+    return text if sd is None else f"{text} ± {amount(metric, as_read(metric, sd), unit=False)}"
+
+
 def change(metric: str, value: float) -> str:
     """A difference between two figures of one metric, in points where they are fractions.
 
     Example:
-        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048), change("negative_error", 0.001)
-        ('+2.1 points', '−0.30', '+2.05 k', '0.00')
+        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048), change("negative_error", 0.0012)
+        ('+2.1 points', '−0.30', '+2.05 k', '−0.0012')
     """
     if is_fraction(metric):
         return signed(100 * value, 1) + " points"
+    value = as_read(metric, value)
+    if is_error(metric) and 1e-4 <= abs(value) < 0.1:
+        return f"{value:+.2g}".replace("-", MINUS)
     return signed(value) if abs(value) < 1e3 else ("+" if value > 0 else "") + amount(metric, value)
 
 
