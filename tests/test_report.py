@@ -53,7 +53,7 @@ def test_page_is_small_and_complete(tmp_path):
     assert out.stat().st_size < 1.5e6
     text = out.read_text()
     assert text.count("<svg") == text.count("<figcaption>") == 17
-    assert "joint+rollingq looks at quality more than joint" in text
+    assert "joint+rollingq has a higher attention–noise correlation than joint" in text
 
 
 def test_table_shows_what_the_summary_holds():

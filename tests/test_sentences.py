@@ -1,6 +1,10 @@
 """sentences.py: what is said follows from the numbers, and says how sure they are."""
 
+import pytest
+
+from equipoise import record
 from equipoise.report import sentences
+from equipoise.report.effects import effect
 from equipoise.report.readings import Readings
 from fake_results import attending, fake_results, one, read
 
@@ -13,51 +17,121 @@ def story(base, balanced, metric="noise_attention_r", **extra):
     return sentences.headline(readings), " ".join(sentences.verdict(readings))
 
 
-def test_verdict_on_a_cure():
+def test_verdict_on_a_rise():
     head, text = story([-0.2, -0.22, -0.18], [0.5, 0.6, 0.55])
-    assert head == "joint+x looks at quality more than joint"
-    noise = "with audio replaced by noise"
-    assert f"joint does not look at quality: {noise}, attention moves towards it (r = −0.20 ± 0.02, 3 seeds)" in text
-    assert f"joint+x looks at quality: {noise}, attention leaves it (r = 0.55 ± 0.05, 3 seeds)" in text
+    assert head == "joint+x has a higher attention–noise correlation than joint (+0.75)"
+    noise = "replacing audio by noise moves attention"
+    assert f"In joint, {noise} towards it (r = −0.20 ± 0.02, 3 seeds)" in text
+    assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
     # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
-    assert "r rises from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)" in text
+    effect = "attention–noise correlation r rises from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
+    assert text.startswith(f"Largest significant effect, joint+x against joint: {effect}.")
+    assert text.count(effect) == 1
 
 
-def test_verdict_on_harm():
+def test_verdict_on_a_fall():
     head, text = story([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
-    assert head == "joint+x looks at quality less than joint"
+    assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
     assert "r falls from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
 
 
 def test_verdict_on_weak_evidence():
     head, text = story([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
-    assert head == "Whether joint+x looks at quality more than joint is open"
-    assert "a change that chance alone could bring (+0.08, on 2 of 3 seeds, p = 0." in text
+    assert head == "No significant difference between joint and joint+x"
+    assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
     assert "rises" not in text
+    assert "Largest" not in text
 
 
 def test_verdict_on_one_seed():
     head, text = story([-0.2], [0.6])
-    assert head == "Whether joint+x looks at quality more than joint is open"
-    assert text.startswith("Every method was run on one seed only, so any difference below may be luck.")
+    assert head == "joint and joint+x compared, without a test"
+    assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
     assert "r goes from −0.20 to 0.60 (+0.80, one seed only)" in text
     assert "rises" not in text
 
 
-def test_verdict_where_neither_looks():
-    head, text = story([-0.3, -0.31, -0.32], [-0.01, 0.01, 0.02])
-    assert head == "Neither joint+x nor joint looks at quality"
-    assert "joint+x cannot be said to look at quality: replacing audio by noise has no steady effect" in text
+def test_equal_differences_are_not_called_significant_anywhere():
+    head, text = story([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
+    assert head == "joint and joint+x compared, without a test"
+    assert "r does not change significantly, from 0.25 to 0.50 (+0.25, on 3 of 3 seeds)" in text
 
 
-def test_verdict_reads_the_golden_rule():
-    figures_of = {"audio": (0.4, 0.41), "image": (0.65, 0.66), "concat": (0.75, 0.73), "joint": (0.6, 0.61)}
-    runs = [one(m, s, accuracy=a) for m, values in figures_of.items() for s, a in enumerate(values)]
-    text = " ".join(sentences.verdict(read(runs, modalities=["audio", "image"])))
-    assert "concat has the highest mean accuracy: 74.0 ± 1.4 %, 2 seeds." in text
-    assert "The best single modality is image with 65.5 ± 0.7 %, 2 seeds; below it: joint (60.5 %)." in text
-    text = " ".join(sentences.verdict(read(runs[:6], modalities=["audio", "image"])))
-    assert "no fusion is below it" in text
+def test_attention_without_a_steady_response():
+    _, text = story([-0.3, -0.31, -0.32], [-0.01, 0.01, 0.02])
+    assert "In joint+x, replacing audio by noise has no significant effect on attention (r = 0.01" in text
+
+
+def compared(figures_of, metric="accuracy", **protocol):
+    runs = [one(m, s, **{metric: a}) for m, values in figures_of.items() for s, a in enumerate(values)]
+    return read(runs, modalities=["audio", "image"], **protocol)
+
+
+def test_the_headline_has_the_largest_significant_effect_whoever_has_it():
+    accuracy = {"concat": (0.6, 0.61, 0.62), "joint": (0.7, 0.72, 0.73), "joint+rollingq": (0.71, 0.74, 0.74)}
+    readings = compared(accuracy)
+    assert sentences.headline(readings) == "joint has a higher accuracy than concat (+10.7 points)"
+    # A larger difference that is not significant stays behind.
+    noisy = compared({**accuracy, "sum": (0.2, 0.9, 0.3)})
+    assert sentences.headline(noisy) == "joint has a higher accuracy than concat (+10.7 points)"
+    # A modality alone is a baseline, and counts where nothing else was compared.
+    single = compared({"image": (0.2, 0.21, 0.23), "concat": (0.6, 0.62, 0.61), "joint": (0.61, 0.6, 0.62)})
+    assert sentences.headline(single) == "No significant difference between image, concat and joint"
+
+
+def test_errors_are_read_as_errors():
+    errors = {"concat": (-0.6, -0.61, -0.62), "joint": (-0.5, -0.52, -0.5), "image": (-0.7, -0.73, -0.71)}
+    readings = compared(errors, "negative_error")
+    assert sentences.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
+    text = " ".join(sentences.verdict(readings))
+    assert "mean absolute error falls from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
+    assert "joint has the lowest mean absolute error: 0.507 ± 0.0115, 3 seeds" in text
+    assert "The best single modality is image with 0.713 ± 0.0153" in text
+    assert "significantly better: concat (−0.10, on 3 of 3 seeds" in text
+    assert sentences.scores_text(readings, "negative_error").startswith(
+        "Mean absolute error: joint 0.507, concat 0.610"
+    )
+    assert "−0.5" not in text
+
+
+def test_one_figure_is_said_and_tested_in_one_way():
+    """Headline, sentences, table and captions take each difference from the same value."""
+    readings = compared({"concat": (0.6, 0.61, 0.62), "joint": (0.6, 0.63, 0.61), "joint+x": (0.7, 0.71, 0.74)})
+    for method in ("joint", "joint+x"):
+        found = effect(readings, method, "accuracy")
+        row = readings.row(method, "accuracy")
+        assert found.sure == (row["p"] < 0.05)
+        assert found.difference == pytest.approx(row["difference"])
+        text = " ".join(sentences.verdict(readings))
+        assert found.sentence in text
+        assert found.proof in sentences.differences_text(readings, "accuracy")
+        assert ("does not change significantly" in found.sentence) != found.sure
+        assert sentences.headline(readings).startswith(f"{method} ") == found.sure
+
+
+def test_a_reference_that_was_not_run_is_told():
+    runs = [one("concat", 0, accuracy=0.5), one("vote+x", 0, accuracy=0.6)]
+    protocol = {"references": {"vote+x": "heads+x"}}
+    content = record.results(runs, protocol)
+    assert {row["method"]: row["reference"] for row in content["summary"]} == {"concat": None, "vote+x": None}
+    assert sentences.notices(content) == ["vote+x has no difference: its reference heads+x was not run."]
+    both = record.results([*runs, one("heads+x", 0, accuracy=0.55)], protocol)
+    assert {row["method"]: row["reference"] for row in both["summary"]}["vote+x"] == "heads+x"
+    assert sentences.notices(both) == []
+    # A comparison without a summary yet has the same references.
+    assert Readings({**both, "summary": []}).row("vote+x", "accuracy")["reference"] == "heads+x"
+
+
+def test_verdict_compares_fusions_with_the_best_single_modality():
+    figures_of = {"audio": (0.4, 0.41), "image": (0.65, 0.66), "concat": (0.75, 0.762), "joint": (0.6, 0.611)}
+    text = " ".join(sentences.verdict(compared(figures_of)))
+    assert (
+        "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second, image, is" in text
+    )
+    assert (
+        "The best single modality is image with 65.5 ± 0.7 %, 2 seeds. Against it, significantly worse: joint" in text
+    )
+    assert "significantly better: concat (+10.1 points, on 2 of 2 seeds, p = 0.0" in text
 
 
 def test_verdict_with_nothing_to_say():
@@ -71,8 +145,8 @@ def test_verdict_with_nothing_to_say():
 
 def test_sentences_say_which_way_attention_went():
     readings = Readings(fake_results())
-    assert "attention moves towards the destroyed audio" in sentences.noise_text(readings, "joint")
-    assert "attention leaves the destroyed audio" in sentences.noise_text(readings, "joint+rollingq")
+    assert "with audio replaced by noise: this moves attention towards it" in sentences.noise_text(readings, "joint")
+    assert "this moves attention away from it" in sentences.noise_text(readings, "joint+rollingq")
     assert "rotated after epoch 3 (in 5 of 5 runs)" in sentences.share_text(readings, "joint+rollingq")
     assert "rotated" not in sentences.share_text(readings, "joint")
     before = sentences.keys_text(readings, "joint+rollingq", "before")
@@ -91,12 +165,12 @@ def test_each_method_is_told_by_the_modality_that_its_runs_destroyed():
         "image",
     )
     text = " ".join(sentences.verdict(readings))
-    assert "joint looks at quality: with audio replaced by noise" in text
-    assert "joint+x looks at quality: with image replaced by noise" in text
-    assert sentences.headline(readings) == "joint and joint+x compared"
+    assert "In joint, replacing audio by noise moves attention away from it" in text
+    assert "In joint+x, replacing image by noise moves attention away from it" in text
+    assert sentences.headline(readings) == "joint and joint+x compared, without a test"
     with_accuracy = [run | {"metrics": run["metrics"] | {"accuracy": 0.5}} for run in runs]
-    compared = " ".join(sentences.verdict(read(with_accuracy)))
-    assert "accuracy stays at 50.0 %; r is not compared, since no pair of runs destroyed the same modality" in compared
+    text = " ".join(sentences.verdict(read(with_accuracy)))
+    assert "accuracy stays at 50.0 %; r is not compared, since no pair of runs destroyed the same modality" in text
 
 
 def test_unfinished_and_failed_runs_are_told():

@@ -17,6 +17,7 @@ import torch
 from .errors import DataError, SchemaError
 from .files import plain as plain
 from .files import write_whole as write_whole
+from .significance import SURE
 
 SCHEMA = 1  # a file of another version is refused
 STATIC = ("concat", "sum", "film", "gated")  # without attention: the fair opponents of every dynamic fusion
@@ -103,7 +104,8 @@ def results(
     """The whole content of ``results.json``: runs in a fixed order, environment and summary.
 
     The order does not tell which run ended first: methods as ``protocol["methods"]`` lists them, then folds, then
-    seeds. ``reference`` and ``default`` are those of ``summarise``.
+    seeds. ``reference`` and ``default`` are those of ``summarise``, by default the protocol's ``references`` and
+    ``reference``.
 
     Example:
         >>> runs = [{"method": "joint", "seed": s, "fold": None, "metrics": {"accuracy": 0.5}} for s in (1, 0)]
@@ -117,8 +119,13 @@ def results(
         "protocol": dict(protocol),
         "environment": environment(),
         "runs": ordered,
-        "summary": summarise(ordered, reference, default=default),
+        "summary": summarise(ordered, reference or controls(protocol), default=default or protocol.get("reference")),
     }
+
+
+def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Method -> its fair control, as a recipe's ``references`` states them; None where it states none."""
+    return protocol.get("references") or None
 
 
 def summarise(
@@ -158,7 +165,7 @@ def summarise(
             values = [value for metrics in own if (value := number(metrics.get(metric))) is not None]
             if values:
                 mean, sd = _mean_sd(values)
-                pair = _paired([here - there for here, there in pairs(runs, method, other, metric)])
+                pair = paired([here - there for here, there in pairs(runs, method, other, metric)])
                 rows.append({"method": method, "metric": metric, "mean": mean, "sd": sd, "n": len(values),
                              "reference": other if pair["pairs"] else None, **pair})  # fmt: skip
     return rows
@@ -205,8 +212,8 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _paired(differences: Sequence[float]) -> dict[str, Any]:
-    """The paired columns of a summary row."""
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """The paired columns of a summary row: mean difference, paired t-test, and the interval of its level."""
     n = len(differences)
     row: dict[str, Any] = {"difference": None, "p": None, "low": None, "high": None, "pairs": n, "higher": 0}
     if n == 0:
@@ -219,7 +226,7 @@ def _paired(differences: Sequence[float]) -> dict[str, Any]:
 
         error = sd / math.sqrt(n)
         row["p"] = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-        reach = float(stats.t.ppf(0.975, n - 1)) * error
+        reach = float(stats.t.ppf(1 - SURE / 2, n - 1)) * error
         row["low"], row["high"] = mean - reach, mean + reach
     return row
 

@@ -113,6 +113,8 @@ class Recipe:
         noise_modality: the one whose noise the attention should notice; by default the one attended most on
             validation data.
         reference: the method that others are compared with; by default the first static fusion among them.
+        references: method -> the method that it is compared with in tables and pages, its fair control; others follow
+            the rule of ``record.summarise``.
     """
 
     data: dict[str, Any]
@@ -127,6 +129,7 @@ class Recipe:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     noise_modality: str | None = None
     reference: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
 
     def with_train(self, **changes: Any) -> Recipe:
         """The same recipe with some training options changed.

@@ -141,7 +141,10 @@ def quag(of: Subject) -> Picture | None:
         figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
         axes.axvline(as_read(of.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for place, (operator, value) in enumerate(rows.items()):
-            value, reach = as_read(of.found.score, value), of.found.reach(f"quag/{operator}" if place else of.found.score)
+            value, reach = (
+                as_read(of.found.score, value),
+                of.found.reach(f"quag/{operator}" if place else of.found.score),
+            )
             axes.plot([value - reach, value + reach], [place, place], color=INK, linewidth=1.4)
             axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
         name_rows(axes, [shorten(words, 24) for words in rows])

@@ -33,7 +33,7 @@ from .canvas import (
     to_svg,
 )
 from .readings import Curve, Histogram, Readings
-from .wording import amount, is_fraction, signed, title
+from .wording import amount, as_read, change, is_error, is_fraction, signed, title
 
 
 def scores(readings: Readings, metric: str = "") -> str | None:
@@ -168,18 +168,25 @@ def paired_differences(readings: Readings, metric: str = "") -> str | None:
         axes.axvline(0, color=MUTED, linewidth=1)
         for index, row in enumerate(rows):
             shade = colour(readings, row["method"])
-            single = readings.differences(row["method"], row.get("reference"), metric)
+            single = [as_read(metric, d) for d in readings.differences(row["method"], row.get("reference"), metric)]
             axes.scatter(single, index + jitter(len(single)), s=13, color=shade, alpha=0.45, linewidths=0)
             if row.get("low") is not None:
-                axes.plot([row["low"], row["high"]], [index, index], color=shade, linewidth=1.6)
-            axes.plot(row["difference"], index, "|", color=shade, markersize=13, markeredgewidth=2.6)
+                axes.plot(
+                    [as_read(metric, row["low"]), as_read(metric, row["high"])],
+                    [index, index],
+                    color=shade,
+                    linewidth=1.6,
+                )
+            axes.plot(as_read(metric, row["difference"]), index, "|", color=shade, markersize=13, markeredgewidth=2.6)
         name_rows(axes, [f"{shorten(r['method'], 18)} − {shorten(str(r.get('reference')), 14)}" for r in rows])
         headed(figure, f"{title(metric)}, difference")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         if is_fraction(metric):
             axes.xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0) if value else "0")
             axes.set_xlabel("points")
-        means = ", ".join(f"{row['method']} {signed(row['difference'], 3)}" for row in rows)
+        elif is_error(metric):
+            axes.set_xlabel("below 0 is better")
+        means = ", ".join(f"{row['method']} {change(metric, row['difference'])}" for row in rows)
         return to_svg(figure, _name("difference", metric), f"Paired differences of {title(metric)}: {means}.")
 
 
@@ -237,7 +244,7 @@ def _name(kind: str, *parts: Readings | str) -> str:
 
 def _dots(axes: Axes, readings: Readings, methods: list[str], metric: str) -> None:
     for index, method in enumerate(methods):
-        values, shade = readings.values(method, metric), colour(readings, method)
+        values, shade = [as_read(metric, v) for v in readings.values(method, metric)], colour(readings, method)
         mean = fmean(values)
         axes.scatter(values, index + jitter(len(values)), s=15, color=shade, alpha=0.45, linewidths=0)
         if len(values) > 1:
@@ -245,11 +252,13 @@ def _dots(axes: Axes, readings: Readings, methods: list[str], metric: str) -> No
             axes.plot([mean - spread, mean + spread], [index, index], color=shade, linewidth=1.2)
         axes.plot(mean, index, "|", color=shade, markersize=14, markeredgewidth=2.8)
     if best := [fmean(v) for m in readings.single if (v := readings.values(m, metric))]:
-        axes.axvline(max(best), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(as_read(metric, max(best)), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     name_rows(axes, [shorten(method) for method in methods])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     if is_fraction(metric):
         percent(axes.xaxis)
+    elif is_error(metric):
+        axes.set_xlabel("lower is better")
 
 
 def _line(axes: Axes, curve: Curve, shade: str, linestyle: str = "-", drawstyle: str = "default") -> None:

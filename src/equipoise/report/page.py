@@ -16,9 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..record import plain, read, validate, write_whole
+from ..significance import SURE
 from . import canvas, figures, sentences
+from .effects import effect
 from .readings import Readings
-from .wording import change, is_fraction, listed, probability, title, with_spread
+from .wording import as_read, change, is_error, is_fraction, listed, probability, title, with_spread
 
 
 class Picture(NamedTuple):
@@ -80,7 +82,8 @@ def page(results: Mapping[str, Any]) -> str:
         verdict=sentences.verdict(readings),
         attends=bool(readings.dynamic),
         notices=sentences.notices(results),
-        columns=[(title(metric), "%" if is_fraction(metric) else "") for metric in readings.metrics],
+        columns=[(title(metric), _unit(metric)) for metric in readings.metrics],
+        level=SURE,
         rows=[_row(readings, method) for method in readings.methods],
         sections=[section for section in _sections(readings) if section.pictures],
         protocol=flat(results["protocol"]),
@@ -145,6 +148,10 @@ def _subtitle(readings: Readings) -> str:
     return " · ".join([*parts, *(sentences.counted(number, noun) for number, noun in sizes)])
 
 
+def _unit(metric: str) -> str:
+    return "%" if is_fraction(metric) else "lower is better" if is_error(metric) else ""
+
+
 def _row(readings: Readings, method: str) -> dict[str, Any]:
     rows = [row for metric in readings.metrics if (row := readings.row(method, metric))]
     references = list(dict.fromkeys(row["reference"] for row in rows if row.get("reference")))
@@ -162,18 +169,18 @@ def _cell(readings: Readings, method: str, metric: str) -> Cell:
     if row is None:
         return Cell(None, "–", "", False)
     text = with_spread(metric, row["mean"], row["sd"] or None)
-    notes = [f"n = {row['n']}"] if row["n"] != n else []
-    if row["difference"]:
-        notes.append(change(metric, row["difference"]).removesuffix(" points"))
-    if row["p"] is not None:
-        notes.append(probability(row["p"]))
-    return Cell(row["mean"], text, ", ".join(notes), row["p"] is not None and row["p"] < sentences.SURE)
+    notes, found = [f"n = {row['n']}"] if row["n"] != n else [], effect(readings, method, metric)
+    if found is not None and found.difference:
+        notes.append(change(metric, found.difference).removesuffix(" points"))
+    if found is not None and found.p is not None:
+        notes.append(probability(found.p))
+    return Cell(as_read(metric, row["mean"]), text, ", ".join(notes), found is not None and found.sure)
 
 
 def _sections(readings: Readings) -> list[Section]:
     chosen = [m for m in readings.metrics if m.startswith(readings.score) or m == "noise_attention_r"]
     chosen = chosen or readings.metrics[:1]
-    dashed = " Dashed: the best single modality, which no multimodal model should be below." if readings.single else ""
+    dashed = " Dashed: the best single modality; no multimodal model should be worse." if readings.single else ""
     return [
         Section(
             "How good is each method?",

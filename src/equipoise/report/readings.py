@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..record import Run, number, pairs, summarise
+from ..record import Run, number, pairs
+from ..record import results as results_of
 from .wording import SCORES, score_of
 
 
@@ -64,7 +65,8 @@ class Readings:
         self.runs: list[Run] = list(results["runs"])
         self.protocol = results["protocol"]
         # An interrupted comparison may not have come to its summary.
-        self.rows = {(row["method"], row["metric"]): row for row in results["summary"] or summarise(self.runs)}
+        rows = results["summary"] or results_of(self.runs, self.protocol)["summary"]
+        self.rows = {(row["method"], row["metric"]): row for row in rows}
         self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
         self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_place)
         self.score = score_of(self.protocol, self.metrics)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..significance import SURE
+from .effects import Effect, between, described, effect, largest
 from .readings import Readings
-from .wording import amount, called, change, counted, is_fraction, listed, probability, signed, title, with_spread
-
-SURE = 0.05
-"""Two-sided p below which a difference is called one; a convention, and said as such on the page."""
+from .wording import amount, called, change, counted, is_error, is_fraction, listed, signed, title, with_spread
 
 
 def verdict(readings: Readings) -> list[str]:
@@ -27,18 +26,20 @@ def verdict(readings: Readings) -> list[str]:
     if not readings.runs:
         return ["No run has finished yet, so there is nothing to say."]
     once = bool(readings.rows) and all(row["n"] < 2 for row in readings.rows.values())
-    said = [f"Every method was run on one {readings.unit} only, so any difference below may be luck."] if once else []
-    for method in readings.dynamic:
-        reference = _reference(readings, method)
-        said.append(_eyesight(readings, method))
-        if reference is not None and "+" in method:
-            said.append(_effects(readings, method, reference))
-    said = [sentence for sentence in [*said, *_contest(readings)] if sentence]
+    said = [f"Every method was run on one {readings.unit} only, so no difference can be tested."] if once else []
+    first = largest(readings)
+    if first is not None:
+        said.append(f"Largest significant effect, {first.method} against {first.reference}: {first.sentence}.")
+    for method in readings.methods:
+        said.append(_response_sentence(readings, method))
+        if method not in readings.single:
+            said.append(_effects(readings, method, first))
+    said = [sentence for sentence in [*said, *_ranking(readings)] if sentence]
     return said or ["No figure is defined for any run, so there is nothing to say."]
 
 
 def notices(results: Mapping[str, Any]) -> list[str]:
-    """What keeps the comparison from being whole: runs that are still to come, and runs that failed.
+    """What keeps the comparison from being whole: runs that are still to come, runs that failed, missing references.
 
     Example:
         >>> notices({"complete": False, "runs": []})
@@ -52,109 +53,100 @@ def notices(results: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     if results.get("complete") is False and not failures:
         said.append("Not all planned runs are in yet: the figures may still change.")
+    done = {run["method"] for run in results["runs"]}
+    for method, reference in ((results.get("protocol") or {}).get("references") or {}).items():
+        if method in done and reference not in done:
+            said.append(f"{method} has no difference: its reference {reference} was not run.")
     return said
 
 
 def headline(readings: Readings) -> str:
-    """The page's title in a few words, no stronger than its evidence."""
-    for method in readings.dynamic:
-        row = readings.row(method, "noise_attention_r")
-        if "+" in method and row and row["difference"] is not None:
-            base = row.get("reference") or "its reference"
-            if not _sure(row):
-                return f"Whether {method} looks at quality more than {base} is open"
-            if max(row["mean"], row["mean"] - row["difference"]) < 0.1:
-                return f"Neither {method} nor {base} looks at quality"
-            return f"{method} looks at quality {'more' if row['difference'] > 0 else 'less'} than {base}"
-    names = readings.methods
-    return f"{listed(names)} compared" if len(names) > 1 else f"{names[0]} alone" if names else "No run yet"
+    """The page's title in a few words: the largest significant effect, or that there is none."""
+    found, names = largest(readings), readings.methods
+    if found is not None:
+        course = "higher" if found.more else "lower"
+        words = described(found.metric).removesuffix(" r")
+        return (
+            f"{found.method} has a {course} {words} than {found.reference} ({change(found.metric, found.difference)})"
+        )
+    if len(names) < 2:
+        return f"{names[0]} alone" if names else "No run yet"
+    rows = [row for row in readings.rows.values() if row["p"] is not None]
+    return f"No significant difference between {listed(names)}" if rows else f"{listed(names)} compared, without a test"
 
 
-def _eyesight(readings: Readings, method: str) -> str:
-    """Does attention leave a destroyed modality?"""
+def _response(readings: Readings, method: str) -> str:
+    """What replacing a modality by noise does to attention, in words; "" where it is not known."""
     row = readings.row(method, "noise_attention_r")
     if row is None:
         return ""
-    r, away = row["mean"], readings.disturbed(method) or "a modality"
+    r = row["mean"]
     low, high = _interval(row)
     if row["n"] > 1 and low <= 0 <= high:
-        claim = f"cannot be said to look at quality: replacing {away} by noise has no steady effect on attention"
-    elif abs(r) < 0.1:
-        claim = f"does not look at quality: replacing {away} by noise hardly changes attention"
-    elif r < 0:
-        claim = f"does not look at quality: with {away} replaced by noise, attention moves towards it"
-    else:
-        much = "looks at quality" if r >= 0.5 else "looks at quality, but weakly"
-        claim = f"{much}: with {away} replaced by noise, attention leaves it"
-    return f"{method} {claim} ({_spread(readings, row, 'r = ')})."
+        return "has no significant effect on attention"
+    if abs(r) < 0.1:
+        return "hardly changes attention"
+    if r < 0:
+        return "moves attention towards it"
+    return "moves attention away from it" if r >= 0.5 else "moves attention slightly away from it"
 
 
-def _effects(readings: Readings, method: str, reference: str) -> str:
-    """What a balancer changed, metric by metric."""
+def _response_sentence(readings: Readings, method: str) -> str:
+    row, found = readings.row(method, "noise_attention_r"), _response(readings, method)
+    if row is None or not found:
+        return ""
+    away = readings.disturbed(method) or "a modality"
+    return f"In {method}, replacing {away} by noise {found} ({_spread(readings, row, 'r = ')})."
+
+
+def _effects(readings: Readings, method: str, told: Effect | None) -> str:
+    """What a method changes compared with its reference, metric by metric, but for what has been told."""
     disturbed = readings.noise_modality
-    score, words = readings.score, called(readings.score)
-    wanted = {"noise_attention_r": "r", score: words}
-    if disturbed:
-        wanted[f"{score}_noise/{disturbed}"] = f"{words} with {disturbed} destroyed"
-    parts = [text for metric, words in wanted.items() if (text := _effect(readings, method, metric, words))]
+    score = readings.score
+    wanted = ["noise_attention_r", score, *([f"{score}_noise/{disturbed}"] if disturbed else [])]
+    found = [one for metric in wanted if (one := effect(readings, method, metric)) is not None]
+    if not found:
+        return ""
+    parts, reference = [one.sentence for one in found if one != told], found[0].reference
     own, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
     if own and its and own["difference"] is None:
         parts.append("r is not compared, since no pair of runs destroyed the same modality")
     return f"Compared with {reference}, {method}: {'; '.join(parts)}." if parts else ""
 
 
-def _effect(readings: Readings, method: str, metric: str, words: str) -> str:
-    row = readings.row(method, metric)
-    if row is None or row["difference"] is None:
-        return ""
-    pairs = readings.pairs(method, row.get("reference"), metric)
-    if pairs:
-        after, before = (fmean(side) for side in zip(*pairs, strict=True))
-    else:
-        after, before = row["mean"], row["mean"] - row["difference"]
-    course = f"from {amount(metric, before)} to {amount(metric, after)}"
-    proof = _proof(readings, row)
-    if after == before:
-        return f"{words} stays at {amount(metric, after)}"
-    if row.get("pairs", row["n"]) < 2:
-        return f"{words} goes {course} ({proof})"
-    if row["p"] is not None and not _sure(row):
-        return f"{words} goes {course}, a change that chance alone could bring ({proof})"
-    return f"{words} {'rises' if after > before else 'falls'} {course} ({proof})"
-
-
-def _proof(readings: Readings, row: Mapping[str, Any]) -> str:
-    """How many pairs agree, and the p-value where there is one."""
-    differences = readings.differences(row["method"], row.get("reference"), row["metric"])
-    parts = [change(row["metric"], row["difference"])]
-    if row.get("pairs", row["n"]) < 2:
-        return f"{parts[0]}, one {readings.unit} only"
-    if differences:
-        agree = sum(d * row["difference"] > 0 for d in differences)
-        parts.append(f"on {agree} of {counted(len(differences), readings.unit)}")
-    if row["p"] is not None:
-        parts.append(probability(row["p"]))
-    return ", ".join(parts)
-
-
-def _contest(readings: Readings) -> list[str]:
-    """The golden rule: no fusion below its best single modality; and who is ahead."""
+def _ranking(readings: Readings) -> list[str]:
+    """Who is ahead, and whether every fusion is at least as good as the best single modality."""
     score, words = readings.score, called(readings.score)
     means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, score))}
-    fusions = [m for m in means if m not in readings.single]
-    singles = [m for m in means if m in readings.single]
+    ranked = sorted(means, key=lambda m: -means[m])
     said = []
-    if len(means) > 1:
-        best = max(means, key=lambda m: means[m])
-        said.append(f"{best} has the highest mean {words}: {_mean(readings, best)}.")
-    elif means:
-        alone, article = next(iter(means)), "an" if words[0] in "aeiou" else "a"
+    if len(ranked) > 1:
+        best, second = ranked[:2]
+        most = f"lowest {words}" if is_error(score) else f"highest mean {words}"
+        said.append(f"{best} has the {most}: {_mean(readings, best)}")
+        if (gap := between(readings, best, second, score)) is not None:
+            verb = "is significant" if gap.sure else "is not significant" if gap.p is not None else "is not tested"
+            said[-1] += f"; the difference to the second, {second}, {verb} ({gap.proof})"
+        said[-1] += "."
+    elif ranked:
+        alone, article = ranked[0], "an" if words[0] in "aeiou" else "a"
         said.append(f"{alone} has {article} {words} of {_mean(readings, alone)}.")
-    if singles and fusions:
-        best = max(singles, key=lambda m: means[m])
-        below = [f"{m} ({amount(score, means[m])})" for m in fusions if means[m] < means[best]]
+    best = next((m for m in ranked if m in readings.single), None)
+    fusions = [m for m in means if m not in readings.single]
+    if best is not None and fusions:
+        gaps = [gap for m in fusions if (gap := between(readings, m, best, score)) is not None]
+        groups = {
+            "significantly worse": [gap for gap in gaps if gap.sure and gap.difference < 0],
+            "significantly better": [gap for gap in gaps if gap.sure and gap.difference > 0],
+            "no significant difference": [gap for gap in gaps if not gap.sure],
+        }
+        parts = [
+            f"{group}: {listed([f'{gap.method} ({gap.proof})' for gap in found])}"
+            for group, found in groups.items()
+            if found
+        ]
         rule = f"The best single modality is {best} with {_mean(readings, best)}"
-        said.append(f"{rule}; below it: {listed(below)}." if below else f"{rule}; no fusion is below it.")
+        said.append(f"{rule}. Against it, {'; '.join(parts)}." if parts else f"{rule}.")
     return said
 
 
@@ -191,15 +183,11 @@ def noise_text(readings: Readings, method: str) -> str:
     if clean is None or noise is None:
         return ""
     away = readings.disturbed(method) or "the modality"
-    row = readings.row(method, "noise_attention_r")
-    if abs(noise.mean - clean.mean) < 0.02:
-        moral = f"attention hardly notices that {away} is gone"
-    else:
-        moral = f"attention {'leaves' if noise.mean > clean.mean else 'moves towards'} the destroyed {away}"
-    spread = "" if row is None else f" ({_spread(readings, row, 'r = ')})"
+    row, found = readings.row(method, "noise_attention_r"), _response(readings, method)
+    end = "" if row is None else f": this {found} ({_spread(readings, row, 'r = ')})"
     return (
-        f"{method}: about {100 * clean.mean:.0f} % of attention goes elsewhere while {away} is whole, and "
-        f"{100 * noise.mean:.0f} % once it is noise: {moral}{spread}."
+        f"{method}: about {100 * clean.mean:.0f} % of attention goes to the other modalities on clean input, and "
+        f"{100 * noise.mean:.0f} % with {away} replaced by noise{end}."
     )
 
 
@@ -242,18 +230,8 @@ def rotations_text(readings: Readings) -> str:
 
 def differences_text(readings: Readings, metric: str) -> str:
     """What ``figures.paired_differences`` shows."""
-    rows = [row for m in readings.methods if (row := readings.row(m, metric)) and row["difference"] is not None]
-    told = [f"{r['method']} against {r.get('reference')}: {_proof(readings, r)}" for r in rows]
-    return f"{'; '.join(told)}."
-
-
-def _reference(readings: Readings, method: str) -> str | None:
-    names = [row.get("reference") for (m, _), row in readings.rows.items() if m == method]
-    return next((name for name in names if name), None)
-
-
-def _sure(row: Mapping[str, Any]) -> bool:
-    return row["p"] is not None and row["p"] < SURE
+    found = [one for method in readings.methods if (one := effect(readings, method, metric)) is not None]
+    return f"{'; '.join(f'{one.method} against {one.reference}: {one.proof}' for one in found)}."
 
 
 def _mean(readings: Readings, method: str) -> str:
@@ -269,10 +247,10 @@ def _spread(readings: Readings, row: Mapping[str, Any], prefix: str) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    """95 % interval of a mean; the mean itself where there is one run."""
+    """Interval of a mean at the level of significance; the mean itself where there is one run."""
     if row["n"] < 2 or not row["sd"]:
         return row["mean"], row["mean"]
     from scipy import stats
 
-    reach = float(stats.t.ppf(0.975, row["n"] - 1)) * row["sd"] / math.sqrt(row["n"])
+    reach = float(stats.t.ppf(1 - SURE / 2, row["n"] - 1)) * row["sd"] / math.sqrt(row["n"])
     return row["mean"] - reach, row["mean"] + reach

@@ -37,15 +37,30 @@ def jobs(recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str])
     """Seeds outermost, so that an interrupted comparison has whole pairs.
 
     Raises:
-        ConfigError: unknown methods, none at all, fewer than one seed.
+        ConfigError: unknown methods, none at all, fewer than one seed, a method that is its own reference.
     """
     if not names or seeds < 1:
         got = f"{len(names)} methods and {seeds} seeds"
         raise ConfigError("compare", expected="at least one method and one seed", got=got)
     if recipe.reference is not None:
         methods.parse(recipe.reference, recipe)
+    _references(recipe)
     parsed = list(dict.fromkeys(methods.parse(name, recipe).name for name in names))
     return [Job(recipe, name, seed, fold) for seed in range(seeds) for fold in folds or [None] for name in parsed]
+
+
+def _references(recipe: Recipe) -> dict[str, str]:
+    """Method -> its fair control, with their names as results have them."""
+    found = {}
+    for method, reference in recipe.references.items():
+        name, other = methods.parse(method, recipe).name, methods.parse(reference, recipe).name
+        if name == other:
+            raise ConfigError(
+                "recipe: references", expected="another method to compare with", got=f"{method}: {reference}",
+                fix="Name its fair control, or leave the line out.",
+            )  # fmt: skip
+        found[name] = other
+    return found
 
 
 def compare(
@@ -97,7 +112,7 @@ def compare(
         failures: list[dict[str, Any]] = []
 
         def write() -> dict[str, Any]:
-            content = record.results(runs, protocol, default=recipe.reference)
+            content = record.results(runs, protocol)
             content["failures"] = failures
             content["complete"] = len(runs) == len(plan)
             record.write(out / "results.json", content)
@@ -141,6 +156,8 @@ def _protocol(recipe: Recipe, plan: Sequence[Job], title: str) -> dict[str, Any]
         "folds": sorted({job.fold for job in plan if job.fold is not None}),
         "train": asdict(recipe.train),
         **(judged_by(recipe) or fused),
+        **({"reference": recipe.reference} if recipe.reference else {}),
+        **({"references": references} if (references := _references(recipe)) else {}),
         "selection": "none: the last epoch counts",
     }
 

@@ -27,7 +27,7 @@ class Job:
         """What must be unchanged for a finished or stopped run to count."""
         content = asdict(self.recipe)
         # What compare runs, and where the data lie, does not change what a run computes.
-        for name in ("methods", "seeds", "folds", "reference"):
+        for name in ("methods", "seeds", "folds", "reference", "references"):
             content.pop(name)
         content["data"].pop("root", None)
         if not content["model"]:

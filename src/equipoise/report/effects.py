@@ -1,0 +1,146 @@
+"""The paired difference of two methods on one metric: one value for headline, sentences, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ..record import number, paired
+from ..significance import SURE
+from .readings import Readings
+from .wording import amount, as_read, called, change, counted, is_fraction, probability, title
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a method changes in a metric, compared with its reference on the same seeds.
+
+    Attributes:
+        method, reference, metric: of what.
+        before, after: means of the reference and of the method over the pairs, as stored.
+        p: two-sided, of a paired t-test; None for one pair, or where all differences are the same.
+        pairs: how many seeds and folds both have.
+        agree: how many of them have the sign of the mean.
+        unit: what a pair is, "seed" or "run".
+    """
+
+    method: str
+    reference: str
+    metric: str
+    before: float
+    after: float
+    p: float | None
+    pairs: int
+    agree: int | None
+    unit: str
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def sure(self) -> bool:
+        """Whether the difference is significant."""
+        return self.p is not None and self.p < SURE
+
+    @property
+    def size(self) -> float:
+        """The difference as a part of the metric's range: 1 for fractions, 2 for a correlation, else the reference."""
+        if self.metric == "noise_attention_r":
+            return abs(self.difference) / 2
+        scale = 1.0 if is_fraction(self.metric) else abs(self.before)
+        return abs(self.difference) / scale if scale else 0.0
+
+    @property
+    def course(self) -> str:
+        return f"from {amount(self.metric, self.before)} to {amount(self.metric, self.after)}"
+
+    @property
+    def proof(self) -> str:
+        """The difference, how many pairs agree, and the p-value where there is one."""
+        parts = [change(self.metric, self.difference)]
+        if self.pairs < 2:
+            return f"{parts[0]}, one {self.unit} only"
+        if self.agree is not None:
+            parts.append(f"on {self.agree} of {counted(self.pairs, self.unit)}")
+        if self.p is not None:
+            parts.append(probability(self.p))
+        return ", ".join(parts)
+
+    @property
+    def more(self) -> bool:
+        """Whether a reader sees the figure grow: an error grows where the stored score falls."""
+        return as_read(self.metric, self.difference) > 0
+
+    @property
+    def sentence(self) -> str:
+        """What happens to the metric, no stronger than its evidence."""
+        words = described(self.metric)
+        if self.difference == 0:
+            return f"{words} stays at {amount(self.metric, self.after)}"
+        if self.sure:
+            return f"{words} {'rises' if self.more else 'falls'} {self.course} ({self.proof})"
+        if self.pairs < 2:
+            return f"{words} goes {self.course} ({self.proof})"
+        return f"{words} does not change significantly, {self.course} ({self.proof})"
+
+
+def described(metric: str) -> str:
+    """A metric in the middle of a sentence.
+
+    Example:
+        >>> described("accuracy_noise/audio"), described("negative_error"), described("noise_attention_r")
+        ('accuracy with audio replaced by noise', 'mean absolute error', 'attention–noise correlation r')
+    """
+    kind, _, name = metric.partition("/")
+    if name and kind.endswith("_noise"):
+        return f"{called(kind.removesuffix('_noise'))} with {name} replaced by noise"
+    return called(metric) if metric != "noise_attention_r" else title(metric)[:1].lower() + title(metric)[1:]
+
+
+def effect(readings: Readings, method: str, metric: str) -> Effect | None:
+    """A method against its reference; None where they have no pair of runs with this metric."""
+    row = readings.row(method, metric)
+    if row is None or row["difference"] is None:
+        return None
+    reference = row.get("reference")
+    found = readings.pairs(method, reference, metric)
+    if found:
+        after, before = (fmean(side) for side in zip(*found, strict=True))
+    else:
+        after, before = row["mean"], row["mean"] - row["difference"]
+    return _made(readings, row, str(reference or "its reference"), before, after, [a - b for a, b in found])
+
+
+def between(readings: Readings, method: str, other: str, metric: str) -> Effect | None:
+    """A method against any other one."""
+    found = readings.pairs(method, other, metric)
+    if not found:
+        return None
+    after, before = (fmean(side) for side in zip(*found, strict=True))
+    differences = [a - b for a, b in found]
+    row = {"method": method, "metric": metric, "n": len(found), **paired(differences)}
+    return _made(readings, row, other, before, after, differences)
+
+
+def _made(
+    readings: Readings, row: Mapping[str, Any], reference: str, before: float, after: float, differences: list[float]
+) -> Effect:
+    difference = row["difference"]
+    agree = sum(one * difference > 0 for one in differences) if differences else None
+    count = int(row.get("pairs", row["n"]))
+    return Effect(row["method"], reference, row["metric"], before, after, number(row["p"]), count, agree, readings.unit)
+
+
+def largest(readings: Readings) -> Effect | None:
+    """The largest significant effect on the score, the score under noise, or the response of attention.
+
+    Models of one modality are baselines: they count where nothing else was compared.
+    """
+    score = readings.score
+    metrics = [m for m in readings.metrics if m in (score, "noise_attention_r") or m.startswith(f"{score}_noise/")]
+    methods = [m for m in readings.methods if m not in readings.single] or readings.methods
+    found = [one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure]
+    return max(found, key=lambda one: one.size) if found else None
