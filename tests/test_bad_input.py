@@ -56,6 +56,12 @@ def told(capfd, *arguments, status=1):
         ("  audio:", "  audi:", "expected a known modality of the data set 'digits', got 'audi'. Did you mean"),
         ("noise_modality: audio", "noise_modality: aduio", "got 'aduio'. Did you mean 'audio'?"),
         ("reference: null", "reference: conct", "got 'conct'. Did you mean 'concat'"),
+        ("references: {}", "references: {joint: conct}", "method 'conct': expected a known fusion or modality"),
+        (
+            "references: {}", "references: {joint: ' joint'}",
+            "recipe: references: expected another method to compare with, got joint:  joint. Name its fair control",
+        ),
+        ("references: {}", "references: concat", "expected a mapping under references, got concat."),
         ("fusion: joint", "fusion: jont", "expected a known fusion, got 'jont'. Did you mean 'joint'"),
         ("depth: 2", "dim: 2", "fusion 'deep': expected a known option of JointAttention, got 'dim'."),
         ("rho: 1.0", "rho: high", "expected rho of type float, got 'high'."),

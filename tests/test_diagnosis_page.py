@@ -63,7 +63,7 @@ def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
     ("metric", "value", "text"),
     [
         ("accuracy_mask/audio", 0.5, "50.0 %"),
-        ("negative_error_noise/a_b", -0.25, "−0.25"),
+        ("negative_error_noise/a_b", -0.25, "0.250"),
         ("quag/avg-audio", 0.25, "25.0 %"),
         ("area/audio", 0.75, "75.0 %"),
         ("shapley/audio", -0.125, "−12.5 points"),
@@ -101,12 +101,15 @@ def test_figures_of_the_table_are_those_of_the_diagnosis(deep, static):
         assert all(cell in row for cell in cells)
 
 
-def test_a_figure_is_bold_only_where_it_differs_measurably():
+def test_a_difference_is_bold_only_where_it_is_significant():
     metrics = {"accuracy": 0.8, "accuracy_noise/a": 0.5}
     first = Diagnosis("one", ("a",), "classification", 1000, metrics, details={"score": {}, "noise": {}})
     other = dataclasses.replace(first, name="two", metrics={"accuracy": 0.81, "accuracy_noise/a": 0.6})
-    bold = re.findall(r"<strong>(\d[^<]*)</strong>", page(first, other))
-    assert [text.partition("\N{NO-BREAK SPACE}")[0] for text in bold] == ["60.0"]
+    text = page(first, other)
+    assert re.findall(r"<td[^>]*>([\d.]+)[^<]*<small class=\"sure\">([^ <]+)", text) == [
+        ("60.0", "+10.0\N{NO-BREAK SPACE}points,")
+    ]
+    assert len(re.findall(r"<small>[^<]*points, p", text)) == 1
 
 
 def test_what_was_not_tested_is_told_with_its_reason(static, alone, deep):
@@ -192,6 +195,26 @@ def opened(browser, tmp_path):
 def test_page_never_scrolls_sideways(opened, deep, static, three, width):
     assert opened(deep, static, three, width=width).evaluate("document.documentElement.scrollWidth") <= width
     assert opened(three, width=width).evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "least"), [(390, 150), (1280, 200)])
+def test_names_of_figures_keep_their_width_and_tables_scroll_in_their_own_box(
+    opened, deep, static, three, width, least
+):
+    view = opened(deep, static, three, width=width)
+    names = view.locator(".test .figures tbody th")
+    assert names.count() > 20
+    widths = names.evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().width)")
+    assert min(widths) >= least
+    lines = names.evaluate_all("cells => cells.map(c => c.getBoundingClientRect().height / c.textContent.length)")
+    # No column of single letters: a line is some 20 pixels high.
+    assert max(lines) < 5
+    boxes = view.locator(".test .scroll").evaluate_all(
+        "boxes => boxes.map(box => [getComputedStyle(box).overflowX, box.getBoundingClientRect().right])"
+    )
+    assert {overflow for overflow, _ in boxes} == {"auto"}
+    assert max(right for _, right in boxes) <= width
 
 
 @pytest.mark.browser

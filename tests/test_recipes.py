@@ -9,6 +9,7 @@ from equipoise import recipes
 from equipoise.errors import ConfigError
 from equipoise.recipes import PRECISIONS, TrainOptions
 from equipoise.train import methods
+from equipoise.train.compare import jobs
 from small_runs import recipe
 
 
@@ -18,6 +19,10 @@ def test_packaged_recipes_read_and_say_what_they_are(name):
     assert recipes.read(f"{name}.yaml") == made
     assert recipes.manual(recipes.locate(name)).startswith(f"{name}: ")
     assert [methods.parse(method, made).name for method in made.methods] == made.methods
+    # This parses both sides of its references, too.
+    assert len(jobs(made, made.methods, 1, [])) == len(made.methods)
+    if "vote" in made.fusions:
+        assert made.references["vote+exposure"] == "concat_heads+exposure"
 
 
 def test_written_and_read_back(tmp_path):

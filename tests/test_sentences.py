@@ -85,8 +85,8 @@ def test_errors_are_read_as_errors():
     assert sentences.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
     text = " ".join(sentences.verdict(readings))
     assert "mean absolute error falls from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
-    assert "joint has the lowest mean absolute error: 0.507 ± 0.0115, 3 seeds" in text
-    assert "The best single modality is image with 0.713 ± 0.0153" in text
+    assert "joint has the lowest mean absolute error: 0.507 ± 0.012, 3 seeds" in text
+    assert "The best single modality is image with 0.713 ± 0.015" in text
     assert "significantly better: concat (−0.10, on 3 of 3 seeds" in text
     assert sentences.scores_text(readings, "negative_error").startswith(
         "Mean absolute error: joint 0.507, concat 0.610"

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from equipoise import record
 from equipoise.cli.table import show
-from fake_results import METHODS, fake_results
+from fake_results import METHODS, fake_results, one
 
 HEADERS = ["audio = noise", "image = noise", "attention r", "accuracy against", "s/epoch"]
 
@@ -22,8 +23,7 @@ def shown(width, content=None):
     [
         (120, []),
         (80, ["s/epoch", "image = noise"]),
-        (55, ["s/epoch", "image = noise", "audio = noise", "attention r"]),
-        (30, ["s/epoch", "image = noise", "audio = noise", "attention r", "accuracy against"]),
+        (60, ["s/epoch", "image = noise", "audio = noise", "attention r"]),
     ],
 )
 def test_columns_that_have_no_room_are_left_out_and_named(width, gone):
@@ -38,6 +38,46 @@ def test_columns_that_have_no_room_are_left_out_and_named(width, gone):
     assert "…" not in "".join(lines)
 
 
+def test_method_score_and_difference_stay_however_narrow_the_terminal():
+    lines = shown(42)
+    assert lines[1].split() == ["method", "accuracy", "against"]
+    row = next(number for number, line in enumerate(lines) if line.startswith("image"))
+    assert lines[row].split() == ["image", "66.2", "±", "1.8", "concat", "\N{MINUS SIGN}9.7,"]
+    assert lines[row + 1].strip() == "p < 0.001"
+    assert max(map(len, lines)) <= 42
+
+
+def test_without_a_terminal_the_table_has_eighty_columns(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    sheet = io.StringIO()
+    show(fake_results(), Console(file=sheet))
+    assert [line.rstrip() for line in sheet.getvalue().splitlines()] == shown(80)
+
+
+def test_numbers_of_seeds_are_shown_where_they_differ():
+    content = fake_results()
+    assert "5 runs per method" in " ".join(shown(120, content))
+    fewer = record.results(content["runs"][:-1], content["protocol"])
+    assert shown(120, fewer)[0].split()[:3] == ["method", "seeds", "accuracy"]
+    assert next(line for line in shown(120, fewer) if line.startswith("joint+rollingq")).split()[1] == "4"
+
+
+def test_errors_are_errors():
+    errors = {"concat": (-0.5, -0.52, -0.51), "joint": (-0.4, -0.43, -0.42)}
+    runs = [one(method, seed, negative_error=v) for method, each in errors.items() for seed, v in enumerate(each)]
+    lines = shown(80, record.results(runs, {}))
+    assert lines[0].split() == ["method", "MAE", "MAE", "against"]
+    assert lines[3].split() == ["joint", "0.417", "±", "0.015", "concat", "\N{MINUS SIGN}0.093,", "p", "=", "0.001"]
+    assert "mean absolute error (lower is better) and its paired difference" in " ".join(lines)
+
+
+def test_the_table_names_the_fair_control():
+    content = fake_results(rename={"joint": "heads+x", "joint+rollingq": "vote+x"})
+    protocol = {**content["protocol"], "references": {"vote+x": "heads+x"}}
+    lines = shown(120, record.results(content["runs"], protocol))
+    assert "heads+x +1.3, p = 0.059" in next(line for line in lines if line.startswith("vote+x"))
+
+
 def test_differences_are_paired_points_with_p():
     line = next(line for line in shown(120) if line.startswith("joint+rollingq"))
     assert "joint +1.3, p = 0.059" in line
@@ -49,5 +89,5 @@ def test_a_long_name_is_whole():
     name = "joint+" + "+".join(f"balancer{number}" for number in range(9))
     lines = shown(80, fake_results(methods=("concat", "joint"), rename={"joint": name}))
     first = next(number for number, line in enumerate(lines) if line.startswith("joint+"))
-    assert lines[first].partition(" ")[0] + lines[first + 1].strip() == name
+    assert lines[first].split()[0] + lines[first + 1].split()[0] == name
     assert "±" in lines[first]

@@ -155,7 +155,7 @@ def test_fall_back_on_what_the_other_alone_reaches(left, samples, ok):
 def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
     found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["fallback/audio"]
     assert found.text == (
-        "Does not fall back: with audio replaced by noise the score is 30.0 %, without audio it reaches 60.0 % "
+        "Does not fall back: with audio replaced by noise the accuracy is 30.0 %, without audio it reaches 60.0 % "
         "(−30.0 points, p < 0.001, unpaired)."
     )
     assert "fallback/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)

@@ -149,7 +149,7 @@ def _subtitle(readings: Readings) -> str:
 
 
 def _unit(metric: str) -> str:
-    return "%" if is_fraction(metric) else "lower is better" if is_error(metric) else ""
+    return "%" if is_fraction(metric) else "(lower is better)" if is_error(metric) else ""
 
 
 def _row(readings: Readings, method: str) -> dict[str, Any]:

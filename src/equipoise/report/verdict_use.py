@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from .evidence import Comparison, Evidence, Judgement, Verdict
-from .wording import counted, listed
+from .wording import called, counted, listed
 
 SMALL = 0.02
 """Largest effect, as a fraction, that the 95 % interval of a modality may reach that is said to be ignored."""
@@ -157,7 +157,7 @@ def fallback(found: Evidence) -> Iterator[Verdict]:
         figures = {noise: compared.value, wanted: compared.base}
         alone = f"{best} alone reaches" if best else f"without {name} it reaches"
         text = (
-            f"with {name} replaced by noise the score is {found.say(compared.value)}, {alone} "
+            f"with {name} replaced by noise the {called(found.score)} is {found.say(compared.value)}, {alone} "
             f"{found.say(compared.base)} ({found.proof(compared)})"
         )
         left, other = found.compare(noise, found.constant), found.compare(wanted, found.constant)

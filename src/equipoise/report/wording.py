@@ -131,10 +131,15 @@ def with_spread(metric: str, mean: float, sd: float | None) -> str:
 
     Example:
         >>> with_spread("accuracy", 0.5, 0.01), with_spread("negative_error", -0.5, 0.0125)
-        ('50.0 ± 1.0', '0.500 ± 0.0125')
+        ('50.0 ± 1.0', '0.500 ± 0.013')
     """
     text = amount(metric, mean, unit=False)
-    return text if sd is None else f"{text} ± {amount(metric, as_read(metric, sd), unit=False)}"
+    if sd is None:
+        return text
+    if is_error(metric) and text.replace(".", "").isdigit():
+        # As many decimals as the mean.
+        return f"{text} ± {sd:.{len(text.partition('.')[2])}f}"
+    return f"{text} ± {amount(metric, as_read(metric, sd), unit=False)}"
 
 
 def change(metric: str, value: float) -> str:
@@ -148,7 +153,7 @@ def change(metric: str, value: float) -> str:
         return signed(100 * value, 1) + " points"
     value = as_read(metric, value)
     if is_error(metric) and 1e-4 <= abs(value) < 0.1:
-        return f"{value:+.2g}".replace("-", MINUS)
+        return f"{value:+#.2g}".replace("-", MINUS)
     return signed(value) if abs(value) < 1e3 else ("+" if value > 0 else "") + amount(metric, value)
 
 
