@@ -199,9 +199,7 @@ def test_page_never_scrolls_sideways(opened, deep, static, three, width):
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "least"), [(390, 150), (1280, 200)])
-def test_names_of_figures_keep_their_width_and_tables_scroll_in_their_own_box(
-    opened, deep, static, three, width, least
-):
+def test_names_of_figures_keep_their_width_and_tables_scroll(opened, deep, static, three, width, least):
     view = opened(deep, static, three, width=width)
     names = view.locator(".test .figures tbody th")
     assert names.count() > 20
