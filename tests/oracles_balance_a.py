@@ -69,16 +69,20 @@ def agm_error(rows, targets, present, task="classification"):
 
 
 def agm(errors, usual, alpha):
-    """kappa_m; errors are None where a modality is not known."""
-    known = [m for m, error in enumerate(errors) if error is not None]
+    """kappa_m; errors are None where a modality is not known, usual where it never was before."""
+    known = [m for m in range(len(errors)) if errors[m] is not None and usual[m] is not None]
     factors = [1.0] * len(errors)
-    if len(known) < 2:
-        return factors
-    stretch = len(known) / (len(known) - 1)
     for m in known:
-        r = math.exp(stretch * (errors[m] - mean(errors[n] for n in known)))
-        tau = math.exp(stretch * (usual[m] - mean(usual[n] for n in known)))
-        factors[m] = math.exp(alpha * min(tau - r, 7))
+        now, before, others = 0.0, 0.0, 0
+        for n in known:
+            if n != m:
+                now += errors[n]
+                before += usual[n]
+                others += 1
+        if others > 0:
+            r = math.exp(now / others - errors[m])
+            tau = math.exp(before / others - usual[m])
+            factors[m] = math.exp(alpha * min(tau - r, 7))
     return factors
 
 

@@ -1,4 +1,4 @@
-"""AGM against spec 3.3: Shapley responses of real models, coefficients, running means, clipping, what it refuses."""
+"""AGM against its equations: Shapley responses of real models, coefficients, running means, clipping, errors."""
 
 import itertools
 import math
@@ -57,17 +57,22 @@ def slow_errors(made, inputs, task="classification"):
 
 
 def test_coefficients_by_hand():
-    # r = exp(0) = 1 for both; tau = exp(1) and exp(-1).
+    # r = exp(0) = 1 for both; tau = exp(-1) and exp(1).
     found = coefficients(doubles(1, 1), doubles(2, 1), torch.tensor([True, True]), alpha=0.1)
-    expected = doubles(math.exp(0.1 * (math.e - 1)), math.exp(0.1 * (1 / math.e - 1)))
+    expected = doubles(math.exp(0.1 * (1 / math.e - 1)), math.exp(0.1 * (math.e - 1)))
     torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_what_strays_far_is_held_at_seven():
     found = coefficients(doubles(1, 1), doubles(9, 1), torch.tensor([True, True]), alpha=0.1)
-    assert float(found[0]) == pytest.approx(math.exp(0.7))
-    found = coefficients(doubles(18, 0), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
+    assert float(found[1]) == pytest.approx(math.exp(0.7))
+    found = coefficients(doubles(0, 18), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
     assert float(found[0]) == 0.0
+
+
+def test_a_modality_that_gets_ahead_of_its_usual_lead_is_slowed_down():
+    found = coefficients(doubles(0.5, 2), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
+    assert float(found[0]) < 1 < float(found[1])
 
 
 errors = st.lists(st.floats(0, 18.4), min_size=5, max_size=5)
@@ -93,8 +98,9 @@ def test_steps_equal_the_oracle(number, task, make):
         inputs = batch_for(task, names, size=7, seed=seed, missing=("image",))
         plain = step(made, eq.Balancing(made), inputs)
         found = step(made, balancing, inputs)
+        # Means over the steps before this one; the first step has none.
+        usual = [sum(column) / len(history) for column in zip(*history, strict=True)] or [None] * number
         history.append(slow_errors(made, inputs, task))
-        usual = [sum(column) / len(history) for column in zip(*history, strict=True)]
         for name, factor in zip(names, agm(history[-1], usual, 0.5), strict=True):
             weight = f"encoders.{name}.weight"
             torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)

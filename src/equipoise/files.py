@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import SchemaError
 
@@ -61,3 +62,21 @@ def plain(value: Any, where: str = "results") -> Any:
         return plain(value.tolist(), where)
     fix = "Convert it first, for example a path with str(path.name)."
     raise SchemaError(where, expected="numbers, texts, lists, mappings or None", got=type(value).__name__, fix=fix)
+
+
+def without_sharing(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which no two tensors share memory, as safetensors require; repeated ones are copied.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> state = without_sharing({"a": weight, "b": weight})
+        >>> state["a"] is weight, state["b"] is weight
+        (True, False)
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    return found

@@ -18,7 +18,9 @@ except ImportError as error:
     raise ImportError("eq.hf needs transformers and accelerate. Run: pip install 'equipoise[hf]'.") from error
 
 from .balance import Balancer, Balancing, measured_by_pass
+from .balance.base import overrides
 from .errors import ConfigError
+from .files import without_sharing
 from .hf_moda import Moda as Moda
 from .hf_moda import apply_moda as apply_moda
 
@@ -176,6 +178,8 @@ def _give(
 ) -> None:
     for name, balancer in _apart(balancers, module).items():
         state.update({prefix + name + key: value.contiguous() for key, value in balancer.state_dict().items()})
+    # Trainer writes safetensors, which refuse a module that the model holds under two names.
+    state.update(without_sharing(state))
 
 
 def _take(
@@ -276,5 +280,4 @@ def _kept(balancing: Balancing, model: nn.Module) -> bool:
 
 
 def _changes_gradients(balancer: Balancer) -> bool:
-    moments = ("gradient_scale", "before_step")
-    return any(getattr(type(balancer), moment) is not getattr(Balancer, moment) for moment in moments)
+    return overrides(balancer, "gradient_scale") or (balancer.changes_gradients and overrides(balancer, "before_step"))

@@ -16,7 +16,7 @@ from ..evaluation import evaluating
 from ..subsets import shapley_values, subsets
 from ..tokens import Output
 from .base import Balancer, Multimodal
-from .modalities import check_modalities, mean_of_others
+from .modalities import check_encoders_apart, check_modalities, mean_of_others
 from .scores import present, summed, true_score
 from .subset_logits import subset_logits
 
@@ -33,19 +33,19 @@ def coefficients(
     *,
     alpha: float,
 ) -> Float[Tensor, " modality"]:
-    """kappa_m = exp(alpha min(tau_m - r_m, 7)), with r_m = exp(e_m - mean_{n != m} e_n) and tau_m of the usual errors.
+    """kappa_m = exp(alpha min(tau_m - r_m, 7)), with r_m = exp(mean_{n != m} e_n - e_m) and tau_m of the usual errors.
 
     Args:
         errors: (modality,) e_m of this step.
-        usual: (modality,) their running means.
-        known: (modality,) False where nobody has the modality; its coefficient is 1.
+        usual: (modality,) means of e_m over the steps before.
+        known: (modality,) False where the modality has no error in this step or had none before; its coefficient is 1.
         alpha: strength.
 
     Example:
         >>> coefficients(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]), torch.tensor([True, True]), alpha=0.1)
-        tensor([1.1875, 0.9387])
+        tensor([0.9387, 1.1875])
     """
-    ratio, wonted = ((values - mean_of_others(values, known)).exp() for values in (errors, usual))
+    ratio, wonted = ((mean_of_others(values, known) - values).exp() for values in (errors, usual))
     return torch.where(known, (alpha * (wonted - ratio).clamp(max=CEILING)).exp(), 1.0)
 
 
@@ -55,11 +55,15 @@ class AGM(Balancer):
     With phi_m the Shapley value of modality m's tokens for the logits, over all subsets and the empty one too::
 
         e_m = mean_i -log softmax(phi_m)[y_i]
-        r_m = exp(N / (N - 1) (e_m - mean_n e_n)) = exp(e_m - mean_{n != m} e_n)
-        tau_m: the same of the means of e over all steps so far, this one among them
+        r_m = exp(mean_{n != m} e_n - e_m)
+        tau_m: the same of the means of e over the steps before this one
         kappa_m = exp(alpha min(tau_m - r_m, 7));   g_m <- kappa_m g_m
 
-    Where an element of the head's gradient exceeds ``clip``, the norm of the model's whole gradient is clipped to it.
+    A modality of smaller error than the others has r > 1. Where its lead is larger than usual, r > tau, its encoder is
+    slowed down. In the first step, and in the first one that has a modality, there is no tau, and kappa is 1.
+
+    Where an element of the head's gradient exceeds ``clip``, the norm of the model's whole gradient is clipped to it;
+    both are measured on the gradient of the mean loss, however the loop scales it.
 
     A subset is evaluated by fusing the encoders' tokens again, in evaluation mode and without gradient, where the other
     modalities have no tokens: zeros would still draw attention.
@@ -77,7 +81,7 @@ class AGM(Balancer):
     against the whole target, of which it is but a part.
 
     Reference: Li, Li, Hu, Lei, Li and Zhou, "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation"
-    (ICCV 2023); spec 3.3.
+    (ICCV 2023), eq. 4 to 10.
     Differs from the released code in: the whole Shapley value, where code drops f of nothing and the benchmark, by a
     bug, all terms with the empty set; matrices and kernels alone are scaled.
 
@@ -100,6 +104,7 @@ class AGM(Balancer):
     def __init__(self, model: Multimodal, *, alpha: float = 0.1, clip: float = 5.0) -> None:
         super().__init__()
         check_modalities(model, "AGM")
+        check_encoders_apart(model, "AGM")
         if not alpha >= 0 or not clip > 0:
             raise ConfigError("AGM", expected="alpha >= 0 and clip > 0", got=f"alpha = {alpha}, clip = {clip}")
         self._model, self.alpha, self.clip = [model], alpha, clip
@@ -118,11 +123,12 @@ class AGM(Balancer):
         """kappa_m, of all samples of the step on all processes."""
         names = self._model[0].names
         total, count = summed(self._error_sums(output, target))
-        known, errors = count > 0, total / count.clamp(min=1)
+        errors = total / count.clamp(min=1)
+        known, errors = (count > 0) & errors.isfinite(), errors.nan_to_num()
         self.to(errors.device)
+        factors = coefficients(errors, self.usual, known & (self.steps > 0), alpha=self.alpha)
         self.steps += known
         self.usual += torch.where(known, (errors - self.usual) / self.steps.clamp(min=1), 0.0)
-        factors = coefficients(errors, self.usual, known, alpha=self.alpha)
         self.used += torch.cat([factors, factors.new_ones(1)])
         return dict(zip(names, factors, strict=True))
 
@@ -135,7 +141,8 @@ class AGM(Balancer):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         largest = torch.stack([gradient.abs().max() for gradient in heads]).max()
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        factor = torch.where(largest > self.clip, (self.clip / norm.clamp(min=FLOOR)).clamp(max=1.0), 1.0)
+        bound = self.clip * self.gradient_size()
+        factor = torch.where(largest > bound, (bound / norm.clamp(min=FLOOR)).clamp(max=1.0), 1.0)
         for gradient in gradients:
             gradient.mul_(factor)
 

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..tokens import Output, Tokens
 from .base import Balancer, Batch, Multimodal, overrides
 from .forward_pass import ForwardPass
+from .modalities import check_encoders_apart
 from .pending import Pending
 
 ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
@@ -50,13 +51,15 @@ class Balancing:
 
     Raises:
         ConfigError: balancers that cannot be combined, with the reason; one that changes inputs or tokens, for a model
-            that would never call it.
+            that would never call it; one that scales the gradients of encoders which share parameters.
     """
 
     def __init__(self, model: Multimodal, balancers: Sequence[Balancer] = ()) -> None:
         self.model, self.balancers = model, list(balancers)
         _check(self.balancers)
         self._scaling = [b for b in self.balancers if overrides(b, "gradient_scale")]
+        for balancer in self._scaling:
+            check_encoders_apart(model, type(balancer).__name__)
         self._pending = Pending(model)
         for balancer in self.balancers:
             balancer.join(self._pending)

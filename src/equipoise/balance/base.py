@@ -132,14 +132,14 @@ class Balancer(nn.Module):
         """
         return self._pending.size()
 
-    def when_reached(self, moment: Callable[[Tensor], None]) -> None:
+    def when_reached(self, moment: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
         """In ``penalty``: calls ``moment`` with the gradient of this batch's loss when a backward pass begins there.
 
-        The graph is whole then: ``torch.autograd.grad(term, parameters, gradient, retain_graph=True)`` is what this
-        backward pass brings of one term, scaled as the loop scales the loss.
+        It returns what is noted, key -> tensor. The graph is whole then, so ``term_gradients(term, parameters,
+        gradient, who)`` is what this backward pass brings of one term, scaled as the loop scales the loss.
         """
         if self._pending.noting():
-            self._pending.moments.append(moment)
+            self._pending.moments.append((self, moment))
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Is given each optimiser before training starts, also when it resumes; for methods that reset its state."""

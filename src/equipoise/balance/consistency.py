@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..consistency import ConsistencyLoss
 from ..consistency.loss import Kind
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import check_modalities
@@ -79,6 +80,10 @@ class Consistency(Balancer):
         if loss.weight == 0:
             return None
         tokens = {name: output.tokens[name] for name in self._model[0].names}
-        maps = loss.supermatrix(tokens)
+        try:
+            maps = loss.supermatrix(tokens)
+        except NonFiniteError:
+            # A loss that is NaN, as the task's is, so that loops and GradScaler can skip the batch.
+            return output.features.sum() * torch.nan
         # Samples that lack a modality are left out there; counted as 0, parts of a batch add up to the whole.
         return loss.of(maps, len(tokens)) * (len(maps) / max(len(target), 1))

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from ..errors import ConfigError
 from .base import Balancer, Multimodal
 from .cross_gate import CrossGate, GatedTokens
-from .modalities import check_modalities
+from .modalities import check_encoders_apart, check_modalities
 
 
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
@@ -103,6 +103,7 @@ class Greedy(Balancer):
     def __init__(self, model: Multimodal, *, window: int = 5, threshold: float = 1e-3, ratio: float = 4.0) -> None:
         super().__init__()
         check_modalities(model, "Greedy")
+        check_encoders_apart(model, "Greedy")
         if window < 1 or not threshold >= 0 or not ratio > 0:
             raise ConfigError(
                 "Greedy", expected="window >= 1, threshold >= 0 and ratio > 0",

@@ -17,6 +17,7 @@ from ..tokens import Output
 from .base import Balancer, Multimodal
 from .modalities import at_least_single, check_modalities, masked_mean
 from .scores import modality_logits, present, summed
+from .term_gradients import term_gradients
 
 LEAST, MOST = 0.05, 0.95
 """Between which a learned weight stays."""
@@ -156,16 +157,16 @@ class LFM(Balancer):
             pairs.append(masked_mean(losses, present(output, one) & present(output, other)))
         return torch.stack(pairs).mean()
 
-    def _compare(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> None:
-        """Notes both gradients times samples, and samples; scaled as the loop scales the loss, then unscaled."""
+    def _compare(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> dict[str, Tensor]:
+        """Both gradients times samples, and samples; scaled as the loop scales the loss, then unscaled."""
         found = torch.stack([self._gradient(term, gradient) for term in (task, apart)]) / gradient
-        self.note("gradients", torch.cat([found * size, found.new_full((2, 1), size)], dim=1))
+        return {"gradients": torch.cat([found * size, found.new_full((2, 1), size)], dim=1)}
 
     def _gradient(self, loss: Tensor, gradient: Tensor) -> Tensor:
         """With respect to everything that learns, as one vector."""
         model: Any = self._model[0]
         learning = [p for p in model.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, learning, gradient.to(loss), retain_graph=True, allow_unused=True)
+        found = term_gradients(loss, learning, gradient, "LFM")
         return torch.cat(
             [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(learning, found, strict=True)]
         )

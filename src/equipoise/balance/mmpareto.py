@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens import Output
 from .base import Balancer, Multimodal
-from .modalities import check_modalities, unimodal_losses
+from .modalities import check_encoders_apart, check_modalities, unimodal_losses
 from .scores import heads_teach, summed
+from .term_gradients import term_gradients
 
 
 def pareto_weights(joint: Float[Tensor, " n"], alone: Float[Tensor, " n"]) -> Float[Tensor, " 2"]:
@@ -102,6 +103,7 @@ class MMPareto(Balancer):
     def __init__(self, model: Multimodal, *, gamma: float = 1.5) -> None:
         super().__init__()
         check_modalities(model, "MMPareto")
+        check_encoders_apart(model, "MMPareto")
         if not gamma > 0:
             raise ConfigError("MMPareto", expected="gamma > 0", got=f"gamma = {gamma}")
         self._model, self.gamma = [model], gamma
@@ -132,16 +134,13 @@ class MMPareto(Balancer):
                 if parameter.grad is not None:
                     parameter.grad.copy_(gradient)
 
-    def _take_apart(self, total: Tensor, gradient: Tensor) -> None:
-        """Notes what this backward pass brings to the encoders of the modalities' own losses."""
+    def _take_apart(self, total: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """What this backward pass brings to the encoders of the modalities' own losses."""
         learning = self._learning()
         every = [p for group in learning.values() for p in group]
-        if not every:
-            return
-        found = torch.autograd.grad(total, every, gradient.to(total), retain_graph=True, allow_unused=True)
+        found = term_gradients(total, every, gradient, "MMPareto") if every else ()
         whole = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True))
-        for name, group in learning.items():
-            self.note(name, _flat([next(whole) for _ in group]))
+        return {name: _flat([next(whole) for _ in group]) for name, group in learning.items()}
 
     def _learning(self) -> dict[str, list[nn.Parameter]]:
         """name -> what the encoder learns; encoders that learn nothing are left out."""

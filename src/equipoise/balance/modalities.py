@@ -28,6 +28,20 @@ def check_modalities(model: Multimodal, who: str) -> None:
         raise ConfigError(who, expected="two or more modalities", got=f"{', '.join(model.names) or 'none'}")
 
 
+def check_encoders_apart(model: Multimodal, who: str) -> None:
+    """Raises ConfigError where two modalities' encoders share a parameter, whose gradient is the sum of both."""
+    owners: dict[int, tuple[str, str]] = {}
+    for name in model.names:
+        for key, parameter in model.encoders[name].named_parameters():
+            other, its_key = owners.setdefault(id(parameter), (name, key))
+            if other != name:
+                raise ConfigError(
+                    who, expected="encoders that share no parameter, since each is treated as its modality needs",
+                    got=f"'{its_key}' of '{other}', which is '{key}' of '{name}' too",
+                    fix=f"Give '{name}' an encoder of its own (copy.deepcopy), or leave {who} out.",
+                )  # fmt: skip
+
+
 def teaching_logits(model: Multimodal, output: Output, who: str) -> dict[str, Tensor]:
     """name -> (batch, output): what each modality alone says, with a gradient that reaches its encoder.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens import Output
 from .base import Balancer, Multimodal
-from .modalities import check_modalities, discrepancy_ratio, score_sums
+from .modalities import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
 from .scores import summed
 
 
@@ -79,6 +79,7 @@ class OGM(Balancer):
         super().__init__()
         self._who = type(self).__name__
         check_modalities(model, self._who)
+        check_encoders_apart(model, self._who)
         if not alpha >= 0 or not 0 <= start <= stop:
             raise ConfigError(
                 self._who, expected="alpha >= 0 and 0 <= start <= stop",

@@ -16,14 +16,18 @@ from .draws import drawing
 from .ogm import OGM
 
 
-def noise_scale(gradient: Tensor) -> Float[Tensor, ""]:
+def noise_scale(gradient: Tensor, *, size: Tensor | float = 1.0) -> Float[Tensor, ""]:
     """std(g) + 1e-8, one number for a parameter's whole gradient; a single element has no spread.
+
+    Args:
+        gradient: of a parameter.
+        size: how many times the gradient of the mean loss it is; the summand 1e-8 is scaled by it.
 
     Example:
         >>> noise_scale(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
         tensor(2.5820)
     """
-    return gradient.std(correction=min(1, gradient.numel() - 1)) + 1e-8
+    return gradient.std(correction=min(1, gradient.numel() - 1)) + 1e-8 * size
 
 
 class OGMGE(OGM):
@@ -79,7 +83,8 @@ class OGMGE(OGM):
         factors, encoders = super().gradient_scale(output, target), self._model[0].encoders
         if factors is not None:
             weights = [p for name in factors for p in encoder_weights(encoders[name])]
-            self._scales = [(p, noise_scale(p.grad)) for p in weights if p.grad is not None]
+            size = self.gradient_size()
+            self._scales = [(p, noise_scale(p.grad, size=size)) for p in weights if p.grad is not None]
         return factors
 
     def before_step(self) -> None:

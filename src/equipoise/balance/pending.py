@@ -17,7 +17,7 @@ from ..tokens import Output, Tokens
 OPEN = 16
 """Forward passes that are remembered until the next step, so that a recomputation finds the one that it repeats."""
 
-Moment = Callable[[Tensor], None]
+Moment = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def recomputing() -> bool:
@@ -84,8 +84,10 @@ class Record:
     def waits_for_loss(self) -> bool:
         """Whether its loss may still come: with gradient, the output in use, and finite."""
         features = self._features()
-        alive = self.with_gradient and not self.has_loss and features is not None
-        return alive and features is not None and bool(features.isfinite().all())
+        if not self.with_gradient or self.has_loss or features is None:
+            return False
+        # Detached: checkpointing counts what is saved for backward.
+        return bool(features.detach().isfinite().all())
 
 
 class Pending:
@@ -103,7 +105,7 @@ class Pending:
         self.model = model
         self.step: list[Record] = []
         self._committed: list[Record] = []
-        self.moments: list[Moment] = []
+        self.moments: list[tuple[object, Moment]] = []
         self._open: deque[Record] = deque(maxlen=OPEN)
         self._current: tuple[int, Record] | None = None
         self._last: Record | None = None
@@ -112,6 +114,7 @@ class Pending:
         self._counts: bool | None = None
         self._parameter: nn.Parameter | None = None
         self._raw: Tensor | None = None
+        self._now: Tensor | None = None
         self._version = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,6 +206,7 @@ class Pending:
             return found if bool(largest.isfinite()) else []
         if now is None:
             return []
+        self._now = now.detach().clone()
         figures = torch.stack([largest, *(tensor.abs().max().to(largest) for tensor in (raw, now))])
         bound, brought, kept = figures.tolist()
         # Zeros in place of what backward brought: the loop has cleared the gradients.
@@ -213,10 +217,9 @@ class Pending:
 
         1 in a plain loop; less where the loop unscaled, averaged over processes or clipped them since.
         """
-        parameter, raw = self._parameter, self._raw
-        if parameter is None or raw is None or parameter.grad is None:
+        if self._raw is None or self._now is None:
             return 1.0
-        raw, now = summed(raw).flatten(), parameter.grad.flatten()
+        raw, now = summed(self._raw).flatten(), self._now.flatten()
         place = raw.abs().argmax()[None]
         largest = raw.gather(0, place)[0]
         return torch.where(largest == 0, 1.0, now.gather(0, place)[0] / torch.where(largest == 0, 1.0, largest))
@@ -226,7 +229,7 @@ class Pending:
         scales = [record.scale for record in self.committed if record.scale is not None]
         return summed(torch.stack(scales).sum()) * self.ratio() if scales else 1.0
 
-    def _reach(self, record: Record, moments: Iterable[Moment], gradient: Tensor) -> None:
+    def _reach(self, record: Record, moments: Iterable[tuple[object, Moment]], gradient: Tensor) -> None:
         self._drop_cleared()
         if not self.step:
             self._raw = None
@@ -241,13 +244,13 @@ class Pending:
             self.step.append(record)
         record.scale = gradient if record.scale is None else record.scale + gradient
         record.reached.add(_task())
-        before = self._current, self._counts, self._active
-        self._current, self._counts, self._active = (_task(), record), True, record
+        self._active = record
         try:
-            for moment in moments:
-                moment(gradient)
+            for balancer, moment in moments:
+                for key, value in moment(gradient).items():
+                    record.add(balancer, key, value)
         finally:
-            self._current, self._counts, self._active = before
+            self._active = None
 
     def _first_pass(self, signature: tuple) -> Record:
         """The record of the forward pass that a recomputation repeats."""
@@ -305,6 +308,9 @@ class Pending:
     def _drop_cleared(self) -> None:
         """Forgets batches whose gradients the loop has cleared: a step that it gave up, the first pass of SAM."""
         if not self.step or self.model is None:
+            return
+        if any(_task() in record.reached for record in self.step):
+            # Several losses in one backward pass, which has not come to the parameters yet.
             return
         raw, gradient = self._raw, None if self._parameter is None else self._parameter.grad
         if raw is None or self._parameter is None:

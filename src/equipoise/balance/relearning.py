@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..evaluation import evaluating
 from .base import Balancer, Batch, Multimodal
 from .categories import bin_edges, categories, category_counts
-from .modalities import at_least_single, check_modalities
+from .modalities import at_least_single, check_encoders_apart, check_modalities
 from .scores import present, summed
 
 
@@ -100,6 +100,7 @@ class ReLearning(Balancer):
     ) -> None:  # fmt: skip
         super().__init__()
         check_modalities(model, "ReLearning")
+        check_encoders_apart(model, "ReLearning")
         if every < 1 or times < 0 or not strength > 0 or bins < 2:
             raise ConfigError(
                 "ReLearning", expected="every >= 1, times >= 0, strength > 0 and bins >= 2",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..tokens import Output, Tokens, as_tokens
 from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, masked_mean
+from .modalities import at_least_single, check_encoders_apart, check_modalities, masked_mean
 from .pending import recomputing
 
 
@@ -75,6 +75,7 @@ class UMT(Balancer):
     ) -> None:
         super().__init__()
         check_modalities(model, "UMT")
+        check_encoders_apart(model, "UMT")
         unknown = sorted(set(teachers or {}) - set(model.names))
         if unknown or not strength >= 0:
             raise ConfigError(

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from ..errors import DataError
+from ..files import without_sharing
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -51,7 +52,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial)
+    save_file(without_sharing(state), partial)
     os.replace(partial, path)
 
 
