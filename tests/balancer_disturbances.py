@@ -1,5 +1,6 @@
 """Training loops that are disturbed in some way, and the same loops left alone: both must end with the same weights."""
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -7,8 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import equipoise as eq
-from balancer_cases import attached, sgd
+from balancer_cases import ATTENTION, BALANCERS, attached, joint, sgd
 from equipoise.errors import EquipoiseError
+from small_fusion import batch
 from small_tasks import batch_for
 from tolerance import TOL
 
@@ -88,6 +90,8 @@ class SkippedBatch(Loop):
 
 
 class SkippedNan(SkippedBatch):
+    """A batch with NaN whose loss is not back-propagated."""
+
     fill = torch.nan
 
 
@@ -129,6 +133,8 @@ class DroppedStep(Loop):
 
 
 class ZeroedStep(DroppedStep):
+    """The same with gradients that are set to zero and not to None."""
+
     zeros = True
 
     def step(self, inputs, number):
@@ -151,10 +157,14 @@ class ValidationEval(Loop):
 
 
 class ValidationTrain(ValidationEval):
+    """A validation loss in training mode without gradient."""
+
     training = True
 
 
 class ValidationEvalGradient(ValidationEval):
+    """A validation loss in evaluation mode with gradient."""
+
     gradient = True
 
 
@@ -166,7 +176,7 @@ class Checkpoint(Loop):
 
 
 class CheckpointReentrant(Loop):
-    """The same of the older kind, which returns tensors alone."""
+    """The model under the older, reentrant kind of checkpointing."""
 
     def output(self, inputs):
         passes = []
@@ -198,6 +208,8 @@ class CheckpointLoss(Loop):
 
 
 class CheckpointLossReentrant(CheckpointLoss):
+    """The same of the older, reentrant kind."""
+
     reentrant = True
 
 
@@ -211,6 +223,8 @@ class CheckpointFusion(Loop):
         fusion, inside = self.model.fusion, self.model.fusion.forward
 
         def forward(tokens):
+            if not torch.is_grad_enabled():
+                return inside(tokens)
             names, layout = list(tokens), []
 
             def tensors(*values):
@@ -226,6 +240,8 @@ class CheckpointFusion(Loop):
 
 
 class CheckpointFusionReentrant(CheckpointFusion):
+    """The same of the older, reentrant kind."""
+
     reentrant = True
 
 
@@ -320,6 +336,26 @@ DISTURBANCES = {
 }  # fmt: skip
 CLEAN = {kind.__name__: kind for kind in (Loop, ScaledLoop, Accumulated)}
 
+REFUSED = {
+    "TwoLosses": ("Exposure", "ModalityDropout", "OPM"),
+    "CheckpointReentrant": ("LFM", "MMPareto"),
+    "CheckpointFusionReentrant": ("LFM",),
+}
+"""Loops that these balancers refuse, with an error that says what to do."""
+
+DIFFERENT = {
+    "RollingQ": ("SkippedBatch", "SkippedNan", "SkippedStep", "DroppedStep", "ZeroedStep", "ValidationTrain"),
+    "ProgressiveRollingQ": (
+        "SkippedBatch",
+        "SkippedNan",
+        "SkippedStep",
+        "DroppedStep",
+        "ZeroedStep",
+        "ValidationTrain",
+    ),
+}
+"""Loops in which a balancer still counts forward passes that no step follows."""
+
 _weights = {}
 
 
@@ -347,16 +383,19 @@ def outcome(name, disturbance):
 
 
 def shared(name):
-    """The outcome of training a model of which two modalities share an encoder."""
+    """A model of which two modalities share an encoder, the balancing around it and a batch; or the error."""
     torch.manual_seed(0)
     one = torch.nn.Linear(3, 12)
     encoders = {"left": one, "right": one, "image": torch.nn.Linear(5, 12)}
-    from balancer_cases import ATTENTION, BALANCERS, joint, made_for
-
     fusion = joint(ATTENTION[name]) if name in ATTENTION else eq.Concat(12)
     model = eq.FusionModel(encoders, fusion, 3, unimodal="train" if BALANCERS[name].needs_heads else "probe").double()
+    whole = batch()
+    audio = whole.pop("audio")
+    inputs = {"left": audio, "right": audio.flip(0), **whole}
+    kind, taken = BALANCERS[name], inspect.signature(BALANCERS[name]).parameters
+    given = {"model": model, "fusion": model.fusion, "layer": getattr(model.fusion, "attention", None), "epochs": 4}
     try:
-        balancing = eq.Balancing(model, [made_for(model, name)])
-    except (EquipoiseError, KeyError) as error:
-        return str(error)
-    return model, balancing
+        balancer = kind(**{key: value for key, value in given.items() if key in taken})
+        return model, eq.Balancing(model, [balancer]), inputs
+    except EquipoiseError as error:
+        return error

@@ -81,7 +81,7 @@ class AGM(Balancer):
     against the whole target, of which it is but a part.
 
     Reference: Li, Li, Hu, Lei, Li and Zhou, "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation"
-    (ICCV 2023), eq. 4 to 10.
+    (ICCV 2023).
     Differs from the released code in: the whole Shapley value, where code drops f of nothing and the benchmark, by a
     bug, all terms with the empty set; matrices and kernels alone are scaled.
 
