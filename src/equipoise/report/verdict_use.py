@@ -98,7 +98,9 @@ def _one(found: Evidence, name: str) -> _Use | None:
 def _together(found: Evidence, single: list[_Use]) -> Verdict:
     """All modalities in one sentence."""
     names = found.names
-    groups = {kind: [name for name, one in zip(names, single, strict=True) if one.kind == kind] for kind in CLAIMS}
+    groups: dict[Kind, list[str]] = {
+        kind: [name for name, one in zip(names, single, strict=True) if one.kind == kind] for kind in CLAIMS
+    }
     every = "both modalities" if len(names) == 2 else f"all {len(names)} modalities"
     if len(groups["used"]) == len(names):
         return _lean(found) or Verdict(
