@@ -104,7 +104,7 @@ def _together(found: Evidence, single: list[_Use]) -> Verdict:
     every = "both modalities" if len(names) == 2 else f"all {len(names)} modalities"
     if len(groups["used"]) == len(names):
         return _lean(found) or Verdict(
-            "use", f"uses {every}", f"Uses {every}: the score falls significantly without any of them.",
+            "use", f"uses {every}", f"Uses {every}: the score is significantly worse without any one of them.",
             _drops(found), single[0].verdict.test, "good",
         )  # fmt: skip
     claim = listed([f"{CLAIMS[kind]} {listed(group)}" for kind, group in groups.items() if group])
