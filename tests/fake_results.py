@@ -46,6 +46,7 @@ def _run(method, seed, fold, epochs, names):
     if share is not None:
         audio_share = near(share)
         metrics |= {"noise_attention_r": near(r, 0.05), "air": near(air, 0.03)}
+        metrics["noise_attention_r_own"] = metrics["noise_attention_r"] / 2
         metrics |= {"share/audio": audio_share, "share/image": 0.97 - audio_share}
         run["shares"] = {"clean": _histogram(rng, 1 - share, 0.07), "noise": _histogram(rng, 1 - share + r / 4, 0.09)}
         run["keys"] = _keys(rng, air, "+" in method)

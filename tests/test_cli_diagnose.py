@@ -14,8 +14,8 @@ from small_runs import recipe
 
 METHODS = ("audio", "image", "concat", "joint", "deep")
 SAME = (
-    "accuracy", "accuracy_noise/audio", "accuracy_noise/image", "noise_attention_r", "share/audio", "share/image",
-    "air", "parameters", "flops",
+    "accuracy", "accuracy_noise/audio", "accuracy_noise/image", "noise_attention_r", "noise_attention_r_own",
+    "share/audio", "share/image", "air", "parameters", "flops",
 )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def test_metrics_are_there_and_possible(done, method):
         if method != "concat":
             fractions += ["share/audio", "share/image"]
             assert -1 <= metrics["noise_attention_r"] <= 1
+            assert -1 <= metrics["noise_attention_r_own"] <= 1
+            assert metrics["noise_attention_r_own"] != metrics["noise_attention_r"]
             assert -2 <= metrics["air"] <= 2
             assert metrics["share/audio"] + metrics["share/image"] < 1 + 1e-6
             assert run["noise_modality"] == "audio"

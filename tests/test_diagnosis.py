@@ -76,7 +76,10 @@ def test_scores_against_loops(deep):
 
 def test_figures_are_those_of_the_tests_alone(deep):
     made, loader, outside, found = deep
-    response = noise_response(made, loader, modality="image", seed=3)
+    statistics = {"image": input_statistics(loader, "image", who="test")}
+    response = noise_response(made, loader, modality="image", noise=statistics, seed=3)
+    own = noise_response(made, loader, modality="image", seed=3)
+    assert found.metrics["noise_attention_r_own"] == pytest.approx(own.r)
     assert found.metrics["noise_attention_r"] == pytest.approx(response.r)
     assert found.metrics["noise_attention_r_same"] == pytest.approx(response.r_same)
     assert found.metrics["noise_attention_p"] == pytest.approx(response.p)

@@ -160,7 +160,9 @@ def test_tasks_with_three_modalities(task):
     found = evaluate(model, source, recipe())
     score = "negative_error" if task == "regression" else "accuracy"
     names = {f"{score}_noise/{name}" for name in source.names} | {f"share/{name}" for name in source.names}
-    assert names | {score, "noise_attention_r", "air", "parameters", "flops"} == set(found["metrics"])
+    assert names | {score, "noise_attention_r", "noise_attention_r_own", "air", "parameters", "flops"} == set(
+        found["metrics"]
+    )
     logits = model.eval()({**source.test.inputs}).logits.detach()
     if task == "regression":
         wanted = -float((logits - source.test.target).abs().mean())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from equipoise.diagnose.noise import input_statistics, most_attended, noise_response, pearson, response
-from equipoise.diagnose.reading import Noise, Reading, read
+from equipoise.diagnose.reading import Noise, Reading, read, sample_statistics, valid_of
 from equipoise.errors import ConfigError, ShapeError
 from small_fusion import batch, model
 from tolerance import TOL
@@ -89,6 +89,62 @@ def test_of_a_model(names):
     assert noise_response(made, lambda: batches).modality == most_attended(read(made, batches))
 
 
+def test_noise_of_each_samples_own_level():
+    """A loop over samples: the mean and deviation of the values that a mask leaves, NaN under it left alone."""
+    made, inputs = model(), batch(size=6)
+    inputs["audio"] = inputs["audio"] * torch.arange(1.0, 7.0).double()[:, None, None] + 3
+    token = torch.ones(6, 7, dtype=torch.bool)
+    token[1, 4:], token[2, :] = False, False
+    inputs["mask"] = {"audio": token}
+    inputs["audio"][1, 4:] = torch.nan
+    found = noise_response(made, [inputs], modality="audio", seed=3)
+    drawn = torch.randn(6, 7, 3, generator=torch.Generator().manual_seed(3 * 1_000_003)).double()
+    replaced = inputs["audio"].clone()
+    for i in range(6):
+        own = inputs["audio"][i][token[i]]
+        if len(own):
+            deviation = math.sqrt(sum((float(x) - float(own.mean())) ** 2 for x in own.flatten()) / own.numel())
+            replaced[i] = drawn[i] * deviation + own.mean()
+    made.eval()
+    share = made({**inputs, "audio": replaced}).share.mean(dim=1)[:, 1]
+    # The sample without audio is left out.
+    torch.testing.assert_close(found.noise, share[[0, 1, 3, 4, 5]].float(), **TOL[torch.float32])
+    assert len(found.clean) == 5
+    mean, std = input_statistics([inputs], "audio", who="test")
+    valid = inputs["audio"][token]
+    assert (mean, std) == pytest.approx((float(valid.mean()), float(valid.std(correction=0))))
+
+
+def test_masks_of_samples_and_of_tokens_that_the_encoder_makes():
+    values = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
+    for mask in (torch.tensor([True, False]), torch.tensor([[True, False, True], [False, False, False]])):
+        valid = valid_of({"mask": {"audio": mask}}, "audio", values)
+        assert valid.tolist() == [[True], [False]]
+        assert [part[:, 0].tolist() for part in sample_statistics(values, valid)] == [[2.0, 0.0], [1.0, 0.0]]
+    assert valid_of({}, "audio", values).all()
+
+
+def test_absent_samples_do_not_count():
+    made, inputs = model(), batch(size=7, missing=("audio",))
+    has = inputs["mask"]["audio"]
+    kept = {name: values[has] for name, values in inputs.items() if name != "mask"}
+    found, alone = (
+        noise_response(made, [part], modality="audio", noise={"audio": (9.0, 0.0)}) for part in (inputs, kept)
+    )
+    assert len(found.clean) == int(has.sum()) < 7
+    assert found.r == pytest.approx(alone.r)
+
+
+def test_the_sign_may_depend_on_the_level():
+    """Noise of another level moves attention this way or that way, noise of the own level less."""
+    made = model(names=("audio", "image"), heads=1)
+    batches = [batch(seed=seed, size=50) for seed in range(2)]
+    own = noise_response(made, batches, modality="audio").r
+    loud, quiet = (noise_response(made, batches, modality="audio", noise={"audio": (m, 1.0)}).r for m in (6.0, -6.0))
+    assert loud * quiet < 0
+    assert abs(own) < min(abs(loud), abs(quiet))
+
+
 def test_constant_attention_has_no_response():
     made = model(depth=1)
     with torch.no_grad():
@@ -112,6 +168,8 @@ def test_errors():
         noise_response(made, [batch()], modality="imag")
     with pytest.raises(ConfigError, match="expected a known entry of noise, got 'image'"):
         noise_response(made, [batch()], modality="image", noise={"audio": (0.0, 1.0)})
+    with pytest.raises(ConfigError, match=r"expected noise = 'sample', or a dict: .*, got 'train'\. For the training"):
+        noise_response(made, [batch()], modality="image", noise="train")
     with pytest.raises(ConfigError, match="read: expected a known modality"):
         read(made, [batch()], noise=Noise("imag"))
     with pytest.raises(ShapeError, match=r"at least one batch, got none. Is the split empty, or the loader used up"):

@@ -134,6 +134,14 @@ def test_quality(r, p, claim, ok):
     assert "nan" not in found.text
 
 
+def test_signs_that_differ_are_of_the_level_of_noise():
+    found = said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
+    assert (found.claim, found.ok, found.test) == ("reacts to the level of noise", "bad", "response")
+    assert "r = \N{MINUS SIGN}0.39, with noise of each sample's own r = +0.03. The signs differ" in found.text
+    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
+    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
+
+
 def test_few_samples_do_not_call_attention_blind():
     found = said(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
     assert (found.claim, found.ok) == ("shows no significant response of attention to noise", "neutral")

@@ -184,7 +184,7 @@ def pairs(runs: Iterable[Run], method: str, reference: str | None, metric: str) 
         if run["method"] != method or partner is None:
             continue
         here, other = number(run["metrics"].get(metric)), number(partner["metrics"].get(metric))
-        same = metric != "noise_attention_r" or run.get("noise_modality") == partner.get("noise_modality")
+        same = not metric.startswith("noise_attention_r") or run.get("noise_modality") == partner.get("noise_modality")
         if here is not None and other is not None and same:
             found.append((here, other))
     return found

@@ -1,19 +1,19 @@
-"""Does attention leave a modality that has been destroyed? Pearson's r of noise and attention (spec 8.3)."""
+"""Does attention leave a modality that has been destroyed? Pearson's r of noise and attention."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
-from .reading import Noise, Reading, input_of, read
+from .reading import Noise, Reading, input_of, read, valid_of
 
 Loader = Iterable[Mapping[str, Any]]
 
@@ -79,7 +79,7 @@ def most_attended(reading: Reading) -> str:
 
 
 def response(clean: Reading, noisy: Reading, modality: str) -> NoiseResponse:
-    """The response out of two readings of the same samples.
+    """The response out of two readings of the same samples; those that lack the modality are left out.
 
     Raises:
         ConfigError: a model without attention.
@@ -87,10 +87,12 @@ def response(clean: Reading, noisy: Reading, modality: str) -> NoiseResponse:
     if clean.share is None or noisy.share is None:
         raise _static()
     column = clean.names.index(modality)
-    own = [reading.share.mean(dim=1)[:, column] for reading in (clean, noisy)]  # type: ignore[union-attr]
+    has = slice(None) if clean.cosine is None else ~clean.cosine[..., column].isnan().any(dim=1)
+    shares = [reading.share[has].mean(dim=1) for reading in (clean, noisy)]  # type: ignore[index]
+    own = [share[:, column] for share in shares]
     # Summed, not subtracted from the whole: what nobody else gets must be 0, not a rounding error.
     rest = [index for index in range(len(clean.names)) if index != column]
-    others = [reading.share.mean(dim=1)[:, rest].sum(dim=1) for reading in (clean, noisy)]  # type: ignore[union-attr]
+    others = [share[:, rest].sum(dim=1) for share in shares]
     replaced = torch.cat([torch.zeros(len(own[0])), torch.ones(len(own[1]))])
     r, p = pearson(replaced, torch.cat(others))
     if math.isnan(r):
@@ -112,13 +114,19 @@ def noise_response(
     loader: Loader | Callable[[], Loader],
     *,
     modality: str | None = None,
-    noise: Mapping[str, tuple[float, float]] | None = None,
+    noise: Mapping[str, tuple[float, float]] | Literal["sample"] = "sample",
     seed: int = 0,
 ) -> NoiseResponse:
     """Replaces a whole modality by Gaussian noise and asks whether attention leaves it.
 
     z = 1 for the replaced copy of a sample, 0 for the clean one; s = attention to the other modalities;
-    r = Pearson(z, s) over all 2n. It speaks of attention, not of use: read it beside the accuracy under noise.
+    r = Pearson(z, s) over all 2n. Samples that lack the modality are left out. It speaks of attention, not of use: read
+    it beside the accuracy under noise.
+
+    Noise of the training statistics differs from a sample in its level, too, where test data have another level than
+    training data. Where r changes its sign with ``noise="sample"``, attention reacts to the level of its input, not to
+    the loss of content. ``results.json`` has both: ``noise_attention_r`` with training statistics, and
+    ``noise_attention_r_own``.
 
     Args:
         model: a FusionModel with attention.
@@ -126,7 +134,8 @@ def noise_response(
             target is needed.
         modality: the one that is replaced; by default the one that the query lies closest to. Choose it on validation
             data when you report on test data.
-        noise: name -> (mean, std) of the noise; by default those of the loader's own inputs.
+        noise: ``"sample"``: each sample's noise has the mean and standard deviation of its own valid values; or name ->
+            (mean, std) of the training inputs, which ``Dataset.noise`` holds and ``input_statistics`` computes.
         seed: of the noise.
 
     Returns:
@@ -136,8 +145,9 @@ def noise_response(
         ConfigError: a model without attention or without names, an unknown modality. ShapeError: batches that are no
             dicts, or lack the modality.
 
-    Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d; spec 8.3.
-    Differs from the paper in: the paper does not say which attention it correlates; both signs are given.
+    Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d.
+    Differs from the paper in: the paper says neither which attention it correlates, so that both signs are given, nor
+    the statistics of its noise.
     """
     batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     clean = read(model, batches())
@@ -146,17 +156,32 @@ def noise_response(
     modality = modality or most_attended(clean)
     if modality not in clean.names:
         raise unknown_name("noise_response", "modality", modality, clean.names)
-    if noise and modality not in noise:
-        raise unknown_name("noise_response", "entry of noise", modality, noise)
-    mean, std = noise[modality] if noise else input_statistics(batches(), modality, who="noise_response")
-    return response(clean, read(model, batches(), noise=Noise(modality, mean, std, seed)), modality)
+    if isinstance(noise, Mapping):
+        if modality not in noise:
+            raise unknown_name("noise_response", "entry of noise", modality, noise)
+        drawn = Noise(modality, *noise[modality], seed=seed)
+    elif noise == "sample":
+        drawn = Noise(modality, seed=seed, distribution="per_sample")
+    else:
+        raise ConfigError(
+            "noise_response", expected="noise = 'sample', or a dict: modality name -> (mean, std)", got=repr(noise),
+            fix="For the training statistics give noise=dataset.noise.",
+        )  # fmt: skip
+    return response(clean, read(model, _having(batches(), modality), noise=drawn), modality)
+
+
+def _having(batches: Loader, modality: str) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        input_of(batch, modality, "noise_response")
+        yield batch
 
 
 def input_statistics(batches: Loader, modality: str, *, who: str) -> tuple[float, float]:
-    """(mean, standard deviation) over all values of one modality's inputs; ``who`` begins the errors."""
+    """(mean, standard deviation) over all valid values of one modality's inputs; ``who`` begins the errors."""
     count, total, squares = 0, 0.0, 0.0
     for batch in batches:
-        values = input_of(batch, modality, who).cpu().double()
+        values = input_of(batch, modality, who)
+        values = values[valid_of(batch, modality, values).expand(values.shape)].cpu().double()
         count += values.numel()
         total += float(values.sum())
         squares += float(values.square().sum())

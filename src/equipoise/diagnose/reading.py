@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
@@ -47,9 +47,10 @@ class Noise:
 
     Args:
         modality: whose input is replaced.
-        mean, std: of the noise; the data set's own statistics as the model sees its inputs.
+        mean, std: of the noise; those of the training inputs as the model sees them.
         seed: the same seed gives the same noise for the same batches.
-        distribution: ``"dataset"`` takes ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the sample's.
+        distribution: ``"dataset"`` takes ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
+            standard deviation of each sample's own valid values.
     """
 
     modality: str
@@ -58,15 +59,15 @@ class Noise:
     seed: int = 0
     distribution: Distribution = "dataset"
 
-    def of(self, values: Tensor, batch_number: int) -> Tensor:
-        """Noise of the shape of ``values``."""
+    def of(self, values: Tensor, batch_number: int, valid: Tensor | None = None) -> Tensor:
+        """Noise of the shape of ``values``; ``valid``, which broadcasts to it, says which of them count."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch_number)
         drawn = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
         if self.distribution == "standard":
             return drawn
         if self.distribution == "per_sample":
-            axes = tuple(range(1, values.ndim))
-            return drawn * values.std(axes, keepdim=True) + values.mean(axes, keepdim=True)
+            mean, std = sample_statistics(values, valid)
+            return drawn * std + mean
         return drawn * self.std + self.mean
 
 
@@ -92,7 +93,8 @@ def read(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, noise: Noise
         for number, batch in enumerate(batches):
             inputs = {key: _moved(value, device) for key, value in checked(batch, "read").items()}
             if noise is not None:
-                inputs[noise.modality] = noise.of(input_of(inputs, noise.modality, "read"), number)
+                values = input_of(inputs, noise.modality, "read")
+                inputs[noise.modality] = noise.of(values, number, valid_of(inputs, noise.modality, values))
             output = model(inputs)
             if not isinstance(output, Output) or output.logits is None:
                 raise _no_fusion_model(f"{type(model).__name__} that returns {type(output).__name__}")
@@ -139,6 +141,40 @@ def input_of(batch: Any, modality: str, who: str) -> Tensor:
         got=str(value.dtype) if isinstance(value, Tensor) else type(value).__name__,
         fix="Leave out batches that lack the modality, or choose another one.",
     )
+
+
+def valid_of(batch: Mapping[str, Any], modality: str, values: Tensor) -> Bool[Tensor, "batch ..."]:
+    """Which values of a modality's input count, broadcastable to it: not those that the batch's mask hides.
+
+    A mask of tokens hides the rows of inputs (batch, token, ...) of its size. A mask of tokens that the encoder makes
+    hides only samples without any token.
+    """
+    masks = batch.get("mask")
+    mask = masks.get(modality) if isinstance(masks, Mapping) else None
+    if not isinstance(mask, Tensor):
+        mask = torch.ones(len(values), dtype=torch.bool)
+    mask = mask.bool().to(values.device)
+    if mask.ndim > 1 and (mask.shape != values.shape[:2] or values.ndim == 4):
+        mask = mask.flatten(1).any(dim=1)
+    return mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+
+
+def sample_statistics(
+    values: Float[Tensor, "batch ..."], valid: Tensor | None = None
+) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:  # fmt: skip
+    """(mean, standard deviation) of each sample's valid values, (batch, 1, ...); 0 where a sample has none.
+
+    Example:
+        >>> valid = torch.tensor([[True, True, False]])
+        >>> sample_statistics(torch.tensor([[1.0, 3.0, torch.nan]]), valid)
+        (tensor([[2.]]), tensor([[1.]]))
+    """
+    axes = tuple(range(1, values.ndim))
+    valid = (torch.ones_like(values, dtype=torch.bool) if valid is None else valid).expand(values.shape)
+    count = valid.sum(axes, keepdim=True).clamp(min=1)
+    mean = values.masked_fill(~valid, 0).sum(axes, keepdim=True) / count
+    square = (values - mean).masked_fill(~valid, 0).square().sum(axes, keepdim=True) / count
+    return mean, square.sqrt()
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:

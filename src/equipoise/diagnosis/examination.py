@@ -111,6 +111,10 @@ class Examination:
                 )  # fmt: skip
         return self._noisy[name]
 
+    def noisy_own(self, name: str) -> Reading:
+        """The pass with one modality replaced by noise of each sample's own mean and standard deviation."""
+        return read(self.model, self.batches(), noise=Noise(name, seed=self.seed, distribution="per_sample"))
+
     def statistics(self, name: str) -> tuple[float, float]:
         """(mean, standard deviation) of the noise in place of a modality."""
         if name in self.noise:

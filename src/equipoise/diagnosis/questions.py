@@ -116,8 +116,10 @@ def response(of: Examination) -> Found:
         # A constant attention has no correlation; the verdict says so.
         warnings.simplefilter("ignore", UserWarning)
         answers = {name: response_of(of.clean, of.noisy(name), name) for name in of.names}
+        own_level = response_of(of.clean, of.noisy_own(target), target)
     answer = answers[target]
     metrics = {"noise_attention_r": answer.r, "noise_attention_r_same": answer.r_same, "noise_attention_p": answer.p}
+    metrics["noise_attention_r_own"] = own_level.r
     each = {name: {"r": own.r, "r_same": own.r_same, "p": own.p} for name, own in answers.items()}
     shares = {"clean": _histogram(answer.clean, 0, 1), "noise": _histogram(answer.noise, 0, 1)}
     return Found(metrics, {"modality": target, "chosen": of.modality is not None, "each": each, "shares": shares})

@@ -9,6 +9,7 @@ from .wording import MINUS, SCORES, amount, change, probability, title
 KINDS: dict[str, tuple[str, str, str]] = {
     "changed_noise": ("noise", "Answers that change, {} replaced by noise", "part"),
     "noise_attention_r": ("response", "Attention–noise correlation r", "number"),
+    "noise_attention_r_own": ("response", "The same with noise of each sample's own mean and deviation", "number"),
     "noise_attention_r_same": ("response", "The same with attention to the modality itself", "number"),
     "noise_attention_p": ("response", "Its p-value", "p"),
     "area": ("corruption", "Mean over the levels of noise in {}", "score"),

@@ -187,6 +187,7 @@ ORDER = (
     *SCORES,
     *(f"{name}_noise" for name in SCORES),
     "noise_attention_r",
+    "noise_attention_r_own",
     "share",
     "air",
     "",

@@ -12,7 +12,7 @@ import numpy as np
 from ..significance import SURE
 from .effects import Effect, between, described, effect, largest
 from .readings import Readings
-from .wording import amount, called, change, counted, is_error, is_fraction, listed, signed, title, with_spread
+from .wording import LEVEL, amount, called, change, counted, is_error, is_fraction, listed, signed, title, with_spread
 
 
 def verdict(readings: Readings) -> list[str]:
@@ -96,7 +96,17 @@ def _response_sentence(readings: Readings, method: str) -> str:
     if row is None or not found:
         return ""
     away = readings.disturbed(method) or "a modality"
-    return f"In {method}, replacing {away} by noise {found} ({_spread(readings, row, 'r = ')})."
+    own = _own_level(readings, method, row["mean"])
+    return f"In {method}, replacing {away} by noise {found} ({_spread(readings, row, 'r = ')}).{own}"
+
+
+def _own_level(readings: Readings, method: str, r: float) -> str:
+    """The response to noise of each sample's own mean and deviation, and what follows where the signs differ."""
+    row = readings.row(method, "noise_attention_r_own")
+    if row is None:
+        return ""
+    text = f" With noise of each sample's own mean and deviation {_spread(readings, row, 'r = ')}."
+    return f"{text} {LEVEL}" if r * row["mean"] < 0 else text
 
 
 def _effects(readings: Readings, method: str, told: Effect | None) -> str:

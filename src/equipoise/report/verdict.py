@@ -7,7 +7,7 @@ from typing import Any
 
 from .evidence import Evidence
 from .evidence import Verdict as Verdict
-from .verdict_attention import collapse, needs_crossing, outside, quality, still
+from .verdict_attention import collapse, level, needs_crossing, outside, quality, still
 from .verdict_use import chance, fallback, golden, use
 from .wording import listed
 
@@ -22,7 +22,7 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
         ('use', 'uses both modalities', 'good')
     """
     found = Evidence(content)
-    rules = (chance, use, quality, fallback, golden, still, needs_crossing, outside, collapse)
+    rules = (chance, use, quality, level, fallback, golden, still, needs_crossing, outside, collapse)
     return [verdict for rule in rules for verdict in rule(found)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..significance import SURE
 from .evidence import ERRORS, Evidence, Judgement, Verdict
-from .wording import probability, signed
+from .wording import LEVEL, probability, signed
 
 FOLLOWS, BLIND = 0.3, 0.1
 """Attention-noise correlation from which attention follows quality, and below which it is blind to it."""
@@ -51,6 +51,19 @@ def quality(found: Evidence) -> Iterator[Verdict]:
     else:
         text = f"Attention is blind to quality: it moves towards {name} when that is replaced by noise ({shown})."
         yield Verdict("quality", "is drawn to noise", text, figures, "response", "bad")
+
+
+def level(found: Evidence) -> Iterator[Verdict]:
+    """Does attention react to the level of the noise, or to the loss of content?"""
+    r, own = found.get("noise_attention_r"), found.get("noise_attention_r_own")
+    if r is None or own is None or r * own >= 0:
+        return
+    text = (
+        f"With noise of the training data's mean and deviation r = {signed(r)}, with noise of each sample's own "
+        f"r = {signed(own)}. {LEVEL}"
+    )
+    figures = {"noise_attention_r": r, "noise_attention_r_own": own}
+    yield Verdict("level", "reacts to the level of noise", text, figures, "response", "bad")
 
 
 def still(found: Evidence) -> Iterator[Verdict]:

@@ -16,12 +16,20 @@ FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transf
 
 TITLES = {
     "noise_attention_r": "Attention–noise correlation r",
+    "noise_attention_r_own": "The same r, noise of each sample's own level",
     "air": "AIR",
     "flops": "FLOPs",
     "seconds_per_epoch": "Seconds an epoch",
     **{name: words.capitalize() for name, words in SCORES.items()},
     **{f"val_{name}": f"Validation {words}" for name, words in SCORES.items()},
 }
+
+
+LEVEL = (
+    "The signs differ: attention reacts to the level of the noise, not to the loss of content, and the first r does "
+    "not say whether it looks at quality."
+)
+"""What follows where noise of the training statistics and of each sample's own turn attention in opposite ways."""
 
 
 def title(metric: str) -> str:

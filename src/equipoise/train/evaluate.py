@@ -26,10 +26,16 @@ NOISE_SEED = 0
 
 
 def reading(model: FusionModel, source: data.Dataset, split: str, replaced: str | None = None) -> Reading:
-    """The model on a split, one modality replaced by noise where it is named."""
+    """The model on a split, one modality replaced by noise of the training statistics where it is named."""
     noise = None if replaced is None else Noise(replaced, *source.noise[replaced], seed=NOISE_SEED)
     # Each process of a distributed training reads the whole split.
     return read(model, data.loader(source, split, BATCH, seed=0, train=False, rank=0, world=1), noise=noise)
+
+
+def _own_noise(model: FusionModel, source: data.Dataset, replaced: str) -> Reading:
+    """The model on the test split, one modality replaced by noise of each sample's own mean and deviation."""
+    noise = Noise(replaced, seed=NOISE_SEED, distribution="per_sample")
+    return read(model, data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1), noise=noise)
 
 
 def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> str:
@@ -55,7 +61,8 @@ def evaluate(model: FusionModel | Objective, source: data.Dataset, recipe: Recip
             # A constant attention has no correlation: the figure is NaN, written as null, and the report says so.
             warnings.simplefilter("ignore", UserWarning)
             answer = response(clean, noisy[target], target)
-        metrics["noise_attention_r"] = answer.r
+            own = response(clean, _own_noise(model, source, target), target)
+        metrics |= {"noise_attention_r": answer.r, "noise_attention_r_own": own.r}
         metrics |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
         metrics["air"] = imbalance(clean)
         found["noise_modality"] = target
