@@ -178,7 +178,7 @@ def _cell(readings: Readings, method: str, metric: str) -> Cell:
 
 
 def _sections(readings: Readings) -> list[Section]:
-    chosen = [m for m in readings.metrics if m.startswith((readings.score, "noise_attention_r"))]
+    chosen = [m for m in readings.metrics if m.startswith(readings.score) or m == "noise_attention_r"]
     chosen = chosen or readings.metrics[:1]
     dashed = " Dashed: the best single modality; no multimodal model should be worse." if readings.single else ""
     return [
