@@ -29,6 +29,15 @@ def test_verdict_on_a_rise():
     assert text.count(effect) == 1
 
 
+def test_what_follows_where_the_sign_depends_on_the_level_of_noise():
+    text = story([-0.4], [-0.3], noise_attention_r_own=0.05)[1]
+    own = "With noise of each sample's own mean and deviation r = 0.05."
+    assert f"{own} The signs differ: attention reacts to the level of the noise, not to the loss of content" in text
+    text = story([-0.4], [-0.3], noise_attention_r_own=-0.05)[1]
+    assert "own mean and deviation r = \N{MINUS SIGN}0.05." in text
+    assert "The signs differ" not in text
+
+
 def test_verdict_on_a_fall():
     head, text = story([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
     assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
