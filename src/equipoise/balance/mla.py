@@ -121,7 +121,8 @@ class MLA(Balancer):
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("epoch_steps", torch.tensor(0))
         self.register_buffer("epoch_length", torch.tensor(0))
-        self.register_buffer("projector", torch.eye(dim, device=like.device, dtype=like.dtype))
+        precise = torch.promote_types(like.dtype, torch.float32)
+        self.register_buffer("projector", torch.eye(dim, device=like.device, dtype=precise))
 
     steps: Tensor
     epoch_steps: Tensor

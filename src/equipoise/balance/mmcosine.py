@@ -26,7 +26,8 @@ def cosine_logits(
         tensor([[6., 8.],
                 [0., 0.]])
     """
-    return scale * F.linear(F.normalize(at_least_single(features), dim=-1), F.normalize(weight, dim=-1))
+    features, weight = at_least_single(features), at_least_single(weight)
+    return scale * F.linear(F.normalize(features, dim=-1), F.normalize(weight, dim=-1))
 
 
 class MMCosine(Balancer):
