@@ -19,6 +19,7 @@ from .session import Session
 
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+ATTENTION = frozenset((*SOFTMAXES, *FUSED, F.multi_head_attention_forward))
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
 """How modules name the number of their heads."""
@@ -39,6 +40,8 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in ATTENTION:
+            return func(*args, **kwargs)
         here = self._session.here()
         if here is None or self._session.quiet or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
             return func(*args, **kwargs)
