@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from balancer_cases import BALANCERS  # noqa: E402
-from balancer_disturbances import DIFFERENT, DISTURBANCES, REFUSED, shared  # noqa: E402
+from balancer_disturbances import DISTURBANCES, REFUSED, shared  # noqa: E402
 from equipoise.errors import EquipoiseError  # noqa: E402
 
 INTRODUCTION = """# Balancers in disturbed loops
 
 Each row is a training loop that is disturbed in some way. For every balancer the tests compare the weights and the log
-after two epochs with those of the same loop without the disturbance, in float64: they are equal, except where a
-column names balancers that refuse the loop with an error which says what to do, or end with other weights.
+after two epochs with those of the same loop without the disturbance, in float64: they are equal, except where the
+last column names balancers that refuse the loop with an error which says what to do.
 
 Written by `scripts/balancer_matrix.py`; `tests/test_faults_balancers.py` holds every cell.
 """
@@ -25,16 +25,14 @@ Written by `scripts/balancer_matrix.py`; `tests/test_faults_balancers.py` holds 
 def page() -> str:
     """The text of the page."""
     names = sorted(BALANCERS)
-    lines = [INTRODUCTION, "| loop | what happens | refused by | differs with |", "|---|---|---|---|"]
+    lines = [INTRODUCTION, "| loop | what happens | refused by |", "|---|---|---|"]
     for name, kind in DISTURBANCES.items():
         refused = [each for each in names if each in REFUSED.get(name, ())]
-        differs = [each for each in names if name in DIFFERENT.get(each, ())]
         text = " ".join((kind.__doc__ or "").split())
-        lines.append(f"| `{name}` | {text} | {_listed(refused)} | {_listed(differs)} |")
+        lines.append(f"| `{name}` | {text} | {_listed(refused)} |")
     apart = [name for name in names if isinstance(shared(name), EquipoiseError)]
     lines.append(
-        f"| `shared encoder` | Two modalities have one encoder: training, saving and loading work. | "
-        f"{_listed(apart)} | |"
+        f"| `shared encoder` | Two modalities have one encoder: training, saving and loading work. | {_listed(apart)} |"
     )
     return "\n".join(lines) + "\n"
 

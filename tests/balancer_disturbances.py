@@ -343,19 +343,6 @@ REFUSED = {
 }
 """Loops that these balancers refuse, with an error that says what to do."""
 
-DIFFERENT = {
-    "RollingQ": ("SkippedBatch", "SkippedNan", "SkippedStep", "DroppedStep", "ZeroedStep", "ValidationTrain"),
-    "ProgressiveRollingQ": (
-        "SkippedBatch",
-        "SkippedNan",
-        "SkippedStep",
-        "DroppedStep",
-        "ZeroedStep",
-        "ValidationTrain",
-    ),
-}
-"""Loops in which a balancer still counts forward passes that no step follows."""
-
 _weights = {}
 
 

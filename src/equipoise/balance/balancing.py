@@ -82,13 +82,15 @@ class Balancing:
             output: of the model.
             target: as ``FusionModel.loss`` takes it.
         """
-        record, total = self._pending.enter_loss(output), None
+        record = self._pending.enter_loss(output)
         try:
             total = self._total(output, target)
             if self._scaling and self._pending.noting():
                 record.outputs = _detached(output), target.detach()
-        finally:
-            self._pending.leave_loss(record, total)
+        except BaseException:
+            self._pending.leave_loss(record, None)
+            raise
+        self._pending.leave_loss(record, total)
         return total
 
     def _total(self, output: Output, target: Tensor) -> Tensor:

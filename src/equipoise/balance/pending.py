@@ -298,8 +298,8 @@ class Pending:
             return
         learning = [p for p in self.model.head.parameters() if p.requires_grad and p.is_leaf]
         if learning:
-            self._parameter = min(learning, key=lambda p: p.numel())
-            self._parameter.register_post_accumulate_grad_hook(self._note_gradient)
+            smallest = self._parameter = min(learning, key=lambda p: p.numel())
+            smallest.register_post_accumulate_grad_hook(self._note_gradient)
 
     def _note_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -173,7 +173,7 @@ class BoostedHead(nn.Module):
         The loss weighs w_1 = 5 times a mean cross entropy, so that in float16 the gradient of a head overflows at the
         scale with which ``GradScaler`` starts.
         """
-        part = self.parts[place]
+        part = cast(nn.Linear, self.parts[place])
         with torch.autocast(vectors.device.type, enabled=False):
             return part(vectors.to(part.weight.dtype))
 
