@@ -115,12 +115,13 @@ def test_nothing_at_all_is_finite_with_finite_gradients(kind):
 
 
 @every
-def test_half_precision_is_close(kind):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(kind, dtype):
     tokens = sequences(NAMES[:3], masked=True)
-    low = {name: Tokens(part.values.bfloat16(), mask=part.mask) for name, part in tokens.items()}
+    low = {name: Tokens(part.values.to(dtype), mask=part.mask) for name, part in tokens.items()}
     output = built(kind, NAMES[:3])(tokens)
-    rounded = built(kind, NAMES[:3]).to(torch.bfloat16)(low)
-    assert rounded.features.dtype == torch.bfloat16
+    rounded = built(kind, NAMES[:3]).to(dtype)(low)
+    assert rounded.features.dtype == dtype
     # Several roundings follow each other, so the error is measured against the size of all features.
     error = (rounded.features.double() - output.features).norm() / output.features.norm()
     assert error < 2 * TOL[torch.bfloat16]["rtol"]

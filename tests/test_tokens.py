@@ -126,6 +126,12 @@ def test_pooled_ignores_what_stands_in_padding():
     assert Tokens(values.flip(1), mask=torch.tensor([[False, True]]), cls=True).pooled().tolist() == [[0.0] * DIM]
 
 
+def test_pooled_sums_of_half_precision_do_not_overflow():
+    values = torch.full((1, 1000, DIM), 100.0, dtype=torch.float16)
+    mask = torch.arange(1000)[None] < 900
+    assert Tokens(values, mask=mask).pooled().tolist() == [[100.0] * DIM]
+
+
 def test_pooled_of_no_tokens_is_zero():
     assert Tokens(torch.zeros(BATCH, 0, DIM)).pooled().tolist() == [[0.0] * DIM] * BATCH
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import ShapeError
-from .masks import bool_mask, zero_masked
+from .masks import at_least_float32, bool_mask, zero_masked
 
 SPECIAL = -1
 """Label of a token that belongs to no modality: a class token, padding."""
@@ -99,8 +99,9 @@ class Tokens:
             return self.values[:, 0] if self.cls else self.values.mean(dim=1)
         if self.cls:
             return self.values[:, 0].masked_fill(~self.mask[:, :1], 0.0)
-        kept = self.values.masked_fill(~self.mask[..., None], 0.0)
-        return kept.sum(dim=1) / self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+        # Long sums of half-precision numbers overflow.
+        total = at_least_float32(zero_masked(self.values, self.mask)).sum(dim=1)
+        return (total / self.mask.sum(dim=1, keepdim=True).clamp(min=1)).to(self.values.dtype)
 
     @classmethod
     def ragged(cls, sequences: Sequence[Float[Tensor, "token dim"]]) -> Tokens:

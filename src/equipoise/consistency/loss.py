@@ -100,6 +100,8 @@ class ConsistencyLoss(nn.Module):
         Args:
             matrix: (batch, N M, N M), as ``eq.supermatrix`` makes it; their ``temperature`` is the maker's matter.
             num_modalities: N.
+
+        Samples whose matrix is zero, of padding alone, do not count.
         """
         return self.weight * self._loss(matrix, num_modalities)
 
@@ -130,15 +132,15 @@ class ConsistencyLoss(nn.Module):
         if len(matrix) == 0:
             return zero_loss([matrix])
         size = matrix.shape[-1]
+        # A sample without any token has a matrix of zeros, which says nothing.
+        counts = matrix.detach().any(dim=-1).any(dim=-1)
         if self.kind == "cycle":
-            return cycle_error(matrix, num_modalities=count).mean()
-        if self.kind == "nuclear":
-            return (nuclear_norm(matrix) / size - 1).mean()
-        rank = effective_rank(matrix)
-        # A sample without any token has a matrix of zeros, and rank 0.
-        counts = rank > 0
-        losses = (rank.masked_fill(~counts, 1.0) * count / size).log().masked_fill(~counts, 0.0)
-        return losses.sum() / counts.sum().clamp(min=1)
+            losses = cycle_error(matrix, num_modalities=count)
+        elif self.kind == "nuclear":
+            losses = nuclear_norm(matrix) / size - 1
+        else:
+            losses = (effective_rank(matrix).masked_fill(~counts, 1.0) * count / size).log()
+        return losses.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
     def _parts(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> list[Tokens]:
         found = tokens.tokens if isinstance(tokens, Output) else tokens
