@@ -68,6 +68,7 @@ class SampleValuation(Balancer):
         >>> balancing = eq.Balancing(model, [eq.SampleValuation(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
+        >>> balancing.before_step()
         >>> round(sum(balancing.end_epoch().values()), 4)  # half of the answers are right
         0.5
     """
