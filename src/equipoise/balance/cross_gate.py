@@ -31,7 +31,8 @@ class CrossGate(nn.Module):
         self.names, width = names, max(1, int(2 * len(names) * dim / ratio))
         self.squeeze = nn.Linear(len(names) * dim, width)
         self.excite = nn.ModuleDict({name: nn.Linear(width, dim) for name in names})
-        self.register_buffer("held", torch.zeros(len(names), dtype=torch.bool))
+        # Not bool: torch.optim.swa_utils.AveragedModel cannot subtract it.
+        self.register_buffer("held", torch.zeros(len(names), dtype=torch.uint8))
         self.register_buffer("mean", torch.ones(len(names), dim))
         self.register_buffer("seen", torch.zeros(len(names), dtype=torch.long))
         self.note: Callable[[str, Tensor], None] | None = None
@@ -46,7 +47,7 @@ class CrossGate(nn.Module):
         gates = torch.stack([2 * self.excite[name](squeezed).sigmoid() for name in self.names], dim=1)
         if self.training:
             self._sum_up(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
-            gates = torch.where(self.held[:, None], self.mean.to(gates.dtype), gates)
+            gates = torch.where(self.held[:, None] > 0, self.mean.to(gates.dtype), gates)
         return {
             name: replace(tokens[name], values=tokens[name].values * gates[:, place, None])
             for place, name in enumerate(self.names)
