@@ -212,8 +212,10 @@ def test_transformer_decoder_reads_a_memory():
     torch.manual_seed(0)
     made = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
     words, memory = values(BATCH, 5, DIM), values(BATCH, KEYS, DIM, seed=1)
-    with torch.no_grad(), eq.watch(made, modality=LABELS, names=NAMES) as seen:
-        made(words, memory)
+    message = "'layers.0.self_attn' is not in the table: it has 5 keys, and modality is given for 7"
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):  # noqa: SIM117
+        with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+            made(words, memory)
     assert seen.sites == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
     assert seen.missing["layers.0.self_attn"] == "it has 5 keys, and modality is given for 7"
     with pytest.raises(ConfigError, match=r"layers.0.self_attn', but it has 5 keys, and modality is given for 7"):
@@ -376,7 +378,7 @@ def test_batches_of_different_size_and_length():
             made(tokens, tokens, tokens)
     assert seen.share("MultiheadAttention").shape == (8, HEADS, 2)
     shorter = values(2, 4, DIM)
-    message = "some batches were not seen at 'MultiheadAttention': it has 4 keys, and modality is given for 7"
+    message = "some batches of 'MultiheadAttention' are not in the table: it has 4 keys, and modality is given for 7"
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as partly:
         _ = [made(part, part, part) for part in (tokens, shorter)]
     assert len(partly.share("MultiheadAttention")) == 3

@@ -198,6 +198,8 @@ def attention(of: Examination) -> Found:
     if of.clean.share is None and not layers:
         raise Skipped("the model has no attention over several modalities that can be seen")
     details: dict[str, Any] = {"layers": layers}
+    if of.seen is not None and of.seen.missing:
+        details["missing"] = of.seen.missing
     share = of.clean.share
     if share is None:
         return Found({}, details)

@@ -73,6 +73,7 @@ def diagnosis_page(contents: Sequence[Mapping[str, Any]]) -> str:
         sections=[section for test in WORDS if (section := _section(test, subjects)) is not None],
         explorer=_explorer(subjects),
         level=SURE,
+        missing=_missing(subjects),
         protocol=flat(contents[0]["protocol"]),
         environment=flat(contents[0]["environment"]),
         style=asset("report.css") + asset("diagnosis.css"),
@@ -137,6 +138,15 @@ def _cell(metric: str, subject: Subject, first: Subject) -> Cell:
         text = f"{text.removesuffix(' %')} ± {size}" + (" %" if text.endswith("%") else "")
     compared = subject.found.compare(metric, metric, first.found) if score and subject is not first else None
     return Cell(text, "" if compared is None else subject.found.proof(compared), compared is not None and compared.sure)
+
+
+def _missing(subjects: Sequence[Subject]) -> list[str]:
+    """The layers whose attention could not be shown, each with its reason."""
+    return [
+        f"{subject.name}: {site}: {reason}"
+        for subject in subjects
+        for site, reason in (subject.details("attention").get("missing") or {}).items()
+    ]
 
 
 def _explorer(subjects: Sequence[Subject]) -> list[tuple[int, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,24 @@ class Block:
             if alive is not None:
                 labels = labels.masked_fill(~alive[:, None], SPECIAL)
             self._add_tokens(other.tokens, labels, other.start - self.start)
+
+    def folded(self, samples: int) -> Block:
+        """Windows or images of a sample, which follow one another in the batch, as queries of that sample."""
+        if not samples or len(self.share) == samples or len(self.share) % samples:
+            return self
+
+        def total(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.unflatten(0, (samples, -1)).sum(dim=1)
+
+        def joined(part: Tensor | None) -> Tensor | None:
+            # Keys of one window behind those of another.
+            return None if part is None else part.unflatten(0, (samples, -1)).movedim(1, -2).flatten(-2)
+
+        return replace(
+            self, share=total(self.share), sink=total(self.sink), count=total(self.count), keys=total(self.keys),
+            by_query=total(self.by_query), query_count=total(self.query_count), tokens=joined(self.tokens),
+            labels=joined(self.labels),
+        )  # fmt: skip
 
     def _add_tokens(self, tokens: Tensor, labels: Tensor, start: int) -> None:
         """Keys that follow; where there is a window, they begin later."""

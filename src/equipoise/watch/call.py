@@ -31,6 +31,8 @@ class Call:
         modality, names: labels of the keys, where the layer itself knows them.
         added: keys at the end that the layer adds by itself, and that belong to no modality.
         reads_itself: the queries are the first of the tokens that are read, so what masks keys masks them too.
+        sources: what queries and keys are projected from, where the projection itself is not followed.
+        batch_dim: the batch dimension of ``sources``; None for a single sample without one.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -46,6 +48,8 @@ class Call:
     names: tuple[str, ...] = ()
     added: int = 0
     reads_itself: bool = True
+    sources: tuple[Tensor, Tensor] | None = None
+    batch_dim: int | None = 0
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

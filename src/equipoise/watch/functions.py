@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class _Mode(TorchFunctionMode):
             layer, of["query"], of["key"], of["value"], batch_first=False, padding=of["key_padding_mask"],
             mask=of["attn_mask"],
         )  # fmt: skip
+        batch_dim = None if of["query"].ndim == 2 else 1
+        call = replace(call, sources=(of["query"], of["key"]), batch_dim=batch_dim)
         output = self._session.visit(call, None, "multihead function", lambda: (func(*args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output

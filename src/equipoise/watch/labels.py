@@ -41,6 +41,7 @@ class Labelled:
         alive: (batch,) False for samples that ``generate`` has finished; None where there are none.
         step: of ``generate``, where it is known later which samples go on to be returned.
         beside: the call runs before the decoding loop of ``generate``, as an encoder does.
+        samples: of the pass; a batch of a multiple of them holds windows or images of each sample in turn.
     """
 
     keys: Int[Tensor, "... key"]
@@ -60,6 +61,7 @@ class Labelled:
     alive: Bool[Tensor, " batch"] | None = None
     step: Step | None = None
     beside: bool = False
+    samples: int | None = None
 
 
 class Labeller(Protocol):

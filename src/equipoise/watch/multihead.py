@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,6 +111,8 @@ def _attends(session: Session, layer: nn.MultiheadAttention, ran: _Ran) -> Calla
             Projection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
             padding=given.get("key_padding_mask"), mask=given.get("attn_mask"),
         )  # fmt: skip
+        batch_dim = None if given["query"].ndim == 2 else 0 if layer.batch_first else 1
+        call = replace(call, sources=(given["query"], given["key"]), batch_dim=batch_dim)
         output = session.visit(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output
@@ -150,9 +153,11 @@ def _show_fast(
         src = src.to_padded_tensor(0.0, output_size=whole)
         src_key_padding_mask = torch.arange(src.shape[1], device=src.device) >= lengths[:, None]
     attention = layer.self_attn
-    tokens = layer.norm1(src) if layer.norm_first else src
+    tokens, given = layer.norm1(src) if layer.norm_first else src, src
     call = projected(
         Projection.of(attention), tokens, tokens, tokens, batch_first=attention.batch_first,
         padding=src_key_padding_mask, mask=src_mask,
     )  # fmt: skip
+    batch_dim = 0 if attention.batch_first else 1
+    call = replace(call, sources=(given, given), batch_dim=batch_dim)
     session.visit(call, attention, "multihead, fast path", lambda: (output, None))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -39,21 +40,56 @@ class Site:
 class Table(list):
     """Rows, one for each site; prints as a table."""
 
-    def __init__(self, names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, names: tuple[str, ...], rows: list[dict[str, Any]], missing: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(rows)
         self.names = names
+        self.missing = dict(missing or {})
 
     def __str__(self) -> str:
-        columns = [*self.names, "special", *(["sink"] if any(row["sink"] for row in self) else [])]
+        columns = self._columns()
         width = max([len("site"), *(len(row["site"]) for row in self)])
         wide = [max(7, len(name)) for name in columns]
         lines = [" ".join(["site".ljust(width), *(name.rjust(w) for name, w in zip(columns, wide, strict=True))])]
         for row in self:
             cells = (_percent(row.get(name)).rjust(w) for name, w in zip(columns, wide, strict=True))
             lines.append(" ".join([row["site"].ljust(width), *cells]))
+        if self.missing:
+            lines += ["", "not in the table:", *(f"  {site}: {reason}" for site, reason in self.missing.items())]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _columns(self) -> list[str]:
+        return [*self.names, "special", *(["sink"] if any(row["sink"] for row in self) else [])]
+
+    def __rich__(self) -> Any:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        columns = self._columns()
+        # Names of modules may hold brackets, which are no markup.
+        note = "\n".join(["not in the table:", *(f"{site}: {reason}" for site, reason in self.missing.items())])
+        made = RichTable(caption=Text(note) if self.missing else None, caption_justify="left")
+        for name in ("site", *columns):
+            made.add_column(Text(name), justify="left" if name == "site" else "right")
+        for row in self:
+            made.add_row(Text(row["site"]), *(_percent(row.get(name)) for name in columns))
+        return made
+
+    def _repr_html_(self) -> str:
+        columns = self._columns()
+        head = "".join(f"<th>{escape(name)}</th>" for name in ("site", *columns))
+        rows = "".join(
+            f"<tr><td>{escape(row['site'])}</td>"
+            + "".join(f"<td>{_percent(row.get(name))}</td>" for name in columns)
+            + "</tr>"
+            for row in self
+        )
+        missing = "".join(f"<li>{escape(site)}: {escape(reason)}</li>" for site, reason in self.missing.items())
+        note = f"<p>not in the table:</p><ul>{missing}</ul>" if missing else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{note}"
 
 
 class Seen:
@@ -86,6 +122,8 @@ class Seen:
         if rows is None:
             return None
         block = summed(call, known, rows, with_tokens=self._with_tokens)
+        if known.samples is not None:
+            block = block.folded(known.samples)
         if known.step is not None:
             self._open.append((known.step, site, Site(known.names, way, known.tower), block))
             return None
@@ -153,6 +191,14 @@ class Seen:
     def missing(self) -> dict[str, str]:
         """site -> why its attention, or that of some batches, could not be told apart by modality."""
         return dict(self._missed)
+
+    def missing_in_words(self) -> str:
+        """What the table leaves out, in one sentence: the first layer, its reason, and how many others there are."""
+        site, reason = next(iter(self._missed.items()))
+        what = f"some batches of '{site}' are" if site in self._sites else f"'{site}' is"
+        others = len(self._missed) - 1
+        more = f" ({others} other{'s' if others > 1 else ''} in `missing`)" if others else ""
+        return f"{what} not in the table: {reason}{more}"
 
     def share(self, site: str, *, without_top: int = 0) -> Float[Tensor, "sample head modality"]:
         """Part of the attention that falls on each modality, mean over the watched queries.
@@ -230,7 +276,7 @@ class Seen:
             row = {"site": site, **dict(zip(self._sites[site].names, share.tolist(), strict=True))}
             row |= {"special": float(self.special(site).nanmean()), "sink": float(self.sink(site).nanmean())}
             rows.append(row)
-        return Table(self.names, rows)
+        return Table(self.names, rows, self._missed)
 
     @property
     def complete(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -17,10 +18,20 @@ from .call import Call
 from .inputs import bound, read, read_decoder
 from .labels import GivenLabels, Labelled, labelled, named
 from .loops import Loop
-from .parts import ORDER, Parts, modalities_of, models_in
+from .origins import MANY, READ, Origins
+from .parts import ORDER, Parts, kinds, modalities_of, models_in
+from .provenance import MIXED, QUERY
 from .session import Session
 from .shared import wrapped
 from .stream import Stream, fitted
+
+KEPT = "kept"
+NO_KEYS = (
+    "its softmax is over scores that are no products of queries and keys, such as those of sampling points, and "
+    "therefore is no attention over tokens"
+)
+LEARNED = "its keys are learned and come from no input"
+Verdict = Labelled | str | None
 
 
 class TokenMap:
@@ -46,6 +57,11 @@ class TokenMap:
         encodes = self.parts.encoder is not None
         self._main = Stream(self.names, self.parts.placeholders, None if encodes else modality)
         self._encoder = Stream(self.names, self.parts.placeholders, modality)
+        self.origins = Origins(self.parts)
+        self._verdicts: dict[tuple[int, int], Verdict] = {}
+        self._visits: dict[int, int] = {}
+        self._samples: int | None = None
+        self._gives_vectors = False
         self._running: list[nn.Module] = []
         self._reads_vectors: set[int] = set()
         self._embedded: Tensor | None = None
@@ -76,6 +92,8 @@ class TokenMap:
         def embed(part: nn.Module, args: tuple, output: Any) -> None:
             if not session.mine() or session.aside:
                 return
+            if not self._running and isinstance(output, Tensor) and "text" in kinds(self.root):
+                self.origins.words(output)
             self._embedded = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 2 else None
 
         with ExitStack() as stack:
@@ -88,9 +106,111 @@ class TokenMap:
                 stack.callback(words.register_forward_hook(embed).remove)
             yield
 
+    @contextmanager
+    def tracing(self, session: Session) -> Iterator[None]:
+        """Follows every tensor from the inputs on, where the user gives no labels."""
+        if self.given is not None:
+            yield
+            return
+        with self.origins.following(self.root):
+            yield
+
     def labelled(self, call: Call, module: nn.Module) -> Labelled | str | None:
+        """Labels that the inputs tell, held against where the keys come from."""
         if id(module) not in self.parts.paths:
             return None
+        known = self._told(call, module)
+        if self.given is not None or torch._C._current_graph_task_id() != -1:
+            return known
+        visit = self._visits.get(id(module), 0)
+        self._visits[id(module)] = visit + 1
+        if self.origins.active:
+            verdict = self._verdicts[id(module), visit] = self._held(call, module, known)
+        else:
+            verdict = self._verdicts.get((id(module), visit), KEPT)
+            if verdict is not KEPT:
+                verdict = self._continued(call, verdict)
+        known = known if verdict is KEPT else verdict
+        if isinstance(known, Labelled) and known.constant is not None:
+            known = replace(known, samples=self._samples)
+        return known
+
+    def _held(self, call: Call, module: nn.Module, known: Labelled | str | None) -> Verdict:
+        """What is told, unless the keys come from somewhere else; where they come from, where nothing is told."""
+        keys = self.origins.keys(call)
+        if keys is None:
+            return NO_KEYS
+        found = self.origins.names_in(keys)
+        told = isinstance(known, Labelled)
+        if found == [] and not (told and known.tower):
+            # Words that were given as vectors come from no input, too.
+            return KEPT if not told or self._gives_vectors else LEARNED
+        if found == []:
+            return KEPT
+        if MANY in found:
+            agrees = told and known.constant is None and self._agrees(keys, known)
+            return KEPT if agrees else (known if isinstance(known, str) else f"its keys come from {self.origins.said}")
+        if found == [READ] and not (told and known.tower):
+            return "its keys are learned queries that have read several modalities"
+        if told and self._agrees(keys, known):
+            return KEPT
+        if len(found) == 1:
+            name = found[0]
+            if name not in self.names:
+                return f"its keys are {name}, and the modalities are {', '.join(self.names)}"
+            labels = torch.full((call.sizes[3],), self.names.index(name))
+        else:
+            labels = self._numbers(keys)
+        return self._traced(call, labels, found)
+
+    def _agrees(self, keys: Tensor, known: Labelled) -> bool:
+        """Whether labels are right wherever they and the origin of a key name a modality."""
+        origin = self._numbers(keys)
+        labels = known.keys.to(origin.device)
+        if labels.shape[-1] != origin.shape[-1] or (labels.ndim == 2 and len(labels) not in (1, len(origin))):
+            return False
+        both = (origin != SPECIAL) & (labels != SPECIAL)
+        if known.constant is None:
+            # A placeholder that the model does not replace is a word by origin, and an image by the configuration.
+            both &= keys != self.origins.code("text")
+        return bool(((origin == labels) | ~both).all())
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        """Codes of origins as labels; ``SPECIAL`` for what comes from no input, and for modalities without a name."""
+        table = torch.full((MIXED + 1,), SPECIAL, device=codes.device)
+        for code, name in enumerate(self.origins.names, start=1):
+            if name in self.names:
+                table[code] = table[code + QUERY] = self.names.index(name)
+        return table[codes.long()]
+
+    def _traced(self, call: Call, labels: Tensor, found: list[str]) -> Labelled:
+        """Labels by the origin of keys and queries."""
+        rows = self.origins.queries(call)
+        known: dict[str, Any] = {} if rows is None else {"queries": self._numbers(rows)}
+        if rows is not None and rows.shape[1] == self._main.rows and self._main.labels is not None:
+            own = self._main.labels[:, -rows.shape[1] :].to(rows.device)
+            words = (rows == self.origins.code("text")).all() and len(own) in (1, len(rows))
+            if words:
+                known |= {key: value for key in ("valid", "answer")
+                          if (value := getattr(self._main, key)) is not None and len(value) == len(rows)}  # fmt: skip
+        constant = int(labels.flatten()[0]) if len(found) == 1 else None
+        tower = rows is not None and found != ["text"] and self.origins.names_in(rows) == found and len(self.names) > 1
+        return labelled(call, labels, self.names, constant=constant, tower=tower, **known)
+
+    def _continued(self, call: Call, verdict: Verdict) -> Labelled | str | None:
+        """What the first pass found of a layer, in the steps that follow it with a cache."""
+        if not isinstance(verdict, Labelled):
+            return verdict  # type: ignore[return-value]
+        batch, _, _, keys = call.sizes
+        if verdict.constant is not None:
+            labels = torch.full((keys,), verdict.constant)
+        elif verdict.keys.shape[-1] > keys or len(verdict.keys) not in (1, batch):
+            return f"it has {keys} keys, and the modality of {verdict.keys.shape[-1]} is known"
+        else:
+            labels = F.pad(verdict.keys, (0, keys - verdict.keys.shape[-1]), value=self._main.text)
+        return Labelled(labels, self.names, constant=verdict.constant, continues=True, tower=verdict.tower)
+
+    def _told(self, call: Call, module: nn.Module) -> Labelled | str | None:
         name, joint = self.parts.alone(module), "text" in self.parts.modalities and bool(self.parts.others)
         if name is not None and (joint or self.given is None):
             return self._alone(call, module, name, tower=joint)
@@ -111,6 +231,17 @@ class TokenMap:
         (self._reads_vectors.discard if given.get("input_ids") is not None else self._reads_vectors.add)(id(part))
         if not first:
             return
+        self._visits = {}
+        self._samples = _batch_of(given)
+        past = read(given).past if self.parts.encoder is None else read_decoder(given).past
+        self._gives_vectors = given.get("inputs_embeds") is not None and not self.origins.is_known(
+            given["inputs_embeds"]
+        )
+        self.origins.active = self.given is None and not past
+        if not past:
+            self._verdicts = {}
+        if self.origins.active:
+            self.origins.begin(part, given)
         own = self._encoder if self.parts.in_encoder(part) else self._main
         if self.parts.encoder is None or own is self._encoder:
             if self.given is not None or self.parts.alone(part) not in self.parts.others or part is self.root:
@@ -258,6 +389,14 @@ def _uncompiled(session: Session, part: nn.Module) -> Callable[..., Any]:
         return part.__call__ if session.mine() else inner(*args, **kwargs)
 
     return get_compiled_call
+
+
+def _batch_of(given: dict[str, Any]) -> int | None:
+    """Samples of a pass: of the words, or of the first input there is."""
+    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1]
+    words = [given[name] for name in ("input_ids", "decoder_input_ids", "inputs_embeds") if given.get(name) is not None]
+    first = next(iter([*words, *tensors]), None)
+    return None if first is None else len(first)
 
 
 def _repeated(labels: Tensor | None, batch: int) -> Tensor | None:

@@ -21,6 +21,7 @@ from .parts import pretrained
 from .seen import Seen
 from .session import Handler, Session
 from .tokenmap import Together, TokenMap
+from .unseen import Noting, unseen
 
 
 @contextmanager
@@ -86,8 +87,8 @@ def watch(
         yield seen
     if (session.called or session.threads.elsewhere) and not seen.complete:
         warnings.warn(str(seen.nothing()), stacklevel=3)
-    elif partly := [site for site in seen.missing if site in seen.ways]:
-        warnings.warn(f"watch: some batches were not seen at '{partly[0]}': {seen.missing[partly[0]]}.", stacklevel=3)
+    elif seen.missing:
+        warnings.warn(f"watch: {seen.missing_in_words()}.", stacklevel=3)
 
 
 Way = Callable[[Session], AbstractContextManager[None]]
@@ -98,18 +99,20 @@ def labels_for(
     model: nn.Module, modality: Any, names: Sequence[str] | None
 ) -> tuple[Labeller, tuple[Way, ...], list[Way]]:
     """Who knows the modality of this model's keys, which ways lead in, and what has to be followed besides."""
+    ways: tuple[Way, ...]
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     given = None if modality is None else checked(modality)
     roots = [] if has_own_layers(model) else pretrained(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
         whole = TokenMap(roots[0], given, names)
-        return whole, HUGGING_FACE, [whole.following]
+        return whole, (whole.tracing, *HUGGING_FACE), [whole.following]
     if roots:
         maps = [TokenMap.inside(root, given if len(roots) == 1 else None, names) for root in roots]
         labeller = Together(GivenLabels(given, names), maps)
-        return labeller, HUGGING_FACE, [part.following for part in maps]
-    ways: tuple[Way, ...] = (own_layers,) if has_own_layers(model) else ()
+        ways = (*(part.tracing for part in maps), *HUGGING_FACE)
+        return labeller, ways, [part.following for part in maps]
+    ways = (own_layers,) if has_own_layers(model) else ()
     if given is not None or not ways:
         ways = (*ways, torch_functions, multihead)
     return GivenLabels(given, names), ways, []
@@ -127,6 +130,8 @@ def opened(
     sites: Sequence[str] | str | None = None,
 ) -> Iterator[Session]:  # fmt: skip
     """A session over a model, open while the block runs."""
-    session = Session(model, labeller, handler, sites=[sites] if isinstance(sites, str) else sites)
-    with session.open(*ways, *follow):
+    patterns = [sites] if isinstance(sites, str) else sites
+    noting = Noting(labeller)
+    session = Session(model, noting, handler, sites=patterns)
+    with unseen(session, noting, handler, patterns), session.open(*ways, *follow):
         yield session

@@ -1,0 +1,391 @@
+"""Which input of a model every position of a tensor comes from, followed through the functions that the model calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int8
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+NEUTRAL, MIXED, QUERY, READER = 0, 127, 64, 126
+"""Codes of what comes from no input, as parameters do, and of what comes from several inputs at once; ``QUERY`` plus
+the code of an input is a learned query that has read this input alone, ``READER`` one that has read several."""
+
+# Functions that move elements without computing with them: they are applied to the codes as they are.
+# name -> positions of the arguments that are moved; all others are indices, masks or sizes.
+MOVES: Mapping[str, tuple[int, ...]] = dict.fromkeys(
+    [
+        "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze",
+        "unsqueeze", "expand", "repeat", "repeat_interleave", "split", "chunk", "tensor_split",
+        "split_with_sizes", "unbind", "__getitem__", "__iter__", "__get__", "index_select", "gather",
+        "take_along_dim", "roll", "flip", "contiguous", "clone", "detach", "t",
+        "swapaxes", "swapdims", "narrow", "select", "movedim", "moveaxis", "unfold",
+        "masked_select", "pixel_shuffle", "pixel_unshuffle", "pad", "pad_sequence", "masked_fill", "masked_fill_",
+        "index_fill", "tril", "triu", "cat", "concat", "concatenate", "stack",
+        "hstack", "vstack", "tile", "broadcast_to", "rot90",
+    ],
+    (0,),
+) | {
+    "masked_scatter": (0, 2), "masked_scatter_": (0, 2), "where": (1, 2), "scatter": (0, 3), "scatter_": (0, 3),
+    "index_copy": (0, 3), "index_copy_": (0, 3), "index_put": (0, 2), "index_put_": (0, 2), "__setitem__": (0, 2),
+    "copy_": (0, 1),
+}  # fmt: skip
+JOINS = ("cat", "concat", "concatenate", "masked_scatter", "masked_scatter_", "__setitem__", "where", "index_put",
+         "index_put_", "scatter", "scatter_", "index_copy", "index_copy_")  # fmt: skip
+TURNS = ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "__get__")
+PRODUCTS = {
+    "matmul": (0, 1), "__matmul__": (0, 1), "bmm": (0, 1), "mm": (0, 1), "baddbmm": (1, 2), "baddbmm_": (1, 2),
+    "addmm": (1, 2), "addbmm": (1, 2),
+}  # fmt: skip
+SHAPES = (
+    "expand_as", "view_as", "reshape_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+    "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "arange", "zeros", "ones", "full",
+)  # fmt: skip
+KEEPS_IDS = ("add", "sub", "mul", "__add__", "__sub__", "__mul__", "__radd__", "__rsub__", "clamp", "to", "long", "int",
+             "type", "where", "clip", "remainder", "__mod__", "cuda", "cpu")  # fmt: skip
+"""What makes token ids out of token ids; anything else that is computed from ids is a position, a length or a mask."""
+SCRAMBLES = ("sort", "argsort", "topk", "fft", "rfft", "irfft", "fft2", "fftn", "cumsum", "msort")
+
+
+class Provenance:
+    """Codes of tensors: for every element the number of the input that its position comes from.
+
+    A residual stream keeps the code of its positions: attention and matrix products give their result the code of the
+    rows of the left operand, and only where these come from no input, as learned queries do, the code of what they
+    read. Where values from several inputs are added, or a function is not known and its result has no position of its
+    own, the code is ``MIXED``, so that nothing is called by a name that it may not deserve.
+
+    Attributes:
+        active: whether functions are followed at the moment.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._codes: Any = WeakTensorKeyDictionary()
+        self._columns: Any = WeakTensorKeyDictionary()
+
+    def mark(self, tensor: Tensor, code: int) -> None:
+        """Gives all elements of an input one code."""
+        if tensor not in self._codes:
+            self._codes[tensor] = _full(tensor, code)
+
+    def of(self, tensor: Tensor) -> Int8[Tensor, ...] | None:
+        """Codes of a tensor, of the same shape; None for what comes from no input, or was not followed."""
+        return self._codes.get(tensor)
+
+    def keys_of_scores(self, scores: Tensor) -> Int8[Tensor, "... key"] | None:
+        """Codes of the keys of attention scores; None for scores that are no product of queries and keys."""
+        return self._columns.get(scores)
+
+    def give(self, tensor: Tensor, source: Tensor | None) -> None:
+        """Codes of an output whose computation could not be followed."""
+        if source is not None and tensor not in self._codes and (codes := self.of(source)) is not None:
+            self._codes[tensor] = _aligned(codes, tensor.shape)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        with _Mode(self):
+            yield
+
+    def record(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Codes of what a function has returned or changed."""
+        name = getattr(func, "__name__", "")
+        # The names of functions that work in place, and of those with a dunder, differ in underscores alone.
+        if name in SHAPES:
+            return
+        tensors = [t for t in _tensors((*args, *kwargs.values())) if t in self._codes or t in self._columns]
+        if not tensors and name not in PRODUCTS and name != "einsum":
+            return
+        outputs = [args[0]] if name == "__setitem__" else list(_tensors((result,)))
+        if not outputs:
+            return
+        try:
+            self._ruled(func, name, args, kwargs, result, outputs, tensors)
+        except (RuntimeError, TypeError, IndexError, ValueError, KeyError):
+            # Unusual arguments: nothing is claimed of the result.
+            for output in outputs:
+                self._set(output, _full(output, MIXED))
+
+    def _ruled(self, func, name: str, args: tuple, kwargs: dict, result: Any, outputs: list, tensors: list) -> None:
+        if name in MOVES and args:
+            return self._moved(func, name, args, kwargs, outputs)
+        if name == "embedding":
+            ids = self.of(args[0] if args else kwargs["input"])
+            return None if ids is None else self._set(result, ids[..., None].expand(result.shape))
+        if name in PRODUCTS or name == "einsum":
+            return self._product(name, args, kwargs, result)
+        if name == "scaled_dot_product_attention":
+            query, key = (args[n] if len(args) > n else kwargs[word] for n, word in enumerate(("query", "key")))
+            return self._attended(query, key, result)
+        if name == "multi_head_attention_forward":
+            query, key = (args[n] if len(args) > n else kwargs[word] for n, word in enumerate(("query", "key")))
+            return self._attended(query, key, outputs[0])
+        floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        for output in outputs:
+            if output.dtype == torch.bool:
+                continue
+            if not floats and (output.is_floating_point() or name.rstrip("_") not in KEEPS_IDS):
+                continue
+            codes = [c for t in (floats or tensors) if (c := self.of(t)) is not None]
+            if codes:
+                scrambled = name in SCRAMBLES
+                self._set(output, _combined([_summary(c) if scrambled else c for c in codes], output.shape))
+            columns = [c for t in tensors if (c := self._columns.get(t)) is not None and c.shape == output.shape]
+            if columns and name != "linear":
+                self._columns[output] = _combined(columns, output.shape)
+        return None
+
+    def _set(self, tensor: Tensor, codes: Tensor) -> None:
+        self._codes[tensor] = codes if codes.shape == tensor.shape else codes.expand(tensor.shape)
+
+    def _moved(self, func, name: str, args: tuple[Any, ...], kwargs: dict, outputs: list[Tensor]) -> None:
+        if name in TURNS and isinstance(args[0], Tensor) and args[0] in self._columns:
+            sizes = [2 + dim for dim in range(args[0].ndim)]
+            if func(torch.empty(sizes, device="meta"), *args[1:], **kwargs).shape[-1] != sizes[-1]:
+                # Scores whose keys have become rows: the queries of the product are what is read.
+                rows, columns = self._codes[args[0]], self._columns[args[0]]
+                self._codes[outputs[0]] = func(columns, *args[1:], **kwargs)
+                self._columns[outputs[0]] = func(rows, *args[1:], **kwargs)
+                return
+        in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        for book in (self._codes, self._columns):
+            places = MOVES[name]
+            moved = [args[p] for p in places if p < len(args)]
+            if not any(t in book for t in _tensors(moved)):
+                if book is self._codes and name in ("__getitem__", "index_select", "gather"):
+                    self._looked_up(args, outputs)
+                continue
+            given: list[Any] = [_coded(a, book) if p in places else a for p, a in enumerate(args)]
+            if name in JOINS and book is self._codes:
+                given = _settled(given, places)
+            keywords = {k: _coded(v, book) if k in ("source", "src", "other", "values") else v
+                        for k, v in kwargs.items() if k != "value" and k != "out"}  # fmt: skip
+            if name in ("masked_fill", "masked_fill_", "index_fill", "tril", "triu"):
+                book[outputs[0]] = given[0]
+                continue
+            if in_place:
+                if (base := args[0]._base) is not None and base in book:
+                    # Writing into a view changes the whole.
+                    book[base] = _full(base, MIXED)
+                given[0] = given[0].clone(memory_format=torch.contiguous_format)
+            if name == "pad":
+                found = func(*given[:2], **{k: v for k, v in kwargs.items() if k in ("mode", "pad")})
+            elif name == "__setitem__":
+                if not isinstance(given[2], Tensor):
+                    given[2] = 0
+                func(*given)
+                found = given[0]
+            elif name == "where" and len(args) < 3:
+                continue
+            else:
+                found = func(*(0 if p in places and isinstance(a, float) else a for p, a in enumerate(given)),
+                             **keywords)  # fmt: skip
+            for output, codes in zip(outputs, _tensors((found,)), strict=True):
+                if codes.shape != output.shape:
+                    raise ValueError("codes have another shape")
+                book[output] = codes.to(torch.int8)
+
+    def _looked_up(self, args: tuple, outputs: list[Tensor]) -> None:
+        """A table that is read at places which come from an input: the places decide."""
+        codes = [c for t in _tensors(args[1:]) if t.dtype != torch.bool and (c := self.of(t)) is not None]
+        for output in outputs if codes else ():
+            first = codes[0]
+            while first.ndim < output.ndim:
+                first = first[..., None]
+            self._set(output, _combined([first, *codes[1:]], output.shape))
+
+    def _product(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        if name == "einsum":
+            parts = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+            if len(parts) != 2 or not isinstance(args[0], str) or "->" not in args[0]:
+                codes = [c for part in parts if (c := self.of(part)) is not None]
+                return self._set(result, _summary(*codes).expand(result.shape)) if codes else None
+            equation, left, right = args[0], *parts
+        else:
+            equation = None
+            left, right = (args[n] if n < len(args) else kwargs["other"] for n in PRODUCTS[name])
+        rows, columns = self.of(left), self.of(right)
+        learned = any(isinstance(part, nn.Parameter) for part in (left, right))
+        if rows is None and columns is None and (learned or not result.is_floating_point()):
+            return None
+        rows = _full(left, NEUTRAL) if rows is None else rows
+        columns = _full(right, NEUTRAL) if columns is None else columns
+        last = columns
+        if equation is None:
+            rows = _reduced(rows, -1)
+            rows = rows if right.ndim > 1 else rows[..., 0]
+            last = columns = _reduced(columns, -2) if right.ndim > 1 else _summary(columns)
+        else:
+            equation = _explicit(equation, left.ndim, right.ndim)
+            inputs, output = equation.replace(" ", "").split("->")
+            names = inputs.split(",")
+            rows, columns = (_named(c, n, output) for c, n in zip((rows, columns), names, strict=True))
+            last = rows if output[-1] in names[0] and output[-1] not in names[1] else columns
+        reading = (
+            torch.where(rows != NEUTRAL, rows, columns) if isinstance(left, nn.Parameter) else _read(rows, columns)
+        )
+        self._set(result, reading.expand(result.shape))
+        if not learned:
+            self._columns[result] = last.expand(result.shape)
+        return None
+
+    def _attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
+        rows, read = self.of(query), self.of(key)
+        rows = _full(query, NEUTRAL) if rows is None else _reduced(rows, -1)
+        read = _full(key, NEUTRAL) if read is None else read
+        self._set(output, _read(rows, _summary(read)).expand(output.shape))
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, provenance: Provenance) -> None:
+        super().__init__()
+        self._provenance = provenance
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._provenance.active and not torch.compiler.is_compiling():
+            self._provenance.record(func, args, kwargs, result)
+        return result
+
+
+def by_key(codes: Int8[Tensor, "batch head key width"]) -> Int8[Tensor, "batch key"]:
+    """One code for each key, of all heads and features."""
+    return _reduced(_reduced(codes, -1), 1)[:, 0, :, 0]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _full(tensor: Tensor, code: int) -> Tensor:
+    return torch.full((1,) * tensor.ndim, code, dtype=torch.int8, device=tensor.device).expand(tensor.shape)
+
+
+def _coded(value: Any, book: Any) -> Any:
+    if isinstance(value, Tensor):
+        return found if (found := book.get(value)) is not None else _full(value, NEUTRAL)
+    return [_coded(part, book) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _settled(given: list[Any], places: Sequence[int]) -> list[Any]:
+    """Learned queries that have read one input stand for it from where they join positions of another on."""
+    total = _summary(*_tensors([given[p] for p in places if p < len(given)]))
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [settled(part) for part in value]
+        if not isinstance(value, Tensor):
+            return value
+        queries = (value >= QUERY) & (value < READER) & (total == MIXED)
+        return torch.where(_thin(queries), _thin(value) % QUERY, _thin(value)).expand(value.shape)
+
+    return [settled(value) if p in places else value for p, value in enumerate(given)]
+
+
+def _thin(codes: Tensor) -> Tensor:
+    """Dimensions along which codes are the same by construction, at size 1."""
+    for dim, (size, stride) in enumerate(zip(codes.shape, codes.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            codes = codes.narrow(dim, 0, 1)
+    return codes
+
+
+def _merged(high: Tensor, low: Tensor) -> Tensor:
+    """Of the highest and the lowest code that is not neutral (127 where all are): the one, or ``MIXED``."""
+    low = torch.where(high == NEUTRAL, high, low)
+    # Learned queries keep apart from the positions that they read.
+    other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
+    return torch.where(high % QUERY == low % QUERY, low, other)
+
+
+def _read(rows: Tensor, read: Tensor) -> Tensor:
+    """Codes of queries that have read: positions of an input stay what they are, learned queries are what they read."""
+    content = torch.where((read == NEUTRAL) | (read >= QUERY), read, read + QUERY).clamp(max=READER)
+    other = torch.where((content == rows) | (content == NEUTRAL) | (rows == MIXED), rows, torch.full_like(rows, READER))
+    return torch.where(rows == NEUTRAL, content, torch.where(rows < QUERY, rows, other))
+
+
+def _reduced(codes: Tensor, dim: int) -> Tensor:
+    """One code along a dimension, which stays with size 1."""
+    if codes.shape[dim] == 1:
+        return codes
+    if codes.stride(dim) == 0 and codes.shape[dim] > 0:
+        return codes.narrow(dim, 0, 1)
+    thin = _thin(codes)
+    high = thin.amax(dim, keepdim=True)
+    low = thin.masked_fill(thin == NEUTRAL, MIXED).amin(dim, keepdim=True)
+    shape = [1 if d == dim % codes.ndim else size for d, size in enumerate(codes.shape)]
+    return _merged(high, low).expand(shape)
+
+
+def _summary(*codes: Tensor) -> Tensor:
+    """One code for everything."""
+    found = torch.stack([_merged(c.amax(), c.masked_fill(c == NEUTRAL, MIXED).amin()) if c.numel()
+                         else c.new_zeros(()) for c in map(_thin, codes)])  # fmt: skip
+    return _merged(found.amax(), found.masked_fill(found == NEUTRAL, MIXED).amin())
+
+
+def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Codes of a result of another shape: along a dimension whose size has changed, one code for all."""
+    if codes.shape == tuple(shape):
+        return codes
+    if codes.ndim == len(shape):
+        for dim, size in enumerate(shape):
+            if codes.shape[dim] not in (1, size):
+                codes = _reduced(codes, dim)
+        return codes.expand(shape)
+    if tuple(shape) == tuple(codes.shape[:-1]):
+        return _reduced(codes, -1)[..., 0]
+    try:
+        return codes.expand(shape)
+    except RuntimeError:
+        return _summary(codes).expand(shape)
+
+
+def _combined(codes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    found = _thin(_aligned(codes[0], shape))
+    for more in codes[1:]:
+        more = _thin(_aligned(more, shape))
+        low, high = torch.minimum(found, more), torch.maximum(found, more)
+        other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
+        found = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
+    return found.expand(shape)
+
+
+def _explicit(equation: str, *dims: int) -> str:
+    """An equation of einsum with letters in place of its ellipses."""
+    inputs, output = equation.replace(" ", "").split("->")
+    free = [letter for letter in "ZYXWVUTSRQ" if letter not in equation]
+    names, most = [], 0
+    for name, count in zip(inputs.split(","), dims, strict=True):
+        if "..." in name:
+            extra = count - len(name) + 3
+            most = max(most, extra)
+            name = name.replace("...", "".join(free[:extra][::-1]))
+        names.append(name)
+    return ",".join(names) + "->" + output.replace("...", "".join(free[:most][::-1]))
+
+
+def _named(codes: Tensor, names: str, output: str) -> Tensor:
+    """Codes of an operand of einsum, along the dimensions of the result."""
+    for dim, letter in enumerate(names):
+        if letter not in output:
+            codes = _reduced(codes, dim)
+    kept = [letter for letter in names if letter in output]
+    for dim in reversed([d for d, letter in enumerate(names) if letter not in output]):
+        codes = codes.squeeze(dim)
+    codes = codes.permute([kept.index(letter) for letter in output if letter in kept])
+    for dim, letter in enumerate(output):
+        if letter not in kept:
+            codes = codes.unsqueeze(dim)
+    return codes
