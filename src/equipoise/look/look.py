@@ -106,9 +106,8 @@ def look(
     if apart := len(first.sites) - len(maps.layers):
         said = f"{apart} of {len(first.sites)} layers read another stream than the words; the maps leave them out."
         notes = (*notes, said)
-    # The mask chooses queries of the words' sequence; encoders have other queries, and are not asked for.
-    if missing := {site: why for site, why in first.missing.items() if "and queries is a mask" not in why}:
-        listed = "; ".join(f"{site}: {why}" for site, why in missing.items())
+    if first.missing:
+        listed = "; ".join(f"{site}: {why}" for site, why in first.missing.items())
         notes = (*notes, f"Not in the tables: {listed}.")
     return Look(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,

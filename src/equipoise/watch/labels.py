@@ -173,6 +173,13 @@ def watched_rows(queries: str | Tensor, call: Call, known: Labelled) -> Rows | s
     device = call.query.device
     everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
     valid = everybody if known.valid is None else known.valid.to(device)
+    encoder = known.tower and known.constant is not None
+    if encoder and isinstance(queries, Tensor) and queries.shape != (batch, rows):
+        # A mask of the joint sequence chooses none of the queries of an encoder.
+        return None
+    if encoder and isinstance(queries, str) and queries in known.names:
+        # All queries of an encoder are of its modality.
+        return Rows(valid.float()) if known.names[known.constant] == queries else None  # type: ignore[index]
     if isinstance(queries, Tensor):
         if known.writes is not None and known.length is not None:
             return _of_prompt(queries.to(device), known, valid)
