@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .errors import ConfigError, ShapeError, unknown_name
+from .errors import ConfigError, EquipoiseError, ShapeError, unknown_name
+from .typed import fits, named, shown
 
 T = TypeVar("T")
 
-PLAIN: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
-"""Annotation -> types that a recipe may hold for it; other annotations are the class's own matter."""
+PLAIN = (int, float, str, bool)
+"""Annotations that errors call by their own names."""
 
 
 def family(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
@@ -71,19 +72,33 @@ def made(
     known = {*inspect.signature(cls).parameters, *(inspect.signature(takes).parameters if takes else ())} - set(given)
     for option in options:
         if option not in known:
-            raise unknown_name(who, f"option of {name}", option, known - {"options"})
-    hints = typing.get_type_hints(getattr(cls, "__init__", cls))
+            raise unknown_name(who, f"option of {name}", shown(option), known - {"options"})
+    hints = {
+        **(typing.get_type_hints(getattr(takes, "__init__", takes)) if takes else {}),
+        **typing.get_type_hints(getattr(cls, "__init__", cls)),
+    }
     for option, value in options.items():
-        wanted: Any = hints.get(option)
-        if wanted in PLAIN and (
-            not isinstance(value, PLAIN[wanted]) or (isinstance(value, bool) and wanted is not bool)
-        ):
+        wanted: Any = hints.get(option, Any)
+        if not fits(value, wanted):
+            if wanted not in PLAIN:
+                raise ConfigError(
+                    who, expected=f"options that {name} takes", got=f"{option} = {_quoted(value)}",
+                    fix=f"It has to be {named(wanted)}.",
+                )  # fmt: skip
             fix = "YAML takes 1e-3 for a text; write 1.0e-3." if wanted is float and isinstance(value, str) else ""
-            raise ConfigError(who, expected=f"{option} of type {wanted.__name__}", got=repr(value), fix=fix)
+            raise ConfigError(who, expected=f"{option} of type {wanted.__name__}", got=_quoted(value), fix=fix)
     try:
         return cls(**options, **given)
     except (ConfigError, ShapeError) as error:
         # Several of one class may stand in a recipe; the class alone does not say which one it was.
         raise type(error)(f"{who}, {error.who}", expected=error.expected, got=error.got, fix=error.fix) from error
-    except TypeError as error:
-        raise ConfigError(who, expected=f"options that {name} takes", got=f"{dict(options)} ({error})") from error
+    except (EquipoiseError, OSError):
+        raise
+    except Exception as error:
+        # Whatever a class of torch says about a size or a number that came from a file.
+        got = f"{shown(dict(options))} ({shown(str(error) or type(error).__name__)})"
+        raise ConfigError(who, expected=f"options that {name} takes", got=got) from error
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and value.isprintable() and len(value) < 200 else shown(value)

@@ -16,12 +16,14 @@ import torch
 
 from .errors import DataError, SchemaError
 from .files import plain as plain
+from .files import read_json, sealed, unsealed
 from .files import write_whole as write_whole
+from .results_schema import SCHEMA as SCHEMA
+from .results_schema import check_results
 from .significance import SURE
 
-SCHEMA = 1  # a file of another version is refused
 STATIC = ("concat", "sum", "film", "gated")  # without attention: the fair opponents of every dynamic fusion
-AGAIN = "Write it again with equipoise compare, or read it with the version that wrote it."
+AGAIN_WHOLE = "Take it away and run the command that wrote it again."
 
 
 class Run(TypedDict):
@@ -240,8 +242,9 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
         SchemaError: content that is not a results dictionary, or holds something JSON cannot.
     """
     name = Path(path).name
-    content = plain(validate(content, f"write '{name}'"), name)
-    return write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    content = plain(content, name)
+    check_results(content, f"write '{name}'")
+    return write_whole(path, json.dumps(sealed(content), indent=1, allow_nan=False) + "\n")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -249,47 +252,28 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         DataError: there is no such file.
-        SchemaError: not JSON, cut short, of another schema, or with parts missing.
+        SchemaError: not JSON, cut short, of another schema, with parts missing, or changed since it was written.
     """
     path = Path(path, "results.json") if Path(path).is_dir() else Path(path)
     who = f"read '{path.name}'"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         fix = "equipoise demo, compare and train write one; give it or its folder."
         raise DataError(who, expected="a results file", got="no such file", fix=fix) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        fix = "Take it away and run the command that wrote it again."
-        raise SchemaError(
-            who, expected="JSON", got=f"a file cut short or of another kind ({error})", fix=fix
-        ) from error
-    return validate(content, who)
+    except OSError as error:
+        raise DataError(who, expected="a results file", got=f"'{path}' ({error.strerror})") from error
+    except ValueError as error:
+        got = f"a file cut short or of another kind ({error})"
+        raise SchemaError(who, expected="JSON", got=got, fix=AGAIN_WHOLE) from error
+    return unsealed(validate(content, who), who, AGAIN_WHOLE)
 
 
 def validate(content: Any, who: str) -> dict[str, Any]:
     """The content itself, once it is known to be what ``results`` builds.
 
     Raises:
-        SchemaError: another schema, missing parts, or runs without method, seed, fold and metrics.
+        SchemaError: another schema, missing parts, or a part of the wrong type.
     """
-    _require(content, {"schema": object}, who)
-    if content["schema"] != SCHEMA:
-        raise SchemaError(who, expected=f"schema {SCHEMA}", got=f"schema {content['schema']!r}", fix=AGAIN)
-    _require(content, {"protocol": Mapping, "environment": Mapping, "runs": list, "summary": list}, who)
-    for index, run in enumerate(content["runs"]):
-        _require(run, {"method": str, "seed": object, "fold": object, "metrics": Mapping}, f"{who}, run {index}")
-    columns = dict.fromkeys(("metric", "mean", "sd", "n", "difference", "p"), object)
-    for index, row in enumerate(content["summary"]):
-        _require(row, {"method": str, **columns}, f"{who}, summary row {index}")
+    check_results(plain(content, who), who)
     return dict(content)
-
-
-def _require(part: Any, kinds: Mapping[str, type], who: str) -> None:
-    if not isinstance(part, Mapping):
-        raise SchemaError(who, expected="a mapping", got=type(part).__name__, fix=AGAIN)
-    if missing := [key for key in kinds if key not in part]:
-        got = f"none called {', '.join(missing)}"
-        raise SchemaError(who, expected=f"the entries {', '.join(kinds)}", got=got, fix=AGAIN)
-    for key, kind in kinds.items():
-        if not isinstance(part[key], kind):
-            raise SchemaError(f"{who}, {key}", expected=kind.__name__, got=type(part[key]).__name__, fix=AGAIN)

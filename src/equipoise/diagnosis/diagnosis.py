@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, SchemaError
-from ..files import plain, write_whole
+from ..files import plain, read_json, sealed, unsealed, write_whole
 
 if TYPE_CHECKING:
     from ..record import Run
@@ -93,7 +93,8 @@ class Diagnosis:
         from ..record import write
 
         folder = Path(folder)
-        path = write_whole(folder / FILE, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        content = sealed(plain(self.to_dict()))
+        path = write_whole(folder / FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
         write(folder / "results.json", results([self]))
         return path
 
@@ -153,11 +154,12 @@ def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     who = f"Diagnosis.load '{path.name}'"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = read_json(path)
+    except OSError as error:
         fix = "equipoise diagnose writes one; give it or its folder."
-        raise DataError(who, expected="a diagnosis", got="no such file", fix=fix) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"'{path}' ({error.strerror})"
+        raise DataError(who, expected="a diagnosis", got=got, fix=fix) from None
+    except ValueError as error:
         got = f"a file cut short or of another kind ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
     known = content if isinstance(content, dict) else {"kind": type(content).__name__}
@@ -172,7 +174,7 @@ def _read(path: Path) -> dict[str, Any]:
         wrong = ["metrics"]
     if wrong:
         raise SchemaError(who, expected=f"the entries {', '.join(PARTS)}", got=f"no such {', '.join(wrong)}", fix=AGAIN)
-    return content
+    return unsealed(content, who, AGAIN)
 
 
 def _is_verdict(part: Any) -> bool:

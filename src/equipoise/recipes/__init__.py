@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from ..errors import ConfigError, unknown_name
+from ..files import path_part
 from ..model import UNIMODAL
+from ..typed import fits, named, shown
+from .reading import BYTES, parse
+
+YAML_FLOAT = "YAML takes 1e-3 for a text; write 1.0e-3."
 
 FOLDER = Path(__file__).parent
 
@@ -24,15 +31,18 @@ PRECISIONS = (
 
 CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": UNIMODAL, "precision": PRECISIONS}
 
+MOST = 2**31 - 1
+"""No option counts further."""
+
 LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
-    "epochs": (int, "epochs >= 1", lambda value: value >= 1),
-    "batch_size": (int, "batch_size >= 1", lambda value: value >= 1),
+    "epochs": (int, "epochs >= 1", lambda value: 1 <= value <= MOST),
+    "batch_size": (int, "batch_size >= 1", lambda value: 1 <= value <= MOST),
     "learning_rate": (float, "a finite learning_rate > 0", lambda value: 0 < value < math.inf),
     "weight_decay": (float, "a finite weight_decay >= 0", lambda value: 0 <= value < math.inf),
     "warmup": (float, "0 <= warmup < 1", lambda value: 0 <= value < 1),
     "momentum": (float, "0 <= momentum < 1", lambda value: 0 <= value < 1),
     "clip": (float, "clip > 0, or None", lambda value: value > 0),
-    "accumulate": (int, "accumulate >= 1", lambda value: value >= 1),
+    "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
     "exposure": (float, "0 <= exposure <= 1", lambda value: 0 <= value <= 1),
 }
 """Training option -> its type, what is expected of it, and whether a value is that."""
@@ -80,8 +90,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise unknown_name("train", name, str(value), known)
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise unknown_name("train", name, shown(value), known)
         for name, (kind, expected, holds) in LIMITS.items():
             value = getattr(self, name)
             if value is None and name == "clip":
@@ -89,7 +100,7 @@ class TrainOptions:
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
             if not number or not holds(value):
                 # A variant's options come from YAML as they are.
-                fix = "YAML takes 1e-3 for a text; write 1.0e-3." if isinstance(value, str) else ""
+                fix = YAML_FLOAT if isinstance(value, str) else ""
                 raise ConfigError("train", expected=expected, got=f"{name} = {value!r}", fix=fix)
 
 
@@ -194,13 +205,12 @@ def read(name_or_path: str | Path) -> Recipe:
         ConfigError: no such recipe, no YAML, an option that does not exist or has the wrong type.
     """
     path = locate(name_or_path)
+    who = f"recipe {shown(path.name)}"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"recipe {path.name}", expected="YAML", got=" ".join(str(error).split()).rstrip(".")
-        ) from error
-    return from_dict(content, f"recipe {path.name}")
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= 4 * BYTES else " " * (BYTES + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(who, expected="YAML in UTF-8", got=str(error)) from error
+    return from_dict(parse(text, who), who)
 
 
 def dump(recipe: Recipe) -> str:
@@ -209,21 +219,24 @@ def dump(recipe: Recipe) -> str:
 
 
 def from_dict(content: Any, who: str = "recipe") -> Recipe:
-    """A recipe from plain values, checked against the types of ``Recipe``."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    """A recipe from plain values, checked against the types of ``Recipe``.
 
+    Raises:
+        ConfigError: an option that does not exist, that is missing, or that has a value of the wrong type; a name that
+            could not be a part of a path.
+    """
     if not isinstance(content, dict):
         raise ConfigError(who, expected="a mapping of options", got=type(content).__name__)
     for key in content:
         if key not in Recipe.__dataclass_fields__:
-            raise unknown_name(who, "option", str(key), Recipe.__dataclass_fields__)
+            raise unknown_name(who, "option", shown(key), Recipe.__dataclass_fields__)
     data, train = content.get("data"), content.get("train", {})
     if not isinstance(train, dict):
-        raise ConfigError(who, expected="a mapping under train", got=str(train))
+        raise ConfigError(who, expected="a mapping under train", got=shown(train))
     if isinstance(data, dict) and "name" not in data:
-        raise ConfigError(who, expected="the name of the data set under data", got=f"data: {data}")
+        raise ConfigError(who, expected="the name of the data set under data", got=shown(f"data: {data}"))
     if content.get("model") and not (isinstance(content["model"], dict) and "name" in content["model"]):
-        raise ConfigError(who, expected="the name of a model under model", got=f"model: {content['model']}")
+        raise ConfigError(who, expected="the name of a model under model", got=shown(f"model: {content['model']}"))
     if content.get("variants") and not content.get("model"):
         raise ConfigError(
             who, expected="variants of a model", got="variants without model",
@@ -231,30 +244,49 @@ def from_dict(content: Any, who: str = "recipe") -> Recipe:
         )  # fmt: skip
     for key in train:
         if key not in TrainOptions.__dataclass_fields__:
-            raise unknown_name(who, "training option", str(key), TrainOptions.__dataclass_fields__)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, "recipe")
-    try:
-        parsed = parser.parse_object({"recipe": content}).as_dict()["recipe"]
-    except ArgumentError as error:
-        expected, got = _in_plain_words(" ".join(str(error).replace("recipe.", "").split()).rstrip("."))
-        raise ConfigError(who, expected=expected, got=got) from error
-    return Recipe(**{**parsed, "train": TrainOptions(**parsed["train"])})
+            raise unknown_name(who, "training option", shown(key), TrainOptions.__dataclass_fields__)
+    checked = _checked(Recipe, {key: value for key, value in content.items() if key != "train"}, who)
+    for part in ("data", "model"):
+        if not isinstance(checked.get(part, {}).get("name", ""), str):
+            raise ConfigError(who, expected=f"a text under {part}.name", got=shown(checked[part]["name"]))
+    for part in ("encoders", "fusions", "balancers", "variants"):
+        for name in checked.get(part, ()):
+            path_part(name, f"{who}, {part}", without="+,")
+    return Recipe(**checked, train=TrainOptions(**_checked(TrainOptions, train, who, "train.")))
 
 
-WORDS = {"dict": "a mapping", "list": "a list", "int": "a whole number", "float": "a number", "str": "a text",
-         "bool": "true or false", "NoneType": "nothing"}  # fmt: skip
+def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> dict[str, Any]:
+    """The values for a dataclass of options, each of the type that its field is annotated with."""
+    hints, made = typing.get_type_hints(cls), {}
+    for field_ in fields(cls):
+        if field_.name not in content:
+            if field_.default is MISSING and field_.default_factory is MISSING:
+                raise ConfigError(who, expected=f"an entry {prefix}{field_.name}", got="none")
+            continue
+        value, hint = content[field_.name], hints[field_.name]
+        if not fits(value, hint):
+            where, value, hint = _innermost(f"{prefix}{field_.name}", value, hint)
+            raise ConfigError(who, expected=f"{named(hint)} under {where}", got=shown(value), fix=_advice(value, hint))
+        is_float = hint is float or float in typing.get_args(hint)
+        made[field_.name] = float(value) if is_float and isinstance(value, int) else copy.deepcopy(value)
+    return made
 
 
-def _in_plain_words(message: str) -> tuple[str, str]:
-    """(expected, got) out of what the parser says in terms of its own and of Python's types."""
-    if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
-        return f"an entry {missing[1]}", "none"
-    found = re.fullmatch(r'Parser key "(?P<key>.*?)": (?P<wanted>.*?)\.? (Got|Given) value: (?P<got>.*)', message)
-    kinds = re.search(r"Subtypes: \[(.*?)\]", found["wanted"]) if found else None
-    kinds = re.findall(r"<class '(\w+)'>", kinds[1] if kinds else found["wanted"] if found else "")
-    choices = re.search(r"Literal\[(.*?)\]", found["wanted"]) if found else None
-    if found is None or not (choices or kinds) or any(kind not in WORDS for kind in kinds):
-        return "options of the right names and types", message
-    wanted = f"one of {choices[1]}" if choices else " or ".join(WORDS[kind] for kind in kinds)
-    return f"{wanted} under {found['key']}", found["got"]
+def _innermost(where: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """The place, value and annotation of the innermost part that does not fit."""
+    *_, part = typing.get_args(hint) or (None,)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if typing.get_origin(hint) in (dict, list):
+        for key, one in inner:
+            if isinstance(key, str | int) and not fits(one, part):
+                return _innermost(f"{where}.{shown(key)}", one, part)
+    return where, value, hint
+
+
+def _advice(value: Any, hint: Any) -> str:
+    return YAML_FLOAT if isinstance(value, str) and float in (hint, *typing.get_args(hint)) and is_float(value) else ""
+
+
+def is_float(text: str) -> bool:
+    """Whether YAML 1.1 takes a number for a text, because it has an exponent and no point."""
+    return re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) is not None

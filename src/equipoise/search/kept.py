@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError
+from ..files import write_whole
 
 NAME = "search.safetensors"
 
@@ -27,20 +29,21 @@ def kept(folder: Path, weights: Path, source: Any, make: Callable[[], dict[str, 
         make: what makes the vectors.
     """
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
+
+    from ..train.checkpoint import checksum
 
     wanted = fingerprint(weights, source)
     path = folder / NAME
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as stored:
-        if (stored.metadata() or {}).get("made_of") == wanted:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    vectors = make()
-    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError, SafetensorError):
-        save_file({name: value.contiguous() for name, value in vectors.items()}, temporary, {"made_of": wanted})
-        os.replace(temporary, path)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+        metadata = stored.metadata() or {}
+        if metadata.get("made_of") == wanted:
+            vectors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if metadata.get("checksum") == checksum(vectors):
+                return vectors
+    vectors = {name: value.contiguous() for name, value in make().items()}
+    with contextlib.suppress(OSError, ConfigError):
+        write_whole(path, save(vectors, {"made_of": wanted, "checksum": checksum(vectors)}))
     return vectors
 
 

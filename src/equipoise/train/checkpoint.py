@@ -1,74 +1,145 @@
-"""Weights and training states on disk: written whole or not at all, read without running anything in them."""
+"""Weights and training states on disk: written whole or not at all, and read without running anything in them."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import DataError
-from ..files import without_sharing
+from ..errors import DataError, NonFiniteError
+from ..files import without_sharing, writing
+from ..typed import shown
+
+CHECKSUM = "equipoise_checksum"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, by way of a file beside the target, so that a killed process leaves the old one."""
+    """Lightning's checkpoints with a checksum, each written beside the old one before it takes its place."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        with writing(path) as file:
+            held = _Held(file)
+            try:
+                torch.save({**checkpoint, CHECKSUM: checksum(checkpoint)}, held)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                # torch tells neither which file it was nor that the disk is full.
+                raise held.error or error from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_state(Path(path))
+
+
+class _Held(io.RawIOBase):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.error = file, None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """A training state, with nothing but tensors and plain values in it.
 
     Raises:
-        DataError: a file that is truncated, or holds anything else.
+        DataError: a file that is truncated or damaged, or that holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.pop(CHECKSUM) != checksum(state):
+            raise ValueError("its checksum does not match its content")
     except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
         raise DataError(
-            str(path),
-            expected="a whole checkpoint",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            str(path), expected="a whole checkpoint", got=f"{type(error).__name__}: {shown(first)}".rstrip(". "),
             fix="Remove it to start this run again.",
-        ) from error
+        ) from error  # fmt: skip
+    return state
+
+
+def check_state(model: nn.Module, path: Path) -> None:
+    """Checks the weights in a training state before it is resumed.
+
+    Raises:
+        DataError: a damaged file, or one without these weights. NonFiniteError: a weight that is NaN or infinite.
+    """
+    weights = read_state(path).get("state_dict", {})
+    for name, parameter in model.named_parameters():
+        if not isinstance(weights.get(name), Tensor) or weights[name].shape != parameter.shape:
+            raise DataError(
+                str(path), expected=f"the weight '{name}' of shape {tuple(parameter.shape)}", got="none or another",
+                fix="Remove it to start this run again.",
+            )  # fmt: skip
+        _check_finite(str(path), name, weights[name])
+
+
+def checksum(state: Any) -> str:
+    """SHA-256 over all names, values and tensors of a nested state."""
+    found = hashlib.sha256()
+    _add(found, state)
+    return found.hexdigest()
+
+
+def _add(found: Any, part: Any) -> None:
+    if isinstance(part, Tensor):
+        values = part.detach().cpu().contiguous()
+        found.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        if values.numel():
+            found.update(values.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(part, Mapping):
+        found.update(f"mapping {len(part)}".encode())
+        for key, value in part.items():
+            found.update(repr(key).encode())
+            _add(found, value)
+    elif isinstance(part, (list, tuple)):
+        found.update(f"list {len(part)}".encode())
+        for value in part:
+            _add(found, value)
+    else:
+        found.update(repr(part).encode("utf-8", "backslashreplace"))
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """The model's state as safetensors, written whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(without_sharing(state), partial)
-    os.replace(partial, path)
+    with writing(path) as file:
+        file.write(save(without_sharing(state)))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Reads what ``save_weights`` wrote into a model built in the same way.
 
     Raises:
-        DataError: a file that is missing, truncated, or of another model.
+        DataError: a file that is missing, truncated, or of another model. NonFiniteError: a weight that is NaN or
+            infinite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+        for name, _ in model.named_parameters():
+            if name in state:
+                _check_finite(str(path), name, state[name])
+        model.load_state_dict(state)
     except (OSError, SafetensorError) as error:
-        raise DataError(str(path), expected="a safetensors file of weights", got=str(error)) from error
+        raise DataError(str(path), expected="a safetensors file of weights", got=shown(str(error))) from error
     except RuntimeError as error:
         raise DataError(
             str(path),
@@ -76,3 +147,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             got=" ".join(str(error).split())[:400],
             fix="Build the model with the recipe and the method that lie beside the weights.",
         ) from error
+
+
+def _check_finite(who: str, name: str, weight: Tensor) -> None:
+    # Buffers may hold NaN for what is not known yet.
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            who, expected="finite weights", got=f"NaN or infinity in '{name}'",
+            fix="Train again in a new folder, with a lower train.learning_rate if the training itself diverged.",
+        )  # fmt: skip

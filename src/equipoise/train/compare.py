@@ -22,12 +22,16 @@ import torch
 
 from .. import record
 from ..errors import ConfigError, EquipoiseError
+from ..files import check_folder, file_error, make_folder
 from ..recipes import Recipe
 from . import methods
-from .experiment import check_trainer, dataset, one_thread, perform, prepare
+from .experiment import check_trainer, dataset, one_thread, perform
 from .job import Job, finished
 from .journal import Progress
 from .objectives import judged_by
+
+MOST = 100_000
+"""Runs of one comparison."""
 
 Listener = Callable[[Job, int, int], None]
 """Called with a job, its epochs done, and its epochs."""
@@ -39,6 +43,8 @@ def jobs(recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str])
     Raises:
         ConfigError: unknown methods, none at all, fewer than one seed, a method that is its own reference.
     """
+    if len(names) * seeds * max(len(folds), 1) > MOST:
+        raise ConfigError("compare", expected=f"at most {MOST:,} runs", got=f"{seeds} seeds of {len(names)} methods")
     if not names or seeds < 1:
         got = f"{len(names)} methods and {seeds} seeds"
         raise ConfigError("compare", expected="at least one method and one seed", got=got)
@@ -105,6 +111,7 @@ def compare(
     plan = jobs(recipe, names, seeds, folds)
     if workers is not None and workers < 0:
         raise ConfigError("compare", expected="workers >= 0", got=f"workers = {workers}")
+    check_folder(out, "compare")
     _check(plan, accelerator)
     with _alone(out):
         protocol = _protocol(recipe, plan, title)
@@ -232,6 +239,8 @@ def _attempt(job: Job, folder: Path, tell: Progress | None, options: dict[str, A
         return perform(job, folder, progress=tell, trainer_options=options)
     except EquipoiseError as error:
         return error
+    except OSError as error:
+        return file_error(error)
     except Exception as error:
         # Some exceptions cannot travel between processes; their text can.
         return RuntimeError("".join(traceback.format_exception(error)))
@@ -286,7 +295,7 @@ def _interrupts_held() -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Two comparisons must not write into one folder; the lock goes with the process, however it ends."""
-    prepare(out, "compare")
+    make_folder(out, "compare")
     try:
         import fcntl
     except ImportError:

@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,15 +25,17 @@ from torch import nn
 from .. import data, recipes
 from ..balance import Balancer
 from ..errors import ConfigError
+from ..files import check_folder, make_folder, plain, write_whole
 from ..lightning import Balance
 from ..lookup import made
 from ..model import FusionModel
 from ..objective import Objective
 from ..recipes import Recipe
-from ..record import Run, plain, write_whole
+from ..record import Run
 from . import methods
-from .checkpoint import WholeFiles, load_weights, read_state, save_weights
+from .checkpoint import WholeFiles, check_state, load_weights, read_state, save_weights
 from .evaluate import evaluate
+from .folder import write_run
 from .job import Job, finished
 from .journal import Journal, Notes, Progress
 from .module import ObjectiveTraining, Training
@@ -65,6 +66,7 @@ def perform(
         ConfigError: a method or option that does not exist. DataError: data or checkpoints that cannot be read.
         NonFiniteError: a loss that is NaN; the last whole checkpoint stays.
     """
+    check_folder(folder, "train")
     stored = finished(job, folder)
     if stored is not None:
         return stored
@@ -79,7 +81,7 @@ def perform(
     torch.manual_seed(job.seed)
     model, balancers = methods.build(method, recipe, source, teachers=teachers)
     journal = Journal(source, recipe, job.fingerprint(), balancers, progress)
-    prepare(folder, "train")
+    make_folder(folder, "train")
     rank_zero_only(write_whole)(folder / "recipe.yaml", recipes.dump(job.recipe))
     with quiet():
         trainer = _fit(model, balancers, job, recipe, source, folder, journal, dict(trainer_options or {}))
@@ -87,8 +89,7 @@ def perform(
             return None
         run = _run(job, model.cpu(), source, recipe, journal)
     save_weights(model, folder / "model.safetensors")
-    text = json.dumps(plain({"fingerprint": job.fingerprint(), "run": run}), indent=1)
-    write_whole(folder / "run.json", text)
+    write_run(folder, job, run)
     return run
 
 
@@ -163,8 +164,11 @@ def _fit(
         # What a stage or turn leaves out gets no gradient, for which plain DDP waits in vain.
         trainer = _trainer({**settings, "strategy": "ddp_find_unused_parameters_true"})
     heard = signal.getsignal(signal.SIGINT)
+    checkpoint = resumable(folder, job)
+    if checkpoint is not None:
+        check_state(training, Path(checkpoint))
     try:
-        trainer.fit(training, train, val, ckpt_path=resumable(folder, job), weights_only=True)
+        trainer.fit(training, train, val, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as left:
         # Lightning makes Ctrl-C the end of the process, and the process deaf to the next one.
         if not isinstance(left.__context__, KeyboardInterrupt):
@@ -186,24 +190,6 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options that Lightning's Trainer does not take on this machine."""
     with quiet():
         _trainer({**options, "logger": False, "enable_checkpointing": False})
-
-
-def prepare(folder: Path, who: str) -> None:
-    """Makes the folder.
-
-    Raises:
-        ConfigError: one that cannot be made, or written into.
-    """
-    reason = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror
-    if reason or not os.access(folder, os.W_OK):
-        raise ConfigError(
-            who, expected="a folder that can be written", got=f"'{folder}' ({reason or 'it is read-only'})",
-            fix="Choose another --out.",
-        )  # fmt: skip
 
 
 def resumable(folder: Path, job: Job) -> str | None:

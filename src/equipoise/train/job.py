@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..files import path_part, plain, read_json
 from ..recipes import Recipe
-from ..record import Run, plain
+from ..record import Run
+from .folder import RUN, check_recipe, check_weights, read_run
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Job:
 
     def folder(self, out: Path) -> Path:
         """Where the run lives in the folder of its comparison."""
-        return out / "runs" / (self.fold or "all") / self.method / f"seed{self.seed}"
+        return place(out, self.method, self.seed, self.fold)
 
     def fingerprint(self) -> str:
         """What must be unchanged for a finished or stopped run to count."""
@@ -44,11 +46,31 @@ class Job:
         return json.dumps(plain(job), sort_keys=True)
 
 
+def place(out: Path, method: str, seed: int, fold: str | None) -> Path:
+    """The folder of a run in the folder of its comparison.
+
+    Raises:
+        ConfigError: a method or fold whose name would lead elsewhere.
+    """
+    names = path_part(fold or "all", "fold"), path_part(method, "method"), path_part(f"seed{seed}", "seed")
+    return Path(out, "runs", *names)
+
+
 def finished(job: Job, folder: Path) -> Run | None:
-    """The run that ``perform`` wrote into this folder, if it is whole and of the same recipe."""
+    """The run that ``perform`` wrote into this folder, if it is whole and of the same recipe.
+
+    Where ``run.json`` is missing or cut short, the run counts as stopped and goes on from its checkpoint.
+
+    Raises:
+        DataError: a run that was changed since it was written, or whose recipe or weights are of another run.
+    """
     try:
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        stored = read_json(folder / RUN)
     except (OSError, ValueError):
         return None
-    same = isinstance(stored, dict) and stored.get("fingerprint") == job.fingerprint()
-    return stored["run"] if same else None
+    if not isinstance(stored, dict) or stored.get("fingerprint") != job.fingerprint():
+        return None
+    content = read_run(folder)
+    check_recipe(folder, content)
+    check_weights(folder, content)
+    return content["run"]

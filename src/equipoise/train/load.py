@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from ..objective import Objective
 from . import methods
 from .checkpoint import load_weights
 from .experiment import dataset
-
-PARTS = ("run.json", "recipe.yaml", "model.safetensors")
+from .folder import PARTS, WEIGHTS, check_recipe, check_weights, read_run
 
 
 def load(folder: str | os.PathLike[str]) -> FusionModel | Objective:
@@ -30,7 +28,7 @@ def load(folder: str | os.PathLike[str]) -> FusionModel | Objective:
         folder: of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
 
     Raises:
-        DataError: no folder of a finished run, or a file in it that is damaged or of another model.
+        DataError: no folder of a finished run, or a file in it that is damaged or of another run.
         ConfigError: a recipe that no longer fits the data or the classes.
 
     Example:
@@ -44,11 +42,14 @@ def load(folder: str | os.PathLike[str]) -> FusionModel | Objective:
         (('image',), False)
     """
     folder = Path(folder)
-    run = finished_run(folder)
+    content = _content(folder)
+    run = content["run"]
     recipe = recipes.read(folder / "recipe.yaml")
     with torch.random.fork_rng(devices=[]):
         model, _ = methods.build(methods.parse(run["method"], recipe), recipe, dataset(recipe, run["fold"]))
-    load_weights(model, folder / "model.safetensors")
+    load_weights(model, folder / WEIGHTS)
+    # Weights of another training can have the same shapes.
+    check_weights(folder, content)
     return model.eval()
 
 
@@ -56,8 +57,12 @@ def finished_run(folder: Path) -> dict[str, Any]:
     """The finished run in this folder, as ``results.json`` holds it.
 
     Raises:
-        DataError: no folder of a finished run, or a damaged one.
+        DataError: no folder of a finished run, a damaged one, or one whose parts do not belong together.
     """
+    return _content(folder)["run"]
+
+
+def _content(folder: Path) -> dict[str, Any]:
     missing = [name for name in PARTS if not (folder / name).is_file()]
     if missing:
         inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("runs/*/*/seed*/run.json"))
@@ -66,11 +71,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
             fix = f"It holds {len(inside)} runs of a comparison; give one of them, such as '{folder / inside[0]}'."
         raise DataError("load", expected=f"the folder of a finished run, with {', '.join(PARTS)}",
                         got=f"'{folder}' without {', '.join(missing)}", fix=fix)  # fmt: skip
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
-        return {**run, "method": run["method"], "seed": run["seed"], "fold": run["fold"], "metrics": run["metrics"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"load '{folder / 'run.json'}'", expected="a whole run", got=f"{type(error).__name__}: {error}",
-            fix="Remove it and start the run again; it goes on from its checkpoint.",
-        ) from error  # fmt: skip
+    content = read_run(folder)
+    check_recipe(folder, content)
+    return content
