@@ -31,6 +31,7 @@ from equipoise.train.compare import _check, jobs
 from small_runs import recipe, write_recipe
 from small_search import space, write_run
 
+os.environ["EQUIPOISE_TRACEBACK"] = "1"
 RESULTS = ("ok", "told", "usage")
 
 
@@ -331,16 +332,24 @@ SUBJECTS = {
 
 
 VALUES = ("", "-1", "0", "2", "x", "1e400", "nan", "null", "[]", "{}", "{a: {b: 1}}", "[1", "{class_path: this.x}",
-          "../x", "\udcff", "é", "a\nb", "joint", "audio", "9" * 5000, "&a *a", "!!python/name:os.x", "--", "%d")  # fmt: skip
-OPTIONS = (
-    "--seeds", "--seed", "--methods", "--method", "--folds", "--fold", "--train.learning_rate", "--train.clip",
-    "--train", "--data.audio_noise", "--data", "--data.name", "--encoders", "--encoders.audio", "--encoders.audio.dim",
-    "--encoders.audio.x.y", "--fusions.joint.depth", "--fusions", "--balancers.rollingq.rho", "--model", "--model.name",
-    "--variants.x.y", "--noise_modality", "--reference", "--train.x", "--x", "-h", "--accelerator", "--devices",
-    "--strategy", "--num_nodes", "--tests", "--outside", "--modality", "--top", "--html", "--image", "--images",
-    "--text", "--level", "--template", "--sinks", "--audio", "--quick", "--resume", "--train.precision", "--version",
-    "--train.batch_size", "--train.optimizer", "--encoders..dim", "--encoders.", "--data.", "--=", "--train=",
+          "../x", "\udcff", "é", "a\nb", "joint", "audio", "9" * 5000, "&a *a", "!!python/name:os.x", "--",
+          "%d")  # fmt: skip
+RECIPE = (
+    "--train.learning_rate", "--train.clip", "--train", "--data.audio_noise", "--data", "--data.name", "--encoders",
+    "--encoders.audio", "--encoders.audio.dim", "--encoders.audio.x.y", "--fusions.joint.depth", "--fusions",
+    "--balancers.rollingq.rho", "--model", "--model.name", "--variants.x.y", "--noise_modality", "--reference",
+    "--train.x", "--train.precision", "--train.batch_size", "--train.optimizer", "--train.warmup", "--fusions.deep.train",
 )  # fmt: skip
+ANY = ("--x", "-h", "--version", "--encoders..dim", "--encoders.", "--data.", "--=", "--train=", "--seeds", "--out")
+OWN = {
+    "compare": (*RECIPE, *RECIPE, "--seeds", "--methods", "--folds", "--accelerator", "--workers"),
+    "train": (*RECIPE, *RECIPE, "--seed", "--method", "--fold", "--resume", "--devices", "--strategy", "--num_nodes"),
+    "diagnose": ("--tests", "--outside", "--modality", "--seed"),
+    "search": ("--top", "--html", "--image", "--images", "--model"),
+    "look": ("--image", "--audio", "--sinks", "--sites", "--dtype", "--device", "--answer", "--random"),
+    "judge": ("--data", "--level", "--split", "--samples", "--template", "--dtype"),
+}
+"""Options of each command, and some that none has."""
 
 
 def random_line(world, dice, here):
@@ -365,8 +374,9 @@ def random_line(world, dice, here):
     if command in ("compare", "train"):
         words += ["--methods" if command == "compare" else "--method", dice.choice(("audio", "joint"))]
     for _ in range(dice.choice((0, 1, 1, 2, 3))):
-        option, value = dice.choice(OPTIONS), dice.choice(VALUES)
-        words += [f"{option}={value}"] if dice.random() < 0.4 else [option, value]
+        option = dice.choice(OWN.get(command, ANY) if dice.random() < 0.85 else ANY)
+        value = dice.choice(VALUES)
+        words += [f"{option}={value}"] if dice.random() < 0.7 else [option, value]
     if command not in ("recipes", "search", "x", "--config", ""):
         words += ["--out", str(dice.choice([places[0]] * 4 + places))]
     if command == "demo":
@@ -402,9 +412,10 @@ def main(count, first=0):
                 found[said if said in RESULTS else "wrong"] += 1
                 if said not in RESULTS:
                     kinds.setdefault(said, []).append((seed, subject, way))
-            print(f"{work.__name__}: {dict(found)}")
+            sys.stdout.write(f"{work.__name__}: {dict(found)}\n")
             for said, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
-                print(f"  {len(cases):3d} {said}: {ascii(cases[:2])}", flush=True)
+                sys.stdout.write(f"  {len(cases):3d} {said}: {cases[:2]!a}\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from equipoise import __version__, recipes, record
 from equipoise.cli import run
 from equipoise.cli.commands import COMMANDS
-from equipoise.cli.main import gathered, parser
+from equipoise.cli.overrides import changed, taken
 from small_runs import program, recipe, weights, write_recipe
 
 
@@ -90,8 +90,9 @@ def test_compare_goes_on(compared, capsys):
 
 def test_several_options_of_one_variant_hold_together():
     words = ["train", "--config", "transfer", "--method", "plain", "--variants.plain.width", "8"]
-    words = gathered([*words, "--variants.plain.kind=cycle"])
-    assert parser(words).parse_args(words).train.variants["plain"] == {"width": 8, "kind": "cycle"}
+    rest, changes = taken([*words, "--variants.plain.kind=cycle"], pytest.fail)
+    assert rest == words[:5]
+    assert changed("transfer", changes).variants["plain"] == {"width": 8, "kind": "cycle"}
 
 
 def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):

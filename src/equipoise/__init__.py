@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from . import startup as _startup  # noqa: F401, first, so that it is there while the rest is imported
 from .align import GatedCrossAttention as GatedCrossAttention
 from .align import InfoNCE as InfoNCE
 from .align import Projector as Projector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -186,6 +187,9 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: no JSON, or such that cannot be read; in one sentence. OSError: no file.
     """
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        # A pipe or a device would be read without end.
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

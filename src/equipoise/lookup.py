@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -36,8 +37,8 @@ def find(package: ModuleType, base: type[T], name: str, *, kind: str) -> type[T]
         ConfigError: nobody in the family has the name; the closest is given.
     """
     known = family(package, base)
-    if name not in known:
-        raise unknown_name(package.__name__, kind, name, known)
+    if not isinstance(name, str) or name not in known:
+        raise unknown_name(package.__name__, kind, shown(name), known)
     return known[name]
 
 
@@ -73,10 +74,7 @@ def made(
     for option in options:
         if option not in known:
             raise unknown_name(who, f"option of {name}", shown(option), known - {"options"})
-    hints = {
-        **(typing.get_type_hints(getattr(takes, "__init__", takes)) if takes else {}),
-        **typing.get_type_hints(getattr(cls, "__init__", cls)),
-    }
+    hints = {**(_hints(takes) if takes else {}), **_hints(cls)}
     for option, value in options.items():
         wanted: Any = hints.get(option, Any)
         if not fits(value, wanted):
@@ -98,6 +96,17 @@ def made(
         # Whatever a class of torch says about a size or a number that came from a file.
         got = f"{shown(dict(options))} ({shown(str(error) or type(error).__name__)})"
         raise ConfigError(who, expected=f"options that {name} takes", got=got) from error
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of the parameters, without those whose types are imported for type checkers alone."""
+    target: Any = vars(function).get("__init__", function.__init__) if inspect.isclass(function) else function
+    found = {}
+    for name, hint in getattr(target, "__annotations__", {}).items():
+        with contextlib.suppress(NameError):
+            one = type("One", (), {"__annotations__": {name: hint}})
+            found |= typing.get_type_hints(one, globalns=getattr(target, "__globals__", {}))
+    return found
 
 
 def _quoted(value: Any) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from jsonargparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
 
 from .. import recipes, record
 from ..errors import ConfigError
+from ..files import check_file, check_folder, path_part, write_whole
 from ..recipes import Recipe
-from .command import Command, described, fail, out
+from ..typed import shown
+from . import overrides
+from .command import Command, Parser, described, fail, out, path, whole
 from .diagnosing import diagnose, diagnose_parser
 from .judging import judge, judge_parser
 from .looking import look, look_parser
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from ..train.job import Job
 
 
-def demo_parser(recipe: Recipe | None) -> ArgumentParser:
+def demo_parser() -> Parser:
     parser = described(
         "Trains five methods on the bundled digits: table, results.json, report.html.",
         "equipoise demo",
         "equipoise demo --quick                one seed, under two minutes",
         "equipoise demo --out runs/mine        start it again with the same folder and it goes on",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, results and report")
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of runs, results and report")
     parser.add_argument("--quick", action="store_true", help="one seed instead of five")
     _add_workers(parser)
     return parser
@@ -41,7 +42,7 @@ def demo(options: Namespace) -> int:
     return _compare(recipe, recipe.methods, 1 if options.quick else recipe.seeds, [], options, title="digits")
 
 
-def compare_parser(recipe: Recipe | None) -> ArgumentParser:
+def compare_parser() -> Parser:
     parser = described(
         "Runs methods x seeds x folds side by side; finished runs are not run again.",
         "equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5",
@@ -49,31 +50,29 @@ def compare_parser(recipe: Recipe | None) -> ArgumentParser:
         "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
     )
     _add_config(parser)
-    parser.add_argument("--methods", type=str, default=None, help="comma-separated; those of the recipe by default")
-    parser.add_argument("--seeds", type=int, default=None, help="how many, counted from 0")
-    parser.add_argument("--folds", type=str, default=None, help="comma-separated, for data that have folds")
-    parser.add_argument("--out", type=Path, default=None, help="folder; runs/<recipe> by default")
+    parser.add_argument("--methods", default=None, help="comma-separated; those of the recipe by default")
+    parser.add_argument("--seeds", type=whole, default=None, help="how many, counted from 0")
+    parser.add_argument("--folds", default=None, help="comma-separated, for data that have folds")
+    parser.add_argument("--out", type=path, default=None, help="folder; runs/<recipe> by default")
     _add_workers(parser)
     parser.add_argument(
-        "--accelerator", type=str, default="cpu",
+        "--accelerator", default="cpu",
         help="as Lightning names it; cpu by default, so that results do not depend on the machine; with gpu each run "
         "has one device, and workers take turns on those there are",
     )  # fmt: skip
-    _add_recipe(parser, recipe)
-    return parser
+    return _with_recipe(parser)
 
 
 def compare(options: Namespace) -> int:
-    recipe = _recipe(options)
-    title = Path(options.config).stem
-    options.out = options.out or Path("runs") / title
+    recipe, title = overrides.changed(options.config, options.changes), shown(Path(options.config).stem)
+    options.out = options.out or Path("runs") / path_part(title, "--config")
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
     seeds = recipe.seeds if options.seeds is None else options.seeds
     return _compare(recipe, names, seeds, folds, options, title=title, accelerator=options.accelerator)
 
 
-def train_parser(recipe: Recipe | None) -> ArgumentParser:
+def train_parser() -> Parser:
     parser = described(
         "Trains one method with one seed: weights, checkpoints and figures in one folder.",
         "equipoise train --config digits --method joint+rollingq",
@@ -81,30 +80,31 @@ def train_parser(recipe: Recipe | None) -> ArgumentParser:
         "equipoise train --config digits --method joint --accelerator gpu --devices 4 --strategy ddp",
     )
     _add_config(parser)
-    parser.add_argument("--method", type=str, default=None, help="the recipe's last one by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fold", type=str, default=None, help="of data that have them; the recipe's first by default")
-    parser.add_argument("--out", type=Path, default=None, help="folder; runs/<recipe>-<method> by default")
+    parser.add_argument("--method", default=None, help="the recipe's last one by default")
+    parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument("--fold", default=None, help="of data that have them; the recipe's first by default")
+    parser.add_argument("--out", type=path, default=None, help="folder; runs/<recipe>-<method> by default")
     parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
-    parser.add_argument("--accelerator", type=str, default="auto", help="as Lightning names it: auto, cpu, gpu")
-    parser.add_argument("--devices", type=str, default="auto", help="how many, or auto")
-    parser.add_argument("--strategy", type=str, default="auto", help="as Lightning names it: auto, ddp, fsdp")
-    parser.add_argument("--num_nodes", type=int, default=1)
-    _add_recipe(parser, recipe)
-    return parser
+    parser.add_argument("--accelerator", default="auto", help="as Lightning names it: auto, cpu, gpu")
+    parser.add_argument("--devices", default="auto", help="how many, or auto")
+    parser.add_argument("--strategy", default="auto", help="as Lightning names it: auto, ddp, fsdp")
+    parser.add_argument("--num_nodes", type=whole, default=1)
+    return _with_recipe(parser)
 
 
 def train(options: Namespace) -> int:
+    from ..train import methods
     from ..train.experiment import perform
     from ..train.job import Job
     from ..train.objectives import judged_by
     from .progress import TrainingProgress
 
-    recipe, title = _recipe(options), Path(options.config).stem
+    recipe, title = overrides.changed(options.config, options.changes), shown(Path(options.config).stem)
     method = options.method or recipe.methods[-1]
     fold = options.fold or (recipe.folds[0] if recipe.folds else None)
-    folder = options.out or Path("runs") / f"{title}-{method}"
-    job = Job(recipe, method, options.seed, fold)
+    folder = options.out or Path("runs") / path_part(f"{title}-{method}", "train")
+    job = Job(recipe, methods.parse(method, recipe).name, options.seed, fold)
+    check_folder(folder, "train")
     _fresh(job, folder, options.resume)
     settings = {
         "accelerator": options.accelerator,
@@ -144,32 +144,39 @@ def _fresh(job: Job, folder: Path, resume: bool) -> None:
         )  # fmt: skip
 
 
-def report_parser(recipe: Recipe | None) -> ArgumentParser:
+def report_parser() -> Parser:
     parser = described(
         "Draws results.json as one self-contained HTML page.",
         "equipoise report runs/demo",
         "equipoise report runs/demo/results.json --out page.html",
     )
-    parser.add_argument("results", type=Path, help="results.json, or its folder")
-    parser.add_argument("--out", type=Path, default=None, help="file; report.html beside the results by default")
+    parser.add_argument("results", type=path, help="results.json, or its folder")
+    parser.add_argument("--out", type=path, default=None, help="file; report.html beside the results by default")
     return parser
 
 
 def report(options: Namespace) -> int:
+    from ..train.folder import check_against
+
     results = options.results / "results.json" if options.results.is_dir() else options.results
-    _draw(record.read(options.results), results, options.out or results.with_name("report.html"))
+    page = options.out or results.with_name("report.html")
+    if not page.is_dir() or page.is_symlink():
+        check_file(page, "report")
+    content = record.read(options.results)
+    check_against(results.parent, content["runs"])
+    _draw(content, results, page)
     return 0
 
 
-def recipes_parser(recipe: Recipe | None) -> ArgumentParser:
+def recipes_parser() -> Parser:
     parser = described(
         "Lists the packaged recipes, or copies one so that you own it.",
         "equipoise recipes ls",
         "equipoise recipes cp digits mine.yaml",
     )
-    parser.add_argument("action", type=Literal["ls", "cp"], help="ls lists, cp copies")
-    parser.add_argument("name", type=str, nargs="?", default=None, help="cp: the recipe")
-    parser.add_argument("to", type=Path, nargs="?", default=None, help="cp: file or folder; ./<name>.yaml by default")
+    parser.add_argument("action", choices=("ls", "cp"), help="ls lists, cp copies")
+    parser.add_argument("name", nargs="?", default=None, help="cp: the recipe")
+    parser.add_argument("to", type=path, nargs="?", default=None, help="cp: file or folder; ./<name>.yaml by default")
     return parser
 
 
@@ -187,15 +194,20 @@ def manage_recipes(options: Namespace) -> int:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise ConfigError("recipes cp", expected="a file that is not there yet", got=f"'{target}'", fix="Name another.")
-    shutil.copyfile(source, target)
+    if not target.parent.is_dir():
+        raise ConfigError(
+            "recipes cp", expected="a folder that is there", got=f"'{target.parent}'", fix="Make it first."
+        )
+    check_file(target, "recipes cp")
+    write_whole(target, source.read_bytes())
     out.print(f"{target}: now yours. Run it with --config {target}", soft_wrap=True, highlight=False)
     return 0
 
 
 COMMANDS = {
     "demo": Command("bundled data, a few minutes -> table and report.html", demo_parser, demo),
-    "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare, takes_recipe=True),
-    "train": Command("one method, with checkpoints and --resume", train_parser, train, takes_recipe=True),
+    "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare),
+    "train": Command("one method, with checkpoints and --resume", train_parser, train),
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
     "judge": Command("a published model at the work of ours -> retrieval, answers, pointing", judge_parser, judge),
@@ -205,37 +217,19 @@ COMMANDS = {
 }
 
 
-def _add_config(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", type=str, default="digits", help="a packaged recipe's name, or a YAML file")
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", default="digits", help="a packaged recipe's name, or a YAML file")
 
 
-def _add_workers(parser: ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=None, help="runs side by side; all cores by default")
+def _add_workers(parser: Parser) -> None:
+    parser.add_argument("--workers", type=whole, default=None, help="runs side by side; all cores by default")
 
 
-def _add_recipe(parser: ArgumentParser, recipe: Recipe | None) -> None:
-    """Every option of the recipe can be given on the command line; the recipe's own value is the default."""
-    from dataclasses import asdict
-
-    skipped = {"methods", "seeds", "folds"}
-    parser.add_class_arguments(Recipe, None, skip=set(skipped))
-    if recipe is not None:
-        values = {key: value for key, value in asdict(recipe).items() if key not in skipped}
-        trained = values.pop("train")
-        parser.set_defaults({**values, **{f"train.{key}": value for key, value in trained.items()}})
-
-
-def _recipe(options: Namespace) -> Recipe:
-    """The recipe that the command line, filled up by --config, describes."""
-    given = {name: options[name] for name in Recipe.__dataclass_fields__ if name in options}
-    base = recipes.read(options.config)
-    given["train"] = vars(given["train"])
-    for part in ("encoders", "fusions", "balancers", "variants"):
-        # An option given for one of them, --encoders.audio.dim 32, leaves its others as the recipe has them.
-        former = getattr(base, part)
-        given[part] = {name: {**former.get(name, {}), **(changes or {})} for name, changes in given[part].items()}
-    keep = {"methods": base.methods, "seeds": base.seeds, "folds": base.folds}
-    return recipes.from_dict({**{k: v for k, v in given.items() if k not in keep}, **keep}, f"recipe {options.config}")
+def _with_recipe(parser: Parser) -> Parser:
+    """The parser, which then takes every option of a recipe as well."""
+    parser.reads_recipe = True
+    parser.epilog = f"{overrides.HELP}\n\n{parser.epilog}"
+    return parser
 
 
 def _split(names: str, option: str) -> list[str]:
@@ -254,6 +248,7 @@ def _compare(
     from ..train.job import finished
     from .progress import ComparisonProgress
 
+    check_folder(options.out, "compare")
     plan = jobs(recipe, names, seeds, folds)
     done = [job for job in plan if finished(job, job.folder(options.out)) is not None]
     if done:
@@ -267,7 +262,9 @@ def _compare(
     results = options.out / "results.json"
     _draw(content, results, options.out / "report.html")
     for failure in content["failures"]:
-        fail(f"{failure['method']}, seed {failure['seed']} failed. {failure['error']}")
+        # Errors of other libraries come with their trace, which results.json keeps.
+        error = str(failure["error"]).strip().splitlines()[-1]
+        fail(f"{failure['method']}, seed {failure['seed']} failed. {error}")
     return 1 if content["failures"] else 0
 
 
@@ -281,6 +278,6 @@ def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
     beside = page.parent.resolve() == results.parent.resolve()
     picture = summary_png(Readings(content)) if beside else None
     if picture is not None:
-        results.with_name("summary.png").write_bytes(picture)
+        write_whole(results.with_name("summary.png"), picture)
     out.print(f"results: {results}", soft_wrap=True, highlight=False)
     out.print(f"report:  {page}", soft_wrap=True, highlight=False)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .. import recipes, record
-from ..errors import ConfigError
+from ..errors import ConfigError, EquipoiseError
+from ..files import check_folder, path_part
 from ..recipes import Recipe
-from .command import described, out
+from .command import Parser, described, out, path, whole
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -45,22 +45,22 @@ class Trained:
         return str(self.run["method"])
 
 
-def diagnose_parser(recipe: Recipe | None) -> ArgumentParser:
+def diagnose_parser() -> Parser:
     parser = described(
         "Asks trained models whether they use what they are given: verdicts, figures, one page.", *EXAMPLES
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, of train or compare")
+    parser.add_argument("runs", type=path, nargs="+", help="folders of finished runs, of train or compare")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder; RUN/diagnosis by default, runs/diagnosis for several"
+        "--out", type=path, default=None, help="folder; RUN/diagnosis by default, runs/diagnosis for several"
     )
-    parser.add_argument("--tests", type=str, default=None, help="comma-separated names of tests; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="of all noise")
+    parser.add_argument("--tests", default=None, help="comma-separated names of tests; all by default")
+    parser.add_argument("--seed", type=whole, default=0, help="of all noise")
     parser.add_argument(
-        "--outside", type=Literal["noise", "none"], default="noise",
+        "--outside", choices=("noise", "none"), default="noise",
         help="unknown inputs for the test of confidence: noise puts pure noise in place of every modality",
     )  # fmt: skip
     parser.add_argument(
-        "--modality", type=str, default=None, help="that noise replaces to see whether attention leaves; the run's own"
+        "--modality", default=None, help="that noise replaces to see whether attention leaves; the run's own"
     )
     return parser
 
@@ -73,18 +73,20 @@ def diagnose(options: Namespace) -> int:
     tests = None if options.tests is None else [name.strip() for name in options.tests.split(",") if name.strip()]
     if tests == []:
         raise ConfigError("diagnose", expected=f"some of {', '.join(QUESTIONS)} after --tests", got=repr(options.tests))
+    alone = len(options.runs) == 1
+    folder = options.out or (options.runs[0] / "diagnosis" if alone else Path("runs") / "diagnosis")
+    check_folder(folder, "diagnose")
     # All folders are read before the first test, so that a wrong name costs nothing.
     trained = [read(folder) for folder in options.runs]
-    folder = options.out or (trained[0].folder / "diagnosis" if len(trained) == 1 else Path("runs") / "diagnosis")
     names = _named(trained)
-    alone = _alone(trained)
+    scores = _alone(trained)
     found = []
     with DiagnosisProgress(len(trained), out) as progress:
         for one, name in zip(trained, names, strict=True):
             progress.begin(name)
-            found.append(examine(one, name, tests, options, alone, progress))
+            found.append(examine(one, name, tests, options, scores, progress))
     for name, diagnosis in zip(names, found, strict=True):
-        diagnosis.save(folder if len(found) == 1 else folder / name.replace("/", "-"))
+        diagnosis.save(folder if alone else folder / path_part(name.replace("/", "-"), "diagnose"))
     if len(found) > 1:
         record.write(folder / "results.json", results(found))
     page = found[0].report(folder / "report.html", *found[1:])
@@ -198,10 +200,11 @@ def _alone(trained: Sequence[Trained]) -> dict[tuple, float]:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
+    from ..train.folder import read_run
+
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))["run"]
-        return run if {"method", "fold", "seed", "metrics"} <= set(run) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_run(path.parent)["run"]
+    except EquipoiseError:
         return None
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
-from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
 from rich import box
 from rich.table import Table
 
 from .. import record
-from ..recipes import Recipe
-from .command import described, out
+from ..files import check_folder, path_part
+from .command import Parser, described, out, path, whole
 
 EXAMPLES = (
     "equipoise judge openai/clip-vit-base-patch32                    two towers: finding emoji and their names",
@@ -21,20 +20,20 @@ EXAMPLES = (
 )
 
 
-def judge_parser(recipe: Recipe | None) -> ArgumentParser:
+def judge_parser() -> Parser:
     parser = described(
         "Puts a model of Hugging Face to the same work as ours: finding emoji by name, or questions about scenes, also "
         "with the picture shuffled and blank.", *EXAMPLES,
     )  # fmt: skip
-    parser.add_argument("model", type=str, help="a name on the Hugging Face hub, or a folder of save_pretrained")
-    parser.add_argument("--data", type=Literal["emoji", "scenes"], default=None, help="by default what fits the model")
-    parser.add_argument("--level", type=int, default=2, help="of the scenes: 1, 2 or 3")
-    parser.add_argument("--split", type=Literal["val", "test"], default="test")
-    parser.add_argument("--samples", type=int, default=200, help="of the scenes; each is asked three times")
-    parser.add_argument("--template", type=str, default="{}", help='for captions, such as "an emoji of {}"')
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, ...; the accelerator where there is one")
-    parser.add_argument("--dtype", type=str, default=None, help="of a model that writes; auto by default")
-    parser.add_argument("--out", type=Path, default=None, help="folder; runs/judge-<name> by default")
+    parser.add_argument("model", help="a name on the Hugging Face hub, or a folder of save_pretrained")
+    parser.add_argument("--data", choices=("emoji", "scenes"), default=None, help="by default what fits the model")
+    parser.add_argument("--level", type=whole, default=2, help="of the scenes: 1, 2 or 3")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--samples", type=whole, default=200, help="of the scenes; each is asked three times")
+    parser.add_argument("--template", default="{}", help='for captions, such as "an emoji of {}"')
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator where there is one")
+    parser.add_argument("--dtype", default=None, help="of a model that writes; auto by default")
+    parser.add_argument("--out", type=path, default=None, help="folder; runs/judge-<name> by default")
     return parser
 
 
@@ -46,6 +45,8 @@ def judge(options: Namespace) -> int:
 
     model = Path(options.model)
     name = model.resolve().name if model.name in ("", "..") else model.name
+    folder = options.out or Path("runs") / path_part(f"judge-{name}", "judge")
+    check_folder(folder, "judge")
     work = options.data or fitting(options.model)
     source = data.load(work, **({"level": options.level} if work == "scenes" else {}))
     with out.status("loading the model"):
@@ -60,7 +61,6 @@ def judge(options: Namespace) -> int:
         "score": "recall@1" if work == "emoji" else "accuracy",
         **({"template": options.template} if work == "emoji" else {"samples": options.samples}),
     }  # fmt: skip
-    folder = options.out or Path("runs") / f"judge-{name}"
     path = record.write(folder / "results.json", record.results([run], protocol))
     out.print(_table(metrics))
     out.print(f"results: {path}", soft_wrap=True, highlight=False)

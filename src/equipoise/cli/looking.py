@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
-
-from ..recipes import Recipe
-from .command import described, out
+from ..files import check_folder
+from .command import Parser, described, out, path, whole
 
 EXAMPLES = (
     'equipoise look llava-hf/llava-1.5-7b-hf --image cat.png --text "What is on the mat?"',
@@ -17,25 +16,25 @@ EXAMPLES = (
 )
 
 
-def look_parser(recipe: Recipe | None) -> ArgumentParser:
+def look_parser() -> Parser:
     parser = described(
         "Shows where a vision-language or audio model looks while it answers, and whether the answer needs it: table, "
         "look.json, report.html.",
         *EXAMPLES,
     )
-    parser.add_argument("model", type=str, help="a name on the Hugging Face hub, or a folder of save_pretrained")
-    parser.add_argument("--image", type=Path, default=None, help="the picture, for a model that reads pictures")
-    parser.add_argument("--audio", type=Path, default=None, help="the sound, for a model that reads sounds")
-    parser.add_argument("--text", type=str, required=True, help="the question; the chat template is put around it")
-    parser.add_argument("--answer", type=str, default=None, help="an answer to judge; by default the model writes one")
-    parser.add_argument("--max_new_tokens", type=int, default=20, help="of the answer that the model writes")
-    parser.add_argument("--sites", type=str, default=None, help="comma-separated patterns of layers; all by default")
-    parser.add_argument("--sinks", type=int, default=3, help="top tokens that the second figures leave out")
+    parser.add_argument("model", help="a name on the Hugging Face hub, or a folder of save_pretrained")
+    parser.add_argument("--image", type=path, default=None, help="the picture, for a model that reads pictures")
+    parser.add_argument("--audio", type=path, default=None, help="the sound, for a model that reads sounds")
+    parser.add_argument("--text", required=True, help="the question; the chat template is put around it")
+    parser.add_argument("--answer", default=None, help="an answer to judge; by default the model writes one")
+    parser.add_argument("--max_new_tokens", type=whole, default=20, help="of the answer that the model writes")
+    parser.add_argument("--sites", default=None, help="comma-separated patterns of layers; all by default")
+    parser.add_argument("--sinks", type=whole, default=3, help="top tokens that the second figures leave out")
     parser.add_argument("--random", action="store_true", help="random weights from the configuration alone")
-    parser.add_argument("--revision", type=str, default=None, help="branch, tag or commit on the hub")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, ...; the accelerator where there is one")
-    parser.add_argument("--dtype", type=str, default=None, help="auto, float32, bfloat16 or float16; auto by default")
-    parser.add_argument("--out", type=Path, default=Path("runs/look"), help="folder of look.json and report.html")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit on the hub")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator where there is one")
+    parser.add_argument("--dtype", default=None, help="auto, float32, bfloat16 or float16; auto by default")
+    parser.add_argument("--out", type=path, default=Path("runs/look"), help="folder of look.json and report.html")
     return parser
 
 
@@ -45,6 +44,7 @@ def look(options: Namespace) -> int:
     from ..look.standin import StandIn
     from ..media import read_image
 
+    check_folder(options.out, "look")
     # A picture that cannot be read is told before the model is loaded.
     image = None if options.image is None else read_image(options.image, who="look image")
     notes = []

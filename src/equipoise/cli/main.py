@@ -1,17 +1,19 @@
-"""The program ``equipoise``: demo, compare, train, diagnose, look, report, recipes."""
+"""The program ``equipoise``: demo, compare, train, diagnose, look, judge, search, report, recipes."""
 
 from __future__ import annotations
 
-import json
-import re
+import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from .. import __version__, recipes
+from .. import __version__, startup
 from ..errors import EquipoiseError
-from .command import Lines, fail
+from ..typed import shown
+from .command import Parser, fail, speak_plainly
 from .commands import COMMANDS
 
 EPILOG = """examples:
@@ -28,76 +30,80 @@ EPILOG = """examples:
 equipoise COMMAND --help tells more about each."""
 
 
+TRACE = "EQUIPOISE_TRACEBACK"
+"""With this in the environment, a fault of the program is shown whole."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; ends the process with 0, 1 (an error, told in one sentence), 2 (usage) or 130 (Ctrl-C)."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        startup.ready()
+        speak_plainly()
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as left:
+        status = left.code
+    if threading.current_thread() is threading.main_thread():
+        # All is written; a further Ctrl-C would only spoil the end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _close_output()
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns the exit status."""
-    arguments = gathered(arguments)
     try:
-        parsed = parser(arguments).parse_args(arguments)
-        return COMMANDS[parsed.command].run(parsed[parsed.command])
+        parsed = parser().parse_args(arguments)
+        return COMMANDS[parsed.command].run(parsed)
     except EquipoiseError as error:
         return fail(str(error))
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has seen enough.
+        _close_output()
+        return 1
     except OSError as error:
-        return fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+        return fail(f"{shown(str(error.filename or 'a file'))}: {error.strerror or error}.")
     except KeyboardInterrupt:
         return fail("Stopped. What is finished is written down; the same command goes on from there.", 130)
+    except Exception as error:
+        if os.environ.get(TRACE):
+            raise
+        return fail(f"{FAULT}: {_where(error)}. Set {TRACE}=1 to see all of it, and report it.")
 
 
-def parser(arguments: Sequence[str] = ()) -> ArgumentParser:
-    """The whole command line. The recipe that ``--config`` names gives the recipe's options their defaults."""
-    top = ArgumentParser(
-        prog="equipoise", version=__version__, epilog=EPILOG, formatter_class=Lines,
+FAULT = "a fault of the program itself"
+
+
+def _where(error: Exception) -> str:
+    """The error in one line, with the place of ours that it comes from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "equipoise" in frame.filename]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {shown(str(error)).rstrip('.')}{place}"
+
+
+def _close_output() -> None:
+    """Lets what is still to be written go nowhere, so that Python does not complain at its end."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(
+        prog="equipoise", epilog=EPILOG,
         description="See how a multimodal transformer divides its attention, and train it so that none is wasted.",
     )  # fmt: skip
-    commands = top.add_subcommands(required=True, dest="command")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        recipe = None
-        if command.takes_recipe and name == next(iter(arguments), None):
-            recipe = recipes.read(_config(arguments))
-        commands.add_subcommand(name, command.parser(recipe), help=command.summary)
+        made = command.parser()
+        sub = commands.add_parser(name, parents=[made], help=command.summary, description=made.description,
+                                  epilog=made.epilog, add_help=False)  # fmt: skip
+        sub.reads_recipe = made.reads_recipe
     return top
-
-
-OWN = re.compile(r"--((?:encoders|fusions|balancers|variants)\.[^.=]+)\.([^=]+)(?:=(.*))?", re.DOTALL)
-"""An option of one encoder, fusion, balancer or variant, with its value where that stands in the same word."""
-
-PLAIN = re.compile(r"""[\w.+-]+|\[.*\]|\{.*\}|".*"|'.*'""", re.DOTALL)
-"""Values that mean the same inside a YAML mapping; others are texts that need quotes there."""
-
-
-def gathered(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the options of one encoder, fusion, balancer or variant as one; the parser keeps the last one.
-
-    Example:
-        >>> gathered(["compare", "--balancers.ogm.alpha", "0.3", "--seeds", "2", "--balancers.ogm.end=4"])
-        ['compare', '--seeds', '2', '--balancers.ogm={alpha: 0.3, end: 4}']
-    """
-    rest: list[str] = []
-    found: dict[str, dict[str, str]] = {}
-    words = iter(arguments)
-    for word in words:
-        option = OWN.fullmatch(word)
-        value = option and (option[3] if option[3] is not None else next(words, None))
-        if option is None or value is None:
-            rest.append(word)
-        else:
-            found.setdefault(option[1], {})[option[2]] = value
-    for name, options in found.items():
-        pairs = (f"{key}: {value if PLAIN.fullmatch(value) else json.dumps(value)}" for key, value in options.items())
-        one = next(iter(options.items()))
-        rest.append(f"--{name}={{{', '.join(pairs)}}}" if len(options) > 1 else f"--{name}.{one[0]}={one[1]}")
-    return rest
-
-
-def _config(arguments: Sequence[str]) -> str:
-    """The value of --config, which must be known before the options that it fills."""
-    for here, after in zip(arguments, [*arguments[1:], None], strict=True):
-        if here == "--config" and after is not None:
-            return after
-        if here.startswith("--config="):
-            return here.removeprefix("--config=")
-    return "digits"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError
-from ..recipes import Recipe
-from .command import described, out
+from ..files import check_file
+from .command import Parser, described, out, path, whole
 
 if TYPE_CHECKING:
     from ..search import Found, Hit, Index
@@ -28,17 +27,17 @@ WIDTH = 18
 """Characters of a picture's column in the terminal."""
 
 
-def search_parser(recipe: Recipe | None) -> ArgumentParser:
+def search_parser() -> Parser:
     parser = described(
         "Finds pictures by words, and words by a picture, in a space of `equipoise train --config emoji_clip`.",
         *EXAMPLES,
     )
-    parser.add_argument("text", type=str, nargs="?", default=None, help="what is looked for")
-    parser.add_argument("--model", type=Path, required=True, help="folder of a finished run, of train or compare")
-    parser.add_argument("--top", type=int, default=10, help="how many are shown")
-    parser.add_argument("--image", type=Path, default=None, help="a picture to ask with, in place of a text")
-    parser.add_argument("--images", type=Path, default=None, help="look in this folder of pictures, not in the data")
-    parser.add_argument("--html", type=Path, default=None, help="also write a page of what was found")
+    parser.add_argument("text", nargs="?", default=None, help="what is looked for")
+    parser.add_argument("--model", type=path, required=True, help="folder of a finished run, of train or compare")
+    parser.add_argument("--top", type=whole, default=10, help="how many are shown")
+    parser.add_argument("--image", type=path, default=None, help="a picture to ask with, in place of a text")
+    parser.add_argument("--images", type=path, default=None, help="look in this folder of pictures, not in the data")
+    parser.add_argument("--html", type=path, default=None, help="also write a page of what was found")
     return parser
 
 
@@ -54,6 +53,8 @@ def search(options: Namespace) -> int:
         raise ConfigError("search", expected="--top of 1 or more", got=f"{options.top}")
     if options.text is not None and not options.text.strip():
         raise ConfigError("search", expected="a text with a word in it", got=repr(options.text))
+    if options.html is not None and not options.html.is_dir():
+        check_file(options.html, "search --html")
     with out.status("loading the model"):
         index, notes = opened(options)
     if options.image is not None:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -124,6 +125,9 @@ def _loaded(options: str) -> data.Dataset:
 def dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
     """The recipe's data set, loaded once in a process."""
     options = {**recipe.data, **({} if fold is None else {"fold": fold})}
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError("recipe", expected=f"a finite number under data.{name}", got=str(value))
     return _loaded(json.dumps(plain(options, "recipe: data"), sort_keys=True))
 
 

@@ -19,6 +19,7 @@ from ..lookup import family, find, made
 from ..model import FusionModel
 from ..objective import Objective
 from ..recipes import Recipe
+from ..typed import shown
 from .objectives import objective, variant
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encoder:
     options, known = dict(options), family(encoders, Encoder)
     usual = {3: "PatchEncoder", 1: "TextEncoder"}.get(len(shape), "SequenceEncoder")
     wanted = options.pop("name", None) or usual
-    if wanted not in known:
-        raise unknown_name(f"encoder '{name}'", "encoder", str(wanted), known)
+    if not isinstance(wanted, str) or wanted not in known:
+        raise unknown_name(f"encoder '{name}'", "encoder", shown(wanted), known)
     follows = known[wanted].for_data(shape)
     if follows is None:
         able = [f"{other} for {cls.reads}" for other, cls in known.items() if cls.for_data(shape) is not None]
