@@ -338,7 +338,8 @@ RECIPE = (
     "--train.learning_rate", "--train.clip", "--train", "--data.audio_noise", "--data", "--data.name", "--encoders",
     "--encoders.audio", "--encoders.audio.dim", "--encoders.audio.x.y", "--fusions.joint.depth", "--fusions",
     "--balancers.rollingq.rho", "--model", "--model.name", "--variants.x.y", "--noise_modality", "--reference",
-    "--train.x", "--train.precision", "--train.batch_size", "--train.optimizer", "--train.warmup", "--fusions.deep.train",
+    "--train.x", "--train.precision", "--train.batch_size", "--train.optimizer", "--train.warmup",
+    "--fusions.deep.train",
 )  # fmt: skip
 ANY = ("--x", "-h", "--version", "--encoders..dim", "--encoders.", "--data.", "--=", "--train=", "--seeds", "--out")
 OWN = {
