@@ -197,6 +197,9 @@ def outcome(action):
     with quietly() as (said, errors):
         try:
             status = action()
+        except OSError as error:
+            # What the program tells in one sentence; a function may raise it, as long as it names the file.
+            return "told" if error.filename else "OSError without a file"
         except EquipoiseError as error:
             return "told" if len(str(error)) < 2000 else f"a message of {len(str(error))} characters"
         except SystemExit as left:

@@ -18,7 +18,6 @@ HEAVY = (
     "jinja2",
     "pandas",
     "torchmetrics",
-    "jsonargparse",
 )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import startup as _startup  # noqa: F401, first, so that it is there while the rest is imported
+if not TYPE_CHECKING:
+    # Before all others, since it says what Ctrl-C does while they are imported.
+    from . import startup as startup
+
 from .align import GatedCrossAttention as GatedCrossAttention
 from .align import InfoNCE as InfoNCE
 from .align import Projector as Projector

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import json
 import math
 import os
@@ -164,23 +163,6 @@ def path_part(name: str, who: str, *, without: str = "") -> str:
     return name
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a checksum, by which ``unsealed`` notices a file that was changed since it was written."""
-    return {**content, "checksum": _checksum(content)}
-
-
-def unsealed(content: Mapping[str, Any], who: str, fix: str) -> dict[str, Any]:
-    """The content without its checksum; one without a checksum is taken as it is.
-
-    Raises:
-        SchemaError: the content is not what was written.
-    """
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    if "checksum" in content and content["checksum"] != _checksum(rest):
-        raise SchemaError(who, expected="the content that was written", got="one that was changed since", fix=fix)
-    return rest
-
-
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
@@ -196,21 +178,10 @@ def read_json(path: Path) -> Any:
         raise ValueError("lists and mappings are nested too deep") from None
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def file_error(error: OSError) -> DataError:
     """The system's error about a file, such as a full disk, as one of this package."""
     reason = error.strerror or str(error)
     return DataError(str(error.filename or "a file"), expected="a file that can be read or written", got=reason)
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    # NaN and infinity are written as null.
-    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
 def _kind(path: Path) -> str:
@@ -232,10 +203,8 @@ def _check_above(path: Path, who: str, what: str) -> None:
     place = path.absolute().parent
     while _kind(place) == "nothing" and place != place.parent:
         place = place.parent
-    try:
-        os.stat(place / "")
-    except OSError as error:
-        raise _no_folder(path, who, error.strerror or str(error), what) from error
+    if not place.is_dir():
+        raise _no_folder(path, who, os.strerror(errno.ENOTDIR), what)
     _check_writable(place, path, who, what)
 
 

@@ -14,9 +14,10 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 
+from .checksums import sealed, unsealed
 from .errors import DataError, SchemaError
 from .files import plain as plain
-from .files import read_json, sealed, unsealed
+from .files import read_json
 from .files import write_whole as write_whole
 from .results_schema import SCHEMA as SCHEMA
 from .results_schema import check_results

@@ -52,6 +52,10 @@ class Parser(ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                # argparse would take the two hyphens away and leave an empty list.
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
         changes: list[overrides.Change] = []
         if self.reads_recipe:
             words, changes = overrides.taken(words, self.error)

@@ -156,7 +156,7 @@ def report_parser() -> Parser:
 
 
 def report(options: Namespace) -> int:
-    from ..train.folder import check_against
+    from ..train.job import check_against
 
     results = options.results / "results.json" if options.results.is_dir() else options.results
     page = options.out or results.with_name("report.html")

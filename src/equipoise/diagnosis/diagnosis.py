@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checksums import sealed, unsealed
 from ..errors import DataError, SchemaError
-from ..files import plain, read_json, sealed, unsealed, write_whole
+from ..files import plain, read_json, write_whole
 
 if TYPE_CHECKING:
     from ..record import Run

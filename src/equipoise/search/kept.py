@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checksums import checksum
 from ..errors import ConfigError
 from ..files import write_whole
 
@@ -30,8 +31,6 @@ def kept(folder: Path, weights: Path, source: Any, make: Callable[[], dict[str, 
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
-
-    from ..train.checkpoint import checksum
 
     wanted = fingerprint(weights, source)
     path = folder / NAME

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from ..checksums import checksum
 from ..errors import DataError, NonFiniteError
 from ..files import without_sharing, writing
 from ..typed import shown
@@ -85,32 +84,6 @@ def check_state(model: nn.Module, path: Path) -> None:
                 fix="Remove it to start this run again.",
             )  # fmt: skip
         _check_finite(str(path), name, weights[name])
-
-
-def checksum(state: Any) -> str:
-    """SHA-256 over all names, values and tensors of a nested state."""
-    found = hashlib.sha256()
-    _add(found, state)
-    return found.hexdigest()
-
-
-def _add(found: Any, part: Any) -> None:
-    if isinstance(part, Tensor):
-        values = part.detach().cpu().contiguous()
-        found.update(f"{values.dtype}{tuple(values.shape)}".encode())
-        if values.numel():
-            found.update(values.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(part, Mapping):
-        found.update(f"mapping {len(part)}".encode())
-        for key, value in part.items():
-            found.update(repr(key).encode())
-            _add(found, value)
-    elif isinstance(part, (list, tuple)):
-        found.update(f"list {len(part)}".encode())
-        for value in part:
-            _add(found, value)
-    else:
-        found.update(repr(part).encode("utf-8", "backslashreplace"))
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

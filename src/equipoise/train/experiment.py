@@ -90,7 +90,7 @@ def perform(
             return None
         run = _run(job, model.cpu(), source, recipe, journal)
     save_weights(model, folder / "model.safetensors")
-    write_run(folder, job, run)
+    write_run(folder, job.fingerprint(), run)
     return run
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from .. import recipes
+from ..checksums import digest
+from ..errors import DataError, EquipoiseError
 from ..files import path_part, plain, read_json
 from ..recipes import Recipe
 from ..record import Run
-from .folder import RUN, check_recipe, check_weights, read_run
+from .folder import RECIPE, RUN, check_weights, read_run
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,47 @@ def finished(job: Job, folder: Path) -> Run | None:
     check_recipe(folder, content)
     check_weights(folder, content)
     return content["run"]
+
+
+def check_recipe(folder: Path, content: dict[str, Any]) -> None:
+    """Checks that the recipe in a folder is the one that its ``run.json`` was written with.
+
+    Raises:
+        DataError: another recipe.
+    """
+    run, path = content["run"], folder / RECIPE
+    # What does not change the run, such as a comment, may change.
+    if "fingerprint" in content and path.is_file() and digest(path) != content.get("recipe"):
+        try:
+            recipe = recipes.read(path)
+            same = Job(recipe, run["method"], run["seed"], run["fold"]).fingerprint() == content["fingerprint"]
+        except EquipoiseError as error:
+            raise DataError(
+                str(path), expected=f"the recipe of this run; {error.expected}", got=error.got,
+                fix="Put back the file that the training wrote.",
+            ) from error  # fmt: skip
+        if not same:
+            raise DataError(
+                str(path), expected="the recipe that this run was trained with",
+                got="another one: recipe.yaml or run.json was changed, or is of another run",
+                fix="Put back the file that the training wrote, or train again in a new folder.",
+            )  # fmt: skip
+
+
+def check_against(folder: Path, runs: list[Run]) -> None:
+    """Checks that runs of a results file are the ones in the folders beside it, where there are folders.
+
+    Raises:
+        DataError: a run that says something else than its folder.
+    """
+    for run in runs:
+        for inside in (place(folder, run["method"], run["seed"], run["fold"]), folder):
+            if not (inside / RUN).is_file():
+                continue
+            stored = read_run(inside)["run"]
+            same = all(stored[name] == run[name] for name in ("method", "seed", "fold"))
+            if same and stored != plain(run):
+                raise DataError(
+                    str(folder / "results.json"), expected=f"what '{inside / RUN}' holds", got="another run there",
+                    fix="Run the command that wrote them again; finished runs are not run again.",
+                )  # fmt: skip

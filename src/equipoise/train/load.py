@@ -15,7 +15,8 @@ from ..objective import Objective
 from . import methods
 from .checkpoint import load_weights
 from .experiment import dataset
-from .folder import PARTS, WEIGHTS, check_recipe, check_weights, read_run
+from .folder import PARTS, WEIGHTS, check_weights, read_run
+from .job import check_recipe
 
 
 def load(folder: str | os.PathLike[str]) -> FusionModel | Objective:
