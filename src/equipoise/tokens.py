@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .errors import ShapeError
 from .masks import at_least_float32, bool_mask, zero_masked
@@ -291,4 +292,4 @@ def has_values(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
-    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
