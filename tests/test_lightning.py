@@ -180,6 +180,63 @@ def test_a_target_that_is_not_finite():
         fit(Training(built(source), TrainOptions(epochs=1)), source)
 
 
+def masked(source, *, mask_of):
+    """One batch of the training data; the audio of sample 5 is NaN where ``mask_of`` hides it."""
+    values = dict(source.train.inputs)
+    mask = mask_of(values["audio"])
+    hidden = ~mask.reshape(*mask.shape, *[1] * (3 - mask.ndim)).expand(values["audio"].shape)
+    assert bool(hidden[5].any())
+    batch = {**values, "audio": values["audio"].masked_fill(hidden, torch.nan), "mask": {"audio": mask}}
+    return {**batch, "target": source.train.target, "index": torch.arange(len(mask))}
+
+
+class Encoder(nn.Linear):
+    """Reads the mask of its tokens."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+def without_sample(values):
+    return torch.arange(len(values)) != 5
+
+
+def without_tokens(values):
+    return torch.arange(values.shape[1]).expand(values.shape[:2]) < values.shape[1] - 2
+
+
+@pytest.mark.parametrize("encoder", [nn.Linear, Encoder])
+@pytest.mark.parametrize("mask_of", [without_sample, without_tokens])
+def test_values_under_a_mask_are_not_checked(mask_of, encoder):
+    source = Made()
+    options = TrainOptions(epochs=1, optimizer="sgd", learning_rate=0.1)
+    batch = masked(source, mask_of=mask_of)
+
+    def train(batch):
+        model = built(source)
+        model.encoders["audio"] = encoder(source.shapes["audio"][-1], 8)
+        model._takes_mask["audio"] = encoder is Encoder
+        fit_batches(Training(model, options), [batch])
+
+    train(batch)
+    # What is wrong is named, and not what the mask hides.
+    image = batch["image"].clone()
+    image[7] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"modality 'image': .* in 1 of 61 samples, the first has index 7"):
+        train({**batch, "image": image})
+    audio = batch["audio"].clone()
+    audio[9, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"modality 'audio': .* in 1 of 61 samples, the first has index 9"):
+        train({**batch, "audio": audio})
+
+
+def fit_batches(module, batches):
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    with quiet():
+        trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+        trainer.fit(module, loader, loader)
+
+
 def test_a_loss_that_explodes():
     source = Made()
     options = TrainOptions(epochs=9, optimizer="sgd", learning_rate=1e30, warmup=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -67,6 +67,24 @@ def zero_masked(
         tensor([1., 0.])
     """
     return values if mask is None else values.masked_fill(~mask.to(values.device)[..., None], 0.0)
+
+
+def without_masked(value: object, mask: Tensor | None, *, tokens_too: bool) -> object:
+    """An encoder's input with zeros where the mask hides it; inputs by name keep their whole numbers."""
+    if mask is None:
+        return value
+    if isinstance(value, Mapping):
+        floating = {key: x for key, x in value.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        return {**value, **{key: without_masked(x, mask, tokens_too=tokens_too) for key, x in floating.items()}}
+    # What does not fit is an error that is raised once the encoder has said how many tokens there are.
+    if not isinstance(value, Tensor) or value.ndim == 0 or mask.ndim not in (1, 2) or len(mask) != len(value):
+        return value
+    whole = mask if mask.ndim == 1 else mask.any(dim=1)
+    # Of four sizes the second is that of channels, unless the encoder takes masks of what it reads. Whole numbers under
+    # such a mask are the encoder's own padding.
+    by_token = mask.shape == value.shape[:2] and (value.is_floating_point() if tokens_too else value.ndim != 4)
+    hidden = ~(mask if by_token else whole).to(value.device)
+    return value.masked_fill(hidden.reshape(*hidden.shape, *[1] * (value.ndim - hidden.ndim)), 0)
 
 
 def finite_masked(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .errors import ConfigError, ShapeError, unknown_name
 from .fusion import Fusion
-from .masks import at_least_float32, bool_mask
+from .masks import at_least_float32, bool_mask, without_masked
 from .tokens import Output, Tokens, as_tokens
 
 Task = Literal["classification", "multilabel", "regression"]
@@ -263,7 +263,7 @@ class FusionModel(nn.Module):
         encoder = self.encoders[name]
         takes_mask = self._takes_mask[name]
         per_token = mask is not None and mask.ndim == 2 and takes_mask
-        value = _without_masked(value, mask, tokens_too=takes_mask)
+        value = without_masked(value, mask, tokens_too=takes_mask)
         tokens = as_tokens(encoder(value, mask=mask) if per_token else encoder(value), f"encoder '{name}'")
         if tokens.dim != self.fusion.dim:
             raise ShapeError(
@@ -291,24 +291,6 @@ class FusionModel(nn.Module):
             )
         valid = mask if tokens.mask is None else tokens.mask & mask
         return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls).zero_masked()
-
-
-def _without_masked(value: object, mask: Tensor | None, *, tokens_too: bool) -> object:
-    """An encoder's input with zeros where the mask hides it; inputs by name keep their whole numbers."""
-    if mask is None:
-        return value
-    if isinstance(value, Mapping):
-        floating = {key: x for key, x in value.items() if isinstance(x, Tensor) and x.is_floating_point()}
-        return {**value, **{key: _without_masked(x, mask, tokens_too=tokens_too) for key, x in floating.items()}}
-    # What does not fit is an error that is raised once the encoder has said how many tokens there are.
-    if not isinstance(value, Tensor) or value.ndim == 0 or mask.ndim not in (1, 2) or len(mask) != len(value):
-        return value
-    whole = mask if mask.ndim == 1 else mask.any(dim=1)
-    # Of four sizes the second is that of channels, unless the encoder takes masks of what it reads. Whole numbers under
-    # such a mask are the encoder's own padding.
-    by_token = mask.shape == value.shape[:2] and (value.is_floating_point() if tokens_too else value.ndim != 4)
-    hidden = ~(mask if by_token else whole).to(value.device)
-    return value.masked_fill(hidden.reshape(*hidden.shape, *[1] * (value.ndim - hidden.ndim)), 0)
 
 
 def _check_classes(logits: Tensor, target: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
+from ..masks import without_masked
 from ..recipes import TrainOptions
 
 
@@ -66,8 +68,9 @@ class Loop(pl.LightningModule, ABC):
     def _not_finite(self, batch: dict[str, Any], batch_idx: int, loss: Tensor) -> NonFiniteError:
         where = f"training, epoch {self.current_epoch + 1}, batch {batch_idx + 1}"
         for name in (*_names(self.model), "target"):
-            values = batch.get(name)
-            if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
+            for values in self._read(batch, name):
+                if bool(torch.isfinite(values).all()):
+                    continue
                 bad = (~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).nonzero()[:, 0].tolist()
                 index = batch["index"][bad[0]].item() if "index" in batch else bad[0]
                 return NonFiniteError(
@@ -79,6 +82,17 @@ class Loop(pl.LightningModule, ABC):
             where, expected="a finite loss", got=f"{float(loss.detach())} although all inputs are finite",
             fix="Lower train.learning_rate, set train.clip=1.0, or use train.precision=32-true.",
         )  # fmt: skip
+
+    def _read(self, batch: Mapping[str, Any], name: str) -> list[Tensor]:
+        """What the model reads of one entry of the batch: zeros where the mask hides values."""
+        masks = batch.get("mask")
+        mask = masks.get(name) if isinstance(masks, Mapping) else None
+        tokens_too = getattr(self.model, "_takes_mask", {}).get(name, True)
+        value = batch.get(name)
+        if isinstance(mask, Tensor):
+            value = without_masked(value, mask.bool(), tokens_too=tokens_too)
+        parts = value.values() if isinstance(value, Mapping) else [value]
+        return [part for part in parts if isinstance(part, Tensor) and part.ndim]
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:
