@@ -3,14 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from equipoise import record
 from equipoise.cli import run
 from equipoise.diagnosis import QUESTIONS, Diagnosis
+from equipoise.significance import unpack
 from equipoise.train import compare
-from small_runs import recipe
+from small_runs import recipe, write_recipe
 
 METHODS = ("audio", "image", "concat", "joint", "deep")
 SAME = (
@@ -55,13 +57,46 @@ def test_figures_are_those_that_the_training_wrote(seed0, joint):
     # Those of the comparison's models of one modality, not of the heads.
     for name in ("audio", "image"):
         own = json.loads((seed0(name) / "run.json").read_text())["run"]["metrics"]["accuracy"]
-        assert found.metrics[f"accuracy_alone/{name}"] == own
+        assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(own, rel=1e-6)
     assert found.details["score"]["alone_from"] == "models"
     assert found.details["response"]["modality"] == "audio"
     assert (found.name, found.seed, found.fold, found.samples) == ("joint", 0, None, 497)
     assert found.protocol["data"] == "digits"
     assert found.protocol["outside"] == "noise"
     assert "auroc" in found.metrics
+
+
+def test_models_alone_are_compared_on_the_same_samples(seed0, joint):
+    each = Diagnosis.load(joint).details["score"]["outcomes"]
+    for name in ("audio", "image"):
+        own = json.loads((seed0(name) / "run.json").read_text())["run"]["outcomes"]["accuracy"]
+        assert np.array_equal(unpack(each[f"accuracy_alone/{name}"]), unpack(own), equal_nan=True)
+    assert not any("unpaired" in verdict.text for verdict in Diagnosis.load(joint).verdicts)
+
+
+@pytest.mark.parametrize("change", ["no outcomes", "other length", "other data", "no recipe"])
+def test_models_alone_of_other_samples_are_known_by_their_score(change, compared, tmp_path):
+    """Files of earlier versions, and runs that were tested on something else."""
+    for method in ("joint", "audio", "image"):
+        shutil.copytree(compared / method, tmp_path / method)
+    for name in ("audio", "image"):
+        folder = tmp_path / name / "seed0"
+        content = json.loads((folder / "run.json").read_text())
+        del content["checksum"]
+        if change == "no outcomes":
+            del content["run"]["outcomes"]
+        elif change == "other length":
+            content["run"]["outcomes"]["accuracy"] = content["run"]["outcomes"]["accuracy"][1:]
+        elif change == "other data":
+            write_recipe(folder / "recipe.yaml", recipe(epochs=1), data={"name": "digits", "seed": 1})
+        else:
+            (folder / "recipe.yaml").unlink()
+        (folder / "run.json").write_text(json.dumps(content))
+    assert run(["diagnose", str(tmp_path / "joint" / "seed0"), "--tests", "noise", "--outside", "none"]) == 0
+    found = Diagnosis.load(tmp_path / "joint" / "seed0" / "diagnosis")
+    assert found.details["score"]["alone_from"] == "models"
+    assert not any("_alone/" in metric for metric in found.details["score"]["outcomes"])
+    assert "accuracy_alone/audio" in found.metrics
 
 
 def test_what_is_written(joint):

@@ -8,6 +8,7 @@ import pytest
 
 from equipoise import record
 from equipoise.errors import ConfigError, DataError
+from equipoise.significance import unpack
 from equipoise.train import experiment
 from equipoise.train.compare import compare, device, jobs
 from small_runs import recipe, table
@@ -88,6 +89,17 @@ def test_metrics_are_there_and_possible(done, method):
         assert metrics["seconds_per_epoch"] > 0
         assert [entry["epoch"] for entry in run["history"]] == [1, 2]
         assert all(math.isfinite(entry["loss"]) for entry in run["history"])
+
+
+def test_outcomes_of_every_test_sample_are_stored(done):
+    for run in done[0]["runs"]:
+        metrics, outcomes = run["metrics"], run["outcomes"]
+        assert set(outcomes) == {"accuracy", "accuracy_noise/audio", "accuracy_noise/image"}
+        for metric, packed in outcomes.items():
+            assert isinstance(packed, str)
+            each = unpack(packed)
+            assert each.shape == (497,)
+            assert each.mean() == pytest.approx(metrics[metric], abs=1e-6)
 
 
 def test_rotations_are_counted_and_keys_seen_before(done):

@@ -152,6 +152,14 @@ def test_written_results_come_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
+def test_outcomes_are_kept_and_optional(tmp_path):
+    runs = [{**run("joint", 0, accuracy=0.5), "outcomes": {"accuracy": "10-"}}, run("joint", 1, accuracy=0.5)]
+    record.write(tmp_path / "results.json", record.results(runs, {}))
+    first, second = record.read(tmp_path)["runs"]
+    assert first["outcomes"] == {"accuracy": "10-"}
+    assert "outcomes" not in second
+
+
 def test_what_json_lacks_becomes_null_or_a_list(tmp_path):
     content = record.results(
         [run("a", 0, accuracy=math.nan, air=-math.inf)], {"x": np.float32(0.5), "y": torch.arange(3)}
@@ -202,6 +210,11 @@ def broken(**changes):
         (broken(runs=[7]), r"run 0: expected a mapping, got int"),
         (broken(summary=[{"method": "a"}]), r"summary row 0: .* got none called metric, mean"),
         ([1], r"expected a mapping, got list"),
+        (broken(runs=[{**run("a", 0), "outcomes": "10"}]), r"run 0, outcomes: expected a mapping, got 10"),
+        (
+            broken(runs=[{**run("a", 0), "outcomes": {"accuracy": "1x"}}]),
+            r"run 0, outcomes\.accuracy: expected 0, 1 or - for each sample, or numbers, got 1x",
+        ),
     ],
 )
 def test_wrong_content_is_refused(tmp_path, content, message):

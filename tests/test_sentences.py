@@ -4,7 +4,7 @@ import pytest
 
 from equipoise import record
 from equipoise.report import sentences
-from equipoise.report.effects import effect
+from equipoise.report.effects import between, effect
 from equipoise.report.readings import Readings
 from fake_results import attending, fake_results, one, read
 
@@ -58,6 +58,56 @@ def test_verdict_on_one_seed():
     assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
     assert "r goes from −0.20 to 0.60 (+0.80, one seed only)" in text
     assert "rises" not in text
+
+
+def answered(method, right, seed=0, fold=None):
+    """A run with the outcome of each test sample."""
+    run = one(method, seed, fold, accuracy=right.count("1") / len(right.replace("-", "")))
+    return run | {"outcomes": {"accuracy": right}}
+
+
+FEW, MANY = "1" * 60 + "0" * 40, "1" * 75 + "0" * 25
+
+
+def test_one_seed_is_tested_over_samples():
+    readings = read([answered("concat", FEW), answered("joint", MANY)])
+    found = effect(readings, "joint", "accuracy")
+    # Mid-p of McNemar's test: 15 samples that only one answers rightly, all of them the same one.
+    assert found.p == pytest.approx(2 * 0.5**15 - 0.5**15)
+    assert between(readings, "joint", "concat", "accuracy").p == found.p
+    assert found.proof == "+15.0 points, one seed only, p < 0.001 over its test samples"
+    assert sentences.headline(readings) == "joint has a higher accuracy than concat (+15.0 points, one seed only)"
+    text = " ".join(sentences.verdict(readings))
+    assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
+    assert f"accuracy rises from 60.0 % to 75.0 % ({found.proof})" in text
+    assert "the difference to the second, concat, is significant" in text
+
+
+def test_one_seed_without_a_significant_difference():
+    readings = read([answered("concat", FEW), answered("joint", FEW[3:] + "101")])
+    assert effect(readings, "joint", "accuracy").p > 0.05
+    assert sentences.headline(readings) == "No significant difference between concat and joint"
+    assert "accuracy does not change significantly, from 60.0 % to 59.0 %" in " ".join(sentences.verdict(readings))
+
+
+@pytest.mark.parametrize("outcomes", [None, {}, {"accuracy": MANY[1:]}, {"accuracy": "-" * 100}])
+def test_one_seed_whose_outcomes_are_not_those_of_the_same_samples(outcomes):
+    other = {**answered("joint", MANY), "outcomes": outcomes}
+    if outcomes is None:
+        del other["outcomes"]
+    readings = read([answered("concat", FEW), other])
+    assert effect(readings, "joint", "accuracy").p is None
+    assert sentences.headline(readings) == "concat and joint compared, without a test"
+    assert "no difference can be tested" in sentences.verdict(readings)[0]
+
+
+def test_several_seeds_are_tested_over_seeds():
+    seeds = [answered(m, right, seed) for seed in (0, 1) for m, right in (("concat", FEW), ("joint", MANY))]
+    assert effect(read(seeds), "joint", "accuracy").p is None
+    seeds[-1] = answered("joint", MANY[2:] + "00", 1)
+    found = effect(read(seeds), "joint", "accuracy")
+    assert found.p == pytest.approx(record.paired([0.15, 0.13])["p"])
+    assert "samples" not in found.proof
 
 
 def test_equal_differences_are_not_called_significant_anywhere():

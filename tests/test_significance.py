@@ -16,7 +16,7 @@ from equipoise.diagnosis import diagnose
 from equipoise.errors import ShapeError
 from equipoise.report.evidence import Evidence
 from equipoise.report.verdict import headline, verdicts
-from equipoise.significance import RESAMPLES, SURE, bootstrap_p, mcnemar, pack, paired_p, unpack, unpaired_p
+from equipoise.significance import RESAMPLES, SURE, bootstrap_p, mcnemar, pack, pack_text, paired_p, unpack, unpaired_p
 from small_diagnosis import answered, weighing
 
 TASKS = ("classification", "multilabel", "regression")
@@ -276,3 +276,12 @@ def test_models_side_by_side_are_paired_where_the_samples_are_the_same():
     assert one.compare("accuracy", "accuracy", two).paired
     elsewhere, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 1)
     assert not one.compare("accuracy", "accuracy", Evidence(elsewhere)).paired
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 0, math.nan], [0.5], [10.0], [-1.0], [0.25, math.nan, -3.5e-7], [math.nan], [1.0], []]
+)
+def test_outcomes_as_one_text(values):
+    text = pack_text(values)
+    assert isinstance(text, str)
+    np.testing.assert_allclose(unpack(text), np.array(values, dtype=float))

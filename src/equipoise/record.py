@@ -21,7 +21,7 @@ from .files import read_json
 from .files import write_whole as write_whole
 from .results_schema import SCHEMA as SCHEMA
 from .results_schema import check_results
-from .significance import SURE
+from .significance import SURE, Outcomes
 
 STATIC = ("concat", "sum", "film", "gated")  # without attention: the fair opponents of every dynamic fusion
 AGAIN_WHOLE = "Take it away and run the command that wrote it again."
@@ -41,6 +41,8 @@ class Run(TypedDict):
             "counts"}, "cosine_mean", "cosine_std", "norm_mean", "norm_std"}}}}``.
         shares: ``{"clean" | "noise": {"edges", "counts"}}``, over the test samples, of the attention that goes to the
             other modalities while ``noise_modality`` is whole, or replaced by noise.
+        outcomes: metric name -> how good the answer to each test sample is, as ``significance.unpack`` reads it; files
+            of earlier versions have none.
     """
 
     method: str
@@ -51,6 +53,7 @@ class Run(TypedDict):
     keys: NotRequired[dict[str, Any]]
     shares: NotRequired[dict[str, Any]]
     noise_modality: NotRequired[str]
+    outcomes: NotRequired[dict[str, Outcomes]]
 
 
 Reference = Mapping[str, str] | Callable[[str], str | None]
@@ -175,7 +178,13 @@ def summarise(
 
 
 def pairs(runs: Iterable[Run], method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
-    """(method's, reference's) figure for every seed and fold where both have one and mean the same by it.
+    """(method's, reference's) figure for every seed and fold where both have one and mean the same by it."""
+    found = run_pairs(runs, method, reference, metric)
+    return [(float(here["metrics"][metric] or 0), float(there["metrics"][metric] or 0)) for here, there in found]
+
+
+def run_pairs(runs: Iterable[Run], method: str, reference: str | None, metric: str) -> list[tuple[Run, Run]]:
+    """(method's, reference's) run for every seed and fold where both have the figure and mean the same by it.
 
     ``noise_attention_r`` of two runs that destroyed different modalities is not the same figure.
     """
@@ -189,7 +198,7 @@ def pairs(runs: Iterable[Run], method: str, reference: str | None, metric: str) 
         here, other = number(run["metrics"].get(metric)), number(partner["metrics"].get(metric))
         same = not metric.startswith("noise_attention_r") or run.get("noise_modality") == partner.get("noise_modality")
         if here is not None and other is not None and same:
-            found.append((here, other))
+            found.append((run, partner))
     return found
 
 

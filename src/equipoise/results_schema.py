@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from .errors import SchemaError
+from .significance import Outcomes, unpack
 from .typed import fits, named, shown
 
 SCHEMA = 1  # a file of another version is refused
@@ -14,7 +15,7 @@ AGAIN = "Write it again with equipoise compare, or read it with the version that
 
 RUN = {"method": str, "seed": int, "fold": str | None, "metrics": dict[str, float | None]}
 RUN_MAY = {"history": list[dict[str, Any]], "noise_modality": str | None, "keys": dict[str, Any],
-           "shares": dict[str, Any]}  # fmt: skip
+           "shares": dict[str, Any], "outcomes": dict[str, str | list[float | None]]}  # fmt: skip
 ENTRY = {"epoch": float, "loss": float | None, "share": dict[str, float | None], "air": float | None,
          "rotations": float | None, "balance": dict[str, Any]}  # fmt: skip
 ROW = {"method": str, "metric": str, "mean": float, "sd": float | None, "n": int, "difference": float | None,
@@ -67,6 +68,8 @@ def check_run(run: Any, who: str) -> None:
                 _histogram(keys["cosine"], f"{where}.cosine")
     for kind, found in (run.get("shares") or {}).items():
         _histogram(found, f"{who}, shares.{kind}")
+    for metric, packed in run.get("outcomes", {}).items():
+        _outcomes(packed, f"{who}, outcomes.{metric}")
 
 
 def _parts(part: Any, who: str) -> list[tuple[str, Any]]:
@@ -83,6 +86,15 @@ def _histogram(part: Any, who: str) -> None:
     rises = numbers and all(low < high for low, high in pairwise(edges))
     if not (rises and len(edges) == len(counts) + 1 and counts and min(counts) >= 0):
         raise SchemaError(who, expected="n + 1 rising edges and n counts", got=shown(part), fix=AGAIN)
+
+
+def _outcomes(packed: Outcomes, who: str) -> None:
+    try:
+        unpack(packed)
+    except ValueError as error:
+        raise SchemaError(
+            who, expected="0, 1 or - for each sample, or numbers", got=shown(packed), fix=AGAIN
+        ) from error
 
 
 def _typed(part: Mapping[str, Any], kinds: Mapping[str, Any], who: str) -> None:

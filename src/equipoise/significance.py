@@ -16,7 +16,8 @@ LARGE = 20_000
 """Samples from which the bootstrap is replaced by the normal distribution that it converges to."""
 
 Outcomes = str | list[float | None]
-"""How good the answer to every sample is: "1" right, "0" wrong and "-" not scored, or numbers and None."""
+"""How good the answer to every sample is: "1" right, "0" wrong and "-" not scored; or numbers and None, in a list, or
+as one text with a comma after each."""
 
 
 def pack(values: Any) -> Outcomes:
@@ -32,15 +33,27 @@ def pack(values: Any) -> Outcomes:
     return [None if value != value else float(f"{value:.7g}") for value in array.tolist()]
 
 
-def unpack(outcomes: Outcomes) -> np.ndarray:
-    """What ``pack`` was given.
+def pack_text(values: Any) -> str:
+    """``pack`` as one text, which stays one line in indented JSON.
 
     Example:
-        >>> unpack("10-").tolist(), unpack([0.5, None]).tolist()
-        ([1.0, 0.0, nan], [0.5, nan])
+        >>> pack_text([1.0, 0.0, float("nan")]), pack_text([0.5, float("nan")])
+        ('10-', '0.5,-,')
+    """
+    packed = pack(values)
+    return packed if isinstance(packed, str) else "".join("-," if v is None else f"{v:.7g}," for v in packed)
+
+
+def unpack(outcomes: Outcomes) -> np.ndarray:
+    """What ``pack`` or ``pack_text`` was given.
+
+    Example:
+        >>> unpack("10-").tolist(), unpack([0.5, None]).tolist(), unpack("0.5,-,").tolist()
+        ([1.0, 0.0, nan], [0.5, nan], [0.5, nan])
     """
     if isinstance(outcomes, str):
-        return np.array([math.nan if sign == "-" else float(sign) for sign in outcomes])
+        parts = outcomes.split(",")[:-1] if "," in outcomes else outcomes
+        return np.array([math.nan if part == "-" else float(part) for part in parts])
     return np.array([math.nan if value is None else float(value) for value in outcomes])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -18,6 +19,7 @@ from .. import recipes, record
 from ..errors import ConfigError, EquipoiseError
 from ..files import check_folder, path_part
 from ..recipes import Recipe
+from ..significance import unpack
 from .command import Parser, described, out, path, whole
 
 if TYPE_CHECKING:
@@ -30,6 +32,27 @@ EXAMPLES = (
     "equipoise diagnose runs/mine --tests noise,masking,response --outside noise",
 )
 BATCH = 256
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The score of a model of one modality, and what it was measured on.
+
+    Attributes:
+        score: on the test split.
+        each: the outcome of every test sample; None where the run did not store it.
+        data: the recipe's, without the folder that they lie in; None where it cannot be read.
+    """
+
+    score: float
+    each: np.ndarray | None
+    data: dict[str, Any] | None
+
+    def on(self, data: dict[str, Any], samples: int) -> float | torch.Tensor:
+        """The outcomes, where they are of the same samples, else the score."""
+        if self.each is None or self.data != data or len(self.each) != samples:
+            return self.score
+        return torch.from_numpy(self.each)
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,7 @@ def read(folder: Path) -> Trained:
 
 
 def examine(
-    trained: Trained, name: str, tests: Sequence[str] | None, options: Namespace, alone: dict[tuple, float],
+    trained: Trained, name: str, tests: Sequence[str] | None, options: Namespace, alone: dict[tuple, Alone],
     progress: Any,
 ) -> Diagnosis:  # fmt: skip
     """One run's diagnosis on its test split, with the noise that its training data have."""
@@ -128,7 +151,10 @@ def examine(
     model = load(trained.folder)
     source = dataset(trained.recipe, run["fold"])
     loader = data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1)
-    known = {one: alone[key] for one in model.names if (key := (one, run["fold"], run["seed"])) in alone}
+    used, samples = _data(trained.recipe), len(source.test)
+    known = {
+        one: alone[key].on(used, samples) for one in model.names if (key := (one, run["fold"], run["seed"])) in alone
+    }
     diagnosis = ask(
         model, loader, tests=tests, name=name, seed=options.seed,
         noise={one: source.noise[one] for one in model.names},
@@ -184,19 +210,33 @@ def _named(trained: Sequence[Trained]) -> list[str]:
     return names
 
 
-def _alone(trained: Sequence[Trained]) -> dict[tuple, float]:
-    """(modality, fold, seed) -> score of a model of it alone: of those given, and of the same comparison."""
+def _alone(trained: Sequence[Trained]) -> dict[tuple, Alone]:
+    """(modality, fold, seed) -> a model of it alone: of those given, and of the same comparison."""
     from ..diagnose.scores import SCORES
 
-    found: dict[tuple, float] = {}
+    found: dict[tuple, Alone] = {}
     for one in trained:
         siblings = [one.folder.parent.parent / name / one.folder.name / "run.json" for name in one.recipe.encoders]
-        runs = [one.run, *(run for path in siblings if (run := _stored(path)) is not None)]
-        for run in runs:
-            score = next((value for name in SCORES.values() if (value := run["metrics"].get(name)) is not None), None)
-            if run["method"] in one.recipe.encoders and score is not None:
-                found[run["method"], run["fold"], run["seed"]] = float(score)
+        stored = [(run, _data_of(path.parent)) for path in siblings if (run := _stored(path)) is not None]
+        for run, data in [(one.run, _data(one.recipe)), *stored]:
+            metrics, each = run["metrics"], run.get("outcomes") or {}
+            metric = next((name for name in SCORES.values() if metrics.get(name) is not None), None)
+            if run["method"] in one.recipe.encoders and metric is not None:
+                outcomes = unpack(each[metric]) if metric in each else None
+                found[run["method"], run["fold"], run["seed"]] = Alone(float(metrics[metric]), outcomes, data)
     return found
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """What says which samples there are: where they lie does not."""
+    return {name: value for name, value in recipe.data.items() if name != "root"}
+
+
+def _data_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return _data(recipes.read(folder / "recipe.yaml"))
+    except EquipoiseError:
+        return None
 
 
 def _stored(path: Path) -> dict[str, Any] | None:

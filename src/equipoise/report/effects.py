@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..record import number, paired
-from ..significance import SURE
+import numpy as np
+
+from ..record import number, paired, run_pairs
+from ..significance import SURE, paired_p, unpack
 from .readings import Readings
 from .wording import amount, as_read, called, change, counted, is_fraction, probability, title
 
@@ -20,7 +22,8 @@ class Effect:
     Attributes:
         method, reference, metric: of what.
         before, after: means of the reference and of the method over the pairs, as stored.
-        p: two-sided, of a paired t-test; None for one pair, or where all differences are the same.
+        p: two-sided, of a paired t-test over the pairs, None where all differences are the same; for one pair of a
+            test over the test samples that both models answered, None where their outcomes are not known.
         pairs: how many seeds and folds both have.
         agree: how many of them have the sign of the mean.
         unit: what a pair is, "seed" or "run".
@@ -62,7 +65,8 @@ class Effect:
         """The difference, how many pairs agree, and the p-value where there is one."""
         parts = [change(self.metric, self.difference)]
         if self.pairs < 2:
-            return f"{parts[0]}, one {self.unit} only"
+            tested = [] if self.p is None else [f"{probability(self.p)} over its test samples"]
+            return ", ".join([*parts, f"one {self.unit} only", *tested])
         if self.agree is not None:
             parts.append(f"on {self.agree} of {counted(self.pairs, self.unit)}")
         if self.p is not None:
@@ -82,7 +86,7 @@ class Effect:
             return f"{words} stays at {amount(self.metric, self.after)}"
         if self.sure:
             return f"{words} {'rises' if self.more else 'falls'} {self.course} ({self.proof})"
-        if self.pairs < 2:
+        if self.p is None and self.pairs < 2:
             return f"{words} goes {self.course} ({self.proof})"
         return f"{words} does not change significantly, {self.course} ({self.proof})"
 
@@ -131,7 +135,23 @@ def _made(
     difference = row["difference"]
     agree = sum(one * difference > 0 for one in differences) if differences else None
     count = int(row.get("pairs", row["n"]))
-    return Effect(row["method"], reference, row["metric"], before, after, number(row["p"]), count, agree, readings.unit)
+    p = number(row["p"])
+    if p is None and count == 1:
+        p = _p_over_samples(readings, row["method"], reference, row["metric"])
+    return Effect(row["method"], reference, row["metric"], before, after, p, count, agree, readings.unit)
+
+
+def _p_over_samples(readings: Readings, method: str, reference: str, metric: str) -> float | None:
+    """p-value of the paired test over test samples; None without one pair of runs that stored the outcomes."""
+    found = run_pairs(readings.runs, method, reference, metric)
+    stored = [run.get("outcomes", {}).get(metric) for pair in found for run in pair]
+    if len(found) != 1 or None in stored:
+        return None
+    first, second = (unpack(outcomes) for outcomes in stored if outcomes is not None)
+    if len(first) != len(second):
+        return None
+    known = ~(np.isnan(first) | np.isnan(second))
+    return paired_p(first[known], second[known]) if known.any() else None
 
 
 def largest(readings: Readings) -> Effect | None:

@@ -26,7 +26,7 @@ def verdict(readings: Readings) -> list[str]:
     if not readings.runs:
         return ["No run has finished yet, so there is nothing to say."]
     once = bool(readings.rows) and all(row["n"] < 2 for row in readings.rows.values())
-    said = [f"Every method was run on one {readings.unit} only, so no difference can be tested."] if once else []
+    said = [_once(readings)] if once else []
     first = largest(readings)
     if first is not None:
         said.append(f"Largest significant effect, {first.method} against {first.reference}: {first.sentence}.")
@@ -36,6 +36,23 @@ def verdict(readings: Readings) -> list[str]:
             said.append(_effects(readings, method, first))
     said = [sentence for sentence in [*said, *_ranking(readings)] if sentence]
     return said or ["No figure is defined for any run, so there is nothing to say."]
+
+
+def _once(readings: Readings) -> str:
+    """What one run of each method allows to say."""
+    said = f"Every method was run on one {readings.unit} only, so "
+    if not _tested(readings):
+        return f"{said}no difference can be tested."
+    return (
+        f"{said}scores are compared over the test samples: a significant difference holds for these trained models, "
+        f"and another {readings.unit} may give another one."
+    )
+
+
+def _tested(readings: Readings) -> bool:
+    """Whether any difference to a reference has a p-value."""
+    effects = (effect(readings, method, metric) for method, metric in readings.rows)
+    return any(found is not None and found.p is not None for found in effects)
 
 
 def notices(results: Mapping[str, Any]) -> list[str]:
@@ -66,13 +83,13 @@ def headline(readings: Readings) -> str:
     if found is not None:
         course = "higher" if found.more else "lower"
         words = described(found.metric).removesuffix(" r")
-        return (
-            f"{found.method} has a {course} {words} than {found.reference} ({change(found.metric, found.difference)})"
-        )
+        much = change(found.metric, found.difference) + ("" if found.pairs > 1 else f", one {found.unit} only")
+        return f"{found.method} has a {course} {words} than {found.reference} ({much})"
     if len(names) < 2:
         return f"{names[0]} alone" if names else "No run yet"
-    rows = [row for row in readings.rows.values() if row["p"] is not None]
-    return f"No significant difference between {listed(names)}" if rows else f"{listed(names)} compared, without a test"
+    if _tested(readings):
+        return f"No significant difference between {listed(names)}"
+    return f"{listed(names)} compared, without a test"
 
 
 def _response(readings: Readings, method: str) -> str:

@@ -14,10 +14,12 @@ from ..diagnose.cost import cost
 from ..diagnose.keys import key_distribution
 from ..diagnose.noise import most_attended, response
 from ..diagnose.reading import Noise, Reading, read
+from ..diagnose.scores import outcomes
 from ..evaluation import evaluating
 from ..model import FusionModel
 from ..objective import Objective
 from ..recipes import Recipe
+from ..significance import pack_text
 from .module import SCORES, score
 
 BATCH = 256
@@ -44,17 +46,17 @@ def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> 
 
 
 def evaluate(model: FusionModel | Objective, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
-    """metrics, and for models with attention keys and shares, as ``results.json`` holds them."""
+    """metrics, outcomes, and for models with attention keys and shares, as ``results.json`` holds them."""
     if isinstance(model, Objective):
         return judged(model, source)
     clean = reading(model, source, "test")
     noisy = {name: reading(model, source, "test", name) for name in model.names}
     named = SCORES[model.task]
-    metrics: dict[str, float] = {named: _score(clean, model)}
-    for name in source.names:
-        # What a model does not read cannot disturb it.
-        metrics[f"{named}_noise/{name}"] = _score(noisy.get(name, clean), model)
-    found: dict[str, Any] = {"metrics": metrics}
+    # What a model does not read cannot disturb it.
+    seen = {named: clean} | {f"{named}_noise/{name}": noisy.get(name, clean) for name in source.names}
+    metrics = {metric: _score(one, model) for metric, one in seen.items()}
+    each = {metric: pack_text(outcomes(one.logits, one.target, model.task)) for metric, one in seen.items()}
+    found: dict[str, Any] = {"metrics": metrics, "outcomes": each}
     if clean.share is not None and clean.cosine is not None:
         target = noise_modality(model, source, recipe)
         with warnings.catch_warnings():
