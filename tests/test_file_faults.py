@@ -353,7 +353,7 @@ def test_results_that_were_edited(copy, capfd):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda run: run["history"].append({"loss": 1}), "history 1: expected the entries epoch"),
+        (lambda run: run["history"].append(3), "history 1: expected a mapping, got int"),
         (lambda run: run.update(history={"epoch": 1}), "history: expected a list"),
         (lambda run: run.update(seed=True), "seed: expected int, got True"),
         (lambda run: run["metrics"].update(accuracy="x"), "metrics: expected a mapping"),

@@ -57,7 +57,7 @@ def check_run(run: Any, who: str) -> None:
     _require(run, tuple(RUN), who)
     _typed(run, {**RUN, **RUN_MAY}, who)
     for index, entry in enumerate(run.get("history") or ()):
-        _require(entry, ("epoch",), f"{who}, history {index}")
+        _require(entry, (), f"{who}, history {index}")
         _typed(entry, ENTRY, f"{who}, history {index}")
     for moment, kinds in (run.get("keys") or {}).items():
         for kind, modalities in _parts(kinds, f"{who}, keys.{moment}"):
