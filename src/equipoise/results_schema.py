@@ -14,7 +14,7 @@ SCHEMA = 1  # a file of another version is refused
 AGAIN = "Write it again with equipoise compare, or read it with the version that wrote it."
 
 RUN = {"method": str, "seed": int, "fold": str | None, "metrics": dict[str, float | None]}
-RUN_MAY = {"history": list[dict[str, Any]], "noise_modality": str | None, "keys": dict[str, Any],
+RUN_MAY = {"history": list[Any], "noise_modality": str | None, "keys": dict[str, Any],
            "shares": dict[str, Any], "outcomes": dict[str, str | list[float | None]]}  # fmt: skip
 ENTRY = {"epoch": float, "loss": float | None, "share": dict[str, float | None], "air": float | None,
          "rotations": float | None, "balance": dict[str, Any]}  # fmt: skip
@@ -84,7 +84,8 @@ def _histogram(part: Any, who: str) -> None:
     edges, counts = part["edges"], part["counts"]
     numbers = fits(edges, list[float]) and fits(counts, list[float])
     rises = numbers and all(low < high for low, high in pairwise(edges))
-    if not (rises and len(edges) == len(counts) + 1 and counts and min(counts) >= 0):
+    empty = numbers and not edges and not counts
+    if not (empty or (rises and counts and len(edges) == len(counts) + 1 and min(counts) >= 0)):
         raise SchemaError(who, expected="n + 1 rising edges and n counts", got=shown(part), fix=AGAIN)
 
 
