@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from equipoise.attention import attend
-from equipoise.attention.attend import _explicit, _two_passes
+from equipoise.nn.attention import attend
+from equipoise.nn.attention.fused_share import _explicit, _two_passes
 
 BATCH, HEADS, DIM, MODALITIES = 2, 8, 64, 3
 

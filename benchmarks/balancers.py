@@ -5,7 +5,7 @@
     python benchmarks/balancers.py --only OGM,PMR     # those alone
 
 Both sides run in turn within one process, step by step, so that other load on the machine meets both alike. The ratio
-is the median of the ratios of neighbours; what happens once an epoch (review and end_epoch, the mean over epochs) comes
+is the median of the ratios of neighbors; what happens once an epoch (review and end_epoch, the mean over epochs) comes
 on top, for an epoch of that many steps. Printed as Markdown.
 """
 
@@ -34,7 +34,7 @@ EXTRA = {
     "LFM": "two more backward passes while its weight is learned",
     "MLA": "every batch once for each modality",
     "MMPareto": "a backward pass for each loss",
-    "ReLearning": "one pass over the data at each re-learning",
+    "DiagnoseRelearn": "one pass over the data at each re-learning",
     "SampleValuation": "fuses every subset of the modalities again",
     "UMT": "a teacher's forward pass for each encoder",
 }
@@ -47,11 +47,11 @@ def model_for(name: str, joint: bool) -> eq.FusionModel:
     heads = "train" if getattr(balance, name).needs_heads else "probe"
     torch.manual_seed(0)
     depth = ATTENTION.get(name, 1 if joint else None)
-    fusion = eq.Concat(64) if depth is None else eq.JointAttention(64, depth=depth)
+    fusion = eq.fusion.Concat(64) if depth is None else eq.fusion.JointAttention(64, depth=depth)
     return eq.FusionModel(dict(made.encoders.items()), fusion, 10, unimodal=heads)
 
 
-def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.Balancer:
+def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.balance.Balancer:
     """With its default options."""
     kind = getattr(balance, name)
     given = {
@@ -61,18 +61,18 @@ def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.Balancer:
     return kind(**{key: value for key, value in given.items() if key in inspect.signature(kind).parameters})
 
 
-def training(model: eq.FusionModel, balancing: eq.Balancing) -> Callable[[Batch], object]:
-    """One batch as a function: an optimiser step for every turn."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    balancing.attach_optimizer(optimiser)
+def training(model: eq.FusionModel, balancing: eq.BalancerList) -> Callable[[Batch], object]:
+    """One batch as a function: an optimizer step for every turn."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    balancing.attach_optimizer(optimizer)
 
     def step(batch: Batch) -> None:
         for _ in range(balancing.turns):
             loss = balancing.loss(model(batch), batch["target"])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             balancing.before_step()
-            optimiser.step()
+            optimizer.step()
 
     return step
 
@@ -94,8 +94,8 @@ def epoch_cost(name: str, joint: bool, steps: int, epochs: int, size: int) -> tu
         ConfigError: a balancer that the fusion does not suit.
     """
     plain, balanced = model_for(name, joint), model_for(name, joint)
-    without = training(plain, eq.Balancing(plain))
-    balancing = eq.Balancing(balanced, [balancer_for(name, balanced, epochs)])
+    without = training(plain, eq.BalancerList(plain))
+    balancing = eq.BalancerList(balanced, [balancer_for(name, balanced, epochs)])
     with_ = training(balanced, balancing)
     data = batches(8, size)
     train, val = Repeated(data, steps), Repeated(data, max(1, steps // 5))
@@ -115,14 +115,14 @@ def epoch_cost(name: str, joint: bool, steps: int, epochs: int, size: int) -> tu
     return ratio_of(first, second) + end, end
 
 
-def ending(balancing: eq.Balancing, train: Iterable[Batch], val: Iterable[Batch]) -> None:
+def ending(balancing: eq.BalancerList, train: Iterable[Batch], val: Iterable[Batch]) -> None:
     balancing.review(train, val)
     balancing.end_epoch()
 
 
 def balancers() -> list[str]:
-    found = {kind for _, kind in inspect.getmembers(balance, inspect.isclass) if issubclass(kind, eq.Balancer)}
-    return sorted(kind.__name__ for kind in found - {eq.Balancer})
+    found = {kind for _, kind in inspect.getmembers(balance, inspect.isclass) if issubclass(kind, eq.balance.Balancer)}
+    return sorted(kind.__name__ for kind in found - {eq.balance.Balancer})
 
 
 def report(args: argparse.Namespace) -> None:

@@ -27,18 +27,18 @@ def main(epochs: int, clips: tuple[float, ...] = (1.0, 2.0)) -> None:
     digits = eq.data.load("digits")
     torch.manual_seed(0)
     encoders = {
-        "audio": eq.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
-        "image": eq.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
+        "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
+        "image": eq.encoders.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
     }
-    model = eq.FusionModel(encoders, eq.Concat(32), num_outputs=10)
-    balancing = eq.Balancing(model, [eq.OGM(model, alpha=0.8)])
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    model = eq.FusionModel(encoders, eq.fusion.Concat(32), num_outputs=10)
+    balancing = eq.BalancerList(model, [eq.balance.OGM(model, alpha=0.8)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     parameters = list(model.parameters())
     weights = [next(p for p in encoder.parameters() if p.ndim >= 2) for encoder in encoders.values()]
     rows: dict[float, list[tuple[float, ...]]] = {clip: [] for clip in clips}
     for epoch in range(epochs):
         for batch in digits.batches("train", 64, seed=0, epoch=epoch, train=True):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             balancing.loss(model(batch), batch["target"]).backward()
             before, parts = norm(parameters), [norm([weight]) for weight in weights]
             balancing.before_step()
@@ -46,7 +46,7 @@ def main(epochs: int, clips: tuple[float, ...] = (1.0, 2.0)) -> None:
             for clip in clips:
                 if factor < 1 and before > clip:
                     rows[clip].append(compared((before, norm(parameters)), factor, clip))
-            optimiser.step()
+            optimizer.step()
     print("              clipped first                    clipped last")
     print("clip  steps   slowed  others  norm / clip      slowed  others  norm / clip")
     for clip, found in rows.items():

@@ -4,7 +4,7 @@
     python benchmarks/moda.py --quick    # length 512, seconds
 
 Batch 2, 8 heads of width 64, two modalities of unequal length, float32. "duplex" is `DuplexAligner` and plain
-attention, what `eq.MODA` and `eq.hf.apply_moda` do by default; "modular" adds the split into self and cross, merged by
+attention, what `eq.fusion.MODA` and `eq.hf.apply_moda` do by default; "modular" adds the split into self and cross, merged by
 mass; "gate" merges by a learned gate, "pseudo" adds pseudo-attention; "ragged" has other labels for each sample, so
 that tokens are gathered. The variants take turns within each round; the table gives medians over the rounds of the
 ratio to plain attention in the same round, in processor time, which other programs disturb less than the clock. The
@@ -20,8 +20,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from equipoise.attention.modular import Pseudo, modular_attention
-from equipoise.duplex import DuplexAligner
+from equipoise.nn.attention.modular import PseudoAttention, modular_attention
+from equipoise.nn.duplex import DuplexAligner
 
 BATCH, HEADS, DIM = 2, 8, 64
 ALIGNER = DuplexAligner(DIM)
@@ -46,7 +46,7 @@ def gate(query, key, value, blocks, ragged):
 
 
 def pseudo(query, key, value, blocks, ragged):
-    return modular(query, key, value, blocks, ragged, pseudo=Pseudo(count="all_masked"))
+    return modular(query, key, value, blocks, ragged, pseudo=PseudoAttention(count="all_masked"))
 
 
 def ragged(query, key, value, blocks, ragged):
@@ -59,7 +59,7 @@ def causal(query, key, value, blocks, ragged):
 
 def causal_modular(query, key, value, blocks, ragged):
     key = ALIGNER(key, value, modality=blocks, is_causal=True).key
-    return modular_attention(query, key, value, modality=blocks, is_causal=True, pseudo=Pseudo()).output
+    return modular_attention(query, key, value, modality=blocks, is_causal=True, pseudo=PseudoAttention()).output
 
 
 VARIANTS = {f.__name__: f for f in (plain, duplex, modular, gate, pseudo, ragged, causal, causal_modular)}

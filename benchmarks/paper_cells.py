@@ -45,7 +45,7 @@ class Table:
     scale: int = 100
     origin: str | None = None
     alone: dict[str, tuple[str, float]] = field(default_factory=dict)
-    also: tuple[str, ...] = ("vote+exposure",)
+    also: tuple[str, ...] = ("ensemble+corruption",)
 
     @property
     def methods(self) -> tuple[str, ...]:

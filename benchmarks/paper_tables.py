@@ -4,7 +4,7 @@
     python benchmarks/paper_tables.py RUNS --ood OODRUNS       # and 10
 
 RUNS is the folder that `equipoise compare --config av_digits --out RUNS` wrote, with the methods joint, joint+rollingq,
-deep, deep+progressive, audio, image and vote+exposure; OODRUNS that of `--config av_digits_ood`. Methods and seeds that
+deep, deep+progressive, audio, image and ensemble+corruption; OODRUNS that of `--config av_digits_ood`. Methods and seeds that
 are not finished are left out. Every model is read and asked on the test split; nothing is trained.
 """
 
@@ -21,14 +21,15 @@ import torch
 from paper_cells import Figures, Table, markdown
 
 import equipoise as eq
-from equipoise import data, recipes
-from equipoise.diagnose.corruption import corruption_curve
-from equipoise.diagnose.masking import mask_modality
-from equipoise.diagnose.noise import noise_response
-from equipoise.diagnose.ood import ood
-from equipoise.diagnose.quag_scores import quag
+from equipoise import data
+from equipoise.diagnostics.corruption_test import corruption_curve
+from equipoise.diagnostics.modality_masking import mask_modality
+from equipoise.diagnostics.noise_test import noise_response
+from equipoise.diagnostics.ood_test import ood
+from equipoise.diagnostics.quag_test import quag
 from equipoise.errors import ConfigError, DataError
-from equipoise.train.experiment import dataset
+from equipoise.training import recipes
+from equipoise.training.run import load_run_dataset
 
 AUDIO, IMAGE = "audio", "image"
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -38,7 +39,7 @@ BATCH = 256
 @functools.lru_cache(maxsize=3)
 def batches(source: data.Dataset, kind: str | None = None) -> list[dict[str, torch.Tensor]]:
     """The test split, or what is outside of the classes: ``"near"`` or ``"far"``."""
-    shown = source if kind is None else data.outside(source, kind)
+    shown = source if kind is None else data.ood_split(source, kind)
     return list(data.loader(shown, "test", BATCH, seed=0, train=False, rank=0, world=1))
 
 
@@ -170,7 +171,7 @@ def measured(table: Table, folder: Path, fold: str, seeds: int | None) -> Figure
         for seed, run in finished(folder, fold, method, seeds).items():
             print(f"table {table.number}: {method}, seed {seed}", file=sys.stderr, flush=True)
             stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["run"]
-            source = dataset(recipes.read(run / "recipe.yaml"), stored["fold"])
+            source = load_run_dataset(recipes.load_recipe(run / "recipe.yaml"), stored["fold"])
             for name, value in table.measure(eq.load(run), source).items():
                 figures.setdefault(method, {}).setdefault(name, {})[seed] = value
     for modality, _ in table.alone.values():
@@ -182,7 +183,7 @@ def measured(table: Table, folder: Path, fold: str, seeds: int | None) -> Figure
 
 def described(folder: Path, fold: str) -> str:
     """The data set of a comparison, its fold, and what is held out."""
-    recipe = recipes.read(next(iter(sorted((folder / "runs" / fold).glob("*/seed*/recipe.yaml")))))
+    recipe = recipes.load_recipe(next(iter(sorted((folder / "runs" / fold).glob("*/seed*/recipe.yaml")))))
     held = ", ".join(map(str, recipe.data.get("held_out", ())))
     without = f", without the classes {held}" if held else ""
     return recipe.data["name"] + ("" if fold == "all" else f", fold {fold}") + without

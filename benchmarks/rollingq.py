@@ -3,7 +3,7 @@
     python benchmarks/rollingq.py            # about five minutes on one core
     python benchmarks/rollingq.py --quick    # about one minute, wider spread
 
-Both sides of a ratio run in turn within one process, step by step. The ratio is the median of the ratios of neighbours,
+Both sides of a ratio run in turn within one process, step by step. The ratio is the median of the ratios of neighbors,
 so that other load on the machine meets both sides alike; the seconds beside it are medians of each side.
 """
 
@@ -29,10 +29,10 @@ def build(dim: int, heads: int) -> eq.FusionModel:
     """Two encoders of two layers, 60 frames of 40 bands and pictures of 28 x 28, and one layer of joint attention."""
     torch.manual_seed(0)
     encoders = {
-        "audio": eq.SequenceEncoder(40, max_length=60, dim=dim, stride=4, depth=2),
-        "image": eq.PatchEncoder(1, (28, 28), patch=4, dim=dim, depth=2),
+        "audio": eq.encoders.SequenceEncoder(40, max_length=60, dim=dim, stride=4, depth=2),
+        "image": eq.encoders.PatchEncoder(1, (28, 28), patch=4, dim=dim, depth=2),
     }
-    return eq.FusionModel(encoders, eq.JointAttention(dim, heads=heads), 10)
+    return eq.FusionModel(encoders, eq.fusion.JointAttention(dim, heads=heads), 10)
 
 
 def batches(number: int, size: int) -> list[Batch]:
@@ -48,15 +48,15 @@ def batches(number: int, size: int) -> list[Batch]:
 
 
 def training(model: eq.FusionModel) -> Step:
-    """One optimiser step as a function of the batch."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    """One optimizer step as a function of the batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(batch: Batch) -> None:
         output = model(batch)
         loss = model.loss(output.logits, batch["target"]) + model.unimodal_loss(output, batch["target"])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -79,14 +79,14 @@ def interleaved(
 
 
 def ratio_of(first: list[float], second: list[float]) -> float:
-    """Median of second / first over calls that were neighbours in time."""
+    """Median of second / first over calls that were neighbors in time."""
     return statistics.median(b / a for a, b in zip(first, second, strict=True))
 
 
 def epoch_cost(dim: int, heads: int, steps: int, epochs: int, size: int) -> tuple[float, float, float, float]:
     """Median seconds of an epoch without and with RollingQ and of the decision at its end, and the epochs' ratio."""
     plain, rolled = build(dim, heads), build(dim, heads)
-    balancer = eq.RollingQ(rolled.fusion.attention, rho=1.0, beta=0.0, max_rotations=None)
+    balancer = eq.balance.RollingQ(rolled.fusion.attention, rho=1.0, beta=0.0, max_rotations=None)
     one, other = training(plain), training(rolled)
     data = batches(8, size)
     interleaved(lambda: one(data[0]), lambda: other(data[0]), 3)
@@ -117,12 +117,12 @@ def inference_cost(dim: int, heads: int, calls: int, size: int) -> tuple[float, 
     """Median seconds of a forward pass without RollingQ and folded, their ratio; equal keys; both parameter counts."""
     plain = build(dim, heads)
     folded = copy.deepcopy(plain)
-    balancer = eq.RollingQ(folded.fusion.attention, rho=1.0, beta=0.0)
+    balancer = eq.balance.RollingQ(folded.fusion.attention, rho=1.0, beta=0.0)
     data = batches(1, size)[0]
     folded(data)
     if not balancer.end_epoch()["rotated"]:
         raise SystemExit("nothing was rotated, so there is nothing to fold")
-    eq.fold(folded)
+    eq.merge_rotations(folded)
     same = list(plain.state_dict()) == list(folded.state_dict())
     plain.eval()
     folded.eval()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from equipoise.align.siglip import TILE, siglip
+from equipoise.alignment.losses.sigmoid_loss import TILE, siglip
 
 SIZES, WIDTH = (512, 1024, 2048, 4096, 8192), 16
 

@@ -1,4 +1,4 @@
-"""Balancing under Hugging Face's Trainer, which saves, resumes and evaluates as it always does."""
+"""BalancerList under Hugging Face's Trainer, which saves, resumes and evaluates as it always does."""
 
 import sys
 import tempfile
@@ -27,12 +27,15 @@ def accuracy(found) -> dict[str, float]:
 
 torch.manual_seed(0)
 encoders = {
-    "audio": eq.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
-    "image": eq.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
+    "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
+    "image": eq.encoders.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
 }
-inner = eq.FusionModel(encoders, eq.JointAttention(32), num_outputs=10, unimodal="train")
-balancers = [eq.OGM(inner, alpha=0.3), eq.RollingQ(inner.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2)]
-model = eq.hf.Balanced(inner, eq.Balancing(inner, balancers))
+inner = eq.FusionModel(encoders, eq.fusion.JointAttention(32), num_outputs=10, unimodal="train")
+balancers = [
+    eq.balance.OGM(inner, alpha=0.3),
+    eq.balance.RollingQ(inner.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2),
+]
+model = eq.hf.BalancedModel(inner, eq.BalancerList(inner, balancers))
 
 with tempfile.TemporaryDirectory() as folder:
     args = TrainingArguments(
@@ -46,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder:
         remove_unused_columns=False,  # modalities are no arguments by name
         use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
-    callback = eq.hf.BalanceCallback(model.balancing, clip=5.0)
+    callback = eq.hf.BalancerCallback(model.balancing, clip=5.0)
     trainer = Trainer(
         model, args, train_dataset=samples("train"), eval_dataset=samples("test"),
         compute_metrics=accuracy, callbacks=[callback],

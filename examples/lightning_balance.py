@@ -18,10 +18,10 @@ class Mine(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         encoders = {
-            "audio": eq.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
-            "image": eq.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
+            "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
+            "image": eq.encoders.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
         }
-        self.model = eq.FusionModel(encoders, eq.JointAttention(32, heads=1), num_outputs=10)
+        self.model = eq.FusionModel(encoders, eq.fusion.JointAttention(32, heads=1), num_outputs=10)
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         return self.model.loss(self.model(batch).logits, batch["target"])
@@ -34,10 +34,10 @@ lightning.seed_everything(0, verbose=False)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers|tensorboardX|GPU available).*")
 mine = Mine()
-balancer = eq.RollingQ(mine.model.fusion.attention, rho=1.0, beta=0.0, max_rotations=1, warmup_epochs=1)
+balancer = eq.balance.RollingQ(mine.model.fusion.attention, rho=1.0, beta=0.0, max_rotations=1, warmup_epochs=1)
 trainer = lightning.Trainer(
     max_epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 5,
-    callbacks=[eq.lightning.Balance(balancer)],
+    callbacks=[eq.lightning.BalancerCallback(balancer)],
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     use_distributed_sampler=False,
 )  # fmt: skip

@@ -8,10 +8,10 @@ import transformers as hf
 from PIL import Image
 
 import equipoise as eq
-from equipoise.diagnose.links import read_links
-from equipoise.look.inputs import completed, placeholders, prompt_of, tokenizer_of
-from equipoise.look.load import load_any
-from equipoise.look.standin import StandIn
+from equipoise.diagnostics.modality_link_test import read_modality_links
+from equipoise.inspection.dummy_processor import DummyProcessor
+from equipoise.inspection.pretrained_loading import load_pretrained
+from equipoise.inspection.prompt_inputs import complete_inputs, placeholders, prepare_prompt, tokenizer_of
 
 FOLDER = next((word for word in sys.argv[1:] if not word.isdigit()), None)
 STEPS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 100)
@@ -19,35 +19,35 @@ COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow
 
 torch.manual_seed(0)
 if FOLDER:
-    model, processor = load_any(FOLDER)
+    model, processor = load_pretrained(FOLDER)
 else:  # a tiny one, whose weights are random
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     picture = hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
     words = hf.LlamaConfig(**sizes, vocab_size=300, pad_token_id=0, initializer_range=0.3)
     config = hf.LlavaConfig(vision_config=picture, text_config=words, image_token_id=299)
     model = hf.LlavaForConditionalGeneration(config)
-    processor = StandIn(model.eval())
+    processor = DummyProcessor(model.eval())
 model.set_attn_implementation("eager")
 questions, answers = [], []
-for colour in COLOURS:
-    questions.append(prompt_of(model, processor, "What colour is it?", Image.new("RGB", (64, 64), colour)).inputs)
+for color in COLOURS:
+    questions.append(prepare_prompt(model, processor, "What color is it?", Image.new("RGB", (64, 64), color)).inputs)
     if not FOLDER:  # the stand-in puts the picture first, where it could read no text
         questions[-1]["input_ids"] = questions[-1]["input_ids"].roll(5, dims=1)
-    answers.append(tokenizer_of(processor)(colour, add_special_tokens=False, return_tensors="pt")["input_ids"])
+    answers.append(tokenizer_of(processor)(color, add_special_tokens=False, return_tensors="pt")["input_ids"])
 ids = torch.cat([inputs["input_ids"] for inputs in questions]).cpu()
 labels = torch.isin(ids, torch.tensor(placeholders(model.config))).long()
 
-before, moda = read_links(model, questions, labels), eq.hf.apply_moda(model)
-optimiser = torch.optim.AdamW(moda.parameters(), lr=3e-3)
+before, moda = read_modality_links(model, questions, labels), eq.hf.apply_moda(model)
+optimizer = torch.optim.AdamW(moda.parameters(), lr=3e-3)
 for step in range(STEPS):
     inputs, answer = questions[step % 8], answers[step % 8].to(model.device)
     unread = torch.full_like(inputs["input_ids"], -100)
-    whole = completed(inputs, answer, model.config.model_type)
+    whole = complete_inputs(inputs, answer, model.config.model_type)
     loss = model(**whole, labels=torch.cat([unread, answer], dim=1)).loss
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
-after = read_links(model, questions, labels)
+    optimizer.step()
+after = read_modality_links(model, questions, labels)
 for what, was in before.rows(("text", "image")).items():
     print(f"{what:24s} before {was:9.3f}   after {after.rows(('text', 'image'))[what]:9.3f}")
 for links, name in ((before, "before"), (after, "after MODA")):

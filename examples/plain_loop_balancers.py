@@ -10,24 +10,28 @@ EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
 digits = eq.data.load("digits")
 torch.manual_seed(0)
 encoders = {
-    "audio": eq.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
-    "image": eq.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
+    "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),
+    "image": eq.encoders.PatchEncoder(1, (8, 8), dim=32, depth=1, heads=4, patch=2),
 }
-model = eq.FusionModel(encoders, eq.JointAttention(32), num_outputs=10, unimodal="train")
-balancing = eq.Balancing(
-    model, [eq.OGM(model, alpha=0.3), eq.RollingQ(model.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2)]
+model = eq.FusionModel(encoders, eq.fusion.JointAttention(32), num_outputs=10, unimodal="train")
+balancing = eq.BalancerList(
+    model,
+    [
+        eq.balance.OGM(model, alpha=0.3),
+        eq.balance.RollingQ(model.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2),
+    ],
 )
 # SGD, since Adam would divide OGM's factors out again; attach_optimizer warns of that.
-optimiser = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-balancing.attach_optimizer(optimiser)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+balancing.attach_optimizer(optimizer)
 
 for epoch in range(EPOCHS):
     for batch in digits.batches("train", 64, seed=0, epoch=epoch, train=True):
         loss = balancing.loss(model(batch), batch["target"])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         balancing.before_step()
-        optimiser.step()
+        optimizer.step()
     said = balancing.end_epoch()
     print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in said.items()))
 

@@ -1,4 +1,4 @@
-"""Writes docs/balancer_matrix.md: every balancer in every disturbed loop of tests/balancer_disturbances.py."""
+"""Writes docs/balancer_matrix.md: every balancer in every disturbed loop of tests/helpers/balancer_disturbances.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from balancer_cases import BALANCERS  # noqa: E402
 from balancer_disturbances import DISTURBANCES, REFUSED, shared  # noqa: E402
+
 from equipoise.errors import EquipoiseError  # noqa: E402
 
 INTRODUCTION = """# Balancers in disturbed loops
@@ -18,7 +19,7 @@ Each row is a training loop that is disturbed in some way. For every balancer th
 after two epochs with those of the same loop without the disturbance, in float64: they are equal, except where the
 last column names balancers that refuse the loop with an error which says what to do.
 
-Written by `scripts/balancer_matrix.py`; `tests/test_faults_balancers.py` holds every cell.
+Written by `scripts/balancer_matrix.py`; `tests/balance/test_faults_balancers.py` holds every cell.
 """
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from equipoise.data import load
-from equipoise.report.search_sheet import Row, sheet
-from equipoise.search import pictures_of
-from equipoise.train import load as load_run
+from equipoise.data import load_dataset
+from equipoise.evaluation.search import image_entries
+from equipoise.report.search_sheet import SheetRow, contact_sheet
+from equipoise.training import load as load_run
 
 TARGET = Path(__file__).parents[1] / "docs/pictures/emoji_searches.png"
 QUESTIONS = ("red heart", "blue heart", "woman firefighter", "kissing cat", "dark skin hand")
@@ -23,12 +23,12 @@ QUESTIONS = ("red heart", "blue heart", "woman firefighter", "kissing cat", "dar
 
 
 def main(folder: Path) -> None:
-    index = pictures_of(load_run(folder), load("emoji"))
+    index = image_entries(load_run(folder), load_dataset("emoji"))
     rows = []
     for question in QUESTIONS:
         hits = index.find(question, top=6).hits
-        rows.append(Row(question, [(h.entry.name, h.score, h.entry.picture, bool(h.entry.seen)) for h in hits]))
-    drawn = Image.open(io.BytesIO(sheet(rows)))
+        rows.append(SheetRow(question, [(h.entry.name, h.score, h.entry.picture, bool(h.entry.seen)) for h in hits]))
+    drawn = Image.open(io.BytesIO(contact_sheet(rows)))
     drawn.quantize(256, dither=Image.Dither.NONE).save(TARGET, optimize=True)
     print(TARGET)  # noqa: T201
 

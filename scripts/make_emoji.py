@@ -8,7 +8,7 @@ Reads three Debian packages (bookworm), installed or unpacked with dpkg -x into 
 
 Needs Pillow with raqm, which joins sequences of characters to one picture. The same versions of the packages, Pillow
 and zlib give the same file, byte for byte; the test compares its SHA-256 with ATLAS_SHA256 in
-src/equipoise/data/emoji.py.
+src/equipoise/data/sets/emoji.py.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ STRIKE = 109
 """Pixels of the one size that the font's pictures have."""
 SIDE = 32
 TONE = re.compile(r"(?P<base>[^:]+): (?:(?P<tone>[\w-]+ skin tone)(?:, )?)?(?P<rest>.*)")
-COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink"
-COLOURED = re.compile(rf"(?P<colour>{COLOURS}) (?P<shape>heart|circle|square|book|apple)")
+COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|gray|pink"
+COLOURED = re.compile(rf"(?P<color>{COLOURS}) (?P<shape>heart|circle|square|book|apple)")
 SIZED = re.compile(
     rf"(?:(?P<a>{COLOURS}) (?P<b>large|medium|medium-small|small)|(?P<c>large|small) (?P<d>{COLOURS})) "
     r"(?P<shape>square|diamond)"
@@ -120,7 +120,7 @@ def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """(256, 3) colours that all pictures share, and each picture as (picture, row, column) of numbers of colours."""
+    """(256, 3) colors that all pictures share, and each picture as (picture, row, column) of numbers of colors."""
     atlas = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     made = atlas.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     palette = np.array(made.getpalette(), dtype=np.uint8).reshape(-1, 3)
@@ -130,9 +130,9 @@ def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 def parts_of(name: str, names: set[str]) -> tuple[tuple[str, ...], str]:
     """What a name is put together of, and the family of such names; one part and "" where it is not."""
     if (match := COLOURED.fullmatch(name)) is not None:
-        return (match["colour"], match["shape"]), "colour"
+        return (match["color"], match["shape"]), "color"
     if (match := SIZED.fullmatch(name)) is not None:
-        return tuple(part for part in match.groups() if part), "colour"
+        return tuple(part for part in match.groups() if part), "color"
     if (match := CLOCK.fullmatch(name)) is not None:
         return (match["hour"], match["half"]), "clock"
     if name.endswith(" face") and name.removesuffix(" face") in names:

@@ -5,7 +5,7 @@ Needs espeak-ng 1.51 (Debian: apt-get install espeak-ng) and scipy. Run it from 
     python scripts/make_voices.py
 
 The same versions of espeak-ng, torch and zlib give the same file, byte for byte; the test compares
-its SHA-256 with VOICES_SHA256 in src/equipoise/data/digits.py, so a new version of
+its SHA-256 with VOICES_SHA256 in src/equipoise/data/sets/digits.py, so a new version of
 the voices is a change that one has to mean.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 import scipy.signal
 import torch
 
-from equipoise.data.digits import QUIETEST, STEP
-from equipoise.data.spectrogram import RATE, framed, log_mel
+from equipoise.data.log_mel_spectrogram import RATE, framed, log_mel
+from equipoise.data.sets.digits import QUIETEST, STEP
 
 TRAIN_VOICES = (
     "en-us+m1", "en+f1", "en-gb-scotland+m2", "en-gb-x-gbclan+f2", "en-gb-x-rp+m3", "en-gb-x-gbcwmd+f3",

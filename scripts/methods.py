@@ -19,20 +19,20 @@ from types import ModuleType
 from equipoise import balance, fusion
 from equipoise.balance import Balancer
 from equipoise.fusion import Fusion
-from equipoise.lookup import family
+from equipoise.registry import available_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 PACKAGE = ROOT / "src" / "equipoise"
 
-TESTS = {"consistency": "balance_consistency", "static": "fusion", "joint": "fusion", "dropout": "modality_dropout"}
+TESTS = {"static_fusion": "fusion", "joint_attention": "fusion"}
 """File of a method -> the name of its tests, where it is another one."""
 
 REPRODUCED = [
     ("JointAttention", "parameters of Vanilla MT on CREMA-D", "59,871,762, exactly", "test_cost.py"),
     ("JointAttention", "GFLOPs of it, by thop's way of counting", "1489.1288, to all digits", "test_cost.py"),
     ("RollingQ", "parameters and GFLOPs of it with a rotation", "60,461,586 and 1489.2043, exactly", "test_cost.py"),
-    ("RollingQ", "a worked example: AIR, weights, anchor, rotation", "all digits", "test_rolling_query.py"),
+    ("RollingQ", "a worked example: AIR, weights, anchor, rotation", "all digits", "test_rolling_step.py"),
     ("MBT", "parameters and GFLOPs with two bottleneck tokens", "114.21 M and 2746.90, all digits", "test_cost.py"),
     ("MMML", "parameters and GFLOPs", "77.88 M and 1828.29, with a head 384 wide", "test_cost.py"),
     ("JMT", "parameters and GFLOPs", "within 0.06 % and 0.04 %", "test_cost.py"),
@@ -43,7 +43,7 @@ HEADER = """\
 # Methods
 
 Every balancer and every fusion of the package, where it comes from, and what is different here. Balancers are combined
-with fusions by name, such as `joint+rollingq`; `eq.Balancing` combines them in a loop of your own.
+with fusions by name, such as `joint+rollingq`; `eq.BalancerList` combines them in a loop of your own.
 
 This page is written by `python scripts/methods.py` from the classes' docstrings; a test holds it against them.
 """
@@ -67,6 +67,11 @@ def field(cls: type, name: str) -> str:
     return " ".join(found)
 
 
+def family(cls: type) -> str:
+    """The subpackage that exports the class."""
+    return cls.__module__.split(".")[1]
+
+
 def source(cls: type) -> Path:
     """The class's file, from the root of the repository."""
     return Path(inspect.getfile(cls)).resolve().relative_to(ROOT)
@@ -75,12 +80,13 @@ def source(cls: type) -> Path:
 def tests(cls: type) -> Path:
     """The tests of a class, from the root of the repository."""
     stem = source(cls).stem
-    return Path("tests") / f"test_{TESTS.get(stem, stem)}.py"
+    found = sorted((ROOT / "tests").rglob(f"test_{TESTS.get(stem, stem)}.py"))
+    return found[0].relative_to(ROOT) if found else Path("tests") / f"test_{stem}.py"
 
 
 def methods(package: ModuleType, base: type) -> dict[str, type]:
     """name in recipes -> class, by name."""
-    return dict(sorted(family(package, base).items(), key=lambda entry: entry[0]))
+    return dict(sorted(available_classes(package, base).items(), key=lambda entry: entry[0]))
 
 
 def table(found: dict[str, type]) -> list[str]:
@@ -90,7 +96,7 @@ def table(found: dict[str, type]) -> list[str]:
         inside = file.relative_to("src/equipoise").with_suffix("")
         origin = re.sub(r"; spec [\d., and]+$", "", field(cls, "Reference").rstrip(".")).replace("|", "\\|")
         rows.append(
-            f"| `{name}` | `eq.{cls.__name__}` | {origin} | [`{inside}`](../{file}) | [`{test.name}`](../{test}) |"
+            f"| `{name}` | `eq.{family(cls)}.{cls.__name__}` | {origin} | [`{inside}`](../{file}) | [`{test.name}`](../{test}) |"
         )
     return rows
 
@@ -118,7 +124,10 @@ def page() -> str:
         "|---|---|---|---|",
     ]
     for name, what, figure, test in REPRODUCED:
-        lines.append(f"| `eq.{name}` | {what} | {figure} | [`{test}`](../tests/{test}) |")
+        lines.append(
+            f"| `eq.{family(getattr(balance, name, None) or getattr(fusion, name))}.{name}` | {what} | {figure} "
+            f"| [`{test}`](../{next((ROOT / 'tests').rglob(test)).relative_to(ROOT)}) |"
+        )
     return "\n".join(lines) + "\n"
 
 

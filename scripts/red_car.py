@@ -19,15 +19,19 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 import equipoise as eq
-from equipoise.data.drawing import COLOURS, Thing, drawn, patches_of
-from equipoise.data.scenes import PATCH, SIZE, Scenes
-from equipoise.data.vocabulary import IDS, IMAGE, encoded
-from equipoise.language import PictureLanguageModel, attention_map, pointing
-from equipoise.report.canvas import GRID, INK, MUTED, STYLE
+from equipoise.data.sets.scene_rendering import COLOURS, SceneObject, patches_of, render_scene
+from equipoise.data.sets.scenes import PATCH, SIZE, Scenes
+from equipoise.data.sets.text_codes import IDS, IMAGE, encode_text
+from equipoise.models.vision_language import VisionLanguageModel, attention_map, pointing
+from equipoise.report.plot_style import GRID, INK, MUTED, STYLE
 
 SENTENCE = "The red car is parked"
-THINGS = (Thing("red", "car", 8, 24, 24), Thing("blue", "truck", 16, 0, 24), Thing("green", "tree", 32, 24, 16))
-WORDS = (("red", "colour"), ("car", "shape"))
+THINGS = (
+    SceneObject("red", "car", 8, 24, 24),
+    SceneObject("blue", "truck", 16, 0, 24),
+    SceneObject("green", "tree", 32, 24, 16),
+)
+WORDS = (("red", "color"), ("car", "shape"))
 LEAST = 0.05
 """Attention of a patch that is written on it."""
 OUT = Path(__file__).parents[1] / "docs" / "pictures" / "red_car.png"
@@ -39,9 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     chosen = parser.parse_args()
     model, source = eq.load(chosen.run), Scenes()
-    if not isinstance(model, PictureLanguageModel):
+    if not isinstance(model, VisionLanguageModel):
         raise SystemExit(f"{chosen.run} holds a {type(model).__name__}, no run of scenes_vlm.")
-    picture, owner = drawn(THINGS, SIZE)
+    picture, owner = render_scene(THINGS, SIZE)
     maps = {}
     for word, kind in WORDS:
         layer, head = pointing(model, source, "val", kind).best
@@ -52,11 +56,11 @@ def main() -> None:
 
 
 def inputs(source: Scenes, picture: np.ndarray, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return source.standardised(torch.from_numpy(picture))[None], torch.tensor([[IDS[IMAGE], *encoded(text)]])
+    return source.standardized(torch.from_numpy(picture))[None], torch.tensor([[IDS[IMAGE], *encode_text(text)]])
 
 
 @torch.no_grad()
-def look(model: PictureLanguageModel, source: Scenes, picture: np.ndarray, word: str) -> np.ndarray:
+def look(model: VisionLanguageModel, source: Scenes, picture: np.ndarray, word: str) -> np.ndarray:
     """(layer, head, patch) attention of a word of the sentence."""
     image, text = inputs(source, picture, SENTENCE)
     place = (text[0] == IDS[word]).nonzero()[0]
@@ -64,7 +68,7 @@ def look(model: PictureLanguageModel, source: Scenes, picture: np.ndarray, word:
 
 
 @torch.no_grad()
-def said(model: PictureLanguageModel, source: Scenes, picture: np.ndarray) -> str:
+def said(model: VisionLanguageModel, source: Scenes, picture: np.ndarray) -> str:
     """How the model ends the sentence."""
     image, text = inputs(source, picture, SENTENCE.rsplit(" ", 1)[0])
     return model.words[int(model.answer({"image": image, "text": text}))]
@@ -76,7 +80,7 @@ def shares(attention: np.ndarray, owner: np.ndarray) -> list[tuple[str, float]]:
     blocks = owner.reshape(count, PATCH, count, PATCH).transpose(0, 2, 1, 3).reshape(count * count, -1)
     most = np.array([np.bincount(block[block >= 0], minlength=1).argmax() if (block >= 0).any() else -1
                      for block in blocks])  # fmt: skip
-    found = [(f"{thing.colour} {thing.shape}", attention[most == n].sum()) for n, thing in enumerate(THINGS)]
+    found = [(f"{thing.color} {thing.shape}", attention[most == n].sum()) for n, thing in enumerate(THINGS)]
     return [*found, ("ground", attention[most < 0].sum())]
 
 
@@ -118,7 +122,7 @@ def bare(axes: Axes, title: str) -> Axes:
 
 
 def lit(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The picture, pale where nobody looks, in its own colours where attention is strongest."""
+    """The picture, pale where nobody looks, in its own colors where attention is strongest."""
     side = SIZE // PATCH
     weight = np.kron(np.sqrt(strength).reshape(side, side), np.ones((PATCH, PATCH)))[..., None]
     pale = 255 - 0.22 * (255 - shown.astype(float))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from equipoise.data.questions import QUESTIONS
-from equipoise.data.scenes import LEVELS, Scenes, made
+from equipoise.data.sets.scene_questions import QUESTIONS
+from equipoise.data.sets.scenes import LEVELS, Scenes, render_split
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "scenes.png"
 ACROSS, TIMES = 12, 2
@@ -25,7 +25,7 @@ def main() -> None:
         sys.stdout.write(f"{kind:10} {100 * part:.1f} %\n")
     rows = []
     for level in LEVELS:
-        pictures = made("train", ACROSS, level, 0).pictures.permute(0, 2, 3, 1).numpy()
+        pictures = render_split("train", ACROSS, level, 0).pictures.permute(0, 2, 3, 1).numpy()
         rows.append(
             np.concatenate([np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures], axis=1)
         )

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from equipoise.data.questions import QUESTIONS
-from equipoise.data.scenes import Scenes
-from equipoise.language.grounding import pointing_metrics
-from equipoise.recipes import read
-from equipoise.train.methods import build, parse
+from equipoise.data.sets.scene_questions import QUESTIONS
+from equipoise.data.sets.scenes import Scenes
+from equipoise.models.vision_language.grounding import pointing_metrics
+from equipoise.training.method_factory import build_model, parse_method
+from equipoise.training.recipes import load_recipe
 
 METHODS = ("linear", "mlp", "qformer", "resampler", "gated")
 PICTURES = ("", "_shuffled", "_blank")
@@ -70,7 +70,7 @@ def pointed(rows: dict, methods: Sequence[str]) -> str:
     wanted = ("pointing", "chance", "pointing_mean", "pointing_choice", "chance_choice", "share_picture")
     lines = [
         [method, kind, *(spread(rows[method, f"{name}/{kind}"]) for name in wanted)]
-        for method in methods for kind in ("colour", "shape") if (method, f"pointing/{kind}") in rows
+        for method in methods for kind in ("color", "shape") if (method, f"pointing/{kind}") in rows
     ]  # fmt: skip
     head = ["connector", "words", "best head", "chance", "all heads", "among things", "chance", "to picture"]
     return table(head, lines)
@@ -79,13 +79,13 @@ def pointed(rows: dict, methods: Sequence[str]) -> str:
 @torch.no_grad()
 def untrained(methods: Sequence[str], seeds: int = 3) -> dict:
     """Pointing of models as they are made, before any step."""
-    recipe = read("scenes_vlm")
+    recipe = load_recipe("scenes_vlm")
     source, rows = Scenes(level=recipe.data["level"]), {}
     for method in methods:
         found = []
         for seed in range(seeds):
             torch.manual_seed(seed)
-            model, _ = build(parse(method, recipe), recipe, source)
+            model, _ = build_model(parse_method(method, recipe), recipe, source)
             found.append(pointing_metrics(model.eval(), source))  # type: ignore[arg-type]
         for name in found[0]:
             values = [metrics[name] for metrics in found]

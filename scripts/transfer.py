@@ -16,14 +16,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from equipoise import recipes
-from equipoise.record import read, summarise
-from equipoise.report import canvas
-from equipoise.report.wording import signed
+from equipoise.report import plot_style
+from equipoise.report.text_format import format_signed
+from equipoise.results.result_rows import load_results, summarize_runs
+from equipoise.training import recipes
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "transfer.png"
 METRICS = {
-    "transfer": "never taught", "transfer_composed": "composed", "transfer_synchronized": "synchronised",
+    "transfer": "never taught", "transfer_composed": "composed", "transfer_synchronized": "synchronized",
     "matching": "taught", "accuracy": "accuracy", "consistency": "score", "cycle_error": "cycle error",
 }  # fmt: skip
 """Metric -> the head of its column."""
@@ -34,9 +34,9 @@ ROUTES = {
     "plain, composed": ("plain", "transfer_composed"),
     "consistency, as mapped": ("consistency", "transfer"),
     "supervised, as mapped": ("supervised", "transfer"),
-    "plain, synchronised": ("plain", "transfer_synchronized"),
-    "consistency, synchronised": ("consistency", "transfer_synchronized"),
-    "supervised, synchronised": ("supervised", "transfer_synchronized"),
+    "plain, synchronized": ("plain", "transfer_synchronized"),
+    "consistency, synchronized": ("consistency", "transfer_synchronized"),
+    "supervised, synchronized": ("supervised", "transfer_synchronized"),
 }
 """Ways to the pair that was never taught -> the variant and the metric that has it."""
 
@@ -54,7 +54,7 @@ def routes(runs: Sequence[Any]) -> str:
 
 def table(runs: Sequence[Any], metrics: Mapping[str, str], score: str, default: str = "plain") -> str:
     """The figures as Markdown: mean and spread over seeds, and the score's paired difference."""
-    rows = {(row["method"], row["metric"]): row for row in summarise(runs, AGAINST, default=default)}
+    rows = {(row["method"], row["metric"]): row for row in summarize_runs(runs, AGAINST, default=default)}
     methods = list(dict.fromkeys(method for method, _ in rows))
     shown = [name for name in metrics if any(metric == name for _, metric in rows)]
     lines = ["| variant | " + " | ".join(metrics[name] for name in shown) + " | against | difference |"]
@@ -75,35 +75,40 @@ def _difference(row: Mapping[str, Any]) -> str:
     if row["difference"] is None:
         return " | "
     chance = "" if row["p"] is None else ", p < 0.001" if row["p"] < 0.001 else f", p = {row['p']:.3f}"
-    return f"{row['reference']} | {signed(100 * row['difference'], 1)} ({row['higher']} of {row['pairs']}{chance})"
+    return (
+        f"{row['reference']} | {format_signed(100 * row['difference'], 1)} ({row['higher']} of {row['pairs']}{chance})"
+    )
 
 
 def figure(runs: Sequence[Any]) -> Figure:
     """For every variant the pair that was never taught, seed by seed, with its composition out of those that were."""
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    drawn, axes = canvas.blank(6.6, 0.36 * len(methods) + 1.15, grid="x")
+    drawn, axes = plot_style.new_axes(6.6, 0.36 * len(methods) + 1.15, grid="x")
     for row, method in enumerate(methods):
         own = [run["metrics"] for run in runs if run["method"] == method]
-        places = row + 0.8 * canvas.jitter(len(own))
-        for metric, shade, mark in (("transfer_composed", canvas.MODALITY[1], "D"), ("transfer", canvas.ACCENT, "o")):
+        places = row + 0.8 * plot_style.jitter(len(own))
+        for metric, shade, mark in (
+            ("transfer_composed", plot_style.MODALITY[1], "D"),
+            ("transfer", plot_style.ACCENT, "o"),
+        ):
             values = [metrics[metric] for metrics in own]
             axes.scatter(values, places, s=16, color=shade, marker=mark, alpha=0.75, linewidths=0, zorder=3)
             mean = sum(values) / len(values)
             axes.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, zorder=2)
     chance = runs[0]["metrics"]["chance"]
-    axes.axvline(chance, color=canvas.MUTED, linewidth=1, linestyle=(0, (4, 2)))
-    axes.text(chance, -0.62, " chance", color=canvas.MUTED, fontsize=8.5, va="bottom")
-    canvas.name_rows(axes, [method.replace("_", " + ") for method in methods])
+    axes.axvline(chance, color=plot_style.MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    axes.text(chance, -0.62, " chance", color=plot_style.MUTED, fontsize=8.5, va="bottom")
+    plot_style.name_rows(axes, [method.replace("_", " + ") for method in methods])
     axes.set_xlim(0.15, 0.9)
-    axes.set_xlabel("items whose partner is found", color=canvas.INK)
-    canvas.percent(axes.xaxis)
+    axes.set_xlabel("items whose partner is found", color=plot_style.INK)
+    plot_style.percent(axes.xaxis)
     for shade, mark, words in (
-        (canvas.ACCENT, "o", "sound to word, as mapped"),
-        (canvas.MODALITY[1], "D", "by way of the picture"),
+        (plot_style.ACCENT, "o", "sound to word, as mapped"),
+        (plot_style.MODALITY[1], "D", "by way of the picture"),
     ):
         axes.scatter([], [], s=22, color=shade, marker=mark, linewidths=0, label=words)
     axes.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.35, 0.8))
-    canvas.headed(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
+    plot_style.set_title(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
     return drawn
 
 
@@ -112,12 +117,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of a comparison with the recipe transfer")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     given = parser.parse_args()
-    order = recipes.read("transfer").methods
-    runs = sorted(read(given.results)["runs"], key=lambda run: order.index(run["method"]))
+    order = recipes.load_recipe("transfer").methods
+    runs = sorted(load_results(given.results)["runs"], key=lambda run: order.index(run["method"]))
     first = table(runs, METRICS, "transfer")
     sys.stdout.write(f"{first}\n\n{routes(runs)}\n\n{table(runs, {'accuracy': 'accuracy'}, 'accuracy')}\n")
-    with canvas.themed():
-        given.picture.write_bytes(canvas.to_png(figure(runs), dpi=160))
+    with plot_style.style_context():
+        given.picture.write_bytes(plot_style.to_png(figure(runs), dpi=160))
 
 
 if __name__ == "__main__":

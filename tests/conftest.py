@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from hypothesis import HealthCheck, settings
 
-from waiting import DEADLOCK
+from helpers.waiting import DEADLOCK
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side, one on a core; read by torch when it is imported, and by the programs that tests start.

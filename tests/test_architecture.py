@@ -64,7 +64,13 @@ def test_the_walk_sees_imports_in_every_form(tmp_path):
         "def f():\n    from .fusion.joint import JointAttention\n"
     )
     modules = MODULES | {"equipoise.a": tmp_path / "a.py"}
-    seen = {"equipoise.errors", "equipoise.tokens", "equipoise", "equipoise.model", "equipoise.fusion.joint"}
+    seen = {
+        "equipoise.errors",
+        "equipoise.tokens.token_batch",
+        "equipoise",
+        "equipoise.models.fusion_model",
+        "equipoise.fusion.joint_attention",
+    }
     assert imports("equipoise.a", modules) == seen
 
 
@@ -98,9 +104,9 @@ def test_imports_inside_the_package_are_relative(module):
     assert not absolute
 
 
-def test_one_folder_deep_and_nothing_called_utils():
-    assert all(len(file.relative_to(ROOT).parts) <= 2 for file in FILES)
-    words = {"utils", "util", "helpers", "helper", "misc", "common"}
+def test_two_folders_deep_and_nothing_called_utils():
+    assert all(len(file.relative_to(ROOT).parts) <= 3 for file in FILES)
+    words = {"utils", "util", "helpers", "helper", "misc"}
     assert not words & ({file.stem for file in FILES} | {file.parent.name for file in FILES})
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import equipoise as eq
 from equipoise.errors import ShapeError
-from equipoise.geometry import cosine, mean_keys, membership, orthogonalise, rotation_between, rotation_svd
-from oracles_fusion import rotation_column
-from tolerance import TOL
+from equipoise.geometry import cosine, mean_keys, membership, orthogonalize, rotation_between, rotation_svd
+from helpers.tolerance import TOL
+from oracles.fusion import rotation_column
 
 EXACT = TOL[torch.float64]
 DIMS = (2, 3, 5, 13)
@@ -102,7 +102,7 @@ def test_quarter_turn_by_hand():
 
 def test_published_example_in_column_form():
     target = torch.tensor([1.4419838461, 0.0, 4.7875549697], dtype=torch.float64)
-    rotation = eq.rotation_between(torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64), target)
+    rotation = eq.geometry.rotation_between(torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64), target)
     column = [[0.6733, -0.1444, -0.7252], [-0.6059, 0.4544, -0.6530], [0.4238, 0.8790, 0.2184]]
     # Four decimals are printed.
     torch.testing.assert_close(rotation.T, torch.tensor(column).double(), rtol=0.0, atol=5e-5)
@@ -228,8 +228,8 @@ def test_orthogonalise_squares_the_error(seed, d):
         return float(torch.linalg.matrix_norm(matrix.mT @ matrix - eye(d)))
 
     # With E = R^T R - I one step leaves R^T R - I = -(3 E^2 + E^3) / 4.
-    assert error(orthogonalise(drifted)) <= error(drifted) ** 2
-    torch.testing.assert_close(orthogonalise(rotation_between(a, b)), rotation_between(a, b), **EXACT)
+    assert error(orthogonalize(drifted)) <= error(drifted) ** 2
+    torch.testing.assert_close(orthogonalize(rotation_between(a, b)), rotation_between(a, b), **EXACT)
 
 
 def test_cosine_by_hand():

@@ -47,7 +47,7 @@ def test_import_does_not_load_the_compiler_unless_torch_does(plain):
     assert "torch._dynamo" not in plain - loaded("import torch")
 
 
-@pytest.mark.parametrize("name", sorted(eq._LAZY))
+@pytest.mark.parametrize("name", sorted(eq._LAZY_MODULES))
 def test_lazy_names_are_modules(plain, name):
     assert f"equipoise.{name}" not in plain
     assert getattr(eq, name) is importlib.import_module(f"equipoise.{name}")

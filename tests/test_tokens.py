@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ShapeError
-from equipoise.tokens import SPECIAL, Output, Tokens, as_tokens, pack, segment_labels, unpack
-from oracles_fusion import pooled
-from tolerance import TOL
+from equipoise.tokens.token_batch import SPECIAL, Output, Tokens, as_tokens, pack, segment_labels, unpack
+from helpers.tolerance import TOL
+from oracles.fusion import pooled
 
 BATCH, DIM = 3, 5
 LENGTHS = {"audio": 7, "image": 2, "text": 11}

@@ -132,11 +132,11 @@ def rotation_svd(source: Float[Tensor, " d"], target: Float[Tensor, " d"]) -> Fl
     return column.mT.to(source.device, source.dtype)
 
 
-def orthogonalise(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
-    """One Newton-Schulz step towards the nearest orthogonal matrix: R (3 I - R^T R) / 2.
+def orthogonalize(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
+    """One Newton-Schulz step toward the nearest orthogonal matrix: R (3 I - R^T R) / 2.
 
     Example:
-        >>> R = orthogonalise(torch.eye(2) * 1.001)
+        >>> R = orthogonalize(torch.eye(2) * 1.001)
         >>> bool((R - torch.eye(2)).abs().max() < 1e-5)
         True
     """
@@ -186,7 +186,7 @@ def _directions(who: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tenso
         )
     if source.shape[-1] < 2:
         raise ShapeError(who, expected="d >= 2", got=f"d = {source.shape[-1]}", fix="A line has no rotation.")
-    # Not every accelerator has float64, so what is moved off it is made double afterwards.
+    # Not every accelerator has float64, so what is moved off it is made double afterward.
     device = source.device if source.device.type in ("cpu", "cuda") else torch.device("cpu")
     pair = []
     for name, vector in (("source", source), ("target", target)):

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..evaluation import evaluating
-from ..subsets import shapley_values, subsets
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import check_encoders_apart, check_modalities, mean_of_others
-from .scores import present, summed, true_score
-from .subset_logits import subset_logits
+from ..fusion.modality_subsets import modality_subsets, shapley_values
+from ..nn.eval_mode import eval_mode_no_grad
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.subset_logits import subset_logits
+from .common.unimodal_losses import check_encoders_apart, check_modalities, mean_of_others
+from .common.unimodal_scores import has_modality, summed, true_score
 
 FLOOR = 1e-8
 """No response is taken to be less probable."""
@@ -88,8 +88,8 @@ class AGM(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.AGM(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.AGM(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -97,7 +97,7 @@ class AGM(Balancer):
 
     only_scales = True
     excludes: ClassVar[Mapping[str, str]] = {
-        "OGMGE": "both decide how large the encoders' gradients are",
+        "OGM_GE": "both decide how large the encoders' gradients are",
         "MMPareto": "it writes the encoders' gradients anew after they are scaled",
     }
 
@@ -159,11 +159,11 @@ class AGM(Balancer):
         # Tokens of autocast may be narrower than the fusion's weights, and autocast over.
         wide = next(model.head.parameters()).dtype
         tokens = {name: replace(part, values=part.values.to(wide)) for name, part in output.tokens.items()}
-        with evaluating(model):  # type: ignore[arg-type]
-            answers = torch.stack([subset_logits(model, tokens, kept) for kept in subsets(model.names)])
+        with eval_mode_no_grad(model):  # type: ignore[arg-type]
+            answers = torch.stack([subset_logits(model, tokens, kept) for kept in modality_subsets(model.names)])
         found = []
         for name, response in zip(model.names, shapley_values(answers), strict=True):
-            counts = present(output, name)
+            counts = has_modality(output, name)
             errors = -true_score(response, target, model.task).clamp(min=FLOOR).log()
             found.append(torch.stack([errors.masked_fill(~counts, 0.0).sum(), counts.sum()]).double())
         return torch.stack(found, dim=1)

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, masked_mean
-from .scores import present, summed
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import at_least_single, check_modalities, masked_mean
+from .common.unimodal_scores import has_modality, summed
 
 
 def hidden_part(progress: float, epsilon: float) -> float:
@@ -78,8 +78,8 @@ class AMCo(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.AMCo(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.AMCo(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -119,7 +119,7 @@ class AMCo(Balancer):
                 got=f"fusion {type(model.fusion).__name__}", fix="Use Concat or Sum: it hides what modalities say.",
             )  # fmt: skip
         parts = torch.stack([at_least_single(found[name]) for name in model.names])
-        here = torch.stack([present(output, name) for name in model.names])
+        here = torch.stack([has_modality(output, name) for name in model.names])
         hides = self._dominant(parts.detach(), here)[:, None] & self.hidden_classes().to(here.device)
         shown = parts.masked_fill(hides[:, None], 0.0).sum(dim=0)
         alone = [

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities
-from .scores import present, true_score
-from .subset_logits import subset_logits
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.subset_logits import subset_logits
+from .common.unimodal_losses import at_least_single, check_modalities
+from .common.unimodal_scores import has_modality, true_score
 
 
 def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
@@ -70,8 +70,8 @@ class CML(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.CML(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.CML(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
     """
@@ -99,7 +99,7 @@ class CML(Balancer):
         model = self._model[0]
         if output.logits is None:
             raise ConfigError("CML", expected="an output with logits", got="logits = None")
-        here = {name: present(output, name) for name in model.names}
+        here = {name: has_modality(output, name) for name in model.names}
         left = torch.stack(list(here.values())).sum(dim=0)
         kept, chain = self.order(), [at_least_single(output.logits)]
         while len(kept) > 1:

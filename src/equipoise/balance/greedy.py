@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..errors import ConfigError
-from .base import Balancer, Multimodal
-from .cross_gate import CrossGate, GatedTokens
-from .modalities import check_encoders_apart, check_modalities
+from .balancer import Balancer, Multimodal
+from .common.cross_gate import CrossGate, GatedTokens
+from .common.unimodal_losses import check_encoders_apart, check_modalities
 
 
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
@@ -68,7 +68,7 @@ class Greedy(Balancer):
 
     Args:
         model: its ``fusion`` is replaced by one with gates in front: new parameters ``fusion.gate``, which a checkpoint
-            holds and evaluation uses. Make the optimiser afterwards.
+            holds and evaluation uses. Make the optimizer afterward.
         window: steps for which a gate is held still; the next decision comes after one more step.
         threshold: on the lead, >= 0.
         ratio: the squeezed vector is 2 / ratio times as wide as all pooled vectors together.
@@ -87,8 +87,8 @@ class Greedy(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2)
-        >>> balancer = eq.Greedy(model, window=5)
+        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), 2)
+        >>> balancer = eq.balance.Greedy(model, window=5)
         >>> model.fusion.attention.dim, sorted({name.split(".")[0] for name in model.fusion.state_dict()})
         (8, ['gate', 'inner'])
     """

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, masked_mean
-from .scores import modality_logits, present, summed
-from .term_gradients import term_gradients
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.term_gradients import term_gradients
+from .common.unimodal_losses import at_least_single, check_modalities, masked_mean
+from .common.unimodal_scores import has_modality, modality_logits, summed
 
 LEAST, MOST = 0.05, 0.95
 """Between which a learned weight stays."""
@@ -89,8 +89,8 @@ class LFM(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.LFM(model, a1=0.5)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.LFM(model, a1=0.5)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -154,7 +154,7 @@ class LFM(Balancer):
         pairs = []
         for one, other in combinations(model.names, 2):
             losses = divergence(at_least_single(logits[one]), at_least_single(logits[other]), model.task)
-            pairs.append(masked_mean(losses, present(output, one) & present(output, other)))
+            pairs.append(masked_mean(losses, has_modality(output, one) & has_modality(output, other)))
         return torch.stack(pairs).mean()
 
     def _compare(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> dict[str, Tensor]:

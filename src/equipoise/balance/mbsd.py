@@ -11,10 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, masked_mean, teaching_logits, unimodal_losses
-from .scores import heads_teach, present, true_score
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import (
+    at_least_single,
+    check_modalities,
+    differentiable_unimodal_logits,
+    masked_mean,
+    unimodal_losses,
+)
+from .common.unimodal_scores import has_modality, heads_train_encoders, true_score
 
 FLOOR = 1e-8
 """No probability is taken to be less, under a logarithm."""
@@ -68,8 +74,8 @@ class MBSD(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.MBSD(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.MBSD(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
     """
@@ -87,15 +93,15 @@ class MBSD(Balancer):
     def penalty(self, output: Output, target: Tensor) -> Tensor:
         """The distillation, and the modalities' losses where the loop does not count them."""
         model = self._model[0]
-        logits = {name: at_least_single(y) for name, y in teaching_logits(model, output, "MBSD").items()}
-        here = {name: present(output, name) for name in model.names}
+        logits = {name: at_least_single(y) for name, y in differentiable_unimodal_logits(model, output, "MBSD").items()}
+        here = {name: has_modality(output, name) for name in model.names}
         pairs = list(combinations(model.names, 2))
         apart = [
             masked_mean(self_distillation(logits[a], logits[b], target, model.task), here[a] & here[b])
             for a, b in pairs
         ]
         total = self.strength * torch.stack(apart).mean()
-        if heads_teach(model) and output.unimodal_logits:
+        if heads_train_encoders(model) and output.unimodal_logits:
             return total
         return total + sum(loss.mean for loss in unimodal_losses(model, output, target, "MBSD").values())
 

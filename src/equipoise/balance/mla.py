@@ -10,10 +10,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, check_side_by_side, masked_mean, side_by_side, watch_only
-from .scores import present, summed
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import (
+    at_least_single,
+    check_concatenated,
+    check_modalities,
+    detach_unimodal_heads,
+    masked_mean,
+    split_concatenated,
+)
+from .common.unimodal_scores import has_modality, summed
 
 
 def next_projector(projector: Float[Tensor, "d d"], row: Float[Tensor, " d"], *, alpha: float) -> Float[Tensor, "d d"]:
@@ -40,7 +47,7 @@ def next_projector(projector: Float[Tensor, "d d"], row: Float[Tensor, " d"], *,
 def certainty_weights(
     logits: Float[Tensor, "batch modality output"], present: Bool[Tensor, "batch modality"], task: str
 ) -> Float[Tensor, "batch modality"]:
-    """How much each modality's answer counts: exp(max_n H_n - H_m), normalised, with H the entropy of an answer.
+    """How much each modality's answer counts: exp(max_n H_n - H_m), normalized, with H the entropy of an answer.
 
     Labels' entropies are averaged; regression has none, so its answers count alike. A modality that a sample lacks
     counts nothing.
@@ -61,7 +68,7 @@ def certainty_weights(
 
 
 class MLA(Balancer):
-    """Trains one modality at each optimiser step, in turn, through a linear head that all of them share.
+    """Trains one modality at each optimizer step, in turn, through a linear head that all of them share.
 
     In the turn of modality m the loss is that of head(f_m) alone. Before the step, with r the mean feature of the
     step, b its batch and B the batches of an epoch::
@@ -74,7 +81,7 @@ class MLA(Balancer):
 
     Args:
         model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimiser afterwards. Unimodal heads only watch from now on.
+            a checkpoint holds: make the optimizer afterward. Unimodal heads only watch from now on.
         projected: False leaves the head's gradient as it is: alternation and certainty alone.
 
     Raises:
@@ -96,8 +103,8 @@ class MLA(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.MLA(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.MLA(model)])
         >>> balancing.turns, model.head.classifier
         (2, Linear(in_features=8, out_features=2, bias=True))
     """
@@ -112,11 +119,11 @@ class MLA(Balancer):
     def __init__(self, model: Multimodal, *, projected: bool = True) -> None:
         super().__init__()
         check_modalities(model, "MLA")
-        check_side_by_side(model, "MLA")
+        check_concatenated(model, "MLA")
         self._model, self.projected, self.turns = [model], projected, len(model.names)
         like, dim = next(model.head.parameters()), model.fusion.dim
-        model.head = SharedHead(dim, model.num_outputs, self.turns, model.task).to(like.device, like.dtype)
-        watch_only(model)
+        model.head = SharedLinearHead(dim, model.num_outputs, self.turns, model.task).to(like.device, like.dtype)
+        detach_unimodal_heads(model)
         # Counters stay where they are made: whose turn it is should not be asked of an accelerator.
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("epoch_steps", torch.tensor(0))
@@ -133,7 +140,7 @@ class MLA(Balancer):
         """The loss of the modality whose turn it is."""
         model, head = self._model[0], self._head
         name = model.names[int(self.steps) % self.turns]
-        has = present(output, name)
+        has = has_modality(output, name)
         # Not a slice of the features: that would give the other encoders a gradient of zeros, and Adam moves on those.
         vectors = output.tokens[name].pooled()
         kept = at_least_single(vectors.detach()).masked_fill(~has[:, None], 0.0)
@@ -141,8 +148,8 @@ class MLA(Balancer):
         return masked_mean(model.sample_losses(at_least_single(head.classifier(vectors)), target), has)
 
     @property
-    def _head(self) -> SharedHead:
-        return cast(SharedHead, self._model[0].head)
+    def _head(self) -> SharedLinearHead:
+        return cast(SharedLinearHead, self._model[0].head)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -169,7 +176,7 @@ class MLA(Balancer):
         return {}
 
 
-class SharedHead(nn.Module):
+class SharedLinearHead(nn.Module):
     """One linear layer for every modality's pooled vector, and their answers averaged by certainty.
 
     Args:
@@ -185,6 +192,6 @@ class SharedHead(nn.Module):
         self.count, self.task = count, task
 
     def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
-        vectors, has = side_by_side(features, self.count)
+        vectors, has = split_concatenated(features, self.count)
         answers = at_least_single(self.classifier(vectors))
         return (certainty_weights(answers, has, self.task)[..., None] * answers).sum(dim=1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, check_side_by_side
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import at_least_single, check_concatenated, check_modalities
 
 
 def cosine_logits(
@@ -37,7 +37,7 @@ class MMCosine(Balancer):
 
     Args:
         model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimiser afterwards.
+            a checkpoint holds: make the optimizer afterward.
         scale: s > 0.
 
     Raises:
@@ -46,15 +46,15 @@ class MMCosine(Balancer):
     It helps where one modality's features or weights grow long and drown the others. Logits lie within s N of zero, so
     confidence has a bound, and a regression's targets must lie well within it.
 
-    Reference: Xu, Feng, Zhang and Hu, "MMCosine: Multi-Modal Cosine Loss Towards Balanced Audio-Visual Fine-Grained
+    Reference: Xu, Feng, Zhang and Hu, "MMCosine: Multi-Modal Cosine Loss Toward Balanced Audio-Visual Fine-Grained
     Learning" (ICASSP 2023); spec 3.3.
     Differs from the released code in: the scale stays at test time, and any number of modalities.
 
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancer = eq.MMCosine(model, scale=15.0)
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancer = eq.balance.MMCosine(model, scale=15.0)
         >>> logits = model({"audio": torch.randn(4, 7, 3), "image": torch.randn(4, 2, 5)}).logits
         >>> bool((logits.abs() <= 2 * 15.0).all())
         True
@@ -68,7 +68,7 @@ class MMCosine(Balancer):
     def __init__(self, model: Multimodal, *, scale: float = 15.0) -> None:
         super().__init__()
         check_modalities(model, "MMCosine")
-        check_side_by_side(model, "MMCosine")
+        check_concatenated(model, "MMCosine")
         if not 0 < scale < math.inf:
             raise ConfigError("MMCosine", expected="scale > 0 and finite", got=f"scale = {scale}")
         like = next(model.head.parameters())

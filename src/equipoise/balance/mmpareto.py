@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import check_encoders_apart, check_modalities, unimodal_losses
-from .scores import heads_teach, summed
-from .term_gradients import term_gradients
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.term_gradients import term_gradients
+from .common.unimodal_losses import check_encoders_apart, check_modalities, unimodal_losses
+from .common.unimodal_scores import heads_train_encoders, summed
 
 
 def pareto_weights(joint: Float[Tensor, " n"], alone: Float[Tensor, " n"]) -> Float[Tensor, " 2"]:
@@ -83,15 +83,15 @@ class MMPareto(Balancer):
     more backward pass.
 
     Reference: Wei and Hu, "MMPareto" (ICML 2024); spec 3.3.
-    Differs from the released code in: gradients are of whole optimiser steps, over accumulated batches and processes;
+    Differs from the released code in: gradients are of whole optimizer steps, over accumulated batches and processes;
     the benchmark's bug of weights (0, 0) on conflict, and of losses that mix because gradients are not cleared, is not
     here.
 
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.JointAttention(8), 2, unimodal="train")
-        >>> balancing = eq.Balancing(model, [eq.MMPareto(model, gamma=1.5)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), 2, unimodal="train")
+        >>> balancing = eq.BalancerList(model, [eq.balance.MMPareto(model, gamma=1.5)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -116,7 +116,7 @@ class MMPareto(Balancer):
         alone = unimodal_losses(model, output, target, "MMPareto")
         total = torch.stack([loss.mean for loss in alone.values()]).sum()
         self.when_reached(partial(self._take_apart, total))
-        counted = heads_teach(model) and output.unimodal_logits
+        counted = heads_train_encoders(model) and output.unimodal_logits
         return None if counted else total
 
     def before_step(self) -> None:

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
-from .scores import summed
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
+from .common.unimodal_scores import summed
 
 
 def modulation(scores: Float[Tensor, " modality"], *, alpha: float) -> Float[Tensor, " modality"]:
@@ -62,8 +62,8 @@ class OGM(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.OGM(model, alpha=0.3)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.OGM(model, alpha=0.3)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()

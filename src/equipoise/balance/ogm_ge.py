@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..tokens import Output
-from .balancing import encoder_weights
-from .base import Multimodal
-from .draws import drawing
+from ..tokens.token_batch import Output
+from .balancer import Multimodal
+from .balancer_list import encoder_weight_matrices
+from .common.step_generator import step_generator
 from .ogm import OGM
 
 
@@ -30,8 +30,8 @@ def noise_scale(gradient: Tensor, *, size: Tensor | float = 1.0) -> Float[Tensor
     return gradient.std(correction=min(1, gradient.numel() - 1)) + 1e-8 * size
 
 
-class OGMGE(OGM):
-    """OGM with generalisation enhancement: noise of the size of the gradients as they were before it.
+class OGM_GE(OGM):
+    """OGM with generalization enhancement: noise of the size of the gradients as they were before it.
 
     For every matrix and kernel of every encoder, also of those that are not slowed down::
 
@@ -58,8 +58,8 @@ class OGMGE(OGM):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.OGMGE(model, alpha=0.3)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.OGM_GE(model, alpha=0.3)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -82,7 +82,7 @@ class OGMGE(OGM):
         """As ``OGM``; notes how large the gradients are before anything is done to them."""
         factors, encoders = super().gradient_scale(output, target), self._model[0].encoders
         if factors is not None:
-            weights = [p for name in factors for p in encoder_weights(encoders[name])]
+            weights = [p for name in factors for p in encoder_weight_matrices(encoders[name])]
             size = self.gradient_size()
             self._scales = [(p, noise_scale(p.grad, size=size)) for p in weights if p.grad is not None]
         return factors
@@ -93,7 +93,7 @@ class OGMGE(OGM):
         for parameter, scale in self._scales:
             gradient, device = parameter.grad, parameter.device
             if device not in random:
-                random[device] = drawing(self.seed, int(self.steps), device=device)
+                random[device] = step_generator(self.seed, int(self.steps), device=device)
             if gradient is not None:
                 noise = torch.randn(gradient.shape, generator=random[device], device=device, dtype=gradient.dtype)
                 gradient.add_(noise * scale)

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
-from .base import Balancer, Multimodal
-from .draws import drawing, sample_draws
-from .dropout import keep_masks, masked, who_has
-from .modalities import check_modalities, discrepancy_ratio, score_sums
-from .scores import summed
+from ..tokens.token_batch import Output, Tokens
+from .balancer import Balancer, Multimodal
+from .common.step_generator import step_generator, uniform_per_sample
+from .common.unimodal_losses import check_modalities, discrepancy_ratio, score_sums
+from .common.unimodal_scores import summed
+from .modality_dropout import keep_masks, mask_tokens, presence_mask
 
 
 def drop_rates(scores: Float[Tensor, " modality"], *, q_base: float, alpha: float) -> Float[Tensor, " modality"]:
@@ -67,8 +67,8 @@ class OPM(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.OPM(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.OPM(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.loss(model(batch), batch["target"]).backward()
         >>> balancing.before_step()
@@ -99,14 +99,14 @@ class OPM(Balancer):
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         """Drops; all processes in the same steps."""
-        has = who_has(tokens)
+        has = presence_mask(tokens)
         before = self.record.place(len(has))
-        random = drawing(self.seed, int(self.steps))
+        random = step_generator(self.seed, int(self.steps))
         if float(torch.rand((), generator=random)) >= self.p_exe:
             return tokens
-        uniform = sample_draws(random, before, *has.shape)
+        uniform = uniform_per_sample(random, before, *has.shape)
         rates = self.rates.to(has.device)
-        return masked(tokens, keep_masks(has, rates, uniform.to(has.device)), scale=1 / (1 - rates.mean()))
+        return mask_tokens(tokens, keep_masks(has, rates, uniform.to(has.device)), scale=1 / (1 - rates.mean()))
 
     @torch.no_grad()
     def observe(self, output: Output, target: Tensor) -> None:

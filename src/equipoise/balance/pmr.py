@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..evaluation import evaluating
-from ..tokens import Output
-from .base import Balancer, Batch, Multimodal
-from .categories import bin_edges, categories, category_counts
-from .modalities import at_least_single, check_modalities
-from .prototypes import class_means, prototype_log_probabilities
-from .scores import present, summed
+from ..nn.eval_mode import eval_mode_no_grad
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Batch, Multimodal
+from .common.class_prototypes import class_means, prototype_log_probabilities
+from .common.target_categories import bin_edges, categories, category_counts
+from .common.unimodal_losses import at_least_single, check_modalities
+from .common.unimodal_scores import has_modality, summed
 
 
 def prototype_weights(
@@ -82,8 +82,8 @@ class PMR(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.PMR(model)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.PMR(model)])
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.review([batch], [])
         >>> bool(balancing.loss(model(batch), batch["target"]).isfinite())
@@ -161,7 +161,7 @@ class PMR(Balancer):
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
         """Renews the prototypes from the first batches of another pass over the training data."""
         model, found = self._model[0], []
-        with evaluating(model):  # type: ignore[arg-type]
+        with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in islice(train, max(1, math.ceil(self.fraction * int(self.batches)))):
                 found.append((*self._features(model(batch)), batch["target"]))
         if not found:
@@ -189,7 +189,7 @@ class PMR(Balancer):
         """(modality, batch, dim) pooled tokens, and (modality, batch) who has them."""
         names = self._model[0].names
         features = torch.stack([output.tokens[name].pooled() for name in names])
-        return at_least_single(features), torch.stack([present(output, name) for name in names])
+        return at_least_single(features), torch.stack([has_modality(output, name) for name in names])
 
 
 def _sums(values: Tensor, counts: Tensor) -> Tensor:

@@ -10,10 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_modalities, check_side_by_side, masked_mean, side_by_side, watch_only
-from .scores import present, true_score
+from ..tokens.token_batch import Output
+from .balancer import Balancer, Multimodal
+from .common.unimodal_losses import (
+    at_least_single,
+    check_concatenated,
+    check_modalities,
+    detach_unimodal_heads,
+    masked_mean,
+    split_concatenated,
+)
+from .common.unimodal_scores import has_modality, true_score
 
 
 def boosting_losses(
@@ -57,7 +64,7 @@ class ReconBoost(Balancer):
 
     Args:
         model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimiser afterwards. Unimodal heads only watch from now on.
+            a checkpoint holds: make the optimizer afterward. Unimodal heads only watch from now on.
         task_weight, residual, agreement: w_1, w_2 and alpha, >= 0, with w_1 > w_2 so that right answers stay wanted.
         shrinkage: nu at the start, > 0.
 
@@ -79,8 +86,8 @@ class ReconBoost(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancer = eq.ReconBoost(model)
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancer = eq.balance.ReconBoost(model)
         >>> [(balancer.learner(), balancer.end_epoch())[0] for _ in range(5)]
         ['audio', None, 'image', None, 'audio']
     """
@@ -98,7 +105,7 @@ class ReconBoost(Balancer):
     ) -> None:  # fmt: skip
         super().__init__()
         check_modalities(model, "ReconBoost")
-        check_side_by_side(model, "ReconBoost")
+        check_concatenated(model, "ReconBoost")
         if not (task_weight > residual >= 0 and agreement >= 0 and shrinkage > 0):
             raise ConfigError(
                 "ReconBoost", expected="task_weight > residual >= 0, agreement >= 0 and shrinkage > 0",
@@ -110,7 +117,7 @@ class ReconBoost(Balancer):
         like = next(model.head.parameters())
         head = BoostedHead(len(model.names), model.fusion.dim, model.num_outputs, shrinkage)
         model.head = head.to(like.device, like.dtype)
-        watch_only(model)
+        detach_unimodal_heads(model)
         # Stays where it is made: whose epoch it is should not be asked of an accelerator.
         self.register_buffer("epochs", torch.tensor(0))
 
@@ -142,7 +149,7 @@ class ReconBoost(Balancer):
             model.sample_losses(own, target), score, apart,
             task_weight=self.task_weight, residual=self.residual, agreement=self.agreement,
         )  # fmt: skip
-        return masked_mean(losses, present(output, name))
+        return masked_mean(losses, has_modality(output, name))
 
     def end_epoch(self) -> dict[str, float]:
         """Passes the turn on; logs ``shrinkage``."""
@@ -179,7 +186,7 @@ class BoostedHead(nn.Module):
 
     def answers(self, features: Float[Tensor, "batch feature"]) -> tuple[Tensor, Tensor]:
         """(batch, modality, output) what each modality answers, zero where it is missing, and where it is there."""
-        vectors, has = side_by_side(features, len(self.parts))
+        vectors, has = split_concatenated(features, len(self.parts))
         stacked = torch.stack([self.answer(place, vectors[:, place]) for place in range(len(self.parts))], dim=1)
         return at_least_single(stacked).masked_fill(~has[..., None], 0.0), has
 

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..evaluation import evaluating
-from .base import Balancer, Batch, Multimodal
-from .categories import bin_edges, categories, category_counts
-from .modalities import at_least_single, check_encoders_apart, check_modalities
-from .scores import present, summed
+from ..nn.eval_mode import eval_mode_no_grad
+from .balancer import Balancer, Batch, Multimodal
+from .common.target_categories import bin_edges, categories, category_counts
+from .common.unimodal_losses import at_least_single, check_encoders_apart, check_modalities
+from .common.unimodal_scores import has_modality, summed
 
 
 def purity(clusters: Int[Tensor, " batch"], classes: Int[Tensor, "batch question"]) -> float:
@@ -31,7 +31,7 @@ def purity(clusters: Int[Tensor, " batch"], classes: Int[Tensor, "batch question
     return sum(found) / len(found)
 
 
-def clustered(features: Float[Tensor, "batch dim"], count: int, *, seed: int) -> Int[Tensor, " batch"]:
+def kmeans_labels(features: Float[Tensor, "batch dim"], count: int, *, seed: int) -> Int[Tensor, " batch"]:
     """The k-means cluster of every sample, after each dimension is scaled to [-1, 1].
 
     Example:
@@ -48,14 +48,14 @@ def clustered(features: Float[Tensor, "batch dim"], count: int, *, seed: int) ->
     return torch.from_numpy(means.fit_predict(scaled.numpy())).long()
 
 
-class ReLearning(Balancer):
-    """Every so often sets each encoder back towards its first weights, the further the more it has overfitted::
+class DiagnoseRelearn(Balancer):
+    """Every so often sets each encoder back toward its first weights, the further the more it has overfitted::
 
         gap_m = |purity(k-means of f_m on training data) - purity(the same on validation data)|
         w_m = tanh(strength gap_m);   theta_m <- w_m theta_m^initial + (1 - w_m) theta_m
 
     f_m are the encoder's pooled tokens, clustered into as many clusters as there are classes (outputs of a multilabel
-    task, bins of a regression). What the optimiser remembers of the encoder is forgotten. The last epoch sets nothing
+    task, bins of a regression). What the optimizer remembers of the encoder is forgotten. The last epoch sets nothing
     back.
 
     Args:
@@ -68,29 +68,31 @@ class ReLearning(Balancer):
         seed: of k-means.
 
     Raises:
-        ConfigError: one modality, an option out of range; at the end of the first epoch, an optimiser that it was not
-            given (``Balancing.attach_optimizer``; the Lightning callback does it); later, an empty split.
+        ConfigError: one modality, an option out of range; at the end of the first epoch, an optimizer that it was not
+            given (``BalancerList.attach_optimizer``; the Lightning callback does it); later, an empty split.
 
-    It helps where the dominant modality's encoder memorises. Encoders that were pretrained go back to what they were,
+    It helps where the dominant modality's encoder memorizes. Encoders that were pretrained go back to what they were,
     and need no protection. Purity is rough on a small validation split, where clusters of few samples are pure by
     chance. The first weights are part of the state: checkpoints hold the encoders twice. Each time takes one more pass
     over the data. Of several processes each clusters its own part, and gaps are averaged.
 
     Reference: Wei et al., "Diagnosing and Re-learning for Balanced Multimodal Learning" (ECCV 2024); spec 3.3.
-    Differs from the released code in: the encoder's state in the optimiser is reset too, where the code has the bug of
+    Differs from the released code in: the encoder's state in the optimizer is reset too, where the code has the bug of
     keeping it; the first weights survive a checkpoint; multilabel targets and regressions.
 
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancing = eq.Balancing(model, [eq.ReLearning(model, every=1)])
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancing = eq.BalancerList(model, [eq.balance.DiagnoseRelearn(model, every=1)])
         >>> balancing.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.review([batch], [batch])
         >>> balancing.end_epoch()  # the same data, so there is no gap
         {'reset/audio': 0.0, 'reset/image': 0.0}
     """
+
+    name = "diagnose_relearn"
 
     reviews = True
 
@@ -99,11 +101,11 @@ class ReLearning(Balancer):
         bins: int = 5, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_modalities(model, "ReLearning")
-        check_encoders_apart(model, "ReLearning")
+        check_modalities(model, "DiagnoseRelearn")
+        check_encoders_apart(model, "DiagnoseRelearn")
         if every < 1 or times < 0 or not strength > 0 or bins < 2:
             raise ConfigError(
-                "ReLearning", expected="every >= 1, times >= 0, strength > 0 and bins >= 2",
+                "DiagnoseRelearn", expected="every >= 1, times >= 0, strength > 0 and bins >= 2",
                 got=f"{every = }, {times = }, {strength = }, {bins = }",
             )  # fmt: skip
         self._model, self.last_epoch = [model], epochs
@@ -127,8 +129,8 @@ class ReLearning(Balancer):
         """Measures the gaps and sets the encoders back, in the epochs after which it is time."""
         if not self._optimizers:
             raise ConfigError(
-                "ReLearning", expected="the optimiser, whose state it resets", got="none",
-                fix="Call balancing.attach_optimizer(optimiser) before training.",
+                "DiagnoseRelearn", expected="the optimizer, whose state it resets", got="none",
+                fix="Call balancing.attach_optimizer(optimizer) before training.",
             )  # fmt: skip
         passed = int(self.epochs) + 1
         last = self.last_epoch is not None and passed >= self.last_epoch
@@ -159,7 +161,7 @@ class ReLearning(Balancer):
                 edges = bin_edges(target, self.bins)
             labels = categories(target, model.task, edges).cpu()
             found.append([
-                purity(clustered(f[has], count, seed=self.seed), labels[has]) if bool(has.any()) else None
+                purity(kmeans_labels(f[has], count, seed=self.seed), labels[has]) if bool(has.any()) else None
                 for f, has in zip(features.cpu(), here.cpu(), strict=True)
             ])  # fmt: skip
         pairs = zip(*found, strict=True)
@@ -170,15 +172,15 @@ class ReLearning(Balancer):
     def _read(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """(modality, batch, dim) pooled tokens, (modality, batch) who has them, and the targets."""
         model, features, here, targets = self._model[0], [], [], []
-        with evaluating(model):  # type: ignore[arg-type]
+        with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in batches:
                 output = model(batch)
                 features.append(torch.stack([at_least_single(output.tokens[n].pooled()) for n in model.names]))
-                here.append(torch.stack([present(output, n) for n in model.names]))
+                here.append(torch.stack([has_modality(output, n) for n in model.names]))
                 targets.append(batch["target"])
         if not features:
             raise ConfigError(
-                "ReLearning", expected="training and validation batches to review", got="none",
+                "DiagnoseRelearn", expected="training and validation batches to review", got="none",
                 fix="Overfitting is measured on a validation split: give one.",
             )  # fmt: skip
         return torch.cat(features, dim=1), torch.cat(here, dim=1), torch.cat(targets)

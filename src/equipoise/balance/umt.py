@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from ..tokens import Output, Tokens, as_tokens
-from .base import Balancer, Multimodal
-from .modalities import at_least_single, check_encoders_apart, check_modalities, masked_mean
-from .pending import recomputing
+from ..tokens.token_batch import Output, Tokens, as_tokens
+from .balancer import Balancer, Multimodal
+from .common.pending_state import recomputing
+from .common.unimodal_losses import at_least_single, check_encoders_apart, check_modalities, masked_mean
 
 
 def distillation(
@@ -59,8 +59,8 @@ class UMT(Balancer):
     Example:
         >>> import equipoise as eq
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
-        >>> model = eq.FusionModel(encoders, eq.Concat(8), 2)
-        >>> balancer = eq.UMT(model, teachers=encoders)
+        >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
+        >>> balancer = eq.balance.UMT(model, teachers=encoders)
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> output = model(batch)
         >>> balancer.penalty(output, batch["target"])

@@ -1,5 +1,5 @@
 """The program ``equipoise``."""
 
-from .main import main as main
-from .main import parser as parser
-from .main import run as run
+from .entry_point import main as main
+from .entry_point import parser as parser
+from .entry_point import run as run

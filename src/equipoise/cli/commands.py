@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import recipes, record
 from ..errors import ConfigError
-from ..files import check_file, check_folder, path_part, write_whole
-from ..recipes import Recipe
-from ..typed import shown
-from . import overrides
-from .command import Command, Parser, described, fail, out, path, whole
-from .diagnosing import diagnose, diagnose_parser
-from .judging import judge, judge_parser
-from .looking import look, look_parser
-from .searching import search, search_parser
-from .table import show
+from ..io.atomic_files import atomic_write, check_file, check_folder, check_path_component
+from ..io.typed_values import shorten_repr
+from ..results import result_rows
+from ..training import recipes
+from ..training.recipes import Recipe
+from . import recipe_overrides
+from .command_line import Command, Parser, described, fail, out, path, whole
+from .diagnose_command import diagnose, diagnose_parser
+from .evaluate_command import judge, judge_parser
+from .look_command import look, look_parser
+from .results_table import show
+from .search_command import search, search_parser
 
 if TYPE_CHECKING:
-    from ..train.job import Job
+    from ..training.run_spec import RunSpec
 
 
 def demo_parser() -> Parser:
@@ -38,7 +39,7 @@ def demo_parser() -> Parser:
 
 
 def demo(options: Namespace) -> int:
-    recipe = recipes.read("digits")
+    recipe = recipes.load_recipe("digits")
     return _compare(recipe, recipe.methods, 1 if options.quick else recipe.seeds, [], options, title="digits")
 
 
@@ -64,8 +65,8 @@ def compare_parser() -> Parser:
 
 
 def compare(options: Namespace) -> int:
-    recipe, title = overrides.changed(options.config, options.changes), shown(Path(options.config).stem)
-    options.out = options.out or Path("runs") / path_part(title, "--config")
+    recipe, title = recipe_overrides.changed(options.config, options.changes), shorten_repr(Path(options.config).stem)
+    options.out = options.out or Path("runs") / check_path_component(title, "--config")
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
     seeds = recipe.seeds if options.seeds is None else options.seeds
@@ -93,17 +94,17 @@ def train_parser() -> Parser:
 
 
 def train(options: Namespace) -> int:
-    from ..train import methods
-    from ..train.experiment import perform
-    from ..train.job import Job
-    from ..train.objectives import judged_by
-    from .progress import TrainingProgress
+    from ..training import method_factory
+    from ..training.run import execute_run
+    from ..training.run_spec import RunSpec
+    from ..training.variant_factory import evaluation_metric
+    from .progress_bars import TrainingProgress
 
-    recipe, title = overrides.changed(options.config, options.changes), shown(Path(options.config).stem)
+    recipe, title = recipe_overrides.changed(options.config, options.changes), shorten_repr(Path(options.config).stem)
     method = options.method or recipe.methods[-1]
     fold = options.fold or (recipe.folds[0] if recipe.folds else None)
-    folder = options.out or Path("runs") / path_part(f"{title}-{method}", "train")
-    job = Job(recipe, methods.parse(method, recipe).name, options.seed, fold)
+    folder = options.out or Path("runs") / check_path_component(f"{title}-{method}", "train")
+    job = RunSpec(recipe, method_factory.parse_method(method, recipe).name, options.seed, fold)
     check_folder(folder, "train")
     _fresh(job, folder, options.resume)
     settings = {
@@ -113,21 +114,21 @@ def train(options: Namespace) -> int:
         "num_nodes": options.num_nodes,
         "callbacks": [TrainingProgress(out)],
     }
-    run = perform(job, folder, trainer_options=settings)
+    run = execute_run(job, folder, trainer_options=settings)
     if run is not None:
         protocol = {"recipe": title, "methods": [method], "seeds": [options.seed], "folds": [fold] if fold else []}
-        protocol |= judged_by(recipe)
-        content = record.results([run], protocol)
-        record.write(folder / "results.json", content)
+        protocol |= evaluation_metric(recipe)
+        content = result_rows.build_results([run], protocol)
+        result_rows.write_results(folder / "results.json", content)
         show(content, out)
         out.print(f"weights: {folder / 'model.safetensors'}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _fresh(job: Job, folder: Path, resume: bool) -> None:
+def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
     """Raises ConfigError where a training would overwrite another one."""
-    from ..train.experiment import resumable
-    from ..train.job import finished
+    from ..training.run import is_resumable
+    from ..training.run_spec import is_finished
 
     if not (folder / "checkpoints").exists():
         return
@@ -137,7 +138,7 @@ def _fresh(job: Job, folder: Path, resume: bool) -> None:
             fix="Add --resume to go on with it, or choose another --out.",
         )  # fmt: skip
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if checkpoint.exists() and resumable(folder, job) is None and finished(job, folder) is None:
+    if checkpoint.exists() and is_resumable(folder, job) is None and is_finished(job, folder) is None:
         raise ConfigError(
             "train --resume", expected="the recipe, method, seed and fold that the training began with",
             got=f"others than in '{folder}'", fix="Its recipe is in recipe.yaml there; or choose another --out.",
@@ -156,13 +157,13 @@ def report_parser() -> Parser:
 
 
 def report(options: Namespace) -> int:
-    from ..train.job import check_against
+    from ..training.run_spec import check_against
 
     results = options.results / "results.json" if options.results.is_dir() else options.results
     page = options.out or results.with_name("report.html")
     if not page.is_dir() or page.is_symlink():
         check_file(page, "report")
-    content = record.read(options.results)
+    content = result_rows.load_results(options.results)
     check_against(results.parent, content["runs"])
     _draw(content, results, page)
     return 0
@@ -182,14 +183,14 @@ def recipes_parser() -> Parser:
 
 def manage_recipes(options: Namespace) -> int:
     if options.action == "ls":
-        for name in recipes.names():
-            manual = recipes.manual(recipes.locate(name)).splitlines()
+        for name in recipes.recipe_names():
+            manual = recipes.recipe_header(recipes.find_recipe(name)).splitlines()
             out.print(f"[bold]{name}[/bold]  {manual[0].partition(':')[2].strip()}", highlight=False, soft_wrap=True)
         return 0
     if options.name is None:
-        known = ", ".join(recipes.names())
+        known = ", ".join(recipes.recipe_names())
         raise ConfigError("recipes cp", expected="a recipe's name", got="none", fix=f"One of: {known}.")
-    source = recipes.locate(options.name)
+    source = recipes.find_recipe(options.name)
     target = options.to or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
@@ -199,7 +200,7 @@ def manage_recipes(options: Namespace) -> int:
             "recipes cp", expected="a folder that is there", got=f"'{target.parent}'", fix="Make it first."
         )
     check_file(target, "recipes cp")
-    write_whole(target, source.read_bytes())
+    atomic_write(target, source.read_bytes())
     out.print(f"{target}: now yours. Run it with --config {target}", soft_wrap=True, highlight=False)
     return 0
 
@@ -228,7 +229,7 @@ def _add_workers(parser: Parser) -> None:
 def _with_recipe(parser: Parser) -> Parser:
     """The parser, which then takes every option of a recipe as well."""
     parser.reads_recipe = True
-    parser.epilog = f"{overrides.HELP}\n\n{parser.epilog}"
+    parser.epilog = f"{recipe_overrides.HELP}\n\n{parser.epilog}"
     return parser
 
 
@@ -244,13 +245,13 @@ def _compare(
     recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str], options: Namespace, *, title: str,
     accelerator: str = "cpu",
 ) -> int:  # fmt: skip
-    from ..train.compare import compare, jobs
-    from ..train.job import finished
-    from .progress import ComparisonProgress
+    from ..training.comparison import compare, plan_runs
+    from ..training.run_spec import is_finished
+    from .progress_bars import ComparisonProgress
 
     check_folder(options.out, "compare")
-    plan = jobs(recipe, names, seeds, folds)
-    done = [job for job in plan if finished(job, job.folder(options.out)) is not None]
+    plan = plan_runs(recipe, names, seeds, folds)
+    done = [job for job in plan if is_finished(job, job.folder(options.out)) is not None]
     if done:
         out.print(f"{len(done)} of {len(plan)} runs are already there.", highlight=False)
     with ComparisonProgress(plan, done, out) as progress:
@@ -270,14 +271,14 @@ def _compare(
 
 def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
     """The page, with the picture of its table beside it where both lie beside the results."""
-    from ..report import Readings
+    from ..report import ResultsView
     from ..report import report as draw
-    from ..report.figures import summary_png
+    from ..report.comparison_figures import summary_png
 
     page = draw(content, path)
     beside = page.parent.resolve() == results.parent.resolve()
-    picture = summary_png(Readings(content)) if beside else None
+    picture = summary_png(ResultsView(content)) if beside else None
     if picture is not None:
-        write_whole(results.with_name("summary.png"), picture)
+        atomic_write(results.with_name("summary.png"), picture)
     out.print(f"results: {results}", soft_wrap=True, highlight=False)
     out.print(f"report:  {page}", soft_wrap=True, highlight=False)

@@ -8,25 +8,26 @@ import pkgutil
 from typing import Any
 
 from ..errors import unknown_name
-from .base import Dataset, Split
-from .loader import loader
-from .outside import outside
+from . import sets
+from .batch_loader import loader
+from .dataset import Dataset, Split
+from .ood_splits import ood_split
 
-__all__ = ["Dataset", "Split", "known", "load", "loader", "outside"]
+__all__ = ["Dataset", "Split", "available_datasets", "load_dataset", "loader", "ood_split"]
 
 
-def known() -> dict[str, type[Dataset]]:
+def available_datasets() -> dict[str, type[Dataset]]:
     """name -> class of every data set: the modules of this package that define one."""
     found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f".{module.name}", __name__)).values():
-            here = inspect.isclass(value) and value.__module__ == f"{__name__}.{module.name}"
+    for module in pkgutil.iter_modules(sets.__path__):
+        for value in vars(importlib.import_module(f".{module.name}", sets.__name__)).values():
+            here = inspect.isclass(value) and value.__module__ == f"{sets.__name__}.{module.name}"
             if here and issubclass(value, Dataset) and not inspect.isabstract(value):
                 found[module.name] = value
     return found
 
 
-def load(name: str, **options: Any) -> Dataset:
+def load_dataset(name: str, **options: Any) -> Dataset:
     """The data set of that name.
 
     Args:
@@ -41,7 +42,7 @@ def load(name: str, **options: Any) -> Dataset:
         >>> load("digits").names
         ('audio', 'image')
     """
-    datasets = known()
+    datasets = available_datasets()
     if name not in datasets:
         raise unknown_name("load", "data set", name, datasets)
     return datasets[name](**options)

@@ -10,11 +10,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from ..masks import bool_mask
-from ..tokens import Tokens
-from ..transformer import initialise
-from .base import Encoder
-from .pretrained import huggingface, load_model
+from ..nn.transformer import initialize_weights
+from ..tokens.masks import bool_mask
+from ..tokens.token_batch import Tokens
+from .encoder import Encoder
+from .pretrained_weights import import_transformers, load_model
 
 
 class Backbone(Encoder):
@@ -67,7 +67,7 @@ class Backbone(Encoder):
                 fix="LoRA freezes the weights it stands beside; leave frozen out.",
             )  # fmt: skip
         if isinstance(model, str):
-            model = load_model(huggingface("Backbone").AutoModel, model, "Backbone")
+            model = load_model(import_transformers("Backbone").AutoModel, model, "Backbone")
         if not hasattr(model, "config"):
             raise ConfigError(
                 "Backbone", expected="a folder, a name on the hub, or a model of transformers",
@@ -80,7 +80,7 @@ class Backbone(Encoder):
         self.model = _with_lora(model, lora) if lora is not None else model
         self.dim = hidden if dim is None else dim
         self.project = nn.Identity() if self.dim == hidden else nn.Linear(hidden, self.dim)
-        initialise(self.project)
+        initialize_weights(self.project)
         if frozen:
             self.model.requires_grad_(False).eval()
 
@@ -116,7 +116,7 @@ class Backbone(Encoder):
                 raise ShapeError(
                     "Backbone", expected="an attention_mask (batch, token)", got=f"shape {tuple(attention.shape)}"
                 )
-            # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterwards.
+            # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterward.
             given = {key: self._without_masked(key, value, attention.bool()) for key, value in given.items()}
             empty = ~attention.bool().any(dim=1, keepdim=True)
             given["attention_mask"] = attention.masked_fill(empty, 1)

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from ..tokens import Tokens
-from ..transformer import initialise
-from .base import Encoder
-from .pretrained import for_channels, huggingface, load_model
+from ..nn.transformer import initialize_weights
+from ..tokens.token_batch import Tokens
+from .encoder import Encoder
+from .pretrained_weights import for_channels, import_transformers, load_model
 
 WIDTHS, DEPTHS = [64, 128, 256, 512], [2, 2, 2, 2]
 """Channels and blocks of ResNet18's four stages."""
@@ -28,11 +28,11 @@ class ResNetEncoder(Encoder):
     ``pooled`` is the mean over time and space, what the static fusions of the older papers read.
 
     Args:
-        channels: of the picture: 3 for colours, 1 for a spectrogram, 2 for optical flow.
+        channels: of the picture: 3 for colors, 1 for a spectrogram, 2 for optical flow.
         frames: pictures of one sample; the input is (batch, frame, channel, height, width) where there are several.
         dim: token width.
         pretrained: a folder or a name on the hub of a ResNet18 with safetensors; a first kernel for other channels is
-            the mean over colours.
+            the mean over colors.
 
     Raises:
         ConfigError: weights of another network, or transformers is missing. DataError: weights that are not there.
@@ -56,7 +56,7 @@ class ResNetEncoder(Encoder):
 
     def __init__(self, channels: int, *, frames: int = 1, dim: int = 512, pretrained: str | None = None) -> None:
         super().__init__()
-        transformers = huggingface("ResNetEncoder")
+        transformers = import_transformers("ResNetEncoder")
         if min(channels, frames, dim) < 1:
             raise ConfigError(
                 "ResNetEncoder", expected="channels, frames and dim of 1 or more",
@@ -68,7 +68,7 @@ class ResNetEncoder(Encoder):
         )
         self.resnet = transformers.ResNetModel(config)
         self.project = nn.Identity() if dim == WIDTHS[-1] else nn.Linear(WIDTHS[-1], dim)
-        initialise(self.project)
+        initialize_weights(self.project)
         if pretrained is not None:
             self._take(load_model(transformers.ResNetModel, pretrained, "ResNetEncoder"))
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
-from ..tokens import Tokens
-from ..transformer import initialise
-from .base import Encoder
-from .pretrained import for_channels, huggingface, load_model
+from ..nn.transformer import initialize_weights
+from ..tokens.token_batch import Tokens
+from .encoder import Encoder
+from .pretrained_weights import for_channels, import_transformers, load_model
 
 
 class ViTEncoder(Encoder):
@@ -28,7 +28,7 @@ class ViTEncoder(Encoder):
     Frames share the projection of patches. What no whole patch covers at the right and lower edge is not read.
 
     Args:
-        channels: of the picture: 3 for colours, 1 for a spectrogram, 2 for optical flow.
+        channels: of the picture: 3 for colors, 1 for a spectrogram, 2 for optical flow.
         size: (height, width) as stored.
         frames: pictures of one sample; the input is (batch, frame, channel, height, width) where there are several.
         patch: side of a patch in pixels.
@@ -38,7 +38,7 @@ class ViTEncoder(Encoder):
         axes: what the stored height and width are, and what they become before patches are cut, such as
             ``"frequency time -> time frequency"``; by default nothing is exchanged.
         pretrained: a folder or a name on the hub of a ViT with safetensors. Its first ``depth`` blocks, class token and
-            last norm are taken as they are. A patch kernel for other channels is the mean over colours; positions are
+            last norm are taken as they are. A patch kernel for other channels is the mean over colors; positions are
             interpolated bilinearly from the trained grid, the same ones for every frame.
 
     Raises:
@@ -67,7 +67,7 @@ class ViTEncoder(Encoder):
         depth: int = 4, heads: int = 12, axes: str | None = None, pretrained: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        transformers = huggingface("ViTEncoder")
+        transformers = import_transformers("ViTEncoder")
         self.swapped = _swapped(axes)
         height, width = reversed(size) if self.swapped else size
         self.grid = (height // max(patch, 1), width // max(patch, 1))
@@ -90,7 +90,7 @@ class ViTEncoder(Encoder):
             layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         self.vit = transformers.ViTModel(config, add_pooling_layer=False)
-        initialise(self.vit)
+        initialize_weights(self.vit)
         projection = self.vit.embeddings.patch_embeddings.projection
         nn.init.kaiming_normal_(projection.weight, mode="fan_out")
         nn.init.zeros_(projection.bias)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
-from ..transformer import Attention, PostNormBlock, initialise
-from .base import Fusion
-from .streams import equal_lengths
+from ..nn.transformer import Attention, PostNormBlock, initialize_weights
+from ..tokens.token_batch import Output, Tokens
+from .fusion import Fusion
+from .token_streams import equal_lengths
 
 Joining = Literal["fc", "attention"]
 
@@ -90,7 +90,7 @@ class JMT(Fusion):
 
         count = len(self.names)
         self.join = nn.Linear(count * self.dim, self.dim)
-        initialise(self.join)
+        initialize_weights(self.join)
         self.encoders = nn.ModuleList(encoder() for _ in range(count + 1))
         self.cross = nn.ModuleList(attention() for _ in range(count + 1))
         if self.output == "attention":

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import SPECIAL, Output, Tokens
-from ..transformer import Block, learned_token
-from .base import Fusion
-from .streams import joined, labels_of, mean_over_present
+from ..nn.transformer import Block, learned_token
+from ..tokens.token_batch import SPECIAL, Output, Tokens
+from .fusion import Fusion
+from .token_streams import concatenate_streams, labels_of, mean_over_present
 
 Exchange = Literal["bottleneck", "cross"]
 
@@ -101,7 +101,7 @@ class MBT(Fusion):
         found, bottlenecks = {}, []
         for number, (name, part) in enumerate(streams.items()):
             parts = [part, Tokens(shared)]
-            read, labels = joined(parts), labels_of(parts, [number, SPECIAL])
+            read, labels = concatenate_streams(parts), labels_of(parts, [number, SPECIAL])
             values = self._block(name, layer)(read.values, mask=read.mask, **self._watched(labels)).output
             found[name] = replace(part, values=values[:, : len(part)])
             bottlenecks.append(values[:, len(part) :])
@@ -113,7 +113,7 @@ class MBT(Fusion):
             # Its own tokens first, so that the block can compute their rows alone.
             order = [name, *(other for other in streams if other != name)]
             parts = [streams[key] for key in order]
-            read, labels = joined(parts), labels_of(parts, [self.names.index(key) for key in order])
+            read, labels = concatenate_streams(parts), labels_of(parts, [self.names.index(key) for key in order])
             values = self._block(name, layer)(
                 read.values, rows=len(part), mask=read.mask, **self._watched(labels)
             ).output
@@ -128,18 +128,18 @@ class MBT(Fusion):
         return cast(nn.ModuleList, self.blocks[name])[layer]
 
     def head(self, num_outputs: int) -> nn.Module:
-        return SharedHead(len(self.names), self.dim, num_outputs)
+        return AveragedHead(len(self.names), self.dim, num_outputs)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
         """W f_m over the number of modalities that the sample has, + b / N."""
-        if not isinstance(head, SharedHead):
+        if not isinstance(head, AveragedHead):
             return None
         # Features of autocast may be narrower than the head's weights, and autocast over.
         pieces = head.pieces(output.features.to(head.linear.weight.dtype))
         return dict(zip(self.names, pieces, strict=True))
 
 
-class SharedHead(nn.Module):
+class AveragedHead(nn.Module):
     """One linear layer for all modalities' parts of the features; the logits are added, the bias counts once."""
 
     def __init__(self, num_modalities: int, dim: int, num_outputs: int) -> None:

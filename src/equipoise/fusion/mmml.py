@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
-from ..transformer import PostNormAttention, PostNormBlock, initialise
-from .readout import Readout, ReadoutFusion
-from .streams import joined, labels_of
+from ..nn.transformer import PostNormAttention, PostNormBlock, initialize_weights
+from ..tokens.token_batch import Output, Tokens
+from .readout_attention import Readout, ReadoutFusion
+from .token_streams import concatenate_streams, labels_of
 
 EPS = 1e-12
 """Of the norms, as in the language models that the release starts from."""
@@ -88,7 +88,7 @@ class MMML(ReadoutFusion):
             nn.Linear(self.dim, self.hidden), nn.ReLU(),
             nn.Linear(self.hidden, num_outputs),
         )  # fmt: skip
-        initialise(made)
+        initialize_weights(made)
         return made
 
 
@@ -114,7 +114,7 @@ class CrossModalLayer(nn.Module):
         for name, part in streams.items():
             others = [key for key in streams if key != name] or [name]
             parts = [streams[key] for key in others]
-            source, labels = joined(parts), labels_of(parts, [list(streams).index(key) for key in others])
+            source, labels = concatenate_streams(parts), labels_of(parts, [list(streams).index(key) for key in others])
             values = self.cross[name](part.values, source.values, mask=source.mask, modality=labels)
             found[name] = replace(part, values=self.own[name](values, mask=part.mask))
         return found

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..attention import Attended
-from ..attention.modular import Merge, Pseudo, modular_attention
-from ..duplex import DuplexAligner
 from ..errors import ConfigError, unknown_name
-from ..tokens import Output, Tokens
-from ..transformer import Attention, Block, learned_token, without_hidden
-from .base import Fusion
-from .streams import pooled_by_cls
+from ..nn.attention import Attended
+from ..nn.attention.modular import Merge, PseudoAttention, modular_attention
+from ..nn.duplex import DuplexAligner
+from ..nn.transformer import Attention, Block, learned_token, without_hidden
+from ..tokens.token_batch import Output, Tokens
+from .fusion import Fusion
+from .token_streams import pooled_by_cls
 
 
 class DuplexAttention(Attention):
@@ -27,7 +27,7 @@ class DuplexAttention(Attention):
     """
 
     def __init__(
-        self, dim: int, heads: int, num_modalities: int, *, merge: Merge, pseudo: Pseudo | None, dropout: float,
+        self, dim: int, heads: int, num_modalities: int, *, merge: Merge, pseudo: PseudoAttention | None, dropout: float,
         **aligner: Any,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads, dropout=dropout)
@@ -94,7 +94,7 @@ class MODA(Fusion):
             map of both, their mean at the start).
         pseudo: ``"none"``, or ``"all_masked"``: hidden keys, those of missing modalities and padding, take attention.
             No key is hidden by causality here, and so with neither nothing changes where all tokens are there.
-        basis, norm, normalise_keys, fuse, mix: see `DuplexAligner`.
+        basis, norm, normalize_keys, fuse, mix: see `DuplexAligner`.
         directions: names of the modalities whose keys change; None = all.
 
     Attributes:
@@ -125,7 +125,7 @@ class MODA(Fusion):
     def __init__(
         self, dim: int, *, depth: int = 2, heads: int = 1, ratio: float = 4.0, dropout: float = 0.0,
         merge: Merge = "mass", pseudo: Literal["none", "all_masked"] = "none", basis: str = "gram", norm: str = "row",
-        normalise_keys: bool = True, fuse: str = "concat", mix: str = "uniform",
+        normalize_keys: bool = True, fuse: str = "concat", mix: str = "uniform",
         directions: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(dim)
@@ -137,7 +137,7 @@ class MODA(Fusion):
         self.depth, self.heads, self.ratio, self.dropout = depth, heads, ratio, dropout
         self.pseudo, self.directions = pseudo, directions
         self.merge: Merge = merge
-        self._aligner = {"basis": basis, "norm": norm, "normalise_keys": normalise_keys, "fuse": fuse, "mix": mix}
+        self._aligner = {"basis": basis, "norm": norm, "normalize_keys": normalize_keys, "fuse": fuse, "mix": mix}
         DuplexAligner(1, **self._aligner)
         self.cls = learned_token(dim)
 
@@ -150,7 +150,7 @@ class MODA(Fusion):
             if name not in self.names:
                 raise unknown_name("MODA directions", "modality", name, self.names)
         changed = None if self.directions is None else [self.names.index(name) for name in self.directions]
-        pseudo = None if self.pseudo == "none" else Pseudo(count="all_masked")
+        pseudo = None if self.pseudo == "none" else PseudoAttention(count="all_masked")
         blocks = []
         for _ in range(self.depth):
             block = Block(self.dim, self.heads, ratio=self.ratio, dropout=self.dropout)

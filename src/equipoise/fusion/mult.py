@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens import Output, Tokens
-from ..transformer import Block, initialise
-from .readout import Readout, ReadoutFusion
-from .streams import last_valid, ranks
+from ..nn.transformer import Block, initialize_weights
+from ..tokens.token_batch import Output, Tokens
+from .readout_attention import Readout, ReadoutFusion
+from .token_streams import last_valid, ranks
 
 MEMORY_DEPTH = 3
 """The memory encoders have at least so many layers."""
@@ -93,7 +93,7 @@ class MulT(ReadoutFusion):
             return CrossEncoder(width, depth, self.heads, dropout=self.dropout, embed_dropout=self.embed_dropout)
 
         self.project = nn.ModuleDict({name: nn.Linear(self.dim, self.width, bias=False) for name in self.names})
-        initialise(self.project)
+        initialize_weights(self.project)
         self.cross = nn.ModuleDict(
             {m: nn.ModuleDict({n: encoder(self.width, self.depth) for n in self.sources(m)}) for m in self.names}
         )

@@ -12,8 +12,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from .canvas import ACCENT, GRID, INK, MUTED, blank, shorten, themed
-from .diagnosis_subject import Picture, Subject
+from .diagnosis_subject import DiagnosisFigure, ReportColumn
+from .plot_style import ACCENT, GRID, INK, MUTED, new_axes, shorten, style_context
 
 FAINT = 0.02
 """A part of the strongest cell below which a cell is not drawn."""
@@ -23,7 +23,7 @@ NAMED = 24
 """Most tokens that get their names at the edge."""
 
 
-def consistency(of: Subject) -> Picture | None:
+def consistency(of: ReportColumn) -> DiagnosisFigure | None:
     """The block matrix of the layer that contradicts itself most, and its worst ways round."""
     layer = _worst(of)
     if layer is None:
@@ -31,7 +31,7 @@ def consistency(of: Subject) -> Picture | None:
     matrix, sizes = np.asarray(layer["matrix"], dtype=float), [int(size) for size in layer["sizes"]]
     own = _own(sizes)
     top = float(matrix[~own].max(initial=0.0))
-    with themed():
+    with style_context():
         figure = Figure(figsize=(4.4, 4.1), layout="constrained")
         axes = figure.add_subplot()
         _cells(axes, np.where(own, 0.0, matrix / top if top else 0.0), ACCENT)
@@ -41,14 +41,14 @@ def consistency(of: Subject) -> Picture | None:
         return of.picture(figure, "consistency", f"{_where(layer)}. Strongest: {100 * top:.0f} %. {_ways(layer)}")
 
 
-def spectrum(of: Subject) -> Picture | None:
+def spectrum(of: ReportColumn) -> DiagnosisFigure | None:
     """The singular values of that matrix, beside those of hard maps that agree."""
     layer = _worst(of)
     if layer is None:
         return None
     found, ideal = layer["spectrum"], layer["ideal"]
-    with themed():
-        figure, axes = blank(height=2.6)
+    with style_context():
+        figure, axes = new_axes(height=2.6)
         places = np.arange(len(found))
         axes.bar(places, found, width=0.7, color=ACCENT, alpha=0.75, linewidth=0, label="found")
         edges = np.arange(len(ideal) + 1) - 0.5
@@ -65,7 +65,7 @@ def spectrum(of: Subject) -> Picture | None:
         )  # fmt: skip
 
 
-def _worst(of: Subject) -> Mapping[str, Any] | None:
+def _worst(of: ReportColumn) -> Mapping[str, Any] | None:
     layers = of.details("consistency").get("layers") or []
     return max(layers, key=lambda layer: layer["cycle_error"]) if layers else None
 
@@ -96,10 +96,8 @@ def _cells(axes: Axes, strength: np.ndarray, shade: str) -> None:
     rows, columns = np.nonzero(strength > FAINT)
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
     squares = np.stack([columns, rows], axis=1)[:, None] + corners
-    colours = [
-        to_rgba(shade, float(min(strength[row, column], 1.0))) for row, column in zip(rows, columns, strict=True)
-    ]
-    axes.add_collection(PolyCollection(list(squares), facecolors=colours, linewidths=0))
+    colors = [to_rgba(shade, float(min(strength[row, column], 1.0))) for row, column in zip(rows, columns, strict=True)]
+    axes.add_collection(PolyCollection(list(squares), facecolors=colors, linewidths=0))
 
 
 def _borders(axes: Axes, sizes: Sequence[int]) -> None:
@@ -113,7 +111,7 @@ def _borders(axes: Axes, sizes: Sequence[int]) -> None:
         spine.set_visible(False)
 
 
-def _names(axes: Axes, of: Subject, sizes: Sequence[int], tokens: Sequence[str]) -> None:
+def _names(axes: Axes, of: ReportColumn, sizes: Sequence[int], tokens: Sequence[str]) -> None:
     """Modalities along the top and, where there is room, tokens along the left."""
     starts = [0, *accumulate(sizes)]
     middles = [(start + end) / 2 for start, end in pairwise(starts)]
@@ -125,7 +123,7 @@ def _names(axes: Axes, of: Subject, sizes: Sequence[int], tokens: Sequence[str])
     axes.set_yticks(places, [shorten(token, 22) for token in tokens] if named else names)
     axes.tick_params(axis="y", labelsize=7.5 if named else 9.5)
     for label, name in zip(axes.get_xticklabels(), of.names, strict=True):
-        label.set_color(of.colour(name))
+        label.set_color(of.color(name))
     if not named:
         for label, name in zip(axes.get_yticklabels(), of.names, strict=True):
-            label.set_color(of.colour(name))
+            label.set_color(of.color(name))

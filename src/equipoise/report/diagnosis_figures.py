@@ -8,41 +8,41 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..record import number
-from .canvas import (
+from ..results.result_rows import finite_or_none
+from .diagnosis_consistency import consistency, spectrum
+from .diagnosis_subject import DiagnosisFigure, ReportColumn
+from .plot_style import (
     ACCENT,
     INK,
     MUTED,
     NOISE,
-    blank,
-    filled,
-    legend,
+    add_legend,
     name_rows,
-    outline,
+    new_axes,
     percent,
+    plot_filled,
+    plot_outline,
+    plot_span,
     shorten,
-    span,
-    themed,
+    style_context,
 )
-from .diagnosis_consistency import consistency, spectrum
-from .diagnosis_subject import Picture, Subject
-from .readings import as_histogram
-from .wording import as_read, called, is_error, signed, title
+from .results_view import as_histogram
+from .text_format import as_read, format_signed, is_error, method_title, metric_label
 
 
-def without(of: Subject, test: str, kinds: Mapping[str, str]) -> Picture | None:
+def without(of: ReportColumn, test: str, kinds: Mapping[str, str]) -> DiagnosisFigure | None:
     """The score as it is and under each condition, with its 95 % interval."""
     full = of.found.get(of.found.score)
     rows: list[tuple[str, str, str]] = [] if full is None else [("as it is", of.found.score, INK)]
     for name in of.names:
         for kind, words in kinds.items():
             if of.found.of(kind, name) is not None:
-                rows.append((words.format(name=name), of.found.named(kind, name), of.colour(name)))
+                rows.append((words.format(name=name), of.found.named(kind, name), of.color(name)))
     if full is None or len(rows) < 2:
         return None
     constant = of.found.get(f"{of.found.score}_constant")
-    with themed():
-        figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
+    with style_context():
+        figure, axes = new_axes(height=1.05 + 0.36 * len(rows), grid="x")
         axes.axvline(as_read(of.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         if constant is not None:
             axes.axvline(as_read(of.found.score, constant), color=NOISE, linewidth=1, linestyle=(0, (1, 2)))
@@ -56,41 +56,41 @@ def without(of: Subject, test: str, kinds: Mapping[str, str]) -> Picture | None:
         return of.picture(figure, test, f"{shown[0].upper()}{shown[1:]}.")
 
 
-def score(of: Subject) -> Picture | None:
+def score(of: ReportColumn) -> DiagnosisFigure | None:
     return without(of, "score", {"alone": "{name} alone"})
 
 
-def noise(of: Subject) -> Picture | None:
+def noise(of: ReportColumn) -> DiagnosisFigure | None:
     return without(of, "noise", {"noise": "{name} as noise"})
 
 
-def masking(of: Subject) -> Picture | None:
+def masking(of: ReportColumn) -> DiagnosisFigure | None:
     return without(of, "masking", {"mask": "without {name}"})
 
 
-def response(of: Subject) -> Picture | None:
+def response(of: ReportColumn) -> DiagnosisFigure | None:
     """Attention that goes to the other modalities, clean and with one modality as noise."""
     details = of.details("response")
     shares = details.get("shares") or {}
     clean, noisy = as_histogram(shares.get("clean")), as_histogram(shares.get("noise"))
     if clean is None or noisy is None:
         return None
-    with themed():
-        figure, axes = blank(height=2.6)
-        filled(axes, clean, MUTED, "clean")
-        outline(axes, noisy, NOISE, f"{details['modality']} as noise")
+    with style_context():
+        figure, axes = new_axes(height=2.6)
+        plot_filled(axes, clean, MUTED, "clean")
+        plot_outline(axes, noisy, NOISE, f"{details['modality']} as noise")
         axes.set(xlim=(0, 1), yticks=[], xlabel=f"attention that does not go to {details['modality']}")
         percent(axes.xaxis)
-        legend(axes)
+        add_legend(axes)
         return of.picture(figure, "response", f"Means: clean {_part(clean.mean)}, noise {_part(noisy.mean)}.")
 
 
-def corruption(of: Subject) -> Picture | None:
+def corruption(of: ReportColumn) -> DiagnosisFigure | None:
     """The score over the level of noise, one line for each modality that is damaged."""
     return _levels(of, "accuracy", "", of.found.say, lambda axes: _score_axis(axes, "y", of))
 
 
-def followed(of: Subject) -> Picture | None:
+def followed(of: ReportColumn) -> DiagnosisFigure | None:
     """Attention to the damaged modality over the level of noise."""
 
     def whole(axes: Axes) -> None:
@@ -101,16 +101,16 @@ def followed(of: Subject) -> Picture | None:
 
 
 def _levels(
-    of: Subject, part: str, prefix: str, say: Callable[[float], str], dress: Callable[[Axes], None]
-) -> Picture | None:
+    of: ReportColumn, part: str, prefix: str, say: Callable[[float], str], dress: Callable[[Axes], None]
+) -> DiagnosisFigure | None:
     curves = {name: curve for name, curve in (of.details("corruption").get("curves") or {}).items() if curve.get(part)}
     if not curves:
         return None
-    with themed():
-        figure, axes = blank(height=2.8)
+    with style_context():
+        figure, axes = new_axes(height=2.8)
         for name, curve in curves.items():
             drawn = [as_read(of.found.score, value) if part == "accuracy" else value for value in curve[part]]
-            axes.plot(curve["levels"], drawn, "o-", color=of.colour(name), markersize=4, label=name)
+            axes.plot(curve["levels"], drawn, "o-", color=of.color(name), markersize=4, label=name)
         axes.set_xlabel("level of noise")
         dress(axes)
         axes.legend(frameon=False, fontsize=9, loc="best")
@@ -118,17 +118,17 @@ def _levels(
         return of.picture(figure, f"{prefix}corruption", f"From no noise to full noise: {ends}.")
 
 
-def shapley(of: Subject) -> Picture | None:
+def shapley(of: ReportColumn) -> DiagnosisFigure | None:
     worth = {name: value for name in of.names if (value := of.found.get(f"shapley/{name}")) is not None}
     if not worth:
         return None
     score = of.found.score
     drawn = {name: as_read(score, value) for name, value in worth.items()}
-    label = f"what it changes in the {called(score)}" if is_error(score) else "what it adds to the score"
+    label = f"what it changes in the {metric_label(score)}" if is_error(score) else "what it adds to the score"
     return _bars(of, "shapley", drawn, lambda value: of.found.differ(as_read(score, value)), label)
 
 
-def quag(of: Subject) -> Picture | None:
+def quag(of: ReportColumn) -> DiagnosisFigure | None:
     """The score with parts of attention averaged."""
     full = of.found.get(of.found.score)
     found = {
@@ -137,8 +137,8 @@ def quag(of: Subject) -> Picture | None:
     if full is None or not found:
         return None
     rows = {"as it is": full, **found}
-    with themed():
-        figure, axes = blank(height=1.05 + 0.36 * len(rows), grid="x")
+    with style_context():
+        figure, axes = new_axes(height=1.05 + 0.36 * len(rows), grid="x")
         axes.axvline(as_read(of.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for place, (operator, value) in enumerate(rows.items()):
             value, reach = (
@@ -153,12 +153,12 @@ def quag(of: Subject) -> Picture | None:
         return of.picture(figure, "quag", f"As it is {of.found.say(full)}, averaged {averaged}.")
 
 
-def gradients(of: Subject) -> Picture | None:
+def gradients(of: ReportColumn) -> DiagnosisFigure | None:
     norms = {name: value for name in of.names if (value := of.found.get(f"gradient_output/{name}")) is not None}
     return _bars(of, "gradients", norms, "{:.3g}".format, "norm of the gradient at the encoder's output")
 
 
-def keys(of: Subject) -> Picture | None:
+def keys(of: ReportColumn) -> DiagnosisFigure | None:
     """Cosine between query and mean key of each modality; what noise makes of one of them as an outline."""
     details = of.details("keys")
     found = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
@@ -167,20 +167,20 @@ def keys(of: Subject) -> Picture | None:
         return None
     replaced = details.get("replaced")
     noisy = as_histogram(((details.get("noise") or {}).get(replaced) or {}).get("cosine"))
-    with themed():
-        figure, axes = blank(height=2.6)
+    with style_context():
+        figure, axes = new_axes(height=2.6)
         for name, part in found.items():
-            filled(axes, part, of.colour(name), name)
+            plot_filled(axes, part, of.color(name), name)
         if noisy is not None:
-            outline(axes, noisy, NOISE, f"{replaced} as noise")
-        axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=span([*found.values(), noisy]))
-        legend(axes)
+            plot_outline(axes, noisy, NOISE, f"{replaced} as noise")
+        axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=plot_span([*found.values(), noisy]))
+        add_legend(axes)
         return of.picture(
-            figure, "keys", "Means: " + ", ".join(f"{n} {signed(p.mean)}" for n, p in found.items()) + "."
+            figure, "keys", "Means: " + ", ".join(f"{n} {format_signed(p.mean)}" for n, p in found.items()) + "."
         )
 
 
-def attention(of: Subject) -> Picture | None:
+def attention(of: ReportColumn) -> DiagnosisFigure | None:
     """Attention of every layer as one bar: its modalities, and special tokens."""
     layers = of.details("attention").get("layers") or []
     rows = [{name: _mean(head[i] for head in row["share"]) for i, name in enumerate(row["names"])} for row in layers]
@@ -189,15 +189,15 @@ def attention(of: Subject) -> Picture | None:
     rows = [row for row in rows if row]
     if not rows:
         return None
-    with themed():
-        figure, axes = blank(height=1.15 + 0.34 * len(rows), grid="x")
+    with style_context():
+        figure, axes = new_axes(height=1.15 + 0.34 * len(rows), grid="x")
         for place, row in enumerate(rows):
             start = 0.0
             for name, value in row.items():
-                axes.barh(place, value, left=start, height=0.62, color=of.colour(name), alpha=0.75, linewidth=0)
+                axes.barh(place, value, left=start, height=0.62, color=of.color(name), alpha=0.75, linewidth=0)
                 start += value
         for name in rows[0]:
-            axes.barh(0, 0, color=of.colour(name), alpha=0.75, label=name)
+            axes.barh(0, 0, color=of.color(name), alpha=0.75, label=name)
         name_rows(axes, [f"layer {place + 1}" for place in range(len(rows))] if layers else ["readout"])
         axes.set_xlim(0, 1)
         percent(axes.xaxis)
@@ -206,17 +206,17 @@ def attention(of: Subject) -> Picture | None:
         return of.picture(figure, "attention", f"From the first layer: {said}.")
 
 
-def gap(of: Subject) -> Picture | None:
+def gap(of: ReportColumn) -> DiagnosisFigure | None:
     gaps = {name: value for name in of.names if (value := of.found.get(f"attention_gap/{name}")) is not None}
     return _bars(of, "gap", gaps, "{:.0f}".format, "gap between own and other modalities, %") if gaps else None
 
 
-def collapse(of: Subject) -> Picture | None:
+def collapse(of: ReportColumn) -> DiagnosisFigure | None:
     rows = of.details("collapse").get("layers") or []
     if len(rows) < 2:
         return None
-    with themed():
-        figure, axes = blank(height=2.6)
+    with style_context():
+        figure, axes = new_axes(height=2.6)
         axes.plot(range(len(rows)), [row["mean"] for row in rows], "o-", color=ACCENT, markersize=5)
         axes.set(ylim=(0, 1), xlabel="block (0 is the input)", ylabel="part that differs")
         percent(axes.yaxis)
@@ -224,22 +224,24 @@ def collapse(of: Subject) -> Picture | None:
         return of.picture(figure, "collapse", "By block: " + ", ".join(f"{_part(row['mean'])}" for row in rows) + ".")
 
 
-def ood(of: Subject) -> Picture | None:
+def ood(of: ReportColumn) -> DiagnosisFigure | None:
     """Confidence of known and of unknown inputs."""
     shown = of.details("ood").get("confidence") or {}
     inside, outside = as_histogram(shown.get("in")), as_histogram(shown.get("out"))
     if inside is None or outside is None:
         return None
-    with themed():
-        figure, axes = blank(height=2.6)
-        filled(axes, inside, ACCENT, "known")
-        outline(axes, outside, NOISE, "unknown")
+    with style_context():
+        figure, axes = new_axes(height=2.6)
+        plot_filled(axes, inside, ACCENT, "known")
+        plot_outline(axes, outside, NOISE, "unknown")
         axes.set(yticks=[], xlabel=f"confidence ({of.details('ood').get('score')}), more sure to the right")
-        legend(axes)
-        return of.picture(figure, "ood", f"Means: known {signed(inside.mean)}, unknown {signed(outside.mean)}.")
+        add_legend(axes)
+        return of.picture(
+            figure, "ood", f"Means: known {format_signed(inside.mean)}, unknown {format_signed(outside.mean)}."
+        )
 
 
-FIGURES: dict[str, tuple[Callable[[Subject], Picture | None], ...]] = {
+FIGURES: dict[str, tuple[Callable[[ReportColumn], DiagnosisFigure | None], ...]] = {
     "score": (score,), "noise": (noise,), "masking": (masking,), "response": (response,), "attention": (attention,),
     "corruption": (corruption, followed), "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
     "consistency": (consistency, spectrum),
@@ -249,16 +251,16 @@ FIGURES: dict[str, tuple[Callable[[Subject], Picture | None], ...]] = {
 
 
 def _bars(
-    of: Subject, test: str, values: Mapping[str, float], say: Callable[[float], str], label: str
-) -> Picture | None:
+    of: ReportColumn, test: str, values: Mapping[str, float], say: Callable[[float], str], label: str
+) -> DiagnosisFigure | None:
     """One bar for each modality, with its figure at the end."""
     if not values:
         return None
-    with themed():
-        figure, axes = blank(height=1.05 + 0.38 * len(values), grid="x")
+    with style_context():
+        figure, axes = new_axes(height=1.05 + 0.38 * len(values), grid="x")
         reach = max(abs(value) for value in values.values()) or 1.0
         for place, (name, value) in enumerate(values.items()):
-            axes.barh(place, value, height=0.56, color=of.colour(name), alpha=0.75, linewidth=0)
+            axes.barh(place, value, height=0.56, color=of.color(name), alpha=0.75, linewidth=0)
             axes.text(max(value, 0.0) + 0.02 * reach, place, say(value), va="center", color=INK)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_xlim(min(0.0, 1.1 * min(values.values())), 1.35 * max(max(values.values()), 0.0) or 0.5 * reach)
@@ -266,15 +268,15 @@ def _bars(
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if test == "shapley" and of.found.fraction:
-            axes.xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
+            axes.xaxis.set_major_formatter(lambda value, _: format_signed(100 * value, 0))
             axes.set_xlabel(f"{label}, points")
         return of.picture(figure, test, ", ".join(f"{name} {say(value)}" for name, value in values.items()) + ".")
 
 
-def _score_axis(axes: Axes, which: Literal["x", "y"], of: Subject) -> None:
+def _score_axis(axes: Axes, which: Literal["x", "y"], of: ReportColumn) -> None:
     """Fractions from 0 to 1, so that models side by side can be compared by eye."""
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_label_text(title(of.found.score).lower())
+    axis.set_label_text(method_title(of.found.score).lower())
     axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     if of.found.fraction:
         axes.set(**{f"{which}lim": (0, 1)})
@@ -286,5 +288,5 @@ def _part(value: float) -> str:
 
 
 def _mean(values: Any) -> float:
-    known = [value for value in values if number(value) is not None]
+    known = [value for value in values if finite_or_none(value) is not None]
     return sum(known) / len(known) if known else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .wording import MINUS, SCORES, amount, change, probability, title
+from .text_format import MINUS, SCORES, format_delta, format_p, format_value, method_title
 
 KINDS: dict[str, tuple[str, str, str]] = {
     "changed_noise": ("noise", "Answers that change, {} replaced by noise", "part"),
@@ -76,8 +76,8 @@ def label(metric: str) -> str:
     condition = _condition(kind)
     if condition is not None:
         score = kind.removesuffix(f"_{condition}") if condition else kind
-        return CONDITIONS[condition][1].format(score=title(score), name=name)
-    return KINDS[kind][1].format(name or "the first modality") if kind in KINDS else title(metric)
+        return CONDITIONS[condition][1].format(score=method_title(score), name=name)
+    return KINDS[kind][1].format(name or "the first modality") if kind in KINDS else method_title(metric)
 
 
 def shown(metric: str, value: float, score: str = "accuracy") -> str:
@@ -92,14 +92,14 @@ def shown(metric: str, value: float, score: str = "accuracy") -> str:
     if way == "part":
         return f"{100 * value:.1f} %"
     if way == "effect":
-        return change(score, value)
+        return format_delta(score, value)
     if way == "p":
-        return probability(value)
+        return format_p(value)
     if way == "size":
-        return amount("size", value) if abs(value) >= 1e3 or float(value).is_integer() else f"{value:.3g}"
+        return format_value("size", value) if abs(value) >= 1e3 or float(value).is_integer() else f"{value:.3g}"
     if way == "number":
         return f"{value:z.2f}".replace("-", MINUS)
-    return amount(score if metric.startswith(("area", "quag")) else metric, value)
+    return format_value(score if metric.startswith(("area", "quag")) else metric, value)
 
 
 def is_score(metric: str) -> bool:

@@ -12,7 +12,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .canvas import ACCENT, INK, MODALITY, MUTED, blank, headed, only_grid, percent, themed, to_svg
+from .plot_style import ACCENT, INK, MODALITY, MUTED, new_axes, only_grid, percent, set_title, style_context, to_svg
 
 DEEPEST = 0.45
 """Opacity of the largest value: ink still stands out on it."""
@@ -24,8 +24,8 @@ def by_layer(
     """Layer x modality, in the prompt and in the answer, each cell with its figure."""
     values = np.concatenate(list(shares.values()), axis=1)
     columns = [f"{name}\nin the {view}" for view in shares for name in names]
-    with themed():
-        figure, axes = blank(max(3.6, 1.1 * len(columns)), 0.9 + 0.23 * len(layers), grid="")
+    with style_context():
+        figure, axes = new_axes(max(3.6, 1.1 * len(columns)), 0.9 + 0.23 * len(layers), grid="")
         shades = [MODALITY[m % len(MODALITY)] for _ in shares for m in range(len(names))]
         for column, shade in enumerate(shades):
             _cells(axes, values[:, column : column + 1], shade, 1.0, left=column)
@@ -42,14 +42,14 @@ def by_layer(
 def by_head(values: Float[np.ndarray, "layer head"], title: str, name: str, shade: int, layers: Sequence[int]) -> str:
     """Layer x head: the share of one modality."""
     top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
-    with themed():
-        figure, axes = blank(4.4, max(1.9, min(6.0, 1.0 + 0.17 * len(layers))), grid="")
+    with style_context():
+        figure, axes = new_axes(4.4, max(1.9, min(6.0, 1.0 + 0.17 * len(layers))), grid="")
         _cells(axes, values, MODALITY[shade % len(MODALITY)], top or 1.0)
         _rows(axes, layers, every=max(1, len(layers) // 12))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         heads = values.shape[1]
         axes.set(xlim=(-0.5, heads - 0.5), ylim=(len(layers) - 0.5, -0.5), xlabel="head", ylabel="layer")
-        headed(figure, title)
+        set_title(figure, title)
         row, head = divmod(int(np.nanargmax(values)), heads) if top else (0, 0)
         label = f"{title}, by layer and head: at most {100 * top:.1f} %, in layer {layers[row]}, head {head}."
         return to_svg(figure, name, label)
@@ -63,8 +63,8 @@ def over_layers(
     curves = (
         ("all tokens", whole, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("even", even, MUTED, ":"),
     )  # fmt: skip
-    with themed():
-        figure, axes = blank(height=2.9)
+    with style_context():
+        figure, axes = new_axes(height=2.9)
         for name, values, shade, dashes in curves:
             marker = "o" if len(layers) < 3 else None
             axes.plot(layers, values, color=shade, linestyle=dashes, label=name, marker=marker, markersize=4)
@@ -75,7 +75,7 @@ def over_layers(
         axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.05 * top])
         percent(axes.yaxis, decimals=0 if top > 0.04 else 1)
         axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=3, handlelength=1.8, columnspacing=1.1)
-        headed(figure, title)
+        set_title(figure, title)
         means = ", ".join(f"{name} {100 * np.nanmean(v):.1f} %" for name, v, _, _ in curves if np.isfinite(v).any())
         return to_svg(figure, "over-layers", f"{title}, over the layers. Means: {means}.")
 

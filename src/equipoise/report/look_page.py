@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from ..errors import SchemaError
-from ..files import write_whole
-from . import canvas, look_figures, look_sentences
-from .look_sentences import Shares
-from .page import Picture, bound, embedded, template
+from ..io.atomic_files import atomic_write
+from . import look_figures, look_sentences, plot_style
+from .comparison_page import FigureBlock, bound, embedded, template
+from .look_sentences import MeanShares
 
 SCHEMA = 1
 
 
-class Chip(NamedTuple):
+class TokenSpan(NamedTuple):
     """A token as the page shows it, or a run of those that are no words.
 
     Attributes:
@@ -49,14 +49,14 @@ def look_report(content: Mapping[str, Any], out: str | os.PathLike[str]) -> Path
         SchemaError: something else.
     """
     out = Path(out)
-    return write_whole(out / "report.html" if out.is_dir() else out, look_page(content))
+    return atomic_write(out / "report.html" if out.is_dir() else out, look_page(content))
 
 
 def look_page(content: Mapping[str, Any]) -> str:
     """The page as a text."""
     if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("look", SCHEMA):
         raise SchemaError("look_report", expected=f"a look of schema {SCHEMA}", got=_kind(content))
-    shares = Shares(content)
+    shares = MeanShares(content)
     script = _asset("look.js")
     return template("look.html.j2", bound=bound, shown=shown).render(
         look=content,
@@ -71,8 +71,8 @@ def look_page(content: Mapping[str, Any]) -> str:
         heads=content["maps"]["by_head"]["shape"][2],
         pictures=_pictures(shares),
         style=_asset("report.css") + _asset("look.css"),
-        light={variable: light for light, (variable, _) in canvas.THEME.items()},
-        dark=dict(canvas.THEME.values()),
+        light={variable: light for light, (variable, _) in plot_style.THEME.items()},
+        dark=dict(plot_style.THEME.values()),
         script=script,
         # The page runs this one script and loads nothing, whatever a token may contain.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -80,11 +80,11 @@ def look_page(content: Mapping[str, Any]) -> str:
     )
 
 
-def _pictures(shares: Shares) -> list[Picture]:
+def _pictures(shares: MeanShares) -> list[FigureBlock]:
     layers = list(range(len(shares.sites)))
     tables = {view: shares.by_layer(view) for view in ("prompt", "answer")}
     found = [
-        Picture(
+        FigureBlock(
             Markup(look_figures.by_layer(tables, shares.names, layers)),
             "Mean over heads. In the prompt, all its tokens read; in the answer, those that write it.",
         )
@@ -93,7 +93,7 @@ def _pictures(shares: Shares) -> list[Picture]:
         return found
     column = shares.names.index(target)
     found.append(
-        Picture(
+        FigureBlock(
             Markup(look_figures.over_layers(*shares.curves(), f"{target} in the answer".capitalize(), layers)),
             look_sentences.sinks_text(shares),
         )
@@ -101,21 +101,21 @@ def _pictures(shares: Shares) -> list[Picture]:
     for view in ("answer", "prompt"):
         title = f"{target} in the {view}".capitalize()
         svg = look_figures.by_head(shares.share[view][..., column], title, f"heads-{view}", column, layers)
-        found.append(Picture(Markup(svg), look_sentences.heads_text(shares, view)))
+        found.append(FigureBlock(Markup(svg), look_sentences.heads_text(shares, view)))
     return found
 
 
-def _chips(content: Mapping[str, Any], part: str) -> list[Chip]:
+def _chips(content: Mapping[str, Any], part: str) -> list[TokenSpan]:
     """The tokens of one part in their order; pictures and sounds as one chip."""
     chosen = {reader["place"]: n for n, reader in enumerate(content["maps"]["readers"]) if reader["place"] is not None}
-    found: list[Chip] = []
+    found: list[TokenSpan] = []
     tokens = [(place, token) for place, token in enumerate(content["tokens"]) if token["part"] == part]
     for modality, run in itertools.groupby(tokens, key=lambda item: item[1]["modality"]):
         run = list(run)
         if modality in ("text", None):
-            found += [Chip(shown(token["text"]), chosen.get(place), place) for place, token in run]
+            found += [TokenSpan(shown(token["text"]), chosen.get(place), place) for place, token in run]
         else:
-            found.append(Chip(f"{modality} × {len(run)}", None, None, modality))
+            found.append(TokenSpan(f"{modality} × {len(run)}", None, None, modality))
     return found
 
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from .wording import MINUS, counted, listed, signed
+from .text_format import MINUS, format_signed, join_and, pluralize
 
 STILL = 0.005
 """A change of the log-likelihood below this is printed as none."""
 
 
-class Shares:
+class MeanShares:
     """The figures of a look as arrays.
 
     Attributes:
@@ -58,13 +58,13 @@ class Shares:
         return self.part(view) / even if even else math.nan
 
 
-def headline(shares: Shares) -> str:
+def headline(shares: MeanShares) -> str:
     if shares.target is None:
         return "This model reads text alone"
     return f"{percent(shares.part('answer'))} of the answer’s attention goes to the {shares.target}"
 
 
-def verdict(shares: Shares) -> list[str]:
+def verdict(shares: MeanShares) -> list[str]:
     """The finding in one sentence, and what stands beside it."""
     target = shares.target
     if target is None:
@@ -89,7 +89,7 @@ def verdict(shares: Shares) -> list[str]:
     return [f"{lead} {effect}".strip(), *more]
 
 
-def effect_text(shares: Shares) -> str:
+def effect_text(shares: MeanShares) -> str:
     """What the answer loses without the target: hidden from every query, or else blank."""
     rows = {row["change"]: row["difference"] for row in shares.effects if row["difference"] is not None}
     ways = {f"{shares.target} hidden": f"Without the {shares.target}", f"blank {shares.target}":
@@ -102,16 +102,16 @@ def effect_text(shares: Shares) -> str:
     return f"{what}, the answer’s log-likelihood {'falls' if change < 0 else 'rises'} by {abs(change):.2f} a token."
 
 
-def sinks_text(shares: Shares) -> str:
+def sinks_text(shares: MeanShares) -> str:
     whole, without = shares.part("answer"), shares.part("answer", without=True)
     return (
-        f"Each layer without the {counted(shares.left_out, 'token')} that it reads most, which in all likelihood are "
+        f"Each layer without the {pluralize(shares.left_out, 'token')} that it reads most, which in all likelihood are "
         f"sinks: the {shares.target}’s part goes from {percent(whole)} to {percent(without)}. Dotted: if all tokens "
         "that a query sees got the same."
     )
 
 
-def heads_text(shares: Shares, view: str) -> str:
+def heads_text(shares: MeanShares, view: str) -> str:
     values = shares.share[view][..., shares.names.index(shares.target or "")]
     layer, head = np.unravel_index(int(np.nanargmax(values)), values.shape)
     who = "write the answer" if view == "answer" else "read the prompt"
@@ -121,13 +121,13 @@ def heads_text(shares: Shares, view: str) -> str:
     )
 
 
-def explained(shares: Shares) -> str:
+def explained(shares: MeanShares) -> str:
     """How to use the map."""
     if shares.target is None:
         return "Choose a token to see which tokens it reads."
     return (
         f"Choose a token, a layer and a head. The map shows which places of the {shares.target} that token reads; in "
-        "the answer, the token is the one that is being written at that moment. Words are coloured by how much of "
+        "the answer, the token is the one that is being written at that moment. Words are colored by how much of "
         f"their attention goes to the {shares.target}, or by how much the chosen token reads them."
     )
 
@@ -146,7 +146,9 @@ def effect_rows(content: Mapping[str, Any]) -> list[EffectRow]:
         change = row["difference"]
         known = change is not None
         factor = f"× {math.exp(min(change, 50.0)):.2f}" if known else "–"
-        found.append(EffectRow(row["change"], number(row["log_likelihood"]), signed(change) if known else "–", factor))
+        found.append(
+            EffectRow(row["change"], number(row["log_likelihood"]), format_signed(change) if known else "–", factor)
+        )
     return found
 
 
@@ -165,12 +167,12 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("Model", content["model"]), ("Prompt, as its processor got it", content["prompt"]),
         ("Answer, given" if content["given"] else "Answer, written greedily", content["answer"]),
-        ("Tokens", listed(sizes)), ("Layers", f"{len(content['sites'])}, {content['sites'][0]} and on"),
+        ("Tokens", join_and(sizes)), ("Layers", f"{len(content['sites'])}, {content['sites'][0]} and on"),
     ]  # fmt: skip
     if content["grid"]:
         rows.append(("Places of its tokens", content["grid"]["why"]))
     if content["maps"]["left_out"]:
-        rows.append(("Not to be chosen", f"{counted(content['maps']['left_out'], 'token')} of the prompt, for room"))
+        rows.append(("Not to be chosen", f"{pluralize(content['maps']['left_out'], 'token')} of the prompt, for room"))
     return rows
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SchemaError
-from ..files import write_whole
-from . import canvas
-from .page import asset, template
-from .wording import MINUS, counted, listed
+from ..io.atomic_files import atomic_write
+from . import plot_style
+from .comparison_page import asset, template
+from .text_format import MINUS, join_and, pluralize
 
 SCHEMA = 1
 
@@ -29,7 +29,7 @@ def search_report(content: Mapping[str, Any], out: str | os.PathLike[str]) -> Pa
         SchemaError: something else.
     """
     out = Path(out)
-    return write_whole(out / "gallery.html" if out.is_dir() else out, search_page(content))
+    return atomic_write(out / "gallery.html" if out.is_dir() else out, search_page(content))
 
 
 def search_page(content: Mapping[str, Any]) -> str:
@@ -44,8 +44,8 @@ def search_page(content: Mapping[str, Any]) -> str:
         notes=[*content["notes"], *unseen(content)],
         best=max([hit["score"] for hit in content["hits"]], default=0.0),
         style=asset("report.css") + asset("search.css"),
-        light={variable: light for light, (variable, _) in canvas.THEME.items()},
-        dark=dict(canvas.THEME.values()),
+        light={variable: light for light, (variable, _) in plot_style.THEME.items()},
+        dark=dict(plot_style.THEME.values()),
         script=script,
         # The page runs this one script and loads nothing, whatever a file name or a question may contain.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -60,7 +60,7 @@ def headline(content: Mapping[str, Any]) -> str:
 def summary(content: Mapping[str, Any]) -> str:
     """How many were found among how many, and what is cut off."""
     kind = "caption" if content["picture"] else "picture"
-    said = f"The {counted(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
+    said = f"The {pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
     return said + (f"; {content['tied']} more are as near as the last." if content["tied"] else ".")
 
 
@@ -68,7 +68,7 @@ def unseen(content: Mapping[str, Any]) -> list[str]:
     """What the model cannot know of the question."""
     if not content["unseen"]:
         return []
-    words = listed([f"“{word}”" for word in content["unseen"]])
+    words = join_and([f"“{word}”" for word in content["unseen"]])
     return [f"No caption of the training has {words}: read by its letters alone."]
 
 

@@ -10,11 +10,11 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .canvas import ACCENT, INK, MUTED, themed, to_png
+from .plot_style import ACCENT, INK, MUTED, style_context, to_png
 from .search_page import cosine
 
 
-class Row(NamedTuple):
+class SheetRow(NamedTuple):
     """A question and what was found.
 
     Attributes:
@@ -26,10 +26,10 @@ class Row(NamedTuple):
     found: Sequence[tuple[str, float, UInt8[Tensor, "height width 3"], bool]]
 
 
-def sheet(rows: Sequence[Row]) -> bytes:
-    """A PNG: one line for each question, pictures with names and cosines; names of what is new stand in colour."""
+def contact_sheet(rows: Sequence[SheetRow]) -> bytes:
+    """A PNG: one line for each question, pictures with names and cosines; names of what is new stand in color."""
     columns = max(len(row.found) for row in rows)
-    with themed():
+    with style_context():
         figure = Figure(figsize=(1.9 + 1.15 * columns, 1.45 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.6, *[1] * columns])
         for line, row in zip(grid, rows, strict=True):

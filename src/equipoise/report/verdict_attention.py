@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..significance import SURE
-from .evidence import ERRORS, Evidence, Judgement, Verdict
-from .wording import LEVEL, probability, signed
+from ..results.significance import SURE
+from .text_format import LEVEL, format_p, format_signed
+from .verdict_evidence import ERRORS, Judgment, Verdict, VerdictEvidence
 
 FOLLOWS, BLIND = 0.3, 0.1
 """Attention-noise correlation from which attention follows quality, and below which it is blind to it."""
@@ -19,7 +19,7 @@ KNOWS, GUESSES = 0.8, 0.6
 """AUROC from which unknown inputs are told well, and below which hardly at all."""
 
 
-def quality(found: Evidence) -> Iterator[Verdict]:
+def quality(found: VerdictEvidence) -> Iterator[Verdict]:
     """Does attention leave what is destroyed?"""
     if "noise_attention_r" not in found.metrics:
         return
@@ -30,7 +30,7 @@ def quality(found: Evidence) -> Iterator[Verdict]:
         yield Verdict("quality", "is blind to quality", text, {}, "response", "bad")
         return
     figures = {"noise_attention_r": r} | ({} if p is None else {"noise_attention_p": p})
-    shown = f"r = {signed(r)}" + ("" if p is None else f", {probability(p)}")
+    shown = f"r = {format_signed(r)}" + ("" if p is None else f", {format_p(p)}")
     # How large r may be for all these samples tell: its error is at most that of no correlation.
     most = r + ERRORS / math.sqrt(2 * max(found.samples, 1))
     if p is not None and p >= SURE and most < FOLLOWS:
@@ -49,24 +49,24 @@ def quality(found: Evidence) -> Iterator[Verdict]:
         text = f"Attention is blind to quality: it does not leave {name} when that is replaced by noise ({shown})."
         yield Verdict("quality", "is blind to quality", text, figures, "response", "bad")
     else:
-        text = f"Attention is blind to quality: it moves towards {name} when that is replaced by noise ({shown})."
+        text = f"Attention is blind to quality: it moves toward {name} when that is replaced by noise ({shown})."
         yield Verdict("quality", "is drawn to noise", text, figures, "response", "bad")
 
 
-def level(found: Evidence) -> Iterator[Verdict]:
+def level(found: VerdictEvidence) -> Iterator[Verdict]:
     """Does attention react to the level of the noise, or to the loss of content?"""
     r, own = found.get("noise_attention_r"), found.get("noise_attention_r_own")
     if r is None or own is None or r * own >= 0:
         return
     text = (
-        f"With noise of the training data's mean and deviation r = {signed(r)}, with noise of each sample's own "
-        f"r = {signed(own)}. {LEVEL}"
+        f"With noise of the training data's mean and deviation r = {format_signed(r)}, with noise of each sample's own "
+        f"r = {format_signed(own)}. {LEVEL}"
     )
     figures = {"noise_attention_r": r, "noise_attention_r_own": own}
     yield Verdict("level", "reacts to the level of noise", text, figures, "response", "bad")
 
 
-def still(found: Evidence) -> Iterator[Verdict]:
+def constant_attention(found: VerdictEvidence) -> Iterator[Verdict]:
     spread = {f"share_spread/{name}": found.get(f"share_spread/{name}") for name in found.names}
     known = {metric: value for metric, value in spread.items() if value is not None}
     if len(found.names) > 1 and known and max(known.values()) < STILL:
@@ -77,7 +77,7 @@ def still(found: Evidence) -> Iterator[Verdict]:
         yield Verdict("still", "divides all samples alike", text, known, "attention", "bad")
 
 
-def needs_crossing(found: Evidence) -> Iterator[Verdict]:
+def needs_cross_modal(found: VerdictEvidence) -> Iterator[Verdict]:
     """Do tokens of one modality read the other?"""
     compared = found.compare("quag/crossmodal", found.score)
     changed = (found.details.get("quag") or {}).get("changed") or {}
@@ -100,7 +100,7 @@ def needs_crossing(found: Evidence) -> Iterator[Verdict]:
         yield Verdict("quag", "shows no significant need for attention across modalities", text, figures, "quag")
 
 
-def outside(found: Evidence) -> Iterator[Verdict]:
+def ood_detection(found: VerdictEvidence) -> Iterator[Verdict]:
     auroc = found.get("auroc")
     if auroc is None:
         return
@@ -108,7 +108,7 @@ def outside(found: Evidence) -> Iterator[Verdict]:
     # Of the rank statistic where both kinds are alike: how far from 1/2 chance takes it.
     error = math.sqrt((found.samples + outside + 1) / (12 * max(found.samples, 1) * max(outside, 1)))
     p = math.erfc(abs(auroc - 0.5) / (error * math.sqrt(2)))
-    shown = f"AUROC {auroc:.2f}, {probability(p)}, {found.samples} known and {outside} unknown samples"
+    shown = f"AUROC {auroc:.2f}, {format_p(p)}, {found.samples} known and {outside} unknown samples"
     figures = {"auroc": auroc}
     if p >= SURE:
         text = f"Its confidence does not significantly tell these unknown inputs from known ones ({shown})."
@@ -118,12 +118,12 @@ def outside(found: Evidence) -> Iterator[Verdict]:
         yield Verdict("outside", "is surer of unknown inputs", text, figures, "ood", "bad")
     else:
         well = "well" if auroc >= KNOWS else "hardly" if auroc < GUESSES else "in part"
-        ok: Judgement = "good" if auroc >= KNOWS else "bad" if auroc < GUESSES else "neutral"
+        ok: Judgment = "good" if auroc >= KNOWS else "bad" if auroc < GUESSES else "neutral"
         text = f"Its confidence tells these unknown inputs {well} ({shown})."
         yield Verdict("outside", f"tells unknown inputs {well}", text, figures, "ood", ok)
 
 
-def collapse(found: Evidence) -> Iterator[Verdict]:
+def collapse(found: VerdictEvidence) -> Iterator[Verdict]:
     last = found.get("residual_last")
     if last is not None and last < FLAT:
         text = f"Its tokens become one with depth: only {100 * last:.1f} % of their size is not common to all."

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from .evidence import Comparison, Evidence, Judgement, Verdict
-from .wording import called, counted, listed
+from .text_format import join_and, metric_label, pluralize
+from .verdict_evidence import Comparison, Judgment, Verdict, VerdictEvidence
 
 SMALL = 0.02
 """Largest effect, as a fraction, that the 95 % interval of a modality may reach that is said to be ignored."""
@@ -32,7 +32,7 @@ class _Use(NamedTuple):
     verdict: Verdict
 
 
-def chance(found: Evidence) -> Iterator[Verdict]:
+def chance(found: VerdictEvidence) -> Iterator[Verdict]:
     """A model that has learned nothing makes every other question idle."""
     compared = found.compare(found.score, found.constant)
     if compared is None or compared.better:
@@ -45,7 +45,7 @@ def chance(found: Evidence) -> Iterator[Verdict]:
     )  # fmt: skip
 
 
-def use(found: Evidence) -> Iterator[Verdict]:
+def modality_use(found: VerdictEvidence) -> Iterator[Verdict]:
     single = [_one(found, name) for name in found.names] if len(found.names) > 1 else []
     known = [one for one in single if one is not None]
     if not known:
@@ -56,7 +56,7 @@ def use(found: Evidence) -> Iterator[Verdict]:
         yield one.verdict
 
 
-def _one(found: Evidence, name: str) -> _Use | None:
+def _one(found: VerdictEvidence, name: str) -> _Use | None:
     """Does the score need this modality?"""
     compared = {
         kind: one
@@ -68,12 +68,12 @@ def _one(found: Evidence, name: str) -> _Use | None:
     full = next(iter(compared.values())).base
     figures = {found.score: full} | {found.named(kind, name): one.value for kind, one in compared.items()}
     words = {"mask": "without it", "noise": "with noise in its place"}
-    shown = listed([f"{found.say(one.value)} {words[kind]} ({found.proof(one)})" for kind, one in compared.items()])
+    shown = join_and([f"{found.say(one.value)} {words[kind]} ({found.proof(one)})" for kind, one in compared.items()])
     text = f"{found.say(full)} as it is, {shown}"
     worst = min(compared, key=lambda kind: (not compared[kind].worse, compared[kind].difference))
     test = {"mask": "masking", "noise": "noise"}[worst]
 
-    def said(kind: Kind, sentence: str, ok: Judgement = "neutral", test: str = test) -> _Use:
+    def said(kind: Kind, sentence: str, ok: Judgment = "neutral", test: str = test) -> _Use:
         return _Use(kind, Verdict(f"use/{name}", f"{CLAIMS[kind]} {name}", sentence, figures, test, ok))
 
     if compared[worst].worse:
@@ -88,14 +88,14 @@ def _one(found: Evidence, name: str) -> _Use | None:
         return said("harmful", f"Is better without {name}: {text}.", "bad", test)
     if found.get(f"changed_noise/{name}") == 0:
         figures[f"changed_noise/{name}"] = 0.0
-        text = f"Ignores {name}: none of {counted(found.samples, 'answer')} changes when it is replaced by noise."
+        text = f"Ignores {name}: none of {pluralize(found.samples, 'answer')} changes when it is replaced by noise."
         return said("ignored", text, "bad", "noise")
     if found.fraction and all(one.within(SMALL) for one in compared.values()):
         return said("ignored", f"Ignores {name}, as far as the score goes: {text}.", "bad")
     return said("unclear", f"No significant effect of {name}: {text}.")
 
 
-def _together(found: Evidence, single: list[_Use]) -> Verdict:
+def _together(found: VerdictEvidence, single: list[_Use]) -> Verdict:
     """All modalities in one sentence."""
     names = found.names
     groups: dict[Kind, list[str]] = {
@@ -107,19 +107,19 @@ def _together(found: Evidence, single: list[_Use]) -> Verdict:
             "use", f"uses {every}", f"Uses {every}: the score is significantly worse without any one of them.",
             _drops(found), single[0].verdict.test, "good",
         )  # fmt: skip
-    claim = listed([f"{CLAIMS[kind]} {listed(group)}" for kind, group in groups.items() if group])
-    ok: Judgement = "bad" if groups["ignored"] or groups["harmful"] else "neutral"
+    claim = join_and([f"{CLAIMS[kind]} {join_and(group)}" for kind, group in groups.items() if group])
+    ok: Judgment = "bad" if groups["ignored"] or groups["harmful"] else "neutral"
     why = next(one.verdict for one in single if one.kind != "used")
     return Verdict("use", claim, f"It {claim}.", _drops(found), why.test, ok)
 
 
-def _drops(found: Evidence) -> dict[str, float]:
+def _drops(found: VerdictEvidence) -> dict[str, float]:
     kept = {found.named(kind, name): found.of(kind, name) for kind in ("mask", "noise") for name in found.names}
     kept[found.score] = found.get(found.score)
     return {metric: value for metric, value in kept.items() if value is not None}
 
 
-def _lean(found: Evidence) -> Verdict | None:
+def _lean(found: VerdictEvidence) -> Verdict | None:
     """One modality that contributes most of the score, where that is significant."""
     worth = {name: value for name in found.names if (value := found.get(f"shapley/{name}")) is not None}
     total = sum(max(value, 0.0) for value in worth.values())
@@ -127,7 +127,7 @@ def _lean(found: Evidence) -> Verdict | None:
         return None
     first, second = sorted(worth, key=lambda name: -worth[name])[:2]
     part, compared = worth[first] / total, found.compare(found.named("mask", first), found.named("mask", second))
-    if part < leans_from(len(worth)) or compared is None or not compared.worse:
+    if part < dominant_modality(len(worth)) or compared is None or not compared.worse:
         return None
     figures = {f"shapley/{name}": value for name, value in worth.items()}
     text = (
@@ -137,7 +137,7 @@ def _lean(found: Evidence) -> Verdict | None:
     return Verdict("use", f"leans on {first}", text, figures, "shapley")
 
 
-def leans_from(modalities: int) -> float:
+def dominant_modality(modalities: int) -> float:
     """Part of the Shapley values from which a model leans on one modality: half of the way from equal to all.
 
     Example:
@@ -147,7 +147,7 @@ def leans_from(modalities: int) -> float:
     return 0.5 + 0.5 / modalities
 
 
-def fallback(found: Evidence) -> Iterator[Verdict]:
+def robustness_fallback(found: VerdictEvidence) -> Iterator[Verdict]:
     """When one modality is destroyed, is the model as good as the others are, and better than a constant answer?"""
     for name in found.names if len(found.names) > 1 else ():
         noise = found.named("noise", name)
@@ -159,7 +159,7 @@ def fallback(found: Evidence) -> Iterator[Verdict]:
         figures = {noise: compared.value, wanted: compared.base}
         alone = f"{best} alone reaches" if best else f"without {name} it reaches"
         text = (
-            f"with {name} replaced by noise the {called(found.score)} is {found.say(compared.value)}, {alone} "
+            f"with {name} replaced by noise the {metric_label(found.score)} is {found.say(compared.value)}, {alone} "
             f"{found.say(compared.base)} ({found.proof(compared)})"
         )
         left, other = found.compare(noise, found.constant), found.compare(wanted, found.constant)
@@ -181,11 +181,11 @@ def fallback(found: Evidence) -> Iterator[Verdict]:
         yield Verdict(f"fallback/{name}", f"{claim} {name}", f"{sentence}: {text}.", figures, "noise", ok)  # type: ignore[arg-type]
 
 
-def _grace(found: Evidence) -> float:
+def _grace(found: VerdictEvidence) -> float:
     return GRACE if found.fraction else GRACE * abs(found.get(found.constant) or 0.0)
 
 
-def _best_alone(found: Evidence, metric: str, names: list[str]) -> str:
+def _best_alone(found: VerdictEvidence, metric: str, names: list[str]) -> str:
     """The modality whose score alone exceeds ``metric`` most, each on the samples that have it; "" for none known."""
     gaps: dict[str, Comparison] = {
         name: one for name in names if (one := found.compare(found.named("alone", name), metric)) is not None
@@ -193,7 +193,7 @@ def _best_alone(found: Evidence, metric: str, names: list[str]) -> str:
     return max(gaps, key=lambda name: gaps[name].difference) if gaps else ""
 
 
-def golden(found: Evidence) -> Iterator[Verdict]:
+def vs_best_unimodal(found: VerdictEvidence) -> Iterator[Verdict]:
     """A multimodal model must never be worse than its best single modality."""
     best = _best_alone(found, found.score, list(found.names)) if len(found.names) > 1 else ""
     alone = found.named("alone", best)
@@ -204,7 +204,7 @@ def golden(found: Evidence) -> Iterator[Verdict]:
     source = "a model of it alone" if models else "its own head, a floor of what a model of it alone reaches"
     text = f"{found.say(compared.value)} against {found.say(compared.base)} of {best} alone"
     text += f" ({source}; {found.proof(compared)})"
-    ok: Judgement = "neutral"
+    ok: Judgment = "neutral"
     if compared.worse:
         claim, ok = "worse than its best single modality", "bad"
     elif not compared.better:

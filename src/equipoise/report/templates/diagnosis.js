@@ -32,8 +32,8 @@
   if (!explorer) return;
   explorer.hidden = false;
   const pick = { model: get("pick-model"), layer: get("pick-layer"), head: get("pick-head") };
-  const colours = getComputedStyle(root);
-  const shades = [0, 1, 2, 3, 4, 5].filter((i) => colours.getPropertyValue(`--fig-${i}`)).length;
+  const colors = getComputedStyle(root);
+  const shades = [0, 1, 2, 3, 4, 5].filter((i) => colors.getPropertyValue(`--fig-${i}`)).length;
 
   const element = (tag, text, attributes = {}) => {
     const made = document.createElement(tag);

@@ -114,8 +114,8 @@
     return said;
   };
 
-  const colour = (values, l, h) => {
-    const mode = document.querySelector("input[name=colour]:checked")?.value ?? "read";
+  const color = (values, l, h) => {
+    const mode = document.querySelector("input[name=color]:checked")?.value ?? "read";
     const scored = [];
     document.querySelectorAll(".chip").forEach((chip) => {
       let value = null;
@@ -149,7 +149,7 @@
     let said = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
     if (canvas) said += ` ${draw(values, `${who} ${where}`)}`;
     told.textContent = said;
-    colour(values, l, h);
+    color(values, l, h);
   };
 
   const choose = (chip) => {
@@ -192,6 +192,6 @@
       cover();
     }
   }
-  document.querySelectorAll(".sliders, .scale, .switches, .colours").forEach((part) => (part.hidden = false));
+  document.querySelectorAll(".sliders, .scale, .switches, .colors").forEach((part) => (part.hidden = false));
   show();
 })();

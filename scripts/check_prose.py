@@ -1,0 +1,51 @@
+"""Reports words and phrases that the contributing guide's language rules exclude; exits with 1 if there are any.
+
+python scripts/check_prose.py [FILE ...]
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RULES = {
+    r"\bspec \d": "cite the paper's equation instead of a document that is not in the repository",
+    r"\b(optim|normal|standard|summar|minim|maxim|initial|regular|synchron|orthogonal|general|recogn)is(?!m)\w+": (
+        "use American spelling (-ize)"
+    ),
+    r"\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
+    r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving ground|dice)\b": "no metaphors",
+    r"\bvot(e|es|ing)\b(?! of)": "heads do not vote: logits are added (ensemble)",
+    r"\b(nobody|somebody|everybody|anybody)\b": "name the object: module, user, process",
+    r"\b(eyesight|towers that|speaks? of|is told (?!apart)|are told (?!apart))": "name the thing first, then say what is done to it",
+    r"\bjudg(e|ed|es|ing|ement)\b": "use evaluate",
+}
+SKIP = re.compile(r"(^|/)(check_prose\.py|language_examples\.md|CHANGELOG\.md)$|\.ipynb$")
+
+
+def check(path: Path) -> list[str]:
+    """One line for each match in a file."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        for pattern, why in RULES.items():
+            if match := re.search(pattern, line, re.IGNORECASE):
+                found.append(f"{path}:{number}: '{match.group(0)}': {why}")
+    return found
+
+
+def main() -> int:
+    named = [Path(name) for name in sys.argv[1:]]
+    if not named:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        named = [ROOT / name for name in listed.splitlines()]
+    files = [p for p in named if p.suffix in {".py", ".md", ".j2", ".js", ".yaml", ".toml"} and not SKIP.search(str(p))]
+    found = [line for path in files if path.is_file() for line in check(path)]
+    print("\n".join(found))  # noqa: T201
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Modules that connect one modality to the layers of another."""

@@ -1,0 +1,97 @@
+"""One batch out of those of all processes, with exact gradients, so that two processes equal one on twice the batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, distributed
+
+
+class RankSlices(NamedTuple):
+    """Where this process's rows stand among those of all.
+
+    Attributes:
+        rank: of this process.
+        sizes: rows of every process.
+    """
+
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+
+def rank_slices(rows: int, device: torch.device, *, alone: bool = False) -> RankSlices:
+    """Asks all processes how many rows they have; they need not be equally many. ``alone`` asks nobody."""
+    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if alone or not together:
+        return RankSlices(0, (rows,))
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, torch.tensor([rows], device=device))
+    return RankSlices(distributed.get_rank(), tuple(int(size) for size in sizes))
+
+
+def all_gather_with_grad(rows: Tensor, place: RankSlices) -> Tensor:
+    """(row, ...) of all processes, in the order of their ranks; every process must call it.
+
+    The gradient of this process's rows is the sum of what all processes send back to them. Averaged over processes, as
+    data-parallel training does, it is that of the mean of their losses.
+    """
+    if len(place.sizes) == 1:
+        return rows
+    if rows.dtype == torch.bool:
+        return all_gather_with_grad(rows.to(torch.uint8), place).bool()
+    return _Gather.apply(rows, place) if rows.is_floating_point() else _all(rows, place)  # type: ignore[return-value]
+
+
+def _all(rows: Tensor, place: RankSlices) -> Tensor:
+    most = max(place.sizes)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in place.sizes]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, place.sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, place: RankSlices) -> Tensor:  # type: ignore[override]
+        ctx.place = place
+        return _all(rows, place)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        grad = grad.contiguous()
+        distributed.all_reduce(grad)
+        start = ctx.place.start
+        return grad[start : start + ctx.place.sizes[ctx.place.rank]], None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter: Tensor) -> Tensor:  # type: ignore[override]
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        grad = grad.clone()
+        distributed.all_reduce(grad)
+        return grad / distributed.get_world_size()
+
+
+def sync_parameter_grad(parameter: Tensor, place: RankSlices) -> Tensor:
+    """The parameter itself; its gradient is the mean over processes, whether or not a wrapper averages it again."""
+    return parameter if len(place.sizes) == 1 else _Shared.apply(parameter)  # type: ignore[return-value]
+
+
+def global_mean(loss: Float[Tensor, ""], place: RankSlices) -> Float[Tensor, ""]:
+    """The mean of the processes' losses as the value, this process's own as what is differentiated."""
+    if len(place.sizes) == 1:
+        return loss
+    total = loss.detach().clone()
+    distributed.all_reduce(total)
+    return loss + (total / len(place.sizes) - loss.detach())

@@ -1,0 +1,126 @@
+"""Several losses as one: fixed weights, or weights that are learned as uncertainties; every term stays visible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...errors import ConfigError, unknown_name
+from ...tokens.masks import at_least_float32
+
+
+class WeightedLoss(NamedTuple):
+    """A sum of losses.
+
+    Attributes:
+        total: what is differentiated, in float32 or better.
+        terms: name -> the loss before its weight, detached, for the log.
+        weights: name -> its weight, detached.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def uncertainty_weighted(
+    losses: Mapping[str, Tensor], log_variances: Mapping[str, Tensor]
+) -> Float[Tensor, ""]:  # fmt: skip
+    """``L = sum_m exp(-s_m) L_m + s_m``, smallest at s_m = log L_m.
+
+    Reference: Kendall et al., Multi-Task Learning Using Uncertainty (CVPR 2018), eq. 7; spec 7.11.
+
+    Example:
+        >>> uncertainty_weighted({"itc": torch.tensor(2.0)}, {"itc": torch.tensor(2.0).log()})
+        tensor(1.6931)
+    """
+    parts = []
+    for name, loss in losses.items():
+        loss, s = at_least_float32(loss), at_least_float32(log_variances[name])
+        parts.append(torch.exp(-s) * loss + s)
+    return _added(parts)
+
+
+class FixedWeights(nn.Module):
+    """``L = sum_m w_m L_m`` for tasks or for modalities; a name that is not given weighs 1.
+
+    Args:
+        weights: name -> weight, not negative.
+
+    Raises:
+        ConfigError: a negative weight, no loss at all, or a weight whose loss is not among them.
+
+    Example:
+        >>> made = FixedWeights({"audio": 2.0})({"audio": torch.tensor(3.0), "image": torch.tensor(1.0)})
+        >>> made.total
+        tensor(7.)
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ConfigError(f"FixedWeights '{name}'", expected="a weight >= 0", got=f"{weight}")
+        self.weights = dict(weights)
+
+    def forward(self, losses: Mapping[str, Tensor]) -> WeightedLoss:
+        """name -> loss."""
+        _some(losses, "FixedWeights")
+        for name in self.weights:
+            if name not in losses:
+                raise unknown_name("FixedWeights", "loss", name, losses)
+        weights = {name: loss.new_tensor(self.weights.get(name, 1.0)) for name, loss in losses.items()}
+        total = _added([weights[name] * at_least_float32(loss) for name, loss in losses.items()])
+        return WeightedLoss(total, {name: loss.detach() for name, loss in losses.items()}, weights)
+
+
+class UncertaintyWeights(nn.Module):
+    """``uncertainty_weighted`` with learned s_m, 0 at the start; a loss that a step lacks does not count in it.
+
+    Small losses get large weights, so that tasks of different scale learn alike. It is no cure for a loss that can be
+    made 0: its weight grows without end.
+
+    Args:
+        names: of the losses.
+
+    Raises:
+        ConfigError: no name, no loss at all, or a loss of an unknown name.
+
+    Reference: Kendall et al. (CVPR 2018); spec 7.11.
+
+    Example:
+        >>> UncertaintyWeights(["itc", "itm"])({"itc": torch.tensor(3.0), "itm": torch.tensor(1.0)}).total.item()
+        4.0
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
+        _some(self.log_variances, "UncertaintyWeights")
+
+    def forward(self, losses: Mapping[str, Tensor]) -> WeightedLoss:
+        """name -> loss."""
+        _some(losses, "UncertaintyWeights")
+        for name in losses:
+            if name not in self.log_variances:
+                raise unknown_name("UncertaintyWeights", "loss", name, self.log_variances)
+        chosen = {name: self.log_variances[name] for name in losses}
+        total = uncertainty_weighted(losses, chosen)
+        weights = {name: torch.exp(-s.detach()) for name, s in chosen.items()}
+        return WeightedLoss(total, {name: loss.detach() for name, loss in losses.items()}, weights)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    """Their sum, in the widest type among them."""
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.stack([part.to(dtype) for part in parts]).sum()
+
+
+def _some(losses: object, who: str) -> None:
+    if not len(losses):  # type: ignore[arg-type]
+        raise ConfigError(who, expected="at least one loss", got="none")

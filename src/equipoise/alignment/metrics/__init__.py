@@ -1,0 +1,1 @@
+"""Metrics of alignment: retrieval, compositionality, embedding spaces."""

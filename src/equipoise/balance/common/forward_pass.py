@@ -1,0 +1,80 @@
+"""What balancers do inside the model's forward pass, and where the model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...tokens.token_batch import Output, Tokens
+from ..balancer import Balancer, Batch, overrides
+from ..rollingq.compile_disabled import CompileDisabled
+from .pending_state import Pending
+
+
+class ForwardPass:
+    """The balancers that change inputs and tokens, as callables for ``FusionModel``'s lists.
+
+    Its own object, since a deep copy of the model copies it: the copy trains with copies of these balancers alone.
+
+    Args:
+        pending: the records of the ``BalancerList``.
+        balancers: all of its balancers.
+    """
+
+    def __init__(self, pending: Pending, balancers: Sequence[Balancer]) -> None:
+        self.pending = pending
+        self.preparing = [b for b in balancers if overrides(b, "prepare")]
+        self.transforming = [b for b in balancers if overrides(b, "transform")]
+        self._noting = any(b.notes_in_forward for b in balancers)
+        self._prepares = False
+
+    def attach(self, model: Any) -> None:
+        """Puts the calls into the model's lists, in place of those of an earlier ``BalancerList``.
+
+        Raises:
+            ConfigError: a balancer that changes inputs or tokens, for a model that would never call it.
+        """
+        _check(model, "preparations", self.preparing, "before it encodes")
+        _check(model, "transforms", self.transforming, "between encoders and fusion")
+        needed = bool(self.preparing or self.transforming or self._noting)
+        self._prepares = hasattr(model, "preparations")
+        begins = needed if self._prepares else bool(self.transforming)
+        for place, call, wanted in (
+            ("preparations", self.prepare, needed),
+            ("transforms", self.transform, bool(self.transforming) or (begins and not self._prepares)),
+            ("results", self.finish, needed),
+        ):
+            if hasattr(model, place):
+                others = [each for each in getattr(model, place) if not _is_ours(each)]
+                setattr(model, place, [*others, *([CompileDisabled(call)] if wanted else [])])
+
+    def prepare(self, batch: Batch) -> Batch:
+        self.pending.begin(batch)
+        for balancer in self.preparing:
+            batch = balancer.prepare(batch)
+        return batch
+
+    def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
+        if not self._prepares:
+            self.pending.begin(tokens)
+        for balancer in self.transforming:
+            tokens = balancer.transform(tokens, target)
+        return tokens
+
+    def finish(self, output: Output) -> Output:
+        return self.pending.finish(output)
+
+
+def _check(model: Any, place: str, balancers: Sequence[Balancer], when: str) -> None:
+    if balancers and getattr(model, place, None) is None:
+        raise ConfigError(
+            "BalancerList", expected=f"a model that calls its {place} {when}, for {type(balancers[0]).__name__}",
+            got=f"{type(model).__name__}, which has none", fix=f"Use FusionModel, or give yours {place} = [].",
+        )  # fmt: skip
+
+
+def _is_ours(call: Any) -> bool:
+    return isinstance(getattr(getattr(call, "method", call), "__self__", None), ForwardPass)

@@ -1,0 +1,73 @@
+"""How well each modality alone answers: the score and the per-modality logits that balancing methods share."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+from ...tokens.token_batch import Output
+from ..balancer import Multimodal
+from .pending_state import summed as summed
+
+
+def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
+    """How right each sample's answer is, in (0, 1]; 1 is perfect.
+
+    Classification: the probability of the true class, softmax(y)[target]. Multilabel: the mean over labels of the
+    probability of each label's true value. Regression: exp(-mean squared error), the likelihood under unit variance up
+    to a constant. The papers know classification alone; the other two are ours.
+
+    Example:
+        >>> true_score(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), "classification")
+        tensor([0.5000])
+    """
+    if task == "classification":
+        return logits.softmax(dim=-1).gather(1, target.long()[:, None])[:, 0]
+    target = target.to(logits.dtype).reshape(logits.shape)
+    if task == "multilabel":
+        return torch.where(target > 0.5, logits.sigmoid(), (-logits).sigmoid()).mean(dim=1)
+    return torch.exp(-F.mse_loss(logits, target, reduction="none").mean(dim=1))
+
+
+def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool = False) -> dict[str, Tensor]:
+    """name -> (batch, output): what each modality alone says.
+
+    Where the fusion's logits are a sum of one part for each modality (``Concat``, ``Sum``), these parts; else the
+    unimodal heads' logits.
+
+    Args:
+        model: what made the output.
+        output: of the model.
+        who: begins the error's message.
+        trains: a gradient through them must reach the encoders, so heads that only watch do not do.
+
+    Raises:
+        ConfigError: the logits do not decompose, and there are no heads (or none that teach).
+    """
+    parts = model.contributions(output)
+    if parts is not None:
+        return parts
+    heads = getattr(model, "unimodal", "none")
+    if not output.unimodal_logits or (trains and not heads_train_encoders(model)):
+        wanted = "that teach the encoders" if trains else "for every modality"
+        raise ConfigError(
+            who,
+            expected=f"logits that are a sum over modalities, or unimodal heads {wanted}",
+            got=f"fusion {type(model.fusion).__name__} with unimodal='{heads}'",
+            fix=f"Use Concat or Sum, or FusionModel(..., unimodal='{'train' if trains else 'probe'}').",
+        )
+    return dict(output.unimodal_logits)
+
+
+def heads_train_encoders(model: Multimodal) -> bool:
+    """Whether the unimodal heads' losses reach the encoders."""
+    return getattr(model, "unimodal", "none") in ("train", "ensemble")
+
+
+def has_modality(output: Output, name: str) -> Tensor:
+    """(batch,) True for samples that have the modality."""
+    tokens = output.tokens[name]
+    return tokens.present() if len(tokens) else tokens.values.new_zeros(len(tokens.values), dtype=torch.bool)

@@ -1,0 +1,1 @@
+"""RollingQ: query rotation for attention layers."""

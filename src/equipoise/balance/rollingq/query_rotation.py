@@ -1,0 +1,137 @@
+"""The rotation itself: how it is kept, applied, multiplied on and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...geometry import orthogonalize
+from ..balancer import Balancer
+from .compile_disabled import CompileDisabled
+from .effective_rotation import EffectiveRotation
+from .rolling_step import RollingStep
+
+
+class Rotation(Balancer):
+    """Base of RollingQ: rotations of the queries of one layer, with their counters, as buffers.
+
+    Args:
+        groups: how many rotations there are: one for each head, or one for all heads together.
+        width: width d of the space each one turns.
+        names: the modalities.
+        first_row_only: rotate the first query row alone.
+        like: a weight of the layer, for device and type; the rotation is kept in float32 at least.
+
+    Attributes:
+        rotation: (group, d, d), for row vectors.
+        rotations: how often the layer was rotated.
+        epochs: epochs that have ended.
+        last_epoch: the epoch of the last rotation.
+        air: (group, modality) imbalance at the last look; NaN where a modality was not seen.
+    """
+
+    rotation: Tensor
+    rotations: Tensor
+    epochs: Tensor
+    last_epoch: Tensor
+    air: Tensor
+
+    def __init__(self, groups: int, width: int, names: Sequence[str], *, first_row_only: bool, like: Tensor) -> None:
+        super().__init__()
+        self.names, self._first_row_only = tuple(names), first_row_only
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.register_buffer("rotation", torch.eye(width, dtype=dtype, device=like.device).repeat(groups, 1, 1))
+        for counter in ("rotations", "epochs", "last_epoch"):
+            self.register_buffer(counter, torch.zeros((), dtype=torch.int64, device=like.device))
+        self.register_buffer("air", torch.full((groups, len(self.names)), torch.nan, dtype=dtype, device=like.device))
+        self._weights_loaded = False
+        # Whether the buffer has changed is data-dependent control flow, which torch.compile cannot trace.
+        self._offset = CompileDisabled(EffectiveRotation().offset)
+
+    def rotate(self, query: Float[Tensor, "batch head query dim"]) -> Float[Tensor, "batch head query dim"]:
+        """Rotates queries by the buffer's rotation, in their own type.
+
+        It is applied as ``q + q (R - I)``: without a rotation the result equals ``q`` bit for bit, whatever precision
+        matrix products have, and no flag is needed that could disagree with the buffer.
+        """
+        offset = self._offset(self.rotation, not (self.training and torch.is_grad_enabled())).to(query.dtype)
+        if self._first_row_only and query.shape[2] > 1:
+            return torch.cat([_add_offset(query[:, :, :1], offset), query[:, :, 1:]], dim=2)
+        return _add_offset(query, offset)
+
+    def effective(self) -> Float[Tensor, "group d d"]:
+        """Returns the rotations that are applied: the buffer, or the rotations nearest to it where it was averaged.
+
+        Raises:
+            ConfigError: a buffer from which no rotation can be recovered.
+        """
+        offset = self._offset(self.rotation)
+        return offset + torch.eye(offset.shape[-1], dtype=offset.dtype, device=offset.device)
+
+    def rotates(self) -> bool:
+        """Whether the buffer holds anything but the identity; waits for the device."""
+        return bool(self._offset(self.rotation).any())
+
+    def _multiply(self, steps: Sequence[RollingStep | None]) -> None:
+        """One rotation of the layer: each group's step, or None for a group that stays."""
+        count, effective = self._count(), self.effective()
+        for group, step in enumerate(steps):
+            if step is not None:
+                # Move to the CPU first: some devices have no float64.
+                product = effective[group].cpu().double() @ step.rotation.cpu().double()
+                self.rotation[group] = orthogonalize(product).to(self.rotation.device, self.rotation.dtype)
+        self.rotations.fill_(count + 1)
+        self.last_epoch.copy_(self.epochs)
+
+    def _count(self) -> int:
+        """How often the layer was rotated; an average of counters is rounded down, also to 0 in a rotated layer."""
+        return max(int(self.rotations), int(self.rotates()))
+
+    def _synchronize(self) -> None:
+        """Rank 0 decides; the others take its rotation bit by bit."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for state in (self.rotation, self.rotations, self.last_epoch, self.air):
+                torch.distributed.broadcast(state, src=0)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        if prefix + "rotation" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            self.effective()
+        elif self._weights_loaded or not prefix:
+            # Weights that were trained without a rotation. A partial state dict of other layers leaves it as it is.
+            with torch.no_grad():
+                self.rotation.copy_(torch.eye(self.rotation.shape[-1]))
+                self.air.fill_(torch.nan)
+                for counter in (self.rotations, self.epochs, self.last_epoch):
+                    counter.zero_()
+            self._forget()
+        self._weights_loaded = False
+
+    def _on_load(self, module, state_dict, prefix, *args: Any) -> None:
+        """Notes, as a hook of the query projection, that its weights are in the state dict that is being loaded."""
+        self._weights_loaded = any(name.startswith(prefix) for name in state_dict)
+
+    def _forget(self) -> None:
+        """Drops what was observed since the last epoch."""
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or .bfloat16() would round the rotation; it never becomes less exact than it is.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype.itemsize < buffer.dtype.itemsize:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+def _add_offset(query: Tensor, offset: Tensor) -> Tensor:
+    """q + q (R - I), for each head or for all heads together."""
+    if query.shape[-1] == offset.shape[-1]:
+        return query + query @ offset
+    joint = query.transpose(1, 2).flatten(2)
+    return (joint + joint @ offset[0]).unflatten(-1, query.shape[1::2]).transpose(1, 2)

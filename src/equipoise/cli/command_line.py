@@ -1,0 +1,106 @@
+"""What every command of the program is, and where it speaks."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import RawDescriptionHelpFormatter as KeepsLines
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from rich.console import Console
+
+from ..io.typed_values import shorten_repr
+from . import recipe_overrides
+
+out, err = Console(), Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line for the list of commands, a parser, and what to do with what it parsed."""
+
+    summary: str
+    parser: Callable[[], Parser]
+    run: Callable[[Namespace], int]
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Tells an error on the error stream, whole and unwrapped."""
+    style = "red" if status == 1 else ""
+    err.print(f"equipoise: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
+    return status
+
+
+class Lines(KeepsLines, ArgumentDefaultsHelpFormatter):
+    """Help whose examples keep their lines; defaults that say something are shown."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(ArgumentParser):
+    """A parser that takes option names as they are, and options of a recipe where its command reads one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Lines, **options})
+        self.reads_recipe = False
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                # argparse would take the two hyphens away and leave an empty list.
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        changes: list[recipe_overrides.Change] = []
+        if self.reads_recipe:
+            words, changes = recipe_overrides.taken(words, self.error)
+        found, rest = super().parse_known_args(words, namespace)
+        if self.reads_recipe:
+            found.changes = changes
+        return found, rest
+
+
+def described(description: str, *examples: str) -> Parser:
+    """A parser without options, with examples at the end of its help."""
+    epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
+    return Parser(description=fill(description, 100), epilog=epilog)
+
+
+def path(text: str) -> Path:
+    """The type of an argument that names a file or a folder."""
+    if not text.strip() or "\0" in text:
+        raise ArgumentTypeError(f"expected a path, got {text!a}")
+    return Path(text)
+
+
+def whole(text: str) -> int:
+    """The type of an argument that counts; numbers beyond 18 digits count nothing."""
+    if not text.strip().lstrip("+-").isdecimal() or len(text) > 18:
+        raise ArgumentTypeError(f"expected a whole number, got {shorten_repr(text)}")
+    return int(text)
+
+
+REPLACED = {"±": "+-", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"', "’": "'", "✓": "+", "✗": "x", "○": "o",
+            "·": "-", "×": "x", "−": "-", "\N{NO-BREAK SPACE}": " ", "→": "->", "≥": ">=", "≤": "<="}  # fmt: skip
+"""Characters of our own sentences, for terminals that lack them."""
+
+
+def speak_plainly() -> None:
+    """Writes other characters in place of those that a terminal, such as one in ASCII, cannot show."""
+    codecs.register_error("equipoise", _in_its_place)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="equipoise")
+
+
+def _in_its_place(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(REPLACED.get(one, ascii(one)[1:-1] if one != "'" else one) for one in letters), error.end

@@ -1,0 +1,272 @@
+"""``equipoise diagnose``: trained runs in, verdicts, ``diagnosis.json`` and a page out."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import ConfigError, EquipoiseError
+from ..io.atomic_files import check_folder, check_path_component
+from ..results import result_rows
+from ..results.significance import unpack_outcomes
+from ..training import recipes
+from ..training.recipes import Recipe
+from .command_line import Parser, described, out, path, whole
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+    from ..diagnostics.suite import Diagnosis
+
+EXAMPLES = (
+    "equipoise diagnose runs/digits-joint+rollingq",
+    "equipoise diagnose runs/demo/runs/all/joint/seed0 runs/demo/runs/all/joint+rollingq/seed0 --out runs/two",
+    "equipoise diagnose runs/mine --tests noise,masking,response --outside noise",
+)
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The score of a model of one modality, and what it was measured on.
+
+    Attributes:
+        score: on the test split.
+        each: the outcome of every test sample; None where the run did not store it.
+        data: the recipe's, without the folder that they lie in; None where it cannot be read.
+    """
+
+    score: float
+    each: np.ndarray | None
+    data: dict[str, Any] | None
+
+    def on(self, data: dict[str, Any], samples: int) -> float | torch.Tensor:
+        """The outcomes, where they are of the same samples, else the score."""
+        if self.each is None or self.data != data or len(self.each) != samples:
+            return self.score
+        return torch.from_numpy(self.each)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run as its folder has it."""
+
+    folder: Path
+    recipe: Recipe
+    run: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return str(self.run["method"])
+
+
+def diagnose_parser() -> Parser:
+    parser = described(
+        "Asks trained models whether they use what they are given: verdicts, figures, one page.", *EXAMPLES
+    )
+    parser.add_argument("runs", type=path, nargs="+", help="folders of finished runs, of train or compare")
+    parser.add_argument(
+        "--out", type=path, default=None, help="folder; RUN/diagnosis by default, runs/diagnosis for several"
+    )
+    parser.add_argument("--tests", default=None, help="comma-separated names of tests; all by default")
+    parser.add_argument("--seed", type=whole, default=0, help="of all noise")
+    parser.add_argument(
+        "--outside", choices=("noise", "none"), default="noise",
+        help="unknown inputs for the test of confidence: noise puts pure noise in place of every modality",
+    )  # fmt: skip
+    parser.add_argument(
+        "--modality", default=None, help="that noise replaces to see whether attention leaves; the run's own"
+    )
+    return parser
+
+
+def diagnose(options: Namespace) -> int:
+    """Diagnoses every run on its test split, writes what was found, and shows the verdicts."""
+    from ..diagnostics.suite import QUESTIONS, results
+    from .progress_bars import DiagnosisProgress
+
+    tests = None if options.tests is None else [name.strip() for name in options.tests.split(",") if name.strip()]
+    if tests == []:
+        raise ConfigError("diagnose", expected=f"some of {', '.join(QUESTIONS)} after --tests", got=repr(options.tests))
+    alone = len(options.runs) == 1
+    folder = options.out or (options.runs[0] / "diagnosis" if alone else Path("runs") / "diagnosis")
+    check_folder(folder, "diagnose")
+    # All folders are read before the first test, so that a wrong name costs nothing.
+    trained = [read(folder) for folder in options.runs]
+    names = _named(trained)
+    scores = _alone(trained)
+    found = []
+    with DiagnosisProgress(len(trained), out) as progress:
+        for one, name in zip(trained, names, strict=True):
+            progress.begin(name)
+            found.append(diagnose_run(one, name, tests, options, scores, progress))
+    for name, diagnosis in zip(names, found, strict=True):
+        diagnosis.save(folder if alone else folder / check_path_component(name.replace("/", "-"), "diagnose"))
+    if len(found) > 1:
+        result_rows.write_results(folder / "results.json", results(found))
+    page = found[0].report(folder / "report.html", *found[1:])
+    show(found, out)
+    out.print(f"diagnosis: {folder}", soft_wrap=True, highlight=False)
+    out.print(f"report:    {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def read(folder: Path) -> TrainedRun:
+    """The run in a folder.
+
+    Raises:
+        DataError: no folder of a finished run, or a damaged one.
+    """
+    from ..training.run_loading import finished_run
+
+    run, recipe = finished_run(folder), recipes.load_recipe(folder / "recipe.yaml")
+    if recipe.model:
+        raise ConfigError(
+            "diagnose", expected="a run of a fusion, whose attention is shared between modalities",
+            got=f"'{folder}', a run of the model '{recipe.model['name']}'",
+            fix="Its own figures are in results.json and run.json; equipoise report draws them.",
+        )  # fmt: skip
+    return TrainedRun(folder, recipe, run)
+
+
+def diagnose_run(
+    trained: TrainedRun, name: str, tests: Sequence[str] | None, options: Namespace, alone: dict[tuple, Alone],
+    progress: Any,
+) -> Diagnosis:  # fmt: skip
+    """One run's diagnosis on its test split, with the noise that its training data have."""
+    from .. import data
+    from ..diagnostics.suite import diagnose as ask
+    from ..training.run import load_run_dataset
+    from ..training.run_loading import load
+
+    run = trained.run
+    model = load(trained.folder)
+    source = load_run_dataset(trained.recipe, run["fold"])
+    loader = data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1)
+    used, samples = _data(trained.recipe), len(source.test)
+    known = {
+        one: alone[key].on(used, samples) for one in model.names if (key := (one, run["fold"], run["seed"])) in alone
+    }
+    diagnosis = ask(
+        model, loader, tests=tests, name=name, seed=options.seed,
+        noise={one: source.noise[one] for one in model.names},
+        modality=_modality(options, trained, model.names),
+        outside=_Noise(source, model.names, options.seed) if options.outside == "noise" else None,
+        # Heads speak for all modalities or for none.
+        alone=known if len(known) == len(model.names) else None, progress=progress,
+    )  # fmt: skip
+    protocol = {"data": trained.recipe.data["name"], "split": "test", "method": run["method"]}
+    outside = {"outside": options.outside} if options.outside != "none" else {}
+    return replace(
+        diagnosis, seed=run["seed"], fold=run["fold"], protocol={**protocol, **outside, **diagnosis.protocol}
+    )
+
+
+def _modality(options: Namespace, trained: TrainedRun, names: tuple[str, ...]) -> str | None:
+    """The one that is named, else the one that the run itself replaced."""
+    wanted = options.modality or trained.run.get("noise_modality") or trained.recipe.noise_modality
+    # A run of one modality has none of the others to replace.
+    return wanted if options.modality or wanted in names else None
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Batches of pure noise, shaped as the test split."""
+
+    source: Dataset
+    names: tuple[str, ...]
+    seed: int
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        # Another stream than the noise that replaces one modality.
+        generator = torch.Generator().manual_seed(self.seed + 7_919)
+        size = len(self.source.test)
+        for start in range(0, size, BATCH):
+            count = min(BATCH, size - start)
+            yield {
+                name: torch.randn(count, *self.source.shapes[name], generator=generator) * std + mean
+                for name in self.names
+                for mean, std in [self.source.noise[name]]
+            }
+
+
+def _named(trained: Sequence[TrainedRun]) -> list[str]:
+    """Methods, with fold and seed where the method alone does not tell two runs apart."""
+    titles = [one.title for one in trained]
+    names = []
+    for one in trained:
+        more = "" if one.run["fold"] is None else f", fold {one.run['fold']}"
+        names.append(one.title if titles.count(one.title) == 1 else f"{one.title}{more}, seed {one.run['seed']}")
+    if len(set(names)) < len(names):
+        raise ConfigError("diagnose", expected="each run once", got=", ".join(names))
+    return names
+
+
+def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
+    """(modality, fold, seed) -> a model of it alone: of those given, and of the same comparison."""
+    from ..diagnostics.task_scores import SCORES
+
+    found: dict[tuple, Alone] = {}
+    for one in trained:
+        siblings = [one.folder.parent.parent / name / one.folder.name / "run.json" for name in one.recipe.encoders]
+        stored = [(run, _data_of(path.parent)) for path in siblings if (run := _stored(path)) is not None]
+        for run, data in [(one.run, _data(one.recipe)), *stored]:
+            metrics, each = run["metrics"], run.get("outcomes") or {}
+            metric = next((name for name in SCORES.values() if metrics.get(name) is not None), None)
+            if run["method"] in one.recipe.encoders and metric is not None:
+                outcomes = unpack_outcomes(each[metric]) if metric in each else None
+                found[run["method"], run["fold"], run["seed"]] = Alone(float(metrics[metric]), outcomes, data)
+    return found
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """What says which samples there are: where they lie does not."""
+    return {name: value for name, value in recipe.data.items() if name != "root"}
+
+
+def _data_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return _data(recipes.load_recipe(folder / "recipe.yaml"))
+    except EquipoiseError:
+        return None
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    from ..training.run_folder import read_run
+
+    try:
+        return read_run(path.parent)["run"]
+    except EquipoiseError:
+        return None
+
+
+STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "dim")}
+
+
+def show(found: Sequence[Diagnosis], console: Console) -> None:
+    """The verdicts in the terminal, with the test that shows each."""
+    from ..report.verdicts import headline
+
+    for diagnosis in found:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        title = headline(diagnosis.name, list(diagnosis.verdicts))
+        table.add_column("")
+        table.add_column(f"{title} ({diagnosis.samples} samples)", overflow="fold")
+        table.add_column("test", no_wrap=True)
+        for verdict in diagnosis.verdicts:
+            mark, style = STYLES[verdict.ok]
+            table.add_row(Text(mark, style=style), Text(verdict.text), Text(verdict.test, style="dim"))
+        console.print(table)
+        if diagnosis.skipped:
+            reasons = "; ".join(f"{test}: {reason}" for test, reason in diagnosis.skipped.items())
+            console.print(f"Not tested: {reasons}", style="dim", highlight=False, markup=False)
+        console.print()

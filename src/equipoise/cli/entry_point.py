@@ -1,0 +1,110 @@
+"""The program ``equipoise``: demo, compare, train, diagnose, look, judge, search, report, recipes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..errors import EquipoiseError
+from ..io import interrupt_handling
+from ..io.typed_values import shorten_repr
+from .command_line import Parser, fail, speak_plainly
+from .commands import COMMANDS
+
+EPILOG = """examples:
+  equipoise demo                                    bundled data, minutes on two cores -> table and report.html
+  equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5
+  equipoise train --config digits --method joint+rollingq --out runs/mine
+  equipoise diagnose runs/mine                      does it use what it is given? -> verdicts and a page
+  equipoise look MODEL --image cat.png --text "What is on the mat?"    where does a vision-language model look?
+  equipoise search --model runs/emoji "red heart"   pictures by words, in a space of train --config emoji_clip
+  equipoise evaluate openai/clip-vit-base-patch32      a published model at the work of ours
+  equipoise report runs/demo                        results.json -> one self-contained page
+  equipoise recipes cp digits                       take a recipe into this folder and own it
+
+equipoise COMMAND --help tells more about each."""
+
+
+TRACE = "EQUIPOISE_TRACEBACK"
+"""With this in the environment, a fault of the program is shown whole."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; ends the process with 0, 1 (an error, told in one sentence), 2 (usage) or 130 (Ctrl-C)."""
+    try:
+        interrupt_handling.ready()
+        speak_plainly()
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as left:
+        status = left.code
+    if threading.current_thread() is threading.main_thread():
+        # All is written; a further Ctrl-C would only spoil the end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _close_output()
+    sys.exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns the exit status."""
+    try:
+        parsed = parser().parse_args(arguments)
+        return COMMANDS[parsed.command].run(parsed)
+    except EquipoiseError as error:
+        return fail(str(error))
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has seen enough.
+        _close_output()
+        return 1
+    except OSError as error:
+        return fail(f"{shorten_repr(str(error.filename or 'a file'))}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        return fail("Stopped. What is finished is written down; the same command goes on from there.", 130)
+    except Exception as error:
+        if os.environ.get(TRACE):
+            raise
+        return fail(f"{FAULT}: {_where(error)}. Set {TRACE}=1 to see all of it, and report it.")
+
+
+FAULT = "a fault of the program itself"
+
+
+def _where(error: Exception) -> str:
+    """The error in one line, with the place of ours that it comes from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "equipoise" in frame.filename]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {shorten_repr(str(error)).rstrip('.')}{place}"
+
+
+def _close_output() -> None:
+    """Lets what is still to be written go nowhere, so that Python does not complain at its end."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(
+        prog="equipoise", epilog=EPILOG,
+        description="See how a multimodal transformer divides its attention, and train it so that none is wasted.",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        made = command.parser()
+        sub = commands.add_parser(name, parents=[made], help=command.summary, description=made.description,
+                                  epilog=made.epilog, add_help=False)  # fmt: skip
+        sub.reads_recipe = made.reads_recipe
+    return top

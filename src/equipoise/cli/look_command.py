@@ -1,0 +1,83 @@
+"""``equipoise look``: a model of Hugging Face and a picture in, a table, ``look.json`` and a page out."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..io.atomic_files import check_folder
+from .command_line import Parser, described, out, path, whole
+
+EXAMPLES = (
+    'equipoise look llava-hf/llava-1.5-7b-hf --image cat.png --text "What is on the mat?"',
+    'equipoise look models/mine --image cat.png --text "Is this a dog?" --answer "No"   how likely is it, and why',
+    'equipoise look models/mine --audio dog.wav --text "What do you hear?"',
+    "equipoise look models/configuration --random --image cat.png --text hello   no weights are needed",
+)
+
+
+def look_parser() -> Parser:
+    parser = described(
+        "Shows where a vision-language or audio model looks while it answers, and whether the answer needs it: table, "
+        "look.json, report.html.",
+        *EXAMPLES,
+    )
+    parser.add_argument("model", help="a name on the Hugging Face hub, or a folder of save_pretrained")
+    parser.add_argument("--image", type=path, default=None, help="the picture, for a model that reads pictures")
+    parser.add_argument("--audio", type=path, default=None, help="the sound, for a model that reads sounds")
+    parser.add_argument("--text", required=True, help="the question; the chat template is put around it")
+    parser.add_argument("--answer", default=None, help="an answer to judge; by default the model writes one")
+    parser.add_argument("--max_new_tokens", type=whole, default=20, help="of the answer that the model writes")
+    parser.add_argument("--sites", default=None, help="comma-separated patterns of layers; all by default")
+    parser.add_argument("--sinks", type=whole, default=3, help="top tokens that the second figures leave out")
+    parser.add_argument("--random", action="store_true", help="random weights from the configuration alone")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit on the hub")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator where there is one")
+    parser.add_argument("--dtype", default=None, help="auto, float32, bfloat16 or float16; auto by default")
+    parser.add_argument("--out", type=path, default=Path("runs/look"), help="folder of look.json and report.html")
+    return parser
+
+
+def look(options: Namespace) -> int:
+    """Loads the model, asks it, and writes what was found."""
+    from ..data.media_files import load_image
+    from ..inspection import load_pretrained, look
+    from ..inspection.dummy_processor import DummyProcessor
+
+    check_folder(options.out, "look")
+    # A picture that cannot be read is told before the model is loaded.
+    image = None if options.image is None else load_image(options.image, who="look image")
+    notes = []
+    with out.status("loading the model") as status:
+        loaded = load_pretrained(
+            options.model, random=options.random, revision=options.revision, dtype=options.dtype,
+            device=options.device,
+        )  # fmt: skip
+        if options.random:
+            notes.append("The weights are random: the figures show how the page works, not what a model does.")
+        if isinstance(loaded.processor, DummyProcessor):
+            notes.append("There are no files of a tokenizer: every byte of the text stands as a token.")
+        found = look(
+            *loaded, image=image, audio=options.audio, text=options.text, answer=options.answer,
+            max_new_tokens=options.max_new_tokens, sinks=options.sinks,
+            sites=None if options.sites is None else [part.strip() for part in options.sites.split(",")],
+            name=options.model, notes=notes, tell=status.update,
+        )  # fmt: skip
+        status.update("writing the page")
+        path = found.save(options.out)
+        page = found.report(options.out / "report.html")
+    out.print(found.table(), highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    for line in (*notes, *_told(found.to_dict())):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"answer:  {found.answer}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"numbers: {path}", highlight=False, soft_wrap=True)
+    out.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _told(content: dict) -> list[str]:
+    """What the page says first."""
+    from ..report.look_sentences import MeanShares, verdict
+
+    return verdict(MeanShares(content))

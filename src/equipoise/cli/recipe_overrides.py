@@ -1,0 +1,92 @@
+"""Options of a recipe on the command line, such as ``--train.epochs 3`` and ``--encoders.audio.dim=32``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError
+from ..training import recipes
+from ..training.recipes import Recipe
+from ..training.recipes.recipe_parsing import parse
+
+PARTS = tuple(name for name in Recipe.__dataclass_fields__ if name not in ("methods", "seeds", "folds"))
+OPTION = re.compile(rf"--((?:{'|'.join(PARTS)})(?:\.[^.=]+)*)(?:=(.*))?", re.DOTALL)
+NAMED = ("encoders", "fusions", "balancers", "variants")
+"""Parts whose entries have names of their own, each with its options."""
+
+DEEPEST = 10
+
+HELP = """options of the recipe, each in place of what it says:
+  --data.OPTION VALUE            of the data set; --data.name is its name
+  --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
+  --train.OPTION VALUE           of the training: epochs, batch_size, learning_rate, weight_decay, warmup, optimizer,
+                                 momentum, clip, accumulate, precision, exposure, unimodal
+  --model.OPTION VALUE           of a model that is no fusion
+  --noise_modality NAME, --reference METHOD
+VALUE is written as in a recipe: 0.3, true, null, a text, [1, 2], '{dim: 32, depth: 1}'"""
+
+
+class Change(NamedTuple):
+    """One option: its place in the recipe, and its value."""
+
+    where: tuple[str, ...]
+    value: Any
+
+
+def taken(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
+    """The other words, and the changes of the recipe; ``error`` is told about an option without a value."""
+    rest, changes, coming = [], [], iter(words)
+    for word in coming:
+        option = OPTION.fullmatch(word)
+        if option is None:
+            rest.append(word)
+            continue
+        text = option[2] if option[2] is not None else next(coming, None)
+        if text is None:
+            error(f"argument --{option[1]}: expected one argument")
+        changes.append(Change(tuple(option[1].split(".")), value(str(text), f"--{option[1]}")))
+    return rest, changes
+
+
+def value(text: str, who: str) -> Any:
+    """The value that a text stands for in a recipe; 1e-3 is a number here.
+
+    Raises:
+        ConfigError: no YAML, or a value that no recipe can hold.
+    """
+    if not text or recipes.is_float(text):
+        return float(text) if text else ""
+    return parse(text, who)
+
+
+def changed(name: str, changes: Sequence[Change]) -> Recipe:
+    """The recipe of that name with some options changed; those that are not named stay.
+
+    Raises:
+        ConfigError: a recipe or an option that does not exist, or a value of the wrong type.
+    """
+    base = recipes.load_recipe(name)
+    content = asdict(base)
+    for where, given in changes:
+        if len(where) > DEEPEST:
+            raise ConfigError("command line", expected=f"at most {DEEPEST} names in an option", got=str(len(where)))
+        *path, last = where
+        place = content
+        for part in path:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        keeps = where[0] == "train" or (where[0] in NAMED and len(where) == 2)
+        if keeps and isinstance(given, dict) and isinstance(place.get(last), dict):
+            given = {**place[last], **given}
+        elif where[0] in NAMED and len(where) == 1 and isinstance(given, dict):
+            former = place[last]
+            given = {
+                key: {**former.get(key, {}), **part} if isinstance(part, dict) else part for key, part in given.items()
+            }
+        place[last] = given
+    return recipes.recipe_from_dict(content, f"recipe {Path(name).name if Path(name).suffix else name}")

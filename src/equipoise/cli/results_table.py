@@ -1,0 +1,106 @@
+"""The table of a comparison, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+AGAINST, SEEDS = "against", "seeds"
+"""The columns of paired differences, and of how many runs each method has."""
+
+
+def show(content: dict[str, Any], console: Console) -> None:
+    """The table in the terminal: the score on clean input and under noise, and how attention responds to noise.
+
+    Where the terminal is too narrow, columns are left out and named below. Method, score and paired difference always
+    stay, on several lines where they must; figures are never cut.
+    """
+    from ..report.text_format import is_error, is_fraction, main_score, metric_label
+
+    rows = {(row["method"], row["metric"]): row for row in content["summary"]}
+    score = main_score(content["protocol"], {metric for _, metric in rows})
+    target = content["protocol"].get("noise_modality")
+    replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith(f"{score}_noise/")))
+    # What is least missed goes first; the modality whose noise attention should notice is missed more than others.
+    replaced.sort(key=lambda metric: metric != f"{score}_noise/{target}")
+    short = "MAE" if score == "negative_error" else metric_label(score)
+    counts = {row["n"] for (_, metric), row in rows.items() if metric == score}
+    columns = ({SEEDS: SEEDS} if len(counts) > 1 else {}) | {score: short}
+    columns |= {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
+    # A model that brings its own judgment says more than one figure; those that take part are in its protocol.
+    others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
+    columns |= {metric: metric.replace("_", " ") for metric in others}
+    columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
+    spare = ["seconds_per_epoch", *reversed(others), *reversed(replaced), "noise_attention_r", SEEDS]
+    kept = {AGAINST, SEEDS, *(metric for _, metric in rows)}
+    columns = {name: words for name, words in columns.items() if name in kept}
+    spare = [name for name in spare if name in columns]
+    left_out = []
+    while spare and _width(table := _table(rows, columns, score), console) > console.width:
+        left_out.append(columns.pop(spare.pop(0)))
+    table = _table(rows, columns, score)
+    console.print(table if _width(table, console) <= console.width else _table(rows, columns, score, ",\n"))
+    inside, apart = (" in %", " in points") if is_fraction(score) else ("", "")
+    inside += " (lower is better)" if is_error(score) else ""
+    noise = ", also with one modality replaced by noise," if any(name in columns for name in replaced) else ""
+    told = f"{metric_label(score)}{inside}{noise} and its paired difference{apart} to the method named beside it"
+    if len(counts) == 1:
+        seeds = counts.pop()
+        told = f"{seeds} {'run' if seeds == 1 else 'runs'} per method; {told}"
+    if "noise_attention_r" in columns:
+        told += "; attention r: correlation of attention with a modality being replaced by noise"
+    console.print(told, style="dim", highlight=False)
+    if left_out:
+        what = ": " + ", ".join(left_out) if len(left_out) < 7 else f" {len(left_out)} more figures"
+        text = f"No room here for{what}. The report has everything."
+        console.print(text, style="dim", highlight=False)
+
+
+def _shown(metric: str, score: str) -> bool:
+    """Whether a metric of a model's own judgment is a figure to compare, not one of the training or its cost."""
+    return metric not in (score, "parameters", "flops", "seconds_per_epoch", "air") and not metric.startswith(
+        ("val_", "share/", "chance")
+    )
+
+
+def _table(
+    rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str, str], score: str, comma: str = ", "
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    # Where nothing is left to leave out, a long name goes on in the next line.
+    table.add_column("method", overflow="fold")
+    for name, header in columns.items():
+        table.add_column(header, no_wrap=name != AGAINST, overflow="fold")
+    for method in dict.fromkeys(method for method, _ in rows):
+        table.add_row(method, *_cells(method, rows, list(columns), score, comma))
+    return table
+
+
+def _cells(
+    method: str, rows: Mapping[tuple[str, str], dict[str, Any]], columns: Sequence[str], score: str, comma: str
+) -> list[str]:
+    from ..report.text_format import format_delta, format_p, with_spread
+
+    cells = []
+    for metric in columns:
+        row = rows.get((method, score if metric in (AGAINST, SEEDS) else metric))
+        if row is None or (metric == AGAINST and row["difference"] is None):
+            cells.append("")
+        elif metric == SEEDS:
+            cells.append(str(row["n"]))
+        elif metric == AGAINST:
+            p = "" if row["p"] is None else f"{comma}{format_p(row['p'])}"
+            points = format_delta(score, row["difference"]).removesuffix(" points")
+            cells.append(f"{row['reference']} {points}{p}")
+        else:
+            cells.append(with_spread(metric, row["mean"], row["sd"]))
+    return cells
+
+
+def _width(table: Table, console: Console) -> int:
+    """What the table would take, had the terminal no edge."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum

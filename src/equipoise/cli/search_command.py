@@ -1,0 +1,131 @@
+"""``equipoise search``: words in, pictures out, or the other way round; in the terminal and as a page."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import ConfigError
+from ..io.atomic_files import check_file
+from .command_line import Parser, described, out, path, whole
+
+if TYPE_CHECKING:
+    from ..evaluation.search import SearchHit, SearchIndex, SearchResult
+
+EXAMPLES = (
+    'equipoise search --model runs/emoji "red heart"',
+    'equipoise search --model runs/emoji "woman running: dark skin tone" --html gallery.html',
+    "equipoise search --model runs/emoji --image cat.png        what is it called?",
+    'equipoise search --model runs/emoji "red car" --images photographs/       in a folder of your own',
+)
+WIDTH = 18
+"""Characters of a picture's column in the terminal."""
+
+
+def search_parser() -> Parser:
+    parser = described(
+        "Finds pictures by words, and words by a picture, in a space of `equipoise train --config emoji_clip`.",
+        *EXAMPLES,
+    )
+    parser.add_argument("text", nargs="?", default=None, help="what is looked for")
+    parser.add_argument("--model", type=path, required=True, help="folder of a finished run, of train or compare")
+    parser.add_argument("--top", type=whole, default=10, help="how many are shown")
+    parser.add_argument("--image", type=path, default=None, help="a picture to ask with, in place of a text")
+    parser.add_argument("--images", type=path, default=None, help="look in this folder of pictures, not in the data")
+    parser.add_argument("--html", type=path, default=None, help="also write a page of what was found")
+    return parser
+
+
+def search(options: Namespace) -> int:
+    """Loads the model, finds, and shows what was found."""
+    if (options.text is None) == (options.image is None):
+        raise ConfigError(
+            "search", expected="a text, or a picture after --image",
+            got="neither" if options.text is None else "both",
+            fix='Write for example: equipoise search --model runs/emoji "red heart".',
+        )  # fmt: skip
+    if options.top < 1:
+        raise ConfigError("search", expected="--top of 1 or more", got=f"{options.top}")
+    if options.text is not None and not options.text.strip():
+        raise ConfigError("search", expected="a text with a word in it", got=repr(options.text))
+    if options.html is not None and not options.html.is_dir():
+        check_file(options.html, "search --html")
+    with out.status("loading the model"):
+        index, notes = opened(options)
+    if options.image is not None:
+        found = index.like(options.image, top=options.top)
+    else:
+        found = index.find(str(options.text), top=options.top)
+    show(found, notes, out)
+    if options.html is not None:
+        from ..evaluation.search import result_gallery
+
+        page = result_gallery(found, options.html, model=str(options.model), notes=notes)
+        out.print(f"gallery: {page}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
+    """The index that is asked, and what should be told about it."""
+    from ..evaluation.search import cached_embeddings, caption_entries, image_entries, index_folder
+    from ..evaluation.search.search_index import check_searchable
+    from ..training import recipes
+    from ..training.run import load_run_dataset
+    from ..training.run_loading import finished_run, load
+
+    run = finished_run(options.model)
+    source: Any = load_run_dataset(recipes.load_recipe(options.model / "recipe.yaml"), run["fold"])
+    space: Any = load(options.model)
+    check_searchable(space, source)
+    if options.images is not None:
+        index, troubles = index_folder(space, source, options.images)
+        return index, [f"Left out: {trouble}" for trouble in troubles]
+    vectors = cached_embeddings(
+        options.model, options.model / "model.safetensors", source,
+        lambda: {"image": image_entries(space, source).vectors, "text": caption_entries(space, source).vectors},
+    )  # fmt: skip
+    make = image_entries if options.image is None else caption_entries
+    return make(space, source, vectors["image" if options.image is None else "text"]), []
+
+
+def show(found: SearchResult, notes: list[str], console: Console) -> None:
+    """What was found: pictures where the terminal has colors, a table in any case."""
+    from ..report.search_page import unseen
+
+    if console.is_terminal and console.color_system in ("256", "truecolor"):
+        console.print(_pictures(found.hits, max(1, console.width // (WIDTH + 1))))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for header in ("", "cosine", "", "name", ""):
+        table.add_column(header, justify="right" if header == "cosine" else "left", overflow="fold")
+    for hit in found.hits:
+        new = Text("new", style="green") if hit.entry.seen is False else Text("")
+        table.add_row(f"{hit.rank}.", f"{hit.score:.3f}", Text(hit.entry.mark), Text(hit.entry.name), new)
+    console.print(table)
+    said = [f"{len(found.hits)} of {found.entries}"]
+    said += [f"{found.tied} more are as near as the last one"] if found.tied else []
+    said += ["new: in no training batch"] if any(hit.entry.seen is False for hit in found.hits) else []
+    console.print("; ".join(said), style="dim", highlight=False)
+    for note in [*unseen({"unseen": found.unseen}), *notes]:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _pictures(hits: list[SearchHit], columns: int) -> Table:
+    """The pictures side by side, each with its rank and name below."""
+    from ..evaluation.search.terminal_image import image_to_blocks
+
+    grid = Table.grid(padding=(0, 1, 1, 0))
+    cells = [
+        Group(image_to_blocks(hit.entry.picture, WIDTH - 2), Text(f"{hit.rank}. {hit.entry.name}"))
+        for hit in hits
+        if hit.entry.picture is not None
+    ]
+    for _ in range(min(columns, len(cells))):
+        grid.add_column(width=WIDTH, overflow="fold")
+    for start in range(0, len(cells), columns):
+        grid.add_row(*cells[start : start + columns])
+    return grid

@@ -1,0 +1,61 @@
+"""The block matrix of all maps between modalities, and what its sizes are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigError, NonFiniteError, ShapeError
+
+SquareMatrix = Float[Tensor, "... size size"]
+
+
+def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[int] | None, who: str) -> list[int]:
+    """How many tokens each modality has: ``sizes``, or ``num_modalities`` equal parts.
+
+    Raises:
+        ShapeError: no square matrix, or parts that do not make up its size.
+        ConfigError: neither or both are given.
+    """
+    size = check_square(matrix, who)
+    if (num_modalities is None) == (sizes is None):
+        raise ConfigError(
+            who, expected="num_modalities, or sizes where modalities differ", got="both" if sizes else "neither"
+        )
+    if sizes is not None:
+        if sum(sizes) != size or min(sizes, default=0) < 1:
+            raise ShapeError(who, expected=f"sizes >= 1 that add up to {size}", got=f"{tuple(sizes)}")
+        return list(sizes)
+    count = int(num_modalities)  # type: ignore[arg-type]
+    if count < 1 or size % count:
+        raise ShapeError(
+            who, expected=f"a matrix of num_modalities = {count} equal blocks", got=f"size {size}",
+            fix="Give sizes=(tokens of the first modality, of the second, ...) where they differ.",
+        )  # fmt: skip
+    return [size // count] * count
+
+
+def check_square(matrix: SquareMatrix, who: str) -> int:
+    """The size of a square matrix of finite numbers.
+
+    Raises:
+        ShapeError: another shape or type. NonFiniteError: NaN or infinity in it.
+    """
+    if not isinstance(matrix, Tensor) or matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        got = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ShapeError(
+            who, expected="a square matrix (..., N M, N M)", got=got, fix="eq.consistency.supermatrix makes one."
+        )
+    if not matrix.is_floating_point():
+        raise ShapeError(who, expected="a floating matrix", got=f"{matrix.dtype}", fix="Use P.float().")
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(who, expected="finite numbers", got="NaN or infinity in the matrix")
+    return matrix.shape[-1]
+
+
+def split_blocks(matrix: SquareMatrix, sizes: Sequence[int]) -> list[list[Tensor]]:
+    """The blocks: ``split(P, sizes)[i][j]`` maps modality i to j."""
+    return [list(row.split(list(sizes), dim=-1)) for row in matrix.split(list(sizes), dim=-2)]

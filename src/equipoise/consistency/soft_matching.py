@@ -1,0 +1,69 @@
+"""Scores between two sets of tokens as a map: row-softmax, doubly stochastic, with a dustbin (spec 6.4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..tokens.masks import bool_mask
+
+
+def soft_matching(
+    scores: Float[Tensor, "... row column"],
+    *,
+    rows: Bool[Tensor, "... row"] | None = None,
+    columns: Bool[Tensor, "... column"] | None = None,
+    sinkhorn: int = 0,
+    dustbin: float | None = None,
+) -> Float[Tensor, "... row column"]:
+    """A soft map: softmax over the columns, or ``sinkhorn`` alternating normalizations of rows and columns.
+
+    Args:
+        scores: logits.
+        rows, columns: True for real tokens; others map to nothing and are mapped to by nothing.
+        sinkhorn: alternations in the log domain.
+        dustbin: logit of a further row and column, which take what has no partner and are cut off; rows then sum to at
+            most 1.
+
+    Returns:
+        rows that sum to 1 (without a dustbin), 0 for padding.
+    """
+    for name, mask, dim in (("rows", rows, -1), ("columns", columns, -2)):
+        if mask is not None:
+            bool_mask(mask, f"match {name}", "a boolean mask (..., row) or (..., column)")
+            scores = scores.masked_fill(~mask.unsqueeze(dim), -math.inf)
+    if dustbin is not None:
+        scores = F.pad(scores, (0, 1, 0, 1), value=dustbin)
+    found = _sinkhorn(scores, sinkhorn, dustbin is not None) if sinkhorn else _softmax(scores)
+    if dustbin is not None:
+        found = found[..., :-1, :-1]
+    return found if rows is None else found * rows[..., None]
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    blind = (scores == -math.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+
+
+def _sinkhorn(scores: Tensor, rounds: int, dustbin: bool) -> Tensor:
+    """Alternates in the log domain; a dustbin's own row or column is not normalized, it takes any number."""
+    lowest = torch.finfo(scores.dtype).min / 4
+    scores = scores.clamp(min=lowest)
+    kept = slice(None, -1) if dustbin else slice(None)
+    for _ in range(rounds):
+        for dim in (-2, -1):
+            total = scores.logsumexp(dim=dim, keepdim=True)
+            # Padding stays padding: what has no real partner is not blown up to a sum of 1.
+            total = total.masked_fill(total <= lowest / 2, 0.0)
+            part = total[..., kept, :] if dim == -1 else total[..., kept]
+            free = torch.zeros_like(total)
+            if dim == -1:
+                free[..., kept, :] = part
+            else:
+                free[..., kept] = part
+            scores = scores - free
+    return scores.exp().masked_fill(scores <= lowest / 2, 0.0)

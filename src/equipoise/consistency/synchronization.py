@@ -1,0 +1,91 @@
+"""The nearest maps that agree: permutation synchronization by the leading eigenvectors (spec 6.6)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigError, unknown_name
+from ..tokens.masks import at_least_float32 as exact
+from .block_matrix import SquareMatrix, sizes_of
+from .soft_matching import soft_matching
+
+Kind = Literal["hard", "soft", "orthogonal"]
+KINDS = ("hard", "soft", "orthogonal")
+
+
+def synchronize(
+    matrix: SquareMatrix, *, num_modalities: int, kind: Kind = "hard", temperature: float = 0.1, rounds: int = 50
+) -> Float[Tensor, "... size size"]:
+    """P* = [Q_i Q_j^T] from the M leading eigenvectors of (P + P^T) / 2; a few wrong maps among many are overruled.
+
+    Q_i = X_i X_1^T with X = sqrt(N) U, made a permutation by linear assignment.
+
+    Args:
+        matrix: (..., N M, N M).
+        num_modalities: N; all have M tokens.
+        kind: ``"hard"`` permutations; ``"soft"`` doubly stochastic ones by Sinkhorn, at ``temperature``;
+            ``"orthogonal"`` the nearest orthogonal ones.
+        temperature, rounds: of Sinkhorn.
+
+    Returns:
+        the same shape; rank M and without contradiction for hard and orthogonal. No gradient flows through it.
+
+    Raises:
+        ShapeError: blocks that do not fit. ConfigError: an unknown kind, a single modality.
+
+    Reference: spec 6.6.
+
+    Example:
+        >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> wrong = torch.eye(2).repeat(5, 5)
+        >>> wrong[:2, 2:4] = wrong[2:4, :2] = swap
+        >>> bool((synchronize(wrong, num_modalities=5) == torch.eye(2).repeat(5, 5)).all())
+        True
+    """
+    size = sizes_of(matrix, num_modalities, None, "synchronize")[0]
+    if num_modalities < 2:
+        raise ConfigError("synchronize", expected="two or more modalities", got=f"{num_modalities}")
+    if kind not in KINDS:
+        raise unknown_name("synchronize", "kind", str(kind), KINDS)
+    with torch.no_grad():
+        whole = exact(matrix).double()
+        _, vectors = torch.linalg.eigh((whole + whole.transpose(-1, -2)) / 2)
+        stack = num_modalities**0.5 * vectors[..., -size:].unflatten(-2, (num_modalities, size))
+        free = stack @ stack[..., :1, :, :].transpose(-1, -2)
+        made = {"hard": _permutations, "soft": _soft, "orthogonal": _orthogonal}[kind](free, temperature, rounds)
+        # The first is the reference itself.
+        made[..., 0, :, :] = torch.eye(size, dtype=made.dtype, device=made.device)
+        found = made.flatten(-3, -2)
+        return (found @ found.transpose(-1, -2)).to(matrix.dtype)
+
+
+def eigengap(matrix: SquareMatrix, *, num_modalities: int) -> Float[Tensor, ...]:
+    """lambda_M - lambda_(M+1) of (P + P^T) / 2: how sure ``synchronize`` is; N for maps that agree, 0 for noise."""
+    size = sizes_of(matrix, num_modalities, None, "eigengap")[0]
+    whole = exact(matrix)
+    values = torch.linalg.eigvalsh((whole + whole.transpose(-1, -2)) / 2)
+    return values[..., -size] - values[..., -size - 1]
+
+
+def _permutations(free: Tensor, temperature: float, rounds: int) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    flat = free.reshape(-1, *free.shape[-2:])
+    made = torch.zeros_like(flat)
+    for number, scores in enumerate(flat.cpu().numpy()):
+        rows, columns = linear_sum_assignment(scores, maximize=True)
+        made[number, torch.from_numpy(rows), torch.from_numpy(columns)] = 1.0
+    return made.view_as(free)
+
+
+def _soft(free: Tensor, temperature: float, rounds: int) -> Tensor:
+    return soft_matching(free / temperature, sinkhorn=rounds)
+
+
+def _orthogonal(free: Tensor, temperature: float, rounds: int) -> Tensor:
+    left, _, right = torch.linalg.svd(free)
+    return left @ right

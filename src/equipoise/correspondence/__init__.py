@@ -1,3 +1,0 @@
-"""Models that find what belongs together: which picture shows what is said, and which word says it."""
-
-from .correspondence import Correspondence as Correspondence

@@ -1,0 +1,250 @@
+"""Reads images and sounds: complete files only, images upright, in 8 bits and on white, sounds in one channel."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import DataError
+
+MAX_PIXELS = 89_478_485
+"""Pixels of an image, as in Pillow: a small file may unpack to any number of them."""
+MAX_SAMPLES = 2**28
+"""Samples of a sound, over all channels, before and after resampling: 1 GiB in float32."""
+RATES = (1_000, 384_000)
+"""Sample rates in Hz; the filter of a resampling grows with them."""
+PROGRAMS = ("EPS", "WMF")
+"""Formats that are programs for another interpreter, which Pillow would start."""
+SIXTEEN = ("PNG", "PPM")
+"""Formats of which Pillow gives 16 bits in 32."""
+CHUNKS: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
+    b"RIFF": ("little", b"data"),
+    b"RF64": ("little", b"data"),
+    b"RIFX": ("big", b"data"),
+    b"FORM": ("big", b"SSND"),
+}
+"""How files of chunks begin -> their byte order, and the chunk that holds the samples."""
+
+
+def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.Image:
+    """An image in RGB with 8 bits a color.
+
+    It is turned as its EXIF orientation says, 16-bit gray values are divided by 257, and what is transparent lies on
+    white. Of an animation, the first frame is read.
+
+    Args:
+        image: a file, or an image of Pillow.
+        who: begins the errors.
+
+    Raises:
+        DataError: no file, an empty or truncated one, or no image; more than ``MAX_PIXELS`` pixels; values whose range
+            the file does not tell, as 32-bit integers and floats.
+
+    Example:
+        >>> read_image(Image.new("LA", (2, 2))).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    content = b""
+    if not isinstance(image, Image.Image):
+        who = f"{who} '{image}'"
+        content = _content(image, who, "an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("error", message="Truncated File Read")
+            found = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(content))
+            if found.width * found.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{found.width} x {found.height} pixels, a decompression bomb")
+            if found.format in PROGRAMS:
+                raise UnidentifiedImageError(found.format)
+            found.load()
+            _require_end(found.format, content)
+            return _on_white(_eight_bits(_upright(found), found.format, who))
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            who, expected="an image, as PNG, JPEG or WebP", got="a file of another kind", fix="Is it complete?"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(who, expected=f"an image of at most {MAX_PIXELS:,} pixels", got=_said(error)) from error
+    # Pillow's decoders fail in many ways on content that is not theirs.
+    except Exception as error:
+        raise DataError(
+            who, expected="a complete image, as PNG, JPEG or WebP", got=_said(error), fix="Is the file truncated?"
+        ) from error
+
+
+def read_audio(sound: str | Path | np.ndarray, rate: int, *, who: str = "audio") -> Float[np.ndarray, " sample"]:
+    """A sound in one channel, the mean of those it has, at the rate that is asked for.
+
+    Args:
+        sound: a file of any rate, or an array (sample,) that has this rate already.
+        rate: in Hz.
+        who: begins the errors.
+
+    Raises:
+        DataError: what ``load_sound`` raises; an array that is no finite floating (sample,).
+    """
+    if isinstance(sound, np.ndarray):
+        if sound.ndim != 1 or not np.issubdtype(sound.dtype, np.floating) or not len(sound):
+            raise DataError(
+                who, expected="a floating array (sample,) in [-1, 1]", got=f"{sound.dtype} of shape {sound.shape}",
+                fix="Average the channels; divide integers by their largest value.",
+            )  # fmt: skip
+        _require_finite(sound, who)
+        return sound
+    from scipy.signal import resample_poly
+
+    channels, own = load_audio(sound, who=who)
+    values = channels.mean(axis=1)
+    if own == rate:
+        return values
+    if len(values) * rate > MAX_SAMPLES * own:
+        raise DataError(
+            f"{who} '{sound}'", expected=f"a sound of at most {MAX_SAMPLES:,} samples at {rate} Hz",
+            got=f"{len(values):,} at {own} Hz",
+        )  # fmt: skip
+    divisor = math.gcd(own, rate)
+    return resample_poly(values, rate // divisor, own // divisor).astype(np.float32)
+
+
+def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarray, "sample channel"], int]:
+    """The samples of a sound file in float32, and its rate in Hz; integers are scaled to [-1, 1).
+
+    Raises:
+        DataError: no file, an empty or truncated one, or no sound; no sample, NaN or infinity among them; more than
+            ``MAX_SAMPLES`` samples; a rate outside of ``RATES``.
+    """
+    import soundfile
+
+    who = f"{who} '{path}'"
+    content = _content(path, who, "a sound")
+    _require_chunks(content, who)
+    _require_last_page(content, who)
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            length, rate = file.frames, file.samplerate
+            if not RATES[0] <= rate <= RATES[1]:
+                raise DataError(who, expected=f"a rate from {RATES[0]} to {RATES[1]} Hz", got=f"{rate} Hz")
+            if length * file.channels > MAX_SAMPLES:
+                raise DataError(
+                    who, expected=f"a sound of at most {MAX_SAMPLES:,} samples", got=f"{length * file.channels:,}"
+                )
+            values = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise DataError(who, expected="a sound, as WAV or FLAC", got=_said(error), fix="Is it complete?") from error
+    if not len(values):
+        raise DataError(who, expected="at least one sample", got="an empty recording", fix="Fetch the file again.")
+    if len(values) < length:
+        raise _truncated(who, f"{length} samples, as its header says", len(values))
+    _require_finite(values, who)
+    return values, rate
+
+
+def _content(path: str | Path, who: str, kind: str) -> bytes:
+    try:
+        content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else None
+    except FileNotFoundError as error:
+        raise DataError(who, expected=kind, got="no such file") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(who, expected=kind, got=_said(error)) from error
+    if not content:
+        raise DataError(who, expected=kind, got="an empty file" if content == b"" else "no regular file")
+    return content
+
+
+def _require_end(kind: str | None, content: bytes) -> None:
+    """Raises OSError where the end of a file is missing whose image, or first frame, Pillow could read."""
+    cut = {"PNG": b"IEND\xaeB`\x82" not in content, "GIF": not content.rstrip(b"\0\r\n ").endswith(b";")}
+    if content and cut.get(kind or "", False):
+        raise OSError("image file is truncated: its end is missing")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    # What says how the camera was held cannot be read; the image can.
+    except Exception:
+        return image
+
+
+def _eight_bits(image: Image.Image, kind: str | None, who: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in SIXTEEN):
+        values = np.asarray(image).astype(np.int64)
+        gray = Image.fromarray(((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+        if isinstance(image.info.get("transparency"), int):
+            gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+        return gray
+    if image.mode in ("I", "F"):
+        raise DataError(
+            who, expected="an image of 8 or 16 bits a color", got=f"mode {image.mode}, whose range is not known",
+            fix="Convert it to 8-bit RGB first.",
+        )  # fmt: skip
+    return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGB", "HSV", "LAB", "YCbCr", "CMYK") and "transparency" not in image.info:
+        return image.convert("RGB")
+    colors = image.convert("LA") if image.mode == "La" else image
+    colors = colors.convert("RGBA")
+    white = Image.new("RGBA", colors.size, "white")
+    white.alpha_composite(colors)
+    return white.convert("RGB")
+
+
+def _require_chunks(content: bytes, who: str) -> None:
+    """Raises DataError where a chunk is shorter than its header says: libsndfile would return what there is."""
+    if content[:4] not in CHUNKS:
+        return
+    order, data = CHUNKS[content[:4]]
+    at, long = 12, None
+    while at + 8 <= len(content):
+        name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], order)
+        held = len(content) - at - 8
+        if name == b"ds64":
+            long = int.from_bytes(content[at + 16 : at + 24], order)
+        if name == data and long is not None and size == 0xFFFFFFFF:
+            size = long
+        if size > held:
+            raise _truncated(
+                who, f"{size} bytes in the chunk '{name.decode('ascii', 'replace')}', as its header says", held
+            )
+        if name == data:
+            return
+        at += 8 + size + size % 2
+    raise DataError(
+        who, expected=f"a chunk '{data.decode()}'", got="none", fix="The file is truncated: fetch it again."
+    )
+
+
+def _require_last_page(content: bytes, who: str) -> None:
+    """Raises DataError where the last page of an Ogg stream is cut, or not marked as the last."""
+    if content[:4] != b"OggS":
+        return
+    at = content.rfind(b"OggS")
+    table = content[at + 27 : at + 27 + content[at + 26]] if at + 27 <= len(content) else b""
+    if not table or not content[at + 5] & 4 or at + 27 + len(table) + sum(table) > len(content):
+        raise _truncated(who, "a last page", "none")
+
+
+def _require_finite(values: np.ndarray, who: str) -> None:
+    if not np.isfinite(values).all():
+        raise DataError(who, expected="finite samples", got=f"NaN or infinity in {int((~np.isfinite(values)).sum())}")
+
+
+def _truncated(who: str, expected: str, got: object) -> DataError:
+    return DataError(who, expected=expected, got=f"{got}", fix="The file is truncated: fetch it again.")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,52 @@
+"""The words of the scenes: a text as ids and back, one id a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...errors import ConfigError, unknown_name
+from .scene_questions import NUMBERS, PLURALS
+from .scene_rendering import COLOURS
+
+PAD, END, IMAGE = "<pad>", "<end>", "<image>"
+WORDS = (
+    PAD, END, IMAGE, *COLOURS, *PLURALS, *PLURALS.values(), *NUMBERS, "yes", "no", "parked", "moving", "describe",
+    "what", "color", "is", "there", "a", "and", "the", "how", "many", "left", "right", "of", "above", "below",
+)  # fmt: skip
+"""id -> word."""
+IDS = {word: number for number, word in enumerate(WORDS)}
+
+
+def encode_text(text: str) -> list[int]:
+    """The ids of a text; question marks and full stops are not words.
+
+    Raises:
+        ConfigError: no word at all, or one that the scenes do not have; the closest is given.
+
+    Example:
+        >>> [WORDS[number] for number in encoded("The red car is parked.")]
+        ['the', 'red', 'car', 'is', 'parked']
+    """
+    words = text.lower().replace("?", " ").replace(".", " ").split()
+    if not words:
+        raise ConfigError("scenes text", expected="at least one word", got=repr(text))
+    for word in words:
+        if word not in IDS:
+            raise unknown_name("scenes text", "word", word, WORDS)
+    return [IDS[word] for word in words]
+
+
+def decode_text(ids: Iterable[int]) -> str:
+    """The text of ids, up to the end; padding and the picture's place are left out.
+
+    Example:
+        >>> decoded([IDS["a"], IDS["car"], IDS[END], IDS["red"]])
+        'a car'
+    """
+    words = []
+    for number in ids:
+        if WORDS[number] == END:
+            break
+        if WORDS[number] not in (PAD, IMAGE):
+            words.append(WORDS[number])
+    return " ".join(words)

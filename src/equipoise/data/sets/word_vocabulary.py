@@ -1,0 +1,118 @@
+"""Captions as numbers: a word has its own, and a word that was never seen is read by its letters, three at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ...errors import ConfigError, ShapeError, unknown_name
+
+PADDING = 0
+
+
+class WordVocabulary:
+    """The words of some captions, numbered in the order of the alphabet; a function of the captions alone.
+
+    Number 0 is padding, then come the words, then the trigrams of their letters, with a mark at both ends of the word.
+
+    Args:
+        captions: whose words are known.
+        length: longest text, in numbers.
+
+    Raises:
+        ConfigError: a length below 1, or captions without any word.
+
+    Example:
+        >>> words = Words(["red heart", "blue book"], length=5)
+        >>> words.encode(["Red book!"])
+        tensor([[4, 2, 0, 0, 0]])
+        >>> words.unseen("two red hearts")
+        ['two', 'hearts']
+    """
+
+    def __init__(self, captions: Iterable[str], *, length: int) -> None:
+        if length < 1:
+            raise ConfigError("Words", expected="length >= 1", got=f"{length}")
+        known = sorted({word for caption in captions for word in split_words(caption)})
+        if not known:
+            raise ConfigError("Words", expected="captions with words in them", got="none")
+        pieces = sorted({piece for word in known for piece in trigrams(word)})
+        self.length = length
+        self.words = {word: number for number, word in enumerate(known, start=1)}
+        self.pieces = {piece: number for number, piece in enumerate(pieces, start=len(known) + 1)}
+
+    def __len__(self) -> int:
+        return 1 + len(self.words) + len(self.pieces)
+
+    def unseen(self, text: str) -> list[str]:
+        """The words of a text that no caption had."""
+        return [word for word in split_words(text) if word not in self.words]
+
+    def spelled(self, word: str) -> list[int]:
+        """A word by its letters: the numbers of those of its trigrams that are known."""
+        return [self.pieces[piece] for piece in trigrams(word) if piece in self.pieces]
+
+    def numbers(self, text: str) -> list[list[int]]:
+        """Word by word: one number, or those of its letters where the word is not known."""
+        return [[self.words[word]] if word in self.words else self.spelled(word) for word in split_words(text)]
+
+    def encode(self, texts: Sequence[str], who: str = "Words") -> Int[Tensor, "text length"]:
+        """The texts as rows of numbers, padded with 0.
+
+        Raises:
+            ShapeError: a text that is empty, or longer than ``length``. ConfigError: one of which nothing is known.
+        """
+        rows = [self._checked(text, place, [n for word in self.numbers(text) for n in word], who)
+                for place, text in enumerate(texts)]  # fmt: skip
+        return pad_sequences(rows, self.length)
+
+    def _checked(self, text: str, place: int, row: list[int], who: str) -> list[int]:
+        where = who if place == 0 else f"{who}, text {place}"
+        if not split_words(text):
+            raise ShapeError(where, expected="a text with a word in it", got=repr(text), fix="Say what is meant.")
+        if not row:
+            word = split_words(text)[0]
+            raise unknown_name(where, "word", text, self.words, like=word)
+        if len(row) > self.length:
+            raise ShapeError(
+                where, expected=f"a text of at most {self.length} words",
+                got=f"{len(row)} ('{text[:40]}{'...' if len(text) > 40 else ''}')",
+                fix="Shorten it; a word that is not known counts one for each of its letters.",
+            )  # fmt: skip
+        return row
+
+
+def pad_sequences(rows: Sequence[Sequence[int]], length: int) -> Int[Tensor, "row length"]:
+    """Rows of numbers, cut to a length and filled up with 0.
+
+    Example:
+        >>> padded([[5, 7], [3, 4, 6, 8]], 3)
+        tensor([[5, 7, 0],
+                [3, 4, 6]])
+    """
+    return torch.tensor([[*row[:length], *[PADDING] * (length - len(row))] for row in rows]).reshape(-1, length)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case, without signs.
+
+    Example:
+        >>> split("Kiss: WOMAN, man")
+        ['kiss', 'woman', 'man']
+    """
+    return re.findall(r"\w+", text.casefold())
+
+
+def trigrams(word: str) -> list[str]:
+    """Three letters at a time, with marks at both ends.
+
+    Example:
+        >>> trigrams("red")
+        ['<re', 'red', 'ed>']
+    """
+    marked = f"<{word}>"
+    return [marked[place : place + 3] for place in range(len(marked) - 2)]

@@ -1,0 +1,112 @@
+"""What can be done to an attention while a block runs: a modality hidden, or quadrants averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown_name
+from ..recording import AttentionCall, LabeledKeys
+from ..recording.share_measurement import attention_output
+from .quag_operators import ClsRows, averaged_attention, operators, quag_attention, quag_output
+
+
+class AttentionChange(Protocol):
+    """What is done to an attention."""
+
+    @property
+    def what(self) -> str:
+        """In words, after "attention"."""
+        ...
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        """Raises ConfigError where it means nothing for these modalities."""
+        ...
+
+    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        """The output instead; why there can be none; None where there is nothing to change.
+
+        For attention that the model has written out itself, the attention instead.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MaskModality:
+    """softmax over the keys of all other modalities alone.
+
+    Attributes:
+        gone: names of the hidden ones.
+    """
+
+    gone: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return f"with keys of {' or '.join(repr(name) for name in self.gone)}"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        for name in self.gone:
+            if name not in names:
+                raise unknown_name(who, "modality", name, names)
+
+    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        batch, _, _, keys = call.sizes
+        numbers = torch.tensor([known.names.index(name) for name in self.gone])
+        hidden = torch.isin(known.keys.cpu(), numbers).expand(batch, keys).to(call.query.device)
+        if not bool(hidden.any()):
+            return None
+        if call.attention is not None:
+            kept = call.attention.masked_fill(hidden[:, None, None], 0.0)
+            return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+        # Zeros in place of what may be NaN, which no weight of 0 would stop.
+        blank = hidden[:, None, :, None]
+        seen = call.restricted(~hidden[:, None, None])
+        return attention_output(
+            replace(seen, key=call.key.masked_fill(blank, 0.0), value=call.value.masked_fill(blank, 0.0))
+        )
+
+
+@dataclass(frozen=True)
+class QuagAveraging:
+    """QUAG.
+
+    Attributes:
+        operator: a name out of ``operators``.
+        cls_rows: what special tokens do that read.
+    """
+
+    operator: str
+    cls_rows: ClsRows = "keys"
+
+    @property
+    def what(self) -> str:
+        return f"with quadrants of '{self.operator}'"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        known = operators(names, cls_rows=self.cls_rows)
+        if self.operator not in known:
+            raise unknown_name(who, "operator", self.operator, known)
+
+    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        batch, _, rows, keys = call.sizes
+        count, device = len(known.names), call.query.device
+        pairs = operators(known.names, cls_rows=self.cls_rows)[self.operator]
+        labels, queries = known.keys.to(device), known.queries
+        if queries is None:
+            by_reader = averaged_attention(pairs, count, torch.arange(-1, count)[None])[0]
+            if bool((by_reader != by_reader[0]).any()):
+                return "the modality of its queries is not known"
+            queries = torch.zeros(rows, dtype=torch.long)
+        queries = queries.to(device).expand(batch, rows)
+        present = (labels.expand(batch, keys)[..., None] == torch.arange(count, device=device)).any(dim=1)
+        if not bool((averaged_attention(pairs, count, queries) & present[:, None]).any()):
+            return None
+        if call.attention is not None:
+            seen = call.attention > 0 if call.mask is None else call.visible()
+            return quag_attention(call.attention, queries, labels, pairs, visible=seen)
+        return quag_output(call, labels, queries, count, pairs)

@@ -1,0 +1,233 @@
+"""Do tokens look at their own modality or across? The attention gap of each modality (spec 5.6)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeError
+from ..geometry import membership
+from .model_inputs import Layers, attention_of, key_mask, labels_of
+
+Normalise = Literal["mass", "per_token"]
+
+
+class ShareTable(NamedTuple):
+    """What the queries of each modality give to the keys of each modality.
+
+    Attributes:
+        share: (layer, sample, head, modality of query, modality of key) mean over the queries; NaN without any.
+        rows: (sample, modality of query) over how many queries.
+    """
+
+    share: Float[Tensor, "layer sample head query key"]
+    rows: Float[Tensor, "sample query"]
+
+
+def attention_gap(
+    share: Float[Tensor, "*layer_sample_head query key"],
+    *,
+    weights: Tensor | None = None,
+    normalize: Normalise = "mass",
+    counts: Tensor | None = None,
+) -> Float[Tensor, " query"]:
+    """How unevenly the queries of each modality look at their own modality and at the others, in percent.
+
+    ::
+
+        gap_m = 100 |S_m - X_m| / (S_m + X_m)     S_m: attention m -> m,  X_m: m -> all other modalities
+
+    S and X are means over heads and samples, in each layer; gap is the mean over layers. 0 says that both get the same,
+    100 that one of them gets everything; which one, the share itself says. What special tokens get is in neither.
+
+    Args:
+        share: (layer, sample, head, modality of query, modality of key). Leading dimensions may be left out, the layer
+            first: (sample, head, query, key), (head, query, key) and (query, key) are one layer's.
+        weights: of the rows in their mean, of a shape that broadcasts to share's without its last dimension; the number
+            of queries behind each row makes it a mean over queries, and 0 leaves a row out. Without weights all rows
+            count alike, but for those of which every share is NaN.
+        normalize: "mass" compares what both parts get, so a modality of many tokens gets much; "per_token" what each
+            key gets on average.
+        counts: number of keys that were allowed, of a shape that broadcasts to share's. Rows without keys of one of
+            the two kinds do not count. Needed for "per_token".
+
+    Returns:
+        (modality of query,), in at least float32. NaN for a single modality, and where nothing counts.
+
+    Raises:
+        ConfigError: an unknown normalization, or "per_token" without counts.
+        ShapeError: a share that is no such table, weights or counts that do not fit.
+
+    A gap may be right: where one modality has nothing to say, a model should not look at it.
+
+    Reference: MODA (ICML 2025), attention discrepancy of modalities; spec 5.6.
+    Differs from the paper in: the paper does not say whether it averages mass or attention for each token; both are
+    given.
+
+    Example:
+        >>> attention_gap(torch.tensor([[0.75, 0.25], [0.25, 0.25]]))
+        tensor([50.,  0.])
+    """
+    if normalize not in ("mass", "per_token"):
+        raise ConfigError("attention_gap", expected="normalize 'mass' or 'per_token'", got=repr(normalize))
+    if normalize == "per_token" and counts is None:
+        fix = "Give counts, the number of allowed keys, or use gap_from_attention, which counts them."
+        raise ConfigError("attention_gap", expected="counts for normalize 'per_token'", got="none", fix=fix)
+    table = share[(None,) * max(0, 5 - share.ndim)]
+    if not share.is_floating_point() or table.ndim != 5 or table.shape[-1] != table.shape[-2] or share.ndim < 2:
+        raise ShapeError(
+            "attention_gap share",
+            expected="a float tensor of shape (layer, sample, head, modality, modality), or without leading dimensions",
+            got=f"shape {tuple(share.shape)}, {share.dtype}",
+        )
+    table = table if table.dtype == torch.float64 else table.float()
+    own, cross = _own_and_cross(table)
+    if weights is None:
+        weights = (~table.isnan().all(dim=-1)).to(own)
+    weight = _expanded(weights.to(own), own.shape, "weights") * (table.shape[-1] > 1)
+    if counts is not None:
+        keys = _own_and_cross(_expanded(counts.to(table), table.shape, "counts"))
+        weight = weight * (keys[0] > 0) * (keys[1] > 0)
+        if normalize == "per_token":
+            own, cross = own / keys[0].clamp(min=1), cross / keys[1].clamp(min=1)
+    return _gap(own, cross, weight)
+
+
+def gap_from_attention(
+    attention: Layers,
+    modality: Int[Tensor, "... token"],
+    num_modalities: int | None = None,
+    mask: Bool[Tensor, "batch *query key"] | None = None,
+    *,
+    normalize: Normalise = "mass",
+) -> Float[Tensor, " modality"]:
+    """``attention_gap`` of explicit self-attention, over all queries that may see both kinds of keys.
+
+    Args:
+        attention: (batch, head, query, key) after softmax, query = key, or one for each layer, such as the
+            ``attentions`` of a Hugging Face model.
+        modality: labels (token,) or (batch, token), -1 = special or padding: neither a query nor a key then.
+        num_modalities: entries of the result; by default the highest label + 1.
+        mask: (batch, key) or (batch, query, key), True = may be seen. A causal mask must be given: without it the first
+            queries count, although they cannot look across.
+        normalize: "mass" or "per_token"; then each query's parts are divided by the number of keys that it may see.
+
+    Returns:
+        (modality,) in percent, every query alike; NaN where no query sees both kinds.
+
+    Raises:
+        ConfigError, ShapeError: as ``attention_gap``; attention that is not square.
+
+    Example:
+        >>> attention = torch.tensor([[[[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.2, 0.3, 0.5]]]])
+        >>> gap_from_attention(attention, torch.tensor([0, 0, 1]))
+        tensor([60.0000,  0.0000])
+        >>> gap_from_attention(attention, torch.tensor([0, 0, 1]), normalize="per_token")
+        tensor([33.3333, 33.3333])
+    """
+    if normalize not in ("mass", "per_token"):
+        raise ConfigError("gap_from_attention", expected="normalize 'mass' or 'per_token'", got=repr(normalize))
+    layers = attention_of(attention, "gap_from_attention")
+    links = _links(layers[0], modality, num_modalities, mask, "gap_from_attention")
+    gaps = []
+    for layer in layers:
+        heads_mean = layer.mean(dim=1).to(links.own.device)
+        parts = [torch.where(kind, heads_mean, 0.0).sum(dim=-1) for kind in (links.own, links.cross)]
+        if normalize == "per_token":
+            counts = [kind.sum(dim=-1).clamp(min=1) for kind in (links.own, links.cross)]
+            parts = [part / count for part, count in zip(parts, counts, strict=True)]
+        own, cross = (part[None, ..., None].expand(1, *links.rows.shape) for part in parts)
+        gaps.append((own, cross))
+    own, cross = (torch.cat(parts) for parts in zip(*gaps, strict=True))
+    return _gap(own, cross, links.rows.to(own))
+
+
+def share_table(
+    attention: Layers,
+    modality: Int[Tensor, "... token"],
+    num_modalities: int | None = None,
+    mask: Bool[Tensor, "batch *query key"] | None = None,
+) -> ShareTable:
+    """What the queries of each modality give to the keys of each, out of explicit self-attention.
+
+    Only queries that may see their own modality and another one count. Args and Raises as ``gap_from_attention``, whose
+    result is ``attention_gap(table.share, weights=table.rows[:, None])``.
+
+    Example:
+        >>> attention = torch.tensor([[[[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.2, 0.3, 0.5]]]])
+        >>> share_table(attention, torch.tensor([0, 0, 1])).share[0, 0, 0]
+        tensor([[0.8000, 0.2000],
+                [0.5000, 0.5000]])
+    """
+    layers = attention_of(attention, "share_table")
+    links = _links(layers[0], modality, num_modalities, mask, "share_table")
+    seen, rows = links.own | links.cross, links.rows
+    counts = rows.sum(dim=1)
+    found = []
+    for layer in layers:
+        kept = torch.where(seen[:, None], layer.to(seen.device), 0.0)
+        # (batch, head, query, key) to modalities of keys, then to modalities of queries.
+        to_keys = kept @ links.member.mT[:, None].to(kept)
+        sums = rows.mT[:, None].to(kept) @ to_keys
+        found.append(sums / counts[:, None, :, None])
+    return ShareTable(torch.stack(found), counts.to(found[0]))
+
+
+class _Links(NamedTuple):
+    own: Bool[Tensor, "batch query key"]
+    cross: Bool[Tensor, "batch query key"]
+    rows: Bool[Tensor, "batch query modality"]
+    member: Bool[Tensor, "batch modality key"]
+
+
+def _links(attention: Tensor, modality: Tensor, num_modalities: int | None, mask: Tensor | None, who: str) -> _Links:
+    """Which keys are a query's own and which another's, and the queries that may see both, by their modality."""
+    batch, _, queries, keys = attention.shape
+    if queries != keys:
+        raise ShapeError(
+            f"{who} attention",
+            expected="self-attention, query = key",
+            got=f"query = {queries}, key = {keys}",
+            fix="Run the whole sequence at once, not token by token with a cache.",
+        )
+    labels, count = labels_of(modality, num_modalities, batch, keys, who)
+    seen = key_mask(mask, attention, who)
+    labels = labels.to(seen.device)
+    if mask is not None and mask.ndim == 2:
+        labels = labels.masked_fill(~seen[:, 0], -1)
+    member = membership(labels, count, batch)
+    ours = member.any(dim=1)
+    seen = seen & ours[:, None, :] & ours[:, :, None]
+    same = labels[:, :, None] == labels[:, None, :]
+    own, cross = seen & same, seen & ~same
+    both = own.any(dim=-1) & cross.any(dim=-1)
+    return _Links(own, cross, member.mT & both[..., None], member)
+
+
+def _own_and_cross(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal, and the sum of the rest of each row."""
+    own = torch.eye(table.shape[-1], dtype=torch.bool, device=table.device)
+    return table.diagonal(dim1=-2, dim2=-1), table.masked_fill(own, 0.0).sum(dim=-1)
+
+
+def _expanded(given: Tensor, shape: torch.Size, what: str) -> Tensor:
+    try:
+        return given.expand(shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"attention_gap {what}",
+            expected=f"a shape that broadcasts to {tuple(shape)}",
+            got=f"shape {tuple(given.shape)}",
+        ) from None
+
+
+def _gap(own: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
+    """(layer, sample, head, modality) three times -> (modality,); layers in which nothing counts are left out."""
+    # The number of rows would be divided out again, so sums do.
+    own, cross = (torch.where(weight > 0, part * weight, 0.0).sum(dim=(1, 2)) for part in (own, cross))
+    gap = 100.0 * (own - cross).abs() / (own + cross)
+    counts = own + cross != 0
+    return torch.where(counts, gap, 0.0).sum(dim=0) / counts.sum(dim=0)

@@ -1,0 +1,192 @@
+"""What a model costs: parameters and operations of one forward pass, counted in full or as published tables count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from ..nn.eval_mode import eval_mode_no_grad
+
+Convention = Literal["full", "thop"]
+TABLE_BATCH = 64
+"""Samples of one forward pass for which the published tables give their GFLOPs."""
+NORMS = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
+# Fused kernels that the counter of some torch versions takes for free.
+UNCOUNTED = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass costs.
+
+    Attributes:
+        convention: how it was counted.
+        parameters: number of parameters.
+        flops: floating point operations of one sample; a multiplication and an addition are two.
+        batch_size: samples for which ``gflops`` is meant.
+    """
+
+    convention: Convention
+    parameters: int
+    flops: float
+    batch_size: int
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulate operations of one sample."""
+        return self.flops / 2
+
+    @property
+    def gflops(self) -> float:
+        """10^9 floating point operations of ``batch_size`` samples."""
+        return self.flops * self.batch_size / 1e9
+
+
+def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch_size: int | None = None) -> Cost:
+    """Counts parameters and operations of ``model(batch)``, forward, in evaluation mode.
+
+    ``"full"`` is the one to compare models by: all parameters, and all matrix products and convolutions that are run,
+    those of attention included, whatever kernel runs them. Norms, activations and softmax are not counted.
+
+    ``"thop"`` repeats published tables. Only modules with a rule count, with their parameters and, for each call::
+
+        Linear  in * out per token      Conv  kernel * in / groups * out      norms  4 per element (2 without weights)
+
+    Biases cost nothing; tokens and position tables have no parameters; the products Q K^T and A V, softmax and
+    ``nn.MultiheadAttention`` are free. A module with a floating buffer ``rotation`` (RollingQ) counts as the paper
+    counts it: the buffer as parameters, and one product with it for each sample.
+
+    Args:
+        model: any module that is called with one batch.
+        batch: what it is called with; the first dimension of its first tensor is the number of samples.
+        convention: "full" or "thop".
+        batch_size: for ``gflops``; 1 by default in full, 64 as in the tables in thop.
+
+    Returns:
+        Cost. Operations are an average over the batch, so padding counts. They say little about time: a fused kernel
+        may be many times faster than its parts.
+
+    Raises:
+        ConfigError: an unknown convention.
+        ShapeError: a batch without tensors or without samples.
+
+    Reference: RollingQ (ICML 2025), Table 4; spec 8.9.
+    Differs from the paper in: attention and all parameters are counted by default.
+
+    Example:
+        >>> found = cost(nn.Linear(3, 5), torch.zeros(2, 7, 3))
+        >>> found.parameters, found.macs
+        (20, 105.0)
+    """
+    if convention not in ("full", "thop"):
+        raise ConfigError("cost", expected="convention 'full' or 'thop'", got=repr(convention))
+    samples = _samples(batch)
+    with eval_mode_no_grad(model):
+        parameters, flops = (_full if convention == "full" else _thop)(model, batch, samples)
+    batch_size = batch_size or (1 if convention == "full" else TABLE_BATCH)
+    return Cost(convention, parameters, flops / samples, batch_size)
+
+
+def _full(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # These modules' fast path is one kernel that no counter can look into.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    kernels = [getattr(torch.ops.aten, name) for name in UNCOUNTED if hasattr(torch.ops.aten, name)]
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention_flops))
+    try:
+        with _untrained(model), counter:
+            model(batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+@contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """Parameters that require no gradient, for a while.
+
+    The counter looks for the gradient's function of whatever a module is given and requires one. A view that was taken
+    under no_grad has none, so gradients are on, and nothing of the model is recorded for them.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Q K^T and A V, without regard to masks, as torch counts its other attention kernels."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _thop(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
+    parameters, macs, handles = 0, 0, []
+
+    def count(rule: Callable[[Any, Tensor, Tensor], int]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            nonlocal macs
+            macs += rule(module, args[0], output)
+
+        return hook
+
+    skipped = {part for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    try:
+        for module in model.modules():
+            rule = None if module in skipped else _rule(module)
+            if rule is not None:
+                parameters += sum(p.numel() for p in module.parameters(recurse=False))
+                handles.append(module.register_forward_hook(count(rule)))
+            rotation = getattr(module, "rotation", None)
+            if isinstance(rotation, Tensor) and rotation.is_floating_point() and "rotation" in module._buffers:
+                parameters += rotation.numel()
+                macs += samples * rotation.numel()
+        model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return parameters, 2 * macs
+
+
+def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
+    """Multiply-accumulates of one call, out of the module, its input and its output; None for modules that are free."""
+    if isinstance(module, nn.Linear):
+        return lambda m, x, y: y.numel() * m.in_features
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return lambda m, x, y: y.numel() * (m.in_channels // m.groups) * math.prod(m.kernel_size)
+    if isinstance(module, NORMS):
+        has_weights = getattr(module, "affine", False) or getattr(module, "elementwise_affine", False)
+        return lambda m, x, y: x.numel() * (4 if has_weights else 2)
+    return None
+
+
+def _samples(batch: Any) -> int:
+    found = next(_tensors(batch), None)
+    if found is None or found.ndim == 0 or len(found) == 0:
+        got = type(batch).__name__ if found is None else f"a first tensor of shape {tuple(found.shape)}"
+        raise ShapeError("cost", expected="a batch with tensors of one or more samples", got=got)
+    return len(found)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _tensors(part)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for part in batch:
+            yield from _tensors(part)

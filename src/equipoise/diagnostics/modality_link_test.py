@@ -1,0 +1,181 @@
+"""How modalities read one another along the layers of one self-attention, in one look (spec 5.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from ..geometry import membership
+from ..nn.eval_mode import eval_mode_no_grad
+from .attention_gap_test import gap_from_attention, share_table
+from .link_decay_test import alignment_error, e_dda, link_decay
+from .model_inputs import Layers, attention_of, hidden_of, key_mask, labels_of
+from .rank_collapse_test import rank_collapse
+
+WHO = "modality_links"
+
+
+@dataclass(frozen=True, eq=False)
+class ModalityLinks:
+    """What the layers of a model do with its modalities; on the CPU, NaN where there is nothing to measure.
+
+    Attributes:
+        gap: (modality,) attention gap in percent, mean over layers.
+        share: (layer, modality of query, modality of key) mean attention over queries that may see both kinds of keys.
+        last: (layer, modality) what the last token, which writes the answer, gives to each modality.
+        gamma: (modality of query, modality of key) factor from layer to layer of the link; NaN on the diagonal.
+        r2: the same, of the line's fit.
+        errors: (layer,) alignment error of the modalities' mean tokens.
+        e_dda: (modality of query, modality of key) logarithm of the product of decay and error over all layers.
+        residual: (layer,) part of the tokens that is not their mean.
+    """
+
+    gap: Float[Tensor, " modality"]
+    share: Float[Tensor, "layer query key"]
+    last: Float[Tensor, "layer modality"]
+    gamma: Float[Tensor, "query key"]
+    r2: Float[Tensor, "query key"]
+    errors: Float[Tensor, " layer"]
+    e_dda: Float[Tensor, "query key"]
+    residual: Float[Tensor, " layer"]
+
+    def rows(self, names: Sequence[str]) -> dict[str, float]:
+        """The figures of all layers together, in words.
+
+        Raises:
+            ConfigError: not one name for each modality.
+        """
+        if len(names) != len(self.gap):
+            raise ConfigError(WHO, expected=f"names of {len(self.gap)} modalities", got=f"{', '.join(names)}")
+        pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
+        made = {f"gap of {name}, %": self.gap[i] for i, name in enumerate(names)}
+        for i, j in pairs:
+            made |= {
+                f"{names[i]} to {names[j]}, share": self.share[:, i, j].nanmean(),
+                f"{names[i]} to {names[j]}, gamma": self.gamma[i, j],
+                f"{names[i]} to {names[j]}, log E": self.e_dda[i, j],
+            }
+        made |= {f"last token to {name}, share": self.last[:, i].nanmean() for i, name in enumerate(names)}
+        made |= {"alignment error": self.errors.nanmean(), "residual, last layer": self.residual[-1]}
+        return {words: float(value) for words, value in made.items()}
+
+
+def modality_links(
+    attentions: Layers,
+    hidden: Layers,
+    modality: Int[Tensor, "... token"],
+    num_modalities: int | None = None,
+    mask: Bool[Tensor, "batch *query key"] | None = None,
+) -> ModalityLinks:
+    """Attention gap, shares of each layer, decay of links, alignment errors, E_DDA and rank collapse of one model.
+
+    Of each link m -> n: gamma by least squares of log share^l = a + l log gamma, and
+    log E = sum_l (l log gamma + log error_l), error_l = 1 - cos of the modalities' mean tokens.
+
+    Args:
+        attentions: (batch, head, token, token) of each layer, such as the ``attentions`` of a Hugging Face model.
+        hidden: (batch, token, dim) of each layer, what it gives on: ``hidden_states[1:]``.
+        modality: labels (token,) or (batch, token), -1 = special or padding.
+        num_modalities: by default the highest label + 1.
+        mask: (batch, key) or (batch, query, key), True = may be seen; a causal mask must be given.
+
+    Returns:
+        ModalityLinks.
+
+    Raises:
+        ShapeError: a number of layers that differs, fewer than two, tensors that do not fit.
+
+    Read it before and after a change to one model, on the same inputs. log E adds up over layers and knows no scale, so
+    compare models of one depth; a line through few layers always fits.
+
+    Reference: MODA (ICML 2025); spec 5.6.
+    Differs from the paper in: what the paper leaves open is said at ``attention_gap``, ``alignment_error`` and
+    ``e_dda``.
+
+    Example:
+        >>> attention = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]]]])
+        >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+        >>> found = modality_links([attention] * 2, [tokens] * 2, torch.tensor([0, 1]))
+        >>> found.gap, found.gamma[1, 0]
+        (tensor([ 0., 50.]), tensor(1., dtype=torch.float64))
+    """
+    layers, states = attention_of(attentions, WHO), hidden_of(hidden, WHO)
+    if len(layers) != len(states) or len(layers) < 2:
+        raise ShapeError(
+            WHO, expected="attention and hidden states of the same two or more layers",
+            got=f"{len(layers)} and {len(states)}",
+            fix="Hugging Face's hidden_states begin with the embeddings; leave them out.",
+        )  # fmt: skip
+    seen = key_mask(mask, layers[0], WHO)
+    labels, count = labels_of(modality, num_modalities, *layers[0].shape[::2], who=WHO)
+    # A token sees itself, unless it is padding.
+    real = seen.diagonal(dim1=1, dim2=2) if mask is not None else torch.ones_like(seen[:, 0])
+    labels = labels.to(seen.device).masked_fill(~real, -1)
+    table = share_table(layers, labels, count, seen)
+    weight = table.rows[:, :, None].expand_as(table.share[0, :, 0])
+    share = torch.stack([_mean(layer.mean(dim=1), weight) for layer in table.share]).cpu()
+    errors = alignment_error(states, labels, count)
+    gamma, r2, product = (torch.full((count, count), torch.nan, dtype=torch.float64) for _ in range(3))
+    for i in range(count):
+        for j in range(count):
+            if i != j:
+                decay = link_decay(share[:, i, j])
+                gamma[i, j], r2[i, j] = decay.gamma, decay.r2
+                product[i, j] = e_dda(decay.gamma, errors).log_product
+    return ModalityLinks(
+        gap=gap_from_attention(layers, labels, count, seen).cpu(), share=share, last=_last(layers, labels, count, real),
+        gamma=gamma, r2=r2, errors=errors, e_dda=product,
+        residual=rank_collapse(states, mask=real).whole.nanmean(dim=1),
+    )  # fmt: skip
+
+
+def read_modality_links(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], modality: Int[Tensor, "batch token"]
+) -> ModalityLinks:
+    """``modality_links`` of a Hugging Face model; keys at which attention is 0 in all layers count as hidden.
+
+    Args:
+        model: with its attention written out, ``model.set_attn_implementation("eager")``.
+        batches: its inputs by name, of one number of tokens.
+        modality: labels of the tokens of all batches.
+
+    Raises:
+        ConfigError: a model that returns no attention. ShapeError: as ``modality_links``.
+    """
+    attentions, states = [], []
+    with eval_mode_no_grad(model):
+        for inputs in batches:
+            output = model(**inputs, output_attentions=True, output_hidden_states=True)
+            if not output.attentions or any(layer is None for layer in output.attentions):
+                raise ConfigError(
+                    "read_links", expected="a model that returns its attention", got=f"none of {type(model).__name__}",
+                    fix="Use model.set_attn_implementation('eager'), and MODA with merge='mass'.",
+                )  # fmt: skip
+            attentions.append([layer.float().cpu() for layer in output.attentions])
+            states.append([layer.float().cpu() for layer in output.hidden_states[1:]])
+    if not attentions:
+        raise ShapeError("read_links", expected="at least one batch", got="none")
+    layers = [torch.cat(parts) for parts in zip(*attentions, strict=True)]
+    hidden = [torch.cat(parts) for parts in zip(*states, strict=True)]
+    return modality_links(layers, hidden, modality.cpu(), mask=torch.stack([x.amax(dim=1) for x in layers]).amax(0) > 0)
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Over samples, each as often as it has queries; NaN without any."""
+    return torch.where(weight > 0, values * weight, 0.0).sum(dim=0) / weight.sum(dim=0)
+
+
+def _last(layers: Sequence[Tensor], labels: Tensor, count: int, real: Tensor) -> Tensor:
+    place = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(dim=1)
+    member = membership(labels, count, len(labels))
+    found = []
+    for layer in layers:
+        row = layer.mean(dim=1)[torch.arange(len(place)), place.to(layer.device)]
+        found.append((member.to(row) @ row[..., None])[..., 0].mean(dim=0).cpu())
+    return torch.stack(found)

@@ -1,0 +1,189 @@
+"""Does attention leave a modality that has been destroyed? Pearson's r of noise and attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown_name
+from .prediction_collection import CollectedPredictions, NoiseSource, collect_predictions, input_of, valid_of
+
+Loader = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseResponse:
+    """How attention answers to noise.
+
+    Attributes:
+        modality: the one that was replaced.
+        r: Pearson correlation of "was replaced" with the attention that goes to the *other* modalities, over clean and
+            replaced samples together: positive means that attention leaves what is destroyed. NaN when attention never
+            changes at all.
+        r_same: the other sign convention, with the attention to the replaced modality itself.
+        p: two-sided p-value of r, 2n - 2 degrees of freedom.
+        clean, noise: (sample,) attention to the other modalities before and after, mean over heads.
+    """
+
+    modality: str
+    r: float
+    r_same: float
+    p: float
+    clean: Float[Tensor, " sample"]
+    noise: Float[Tensor, " sample"]
+
+
+def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, float]:
+    """Correlation and its two-sided p-value, t = r sqrt((n - 2) / (1 - r^2)).
+
+    NaN for fewer than three points, for NaN among them, and for values that are constant but for rounding.
+
+    Example:
+        >>> r, p = pearson(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> round(r, 4), round(p, 4)
+        (0.8944, 0.1056)
+    """
+    from scipy.stats import t as student
+
+    if len(x) < 3 or any(_constant(values) for values in (x, y)):
+        return math.nan, math.nan
+    x, y = (v.double() - v.double().mean() for v in (x, y))
+    scale = float(x.norm() * y.norm())
+    if not math.isfinite(scale) or scale == 0:
+        return math.nan, math.nan
+    r = max(-1.0, min(1.0, float(x @ y) / scale))
+    if abs(r) == 1.0:
+        return r, 0.0
+    t = r * math.sqrt((len(x) - 2) / (1 - r * r))
+    return r, float(2 * student.sf(abs(t), len(x) - 2))
+
+
+def _constant(values: Tensor) -> bool:
+    """Whether the values differ by rounding alone; NaN do not count as constant."""
+    eps = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps
+    return bool(values.max() - values.min() <= 8 * eps * values.abs().max())
+
+
+def most_attended(reading: CollectedPredictions) -> str:
+    """The modality that the class query lies closest to, on average: where RollingQ's paper looks for bias."""
+    if reading.cosine is None:
+        raise ConfigError("most_attended", expected="a model with attention over its modalities", got="none")
+    return reading.names[int(reading.cosine.nanmean(dim=(0, 1)).argmax())]
+
+
+def response_from_shares(clean: CollectedPredictions, noisy: CollectedPredictions, modality: str) -> NoiseResponse:
+    """The response out of two readings of the same samples; those that lack the modality are left out.
+
+    Raises:
+        ConfigError: a model without attention.
+    """
+    if clean.share is None or noisy.share is None:
+        raise _static()
+    column = clean.names.index(modality)
+    has = slice(None) if clean.cosine is None else ~clean.cosine[..., column].isnan().any(dim=1)
+    shares = [reading.share[has].mean(dim=1) for reading in (clean, noisy)]  # type: ignore[index]
+    own = [share[:, column] for share in shares]
+    # Summed, not subtracted from the whole: what nobody else gets must be 0, not a rounding error.
+    rest = [index for index in range(len(clean.names)) if index != column]
+    others = [share[:, rest].sum(dim=1) for share in shares]
+    replaced = torch.cat([torch.zeros(len(own[0])), torch.ones(len(own[1]))])
+    r, p = pearson(replaced, torch.cat(others))
+    if math.isnan(r):
+        warnings.warn(f"noise_response: attention to the others of '{modality}' never changes; r is NaN.", stacklevel=3)
+    return NoiseResponse(modality, r, pearson(replaced, torch.cat(own))[0], p, others[0], others[1])
+
+
+def _static() -> ConfigError:
+    return ConfigError(
+        "noise_response",
+        expected="a model with attention over its modalities",
+        got="a static fusion",
+        fix="Static fusions weigh all samples alike; compare accuracies under noise instead.",
+    )
+
+
+def noise_response(
+    model: nn.Module,
+    loader: Loader | Callable[[], Loader],
+    *,
+    modality: str | None = None,
+    noise: Mapping[str, tuple[float, float]] | Literal["sample"] = "sample",
+    seed: int = 0,
+) -> NoiseResponse:
+    """Replaces a whole modality by Gaussian noise and asks whether attention leaves it.
+
+    z = 1 for the replaced copy of a sample, 0 for the clean one; s = attention to the other modalities;
+    r = Pearson(z, s) over all 2n. Samples that lack the modality are left out. It speaks of attention, not of use: read
+    it beside the accuracy under noise.
+
+    Noise of the training statistics differs from a sample in its level, too, where test data have another level than
+    training data. Where r changes its sign with ``noise="sample"``, attention reacts to the level of its input, not to
+    the loss of content. ``results.json`` has both: ``noise_attention_r`` with training statistics, and
+    ``noise_attention_r_own``.
+
+    Args:
+        model: a FusionModel with attention.
+        loader: batches, dicts with every modality, that can be gone through twice and come in the same order; no
+            target is needed.
+        modality: the one that is replaced; by default the one that the query lies closest to. Choose it on validation
+            data when you report on test data.
+        noise: ``"sample"``: each sample's noise has the mean and standard deviation of its own valid values; or name ->
+            (mean, std) of the training inputs, which ``Dataset.noise`` holds and ``input_statistics`` computes.
+        seed: of the noise.
+
+    Returns:
+        NoiseResponse.
+
+    Raises:
+        ConfigError: a model without attention or without names, an unknown modality. ShapeError: batches that are no
+            dicts, or lack the modality.
+
+    Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d.
+    Differs from the paper in: the paper says neither which attention it correlates, so that both signs are given, nor
+    the statistics of its noise.
+    """
+    batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+    clean = collect_predictions(model, batches())
+    if clean.share is None:
+        raise _static()
+    modality = modality or most_attended(clean)
+    if modality not in clean.names:
+        raise unknown_name("noise_response", "modality", modality, clean.names)
+    if isinstance(noise, Mapping):
+        if modality not in noise:
+            raise unknown_name("noise_response", "entry of noise", modality, noise)
+        drawn = NoiseSource(modality, *noise[modality], seed=seed)
+    elif noise == "sample":
+        drawn = NoiseSource(modality, seed=seed, distribution="per_sample")
+    else:
+        raise ConfigError(
+            "noise_response", expected="noise = 'sample', or a dict: modality name -> (mean, std)", got=repr(noise),
+            fix="For the training statistics give noise=dataset.noise.",
+        )  # fmt: skip
+    return response_from_shares(clean, collect_predictions(model, _having(batches(), modality), noise=drawn), modality)
+
+
+def _having(batches: Loader, modality: str) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        input_of(batch, modality, "noise_response")
+        yield batch
+
+
+def input_statistics(batches: Loader, modality: str, *, who: str) -> tuple[float, float]:
+    """(mean, standard deviation) over all valid values of one modality's inputs; ``who`` begins the errors."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in batches:
+        values = input_of(batch, modality, who)
+        values = values[valid_of(batch, modality, values).expand(values.shape)].cpu().double()
+        count += values.numel()
+        total += float(values.sum())
+        squares += float(values.square().sum())
+    mean = total / max(count, 1)
+    return mean, math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))

@@ -1,0 +1,229 @@
+"""One pass over a loader: what a model says, and where it looks, for every sample."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..geometry import mean_keys, membership
+from ..nn.eval_mode import eval_mode_no_grad
+from ..tokens.token_batch import Output
+
+Distribution = Literal["dataset", "standard", "per_sample"]
+
+
+@dataclass(frozen=True, eq=False)
+class CollectedPredictions:
+    """What one pass saw, on the CPU.
+
+    Attributes:
+        logits: (sample, output).
+        target: (sample, ...); no sample where the batches have none.
+        names: modality names, in the order of ``share``.
+        share: (sample, head, modality) attention of the fusion's class row; None without attention.
+        cosine: (sample, head, modality) of the class query and the mean key; None without attention; NaN where a sample
+            lacks the modality.
+        key_norm: (sample, head, modality) length of the mean key.
+    """
+
+    logits: Tensor
+    target: Tensor
+    names: tuple[str, ...]
+    share: Float[Tensor, "sample head modality"] | None = None
+    cosine: Float[Tensor, "sample head modality"] | None = None
+    key_norm: Float[Tensor, "sample head modality"] | None = None
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Noise in place of a whole modality.
+
+    Args:
+        modality: whose input is replaced.
+        mean, std: of the noise; those of the training inputs as the model sees them.
+        seed: the same seed gives the same noise for the same batches.
+        distribution: ``"dataset"`` takes ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
+            standard deviation of each sample's own valid values.
+    """
+
+    modality: str
+    mean: float = 0.0
+    std: float = 1.0
+    seed: int = 0
+    distribution: Distribution = "dataset"
+
+    def of(self, values: Tensor, batch_number: int, valid: Tensor | None = None) -> Tensor:
+        """Noise of the shape of ``values``; ``valid``, which broadcasts to it, says which of them count."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch_number)
+        drawn = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+        if self.distribution == "standard":
+            return drawn
+        if self.distribution == "per_sample":
+            mean, std = sample_statistics(values, valid)
+            return drawn * std + mean
+        return drawn * self.std + self.mean
+
+
+def collect_predictions(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, noise: NoiseSource | None = None
+) -> CollectedPredictions:
+    """Runs a FusionModel over batches in evaluation mode; modes, hooks and random state are left as they were.
+
+    Args:
+        model: a FusionModel, or a module that returns ``Output``.
+        batches: dicts with every modality, and ``"target"`` where there is one.
+        noise: replaces one modality of every batch.
+
+    Raises:
+        ConfigError: a module that is none of these, noise for a modality that the model does not have.
+        ShapeError: no batch at all, batches that are no dicts, noise for a modality that a batch lacks, targets in some
+            batches alone.
+    """
+    names = _names(model)
+    if noise is not None and noise.modality not in names:
+        raise unknown_name("read", "modality", noise.modality, names)
+    kept: dict[str, list[Tensor]] = {"logits": [], "target": [], "share": [], "cosine": [], "key_norm": []}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with eval_mode_no_grad(model), collect_with_attention(model, kept):
+        for number, batch in enumerate(batches):
+            inputs = {key: _moved(value, device) for key, value in check_batch(batch, "read").items()}
+            if noise is not None:
+                values = input_of(inputs, noise.modality, "read")
+                inputs[noise.modality] = noise.of(values, number, valid_of(inputs, noise.modality, values))
+            output = model(inputs)
+            if not isinstance(output, Output) or output.logits is None:
+                raise _no_fusion_model(f"{type(model).__name__} that returns {type(output).__name__}")
+            kept["logits"].append(output.logits.float().cpu())
+            if batch.get("target") is not None:
+                kept["target"].append(batch["target"].cpu())
+            if output.share is not None:
+                kept["share"].append(output.share.float().cpu())
+    if not kept["logits"]:
+        raise ShapeError(
+            "read", expected="at least one batch", got="none", fix="Is the split empty, or the loader used up?"
+        )
+    if kept["target"] and len(kept["target"]) < len(kept["logits"]):
+        raise ShapeError(
+            "read",
+            expected="a target in every batch or in none",
+            got=f"one in {len(kept['target'])} of {len(kept['logits'])} batches",
+        )
+    kept["target"] = kept["target"] or [torch.zeros(0)]
+    joined = {key: torch.cat(parts) if parts else None for key, parts in kept.items()}
+    return CollectedPredictions(names=names, **joined)  # type: ignore[arg-type]
+
+
+def check_batch(batch: Any, who: str) -> Mapping[str, Any]:
+    """The batch, where it is a dict."""
+    if isinstance(batch, Mapping):
+        return batch
+    raise ShapeError(
+        who,
+        expected="batches that are dicts: modality name -> input",
+        got=type(batch).__name__,
+        fix="Wrap the loader: ({'audio': a, 'image': i, 'target': t} for a, i, t in loader).",
+    )
+
+
+def input_of(batch: Any, modality: str, who: str) -> Tensor:
+    """The floating input of one modality of a batch, which noise can replace."""
+    value = check_batch(batch, who).get(modality)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    raise ShapeError(
+        f"{who} '{modality}'",
+        expected="a floating tensor in every batch, for noise to replace",
+        got=str(value.dtype) if isinstance(value, Tensor) else type(value).__name__,
+        fix="Leave out batches that lack the modality, or choose another one.",
+    )
+
+
+def valid_of(batch: Mapping[str, Any], modality: str, values: Tensor) -> Bool[Tensor, "batch ..."]:
+    """Which values of a modality's input count, broadcastable to it: not those that the batch's mask hides.
+
+    A mask of tokens hides the rows of inputs (batch, token, ...) of its size. A mask of tokens that the encoder makes
+    hides only samples without any token.
+    """
+    masks = batch.get("mask")
+    mask = masks.get(modality) if isinstance(masks, Mapping) else None
+    if not isinstance(mask, Tensor):
+        mask = torch.ones(len(values), dtype=torch.bool)
+    mask = mask.bool().to(values.device)
+    if mask.ndim > 1 and (mask.shape != values.shape[:2] or values.ndim == 4):
+        mask = mask.flatten(1).any(dim=1)
+    return mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+
+
+def sample_statistics(
+    values: Float[Tensor, "batch ..."], valid: Tensor | None = None
+) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:  # fmt: skip
+    """(mean, standard deviation) of each sample's valid values, (batch, 1, ...); 0 where a sample has none.
+
+    Example:
+        >>> valid = torch.tensor([[True, True, False]])
+        >>> sample_statistics(torch.tensor([[1.0, 3.0, torch.nan]]), valid)
+        (tensor([[2.]]), tensor([[1.]]))
+    """
+    axes = tuple(range(1, values.ndim))
+    valid = (torch.ones_like(values, dtype=torch.bool) if valid is None else valid).expand(values.shape)
+    count = valid.sum(axes, keepdim=True).clamp(min=1)
+    mean = values.masked_fill(~valid, 0).sum(axes, keepdim=True) / count
+    square = (values - mean).masked_fill(~valid, 0).square().sum(axes, keepdim=True) / count
+    return mean, square.sqrt()
+
+
+def _names(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "names", None)
+    if not names:
+        raise _no_fusion_model(f"{type(model).__name__} without names")
+    return tuple(names)
+
+
+def _no_fusion_model(got: str) -> ConfigError:
+    return ConfigError(
+        "read",
+        expected="a FusionModel, or a module with the modalities' names that returns Output",
+        got=got,
+        fix="Set model.names = ('audio', 'image') and return equipoise.Output(features, logits=logits).",
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    # The masks of a batch, or what an encoder takes by name.
+    return {key: _moved(part, device) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+@contextlib.contextmanager
+def collect_with_attention(model: nn.Module, kept: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Collects "cosine" and "key_norm", (batch, head, modality), at the attention that pools, where there is one."""
+    layer = getattr(getattr(model, "fusion", None), "attention", None)
+    if layer is None:
+        yield
+        return
+
+    def look(core: nn.Module, args: tuple, kwargs: dict) -> None:
+        query, key, _ = args
+        mask = kwargs.get("mask")
+        member = membership(kwargs["modality"], kwargs["num_modalities"], len(query), mask)
+        means, counts = mean_keys(key.float(), member)
+        means = means.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        cosine = torch.cosine_similarity(query[:, :, :1].float(), means, dim=-1, eps=1e-12)
+        absent = (counts == 0)[:, None].expand(cosine.shape)
+        kept["cosine"].append(cosine.masked_fill(absent, torch.nan).cpu())
+        kept["key_norm"].append(means.norm(dim=-1).masked_fill(absent, torch.nan).cpu())
+
+    # After RollingQ's own hook, so that what is read is the rotated query.
+    handle = layer.core.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,191 @@
+"""``Diagnosis``: what a model was found to do, as a value that can be read, saved, compared and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import DataError, SchemaError
+from ...io.atomic_files import atomic_write, read_json, to_jsonable
+from ...io.checksums import add_checksum, verify_checksum
+
+if TYPE_CHECKING:
+    from ...report.verdicts import Verdict
+    from ...results.result_rows import RunResult
+
+SCHEMA = 1
+FILE, PAGE = "diagnosis.json", "report.html"
+PARTS = {
+    "name": str, "names": list, "samples": int, "seed": int, "metrics": Mapping, "verdicts": list, "details": Mapping,
+    "skipped": Mapping, "protocol": Mapping, "environment": Mapping,
+}  # fmt: skip
+AGAIN = "Run equipoise diagnose again."
+
+
+def _environment() -> dict[str, Any]:
+    from ...results.result_rows import describe_environment
+
+    return describe_environment()
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What a model does with its modalities.
+
+    Attributes:
+        name: what the model is called.
+        names: its modalities.
+        task: "classification", "multilabel", "regression"; None for a model that does not say.
+        samples: on how many samples it was tested.
+        metrics: metric name -> figure; docs/diagnose.md has the names.
+        verdicts: what the figures say, most important first.
+        details: test -> what its figure is drawn from, JSON-able.
+        skipped: test -> why it was not run.
+        protocol: how it was tested.
+        seed, fold: of the training, where they are known.
+        environment: what it was computed with.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    task: str | None
+    samples: int
+    metrics: dict[str, float]
+    verdicts: tuple[Verdict, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    fold: str | None = None
+    environment: dict[str, Any] = field(default_factory=_environment)
+
+    def __str__(self) -> str:
+        """The headline, and a line for each verdict."""
+        from ...report.verdicts import headline
+
+        lines = [headline(self.name, list(self.verdicts))]
+        return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``diagnosis.json``: JSON-able, figures that are no numbers are None."""
+        content = {"schema": SCHEMA, "kind": "diagnosis", **{name: getattr(self, name) for name in KEPT}}
+        return to_jsonable({**content, "verdicts": [asdict(verdict) for verdict in self.verdicts]}, FILE)
+
+    def to_run(self) -> RunResult:
+        """The same as one run of ``results.json``."""
+        run: dict[str, Any] = {"method": self.name, "seed": self.seed, "fold": self.fold, "metrics": self.metrics}
+        response, keys = self.details.get("response"), self.details.get("keys")
+        if response is not None:
+            run |= {"shares": response["shares"], "noise_modality": response["modality"]}
+        if keys is not None:
+            run["keys"] = {"after": {"clean": keys["modalities"], "noise": keys["noise"]}}
+        return run  # type: ignore[return-value]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``diagnosis.json`` and ``results.json``, each whole or not at all; gives the path of the former.
+
+        ``results.json`` has one run, in the layout of ``equipoise compare``, so that other tools read it.
+        """
+        from ...results.result_rows import write_results
+
+        folder = Path(folder)
+        content = add_checksum(to_jsonable(self.to_dict()))
+        path = atomic_write(folder / FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_results(folder / "results.json", results([self]))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
+        """Reads what ``save`` wrote, given the file or its folder. Nothing in it is executed.
+
+        Raises:
+            DataError: no such file. SchemaError: not JSON, cut short, of another schema, or with parts missing.
+        """
+        from ...report.verdicts import Verdict
+
+        content = _read(Path(path, FILE) if Path(path).is_dir() else Path(path))
+        metrics = {name: math.nan if value is None else float(value) for name, value in content["metrics"].items()}
+        verdicts = tuple(Verdict(**verdict) for verdict in content["verdicts"])
+        given = {name: content.get(name) for name in KEPT}
+        return cls(**{**given, "names": tuple(content["names"]), "metrics": metrics, "verdicts": verdicts})
+
+    def report(self, path: str | os.PathLike[str], *others: Diagnosis) -> Path:
+        """Writes one page that needs nothing else, of this model or, side by side, of several.
+
+        Args:
+            path: the file, or a folder, which gets ``report.html``.
+            others: further models, on the same data.
+
+        Returns:
+            the path of the page.
+        """
+        # What draws is loaded when something is drawn.
+        from ...report.diagnosis_page import diagnosis_page
+
+        path = Path(path)
+        page = diagnosis_page([diagnosis.to_dict() for diagnosis in (self, *others)])
+        return atomic_write(path / PAGE if path.is_dir() else path, page)
+
+
+KEPT = tuple(name for name in Diagnosis.__dataclass_fields__ if name != "verdicts")
+MARKS = {"good": "+", "bad": "-", "neutral": "."}
+
+
+def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
+    """The content of a ``results.json`` with one run for each diagnosis; others are compared with the first."""
+    from ...results.result_rows import build_results as collected
+
+    runs = [diagnosis.to_run() for diagnosis in diagnoses]
+    replaced = {run["noise_modality"] for run in runs if "noise_modality" in run}
+    protocol: dict[str, Any] = {
+        **diagnoses[0].protocol,
+        "methods": list(dict.fromkeys(run["method"] for run in runs)),
+        "modalities": list(dict.fromkeys(name for diagnosis in diagnoses for name in diagnosis.names)),
+    }
+    if len(replaced) == 1:
+        protocol["noise_modality"] = replaced.pop()
+    return collected(runs, protocol, default=diagnoses[0].name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    who = f"Diagnosis.load '{path.name}'"
+    try:
+        content = read_json(path)
+    except OSError as error:
+        fix = "equipoise diagnose writes one; give it or its folder."
+        got = "no such file" if isinstance(error, FileNotFoundError) else f"'{path}' ({error.strerror})"
+        raise DataError(who, expected="a diagnosis", got=got, fix=fix) from None
+    except ValueError as error:
+        got = f"a file cut short or of another kind ({error})"
+        raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
+    known = content if isinstance(content, dict) else {"kind": type(content).__name__}
+    if known.get("kind") != "diagnosis" or known.get("schema") != SCHEMA:
+        got = f"{known.get('kind')!r} of schema {known.get('schema')!r}"
+        raise SchemaError(who, expected=f"a diagnosis of schema {SCHEMA}", got=got, fix=AGAIN)
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    verdicts = content.get("verdicts")
+    if not wrong and not all(_is_verdict(verdict) for verdict in verdicts or ()):
+        wrong = ["verdicts"]
+    if not wrong and not all(value is None or isinstance(value, (int, float)) for value in content["metrics"].values()):
+        wrong = ["metrics"]
+    if wrong:
+        raise SchemaError(who, expected=f"the entries {', '.join(PARTS)}", got=f"no such {', '.join(wrong)}", fix=AGAIN)
+    return verify_checksum(content, who, AGAIN)
+
+
+def _is_verdict(part: Any) -> bool:
+    from ...report.verdicts import Verdict
+
+    known = set(Verdict.__dataclass_fields__)
+    return (
+        isinstance(part, dict)
+        and set(part) == known
+        and part["ok"] in MARKS
+        and all(isinstance(part[name], str) for name in ("key", "claim", "text", "test"))
+        and isinstance(part["figures"], dict)
+    )

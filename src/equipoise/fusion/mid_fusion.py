@@ -1,0 +1,111 @@
+"""Mid fusion by layer: from some block on, one stack of blocks reads all tokens together (spec 4.5)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..nn.transformer import Attention, Block, Transformer, learned_token
+from ..tokens.token_batch import Output, Tokens
+from .fusion import Fusion
+from .token_streams import pooled_by_cls
+
+
+class MidFusion(Fusion):
+    """The first blocks are the encoders' own, the last ones are shared by all modalities::
+
+        X = [c; T_1; ...; T_N],    X <- Block_l(X)  for l = 1 ... depth,    features = norm(X)[class]
+
+    "Fused from the k-th of L blocks" is encoders with k - 1 blocks and depth = L - k + 1: early fusion is k = 1.
+
+    Args:
+        dim: width of the encoders' tokens.
+        depth: fused blocks.
+        heads: attention heads; those of the encoders, where their blocks are to be continued.
+        ratio: width of the blocks' hidden layers over ``dim``.
+        dropout: in training only.
+        shortcut: compute only the class row of the last block, with equal results.
+
+    Attributes:
+        attention: the last block's layer, whose class row pools: where RollingQ attaches.
+
+    Raises:
+        ConfigError: a depth below 1.
+
+    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the last class row.
+
+    It helps with encoders that were trained before: their last blocks go on as fused ones (``start_from``). From the
+    second fused block on, a token has already read the other modalities, so a share of attention on its place is no
+    longer a share of its modality alone.
+
+    Reference: RollingQ (ICML 2025), Table 11; spec 4.5.
+    Differs from the released code in: there is none; the paper does not say what reads the fused tokens, here it is a
+    class token of their own.
+
+    Example:
+        >>> import torch
+        >>> fusion = MidFusion(8, heads=2).build(("audio", "image")).eval()
+        >>> out = fusion({"audio": Tokens(torch.ones(3, 5, 8)), "image": Tokens(torch.ones(3, 7, 8))})
+        >>> out.features.shape, out.share.shape
+        (torch.Size([3, 8]), torch.Size([3, 2, 2]))
+    """
+
+    name = "mid"
+
+    def __init__(
+        self, dim: int, *, depth: int = 2, heads: int = 1, ratio: float = 4.0, dropout: float = 0.0,
+        shortcut: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(dim)
+        if depth < 1:
+            raise ConfigError("MidFusion", expected="depth >= 1", got=f"depth = {depth}")
+        self.depth, self.shortcut = depth, shortcut
+        self.cls = learned_token(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, ratio=ratio, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attention.readout = True
+
+    @property
+    def attention(self) -> Attention:
+        return cast(Block, self.blocks[-1]).attention
+
+    def start_from(self, encoder: Transformer) -> None:
+        """Copies the last blocks and the norm of a trained encoder, which then keeps only what comes before::
+
+            fusion.start_from(image.transformer)
+            for trained in (audio.transformer, image.transformer):
+                del trained.blocks[-fusion.depth:]
+
+        Raises:
+            ConfigError: fewer blocks than fused ones, or blocks of other sizes.
+        """
+        blocks = list(encoder.blocks)[-self.depth :]
+        mine, theirs = ([_sizes(block) for block in stack] for stack in (self.blocks, blocks))
+        if mine != theirs:
+            raise ConfigError(
+                "MidFusion.start_from",
+                expected=f"{self.depth} blocks with (dim, heads, hidden) = {mine[0]}",
+                got=f"{len(blocks)} with {theirs[0] if theirs else 'nothing'}",
+                fix="Give the fusion the encoder's dim, heads and ratio, and no more depth than it has blocks.",
+            )
+        for block, trained in zip(self.blocks, blocks, strict=True):
+            block.load_state_dict(trained.state_dict())
+        self.norm.load_state_dict(encoder.norm.state_dict())
+
+    def _build(self) -> None:
+        for block in self.blocks:
+            cast(Block, block).attention.names = self.names
+
+    @property
+    def out_dim(self) -> int:
+        return self.dim
+
+    def _fuse(self, tokens: dict[str, Tokens]) -> Output:
+        return pooled_by_cls(tokens, self.cls, self.blocks, self.norm, rows=1 if self.shortcut else None)
+
+
+def _sizes(block: nn.Module) -> tuple[int, int, int]:
+    block = cast(Block, block)
+    return block.attention.dim, block.attention.heads, cast(nn.Linear, block.mlp[0]).out_features

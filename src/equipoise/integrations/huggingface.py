@@ -1,0 +1,285 @@
+"""Hugging Face: balancing under transformers' Trainer, unchanged."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from accelerate.utils import send_to_device
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("eq.hf needs transformers and accelerate. Run: pip install 'equipoise[hf]'.") from error
+
+from ..balance import Balancer, BalancerList, statistics_by_full_pass
+from ..balance.balancer import overrides
+from ..errors import ConfigError
+from ..io.atomic_files import unshare_tensors
+from .moda import MODAAdapter as MODAAdapter
+from .moda import apply_moda as apply_moda
+
+
+class BalancedModel(nn.Module):
+    """A model whose ``forward`` returns the balanced loss, as Trainer wants it::
+
+        model = eq.hf.BalancedModel(fusion_model, eq.BalancerList(fusion_model, [eq.balance.OGM(fusion_model)]))
+        trainer = Trainer(model, args, train_dataset=..., callbacks=[eq.hf.BalancerCallback(model.balancing)])
+
+    Its checkpoints hold what the balancers remember, under ``balance.<number>``, so that ``resume_from_checkpoint``
+    and ``load_best_model_at_end`` bring it back with the weights.
+
+    Args:
+        model: a FusionModel, or any module with the members of ``Multimodal``.
+        balancing: made for this model.
+
+    Raises:
+        ConfigError: a balancing of another model.
+
+    Trainer has to be told ``remove_unused_columns=False``, since modalities are not arguments by name; and, for an
+    evaluation of batches whose targets are called ``target``, ``label_names=["target"]``.
+
+    Example:
+        >>> import equipoise as eq
+        >>> inner = eq.FusionModel({"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}, eq.fusion.Concat(8), 2)
+        >>> model = Balanced(inner, BalancerList(inner, [eq.balance.OGM(inner)]))
+        >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "labels": torch.tensor([0, 1, 0, 1])}
+        >>> sorted(model(**batch)), sorted(name for name in model.state_dict() if "balance" in name)
+        (['logits', 'loss'], ['balance.0.epoch', 'balance.0.used'])
+    """
+
+    # The loss is a mean over each batch, which Trainer divides by the number of batches that it accumulates.
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: nn.Module, balancing: BalancerList) -> None:
+        super().__init__()
+        if balancing.model is not model:
+            raise ConfigError(
+                "Balanced",
+                expected="a BalancerList of this model",
+                got=f"one of another {type(balancing.model).__name__}",
+            )
+        self.model, self.balancing = model, balancing
+        keep_state(self, balancing)
+
+    def forward(self, labels: Tensor | None = None, **batch: Any) -> dict[str, Tensor | None]:
+        """Scores a batch.
+
+        Args:
+            labels: targets; the batch's ``target`` where there are none.
+            batch: as the model takes it: name -> input, ``mask``.
+
+        Returns:
+            ``logits``, and where there are targets the ``loss``: with heads and penalties in training, the task's alone
+            in evaluation.
+        """
+        target = batch.pop("target", None) if labels is None else labels
+        output = self.model({**batch, "target": target})
+        if target is None:
+            return {"logits": output.logits}
+        if self.training:
+            loss = self.balancing.loss(output, target)
+        else:
+            loss = self.balancing.model.loss(output.logits, target)
+        return {"loss": loss, "logits": output.logits}
+
+
+class BalancerCallback(TrainerCallback):
+    """Calls what balancers do once a step and once an epoch, and writes what they say to ``state.log_history``.
+
+    Trainer clips gradients before it calls anybody; ``clip`` does it where the other loops do, after the balancers.
+
+    Args:
+        balancing: whose loss the model returns; see ``Balanced``.
+        clip: largest norm of all gradients, instead of Trainer's ``max_grad_norm``, which must then be 0 (or infinite).
+        val: batches for balancers that review data; by default those of the last evaluation, and there is none before
+            the end of the first epoch.
+
+    Attributes:
+        last: what the balancers said of the last epoch.
+
+    Raises:
+        ConfigError: when training begins, arguments under which balancing would go wrong, each with its remedy.
+    """
+
+    def __init__(self, balancing: BalancerList, *, clip: float | None = None, val: Iterable[Any] | None = None) -> None:
+        if clip is not None and not clip > 0:
+            raise ConfigError("BalanceCallback", expected="clip > 0 or None", got=f"clip = {clip}")
+        self.balancing, self.clip, self.val = balancing, clip, val
+        self.last: dict[str, float] = {}
+        # Steps since the last end of an epoch. A checkpoint of the last step must hold what that end does.
+        self._open = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        _check(self.balancing, self.clip, args, given["model"])
+        self._open = False
+        # Inside accelerate's wrapper, for balancers that reset what the optimizer remembers.
+        self.balancing.attach_optimizer(getattr(given["optimizer"], "optimizer", given["optimizer"]))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        self._open = True
+        self.balancing.before_step()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(given["model"].parameters(), self.clip)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        # Trainer saves between the last step and on_epoch_end, and does not call on_epoch_end when it resumes there.
+        if state.epoch is not None and state.epoch % 1 == 0:
+            self._end(state, **given)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        # Data of unknown length end here; an epoch that is broken off does not end.
+        if self._open and not control.should_training_stop:
+            self._end(state, **given)
+
+    def _end(
+        self, state: TrainerState, *, model: nn.Module, train_dataloader: Any, eval_dataloader: Any, **_: Any
+    ) -> None:
+        self._open = False
+        device = next(model.parameters()).device
+        if hasattr(train_dataloader, "set_epoch"):
+            # A resumed run reads its first epoch from another loader, and this one would still be at its beginning.
+            train_dataloader.set_epoch(math.ceil(state.epoch or 1) - 1)
+        train = _Batches(train_dataloader, device)
+        for rolling in statistics_by_full_pass(self.balancing.balancers):
+            rolling.measure(self.balancing.model, train)  # type: ignore[arg-type]
+        self.balancing.review(train, _Batches(self.val if self.val is not None else eval_dataloader, device))
+        self.last = self.balancing.end_epoch()
+        said = {f"balance/{name}": value for name, value in self.last.items()}
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **said})
+
+
+def keep_state(module: nn.Module, balancing: BalancerList) -> None:
+    """Puts what the balancers remember into a module's state dict, under ``balance.<number>``, and back from there.
+
+    ``Balanced`` does it by itself. A model of your own, whose ``forward`` returns ``balancing.loss``, calls it once.
+    The balancers do not become submodules: their sums belong to one process, and data-parallel training would
+    overwrite them with those of the first.
+    """
+    module.register_state_dict_post_hook(partial(_give, balancing.balancers))
+    module.register_load_state_dict_pre_hook(partial(_take, balancing.balancers))
+
+
+def _apart(balancers: Sequence[Balancer], module: nn.Module) -> dict[str, Balancer]:
+    """Prefix -> balancers that are no part of the module; those that are, such as RollingQ, it keeps itself."""
+    inside = set(module.modules())
+    return {f"balance.{number}.": b for number, b in enumerate(balancers) if b not in inside}
+
+
+def _give(
+    balancers: Sequence[Balancer], module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any
+) -> None:
+    for name, balancer in _apart(balancers, module).items():
+        state.update({prefix + name + key: value.contiguous() for key, value in balancer.state_dict().items()})
+    # Trainer writes safetensors, which refuse a module that the model holds under two names.
+    state.update(unshare_tensors(state))
+
+
+def _take(
+    balancers: Sequence[Balancer], module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any,
+    strict: bool, missing: list[str], unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    for name, balancer in _apart(balancers, module).items():
+        start = prefix + name
+        own = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
+        found = balancer.load_state_dict(own, strict=False)
+        missing.extend(start + key for key in found.missing_keys)
+        unexpected.extend(start + key for key in found.unexpected_keys)
+
+
+class _Batches:
+    """A loader's batches on a device, with targets under the name that balancers know."""
+
+    def __init__(self, loader: Iterable[Any] | None, device: torch.device) -> None:
+        self._loader, self._device = loader, device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in () if self._loader is None else self._loader:
+            moved: Any = send_to_device(batch, self._device)
+            yield {"target" if name == "labels" else name: value for name, value in moved.items()}
+
+
+def _check(balancing: BalancerList, clip: float | None, args: TrainingArguments, model: nn.Module) -> None:
+    for is_so, expected, got, fix in _obstacles(balancing, clip, args, model):
+        if is_so:
+            raise ConfigError("BalanceCallback", expected=expected, got=got, fix=fix)
+    changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
+    if _clips(args) and changing:
+        warnings.warn(
+            f"Trainer clips gradients before {', '.join(changing)} changes them. For the order of the other loops set "
+            f"max_grad_norm=0 in TrainingArguments, and give BalanceCallback(clip={args.max_grad_norm}).",
+            stacklevel=2,
+        )
+
+
+def _obstacles(
+    balancing: BalancerList, clip: float | None, args: TrainingArguments, model: nn.Module
+) -> list[tuple[bool, str, str, str]]:
+    """What balancing cannot go on with: (whether it is so, expected, got, fix)."""
+    told = args.ddp_find_unused_parameters
+    return [
+        (
+            isinstance(model, BalancedModel) and model.balancing is not balancing,
+            "the balancing of the model that is trained", "another one", "Give it model.balancing.",
+        ),
+        (
+            balancing.turns > 1, "balancers that take one step for each batch", "one that takes turns",
+            "Train it with equipoise's own training, or serve each batch several times in a loop of your own.",
+        ),
+        (
+            bool(args.deepspeed), "gradients that can be changed before the step", "DeepSpeed, which steps in backward",
+            "Use DistributedDataParallel.",
+        ),
+        (
+            args.n_gpu > 1, "one device for each process", f"{args.n_gpu} under DataParallel, which copies the model",
+            "Start one process for each: torchrun --nproc-per-node.",
+        ),
+        (
+            args.world_size > 1 and balancing.partial_graph and not told,
+            "ddp_find_unused_parameters=True, since some parameters get no gradient in some steps", str(told),
+            "Set it in TrainingArguments.",
+        ),
+        (
+            isinstance(model, BalancedModel) and bool(args.remove_unused_columns),
+            "remove_unused_columns=False, since modalities are not arguments by name", "True",
+            "Set it in TrainingArguments.",
+        ),
+        (
+            clip is not None and _clips(args),
+            "max_grad_norm=0 in TrainingArguments where the callback clips", f"{args.max_grad_norm}",
+            "Gradients would be clipped twice.",
+        ),
+        (
+            bool(args.fp16) and not args.max_grad_norm,
+            "max_grad_norm=float('inf') under fp16, since Trainer unscales gradients where it takes their norm",
+            str(args.max_grad_norm), "Set it in TrainingArguments; nothing is clipped by it.",
+        ),
+        (
+            args.save_strategy != "no" and not _kept(balancing, model),
+            "a model whose checkpoints hold what the balancers remember", type(model).__name__,
+            "Train eq.hf.BalancedModel(model, balancing), or call eq.hf.keep_state(model, balancing) before.",
+        ),
+    ]  # fmt: skip
+
+
+def _clips(args: TrainingArguments) -> bool:
+    return 0 < (args.max_grad_norm or 0) < math.inf
+
+
+def _kept(balancing: BalancerList, model: nn.Module) -> bool:
+    state: dict[str, Tensor] = {}
+    _give(balancing.balancers, model, state, "", None)
+    return state.keys() <= model.state_dict().keys()
+
+
+def _changes_gradients(balancer: Balancer) -> bool:
+    return overrides(balancer, "gradient_scale") or (balancer.changes_gradients and overrides(balancer, "before_step"))

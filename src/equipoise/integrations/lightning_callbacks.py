@@ -1,0 +1,123 @@
+"""Lightning callbacks: balancing in anybody's LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from ..balance import Balancer, BalancerList, statistics_by_full_pass
+from ..balance.balancer_list import takes_part_in_steps
+from ..errors import ConfigError
+
+
+class BalancerCallback(pl.Callback):
+    """Calls what balancers do once a step and once an epoch, logs what they say, and keeps their state.
+
+    Balancers that only attach to the model (``RollingQ(model.fusion.attention)``) can be given as they are. Those with
+    a penalty, or that change gradients, are given as the ``BalancerList`` whose ``loss`` the training step returns::
+
+        def training_step(self, batch, index):
+            return self.balancing.loss(self.model(batch), batch["target"])
+
+        trainer = pl.Trainer(callbacks=[eq.lightning.BalancerCallback(module.balancing)])
+
+    Lightning calls it when gradients are accumulated, reduced and unscaled, and before it clips them. The log appears
+    under ``balance/...``; ``last`` holds it too. Put no second one around the same balancer.
+
+    Args:
+        balancers: a BalancerList, or one or several balancers.
+        before_end: called with trainer and module when the epoch's statistics are complete and before anything is
+            rotated.
+
+    Raises:
+        ConfigError: a balancer with a part in steps that is given without its BalancerList, which would leave it idle.
+
+    Example:
+        >>> from equipoise.fusion import JointAttention
+        >>> from equipoise.balance import RollingQ
+        >>> balancer = RollingQ(JointAttention(8).build(("audio", "image")).attention)
+        >>> callback = Balance(balancer)
+        >>> callback.last
+        {}
+    """
+
+    def __init__(
+        self,
+        *balancers: BalancerList | Balancer | Sequence[Balancer],
+        before_end: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
+    ) -> None:
+        self.balancers: list[Balancer] = []
+        self._balancings = [entry for entry in balancers if isinstance(entry, BalancerList)]
+        for entry in balancers:
+            if isinstance(entry, BalancerList):
+                self.balancers.extend(entry.balancers)
+            else:
+                self.balancers.extend([entry] if isinstance(entry, Balancer) else entry)
+        self.last: dict[str, float] = {}
+        self._before_end = before_end
+        inside = {id(balancer) for balancing in self._balancings for balancer in balancing.balancers}
+        for balancer in self.balancers:
+            if id(balancer) not in inside and takes_part_in_steps(balancer):
+                name = type(balancer).__name__
+                raise ConfigError(
+                    "Balance", expected=f"the BalancerList of {name}, which takes part in steps", got=f"{name} alone",
+                    fix="Return the loss of balancing = eq.BalancerList(model, [...]) in training_step, and give that.",
+                )  # fmt: skip
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            for balancer in self.balancers:
+                balancer.attach_optimizer(optimizer)
+            for balancing in self._balancings:
+                balancing.check_optimizer(optimizer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for balancing in self._balancings:
+            balancing.before_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = {}
+        train, val = (_Moved(loader, pl_module) for loader in (trainer.train_dataloader, trainer.val_dataloaders))
+        for rolling in statistics_by_full_pass(self.balancers):
+            rolling.measure(getattr(pl_module, "model", pl_module), train)
+        if self._before_end is not None:
+            self._before_end(trainer, pl_module)
+        for balancer in self.balancers:
+            if balancer.reviews:
+                balancer.review(train, val)
+        for balancer in self.balancers:
+            self.last.update(balancer.end_epoch())
+        # Processes have agreed in end_epoch already; Lightning wants to be told that it may reduce.
+        for name, value in self.last.items():
+            pl_module.log(f"balance/{name}", value, sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): balancer.state_dict() for number, balancer in enumerate(self.balancers)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict) != len(self.balancers):
+            raise ConfigError(
+                "Balance", expected=f"the state of as many balancers = {len(self.balancers)}", got=f"{len(state_dict)}",
+                fix="Resume with the balancers that the checkpoint was written with.",
+            )  # fmt: skip
+        for number, balancer in enumerate(self.balancers):
+            balancer.load_state_dict(state_dict[str(number)])
+
+
+class _Moved:
+    """A loader's batches on the module's device, as often as they are asked for."""
+
+    def __init__(self, loader: Any, module: pl.LightningModule) -> None:
+        self._loader, self._module = loader, module
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning takes several loaders for validation too.
+        several = self._loader if isinstance(self._loader, list | tuple) else (self._loader,)
+        for batch in chain.from_iterable(loader for loader in several if loader is not None):
+            yield self._module.transfer_batch_to_device(batch, self._module.device, 0)

@@ -1,0 +1,271 @@
+"""Files that are whole or not there, folders that may be written into, and values as JSON knows them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError, SchemaError
+
+STALE = 600.0
+"""Seconds after which nobody writes an unfinished file any more."""
+
+LONGEST = 200
+"""Characters of a name that becomes a folder."""
+
+OWN = frozenset({
+    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "look.json", "model.safetensors",
+    "recipe.yaml", "report.html", "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
+})  # fmt: skip
+"""What this package writes at the top of a folder."""
+
+LITTER = (".DS_Store", "Thumbs.db", ".nfs")
+"""Beginnings of names that file systems put into folders by themselves."""
+
+
+def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Writes a file so that at every moment the old or the new one is there, whole.
+
+    Raises:
+        ConfigError: something else than a file is there. OSError: a full disk and the like, with the file's name.
+    """
+    with open_atomic(path) as file:
+        # Names of files may hold bytes that are not UTF-8.
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of the one at this path once it is whole; nothing is left otherwise.
+
+    Raises:
+        ConfigError: something else than a file is there. OSError: a full disk and the like, with the file's name.
+    """
+    path = Path(path)
+    check_file(path, "write")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        temporary.unlink(missing_ok=True)
+        # "x": a link that somebody put there is not followed.
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes what writers of this file left behind that were killed in the act."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        # By age, since a process of that number may live on this computer or on another that shares the folder.
+        with contextlib.suppress(FileNotFoundError):
+            if number.isdecimal() and time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
+
+
+def check_file(path: Path, who: str) -> None:
+    """Checks that a file can be written at this path; nothing is made.
+
+    Raises:
+        ConfigError: a link, a folder or a device is there, or its folder cannot be one.
+    """
+    kind = _kind(path)
+    if kind not in ("nothing", "a file"):
+        raise ConfigError(
+            who, expected="the path of a file", got=f"'{path}', which is {kind}", fix="Choose another path for it."
+        )
+    _check_above(path, who, "a file")
+
+
+def check_folder(folder: Path, who: str) -> None:
+    """Checks that a folder can be written into by this package, before any work is done; nothing is made.
+
+    A folder counts that is not there yet, that is empty, or that this package wrote. In it no link may lead elsewhere.
+
+    Raises:
+        ConfigError: a file, link or device, a folder that is read-only or holds files of something else.
+    """
+    kind = _kind(folder)
+    if kind == "a file" or kind not in ("nothing", "a folder"):
+        raise _no_folder(folder, who, f"it is {kind}")
+    if kind == "nothing":
+        _check_above(folder, who, "a folder")
+        return
+    _check_writable(folder, folder, who, "a folder")
+    inside = sorted(entry.name for entry in os.scandir(folder))
+    foreign = [name for name in inside if not _is_own(folder, name)]
+    if foreign and not _is_marked(folder):
+        raise ConfigError(
+            who, expected="a folder that is new, empty, or written by equipoise",
+            got=f"'{folder}', which holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
+            fix="Choose another --out.",
+        )  # fmt: skip
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink():
+                raise ConfigError(
+                    who, expected=f"no links inside '{folder}', so that nothing is written elsewhere",
+                    got=f"the link '{path}'", fix="Replace it with what it leads to, or choose another --out.",
+                )  # fmt: skip
+
+
+def make_folder(folder: Path, who: str) -> None:
+    """Makes the folder, after ``check_folder``.
+
+    Raises:
+        ConfigError: one that cannot be made, or written into.
+    """
+    check_folder(folder, who)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(folder, who, error.strerror or str(error)) from error
+
+
+def check_path_component(name: str, who: str, *, without: str = "") -> str:
+    """The name, once it is known that it stays one part of a path wherever it is put.
+
+    Raises:
+        ConfigError: an empty or overlong name, one that begins with a dot, or that has a separator in it.
+    """
+    wrong = [letter for letter in f"/\\{without}" if letter in name]
+    if not name or wrong or name[0] in ". " or name[-1] == " " or len(name) > LONGEST or not name.isprintable():
+        got = ascii(name) if len(name) <= LONGEST else f"one of {len(name)} characters"
+        raise ConfigError(
+            who, expected=f"a name without {' '.join(('/', chr(92), *without))} that begins with no dot",
+            got=got, fix="It becomes the name of a folder; choose another.",
+        )  # fmt: skip
+    return name
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: no JSON, or such that cannot be read; in one sentence. OSError: no file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        # A pipe or a device would be read without end.
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("lists and mappings are nested too deep") from None
+
+
+def file_error(error: OSError) -> DataError:
+    """The system's error about a file, such as a full disk, as one of this package."""
+    reason = error.strerror or str(error)
+    return DataError(str(error.filename or "a file"), expected="a file that can be read or written", got=reason)
+
+
+def _kind(path: Path) -> str:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return "nothing"
+    except ValueError:
+        raise ConfigError("path", expected="a path", got=ascii(str(path))) from None
+    kinds = {
+        stat.S_ISLNK: "a link", stat.S_ISDIR: "a folder", stat.S_ISREG: "a file", stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }  # fmt: skip
+    return next((name for holds, name in kinds.items() if holds(mode)), "a device")
+
+
+def _check_above(path: Path, who: str, what: str) -> None:
+    """Raises ConfigError where the path cannot be made, because of what is above it."""
+    place = path.absolute().parent
+    while _kind(place) == "nothing" and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise _no_folder(path, who, os.strerror(errno.ENOTDIR), what)
+    _check_writable(place, path, who, what)
+
+
+def _check_writable(place: Path, path: Path, who: str, what: str) -> None:
+    # A folder without any right to write is respected also where the system would let this user write.
+    if not os.access(place, os.W_OK) or not os.stat(place).st_mode & 0o222:
+        raise _no_folder(path, who, "it is read-only" if place == path else f"'{place}' is read-only", what)
+
+
+def _no_folder(path: Path, who: str, reason: str, what: str = "a folder") -> ConfigError:
+    return ConfigError(who, expected=f"{what} that can be written", got=f"'{path}' ({reason})",
+                       fix="Choose another --out.")  # fmt: skip
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    unfinished = name.startswith(".") and name.endswith(".tmp")
+    return name in OWN or unfinished or name.startswith(LITTER) or (folder / name / "diagnosis.json").is_file()
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether a file is there that only this package writes."""
+    for name, keys in (
+        ("results.json", {"schema", "protocol", "runs"}), ("run.json", {"run"}), ("diagnosis.json", {"kind", "schema"}),
+        ("look.json", {"kind", "schema"}),
+    ):  # fmt: skip
+        with contextlib.suppress(OSError, ValueError):
+            content = read_json(folder / name)
+            if isinstance(content, dict) and keys <= set(content):
+                return True
+    return False
+
+
+def to_jsonable(value: Any, where: str = "results") -> Any:
+    """The value in JSON's own types: NaN becomes null, a tensor a list; ``where`` names it in the error."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(part, f"{where}: {key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(part, where) for part in value]
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return to_jsonable(value.tolist(), where)
+    fix = "Convert it first, for example a path with str(path.name)."
+    raise SchemaError(where, expected="numbers, texts, lists, mappings or None", got=type(value).__name__, fix=fix)
+
+
+def unshare_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which no two tensors share memory, as safetensors require; repeated ones are copied.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> state = without_sharing({"a": weight, "b": weight})
+        >>> state["a"] is weight, state["b"] is weight
+        (True, False)
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    return found

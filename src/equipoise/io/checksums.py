@@ -1,0 +1,69 @@
+"""Checksums, by which files that were damaged or changed since they were written are noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemaError
+from .atomic_files import to_jsonable
+
+
+def add_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a checksum, by which ``unsealed`` notices a file that was changed since it was written."""
+    return {**content, "checksum": _text_checksum(content)}
+
+
+def verify_checksum(content: Mapping[str, Any], who: str, fix: str) -> dict[str, Any]:
+    """The content without its checksum; one without a checksum is taken as it is.
+
+    Raises:
+        SchemaError: the content is not what was written.
+    """
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    if "checksum" in content and content["checksum"] != _text_checksum(rest):
+        raise SchemaError(who, expected="the content that was written", got="one that was changed since", fix=fix)
+    return rest
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(state: Any) -> str:
+    """SHA-256 over all names, values and tensors of a nested state."""
+    found = hashlib.sha256()
+    _add(found, state)
+    return found.hexdigest()
+
+
+def _add(found: Any, part: Any) -> None:
+    if isinstance(part, Tensor):
+        values = part.detach().cpu().contiguous()
+        found.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        if values.numel():
+            found.update(values.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(part, Mapping):
+        found.update(f"mapping {len(part)}".encode())
+        for key, value in part.items():
+            found.update(repr(key).encode())
+            _add(found, value)
+    elif isinstance(part, (list, tuple)):
+        found.update(f"list {len(part)}".encode())
+        for value in part:
+            _add(found, value)
+    else:
+        found.update(repr(part).encode("utf-8", "backslashreplace"))
+
+
+def _text_checksum(content: Mapping[str, Any]) -> str:
+    # NaN and infinity are written as null.
+    return hashlib.sha256(json.dumps(to_jsonable(content), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""What may stand between encoders and maps: blocks in which the items of a scene read each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...errors import ConfigError, unknown_name
+from ...fusion.moda import DuplexAttention
+from ...nn.attention.modular import Merge
+from ...nn.transformer import Block
+from ...tokens.token_batch import Tokens, pack, segment_labels, unpack
+
+Kind = Literal["none", "attention", "moda"]
+KINDS = ("none", "attention", "moda")
+
+
+class TokenMixing(nn.Module):
+    """Blocks over the items of all modalities, and a LayerNorm; with MODA or ordinary attention, or nothing at all.
+
+    Args:
+        names: modality names.
+        dim: width of the items.
+        kind: ``"none"`` returns what it is given; ``"attention"``; ``"moda"``, see `equipoise.MODA`.
+        depth: blocks.
+        heads: attention heads.
+        merge: of "moda".
+
+    Raises:
+        ConfigError: an unknown kind, a depth below 1.
+
+    Example:
+        >>> import torch
+        >>> mixing = Mixing(("audio", "text"), 8, kind="moda", heads=2)
+        >>> mixing({"audio": torch.ones(2, 3, 8), "text": torch.ones(2, 3, 8)}, {})["text"].shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self, names: Sequence[str], dim: int, *, kind: Kind = "none", depth: int = 1, heads: int = 1,
+        merge: Merge = "gate",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if kind not in KINDS:
+            raise unknown_name("Mixing", "kind", str(kind), KINDS)
+        if depth < 1:
+            raise ConfigError("Mixing", expected="depth >= 1", got=f"depth = {depth}")
+        self.names, self.kind = tuple(names), kind
+        self.blocks = nn.ModuleList()
+        self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(dim, eps=1e-6)
+        for _ in range(0 if kind == "none" else depth):
+            block = Block(dim, heads, ratio=2.0)
+            if kind == "moda":
+                block.attention = DuplexAttention(
+                    dim, heads, len(self.names), merge=merge, pseudo=None, dropout=0.0, basis_scope="all"
+                )
+            self.blocks.append(block)
+
+    def forward(
+        self, items: Mapping[str, Float[Tensor, "batch _ dim"]], present: Mapping[str, Bool[Tensor, "batch _"]]
+    ) -> dict[str, Tensor]:
+        """name -> (batch, item, dim), mixed; ``present`` is True for items that are there, all where it is silent."""
+        if self.kind == "none":
+            return dict(items)
+        some = next(iter(items.values()))
+        empty = Tokens(some.new_zeros(len(some), 0, some.shape[-1]))
+        packed = pack({n: Tokens(items[n], mask=present.get(n)) if n in items else empty for n in self.names})
+        labels = {
+            "modality": segment_labels(packed.lengths or (), some.device), "num_modalities": len(self.names),
+        }  # fmt: skip
+        values = packed.values
+        for block in self.blocks:
+            values = block(values, mask=packed.mask, share=False, **labels).output
+        mixed = unpack(Tokens(self.norm(values), packed.mask, packed.modality, packed.names, lengths=packed.lengths))
+        return {name: mixed[name].values for name in self.names if name in items}

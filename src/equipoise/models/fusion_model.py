@@ -1,0 +1,318 @@
+"""FusionModel: encoders -> fusion -> head, for any number of modalities."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..fusion import Fusion
+from ..tokens.masks import at_least_float32, bool_mask, without_masked
+from ..tokens.token_batch import Output, Tokens, as_tokens
+
+Task = Literal["classification", "multilabel", "regression"]
+Unimodal = Literal["probe", "train", "ensemble", "none"]
+MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = takes part"
+UNIMODAL = ("probe", "train", "ensemble", "none")
+
+
+class FusionModel(nn.Module):
+    """Encoders turn each modality into tokens, a fusion joins them, a head scores the result.
+
+    Args:
+        encoders: name -> any module whose output is ``Tokens``, (batch, token, dim), (batch, dim) or has
+            ``last_hidden_state``. The order of the names is the order of the modalities.
+        fusion: how they are joined.
+        num_outputs: classes, labels or regression targets.
+        task: ``"classification"`` (cross entropy), ``"multilabel"`` (binary cross entropy), ``"regression"`` (squared
+            error).
+        unimodal: heads that score each modality alone on its pooled vector: ``"probe"`` reads a detached vector, so it
+            watches without teaching; ``"train"`` lets its loss reach the encoders; ``"ensemble"`` does so too and adds
+            their logits to the fused ones, so that the fusion learns what they leave open; ``"none"`` leaves them out.
+
+    Raises:
+        ConfigError: no encoder, a fusion that is none, an unknown task.
+        ShapeError: in ``forward``, a modality absent from the batch or an encoder of the wrong width.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.fusion import JointAttention
+        >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
+        >>> model = FusionModel(encoders, JointAttention(8), num_outputs=2)
+        >>> model({"audio": torch.zeros(4, 7, 3), "image": torch.zeros(4, 2, 5)}).logits.shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        fusion: Fusion,
+        num_outputs: int,
+        *,
+        task: Task = "classification",
+        unimodal: Unimodal = "probe",
+    ) -> None:
+        super().__init__()
+        if not encoders or not isinstance(fusion, Fusion):
+            raise ConfigError(
+                "FusionModel",
+                expected="at least one encoder and a Fusion",
+                got=f"{len(encoders)} encoders and {type(fusion).__name__}",
+            )
+        if task not in ("classification", "multilabel", "regression") or unimodal not in UNIMODAL:
+            raise ConfigError(
+                "FusionModel",
+                got=f"task='{task}', unimodal='{unimodal}'",
+                expected="task classification, multilabel or regression and unimodal probe, train, vote or none",
+            )
+        bad = [name for name in encoders if name == "mask" or "." in name or hasattr(nn.ModuleDict, name)]
+        if bad:
+            raise ConfigError(
+                "FusionModel",
+                expected="modality names without dots that mean nothing else",
+                got=repr(bad[0]),
+                fix="Rename the modality; 'mask' is the batch's entry for missing tokens.",
+            )
+        self.names = tuple(encoders)
+        self.num_outputs, self.task, self.unimodal = num_outputs, task, unimodal
+        self.encoders = nn.ModuleDict(encoders)
+        self.fusion = fusion.build(self.names)
+        self.head = fusion.head(num_outputs)
+        wanted = () if unimodal == "none" else self.names
+        self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in wanted})
+        self.preparations: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
+        self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
+        self.results: list[Callable[[Output], Output]] = []
+        self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
+
+    def forward(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> Output:
+        """Scores a batch.
+
+        Args:
+            batch: name -> input of that modality's encoder, or None where the whole batch lacks it; other keys are not
+                read, but for ``"mask"``: name -> (batch,) True where a sample has the modality, or (batch, token) True
+                for real tokens; and ``"target"``, by balancers that change tokens in training. Masks are boolean, or
+                numbers that are all 0 or 1; additive ones are refused, and so are floating zeros alone, which could be
+                either. Masks of modalities that the model does not read are ignored, whatever they hold.
+
+        What a mask hides is set to zero before the encoder reads it, so that NaN there reaches no output and no
+        gradient: whole samples, and tokens of inputs (batch, token, ...) of the mask's size.
+
+        Returns:
+            Output with logits (batch, output), unimodal_logits, features, tokens and share.
+        """
+        if self.training:
+            for prepare in self.preparations:
+                batch = prepare(batch)
+        tokens: Mapping[str, Tokens] = self.encode(batch)
+        if self.training:
+            for transform in self.transforms:
+                tokens = transform(tokens, batch.get("target"))  # type: ignore[arg-type]
+        output = self.fuse(tokens)
+        if self.training:
+            for result in self.results:
+                output = result(output)
+        return output
+
+    def encode(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> dict[str, Tokens]:
+        """The encoders alone: name -> Tokens of the fusion's width."""
+        if not isinstance(batch, Mapping):
+            raise ShapeError(
+                "FusionModel",
+                expected="a batch as a dict: modality name -> input",
+                got=type(batch).__name__,
+                fix=f"Call model({{'{self.names[0]}': ..., ...}}).",
+            )
+        absent = [name for name in self.names if name not in batch]
+        if absent:
+            raise ShapeError(
+                f"FusionModel '{absent[0]}'",
+                expected=f"a batch with {', '.join(self.names)}",
+                got=f"a batch with {', '.join(map(str, batch)) or 'nothing'}",
+                fix=f"Set batch['{absent[0]}'] = None for a batch without it, or batch['mask'] for some samples.",
+            )
+        masks = self._masks(batch)
+        tokens = {}
+        for name in self.names:
+            if batch[name] is not None:
+                tokens[name] = self._encode_one(name, batch[name], masks.get(name))
+        if not tokens:
+            raise ShapeError(
+                "FusionModel", expected="at least one modality in the batch", got="None for all", fix="Drop the batch."
+            )
+        like = next(iter(tokens.values())).values
+        empty = Tokens(like.new_zeros(len(like), 0, self.fusion.dim))
+        return {name: tokens.get(name, empty) for name in self.names}
+
+    def fuse(self, tokens: Mapping[str, Tokens]) -> Output:
+        """Fusion and heads on tokens that are already there."""
+        fused = self.fusion(tokens)
+        unimodal = {}
+        for name, head in self.unimodal_heads.items():
+            pooled = fused.tokens[name].pooled()
+            unimodal[name] = head(pooled.detach() if self.unimodal == "probe" else pooled)
+        output = fused.with_(unimodal_logits=unimodal)
+        votes = self.votes(output)
+        logits = self.head(fused.features)
+        return output.with_(logits=torch.stack([logits, *votes.values()]).sum(dim=0) if votes else logits)
+
+    def votes(self, output: Output) -> dict[str, Tensor]:
+        """name -> (batch, output) that a modality's head adds to the logits, 0 for samples that lack it; {} without.
+
+        Detached: each head answers for its own loss, and the fusion for what the heads leave open. A vote has its full
+        weight whatever the input is worth: heads are modest about bad inputs only where training shows them some.
+        """
+        votes: dict[str, Tensor] = {}
+        if self.unimodal != "ensemble":
+            return votes
+        for name, logits in output.unimodal_logits.items():
+            tokens = output.tokens[name]
+            has = len(tokens) > 0 if tokens.mask is None else tokens.present()[:, None]
+            votes[name] = logits.detach() * has
+        return votes
+
+    def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
+        """The task's loss, mean over the batch, in float32 or better.
+
+        Args:
+            logits: (batch, output).
+            target: (batch,) class numbers; (batch, output) 0/1 for multilabel; (batch, output) for regression, or
+                (batch,) where there is one output.
+
+        Raises:
+            ShapeError: a target of another shape or type, or, where looking is free, of numbers that are no class.
+        """
+        return self.sample_losses(logits, target).mean()
+
+    def sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
+        """The task's loss of every sample; arguments as ``loss`` takes them."""
+        logits = at_least_float32(logits)
+        if self.task == "classification":
+            _check_classes(logits, target)
+            return F.cross_entropy(logits, target.long(), reduction="none")
+        if target.shape not in (logits.shape, logits.squeeze(-1).shape):
+            raise ShapeError(
+                "FusionModel.loss",
+                expected=f"a target of shape (batch, output) = {tuple(logits.shape)}",
+                got=f"shape {tuple(target.shape)}",
+            )
+        target = target.to(logits.dtype).reshape(logits.shape)
+        if self.task == "multilabel":
+            return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+        return F.mse_loss(logits, target, reduction="none").mean(dim=1)
+
+    def contributions(self, output: Output) -> dict[str, Tensor] | None:
+        """name -> (batch, output): each modality's part of the logits; None where they are no sum of such parts."""
+        parts = self.fusion.contributions(output, self.head)
+        votes = self.votes(output)
+        return {name: part + votes[name] for name, part in parts.items()} if parts and votes else parts
+
+    def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
+        """Sum of the unimodal heads' losses; 0 without heads. A sample does not count for a modality that it lacks."""
+        total = at_least_float32(output.features).new_zeros(())
+        for name, logits in output.unimodal_logits.items():
+            tokens = output.tokens[name]
+            if len(tokens) == 0:
+                continue
+            if tokens.mask is None:
+                total = total + self.loss(logits, target)
+            else:
+                # Chosen by zeros and not by an index, which an accelerator would have to be waited for.
+                present = tokens.present()
+                losses = self.sample_losses(logits, target).masked_fill(~present, 0.0)
+                total = total + losses.sum() / present.sum().clamp(min=1)
+        return total
+
+    def _masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a batch says under "mask" of the modalities that the model reads, as booleans."""
+        masks: object = batch.get("mask")
+        if masks is None:
+            return {}
+        if not isinstance(masks, Mapping):
+            raise ShapeError(
+                "FusionModel mask",
+                expected="a dict: modality name -> mask",
+                got=type(masks).__name__,
+                fix=f"Give batch['mask'] = {{'{self.names[0]}': mask}}, with True where a sample has it.",
+            )
+        found = {}
+        for name, mask in masks.items():
+            if name not in self.names:
+                # The batch may hold modalities that other models read; a name that it does not hold is a mistake.
+                if len(self.names) > 1 and name not in batch:
+                    raise unknown_name("FusionModel mask", "modality", str(name), self.names)
+            elif mask is not None:
+                try:
+                    found[name] = bool_mask(mask, f"mask of '{name}'", MASK, numbers=True)
+                except ShapeError:
+                    if self._reads(name):
+                        raise
+        return found
+
+    def _reads(self, name: str) -> bool:
+        """Whether the modality has an influence on the logits or on the encoders' gradients."""
+        return name in self.fusion.reads or self.unimodal in ("train", "ensemble")
+
+    def _encode_one(self, name: str, value: object, mask: Tensor | None) -> Tokens:
+        encoder = self.encoders[name]
+        takes_mask = self._takes_mask[name]
+        per_token = mask is not None and mask.ndim == 2 and takes_mask
+        value = without_masked(value, mask, tokens_too=takes_mask)
+        tokens = as_tokens(encoder(value, mask=mask) if per_token else encoder(value), f"encoder '{name}'")
+        if tokens.dim != self.fusion.dim:
+            raise ShapeError(
+                f"encoder '{name}'",
+                expected=f"tokens of the fusion's width dim = {self.fusion.dim}",
+                got=f"width {tokens.dim}",
+                fix=f"Give the encoder dim={self.fusion.dim}, or put "
+                f"torch.nn.Linear({tokens.dim}, {self.fusion.dim}) behind it.",
+            )
+        if mask is not None and per_token and tokens.mask is None and mask.shape != tokens.values.shape[:2]:
+            # The encoder made fewer tokens of those that it was told of; a sample without any has none here either.
+            mask = mask.any(dim=1)
+        elif mask is None or (per_token and tokens.mask is not None):
+            return tokens.zero_masked()
+        if mask.ndim == 1:
+            mask = mask[:, None].expand(-1, len(tokens))
+        if mask.shape != tokens.values.shape[:2]:
+            if not self._reads(name):
+                return tokens.zero_masked()
+            raise ShapeError(
+                f"mask of '{name}'",
+                expected=f"(batch,) or (batch, token) = {tuple(tokens.values.shape[:2])}",
+                got=f"shape {tuple(mask.shape)}",
+                fix="Give one value for a sample, or one for each token that the encoder returns.",
+            )
+        valid = mask if tokens.mask is None else tokens.mask & mask
+        return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls).zero_masked()
+
+
+def _check_classes(logits: Tensor, target: Tensor) -> None:
+    classes = logits.shape[-1]
+    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if logits.ndim != 2 or target.shape != logits.shape[:1] or not whole:
+        raise ShapeError(
+            "FusionModel.loss",
+            expected="logits (batch, output) and a target of class numbers (batch,)",
+            got=f"logits {tuple(logits.shape)} and a target {tuple(target.shape)} of {target.dtype}",
+            fix="Out of one-hot rows, target.argmax(dim=1) makes class numbers.",
+        )
+    if target.device.type == "cpu" and len(target) and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ShapeError(
+                "FusionModel.loss",
+                expected=f"class numbers from 0 to num_outputs - 1 = {classes - 1}",
+                got=f"numbers from {low} to {high}",
+                fix="Count classes from 0, and give the model as many outputs as there are classes.",
+            )
+
+
+def _parameters(encoder: nn.Module) -> set[str]:
+    return set(inspect.signature(encoder.forward).parameters)

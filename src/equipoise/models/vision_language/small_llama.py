@@ -1,0 +1,67 @@
+"""A small causal language model of transformers, and media that its blocks read on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...alignment import GatedCrossAttention
+from ...errors import ConfigError
+
+
+def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -> Any:
+    """A Llama of transformers with random weights, whose attention is ``F.scaled_dot_product_attention``.
+
+    Args:
+        words: of the vocabulary.
+        dim: width.
+        depth: blocks.
+        heads: of the attention, each dim / heads wide.
+        context: the most tokens that it reads.
+
+    Raises:
+        ConfigError: transformers is not installed; a width that the heads do not divide into even parts.
+    """
+    if depth < 1 or heads < 1 or dim % (2 * heads):
+        raise ConfigError(
+            "language", expected="depth >= 1 and dim a multiple of 2 heads, for rotary positions",
+            got=f"depth = {depth}, dim = {dim}, heads = {heads}",
+        )  # fmt: skip
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            "language", expected="the package transformers", got="none", fix="pip install 'equipoise[hf]'"
+        ) from error
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=depth,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, use_cache=False,
+        initializer_range=dim**-0.5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@contextmanager
+def cross_attending_blocks(
+    blocks: Sequence[nn.Module], gates: Sequence[GatedCrossAttention], media: Tensor, media_at: Tensor
+) -> Iterator[None]:
+    """While the block runs, each gate reads the media in front of its block of the language model.
+
+    Args:
+        blocks: of the language model.
+        gates: as many.
+        media: (batch, patch, width), one medium for each text.
+        media_at: (batch, word) True where the medium stands in the text.
+    """
+    with ExitStack() as stack:
+        for block, gate in zip(blocks, gates, strict=True):
+
+            def before(_: nn.Module, args: tuple, gate: GatedCrossAttention = gate) -> tuple:
+                return gate(args[0], media, media_at=media_at), *args[1:]
+
+            stack.callback(block.register_forward_pre_hook(before).remove)
+        yield

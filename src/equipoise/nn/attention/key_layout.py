@@ -1,0 +1,124 @@
+"""Where the keys of each modality stand, and how to visit them in few long runs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .sdpa_kernels import Bias
+
+SHORTEST_RUN = 32
+"""Mean keys in a run below which causal attention over interleaved modalities is cheaper by another way."""
+
+SAMPLE_WORK = 2**23
+"""Multiplications (head query key dim) above which a sample is worth a kernel call of its own."""
+
+GRAIN = 16
+"""Keys that a CPU's kernel handles at once. A run that ends elsewhere costs it up to a third more time."""
+
+MOST_STRAYS = 32
+"""Keys whose attention may be written out to let runs end at full grains."""
+
+
+class Run(NamedTuple):
+    """Neighboring keys of one modality."""
+
+    start: int
+    stop: int
+    label: int
+
+
+class BorderKeys(NamedTuple):
+    """Keys at the borders of modalities that are visited in a neighbor's run, so that runs end at full grains.
+
+    The output does not depend on where runs end; the share of these few keys is moved to where it belongs.
+    """
+
+    keys: Int[Tensor, " stray"]
+    visited: Int[Tensor, " stray"]
+    modality: Int[Tensor, " stray"]
+
+
+class Group(NamedTuple):
+    """Samples whose keys are laid out alike.
+
+    Attributes:
+        samples: which of the batch.
+        order: puts the keys in the order of `runs`; None when they are.
+        runs: segments that cover all keys.
+        strays: keys that stand in the run of another modality.
+    """
+
+    samples: slice
+    order: Int[Tensor, " key"] | None
+    runs: tuple[Run, ...]
+    strays: BorderKeys | None
+
+
+def plan_segments(
+    modality: Int[Tensor, " key"] | Int[Tensor, "batch key"],
+    bias: Bias | None,
+    *,
+    is_causal: bool,
+    sample_work: int,
+    grain: int = 1,
+) -> list[Group] | None:
+    """How to visit the keys segment by segment, or None where that would be slower than two passes.
+
+    Labels of keys that a sample never sees do not matter; so samples padded to different lengths still are one group.
+    """
+    rows = modality if modality.ndim == 2 else modality[None]
+    shared = _shared_layout(rows, bias)
+    if shared is not None:
+        groups = [_group(slice(None), shared, is_causal, grain)]
+    elif sample_work < SAMPLE_WORK:
+        return None
+    else:
+        groups = [_group(slice(i, i + 1), row, is_causal, grain) for i, row in enumerate(rows)]
+    runs = sum(len(group.runs) for group in groups)
+    return groups if not is_causal or runs * SHORTEST_RUN <= rows.numel() or runs <= 2 else None
+
+
+def _shared_layout(rows: Int[Tensor, "batch key"], bias: Bias | None) -> Int[Tensor, " key"] | None:
+    """The one layout that fits all samples on the keys they see; None when there is none."""
+    if len(rows) == 1:
+        return rows[0]
+    if bias is None or bias.shape[1] != 1 or bias.shape[2] != 1:
+        return rows[0] if bool((rows == rows[0]).all()) else None
+    seen = (bias[:, 0, 0] != -math.inf).to(rows.device).expand_as(rows)
+    layout = rows.masked_fill(~seen, rows.min() - 1).amax(0)
+    return layout.clamp(min=-1) if bool(((rows == layout) | ~seen).all()) else None
+
+
+def _group(samples: slice, row: Int[Tensor, " key"], is_causal: bool, grain: int) -> Group:
+    labels, lengths = torch.unique_consecutive(row, return_counts=True)
+    order = None
+    # The order of keys is free unless causality gives it a meaning.
+    if not is_causal and len(labels) > len(labels.unique()):
+        row, order = torch.sort(row, stable=True)
+        labels, lengths = torch.unique_consecutive(row, return_counts=True)
+    stops, strays = lengths.cumsum(0), None
+    if grain > 1:
+        rounded = ((stops + grain // 2) // grain * grain).clamp(max=len(row))
+        rounded[-1] = len(row)
+        visited = labels.repeat_interleave(rounded.diff(prepend=rounded.new_zeros(1)))
+        keys = (visited != row).nonzero().flatten()
+        if len(keys) <= MOST_STRAYS:
+            stops = rounded
+            strays = BorderKeys(keys, visited[keys], row[keys]) if len(keys) else None
+    bounds = [0, *stops.tolist()]
+    runs = zip(bounds[:-1], bounds[1:], labels.tolist(), strict=True)
+    return Group(samples, order, tuple(Run(*run) for run in runs if run[0] < run[1]), strays)
+
+
+def modality_one_hot(
+    modality: Int[Tensor, " key"] | Int[Tensor, "batch key"], num_modalities: int, like: Tensor
+) -> Float[Tensor, "#batch 1 key modality"]:
+    """A column for every modality, 1 at its keys; rows of special keys are zero."""
+    columns = torch.arange(num_modalities, device=like.device)
+    hot = (modality.to(like.device)[..., None] == columns).to(like.dtype)
+    return hot[:, None] if hot.ndim == 3 else hot[None, None]

@@ -1,0 +1,244 @@
+"""Attention in one pass over the keys, modality by modality: the output and how the mass divides, at a kernel's price.
+
+Every key is visited once. A segment of keys yields its own output o_s and log-sum-exp l_s; with l = logsumexp_s l_s
+the segment's part of the mass is exp(l_s - l), and the full output is the sum of exp(l_s - l) o_s. The backward pass
+needs no segments: the kernel's own takes the merged output and l over all keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .key_layout import BorderKeys, Group, Run, modality_one_hot
+from .sdpa_kernels import Bias, HeadTensor, Kernel
+
+ROWS_PER_THREAD = 2048
+"""Query rows that keep a thread busy."""
+
+TILES = 4
+"""Pieces into which work is cut where rows allow, so that what awaits merging is a fraction of the output.
+
+Between pieces threads wait for each other."""
+
+
+class Segment(NamedTuple):
+    """Attention within one run of keys.
+
+    Attributes:
+        first: the first query that sees a key here; earlier rows have no output.
+        output: (batch, head, query - first, dim), zero where a row sees no key.
+        lse: (batch, head, query), minus infinity where a row sees no key.
+    """
+
+    first: int
+    output: HeadTensor
+    lse: Float[Tensor, "batch head query"]
+
+
+def segment_attention(
+    kernel: Kernel,
+    query: HeadTensor,
+    key: HeadTensor,
+    value: HeadTensor,
+    runs: tuple[Run, ...],
+    bias: Bias | None,
+    is_causal: bool,
+    scale: float,
+) -> Iterator[Segment]:
+    """The attention within each run alone, one after the other. No gradient flows through it."""
+    return (_segment(kernel, query, key, value, run, bias, is_causal, scale) for run in runs)
+
+
+def _segment(kernel, query, key, value, run: Run, bias, is_causal, scale) -> Segment:
+    here = slice(run.start, run.stop)
+    rows = query.shape[2]
+    first = min(run.start, rows) if is_causal else 0
+    if first == rows:
+        return Segment(first, query[:, :, first:], _blank(query, -math.inf))
+    if bias is not None:
+        bias = bias[..., first if bias.shape[2] > 1 else 0 :, here]
+    output, lse = kernel.forward(query[:, :, first:], key[:, :, here], value[:, :, here], bias, is_causal, scale)
+    if bias is not None:
+        blind = ~_seeing(bias, is_causal, rows - first)
+        output = output.masked_fill_(blind, 0.0)
+        lse = lse.masked_fill(blind[..., 0], -math.inf)
+    return Segment(first, output, F.pad(lse, (first, 0), value=-math.inf) if first else lse)
+
+
+def _blank(query: HeadTensor, fill: float) -> Float[Tensor, "batch head query"]:
+    """One number a row, in float32 at least, laid out in memory as the kernels do it."""
+    batch, heads, rows, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.full((batch, rows, heads), fill, dtype=dtype, device=query.device).transpose(1, 2)
+
+
+def _seeing(bias: Bias, is_causal: bool, rows: int) -> Bool[Tensor, "#batch #head query 1"]:
+    """True for the rows that see at least one key."""
+    open_ = bias != -math.inf
+    if not is_causal:
+        return open_.any(-1, keepdim=True)
+    keys = bias.shape[-1]
+    if bias.shape[2] > 1:
+        past = torch.ones(rows, keys, dtype=torch.bool, device=bias.device).tril()
+        return (open_ & past).any(-1, keepdim=True)
+    # Row i sees keys 0..i: it sees one as soon as the first open key is behind it.
+    last = torch.arange(rows, device=bias.device).clamp(max=keys - 1)
+    return (open_.cumsum(-1) > 0)[..., 0, last][..., None]
+
+
+class SegmentedAttention(torch.autograd.Function):
+    """(output, share, log-sum-exp) for queries, keys and values of one width; first derivatives only.
+
+    The gradient of the output is the kernel's. The share is attention with one-hot values, so its gradient is the
+    kernel's too, with the one-hot columns standing beside the values: dS_ij = A_ij (g_m(j) - sum_m share_im g_m).
+    """
+
+    @staticmethod
+    def forward(query, key, value, bias, modality, groups, num_modalities, kernel, is_causal, scale):
+        batch, heads, rows, _ = query.shape
+        output = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+        total = _blank(query, 0.0)
+        share = total.new_zeros(batch, heads, rows, num_modalities)
+        q, k, v = _one_width(query, key, value)
+        for group in groups:
+            here = group.samples
+            inputs = (q[here], k[here], v[here], _of_samples(bias, here), is_causal, scale)
+            _attend_group(kernel, group, inputs, (output[here], share[here], total[here]))
+        return output, share, total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, bias, modality, _, _, ctx.kernel, ctx.is_causal, ctx.scale = inputs
+        ctx.save_for_backward(query, key, value, bias, modality, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, grad_share, _):
+        query, key, value, bias, modality, output, share, total = ctx.saved_tensors
+        sides = [] if grad_output is None else [(value, output, grad_output)]
+        if grad_share is not None:
+            hot = modality_one_hot(modality, share.shape[-1], share).expand(*key.shape[:3], -1)
+            sides.append((hot, share, grad_share))
+        if not sides:
+            return (None,) * 10
+        # The share is float32 at least, and then so is the whole arithmetic.
+        dtype = sides[-1][1].dtype
+        values, outputs, grads = (_beside(parts, dtype) for parts in zip(*sides, strict=True))
+        q, k, v = _one_width(query.to(dtype), key.to(dtype), values)
+        outputs, grads = _widen(outputs, v.shape[-1]), _widen(grads, v.shape[-1])
+        bias = None if bias is None else bias.to(dtype)
+        found = ctx.kernel.backward(grads, q, k, v, outputs, total, bias, ctx.is_causal, ctx.scale)
+        grad_query, grad_key, grad_value = (
+            grad[..., : wanted.shape[-1]].to(wanted.dtype)
+            for grad, wanted in zip(found, (query, key, value), strict=True)
+        )
+        return grad_query, grad_key, None if grad_output is None else grad_value, *(None,) * 7
+
+
+def _attend_group(kernel, group: Group, inputs, results) -> None:
+    query, key, value, bias, is_causal, scale = inputs
+    if group.order is not None:
+        order = group.order.to(key.device)
+        key, value = key.index_select(2, order), value.index_select(2, order)
+        bias = None if bias is None else bias.index_select(3, order)
+    for samples, heads, key_heads in _tiles(query, key):
+        tile = (query[samples, heads], key[samples, key_heads], value[samples, key_heads])
+        part = _of_samples(bias, samples)
+        if part is not None and part.shape[1] > 1:
+            part = part[:, heads]
+        segments = segment_attention(kernel, *tile, group.runs, part, is_causal, scale)
+        _merge(segments, group.runs, *(result[samples, heads] for result in results))
+    if group.strays is not None:
+        _bring_home(group.strays, query, key, bias, is_causal, scale, *results[1:])
+
+
+def _of_samples(bias: Bias | None, samples: slice) -> Bias | None:
+    return bias if bias is None or bias.shape[0] == 1 else bias[samples]
+
+
+def _tiles(query: HeadTensor, key: HeadTensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts (batch, head) into pieces that keep all threads busy; an accelerator gets everything at once."""
+    batch, heads, rows, _ = query.shape
+    key_heads = key.shape[1]
+    group = heads // key_heads
+    enough = batch * heads * rows
+    if query.device.type == "cpu":
+        enough = max(-(-enough // TILES), ROWS_PER_THREAD * torch.get_num_threads())
+    step = min(key_heads, -(-enough // (group * rows)))
+    samples = min(batch, -(-enough // (step * group * rows)))
+    for b in range(0, batch, samples):
+        for h in range(0, key_heads, step):
+            yield slice(b, b + samples), slice(h * group, (h + step) * group), slice(h, h + step)
+
+
+def _merge(segments: Iterator[Segment], runs: tuple[Run, ...], output, share, total) -> None:
+    """Writes the segments' common output, the modalities' shares and the log-sum-exp over all keys.
+
+    Segments are folded in as they come, in place where the type allows, so that only one of them is in memory.
+    """
+    width = output.shape[-1]
+    _, part, so_far = next(segments)
+    merged = output if output.dtype == total.dtype else part[..., :width].to(total.dtype)
+    if merged is output:
+        output.copy_(part[..., :width])
+    del part
+    masses = [so_far]
+    lowest = torch.finfo(total.dtype).min
+    for start, part, lse in segments:
+        masses.append(lse)
+        # exp(lse) / (exp(so_far) + exp(lse)); two minus infinities must not meet.
+        weight = lse.sub(so_far.clamp(min=lowest)).sigmoid_()[:, :, start:, None]
+        merged[:, :, start:].lerp_(part[..., :width].to(total.dtype), weight)
+        so_far = torch.logaddexp(so_far, lse)
+        del part
+    if merged is not output:
+        output.copy_(merged)
+    # A row that sees nothing has no mass to divide; any finite number makes its weights and gradients zero.
+    total.copy_(so_far.masked_fill(so_far == -math.inf, 0.0))
+    for run, lse in zip(runs, masses, strict=True):
+        if run.label >= 0:
+            share[..., run.label] += lse.sub(total).exp_()
+
+
+def _bring_home(strays: BorderKeys, query, key, bias, is_causal, scale, share, total) -> None:
+    """Moves the attention on stray keys from the modality they were visited with to their own."""
+    keys = strays.keys.to(key.device)
+    group = query.shape[1] // key.shape[1]
+    chosen = scale * key.index_select(2, keys)
+    scores = query.unflatten(1, (-1, group)).flatten(2, 3) @ chosen.transpose(-1, -2)
+    scores = scores.view(*query.shape[:3], len(keys))
+    if bias is not None:
+        scores += bias.index_select(3, keys)
+    attention = scores.sub_(total[..., None]).exp_()
+    if is_causal:
+        attention.mul_(torch.arange(query.shape[2], device=keys.device)[:, None] >= keys)
+    own, other = (modality_one_hot(labels, share.shape[-1], share) for labels in (strays.modality, strays.visited))
+    # A share can be so small that rounding of what leaves it exceeds it.
+    share.add_(attention @ (own - other)).clamp_(min=0.0)
+
+
+def _beside(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts], dim=-1)
+
+
+def _one_width(query: HeadTensor, key: HeadTensor, value: HeadTensor) -> tuple[HeadTensor, HeadTensor, HeadTensor]:
+    """Kernels want one width, a multiple of 8; zeros added to queries and keys change no score, to values no output."""
+    width = max(query.shape[-1], value.shape[-1])
+    width += -width % 8
+    return _widen(query, width), _widen(key, width), _widen(value, width)
+
+
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[-1]
+    if missing:
+        return F.pad(tensor, (0, missing))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,226 @@
+"""Duplex attention alignment: the keys of each modality, mapped with the bases of the others (MODA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ...errors import ConfigError, ShapeError, unknown_name
+from ...tokens.masks import bool_mask
+from ..attention.modality_blocks import blocks_of, into_blocks, out_of_blocks
+from .modality_bases import Basis, BasisKind, Moments, Norm, moments_of, normed_bases
+from .running_bases import running_bases
+
+Fuse = Literal["concat", "add"]
+Scope = Literal["all", "prefix", "causal"]
+Mix = Literal["uniform", "learned"]
+
+
+class Aligned(NamedTuple):
+    """What a `DuplexAligner` returns.
+
+    Attributes:
+        key: (batch, key head, key, width), aligned.
+        state: what decoding goes on from: the sums over the keys so far.
+    """
+
+    key: Float[Tensor, "batch key_head key width"]
+    state: Moments
+
+
+class DuplexAligner(nn.Module):
+    """Changes the keys of each modality by what the other modalities' keys look like, head by head::
+
+        G^n  = K^n^T K^n,  K^n with rows of length 1         the basis of modality n, (width, width), then normed
+        M_m  = sum over n != m of w_mn ||G^n||               w_mn = 1 / (N - 1), or learned
+        "concat": K^m <- [K^m, K^m M_m] W_m                  W_m = [I; 0] at the start
+        "add":    K^m <- (K^m + r_m * K^m M_m) W_m           r_m = 0, W_m = I at the start
+
+    With two modalities these are MODA's V-aligner and T-aligner. Untrained, it returns exactly the keys it was given.
+    The cost is one product of each key with a (width, width) matrix.
+
+    Args:
+        dim: width of a head's keys. Parameters are shared by heads.
+        num_modalities: N.
+        basis: ``"gram"`` as above; ``"key_value"`` K^T V, as the released code has it; ``"covariance"``, the Gram
+            matrix of centerd keys.
+        norm: ``"row"`` (rows of length 1), ``"fro"``, ``"spectral"`` (never lengthens a key), ``"trace"``, ``"none"``.
+        normalize_keys: rows of length 1 in the basis; a key is mapped as it is.
+        fuse: ``"concat"`` or ``"add"``.
+        directions: labels of the modalities whose keys change; None = all (duplex). The released code has one.
+        mix: ``"uniform"`` or ``"learned"`` weights w of the others.
+        basis_scope: over which keys G is summed. ``"all"`` are all of them, future ones included. ``"prefix"`` are
+            those before the place ``prefix``. ``"causal"`` are those up to the key that is mapped, at the price of a
+            basis for each key. None is "prefix" under causality and "all" elsewhere.
+
+    Raises:
+        ConfigError: an option that does not exist, or that does not fit the others.
+
+    Reference: MODA (ICML 2025), equations 5 and 6; spec 5.2.
+    Differs from the released code in: the Gram matrix of the paper, every direction, W that starts as the identity, no
+    loop over samples, and keys that are aligned before they are cached, so that decoding equals one pass.
+
+    Example:
+        >>> aligner, key = DuplexAligner(4), torch.randn(2, 3, 5, 4)
+        >>> torch.equal(aligner(key, key, modality=torch.tensor([0, 0, 1, 1, -1])).key, key)
+        True
+    """
+
+    def __init__(
+        self, dim: int, num_modalities: int = 2, *, basis: Basis = "gram", norm: Norm = "row",
+        normalize_keys: bool = True, fuse: Fuse = "concat", directions: Sequence[int] | None = None,
+        mix: Mix = "uniform", basis_scope: Scope | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        options = {"basis": (basis, Basis), "norm": (norm, Norm), "fuse": (fuse, Fuse), "mix": (mix, Mix)}
+        if basis_scope is not None:
+            options["basis_scope"] = (basis_scope, Scope)
+        for name, (given, known) in options.items():
+            if given not in get_args(known):
+                raise unknown_name("DuplexAligner", name, str(given), get_args(known))
+        if dim < 1 or num_modalities < 1:
+            got = f"dim = {dim}, num_modalities = {num_modalities}"
+            raise ConfigError("DuplexAligner", expected="dim >= 1 and num_modalities >= 1", got=got)
+        if basis == "key_value" and norm == "trace":
+            raise ConfigError(
+                "DuplexAligner", expected="a norm that every matrix has", got="norm='trace' with basis='key_value'",
+                fix="Keys and values may have a trace of zero or below; take 'row', 'fro' or 'spectral'.",
+            )  # fmt: skip
+        changed = tuple(range(num_modalities)) if directions is None else tuple(directions)
+        if not changed or len(set(changed)) < len(changed) or not set(changed) <= set(range(num_modalities)):
+            raise ConfigError(
+                "DuplexAligner", expected=f"different directions from 0 to {num_modalities - 1}, or None for all",
+                got=str(directions),
+            )  # fmt: skip
+        self.dim, self.num_modalities, self.directions = dim, num_modalities, changed
+        self.kind, self.fuse = BasisKind(num_modalities, changed, basis, norm, normalize_keys), fuse
+        self.basis_scope: Scope | None = basis_scope
+        eye = torch.eye(dim).expand(len(changed), -1, -1)
+        self.weight = nn.Parameter(torch.cat([eye, torch.zeros_like(eye)], 1) if fuse == "concat" else eye.clone())
+        self.scale = nn.Parameter(torch.zeros(len(changed), dim)) if fuse == "add" else None
+        learned = mix == "learned" and num_modalities > 2
+        self.mix = nn.Parameter(torch.zeros(num_modalities, num_modalities)) if learned else None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, {self.num_modalities}, basis={self.kind.basis!r}, norm={self.kind.norm!r}, fuse={self.fuse!r}"
+        )
+
+    def forward(
+        self,
+        key: Float[Tensor, "batch key_head key width"],
+        value: Float[Tensor, "batch key_head key dim"],
+        *,
+        modality: Int[Tensor, " key"] | Int[Tensor, "batch key"],
+        mask: Bool[Tensor, "batch key"] | None = None,
+        prefix: Int[Tensor, " batch"] | int | None = None,
+        is_causal: bool = False,
+        state: Moments | None = None,
+    ) -> Aligned:
+        """Aligns keys.
+
+        Args:
+            key: (batch, key head, key, width), rotated by their positions where there is a rotation.
+            value: (batch, key head, key, dim), for the basis "key_value".
+            modality: label of every key; -1 = special, which is neither changed nor in any basis.
+            mask: False for padding, which is in no basis.
+            prefix: the number of places in the prefix, or one for each sample; by default it ends with the last key
+                whose label is not that of the sample's last key, such as the last picture before an answer.
+            is_causal: what ``basis_scope=None`` depends on.
+            state: of the keys before these, when decoding. Under "causal" the bases go on from it, else they stay.
+
+        Returns:
+            Aligned(key, state). A modality that a sample lacks has the identity for a basis. Keys under the mask are
+            returned as they came, and have no influence on anything else.
+
+        Raises:
+            ShapeError: sizes that do not fit.
+        """
+        self._check(key, value, modality, mask)
+        if mask is None:
+            return self._aligned(key, value, modality, None, prefix, is_causal, state)
+        valid = mask.to(key.device)[:, None, :, None]
+        clean = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
+        found = self._aligned(*clean, modality, mask, prefix, is_causal, state)
+        return found._replace(key=torch.where(valid, found.key, key))
+
+    def _aligned(
+        self, key: Tensor, value: Tensor, modality: Tensor, mask: Tensor | None, prefix: Tensor | int | None,
+        is_causal: bool, state: Moments | None,
+    ) -> Aligned:  # fmt: skip
+        labels = (modality if modality.ndim == 2 else modality[None]).to(key.device)
+        scope = self.basis_scope or ("prefix" if is_causal else "all")
+        with torch.autocast(key.device.type, enabled=False):
+            if scope == "causal" or key.shape[2] == 0:
+                return Aligned(*running_bases(self.maps, self.kind, key, value, labels, mask, state))
+            blocks = blocks_of(modality, mask, key.device)
+            keys = into_blocks(key, blocks)
+            if state is None:
+                within = mask if scope == "all" else self._prefix(labels, mask, prefix)
+                values = into_blocks(value, blocks) if self.kind.basis == "key_value" else keys
+                state = moments_of(self.kind, keys, values, blocks, within)
+            maps = self.maps(normed_bases(state, self.kind))
+            parts = [
+                part if label not in self.directions else part @ maps[:, self.directions.index(label)].to(part.dtype)
+                for label, part in zip(blocks.labels, keys, strict=True)
+            ]
+            return Aligned(out_of_blocks(parts, blocks), state)
+
+    def maps(self, bases: Float[Tensor, "*batch modality head width width"]) -> Tensor:
+        """(*batch, direction, head, width, width): what keys are multiplied by, both steps in one matrix."""
+        chosen = list(self.directions)
+        mapped = torch.einsum("mn,...nhij->...mhij", self.weights().to(bases.dtype)[chosen], bases)
+        weight = self.weight.to(bases.dtype)[:, None]
+        if self.scale is None:
+            keep, aligned = weight.split(self.dim, dim=-2)
+            return keep + mapped @ aligned
+        return weight + (mapped * self.scale.to(bases.dtype)[:, None, None]) @ weight
+
+    def weights(self) -> Float[Tensor, "modality modality"]:
+        """w_mn, zero on the diagonal."""
+        count, device = self.num_modalities, self.weight.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        if count == 1:
+            return torch.zeros(1, 1, dtype=dtype, device=device)
+        same = torch.eye(count, dtype=torch.bool, device=device)
+        logits = torch.zeros(count, count, dtype=dtype, device=device) if self.mix is None else self.mix.to(dtype)
+        return logits.masked_fill(same, -torch.inf).softmax(-1)
+
+    def _prefix(self, labels: Tensor, mask: Tensor | None, prefix: Tensor | int | None) -> Bool[Tensor, "batch key"]:
+        places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+        valid = labels >= 0 if mask is None else (labels >= 0) & mask.to(labels.device)
+        labels = labels.expand_as(valid)
+        if prefix is None:
+            last = (valid * places).argmax(1, keepdim=True) if labels.shape[1] else labels[:, :0]
+            other = valid & (labels != labels.gather(1, last))
+            end = (other * places).amax(1, keepdim=True) if labels.shape[1] else places[None]
+        else:
+            end = torch.as_tensor(prefix, device=labels.device).reshape(-1, 1)
+        return valid & (places <= end)
+
+    def _check(self, key: Tensor, value: Tensor, modality: Tensor, mask: Tensor | None) -> None:
+        batch, _, length, width = key.shape
+        if width != self.dim:
+            raise ShapeError("DuplexAligner key", expected=f"width = dim = {self.dim}", got=f"{width}")
+        if self.kind.basis == "key_value" and value.shape != key.shape:
+            raise ShapeError(
+                "DuplexAligner value", expected=f"the keys' shape, {tuple(key.shape)}", got=f"{tuple(value.shape)}",
+                fix="basis='key_value' maps keys to keys, so values must be as wide; take 'gram'.",
+            )  # fmt: skip
+        if tuple(modality.shape) not in ((length,), (batch, length)):
+            raise ShapeError(
+                "DuplexAligner modality", expected=f"shape (key,) = {(length,)} or (batch, key) = {(batch, length)}",
+                got=f"shape {tuple(modality.shape)}",
+            )  # fmt: skip
+        if modality.device.type == "cpu" and modality.numel() and int(modality.max()) >= self.num_modalities:
+            raise ShapeError(
+                "DuplexAligner modality", expected=f"labels from -1 to num_modalities - 1 = {self.num_modalities - 1}",
+                got=f"{int(modality.max())}",
+            )  # fmt: skip
+        if mask is not None:
+            expected = f"a boolean tensor of shape (batch, key) = {(batch, length)}"
+            bool_mask(mask, "DuplexAligner mask", expected, shape=(batch, length))

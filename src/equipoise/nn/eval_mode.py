@@ -1,0 +1,32 @@
+"""A model as it is used, for a while: evaluation mode without gradients, and afterward everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode_no_grad(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode and the random state come back, also after an error.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(model):
+        ...     print([part.training for part in model], torch.is_grad_enabled())
+        [False, False] False
+        >>> [part.training for part in model]
+        [True, False]
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,313 @@
+"""The one attention layer, the one block and the one stack that encoders and fusions share."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from ..tokens.masks import bool_mask, finite_masked, zero_masked
+from .attention import Attended, attend
+
+
+class AttentionCore(nn.Module):
+    """Where queries meet keys. It has no parameters: it is the place where others watch, or turn the query.
+
+    A ``forward_pre_hook(with_kwargs=True)`` on it sees the projected query (batch, head, query, dim), key and value,
+    with the modality labels and the mask, and may return other ones.
+    """
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch head query dim"],
+        key: Float[Tensor, "batch keyhead key dim"],
+        value: Float[Tensor, "batch keyhead key dim"],
+        *,
+        modality: Int[Tensor, "... key"] | None = None,
+        num_modalities: int | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        share: bool = True,
+    ) -> Attended:
+        return attend(
+            query, key, value, modality=modality if share else None, num_modalities=num_modalities,
+            mask=mask, is_causal=is_causal, dropout=dropout,
+        )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases and an output projection: 4 (d^2 + d) parameters.
+
+    Args:
+        dim: model width d.
+        heads: number of heads; each is d / heads wide.
+        dropout: on the attention and on the projected output, in training only.
+
+    Attributes:
+        names: names of the modalities whose labels ``forward`` is given, where the fusion knows them.
+        readout: True where only the first query row is ever read (a class token that pools).
+        reads_itself: False where the tokens that read are not the first of those that are read.
+    """
+
+    names: tuple[str, ...]
+    readout: bool
+    reads_itself: bool
+
+    def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            closest = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads), default=1)
+            raise ConfigError(
+                "Attention",
+                expected=f"dim = {dim} divisible by heads",
+                got=f"heads = {heads}",
+                fix=f"The closest that divides it is heads = {closest}.",
+            )
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.names, self.readout, self.reads_itself = (), False, True
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        initialize_weights(self)
+        self.core = AttentionCore()
+        self.output_dropout = nn.Dropout(dropout)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch query dim"],
+        source: Float[Tensor, "batch key dim"] | None = None,
+        *,
+        modality: Int[Tensor, "... key"] | None = None,
+        num_modalities: int | None = None,
+        mask: Bool[Tensor, "... key"] | None = None,
+        is_causal: bool = False,
+        share: bool = True,
+    ) -> Attended:
+        """Lets ``tokens`` read ``source`` (themselves by default).
+
+        Args:
+            tokens: (batch, query, dim).
+            source: (batch, key, dim).
+            modality: (key,) or (batch, key) labels, for the share; see ``attend``.
+            num_modalities: number of columns of the share.
+            mask: (batch, key) or (batch, query, key), boolean, True = takes part. Keys that no query sees have no
+                influence, NaN included.
+            is_causal: as in ``attend``.
+            share: False spares the cost of the share; labels are then given for whoever watches.
+
+        Returns:
+            Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
+        """
+        tokens, source = without_hidden(tokens, source, mask, type(self).__name__)
+        source = self._source(tokens, source)
+        attended = self.core(
+            self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
+            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0, share=share,
+        )  # fmt: skip
+        merged = attended.output.transpose(1, 2).flatten(2)
+        return Attended(self.output_dropout(self.out(merged)), attended.share)
+
+    def _source(self, tokens: Tensor, source: Tensor | None) -> Tensor:
+        """What is read, once it is known to fit."""
+        source = tokens if source is None else source
+        if tokens.shape[-1] != self.dim or source.shape[-1] != self.dim:
+            raise ShapeError(
+                "Attention", expected=f"dim = {self.dim}", got=f"{tokens.shape[-1]} and {source.shape[-1]}"
+            )
+        return source
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); 12 d^2 + 13 d parameters at ratio 4.
+
+    Args:
+        dim: model width.
+        heads: attention heads.
+        ratio: width of the hidden layer over ``dim``.
+        dropout: on the attention and on both residual branches, in training only.
+        activation: of the hidden layer.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads, dropout=dropout)
+        self.norm_mlp = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = feed_forward(dim, ratio, dropout, activation)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        source: Float[Tensor, "batch key dim"] | None = None,
+        *,
+        rows: int | None = None,
+        modality: Int[Tensor, "... key"] | None = None,
+        num_modalities: int | None = None,
+        mask: Bool[Tensor, "... key"] | None = None,
+        is_causal: bool = False,
+        share: bool = True,
+    ) -> Attended:
+        """Returns Attended(tokens, share).
+
+        ``source`` is another sequence that is read, under the same norm. ``rows`` computes only the first rows; they
+        equal those of the whole. The rest is as in ``Attention``.
+        """
+        tokens, source = without_hidden(tokens, source, mask, "Block")
+        normed = self.norm_attention(tokens)
+        attended = self.attention(
+            normed[:, :rows], normed if source is None else self.norm_attention(source),
+            modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal, share=share,
+        )  # fmt: skip
+        tokens = tokens[:, :rows] + attended.output
+        return Attended(tokens + self.mlp(self.norm_mlp(tokens)), attended.share)
+
+
+class PostNormAttention(nn.Module):
+    """norm(x + attention(x, source)): 4 (d^2 + d) + 2 d parameters.
+
+    Args:
+        dim: model width.
+        heads: attention heads.
+        dropout: on the attention and on its output, in training only.
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout=dropout)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        source: Float[Tensor, "batch key dim"] | None = None,
+        *,
+        mask: Bool[Tensor, "... key"] | None = None,
+        modality: Int[Tensor, "... key"] | None = None,
+    ) -> Float[Tensor, "batch token dim"]:
+        """``source``, ``mask`` and ``modality`` as in ``Attention``; labels are for whoever watches."""
+        tokens, source = without_hidden(tokens, source, mask, "PostNormAttention")
+        return self.norm(tokens + self.attention(tokens, source, mask=mask, modality=modality, share=False).output)
+
+
+class PostNormBlock(nn.Module):
+    """Post-norm transformer block: norm(x + attention(x)), then norm(x + mlp(x)); ReLU inside.
+
+    Args:
+        dim: model width.
+        heads: attention heads.
+        ratio: width of the hidden layer over ``dim``.
+        dropout: on the attention and on both residual branches, in training only.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.reading = PostNormAttention(dim, heads, dropout=dropout, eps=eps)
+        self.mlp = feed_forward(dim, ratio, dropout, nn.ReLU)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], *, mask: Bool[Tensor, "... token"] | None = None
+    ) -> Float[Tensor, "batch token dim"]:
+        tokens = self.reading(tokens, mask=mask)
+        return self.norm(tokens + self.mlp(tokens))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final LayerNorm over one sequence.
+
+    Args:
+        dim: model width.
+        depth: number of blocks; 0 is the LayerNorm alone.
+        heads: attention heads.
+        ratio: width of the hidden layers over ``dim``.
+        dropout: in training only.
+
+    Example:
+        >>> Transformer(8, depth=2, heads=2)(torch.ones(3, 5, 8)).shape
+        torch.Size([3, 5, 8])
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int = 1, *, ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, ratio=ratio, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], *, mask: Bool[Tensor, "batch token"] | None = None
+    ) -> Float[Tensor, "batch token dim"]:
+        for block in self.blocks:
+            tokens = block(tokens, mask=mask).output
+        return self.norm(tokens)
+
+
+def without_hidden(
+    tokens: Float[Tensor, "batch query dim"], source: Float[Tensor, "batch key dim"] | None, mask: Tensor | None,
+    who: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(tokens, source) with zeros in the source where no query sees it.
+
+    Without a source the tokens read themselves. Padding is then a query too, whose own output is what its values make
+    of it; but NaN and infinity in padding become 0, since they would reach the gradients of the weights.
+
+    Raises:
+        ShapeError: a mask that is not boolean.
+    """
+    if mask is None:
+        return tokens, source
+    bool_mask(mask, f"{who} mask", "a boolean mask (batch, key) or (batch, query, key)")
+    if source is None:
+        if not _fits(mask, tokens):
+            return tokens, None
+        return finite_masked(tokens, mask), None
+    seen = mask
+    while seen.ndim > 2:
+        seen = seen.any(dim=1)
+    return tokens, zero_masked(source, seen) if _fits(seen, source) else source
+
+
+def _fits(mask: Tensor, x: Tensor) -> bool:
+    # A mask of another size is an error, which attend raises.
+    return mask.ndim == 2 and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == x.shape[1]
+
+
+def feed_forward(dim: int, ratio: float, dropout: float, activation: type[nn.Module]) -> nn.Sequential:
+    """The two layers of a block's MLP, with dropout on what they add to the residual stream."""
+    hidden = int(dim * ratio)
+    mlp = nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim), nn.Dropout(dropout))
+    initialize_weights(mlp)
+    return mlp
+
+
+def initialize_weights(module: nn.Module) -> None:
+    """Xavier-normal weights and zero biases for every linear layer inside, as RollingQ's released code has them.
+
+    torch's own start gives queries and keys a third of the scale, and attention that stays close to uniform.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def learned_token(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """A learned token or position table, normal and cut at -2 and 2."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std))

@@ -1,0 +1,141 @@
+"""One attention that is about to happen: who reads whom, whatever code computes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+MASKED = -5e3
+"""A score as low as this comes from a mask: its weight is 0 in every type."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What decides an attention, in one form for every way in.
+
+    Attributes:
+        query: (batch, head, query, width) as the scores see it, after positions and rotations.
+        key: (batch, key head, key, width), those of a cache included; query head h reads h // (head / key head).
+        value: (batch, key head, key, dim).
+        mask: boolean, True = takes part, or floating, added to the scores; broadcasts to (batch, head, query, key).
+        is_causal: query i sees keys 0..i, counted from the first key, together with the mask.
+        scale: factor of the scores; None is 1 / sqrt(width).
+        sinks: (head,) logits of a virtual key that takes attention and gives nothing.
+        softcap: scores s become softcap tanh(s / softcap).
+        attention: (batch, head, query, key), where the model itself has written it out.
+        modality, names: labels of the keys, where the layer itself knows them.
+        added: keys at the end that the layer adds by itself, and that belong to no modality.
+        reads_itself: the queries are the first of the tokens that are read, so what masks keys masks them too.
+        sources: what queries and keys are projected from, where the projection itself is not followed.
+        batch_dim: the batch dimension of ``sources``; None for a single sample without one.
+    """
+
+    query: Float[Tensor, "batch head query width"]
+    key: Float[Tensor, "batch keyhead key width"]
+    value: Float[Tensor, "batch keyhead key dim"]
+    mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    softcap: float | None = None
+    attention: Float[Tensor, "batch head query key"] | None = None
+    modality: Int[Tensor, "... key"] | None = None
+    names: tuple[str, ...] = ()
+    added: int = 0
+    reads_itself: bool = True
+    sources: tuple[Tensor, Tensor] | None = None
+    batch_dim: int | None = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        if self.attention is not None:
+            return tuple(self.attention.shape)  # type: ignore[return-value]
+        batch, heads, rows, _ = self.query.shape
+        return batch, heads, rows, self.key.shape[2]
+
+    def visible(self) -> Bool[Tensor, "#batch #head #query key"] | None:
+        """Who sees whom, by mask and causality; None where everybody sees everybody."""
+        seen = self.mask
+        if seen is not None and seen.dtype != torch.bool:
+            seen = seen > MASKED
+        if self.is_causal:
+            _, _, rows, keys = self.sizes
+            past = torch.ones(rows, keys, dtype=torch.bool, device=self.query.device).tril()[None, None]
+            seen = past if seen is None else seen & past
+        return seen
+
+    def seeing(self) -> Bool[Tensor, "#batch query"] | None:
+        """The queries that see any key at all; None where all do."""
+        if self.mask is None:
+            return None
+        seen = self.visible()
+        return None if seen is None else seen.any(dim=-1).any(dim=1)
+
+    def read(self) -> Bool[Tensor, "batch key"] | None:
+        """The keys that any query may see; None where no mask tells of padding."""
+        if self.mask is None:
+            return None
+        batch, _, _, keys = self.sizes
+        seen = self.visible()
+        return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)
+
+    def restricted(self, keep: Bool[Tensor, "#batch #head #query key"]) -> AttentionCall:
+        """The same attention, where only those that ``keep`` says may be seen."""
+        if self.mask is None:
+            mask = keep
+        elif self.mask.dtype == torch.bool:
+            mask = self.mask & keep
+        else:
+            mask = self.mask.masked_fill(~keep, -math.inf)
+        return replace(self, mask=mask)
+
+
+class QueryRows(NamedTuple):
+    """The queries that are watched.
+
+    Attributes:
+        weight: (batch, query), or (batch, n) along ``index``: 1 for a query that counts, else 0.
+        index: (batch, n) places of the queries; None where all are taken as they stand.
+    """
+
+    weight: Float[Tensor, "batch n"]
+    index: Int[Tensor, "batch n"] | None = None
+
+
+SELDOM = 4
+"""Queries are picked out where fewer than one in so many counts."""
+
+
+def query_rows(chosen: Bool[Tensor, "batch query"]) -> QueryRows:
+    """The rows that a boolean mask chooses, picked out where that spares work."""
+    most = int(chosen.sum(dim=1).max()) if chosen.numel() else 0
+    if most * SELDOM > chosen.shape[1]:
+        return QueryRows(chosen.float())
+    # A stable sort brings the chosen to the front and keeps their order.
+    index = torch.argsort(~chosen, dim=1, stable=True)[:, : max(most, 1)]
+    return QueryRows(chosen.gather(1, index).float(), index)
+
+
+def select_rows(call: AttentionCall, index: Int[Tensor, "batch n"] | None) -> AttentionCall:
+    """The attention of some queries alone."""
+    if index is None:
+        return call
+    batch, heads, _, keys = call.sizes
+    at = index[:, None, :, None]
+    attention = call.attention
+    if attention is not None:
+        attention = attention.gather(2, at.expand(-1, heads, -1, keys))
+    query = call.query.gather(2, at.expand(-1, heads, -1, call.query.shape[-1]))
+    mask = call.mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.expand(batch, -1, -1, -1).gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+    found = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
+    if call.is_causal:
+        found = found.restricted(torch.arange(keys, device=index.device) <= at)
+    return found

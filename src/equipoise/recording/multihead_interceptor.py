@@ -1,0 +1,163 @@
+"""The way into ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, their fused fast path included."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .multihead_projection import HeadProjection, project_heads
+from .recording_session import RecordingSession
+from .shared_patches import held, wrapped
+
+NESTED = "its inputs are nested tensors"
+
+
+@contextmanager
+def intercept_multihead(session: RecordingSession) -> Iterator[None]:
+    """Stands around the forward functions: hooks would be noticed, and turn the fast path off.
+
+    Scores are computed once more from the layer's inputs, so the model takes the path that it always takes, bit for
+    bit. Where outputs are changed, the fast path is off.
+    """
+    ran = _Ran()
+    with ExitStack() as stack:
+        if session.handler.changes:
+            stack.enter_context(held("fast path", _without_fast_path))
+        for part in session.model.modules():
+            if isinstance(part, nn.MultiheadAttention) and _untouched(part, nn.MultiheadAttention):
+                wrapper = _attends(session, part, ran)
+            elif _plain(part):
+                wrapper = _encodes(session, part, ran)  # type: ignore[arg-type]
+            elif type(part) is nn.TransformerEncoder and all(_plain(layer) for layer in part.layers):
+                wrapper = _packs(part, ran)
+            else:
+                continue
+            stack.enter_context(wrapped(part, "forward", _in_own_thread(session, wrapper)))
+        yield
+
+
+class _Ran:
+    """What has run in the thread that is watched.
+
+    Attributes:
+        calls: of ``nn.MultiheadAttention`` layers.
+        lengths: id of a layer -> number of tokens before padding was packed away.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.lengths: dict[int, int] = {}
+
+
+def _without_fast_path() -> Callable[[], None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _in_own_thread(session: RecordingSession, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return wrapper(inner, *args, **kwargs) if session.mine() else inner(*args, **kwargs)
+
+    return forward
+
+
+def _untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's forward is that of its class in torch."""
+    return type(part).forward is kind.forward
+
+
+def _plain(part: nn.Module) -> bool:
+    """Whether it is torch's own encoder layer, with nothing of its own inside."""
+    return type(part) is nn.TransformerEncoderLayer and type(part.self_attn) is nn.MultiheadAttention
+
+
+def _stands_aside(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A function mode is noticed too.
+    with torch._C.DisableTorchFunction():
+        return inner(*args, **kwargs)
+
+
+def _packs(encoder: nn.TransformerEncoder, ran: _Ran) -> Callable[..., Any]:
+    """Notes how many tokens came, before padding is packed away."""
+
+    def packs(inner: Callable[..., Any], src: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not src.is_nested and src.ndim == 3:
+            ran.lengths.update({id(layer): src.shape[1] for layer in encoder.layers})
+        try:
+            return _stands_aside(inner, src, *args, **kwargs)
+        finally:
+            ran.lengths.clear()
+
+    return packs
+
+
+def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran) -> Callable[..., Any]:
+    signature = inspect.signature(nn.MultiheadAttention.forward)
+
+    def attends(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ran.calls += 1
+        given = signature.bind(layer, *args, **kwargs).arguments
+        if any(given[name].is_nested for name in ("query", "key", "value")):
+            session.hidden(layer, NESTED)
+            return _stands_aside(inner, *args, **kwargs)
+        call = project_heads(
+            HeadProjection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
+            padding=given.get("key_padding_mask"), mask=given.get("attn_mask"),
+        )  # fmt: skip
+        batch_dim = None if given["query"].ndim == 2 else 0 if layer.batch_first else 1
+        call = replace(call, sources=(given["query"], given["key"]), batch_dim=batch_dim)
+        output = session.visit(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
+        if not isinstance(output, Tensor):
+            return output
+        merged = layer.out_proj(output.transpose(1, 2).flatten(2))
+        if given["query"].ndim == 2:
+            merged = merged[0]
+        elif not layer.batch_first:
+            merged = merged.transpose(0, 1)
+        return merged, None
+
+    return attends
+
+
+def _encodes(session: RecordingSession, layer: nn.TransformerEncoderLayer, ran: _Ran) -> Callable[..., Any]:
+    """Shows the attention of a layer whose fast path never calls it."""
+    signature = inspect.signature(nn.TransformerEncoderLayer.forward)
+
+    def encodes(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls, quiet = ran.calls, session.quiet
+        output = _stands_aside(inner, *args, **kwargs)
+        if ran.calls == calls and not quiet:
+            given = signature.bind(layer, *args, **kwargs).arguments
+            del given["self"]
+            _show_fast(session, layer, output, ran.lengths.get(id(layer)), **given)
+        return output
+
+    return encodes
+
+
+def _show_fast(
+    session: RecordingSession, layer: nn.TransformerEncoderLayer, output: Tensor, length: int | None, src: Tensor,
+    src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
+) -> None:  # fmt: skip
+    """Padded tokens may arrive packed, without a mask; ``length`` is what they were before."""
+    if src.is_nested:
+        lengths = torch.tensor([len(part) for part in src.unbind()], device=src.device)
+        whole = None if length is None else (len(lengths), length, src.size(2))
+        src = src.to_padded_tensor(0.0, output_size=whole)
+        src_key_padding_mask = torch.arange(src.shape[1], device=src.device) >= lengths[:, None]
+    attention = layer.self_attn
+    tokens, given = layer.norm1(src) if layer.norm_first else src, src
+    call = project_heads(
+        HeadProjection.of(attention), tokens, tokens, tokens, batch_first=attention.batch_first,
+        padding=src_key_padding_mask, mask=src_mask,
+    )  # fmt: skip
+    batch_dim = 0 if attention.batch_first else 1
+    call = replace(call, sources=(given, given), batch_dim=batch_dim)
+    session.visit(call, attention, "multihead, fast path", lambda: (output, None))

@@ -1,0 +1,138 @@
+"""The way into any code that calls torch's attention, or writes attention out with a softmax."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..nn.transformer import AttentionCore
+from .attention_call import MASKED, AttentionCall
+from .multihead_projection import HeadProjection, project_heads
+from .recording_session import RecordingSession
+
+SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+ATTENTION = frozenset((*SOFTMAXES, *FUSED, F.multi_head_attention_forward))
+MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
+"""How modules name the number of their heads."""
+
+
+@contextmanager
+def intercept_torch_functions(session: RecordingSession) -> Iterator[None]:
+    """Sees ``F.scaled_dot_product_attention`` under whatever name it was imported, and softmax over keys."""
+    session.threads.local.append(lambda: _Mode(session))
+    with _Mode(session):
+        yield
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, session: RecordingSession) -> None:
+        super().__init__()
+        self._session = session
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in ATTENTION:
+            return func(*args, **kwargs)
+        here = self._session.here()
+        if here is None or self._session.quiet or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func in FUSED:
+            return self._fused(func, args, kwargs)
+        if func in SOFTMAXES:
+            return self._softmax(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multihead(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(given[name].is_nested for name in names[:3]):
+            self._session.hidden(None, "its inputs are nested tensors")
+            return func(*args, **kwargs)
+        shape, heads = given["query"].shape, self._heads(given["query"])
+        query, key, value = (_four(given[name], heads) for name in names[:3])
+        mask = given.get("attn_mask")
+        call = AttentionCall(
+            query, *(part.expand(len(query), -1, -1, -1) for part in (key, value)),
+            mask=None if mask is None else _mask(mask, shape, heads), is_causal=bool(given.get("is_causal", False)),
+            scale=given.get("scale"), reads_itself=query.shape[2] == key.shape[2],
+        )  # fmt: skip
+        output = self._session.visit(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
+        # The model's own output is handed on as it is; another one comes in our form.
+        return output.reshape(*shape[:-1], output.shape[-1])
+
+    def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        scores = args[0] if args else kwargs["input"]
+        attention = func(*args, **kwargs)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if not isinstance(dim, int) or scores.ndim < 3 or dim not in (-1, scores.ndim - 1) or scores.is_nested:
+            return attention
+        heads = self._heads(attention)
+        four, masked = _four(attention, heads), _four(scores, heads) <= MASKED
+        if not four.is_floating_point() or 0 in four.shape:
+            return attention
+        blank = four[..., :0]
+        call = AttentionCall(
+            blank, blank, blank, attention=four, mask=~masked if masked.any() else None,
+            reads_itself=four.shape[2] == four.shape[3],
+        )  # fmt: skip
+        return self._session.visit(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+
+    def _multihead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = MULTIHEAD.bind(*args, **kwargs)
+        given.apply_defaults()
+        of = given.arguments
+        apart = (of["q_proj_weight"], of["k_proj_weight"], of["v_proj_weight"])
+        layer = HeadProjection(
+            of["num_heads"], None if of["use_separate_proj_weight"] else of["in_proj_weight"], apart,
+            of["in_proj_bias"], of["bias_k"], of["bias_v"], of["add_zero_attn"],
+        )  # fmt: skip
+        call = project_heads(
+            layer, of["query"], of["key"], of["value"], batch_first=False, padding=of["key_padding_mask"],
+            mask=of["attn_mask"],
+        )  # fmt: skip
+        batch_dim = None if of["query"].ndim == 2 else 1
+        call = replace(call, sources=(of["query"], of["key"]), batch_dim=batch_dim)
+        output = self._session.visit(call, None, "multihead function", lambda: (func(*args, **kwargs), None))
+        if not isinstance(output, Tensor):
+            return output
+        merged = F.linear(output.transpose(1, 2).flatten(2), of["out_proj_weight"], of["out_proj_bias"])
+        return (merged[0] if of["query"].ndim == 2 else merged.transpose(0, 1)), None
+
+    def _heads(self, tensor: Tensor) -> int:
+        """Heads that were merged with the samples, where the module that attends tells how many it has."""
+        if tensor.ndim != 3:
+            return 1
+        module: nn.Module | None = self._session.attending()
+        found = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), 1)
+        return found if found > 0 and tensor.shape[0] % found == 0 else 1
+
+
+def _four(tensor: Tensor, heads: int) -> Tensor:
+    """(batch, head, token, dim), out of fewer or more dimensions, or out of heads merged with samples."""
+    if tensor.ndim == 3:
+        return tensor.unflatten(0, (-1, heads)) if len(tensor) % heads == 0 else tensor[:, None]
+    if tensor.ndim < 4:
+        return tensor[(None,) * (4 - tensor.ndim)]
+    return tensor.flatten(1, tensor.ndim - 3)
+
+
+def _mask(mask: Tensor, query: torch.Size, heads: int) -> Tensor:
+    """A mask that broadcasts to the attention, in four dimensions."""
+    if len(query) == 3 and mask.ndim == 3 and mask.shape[0] == query[0]:
+        return _four(mask, heads)
+    if len(query) > 4 and mask.ndim > 2:
+        mask = mask[(None,) * (len(query) - mask.ndim)]
+        return mask.expand(-1, *query[1:-2], -1, -1).flatten(1, len(query) - 3)
+    return mask[(None,) * (4 - mask.ndim)]

@@ -1,0 +1,88 @@
+"""Layers that mix tokens without an attention that ``watch`` can see, by name and reason."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules import module as registry
+
+from .attention_call import AttentionCall
+from .recording_session import Interceptor, RecordingSession
+from .token_labels import LabeledKeys, TokenLabeler
+
+ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block)?$")
+RECURRENT = re.compile(
+    r"(Mamba\d?(Mixer|Layer)|FalconH1Mixer|BambaMixer|GatedDeltaNet\w*|DeltaNet|DeltaAttention|Rwkv\w*Attention|"
+    r"Retention|Linear(Self)?Attention|LightningAttention|Short(Conv|Convolution)|RecurrentBlock|Rglru|Hyena\w*|"
+    r"FourierTransform|[ms]LSTM(Layer|Block|Cell))$"
+)
+"""Linear attention, state-space layers, gated recurrences and convolutions over tokens."""
+WITHOUT = (
+    "a layer without attention: it mixes tokens by a recurrence or a convolution, which has no weight for each key"
+)
+HIDDEN = (
+    "it ran, and no attention of it was seen: neither a softmax over scores of queries and keys, nor a function of "
+    "torch or of Hugging Face's attention interface"
+)
+
+
+class Noting:
+    """A labeler that notes which modules attended.
+
+    Args:
+        labeler: tells the labels.
+    """
+
+    def __init__(self, labeler: TokenLabeler) -> None:
+        self._labeller = labeler
+        self.names = labeler.names
+        self.modules: set[int] = set()
+
+    def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
+        self.modules.add(id(module))
+        return self._labeller.labeled(call, module)
+
+
+@contextmanager
+def find_unrecorded_layers(
+    session: RecordingSession, attended: Noting, handler: Interceptor, sites: Sequence[str] | None
+) -> Iterator[None]:
+    """Tells the handler afterward of every layer that mixed tokens while it was watched, and was not seen."""
+    named = {name: part for name, part in session.model.named_modules() if _mixes(part)}
+    candidates = {
+        id(part): name for name, part in named.items() if not any(other.startswith(f"{name}.") for other in named)
+    }
+    ran: dict[int, None] = {}
+
+    def note(module: nn.Module, args: object, output: object) -> None:
+        if id(module) in candidates:
+            ran[id(module)] = None
+
+    handle = registry.register_module_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+    paths = [session.names[found] for found in attended.modules if found in session.names]
+    for found in ran:
+        path = candidates[found]
+        wanted = sites is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in sites)
+        if wanted and not any(_holds(path, other) or _holds(other, path) for other in paths):
+            part = session.model.get_submodule(path)
+            handler.missed(path or type(part).__name__, WITHOUT if _is_recurrent(part) else HIDDEN)
+
+
+def _mixes(part: nn.Module) -> bool:
+    return bool(ATTENTION.search(type(part).__name__)) or _is_recurrent(part)
+
+
+def _is_recurrent(part: nn.Module) -> bool:
+    return bool(RECURRENT.search(type(part).__name__))
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(f"{outer}.")

@@ -1,0 +1,179 @@
+"""The paired difference of two methods on one metric: one value for headline, sentences, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ..results.result_rows import finite_or_none, paired, run_pairs
+from ..results.significance import SURE, paired_p, unpack_outcomes
+from .results_view import ResultsView
+from .text_format import (
+    as_read,
+    format_delta,
+    format_p,
+    format_value,
+    is_fraction,
+    method_title,
+    metric_label,
+    pluralize,
+)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a method changes in a metric, compared with its reference on the same seeds.
+
+    Attributes:
+        method, reference, metric: of what.
+        before, after: means of the reference and of the method over the pairs, as stored.
+        p: two-sided, of a paired t-test over the pairs, None where all differences are the same; for one pair of a
+            test over the test samples that both models answered, None where their outcomes are not known.
+        pairs: how many seeds and folds both have.
+        agree: how many of them have the sign of the mean.
+        unit: what a pair is, "seed" or "run".
+    """
+
+    method: str
+    reference: str
+    metric: str
+    before: float
+    after: float
+    p: float | None
+    pairs: int
+    agree: int | None
+    unit: str
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def sure(self) -> bool:
+        """Whether the difference is significant."""
+        return self.p is not None and self.p < SURE
+
+    @property
+    def size(self) -> float:
+        """The difference as a part of the metric's range: 1 for fractions, 2 for a correlation, else the reference."""
+        if self.metric == "noise_attention_r":
+            return abs(self.difference) / 2
+        scale = 1.0 if is_fraction(self.metric) else abs(self.before)
+        return abs(self.difference) / scale if scale else 0.0
+
+    @property
+    def course(self) -> str:
+        return f"from {format_value(self.metric, self.before)} to {format_value(self.metric, self.after)}"
+
+    @property
+    def proof(self) -> str:
+        """The difference, how many pairs agree, and the p-value where there is one."""
+        parts = [format_delta(self.metric, self.difference)]
+        if self.pairs < 2:
+            tested = [] if self.p is None else [f"{format_p(self.p)} over its test samples"]
+            return ", ".join([*parts, f"one {self.unit} only", *tested])
+        if self.agree is not None:
+            parts.append(f"on {self.agree} of {pluralize(self.pairs, self.unit)}")
+        if self.p is not None:
+            parts.append(format_p(self.p))
+        return ", ".join(parts)
+
+    @property
+    def more(self) -> bool:
+        """Whether a reader sees the figure grow: an error grows where the stored score falls."""
+        return as_read(self.metric, self.difference) > 0
+
+    @property
+    def sentence(self) -> str:
+        """What happens to the metric, no stronger than its evidence."""
+        words = describe_effect(self.metric)
+        if self.difference == 0:
+            return f"{words} stays at {format_value(self.metric, self.after)}"
+        if self.sure:
+            return f"{words} {'rises' if self.more else 'falls'} {self.course} ({self.proof})"
+        if self.p is None and self.pairs < 2:
+            return f"{words} goes {self.course} ({self.proof})"
+        return f"{words} does not change significantly, {self.course} ({self.proof})"
+
+
+def describe_effect(metric: str) -> str:
+    """A metric in the middle of a sentence.
+
+    Example:
+        >>> described("accuracy_noise/audio"), described("negative_error"), described("noise_attention_r")
+        ('accuracy with audio replaced by noise', 'mean absolute error', 'attention–noise correlation r')
+    """
+    kind, _, name = metric.partition("/")
+    if name and kind.endswith("_noise"):
+        return f"{metric_label(kind.removesuffix('_noise'))} with {name} replaced by noise"
+    return (
+        metric_label(metric)
+        if metric != "noise_attention_r"
+        else method_title(metric)[:1].lower() + method_title(metric)[1:]
+    )
+
+
+def effect(readings: ResultsView, method: str, metric: str) -> Effect | None:
+    """A method against its reference; None where they have no pair of runs with this metric."""
+    row = readings.row(method, metric)
+    if row is None or row["difference"] is None:
+        return None
+    reference = row.get("reference")
+    found = readings.pairs(method, reference, metric)
+    if found:
+        after, before = (fmean(side) for side in zip(*found, strict=True))
+    else:
+        after, before = row["mean"], row["mean"] - row["difference"]
+    return _made(readings, row, str(reference or "its reference"), before, after, [a - b for a, b in found])
+
+
+def between(readings: ResultsView, method: str, other: str, metric: str) -> Effect | None:
+    """A method against any other one."""
+    found = readings.pairs(method, other, metric)
+    if not found:
+        return None
+    after, before = (fmean(side) for side in zip(*found, strict=True))
+    differences = [a - b for a, b in found]
+    row = {"method": method, "metric": metric, "n": len(found), **paired(differences)}
+    return _made(readings, row, other, before, after, differences)
+
+
+def _made(
+    readings: ResultsView, row: Mapping[str, Any], reference: str, before: float, after: float, differences: list[float]
+) -> Effect:
+    difference = row["difference"]
+    agree = sum(one * difference > 0 for one in differences) if differences else None
+    count = int(row.get("pairs", row["n"]))
+    p = finite_or_none(row["p"])
+    if p is None and count == 1:
+        p = _p_over_samples(readings, row["method"], reference, row["metric"])
+    return Effect(row["method"], reference, row["metric"], before, after, p, count, agree, readings.unit)
+
+
+def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: str) -> float | None:
+    """p-value of the paired test over test samples; None without one pair of runs that stored the outcomes."""
+    found = run_pairs(readings.runs, method, reference, metric)
+    stored = [run.get("outcomes", {}).get(metric) for pair in found for run in pair]
+    if len(found) != 1 or None in stored:
+        return None
+    first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
+    if len(first) != len(second):
+        return None
+    known = ~(np.isnan(first) | np.isnan(second))
+    return paired_p(first[known], second[known]) if known.any() else None
+
+
+def largest(readings: ResultsView) -> Effect | None:
+    """The largest significant effect on the score, the score under noise, or the response of attention.
+
+    Models of one modality are baselines: they count where nothing else was compared.
+    """
+    score = readings.score
+    metrics = [m for m in readings.metrics if m in (score, "noise_attention_r") or m.startswith(f"{score}_noise/")]
+    methods = [m for m in readings.methods if m not in readings.single] or readings.methods
+    found = [one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure]
+    return max(found, key=lambda one: one.size) if found else None

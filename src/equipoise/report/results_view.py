@@ -1,0 +1,223 @@
+"""What figures and sentences read from results, computed once and in one way, whatever is missing in them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..results.result_rows import RunResult, finite_or_none, paired_values
+from ..results.result_rows import build_results as results_of
+from .text_format import SCORES, main_score
+
+
+@dataclass(frozen=True, eq=False)
+class MetricCurve:
+    """A figure over the epochs: ``values`` is (run, epoch), NaN where a run has none."""
+
+    epochs: np.ndarray
+    values: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        return np.nanmean(self.values, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class BinnedCounts:
+    """Fractions of samples between edges, pooled over runs."""
+
+    edges: np.ndarray
+    fraction: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean of the samples, known up to half a bin."""
+        return float(((self.edges[1:] + self.edges[:-1]) / 2) @ self.fraction)
+
+
+class ResultsView:
+    """Read access to the content of ``results.json``, complete or partial.
+
+    Args:
+        results: what ``record.results`` builds or ``record.read`` returns.
+
+    Attributes:
+        methods: in the order of the runs.
+        score: the metric that tells how good a method is; the higher the better.
+        modalities: every modality named by a metric or a history.
+        single: methods that are one modality alone.
+        dynamic: methods with attention between modalities.
+        noise_modality: the one that was replaced by noise for ``noise_attention_r``; None where nothing tells.
+
+    Example:
+        >>> run = {"method": "joint", "seed": 0, "fold": None, "metrics": {"accuracy": 0.5, "share/image": 1.0}}
+        >>> readings = Readings({"protocol": {}, "runs": [run], "summary": []})
+        >>> readings.dynamic, readings.modalities
+        (['joint'], ('image',))
+    """
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.runs: list[RunResult] = list(results["runs"])
+        self.protocol = results["protocol"]
+        # An interrupted comparison may not have come to its summary.
+        rows = results["summary"] or results_of(self.runs, self.protocol)["summary"]
+        self.rows = {(row["method"], row["metric"]): row for row in rows}
+        self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
+        self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_place)
+        self.score = main_score(self.protocol, self.metrics)
+        self.modalities = self._modalities()
+        self.single = [method for method in self.methods if method in self.modalities]
+        self.dynamic = [method for method in self.methods if self._attends(method)]
+        self.noise_modality = self._noise_modality()
+        self.unit = "run" if len({run["fold"] for run in self.runs}) > 1 else "seed"
+
+    def of(self, method: str) -> list[RunResult]:
+        return [run for run in self.runs if run["method"] == method]
+
+    def row(self, method: str, metric: str) -> Mapping[str, Any] | None:
+        """The summary row, or None where its mean is undefined."""
+        row = self.rows.get((method, metric))
+        return row if row is not None and row["mean"] is not None else None
+
+    def values(self, method: str, metric: str) -> list[float]:
+        """One figure for each run that has it."""
+        kind, _, replaced = metric.partition("/")
+        found = [value for run in self.of(method) if (value := finite_or_none(run["metrics"].get(metric))) is not None]
+        if not found and kind == f"{self.score}_noise" and method in self.modalities and method != replaced:
+            # A model of one modality alone does not notice what happens to another.
+            return self.values(method, self.score)
+        return found
+
+    def pairs(self, method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
+        """(method's, reference's) figure for every seed and fold that both have."""
+        return paired_values(self.runs, method, reference, metric)
+
+    def differences(self, method: str, reference: str | None, metric: str) -> list[float]:
+        """method - reference, on the same seeds and folds."""
+        return [here - other for here, other in self.pairs(method, reference, metric)]
+
+    def curve(self, method: str, *path: str) -> MetricCurve | None:
+        """One entry of the history over the epochs, as in ``curve("joint", "share", "audio")``."""
+        tracks = []
+        for run in self.of(method):
+            track = {int(e["epoch"]): finite_or_none(_dig(e, path)) for e in run.get("history") or () if "epoch" in e}
+            tracks.append({epoch: value for epoch, value in track.items() if value is not None})
+        tracks = [track for track in tracks if track]
+        epochs = sorted({epoch for track in tracks for epoch in track})
+        if not epochs:
+            return None
+        values = [[track.get(epoch, math.nan) for epoch in epochs] for track in tracks]
+        return MetricCurve(np.array(epochs), np.array(values))
+
+    def rotation_epochs(self, method: str) -> Counter[int]:
+        """epoch -> in how many runs the query was rotated at its end."""
+        curve = self.curve(method, "rotations")
+        if curve is None:
+            return Counter()
+        counts = np.nan_to_num(curve.values)
+        steps = np.diff(counts, axis=1, prepend=0.0) > 0
+        return Counter({int(epoch): int(n) for epoch, n in zip(curve.epochs, steps.sum(axis=0), strict=True) if n})
+
+    def histogram(self, method: str, *path: str) -> BinnedCounts | None:
+        """Pooled over runs, as in ``histogram("joint", "shares", "clean")``; each run weighs the same."""
+        parts = [part for run in self.of(method) if (part := as_histogram(_dig(run, path))) is not None]
+        if not parts:
+            return None
+        first = parts[0].edges
+        if not all(len(part.edges) == len(first) and np.allclose(part.edges, first) for part in parts):
+            low, high = min(part.edges[0] for part in parts), max(part.edges[-1] for part in parts)
+            parts = [_rebin(part, np.linspace(low, high, len(first))) for part in parts]
+        return BinnedCounts(parts[0].edges, np.mean([part.fraction for part in parts], axis=0))
+
+    def moments(self, method: str) -> list[str]:
+        """Which of "before" and "after" the first rotation have key figures."""
+        return [m for m in ("before", "after") if any(_dig(run, ("keys", m, "clean")) for run in self.of(method))]
+
+    def replaced(self, method: str, moment: str) -> str | None:
+        """The modality whose keys are drawn as noise: the method's, unless noise left those as they were.
+
+        Before a rotation another modality may have been attended most, and destroyed, than at the end.
+        """
+        moved = {}
+        for name in self.modalities:
+            clean, noise = (self.histogram(method, "keys", moment, s, name, "cosine") for s in ("clean", "noise"))
+            if clean is not None and noise is not None and len(clean.edges) == len(noise.edges):
+                moved[name] = float(np.abs(clean.fraction - noise.fraction).sum())
+        if moved.get(named := self.disturbed(method) or "", 0.0) > 0:
+            return named
+        return max(moved, key=lambda name: moved[name]) if moved else None
+
+    def _modalities(self) -> tuple[str, ...]:
+        named = [m.partition("/")[2] for m in self.metrics if m.startswith(("share/", f"{self.score}_noise/"))]
+        seen = [name for run in self.runs for e in run.get("history") or () for name in e.get("share") or {}]
+        return tuple(dict.fromkeys([*(self.protocol.get("modalities") or ()), *named, *seen]))
+
+    def _attends(self, method: str) -> bool:
+        own = {metric for (name, metric) in self.rows if name == method}
+        return (
+            "noise_attention_r" in own
+            or any(metric.startswith("share/") for metric in own)
+            or any(self.curve(method, "share", name) is not None for name in self.modalities)
+        ) and method not in self.modalities
+
+    def _noise_modality(self) -> str | None:
+        named = self.protocol.get("noise_modality")
+        # A protocol may also say in words how each run chooses its own.
+        if isinstance(named, str) and (named in self.modalities or not self.modalities):
+            return named
+        return _only(self.runs)
+
+    def disturbed(self, method: str) -> str | None:
+        """The modality that this method's runs replace by noise; None where they differ or do not say."""
+        return _only(self.of(method)) or self.noise_modality
+
+
+def _only(runs: Sequence[RunResult]) -> str | None:
+    """The modality that all runs with attention replaced by noise."""
+    named = {str(name) for run in runs if (name := run.get("noise_modality"))}
+    return named.pop() if len(named) == 1 else None
+
+
+ORDER = (
+    *SCORES,
+    *(f"{name}_noise" for name in SCORES),
+    "noise_attention_r",
+    "noise_attention_r_own",
+    "share",
+    "air",
+    "",
+    "parameters",
+    "flops",
+    "seconds_per_epoch",
+)
+"""How metrics stand in tables: what the model can do, where it looks, what it costs; unknown ones at the gap."""
+
+
+def _place(metric: str) -> int:
+    kind = metric.partition("/")[0]
+    return ORDER.index(kind if kind in ORDER else "")
+
+
+def _dig(part: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return part
+
+
+def as_histogram(part: Any) -> BinnedCounts | None:
+    """A part of a results file as a histogram; None where it is none, or holds no sample."""
+    if not isinstance(part, Mapping) or len(part.get("edges") or ()) != len(part.get("counts") or ()) + 1:
+        return None
+    counts = np.asarray(part["counts"], dtype=float)
+    total = counts.sum()
+    return BinnedCounts(np.asarray(part["edges"], dtype=float), counts / total) if total > 0 else None
+
+
+def _rebin(part: BinnedCounts, edges: np.ndarray) -> BinnedCounts:
+    middles = (part.edges[1:] + part.edges[:-1]) / 2
+    return BinnedCounts(edges, np.histogram(middles, bins=edges, weights=part.fraction)[0])

@@ -1,0 +1,195 @@
+"""How numbers and names are written, in figures, tables and sentences alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+
+SCORES = {"accuracy": "accuracy", "negative_error": "mean absolute error", "recall@1": "recall at 1"}
+"""What tells how good a method is -> in words. Higher is better; a protocol names its ``score``, or it is the first of
+these that a results file has. A negative error is stored, and read as the error itself, whose sign is turned."""
+
+FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
+"""Beginnings of metrics, or of their last part, that are fractions in [0, 1] and printed as per cent."""
+
+TITLES = {
+    "noise_attention_r": "Attention–noise correlation r",
+    "noise_attention_r_own": "The same r, noise of each sample's own level",
+    "air": "AIR",
+    "flops": "FLOPs",
+    "seconds_per_epoch": "Seconds an epoch",
+    **{name: words.capitalize() for name, words in SCORES.items()},
+    **{f"val_{name}": f"Validation {words}" for name, words in SCORES.items()},
+}
+
+
+LEVEL = (
+    "The signs differ: attention reacts to the level of the noise, not to the loss of content, and the first r does "
+    "not say whether it looks at quality."
+)
+"""What follows where noise of the training statistics and of each sample's own turn attention in opposite ways."""
+
+
+def method_title(metric: str) -> str:
+    """A metric's name as a reader says it.
+
+    Example:
+        >>> title("accuracy_noise/audio"), title("image_to_text/recall@1"), title("accuracy_shuffled/color")
+        ('Accuracy, audio replaced by noise', 'Image to text: recall at 1', 'Accuracy shuffled: color')
+    """
+    kind, _, modality = metric.partition("/")
+    if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in SCORES:
+        return f"{method_title(score)}, {modality} replaced by noise"
+    if modality and kind == "share":
+        return f"Attention share of {modality}"
+    if modality and metric not in TITLES:
+        return f"{method_title(kind)}: {SCORES.get(modality, modality.replace('_', ' '))}"
+    if metric not in TITLES and is_error(metric):
+        return metric.replace("negative_", "", 1).replace("_", " ").capitalize()
+    return TITLES.get(metric, metric.replace("_", " ").capitalize())
+
+
+def main_score(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
+    """The metric that tells how good a method is: the one that the protocol names, else the first of ``SCORES``.
+
+    Example:
+        >>> score_of({}, ["parameters", "negative_error"]), score_of({"score": "transfer"}, ["accuracy", "transfer"])
+        ('negative_error', 'transfer')
+    """
+    named = protocol.get("score")
+    return named if isinstance(named, str) else next((name for name in SCORES if name in metrics), "accuracy")
+
+
+def metric_label(score: str) -> str:
+    """A score in the middle of a sentence.
+
+    Example:
+        >>> called("negative_error"), called("recall@1"), called("transfer")
+        ('mean absolute error', 'recall at 1', 'transfer')
+    """
+    return SCORES.get(score, method_title(score)[:1].lower() + method_title(score)[1:])
+
+
+def is_error(metric: str) -> bool:
+    """Whether it is stored as a negative error, and read as an error, of which less is better.
+
+    Example:
+        >>> is_error("negative_error_noise/audio"), is_error("val_negative_mse"), is_error("accuracy")
+        (True, True, False)
+    """
+    return any(part.removeprefix("val_").startswith("negative_") for part in metric.split("/"))
+
+
+def as_read(metric: str, value: float) -> float:
+    """A stored figure, or a difference of two, with the sign that a reader sees.
+
+    Example:
+        >>> as_read("negative_error", -0.5), as_read("accuracy", 0.5)
+        (0.5, 0.5)
+    """
+    return -value if is_error(metric) else value
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether it is a fraction in [0, 1], printed as per cent.
+
+    Example:
+        >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
+        (True, True, False)
+    """
+    parts = metric.split("/")
+    return any(part.startswith(FRACTIONS) for part in (parts[0], parts[-1])) and not parts[0].startswith("share_")
+
+
+def format_signed(value: float, decimals: int = 2) -> str:
+    """A number with its sign, and a true minus.
+
+    Example:
+        >>> signed(0.516), signed(-0.2, 1), signed(-0.001)
+        ('+0.52', '−0.2', '0.00')
+    """
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", MINUS) if float(text) else text[1:]
+
+
+def format_value(metric: str, value: float, *, unit: bool = True) -> str:
+    """A figure with the decimals its metric deserves; an error has three significant digits and no minus.
+
+    Example:
+        >>> amount("accuracy", 0.7512), amount("parameters", 123456), amount("noise_attention_r", -0.2)
+        ('75.1 %', '123 k', '−0.20')
+        >>> amount("negative_error", -0.01234), amount("negative_error", -2.0)
+        ('0.0123', '2.00')
+    """
+    if is_fraction(metric):
+        return f"{100 * value:.1f}".replace("-", MINUS) + (" %" if unit else "")
+    value = as_read(metric, value)
+    if is_error(metric) and 1e-4 <= abs(value) < 1e3:
+        return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}".replace("-", MINUS)
+    return f"{value:z.2f}".replace("-", MINUS)
+
+
+def with_spread(metric: str, mean: float, sd: float | None) -> str:
+    """A mean and its standard deviation, without a unit.
+
+    Example:
+        >>> with_spread("accuracy", 0.5, 0.01), with_spread("negative_error", -0.5, 0.0125)
+        ('50.0 ± 1.0', '0.500 ± 0.013')
+    """
+    text = format_value(metric, mean, unit=False)
+    if sd is None:
+        return text
+    if is_error(metric) and text.replace(".", "").isdigit():
+        # As many decimals as the mean.
+        return f"{text} ± {sd:.{len(text.partition('.')[2])}f}"
+    return f"{text} ± {format_value(metric, as_read(metric, sd), unit=False)}"
+
+
+def format_delta(metric: str, value: float) -> str:
+    """A difference between two figures of one metric, in points where they are fractions.
+
+    Example:
+        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048), change("negative_error", 0.0012)
+        ('+2.1 points', '−0.30', '+2.05 k', '−0.0012')
+    """
+    if is_fraction(metric):
+        return format_signed(100 * value, 1) + " points"
+    value = as_read(metric, value)
+    if is_error(metric) and 1e-4 <= abs(value) < 0.1:
+        return f"{value:+#.2g}".replace("-", MINUS)
+    return format_signed(value) if abs(value) < 1e3 else ("+" if value > 0 else "") + format_value(metric, value)
+
+
+def format_p(p: float) -> str:
+    """A p-value, never more exact than it is worth.
+
+    Example:
+        >>> probability(0.00004), probability(0.0312), probability(0.4)
+        ('p < 0.001', 'p = 0.031', 'p = 0.40')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def join_and(parts: list[str]) -> str:
+    """A list as it is spoken.
+
+    Example:
+        >>> listed(["a", "b", "c"])
+        'a, b and c'
+    """
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def pluralize(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "seed"), counted(5, "seed")
+        ('1 seed', '5 seeds')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

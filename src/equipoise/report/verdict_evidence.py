@@ -1,0 +1,226 @@
+"""The figures of a diagnosis, the paired tests between them, and what a sentence about them looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from ..results.result_rows import finite_or_none
+from ..results.significance import SURE, paired_p, unpack_outcomes, unpaired_p
+from .text_format import FRACTIONS, SCORES, format_delta, format_p, format_value, pluralize
+
+Judgment = Literal["good", "bad", "neutral"]
+
+ERRORS = NormalDist().inv_cdf(1 - SURE / 2)
+"""Standard errors to both sides of a score that make its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence, and what it stands on.
+
+    Attributes:
+        key: the rule, and the modality it speaks of, as in "use/audio".
+        claim: the sentence in a few words, for a headline.
+        text: the whole sentence, with its figures.
+        figures: metric name -> value.
+        test: name of the test that shows it.
+        ok: "good", "bad", or "neutral" where it is a matter of taste or cannot be told.
+    """
+
+    key: str
+    claim: str
+    text: str
+    figures: dict[str, float] = field(default_factory=dict)
+    test: str = "score"
+    ok: Judgment = "neutral"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two scores of the same samples, and the test of their difference.
+
+    Attributes:
+        value, base: both scores, over the samples for which both are known.
+        p: two-sided; None where nothing is known of the samples.
+        samples: how many.
+        paired: whether the outcomes of single samples were compared.
+        partial: whether ``samples`` are only some of the diagnosis.
+        reach: half of the 95 % interval of the difference; NaN where it is not known.
+    """
+
+    value: float
+    base: float
+    p: float | None
+    samples: int
+    paired: bool = False
+    partial: bool = False
+    reach: float = math.nan
+
+    @property
+    def difference(self) -> float:
+        return self.value - self.base
+
+    @property
+    def sure(self) -> bool:
+        """Whether the difference is significant."""
+        return self.p is not None and self.p < SURE
+
+    @property
+    def better(self) -> bool:
+        return self.sure and self.difference > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.sure and self.difference < 0
+
+    def within(self, size: float) -> bool:
+        """Whether the 95 % interval of the difference lies between -size and size."""
+        return abs(self.difference) + self.reach <= size
+
+
+class VerdictEvidence:
+    """Read access to the figures of one diagnosis, and the tests that compare them.
+
+    Args:
+        content: what ``Diagnosis.to_dict`` gives: names, task, samples, metrics and details.
+
+    Scores are compared on the same samples: classes by McNemar's test, labels and errors by a bootstrap over samples
+    (``equipoise.results.significance``). Where the outcomes of single samples are not known, as for the score of another model
+    that was given as a number, a normal test takes the two as scores of different samples, which is rather too careful.
+
+    Example:
+        >>> each = {"accuracy": "1" * 60 + "0" * 40, "accuracy_mask/a": "0" * 10 + "1" * 50 + "0" * 40}
+        >>> metrics = {"accuracy": 0.6, "accuracy_mask/a": 0.5}
+        >>> content = {"names": ["a"], "samples": 100, "metrics": metrics, "details": {"score": {"outcomes": each}}}
+        >>> round(Evidence(content).compare("accuracy_mask/a", "accuracy").p, 4)
+        0.001
+        >>> round(Evidence({**content, "details": {}}).compare("accuracy_mask/a", "accuracy").p, 2)
+        0.16
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.names = tuple(content["names"])
+        self.samples = int(content["samples"])
+        self.metrics: Mapping[str, Any] = content["metrics"]
+        self.details: Mapping[str, Any] = content.get("details") or {}
+        self.score = next((name for name in SCORES if name in self.metrics), "accuracy")
+        self.constant = f"{self.score}_constant"
+        self.fraction = self.score.startswith(FRACTIONS)
+        self._deviation = finite_or_none((self.details.get("score") or {}).get("deviation"))
+        self._outcomes = {
+            metric: unpack_outcomes(packed)
+            for part in self.details.values()
+            if isinstance(part, Mapping)
+            for metric, packed in (part.get("outcomes") or {}).items()
+        }
+        self._compared: dict[tuple, Comparison | None] = {}
+
+    def get(self, metric: str) -> float | None:
+        """The figure, or None where it is missing or no number."""
+        return finite_or_none(self.metrics.get(metric))
+
+    def of(self, kind: str, name: str) -> float | None:
+        """The score under a condition: ``of("noise", "audio")``."""
+        return self.get(self.named(kind, name))
+
+    def named(self, kind: str, name: str) -> str:
+        """The metric of a condition."""
+        return f"{self.score}_{kind}/{name}"
+
+    def compare(self, metric: str, base: str, other: VerdictEvidence | None = None) -> Comparison | None:
+        """``metric`` minus ``base``, with the test; None where one of them is missing.
+
+        Args:
+            other: whose ``base`` it is; by default that of this diagnosis.
+        """
+        key = metric, base, id(other)
+        if key not in self._compared:
+            self._compared[key] = self._compare(metric, base, other or self)
+        return self._compared[key]
+
+    def _compare(self, metric: str, base: str, other: VerdictEvidence) -> Comparison | None:
+        value, against = self.get(metric), other.get(base)
+        if value is None or against is None:
+            return None
+        first, second = self._outcomes.get(metric), other._outcomes.get(base)
+        if first is None or second is None or len(first) != len(second) or not self._same_samples(other):
+            variances = self._variance(metric, value), other._variance(base, against)
+            # Fractions near 0 and 1 are drawn to the middle: a binomial error of 0 would make any difference sure.
+            drawn = (self._drawn(value), other._drawn(against)) if self.fraction else (value, against)
+            p = 1.0 if value == against else unpaired_p(*drawn, *variances)
+            reach = ERRORS * math.sqrt(sum(variances))
+            return Comparison(value, against, p, min(self.samples, other.samples), reach=reach)
+        both = ~(np.isnan(first) | np.isnan(second))
+        count, partial = int(both.sum()), not bool(both.all())
+        if not count:
+            return None
+        first, second = first[both], second[both]
+        if partial:
+            value, against = float(first.mean()), float(second.mean())
+        return Comparison(
+            value, against, paired_p(first, second), count, True, partial, _reach(first - second, self.fraction)
+        )
+
+    def _same_samples(self, other: VerdictEvidence) -> bool:
+        """Whether outcomes are of the same samples in the same order, as those of the constant answer tell."""
+        if self is other:
+            return True
+        own, its = self._outcomes.get(self.constant), other._outcomes.get(other.constant)
+        return own is not None and its is not None and np.array_equal(own, its)
+
+    def _drawn(self, value: float) -> float:
+        return (value * self.samples + 1) / (self.samples + 2)
+
+    def _variance(self, metric: str, value: float) -> float:
+        """Squared standard error of one score; NaN where nothing tells."""
+        each = self._outcomes.get(metric)
+        if not self.fraction and each is not None:
+            known = each[~np.isnan(each)]
+            return float(known.var(ddof=1)) / len(known) if len(known) > 1 else math.nan
+        if self.fraction:
+            count = self.samples if each is None else int((~np.isnan(each)).sum())
+            drawn = (value * count + 1) / (count + 2)
+            return max(drawn * (1 - drawn), 0.0) / (count + 2)
+        return math.nan if self._deviation is None else self._deviation**2 / max(self.samples, 1)
+
+    def reach(self, metric: str) -> float:
+        """Half of the 95 % interval of a score; NaN where nothing tells."""
+        value = self.get(metric)
+        return math.nan if value is None else ERRORS * math.sqrt(self._variance(metric, value))
+
+    @property
+    def informed(self) -> bool | None:
+        """Whether the score is significantly above that of the constant answer; None where that is not known."""
+        found = self.compare(self.score, self.constant)
+        return None if found is None else found.better
+
+    def say(self, value: float) -> str:
+        return format_value(self.score, value)
+
+    def differ(self, value: float) -> str:
+        return format_delta(self.score, value)
+
+    def proof(self, found: Comparison) -> str:
+        """The difference and its p-value, as they stand in parentheses."""
+        parts = [self.differ(found.difference)]
+        parts += [] if found.p is None else [format_p(found.p)]
+        parts += [] if found.paired or found.p is None else ["unpaired"]
+        parts += [f"on the {pluralize(found.samples, 'sample')} with both"] if found.partial else []
+        return ", ".join(parts)
+
+
+def _reach(differences: np.ndarray, fraction: bool) -> float:
+    """Half of the 95 % interval of the mean of paired differences.
+
+    Differences of fractions get two more, +1 and -1, so that samples that all agree do not prove that others will
+    (Bonett, Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data",
+    J. Educ. Behav. Stat. 2012).
+    """
+    values = np.concatenate([differences, [1.0, -1.0]]) if fraction else differences
+    return ERRORS * float(values.std()) / math.sqrt(len(values))

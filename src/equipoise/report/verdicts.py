@@ -1,0 +1,52 @@
+"""From the figures of a diagnosis to plain sentences: what a model uses, and whether it looks at quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .text_format import join_and
+from .verdict_attention import collapse, constant_attention, level, needs_cross_modal, ood_detection, quality
+from .verdict_evidence import Verdict as Verdict
+from .verdict_evidence import VerdictEvidence
+from .verdict_use import chance, modality_use, robustness_fallback, vs_best_unimodal
+
+
+def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
+    """What the figures of a diagnosis say, most important first; what was not measured is not spoken of.
+
+    Example:
+        >>> metrics = {"accuracy": 0.9, "accuracy_mask/a": 0.5, "accuracy_mask/b": 0.6}
+        >>> found = {"names": ["a", "b"], "task": "classification", "samples": 1000, "metrics": metrics}
+        >>> [(verdict.key, verdict.claim, verdict.ok) for verdict in verdicts(found)][0]
+        ('use', 'uses both modalities', 'good')
+    """
+    found = VerdictEvidence(content)
+    rules = (
+        chance,
+        modality_use,
+        quality,
+        level,
+        robustness_fallback,
+        vs_best_unimodal,
+        constant_attention,
+        needs_cross_modal,
+        ood_detection,
+        collapse,
+    )
+    return [verdict for rule in rules for verdict in rule(found)]
+
+
+def headline(name: str, said: Sequence[Verdict]) -> str:
+    """The title of a page: the name, and the claims on use and on quality.
+
+    Example:
+        >>> said = [Verdict("use", "uses both modalities", ""), Verdict("quality", "is blind to quality", "")]
+        >>> headline("joint", said)
+        'joint uses both modalities and is blind to quality'
+    """
+    by_key = {verdict.key: verdict.claim for verdict in said}
+    if "chance" in by_key:
+        return f"{name} {by_key['chance']}"
+    claims = [by_key[key] for key in ("use", "quality") if key in by_key]
+    return f"{name} {join_and(claims)}" if claims else f"{name}, examined"

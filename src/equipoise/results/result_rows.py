@@ -1,0 +1,295 @@
+"""Finished runs as tidy rows: the statistics over seeds, and ``results.json`` that survives interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+
+from ..errors import DataError, SchemaError
+from ..io.atomic_files import atomic_write as atomic_write
+from ..io.atomic_files import read_json
+from ..io.atomic_files import to_jsonable as to_jsonable
+from ..io.checksums import add_checksum, verify_checksum
+from .results_schema import SCHEMA as SCHEMA
+from .results_schema import check_results
+from .significance import SURE, Outcomes
+
+STATIC = ("concat", "sum", "film", "gated")  # without attention: the fair opponents of every dynamic fusion
+AGAIN_WHOLE = "Take it away and run the command that wrote it again."
+
+
+class RunResult(TypedDict):
+    """One training: its identity, its final figures, and what was seen on the way.
+
+    Attributes:
+        method: a modality or fusion, plus balancers: ``"joint+rollingq"``.
+        seed: the seed of weights, order and noise.
+        fold: name of the split, or None where there is one only.
+        metrics: metric name -> number; accuracies and shares are fractions in [0, 1]; None where undefined.
+        history: one dictionary for each epoch: ``epoch`` from 1, and what is known of ``loss``, ``val_accuracy``
+            (``val_negative_error`` of a regression), ``share`` {modality: fraction}, ``air``, ``rotations`` (so far).
+        keys: for fusions with attention: ``{"before" | "after": {"clean" | "noise": {modality: {"cosine": {"edges",
+            "counts"}, "cosine_mean", "cosine_std", "norm_mean", "norm_std"}}}}``.
+        shares: ``{"clean" | "noise": {"edges", "counts"}}``, over the test samples, of the attention that goes to the
+            other modalities while ``noise_modality`` is whole, or replaced by noise.
+        outcomes: metric name -> how good the answer to each test sample is, as ``significance.unpack`` reads it; files
+            of earlier versions have none.
+    """
+
+    method: str
+    seed: int
+    fold: str | None
+    metrics: dict[str, float | None]
+    history: NotRequired[list[dict[str, Any]]]
+    keys: NotRequired[dict[str, Any]]
+    shares: NotRequired[dict[str, Any]]
+    noise_modality: NotRequired[str]
+    outcomes: NotRequired[dict[str, Outcomes]]
+
+
+Reference = Mapping[str, str] | Callable[[str], str | None]
+
+
+def describe_environment() -> dict[str, Any]:
+    """What the figures were computed with: versions and threads, nothing that tells whose computer it was.
+
+    Example:
+        >>> sorted(environment())
+        ['accelerator', 'cpus', 'equipoise', 'numpy', 'platform', 'python', 'threads', 'torch']
+    """
+    # The version is read from the loaded package, since installed metadata may belong to another copy; the platform
+    # is not platform.platform(), whose kernel string may name the provider of the computer.
+    return {
+        "equipoise": sys.modules["equipoise"].__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def merge_results(runs: Iterable[RunResult], *more: Iterable[RunResult]) -> list[RunResult]:
+    """Runs of several sittings as one list, one for each (method, seed, fold); a later one replaces an earlier.
+
+    Example:
+        >>> old = {"method": "joint", "seed": 0, "fold": "A", "metrics": {"accuracy": 0.5}}
+        >>> [run["metrics"]["accuracy"] for run in merge([old], [old | {"metrics": {"accuracy": 0.6}}])]
+        [0.6]
+    """
+    kept: dict[tuple, RunResult] = {}
+    for part in (runs, *more):
+        for run in part:
+            kept[run_identity(run)] = run
+    return list(kept.values())
+
+
+def run_identity(run: RunResult) -> tuple[str, int, str | None]:
+    """(method, seed, fold): what makes a run the same run."""
+    return run["method"], run["seed"], run["fold"]
+
+
+def build_results(
+    runs: Sequence[RunResult],
+    protocol: Mapping[str, Any],
+    *,
+    reference: Reference | None = None,
+    default: str | None = None,
+) -> dict[str, Any]:
+    """The whole content of ``results.json``: runs in a fixed order, environment and summary.
+
+    The order does not tell which run ended first: methods as ``protocol["methods"]`` lists them, then folds, then
+    seeds. ``reference`` and ``default`` are those of ``summarize``, by default the protocol's ``references`` and
+    ``reference``.
+
+    Example:
+        >>> runs = [{"method": "joint", "seed": s, "fold": None, "metrics": {"accuracy": 0.5}} for s in (1, 0)]
+        >>> [run["seed"] for run in results(runs, {"data": "digits"})["runs"]]
+        [0, 1]
+    """
+    order = list(dict.fromkeys([*(protocol.get("methods") or ()), *(run["method"] for run in runs)]))
+    ordered = sorted(merge_results(runs), key=lambda run: (order.index(run["method"]), run["fold"] or "", run["seed"]))
+    return {
+        "schema": SCHEMA,
+        "protocol": dict(protocol),
+        "environment": describe_environment(),
+        "runs": ordered,
+        "summary": summarize_runs(
+            ordered, reference or controls(protocol), default=default or protocol.get("reference")
+        ),
+    }
+
+
+def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Method -> its fair control, as a recipe's ``references`` states them; None where it states none."""
+    return protocol.get("references") or None
+
+
+def summarize_runs(
+    runs: Sequence[RunResult], reference: Reference | None = None, *, default: str | None = None
+) -> list[dict[str, Any]]:
+    """One row for each method and metric: mean and spread over the runs, and the paired difference to a reference.
+
+    d_i = metric(method, seed_i, fold_i) - metric(reference, seed_i, fold_i);  t = mean(d) sqrt(n) / sd(d), n-1 degrees
+    of freedom, two-sided.
+
+    Args:
+        runs: any number of finished runs; missing pairs and undefined (None, NaN) figures are left out.
+        reference: method -> the method it is compared with, or a function that tells; by default ``x+balancer`` is
+            compared with ``x`` where that was run, and everything else with ``default``.
+        default: compared with by methods that have no base; by default the first static fusion that was run.
+
+    Returns:
+        rows with ``method, metric, mean, sd`` (sample, ddof 1; None for one run), ``n`` (runs), ``reference``,
+        ``difference`` (mean of d), ``p``, ``low, high`` (95 % interval of the difference), ``pairs`` (how many d) and
+        ``higher`` (how many d > 0). ``difference`` is None without a pair, ``p`` with fewer than two or where all d
+        are equal. Seeds of one split share its test samples, so p speaks of new seeds, not of new data.
+
+    Example:
+        >>> runs = [{"method": m, "seed": s, "fold": None, "metrics": {"accuracy": a}}
+        ...         for m, s, a in [("joint", 0, 0.5), ("joint", 1, 0.6), ("joint+x", 0, 0.6), ("joint+x", 1, 0.8)]]
+        >>> row = summarize(runs)[1]
+        >>> row["reference"], round(row["difference"], 2), round(row["p"], 3)
+        ('joint', 0.15, 0.205)
+    """
+    runs = merge_results(runs)
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    rows = []
+    for method in methods:
+        other = _reference(method, methods, reference, default)
+        own = [run["metrics"] for run in runs if run["method"] == method]
+        for metric in dict.fromkeys(name for metrics in own for name in metrics):
+            values = [value for metrics in own if (value := finite_or_none(metrics.get(metric))) is not None]
+            if values:
+                mean, sd = _mean_sd(values)
+                pair = paired([here - there for here, there in paired_values(runs, method, other, metric)])
+                rows.append({"method": method, "metric": metric, "mean": mean, "sd": sd, "n": len(values),
+                             "reference": other if pair["pairs"] else None, **pair})  # fmt: skip
+    return rows
+
+
+def paired_values(
+    runs: Iterable[RunResult], method: str, reference: str | None, metric: str
+) -> list[tuple[float, float]]:
+    """(method's, reference's) figure for every seed and fold where both have one and mean the same by it."""
+    found = run_pairs(runs, method, reference, metric)
+    return [(float(here["metrics"][metric] or 0), float(there["metrics"][metric] or 0)) for here, there in found]
+
+
+def run_pairs(
+    runs: Iterable[RunResult], method: str, reference: str | None, metric: str
+) -> list[tuple[RunResult, RunResult]]:
+    """(method's, reference's) run for every seed and fold where both have the figure and mean the same by it.
+
+    ``noise_attention_r`` of two runs that destroyed different modalities is not the same figure.
+    """
+    runs = list(runs)
+    there = {run_identity(run)[1:]: run for run in runs if run["method"] == reference}
+    found = []
+    for run in runs:
+        partner = there.get(run_identity(run)[1:])
+        if run["method"] != method or partner is None:
+            continue
+        here, other = finite_or_none(run["metrics"].get(metric)), finite_or_none(partner["metrics"].get(metric))
+        same = not metric.startswith("noise_attention_r") or run.get("noise_modality") == partner.get("noise_modality")
+        if here is not None and other is not None and same:
+            found.append((run, partner))
+    return found
+
+
+def finite_or_none(value: Any) -> float | None:
+    """The value as a float; None for what is no number, or no finite one."""
+    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
+
+
+def _reference(method: str, methods: Sequence[str], rule: Reference | None, default: str | None) -> str | None:
+    base = method.partition("+")[0]
+    if callable(rule):
+        chosen = rule(method)
+    elif rule is not None and method in rule:
+        chosen = rule[method]
+    elif base != method and base in methods:
+        chosen = base
+    else:
+        chosen = default or next((name for name in methods if name in STATIC), None)
+    return chosen if chosen != method else None
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """The paired columns of a summary row: mean difference, paired t-test, and the interval of its level."""
+    n = len(differences)
+    row: dict[str, Any] = {"difference": None, "p": None, "low": None, "high": None, "pairs": n, "higher": 0}
+    if n == 0:
+        return row
+    mean, sd = _mean_sd(differences)
+    row["difference"], row["higher"] = mean, sum(d > 0 for d in differences)
+    # Differences that are equal but for rounding would give a t of 1e15 and a p of 0.
+    if sd is not None and sd > 1e-12 * max(1.0, abs(mean)):
+        from scipy import stats
+
+        error = sd / math.sqrt(n)
+        row["p"] = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+        reach = float(stats.t.ppf(1 - SURE / 2, n - 1)) * error
+        row["low"], row["high"] = mean - reach, mean + reach
+    return row
+
+
+def write_results(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+    """Writes results as JSON, whole or not at all: an interruption leaves the former file.
+
+    NaN and infinities become null, since JSON has none; tensors and arrays become lists.
+
+    Raises:
+        SchemaError: content that is not a results dictionary, or holds something JSON cannot.
+    """
+    name = Path(path).name
+    content = to_jsonable(content, name)
+    check_results(content, f"write '{name}'")
+    return atomic_write(path, json.dumps(add_checksum(content), indent=1, allow_nan=False) + "\n")
+
+
+def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads ``results.json``, given itself or its folder.
+
+    Raises:
+        DataError: there is no such file.
+        SchemaError: not JSON, cut short, of another schema, with parts missing, or changed since it was written.
+    """
+    path = Path(path, "results.json") if Path(path).is_dir() else Path(path)
+    who = f"read '{path.name}'"
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        fix = "equipoise demo, compare and train write one; give it or its folder."
+        raise DataError(who, expected="a results file", got="no such file", fix=fix) from None
+    except OSError as error:
+        raise DataError(who, expected="a results file", got=f"'{path}' ({error.strerror})") from error
+    except ValueError as error:
+        got = f"a file cut short or of another kind ({error})"
+        raise SchemaError(who, expected="JSON", got=got, fix=AGAIN_WHOLE) from error
+    return verify_checksum(validate_results(content, who), who, AGAIN_WHOLE)
+
+
+def validate_results(content: Any, who: str) -> dict[str, Any]:
+    """The content itself, once it is known to be what ``results`` builds.
+
+    Raises:
+        SchemaError: another schema, missing parts, or a part of the wrong type.
+    """
+    check_results(to_jsonable(content, who), who)
+    return dict(content)

@@ -1,0 +1,143 @@
+"""Paired tests of two scores on the same samples, the one level of significance, and per-sample outcomes as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SURE = 0.05
+"""Two-sided p below which a difference is called significant, in every sentence, table and figure."""
+RESAMPLES = 1_999
+"""Of the bootstrap; a p-value is a multiple of 1 / 2000."""
+LARGE = 20_000
+"""Samples from which the bootstrap is replaced by the normal distribution that it converges to."""
+
+Outcomes = str | list[float | None]
+"""How good the answer to every sample is: "1" right, "0" wrong and "-" not scored; or numbers and None, in a list, or
+as one text with a comma after each."""
+
+
+def pack_outcomes(values: Any) -> Outcomes:
+    """Per-sample outcomes as JSON; NaN is a sample that is not scored.
+
+    Example:
+        >>> pack([1.0, 0.0, float("nan")]), pack([0.5, 1.0])
+        ('10-', [0.5, 1.0])
+    """
+    array = np.asarray(values, dtype=float).reshape(-1)
+    if np.isin(array[~np.isnan(array)], (0.0, 1.0)).all():
+        return "".join("-" if value != value else str(int(value)) for value in array.tolist())
+    return [None if value != value else float(f"{value:.7g}") for value in array.tolist()]
+
+
+def pack_text(values: Any) -> str:
+    """``pack`` as one text, which stays one line in indented JSON.
+
+    Example:
+        >>> pack_text([1.0, 0.0, float("nan")]), pack_text([0.5, float("nan")])
+        ('10-', '0.5,-,')
+    """
+    packed = pack_outcomes(values)
+    return packed if isinstance(packed, str) else "".join("-," if v is None else f"{v:.7g}," for v in packed)
+
+
+def unpack_outcomes(outcomes: Outcomes) -> np.ndarray:
+    """What ``pack`` or ``pack_text`` was given.
+
+    Example:
+        >>> unpack("10-").tolist(), unpack([0.5, None]).tolist(), unpack("0.5,-,").tolist()
+        ([1.0, 0.0, nan], [0.5, nan], [0.5, nan])
+    """
+    if isinstance(outcomes, str):
+        parts = outcomes.split(",")[:-1] if "," in outcomes else outcomes
+        return np.array([math.nan if part == "-" else float(part) for part in parts])
+    return np.array([math.nan if value is None else float(value) for value in outcomes])
+
+
+def paired_p(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p-value of the null hypothesis that two scores, means over the same samples, do not differ.
+
+    Outcomes that are right or wrong are compared by McNemar's test, all others by a bootstrap over samples, so the
+    labels of a sample stay together. The order of the samples does not matter.
+
+    Example:
+        >>> round(paired_p(np.array([1, 1, 1, 1, 1, 0.0]), np.array([0, 0, 0, 0, 0, 0.0])), 5)
+        0.03125
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        return mcnemar(int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum()))
+    return bootstrap_p(first - second)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Mid-p value of McNemar's test: binomial over the samples that exactly one of the two answers rightly.
+
+    p = P(at least as extreme) - P(observed) / 2 under Binomial(b + c, 1/2), two-sided.
+
+    Example:
+        >>> mcnemar(0, 0), mcnemar(3, 3), round(mcnemar(0, 5), 5)
+        (1.0, 1.0, 0.03125)
+
+    Reference: Fagerland, Lydersen, Laake, "The McNemar test for binary matched-pairs data" (BMC Med. Res. Methodol.,
+    2013).
+    """
+    from scipy import stats
+
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    if 2 * fewer == total:
+        return 1.0
+    return float(stats.binomtest(fewer, total).pvalue - stats.binom.pmf(fewer, total, 0.5))
+
+
+def bootstrap_p(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p-value of a mean of 0 by the symmetric bootstrap-t over samples.
+
+    p = part of the resamples with abs(mean* - mean) / se* >= abs(mean) / se. A resample without spread counts as one
+    of them. Differences that all are the same have no spread: then p is that of the sign test, 2^(1 - n).
+
+    Example:
+        >>> bootstrap_p([0.0, 0.0]), bootstrap_p([0.5] * 6), bootstrap_p([0.1, -0.1])
+        (1.0, 0.03125, 1.0)
+
+    Reference: Hall, "On symmetric bootstrap confidence intervals" (J. R. Stat. Soc. B 1988).
+    """
+    values = np.sort(np.asarray(differences, dtype=float))
+    n, mean = len(values), float(values.mean()) if len(values) else 0.0
+    size = float(np.abs(values).max(initial=0.0))
+    if n == 0 or abs(mean) <= 1e-12 * size or size == 0:
+        return 1.0
+    spread = float(values.std())
+    if spread <= 1e-12 * size:
+        return min(1.0, 2.0 ** (1 - n))
+    statistic = abs(mean) / spread
+    if n > LARGE:
+        return math.erfc(statistic * math.sqrt(n / 2))
+    draws = np.random.default_rng(0)
+    batch = max(1, 2_000_000 // n)
+    extreme = 0
+    for start in range(0, RESAMPLES, batch):
+        resampled = values[draws.integers(n, size=(min(batch, RESAMPLES - start), n))]
+        distance, deviation = np.abs(resampled.mean(axis=1) - mean), resampled.std(axis=1)
+        extreme += int((distance >= statistic * deviation * (1 - 1e-12)).sum())
+    return (extreme + 1) / (RESAMPLES + 1)
+
+
+def unpaired_p(first: float, second: float, *variances: float) -> float | None:
+    """Two-sided p-value of a normal test of two means of different samples, given the squared standard error of each.
+
+    It is what is left where the outcomes of single samples are not known. None where no variance is.
+
+    Example:
+        >>> round(unpaired_p(0.6, 0.5, 0.001, 0.0016), 3), unpaired_p(0.5, 0.5, 0.0, 0.0)
+        (0.05, 1.0)
+    """
+    total = sum(variances)
+    if math.isnan(total):
+        return None
+    if first == second:
+        return 1.0
+    return 0.0 if total == 0 else math.erfc(abs(first - second) / math.sqrt(2 * total))

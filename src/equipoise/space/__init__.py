@@ -1,3 +1,0 @@
-"""A shared space: towers that bring pictures, sounds and words to one place, trained so that pairs lie close."""
-
-from .space import SharedSpace as SharedSpace

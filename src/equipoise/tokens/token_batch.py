@@ -1,0 +1,295 @@
+"""Token sequences and what a model returns: the layout is a value that travels with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from ..errors import ShapeError
+from .masks import at_least_float32, bool_mask, zero_masked
+
+SPECIAL = -1
+"""Label of a token that belongs to no modality: a class token, padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token sequences with everything needed to read them.
+
+    Args:
+        values: (batch, token, dim).
+        mask: (batch, token), True = the token takes part; ``None`` means all do. A modality that is missing for a
+            sample is a row of False. What stands under the mask, NaN included, has no influence on anything.
+        modality: (batch, token) integer labels, index into ``names``, -1 = special or padding. ``None`` for the
+            tokens of a single modality.
+        names: the modality names that the labels index.
+        times: (batch, token) seconds, where tokens have a time.
+        cls: token 0 is the encoder's own class token; ``pooled`` returns it.
+        lengths: of packed tokens, how many stand in a row for (special, names[0], names[1], ...).
+
+    Raises:
+        ShapeError: when a part does not fit ``values``.
+
+    Example:
+        >>> Tokens(torch.ones(2, 3, 5)).pooled().shape
+        torch.Size([2, 5])
+    """
+
+    values: Float[Tensor, "batch token dim"]
+    mask: Bool[Tensor, "batch token"] | None = None
+    modality: Int[Tensor, "batch token"] | None = None
+    names: tuple[str, ...] = ()
+    times: Float[Tensor, "batch token"] | None = None
+    cls: bool = False
+    lengths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 3:
+            raise ShapeError(
+                "Tokens",
+                expected="values of shape (batch, token, dim)",
+                got=f"shape {tuple(self.values.shape)}",
+                fix="A single vector per sample is a sequence of one token: use values[:, None].",
+            )
+        for name, part in (("mask", self.mask), ("modality", self.modality), ("times", self.times)):
+            if part is not None and part.shape != self.values.shape[:2]:
+                raise ShapeError(
+                    f"Tokens {name}",
+                    got=f"shape {tuple(part.shape)}",
+                    expected=f"shape (batch, token) = {tuple(self.values.shape[:2])}",
+                )
+        if self.mask is not None:
+            fix = "Use mask.bool() for 0/1 masks; an additive mask is mask == 0."
+            bool_mask(self.mask, "Tokens mask", "dtype torch.bool with True = takes part", fix=fix)
+
+    @property
+    def dim(self) -> int:
+        return self.values.shape[-1]
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
+
+    def valid(self) -> Bool[Tensor, "batch token"]:
+        """The mask, written out where there is none."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
+
+    def zero_masked(self) -> Tokens:
+        """The same tokens with zeros in place of masked values, which then reach neither outputs nor gradients.
+
+        Fusions, connectors and losses begin with it, since 0 times NaN is NaN.
+        """
+        return self if self.mask is None else replace(self, values=zero_masked(self.values, self.mask))
+
+    def present(self) -> Bool[Tensor, " batch"]:
+        """True for the samples that have at least one token."""
+        return self.valid().any(dim=1)
+
+    def pooled(self) -> Float[Tensor, "batch dim"]:
+        """The class token if there is one, else the mean over valid tokens; zeros where a sample has none."""
+        if len(self) == 0:
+            return self.values.new_zeros(self.values.shape[0], self.dim)
+        if self.mask is None:
+            return self.values[:, 0] if self.cls else self.values.mean(dim=1)
+        if self.cls:
+            return self.values[:, 0].masked_fill(~self.mask[:, :1], 0.0)
+        # Long sums of half-precision numbers overflow.
+        total = at_least_float32(zero_masked(self.values, self.mask)).sum(dim=1)
+        return (total / self.mask.sum(dim=1, keepdim=True).clamp(min=1)).to(self.values.dtype)
+
+    @classmethod
+    def ragged(cls, sequences: Sequence[Float[Tensor, "token dim"]]) -> Tokens:
+        """Sequences of different length, padded to the longest and masked.
+
+        Example:
+            >>> Tokens.ragged([torch.ones(2, 5), torch.ones(4, 5)]).mask.sum(dim=1)
+            tensor([2, 4])
+        """
+        if not sequences or any(s.ndim != 2 or s.shape[1] != sequences[0].shape[1] for s in sequences):
+            raise ShapeError(
+                "Tokens.ragged",
+                expected="a non-empty list of (token, dim) tensors of equal dim",
+                got=f"shapes {[tuple(s.shape) for s in sequences]}",
+            )
+        lengths = torch.tensor([len(s) for s in sequences], device=sequences[0].device)
+        values = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        mask = torch.arange(values.shape[1], device=values.device)[None] < lengths[:, None]
+        return cls(values, mask=mask)
+
+
+def as_tokens(result: object, who: str) -> Tokens:
+    """What an encoder returned, as Tokens.
+
+    Accepted: Tokens; (batch, token, dim); (batch, dim) as a sequence of one token; an object with
+    ``last_hidden_state``, as Hugging Face models return.
+    """
+    if isinstance(result, Tokens):
+        return result
+    hidden = getattr(result, "last_hidden_state", result)
+    if isinstance(hidden, Tensor) and hidden.is_floating_point():
+        if hidden.ndim == 2:
+            return Tokens(hidden[:, None], cls=True)
+        if hidden.ndim == 3:
+            return Tokens(hidden)
+    got = f"shape {tuple(hidden.shape)}, {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
+    raise ShapeError(
+        who,
+        expected="Tokens or a float tensor of shape (batch, token, dim) or (batch, dim)",
+        got=got,
+        fix="Flatten feature maps to tokens: map.flatten(2).transpose(1, 2).",
+    )
+
+
+def pack(
+    tokens: Mapping[str, Tokens | Tensor], *, cls: Float[Tensor, " dim"] | Float[Tensor, "batch dim"] | None = None
+) -> Tokens:
+    """Joins the sequences of several modalities into one, in the order of the mapping.
+
+    Args:
+        tokens: name -> Tokens, or (batch, token, dim).
+        cls: an optional class token, put first with label -1.
+
+    Returns:
+        Tokens with ``modality`` (-1 for the class token and for padding), ``names`` and ``lengths``; ``unpack`` is its
+        inverse. ``mask`` is None when no part has one.
+
+    Raises:
+        ShapeError: no modality at all, or batch sizes or widths that differ.
+
+    Example:
+        >>> pack({"audio": torch.zeros(2, 3, 5), "image": torch.zeros(2, 2, 5)}).modality[0]
+        tensor([0, 0, 0, 1, 1])
+    """
+    parts = {
+        name: part if isinstance(part, Tokens) else as_tokens(part, f"pack '{name}'") for name, part in tokens.items()
+    }
+    if not parts:
+        raise ShapeError("pack", expected="at least one modality", got="an empty mapping")
+    first_name, first = next(iter(parts.items()))
+    for name, part in parts.items():
+        if part.values.shape[0] != first.values.shape[0] or part.dim != first.dim:
+            raise ShapeError(
+                f"pack '{name}'",
+                got=f"(batch, dim) = {(part.values.shape[0], part.dim)}",
+                expected=f"(batch, dim) = {(first.values.shape[0], first.dim)} as '{first_name}' has",
+                fix="Give every encoder the fusion's width, or add a torch.nn.Linear behind it.",
+            )
+    batch = first.values.shape[0]
+    sequence = [part.values for part in parts.values()]
+    if cls is not None:
+        sequence.insert(0, cls.to(first.values.dtype).expand(batch, first.dim)[:, None])
+    values = torch.cat(sequence, dim=1)
+    lengths = (0 if cls is None else 1, *(len(part) for part in parts.values()))
+    modality = segment_labels(lengths, values.device).expand(batch, -1)
+    mask = None
+    if any(part.mask is not None for part in parts.values()):
+        masks = [part.valid() for part in parts.values()]
+        if cls is not None:
+            masks.insert(0, masks[0].new_ones(batch, 1))
+        mask = torch.cat(masks, dim=1)
+        modality = modality.masked_fill(~mask, SPECIAL)
+    times = None
+    if all(part.times is not None for part in parts.values()):
+        stamps = [part.times for part in parts.values() if part.times is not None]
+        if cls is not None:
+            stamps.insert(0, stamps[0].new_zeros(batch, 1))
+        times = torch.cat(stamps, dim=1)
+    return Tokens(values, mask=mask, modality=modality, names=tuple(parts), times=times, lengths=lengths)
+
+
+def segment_labels(lengths: Sequence[int], device: torch.device | None = None) -> Int[Tensor, " token"]:
+    """Labels of a packed row without padding: -1 for the special tokens, then 0, 1, ... in blocks."""
+    labels = torch.arange(SPECIAL, len(lengths) - 1, device=device)
+    # The size is said, so that no device has to be asked for it.
+    return torch.repeat_interleave(labels, torch.tensor(lengths, device=device), output_size=sum(lengths))
+
+
+def unpack(packed: Tokens) -> dict[str, Tokens]:
+    """Takes packed tokens apart again: name -> Tokens. Special tokens are left out.
+
+    Interleaved sequences (labels in any order, different for each sample) are gathered in their order and padded.
+
+    Raises:
+        ShapeError: tokens that carry no modality labels.
+    """
+    if packed.modality is None:
+        raise ShapeError(
+            "unpack",
+            expected="tokens with modality labels",
+            got="modality=None",
+            fix="Only what pack returned, or Tokens(values, modality=..., names=...), can be unpacked.",
+        )
+    if packed.lengths is not None:
+        return dict(zip(packed.names, _blocks(packed, packed.lengths), strict=True))
+    return {name: _gather(packed, index) for index, name in enumerate(packed.names)}
+
+
+def _blocks(packed: Tokens, lengths: tuple[int, ...]):
+    start = lengths[0]
+    for length in lengths[1:]:
+        here = slice(start, start + length)
+        yield Tokens(
+            packed.values[:, here],
+            mask=None if packed.mask is None else packed.mask[:, here],
+            times=None if packed.times is None else packed.times[:, here],
+        )
+        start += length
+
+
+def _gather(packed: Tokens, index: int) -> Tokens:
+    member = (packed.modality == index) & packed.valid()
+    counts = member.sum(dim=1)
+    longest = int(counts.max()) if len(counts) else 0
+    # A stable sort brings the members to the front and keeps their order.
+    order = torch.argsort(~member, dim=1, stable=True)[:, :longest]
+    values = packed.values.gather(1, order[..., None].expand(-1, -1, packed.dim))
+    mask = torch.arange(longest, device=values.device)[None] < counts[:, None]
+    times = None if packed.times is None else packed.times.gather(1, order)
+    return Tokens(values.masked_fill(~mask[..., None], 0.0), mask=None if bool(mask.all()) else mask, times=times)
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What every fusion and every FusionModel returns.
+
+    Attributes:
+        features: (batch, feature) fused vector that the head reads.
+        logits: (batch, output) scores, before any softmax; None from a fusion that has no head.
+        unimodal_logits: name -> (batch, output) from the unimodal heads; empty without them.
+        tokens: name -> Tokens as they came from the encoders.
+        share: (batch, head, modality) share of the readout query's attention, in the order of ``names``; the rest up
+            to 1 went to special tokens. None for static fusions, which have no attention.
+        names: modality names, in the order of ``share``.
+        record: what balancers noted in the forward pass; set and read by ``BalancerList``.
+    """
+
+    features: Float[Tensor, "batch feature"]
+    logits: Float[Tensor, "batch output"] | None = None
+    unimodal_logits: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    share: Float[Tensor, "batch head modality"] | None = None
+    names: tuple[str, ...] = ()
+    record: Any = field(default=None, repr=False)
+
+    def with_(self, **changes) -> Output:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be read: not under ``torch.compile``, export, ``vmap`` or on the meta device.
+
+    Example:
+        >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)

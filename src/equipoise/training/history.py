@@ -1,0 +1,100 @@
+"""What happened in every epoch of a run: a Lightning callback whose notes survive a resume."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from .. import data
+from ..balance import Balancer, ProgressiveRollingQ, RollingQ
+from ..models.fusion_model import FusionModel
+from .recipes import Recipe
+from .run_evaluation import key_metrics, noise_modality
+
+Progress = Callable[[int, int], None]
+
+
+class HistoryCallback(pl.Callback):
+    """Notes every epoch: loss, validation score, shares, imbalance, rotations; and the keys before the first turn.
+
+    Its moments in the balancers' ``end_epoch``: put it before ``Balance`` in the list of callbacks, give ``look`` to
+    ``Balance`` as ``before_end``, and call ``note`` with what they said afterward (``Notes`` does).
+
+    Args:
+        source, recipe: of the run, for the reading of the keys.
+        fingerprint: of the run; a checkpoint of another run is not resumed.
+        balancers: of the run.
+        progress: called with (epochs done, epochs).
+    """
+
+    state_key = "journal"  # type: ignore[assignment]
+
+    def __init__(
+        self, source: data.Dataset, recipe: Recipe, fingerprint: str, balancers: list[Balancer],
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.history: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self.keys_before: dict[str, Any] | None = None
+        self._source, self._recipe, self.fingerprint = source, recipe, fingerprint
+        staged = [stage for b in balancers if isinstance(b, ProgressiveRollingQ) for stage in b.stages]
+        self._rolling = [*(b for b in balancers if isinstance(b, RollingQ)), *staged]
+        self._progress = progress
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the keys as they are before the first rotation."""
+        if self.keys_before is None and self._due():
+            model = pl_module.model
+            if isinstance(model, FusionModel):
+                replaced = noise_modality(model, self._source, self._recipe)
+                self.keys_before = key_metrics(model, self._source, replaced, split="test")
+
+    def _due(self) -> bool:
+        with warnings.catch_warnings():
+            # The balancers say it themselves, when they decide.
+            warnings.filterwarnings("ignore", message="RollingQ skipped a rotation")
+            return any(rolling.due() for rolling in self._rolling)
+
+    def note(self, trainer: pl.Trainer, said: dict[str, float]) -> None:
+        """Closes the epoch's entry, after the balancers have spoken."""
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        entry: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
+        entry |= {n: v for n, v in figures.items() if n in ("loss", "air") or n.startswith(("val_", "loss/"))}
+        share = {name.removeprefix("share/"): v for name, v in figures.items() if name.startswith("share/")}
+        entry |= {"share": share} if share else {}
+        if said:
+            entry |= {"rotations": int(said.get("rotations", 0)), "balance": said}
+        self.history.append(entry)
+        if self._progress is not None:
+            self._progress(len(self.history), int(trainer.max_epochs or 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        # As JSON text: plain, whatever the figures are, and safe to load.
+        notes = {"history": self.history, "seconds": self.seconds, "keys_before": self.keys_before}
+        return {"fingerprint": self.fingerprint, "notes": json.dumps(notes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        notes = json.loads(state_dict["notes"])
+        self.history, self.seconds, self.keys_before = notes["history"], notes["seconds"], notes["keys_before"]
+
+
+class RunHistory(pl.Callback):
+    """Stands behind ``Balance`` and lets the journal close its entry with what the balancers said."""
+
+    def __init__(self, journal: HistoryCallback, balance: Any) -> None:
+        self._journal, self._balance = journal, balance
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._journal.note(trainer, self._balance.last)

@@ -1,0 +1,199 @@
+"""A method's name, such as ``joint+rollingq``, and the model and balancers that it means in a recipe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .. import balance, encoders, fusion
+from ..balance import Balancer, ProgressiveRollingQ, RollingQ
+from ..encoders import Encoder
+from ..errors import ConfigError, ShapeError, unknown_name
+from ..fusion import Fusion, Unimodal
+from ..fusion.readout_attention import ReadoutFusion
+from ..io.typed_values import shorten_repr
+from ..models.fusion_model import FusionModel
+from ..models.self_contained import SelfContainedModel
+from ..registry import available_classes, get_class, instantiate
+from .recipes import Recipe
+from .variant_factory import build_self_contained, variant_options
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+
+
+@dataclass(frozen=True)
+class Method:
+    """A fusion, or a modality alone, plus balancers: ``name = base + "+" + "+".join(balancers)``."""
+
+    base: str
+    balancers: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.base, *self.balancers))
+
+
+def parse_method(name: str, recipe: Recipe) -> Method:
+    """Reads a method's name and checks every part of it.
+
+    Raises:
+        ConfigError: a part that nobody knows; the closest name is given.
+
+    Example:
+        >>> recipe = Recipe(data={"name": "digits"}, encoders={"audio": {}, "image": {}})
+        >>> parse("joint+rollingq", recipe)
+        Method(base='joint', balancers=('rollingq',))
+    """
+    base, *added = (part.strip() for part in name.split("+"))
+    if recipe.model:
+        return Method(variant_options(name, recipe))
+    bases = {*recipe.encoders, *recipe.fusions, *(set(available_classes(fusion, Fusion)) - {"unimodal"})}  # type: ignore[type-abstract]
+    if base not in bases:
+        raise unknown_name(f"method '{name}'", "fusion or modality", base, bases)
+    balancers = {*recipe.balancers, *available_classes(balance, Balancer)}
+    for part in added:
+        if part not in balancers:
+            raise unknown_name(f"method '{name}'", "balancer", part, balancers)
+    if len(set(added)) != len(added):
+        raise ConfigError(f"method '{name}'", expected="each balancer once", got=name)
+    return Method(base, tuple(added))
+
+
+def method_recipe(method: Method, recipe: Recipe) -> Recipe:
+    """The recipe with the training options of this method's variant in it."""
+    changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
+    if not isinstance(changes, dict):
+        kind = "variant" if recipe.model else "fusion"
+        raise ConfigError(f"{kind} '{method.base}'", expected="a mapping under train", got=str(changes))
+    return recipe.with_train(**changes) if changes else recipe
+
+
+def build_model(
+    method: Method, recipe: Recipe, dataset: Dataset, *, teachers: Mapping[str, nn.Module] | None = None
+) -> tuple[FusionModel | SelfContainedModel, list[Balancer]]:
+    """The model of a method, and its balancers attached to it.
+
+    The generator of torch decides the weights: seed it first.
+
+    Args:
+        method, recipe, dataset: what is meant.
+        teachers: modality -> trained encoder, for methods that learn from one (``needs_teachers``).
+
+    Raises:
+        ConfigError: an option that a class does not take, a modality that the data lack, an encoder that does not fit
+            the data. ShapeError: encoders of different width.
+    """
+    recipe = method_recipe(method, recipe)
+    for name in (*recipe.encoders, *([recipe.noise_modality] if recipe.noise_modality else [])):
+        if name not in dataset.names:
+            raise unknown_name("recipe", f"modality of the data set '{recipe.data['name']}'", name, dataset.names)
+    if recipe.model:
+        parts = {name: build_encoder(name, options, dataset) for name, options in recipe.encoders.items()}
+        return build_self_contained(method.base, recipe, dataset, parts), []
+    alone = method.base in recipe.encoders
+    names = (method.base,) if alone else dataset.names
+    for name in names:
+        if name in dataset.vocabulary:
+            # Told now, and not by the evaluation under noise after the last epoch.
+            raise ConfigError(
+                f"method '{method.name}'", expected="modalities that noise can replace",
+                got=f"'{name}', numbers of words or letters", fix="With triples, write letters: vectors under data.",
+            )  # fmt: skip
+    parts = {name: build_encoder(name, recipe.encoders.get(name, {}), dataset) for name in names}
+    width = parts[names[0]].dim
+    for name, part in parts.items():
+        if part.dim != width:
+            raise ShapeError(
+                f"encoder '{name}'", got=f"dim = {part.dim}",
+                expected=f"the width of encoder '{names[0]}', dim = {width}",
+                fix=f"Give both the same dim under encoders, such as {width}.",
+            )  # fmt: skip
+    options = dict(recipe.fusions.get(method.base, {}))
+    options.pop("train", None)
+    cls: type[Fusion] = Unimodal
+    if not alone:
+        cls = get_class(fusion, Fusion, options.pop("fusion", method.base), kind="fusion")  # type: ignore[type-abstract]
+    joined = instantiate(cls, f"fusion '{method.base}'", options, dim=width)
+    classes = {name: _class(name, recipe) for name in method.balancers}
+    heads = recipe.train.unimodal
+    if heads != "ensemble" and any(cls.needs_heads for cls in classes.values()):
+        heads = "train"
+    model = FusionModel(
+        parts,
+        joined,
+        dataset.num_outputs,
+        task=dataset.task,  # type: ignore[arg-type]
+        unimodal=heads,  # type: ignore[arg-type]
+    )
+    given = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
+    return model, [_balancer(name, cls, recipe, given, method) for name, cls in classes.items()]
+
+
+def needs_teachers(method: Method, recipe: Recipe) -> bool:
+    """Whether one of its balancers learns from encoders that were trained alone before."""
+    return any(_class(name, recipe).needs_teachers for name in method.balancers)
+
+
+def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encoder:
+    """The encoder of a modality, with what follows from the data."""
+    shape, words = dataset.shapes[name], dataset.vocabulary.get(name)
+    options, known = dict(options), available_classes(encoders, Encoder)
+    usual = {3: "PatchEncoder", 1: "TextEncoder"}.get(len(shape), "SequenceEncoder")
+    wanted = options.pop("name", None) or usual
+    if not isinstance(wanted, str) or wanted not in known:
+        raise unknown_name(f"encoder '{name}'", "encoder", shorten_repr(wanted), known)
+    follows = known[wanted].for_data(shape)
+    if follows is None:
+        able = [f"{other} for {cls.reads}" for other, cls in known.items() if cls.for_data(shape) is not None]
+        raise ConfigError(
+            f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}",
+            expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
+        )  # fmt: skip
+    given = {} if words is None else {"vocabulary": words}
+    return instantiate(known[wanted], f"encoder '{name}'", {**follows, **given, **options})
+
+
+def _class(name: str, recipe: Recipe) -> type[Balancer]:
+    wanted = recipe.balancers.get(name, {}).get("balancer", name)
+    return get_class(balance, Balancer, wanted, kind="balancer")
+
+
+def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str, Any], method: Method) -> Balancer:
+    """The balancer, given those of model, layer, fusion, epochs and teachers that its class takes."""
+    options = dict(recipe.balancers.get(name, {}))
+    options.pop("balancer", None)
+    model = given["model"]
+    who = f"method '{method.name}'"
+    if len(model.names) < 2:
+        raise ConfigError(
+            who, expected="a fusion of two or more modalities", got=f"{method.base}, which has one",
+            fix="BalancerList needs something to balance; choose a fusion, such as concat or joint.",
+        )  # fmt: skip
+    if issubclass(cls, RollingQ):
+        layer = getattr(model.fusion, "attention", None)
+        if layer is None:
+            raise ConfigError(
+                who,
+                expected="a fusion whose attention sees two or more modalities",
+                got=method.base,
+                fix=f"Set readout: attention for {method.base} in the recipe's fusions, or choose one such as joint."
+                if isinstance(model.fusion, ReadoutFusion)
+                else "RollingQ rotates attention; choose a fusion that has it, such as joint.",
+            )
+        return instantiate(cls, who, options, layer=layer)
+    if issubclass(cls, ProgressiveRollingQ):
+        if not hasattr(model.fusion, "use_depth"):
+            raise ConfigError(
+                who, expected="a fusion that can be trained in stages", got=method.base,
+                fix="Choose joint, with depth: 2 or more in the recipe's fusions.",
+            )  # fmt: skip
+        return instantiate(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=given["epochs"])
+    taken = inspect.signature(cls).parameters
+    return instantiate(
+        cls, who, options, **{key: value for key, value in given.items() if key in taken and key not in options}
+    )

@@ -1,0 +1,299 @@
+"""Recipes: YAML files that say what is trained on what and how; the header comment of each is its manual."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ...errors import ConfigError, unknown_name
+from ...io.atomic_files import check_path_component
+from ...io.typed_values import matches_type, shorten_repr, type_description
+from ...models.fusion_model import UNIMODAL
+from .recipe_parsing import BYTES, parse
+
+YAML_FLOAT = "YAML takes 1e-3 for a text; write 1.0e-3."
+
+FOLDER = Path(__file__).parent
+
+PRECISIONS = (
+    "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine",
+    "transformer-engine-float16", "16", "bf16", "32", "64",
+)  # fmt: skip
+"""As Lightning names them; listed here, so that a wrong one is told before Lightning is loaded or a run starts."""
+
+CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": UNIMODAL, "precision": PRECISIONS}
+
+MOST = 2**31 - 1
+"""No option counts further."""
+
+LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
+    "epochs": (int, "epochs >= 1", lambda value: 1 <= value <= MOST),
+    "batch_size": (int, "batch_size >= 1", lambda value: 1 <= value <= MOST),
+    "learning_rate": (float, "a finite learning_rate > 0", lambda value: 0 < value < math.inf),
+    "weight_decay": (float, "a finite weight_decay >= 0", lambda value: 0 <= value < math.inf),
+    "warmup": (float, "0 <= warmup < 1", lambda value: 0 <= value < 1),
+    "momentum": (float, "0 <= momentum < 1", lambda value: 0 <= value < 1),
+    "clip": (float, "clip > 0, or None", lambda value: value > 0),
+    "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
+    "exposure": (float, "0 <= exposure <= 1", lambda value: 0 <= value <= 1),
+}
+"""Training option -> its type, what is expected of it, and whether a value is that."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained.
+
+    Args:
+        epochs: passes over the training split; the last one counts, nothing is selected.
+        batch_size: samples of one optimizer step and all devices together, before accumulation.
+        learning_rate: the peak; it warms up linearly and falls to zero along a cosine.
+        weight_decay: decoupled (AdamW) or plain (SGD).
+        warmup: part of all steps over which the learning rate rises.
+        optimizer: ``"adamw"``, or ``"sgd"`` with ``momentum``.
+        momentum: of SGD.
+        clip: largest gradient norm; None leaves gradients as they are.
+        accumulate: batches added up before a step.
+        precision: as Lightning names it, such as ``"32-true"`` or ``"bf16-mixed"``.
+        exposure: probability with which, in training, each modality of a sample is replaced by noise.
+        unimodal: ``"probe"`` heads watch, ``"train"`` heads teach the encoders, ``"ensemble"`` heads also add their
+            logits to the fused ones, ``"none"``.
+
+    Raises:
+        ConfigError: a value of the wrong type, out of its limits, or unknown.
+
+    Example:
+        >>> TrainOptions(epochs=3).optimizer
+        'adamw'
+    """
+
+    epochs: int = 12
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "32-true"
+    exposure: float = 0.0
+    unimodal: Literal["probe", "train", "ensemble", "none"] = "probe"
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise unknown_name("train", name, shorten_repr(value), known)
+        for name, (kind, expected, holds) in LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name == "clip":
+                continue
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not number or not holds(value):
+                # A variant's options come from YAML as they are.
+                fix = YAML_FLOAT if isinstance(value, str) else ""
+                raise ConfigError("train", expected=expected, got=f"{name} = {value!r}", fix=fix)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run needs but its method, seed and fold.
+
+    Args:
+        data: ``{"name": data set, option: value, ...}``.
+        encoders: modality -> ``{"name": class in equipoise.encoders, option: value, ...}``.
+        methods: what ``compare`` runs when it is not told.
+        seeds: how many, counted from 0, when ``compare`` is not told.
+        folds: which, when ``compare`` is not told; empty for data without folds.
+        fusions: name -> options; ``"fusion"`` names the class where the key is a name of your own, ``"train"`` holds
+            training options of this variant alone.
+        balancers: name -> options; ``"balancer"`` names the class where the key is a name of your own.
+        train: how.
+        model: what is trained where that is no fusion of one target: ``{"name": class in equipoise.models.dual_encoder, language or
+            correspondence, option: value, ...}``; methods are then the names under ``variants``.
+        variants: name -> options of the model in this variant; ``"train"`` holds training options of it alone.
+        noise_modality: the one whose noise the attention should notice; by default the one attended most on
+            validation data.
+        reference: the method that others are compared with; by default the first static fusion among them.
+        references: method -> the method that it is compared with in tables and pages, its fair control; others follow
+            the rule of ``record.summarize``.
+    """
+
+    data: dict[str, Any]
+    encoders: dict[str, dict[str, Any]]
+    methods: list[str] = field(default_factory=lambda: ["concat", "joint", "joint+rollingq"])
+    seeds: int = 5
+    folds: list[str] = field(default_factory=list)
+    fusions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    balancers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    model: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noise_modality: str | None = None
+    reference: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
+
+    def with_train(self, **changes: Any) -> Recipe:
+        """The same recipe with some training options changed.
+
+        Raises:
+            ConfigError: an option that does not exist.
+        """
+        for name in changes:
+            if name not in TrainOptions.__dataclass_fields__:
+                raise unknown_name("recipe", "training option", name, TrainOptions.__dataclass_fields__)
+        return replace(self, train=replace(self.train, **changes))
+
+
+def recipe_names() -> list[str]:
+    """Packaged recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a packaged recipe (with or without .yaml) or of a path.
+
+    A file of that path wins over a packaged recipe of the same name.
+
+    Raises:
+        ConfigError: neither is there; the closest packaged name is given.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    known = f"Packaged recipes: {', '.join(recipe_names())}."
+    if path.is_dir() and path.name.removesuffix(".yaml") not in recipe_names():
+        raise ConfigError("recipe", expected="a file or the name of a packaged recipe", got=f"the folder '{path}'",
+                          fix=known)  # fmt: skip
+    packaged = FOLDER / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and packaged.is_file():
+        return packaged
+    if path.parent != Path():
+        raise ConfigError(
+            "recipe",
+            expected="an existing file or the name of a packaged recipe",
+            got=str(path),
+            fix=known,
+        )
+    raise unknown_name("recipe", "recipe", path.name.removesuffix(".yaml"), recipe_names())
+
+
+def recipe_header(path: Path) -> str:
+    """The header comment of a recipe."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        header.append(line.removeprefix("#").strip())
+    return "\n".join(header).strip()
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A recipe from its file.
+
+    Raises:
+        ConfigError: no such recipe, no YAML, an option that does not exist or has the wrong type.
+    """
+    path = find_recipe(name_or_path)
+    who = f"recipe {shorten_repr(path.name)}"
+    try:
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= 4 * BYTES else " " * (BYTES + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(who, expected="YAML in UTF-8", got=str(error)) from error
+    return recipe_from_dict(parse(text, who), who)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that ``read`` understands."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
+    """A recipe from plain values, checked against the types of ``Recipe``.
+
+    Raises:
+        ConfigError: an option that does not exist, that is missing, or that has a value of the wrong type; a name that
+            could not be a part of a path.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(who, expected="a mapping of options", got=type(content).__name__)
+    for key in content:
+        if key not in Recipe.__dataclass_fields__:
+            raise unknown_name(who, "option", shorten_repr(key), Recipe.__dataclass_fields__)
+    data, train = content.get("data"), content.get("train", {})
+    if not isinstance(train, dict):
+        raise ConfigError(who, expected="a mapping under train", got=shorten_repr(train))
+    if isinstance(data, dict) and "name" not in data:
+        raise ConfigError(who, expected="the name of the data set under data", got=shorten_repr(f"data: {data}"))
+    if content.get("model") and not (isinstance(content["model"], dict) and "name" in content["model"]):
+        raise ConfigError(
+            who, expected="the name of a model under model", got=shorten_repr(f"model: {content['model']}")
+        )
+    if content.get("variants") and not content.get("model"):
+        raise ConfigError(
+            who, expected="variants of a model", got="variants without model",
+            fix="Name the model under model, or put variants of a fusion under fusions.",
+        )  # fmt: skip
+    for key in train:
+        if key not in TrainOptions.__dataclass_fields__:
+            raise unknown_name(who, "training option", shorten_repr(key), TrainOptions.__dataclass_fields__)
+    checked = _checked(Recipe, {key: value for key, value in content.items() if key != "train"}, who)
+    for part in ("data", "model"):
+        if not isinstance(checked.get(part, {}).get("name", ""), str):
+            raise ConfigError(who, expected=f"a text under {part}.name", got=shorten_repr(checked[part]["name"]))
+    for part in ("encoders", "fusions", "balancers", "variants"):
+        for name in checked.get(part, ()):
+            check_path_component(name, f"{who}, {part}", without="+,")
+    return Recipe(**checked, train=TrainOptions(**_checked(TrainOptions, train, who, "train.")))
+
+
+def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> dict[str, Any]:
+    """The values for a dataclass of options, each of the type that its field is annotated with."""
+    hints, made = typing.get_type_hints(cls), {}
+    for field_ in fields(cls):
+        if field_.name not in content:
+            if field_.default is MISSING and field_.default_factory is MISSING:
+                raise ConfigError(who, expected=f"an entry {prefix}{field_.name}", got="none")
+            continue
+        value, hint = content[field_.name], hints[field_.name]
+        if not matches_type(value, hint):
+            where, value, hint = _innermost(f"{prefix}{field_.name}", value, hint)
+            raise ConfigError(
+                who,
+                expected=f"{type_description(hint)} under {where}",
+                got=shorten_repr(value),
+                fix=_advice(value, hint),
+            )
+        is_float = hint is float or float in typing.get_args(hint)
+        made[field_.name] = float(value) if is_float and isinstance(value, int) else copy.deepcopy(value)
+    return made
+
+
+def _innermost(where: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """The place, value and annotation of the innermost part that does not fit."""
+    *_, part = typing.get_args(hint) or (None,)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if typing.get_origin(hint) in (dict, list):
+        for key, one in inner:
+            if isinstance(key, str | int) and not matches_type(one, part):
+                return _innermost(f"{where}.{shorten_repr(key)}", one, part)
+    return where, value, hint
+
+
+def _advice(value: Any, hint: Any) -> str:
+    return YAML_FLOAT if isinstance(value, str) and float in (hint, *typing.get_args(hint)) and is_float(value) else ""
+
+
+def is_float(text: str) -> bool:
+    """Whether YAML 1.1 takes a number for a text, because it has an exponent and no point."""
+    return re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) is not None

@@ -1,0 +1,259 @@
+"""One run: a method trained with one seed on one fold, evaluated, and written down. It resumes where it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import math
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from .. import data
+from ..balance import Balancer
+from ..errors import ConfigError
+from ..integrations.lightning_callbacks import BalancerCallback
+from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonable
+from ..models.fusion_model import FusionModel
+from ..models.self_contained import SelfContainedModel
+from ..registry import instantiate
+from ..results.result_rows import RunResult
+from . import method_factory, recipes
+from .checkpoint import AtomicCheckpointIO, check_state, load_weights, read_state_dict, save_weights
+from .history import HistoryCallback, Progress, RunHistory
+from .loss_module import BalancedTraining, SelfContainedTraining
+from .recipes import Recipe
+from .run_evaluation import evaluate_run
+from .run_folder import write_run
+from .run_spec import RunSpec, is_finished
+
+ADVICE = (
+    "does not have many workers", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
+)  # fmt: skip
+"""Of Lightning, to people who wrote their own loaders and loggers."""
+
+
+def execute_run(
+    job: RunSpec, folder: Path, *, progress: Progress | None = None, trainer_options: Mapping[str, Any] | None = None
+) -> RunResult | None:
+    """Trains, evaluates and writes a run; a finished one is read, a stopped one goes on after its last whole epoch.
+
+    The run's folder then holds ``run.json``, ``model.safetensors``, ``recipe.yaml`` and ``checkpoints/last.ckpt``.
+
+    Args:
+        job: what.
+        folder: of this run alone.
+        progress: called with (epochs done, epochs) after every epoch.
+        trainer_options: for ``lightning.pytorch.Trainer``, such as ``devices``; its callbacks are added.
+
+    Returns:
+        Run, as in ``results.json``; None in processes that only helped another to train.
+
+    Raises:
+        ConfigError: a method or option that does not exist. DataError: data or checkpoints that cannot be read.
+        NonFiniteError: a loss that is NaN; the last whole checkpoint stays.
+    """
+    check_folder(folder, "train")
+    stored = is_finished(job, folder)
+    if stored is not None:
+        return stored
+    method = method_factory.parse_method(job.method, job.recipe)
+    recipe = method_factory.method_recipe(method, job.recipe)
+    source = load_run_dataset(recipe, job.fold)
+    teachers = {}
+    if method_factory.needs_teachers(method, recipe):
+        # Teachers are trained as the variant that they teach.
+        alike = replace(job, recipe=recipe)
+        teachers = {name: _teacher(alike, name, folder, trainer_options) for name in source.names}
+    torch.manual_seed(job.seed)
+    model, balancers = method_factory.build_model(method, recipe, source, teachers=teachers)
+    journal = HistoryCallback(source, recipe, job.fingerprint(), balancers, progress)
+    make_folder(folder, "train")
+    rank_zero_only(atomic_write)(folder / "recipe.yaml", recipes.dump_recipe(job.recipe))
+    with quiet_lightning():
+        trainer = _fit(model, balancers, job, recipe, source, folder, journal, dict(trainer_options or {}))
+        if not trainer.is_global_zero:
+            return None
+        run = _run(job, model.cpu(), source, recipe, journal)
+    save_weights(model, folder / "model.safetensors")
+    write_run(folder, job.fingerprint(), run)
+    return run
+
+
+def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str, Any] | None) -> nn.Module:
+    """The encoder of a modality that was trained alone, with the same seed, on the same fold."""
+    alone, here = replace(job, method=name), folder / "teachers" / name
+    execute_run(alone, here, trainer_options=trainer_options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    with torch.random.fork_rng(devices=[]):
+        model, _ = method_factory.build_model(
+            method_factory.parse_method(name, job.recipe), job.recipe, load_run_dataset(job.recipe, job.fold)
+        )
+    load_weights(model, here / "model.safetensors")
+    return model.encoders[name]  # type: ignore[index,return-value]
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(options: str) -> data.Dataset:
+    content = json.loads(options)
+    name, known = str(content.pop("name")), data.available_datasets()
+    if name not in known:
+        return data.load_dataset(name)  # which tells the closest name
+    if "fold" in content and "fold" not in inspect.signature(known[name]).parameters:
+        raise ConfigError(
+            f"data set '{name}'", expected="no fold, since it has one split", got=f"fold '{content['fold']}'",
+            fix="Leave out --folds, --fold and the recipe's folds.",
+        )  # fmt: skip
+    with single_thread():
+        # Sums are rounded otherwise by several threads, and compare's workers have one: they must see the same data.
+        return instantiate(known[name], f"data set '{name}'", content)
+
+
+def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
+    """The recipe's data set, loaded once in a process."""
+    options = {**recipe.data, **({} if fold is None else {"fold": fold})}
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError("recipe", expected=f"a finite number under data.{name}", got=str(value))
+    return _loaded(json.dumps(to_jsonable(options, "recipe: data"), sort_keys=True))
+
+
+def _fit(
+    model: FusionModel | SelfContainedModel, balancers: list[Balancer], job: RunSpec, recipe: Recipe, source: data.Dataset,
+    folder: Path, journal: HistoryCallback, given: dict[str, Any],
+) -> pl.Trainer:  # fmt: skip
+    options = recipe.train
+    training = (
+        SelfContainedTraining(model, options, seed=job.seed)
+        if isinstance(model, SelfContainedModel)
+        else BalancedTraining(model, options, balancers=balancers, seed=job.seed)
+    )
+    balancing = training.balancing
+    train = data.loader(
+        source, "train", options.batch_size, seed=job.seed, train=True, exposure=options.exposure,
+        turns=balancing.turns, group=options.accumulate,
+    )  # fmt: skip
+    val = data.loader(source, "val", 256, seed=job.seed, train=False)
+    balance = BalancerCallback(balancing, before_end=journal.look)
+    keeper = ModelCheckpoint(
+        dirpath=folder / "checkpoints", filename="last", save_top_k=1, every_n_epochs=1, monitor=None,
+        save_on_train_epoch_end=True, enable_version_counter=False,
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "max_epochs": options.epochs, "precision": options.precision, "gradient_clip_val": options.clip,
+        "accumulate_grad_batches": options.accumulate, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder,
+        "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
+    } | given  # fmt: skip
+    settings["callbacks"] = [journal, balance, RunHistory(journal, balance), keeper, *given.get("callbacks", ())]
+    trainer = _trainer(settings)
+    if (
+        balancing.partial_graph
+        and isinstance(trainer.strategy, DDPStrategy)
+        and given.get("strategy", "auto") in ("auto", "ddp")
+    ):
+        # What a stage or turn leaves out gets no gradient, for which plain DDP waits in vain.
+        trainer = _trainer({**settings, "strategy": "ddp_find_unused_parameters_true"})
+    heard = signal.getsignal(signal.SIGINT)
+    checkpoint = is_resumable(folder, job)
+    if checkpoint is not None:
+        check_state(training, Path(checkpoint))
+    try:
+        trainer.fit(training, train, val, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as left:
+        # Lightning makes Ctrl-C the end of the process, and the process deaf to the next one.
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, heard)
+        raise KeyboardInterrupt from left
+    return trainer
+
+
+def _trainer(settings: dict[str, Any]) -> pl.Trainer:
+    try:
+        return pl.Trainer(**settings)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        got = str(error).split(". ")[0].rstrip(".!")
+        raise ConfigError("train", expected="options that Lightning's Trainer takes", got=got) from error
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options that Lightning's Trainer does not take on this machine."""
+    with quiet_lightning():
+        _trainer({**options, "logger": False, "enable_checkpointing": False})
+
+
+def is_resumable(folder: Path, job: RunSpec) -> str | None:
+    """The checkpoint to go on from; None when there is none, or it is of another recipe."""
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        return None
+    kept = read_state_dict(path).get("callbacks", {}).get(HistoryCallback.state_key, {})
+    return str(path) if kept.get("fingerprint") == job.fingerprint() else None
+
+
+def _run(
+    job: RunSpec,
+    model: FusionModel | SelfContainedModel,
+    source: data.Dataset,
+    recipe: Recipe,
+    journal: HistoryCallback,
+) -> RunResult:
+    found = evaluate_run(model, source, recipe)
+    metrics = found["metrics"]
+    # The first epoch warms caches up; it counts only where it is alone.
+    seconds = journal.seconds[1:] or journal.seconds
+    metrics["seconds_per_epoch"] = sum(seconds) / max(len(seconds), 1)
+    last = journal.history[-1] if journal.history else {}
+    metrics |= {name: value for name, value in last.items() if name.startswith("val_")}
+    run: RunResult = {
+        "method": job.method, "seed": job.seed, "fold": job.fold, "metrics": metrics, "history": journal.history,
+    }  # fmt: skip
+    run |= {name: value for name, value in found.items() if name not in run}  # type: ignore[typeddict-item]
+    if "keys" in found:
+        before = {"before": journal.keys_before} if journal.keys_before else {}
+        run["keys"] = {**before, **found["keys"]}
+    return run
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Computes with one thread, so that figures do not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's greetings and its advice on loaders; errors and other warnings are heard."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            for message in ADVICE:
+                warnings.filterwarnings("ignore", message=f".*{message}.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,76 @@
+"""Variants of a model that brings its own losses: what a recipe's ``model`` and ``variants`` mean."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import ConfigError, unknown_name
+from ..models.self_contained import SelfContainedModel
+from ..registry import available_classes, instantiate
+from .recipes import Recipe
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+
+HOMES = ("space", "language", "correspondence")
+"""Where such models live."""
+
+
+def available_variants() -> dict[str, type[SelfContainedModel]]:
+    """name -> model."""
+    found: dict[str, type[SelfContainedModel]] = {}
+    for home in HOMES:
+        found |= available_classes(importlib.import_module(f"..{home}", __package__), SelfContainedModel)  # type: ignore[type-abstract]
+    return found
+
+
+def evaluation_metric(recipe: Recipe) -> dict[str, Any]:
+    """For the protocol of results: the model, its variants, and the metric that tells how good it is."""
+    if not recipe.model:
+        return {}
+    wanted, models = str(recipe.model["name"]), available_variants()
+    if wanted not in models:
+        raise unknown_name("recipe", "model", wanted, models)
+    return {"model": recipe.model, "variants": recipe.variants, "score": models[wanted].score}
+
+
+def variant_options(name: str, recipe: Recipe) -> str:
+    """The method's name, once the recipe knows it; a recipe without variants knows its model's name.
+
+    Raises:
+        ConfigError: a name that no variant has, or a balancer, which is for fusions.
+    """
+    if "+" in name:
+        raise ConfigError(
+            f"method '{name}'", expected="a variant of the recipe's model", got="balancers, which are for fusions",
+            fix=f"One of: {', '.join(recipe.variants) or recipe.model['name']}.",
+        )  # fmt: skip
+    variants = recipe.variants or {str(recipe.model["name"]): {}}
+    if name.strip() not in variants:
+        raise unknown_name(f"method '{name}'", "variant", name.strip(), variants)
+    return name.strip()
+
+
+def build_self_contained(
+    name: str, recipe: Recipe, dataset: Dataset, encoders: Mapping[str, nn.Module]
+) -> SelfContainedModel:
+    """The recipe's model in this variant, for this data set.
+
+    Raises:
+        ConfigError: a model or an option that does not exist, or data of another kind.
+    """
+    options: dict[str, Any] = {**recipe.model, **recipe.variants.get(name, {})}
+    options.pop("train", None)
+    wanted, models = str(options.pop("name")), available_variants()
+    if wanted not in models:
+        raise unknown_name("recipe", "model", wanted, models)
+    cls = models[wanted]
+    build = cls.for_data
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(build).parameters.values()):
+        return instantiate(build, f"variant '{name}'", options, takes=cls, source=dataset, encoders=dict(encoders))
+    return instantiate(build, f"variant '{name}'", options, source=dataset, encoders=dict(encoders))

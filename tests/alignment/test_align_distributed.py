@@ -1,0 +1,151 @@
+"""Alignment in two processes: value and gradients of one process that has the whole batch."""
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from equipoise.alignment import InfoNCE, QFormer, QFormerLosses, SigLIP
+from helpers.processes import together
+from helpers.tolerance import TOL
+
+pytestmark = pytest.mark.distributed
+WORLD, SIZES, WIDTHS = 2, (4, 3), {"audio": 3, "image": 5, "text": 2}
+EXACT = TOL[torch.float64]
+MADE = {
+    "info_nce": lambda: InfoNCE(scale=3.0),
+    "smoothed": lambda: InfoNCE(scale=3.0, smoothing=0.1, hard=0.5, top_k=4, duplicates="ignore"),
+    "siglip": lambda: SigLIP(scale=3.0, bias=-2.0, tile=2),
+    "anchored": lambda: SigLIP(anchor="text"),
+}
+HERE = {"image": torch.tensor([True, False, True, True, False, True, True])}
+
+
+def part(rank, values):
+    """What one process has of seven samples, or all of them."""
+    return values if rank is None else values[: SIZES[0]] if rank == 0 else values[SIZES[0] :]
+
+
+class Model(nn.Module):
+    """Encoders and a loss, as one module that returns the loss."""
+
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoders = nn.ModuleDict({name: nn.Linear(width, 4) for name, width in WIDTHS.items()})
+        self.loss = loss
+
+    def forward(self, batch, ids, present):
+        return self.loss({name: self.encoders[name](batch[name]) for name in WIDTHS}, ids=ids, present=present)
+
+
+def scene(name, rank, wrapped=True):
+    """The loss and every gradient."""
+    random = torch.Generator().manual_seed(1)
+    total = sum(SIZES)
+    batch = {n: torch.randn(total, w, generator=random, dtype=torch.float64) for n, w in WIDTHS.items()}
+    ids = torch.tensor([0, 1, 2, 3, 1, 5, 0])
+    model = Model(MADE[name]()).double()
+    called = DistributedDataParallel(model) if rank is not None and wrapped else model
+    loss = called(
+        {n: part(rank, x) for n, x in batch.items()},
+        None if name == "info_nce" else part(rank, ids),
+        {n: part(rank, x) for n, x in HERE.items()},
+    )
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+
+def nobody(rank):
+    """No sample at all has the image: its pairs are left out by both, and nobody waits."""
+    parts = {name: torch.eye(3, dtype=torch.float64).requires_grad_() for name in ("audio", "image")}
+    loss = InfoNCE().double()(parts, present={"image": torch.zeros(3, dtype=torch.bool)})
+    loss.backward()
+    return {"loss": loss.detach(), "grad": parts["audio"].grad}
+
+
+def queries(rank):
+    """The contrastive loss of a Q-Former; the others are of each process's own samples."""
+    torch.manual_seed(0)
+    qformer = QFormer(5, dim=8, depth=1, heads=2, queries=3, vocabulary=11, positions=4)
+    losses = QFormerLosses(qformer, embed=4).double()
+    random = torch.Generator().manual_seed(2)
+    media = torch.randn(7, 2, 5, generator=random, dtype=torch.float64)
+    words = torch.randint(11, (7, 3), generator=random)
+    found = losses(part(rank, media), part(rank, words), generator=random)
+    if rank is not None:
+        (found["contrastive"] / 1).backward()
+        grads = {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
+        for name, grad in grads.items():
+            if name != "temperature":
+                torch.distributed.all_reduce(grad)
+                grad /= WORLD
+    else:
+        found["contrastive"].backward()
+        grads = {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
+    return {"loss": found["contrastive"].detach(), **grads}
+
+
+def by_itself(rank):
+    """One process evaluates while the other does something else."""
+    vectors = torch.eye(3, dtype=torch.float64)
+    loss = (
+        InfoNCE(gather=False).double()(vectors, vectors.roll(1, 0)).detach() if rank in (None, 0) else torch.zeros(())
+    )
+    return {"loss": loss}
+
+
+SCENES = {"by_itself": by_itself} | {name: lambda rank, name=name: scene(name, rank) for name in MADE} | {
+    "alone": lambda rank: scene("siglip", rank, wrapped=False), "nobody": nobody, "queries": queries
+}  # fmt: skip
+
+
+def worker(rank, folder):
+    with together(rank, folder, WORLD):
+        torch.save({name: made(rank) for name, made in SCENES.items()}, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", [*MADE, "queries"])
+def test_two_processes_equal_one_on_the_whole_batch(found, name):
+    alone = SCENES[name](None)
+    for process in found:
+        assert process[name].keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(process[name][key], value, **EXACT, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_scale_that_no_wrapper_knows_stays_alike(found):
+    """Its gradient is that of all samples in both processes, also where nothing averages it."""
+    alone = scene("siglip", None)
+    for process in found:
+        for key in ("loss", "loss.log_scale", "loss.bias"):
+            torch.testing.assert_close(process["alone"][key], alone[key], **EXACT)
+
+
+def test_each_half_alone_would_be_another_loss():
+    """The equality above is worth something."""
+    whole = scene("siglip", None)["loss"]
+    for rank in range(WORLD):
+        model = Model(MADE["siglip"]()).double()
+        random = torch.Generator().manual_seed(1)
+        batch = {n: torch.randn(7, w, generator=random, dtype=torch.float64) for n, w in WIDTHS.items()}
+        half = model({n: part(rank, x) for n, x in batch.items()}, None, {n: part(rank, x) for n, x in HERE.items()})
+        assert abs(float(half.detach() - whole)) > 1e-3
+
+
+def test_what_nobody_has_is_left_out(found):
+    for process in found:
+        assert float(process["nobody"]["loss"]) == 0.0
+        assert float(process["nobody"]["grad"].abs().max()) == 0.0
+
+
+def test_one_process_may_evaluate_by_itself(found):
+    assert float(found[0]["by_itself"]["loss"]) == float(by_itself(None)["loss"]) > 1.0

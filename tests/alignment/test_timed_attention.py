@@ -1,0 +1,164 @@
+"""Attention that knows times: against its formula, by perturbation, and shifted as a whole."""
+
+import math
+
+import pytest
+import torch
+
+from equipoise.alignment.connectors.timed_attention import TimedAttention
+from equipoise.errors import ConfigError, ShapeError
+from equipoise.nn.transformer import Attention
+from equipoise.recording import watch
+from equipoise.tokens.token_batch import Tokens, pack
+from helpers.tolerance import TOL
+
+EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
+DIM, NAMES = 8, ("sound", "picture", "text")
+TIMES = {"sound": [0.0, 0.5, 1.0, 7.0], "picture": [0.25, 2.0, 3.0], "text": [5.0, 0.75]}
+
+
+def parts(names=NAMES[:2], shift=0.0, masks=()):
+    made = {}
+    for seed, name in enumerate(names):
+        random = torch.Generator().manual_seed(seed)
+        count = len(TIMES[name])
+        values = torch.randn(2, count, DIM, generator=random, dtype=torch.float64)
+        times = torch.tensor([TIMES[name], [1.5 * t for t in TIMES[name]]], dtype=torch.float64) + shift
+        mask = torch.arange(count).expand(2, -1) > 0 if name in masks else None
+        made[name] = Tokens(values, mask=mask, times=times)
+    return made
+
+
+def layer(names=NAMES[:2], seed=0, **options):
+    torch.manual_seed(seed)
+    made = TimedAttention(DIM, 2, names=names, **options).double()
+    if made.bias is not None:
+        with torch.no_grad():
+            made.bias.lags.normal_()
+    return made
+
+
+def test_without_time_it_is_attention():
+    made, (sound, picture) = layer(bias=None), parts().values()
+    plain = Attention(DIM, 2).double()
+    plain.load_state_dict(made.state_dict())
+    wanted = plain(sound.values, picture.values).output
+    torch.testing.assert_close(made(sound, picture).output, wanted, **EXACT)
+    masked = parts(masks=("picture",))["picture"]
+    wanted = plain(sound.values, picture.values, mask=masked.mask).output
+    torch.testing.assert_close(made(sound, masked).output, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_by_its_formula(rotate, causal):
+    made = layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
+    sound, picture = parts(masks=("picture",)).values()
+    found = made(sound, picture, "sound", "picture").output
+    lag = float(made.bias.lag("sound", "picture"))
+    width = float(made.bias.log_widths[0, 1].exp())
+    query, key, value = made.query(sound.values), made.key(picture.values), made.value(picture.values)
+
+    def pairs(x, time):
+        turned = []
+        for k in range(2):
+            angle = 10000.0 ** (-2 * k / 4) * time / 0.5 if rotate else 0.0
+            turned.append(complex(*x[2 * k : 2 * k + 2].tolist()) * complex(math.cos(angle), math.sin(angle)))
+        return turned
+
+    for b in range(2):
+        for i in range(4):
+            row = torch.zeros(DIM, dtype=torch.float64)
+            for h in range(2):
+                part = slice(4 * h, 4 * h + 4)
+                weights = {}
+                for j in range(1, 3):
+                    apart = float(sound.times[b, i] - picture.times[b, j]) - lag
+                    if abs(apart) > 1.2 or (causal and apart < 0):
+                        continue
+                    one, other = (
+                        pairs(query[b, i, part], sound.times[b, i]),
+                        pairs(key[b, j, part], picture.times[b, j]),
+                    )
+                    logit = sum((p * q.conjugate()).real for p, q in zip(one, other, strict=True)) / 2
+                    weights[j] = math.exp(logit - apart**2 / (2 * width**2))
+                for j, weight in weights.items():
+                    row[part] += weight / sum(weights.values()) * value[b, j, part]
+            torch.testing.assert_close(found[b, i], made.out(row), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "linear", "window": 2.0}, {"rotate": True, "causal": True}])
+def test_only_differences_of_times_matter(options):
+    made = layer(**options)
+    found = [made(*parts(shift=shift).values(), "sound", "picture").output for shift in (0.0, 1000.0)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_what_lies_ahead_is_not_read():
+    sound, picture = parts().values()
+    for options in ({}, {"window": 0.1}):
+        made = layer(bias=None, causal=True, **options)
+        for place in range(3):
+            values = picture.values.clone()
+            values[:, place] += 1.0
+            moved = made(sound, Tokens(values, times=picture.times)).output - made(sound, picture).output
+            ahead = sound.times < picture.times[:, place, None]
+            assert float(moved[ahead].abs().sum()) == 0.0
+            if not options:
+                assert (moved.abs().amax(dim=-1) > 0).equal(~ahead)
+
+
+def test_an_empty_window():
+    made, (sound, picture) = layer(bias=None, window=0.3), parts().values()
+    nearest = (sound.times[:, :, None] - picture.times[:, None]).abs().argmin(dim=2)
+    found = made(sound, picture).output
+    wanted = made.out(made.value(picture.values))
+    torch.testing.assert_close(found[0, 3], wanted[0, nearest[0, 3]], **EXACT)
+    nothing = layer(bias=None, window=0.3, empty="zero")(sound, picture).output
+    torch.testing.assert_close(nothing[0, 3], made.out.bias, **EXACT)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_packed_tokens_of_any_number_of_modalities(count):
+    names = NAMES[:count]
+    made, both = layer(names, window=1.0), parts(names)
+    packed = pack(both, cls=torch.ones(DIM, dtype=torch.float64))
+    found = made(packed)
+    assert found.output.shape == packed.values.shape
+    assert found.share.shape == (2, 2, len(packed), count)
+    with watch(made) as seen:
+        made(packed)
+    torch.testing.assert_close(seen.share(seen.sites[0]), found.share.mean(dim=2).to(torch.float32), **SINGLE)
+    # The class token sees all, at whatever time pack put it.
+    far = pack(parts(names, shift=100.0), cls=torch.ones(DIM, dtype=torch.float64))
+    torch.testing.assert_close(made(far).output, found.output, rtol=1e-8, atol=1e-8)
+    masked = pack(parts(names, masks=names))
+    assert made(masked).output.isfinite().all()
+
+
+def test_gradients_reach_lag_and_width():
+    made, (sound, picture) = layer(window=2.0), parts().values()
+    made(sound, picture, "sound", "picture").output.square().sum().backward()
+    assert float(made.bias.lags.grad[0, 1].abs()) > 0
+    assert float(made.bias.log_widths.grad[0, 1].abs()) > 0
+    assert float(made.query.weight.grad.abs().max()) > 0
+
+
+def test_errors():
+    sound, picture = parts().values()
+    with pytest.raises(ConfigError, match=r"TimedAttention: expected window >= 0 seconds or None, got -1.0"):
+        layer(window=-1.0)
+    with pytest.raises(ConfigError, match="TimedAttention: expected names, whose lags the bias learns, got none"):
+        TimedAttention(DIM)
+    with pytest.raises(ConfigError, match="TimedAttention: expected a known treatment of empty windows, got 'mean'"):
+        layer(empty="mean")
+    with pytest.raises(ShapeError, match=r"TimedAttention: expected tokens with times, dim = 8, got dim = 8, no times"):
+        layer()(Tokens(sound.values), picture, "sound", "picture")
+    with pytest.raises(ShapeError, match=r"TimedAttention: expected tokens with times, dim = 8, got dim = 3, times"):
+        layer()(sound, Tokens(picture.values[..., :3], times=picture.times), "sound", "picture")
+    with pytest.raises(ShapeError, match=r"rotate_by_time: expected .* with an even dim"):
+        TimedAttention(6, 2, bias=None, rotate=True)(
+            *(Tokens(x.values[..., :6].float(), times=x.times) for x in (sound, picture))
+        )

@@ -1,0 +1,211 @@
+"""AGM against its equations: Shapley responses of real models, coefficients, running means, clipping, errors."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.agm import coefficients
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, OUTPUTS, batch, slices
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_a import agm, agm_error, shapley
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(names=("audio", "image"), *, make=fused, alpha=0.1, clip=math.inf, **options):
+    made = make(names, **options)
+    balancer = eq.balance.AGM(made, alpha=alpha, clip=clip)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def responses(made, inputs):
+    """[m][i] rows of Shapley responses, where a modality is taken away by giving the model None for it."""
+    count, size, answers = len(made.names), len(inputs["target"]), {}
+    made.eval()
+    with torch.no_grad():
+        nothing = eq.Tokens(torch.zeros(size, 0, DIM, dtype=torch.float64))
+        answers[frozenset()] = rows(made.fuse(dict.fromkeys(made.names, nothing)).logits)
+        for number in range(1, count + 1):
+            for kept in itertools.combinations(range(count), number):
+                gone = {name: None for m, name in enumerate(made.names) if m not in kept}
+                answers[frozenset(kept)] = rows(made({**inputs, **gone}).logits)
+    found = [[[0.0] * OUTPUTS for _ in range(size)] for _ in range(count)]
+    for i, c in itertools.product(range(size), range(OUTPUTS)):
+        for m, phi in enumerate(shapley({kept: answer[i][c] for kept, answer in answers.items()}, count)):
+            found[m][i][c] = phi
+    return found
+
+
+def slow_errors(made, inputs, task="classification"):
+    size = len(inputs["target"])
+    here = [inputs.get("mask", {}).get(name, torch.ones(size, dtype=torch.bool)).tolist() for name in made.names]
+    target = inputs["target"].tolist()
+    return [agm_error(part, target, has, task) for part, has in zip(responses(made, inputs), here, strict=True)]
+
+
+def test_coefficients_by_hand():
+    # r = exp(0) = 1 for both; tau = exp(-1) and exp(1).
+    found = coefficients(doubles(1, 1), doubles(2, 1), torch.tensor([True, True]), alpha=0.1)
+    expected = doubles(math.exp(0.1 * (1 / math.e - 1)), math.exp(0.1 * (math.e - 1)))
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_what_strays_far_is_held_at_seven():
+    found = coefficients(doubles(1, 1), doubles(9, 1), torch.tensor([True, True]), alpha=0.1)
+    assert float(found[1]) == pytest.approx(math.exp(0.7))
+    found = coefficients(doubles(0, 18), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
+    assert float(found[0]) == 0.0
+
+
+def test_a_modality_that_gets_ahead_of_its_usual_lead_is_slowed_down():
+    found = coefficients(doubles(0.5, 2), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
+    assert float(found[0]) < 1 < float(found[1])
+
+
+errors = st.lists(st.floats(0, 18.4), min_size=5, max_size=5)
+
+
+@quick
+@given(errors, errors, st.sampled_from([2, 3, 5]), st.lists(st.booleans(), min_size=5, max_size=5), st.floats(0, 1))
+def test_coefficients_equal_the_oracle(now, usual, number, here, alpha):
+    known = torch.tensor(here[:number])
+    found = coefficients(doubles(*now[:number]), doubles(*usual[:number]), known, alpha=alpha)
+    expected = agm([e if yes else None for e, yes in zip(now[:number], here, strict=False)], usual[:number], alpha)
+    assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("make", [fused, static])
+def test_steps_equal_the_oracle(number, task, make):
+    names = NAMES[:number]
+    made, _, balancing = attached(names, make=make, task=task, alpha=0.5)
+    history = []
+    for seed in range(3):
+        inputs = batch_for(task, names, size=7, seed=seed, missing=("image",))
+        plain = step(made, eq.BalancerList(made), inputs)
+        found = step(made, balancing, inputs)
+        # Means over the steps before this one; the first step has none.
+        usual = [sum(column) / len(history) for column in zip(*history, strict=True)] or [None] * number
+        history.append(slow_errors(made, inputs, task))
+        for name, factor in zip(names, agm(history[-1], usual, 0.5), strict=True):
+            weight = f"encoders.{name}.weight"
+            torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
+        others = [key for key in plain if not (key.startswith("encoders") and key.endswith("weight"))]
+        assert "head.weight" in others
+        assert all(torch.equal(found[key], plain[key]) for key in others)
+
+
+def test_where_logits_are_a_sum_a_response_is_the_modalitys_part_without_the_bias():
+    made = static()
+    with torch.no_grad():
+        made.head.bias.normal_()
+    inputs = batch(size=5)
+    parts = made.contributions(made(inputs))
+    for name, response in zip(made.names, responses(made, inputs), strict=True):
+        expected = parts[name] - made.head.bias / 2
+        torch.testing.assert_close(torch.tensor(response, dtype=torch.float64), expected.detach(), **EXACT)
+
+
+def test_the_first_step_is_plain():
+    made, _, balancing = attached()
+    found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    assert balancing.end_epoch() == {"scale/audio": 1.0, "scale/image": 1.0}
+    assert balancing.end_epoch() == {"scale/audio": 1.0, "scale/image": 1.0}
+
+
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
+    whole, found = batch(size=12, missing=missing), []
+    for sizes in ((12,), (5, 3, 4)):
+        made, _, balancing = attached(unimodal="none")
+        step(made, balancing, batch(seed=5))
+        found.append(step(made, balancing, *slices(whole, *sizes)))
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, **EXACT)
+
+
+def test_a_modality_that_nobody_has_leaves_no_trace():
+    made, balancer, balancing = attached(NAMES[:3])
+    step(made, balancing, batch(NAMES[:3]))
+    before = balancer.usual.clone()
+    step(made, balancing, {**batch(NAMES[:3], seed=1), "text": None})
+    assert balancer.steps.tolist() == [2, 2, 1]
+    assert float(balancer.usual[2]) == float(before[2])
+    assert not torch.equal(balancer.usual[:2], before[:2])
+
+
+def test_dropout_is_off_while_it_looks_and_on_afterwards():
+    fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.5, cls_std=1.0)
+    made, balancer, balancing = attached(fusion=fusion)
+    output, target = made.train()(batch()), batch()["target"]
+    balancing.loss(output, target).backward()
+    state = torch.get_rng_state()
+    balancing.before_step()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert made.training
+    assert balancer.usual.tolist() == pytest.approx(slow_errors(made, batch()))
+
+
+def test_after_autocast():
+    """Tokens are half as wide then as the fusion's weights."""
+    made, balancer, balancing = attached(dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancing.loss(made(inputs), inputs["target"])
+    loss.backward()
+    balancing.before_step()
+    exact = slow_errors(fused(), batch())
+    assert balancer.usual.tolist() == pytest.approx(exact, rel=TOL[torch.bfloat16]["rtol"])
+
+
+def total_norm(found):
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in found.values()))
+
+
+def test_large_gradients_of_the_head_clip_all():
+    made, _, _ = attached()
+    plain = step(made, eq.BalancerList(made), batch())
+    largest = max(float(plain[f"head.{part}"].abs().max()) for part in ("weight", "bias"))
+    assert total_norm(plain) > largest > 0.02
+    below, above = 0.9 * largest, 1.1 * largest
+    clipped = step(made, eq.BalancerList(made, [eq.balance.AGM(made, clip=below)]), batch())
+    assert total_norm(clipped) == pytest.approx(below)
+    for key, gradient in clipped.items():
+        torch.testing.assert_close(gradient, plain[key] * below / total_norm(plain), **EXACT)
+    for clip in (above, math.inf):
+        found = step(made, eq.BalancerList(made, [eq.balance.AGM(made, clip=clip)]), batch())
+        assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_a_head_that_learns_nothing_clips_nothing():
+    made, _, balancing = attached(clip=1e-6)
+    made.head.requires_grad_(False)
+    found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="AGM: expected two or more modalities, got audio"):
+        eq.balance.AGM(static(("audio",)))
+    with pytest.raises(ConfigError, match=r"AGM: expected alpha >= 0 and clip > 0, got alpha = -1, clip = 5\.0"):
+        eq.balance.AGM(static(), alpha=-1)
+    with pytest.raises(ConfigError, match=r"got alpha = 0\.1, clip = 0"):
+        eq.balance.AGM(static(), clip=0)
+    made = static()
+    with pytest.raises(ConfigError, match="OGM_GE with AGM: both decide how large the encoders' gradients are"):
+        eq.BalancerList(made, [eq.balance.OGM_GE(made), eq.balance.AGM(made)])

@@ -1,0 +1,210 @@
+"""AMCo against spec 3.3: curriculum, dominance, hidden classes, the head it adds, every task, what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.balance.amco import hidden_part, masses
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, loss_of, penalty_of, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_b import amco, mass_of
+
+EXACT = TOL[torch.float64]
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def advanced(made, progress, **options):
+    """An AMCo that is so far in its curriculum."""
+    balancer = eq.balance.AMCo(made, **options)
+    balancer.progress.fill_(progress)
+    return balancer
+
+
+def loud(made, name, factor=99.0):
+    """Makes one modality's logits large."""
+    with torch.no_grad():
+        made.head.weight.chunk(len(made.names), dim=1)[made.names.index(name)].mul_(factor)
+
+
+def parts_of(made, balancer, inputs):
+    output = made(inputs)
+    found = made.fusion.contributions(output, made.head.head)
+    return [rows(found[name]) for name in made.names]
+
+
+def test_worked_curriculum():
+    assert hidden_part(0.0, 0.3) == 0
+    assert hidden_part(0.1, 0.3) == pytest.approx(0.5)
+    assert hidden_part(0.15, 0.3) == pytest.approx(math.sqrt(0.5))
+    assert hidden_part(0.3, 0.3) == hidden_part(7.0, 0.3) == 1
+
+
+def test_progress_grows_by_the_epoch_in_each_step():
+    balancer, logs = eq.balance.AMCo(static(), rate=0.01), []
+    for _ in range(3):
+        for _ in range(4):
+            balancer.before_step()
+        logs.append(balancer.end_epoch()["hidden"])
+    assert float(balancer.progress) == pytest.approx(0.01 * 4 * (0 + 1 + 2))
+    assert logs == pytest.approx([0, hidden_part(0.04, 0.3), hidden_part(0.12, 0.3)])
+
+
+def test_the_number_of_hidden_classes_is_rounded_down_and_they_change_with_the_step():
+    made = static(outputs=7)
+    for progress, number in ((0.0, 0), (0.1, 3), (0.29, 6), (0.3, 7)):
+        assert int(advanced(made, progress).hidden_classes().sum()) == number
+    balancer, drawn = advanced(made, 0.1), []
+    state = torch.get_rng_state()
+    for _ in range(9):
+        drawn.append(tuple(rows(balancer.hidden_classes())))
+        assert tuple(rows(balancer.hidden_classes())) == drawn[-1]
+        balancer.before_step()
+    assert len(set(drawn)) > 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn[0] != tuple(rows(advanced(made, 0.1, seed=1).hidden_classes()))
+
+
+def test_masses_equal_the_oracle():
+    parts = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    here = torch.ones(3, 5, dtype=torch.bool)
+    found = masses(parts, here, "classification")
+    for i in range(5):
+        assert rows(found[:, i]) == pytest.approx(mass_of(rows(parts[:, i])), abs=1e-12)
+    # Of a sample that lacks the first modality, the others share everything.
+    here[0, 2] = False
+    assert rows(masses(parts, here, "classification")[:, 2]) == pytest.approx([0, *mass_of(rows(parts[1:, 2]))])
+    signed = masses(doubles([[3.0, -1.0]], [[0.0, 4.0]]), here[:2, :1], "multilabel")
+    assert rows(signed[:, 0]) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("dominant", ["audio", "image", None])
+@pytest.mark.parametrize("progress", [0.0, 0.15, 0.3])
+def test_the_loss_equals_the_oracle(dominant, progress):
+    made, inputs = static(), batch(size=7)
+    if dominant:
+        loud(made, dominant)
+    balancer = advanced(made, progress, sigma=0.7)
+    with torch.no_grad():
+        made.head.mix.weight.normal_(generator=torch.Generator().manual_seed(5))
+        made.head.mix.bias.normal_(generator=torch.Generator().manual_seed(6))
+    parts = parts_of(made, balancer, inputs)
+    mass = [sum(mass_of([p[i] for p in parts])[m] for i in range(7)) / 7 for m in range(2)]
+    assert [m > 0.7 for m in mass] == [name == dominant for name in made.names]
+    hidden = [c for c, hides in enumerate(rows(balancer.hidden_classes())) if hides]
+    mix, bias = rows(made.head.mix.weight), rows(made.head.mix.bias)
+    expected = amco(parts, rows(inputs["target"]), hidden, mix, bias, 0.7)
+    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+    plain = amco(parts, rows(inputs["target"]), [], mix, bias, 0.7)
+    assert (expected != plain) == bool(dominant and progress)
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+def test_the_head_changes_nothing_at_first_and_then_learns(fusion):
+    made, plain, inputs = (*(static(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
+    state = torch.get_rng_state()
+    balancing = eq.BalancerList(made, [eq.balance.AMCo(made)])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(made(inputs).logits, plain(inputs).logits, **EXACT)
+    assert set(made.state_dict()) - set(plain.state_dict()) >= {"head.mix.weight", "head.mix.bias"}
+    found = step(made, balancing, inputs)
+    assert float(found["head.mix.weight"].abs().sum()) > 0
+    # Without dominance it is the plain loss and each modality's own.
+    parts = plain.contributions(plain(inputs))
+    alone = sum(float(plain.loss(part, inputs["target"]).detach()) for part in parts.values())
+    expected = loss_of(eq.BalancerList(plain), plain, inputs) + alone
+    assert loss_of(balancing, made, inputs) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_hidden_modality_is_taught_by_its_own_loss_alone():
+    made, inputs = static(unimodal="none"), batch(size=7)
+    loud(made, "audio")
+    balancer = advanced(made, 0.3)
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    output = made(inputs)
+    own = made.loss(made.fusion.contributions(output, made.head.head)["audio"], inputs["target"])
+    (expected,) = torch.autograd.grad(own, [made.encoders["audio"].weight])
+    torch.testing.assert_close(found["encoders.audio.weight"], expected, **EXACT)
+
+
+def test_samples_without_a_choice_do_not_decide():
+    made, whole = static(), batch(size=13, missing=("image",))
+    here = whole["mask"]["image"]
+    loud(made, "image")
+    balancer = advanced(made, 0.3)
+    output = made(whole)
+    parts = torch.stack(list(made.fusion.contributions(output, made.head.head).values())).detach()
+    counted = torch.stack([torch.ones_like(here), here])
+    assert rows(balancer._dominant(parts, counted)) == [False, True]
+    assert rows(balancer._dominant(parts[:, here], counted[:, here])) == [False, True]
+    gone = {**whole, "image": None, "mask": {}}
+    # Nobody has a choice, so nothing is hidden.
+    audio = made.fusion.contributions(made(gone), made.head.head)["audio"]
+    expected = made.loss(made(gone).logits, gone["target"]) + made.loss(audio, gone["target"])
+    torch.testing.assert_close(penalty_of(balancer, made, gone), expected.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("number", [2, 3])
+def test_every_task(task, number):
+    names = NAMES[:number]
+    made, inputs = static(names, task=task), batch_for(task, names, size=7)
+    loud(made, "image")
+    balancer = advanced(made, 0.0)
+    shown = float(penalty_of(balancer, made, inputs))
+    balancer.progress.fill_(0.3)
+    assert float(penalty_of(balancer, made, inputs)) != shown
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_saved_and_loaded_it_goes_on():
+    made, inputs = static(), batch(size=7)
+    loud(made, "audio")
+    balancer = advanced(made, 0.15)
+    balancer.end_epoch()
+    balancer.before_step()
+    states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
+    fresh = static(seed=3)
+    other = eq.balance.AMCo(fresh)
+    fresh.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    assert float(penalty_of(other, fresh, inputs)) == float(penalty_of(balancer, made, inputs))
+    assert other.end_epoch() == balancer.end_epoch()
+
+
+def test_autocast():
+    made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = advanced(made, 0.15)
+    exact = penalty_of(balancer, made, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = penalty_of(balancer, made, inputs)
+    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="AMCo: expected two or more modalities, got audio"):
+        eq.balance.AMCo(static(("audio",)))
+    for wrong in ({"sigma": 1.0}, {"epsilon": 0.0}, {"rate": 0.0}):
+        with pytest.raises(ConfigError, match=f"AMCo: expected 0 < sigma < 1, .* got .*{next(iter(wrong))} = "):
+            eq.balance.AMCo(static(), **wrong)
+    made = fused()
+    with pytest.raises(ConfigError, match="expected logits that are a sum over modalities, got fusion JointAttention"):
+        penalty_of(eq.balance.AMCo(made), made, batch())
+
+
+def test_votes_join_the_logits_that_it_trains():
+    made, inputs = static(unimodal="ensemble"), batch()
+    balancer = eq.balance.AMCo(made)
+    output = made.train()(inputs)
+    own = sum(made.loss(part, inputs["target"]) for part in made.fusion.contributions(output, made.head.head).values())
+    wanted = made.loss(output.logits, inputs["target"]) + own
+    torch.testing.assert_close(balancer.penalty(output, inputs["target"]), wanted, **EXACT)

@@ -1,0 +1,50 @@
+"""Every balancer with an average of the weights beside it: training is not disturbed, and the average is a model."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from helpers.balancer_cases import BALANCERS, answers, attached, sgd, train
+
+AVERAGES = {
+    "mean of weights and buffers": lambda model: AveragedModel(model, use_buffers=True),
+    "mean of weights": AveragedModel,
+    "exponential": lambda model: AveragedModel(model, avg_fn=get_ema_avg_fn(0.5), use_buffers=True),
+}
+
+
+class StateDictAverage:
+    """An exponential moving average of everything in the state dict, as timm's ModelEma has it."""
+
+    def __init__(self, model):
+        self.module = copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        for old, new in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            old.copy_(0.5 * old + 0.5 * new)
+
+
+AVERAGES["state dict"] = StateDictAverage
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("name", BALANCERS)
+def test_an_average_beside_training(name, kind):
+    (alone, first), (model, second) = attached(name), attached(name)
+    average = AVERAGES[kind](model)
+    optimizers = sgd(alone, first), sgd(model, second)
+    for number in range(2):
+        [log] = train(alone, first, optimizers[0], 1, first=number)
+        [other] = train(model, second, optimizers[1], 1, first=number)
+        assert other == pytest.approx(log, rel=0, abs=0, nan_ok=True)
+        average.update_parameters(model)
+        answers(average.module)
+    average.update_parameters(model)
+    for one, other in zip(alone.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    fresh, _ = attached(name, seed=9)
+    fresh.load_state_dict(average.module.state_dict())
+    assert torch.equal(answers(fresh), answers(average.module))

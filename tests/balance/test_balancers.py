@@ -1,0 +1,365 @@
+"""A battery over every balancer that the package has, in a training loop as users write it."""
+
+import copy
+import inspect
+from functools import partial
+from itertools import combinations
+from typing import ClassVar
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.balance import Balancer
+from equipoise.balance.balancer_list import _joined
+from equipoise.errors import ConfigError
+from helpers import balancer_cases as cases
+from helpers.balancer_cases import (
+    ATTENTION,
+    BALANCERS,
+    EPOCHS,
+    answers,
+    attached,
+    epoch,
+    finite,
+    made_for,
+    plain,
+    sgd,
+    train,
+)
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.fusion_cases import FUSIONS
+from helpers.tasks import TASKS, batch_for
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+every = pytest.mark.parametrize("name", sorted(BALANCERS))
+of_models = pytest.mark.parametrize("name", sorted(set(BALANCERS) - set(ATTENTION)))
+everywhere = pytest.mark.parametrize(
+    ("name", "fusion"),
+    [(name, None) for name in sorted(BALANCERS)]
+    + [(name, cases.joint) for name in sorted(set(BALANCERS) - set(ATTENTION) - cases.SIDE_BY_SIDE)],
+)
+"""Each on the fusion that suits it, and on joint attention."""
+
+ADDS = {
+    "AMCo": "a linear map behind the head",
+    "Consistency": "the concepts",
+    "Greedy": "the gates between modalities",
+    "MLA": "a head that modalities share",
+    "MMCosine": "class vectors in place of a linear head",
+    "ReconBoost": "a head for each modality, and their shrinkage",
+}
+"""Balancers that change the model's parameters, and by what."""
+
+MICRO_BATCHES = {
+    "ModalityCorruption": "noise is drawn for each batch",
+    "ModalityDropout": "unimodal heads average over the samples that were left a modality",
+    "OPM": "unimodal heads average over the samples that were left a modality",
+    "PMR": "prototype weights are decided on each batch",
+    "SampleValuation": "copies are counted for each batch",
+}
+"""Balancers for which accumulated batches are not one large batch, and why."""
+
+
+def test_the_tables_speak_of_balancers():
+    for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL):
+        assert set(table) <= set(BALANCERS)
+
+
+@every
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_trains_with_any_number_of_modalities(name, number):
+    made, balancing = attached(name, NAMES[:number])
+    before = answers(made)
+    logs = train(made, balancing, sgd(made, balancing), 2)
+    assert finite(made, logs)
+    assert not torch.equal(answers(made), before)
+
+
+@every
+def test_a_single_modality_has_nothing_to_balance(name):
+    with pytest.raises(ConfigError, match=r"expected .*two or more modalities, got"):
+        attached(name, ("audio",))
+
+
+@everywhere
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(name, fusion, task):
+    made, balancing = attached(name, fusion=fusion, task=task)
+    before = answers(made, task)
+    logs = train(made, balancing, sgd(made, balancing), 2, task=task)
+    assert finite(made, logs)
+    assert not torch.equal(answers(made, task), before)
+
+
+@every
+def test_one_output(name):
+    """A regression whose targets are (batch,)."""
+    made, balancing = attached(name, task="regression", outputs=1)
+    optimizer = sgd(made, balancing)
+    batches = [{**batch(seed=seed), "target": torch.linspace(-1, 1, 5)} for seed in range(3)]
+    logs = [epoch(made, balancing, optimizer, batches[:2], batches[2:]) for _ in range(2)]
+    assert finite(made, logs)
+
+
+@everywhere
+@pytest.mark.parametrize("stop", [1, 2])
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(name, fusion, stop):
+    made, balancing = attached(name, fusion=fusion)
+    optimizer = sgd(made, balancing)
+    train(made, balancing, optimizer, stop)
+    states = copy.deepcopy([part.state_dict() for part in (made, *balancing.balancers, optimizer)])
+    fresh, other = attached(name, fusion=fusion, seed=9)
+    fresh_optimizer = sgd(fresh, other)
+    for part, state in zip((fresh, *other.balancers, fresh_optimizer), states, strict=True):
+        part.load_state_dict(state)
+    assert torch.equal(answers(fresh), answers(made))
+    straight = train(made, balancing, optimizer, EPOCHS - stop, first=stop)
+    resumed = train(fresh, other, fresh_optimizer, EPOCHS - stop, first=stop)
+    assert resumed == straight
+    assert torch.equal(answers(fresh), answers(made))
+
+
+@every
+def test_what_it_saves_is_tensors_and_it_trains_nothing_of_its_own(name):
+    made, balancing = attached(name)
+    train(made, balancing, sgd(made, balancing), 1)
+    for part in (made, *balancing.balancers):
+        assert all(isinstance(value, torch.Tensor) for value in part.state_dict().values())
+    # An optimizer is made of the model's parameters, and knows no others.
+    assert not [n for b in balancing.balancers for n, p in b.named_parameters() if p.requires_grad]
+
+
+@everywhere
+def test_accumulated_batches_equal_one_large_batch(name, fusion):
+    found = []
+    for sizes in ((12,), (5, 3, 4)):
+        made, balancing = attached(name, fusion=fusion)
+        optimizer = sgd(made, balancing)
+        logs = []
+        for number in range(3):
+            batches = [slices(batch(size=12, seed=10 * number + place), *sizes) for place in range(2)]
+            logs.append(epoch(made, balancing, optimizer, batches, [batch(seed=500)]))
+        found.append((list(made.parameters()), logs))
+    (one, said), (other, repeated) = found
+    if name in MICRO_BATCHES:
+        assert not all(torch.allclose(a, b, **EXACT) for a, b in zip(one, other, strict=True))
+        return
+    torch.testing.assert_close(other, one, **EXACT)
+    for log, again in zip(said, repeated, strict=True):
+        assert again == pytest.approx(log, rel=1e-5, abs=1e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
+    made, balancing = attached(name, NAMES[:3], fusion=fusion)
+    optimizer = sgd(made, balancing)
+    some = batch(NAMES[:3], size=7, missing=("audio", "image"))
+    gone = {"mask": {"text": torch.zeros(5, dtype=torch.bool)}} if masked else {"text": None}
+    none = {**batch(NAMES[:3], seed=1), **gone}
+    logs = [epoch(made, balancing, optimizer, [some, none, [none, some]], [none, some]) for _ in range(3)]
+    assert finite(made, logs)
+
+
+@every
+def test_a_modality_that_nobody_ever_has(name):
+    made, balancing = attached(name, NAMES[:3])
+    optimizer = sgd(made, balancing)
+    batches = [{**batch(NAMES[:3], seed=seed), "image": None} for seed in range(3)]
+    logs = [epoch(made, balancing, optimizer, batches[:2], batches[2:]) for _ in range(3)]
+    # What is not known of it may be said to be NaN, and of nothing else.
+    assert finite(made, [{key: value for key, value in log.items() if not key.endswith("/image")} for log in logs])
+
+
+@everywhere
+def test_autocast(name, fusion):
+    made, balancing = attached(name, fusion=fusion, dtype=torch.float32)
+    optimizer = sgd(made, balancing)
+    with torch.autocast("cpu", torch.bfloat16):
+        logs = train(made, balancing, optimizer, 2, dtype=torch.float32)
+    assert finite(made, logs)
+
+
+@every
+def test_an_encoder_that_learns_nothing(name):
+    made, balancing = attached(name)
+    made.encoders["audio"].requires_grad_(False)
+    before = copy.deepcopy(made.encoders["audio"].state_dict())
+    logs = train(made, balancing, sgd(made, balancing), 2)
+    assert finite(made, logs)
+    assert all(torch.equal(value, before[key]) for key, value in made.encoders["audio"].state_dict().items())
+
+
+@every
+def test_draws_no_random_number_but_its_own(name):
+    made, balancing = attached(name)
+    optimizer = sgd(made, balancing)
+    state = torch.get_rng_state()
+    train(made, balancing, optimizer, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every
+def test_the_end_of_an_epoch_leaves_gradients_alone(name):
+    made, balancing = attached(name)
+    optimizer = sgd(made, balancing)
+    train(made, balancing, optimizer, 1)
+    gradients = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
+    mode = made.training
+    balancing.review([batch(seed=1)], [batch(seed=2)])
+    balancing.end_epoch()
+    assert made.training is mode
+    for parameter, gradient in zip(made.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient is None or torch.equal(parameter.grad, gradient)
+
+
+@every
+def test_evaluation_is_not_observed(name):
+    found = []
+    for looks in (False, True):
+        made, balancing = attached(name)
+        optimizer = sgd(made, balancing)
+        logs = []
+        for number in range(3):
+            logs += train(made, balancing, optimizer, 1, first=number)
+            if looks:
+                answers(made, size=7)
+                made.train()
+                with torch.no_grad():
+                    made.eval()(batch(seed=3))
+        found.append((logs, answers(made)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@every
+def test_a_copy_of_the_model_is_a_model_of_its_own(name):
+    """As averaged weights are kept."""
+    made, balancing = attached(name)
+    optimizer = sgd(made, balancing)
+    train(made, balancing, optimizer, 1)
+    before = answers(made)
+    twin = copy.deepcopy(made)
+    train(made, balancing, optimizer, 1, first=1)
+    assert torch.equal(answers(twin), before)
+    assert not torch.equal(answers(made), before)
+
+
+@every
+def test_parameters_of_the_model(name):
+    made, _ = attached(name)
+    shapes = {key: value.shape for key, value in made.named_parameters()}
+    expected = {key: value.shape for key, value in plain(name).named_parameters()}
+    assert (shapes != expected) is (name in ADDS)
+
+
+def refused(made, names):
+    """The error with which balancers refuse a model; None where they have trained on it."""
+    try:
+        balancing = eq.BalancerList(made, [made_for(made, name) for name in names])
+        logs = train(made, balancing, sgd(made, balancing), 1)
+    except ConfigError as error:
+        return error
+    assert finite(made, logs), names
+    return None
+
+
+@of_models
+def test_any_fusion_or_a_reason(name):
+    """A balancer trains with a fusion, or says in words why it cannot."""
+    reasons = {}
+    for key, kind in FUSIONS.items():
+        still = {"dropout": 0.0} if "dropout" in inspect.signature(kind).parameters else {}
+        reasons[key] = refused(plain(name, fusion=partial(kind, DIM, **still)), [name])
+    assert reasons["Concat"] is None
+    assert (reasons["JointAttention"] is not None) is (name in cases.SIDE_BY_SIDE)
+    assert all(error is None or (error.who.startswith(name) and error.fix) for error in reasons.values())
+
+
+@every
+def test_any_two_train_together_or_give_the_reason(name):
+    for other in sorted(BALANCERS):
+        if other > name:
+            host = next((each for each in (name, other) if each in ATTENTION), name)
+            error = refused(plain(host, unimodal="train"), [name, other])
+            assert error is None or error.fix, other
+
+
+class Turning(Balancer):
+    turns = 2
+
+
+class Replacing(Balancer):
+    replaces = ("task",)
+
+
+class Excluding(Balancer):
+    excludes: ClassVar = {"Turning": "there is no turn to take"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ((Turning, Turning), "got Turning and Turning, which both take turns. Leave one of them out"),
+        ((Replacing, Replacing), "both put a loss of their own in place of the task loss"),
+        ((Turning, Excluding), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
+        ((Excluding, Turning), "got Excluding with Turning: there is no turn to take"),
+    ],
+)
+def test_conflicts_give_the_reason(kinds, message):
+    with pytest.raises(ConfigError, match=f"BalancerList: expected balancers that can be combined, .*{message}"):
+        eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds])
+
+
+def test_those_that_do_not_conflict_are_combined():
+    for kinds in combinations((Turning, Replacing), 2):
+        assert eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds]).turns == 2
+
+
+def test_the_base_does_nothing():
+    balancer, features = Balancer(), {"audio": torch.ones(2, 3)}
+    output = eq.Output(features=torch.ones(2, 3))
+    target = torch.zeros(2)
+    assert balancer.transform(features) is features
+    assert balancer.observe(output, target) is None
+    assert balancer.penalty(output, target) is None
+    assert balancer.gradient_scale(output, target) is None
+    assert balancer.before_step() is None
+    assert balancer.review([], []) is None
+    assert balancer.end_epoch() == {}
+
+
+def test_a_task_has_batches_of_its_own():
+    """The battery over tasks is worth something."""
+    kinds = {task: batch_for(task)["target"].dtype for task in TASKS}
+    assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
+
+
+def test_a_joined_step_keeps_the_class_token_of_a_modality_that_its_first_batch_lacks():
+    random = torch.Generator().manual_seed(0)
+    whole = eq.Tokens(torch.randn(2, 5, 3, generator=random), cls=True)
+    lacking = eq.Tokens(torch.zeros(2, 0, 3))
+    outputs = [eq.Output(features=torch.zeros(2, 3), tokens={"audio": part}) for part in (lacking, whole)]
+    output, _ = _joined([(each, torch.zeros(2)) for each in outputs])
+    assert torch.equal(output.tokens["audio"].pooled(), torch.cat([torch.zeros(2, 3), whole.values[:, 0]]))
+
+
+def test_the_latest_balancing_takes_the_place_of_earlier_ones():
+    made = plain("RollingQ")
+    made.transforms = mine = [lambda tokens, target: tokens]
+    eq.BalancerList(made, [eq.balance.ModalityDropout(made), eq.balance.ModalityCorruption(made)])
+    assert (len(made.transforms), len(made.preparations)) == (2, 1)
+    eq.BalancerList(made, [])
+    assert (made.transforms, made.preparations) == (mine, [])
+
+
+@pytest.mark.parametrize(("kind", "place"), [("ModalityDropout", "transforms"), ("ModalityCorruption", "preparations")])
+def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
+    made = plain("RollingQ")
+    balancer = getattr(eq, kind)(made)
+    delattr(made, place)
+    with pytest.raises(ConfigError, match=f"calls its {place} .*, for {kind}, got FusionModel, which has none.*= "):
+        eq.BalancerList(made, [balancer])
+    assert eq.BalancerList(made, [eq.balance.CML(made)]).turns == 1

@@ -1,0 +1,155 @@
+"""CML against spec 3.3: chains of removals, the hinge of every sample, any fusion, every task, what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.balance.cml import confidence, confidence_rise
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_b import cml, softmax
+
+EXACT = TOL[torch.float64]
+FUSIONS = {
+    "concat": lambda: eq.fusion.Concat(DIM),
+    "sum": lambda: eq.fusion.Sum(DIM),
+    "joint": lambda: eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0),
+    "film": lambda: eq.fusion.FiLM(DIM),
+}
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def chain_of(made, inputs, order):
+    """Logits after each removal, with the removed modalities as inputs that are not there."""
+    left, chain = dict(inputs), [rows(made(inputs).logits)]
+    for name in order[:-1]:
+        left[name] = None
+        chain.append(rows(made(left).logits))
+    return chain
+
+
+def test_each_sample_has_a_hinge_of_its_own():
+    # The sum over the batch falls, and yet one sample rises.
+    assert float(confidence_rise([doubles(0.6, 0.9), doubles(0.8, 0.5)])) == pytest.approx(0.1)
+    assert float(confidence_rise([doubles(0.6, 0.9), doubles(0.5, 0.9), doubles(0.7, 1.0)])) == pytest.approx(0.15)
+
+
+def test_confidence_of_every_task():
+    logits = doubles([1.0, -2.0, 0.0])
+    target = doubles([1.0, 1.0, 0.0])
+    assert float(confidence(logits, target, "classification")) == pytest.approx(max(softmax([1, -2, 0])))
+    sure = [1 / (1 + math.exp(-size)) for size in (1, 2, 0)]
+    assert float(confidence(logits, target, "multilabel")) == pytest.approx(sum(sure) / 3)
+    assert float(confidence(logits, target, "regression")) == pytest.approx(math.exp(-9 / 3))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_loss_equals_the_oracle(fusion, number):
+    names = NAMES[:number]
+    made, inputs = fused(names, fusion=FUSIONS[fusion]()), batch(names, size=11)
+    balancer = eq.balance.CML(made, strength=3.0)
+    chain = chain_of(made, inputs, balancer.order())
+    expected = cml(chain, rows(inputs["target"]), 3.0)
+    assert expected > cml(chain, rows(inputs["target"]), 0.0)
+    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+def test_removal_is_leaving_out_a_part_of_the_sum(fusion):
+    made, inputs = static(fusion=fusion(DIM)), batch(size=7)
+    output = made(inputs)
+    parts = made.contributions(output)
+    biases = made.contributions(output.with_(features=torch.zeros_like(output.features)))
+    order = eq.balance.CML(made).order()
+    left = output.logits - parts[order[0]] + biases[order[0]]
+    torch.testing.assert_close(doubles(*chain_of(made, inputs, order)[1]), left.detach(), **EXACT)
+
+
+def test_it_stands_for_the_task_loss_and_reaches_every_encoder():
+    made, inputs = static(NAMES[:3], unimodal="probe"), batch(NAMES[:3], size=7)
+    balancer = eq.balance.CML(made)
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    made.zero_grad()
+    (balancer.penalty(made(inputs), inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])).backward()
+    assert all(torch.equal(found[name], p.grad) for name, p in made.named_parameters())
+    assert all(float(made.encoders[name].weight.grad.abs().sum()) > 0 for name in made.names)
+
+
+def test_orders_are_drawn_once_an_epoch_from_the_seed():
+    made = static(NAMES)
+
+    def orders(seed, epochs=8):
+        balancer = eq.balance.CML(made, seed=seed)
+        return [(balancer.order(), balancer.order(), balancer.end_epoch())[:2] for _ in range(epochs)]
+
+    state = torch.get_rng_state()
+    first = orders(0)
+    assert all(sorted(one) == sorted(NAMES) and one == again for one, again in first)
+    assert len({tuple(one) for one, _ in first}) > 4
+    assert orders(0) == first != orders(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    resumed = eq.balance.CML(made)
+    resumed.load_state_dict({"epochs": torch.tensor(5)})
+    assert resumed.order() == first[5][0]
+
+
+@pytest.mark.parametrize("include_cls_key", [True, False])
+def test_what_a_sample_lacks_cannot_be_taken_from_it(include_cls_key):
+    fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, include_cls_key=include_cls_key)
+    made, inputs = fused(fusion=fusion), batch(size=11, missing=("audio", "image"))
+    balancer = eq.balance.CML(made, strength=3.0)
+    gone = balancer.order()[0]
+    both = inputs["mask"]["audio"] & inputs["mask"]["image"]
+    assert 0 < int(both.sum()) < 11
+    whole, fewer = chain_of(made, inputs, balancer.order())
+    chain = [whole, [b if ok else a for a, b, ok in zip(whole, fewer, rows(both), strict=True)]]
+    expected = cml(chain, rows(inputs["target"]), 3.0)
+    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    nobody = {**batch(size=7), gone: None}
+    task = made.loss(made(nobody).logits, nobody["target"]).detach()
+    torch.testing.assert_close(penalty_of(balancer, made, nobody), task, **EXACT)
+
+
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+def test_accumulated_batches_equal_one_large_batch(missing):
+    whole = batch(size=12, missing=missing)
+    made = static(unimodal="probe")
+    balancing = eq.BalancerList(made, [eq.balance.CML(made)])
+    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    for name in (n for n in large if not n.startswith("unimodal")):
+        torch.testing.assert_close(small[name], large[name], **EXACT)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task):
+    made, inputs = fused(task=task), batch_for(task, size=11)
+    gentle, strict = (step(made, eq.BalancerList(made, [eq.balance.CML(made, strength=s)]), inputs) for s in (0.0, 1.0))
+    assert not torch.equal(gentle["encoders.audio.weight"], strict["encoders.audio.weight"])
+    assert all(bool(gradient.isfinite().all()) for gradient in strict.values())
+
+
+def test_autocast():
+    made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = eq.balance.CML(made)
+    assert_like_single_precision(balancer, made, inputs)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="CML: expected two or more modalities, got audio"):
+        eq.balance.CML(fused(("audio",)))
+    with pytest.raises(ConfigError, match=r"CML: expected strength >= 0, got strength = -0\.1"):
+        eq.balance.CML(fused(), strength=-0.1)
+    made = fused()
+    with pytest.raises(ConfigError, match="CML: expected an output with logits, got logits = None"):
+        eq.balance.CML(made).penalty(made(batch()).with_(logits=None), batch()["target"])

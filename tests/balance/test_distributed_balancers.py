@@ -1,0 +1,114 @@
+"""Every balancer in two processes with half of each batch: as one process on the whole of it."""
+
+import pytest
+import torch
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.balancer_cases import BALANCERS, Loss, answers, attached, epoch, finite, sgd
+from helpers.fusion import batch, slices
+from helpers.processes import together
+from helpers.tolerance import TOL
+
+pytestmark = pytest.mark.distributed
+WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
+EXACT = TOL[torch.float64]
+
+APART = {
+    "ModalityCorruption": "noise is drawn for each process's batch",
+    "DiagnoseRelearn": "each process clusters its own part of the data",
+}
+"""Balancers for which two processes are not one on the doubled batch, and why; they must agree with each other all the
+same."""
+
+every = pytest.mark.parametrize("name", sorted(BALANCERS))
+
+
+def part(rank, seed):
+    """The batch of one process; two take half of it each."""
+    whole = batch(size=WORLD * SIZE, seed=seed)
+    return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
+
+
+def training(rank, name):
+    """Logits and logs of a few epochs; of one process on everything where ``rank`` is None."""
+    made, balancing = attached(name)
+    loss = Loss(made, balancing)
+    if rank is not None:
+        loss = DistributedDataParallel(loss, find_unused_parameters=balancing.partial_graph)
+    optimizer, logs = sgd(made, balancing), []
+    for number in range(EPOCHS):
+        batches = [part(rank, 10 * number + place) for place in range(STEPS)]
+        logs.append(epoch(made, balancing, optimizer, batches, [part(rank, 500)], loss=loss))
+    return {"logs": logs, "answers": answers(made)}
+
+
+def lacking(rank, name):
+    """Whether all went well where one process at a time has a modality that the other lacks altogether."""
+    made, balancing = attached(name)
+    loss = DistributedDataParallel(Loss(made, balancing), find_unused_parameters=True)
+    batches = [part(rank, place) for place in range(3)]
+    batches[rank] = {**batches[rank], "image": None}
+    batches[2] = {**batches[2], "image": None}
+    logs = [epoch(made, balancing, sgd(made, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
+    return {"finite": finite(made, logs), "answers": answers(made)}
+
+
+def worker(rank, folder):
+    with together(rank, folder, WORLD):
+        found = {}
+        for name in sorted(BALANCERS):
+            try:
+                found[name] = training(rank, name)
+                found[name]["lacking"] = lacking(rank, name)
+            except Exception as error:  # one balancer's failure is not the others'
+                found[name] = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes found, of all balancers."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@every
+def test_both_processes_end_alike(found, name):
+    one, other = (process[name] for process in found)
+    assert "error" not in one, one["error"]
+    assert "error" not in other, other["error"]
+    assert torch.equal(one["answers"], other["answers"])
+    assert one["logs"] == other["logs"]
+
+
+@every
+def test_they_train_as_one_process_on_the_doubled_batch(found, name):
+    alone, both = training(None, name), found[0][name]
+    assert "error" not in both, both["error"]
+    if name in APART:
+        assert not torch.allclose(both["answers"], alone["answers"], **EXACT)
+        return
+    torch.testing.assert_close(both["answers"], alone["answers"], **EXACT)
+    for one, other in zip(both["logs"], alone["logs"], strict=True):
+        assert one == pytest.approx(other, rel=1e-7)
+
+
+@every
+def test_a_modality_that_one_process_lacks(found, name):
+    one, other = (process[name]["lacking"] for process in found)
+    assert one["finite"]
+    assert other["finite"]
+    assert torch.equal(one["answers"], other["answers"])
+
+
+@every
+def test_half_of_the_data_would_teach_otherwise(found, name):
+    """The equality above is worth something."""
+    made, balancing = attached(name)
+    optimizer = sgd(made, balancing)
+    for number in range(EPOCHS):
+        batches = [part(0, 10 * number + place) for place in range(STEPS)]
+        epoch(made, balancing, optimizer, batches, [part(0, 500)])
+    assert not torch.allclose(answers(made), found[0][name]["answers"], **EXACT)

@@ -1,0 +1,87 @@
+"""Methods that work on whole optimizer steps, in two processes: as one process on the doubled batch."""
+
+import pytest
+import torch
+from test_umt import teachers
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import equipoise as eq
+from helpers.fusion import DIM, batch, slices
+from helpers.processes import together
+from helpers.steps import fused
+from helpers.tolerance import TOL
+
+pytestmark = pytest.mark.distributed
+WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
+EXACT = TOL[torch.float64]
+MADE = {
+    "mmpareto": lambda made: eq.balance.MMPareto(made),
+    "blending": lambda made: eq.balance.GradientBlending(made, every=1),
+    "copied": lambda made: eq.balance.GradientBlending(made, every=1, copies=True, learning_rate=0.05),
+    "greedy": lambda made: eq.balance.Greedy(made, window=2),
+    "mla": lambda made: eq.balance.MLA(made),
+    "reconboost": lambda made: eq.balance.ReconBoost(made),
+    "umt": lambda made: eq.balance.UMT(made, teachers=teachers()),
+}
+
+
+def part(rank, **options):
+    """The batch of one process; two take half of it each."""
+    whole = batch(size=WORLD * SIZE, **options)
+    return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
+
+
+class Stepped(nn.Module):
+    """What is wrapped: a module that returns the loss, as Lightning's training step does, so that what takes no part
+    in the loss is found."""
+
+    def __init__(self, model, balancing):
+        super().__init__()
+        self.model, self.balancing = model, balancing
+
+    def forward(self, inputs):
+        return self.balancing.loss(self.model(inputs), inputs["target"])
+
+
+def training(rank, name):
+    """Logits and logs of a few epochs; of one process on everything where ``rank`` is None."""
+    made = fused(fusion=eq.fusion.Concat(DIM))
+    balancing = eq.BalancerList(made, [MADE[name](made)])
+    called = Stepped(made, balancing)
+    if rank is not None:
+        called = DistributedDataParallel(called, find_unused_parameters=balancing.partial_graph)
+    optimizer, logs = torch.optim.SGD(made.parameters(), lr=0.05, weight_decay=0.1), []
+    for epoch in range(EPOCHS):
+        made.train()
+        inputs = [part(rank, seed=10 * epoch + step) for step in range(STEPS)]
+        for each in inputs * balancing.turns:
+            optimizer.zero_grad()
+            called(each).backward()
+            balancing.before_step()
+            optimizer.step()
+        balancing.review(inputs, [part(rank, seed=500)])
+        logs.append(balancing.end_epoch())
+    return {"logs": logs, "logits": made.eval()(batch(seed=99)).logits.detach()}
+
+
+def worker(rank, folder):
+    with together(rank, folder, WORLD):
+        torch.save({name: training(rank, name) for name in MADE}, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_two_processes_train_as_one_on_the_doubled_batch(found, name):
+    alone = training(None, name)
+    assert torch.equal(found[0][name]["logits"], found[1][name]["logits"])
+    torch.testing.assert_close(found[0][name]["logits"], alone["logits"], **EXACT)
+    for one, other in zip(found[0][name]["logs"], alone["logs"], strict=True):
+        assert one == pytest.approx(other, rel=1e-7)

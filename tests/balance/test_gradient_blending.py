@@ -1,0 +1,244 @@
+"""Gradient blending against spec 3.3: weights, the blended loss, both ways of estimating, resumption, refusals."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.common.probe_training import evaluate_losses
+from equipoise.balance.gradient_blending import blending_weights
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import fused
+from helpers.tolerance import TOL
+from oracles.balance_c import blending
+
+EXACT = TOL[torch.float64]
+losses = st.lists(st.floats(0.01, 5.0), min_size=12, max_size=12)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(names=("audio", "image"), *, every=1, copies=False, epochs=None, floor=1e-3, seed=0, **options):
+    made = fused(names, seed=seed, **options)
+    balancer = eq.balance.GradientBlending(
+        made, every=every, copies=copies, epochs=epochs, floor=floor, learning_rate=0.05
+    )
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def means(made, inputs):
+    """Each modality's own loss, and the multimodal one last."""
+    output, target = made(inputs), inputs["target"]
+    return [*(made.loss(output.unimodal_logits[name], target) for name in made.names), made.loss(output.logits, target)]
+
+
+def epoch(made, balancing, number, *, optimizer=None, steps=2):
+    """One epoch of training, with review; returns the log."""
+    train = [batch(made.names, seed=10 * number + step) for step in range(steps)]
+    made.train()
+    for inputs in train:
+        made.zero_grad()
+        balancing.loss(made(inputs), inputs["target"]).backward()
+        balancing.before_step()
+        if optimizer is not None:
+            optimizer.step()
+    balancing.review(train, [batch(made.names, size=7, seed=500)])
+    return balancing.end_epoch()
+
+
+def test_worked_example():
+    # Gained 0.5 and 0.3, overfitted by 0.5 and 0.2: weights go as 0.5 / 0.25 and 0.3 / 0.04, that is 2 and 7.5.
+    found = blending_weights(doubles([2, 2], [2, 2]), doubles([1, 1.5], [1.5, 1.7]))
+    torch.testing.assert_close(found, doubles(2 / 9.5, 7.5 / 9.5), **EXACT)
+
+
+def test_the_floor_keeps_a_loss_that_does_not_overfit_from_taking_all():
+    start, end = doubles([1, 1], [1, 1]), doubles([0.5, 0.25], [0.5, 0.5])
+    torch.testing.assert_close(blending_weights(start, end, floor=0.25), doubles(0.5, 0.5), **EXACT)
+    assert float(blending_weights(start, end, floor=1e-3)[0]) > 0.99
+
+
+def test_nothing_moved():
+    still = doubles([1, 2, 3], [4, 5, 6])
+    torch.testing.assert_close(blending_weights(still, still), doubles(1 / 3, 1 / 3, 1 / 3), **EXACT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(losses, st.floats(1e-3, 1.0))
+def test_equals_the_oracle(numbers, floor):
+    start, end = torch.tensor(numbers, dtype=torch.float64).reshape(2, 2, 3)
+    pairs = [[(float(side[0, k]), float(side[1, k])) for k in range(3)] for side in (start, end)]
+    found = blending_weights(start, end, floor=floor)
+    assert found.tolist() == pytest.approx(blending(*pairs, floor), rel=1e-7, abs=1e-9)
+    assert float(found.sum()) == pytest.approx(1.0)
+
+
+def test_the_loss_is_the_weighted_sum():
+    made, balancer, balancing = attached(NAMES[:3])
+    balancer.weights.copy_(doubles(0.1, 0.2, 0.3, 0.4))
+    inputs = batch(NAMES[:3])
+    expected = sum(w * loss for w, loss in zip((0.1, 0.2, 0.3, 0.4), means(made, inputs), strict=True))
+    torch.testing.assert_close(balancing.loss(made(inputs), inputs["target"]), expected, **EXACT)
+
+
+def test_heads_that_watch_go_on_learning():
+    made, _, balancing = attached(fusion=eq.fusion.Concat(DIM), unimodal="probe")
+    inputs = batch()
+    output = made(inputs)
+    parts = made.contributions(output)
+    own = [*(made.loss(part, inputs["target"]) for part in parts.values()), made.loss(output.logits, inputs["target"])]
+    expected = sum(own) / 3 + made.unimodal_loss(output, inputs["target"])
+    torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
+
+
+def test_weights_come_from_the_losses_of_the_running_model():
+    made, _, balancing = attached(every=2)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.3)
+    looks, logs = [], []
+    for number in range(3):
+        made.train()
+        train = [batch(seed=10 * number + step, size=size) for step, size in enumerate((5, 3))]
+        seen = []
+        for inputs in train:
+            optimizer.zero_grad()
+            seen.append([float(loss.detach()) for loss in means(made, inputs)])
+            balancing.loss(made(inputs), inputs["target"]).backward()
+            balancing.before_step()
+            optimizer.step()
+        val = batch(size=7, seed=500)
+        balancing.review(train, slices(val, 4, 3))
+        with torch.no_grad():
+            looks.append(
+                [((5 * a + 3 * b) / 8, float(v)) for a, b, v in zip(*seen, means(made.eval(), val), strict=True)]
+            )
+        logs.append(list(balancing.end_epoch().values()))
+    assert logs[0] == logs[1] == pytest.approx([1 / 3] * 3)
+    assert logs[2] == pytest.approx(blending(looks[0], looks[2], 1e-3), rel=1e-9)
+    assert max(logs[2]) - min(logs[2]) > 0.01
+
+
+def test_copies_are_trained_for_one_loss_each():
+    made, balancer, _ = attached(copies=True, every=2)
+    train, val = [batch(seed=1), batch(seed=2)], [batch(seed=3, size=7)]
+    before, state = copy.deepcopy(made.state_dict()), torch.get_rng_state()
+    balancer.review(train, val)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    start, end = [], []
+    for kind in range(3):
+        twin = copy.deepcopy(made)
+        optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05)
+        pairs = []
+        for moment in range(2):
+            with torch.no_grad():
+                at = [sum(float(means(twin, b)[kind]) for b in part) / len(part) for part in (train, val)]
+            pairs.append(tuple(at))
+            for inputs in train * 2 if moment == 0 else ():
+                optimizer.zero_grad()
+                means(twin, inputs)[kind].backward()
+                optimizer.step()
+        start.append(pairs[0])
+        end.append(pairs[1])
+    assert balancer.weights.tolist() == pytest.approx(blending(start, end, 1e-3), rel=1e-9)
+
+
+def test_copies_drop_what_their_seed_says():
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        made = fused(fusion=eq.fusion.JointAttention(DIM, dropout=0.5))
+        balancer = eq.balance.GradientBlending(made, every=1, copies=True, seed=seed)
+        balancer.review([batch(seed=1)], [batch(seed=3)])
+        found.append(balancer.weights.tolist())
+    assert found[0] == found[1] != found[2]
+
+
+def test_no_estimate_is_made_for_epochs_that_never_come():
+    made, balancer, balancing = attached(every=1, copies=True, epochs=1)
+    epoch(made, balancing, 0)
+    torch.testing.assert_close(balancer.weights, doubles(1 / 3, 1 / 3, 1 / 3), **EXACT)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(copies):
+    made, balancer, balancing = attached(copies=copies)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
+    epoch(made, balancing, 0, optimizer=optimizer)
+    states = copy.deepcopy([part.state_dict() for part in (made, balancer, optimizer)])
+    fresh, other, rebalancing = attached(copies=copies, seed=9)
+    fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
+    for part, state in zip((fresh, other, fresh_optimizer), states, strict=True):
+        part.load_state_dict(state)
+    for number in (1, 2):
+        straight = epoch(made, balancing, number, optimizer=optimizer)
+        assert epoch(fresh, rebalancing, number, optimizer=fresh_optimizer) == straight
+    assert len(set(straight.values())) > 1
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole, found = batch(size=12, missing=("audio", "image")), []
+    for sizes in ((12,), (5, 7)):
+        made, balancer, balancing = attached()
+        for part in slices(whole, *sizes):
+            balancing.loss(made(part), part["target"]).backward()
+        balancing.before_step()
+        found.append(balancer.running[0] / balancer.running[1])
+    torch.testing.assert_close(*found, **EXACT)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_modality_that_nobody_has_weighs_nothing(copies):
+    made, balancer, balancing = attached(NAMES[:3], copies=copies)
+    without = {**batch(NAMES[:3]), "text": None}
+    for _ in range(2):
+        loss = balancing.loss(made.train()(without), without["target"])
+        loss.backward()
+        balancing.before_step()
+        balancing.review([without], [{**batch(NAMES[:3], seed=7), "text": None}])
+        balancing.end_epoch()
+        with torch.no_grad():
+            made.fusion.cls.add_(0.5)
+    assert bool(loss.isfinite())
+    assert float(balancer.weights[2]) == 0.0
+    assert float(balancer.weights.sum()) == pytest.approx(1.0)
+
+
+def test_losses_are_means_over_samples_that_count():
+    made, *_ = attached()
+    whole = batch(size=12, missing=("image",))
+    here = whole["mask"]["image"]
+    output = made(whole)
+    own = made.loss(output.unimodal_logits["image"][here], whole["target"][here]).detach()
+    torch.testing.assert_close(evaluate_losses(made, slices(whole, 5, 7))[1], own, **EXACT)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="GradientBlending: expected two or more modalities, got audio"):
+        eq.balance.GradientBlending(fused(("audio",)))
+    with pytest.raises(ConfigError, match=r"expected every >= 1, floor > 0 .* got every = 0"):
+        eq.balance.GradientBlending(fused(), every=0)
+    with pytest.raises(ConfigError, match="floor = 0"):
+        eq.balance.GradientBlending(fused(), floor=0.0)
+    made, balancer, balancing = attached(copies=True)
+    with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
+        balancer.review([batch()], [])
+    with pytest.raises(ConfigError, match="expected an output with logits"):
+        balancer.penalty(made(batch()).with_(logits=None), batch()["target"])
+    made, _, balancing = attached(unimodal="probe")
+    with pytest.raises(ConfigError, match="GradientBlending: expected logits that are a sum"):
+        balancing.loss(made(batch()), batch()["target"])
+
+
+def test_copies_see_inputs_as_they_are():
+    made, balancer, _ = attached(copies=True)
+    seen = []
+    made.preparations = [lambda given: seen.append(1) or given]
+    made.train()
+    balancer.review([batch()], [batch()])
+    assert not seen

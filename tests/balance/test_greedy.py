@@ -1,0 +1,246 @@
+"""Greedy against spec 3.3: speeds, the decision, gates held still, what stays of the fusion, resumption, refusals."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.greedy import bypass_lead, learning_speed
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import flat, fused, step
+from helpers.tolerance import TOL
+from oracles.balance_c import bypass_lead as slow_lead
+from oracles.balance_c import learning_speed as slow_speed
+
+EXACT = TOL[torch.float64]
+speeds = st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=2, max_size=5)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(names=("audio", "image"), *, fusion=None, seed=0, unimodal="train", dtype=torch.float64, **options):
+    made = fused(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
+    balancer = eq.balance.Greedy(made, **options)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def gates(made, inputs):
+    """(batch, modality, dim) by the formula, from the parameters alone."""
+    gate = made.fusion.gate
+    pooled = torch.cat([tokens.pooled() for tokens in made.encode(inputs).values()], dim=1)
+    squeezed = torch.clamp(pooled @ gate.squeeze.weight.T + gate.squeeze.bias, min=0)
+    parts = [gate.excite[name] for name in made.names]
+    return torch.stack([2 / (1 + torch.exp(-(squeezed @ e.weight.T + e.bias))) for e in parts], dim=1).detach()
+
+
+def test_speed_of_two_parameters():
+    one, other = (torch.nn.Parameter(doubles(*values)) for values in ((3, 4), (12,)))
+    one.grad, other.grad = doubles(0, 13), None
+    # 169 over 9 + 16 + 144.
+    assert float(learning_speed([one, other])) == pytest.approx(1.0)
+    assert slow_speed([[0, 13]], [[3, 4], [12]]) == 1.0
+
+
+def test_lead_of_two_modalities():
+    rate, lead = bypass_lead(doubles(1, 10), doubles(100, 10))
+    torch.testing.assert_close(rate, doubles(2, 0), **EXACT)
+    torch.testing.assert_close(lead, doubles(2, -2), **EXACT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(speeds)
+def test_lead_equals_the_oracle(pairs):
+    main, bypass = torch.tensor(pairs, dtype=torch.float64).T
+    for found, expected in zip(bypass_lead(main, bypass), slow_lead(pairs), strict=True):
+        assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_nothing_learned_yet_is_no_lead():
+    rate, lead = bypass_lead(doubles(0, 0), doubles(0, 0))
+    assert rate.tolist() == lead.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_tokens_are_gated_by_what_all_modalities_show(number):
+    names = NAMES[:number]
+    made, _, _ = attached(names)
+    inputs = batch(names, missing=("audio",))
+    encoded, factors = made.encode(inputs), gates(made, inputs)
+    changed = {
+        name: eq.Tokens(tokens.values * factors[:, place, None], mask=tokens.mask)
+        for place, (name, tokens) in enumerate(encoded.items())
+    }
+    expected = made.fusion.inner(changed).features
+    found = made.eval()(inputs)
+    torch.testing.assert_close(found.features, expected, **EXACT)
+    torch.testing.assert_close(found.tokens["image"].values, encoded["image"].values, **EXACT)
+
+
+def test_speeds_add_up_over_steps():
+    made, balancer, balancing = attached(threshold=math.inf)
+    expected = {"main": [0.0, 0.0], "bypass": [0.0, 0.0]}
+    for seed in range(3):
+        step(made, balancing, batch(seed=seed))
+        for kind, modules in (("main", made.encoders), ("bypass", made.fusion.gate.excite)):
+            for place, name in enumerate(made.names):
+                group = list(modules[name].parameters())
+                expected[kind][place] += slow_speed([flat(p.grad) for p in group], [flat(p) for p in group])
+    assert balancer.main.tolist() == pytest.approx(expected["main"], rel=1e-10)
+    assert balancer.bypass.tolist() == pytest.approx(expected["bypass"], rel=1e-10)
+    rates, _ = slow_lead(list(zip(expected["main"], expected["bypass"], strict=True)))
+    log = balancer.end_epoch()
+    assert [log["bdr/audio"], log["bdr/image"]] == pytest.approx(rates)
+    assert log["held/audio"] == log["held/image"] == 0.0
+
+
+def test_the_leader_is_held_for_the_window_and_then_one_step_is_free():
+    made, balancer, balancing = attached(window=3, threshold=0.0)
+    balancer.bypass.copy_(doubles(0, 1e6))
+    held = []
+    for seed in range(9):
+        step(made, balancing, batch(seed=seed))
+        held.append(made.fusion.gate.held.tolist())
+    image, nobody = [False, True], [False, False]
+    assert held == [image, image, image, nobody, image, image, image, nobody, image]
+    assert balancer.end_epoch()["held/image"] == 6.0
+    assert balancer.end_epoch()["held/image"] == 0.0
+
+
+def test_a_small_lead_holds_nobody():
+    made, balancer, balancing = attached(threshold=50.0)
+    balancer.bypass.copy_(doubles(0, 1e6))
+    step(made, balancing, batch())
+    assert not bool(made.fusion.gate.held.any())
+
+
+def test_a_held_gate_is_its_running_mean_and_learns_nothing():
+    made, balancer, balancing = attached(threshold=0.0)
+    balancer.bypass.copy_(doubles(1e6, 0))
+    seen = [batch(seed=1, size=5), batch(seed=2, size=3, missing=("audio",))]
+    for inputs in seen:
+        step(made, balancing, inputs)
+    here = seen[1]["mask"]["audio"]
+    audio = torch.cat([gates(made, seen[0])[:, 0], gates(made, seen[1])[here, 0]])
+    torch.testing.assert_close(made.fusion.gate.mean[0], audio.mean(dim=0), **EXACT)
+    inputs = batch(seed=3)
+    mean, factors, encoded = made.fusion.gate.mean[0].clone(), gates(made, inputs), made.encode(inputs)
+    output = made.train()(inputs)
+    values = {"audio": encoded["audio"].values * mean, "image": encoded["image"].values * factors[:, 1, None]}
+    expected = made.fusion.inner({name: eq.Tokens(value) for name, value in values.items()}).features
+    torch.testing.assert_close(output.features, expected, **EXACT)
+    found = step(made, balancing, inputs)
+    assert float(found["fusion.gate.excite.audio.weight"].abs().max()) == 0.0
+    assert float(found["fusion.gate.excite.image.weight"].abs().max()) > 0.0
+    # Evaluation always uses the gates as they are.
+    live = made.fusion.inner({n: eq.Tokens(encoded[n].values * factors[:, m, None]) for m, n in enumerate(encoded)})
+    torch.testing.assert_close(made.eval()(inputs).features, live.features, **EXACT)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole, found = batch(size=12), []
+    for sizes in ((12,), (5, 4, 3)):
+        made, balancer, balancing = attached()
+        step(made, balancing, *slices(whole, *sizes))
+        found.append([balancer.main, balancer.bypass, made.fusion.gate.mean])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+    made, balancer, balancing = attached(window=2)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+
+    def train(made, balancing, optimizer, seeds):
+        for seed in seeds:
+            step(made, balancing, batch(seed=seed))
+            optimizer.step()
+        return balancing.end_epoch(), made.state_dict()
+
+    train(made, balancing, optimizer, range(2))
+    fresh, other, rebalancing = attached(window=2, seed=9)
+    for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
+        part.load_state_dict(copy.deepcopy(state))
+    straight = train(made, balancing, optimizer, range(2, 5))
+    resumed = train(fresh, rebalancing, torch.optim.SGD(fresh.parameters(), lr=0.1), range(2, 5))
+    assert resumed[0] == straight[0]
+    assert sum(value for name, value in straight[0].items() if name.startswith("held")) > 0
+    assert all(torch.equal(resumed[1][name], value) for name, value in straight[1].items())
+
+
+def test_the_fusion_is_still_itself():
+    made, _, _ = attached(fusion=eq.fusion.JointAttention(DIM, depth=2))
+    assert made.fusion.attention is made.fusion.inner.blocks[1].attention
+    made.fusion.use_depth(1)
+    assert made.fusion.attention is made.fusion.inner.blocks[0].attention
+    eq.balance.RollingQ(made.fusion.attention)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = made.fusion.nothing
+
+
+def test_the_parts_of_concats_logits_add_up():
+    made, _, _ = attached(fusion=eq.fusion.Concat(DIM))
+    output = made(batch())
+    torch.testing.assert_close(sum(made.contributions(output).values()), output.logits, **EXACT)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies(twin):
+    made, _, _ = attached()
+    other = twin(made)
+    assert torch.equal(other(batch()).logits, made(batch()).logits)
+    other.encoders.audio.weight.data.zero_()
+    assert not torch.equal(other(batch()).logits, made(batch()).logits)
+
+
+def test_a_modality_that_nobody_has():
+    made, balancer, balancing = attached(NAMES[:3])
+    found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert all(math.isfinite(value) for value in balancer.end_epoch().values())
+    assert made.fusion.gate.seen.tolist() == [5, 5, 0]
+
+
+def test_autocast():
+    made, balancer, balancing = attached(dtype=torch.float32, threshold=0.0)
+    for _ in range(2):
+        inputs = batch(dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = balancing.loss(made.train()(inputs), inputs["target"])
+        loss.backward()
+        balancing.before_step()
+    assert bool(made.fusion.gate.mean.isfinite().all())
+    assert all(math.isfinite(value) for value in balancer.end_epoch().values())
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="Greedy: expected two or more modalities, got audio"):
+        eq.balance.Greedy(fused(("audio",)))
+    for wrong in ({"window": 0}, {"threshold": -1.0}, {"ratio": 0.0}):
+        with pytest.raises(ConfigError, match=r"Greedy: expected window >= 1, threshold >= 0 and ratio > 0"):
+            eq.balance.Greedy(fused(), **wrong)
+    made, _, _ = attached()
+    with pytest.raises(ConfigError, match="expected a fusion without gates, got a second Greedy"):
+        eq.balance.Greedy(made)
+
+
+def test_gradients_that_overflow_leave_no_speed():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for value in (torch.inf, torch.nan):
+        parameter.grad = torch.tensor([1.0, value])
+        assert float(learning_speed([parameter])) == 0.0
+
+
+@pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
+def test_gates_do_not_go_with_methods_that_train_in_front_of_them(other):
+    made = fused(fusion=eq.fusion.Concat(DIM))
+    first = getattr(eq, other)(made)
+    with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors that have not passed the gates"):
+        eq.BalancerList(made, [first, eq.balance.Greedy(made)])

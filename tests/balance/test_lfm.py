@@ -1,0 +1,193 @@
+"""LFM against spec 3.3: the divergence, the loss, how its weight is learned, every task, what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.lfm import divergence, hyper_gradient
+from equipoise.errors import ConfigError
+from helpers.fusion import NAMES, batch, slices
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, penalty_of, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_b import jensen_shannon, lfm, softmax
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def learned(made, balancer, *batches):
+    step(made, eq.BalancerList(made, [balancer]), *batches)
+    return float(balancer.a1)
+
+
+def test_a_step_that_overflows_teaches_nothing():
+    made, inputs = static(), batch()
+    balancer = eq.balance.LFM(made, a1=0.5, rate=1e-3)
+    assert learned(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
+    assert learned(made, balancer, inputs) != 0.5
+
+
+def test_worked_examples():
+    same, far = doubles([0.3, -0.2, 0.7]), 200.0
+    assert float(divergence(same, same, "classification")) == pytest.approx(0, abs=1e-15)
+    # Opposite certainties: log 2, and no NaN out of the logarithm of 0.
+    assert float(divergence(doubles([far, 0]), doubles([0, far]), "classification")) == pytest.approx(math.log(2))
+    assert float(divergence(doubles([far, 0]), doubles([-far, 0]), "multilabel")) == pytest.approx(math.log(2) / 2)
+    assert float(divergence(doubles([3.0, 1.0]), doubles([-1.0, 1.0]), "regression")) == pytest.approx(16 / 8 / 2)
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=3, max_size=3))
+def test_the_divergence_equals_the_oracle_and_is_symmetric(pairs):
+    one, other = (doubles(list(column)) for column in zip(*pairs, strict=True))
+    found = float(divergence(one, other, "classification"))
+    assert found == pytest.approx(jensen_shannon(softmax(rows(one)[0]), softmax(rows(other)[0])), abs=1e-12)
+    assert found == pytest.approx(float(divergence(other, one, "classification")), abs=1e-12)
+    assert -1e-12 <= found <= math.log(2) + 1e-12
+    both = [[1 / (1 + math.exp(-x)) for x in pair] for pair in pairs]
+    expected = sum(jensen_shannon([p, 1 - p], [q, 1 - q]) for p, q in both) / 3
+    assert float(divergence(one, other, "multilabel")) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("kind", [static, fused])
+def test_the_loss_equals_the_oracle(kind, number):
+    names = NAMES[:number]
+    made, inputs = kind(names), batch(names, size=7)
+    output = made(inputs)
+    alone = made.contributions(output) or output.unimodal_logits
+    expected = lfm(rows(output.logits), [rows(alone[name]) for name in names], rows(inputs["target"]), 0.3)
+    assert float(penalty_of(eq.balance.LFM(made, a1=0.3), made, inputs)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_weight_follows_what_a_gradient_step_does_to_the_task():
+    made, inputs = static(unimodal="probe"), batch(size=7)
+    weights, small = copy.deepcopy(made.state_dict()), 1e-4
+
+    def after(a1):
+        made.load_state_dict(weights)
+        made.zero_grad()
+        balancer = eq.balance.LFM(made, a1=a1, schedule="fixed")
+        balancer.penalty(made(inputs), inputs["target"]).backward()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.grad is not None:
+                    parameter -= small * parameter.grad
+            return float(made.loss(made(inputs).logits, inputs["target"]))
+
+    slope = (after(1.0) - after(0.0)) / small
+    assert abs(slope) > 0.01
+    made.load_state_dict(weights)
+    found = learned(made, eq.balance.LFM(made, a1=0.5, rate=1e-3), inputs)
+    assert found == pytest.approx(0.5 - 1e-3 * slope, abs=1e-3 * abs(slope) * 0.01)
+
+
+def test_worked_hyper_gradient():
+    assert float(hyper_gradient(doubles(1, 2), doubles(3, 0))) == 4
+    assert float(hyper_gradient(doubles(1, 2), doubles(1, 2))) == 0
+
+
+def test_the_rate_halves_every_twenty_epochs_and_the_weight_stays_in_bounds():
+    made, inputs = static(), batch(size=7)
+    changes = []
+    for epochs in (0, 19, 20, 40):
+        balancer = eq.balance.LFM(made, rate=1e-3)
+        balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(epochs)})
+        changes.append(learned(made, balancer, inputs) - 0.5)
+    assert abs(changes[0]) > 1e-6
+    assert changes[1:] == pytest.approx([changes[0], changes[0] / 2, changes[0] / 4])
+    assert learned(made, eq.balance.LFM(made, rate=1e9), inputs) in (0.05, 0.95)
+
+
+def test_a_fixed_weight_stays():
+    made, inputs = static(), batch(size=7)
+    balancer = eq.balance.LFM(made, a1=0.99, schedule="fixed")
+    assert learned(made, balancer, inputs) == 0.99
+    assert balancer.end_epoch() == {"a1": 0.99}
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole, made = batch(size=12), static(unimodal="probe")
+    found = []
+    for parts in ((whole,), slices(whole, 5, 3, 4)):
+        balancer = eq.balance.LFM(made, rate=1e-2)
+        balancing = eq.BalancerList(made, [balancer])
+        found.append((step(made, balancing, *parts), float(balancer.a1)))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
+    assert found[0][1] != 0.5
+    for name in (n for n in found[0][0] if not n.startswith("unimodal")):
+        torch.testing.assert_close(found[1][0][name], found[0][0][name], **EXACT)
+
+
+def test_samples_that_lack_a_modality_are_in_no_pair():
+    made, whole = static(), batch(size=13, missing=("image",))
+    here = whole["mask"]["image"]
+    output = made(whole)
+    parts = [rows(part[here]) for part in made.contributions(output).values()]
+    task = lfm(rows(output.logits), parts, rows(whole["target"]), 0.0)
+    apart = lfm(rows(output.logits[here]), parts, rows(whole["target"][here]), 1.0)
+    expected = (task + apart) / 2
+    assert float(penalty_of(eq.balance.LFM(made), made, whole)) == pytest.approx(expected, rel=1e-9)
+    gone = {**whole, "image": None, "mask": {}}
+    only = made.loss(made(gone).logits, gone["target"]).detach()
+    torch.testing.assert_close(penalty_of(eq.balance.LFM(made), made, gone), only, **EXACT)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task):
+    made, inputs = fused(task=task), batch_for(task, size=7)
+    balancer = eq.balance.LFM(made, rate=1e-2)
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    assert float(balancer.a1) != 0.5
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_saved_and_loaded_it_goes_on():
+    made, inputs = static(), batch(size=7)
+    balancer, other = eq.balance.LFM(made, rate=1e-2), eq.balance.LFM(made, rate=1e-2)
+    learned(made, balancer, inputs)
+    balancer.end_epoch()
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    assert learned(made, other, inputs) == learned(made, balancer, inputs) != 0.5
+    assert other.end_epoch() == balancer.end_epoch()
+
+
+def test_autocast():
+    made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = eq.balance.LFM(made)
+    exact = penalty_of(balancer, made, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = penalty_of(balancer, made, inputs)
+    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="LFM: expected two or more modalities, got audio"):
+        eq.balance.LFM(fused(("audio",)))
+    for wrong in ({"a1": 1.5}, {"rate": 0.0}, {"schedule": "random"}):
+        with pytest.raises(ConfigError, match=f"LFM: expected 0 <= a1 <= 1, .* got .*{next(iter(wrong))} = "):
+            eq.balance.LFM(fused(), **wrong)
+    made = fused(unimodal="probe")
+    with pytest.raises(ConfigError, match=r"LFM: expected logits that are a sum .* unimodal='probe'"):
+        penalty_of(eq.balance.LFM(made), made, batch())
+    with pytest.raises(ConfigError, match="LFM: expected an output with logits, got logits = None"):
+        eq.balance.LFM(made).penalty(made(batch()).with_(logits=None), batch()["target"])
+
+
+def test_a_loss_may_be_looked_at_without_gradient():
+    made = static()
+    balancer, inputs = eq.balance.LFM(made), batch()
+    balancing = eq.BalancerList(made, [balancer])
+    with torch.no_grad():
+        looked = balancing.loss(made(inputs), inputs["target"])
+    torch.testing.assert_close(looked, balancing.loss(made(inputs), inputs["target"]).detach(), **EXACT)

@@ -1,0 +1,149 @@
+"""MBSD against spec 3.3: the term of a pair by hand, whole losses, who learns from whom, what it refuses."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.mbsd import self_distillation
+from equipoise.errors import ConfigError
+from helpers.fusion import NAMES, batch
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_a import mbsd, mbsd_pair
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def pair(one, other, target):
+    return self_distillation(doubles(one), doubles(other), torch.tensor([target]), "classification")
+
+
+def attached(names=("audio", "image"), *, make=static, strength=1.0, **options):
+    made = make(names, **options)
+    return made, eq.BalancerList(made, [eq.balance.MBSD(made, strength=strength)])
+
+
+def test_by_hand():
+    # Probabilities 3/4 and 1/2: w = 1/4, |y|^2 / C = log(3)^2 / 2, KL = 3/4 log(3/2) + 1/4 log(1/2).
+    found = pair([math.log(3), 0], [0, 0], 0)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(found) == pytest.approx(0.25 * (math.log(3) ** 2 / 2 + kl))
+    assert torch.equal(found, pair([0, 0], [math.log(3), 0], 0))
+
+
+def test_where_both_are_wrong_or_agree_there_is_nothing():
+    assert float(pair([2, 0, 1], [5, 1, 0], 1)) == 0.0
+    assert float(pair([2, 0, 1], [2, 0, 1], 0)) == 0.0
+
+
+def test_answers_that_are_certain_stay_finite():
+    one = doubles([900, 0]).requires_grad_()
+    other = doubles([0, 900]).requires_grad_()
+    found = self_distillation(one, other, torch.tensor([0]), "classification")
+    assert found.tolist() == pytest.approx([900**2 + 8 * math.log(10)])
+    for gradient in torch.autograd.grad(found.sum(), [one, other]):
+        assert bool(gradient.isfinite().all())
+
+
+@quick
+@given(st.integers(0, 10**6), st.sampled_from(TASKS))
+def test_a_pair_equals_the_oracle(seed, task):
+    random = torch.Generator().manual_seed(seed)
+    one, other, wanted = torch.randn(3, 7, 5, generator=random, dtype=torch.float64)
+    target = {"classification": wanted.argmax(dim=1), "multilabel": (wanted > 0).double(), "regression": wanted}[task]
+    found = self_distillation(one, other, target, task)
+    expected = [mbsd_pair(a, b, t, task) for a, b, t in zip(rows(one), rows(other), target.tolist(), strict=True)]
+    torch.testing.assert_close(found, doubles(*expected), **EXACT)
+
+
+def test_the_stronger_side_is_taught_by_the_squares_alone():
+    strong, weak = doubles([2.0, 0, 0]).requires_grad_(), doubles([0.5, 0, 0.3]).requires_grad_()
+    found = self_distillation(strong, weak, torch.tensor([0]), "classification")
+    gradient = torch.autograd.grad(found, strong, torch.ones(1, dtype=torch.float64), retain_graph=True)[0]
+    p, q = (float(side.detach().softmax(dim=1)[0, 0]) for side in (strong, weak))
+    torch.testing.assert_close(gradient, (p - q) * 2 / 3 * (strong - weak).detach(), **EXACT)
+    # The weaker one is drawn up: its score of the true class rises along the descent, by squares and divergence.
+    toward = -torch.autograd.grad(found.sum(), weak)[0]
+    assert float(toward[0, 0]) > (p - q) * 2 / 3 * float((strong - weak).detach()[0, 0])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+@pytest.mark.parametrize(("make", "heads"), [(static, "none"), (static, "probe"), (static, "train"), (fused, "train")])
+def test_the_loss_equals_the_oracle(number, task, missing, make, heads):
+    names = NAMES[:number]
+    made, balancing = attached(names, make=make, strength=0.7, task=task, unimodal=heads)
+    inputs = batch_for(task, names, size=13, missing=missing)
+    output, target = made(inputs), inputs["target"]
+    here = {name: inputs.get("mask", {}).get(name, torch.ones(13, dtype=torch.bool)) for name in names}
+    answers = output.unimodal_logits if heads == "train" else made.contributions(output)
+    expected = made.loss(output.logits, target)
+    for name in names:
+        expected = expected + made.loss(answers[name][here[name]], target[here[name]])
+    if heads == "probe":
+        expected = expected + made.unimodal_loss(output, target)
+    slow = mbsd([rows(answers[n]) for n in names], target.tolist(), [here[n].tolist() for n in names], task)
+    assert slow > 0
+    torch.testing.assert_close(balancing.loss(output, target), expected + 0.7 * slow, **EXACT)
+
+
+def test_two_modalities_that_no_sample_has_both_of():
+    made, balancing = attached()
+    inputs = {**batch(), "mask": {"audio": torch.arange(5) < 2, "image": torch.arange(5) >= 2}}
+    output = made(inputs)
+    balancer = balancing.balancers[0]
+    alone = eq.balance.MBSD(made, strength=0.0)
+    torch.testing.assert_close(
+        balancer.penalty(output, inputs["target"]), alone.penalty(output, inputs["target"]), **EXACT
+    )
+
+
+def test_it_reaches_both_encoders():
+    made, balancing = attached(make=fused, strength=1.0)
+    found = step(made, balancing, batch())
+    plain = step(made, eq.BalancerList(made), batch())
+    for name in made.names:
+        assert not torch.allclose(found[f"encoders.{name}.weight"], plain[f"encoders.{name}.weight"])
+    assert torch.equal(found["fusion.attention.value.weight"], plain["fusion.attention.value.weight"])
+
+
+def test_autocast():
+    made, balancing = attached(make=fused, dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    exact = balancing.loss(made(inputs), inputs["target"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancing.loss(made(inputs), inputs["target"])
+    loss.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters())
+    torch.testing.assert_close(loss.float(), exact, **TOL[torch.bfloat16])
+
+
+def test_one_output():
+    made, balancing = attached(task="regression", outputs=1)
+    target = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    column = balancing.loss(made(batch()), target[:, None])
+    torch.testing.assert_close(balancing.loss(made(batch()), target), column, **EXACT)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="MBSD: expected two or more modalities, got audio"):
+        eq.balance.MBSD(static(("audio",)))
+    with pytest.raises(ConfigError, match=r"MBSD: expected strength >= 0, got strength = -0\.5"):
+        eq.balance.MBSD(static(), strength=-0.5)
+    made, balancing = attached(make=fused, unimodal="probe")
+    with pytest.raises(ConfigError, match=r"MBSD: expected logits that are a sum .* that teach .* unimodal='probe'"):
+        step(made, balancing, batch())
+    made = static()
+    with pytest.raises(ConfigError, match="MBSD with GradientBlending: both decide what the modalities' losses weigh"):
+        eq.BalancerList(made, [eq.balance.MBSD(made), eq.balance.GradientBlending(made)])

@@ -1,0 +1,231 @@
+"""MLA against spec 3.3: turns, the projector, answers averaged by certainty, missing modalities, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.mla import certainty_weights, next_projector
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import fused, gradients, step
+from helpers.tolerance import TOL
+from oracles.balance_c import by_entropy, mean, projector
+
+EXACT = TOL[torch.float64]
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(
+    names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, projected=True, **options
+):
+    made = fused(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
+    balancer = eq.balance.MLA(made, projected=projected)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def test_projector_by_hand():
+    # k = r = (1, 0), so diag(1 - 1 / 2, 1) over its length sqrt(1.25).
+    found = next_projector(torch.eye(2, dtype=torch.float64), doubles(1, 0), alpha=1.0)
+    torch.testing.assert_close(found, doubles([0.5, 0], [0, 1]) / 1.25**0.5, **EXACT)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.1))
+def test_projector_equals_the_oracle(seed, alpha):
+    rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found, slow = torch.eye(5, dtype=torch.float64), torch.eye(5).tolist()
+    for row in rows:
+        found, slow = next_projector(found, row, alpha=alpha), projector(slow, row.tolist(), alpha)
+    torch.testing.assert_close(found, doubles(*slow), **EXACT)
+    torch.testing.assert_close(found, found.T, **EXACT)
+    assert float(found.norm()) == pytest.approx(1.0)
+
+
+def test_a_feature_that_was_seen_is_taken_out():
+    row = doubles(1, 2, 2)
+    after = next_projector(torch.eye(3, dtype=torch.float64), row, alpha=1e-9)
+    assert float((after @ row).norm()) < 1e-8
+    across = doubles(2, -1, 0)
+    torch.testing.assert_close(after @ across, across / 2**0.5, **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_certain_answers_count_more(seed):
+    logits = 3 * torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    has = torch.ones(7, 3, dtype=torch.bool)
+    has[1, 0] = has[2, 1] = has[2, 2] = False
+    weights = certainty_weights(logits, has, "classification")
+    for sample in range(7):
+        kept = [m for m in range(3) if has[sample, m]]
+        expected, _ = by_entropy([logits[sample, m].tolist() for m in kept])
+        assert weights[sample, kept].tolist() == pytest.approx(expected, rel=1e-10)
+    assert weights[~has].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_certainty_of_labels_and_of_numbers():
+    has = torch.ones(1, 2, dtype=torch.bool)
+    logits = doubles([[[0.0, 0.0, 0.0], [40.0, -40.0, 0.0]]])[0]
+    # Mean entropies log 2 and log 2 / 3, so weights go as 2^-1 and 2^(-1/3).
+    weights = certainty_weights(logits, has, "multilabel")[0]
+    assert float(weights[1] / weights[0]) == pytest.approx(2 ** (2 / 3))
+    assert certainty_weights(logits, has, "regression")[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+def test_answers_are_averaged_by_certainty(fusion):
+    made, _, _ = attached(NAMES[:3], fusion=fusion)
+    inputs = batch(NAMES[:3], missing=("audio", "image"))
+    output = made.eval()(inputs)
+    for sample in range(5):
+        rows = []
+        for name in NAMES[:3]:
+            if name not in inputs["mask"] or bool(inputs["mask"][name][sample]):
+                rows.append(made.head.classifier(output.tokens[name].pooled()[sample]).tolist())
+        assert output.logits[sample].tolist() == pytest.approx(by_entropy(rows)[1], rel=1e-10)
+
+
+def test_a_sample_without_anything_has_finite_logits():
+    made, _, _ = attached()
+    inputs = {**batch(size=2), "mask": {name: torch.tensor([True, False]) for name in ("audio", "image")}}
+    assert bool(made(inputs).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_one_modality_learns_at_each_step(number):
+    names = NAMES[:number]
+    made, balancer, balancing = attached(names, unimodal="none", projected=False)
+    assert balancing.turns == number
+    for turn in range(2 * number):
+        name, inputs = names[turn % number], batch(names, seed=turn // number)
+        found = step(made, balancing, inputs)
+        output = made(inputs)
+        loss = made.loss(made.head.classifier(output.tokens[name].pooled()), inputs["target"])
+        assert {key for key in found if key.startswith("enc")} == {f"encoders.{name}.{p}" for p in ("weight", "bias")}
+        encoder, head = gradients(loss, [made.encoders[name].weight, made.head.classifier.weight])
+        torch.testing.assert_close(found[f"encoders.{name}.weight"], encoder, **EXACT)
+        torch.testing.assert_close(found["head.classifier.weight"], head, **EXACT)
+    assert int(balancer.steps) == 2 * number
+
+
+def test_the_heads_gradient_is_projected():
+    made, balancer, balancing = attached(unimodal="none")
+    slow = torch.eye(DIM).tolist()
+    for epoch in range(2):
+        for turn in range(6):
+            name, inputs = ("audio", "image")[turn % 2], batch(seed=10 * epoch + turn // 2)
+            # Of three batches an epoch, counted in the first.
+            alpha = 0.1 ** (1 + (turn // 2) / 3) if epoch else 0.1
+            vectors = made.encode(inputs)[name].pooled()
+            (plain,) = gradients(
+                made.loss(made.head.classifier(vectors), inputs["target"]), [made.head.classifier.weight]
+            )
+            slow = projector(slow, [mean(column) for column in vectors.T.tolist()], alpha)
+            found = step(made, balancing, inputs)
+            torch.testing.assert_close(found["head.classifier.weight"], plain @ doubles(*slow), **EXACT)
+        assert balancer.end_epoch() == {}
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole = batch(size=12)
+    made, _, balancing = attached()
+    other, _, rebalancing = attached()
+    for _ in range(2):
+        large, small = step(made, balancing, whole), step(other, rebalancing, *slices(whole, 5, 3, 4))
+        assert large.keys() == small.keys()
+        for name, gradient in large.items():
+            torch.testing.assert_close(small[name], gradient, **EXACT)
+
+
+def test_samples_that_lack_the_modality_do_not_count():
+    made, balancer, balancing = attached(unimodal="none")
+    whole = batch(size=7, missing=("audio",))
+    here = whole["mask"]["audio"]
+    found = step(made, balancing, whole)
+    kept = made.encode(whole)["audio"].pooled()[here]
+    (plain,) = gradients(made.loss(made.head.classifier(kept), whole["target"][here]), [made.head.classifier.weight])
+    expected = next_projector(torch.eye(DIM, dtype=torch.float64), kept.mean(dim=0).detach(), alpha=0.1)
+    torch.testing.assert_close(balancer.projector, expected, **EXACT)
+    torch.testing.assert_close(found["head.classifier.weight"], plain @ expected, **EXACT)
+
+
+def test_a_modality_that_nobody_has_lets_its_turn_pass():
+    made, balancer, balancing = attached()
+    found = step(made, balancing, {**batch(), "audio": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert float(found["head.classifier.weight"].abs().max()) == 0.0
+    assert bool(balancer.projector.isfinite().all())
+    assert "encoders.image.weight" in step(made, balancing, batch())
+
+
+@pytest.mark.parametrize("unimodal", ["probe", "train"])
+def test_heads_only_watch(unimodal):
+    made, _, balancing = attached(unimodal=unimodal)
+    found = step(made, balancing, batch())
+    assert "unimodal_heads.image.weight" in found
+    assert "encoders.image.weight" not in found
+
+
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+    made, balancer, balancing = attached()
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+
+    def train(made, balancing, optimizer, seeds):
+        for seed in seeds:
+            step(made, balancing, batch(seed=seed))
+            optimizer.step()
+        return made.state_dict()
+
+    train(made, balancing, optimizer, range(4))
+    balancing.end_epoch()
+    train(made, balancing, optimizer, range(3))
+    fresh, other, rebalancing = attached(seed=9)
+    for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
+        part.load_state_dict(copy.deepcopy(state))
+    straight = train(made, balancing, optimizer, range(3, 5))
+    resumed = train(fresh, rebalancing, torch.optim.SGD(fresh.parameters(), lr=0.1), range(3, 5))
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_other_tasks(task):
+    made, _, balancing = attached(task=task, unimodal="none")
+    inputs = batch()
+    inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
+    loss = balancing.loss(made(inputs), inputs["target"])
+    expected = made.loss(made.head.classifier(made.encode(inputs)["audio"].pooled()), inputs["target"])
+    torch.testing.assert_close(loss, expected, **EXACT)
+
+
+def test_autocast():
+    made, balancer, balancing = attached(dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = balancing.loss(made.train()(inputs), inputs["target"])
+        loss.backward()
+        balancing.before_step()
+    assert bool(balancer.projector.isfinite().all())
+    assert bool(made.head.classifier.weight.grad.isfinite().all())
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="MLA: expected two or more modalities, got audio"):
+        eq.balance.MLA(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
+    with pytest.raises(
+        ConfigError, match=r"MLA: expected a fusion whose features are .*, got JointAttention. Use Concat"
+    ):
+        eq.balance.MLA(fused())
+
+
+@pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
+def test_it_silences_the_heads_that_others_need(other):
+    made = fused(fusion=eq.fusion.Concat(DIM))
+    with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that teach"):
+        eq.BalancerList(made, [getattr(eq, other)(made), eq.balance.MLA(made)])

@@ -1,0 +1,145 @@
+"""MMCosine against spec 3.3: logits, their parts, lengths that do not count, zero vectors, checkpoints, refusals."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import equipoise as eq
+from equipoise.balance.mmcosine import cosine_logits
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, OUTPUTS, batch
+from helpers.steps import fused, step
+from helpers.tasks import rows, static
+from helpers.tolerance import TOL
+from oracles.balance_a import cosine_logits as slow
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def attached(names=("audio", "image"), *, scale=15.0, **options):
+    made = static(names, **options)
+    return made, eq.BalancerList(made, [eq.balance.MMCosine(made, scale=scale)])
+
+
+def test_by_hand():
+    features = torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
+    weight = torch.tensor([[5.0, 0.0], [0.0, 0.1], [1.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.6, 0.8, 1.4 * 0.5**0.5], [0.0, -1.0, -(0.5**0.5)]], dtype=torch.float64)
+    torch.testing.assert_close(cosine_logits(features, weight, scale=15.0), 15 * expected, **EXACT)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_equal_the_oracle_in_training_and_at_test_time(number, fusion, training):
+    names = NAMES[:number]
+    made, _ = attached(names, scale=7.0, fusion=fusion(DIM))
+    inputs = batch(names, missing=("image",))
+    output = made.train(training)(inputs)
+    features = [rows(output.tokens[name].pooled()) for name in names]
+    weights = [rows(weight) for weight in made.head.weight]
+    expected = [slow([f[i] for f in features], weights, 7.0) for i in range(5)]
+    torch.testing.assert_close(output.logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_parts_add_up_to_the_logits():
+    made, _ = attached(NAMES[:3])
+    output = made(batch(NAMES[:3], missing=("text",)))
+    parts = made.contributions(output)
+    torch.testing.assert_close(sum(parts.values()), output.logits, **EXACT)
+    assert not bool(parts["text"][~output.tokens["text"].present()].any())
+    found = eq.fusion.modality_contributions(made, batch(NAMES[:3], missing=("text",)))
+    for name, part in parts.items():
+        torch.testing.assert_close(found[name], part.detach(), **EXACT)
+
+
+@quick
+@given(st.integers(0, 10**6), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_lengths_do_not_count(seed, longer, heavier):
+    random = torch.Generator().manual_seed(seed)
+    features = torch.randn(5, 7, generator=random, dtype=torch.float64)
+    weight = torch.randn(3, 7, generator=random, dtype=torch.float64)
+    plain = cosine_logits(features, weight, scale=15.0)
+    torch.testing.assert_close(cosine_logits(longer * features, heavier * weight, scale=15.0), plain, **EXACT)
+    assert float(plain.abs().max()) <= 15 + 1e-9
+
+
+def test_gradient_is_right():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 5, generator=random, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 5, generator=random, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f, w: cosine_logits(f, w, scale=15.0), (features, weight))
+
+
+@pytest.mark.parametrize("gone", [{"text": None}, {"mask": {"text": torch.zeros(5, dtype=torch.bool)}}])
+def test_a_modality_that_nobody_has_says_nothing(gone):
+    made, balancing = attached(NAMES[:3])
+    inputs = {**batch(NAMES[:3]), **gone}
+    found = step(made, balancing, inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert not bool(found["head.weight"][2].any())
+    assert bool(found["head.weight"][:2].any())
+    two = made.contributions(made(inputs))
+    torch.testing.assert_close(two["audio"] + two["image"], made(inputs).logits, **EXACT)
+
+
+def test_the_head_learns_and_is_saved():
+    made, balancing = attached()
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
+    before = copy.deepcopy(made.state_dict())
+    step(made, balancing, batch())
+    optimizer.step()
+    assert not torch.equal(made.head.weight, before["head.weight"])
+    other, _ = attached(seed=9)
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other(batch()).logits, made(batch()).logits)
+
+
+def test_it_has_the_models_type_and_no_bias():
+    made, _ = attached(dtype=torch.float32)
+    assert {name: (p.dtype, p.shape) for name, p in made.head.named_parameters()} == {
+        "weight": (torch.float32, (2, OUTPUTS, DIM))
+    }
+
+
+def test_autocast_keeps_cosines_to_single_precision():
+    made, balancing = attached(dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    exact = made(inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        output = made(inputs)
+        balancing.loss(output, inputs["target"]).backward()
+    assert bool(made.head.weight.grad.isfinite().all())
+    torch.testing.assert_close(output.logits.float() / 15, exact / 15, **TOL[torch.bfloat16])
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+def test_refuses_a_scale(scale):
+    with pytest.raises(ConfigError, match=f"MMCosine: expected scale > 0 and finite, got scale = {scale}"):
+        eq.balance.MMCosine(static(), scale=scale)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="MMCosine: expected two or more modalities, got audio"):
+        eq.balance.MMCosine(static(("audio",)))
+    with pytest.raises(ConfigError, match=r"pooled vectors side by side, got JointAttention\. Use Concat or Sum"):
+        eq.balance.MMCosine(fused())
+    for fusion in (eq.fusion.MBT(DIM, heads=2), eq.fusion.MMML(DIM, heads=2)):
+        made = fused(fusion=fusion)
+        assert made.fusion.out_dim == 2 * DIM
+        with pytest.raises(ConfigError, match=f"pooled vectors side by side, got {type(fusion).__name__}"):
+            eq.balance.MMCosine(made)
+    made = static()
+    with pytest.raises(ConfigError, match="MMCosine with MLA: both put a head of their own"):
+        eq.BalancerList(made, [eq.balance.MMCosine(made), eq.balance.MLA(made)])
+
+
+def test_a_head_of_somebody_elses_does_not_decompose():
+    made = static()
+    made.head = nn.Sequential(nn.Linear(2 * DIM, OUTPUTS), nn.Tanh()).double()
+    assert made.contributions(made(batch())) is None

@@ -1,0 +1,218 @@
+"""MMPareto against spec 3.3: weights, magnitude, whole optimizer steps, missing samples, what it refuses."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.mmpareto import pareto_gradient, pareto_weights
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import flat, fused, gradients, step
+from helpers.tolerance import TOL
+from oracles.balance_c import min_norm, pareto
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def drawn(seed, *sizes):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=random, dtype=torch.float64) for size in sizes]
+
+
+def attached(names=("audio", "image"), *, gamma=1.5, **options):
+    made = fused(names, **options)
+    return made, eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=gamma)])
+
+
+def test_worked_example():
+    joint, alone = doubles(1, 0), doubles(-1, 1)
+    weights = pareto_weights(joint, alone)
+    torch.testing.assert_close(weights, doubles(0.6, 0.4), **EXACT)
+    combined = weights[0] * joint + weights[1] * alone
+    torch.testing.assert_close(combined, doubles(0.2, 0.4), **EXACT)
+    assert float(combined @ joint) == pytest.approx(0.2)
+    assert float(combined @ alone) == pytest.approx(0.2)
+
+
+def test_the_length_of_the_plain_sum_comes_back():
+    # 2 (0.2, 0.4) points along (1, 2), and the plain sum (0, 1) has length 1.
+    (found,) = pareto_gradient([doubles(1, 0)], [doubles(-1, 1)], gamma=1.5)
+    torch.testing.assert_close(found, 1.5 * doubles(1, 2) / math.sqrt(5), **EXACT)
+
+
+def test_gradients_that_agree_are_added():
+    (found,) = pareto_gradient([doubles(1, 2, 0)], [doubles(0, 1, 5)], gamma=1.0)
+    torch.testing.assert_close(found, doubles(1, 3, 5), **EXACT)
+
+
+@pytest.mark.parametrize("zero", [(True, False), (False, True), (True, True)])
+def test_a_gradient_of_zero_divides_nothing(zero):
+    one, other = (doubles(0, 0) if z else doubles(1, 2) for z in zero)
+    (found,) = pareto_gradient([one], [other], gamma=1.0)
+    torch.testing.assert_close(found, one + other, **EXACT)
+
+
+@quick
+@given(st.integers(0, 10**6))
+def test_conflicting_gradients_are_served_alike(seed):
+    joint, alone = drawn(seed, 7, 7)
+    weights = pareto_weights(joint, alone)
+    assert weights.tolist() == pytest.approx(min_norm(joint.tolist(), alone.tolist()), abs=1e-12)
+    combined = weights[0] * joint + weights[1] * alone
+    if float(joint @ alone) < 0:
+        assert float(combined @ joint) == pytest.approx(float(combined @ alone), abs=1e-9)
+        assert float(combined.norm()) <= min(float(joint.norm()), float(alone.norm())) + 1e-12
+    # Neither loss rises along it.
+    assert min(float(combined @ joint), float(combined @ alone)) > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tensors_equal_the_oracle(seed):
+    joint, alone = drawn(seed, 11, 3), drawn(seed + 100, 11, 3)
+    expected = pareto([flat(t) for t in joint], [flat(t) for t in alone], 1.5)
+    found = pareto_gradient(joint, alone, gamma=1.5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, doubles(*other), **EXACT)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_step_equals_the_oracle(number):
+    names = NAMES[:number]
+    made, balancing = attached(names)
+    inputs = batch(names, size=7)
+    found = step(made, balancing, inputs)
+    output, target = made(inputs), inputs["target"]
+    for name in names:
+        parameters = list(made.encoders[name].parameters())
+        joint = gradients(made.loss(output.logits, target), parameters)
+        alone = gradients(made.loss(output.unimodal_logits[name], target), parameters)
+        expected = pareto([flat(g) for g in joint], [flat(g) for g in alone], 1.5)
+        for part, numbers in zip(("weight", "bias"), expected, strict=True):
+            gradient = found[f"encoders.{name}.{part}"]
+            torch.testing.assert_close(gradient.reshape(-1), doubles(*numbers), **EXACT)
+
+
+def test_heads_and_fusion_learn_from_the_plain_sum():
+    made, balancing = attached()
+    found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
+    others = [name for name in plain if not name.startswith("encoders")]
+    assert others
+    assert all(torch.equal(found[name], plain[name]) for name in others)
+    assert not any(torch.equal(found[name], plain[name]) for name in plain if name.startswith("encoders"))
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+def test_logits_that_decompose_need_no_heads(fusion):
+    made, balancing = attached(fusion=fusion(DIM), unimodal="none")
+    inputs = batch()
+    found = step(made, balancing, inputs)
+    output = made(inputs)
+    parts = made.contributions(output)
+    joint = gradients(made.loss(output.logits, inputs["target"]), made.encoders["audio"].parameters())
+    alone = gradients(made.loss(parts["audio"], inputs["target"]), made.encoders["audio"].parameters())
+    torch.testing.assert_close(found["encoders.audio.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
+    total = made.loss(output.logits, inputs["target"]) + sum(made.loss(p, inputs["target"]) for p in parts.values())
+    names, parameters = zip(*made.head.named_parameters(), strict=True)
+    for name, gradient in zip(names, gradients(total, parameters), strict=True):
+        torch.testing.assert_close(found[f"head.{name}"], gradient, **EXACT)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole = batch(size=12)
+    made, balancing = attached()
+    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    for name in (n for n in large if n.startswith("encoders")):
+        torch.testing.assert_close(small[name], large[name], **EXACT)
+
+
+def test_samples_that_lack_a_modality_do_not_count_for_it():
+    made, balancing = attached()
+    whole = batch(size=7, missing=("image",))
+    here = whole["mask"]["image"]
+    found = step(made, balancing, whole)
+    output, target = made(whole), whole["target"]
+    parameters = list(made.encoders["image"].parameters())
+    joint = gradients(made.loss(output.logits, target), parameters)
+    alone = gradients(made.loss(output.unimodal_logits["image"][here], target[here]), parameters)
+    torch.testing.assert_close(found["encoders.image.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
+
+
+def test_a_modality_that_nobody_has_gets_no_gradient():
+    made, balancing = attached(NAMES[:3])
+    found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
+    assert "encoders.text.weight" not in found
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_a_frozen_encoder_stays_out():
+    made, balancing = attached()
+    made.encoders["audio"].requires_grad_(False)
+    found = step(made, balancing, batch())
+    assert "encoders.audio.weight" not in found
+    assert "encoders.image.weight" in found
+
+
+def test_nothing_to_take_apart():
+    made, balancing = attached()
+    inputs = batch()
+    expected = made.loss(made(inputs).logits, inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])
+    with torch.no_grad():
+        looked_at = balancing.loss(made(inputs), inputs["target"])
+    torch.testing.assert_close(looked_at, expected.detach(), **EXACT)
+    made.encoders.requires_grad_(False)
+    found = step(made, balancing, inputs)
+    assert found
+    assert not any(name.startswith("encoders") for name in found)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_other_tasks(task):
+    made, balancing = attached(task=task)
+    inputs = batch()
+    inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
+    found = step(made, balancing, inputs)
+    plain = step(made, eq.BalancerList(made), inputs)
+    assert not torch.equal(found["encoders.audio.weight"], plain["encoders.audio.weight"])
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_autocast():
+    made, balancing = attached(dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancing.loss(made(inputs), inputs["target"])
+    loss.backward()
+    balancing.before_step()
+    exact = step(made, balancing, inputs)
+    gradient = made.encoders["audio"].weight.grad
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, exact["encoders.audio.weight"], **TOL[torch.bfloat16])
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match=r"MMPareto: expected two or more modalities, got audio"):
+        eq.balance.MMPareto(fused(("audio",)))
+    with pytest.raises(ConfigError, match=r"MMPareto: expected gamma > 0, got gamma = 0"):
+        eq.balance.MMPareto(fused(), gamma=0)
+    made, balancing = attached(unimodal="probe")
+    with pytest.raises(ConfigError, match=r"MMPareto: expected logits that are a sum .* unimodal='probe'"):
+        step(made, balancing, batch())
+    balancer, output = eq.balance.MMPareto(made), made(batch()).with_(logits=None)
+    with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
+        balancer.penalty(output, batch()["target"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_opposite_gradients_nothing_is_left(dtype):
+    for joint, alone in ([20.0], [-40.0]), ([0.3, 0.7, -0.1], [-0.9, -2.1, 0.3]):
+        found = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
+        assert flat(found[0]) == [0.0] * len(joint)

@@ -1,0 +1,193 @@
+"""ModalityCorruption to noise, the witness loss, and heads that vote, against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.modality_corruption import attention_target_loss, multiscale_noise
+from equipoise.errors import ConfigError
+from helpers.fusion import NAMES, batch, model
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+SIZE = 503
+
+
+def exposed(made, balancer, inputs):
+    return balancer.prepare({name: inputs[name] for name in made.names})
+
+
+def destroyed(balancer):
+    """Which modalities of which samples the last ``prepare`` destroyed."""
+    return balancer.kept("destroyed", eq.Output(features=torch.zeros(0, 1)))
+
+
+def oracle(share, intact):
+    """Sample by sample, head by head."""
+    losses = []
+    for each, whole in zip(share.tolist(), intact.tolist(), strict=True):
+        if not any(whole):
+            continue
+        heads = []
+        for row in each:
+            total = sum(row)
+            heads.append(-sum(math.log(s / total) / sum(whole) for s, w in zip(row, whole, strict=True) if w))
+        losses.append(sum(heads) / len(heads))
+    return sum(losses) / len(losses)
+
+
+def test_witness_loss_against_a_loop():
+    random = torch.Generator().manual_seed(0)
+    share = torch.rand(11, 2, 3, generator=random, dtype=torch.float64) * 0.3
+    intact = torch.rand(11, 3, generator=random) < 0.6
+    intact[4] = False
+    assert float(attention_target_loss(share, intact)) == pytest.approx(oracle(share, intact), abs=EXACT["atol"])
+
+
+@given(st.integers(2, 5), st.integers(0, 10_000))
+def test_the_least_loss_is_an_even_spread_over_what_is_intact(count, seed):
+    random = torch.Generator().manual_seed(seed)
+    intact = torch.rand(1, count, generator=random) < 0.5
+    intact[0, 0] = True
+    even = (intact / intact.sum())[:, None].double()
+    other = torch.rand(1, 1, count, generator=random, dtype=torch.float64) + 1e-3
+    assert float(attention_target_loss(even, intact)) == pytest.approx(math.log(int(intact.sum())), abs=1e-6)
+    assert float(attention_target_loss(other, intact)) >= float(attention_target_loss(even, intact)) - 1e-9
+
+
+def test_gradient_of_the_witness_loss():
+    share = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    intact = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
+    assert torch.autograd.gradcheck(lambda s: attention_target_loss(s, intact), share.requires_grad_())
+
+
+@pytest.mark.parametrize("scale", [0, 1, 3, 6])
+def test_noise_of_every_scale_has_unit_size_and_its_own_smoothness(scale):
+    noise = multiscale_noise((200, 16, 24), scale, torch.Generator().manual_seed(0))
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.05)
+    step = float((noise[:, :, 1:] - noise[:, :, :-1]).std())
+    assert {0: step > 1.3, 1: step < 1.0, 3: step < 0.4, 6: step < 1e-6}[scale]
+    assert multiscale_noise((5, 3), 2, torch.Generator().manual_seed(0)).shape == (5, 3)
+
+
+def test_how_often_and_what():
+    made = model(dtype=torch.float64)
+    inputs = batch(size=SIZE)
+    balancer = eq.balance.ModalityCorruption(made, probability=0.4, whole=0.5)
+    found = exposed(made, balancer, inputs)
+    changed = torch.stack([(found[n] != inputs[n]).flatten(1).any(dim=1) for n in made.names], dim=1)
+    # Of two modalities one is spared where both are hit: 0.4 - 0.4^2 / 2.
+    assert changed.double().mean() == pytest.approx(0.32, abs=0.05)
+    assert not changed.all(dim=1).any()
+    assert destroyed(balancer).double().mean() == pytest.approx(0.16, abs=0.04)
+    assert (destroyed(balancer) <= changed).all()
+    # Destroyed inputs tell nothing of what they were; mixed ones do.
+    for place, name in enumerate(made.names):
+        was, now = inputs[name].flatten(1), found[name].flatten(1)
+        gone = destroyed(balancer)[:, place]
+        mixed = changed[:, place] & ~gone
+        assert abs(float(torch.corrcoef(torch.stack([was[gone].flatten(), now[gone].flatten()]))[0, 1])) < 0.15
+        assert float(torch.corrcoef(torch.stack([was[mixed].flatten(), now[mixed].flatten()]))[0, 1]) > 0.5
+        torch.testing.assert_close(now[~changed[:, place]], was[~changed[:, place]], rtol=0, atol=0)
+
+
+def test_what_it_was_given_stays_as_it_is_and_evaluation_is_clean():
+    made = model(dtype=torch.float64)
+    balancing = eq.BalancerList(made, [eq.balance.ModalityCorruption(made, probability=1.0)])
+    inputs = batch()
+    kept = {name: value.clone() for name, value in inputs.items()}
+    trained = made.train()(inputs).logits
+    assert all(torch.equal(kept[name], inputs[name]) for name in kept)
+    twin = model(dtype=torch.float64)
+    assert not torch.equal(trained, twin.train()(inputs).logits)
+    assert torch.equal(made.eval()(inputs).logits, twin.eval()(inputs).logits)
+    assert balancing.turns == 1
+
+
+def test_the_step_decides_what_is_drawn():
+    made = model(dtype=torch.float64)
+    inputs, draws = batch(size=31), []
+    for steps in (0, 1, 1):
+        balancer = eq.balance.ModalityCorruption(made)
+        balancer.steps.fill_(steps)
+        draws.append(exposed(made, balancer, inputs)["audio"])
+    assert torch.equal(draws[1], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_words_are_never_hit_and_a_modality_may_be_missing():
+    made = model(NAMES[:3], dtype=torch.float64)
+    inputs = {**batch(NAMES[:3], size=SIZE), "text": torch.ones(SIZE, 3, dtype=torch.int64), "image": None}
+    balancer = eq.balance.ModalityCorruption(made, probability=1.0)
+    found = exposed(made, balancer, inputs)
+    assert found["text"] is inputs["text"]
+    assert found["image"] is None
+    assert not torch.equal(found["audio"], inputs["audio"])
+
+
+def test_a_sample_keeps_one_of_what_it_has():
+    made = model(NAMES[:3], dtype=torch.float64)
+    inputs = batch(NAMES[:3], size=SIZE, missing=("audio", "image"))
+    inputs["audio"][~inputs["mask"]["audio"]] = torch.nan
+    balancer = eq.balance.ModalityCorruption(made, probability=1.0, whole=1.0)
+    found = balancer.prepare(inputs)
+    has = torch.stack([inputs["mask"].get(n, torch.ones(SIZE, dtype=torch.bool)) for n in made.names], dim=1)
+    assert ((has & ~destroyed(balancer)).sum(dim=1) == 1).all()
+    assert found["audio"][inputs["mask"]["audio"]].isfinite().all()
+
+
+def test_inputs_that_are_mappings_and_batches_that_are_wrong():
+    made = model(dtype=torch.float64)
+    balancer = eq.balance.ModalityCorruption(made, probability=1.0)
+    words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
+    found = balancer.prepare({"audio": words, "image": torch.randn(5, 4, 5)})
+    assert found["audio"] is words
+    assert destroyed(balancer).shape == (5, 2)
+    eq.BalancerList(made, [balancer])
+    with pytest.raises(eq.EquipoiseError, match="a batch with audio, image"):
+        made.train()({"audio": torch.ones(2, 3, 3)})
+
+
+def test_attention_is_taught_and_static_fusion_only_exposed():
+    for fusion, taught in ((eq.fusion.JointAttention(12, dropout=0.0), True), (eq.fusion.Concat(12), False)):
+        encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
+        made = eq.FusionModel(encoders, fusion, 3).double()
+        balancer = eq.balance.ModalityCorruption(made, weight=2.0)
+        balancing = eq.BalancerList(made, [balancer])
+        inputs = batch()
+        output = made.train()(inputs)
+        penalty = balancer.penalty(output, inputs["target"])
+        assert (penalty is not None) is taught
+        if taught:
+            wanted = 2.0 * oracle(output.share.detach(), ~balancer.kept("destroyed", output))
+            assert float(penalty.detach()) == pytest.approx(wanted, abs=EXACT["atol"])
+        assert bool(balancing.loss(output, inputs["target"]).isfinite())
+
+
+@pytest.mark.parametrize("options", [{"probability": 1.5}, {"whole": -0.1}, {"weight": -1.0}])
+def test_options_out_of_range(options):
+    with pytest.raises(
+        ConfigError, match=r"ModalityCorruption: expected 0 <= probability <= 1, 0 <= whole <= 1 and weight >= 0"
+    ):
+        eq.balance.ModalityCorruption(model(), **options)
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.JointAttention])
+def test_votes_are_added_and_answer_for_themselves(fusion):
+    torch.manual_seed(0)
+    encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
+    made = eq.FusionModel(encoders, fusion(12), 3, unimodal="ensemble").double().eval()
+    inputs = batch(missing=("audio",), size=7)
+    output = made(inputs)
+    has = inputs["mask"]["audio"][:, None]
+    wanted = made.head(output.features) + output.unimodal_logits["audio"] * has + output.unimodal_logits["image"]
+    torch.testing.assert_close(output.logits, wanted, **EXACT)
+    # The fused loss does not train the heads.
+    made.loss(output.logits, inputs["target"]).backward()
+    assert all(p.grad is None for p in made.unimodal_heads.parameters())
+    parts = eq.fusion.modality_contributions(made, inputs)
+    torch.testing.assert_close(sum(parts.values()), output.logits.detach(), **EXACT)

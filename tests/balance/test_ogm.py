@@ -1,0 +1,258 @@
+"""OGM against spec 3.1: the factor, whole optimizer steps, its season, missing samples, what it refuses."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.common.unimodal_losses import discrepancy_ratio, mean_of_others
+from equipoise.balance.ogm import modulation
+from equipoise.errors import ConfigError
+from equipoise.training import method_factory
+from equipoise.training.run import load_run_dataset
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.runs import recipe
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_a import mean_scores, ogm
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(names=("audio", "image"), *, alpha=0.3, start=0, stop=50, **options):
+    made = static(names, **options)
+    balancer = eq.balance.OGM(made, alpha=alpha, start=start, stop=stop)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def slow_factors(made, inputs, alpha, task="classification"):
+    """What the oracle says of a batch."""
+    parts = made.contributions(made(inputs))
+    size = len(inputs["target"])
+    here = [inputs.get("mask", {}).get(name, torch.ones(size, dtype=torch.bool)).tolist() for name in made.names]
+    scores = mean_scores([rows(parts[name]) for name in made.names], inputs["target"].tolist(), here, task)
+    return dict(zip(made.names, ogm(scores, alpha), strict=True))
+
+
+def test_worked_example():
+    found = modulation(doubles(40, 10), alpha=0.1)
+    assert float(found[0]) == pytest.approx(0.62005, abs=5e-6)
+    torch.testing.assert_close(found, doubles(1 - torch.tanh(doubles(0.4)).item(), 1), **EXACT)
+
+
+@quick
+@given(st.integers(2, 7), st.floats(1e-3, 1))
+def test_equal_scores_change_nothing(number, score):
+    assert torch.equal(modulation(doubles(*[score] * number), alpha=0.8), torch.ones(number, dtype=torch.float64))
+
+
+def test_at_balance_the_factor_jumps():
+    found = modulation(doubles(1 + 1e-9, 1), alpha=0.3)
+    assert float(found[0]) == pytest.approx(1 - 0.2913126, abs=1e-6)
+    assert float(found[1]) == 1.0
+
+
+def test_others_are_averaged_and_not_added():
+    torch.testing.assert_close(mean_of_others(doubles(2, 4, 9), torch.ones(3).bool()), doubles(6.5, 5.5, 3), **EXACT)
+    # By the sum of the others no ratio would exceed 1 here.
+    assert discrepancy_ratio(doubles(3, 2, 2)).tolist() == [1.5, 0.8, 0.8]
+
+
+def test_a_large_score_does_not_swallow_a_small_one():
+    scores = torch.tensor([1.0, 1e-7, 3e-7])
+    torch.testing.assert_close(discrepancy_ratio(scores)[0], torch.tensor(5e6), **TOL[torch.float32])
+
+
+def test_who_is_not_there_is_compared_with_nobody():
+    assert discrepancy_ratio(doubles(0.6, 0, 0.3)).tolist() == [2.0, 1.0, 0.5]
+    assert discrepancy_ratio(doubles(0, 0.3)).tolist() == [1.0, 1.0]
+    assert discrepancy_ratio(doubles(0, 0)).tolist() == [1.0, 1.0]
+
+
+@quick
+@given(st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5), st.floats(0, 2))
+def test_the_formula_equals_the_oracle(scores, alpha):
+    found = modulation(doubles(*scores), alpha=alpha).tolist()
+    # At a ratio of 1 but for rounding, either side of the jump is right.
+    for value, expected, ratio in zip(found, ogm(scores, alpha), discrepancy_ratio(doubles(*scores)), strict=True):
+        if abs(float(ratio) - 1) > 1e-12:
+            assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert 0 <= value <= 1
+
+
+@quick
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.floats(0.1, 10))
+def test_the_best_is_slowed_most_and_the_worst_never(scores, size):
+    found = modulation(doubles(*scores), alpha=0.3)
+    assert float(found[scores.index(min(scores))]) == 1.0
+    assert float(found.min()) == float(found[scores.index(max(scores))])
+    again = modulation(doubles(*scores) * 2**3, alpha=0.3)
+    torch.testing.assert_close(again, found, **EXACT)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+def test_a_step_scales_the_encoders_matrices_and_nothing_else(number, task, missing):
+    names = NAMES[:number]
+    made, _, balancing = attached(names, task=task)
+    inputs = batch_for(task, names, size=7, missing=missing)
+    found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
+    factors = slow_factors(made, inputs, 0.3, task)
+    assert min(factors.values()) < 1
+    for name in names:
+        weight = f"encoders.{name}.weight"
+        torch.testing.assert_close(found[weight], factors[name] * plain[weight], **EXACT)
+    others = [key for key in plain if not (key.startswith("encoders") and key.endswith("weight"))]
+    assert {"head.weight", "head.bias", "encoders.audio.bias"} <= set(others)
+    assert all(torch.equal(found[key], plain[key]) for key in others)
+
+
+def test_alpha_of_zero_changes_nothing():
+    made, _, balancing = attached(alpha=0.0)
+    found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
+    made, _, balancing = attached(unimodal="none")
+    whole = batch(size=12, missing=missing)
+    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    for key, gradient in large.items():
+        torch.testing.assert_close(small[key], gradient, **EXACT)
+
+
+def test_the_unimodal_heads_speak_where_logits_do_not_decompose():
+    made = fused(unimodal="probe")
+    inputs = batch(size=7)
+    found, plain = (
+        step(made, eq.BalancerList(made, [eq.balance.OGM(made)]), inputs),
+        step(made, eq.BalancerList(made), inputs),
+    )
+    heads = made(inputs).unimodal_logits
+    scores = mean_scores([rows(heads[name]) for name in made.names], inputs["target"].tolist(), [[True] * 7] * 2)
+    for name, factor in zip(made.names, ogm(scores, 0.3), strict=True):
+        weight = f"encoders.{name}.weight"
+        torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
+
+
+def test_a_modality_that_nobody_has_is_not_compared():
+    made, _, balancing = attached(NAMES[:3])
+    inputs = {**batch(NAMES[:3], size=7), "text": None}
+    found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
+    pair = {name: parts for name, parts in made.contributions(made(inputs)).items() if name != "text"}
+    scores = mean_scores([rows(part) for part in pair.values()], inputs["target"].tolist(), [[True] * 7] * 2)
+    for name, factor in zip(pair, ogm(scores, 0.3), strict=True):
+        weight = f"encoders.{name}.weight"
+        torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
+
+
+def test_its_season():
+    made, balancer, balancing = attached(start=1, stop=2)
+    plain = step(made, eq.BalancerList(made), batch())["encoders.audio.weight"]
+    image = step(made, eq.BalancerList(made), batch())["encoders.image.weight"]
+    scaled = []
+    for _ in range(3):
+        found = step(made, balancing, batch())
+        scaled.append(not torch.equal(found["encoders.audio.weight"], plain)
+                      or not torch.equal(found["encoders.image.weight"], image))  # fmt: skip
+        balancing.end_epoch()
+    assert scaled == [False, True, False]
+    assert int(balancer.epoch) == 3
+
+
+def test_the_log_is_the_mean_factor():
+    made, _, balancing = attached()
+    factors = []
+    for seed in range(3):
+        step(made, balancing, batch(seed=seed))
+        factors.append(slow_factors(made, batch(seed=seed), 0.3))
+    expected = {f"scale/{name}": sum(f[name] for f in factors) / 3 for name in made.names}
+    assert balancing.end_epoch() == pytest.approx(expected)
+    assert balancing.end_epoch() == {"scale/audio": 1.0, "scale/image": 1.0}
+
+
+@pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
+def test_after_autocast(fusion):
+    """Features are half as wide then as the head's weights."""
+    made, _, balancing = attached(fusion=fusion(DIM), dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancing.loss(made(inputs), inputs["target"])
+    loss.backward()
+    gradients = {name: made.encoders[name].weight.grad.clone() for name in made.names}
+    balancing.before_step()
+    for name, factor in slow_factors(made, inputs, 0.3).items():
+        expected = factor * gradients[name]
+        torch.testing.assert_close(made.encoders[name].weight.grad, expected, **TOL[torch.bfloat16])
+
+
+def test_adam_is_warned_of_and_sgd_is_not():
+    made, _, balancing = attached()
+    with pytest.warns(UserWarning, match="OGM changes the size of gradients only, and AdamW divides"):
+        balancing.check_optimizer(torch.optim.AdamW(made.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        balancing.check_optimizer(torch.optim.SGD(made.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -0.1}, r"OGM: expected alpha >= 0 and 0 <= start <= stop, got alpha = -0\.1, start = 0, stop = 50"),
+        ({"alpha": float("nan")}, "got alpha = nan"),
+        ({"start": -1}, "got alpha = 0.3, start = -1"),
+        ({"start": 7, "stop": 5}, "start = 7, stop = 5"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        eq.balance.OGM(static(), **options)
+
+
+def test_refuses_models_of_which_it_learns_nothing():
+    with pytest.raises(ConfigError, match="OGM: expected two or more modalities, got audio"):
+        eq.balance.OGM(static(("audio",)))
+    made = fused(unimodal="none")
+    with pytest.raises(ConfigError, match="OGM: expected logits that are a sum over modalities, or unimodal heads"):
+        step(made, eq.BalancerList(made, [eq.balance.OGM(made)]), batch())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (eq.balance.MMPareto, "OGM with MMPareto: it writes the encoders' gradients anew"),
+        (eq.balance.AGM, "OGM with AGM: both decide how large"),
+        (eq.balance.OGM_GE, "OGM_GE with OGM: it is a part of OGM-GE"),
+    ],
+)
+def test_refuses_company(other, message):
+    made = static()
+    with pytest.raises(ConfigError, match=message):
+        eq.BalancerList(made, [eq.balance.OGM(made), other(made)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ogm", eq.balance.OGM), ("ogm_ge", eq.balance.OGM_GE), ("agm", eq.balance.AGM),
+        ("opm", eq.balance.OPM), ("modality_dropout", eq.balance.ModalityDropout),
+        ("mmcosine", eq.balance.MMCosine), ("mbsd", eq.balance.MBSD),
+    ],
+)  # fmt: skip
+def test_names_in_recipes(name, kind):
+    made = recipe()
+    _, (balancer,) = method_factory.build_model(
+        method_factory.parse_method(f"concat+{name}", made), made, load_run_dataset(made, None)
+    )
+    assert type(balancer) is kind

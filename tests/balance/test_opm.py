@@ -1,0 +1,211 @@
+"""OPM against spec 3.3: rates, what is dropped and how the rest is scaled, that draws repeat, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.common.unimodal_losses import discrepancy_ratio
+from equipoise.balance.opm import drop_rates
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_a import mean_scores, opm
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attached(names=("audio", "image"), *, make=static, model=(), **options):
+    made = make(names, **dict(model))
+    balancer = eq.balance.OPM(made, **options)
+    return made.train(), balancer, eq.BalancerList(made, [balancer])
+
+
+def with_rates(balancer, *rates):
+    balancer.rates = doubles(*rates)
+
+
+def dropped(output):
+    """(batch, modality) where a modality takes no part."""
+    return torch.stack([~part.present() for part in output.tokens.values()], dim=1)
+
+
+def test_rates_by_hand():
+    # rho = 2 and 1/2; tanh(1) = 0.761594.
+    found = drop_rates(doubles(0.6, 0.3), q_base=0.4, alpha=0.5)
+    torch.testing.assert_close(found, doubles(0.4 * (1 + 0.5 * 0.7615941559557649), 0), **EXACT)
+    assert drop_rates(doubles(0.6, 0.3), q_base=4.0, alpha=0.5).tolist() == [1.0, 0.0]
+
+
+@quick
+@given(st.lists(st.floats(1e-3, 1), min_size=2, max_size=5), st.floats(0, 2), st.floats(0, 2))
+def test_rates_equal_the_oracle(scores, q_base, alpha):
+    found = drop_rates(doubles(*scores), q_base=q_base, alpha=alpha)
+    for rate, slow, ratio in zip(found.tolist(), opm(scores, q_base, alpha), discrepancy_ratio(doubles(*scores)),
+                                 strict=True):  # fmt: skip
+        # At a ratio of 1 but for rounding, either side of the jump is right.
+        if abs(float(ratio) - 1) > 1e-12:
+            assert rate == pytest.approx(slow, abs=1e-9)
+    # Somebody is always kept, so what is left can be scaled.
+    assert float(found.mean()) < 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("make", [static, fused])
+def test_rates_come_from_the_scores_of_the_step_before(task, make):
+    made, balancer, balancing = attached(NAMES[:3], make=make, model={"task": task})
+    inputs = batch_for(task, NAMES[:3], size=7, missing=("audio", "image"))
+    output = made(inputs)
+    assert torch.equal(
+        dropped(output), torch.stack([~inputs["mask"].get(n, torch.ones(7).bool()) for n in made.names], 1)
+    )
+    step(made, balancing, inputs)
+    answers = made.contributions(output) or output.unimodal_logits
+    here = (~dropped(output)).T.tolist()
+    scores = mean_scores([rows(answers[name]) for name in made.names], inputs["target"].tolist(), here, task)
+    assert balancer.rates.tolist() == pytest.approx(opm(scores, 0.4, 0.5))
+    assert max(balancer.rates.tolist()) > 0.3
+
+
+def test_the_first_step_is_plain():
+    made, _, balancing = attached(p_exe=1.0)
+    found, twin = step(made, balancing, batch()), static()
+    plain = step(twin, eq.BalancerList(twin), batch())
+    for key, gradient in plain.items():
+        torch.testing.assert_close(found[key], gradient, **EXACT)
+
+
+def test_what_is_left_is_scaled():
+    made, balancer, _ = attached(p_exe=1.0)
+    whole = made(batch()).features
+    with_rates(balancer, 1.0, 0.5)
+    output = made(batch())
+    gone = dropped(output)
+    assert bool(gone[:, 0].any())
+    # theta = 3 / 4
+    expected = 4 * whole * (~gone).repeat_interleave(DIM, dim=1)
+    torch.testing.assert_close(output.features, expected, **EXACT)
+
+
+def test_a_sample_that_would_be_left_with_nothing_keeps_what_it_has():
+    made, balancer, _ = attached(p_exe=1.0)
+    with_rates(balancer, 1.0, 0.0)
+    inputs = batch(size=7, missing=("audio", "image"))
+    gone = dropped(made(inputs))
+    alone = ~inputs["mask"]["image"]
+    assert bool(alone.any())
+    assert torch.equal(gone[:, 0], ~alone)
+    assert torch.equal(gone[:, 1], alone)
+
+
+def test_rates_are_met_over_samples_and_steps():
+    made, balancer, _ = attached(p_exe=0.7)
+    tokens = made.encode(batch(size=500))
+    done, kept = 0, []
+    for _ in range(200):
+        with_rates(balancer, 0.3, 0.0)
+        found = balancer.transform(tokens)
+        if found is not tokens:
+            done += 1
+            kept.append(found["audio"].present().double().mean())
+            assert bool(found["image"].present().all())
+        balancer.steps += 1
+    assert done / 200 == pytest.approx(0.7, abs=0.1)
+    assert float(torch.stack(kept).mean()) == pytest.approx(0.7, abs=0.01)
+
+
+def test_probability_zero_drops_nothing():
+    made, balancer, _ = attached(p_exe=0.0)
+    with_rates(balancer, 1.0, 0.0)
+    assert not bool(dropped(made(batch())).any())
+
+
+def test_evaluation_drops_nothing():
+    made, balancer, _ = attached(p_exe=1.0)
+    with_rates(balancer, 1.0, 0.0)
+    assert not bool(dropped(made.eval()(batch())).any())
+
+
+def test_accumulated_batches_drop_and_decide_as_one_large_batch():
+    whole, found = batch(size=12), []
+    for sizes in ((12,), (5, 3, 4)):
+        made, balancer, balancing = attached(p_exe=1.0, model={"unimodal": "none"})
+        steps = []
+        for _ in range(3):
+            steps.append(step(made, balancing, *slices(whole, *sizes)))
+        assert float(balancer.rates.max()) > 0
+        found.append((steps, balancer.rates))
+    torch.testing.assert_close(found[0][1], found[1][1], **EXACT)
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        for key, gradient in one.items():
+            torch.testing.assert_close(other[key], gradient, **EXACT)
+
+
+def test_the_seed_and_the_step_decide_and_nobody_elses_random_numbers_move():
+    tokens = static().encode(batch(size=101))
+    state, found = torch.get_rng_state(), {}
+    for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        _, balancer, _ = attached(p_exe=1.0, seed=seed)
+        with_rates(balancer, 0.5, 0.0)
+        balancer.steps += steps
+        torch.set_rng_state(state)
+        kept = balancer.transform(tokens)["audio"].present()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(kept, found.setdefault((seed, steps), kept))
+    assert not torch.equal(found[0, 0], found[0, 1])
+    assert not torch.equal(found[0, 0], found[1, 0])
+
+
+def test_a_resumed_run_drops_what_it_would_have_dropped():
+    made, balancer, balancing = attached(p_exe=1.0)
+    step(made, balancing, batch())
+    saved = copy.deepcopy(balancer.state_dict())
+    straight = step(made, balancing, batch(seed=1))
+    made, balancer, balancing = attached(p_exe=1.0)
+    balancer.load_state_dict(saved)
+    resumed = step(made, balancing, batch(seed=1))
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+def test_the_log_is_the_mean_rate():
+    made, balancer, balancing = attached(p_exe=0.0)
+    rates = [balancer.rates.tolist()]
+    for seed in range(3):
+        step(made, balancing, batch(seed=seed))
+        rates.append(balancer.rates.tolist())
+    means = [sum(column[:3]) / 3 for column in zip(*rates, strict=True)]
+    assert max(means) > 0
+    assert balancing.end_epoch() == pytest.approx({"rate/audio": means[0], "rate/image": means[1]})
+    assert balancing.end_epoch() == {"rate/audio": 0.0, "rate/image": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"q_base": -0.1}, r"OPM: expected q_base >= 0, alpha >= 0 and 0 <= p_exe <= 1, got q_base = -0\.1"),
+        ({"alpha": -1}, "got q_base = 0.4, alpha = -1"),
+        ({"p_exe": 1.1}, r"p_exe = 1\.1"),
+        ({"p_exe": float("nan")}, "p_exe = nan"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        eq.balance.OPM(static(), **options)
+
+
+def test_refuses_models_of_which_it_learns_nothing():
+    with pytest.raises(ConfigError, match="OPM: expected two or more modalities, got audio"):
+        eq.balance.OPM(static(("audio",)))
+    made, _, balancing = attached(make=fused, model={"unimodal": "none"})
+    with pytest.raises(ConfigError, match="OPM: expected logits that are a sum over modalities, or unimodal heads"):
+        step(made, balancing, batch())

@@ -1,0 +1,191 @@
+"""A rotation outlives its process: state dicts, files, copies, types, and a stop in the middle of an epoch."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import equipoise as eq
+from helpers.fusion import DIM, batch, forward, model
+from helpers.tolerance import TOL
+
+
+def attached(made, **options):
+    return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "max_rotations": None, **options})
+
+
+def rotated(dtype=torch.float64, **options):
+    made = model(dtype=dtype)
+    rolling = attached(made, **options)
+    forward(made, [batch(dtype=dtype)])
+    assert rolling.end_epoch()["rotated"] == 1.0
+    return made, rolling
+
+
+def eye():
+    return torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", ["per_head", "joint"])
+def test_safetensors_keep_it_bit_by_bit(tmp_path, dtype, heads):
+    made, rolling = rotated(dtype, heads=heads)
+    save_file(made.state_dict(), tmp_path / "weights.safetensors")
+    fresh = model(dtype=dtype, seed=9)
+    other = attached(fresh, heads=heads)
+    fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    inputs = batch(seed=5, dtype=dtype)
+    assert torch.equal(fresh.eval()(inputs).logits, made.eval()(inputs).logits)
+    for name in ("rotation", "rotations", "epochs", "last_epoch", "air"):
+        assert torch.equal(getattr(other, name), getattr(rolling, name))
+
+
+def test_safe_loading_is_enough():
+    made, _ = rotated()
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    fresh = model(seed=9)
+    attached(fresh)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(fresh.eval()(batch()).logits, made.eval()(batch()).logits)
+
+
+def test_a_checkpoint_from_before_means_the_identity():
+    old = model(seed=9)
+    made, rolling = rotated()
+    forward(made, [batch()])
+    made.load_state_dict(old.state_dict())
+    assert torch.equal(rolling.rotation, eye())
+    assert (int(rolling.rotations), int(rolling.epochs), int(rolling.last_epoch)) == (0, 0, 0)
+    assert rolling.air.isnan().all()
+    assert torch.equal(made.eval()(batch()).logits, old.eval()(batch()).logits)
+    assert rolling.end_epoch()["rotated"] == 0.0
+
+
+def test_a_rotated_checkpoint_is_refused_by_a_model_without_one():
+    made, _ = rotated()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*attention\.core\.rolling\.rotation"):
+        model().load_state_dict(made.state_dict())
+
+
+def test_a_checkpoint_of_other_heads_is_refused():
+    made, _ = rotated()
+    fresh = model()
+    attached(fresh, heads="joint")
+    with pytest.raises(RuntimeError, match=r"size mismatch for fusion\.attention\.core\.rolling\.rotation"):
+        fresh.load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("tail", [3, None])
+def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(tmp_path, tail):
+    batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 2, 3, 7, 4))]
+    whole, first, second = model(), model(), model(seed=9)
+    rolling, _, resumed = (attached(made, tail=tail) for made in (whole, first, second))
+    forward(whole, batches)
+    forward(first, batches[:2])
+    save_file(first.state_dict(), tmp_path / "middle.safetensors")
+    second.load_state_dict(load_file(tmp_path / "middle.safetensors"))
+    forward(second, batches[2:])
+    assert resumed.end_epoch() == rolling.end_epoch()
+    assert torch.equal(resumed.rotation, rolling.rotation)
+
+
+def test_a_stop_between_epochs_keeps_the_schedule():
+    options = {"max_rotations": 2, "min_epochs_between": 2}
+    straight, stopped = model(), model()
+    one, other = attached(straight, **options), attached(stopped, **options)
+    for epoch in range(5):
+        forward(straight, [batch(seed=epoch)])
+        forward(stopped, [batch(seed=epoch)])
+        assert one.end_epoch() == other.end_epoch()
+        state, stopped = stopped.state_dict(), model(seed=9)
+        other = attached(stopped, **options)
+        stopped.load_state_dict(state)
+    assert torch.equal(one.rotation, other.rotation)
+    assert int(other.rotations) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_keep_an_exact_rotation(dtype):
+    made, rolling = rotated(torch.float32)
+    before, exact = rolling.rotation.clone(), made.eval()(batch(dtype=torch.float32)).logits
+    assert made.to(dtype).fusion.attention.query.weight.dtype == dtype
+    assert rolling.rotation.dtype == torch.float32
+    assert torch.equal(rolling.rotation, before)
+    assert (rolling.rotations.dtype, rolling.air.dtype) == (torch.int64, torch.float32)
+    logits = made(batch(dtype=dtype)).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), exact.detach(), **TOL[torch.bfloat16])
+    made.float()
+    assert torch.equal(rolling.rotation, before)
+
+
+def test_a_model_made_double_has_a_double_rotation():
+    made, rolling = rotated(torch.float32)
+    before = rolling.rotation.clone()
+    made.double()
+    assert rolling.rotation.dtype == torch.float64
+    assert torch.equal(rolling.rotation, before.double())
+    forward(made, [batch(seed=1)])
+    rolling.end_epoch()
+    product = rolling.rotation @ rolling.rotation.mT
+    torch.testing.assert_close(product, eye(), **TOL[torch.float64])
+
+
+def test_a_copy_lives_its_own_life():
+    made, rolling = rotated()
+    twin = copy.deepcopy(made)
+    other = twin.fusion.attention.core.rolling
+    assert other is not rolling
+    assert torch.equal(twin.eval()(batch()).logits, made.eval()(batch()).logits)
+    kept = rolling.rotation.clone()
+    forward(twin, [batch(seed=7)])
+    assert rolling.end_epoch()["rotated"] == 0.0
+    assert other.end_epoch()["rotated"] == 1.0
+    assert torch.equal(rolling.rotation, kept)
+    assert not torch.equal(other.rotation, kept)
+    eq.merge_rotations(twin)
+    assert "rolling" not in dict(twin.fusion.attention.core.named_children())
+    assert torch.equal(rolling.rotation, kept)
+    assert made.fusion.attention.core._forward_pre_hooks
+    assert not twin.fusion.attention.core._forward_pre_hooks
+
+
+def test_the_class_is_left_as_it_is_and_balancers_are_pickled_too():
+    before = dict(vars(eq.balance.RollingQ))
+    _, rolling = rotated()
+    assert dict(vars(eq.balance.RollingQ)) == before
+    again = pickle.loads(pickle.dumps(rolling))
+    assert torch.equal(again.rotation, rolling.rotation)
+
+
+def test_a_pickled_model_is_rotated():
+    made, _ = rotated()
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again.eval()(batch()).logits, made.eval()(batch()).logits)
+    forward(again, [batch(seed=3)])
+    assert again.fusion.attention.core.rolling.end_epoch()["rotated"] == 1.0
+
+
+def test_many_products_stay_orthogonal():
+    made, rolling = rotated(torch.float32)
+    for epoch in range(100):
+        forward(made, [batch(size=2, seed=epoch, dtype=torch.float32)])
+        rolling.end_epoch()
+    assert int(rolling.rotations) == 101
+    product = rolling.rotation @ rolling.rotation.mT
+    torch.testing.assert_close(product, eye().float(), **TOL[torch.float32])
+
+
+def test_it_is_no_parameter_and_asks_for_no_gradient():
+    made, rolling = rotated()
+    assert "fusion.attention.core.rolling.rotation" in dict(made.named_buffers())
+    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in model().parameters())
+    assert not rolling.rotation.requires_grad

@@ -1,0 +1,218 @@
+"""ReconBoost against spec 3.3: whose epoch it is, the boosting loss, rectification, missing modalities, refusals."""
+
+import copy
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.balance.reconboost import boosting_losses
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.steps import fused, gradients, step
+from helpers.tolerance import TOL
+from oracles.balance_c import boosting
+
+EXACT = TOL[torch.float64]
+WEIGHTS = {"task_weight": 3.0, "residual": 2.0, "agreement": 0.7}
+
+
+def attached(
+    names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, unimodal="none", **options
+):
+    task = options.pop("task", "classification")
+    made = fused(names, fusion=fusion(DIM), seed=seed, dtype=dtype, unimodal=unimodal, task=task)
+    balancer = eq.balance.ReconBoost(made, **options)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def answers(made, inputs):
+    """name -> what each modality's own head says."""
+    pooled = {name: tokens.pooled() for name, tokens in made.encode(inputs).items()}
+    return {name: made.head.parts[place](pooled[name]) for place, name in enumerate(made.names)}
+
+
+def after(balancer, epochs):
+    for _ in range(epochs):
+        balancer.end_epoch()
+
+
+def test_what_the_others_answer_counts_less():
+    # (5 - 1 * 0.25) * 2 + 0.5 * 1
+    one = torch.ones(1, dtype=torch.float64)
+    assert float(boosting_losses(2 * one, 0.25 * one, one)) == 10.0
+
+
+def test_everybodys_turn_is_followed_by_rectification():
+    _, balancer, _ = attached(NAMES[:3])
+    learners = []
+    for _ in range(8):
+        learners.append(balancer.learner())
+        balancer.end_epoch()
+    assert learners == ["audio", None, "image", None, "text", None, "audio", None]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_the_learners_loss_equals_the_oracle(number, turn):
+    names = NAMES[:number]
+    made, balancer, balancing = attached(names, shrinkage=0.5, **WEIGHTS)
+    after(balancer, 2 * turn)
+    inputs = batch(names, size=7)
+    place = turn % number
+    said = answers(made, inputs)
+    others = sum(scores for name, scores in said.items() if name != names[place])
+    expected = boosting(
+        said[names[place]].tolist(), others.tolist(), said[names[place - 1]].tolist(), inputs["target"].tolist(), 0.5,
+        *WEIGHTS.values(),
+    )  # fmt: skip
+    assert float(balancing.loss(made(inputs), inputs["target"]).detach()) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_first_learner_agrees_with_nobody():
+    made, _, balancing = attached(agreement=0.0, **{k: v for k, v in WEIGHTS.items() if k != "agreement"})
+    other, _, rebalancing = attached(**WEIGHTS)
+    inputs = batch()
+    assert torch.equal(
+        balancing.loss(made(inputs), inputs["target"]), rebalancing.loss(other(inputs), inputs["target"])
+    )
+
+
+def test_the_last_term_teaches():
+    found = []
+    for agreement in (0.0, 0.7):
+        made, balancer, balancing = attached(agreement=agreement)
+        after(balancer, 2)
+        found.append(step(made, balancing, batch())["encoders.image.weight"])
+    made, inputs = fused(fusion=eq.fusion.Concat(DIM), unimodal="none"), batch()
+    eq.balance.ReconBoost(made)
+    said = answers(made, inputs)
+    distance = said["image"].softmax(dim=1) - said["audio"].softmax(dim=1).detach()
+    (expected,) = gradients(0.7 * distance.square().sum(dim=1).mean(), [made.encoders["image"].weight])
+    torch.testing.assert_close(found[1] - found[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize(("epochs", "name"), [(0, "audio"), (2, "image")])
+def test_only_the_learner_learns(epochs, name):
+    made, balancer, balancing = attached()
+    after(balancer, epochs)
+    place = made.names.index(name)
+    learning = {f"encoders.{name}.weight", f"encoders.{name}.bias"}
+    learning |= {f"head.parts.{place}.weight", f"head.parts.{place}.bias"}
+    assert set(step(made, balancing, batch())) == learning
+
+
+def test_in_rectification_everything_learns_from_the_task():
+    made, balancer, balancing = attached(shrinkage=0.5)
+    after(balancer, 1)
+    inputs = batch()
+    output = made(inputs)
+    torch.testing.assert_close(output.logits, 0.5 * sum(answers(made, inputs).values()), **EXACT)
+    loss = balancing.loss(output, inputs["target"])
+    torch.testing.assert_close(loss, made.loss(output.logits, inputs["target"]), **EXACT)
+    found = step(made, balancing, inputs)
+    assert set(found) == {name for name, _ in made.named_parameters()}
+    assert float(found["head.shrinkage"]) != 0.0
+
+
+def test_logits_leave_out_what_is_missing():
+    made, _, _ = attached(shrinkage=0.5)
+    inputs = batch(size=3, missing=("audio",))
+    said, has = answers(made, inputs), inputs["mask"]["audio"]
+    expected = 0.5 * (said["image"] + torch.where(has[:, None], said["audio"], 0.0))
+    torch.testing.assert_close(made(inputs).logits, expected, **EXACT)
+
+
+def test_samples_that_lack_the_learner_do_not_count():
+    made, balancer, balancing = attached()
+    inputs = batch(size=7, missing=("audio",))
+    kept = inputs["mask"]["audio"].nonzero()[:, 0]
+    part = {name: value[kept] for name, value in inputs.items() if name != "mask"}
+    whole = balancing.loss(made(inputs), inputs["target"])
+    torch.testing.assert_close(whole, balancing.loss(made(part), part["target"]), **EXACT)
+    assert balancer.learner() == "audio"
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_a_modality_that_nobody_has(epochs):
+    made, balancer, balancing = attached(NAMES[:3])
+    after(balancer, epochs)
+    found = step(made, balancing, {**batch(NAMES[:3]), "audio": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert "encoders.audio.weight" not in found
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_accumulated_batches_equal_one_large_batch(epochs):
+    whole = batch(size=12)
+    made, balancer, balancing = attached()
+    after(balancer, epochs)
+    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    for name, gradient in large.items():
+        torch.testing.assert_close(small[name], gradient, **EXACT)
+
+
+@pytest.mark.parametrize("unimodal", ["probe", "train"])
+def test_heads_only_watch(unimodal):
+    made, _, balancing = attached(unimodal=unimodal)
+    found = step(made, balancing, batch())
+    assert "unimodal_heads.image.weight" in found
+    assert "encoders.image.weight" not in found
+
+
+def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+    made, balancer, _ = attached()
+    after(balancer, 2)
+    fresh, other, rebalancing = attached(seed=9)
+    fresh.load_state_dict(copy.deepcopy(made.state_dict()))
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    inputs = batch()
+    assert other.learner() == "image"
+    straight = eq.BalancerList(made, [balancer]).loss(made(inputs), inputs["target"])
+    assert torch.equal(rebalancing.loss(fresh(inputs), inputs["target"]), straight)
+    assert other.end_epoch() == {"shrinkage": pytest.approx(0.01)}
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_other_tasks(task, epochs):
+    made, balancer, balancing = attached(task=task)
+    after(balancer, epochs)
+    inputs = batch()
+    inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
+    found = step(made, balancing, inputs)
+    assert float(found["encoders.image.weight"].abs().max()) > 0
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_autocast(epochs):
+    made, balancer, balancing = attached(dtype=torch.float32)
+    after(balancer, epochs)
+    inputs = batch(dtype=torch.float32)
+    exact = balancing.loss(made(inputs), inputs["target"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancing.loss(made(inputs), inputs["target"])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, **TOL[torch.bfloat16])
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="ReconBoost: expected two or more modalities, got audio"):
+        eq.balance.ReconBoost(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
+    with pytest.raises(ConfigError, match=r"ReconBoost: expected a fusion whose features .*, got JointAttention"):
+        eq.balance.ReconBoost(fused())
+    for wrong in ({"residual": 5.0}, {"residual": -1.0}, {"agreement": -1.0}, {"shrinkage": 0.0}):
+        with pytest.raises(ConfigError, match=r"ReconBoost: expected task_weight > residual >= 0, agreement >= 0"):
+            attached(**wrong)
+    made, balancer, _ = attached()
+    balancer.end_epoch()
+    with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
+        balancer.penalty(made(batch()).with_(logits=None), batch()["target"])
+
+
+@pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
+def test_it_silences_the_heads_that_others_need(other):
+    made = fused(fusion=eq.fusion.Concat(DIM))
+    with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that teach"):
+        eq.BalancerList(made, [getattr(eq, other)(made), eq.balance.ReconBoost(made)])

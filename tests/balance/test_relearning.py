@@ -1,0 +1,215 @@
+"""Re-learning against spec 3.3: purity, gaps, how encoders go back, when, the optimizer's memory, what it refuses."""
+
+import copy
+import math
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.relearning import kmeans_labels, purity
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, batch
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_b import purity as slow_purity
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def attached(made=None, optimizer=torch.optim.SGD, **options):
+    """A model, a balancer of it that acts every epoch, and the optimizer that it knows."""
+    made = made or static()
+    balancer = eq.balance.DiagnoseRelearn(made, **{"every": 1, **options})
+    chosen = optimizer(made.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+    eq.BalancerList(made, [balancer]).attach_optimizer(chosen)
+    return made, balancer, chosen
+
+
+def moved(made, seed=0):
+    """Takes every weight somewhere else."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+
+
+def separated(size=30, *, apart, seed=0):
+    """Audio that tells the class as far as it is apart, and an image that says nothing."""
+    inputs = batch(size=size, seed=seed)
+    inputs["audio"] = inputs["audio"] * 0.1 + apart * torch.nn.functional.one_hot(inputs["target"], 3)[:, None].double()
+    inputs["image"] = torch.zeros_like(inputs["image"])
+    return inputs
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=30))
+def test_purity_equals_the_oracle(samples):
+    clusters, first, second = (torch.tensor(column) for column in zip(*samples, strict=True))
+    expected = [slow_purity(rows(clusters), rows(labels)) for labels in (first, second)]
+    assert purity(clusters, first[:, None]) == pytest.approx(expected[0])
+    assert purity(clusters, torch.stack([first, second], dim=1)) == pytest.approx(sum(expected) / 2)
+
+
+def test_clusters_are_found_in_scaled_features_and_repeat():
+    # The second dimension is long and says nothing; the first one tells three groups apart.
+    random = torch.Generator().manual_seed(0)
+    group = torch.arange(30) % 3
+    features = torch.stack([group + 0.01 * torch.randn(30, generator=random), 100 + 0 * group], dim=1)
+    state = torch.get_rng_state()
+    found = kmeans_labels(features, 3, seed=0)
+    assert purity(found, group[:, None]) == 1
+    assert torch.equal(kmeans_labels(1000 * features - 7, 3, seed=0), found)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rows(kmeans_labels(torch.ones(5, 2), 3, seed=0)) == [0] * 5
+
+
+def test_gaps_are_those_of_purity():
+    made, balancer, _ = attached()
+    train, val = separated(apart=5.0), separated(apart=0.0, seed=1)
+    gaps = balancer.gaps([train], [val])
+    features = made.eval().encode(val)["audio"].pooled().detach()
+    pure = slow_purity(rows(kmeans_labels(features, 3, seed=0)), rows(val["target"]))
+    assert pure < 0.8
+    assert float(gaps[0]) == pytest.approx(1 - pure)
+    # All images are alike: one cluster, as pure as the most frequent class.
+    most = [max(inputs["target"].bincount()) / 30 for inputs in (train, val)]
+    assert float(gaps[1]) == pytest.approx(float(abs(most[0] - most[1])))
+
+
+def test_encoders_go_back_as_far_as_they_have_overfitted():
+    made, balancer, _ = attached(strength=2.0)
+    first = copy.deepcopy(made.state_dict())
+    moved(made)
+    last = copy.deepcopy(made.state_dict())
+    train, val = [separated(apart=5.0)], [separated(apart=0.0, seed=1)]
+    weights = [math.tanh(2.0 * gap) for gap in rows(balancer.gaps(train, val))]
+    assert weights[0] > 0.3
+    balancer.review(train, val)
+    for name, found in made.state_dict().items():
+        weight = sum(w for n, w in zip(made.names, weights, strict=True) if name.startswith(f"encoders.{n}."))
+        torch.testing.assert_close(found, weight * first[name] + (1 - weight) * last[name], **EXACT)
+    assert balancer.end_epoch() == pytest.approx({"reset/audio": weights[0], "reset/image": weights[1]})
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_optimiser_forgets_the_encoders_that_went_back(optimizer):
+    made, balancer, chosen = attached(optimizer=optimizer)
+    step(made, eq.BalancerList(made), batch(size=7))
+    chosen.step()
+    alike = separated(apart=5.0)
+    balancer.review([alike], [separated(apart=0.0, seed=1) | {"image": alike["image"], "target": alike["target"]}])
+    encoder = made.encoders["audio"]
+    assert not any(p in chosen.state for p in encoder.parameters())
+    # The image's gap is 0, and the head is nobody's.
+    assert all(p in chosen.state for p in (*made.encoders["image"].parameters(), *made.head.parameters()))
+    before = encoder.weight.detach().clone()
+    step(made, eq.BalancerList(made), batch(size=7))
+    chosen.step()
+    assert not torch.equal(encoder.weight, before)
+
+
+def test_when_it_acts():
+    made, balancer, _ = attached(every=2, times=2, epochs=9)
+    train, val, acted = [separated(apart=5.0)], [separated(apart=0.0, seed=1)], []
+    for _ in range(8):
+        balancer.review(train, val)
+        acted.append(balancer.end_epoch()["reset/audio"] > 0)
+    assert acted == [False, True, False, True, False, False, False, False]
+    _, balancer, _ = attached(made, every=2, epochs=2)
+    for _ in range(2):
+        # Nothing is looked at where it is not time, and the last epoch would be lost.
+        balancer.review(iter([None]), iter([None]))
+        assert balancer.end_epoch() == {"reset/audio": 0.0, "reset/image": 0.0}
+
+
+def test_saved_and_loaded_it_still_knows_the_first_weights():
+    made, balancer, _ = attached()
+    moved(made)
+    states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
+    fresh, other, _ = attached(static(seed=9))
+    fresh.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    train, val = [separated(apart=5.0)], [separated(apart=0.0, seed=1)]
+    for each in (balancer, other):
+        each.review(train, val)
+    assert balancer.end_epoch() == other.end_epoch() != {"reset/audio": 0.0, "reset/image": 0.0}
+    assert all(torch.equal(found, fresh.state_dict()[name]) for name, found in made.state_dict().items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task):
+    made, balancer, _ = attached(fused(task=task))
+    data = [batch_for(task, size=size, seed=size, missing=("audio", "image")) for size in (13, 11, 17)]
+    gaps = balancer.gaps(data[:2], data[2:])
+    assert all(0 < gap < 1 for gap in rows(gaps))
+    balancer.review(data[:2], [{**data[2], "image": None, "mask": {}}])
+    assert float(balancer.end_epoch()["reset/image"]) == 0
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
+
+
+def test_modes_and_the_random_state_stay():
+    made, balancer, _ = attached(fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
+    made.train()
+    state = torch.get_rng_state()
+    balancer.review([batch(size=7)], [batch(size=7, seed=1)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in made.modules())
+
+
+class Plain(pl.LightningModule):
+    """Somebody's module around a model."""
+
+    def __init__(self, made, balancer):
+        super().__init__()
+        self.model, self.balancing = made, eq.BalancerList(made, [balancer])
+
+    def training_step(self, inputs, index):
+        return self.balancing.loss(self.model(inputs), inputs["target"])
+
+    def validation_step(self, inputs, index):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def test_lightning_gives_it_the_optimizer(tmp_path):
+    made = static()
+    module = Plain(made, eq.balance.DiagnoseRelearn(made, every=1, times=1))
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+        callbacks=[eq.lightning.BalancerCallback(module.balancing)],
+    )  # fmt: skip
+    train, val = (
+        torch.utils.data.DataLoader([inputs], batch_size=None)
+        for inputs in (separated(apart=5.0), separated(apart=0.0, seed=1))
+    )
+    with warnings.catch_warnings():
+        # Lightning's own, of this torch.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        trainer.fit(module, train, val)
+    state = trainer.optimizers[0].state
+    assert not any(p in state for p in made.encoders["audio"].parameters())
+    assert all(p in state for p in made.head.parameters())
+    assert trainer.callback_metrics["balance/reset/audio"] > 0
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="DiagnoseRelearn: expected two or more modalities, got audio"):
+        eq.balance.DiagnoseRelearn(fused(("audio",)))
+    for wrong in ({"every": 0}, {"times": -1}, {"strength": 0.0}, {"bins": 1}):
+        with pytest.raises(ConfigError, match=f"DiagnoseRelearn: expected every >= 1, .* got .*{next(iter(wrong))} = "):
+            eq.balance.DiagnoseRelearn(fused(), **wrong)
+    with pytest.raises(ConfigError, match=r"expected the optimizer, .* Call balancing.attach_optimizer\(optimizer\)"):
+        eq.balance.DiagnoseRelearn(fused()).review([batch()], [batch()])
+    with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
+        attached()[1].review([batch()], [])

@@ -1,0 +1,518 @@
+"""RollingQ on a layer: what it observes, when it rotates and by how much, against loops over the same batches."""
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, NAMES, batch, forward, model, samples, slices
+from helpers.tolerance import TOL
+from oracles.rollingq import means, shares, step
+
+EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
+TWO = ("audio", "image")
+INDICATORS = ("cosine", "logit", "mass", "mass_per_token")
+
+
+def attached(made, **options):
+    return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "tail": None, "max_rotations": None, **options})
+
+
+def expected(found, names, heads, *, rho=1.0, **options):
+    """The rotation of every head and its imbalance, by the loops."""
+    rotations, air = [], []
+    for head in range(heads):
+        query, keys, values, _ = means(found, names, head, **options)
+        imbalance, _, _, rotation = step(query, keys, values, rho)
+        rotations.append(torch.from_numpy(rotation))
+        air.append(imbalance)
+    return torch.stack(rotations), air
+
+
+def assert_log(log, air, names):
+    for name in names:
+        assert log[f"air/{name}"] == pytest.approx(sum(row[name] for row in air) / len(air), abs=EXACT["rtol"])
+    assert log["air"] == log[f"air/{names[0]}"]
+
+
+@pytest.mark.parametrize("indicator", INDICATORS)
+@pytest.mark.parametrize("names", [TWO, NAMES[:3], NAMES])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotates_as_the_loops_say(names, heads, indicator):
+    made = model(names, heads=heads)
+    rolling = attached(made, indicator=indicator, rho=0.7)
+    batches = [batch(names, size=size, seed=size) for size in (5, 3, 2)]
+    forward(made, batches)
+    rotation, air = expected(samples(made, batches), names, heads, rho=0.7, kind=indicator)
+    log = rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+    assert_log(log, air, names)
+    torch.testing.assert_close(
+        rolling.air, torch.tensor([[row[n] for n in names] for row in air], dtype=torch.float64), **EXACT
+    )
+    assert rolling.air.dtype == torch.float64
+    assert log["rotated"] == 1.0
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_samples_without_a_modality_count_for_the_others(paired):
+    made = model(NAMES[:3], heads=2)
+    rolling = attached(made, paired=paired)
+    batches = [batch(NAMES[:3], size=7, seed=1, missing=("audio", "text")), batch(NAMES[:3], size=5, seed=2)]
+    forward(made, batches)
+    rotation, air = expected(samples(made, batches), NAMES[:3], 2, paired=paired)
+    log = rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+    assert_log(log, air, NAMES[:3])
+
+
+def test_pairing_matters():
+    logs = []
+    for paired in (False, True):
+        made = model()
+        rolling = attached(made, paired=paired)
+        forward(made, [batch(size=7, missing=("audio",))])
+        logs.append(rolling.end_epoch()["air"])
+    assert abs(logs[0] - logs[1]) > 1e-4
+
+
+def test_batches_without_a_modality():
+    made = model(NAMES[:3])
+    rolling = attached(made)
+    batches = [batch(NAMES[:3], seed=seed) for seed in range(3)]
+    batches[1]["image"] = None
+    forward(made, batches)
+    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
+    assert_log(rolling.end_epoch(), air, NAMES[:3])
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+
+
+def test_an_epoch_without_one_of_three_modalities_balances_the_other_two():
+    made = model(NAMES[:3])
+    rolling = attached(made, air_reduce="mean")
+    batches = [{**batch(NAMES[:3], seed=seed), "text": None} for seed in range(2)]
+    forward(made, batches)
+    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
+    log = rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+    assert log["air/text"] != log["air/text"]
+    mean = [sum(row[name] for row in air) / 2 for name in TWO]
+    assert log["spread"] == pytest.approx(abs(mean[0] - mean[1]) / 2, abs=1e-6)
+
+
+def test_an_epoch_with_one_modality_alone_rotates_nothing_and_says_so():
+    made = model()
+    rolling = attached(made)
+    forward(made, [{**batch(), "image": None}])
+    with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities were seen"):
+        log = rolling.end_epoch()
+    assert log["rotated"] == 0.0
+    assert torch.equal(rolling.rotation, torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
+
+
+def test_a_query_of_zero_rotates_nothing_and_says_so():
+    made = model(heads=1)
+    with torch.no_grad():
+        made.fusion.attention.query.weight.zero_()
+        made.fusion.attention.query.bias.zero_()
+    rolling = attached(made)
+    forward(made, [batch()])
+    with pytest.warns(UserWarning, match="RollingQ skipped a rotation: the mean query is zero"):
+        assert rolling.end_epoch()["rotated"] == 0.0
+
+
+def test_rotations_multiply():
+    made = model()
+    rolling = attached(made)
+    total = torch.eye(DIM // 2, dtype=torch.float64)
+    for epoch in range(4):
+        batches = [batch(size=3, seed=10 * epoch + seed) for seed in range(2)]
+        forward(made, batches)
+        rotation, _ = expected(samples(made, batches, rolling.rotation), TWO, 2)
+        total = total @ rotation
+        assert rolling.end_epoch()["rotations"] == epoch + 1
+        torch.testing.assert_close(rolling.rotation, total, **EXACT)
+    eye = torch.eye(DIM // 2, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, eye, **EXACT)
+
+
+@pytest.mark.parametrize("scope", ["cls", "all"])
+@pytest.mark.parametrize("heads", ["per_head", "joint"])
+def test_the_layer_computes_with_rotated_queries(scope, heads):
+    made = model(shortcut=False).eval()
+    rolling = attached(made, scope=scope, heads=heads)
+    forward(made, [batch()])
+    rolling.end_epoch()
+    layer, tokens = made.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
+    block = torch.block_diag(*rolling.rotation)
+    query, turned = layer.query(tokens), layer.query(tokens) @ block
+    rows = torch.cat([turned[:, :1], query[:, 1:]], dim=1) if scope == "cls" else turned
+    split = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (rows, layer.key(tokens), layer.value(tokens))]
+    attended = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    assert float((turned - query).detach().norm()) > 0.1
+    torch.testing.assert_close(layer(tokens).output, layer.out(attended), **EXACT)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_joint_heads_are_one_wide_head(heads):
+    made, wide = model(heads=heads), model(heads=1)
+    rolling, reference = attached(made, heads="joint"), attached(wide)
+    for each in (made, wide):
+        forward(each, [batch()])
+    assert rolling.end_epoch()["air"] == pytest.approx(reference.end_epoch()["air"])
+    torch.testing.assert_close(rolling.rotation, reference.rotation, **EXACT)
+
+
+@pytest.mark.parametrize("tail", [1, 2, 3, 16])
+def test_the_tail_is_the_last_batches(tail):
+    made = model()
+    rolling = attached(made, tail=tail)
+    batches = [batch(size=size, seed=size) for size in (5, 2, 3, 7)]
+    forward(made, batches)
+    rotation, _ = expected(samples(made, batches[-tail:]), TWO, 2)
+    rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+
+
+def test_statistics_start_anew_each_epoch():
+    made = model()
+    rolling = attached(made)
+    forward(made, [batch(seed=1)])
+    rolling.end_epoch()
+    kept = rolling.rotation.clone()
+    assert rolling.end_epoch()["rotated"] == 0.0
+    assert torch.equal(rolling.rotation, kept)
+
+
+@pytest.mark.parametrize("indicator", INDICATORS)
+def test_accumulated_batches_are_one_batch(indicator):
+    rotations = []
+    whole = batch(size=12, missing=("image",))
+    for sizes in ((12,), (5, 3, 4)):
+        made = model()
+        rolling = attached(made, indicator=indicator)
+        forward(made, slices(whole, *sizes))
+        rolling.end_epoch()
+        rotations.append(rolling.rotation)
+    torch.testing.assert_close(*rotations, **EXACT)
+
+
+def test_evaluation_observes_nothing():
+    made = model()
+    rolling = attached(made)
+    forward(made.eval(), [])
+    made.eval()
+    made(batch())
+    log = rolling.end_epoch()
+    assert log["rotated"] == 0.0
+    assert log["air"] != log["air"]
+
+
+def test_training_leaves_everything_but_the_rotation_alone():
+    made = model()
+    rolling = attached(made)
+    forward(made, [batch()])
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    rolling.end_epoch()
+    after = made.state_dict()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"rotation", "rotations", "epochs", "last_epoch", "air", "_extra_state"}
+    assert not any(name.startswith("rolling") or ".rolling." in name for name, _ in made.named_parameters())
+
+
+def test_observing_changes_no_gradient():
+    plain, rolled = model(), model()
+    attached(rolled)
+    for made in (plain, rolled):
+        made.loss(made(batch()).logits, batch()["target"]).backward()
+    for one, other in zip(plain.parameters(), rolled.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+
+
+def test_autocast_measures_in_single_precision():
+    made, low = model(dtype=torch.float32), model(dtype=torch.float32)
+    exact, rolling = attached(made), attached(low)
+    inputs = batch(dtype=torch.float32, size=17)
+    forward(made, [inputs])
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(low, [inputs])
+    exact.end_epoch()
+    rolling.end_epoch()
+    assert rolling.rotation.dtype == torch.float32
+    torch.testing.assert_close(rolling.rotation, exact.rotation, **TOL[torch.bfloat16])
+    eye = torch.eye(DIM // 2).expand(2, -1, -1)
+    torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, eye, **SINGLE)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = low(inputs).logits
+    torch.testing.assert_close(logits.float(), made(inputs).logits, **TOL[torch.bfloat16])
+
+
+def decisions(rolling, made, epochs):
+    """Which epochs rotated."""
+    rotated = []
+    for epoch in range(1, epochs + 1):
+        forward(made, [batch(seed=epoch)])
+        if rolling.end_epoch()["rotated"]:
+            rotated.append(epoch)
+    return rotated
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"max_rotations": 0}, []),
+        ({"max_rotations": 1}, [1]),
+        ({"max_rotations": 3}, [1, 2, 3]),
+        ({"max_rotations": None}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"warmup_epochs": 2}, [3, 4, 5, 6, 7]),
+        ({"min_epochs_between": 3}, [1, 4, 7]),
+        ({"warmup_epochs": 1, "min_epochs_between": 2, "max_rotations": 2}, [2, 4]),
+        ({"beta": 2.0}, []),
+    ],
+)
+def test_when_it_rotates(options, epochs):
+    made = model()
+    assert decisions(attached(made, **options), made, 7) == epochs
+
+
+def test_due_says_what_end_epoch_will_do():
+    made = model()
+    rolling = attached(made, warmup_epochs=1, max_rotations=1)
+    told = []
+    for epoch in range(4):
+        forward(made, [batch(seed=epoch)])
+        told.append((rolling.due(), bool(rolling.end_epoch()["rotated"])))
+    assert told == [(False, False), (True, True), (False, False), (False, False)]
+    assert not rolling.due()
+
+
+@pytest.mark.parametrize("reduce", ["per_head", "mean", "max"])
+def test_heads_decide_alone_or_together(reduce):
+    made = model(seed=3)
+    _, air = expected(samples(made, [batch()]), TWO, 2)
+    spreads = [abs(row["audio"]) for row in air]
+    together = {
+        "per_head": spreads,
+        "mean": [abs(air[0]["audio"] + air[1]["audio"]) / 2] * 2,
+        "max": [max(spreads)] * 2,
+    }
+    assert min(spreads) < max(spreads) - 0.05
+    for beta in (min(spreads) - 0.01, min(spreads) + 0.01, together["mean"][0] + 0.01, max(spreads) + 0.01):
+        rolled = model(seed=3)
+        rolling = attached(rolled, air_reduce=reduce, beta=max(beta, 0.0))
+        forward(rolled, [batch()])
+        rolling.end_epoch()
+        turned = [not torch.equal(r, torch.eye(DIM // 2, dtype=torch.float64)) for r in rolling.rotation]
+        assert turned == [spread >= beta for spread in together[reduce]]
+        assert int(rolling.rotations) == int(any(turned))
+
+
+def test_frozen_keeps_the_rotation_and_looks_away():
+    made = model()
+    rolling = attached(made)
+    forward(made, [batch()])
+    rolling.end_epoch()
+    kept = rolling.rotation.clone()
+    rolling.freeze()
+    assert decisions(rolling, made, 3) == []
+    assert torch.equal(rolling.rotation, kept)
+    rolling.freeze(False)
+    assert decisions(rolling, made, 1) == [1]
+
+
+@pytest.mark.parametrize("wanted", [0.4, 0.6])
+def test_a_wanted_share_is_reached_on_the_mean_keys(wanted):
+    made = model(heads=1, seed=4)
+    rolling = attached(made, target_share={"audio": wanted, "image": 1 - wanted})
+    forward(made, [batch(size=11)])
+    found = samples(made, [batch(size=11)])
+    assert rolling.end_epoch()["rotated"] == 1.0
+    query, keys, _, tokens = means(found, TWO, 0)
+    turned = (torch.from_numpy(query) @ rolling.rotation[0]).numpy()
+    assert shares(turned, keys, tokens)["audio"] == pytest.approx(wanted, abs=1e-8)
+
+
+def test_svd_meets_the_same_anchor():
+    pair = []
+    for method in ("minimal", "svd"):
+        made = model(heads=1)
+        rolling = attached(made, rotation=method)
+        forward(made, [batch()])
+        query = torch.from_numpy(means(samples(made, [batch()]), TWO, 0)[0])
+        rolling.end_epoch()
+        pair.append((query @ rolling.rotation[0], rolling.rotation[0]))
+    torch.testing.assert_close(pair[0][0], pair[1][0], **EXACT)
+    assert float((pair[0][1] - pair[1][1]).norm()) > 1.0
+
+
+def snapshot(made):
+    return [module.training for module in made.modules()], torch.get_rng_state(), [p.grad for p in made.parameters()]
+
+
+def assert_untouched(made, before):
+    modes, state, grads = snapshot(made)
+    assert modes == before[0]
+    assert torch.equal(state, before[1])
+    assert all(a is b for a, b in zip(grads, before[2], strict=True))
+
+
+class Noisy(nn.Linear):
+    """An encoder that draws random numbers, always."""
+
+    def forward(self, input):
+        return super().forward(input) + 0.0 * torch.rand(())
+
+
+def measured(stats="pass"):
+    made = model(dropout=0.3)
+    made.encoders["audio"].__class__ = Noisy
+    made.encoders["image"].eval()
+    made.loss(made(batch()).logits, batch()["target"]).backward()
+    return made, attached(made, stats=stats, tail=1)
+
+
+def test_a_pass_measures_in_evaluation_mode_and_leaves_no_trace():
+    made, rolling = measured()
+    before = snapshot(made)
+    batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
+    rolling.measure(made, batches)
+    assert_untouched(made, before)
+    rotation, _ = expected(samples(made, batches), TWO, 2)
+    rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+
+
+def test_a_pass_takes_so_many_batches():
+    made, rolling = measured("tail")
+    batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
+    forward(made, [batch(seed=99)])
+    rolling.measure(made, iter(batches), max_batches=2)
+    rotation, _ = expected(samples(made, batches[:2]), TWO, 2)
+    rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+
+
+def broken():
+    yield batch(seed=7)
+    raise KeyError("broken")
+
+
+def test_a_pass_that_fails_leaves_no_trace_either():
+    made, rolling = measured("tail")
+    forward(made, [batch()])
+    before, sums = snapshot(made), rolling.get_extra_state()
+    with pytest.raises(KeyError, match="broken"):
+        rolling.measure(made, broken())
+    assert_untouched(made, before)
+    assert torch.equal(rolling.get_extra_state(), sums)
+
+
+def test_with_passes_training_is_not_observed():
+    made, rolling = measured()
+    forward(made, [batch()])
+    assert rolling.end_epoch()["rotated"] == 0.0
+
+
+def test_a_compiled_model_is_observed_without_compiling_anew():
+    made = model()
+    rolling = attached(made, tail=2)
+    compiles = []
+
+    def backend(graph, _):
+        compiles.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(made, backend=backend)
+    batches = [batch(seed=seed) for seed in range(5)]
+    with torch.no_grad():
+        forward(compiled, batches[:2])
+        first = len(compiles)
+        forward(compiled, batches[2:])
+    assert len(compiles) == first > 0
+    rotation, _ = expected(samples(made, batches[-2:]), TWO, 2)
+    rolling.end_epoch()
+    torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": -1.0}, "expected rho >= 0 and finite, got rho = -1.0"),
+        ({"beta": -0.1}, "expected beta >= 0, got beta = -0.1"),
+        ({"max_rotations": -1}, "expected max_rotations >= 0 or None, got max_rotations = -1"),
+        ({"rho": "1"}, r"expected rho >= 0 and finite, got rho = '1'\. Give a number, not a text"),
+        ({"beta": None}, "expected beta >= 0, got beta = None"),
+        ({"max_rotations": "3"}, "expected max_rotations >= 0 or None, got max_rotations = '3'"),
+        ({"tail": 1.5}, "expected tail >= 1 or None, got tail = 1.5"),
+        ({"warmup_epochs": "0"}, "expected warmup_epochs >= 0, got warmup_epochs = '0'"),
+        ({"min_epochs_between": None}, "expected min_epochs_between >= 1, got min_epochs_between = None"),
+        ({"tail": 0}, "expected tail >= 1 or None, got tail = 0"),
+        ({"warmup_epochs": -1}, "expected warmup_epochs >= 0, got warmup_epochs = -1"),
+        ({"min_epochs_between": 0}, "expected min_epochs_between >= 1, got min_epochs_between = 0"),
+        ({"stats": "epoch"}, "expected stats 'tail' or 'pass', got stats = 'epoch'"),
+        ({"indicator": "angle"}, "expected indicator 'cosine', 'logit', .* got indicator = 'angle'"),
+        ({"scope": "some"}, "expected scope 'cls' or 'all', got scope = 'some'"),
+        ({"heads": "each"}, "expected heads 'per_head' or 'joint', got heads = 'each'"),
+        ({"air_reduce": "min"}, "expected air_reduce 'per_head', 'mean' or 'max', got air_reduce = 'min'"),
+        ({"rotation": "qr"}, "expected rotation 'minimal' or 'svd', got rotation = 'qr'"),
+        ({"target_share": {"audio": 0.9, "image": 0.9}}, "shares of exactly two modalities that sum to 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    made = model()
+    with pytest.raises(ConfigError, match=message):
+        attached(made, **options)
+    assert not hasattr(made.fusion.attention.core, "rolling")
+    attached(made)
+
+
+def test_a_line_has_no_rotation():
+    with pytest.raises(ConfigError, match=r"expected heads of width d >= 2, got d = 1\. A line has no rotation"):
+        attached(model(heads=DIM))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e308])
+@pytest.mark.parametrize("options", [
+    *({"indicator": indicator} for indicator in INDICATORS),
+    {"heads": "joint"}, {"scope": "all"}, {"paired": True}, {"tail": 2},
+])  # fmt: skip
+def test_samples_that_are_not_finite_are_left_out(bad, options):
+    good, harmed = batch(size=5), batch(size=7)
+    for name in (*TWO, "target"):
+        harmed[name][:5] = good[name]
+    harmed["audio"][5, 0, 0] = harmed["image"][6, 1, 2] = bad
+    rollings = []
+    for inputs in (good, harmed):
+        made = model()
+        rollings.append(attached(made, **options))
+        forward(made, [batch(seed=1), inputs])
+    one, other = (rolling.end_epoch() for rolling in rollings)
+    assert one == pytest.approx(other, abs=1e-12)
+    assert one["rotated"] == 1.0
+    torch.testing.assert_close(rollings[0].rotation, rollings[1].rotation, **EXACT)
+
+
+@pytest.mark.parametrize("stats", ["tail", "pass"])
+@pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
+def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(stats, options):
+    made = model(heads=1)
+    rolling = attached(made, stats=stats, **options)
+    inputs = batch()
+    inputs["audio"][:] = float("nan")
+    rolling.measure(made, [inputs]) if stats == "pass" else forward(made, [inputs])
+    before = {name: value.clone() for name, value in rolling.named_buffers()}
+    log = rolling.end_epoch()
+    assert (log["rotated"], log["rotations"]) == (0.0, 0.0)
+    for name, value in rolling.named_buffers():
+        assert name == "epochs" or torch.equal(value.nan_to_num(-9.0), before[name].nan_to_num(-9.0))
+    assert rolling.get_extra_state().isfinite().all()
+
+
+def test_a_checkpoint_whose_sums_are_not_finite_starts_with_none():
+    made = model()
+    rolling = attached(made)
+    forward(made, [batch()])
+    rolling.set_extra_state(torch.full_like(rolling.get_extra_state(), torch.nan))
+    assert not rolling.get_extra_state().any()

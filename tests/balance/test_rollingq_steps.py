@@ -1,0 +1,128 @@
+"""RollingQ counts each batch of a step once, and only those on which the optimizer stepped."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import equipoise as eq
+from equipoise.nn.attention import Attended
+from helpers.fusion import batch, model
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+
+
+class Staged:
+    """RollingQ in the first stage of a stack."""
+
+    depth = 2
+
+    @staticmethod
+    def attach(made, **options):
+        balancer = eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, **options)
+        return balancer, balancer.stages[0]
+
+
+class Single:
+    depth = 1
+
+    @staticmethod
+    def attach(made, **options):
+        balancer = eq.balance.RollingQ(made.fusion.attention, **options)
+        return balancer, balancer
+
+
+def run(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumulate=1, **options):
+    """State and log after an epoch of training steps; every step has a batch of its own."""
+    made = model(depth=kind.depth)
+    balancer, rolling = kind.attach(made, beta=0.0, **{"tail": 3, **options})
+    balancing = None if alone else eq.BalancerList(made, [balancer])
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    call = call or (lambda made, inputs: made(inputs))
+    for step in range(steps):
+        made.train()
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            inputs = batch(seed=10 * step + part, size=3 + part)
+            if step in bad:
+                inputs["audio"][0] = float("nan")
+            output = call(made, inputs)
+            loss = balancing.loss(output, inputs["target"]) if balancing else made.loss(output.logits, inputs["target"])
+            (loss / accumulate).backward()
+        if balancing:
+            balancing.before_step()
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters()):
+            optimizer.step()
+        if validate:
+            with torch.no_grad():
+                made.loss(made(batch(seed=99)).logits, batch(seed=99)["target"])
+                if balancing:
+                    balancing.loss(made(batch(seed=99)), batch(seed=99)["target"])
+            made.eval()(batch(seed=98))
+    if options.get("stats") == "pass":
+        rolling.measure(made, [batch(seed=7), batch(seed=8)])
+    sums = rolling.get_extra_state()
+    log = balancer.end_epoch()
+    assert log["rotated"] == 1.0
+    return sums, log, rolling.rotation
+
+
+def same(one, other):
+    torch.testing.assert_close(one[0], other[0], **EXACT)
+    assert one[1] == pytest.approx(other[1], abs=1e-12)
+    torch.testing.assert_close(one[2], other[2], **EXACT)
+
+
+@pytest.mark.parametrize("kind", [Single, Staged])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("options", [{}, {"tail": None}, {"stats": "pass"}])
+def test_activation_checkpointing_counts_a_batch_once(kind, alone, options):
+    def checkpointed(made, inputs):
+        return checkpoint(made, inputs, use_reentrant=False)
+
+    same(run(kind, alone=alone, **options), run(kind, alone=alone, call=checkpointed, **options))
+
+
+@pytest.mark.parametrize("kind", [Single, Staged])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_layer_counts_once(kind, alone, reentrant):
+    def partly(made, inputs):
+        layer = made.fusion.layers[0]
+        inner = layer.forward
+
+        def attend(tokens, source, **options):
+            attended = checkpoint(lambda *given: inner(*given, **options), tokens, source, use_reentrant=reentrant)
+            return Attended(*attended)
+
+        layer.forward = lambda tokens, source=None, **options: attend(tokens, source, **options)
+        try:
+            return made(inputs)
+        finally:
+            layer.forward = inner
+
+    same(run(kind, alone=alone), run(kind, alone=alone, call=partly))
+
+
+@pytest.mark.parametrize("kind", [Single, Staged])
+def test_steps_that_are_skipped_leave_nothing(kind):
+    same(run(kind, steps=4, bad=(3,), tail=2), run(kind, steps=3, tail=2))
+
+
+@pytest.mark.parametrize("kind", [Single, Staged])
+def test_validation_and_passes_without_gradient_leave_nothing(kind):
+    same(run(kind), run(kind, validate=True))
+
+
+@pytest.mark.parametrize("kind", [Single, Staged])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_inside_and_outside_of_a_balancing_the_statistics_are_the_same(kind, accumulate):
+    same(run(kind, accumulate=accumulate), run(kind, accumulate=accumulate, alone=True))
+
+
+def test_a_batch_whose_loss_is_not_used_leaves_nothing():
+    def looks_twice(made, inputs):
+        made(batch(seed=55))
+        return made(inputs)
+
+    same(run(Single), run(Single, call=looks_twice))

@@ -1,0 +1,147 @@
+"""Folding: the same outputs, and nothing left of RollingQ; refused wherever the outputs would change."""
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from helpers.foreign import Reader, labels
+from helpers.fusion import DIM, batch, forward, model
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+HALF_ULPS = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 0, "atol": 1e-6}}
+
+
+def rotated(made, **options):
+    rolling = eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, **options})
+    forward(made, [batch(dtype=made.head.weight.dtype)])
+    assert rolling.end_epoch()["rotated"] == 1.0
+    return rolling
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", ["per_head", "joint"])
+@pytest.mark.parametrize(("number", "depth"), [(1, 1), (3, 1), (2, 3)])
+def test_equals_unfolded(dtype, heads, number, depth):
+    made = model(heads=number, depth=depth, dtype=dtype)
+    plain = made.eval()(batch(dtype=dtype)).logits
+    rotated(made, heads=heads)
+    made.eval()
+    unfolded = made(batch(dtype=dtype)).logits
+    assert float((unfolded - plain).detach().abs().max()) > 1e-3
+    assert eq.merge_rotations(made) is made
+    torch.testing.assert_close(made(batch(dtype=dtype)).logits, unfolded, **HALF_ULPS[dtype])
+
+
+def test_leaves_the_layer_as_it_was():
+    made, plain = model(), model()
+    nn.init.normal_(made.fusion.attention.query.bias)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    rotated(made)
+    eq.merge_rotations(made)
+    assert list(made.state_dict()) == list(plain.state_dict())
+    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in made.modules())
+    plain.load_state_dict(made.state_dict())
+    assert torch.equal(plain.eval()(batch()).logits, made.eval()(batch()).logits)
+    changed = {name for name, value in before.items() if not torch.equal(value, made.state_dict()[name])}
+    assert changed == {"fusion.attention.query.weight", "fusion.attention.query.bias"}
+
+
+def test_without_a_rotation_the_weights_stay():
+    made, plain = model(), model()
+    eq.balance.RollingQ(made.fusion.attention)
+    eq.merge_rotations(made)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value)
+
+
+def test_a_folded_layer_can_be_rolled_again():
+    made = model()
+    rotated(made)
+    eq.merge_rotations(made)
+    again = rotated(made)
+    unfolded = made.eval()(batch()).logits
+    assert int(again.rotations) == 1
+    torch.testing.assert_close(eq.merge_rotations(made)(batch()).logits, unfolded, **EXACT)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("keyheads", [1, 2, 4])
+@pytest.mark.parametrize("heads", ["per_head", "joint"])
+def test_foreign_modules_with_grouped_keys(bias, keyheads, heads):
+    torch.manual_seed(0)
+    reader = Reader(DIM, 4, keyheads, bias=bias).double()
+    rolling = eq.balance.RollingQ(
+        reader, query="q_proj", key="k_proj", num_heads=4, names=("a", "b"), beta=0.0, scope="all", heads=heads
+    )
+    rolling.layout(labels(7))
+    tokens = torch.randn(5, 7, DIM, dtype=torch.float64)
+    before = reader(tokens)
+    assert rolling.end_epoch()["rotated"] == 1.0
+    unfolded = reader(tokens)
+    assert float((unfolded - before).detach().abs().max()) > 1e-3
+    torch.testing.assert_close(eq.merge_rotations(reader)(tokens), unfolded, **EXACT)
+    assert (reader.q_proj.bias is not None) == bias
+
+
+def test_refused_where_other_rows_are_read_unrotated():
+    torch.manual_seed(0)
+    reader = Reader(DIM, 2, 2)
+    rolling = eq.balance.RollingQ(
+        reader, query="q_proj", key="k_proj", num_heads=2, names=("a", "b"), beta=0.0, scope="cls"
+    )
+    rolling.layout(labels(7))
+    reader(torch.randn(5, 7, DIM))
+    rolling.end_epoch()
+    weight = reader.q_proj.weight.clone()
+    with pytest.raises(ConfigError, match=r'fold: expected a rotation of all query rows.*got scope="cls".*scope="all"'):
+        eq.merge_rotations(reader)
+    assert torch.equal(reader.q_proj.weight, weight)
+    assert reader.q_proj.rolling is rolling
+
+
+def test_all_or_nothing():
+    made = model(depth=3)
+    last = rotated(made, scope="cls")
+    for layer, scope in zip(made.fusion.layers, ("all", "cls"), strict=False):
+        rolling = eq.balance.RollingQ(layer, scope=scope)
+        rolling.load_state_dict(last.state_dict())
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with pytest.raises(ConfigError, match="fold: expected a rotation of all query rows"):
+        eq.merge_rotations(made)
+    assert list(made.state_dict()) == list(before)
+    torch.testing.assert_close(dict(made.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Lets nobody make the given tensors double where they are, as an accelerator without that type would."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        here = isinstance(args[0], torch.Tensor) and args[0].untyped_storage().data_ptr() in self.held
+        if here and func is torch.Tensor.cpu:
+            return args[0].clone()
+        if here and (func is torch.Tensor.double or (func is torch.Tensor.to and torch.float64 in args)):
+            raise TypeError("this device has no float64")
+        return func(*args, **(kwargs or {}))
+
+
+def test_rotates_and_folds_where_the_device_has_no_float64():
+    made = model(dtype=torch.float32)
+    rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
+    layer = made.fusion.attention.query
+    with WithoutFloat64([rolling.rotation, rolling.air, layer.weight, layer.bias]):
+        with pytest.raises(TypeError, match="no float64"):
+            layer.weight[0].double()
+        forward(made, [batch(dtype=torch.float32)])
+        assert rolling.end_epoch()["rotated"] == 1.0
+        unfolded = made.eval()(batch(dtype=torch.float32)).logits
+        eq.merge_rotations(made)
+    torch.testing.assert_close(made(batch(dtype=torch.float32)).logits, unfolded, **HALF_ULPS[torch.float32])

@@ -1,0 +1,217 @@
+"""Sample valuation against spec 3.3: Shapley values, copies, both levels, every task, what it refuses."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.balance.sample_valuation import correctness
+from equipoise.errors import ConfigError
+from equipoise.fusion.modality_subsets import modality_subsets, shapley_values
+from helpers.fusion import DIM, NAMES, batch
+from helpers.steps import fused, step
+from helpers.tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static
+from helpers.tolerance import TOL
+from oracles.balance_b import copies_of, cross_entropy, shapley
+
+EXACT = TOL[torch.float64]
+quick = settings(max_examples=25, deadline=None)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def answers(made, inputs, kept):
+    """The output with the other modalities as inputs that are not there."""
+    with torch.no_grad():
+        return made.eval()(
+            {name: value if name in (*kept, "target", "mask") else None for name, value in inputs.items()}
+        )
+
+
+def oracle_values(made, inputs, *, sized=False):
+    """values[i][m] from one forward pass for every subset."""
+    names, target = made.names, rows(inputs["target"])
+    right = {frozenset(): [0] * len(target)}
+    for size in range(1, len(names) + 1):
+        for chosen in itertools.combinations(range(len(names)), size):
+            scores = rows(answers(made, inputs, [names[m] for m in chosen]).logits)
+            hits = [int(max(row) == row[y]) for row, y in zip(scores, target, strict=True)]
+            right[frozenset(chosen)] = [hit * (size if sized else 1) for hit in hits]
+    return [shapley({s: v[i] for s, v in right.items()}, len(names)) for i in range(len(target))]
+
+
+def started(made, **options):
+    """A valuation whose first epoch is over."""
+    balancer = eq.balance.SampleValuation(made, **options)
+    balancer.end_epoch()
+    return balancer
+
+
+def test_worked_examples():
+    assert modality_subsets("abc") == [[], ["a"], ["b"], ["a", "b"], ["c"], ["a", "c"], ["b", "c"], ["a", "b", "c"]]
+    # Each alone is right; only both together; the first alone, and not together.
+    worth = doubles([0, 0, 0], [1, 0, 1], [1, 0, 0], [1, 1, 0])
+    torch.testing.assert_close(shapley_values(worth), doubles([0.5, 0.5, 0.5], [0.5, 0.5, -0.5]), **EXACT)
+
+
+@quick
+@given(st.integers(1, 5), st.integers(0, 10**6))
+def test_values_equal_the_oracle_and_sum_to_the_whole(count, seed):
+    random = torch.Generator().manual_seed(seed)
+    worth = torch.randn(2**count, 3, generator=random, dtype=torch.float64)
+    found = shapley_values(worth)
+    for i in range(3):
+        named = {
+            frozenset(chosen): float(v) for chosen, v in zip(modality_subsets(range(count)), worth[:, i], strict=True)
+        }
+        assert rows(found[:, i]) == pytest.approx(shapley(named, count), abs=1e-9)
+    torch.testing.assert_close(found.sum(dim=0), worth[-1] - worth[0], **EXACT)
+
+
+def test_rightness_of_every_task():
+    logits = doubles([1.0, -2.0, 0.5], [0.0, 3.0, -1.0])
+    assert rows(correctness(logits, torch.tensor([0, 2]), "classification")) == [1, 0]
+    labels = doubles([1, 0, 0], [0, 1, 1])
+    assert rows(correctness(logits, labels, "multilabel")) == pytest.approx([2 / 3, 2 / 3])
+    assert rows(correctness(logits, logits, "regression")) == [1, 1]
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("kind", [static, fused])
+def test_values_of_a_model_equal_the_oracle(kind, number, sized):
+    names = NAMES[:number]
+    made, inputs = kind(names), batch(names, size=31)
+    balancer = eq.balance.SampleValuation(made, value="size_correct" if sized else "correct")
+    made.train()
+    found = balancer.values(made(inputs), inputs["target"])
+    expected = oracle_values(made, inputs, sized=sized)
+    torch.testing.assert_close(found.T, doubles(*expected), **EXACT)
+    assert len({round(v, 6) for row in expected for v in row}) > 2
+    right = made.eval()(inputs).logits.argmax(dim=1) == inputs["target"]
+    assert torch.equal(found.sum(dim=0).round(decimals=9), right.double() * (number if sized else 1))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_copies_of_samples_equal_the_oracle(number):
+    names = NAMES[:number]
+    made, inputs = fused(names), batch(names, size=31)
+    values, target = oracle_values(made, inputs), rows(inputs["target"])
+    total, weight = 0.0, 0
+    for row, y in zip(rows(answers(made, inputs, names).logits), target, strict=True):
+        total, weight = total + cross_entropy(row, y), weight + 1
+    for m, name in enumerate(names):
+        for row, y, value in zip(rows(answers(made, inputs, [name]).logits), target, values, strict=True):
+            total, weight = total + copies_of(round(value[m], 9)) * cross_entropy(row, y), weight
+            weight += copies_of(round(value[m], 9))
+    assert weight > 31
+    found = penalty_of(started(made), made, inputs)
+    assert float(found) == pytest.approx(total / weight, rel=1e-9)
+
+
+def test_copies_for_the_modality_that_lags():
+    names = NAMES[:3]
+    made, inputs = static(names), batch(names, size=11)
+    balancer = eq.balance.SampleValuation(made, level="modality")
+    gaps = [0.9, 0.3, 0.5]
+    balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(1), "gaps": doubles(*gaps)})
+    apart = sum(abs(a - b) for a in gaps for b in gaps) * (2 / 3) / 2
+    # With the largest gap comes nobody, with the smallest everybody.
+    kept = {names[0]: [names[0]], names[1]: list(names), names[2]: [names[0], names[2]]}
+    total = sum(apart * float(made.loss(answers(made, inputs, k).logits, inputs["target"])) for k in kept.values())
+    plain = float(made.loss(made(inputs).logits, inputs["target"]).detach())
+    expected = (plain + total) / (1 + 3 * apart)
+    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_gaps_are_those_of_the_epoch_before():
+    made, data = static(), [batch(size=11, seed=seed) for seed in range(2)]
+    balancer = eq.balance.SampleValuation(made, level="modality")
+    for inputs in data:
+        penalty_of(balancer, made, inputs)
+    found = [row for inputs in data for row in oracle_values(made, inputs)]
+    means = [sum(column) / 22 for column in zip(*found, strict=True)]
+    assert balancer.end_epoch() == pytest.approx({"value/audio": means[0], "value/image": means[1]})
+    torch.testing.assert_close(balancer.gaps, doubles(*(1 - mean for mean in means)), **EXACT)
+    # An epoch that saw nothing changes nothing.
+    balancer.end_epoch()
+    torch.testing.assert_close(balancer.gaps, doubles(*(1 - mean for mean in means)), **EXACT)
+
+
+@pytest.mark.parametrize("level", ["sample", "modality"])
+def test_the_first_epoch_is_plain(level):
+    made, inputs = fused(), batch(size=7)
+    balancer = eq.balance.SampleValuation(made, level=level)
+    assert float(penalty_of(balancer, made, inputs)) == float(made.loss(made(inputs).logits, inputs["target"]).detach())
+
+
+def test_modes_and_the_random_state_stay():
+    made = fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5))
+    inputs, balancer = batch(size=7), eq.balance.SampleValuation(made)
+    output = made.train()(inputs)
+    state = torch.get_rng_state()
+    balancer.values(output, inputs["target"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in made.modules())
+
+
+@pytest.mark.parametrize("level", ["sample", "modality"])
+def test_samples_that_lack_a_modality_get_no_copy_for_it(level):
+    made, whole = static(), batch(size=13, missing=("image",))
+    here = whole["mask"]["image"]
+    balancer = started(made, level=level)
+    values = balancer.values(made(whole), whole["target"])
+    assert not bool(values[1, ~here].any())
+    alone = correctness(answers(made, whole, ["audio"]).logits, whole["target"], "classification")
+    torch.testing.assert_close(values[0, ~here], alone[~here].double(), **EXACT)
+    gone = {**whole, "image": None, "mask": {}}
+    for inputs in (whole, gone):
+        found = step(made, eq.BalancerList(made, [balancer]), inputs)
+        assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert balancer.end_epoch()["value/image"] == pytest.approx(float(values[1].sum() / here.sum()))
+
+
+@pytest.mark.parametrize("level", ["sample", "modality"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task, level):
+    made, inputs = fused(task=task), batch_for(task, size=11)
+    balancer = eq.balance.SampleValuation(made, level=level)
+    first = float(penalty_of(balancer, made, inputs))
+    assert sum(balancer.end_epoch().values()) > 0
+    assert float(penalty_of(balancer, made, inputs)) != first
+    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_saved_and_loaded_it_goes_on():
+    made, inputs = static(), batch(size=11)
+    balancer, other = (eq.balance.SampleValuation(made, level="modality") for _ in range(2))
+    penalty_of(balancer, made, inputs)
+    balancer.end_epoch()
+    penalty_of(balancer, made, inputs)
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    assert float(penalty_of(other, made, inputs)) == float(penalty_of(balancer, made, inputs))
+    assert other.end_epoch() == balancer.end_epoch()
+
+
+def test_autocast():
+    made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = started(made, level="modality")
+    assert_like_single_precision(balancer, made, inputs)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="SampleValuation: expected two or more modalities, got audio"):
+        eq.balance.SampleValuation(fused(("audio",)))
+    for wrong in ({"level": "batch"}, {"value": "right"}):
+        with pytest.raises(ConfigError, match=f"expected level 'sample' or .* got .*{next(iter(wrong))} = "):
+            eq.balance.SampleValuation(fused(), **wrong)
+    made = fused()
+    with pytest.raises(ConfigError, match="SampleValuation: expected an output with logits, got logits = None"):
+        eq.balance.SampleValuation(made).penalty(made(batch()).with_(logits=None), batch()["target"])

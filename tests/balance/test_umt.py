@@ -1,0 +1,190 @@
+"""UMT against spec 3.3: the distance to teachers, what it leaves alone, copies, missing modalities, a whole run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise as eq
+from equipoise.balance.umt import distillation
+from equipoise.errors import ConfigError, ShapeError
+from equipoise.training.run import execute_run
+from helpers.fusion import DIM, FEATURES, NAMES, batch, slices
+from helpers.runs import job
+from helpers.steps import fused, step
+from helpers.tolerance import TOL
+from oracles.balance_c import distillation as slow
+
+EXACT = TOL[torch.float64]
+
+
+def teachers(names=("audio", "image"), *, dim=DIM, dtype=torch.float64):
+    torch.manual_seed(5)
+    return {name: nn.Sequential(nn.Linear(FEATURES[name], dim), nn.Dropout()).to(dtype) for name in names}
+
+
+def attached(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):
+    made = fused(names, seed=seed, dtype=dtype, unimodal="none", **options)
+    balancer = eq.balance.UMT(made, teachers=teachers(names, dtype=dtype), strength=strength)
+    return made, balancer, eq.BalancerList(made, [balancer])
+
+
+def distances(made, balancer, inputs):
+    """name -> mean squared difference, by a loop over samples that have the modality."""
+    found = {}
+    for name in made.names:
+        here = inputs.get("mask", {}).get(name, torch.ones(len(inputs["target"]), dtype=torch.bool)).tolist()
+        with torch.no_grad():
+            features = [
+                part(inputs[name]).mean(dim=1).tolist() for part in (made.encoders[name], balancer.teachers[name])
+            ]
+        found[name] = slow(*([row for row, yes in zip(rows, here, strict=True) if yes] for rows in features))
+    return found
+
+
+def test_distance_by_hand():
+    ones, here = torch.ones(3, 2, dtype=torch.float64), torch.tensor([True, True, False])
+    student = torch.tensor([[1.0, 2.0], [1.0, 5.0], [9.0, 9.0]], dtype=torch.float64)
+    # (0 + 1 + 0 + 16) / 4
+    assert float(distillation(student, ones, here)) == 4.25
+    assert float(distillation(student, ones, torch.zeros(3, dtype=torch.bool))) == 0.0
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("missing", [(), ("audio", "image")])
+def test_the_loss_equals_the_oracle(number, missing):
+    names = NAMES[:number]
+    made, balancer, balancing = attached(names)
+    inputs = batch(names, size=7, missing=missing)
+    output = made.train()(inputs)
+    expected = made.loss(output.logits, inputs["target"]) + 10 * sum(distances(made, balancer, inputs).values())
+    torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
+
+
+def test_the_distance_teaches_the_students_and_nobody_else():
+    made, balancer, balancing = attached()
+    plain = step(made, eq.BalancerList(made), batch())
+    before = copy.deepcopy(balancer.state_dict())
+    found = step(made, balancing, batch())
+    changed = {name for name in found if not torch.equal(found[name], plain[name])}
+    assert changed == {name for name in found if name.startswith("encoders")}
+    assert all(parameter.grad is None for parameter in balancer.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in balancer.state_dict().items())
+
+
+def test_training_brings_students_closer():
+    made, balancer, balancing = attached()
+    optimizer, inputs = torch.optim.SGD(made.parameters(), lr=0.05), batch()
+    before = distances(made, balancer, inputs)
+    for _ in range(5):
+        step(made, balancing, inputs)
+        optimizer.step()
+    after = distances(made, balancer, inputs)
+    assert all(after[name] < 0.9 * before[name] for name in before)
+
+
+def test_teachers_are_copies_in_evaluation_mode():
+    given = teachers()
+    made = fused()
+    balancer = eq.balance.UMT(made, teachers=given)
+    nn.ModuleList([balancer]).train()
+    assert not any(part.training for part in balancer.modules())
+    assert given["audio"].training
+    assert given["audio"][0].weight.requires_grad
+    assert balancer.teachers["audio"] is not given["audio"]
+
+
+def test_evaluation_asks_no_teacher():
+    made, balancer, _ = attached()
+    asked = []
+    for teacher in balancer.teachers.values():
+        teacher.register_forward_hook(lambda *_: asked.append(1))
+    made.eval()(batch())
+    with torch.no_grad():
+        made.train()(batch())
+    assert not asked
+    output = made(batch())
+    balancer.penalty(output, batch()["target"])
+    assert len(asked) == 2
+
+
+def test_detach_leaves_no_hook():
+    made, balancer, _ = attached()
+    assert all(encoder._forward_hooks for encoder in made.encoders.values())
+    balancer.detach()
+    assert not any(part._forward_hooks for part in made.modules())
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_have_teachers_of_their_own(twin):
+    made, balancer, _ = attached()
+    inputs = batch()
+    made.train()(inputs)
+    other, copied = twin((made, balancer))
+    expected = balancer.penalty(made(inputs), inputs["target"])
+    balancer.teachers["audio"][0].weight.data.zero_()
+    torch.testing.assert_close(copied.penalty(other(inputs), inputs["target"]), expected, **EXACT)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole = batch(size=12)
+    made, _, balancing = attached()
+    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    for name, gradient in large.items():
+        torch.testing.assert_close(small[name], gradient, **EXACT)
+
+
+def test_a_modality_that_nobody_has_and_a_forward_pass_without_loss():
+    made, _, balancing = attached(NAMES[:3])
+    inputs = {**batch(NAMES[:3], seed=1), "text": None}
+    # Its features of text must not be taken for those of the next batch.
+    made.train()(batch(NAMES[:3], size=7))
+    found = step(made, balancing, inputs)
+    assert "encoders.text.weight" not in found
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_autocast():
+    made, balancer, _ = attached(dtype=torch.float32)
+    inputs = batch(dtype=torch.float32)
+    exact = balancer.penalty(made(inputs), inputs["target"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = balancer.penalty(made(inputs), inputs["target"])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, **TOL[torch.bfloat16])
+
+
+def test_teachers_are_saved():
+    made, balancer, _ = attached()
+    other = eq.balance.UMT(made, teachers=teachers())
+    other.teachers["audio"][0].weight.data.zero_()
+    other.load_state_dict(balancer.state_dict())
+    assert torch.equal(other.teachers["audio"][0].weight, balancer.teachers["audio"][0].weight)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="UMT: expected two or more modalities, got audio"):
+        eq.balance.UMT(fused(("audio",)))
+    with pytest.raises(ConfigError, match=r"UMT: expected strength >= 0 .* got strength = -1"):
+        eq.balance.UMT(fused(), strength=-1)
+    with pytest.raises(ConfigError, match=r"UMT: expected .* teachers for audio, image, got .* teachers for text"):
+        eq.balance.UMT(fused(), teachers=teachers(("text",)))
+    made = fused()
+    balancer = eq.balance.UMT(made, teachers=teachers(("audio",)))
+    with pytest.raises(ConfigError, match="UMT: expected a teacher for 'image', got teachers for audio"):
+        balancer.penalty(made(batch()), batch()["target"])
+    made = fused()
+    balancing = eq.BalancerList(made, [eq.balance.UMT(made, teachers=teachers(dim=7))])
+    with pytest.raises(
+        ShapeError, match=r"UMT 'audio': expected a teacher of its student's width dim = 12, got width 7"
+    ):
+        balancing.loss(made(batch()), batch()["target"])
+
+
+def test_a_run_trains_its_teachers_first(tmp_path):
+    run = execute_run(job("concat+umt", epochs=1, batch_size=500), tmp_path)
+    assert run["method"] == "concat+umt"
+    assert sorted(path.name for path in (tmp_path / "teachers").iterdir()) == ["audio", "image"]
+    assert eq.load(tmp_path).names == ("audio", "image")

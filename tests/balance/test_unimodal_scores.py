@@ -1,0 +1,113 @@
+"""Scores of every task, and of one answer for everybody, against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.diagnostics.task_scores import (
+    SCORES,
+    check_answers,
+    constant_answer,
+    correct,
+    outcomes,
+    score_name,
+    task_score,
+)
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.fusion import model
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+
+
+def slow_score(logits, target, task):
+    found = []
+    for answer, truth in zip(logits, target, strict=True):
+        if task == "classification":
+            found.append(float(max(range(len(answer)), key=lambda c: answer[c]) == truth))
+        elif task == "multilabel":
+            found.append(sum((a > 0) == bool(t) for a, t in zip(answer, truth, strict=True)) / len(answer))
+        else:
+            found.append(-sum(abs(a - t) for a, t in zip(answer, truth, strict=True)) / len(answer))
+    return sum(found) / len(found)
+
+
+def drawn(task, samples, outputs, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits, values = torch.randn(2, samples, outputs, generator=random, dtype=torch.float64)
+    if task == "classification":
+        return logits, torch.randint(outputs, (samples,), generator=random)
+    return logits, (values > 0).double() if task == "multilabel" else values
+
+
+@pytest.mark.parametrize("task", SCORES)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 11), st.integers(2, 5), st.integers(0, 1000))
+def test_score_against_loops(task, samples, outputs, seed):
+    logits, target = drawn(task, samples, outputs, seed)
+    found = float(task_score(logits, target, task))
+    assert found == pytest.approx(slow_score(logits.tolist(), target.tolist(), task), abs=TOL[torch.float32]["atol"])
+
+
+@pytest.mark.parametrize("task", SCORES)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 13), st.integers(2, 5), st.integers(0, 1000))
+def test_no_constant_answer_is_better(task, samples, outputs, seed):
+    _, target = drawn(task, samples, outputs, seed)
+    constant = constant_answer(target, task)
+    found = float(task_score(constant.expand(samples, -1), target, task))
+    if task == "classification":
+        most = max(target.tolist().count(label) for label in range(outputs))
+        assert found == pytest.approx(most / samples)
+    elif task == "multilabel":
+        ones = [sum(row[label] for row in target.tolist()) for label in range(outputs)]
+        assert found == pytest.approx(sum(max(n, samples - n) for n in ones) / samples / outputs)
+    else:
+        # The error is convex and has its corners at the targets, so one of them is best.
+        columns = list(zip(*target.tolist(), strict=True))
+        best = [min(sum(abs(value - other) for other in column) for value in column) for column in columns]
+        assert found == pytest.approx(-sum(best) / samples / outputs)
+
+
+def test_one_output_of_whole_numbers():
+    assert constant_answer(torch.tensor([1, 2, 6]), "regression").tolist() == [2.0]
+    found = float(task_score(torch.tensor([[2.0]]).expand(3, -1), torch.tensor([1, 2, 6]), "regression"))
+    assert found == pytest.approx(-5 / 3)
+
+
+@pytest.mark.parametrize("task", SCORES)
+def test_score_is_the_mean_of_the_outcomes(task):
+    logits, target = drawn(task, 17, 3, 5)
+    each = outcomes(logits, target, task)
+    assert each.shape == (17,)
+    assert float(each.double().mean()) == pytest.approx(float(task_score(logits, target, task)))
+    for place in range(17):
+        alone = task_score(logits[place : place + 1], target[place : place + 1], task)
+        assert float(each[place]) == pytest.approx(float(alone))
+
+
+def test_equal_logits_count_as_a_draw_among_them():
+    logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 1.0, 0.5], [1.0, 1.0, 0.0], [torch.nan, 1.0, 0.0]])
+    found = correct(logits, torch.tensor([1, 2, 1, 2, 1]))
+    assert found[:4].tolist() == pytest.approx([1 / 2, 1 / 3, 1.0, 0.0])
+    assert found[4].isnan()
+    # A constant model is at chance, whatever class 0 is.
+    for target in (0, 3):
+        assert float(task_score(torch.zeros(7, 4), torch.full((7,), target), "classification")) == 0.25
+
+
+def test_errors():
+    made, logits = model(), torch.tensor([[1.0, 0.0]] * 3)
+    assert score_name(made, logits, torch.tensor([0, 0, 1]), "who") == pytest.approx(2 / 3)
+    with pytest.raises(ConfigError, match=r"who: expected a model whose task is classification, .* task = None\. Set"):
+        score_name(torch.nn.Linear(2, 3), logits, torch.zeros(3), "who")
+    with pytest.raises(ShapeError, match=r"who: expected a target for each of 3 samples, got 0\. Give every batch"):
+        score_name(made, logits, torch.zeros(0), "who")
+    logits[1, 1] = math.nan
+    message = r"who: expected logits that are numbers, got NaN for 1 of 3 samples, the first is number 1\. Look for"
+    with pytest.raises(NonFiniteError, match=message):
+        score_name(made, logits, torch.tensor([0, 0, 1]), "who")
+    check_answers(torch.tensor([[0.0, -math.inf]]), "who")

@@ -1,0 +1,306 @@
+"""Copies and averages of a model's weights apply the rotation that their buffer holds."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch.func import functional_call, stack_module_state, vmap
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+import equipoise as eq
+from equipoise.balance.rollingq.effective_rotation import EffectiveRotation, remembered_or_raw
+from equipoise.errors import ConfigError
+from equipoise.geometry import nearest_rotation
+from helpers.fusion import DIM, batch, forward, model
+from helpers.tolerance import TOL
+
+EXACT = TOL[torch.float64]
+ROTATION = "fusion.attention.core.rolling.rotation"
+
+
+def attached(seed=0, *, scope="all", **options):
+    made = model(seed=seed, **options)
+    return made, eq.balance.RollingQ(made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, scope=scope)
+
+
+def rotated(seed=0, epochs=1, **options):
+    made, rolling = attached(seed, **options)
+    for epoch in range(epochs):
+        forward(made, [batch(seed=epoch, dtype=made.head.weight.dtype)])
+        assert rolling.end_epoch()["rotated"] == 1.0
+    return made.eval()
+
+
+def logits(made):
+    with torch.no_grad():
+        return made.eval()(batch(seed=9, dtype=torch.float64)).logits
+
+
+def loaded(state):
+    """A new model with the given state dict."""
+    made, _ = attached(seed=5)
+    made.load_state_dict(state)
+    return made
+
+
+def by_hand(made):
+    """Logits computed without RollingQ, from weights into which the rotation of the buffer's SVD is multiplied."""
+    u, _, vt = torch.linalg.svd(made.state_dict()[ROTATION])
+    plain = model(seed=5)
+    plain.load_state_dict({name: value for name, value in made.state_dict().items() if "rolling" not in name})
+    with torch.no_grad():
+        block = torch.block_diag(*(u @ vt))
+        plain.fusion.attention.query.weight.copy_(block.T @ made.fusion.attention.query.weight)
+        plain.fusion.attention.query.bias.copy_(made.fusion.attention.query.bias @ block)
+    return logits(plain)
+
+
+def copy_values(target, source):
+    for old, new in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        old.copy_(new)
+
+
+def copy_data(target, source):
+    ours, theirs = (itertools.chain(made.parameters(), made.buffers()) for made in (target, source))
+    for old, new in zip(ours, theirs, strict=True):
+        old.data.copy_(new.data)
+
+
+def lerp_values(target, source):
+    for old, new in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        old.copy_(old * 0.0 + new)
+
+
+def load(target, source, **options):
+    target.load_state_dict(source.state_dict(), **options)
+
+
+def load_assigned(target, source):
+    load(target, source, assign=True)
+
+
+def load_loosely(target, source):
+    load(target, source, strict=False)
+
+
+def swap(target, source):
+    """As Lightning swaps an average with the current weights for validation."""
+    copy_data(target, copy.deepcopy(source))
+
+
+COPIES = [copy_values, copy_data, lerp_values, load, load_assigned, load_loosely, swap]
+
+
+@pytest.mark.parametrize("write", COPIES)
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_copy_of_the_weights_applies_the_rotation(write, warm):
+    source, (target, _) = rotated(), attached(seed=3)
+    if warm:
+        logits(target)
+    with torch.no_grad():
+        write(target, source)
+    assert torch.equal(logits(target), logits(source))
+    merged = eq.merge_rotations(copy.deepcopy(target))
+    torch.testing.assert_close(logits(merged), logits(source), **EXACT)
+    torch.testing.assert_close(logits(target), by_hand(source), **EXACT)
+    # And back: a copy of weights without a rotation has none.
+    plain, _ = attached(seed=4)
+    with torch.no_grad():
+        write(target, plain)
+    assert torch.equal(logits(target), logits(plain))
+
+
+def test_merging_right_after_a_copy_keeps_the_rotation():
+    source, (target, _) = rotated(), attached(seed=3)
+    with torch.no_grad():
+        copy_values(target, source)
+    torch.testing.assert_close(logits(eq.merge_rotations(target)), logits(source), **EXACT)
+
+
+def test_a_state_dict_of_other_layers_leaves_the_rotation():
+    made = rotated()
+    before = made.state_dict()[ROTATION].clone()
+    encoders = {name: value for name, value in made.state_dict().items() if name.startswith("encoders.")}
+    made.load_state_dict(encoders, strict=False)
+    assert torch.equal(made.state_dict()[ROTATION], before)
+    made.load_state_dict(model(seed=2).state_dict(), strict=False)
+    assert torch.equal(made.state_dict()[ROTATION], torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
+
+
+def test_functional_calls_use_the_buffers_that_they_are_given():
+    source, (target, _) = rotated(), attached(seed=3)
+    target.eval()
+    before = logits(target)
+    state = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    with torch.no_grad():
+        given = functional_call(target, state, (batch(seed=9),)).logits
+        alone = functional_call(target, {ROTATION: source.state_dict()[ROTATION]}, (batch(seed=9),)).logits
+    assert torch.equal(given, logits(source))
+    assert not torch.equal(alone, before)
+    assert torch.equal(logits(target), before)
+
+
+def test_ensembles_in_one_call():
+    models = [rotated(), rotated(seed=3), attached(seed=4)[0].eval()]
+    parameters, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0])
+    inputs = batch(seed=9)
+
+    def call(parameters, buffers):
+        return functional_call(base, (parameters, buffers), (inputs,)).logits
+
+    with torch.no_grad():
+        together = vmap(call)(parameters, buffers)
+    torch.testing.assert_close(together, torch.stack([logits(made) for made in models]), **EXACT)
+
+
+@pytest.mark.parametrize("options", [
+    {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}, {"avg_fn": get_ema_avg_fn(0.7)}, {},
+])  # fmt: skip
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_an_averaged_model_predicts_what_its_state_dict_says(options, use_buffers):
+    made, rolling = attached()
+    average = AveragedModel(made, use_buffers=use_buffers, **options)
+    average.update_parameters(made)
+    for epoch in range(3):
+        forward(made, [batch(seed=epoch)])
+        rolling.end_epoch()
+        with torch.no_grad():
+            made.fusion.attention.query.weight.mul_(1.1)
+        average.update_parameters(made)
+        average.update_parameters(made)
+        module = average.module
+        stored = module.state_dict()[ROTATION]
+        orthogonal = torch.dist(stored.mT @ stored, torch.eye(DIM // 2, dtype=torch.float64)) < 1e-9
+        assert bool(orthogonal) == (not use_buffers)
+        assert torch.equal(logits(loaded(module.state_dict())), logits(module))
+        torch.testing.assert_close(logits(module), by_hand(module), **EXACT)
+        torch.testing.assert_close(logits(eq.merge_rotations(copy.deepcopy(module))), logits(module), **EXACT)
+        made.train()
+
+
+def test_copies_and_pickles_of_an_average_apply_it_too():
+    average = AveragedModel(rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    for epochs in (1, 2):
+        average.update_parameters(rotated(epochs=epochs))
+    for again in (copy.deepcopy(average.module), pickle.loads(pickle.dumps(average.module))):
+        assert torch.equal(logits(again), logits(average.module))
+
+
+def test_an_average_is_rotated_on_from_what_it_applies():
+    average = AveragedModel(rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    for epochs in (1, 2):
+        average.update_parameters(rotated(epochs=epochs))
+    rolling = average.module.fusion.attention.core.rolling
+    forward(average.module, [batch(seed=7)])
+    assert rolling.end_epoch()["rotated"] == 1.0
+    identity = torch.eye(DIM // 2, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, identity, **EXACT)
+
+
+def test_an_averaged_counter_does_not_allow_one_rotation_more():
+    made, rolling = attached()
+    rolling.max_rotations = 1
+    average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    average.update_parameters(made)
+    forward(made, [batch()])
+    assert rolling.end_epoch()["rotations"] == 1.0
+    average.update_parameters(made)
+    other = average.module.fusion.attention.core.rolling
+    assert int(other.rotations) == 0
+    forward(average.module, [batch(seed=3)])
+    log = other.end_epoch()
+    assert (log["rotated"], log["rotations"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("corner", [
+    torch.zeros(2, 2), torch.diag(torch.tensor([1.0, -1.0])), torch.full((2, 2), torch.nan),
+])  # fmt: skip
+def test_an_average_without_a_rotation_is_refused(corner):
+    made, rolling = attached()
+    with torch.no_grad():
+        # Zeros: the average of the identity and a half turn.
+        rolling.rotation[0, :2, :2] = corner
+    message = r"RollingQ: expected a rotation, or an average of rotations .* load the rotation of one of the models"
+    for use in (lambda: logits(made), lambda: eq.merge_rotations(made), lambda: loaded(made.state_dict())):
+        with pytest.raises(ConfigError, match=message):
+            use()
+
+
+def test_a_layer_without_a_rotation_computes_the_same_bit_for_bit():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        plain, (made, _) = model(dtype=dtype), attached(dtype=dtype)
+        outputs = [each.train()(batch(dtype=dtype)).logits for each in (plain, made)]
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.float().square().sum().backward()
+        for one, other in zip(plain.parameters(), made.parameters(), strict=True):
+            assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+def test_the_result_is_remembered_until_the_values_change():
+    buffer = torch.linalg.qr(torch.randn(2, 4, 4))[0] * 0.9
+    buffer[torch.linalg.det(buffer) < 0, 0] *= -1
+    effective = EffectiveRotation()
+    first = effective.offset(buffer)
+    assert effective.offset(buffer.clone()) is first
+    buffer.data[0] = torch.eye(4)
+    assert torch.equal(effective.offset(buffer)[0], torch.zeros(4, 4))
+
+
+def test_without_waiting_for_the_device_a_copied_rotation_is_applied():
+    first, second = rotated().state_dict()[ROTATION], rotated(seed=3).state_dict()[ROTATION]
+    offset = EffectiveRotation().offset(first)
+    identity = torch.eye(DIM // 2, dtype=torch.float64)
+    assert torch.equal(remembered_or_raw(first.clone(), first, offset), offset)
+    assert torch.equal(remembered_or_raw(second, first, offset), second - identity)
+
+
+@pytest.mark.parametrize("angle", [0.3, 1.5, 3.0])
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.5])
+def test_the_nearest_rotation_of_two_in_a_plane(angle, weight):
+    def plane(turn):
+        turn = torch.tensor(turn, dtype=torch.float64)
+        return torch.stack([turn.cos(), turn.sin(), -turn.sin(), turn.cos()]).reshape(2, 2)
+
+    average = torch.lerp(plane(0.2), plane(0.2 + angle), weight)
+    direction = torch.atan2(average[0, 1], average[0, 0])
+    torch.testing.assert_close(nearest_rotation(average), plane(float(direction)), **EXACT)
+
+
+def test_the_nearest_rotation_leaves_rotations_as_they_are():
+    for dtype in (torch.float32, torch.float64):
+        rotation = torch.linalg.qr(torch.randn(3, 64, 64, dtype=torch.float64))[0]
+        rotation = rotation.to(dtype)
+        rotation[torch.linalg.det(rotation) < 0, 0] *= -1
+        assert torch.equal(nearest_rotation(rotation), rotation)
+    assert nearest_rotation(torch.eye(3).bfloat16()).dtype == torch.float32
+    assert nearest_rotation(torch.diag(torch.tensor([1.0, -1.0]))).isnan().all()
+
+
+@pytest.mark.parametrize("write", [copy_values, copy_data])
+def test_a_copy_of_the_weights_has_the_depth_of_its_buffer(write):
+    def staged(seed):
+        made = model(depth=2, seed=seed)
+        return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, scope="cls")
+
+    (source, balancer), (target, _) = staged(0), staged(3)
+    forward(source, [batch()])
+    balancer.end_epoch()
+    with torch.no_grad():
+        write(target, source)
+    assert torch.equal(logits(target), logits(source))
+    assert [layer.readout for layer in target.fusion.layers] == [False, True]
+
+
+def test_an_average_of_depths_reaches_the_later_one():
+    made = model(depth=2)
+    average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    made.fusion.use_depth(1)
+    average.update_parameters(made)
+    made.fusion.use_depth(2)
+    for _ in range(3):
+        average.update_parameters(made)
+    assert torch.equal(logits(average.module), logits(made))

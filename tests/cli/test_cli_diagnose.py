@@ -1,0 +1,202 @@
+"""``equipoise diagnose`` on tiny runs: the figures of the run itself, what is written, and errors in one sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise.cli import run
+from equipoise.diagnostics.suite import QUESTIONS, Diagnosis
+from equipoise.results import result_rows
+from equipoise.results.significance import unpack_outcomes
+from equipoise.training import compare
+from helpers.runs import recipe, write_recipe
+
+METHODS = ("audio", "image", "concat", "joint", "deep")
+SAME = (
+    "accuracy", "accuracy_noise/audio", "accuracy_noise/image", "noise_attention_r", "noise_attention_r_own",
+    "share/audio", "share/image", "air", "parameters", "flops",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of the runs of a comparison."""
+    folder = tmp_path_factory.mktemp("cli")
+    compare(recipe(epochs=1), METHODS, seeds=1, out=folder, workers=0)
+    return folder / "runs" / "all"
+
+
+@pytest.fixture
+def seed0(compared):
+    return lambda method: compared / method / "seed0"
+
+
+def failed(capsys, *arguments):
+    assert run(["diagnose", *map(str, arguments)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("equipoise: ")
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def joint(compared, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert run(["diagnose", str(compared / "joint" / "seed0"), "--out", str(out)]) == 0
+    return out
+
+
+def test_figures_are_those_that_the_training_wrote(seed0, joint):
+    found = Diagnosis.load(joint)
+    trained = json.loads((seed0("joint") / "run.json").read_text())["run"]["metrics"]
+    for name in SAME:
+        assert found.metrics[name] == pytest.approx(trained[name], rel=1e-5, abs=1e-6), name
+    # Those of the comparison's models of one modality, not of the heads.
+    for name in ("audio", "image"):
+        own = json.loads((seed0(name) / "run.json").read_text())["run"]["metrics"]["accuracy"]
+        assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(own, rel=1e-6)
+    assert found.details["score"]["alone_from"] == "models"
+    assert found.details["response"]["modality"] == "audio"
+    assert (found.name, found.seed, found.fold, found.samples) == ("joint", 0, None, 497)
+    assert found.protocol["data"] == "digits"
+    assert found.protocol["outside"] == "noise"
+    assert "auroc" in found.metrics
+
+
+def test_models_alone_are_compared_on_the_same_samples(seed0, joint):
+    each = Diagnosis.load(joint).details["score"]["outcomes"]
+    for name in ("audio", "image"):
+        own = json.loads((seed0(name) / "run.json").read_text())["run"]["outcomes"]["accuracy"]
+        assert np.array_equal(unpack_outcomes(each[f"accuracy_alone/{name}"]), unpack_outcomes(own), equal_nan=True)
+    assert not any("unpaired" in verdict.text for verdict in Diagnosis.load(joint).verdicts)
+
+
+@pytest.mark.parametrize("change", ["no outcomes", "other length", "other data", "no recipe"])
+def test_models_alone_of_other_samples_are_known_by_their_score(change, compared, tmp_path):
+    """Files of earlier versions, and runs that were tested on something else."""
+    for method in ("joint", "audio", "image"):
+        shutil.copytree(compared / method, tmp_path / method)
+    for name in ("audio", "image"):
+        folder = tmp_path / name / "seed0"
+        content = json.loads((folder / "run.json").read_text())
+        del content["checksum"]
+        if change == "no outcomes":
+            del content["run"]["outcomes"]
+        elif change == "other length":
+            content["run"]["outcomes"]["accuracy"] = content["run"]["outcomes"]["accuracy"][1:]
+        elif change == "other data":
+            write_recipe(folder / "recipe.yaml", recipe(epochs=1), data={"name": "digits", "seed": 1})
+        else:
+            (folder / "recipe.yaml").unlink()
+        (folder / "run.json").write_text(json.dumps(content))
+    assert run(["diagnose", str(tmp_path / "joint" / "seed0"), "--tests", "noise", "--outside", "none"]) == 0
+    found = Diagnosis.load(tmp_path / "joint" / "seed0" / "diagnosis")
+    assert found.details["score"]["alone_from"] == "models"
+    assert not any("_alone/" in metric for metric in found.details["score"]["outcomes"])
+    assert "accuracy_alone/audio" in found.metrics
+
+
+def test_what_is_written(joint):
+    assert {path.name for path in joint.iterdir()} == {"diagnosis.json", "results.json", "report.html"}
+    (one,) = result_rows.load_results(joint)["runs"]
+    assert one["method"] == "joint"
+    assert "<h1>joint " in (joint / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_verdicts_are_shown(seed0, capsys):
+    folder = seed0("deep")
+    assert run(["diagnose", str(folder), "--tests", "noise, masking", "--seed", "2", "--outside", "none"]) == 0
+    said = capsys.readouterr().out
+    found = Diagnosis.load(folder / "diagnosis")
+    for verdict in found.verdicts:
+        assert verdict.text.split()[0] in said
+    assert f"({found.samples} samples)" in " ".join(said.split())
+    assert "diagnosing deep" in said
+    assert f"report:    {folder / 'diagnosis' / 'report.html'}" in said
+    assert set(found.details) == {"score", "noise", "masking"}
+    assert found.protocol["noise_seed"] == 2
+    assert "outside" not in found.protocol
+    # The training's own results are still there.
+    assert (folder / "run.json").is_file()
+    shutil.rmtree(folder / "diagnosis")
+
+
+def test_several_runs_side_by_side(seed0, tmp_path, capsys):
+    folders = [str(seed0(method)) for method in ("joint", "concat", "audio")]
+    assert run(["diagnose", *folders, "--out", str(tmp_path), "--tests", "noise,masking"]) == 0
+    said = capsys.readouterr().out
+    assert "Not tested: masking: the model has one modality" in " ".join(said.split())
+    assert [one["method"] for one in result_rows.load_results(tmp_path)["runs"]] == ["joint", "concat", "audio"]
+    for name in ("joint", "concat", "audio"):
+        assert Diagnosis.load(tmp_path / name).name == name
+    assert "joint, concat and audio, side by side" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_again(seed0, joint, tmp_path):
+    state = torch.get_rng_state()
+    assert run(["diagnose", str(seed0("joint")), "--out", str(tmp_path)]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (json.loads((folder / "diagnosis.json").read_text()) for folder in (joint, tmp_path))
+    assert first == second
+
+
+def test_no_such_run(tmp_path, compared, seed0, capsys):
+    assert "expected the folder of a finished run, with run.json" in failed(capsys, tmp_path / "nowhere")
+    said = failed(capsys, compared.parent.parent)
+    assert "It holds 5 runs of a comparison; give one of them, such as" in said
+    # A wrong folder is found before the first model is tested.
+    assert "nowhere' without run.json" in failed(capsys, seed0("joint"), tmp_path / "nowhere", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unfinished_run(seed0, tmp_path, capsys):
+    copy = shutil.copytree(seed0("joint"), tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    assert "without model.safetensors. Give --out of equipoise train once it is done." in failed(capsys, copy)
+    (copy / "run.json").write_text('{"run": {"meth')
+    shutil.copy(seed0("joint") / "model.safetensors", copy)
+    assert "expected a whole run, got JSONDecodeError" in failed(capsys, copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tests", "noise,maskin"], "expected a known test, got 'maskin'. Did you mean 'masking'"),
+        (["--tests", ","], f"expected some of {', '.join(QUESTIONS)} after --tests, got ','"),
+        (["--modality", "imag"], "expected a known modality, got 'imag'. Did you mean 'image'?"),
+    ],
+)
+def test_wrong_options(options, message, seed0, tmp_path, capsys):
+    assert message in failed(capsys, seed0("joint"), "--out", tmp_path / "o", *options)
+    assert not (tmp_path / "o").exists()
+
+
+def test_one_run_given_twice(seed0, capsys):
+    assert "diagnose: expected each run once, got joint, seed 0, joint, seed 0" in failed(
+        capsys, seed0("joint"), seed0("joint")
+    )
+
+
+def test_no_number_in_a_batch(seed0, tmp_path, capsys, monkeypatch):
+    from equipoise.data.sets.digits import Digits
+
+    plain = Digits.augment
+
+    def augment(self, inputs, draw, *, train):
+        seen = plain(self, inputs, draw, train=train)
+        seen["audio"][3] = torch.nan
+        return seen
+
+    monkeypatch.setattr(Digits, "augment", augment)
+    said = failed(capsys, seed0("joint"), "--out", tmp_path / "o")
+    assert "expected logits that are numbers, got NaN for 2 of 497 samples, the first is number 3" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_cannot_be_written(seed0, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(["diagnose", str(seed0("audio")), "--tests", "cost", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err

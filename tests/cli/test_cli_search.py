@@ -1,0 +1,131 @@
+"""``equipoise search``: what it shows, what it writes, how fast it answers, and errors in one sentence."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from equipoise.cli import run, search_command
+from equipoise.data import load_dataset
+from equipoise.evaluation.search.embedding_cache import NAME
+from equipoise.evaluation.search.terminal_image import HALF
+from equipoise.training import RunSpec, execute_run
+from equipoise.training import load as load_run
+from helpers.search import recipe, space, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "emoji", space())
+
+
+def failed(capsys, *arguments):
+    assert run(["search", *map(str, arguments)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("equipoise: ")
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_words_find_pictures(folder, capsys):
+    assert run(["search", "--model", str(folder), "blue heart", "--top", "7"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("0.") >= 7
+    assert "7 of 3395" in said
+    assert HALF not in said
+    assert (folder / NAME).is_file()
+
+
+def test_a_second_search_is_fast(folder, capsys):
+    run(["search", "--model", str(folder), "dog"])
+    start = time.process_time()
+    assert run(["search", "--model", str(folder), "dog"]) == 0
+    assert time.process_time() - start < 2.0
+
+
+def test_a_picture_finds_words(folder, capsys, tmp_path):
+    Image.fromarray(load_dataset("emoji").pictures[3].numpy()).save(tmp_path / "unknown.png")
+    assert run(["search", "--model", str(folder), "--image", str(tmp_path / "unknown.png"), "--top", "3"]) == 0
+    assert f"3 of {len(load_file(folder / NAME)['text'])}" in capsys.readouterr().out
+
+
+def test_a_folder_of_ones_own(folder, capsys, tmp_path):
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "sky.png")
+    (tmp_path / "half.png").write_bytes(b"\x89PNG")
+    assert run(["search", "--model", str(folder), "blue", "--images", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "sky.png" in said
+    assert "1 of 1" in said
+    assert "Left out: image" in said
+    assert "new" not in said.replace("sky.png", "")
+
+
+def test_what_was_never_seen_is_said(folder, capsys):
+    assert run(["search", "--model", str(folder), "bluish heart", "--top", "2"]) == 0
+    assert "No caption of the training has “bluish”: read by its letters alone." in capsys.readouterr().out
+
+
+def test_pictures_where_the_terminal_has_colors(folder, monkeypatch):
+    console = Console(force_terminal=True, color_system="truecolor", width=60, legacy_windows=False)
+    monkeypatch.setattr(search_command, "out", console)
+    with console.capture() as seen:
+        assert run(["search", "--model", str(folder), "dog", "--top", "4"]) == 0
+    said = seen.get()
+    assert said.count(HALF) == 4 * 16 * 8
+    assert "38;2;" in said
+
+
+def test_the_gallery_is_written(folder, capsys, tmp_path):
+    page = tmp_path / "new" / "gallery.html"
+    assert run(["search", "--model", str(folder), "red heart", "--html", str(page)]) == 0
+    assert f"gallery: {page}" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").count('class="card"') == 10
+
+
+def test_a_question_that_is_none(folder, capsys, tmp_path):
+    model = ("--model", folder)
+    assert "search: expected a text, or a picture after --image, got neither" in failed(capsys, *model)
+    assert "got both" in failed(capsys, *model, "dog", "--image", tmp_path / "dog.png")
+    assert "search: expected a text with a word in it, got ' '" in failed(capsys, *model, " ")
+    assert "search: expected a text with a word in it, got '?!'" in failed(capsys, *model, "?!")
+    assert "search: expected --top of 1 or more, got 0" in failed(capsys, *model, "dog", "--top", "0")
+    said = failed(capsys, *model, "qqqq")
+    assert "expected a known word, got 'qqqq'. Choose one of: 0, 00, 1" in said
+    assert "in all)" in said
+    assert len(said) < 400
+    assert "of at most 24 words, got 30" in failed(capsys, *model, "dog " * 30)
+
+
+def test_pictures_and_folders_that_are_none(folder, capsys, tmp_path):
+    model = ("--model", folder)
+    assert "expected an image, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
+    Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
+    assert "got mode F, whose range is not known" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
+    assert "which is none" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
+
+
+def test_folders_of_no_run(folder, capsys, tmp_path):
+    assert "expected the folder of a finished run" in failed(capsys, "--model", tmp_path / "none", "dog")
+    broken = write_run(tmp_path / "broken", space())
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert "model.safetensors" in failed(capsys, "--model", broken, "dog")
+    other = write_run(tmp_path / "other", space())
+    text = (other / "run.json").read_text().replace("info_nce", "clip")
+    (other / "run.json").write_text(text)
+    assert "expected a known variant, got 'clip'" in failed(capsys, "--model", other, "dog")
+
+
+def test_a_run_is_trained_and_read_back(tmp_path):
+    made = recipe().with_train(epochs=1, batch_size=512)
+    job, folder = RunSpec(made, "siglip", seed=0), tmp_path / "run"
+    run_row = execute_run(job, folder, trainer_options={"limit_train_batches": 2, "limit_val_batches": 1})
+    metrics = run_row["metrics"]
+    assert 0 <= metrics["recall@1"] <= metrics["recall@5"] <= 1
+    assert metrics["chance/recall@1"] == pytest.approx(1 / 276)
+    assert {"compositionality/image", "modality_gap/image-text", "text_to_image_among_all/recall@1"} <= set(metrics)
+    again = load_run(folder).evaluate(load_dataset("emoji"))["metrics"]
+    assert {name: metrics[name] for name in again} == pytest.approx(again, rel=1e-4, abs=1e-5)
+    assert json.loads((folder / "run.json").read_text())["run"]["method"] == "siglip"

@@ -1,0 +1,587 @@
+"""Places that must not be written, files that do not belong together, and terminals that are gone or plain."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import equipoise as eq
+from equipoise.cli import run
+from equipoise.cli.command_line import _in_its_place
+from equipoise.errors import ConfigError, DataError, NonFiniteError, SchemaError
+from equipoise.io.atomic_files import (
+    atomic_write,
+    check_folder,
+    check_path_component,
+    make_folder,
+    open_atomic,
+    read_json,
+)
+from equipoise.io.checksums import digest
+from equipoise.io.interrupt_handling import is_program
+from equipoise.results import result_rows
+from equipoise.training import RunSpec, compare, recipes
+from equipoise.training.checkpoint import AtomicCheckpointIO, check_state, read_state_dict
+from helpers.fake_results import fake_results
+from helpers.runs import recipe, write_recipe
+
+SMALL = {"name": "digits"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a comparison of two methods that differ in nothing but their seeds and names."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = write_recipe(folder / "r.yaml", recipe(epochs=1), fusions={"twin": {"fusion": "concat"}})
+    words = ["compare", "--config", config, "--methods", "concat,twin", "--workers", "0", "--out", str(folder / "o")]
+    assert run(words) == 0
+    return folder / "o", words
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of it, the command that continues it, and the folders of its two runs."""
+    out = shutil.copytree(trained[0], tmp_path / "o")
+    return out, [*trained[1][:-1], str(out)], out / "runs/all/concat/seed0", out / "runs/all/twin/seed0"
+
+
+def told(capfd, *words):
+    assert run([str(word) for word in words]) == 1
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("equipoise: ")
+    assert len(said.splitlines()) == 1
+    return said
+
+
+# What a recipe may not do
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "data: {name: digits, audio_noise: {class_path: evilmod.x}}",
+        "data: {class_path: evilmod.X, name: digits}",
+        "data: {name: evilmod}",
+        "encoders: {audio: {class_path: evilmod.X}, image: {}}",
+        "encoders: {audio: {name: evilmod.X}, image: {}}",
+        "fusions: {joint: {fusion: evilmod.X}}",
+        "fusions: {joint: {class_path: evilmod.X, init_args: {}}}",
+        "balancers: {rollingq: {balancer: evilmod.X}}",
+        "balancers: {rollingq: {rho: {class_path: evilmod.X}}}",
+        "train: {class_path: evilmod.X}",
+        "train: {optimizer: {class_path: evilmod.X}}",
+        "train: evilmod.X",
+        "model: {name: evilmod.X}",
+        "model: {name: space, class_path: evilmod.X}",
+        "reference: {class_path: evilmod.X}",
+        "class_path: evilmod.X",
+        "seeds: !!python/object/apply:evilmod.x []",
+        "seeds: !!python/name:evilmod.x",
+    ],
+)
+def test_a_recipe_imports_nothing(part, tmp_path, capfd, monkeypatch):
+    (tmp_path / "evilmod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nx = X = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = {"data": "data: {name: digits}", "encoders": "encoders: {audio: {dim: 8}, image: {dim: 8, patch: 4}}"}
+    lines[part.partition(":")[0]] = part
+    (tmp_path / "r.yaml").write_text("\n".join([*lines.values(), "methods: [joint+rollingq]"]))
+    told(capfd, "compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0)
+    assert "evilmod" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "o").exists()
+
+
+NAMES = ["../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", ".hidden", "x" * 300, "a\nb", "a+b"]
+
+
+@pytest.mark.parametrize("part", ["fusions", "balancers", "encoders"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_a_recipe_lead_nowhere_else(part, name):
+    with pytest.raises(ConfigError, match=r"recipe, \w+: expected a name without / .*got"):
+        recipes.recipe_from_dict({"data": SMALL, "encoders": {}, part: {name: {}}})
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_methods_and_folds_lead_nowhere_else(name, tmp_path):
+    for job in (RunSpec(recipe(), name, 0), RunSpec(recipe(), "joint", 0, name)):
+        if job.fold == "":
+            continue  # none
+        with pytest.raises(ConfigError, match=r"expected a name without / .* It becomes the name of a folder"):
+            job.folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeds: 1\nseeds: 2", "expected each key once, got seeds twice in line 4. Remove one."),
+        ("data: {name: digits, name: emoji}", "expected each key once"),
+        ("seeds: null", "expected a whole number under seeds, got None"),
+        ("seeds: .nan", "expected finite numbers of at most 19 digits"),
+        ("seeds: " + "9" * 30, "expected finite numbers of at most 19 digits"),
+        ("seeds: " + "9" * 5000, "expected YAML, got Exceeds the limit"),
+        ("seeds: !!binary eA==", "got b'x'. Put quotes around what is meant as a text."),
+        ("seeds: 2020-01-01", "expected a whole number under seeds, got 2020-01-01"),
+        ("seeds: " + "[" * 3000 + "]" * 3000, "nested at most 30 deep"),
+        ("methods: [" + "1, " * 30000 + "1]", "at most 20,000 values, got more than that"),
+        ("methods: [1]", "expected a text under methods.0, got 1"),
+        ("methods: joint", "expected a list under methods, got joint"),
+        ("1: 2", "got 1. Put quotes around what is meant as a text."),
+        ('reference: "\\ud800"', "expected"),
+        ("reference: [a]", "expected a text or nothing under reference, got ['a']"),
+        ("train: {learning_rate: 1e-3}", "got 1e-3. YAML takes 1e-3 for a text; write 1.0e-3."),
+        ("train: {epochs: 99999999999}", "expected epochs >= 1, got epochs = 99999999999"),
+        ("encoders: &e {audio: *e}", "expected aliases of other parts, got one that contains itself"),
+        ("fusions: {joint: {dim: [x], heads: {a: 1}}}", "expected a known option of JointAttention, got 'dim'"),
+        ("fusions: {joint: {heads: {a: 1}}}", "fusion 'joint': expected heads of type int, got {'a': 1}"),
+        ("data: {name: digits, audio_noise: .inf}", "expected a finite number under data.audio_noise, got inf"),
+        ("model: {name: [1]}", "expected a text under model.name, got [1]"),
+    ],
+)  # fmt: skip
+def test_values_that_no_recipe_may_hold(text, said, tmp_path, capfd):
+    base = {"data": "data: {name: digits}", "encoders": "encoders: {audio: {dim: 8}, image: {dim: 8, patch: 4}}"}
+    rest = [line for name, line in base.items() if not text.startswith(f"{name}:")]
+    (tmp_path / "r.yaml").write_text("\n".join([*rest, text]))
+    words = ["compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0]
+    words += [] if text.startswith("methods") else ["--methods", "joint"]
+    assert said in told(capfd, *words)
+
+
+def test_aliases_written_out_are_bounded(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"expected at most 20,000 values, aliases written out, got more than that"):
+        recipes.load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("#" * 1_000_001)
+    with pytest.raises(ConfigError, match=r"expected a file of at most 1,000,000 characters"):
+        recipes.load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="expected YAML in UTF-8, got"):
+        recipes.load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(
+        "data: {name: digits}\nencoders: &e {audio: &a {dim: 8}, image: *a}\nfusions: {}\n"
+    )
+    assert recipes.load_recipe(tmp_path / "r.yaml").encoders["image"] == {"dim": 8}
+
+
+# Where --out may lead
+
+
+def places(folder):
+    """name -> (path, words of the error)."""
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.tex").write_text("mine")
+    (folder / "full" / "runs").mkdir()
+    (folder / "file").write_text("mine")
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    (folder / "elsewhere").symlink_to(folder / "full")
+    (folder / "locked").mkdir(mode=0o555)
+    os.mkfifo(folder / "pipe")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "runs").symlink_to(folder / "full")
+    return {
+        "device": (Path("/dev/null"), "expected a folder that can be written, got '/dev/null' (it is a device)"),
+        "link": (folder / "dangling", "(it is a link)"),
+        "folder elsewhere": (folder / "elsewhere", "(it is a link)"),
+        "file": (folder / "file", "(it is a file)"),
+        "below a file": (folder / "file" / "x", "(Not a directory)"),
+        "pipe": (folder / "pipe", "(it is a pipe)"),
+        "read-only": (folder / "locked", "(it is read-only)"),
+        "below read-only": (folder / "locked" / "x" / "y", "is read-only)"),
+        "foreign": (folder / "full", "expected a folder that is new, empty, or written by equipoise, got"),
+        "link inside": (folder / "inner", "expected no links inside"),
+    }
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "demo", "diagnose", "look", "judge"])
+def test_where_out_may_not_lead(command, trained, tmp_path, capfd):
+    before = {path: (os.lstat(path).st_mode, os.lstat(path).st_mtime_ns) for path in [Path("/dev/null")]}
+    words = {
+        "compare": trained[1][:-2], "train": ["train", *trained[1][1:3], "--method", "concat"], "demo": ["demo"],
+        "diagnose": ["diagnose", trained[0] / "runs/all/concat/seed0"],
+        "look": ["look", "nowhere", "--text", "x"], "judge": ["judge", "nowhere"],
+    }[command]  # fmt: skip
+    known = places(tmp_path)
+    inside = sorted(tmp_path.rglob("*"))
+    for path, said in known.values():
+        line = told(capfd, *words, "--out", path)
+        assert said in line
+        assert str(path) in line
+    assert sorted(tmp_path.rglob("*")) == inside
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+    assert all(os.lstat(path).st_mode == mode for path, (mode, _) in before.items())
+
+
+@pytest.mark.parametrize("words", [("report", "{out}", "--out"), ("recipes", "cp", "digits")])
+def test_where_a_file_may_not_be(words, trained, tmp_path, capfd):
+    known = places(tmp_path)
+    for name in ("device", "link", "pipe", "below a file"):
+        line = told(capfd, *(word.format(out=trained[0]) for word in words), known[name][0])
+        assert str(known[name][0].name) in line
+    assert os.path.exists("/dev/null")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_own_folders_may_hold_more(copy, capfd):
+    out, words, *_ = copy
+    (out / "notes.txt").write_text("mine")
+    assert run(words) == 0
+    assert "2 of 2 runs are already there." in capfd.readouterr().out
+
+
+def test_results_of_something_else_are_not_written_over(tmp_path):
+    (tmp_path / "results.json").write_text('{"score": 3}')
+    (tmp_path / "x.csv").write_text("1")
+    with pytest.raises(ConfigError, match=r"got '.*', which holds x\.csv\. Choose another --out"):
+        check_folder(tmp_path, "compare")
+
+
+def test_links_are_not_followed_when_a_file_is_written(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for name in ("r.json", f".s.json.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match=r"write: expected the path of a file, got '.*', which is a link"):
+        atomic_write(tmp_path / "r.json", "x")
+    atomic_write(tmp_path / "s.json", "x")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "s.json").read_text() == "x"
+    with pytest.raises(ConfigError, match="which is a folder"):
+        atomic_write(tmp_path, "x")
+
+
+def test_a_folder_that_the_system_refuses():
+    with pytest.raises(ConfigError, match=r"expected a folder that can be written, got '/proc/x/y'"):
+        make_folder(Path("/proc/x/y"), "train")
+
+
+def test_a_path_that_is_none():
+    with pytest.raises(ConfigError, match="path: expected a path, got"):
+        check_folder(Path("a\0b"), "train")
+
+
+# Parts that do not belong together
+
+
+def test_weights_of_another_run(copy, capfd):
+    out, words, one, other = copy
+    shutil.copy(other / "model.safetensors", one)
+    shutil.copy(one / "model.safetensors", other / "search.safetensors")
+    # The twin has weights of the same shapes and the same seed; let them differ.
+    state = load_file(one / "model.safetensors")
+    save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()},
+              one / "model.safetensors")  # fmt: skip
+    said = "model.safetensors: expected the weights of this run, whole, got others: damaged, or copied from another"
+    with pytest.raises(DataError, match=said):
+        eq.load(one)
+    assert said in told(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert said in told(capfd, *words)
+
+
+@pytest.mark.parametrize(
+    "change", ["patch: 4|patch: 2", "epochs: 1|epochs: 2", "name: digits|energy: 1.0\n  name: digits"]
+)
+def test_a_recipe_that_was_edited(change, copy, capfd):
+    _, _, one, _ = copy
+    before, _, after = change.partition("|")
+    text = (one / "recipe.yaml").read_text()
+    text = (
+        text.replace(before, after) if before in text else text.replace("name: digits", "name: digits\n  energy: 1.0")
+    )
+    (one / "recipe.yaml").write_text(text)
+    with pytest.raises(
+        DataError, match=r"recipe\.yaml: expected the recipe that this run was trained with, got another"
+    ):
+        eq.load(one)
+    assert "expected the recipe that this run was trained with" in told(capfd, "diagnose", one)
+
+
+def test_a_recipe_that_is_broken_or_commented(copy):
+    _, _, one, _ = copy
+    text = (one / "recipe.yaml").read_text()
+    (one / "recipe.yaml").write_text(f"# mine\n{text}")
+    assert eq.load(one).names == ("audio", "image")
+    (one / "recipe.yaml").write_text(f"{text}\nepochs: 3\n")
+    with pytest.raises(DataError, match="expected the recipe of this run; a known option, got 'epochs'"):
+        eq.load(one)
+
+
+@pytest.mark.parametrize("part", ["metrics", "fingerprint", "weights", "seed"])
+def test_a_run_that_was_edited(part, copy, capfd):
+    out, words, one, _ = copy
+    content = json.loads((one / "run.json").read_text())
+    if part == "metrics":
+        content["run"]["metrics"]["accuracy"] = 0.99
+    elif part == "seed":
+        content["run"]["seed"] = 7
+    elif part == "weights":
+        del content["weights"]
+    else:
+        content["fingerprint"] = content["fingerprint"].replace("concat", "joint")
+    (one / "run.json").write_text(json.dumps(content))
+    said = "expected the content that was written, got one that was changed since. Remove it and start the run again"
+    with pytest.raises(DataError, match=said):
+        eq.load(one)
+    assert said in told(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert said in told(capfd, "report", out)
+    if part != "fingerprint":  # that run counts as one of another recipe, and is trained again
+        assert said in told(capfd, *words)
+    content.pop("checksum")
+    content.pop("weights", None)
+    content["fingerprint"] = "x"
+    (one / "run.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="expected the digest of the weights, got none"):
+        eq.load(one)
+
+
+def test_results_that_were_edited(copy, capfd):
+    out, words, *_ = copy
+    content = json.loads((out / "results.json").read_text())
+    content["runs"][0]["metrics"]["accuracy"] = 0.99
+    (out / "results.json").write_text(json.dumps(content))
+    with pytest.raises(SchemaError, match="expected the content that was written, got one that was changed since"):
+        result_rows.load_results(out)
+    assert "changed since. Take it away and run the command" in told(capfd, "report", out)
+    result_rows.write_results(
+        out / "results.json", {name: value for name, value in content.items() if name != "checksum"}
+    )
+    assert "results.json: expected what '" in told(capfd, "report", out)
+    # The runs themselves are as they were: the next comparison writes the results anew.
+    assert run(words) == 0
+    assert run(["report", str(out), "--out", str(out.parent / "page.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda run: run["history"].append(3), "history 1: expected a mapping, got int"),
+        (lambda run: run.update(history={"epoch": 1}), "history: expected a list"),
+        (lambda run: run.update(seed=True), "seed: expected int, got True"),
+        (lambda run: run["metrics"].update(accuracy="x"), "metrics: expected a mapping"),
+        (lambda run: run.update(shares={"clean": {"edges": [0, 1], "counts": [1, 2]}}), r"n \+ 1 rising edges"),
+        (lambda run: run.update(shares={"clean": {"edges": [1, 0], "counts": [1]}}), r"n \+ 1 rising edges"),
+        (lambda run: run.update(keys={"after": 3}), "keys.after: expected a mapping, got int"),
+        (lambda run: run.update(keys={"after": {"clean": {"audio": {}}}}), "expected the entries cosine"),
+    ],
+)  # fmt: skip
+def test_parts_of_results_of_the_wrong_type(change, said, tmp_path):
+    content = fake_results(methods=("joint",), seeds=1, epochs=1)
+    change(content["runs"][0])
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(SchemaError, match=rf"read 'results\.json', run 0.*{said}"):
+        result_rows.load_results(tmp_path)
+
+
+def test_weights_that_are_no_numbers(copy):
+    _, _, one, _ = copy
+    path = one / "model.safetensors"
+    state = load_file(path)
+    name = next(name for name, value in state.items() if value.is_floating_point() and "weight" in name)
+    state[name].view(-1)[0] = torch.nan
+    save_file(state, path)
+    with pytest.raises(NonFiniteError, match=rf"model\.safetensors: expected finite weights, got NaN .*in '{name}'"):
+        eq.load(one)
+
+
+def test_checkpoints_that_are_damaged(copy, capfd):
+    _, words, one, _ = copy
+    (one / "run.json").unlink()
+    path = one / "checkpoints" / "last.ckpt"
+    state = read_state_dict(path)
+    again = ["train", *words[1:3], "--method", "concat", "--accelerator", "cpu", "--resume", "--out", one]
+    path.write_bytes(b"")
+    assert "last.ckpt: expected a whole checkpoint, got EOFError" in told(capfd, *again)
+    torch.save({**state, "equipoise_checksum": "0"}, path)
+    assert "got ValueError: its checksum does not match its content" in told(capfd, *again)
+    name = next(name for name in state["state_dict"] if name.endswith("weight"))
+    state["state_dict"][name].view(-1)[0] = torch.nan
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    assert f"expected finite weights, got NaN or infinity in '{name}'" in told(capfd, *again)
+    del state["state_dict"][name]
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    assert f"expected the weight '{name}' of shape" in told(capfd, *again)
+    with pytest.raises(DataError, match="expected the weight 'weight' of shape"):
+        check_state(torch.nn.Linear(2, 3), path)
+
+
+def test_a_pipe_in_place_of_results(tmp_path, capfd):
+    os.mkfifo(tmp_path / "results.json")
+    assert "results.json' (it is no file)" in told(capfd, "report", tmp_path)
+    atomic_write(tmp_path / "deep.json", "[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep"):
+        read_json(tmp_path / "deep.json")
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def full(tmp_path):
+    """Files of more than 20 000 bytes cannot be written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, heard)
+
+
+def test_a_full_disk_names_the_file_and_leaves_none(full):
+    for name, write in {
+        "a.json": lambda path: atomic_write(path, "x" * 30_000),
+        "last.ckpt": lambda path: AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(30_000)}, path),
+    }.items():
+        with pytest.raises(OSError, match=r"File too large: '.*" + name):
+            write(full / name)
+    with pytest.raises(OSError, match="File too large"), open_atomic(full / "b") as file:
+        file.write(b"x" * 30_000)
+    assert list(full.iterdir()) == []
+
+
+def test_a_full_disk_in_training(full, trained, capfd):
+    words = ["train", *trained[1][1:3], "--method", "concat", "--accelerator", "cpu", "--out", full / "o"]
+    assert "last.ckpt: File too large." in told(capfd, *words)
+    assert [path.name for path in (full / "o").rglob("*") if path.is_file()] == ["recipe.yaml"]
+
+
+def test_a_full_disk_is_a_failure_of_its_run(full):
+    content = compare(recipe(epochs=1), ["concat"], seeds=1, out=full / "o", workers=0)
+    (failure,) = content["failures"]
+    assert failure["error"].endswith("last.ckpt: expected a file that can be read or written, got File too large.")
+    assert failure["kind"] == "DataError"
+
+
+# Terminals
+
+
+def started(*words, **options):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "equipoise", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, **options,
+    )  # fmt: skip
+
+
+def test_terminals_in_ascii_and_names_that_are_not_utf_8(trained, tmp_path):
+    name = os.fsencode(tmp_path) + b"/r\xff\xe9"
+    shutil.copytree(trained[0], os.fsdecode(name))
+    process = started("report", os.fsdecode(name))
+    said, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, b"")
+    assert os.path.isfile(name + b"/report.html")
+    assert rb"\udcff" in said
+
+
+def test_letters_that_a_terminal_lacks():
+    assert "66 ± 2 % – ✓ é".encode("ascii", "strict" if False else "replace")
+    error = UnicodeEncodeError("ascii", "66 ± é", 3, 6, "no")
+    assert _in_its_place(error) == ("+- \\xe9", 6)
+
+
+def test_a_reader_that_has_seen_enough():
+    process = started("recipes", "ls")
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait(timeout=120) in (0, 1)
+
+
+@pytest.mark.parametrize("moment", ["imports", "work"])
+def test_ctrl_c_at_the_beginning(moment, tmp_path):
+    process = started(
+        "compare", "--config", "digits", "--workers", "0", "--out", tmp_path / "o",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    # torch is mapped while it is imported; the lock is there once the work begins.
+    seen = {
+        "imports": lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(),
+        "work": lambda: (tmp_path / "o" / ".lock").exists(),
+    }[moment]
+    while not seen():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Traceback" not in said + errors
+    assert b"equipoise: Stopped" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "is_it"),
+    [
+        ("python -m equipoise demo", True), ("python -W error -m equipoise", True), ("/usr/bin/equipoise demo", False),
+        ("python /usr/bin/equipoise demo", True), ("python -c x -m equipoise", False),
+        ("python train.py -m equipoise", False), ("python -m pytest equipoise", False), ("python", False),
+    ],
+)  # fmt: skip
+def test_only_the_program_hears_ctrl_c_early(words, is_it):
+    assert is_program(words.split()) is is_it
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", ""], "expected a path, got ''"), (["--out", "a\0b"], "expected a path"),
+        (["--seeds", "9" * 5000], "expected a whole number, got 999"), (["--seeds", "x"], "expected a whole number"),
+        (["--train.epochs"], "argument --train.epochs: expected one argument"), (["--encoders..dim=3"], "unrecognized"),
+        (["--seeds=--"], "argument --seeds: expected one argument"),
+        (["--meth", "joint"], "unrecognized arguments: --meth joint"),
+    ],
+)  # fmt: skip
+def test_usage(words, said, capfd):
+    with pytest.raises(SystemExit) as left:
+        run(["compare", *words])
+    assert left.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.a.b.c.d.e.f.g.h.i.j.k", "1"], "command line: expected at most 10 names in an option, got 12"),
+        (["--train.epochs", "[1"], "--train.epochs: expected YAML, got while parsing"),
+        (["--train", "{epochs: two}"], "expected a whole number under train.epochs, got two"),
+        (["--data.audio_noise", "{class_path: this.x}"], "expected audio_noise of type float, got {'class_path'"),
+        (["--encoders", "3"], "expected a mapping under encoders, got 3"),
+        (["--methods", "../x"], "expected a known fusion or modality, got '../x'"),
+        (["--folds", "../x"], "fold: expected a name without /"),
+        (["--seeds", "100000"], "expected at most 100,000 runs"),
+    ],
+)  # fmt: skip
+def test_wrong_values(words, said, tmp_path, capfd):
+    config = write_recipe(tmp_path / "r.yaml")
+    assert said in told(capfd, "compare", "--config", config, "--out", tmp_path / "o", "--workers", 0, *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fault_of_the_program_is_told_as_one(capfd, monkeypatch):
+    monkeypatch.delenv("EQUIPOISE_TRACEBACK", raising=False)
+    monkeypatch.setattr(recipes, "names", lambda: 1 / 0)
+    assert "a fault of the program itself: ZeroDivisionError" in told(capfd, "recipes", "ls")
+    monkeypatch.setenv("EQUIPOISE_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(["recipes", "ls"])
+
+
+def test_packaged_recipes_are_as_strict_yaml_reads_them():
+    for name in recipes.recipe_names():
+        content = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
+        assert recipes.recipe_from_dict(content) == recipes.load_recipe(name)
+
+
+def test_path_parts_and_digests(tmp_path):
+    assert check_path_component("joint+rollingq", "method") == "joint+rollingq"
+    (tmp_path / "x").write_bytes(b"")
+    assert digest(tmp_path / "x").startswith("e3b0c442")

@@ -1,0 +1,91 @@
+"""Shift, gain, tilt, noise and exposure."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.data.augmentation import add_noise, augment_spectrogram, corrupt_batch, random_shift, spectral_tilt
+from equipoise.data.counter_rng import CounterRNG
+from equipoise.errors import ConfigError
+from helpers.tolerance import TOL
+from oracles import data as oracles_data
+
+FAR = {"audio": (100.0, 1.0), "image": (200.0, 1.0), "text": (300.0, 1.0)}
+
+
+def draw(batch, seed=0):
+    return CounterRNG(seed, 0, torch.arange(batch), "train")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=5))
+def test_shifted_is_the_loop(frames):
+    spectrogram = torch.randn(len(frames), 7, 3, generator=torch.Generator().manual_seed(0))
+    fill = torch.tensor([5.0, 6.0, 7.0])
+    expected = oracles_data.shifted(spectrogram.numpy(), frames, fill.numpy())
+    np.testing.assert_array_equal(random_shift(spectrogram, torch.tensor(frames), fill).numpy(), expected)
+
+
+def test_tilted_raises_the_high_bands():
+    got = spectral_tilt(torch.zeros(2, 3, 5), torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(got[0, 1], torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), **TOL[torch.float32])
+    torch.testing.assert_close(got[1], torch.ones(3, 5), **TOL[torch.float32])
+
+
+def test_varied_covers_its_range_and_no_more():
+    batch, frames, gain, tilt = 997, 3, 0.5, 0.25
+    impulse = torch.zeros(batch, 13, 5)
+    impulse[:, 6] = 100.0
+    got = augment_spectrogram(impulse, draw(batch), frames=frames, gain=gain, tilt=tilt, fill=torch.zeros(5))
+    shift = got[:, :, 2].argmax(dim=1) - 6
+    assert sorted(shift.unique().tolist()) == list(range(-frames, frames + 1))
+    middle = got[:, 0, 2]
+    slope = got[:, 0, 4] - middle
+    for values, bound in ((middle, gain), (slope, tilt)):
+        assert values.abs().max() <= bound + TOL[torch.float32]["atol"]
+        assert values.max() > 0.9 * bound
+        assert values.min() < -0.9 * bound
+    # Three dice, not one thrown thrice.
+    assert torch.corrcoef(torch.stack([shift.float(), middle, slope])).triu(1).abs().max() < 5 / batch**0.5
+
+
+def test_noisy_keeps_standardised_values_standardized():
+    values = torch.randn(997, 101, generator=torch.Generator().manual_seed(0))
+    got = add_noise(values, 2.0, draw(997), "hiss")
+    error = 5 / got.numel() ** 0.5
+    assert abs(got.mean()) < error
+    assert abs(got.var() - 1) < error * 2**0.5
+    correlation = torch.corrcoef(torch.stack([values.flatten(), got.flatten()]))[0, 1]
+    assert abs(correlation - 5**-0.5) < error
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("probability", [0.2, 0.7, 1.0])
+def test_exposure_rate_and_never_all(count, probability):
+    names, batch = list(FAR)[:count], 4001
+    got = corrupt_batch({name: torch.zeros(batch, 5) for name in names}, FAR, probability, draw(batch))
+    hit = torch.stack([got[name].amin(dim=1) > 50 for name in names], dim=1)
+    for column, name in enumerate(names):
+        assert torch.equal(got[name][~hit[:, column]], torch.zeros_like(got[name][~hit[:, column]]))
+        fresh = got[name][hit[:, column]]
+        assert abs(fresh.mean() - FAR[name][0]) < 5 / fresh.numel() ** 0.5
+        assert abs(fresh.std() - FAR[name][1]) < 5 / fresh.numel() ** 0.5
+    assert not hit.all(dim=1).any()
+    expected = probability - probability**count / count
+    assert ((hit.float().mean(dim=0) - expected).abs() < 5 * 0.5 / batch**0.5).all()
+
+
+def test_exposure_spares_a_single_modality_and_leaves_its_input_alone():
+    inputs = {"audio": torch.zeros(7, 5)}
+    assert torch.equal(corrupt_batch(inputs, FAR, 1.0, draw(7))["audio"], torch.zeros(7, 5))
+    pair = {"audio": torch.zeros(7, 5), "image": torch.zeros(7, 3)}
+    corrupt_batch(pair, FAR, 1.0, draw(7))
+    assert all(not values.any() for values in pair.values())
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.5])
+def test_exposure_outside_its_range(probability):
+    with pytest.raises(ConfigError, match=rf"exposed: expected a probability in \[0, 1\], got {probability}"):
+        corrupt_batch({"audio": torch.zeros(2, 3)}, FAR, probability, draw(2))

@@ -1,0 +1,137 @@
+"""load, splits, batches and the loader, on the bundled data set."""
+
+import pickle
+
+import pytest
+import torch
+
+from equipoise.data import Split, available_datasets, load_dataset, loader
+from equipoise.data.dataset import split_statistics, standardize
+from equipoise.errors import ConfigError, ShapeError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_load_finds_data_sets_alone():
+    assert {"digits", "av_digits"} <= set(available_datasets())
+    assert not {"base", "loader", "order", "augment"} & set(available_datasets())
+    with pytest.raises(ConfigError, match=r"load: expected a known data set, got 'digit'\. Did you mean .*'digits'"):
+        load_dataset("digit")
+    with pytest.raises(ConfigError, match="got 'loader'"):
+        load_dataset("loader")
+
+
+def test_split_of_unequal_lengths():
+    with pytest.raises(ShapeError, match=r"Split 'audio': expected as many samples as targets = 3, got 2"):
+        Split({"audio": torch.zeros(2, 5)}, torch.zeros(3))
+
+
+def test_unknown_split(digits):
+    with pytest.raises(ConfigError, match=r"Digits: expected a known split, got 'tset'\. Did you mean 'test'"):
+        digits.split("tset")
+
+
+def test_statistics_are_of_the_reference():
+    reference = torch.tensor([[0.0, 4.0], [4.0, 8.0]])
+    got = standardize(reference + 1, reference)
+    mean, deviation = split_statistics({"audio": got})["audio"]
+    assert (mean, deviation) == pytest.approx((8**-0.5, 1.0))
+
+
+def test_batches_are_samples_of_the_split(digits):
+    for batch in digits.batches("test", 101, seed=0, epoch=0, train=False):
+        assert torch.equal(batch["target"], digits.test.target[batch["index"]])
+        assert batch["audio"].shape == (len(batch["index"]), *digits.shapes["audio"])
+        assert batch["image"].shape == (len(batch["index"]), *digits.shapes["image"])
+        for name in digits.names:
+            clean = digits.test.inputs[name][batch["index"]]
+            together = torch.corrcoef(torch.stack([clean.flatten(), batch[name].flatten()]))[0, 1]
+            others = torch.corrcoef(torch.stack([clean.roll(1, 0).flatten(), batch[name].flatten()]))[0, 1]
+            assert together > others + 0.05
+
+
+def test_evaluation_looks_the_same_in_every_epoch_run_and_batch_size(digits):
+    first = next(digits.batches("val", 300, seed=0, epoch=0, train=False))
+    again = next(digits.batches("val", 300, seed=5, epoch=7, train=False))
+    assert same(first, again)
+    second = list(digits.batches("val", 97, seed=0, epoch=0, train=False))[1]
+    assert same({name: values[97:194] for name, values in first.items()}, second)
+
+
+def test_splits_do_not_share_their_noise(digits):
+    val, test = (digits.batch(s, torch.arange(5), seed=0, epoch=0, train=False) for s in ("val", "test"))
+    left = val["audio"] * 5**0.5 - digits.val.inputs["audio"][:5]
+    right = test["audio"] * 5**0.5 - digits.test.inputs["audio"][:5]
+    assert abs(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1]) < 5 / left.numel() ** 0.5
+
+
+def test_training_batches_repeat_for_the_same_seed_and_epoch_alone(digits):
+    def epoch(number, seed=0):
+        batches = loader(digits, "train", 64, seed=seed, train=True, exposure=0.2)
+        batches.sampler.set_epoch(number)
+        return list(batches)
+
+    torch.manual_seed(0)
+    first = epoch(3)
+    torch.manual_seed(1)
+    assert all(same(a, b) for a, b in zip(first, epoch(3), strict=True))
+    assert not same(first[0], epoch(4)[0])
+    assert not same(first[0], epoch(3, seed=1)[0])
+    assert sorted(torch.cat([batch["index"] for batch in first]).tolist()) == list(range(1000))
+
+
+def test_the_same_sample_is_augmented_anew_in_each_epoch(digits):
+    index = torch.arange(7)
+    first, second = (digits.batch("train", index, seed=0, epoch=e, train=True) for e in (0, 1))
+    assert not torch.isclose(first["audio"], second["audio"]).any(dim=2).all()
+
+
+def test_loader_gives_what_batches_gives(digits):
+    served = loader(digits, "train", 97, seed=2, train=True, exposure=0.3)
+    served.sampler.set_epoch(5)
+    direct = list(digits.batches("train", 97, seed=2, epoch=5, train=True, exposure=0.3))
+    assert len(served) == len(direct) == 11
+    assert all(same(a, b) for a, b in zip(served, direct, strict=True))
+    assert len(loader(digits, "train", 97, seed=2, train=True, drop_last=True)) == 10
+
+
+def test_two_processes_see_the_batches_of_one(digits):
+    def epoch(**place):
+        return list(loader(digits, "train", 64, seed=0, train=True, exposure=0.2, **place))
+
+    for whole, *halves in zip(epoch(), epoch(rank=0, world=2), epoch(rank=1, world=2), strict=True):
+        joined = {name: torch.cat([half[name] for half in halves]) for name in whole}
+        assert same(
+            {name: values[whole["index"].argsort()] for name, values in whole.items()},
+            {name: values[joined["index"].argsort()] for name, values in joined.items()},
+        )
+
+
+def test_exposure_replaces_in_training_alone(digits):
+    index = torch.arange(1000)
+    plain, bare = (digits.batch("train", index, seed=0, epoch=0, train=True, exposure=p) for p in (0.0, 0.3))
+    changed = torch.stack([(plain[n] != bare[n]).flatten(1).any(dim=1) for n in digits.names], dim=1)
+    assert not changed.all(dim=1).any()
+    rate = 0.3 - 0.3**2 / 2
+    assert ((changed.float().mean(dim=0) - rate).abs() < 5 * (rate * (1 - rate) / 1000) ** 0.5).all()
+    calm = digits.batch("train", index, seed=0, epoch=0, train=False, exposure=0.3)
+    assert same(calm, digits.batch("train", index, seed=0, epoch=0, train=False))
+
+
+def test_loading_leaves_the_global_generator_alone(digits):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(loader(digits, "train", 64, seed=0, train=True, exposure=0.2)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loader_survives_pickling(digits):
+    served = pickle.loads(pickle.dumps(loader(digits, "val", 64, seed=0, train=False)))
+    assert same(next(iter(served)), next(digits.batches("val", 64, seed=0, epoch=0, train=False)))

@@ -1,0 +1,290 @@
+"""The bundled emoji: what the data card says of splits, captions and targets; pictures of other origin."""
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equipoise.data import load_dataset
+from equipoise.data.counter_rng import CounterRNG
+from equipoise.data.image_augmentation import color_jitter, load_square_image, random_translation
+from equipoise.data.sets import emoji as module
+from equipoise.data.sets.emoji import ATLAS, ATLAS_SHA256, LENGTH, Emoji
+from equipoise.data.sets.word_vocabulary import split_words
+from equipoise.errors import ConfigError, DataError
+from helpers.tolerance import TOL
+
+FAMILIES = {"body", "cat", "clock", "color", "face", "family", "people"}
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_dataset("emoji")
+
+
+def test_the_file_is_the_one_that_the_script_made():
+    assert hashlib.sha256(ATLAS.read_bytes()).hexdigest() == ATLAS_SHA256
+    assert ATLAS.stat().st_size < 1e6
+    licenses = ATLAS.with_name("emoji_LICENSES.txt").read_text(encoding="utf-8")
+    assert "SIL OPEN FONT LICENSE" in licenses
+    assert "UNICODE INC." in licenses
+
+
+def test_sizes_and_shapes(emoji):
+    assert (len(emoji.train), len(emoji.val), len(emoji.test)) == (2936, 183, 276)
+    assert emoji.shapes == {"image": (3, 32, 32), "text": (LENGTH,)}
+    assert emoji.vocabulary == {"text": len(emoji.words)}
+    assert len(emoji.items) == len(emoji.pictures) == 3395
+    values = emoji.train.inputs["image"]
+    torch.testing.assert_close(values.mean(), torch.tensor(0.0), **TOL[torch.float32])
+    torch.testing.assert_close(values.std(correction=0), torch.tensor(1.0), **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_what_is_held_out_are_combinations_of_parts_that_training_has(emoji, name):
+    items, taught = emoji.split_items(name), emoji.split_items("train")
+    parts = Counter(part for item in taught for part in set(item.parts))
+    said = {word for item in taught for word in split_words(item.name)}
+    names = {item.name for item in taught}
+    for item in items:
+        assert len(item.parts) >= 2
+        assert all(parts[part] >= 1 for part in item.parts), item.name
+        assert set(split_words(item.name)) <= said
+        assert item.name not in names
+        assert not emoji.words.unseen(item.name)
+    assert set(emoji.groups(name)) == FAMILIES
+
+
+def test_parts_are_words_of_the_name(emoji):
+    for item in emoji.items:
+        own = Counter(split_words(item.name))
+        assert not Counter(split_words(" ".join(item.parts))) - own, item
+
+
+def test_no_picture_of_a_held_out_combination_is_in_training(emoji):
+    seen = {picture.numpy().tobytes() for picture in emoji.pictures[emoji._rows["train"]]}
+    for name in ("val", "test"):
+        assert not seen & {picture.numpy().tobytes() for picture in emoji.pictures[emoji._rows[name]]}
+
+
+def test_the_same_picture_has_one_target_and_names_are_different(emoji):
+    by_picture = {}
+    for which in ("train", "val", "test"):
+        for place, target in zip(emoji._rows[which].tolist(), emoji.split(which).target.tolist(), strict=True):
+            by_picture.setdefault(emoji.pictures[place].numpy().tobytes(), set()).add(target)
+    assert {len(targets) for targets in by_picture.values()} == {1}
+    # Two keycaps have names of the same words, and different pictures.
+    assert len({next(iter(t)) for t in by_picture.values()}) == len(by_picture) - 1 == emoji.num_outputs == 3380
+    by_words = {}
+    for which in ("train", "val", "test"):
+        for item, target in zip(emoji.split_items(which), emoji.split(which).target.tolist(), strict=True):
+            by_words.setdefault(tuple(split_words(item.name)), set()).add(target)
+    assert {len(targets) for targets in by_words.values()} == {1}
+    flags = [item.name for item in emoji.items if item.name in ("flag: Norway", "flag: Svalbard & Jan Mayen")]
+    targets = [emoji.train.target[[i.name for i in emoji.split_items("train")].index(flag)] for flag in flags]
+    assert targets[0] == targets[1]
+
+
+def test_a_red_heart_is_red(emoji):
+    place = [item.name for item in emoji.items].index("red heart")
+    red, green, blue = emoji.pictures[place, 14, 16].tolist()
+    assert red > 180 > 100 > max(green, blue)
+    assert emoji.items[place].text.startswith("\N{HEAVY BLACK HEART}")
+
+
+def test_evaluation_batches_are_the_stored_ones(emoji):
+    index = torch.tensor([5, 0, 7])
+    one = emoji.batch("test", index, seed=0, epoch=0, train=False)
+    other = emoji.batch("test", index, seed=3, epoch=9, train=False)
+    assert set(one) == {"image", "text", "target", "index"}
+    for name, values in one.items():
+        assert torch.equal(values, other[name])
+    assert torch.equal(one["text"], emoji.words.encode([emoji.split_items("test")[place].name for place in (5, 0, 7)]))
+
+
+def test_training_batches_repeat_and_differ_by_epoch(emoji):
+    index = torch.arange(40)
+    one, again = (emoji.batch("train", index, seed=1, epoch=2, train=True) for _ in range(2))
+    for name, values in one.items():
+        assert torch.equal(values, again[name])
+    later = emoji.batch("train", index, seed=1, epoch=3, train=True)
+    assert not torch.equal(one["text"], later["text"])
+    assert not torch.equal(one["image"], later["image"])
+    half = emoji.batch("train", index[17:], seed=1, epoch=2, train=True)
+    assert torch.equal(half["text"], one["text"][17:])
+    assert torch.equal(half["target"], one["target"][17:])
+
+
+def test_equal_captions_of_a_batch_have_equal_targets(emoji, monkeypatch):
+    monkeypatch.setattr(module, "SPELLED", 0.0)
+    batch = emoji.batch("train", torch.arange(len(emoji.train)), seed=0, epoch=0, train=True)
+    targets = {}
+    for text, target in zip(batch["text"].tolist(), batch["target"].tolist(), strict=True):
+        targets.setdefault(tuple(text), set()).add(target)
+    shared = [text for text, count in Counter(map(tuple, batch["text"].tolist())).items() if count > 1]
+    assert len(shared) > 20
+    assert all(len(targets[text]) == 1 for text in shared)
+    alone = (batch["target"] != emoji.train.target).double()
+    assert 0.08 < float(alone.mean()) < 0.12
+
+
+def test_captions_are_name_keyword_or_both(emoji, monkeypatch):
+    monkeypatch.setattr(module, "SPELLED", 0.0)
+    index = torch.arange(300, 700)
+    batch = emoji.batch("train", index, seed=0, epoch=0, train=True)
+    words = {number: word for word, number in emoji.words.words.items()}
+    kinds = Counter()
+    for place, row in zip(index.tolist(), batch["text"].tolist(), strict=True):
+        item, said = emoji.split_items("train")[place], [words[number] for number in row if number]
+        allowed = {"name": split_words(item.name)}
+        allowed |= {f"alone {word}": split_words(word) for word in item.keywords}
+        allowed |= {f"both {word}": split_words(f"{item.name} {word}") for word in item.keywords}
+        kinds[next(kind for kind, wanted in allowed.items() if wanted[:LENGTH] == said).split()[0]] += 1
+    assert kinds["name"] > kinds["both"] > kinds["alone"] > 0
+
+
+def test_a_keyword_that_names_another_picture_means_it(emoji):
+    names = {
+        item.name: int(target) for item, target in zip(emoji.split_items("train"), emoji.train.target, strict=True)
+    }
+    assert "face" in emoji.items[0].keywords
+    assert emoji._keywords["face"] >= emoji.num_outputs
+    assert emoji._keywords["dog"] == names["dog"]
+    held = {tuple(split_words(item.name)) for name in ("val", "test") for item in emoji.split_items(name)}
+    assert not held & {tuple(split_words(word)) for word in emoji._keywords}
+
+
+def test_some_words_are_spelled(emoji):
+    batch = emoji.batch("train", torch.arange(500), seed=0, epoch=0, train=True)
+    spelled = (batch["text"] > len(emoji.words.words)).any(dim=1).double().mean()
+    assert 0.1 < float(spelled) < 0.5
+
+
+def test_parts_of_combinations_are_texts_of_their_own(emoji):
+    found = emoji.combinations("test")
+    items = emoji.split_items("test")
+    assert found.modality == "text"
+    assert found.rows.tolist() == list(range(276))
+    assert found.present.sum(dim=1).tolist() == [len(item.parts) for item in items]
+    place = [item.name for item in items].index("blue heart")
+    assert torch.equal(found.parts[place, :2], emoji.words.encode(["blue", "heart"]))
+    assert not found.parts[~found.present].any()
+
+
+def test_the_card_says_what_its_code_finds():
+    card = (Path(__file__).parents[2] / "docs/data/emoji.md").read_text(encoding="utf-8")
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block, found)
+    for way, words in ((found["there"], "nearest training picture's name"), (found["back"], "name to picture")):
+        assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
+        assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
+
+
+def test_noise_cannot_replace_words(emoji):
+    with pytest.raises(ConfigError, match=r"Emoji: expected exposure = 0, got 0\.2\. There is no noise"):
+        emoji.batch("train", torch.arange(3), seed=0, epoch=0, train=True, exposure=0.2)
+
+
+def test_a_damaged_file_is_told(tmp_path, monkeypatch):
+    broken = tmp_path / "emoji.npz"
+    broken.write_bytes(ATLAS.read_bytes()[:5000])
+    monkeypatch.setattr(module, "ATLAS", broken)
+    with pytest.raises(DataError, match=r"emoji 'emoji\.npz': expected the file that comes with the package.*Install"):
+        Emoji()
+
+
+def test_its_own_picture_is_read_as_it_is(emoji, tmp_path):
+    picture = emoji.pictures[100]
+    path = tmp_path / "own.png"
+    Image.fromarray(picture.numpy()).save(path)
+    assert torch.equal(emoji.read(path), picture)
+    made = emoji.images(picture[None])
+    assert made.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(made[0], emoji.train.inputs["image"][emoji._rows["train"].tolist().index(100)])
+
+
+def test_what_is_transparent_becomes_white_and_what_is_no_square_gets_borders():
+    colors = np.zeros((20, 40, 4), dtype=np.uint8)
+    colors[:, :20] = (255, 0, 0, 255)
+    made = load_square_image(Image.fromarray(colors), 8)
+    assert made.shape == (8, 8, 3)
+    # A border of ten rows is two of eight; what lies beside an edge is a mixture.
+    assert made[0].unique().tolist() == [255]
+    red, green, blue = made[4, 1].tolist()
+    assert red > 250 > 20 > max(green, blue)
+    assert made[4, 6].min() > 240
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBa", "CMYK", "YCbCr"])
+def test_every_usual_mode_is_read(mode):
+    made = load_square_image(Image.new("RGB", (16, 16), "white").convert(mode), 4)
+    assert made.unique().tolist() == [255]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("F", (16, 16)), r"image: expected an image of 8 or 16 bits a color, got mode F, .*\. Convert it"),
+        (Image.new("RGB", (16, 7)), "at least 8 x 8 pixels, .* 4 times the other, got width x height = 16 x 7"),
+        (Image.new("RGB", (8, 33)), r"got width x height = 8 x 33\. Cut it to what it shows"),
+    ],
+)  # fmt: skip
+def test_pictures_of_the_wrong_mode_or_size(image, message):
+    with pytest.raises(DataError, match=message):
+        load_square_image(image, 32)
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    with pytest.raises(DataError, match=r"image '.*none\.png': expected an image, got no such file"):
+        load_square_image(tmp_path / "none.png", 32)
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(DataError, match="expected an image, as PNG, JPEG or WebP, got a file of another kind"):
+        load_square_image(tmp_path / "text.png", 32)
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
+    with pytest.raises(DataError, match=r"expected a complete image.*Is the file truncated"):
+        load_square_image(tmp_path / "part.png", 32)
+
+
+def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
+    image, turned = Image.new("RGB", (16, 16), "white"), Image.Exif()
+    image.paste("black", (0, 0, 16, 8))
+    turned[0x0112] = 6
+    image.save(tmp_path / "held.png", exif=turned)
+    made = load_square_image(tmp_path / "held.png", 16)
+    assert made[:, :7].unique().tolist() == [255]
+    assert made[:, 9:].unique().tolist() == [0]
+
+
+def test_a_picture_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (16, 16)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match=r"expected an image of at most .* pixels, got .*decompression bomb"):
+        load_square_image(tmp_path / "bomb.png", 32)
+
+
+def test_pictures_move_as_a_whole():
+    pictures = torch.arange(2 * 3 * 5 * 7).double().reshape(2, 3, 5, 7)
+    draw = CounterRNG(0, 0, torch.arange(2))
+    steps = (draw.uniform("move", 2) * 5).long() - 2
+    found = random_translation(pictures, draw, pixels=2, fill=-1.0)
+    for sample in range(2):
+        down, right = steps[sample].tolist()
+        for row in range(5):
+            for column in range(7):
+                i, j = row + down, column + right
+                own = pictures[sample, :, i, j] if 0 <= i < 5 and 0 <= j < 7 else torch.full((3,), -1.0).double()
+                assert torch.equal(found[sample, :, row, column], own)
+
+
+def test_tints_are_within_their_limits():
+    found = color_jitter(torch.ones(500, 3, 1, 1), CounterRNG(0, 0, torch.arange(500)), gain=0.2, tint=0.1)[..., 0, 0]
+    assert 0.7 <= found.min() < 0.75
+    assert 1.25 < found.max() <= 1.3
+    assert float((found.amax(dim=1) - found.amin(dim=1)).max()) <= 0.2 + 1e-6

@@ -1,0 +1,477 @@
+"""Consistency of a model's attention: planted maps are found and named, figures against loops, reasons, no trace."""
+
+import itertools
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_no_trace import Broken, state
+from test_report import CONTRAST, EVIL
+from torch import nn
+
+import equipoise as eq
+from equipoise.consistency import (
+    contradiction_excess,
+    ideal_spectrum,
+    pool_to_slots,
+    spectral,
+    top_energy,
+    worst_cycles,
+)
+from equipoise.diagnostics.suite import diagnose
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from equipoise.report.diagnosis_page import diagnosis_page
+from helpers.consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concepts, planted
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.tolerance import TOL
+from helpers.waiting import DEADLOCK
+from oracles import consistency as slow
+
+EXACT = TOL[torch.float64]
+ROUND = EYE[[1, 2, 0]]
+THREE = ("audio", "image", "text")
+
+
+def only(found):
+    (layer,) = found.layers
+    return layer
+
+
+def fused(fusion, names=THREE):
+    torch.manual_seed(0)
+    return eq.FusionModel({name: nn.Linear(FEATURES[name], DIM) for name in names}, fusion, OUTPUTS).double()
+
+
+# Maps as they are planted -> score of spec 6.2, cycle error.
+PLANTED = {
+    "all agree": ((EYE, EYE, EYE), 1.0, 0.0),
+    "other permutations that agree": ((SWAP, SWAP @ ROUND, ROUND), 1.0, 0.0),
+    "swapped": ((EYE, EYE, SWAP), 0.7531, 2 / 3),
+    "a cycle of three": ((EYE, EYE, ROUND), 0.5328, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_planted_maps_have_the_scores_of_the_worked_example(case):
+    maps, score, error = PLANTED[case]
+    layer = only(eq.diagnostics.attention_consistency(planted(*maps), [concepts()]))
+    assert layer.site == "fusion.blocks.0.attention"
+    assert (layer.score, layer.cycle_error) == pytest.approx((score, error), abs=1e-4)
+    assert (layer.pair_error, layer.spread) == pytest.approx((0, 0), abs=1e-6)
+    # Of even maps, by the same table.
+    assert layer.even == pytest.approx(0.6, abs=1e-4)
+    wanted = eq.consistency.supermatrix({(0, 1): maps[0], (0, 2): maps[1], (1, 2): maps[2]}).double()
+    torch.testing.assert_close(layer.matrix, wanted, rtol=0, atol=1e-6)
+    assert layer.spectrum == pytest.approx(np.linalg.svd(wanted.numpy(), compute_uv=False), abs=1e-5)
+    assert layer.ideal == (3, 3, 3, 0, 0, 0, 0, 0, 0)
+
+
+def test_a_planted_swap_is_named_as_a_cycle():
+    found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=2)
+    assert [str(cycle) for cycle in found.worst.cycles] == [
+        "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise'",
+        "audio 'bark' -> text 'dog' -> video 'man' -> audio 'noise'",
+    ]
+    assert found.worst.cycles[0].strength == pytest.approx(1, abs=1e-5)
+    assert found.worst.cycles[0].even == pytest.approx(1 / 27)
+    said = str(found).splitlines()
+    assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (even attention 0.60), cycle error 0.67")
+    assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
+    # What the swap leaves alone goes round well.
+    all_ = only(eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=99)).cycles
+    assert not any("silence" in station or "none" in station for cycle in all_ for station in cycle.way)
+    assert only(eq.diagnostics.attention_consistency(planted(), [concepts()])).cycles == ()
+
+
+def test_two_modalities_have_ways_there_and_back_alone():
+    made = planted(SWAP, names=NAMES[:2])
+    layer = only(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    assert layer.score == pytest.approx(1, abs=1e-4)
+    assert layer.cycle_error == layer.pair_error == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        # audio goes by the swap, and video back by identity.
+        weight = made.fusion.blocks[0].attention.query.weight
+        weight.copy_(weight.max() * eq.consistency.supermatrix({(0, 1): SWAP, (1, 0): EYE}).t())
+    layer = only(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    assert layer.cycle_error == layer.pair_error == pytest.approx(2 / 3, abs=1e-5)
+    assert layer.cycles[0].way == ("audio token 1", "video token 2", "audio token 2")
+
+
+class Recorded:
+    """What the first attention core of a model is given, in each batch."""
+
+    def __init__(self, layer):
+        self.calls = []
+        layer.core.register_forward_pre_hook(lambda core, args, kwargs: self.calls.append((args, kwargs)),
+                                             with_kwargs=True)  # fmt: skip
+
+
+def slow_samples(calls, count):
+    """Per sample: {(i, j): map} by loops over queries and keys, heads first; None where a modality is missing."""
+    found = []
+    for (query, key, _), kwargs in calls:
+        labels, mask = kwargs["modality"].tolist(), kwargs["mask"]
+        for b in range(len(query)):
+            real = [mask is None or bool(mask[b, j]) for j in range(len(labels))]
+            places = [[j for j, m in enumerate(labels) if m == i and real[j]] for i in range(count)]
+            rows = {}
+            for i in itertools.chain(*places):
+                weights = np.zeros(len(labels))
+                for h in range(query.shape[1]):
+                    scores = [float(query[b, h, i] @ key[b, h, j]) / math.sqrt(query.shape[-1])
+                              if real[j] else -math.inf for j in range(len(labels))]  # fmt: skip
+                    exp = np.exp(np.array(scores) - max(scores))
+                    weights += exp / exp.sum() / query.shape[1]
+                rows[i] = weights
+            blocks = {}
+            for m, n in itertools.permutations(range(count), 2):
+                block = np.array([[rows[i][j] for j in places[n]] for i in places[m]])
+                blocks[m, n] = block / block.sum(axis=1, keepdims=True) if block.size else None
+            found.append(None if any(block is None for block in blocks.values()) else blocks)
+    return found
+
+
+def slow_figures(blocks, count):
+    """Score, cycle error and pair error of one sample with any numbers of tokens."""
+    sizes = [blocks[i, (i + 1) % count].shape[0] for i in range(count)]
+    whole = np.block([[np.eye(sizes[i]) if i == j else blocks[i, j] for j in range(count)] for i in range(count)])
+    both, total = (whole + whole.T) / 2, sum(sizes)
+    score = (total - slow.effective_rank(both)) / (total - min(sizes))
+    cycles = [
+        ((blocks[i, j] @ blocks[j, k] - blocks[i, k]) ** 2).sum() / (2 * sizes[i])
+        for i, j, k in itertools.permutations(range(count), 3)
+    ]
+    pairs = [
+        ((blocks[i, j] @ blocks[j, i] - np.eye(sizes[i])) ** 2).sum() / (2 * sizes[i])
+        for i, j in itertools.permutations(range(count), 2)
+    ]
+    energy = np.linalg.svd(both, compute_uv=False)[: min(sizes)].sum() / total
+    rank, excess = slow.effective_rank(both), slow.nuclear(both) / total - 1
+    return score, rank, excess, energy, np.mean(cycles or pairs), np.mean(pairs)
+
+
+@pytest.mark.parametrize("names", [THREE[:2], THREE])
+def test_figures_against_loops_with_padding_and_missing_modalities(names):
+    made = model(names, depth=2)
+    loader = [batch(names, size=5), batch(names, size=7, seed=1)]
+    # Ends of audio are padding in some samples, and one sample has no text or image at all.
+    lengths = torch.tensor([7, 3, 5, 7, 2])
+    loader[0]["mask"] = {"audio": torch.arange(7) < lengths[:, None], names[-1]: torch.arange(5) != 3}
+    found = only(eq.diagnostics.attention_consistency(made, loader))
+    recorded = Recorded(made.fusion.blocks[0].attention)
+    made.eval()
+    with torch.no_grad():
+        for inputs in loader:
+            made(inputs)
+    whole = [blocks for blocks in slow_samples(recorded.calls, len(names)) if blocks is not None]
+    wanted = np.mean([slow_figures(blocks, len(names)) for blocks in whole], axis=0)
+    assert found.samples == len(whole) == 11
+    got = (found.score, found.effective_rank, found.contradiction_excess, found.top_energy, found.cycle_error,
+           found.pair_error)  # fmt: skip
+    assert got == pytest.approx(wanted, rel=1e-8)
+    # Lengths differ, so that the shortest decides into how many stretches audio is cut.
+    assert found.sizes[0] == 2
+    assert found.tokens[:2] == ("audio part 1 of 2", "audio part 2 of 2")
+
+
+def test_padding_changes_nothing():
+    made, short = model(THREE, depth=2), batch(THREE)
+    long = {name: values if name == "target" else nn.functional.pad(values, (0, 0, 0, 4), value=9.0)
+            for name, values in short.items()}  # fmt: skip
+    long["mask"] = {name: torch.arange(short[name].shape[1] + 4).expand(5, -1) < short[name].shape[1] for name in THREE}
+    one, other = (only(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (short, long))
+    torch.testing.assert_close(one.matrix, other.matrix, **EXACT)
+    assert (one.score, one.cycle_error) == pytest.approx((other.score, other.cycle_error))
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 999), order=st.permutations(range(CONCEPTS)))
+def test_names_of_tokens_do_not_matter(seed, order):
+    made, plain = model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
+    other = {**plain, "text": plain["text"][:, list(order)]}
+    one, two = (only(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (plain, other))
+    for figure in ("score", "effective_rank", "contradiction_excess", "top_energy", "cycle_error", "pair_error"):
+        assert getattr(one, figure) == pytest.approx(getattr(two, figure), rel=1e-6)
+
+
+def test_layers_that_only_together_have_all_maps_are_one():
+    made = fused(eq.fusion.MBT(DIM, depth=2, heads=2, exchange="cross"))
+    found = eq.diagnostics.attention_consistency(made, [batch(THREE)])
+    assert [layer.site for layer in found.layers] == [f"fusion.blocks.*.{number}.attention" for number in range(2)]
+    recorded = {name: Recorded(made.fusion.blocks[name][0].attention) for name in THREE}
+    made.eval()
+    with torch.no_grad():
+        made(batch(THREE))
+    sizes = found.layers[0].sizes
+    for place, name in enumerate(THREE):
+        # Each block's own rows come first.
+        (query, key, _), kwargs = recorded[name].calls[0]
+        weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1).mean(dim=1)[:, : sizes[place]]
+        for other in range(3):
+            if other != place:
+                part = weights[..., kwargs["modality"] == other]
+                block = (part / part.sum(dim=-1, keepdim=True)).mean(dim=0)
+                rows, columns = ([sum(sizes[:i]), sum(sizes[: i + 1])] for i in (place, other))
+                torch.testing.assert_close(found.layers[0].matrix[slice(*rows), slice(*columns)], block, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "fusion", [eq.fusion.MidFusion(DIM, heads=2), eq.fusion.MODA(DIM, heads=2), eq.fusion.JointAttention(DIM, depth=3)]
+)
+def test_every_layer_whose_tokens_read_one_another(fusion):
+    found = eq.diagnostics.attention_consistency(fused(fusion), [batch(THREE)])
+    last = len(found.layers)
+    assert [layer.site for layer in found.layers] == [f"fusion.blocks.{n}.attention" for n in range(last)]
+    assert found.skipped == {
+        f"fusion.blocks.{last}.attention": "no token of a modality reads, only special ones such as a class token"
+    }
+    assert found.worst is max(found.layers, key=lambda layer: layer.cycle_error)
+
+
+def test_tokens_in_place_of_attention():
+    tokens = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names = {"audio": [2, 0, 1], "image": [0, 1, 2], "text": [1, 2, 0]}
+    made = eq.FusionModel({name: nn.Identity() for name in names}, eq.fusion.Concat(7), 2).double()
+    inputs = {name: tokens[:, order] for name, order in names.items()}
+    layer = only(eq.diagnostics.attention_consistency(made, [inputs], source="tokens", temperature=0.01))
+    assert (layer.site, layer.samples) == ("tokens", 1)
+    assert layer.score == pytest.approx(1, abs=1e-3)
+    there = torch.eye(3, dtype=torch.float64)[[2, 0, 1]]
+    torch.testing.assert_close(layer.matrix[:3, 3:6], there, rtol=0, atol=1e-3)
+
+
+def test_no_more_is_read_than_is_looked_at():
+    seen = []
+
+    def loader():
+        for seed in range(5):
+            seen.append(seed)
+            yield batch(THREE, seed=seed)
+
+    found = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), loader(), samples=7))
+    assert (found.samples, seen) == (7, [0, 1])
+    both = {name: torch.cat([batch(THREE, seed=s)[name] for s in range(2)])[:7] for name in batch(THREE)}
+    again = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), [both]))
+    torch.testing.assert_close(found.matrix, again.matrix, **EXACT)
+
+
+def test_stretches_of_many_tokens():
+    long = {**batch(THREE), "audio": torch.randn(5, 13, 3, dtype=torch.float64)}
+    words = {"audio": [f"w{n}" for n in range(13)]}
+    layer = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), [long], tokens=words, parts=4))
+    assert layer.sizes == (4, 4, 3)
+    assert layer.tokens[:5] == (
+        "audio 'w0' to 'w3'", "audio 'w3' to 'w6'", "audio 'w6' to 'w9'", "audio 'w9' to 'w12'", "image tokens 1 to 2",
+    )  # fmt: skip
+    torch.testing.assert_close(layer.matrix[:4, 4:8].sum(dim=1), torch.ones(4, dtype=torch.float64), **EXACT)
+
+
+def test_pooling_against_loops():
+    sizes, parts = (5, 3), (2, 3)
+    blocks = [torch.rand(5, 3, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)]
+    matrix = eq.consistency.supermatrix({(0, 1): blocks[0], (1, 0): blocks[1]})
+    found = pool_to_slots(matrix, sizes=sizes, parts=parts)
+    # Five tokens in two stretches: two and a half each.
+    stretch = [[(0, 1.0), (1, 1.0), (2, 0.5)], [(2, 0.5), (3, 1.0), (4, 1.0)]]
+    for part, tokens in enumerate(stretch):
+        for other in range(3):
+            assert float(found[part, 2 + other]) == pytest.approx(
+                sum(w * float(blocks[0][t, other]) for t, w in tokens) / 2.5
+            )
+            assert float(found[2 + other, part]) == pytest.approx(
+                sum(w * float(blocks[1][other, t]) for t, w in tokens)
+            )
+    assert torch.equal(found[:2, :2], torch.eye(2, dtype=torch.float64))
+    with pytest.raises(
+        ShapeError, match=r"pooled parts: expected one for each of \(5, 3\), from 1 to it, got \(2, 4\)"
+    ):
+        pool_to_slots(matrix, sizes=sizes, parts=(2, 4))
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 2), (2, 3, 5)])
+def test_all_figures_of_the_spectrum_at_once(sizes):
+    random = torch.Generator().manual_seed(len(sizes))
+    blocks = {
+        (i, j): torch.rand(a, b, generator=random, dtype=torch.float64).softmax(dim=-1)
+        for i, a in enumerate(sizes) for j, b in enumerate(sizes) if i != j
+    }  # fmt: skip
+    matrix = eq.consistency.supermatrix(blocks, symmetrize=True)
+    wanted = (eq.consistency.consistency_score(matrix, sizes=sizes), eq.consistency.effective_rank(matrix), contradiction_excess(matrix),
+              top_energy(matrix, sizes=sizes))  # fmt: skip
+    found = spectral(matrix, sizes=sizes)
+    assert [float(value) for value in found] == pytest.approx([float(value) for value in wanted], rel=1e-6, abs=1e-9)
+
+
+def test_ideals_of_unequal_numbers():
+    hard = torch.tensor([[1.0, 0], [0, 1], [0, 0]])
+    matrix = eq.consistency.supermatrix({(0, 1): hard})
+    values = torch.linalg.svdvals(matrix).tolist()
+    assert values == pytest.approx(ideal_spectrum((3, 2)), abs=1e-6)
+    assert float(top_energy(matrix, sizes=(3, 2))) == pytest.approx(4 / 5)
+    assert worst_cycles(matrix, sizes=(3, 2)) == []
+
+
+REASONS = {
+    "a class token alone": (
+        lambda: eq.fusion.JointAttention(DIM),
+        r"in 'fusion\.attention' no token of a modality reads",
+    ),
+    "bottlenecks": (
+        lambda: eq.fusion.MBT(DIM),
+        r"'fusion\.blocks\.audio\.0\.attention' tokens read their own modality",
+    ),
+    "streams": (lambda: eq.fusion.MMML(DIM), "nothing tells the modality of those who read"),
+    "hidden": (lambda: eq.fusion.MulT(DIM), "got no attention over tokens of known modalities"),
+    "static": (lambda: eq.fusion.Concat(DIM), "got no attention over tokens of known modalities"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_why_there_are_no_maps(case):
+    fusion, reason = REASONS[case]
+    with pytest.raises(
+        ConfigError, match=f"expected a layer in which tokens of all modalities .*{reason}.*source='tokens'"
+    ):
+        eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)])
+    assert eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)], source="tokens").layers[0].samples == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"source": "keys"}, ConfigError, "expected source 'attention' or 'tokens', .* got source = 'keys'"),
+        ({"samples": 0}, ConfigError, "samples >= 1, .* samples = 0"),
+        ({"parts": 0}, ConfigError, "parts >= 1, .* parts = 0"),
+        ({"worst": -1}, ConfigError, "worst >= 0 .* worst = -1"),
+        ({"temperature": 0.0}, ConfigError, "temperature > 0, .* temperature = 0"),
+        ({"tokens": {"audio": ["one"]}}, ShapeError, "tokens 'audio': expected a name for each of its 7 tokens, got 1"),
+        ({"tokens": {"audoi": ["one"]}}, ConfigError, "known modality, got 'audoi'. Did you mean 'audio'"),
+    ],
+)
+def test_options_that_do_not_fit(options, kind, message):
+    with pytest.raises(kind, match=message):
+        eq.diagnostics.attention_consistency(model(THREE, depth=2), [batch(THREE)], **options)
+
+
+def test_data_that_do_not_fit():
+    made = model(THREE, depth=2)
+    with pytest.raises(ShapeError, match="expected at least one batch, got none"):
+        eq.diagnostics.attention_consistency(made, [])
+    with pytest.raises(ConfigError, match="expected two or more modalities, got one, 'audio'"):
+        eq.diagnostics.attention_consistency(model(("audio",), depth=2), [batch(("audio",))])
+    broken = batch(THREE)
+    broken["audio"][0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="expected finite numbers, got NaN or infinity"):
+        eq.diagnostics.attention_consistency(made, [broken])
+    gone = {**batch(THREE), "mask": {"text": torch.zeros(5, dtype=torch.bool)}}
+    with pytest.raises(ConfigError, match="no sample has a map from every modality to every other"):
+        eq.diagnostics.attention_consistency(made, [gone])
+    with pytest.raises(ConfigError, match="expected samples with tokens of all modalities, got none"):
+        eq.diagnostics.attention_consistency(made, [gone], source="tokens")
+
+
+@pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
+def test_everything_is_as_it_was(ends):
+    made, loader = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    made.fusion.eval()
+    made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
+    if ends == "with the model's error":
+        made.encoders["audio"] = Broken()
+    before = state(made, loader)
+    if ends == "well":
+        eq.diagnostics.attention_consistency(made, loader)
+    elif ends == "with a user's error":
+        with pytest.raises(ShapeError, match="audio"):
+            eq.diagnostics.attention_consistency(made, loader, tokens={"audio": ()})
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            eq.diagnostics.attention_consistency(made, loader)
+    assert state(made, loader) == before
+
+
+@pytest.fixture(scope="module")
+def swapped():
+    return diagnose(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS, tests=["consistency"], name="swapped")
+
+
+def test_a_diagnosis_has_the_score_and_keeps_the_maps(swapped, tmp_path):
+    site = "fusion.blocks.0.attention"
+    found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS)
+    assert swapped.metrics[f"consistency/{site}"] == found.worst.score
+    assert swapped.metrics[f"cycle_error/{site}"] == found.worst.cycle_error
+    assert swapped.metrics[f"pair_error/{site}"] == found.worst.pair_error
+    swapped.save(tmp_path)
+    details = eq.Diagnosis.load(tmp_path).details["consistency"]["layers"][0]
+    assert details["cycles"][0]["way"] == list(found.worst.cycles[0].way)
+    torch.testing.assert_close(torch.tensor(details["matrix"]).double(), found.worst.matrix, rtol=0, atol=1e-4)
+    two = diagnose(planted(names=NAMES[:2]), [concepts(NAMES[:2])], tests=["consistency"])
+    assert f"pair_error/{site}" in two.metrics
+    assert f"cycle_error/{site}" not in two.metrics
+    one = diagnose(model(("audio",), depth=2, dtype=torch.float32), [batch(("audio",), dtype=torch.float32)])
+    assert one.skipped["consistency"] == "the model has one modality: there is nobody to agree with"
+    with pytest.raises(ConfigError, match="diagnose tokens: expected a known modality, got 'sound'"):
+        diagnose(planted(), [concepts()], tokens={"sound": ()})
+
+
+def test_the_page_draws_the_maps_and_says_the_worst(swapped):
+    text = diagnosis_page([swapped.to_dict()])
+    shown = re.search(r'id="test-consistency".*?</section>', text, re.DOTALL).group(0)
+    assert shown.count("<svg") == 2
+    way = ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'noise'")
+    assert f"{' → '.join(way)} (100\N{NO-BREAK SPACE}%)".replace("'", "&#39;") in shown
+    assert "hold 73\N{NO-BREAK SPACE}% of the sum; maps that agree have 100\N{NO-BREAK SPACE}% there" in shown
+    # A cell for each 1 of the nine blocks, and each of them a path.
+    assert len(re.findall(r"<path[^>]*clip-path[^>]*fill: var\(--fig-(?:accent|grid)", shown)) >= 27
+    well = diagnosis_page([diagnose(planted(), [concepts()], tests=["consistency"]).to_dict()])
+    assert "Every way round leads back to where it began." in well
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_of_tokens_stay_text(evil):
+    tokens = {**TOKENS, "video": (evil, "man", "street")}
+    found = diagnose(planted(on=SWAP), [concepts()], tokens=tokens, tests=["consistency"])
+    text = diagnosis_page([found.to_dict()])
+    assert evil not in text
+    assert text.count("<script") == 2
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_can_be_read_on_a_small_screen(swapped, browser, tmp_path, scheme):
+    long = {name: tuple(f"{word} without a place to break" * 3 for word in words) for name, words in TOKENS.items()}
+    other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
+    (tmp_path / "page.html").write_text(diagnosis_page([swapped.to_dict(), other.to_dict()]), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(1000 * DEADLOCK)
+    view = context.new_page()
+    view.goto((tmp_path / "page.html").as_uri())
+    assert view.evaluate("document.documentElement.scrollWidth") <= 390
+    shown = view.locator("#test-consistency")
+    assert shown.locator("svg[role=img]").count() == shown.locator("figcaption").count() == 4
+    assert "Consistency of swapped. fusion.blocks.0.attention" in shown.locator("svg").first.get_attribute("aria-label")
+    measured = view.evaluate(CONTRAST)
+    assert min(measured["texts"], measured["labels"]) >= 4.5
+    # A cell is as strong as its map, in the color of the page's theme.
+    fills = shown.locator("svg").first.evaluate(
+        "svg => [...svg.querySelectorAll('path')].map(p => getComputedStyle(p).fill)"
+    )
+    accent = {"light": "rgb(0, 112, 90)", "dark": "rgb(79, 207, 174)"}[scheme]
+    assert fills.count(accent) == 18
+    context.close()
+
+
+def test_nothing_warns_and_even_maps_name_no_contradiction():
+    even = planted(sharpness=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = diagnose(even, [concepts()], tests=["consistency"])
+    layer = found.details["consistency"]["layers"][0]
+    assert layer["score"] == pytest.approx(layer["even"])
+    assert layer["score"] == pytest.approx(0.6)
+    text = diagnosis_page([found.to_dict()])
+    assert "No way that leads astray gets 3 times what even attention would give it." in text

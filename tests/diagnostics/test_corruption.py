@@ -1,0 +1,253 @@
+"""Damage by loops over single numbers, and the curve of a model against runs on inputs damaged by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_unimodal_scores import slow_score
+
+import equipoise as eq
+from equipoise.diagnostics.corruption_test import corruption_curve
+from equipoise.diagnostics.input_corruption import AUDIO_RUN, KINDS, TIMESERIES_RUN, corrupt
+from equipoise.diagnostics.noise_test import input_statistics
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.fusion import batch, model
+from helpers.steps import fused
+from helpers.tasks import TASKS, batch_for
+from helpers.tolerance import TOL
+
+EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
+SHAPE = (5, 13, 3)
+
+
+def inputs(seed=0, dtype=torch.float64, shape=SHAPE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def slow_runs(starts, length):
+    """A step is dropped when a run starts there, or at one of the steps before it that the run is long."""
+    return [any(starts[max(0, step - length + 1) : step + 1]) for step in range(len(starts))]
+
+
+def slow(values, level, kind, seed, std):
+    """One number after the other, from the same draws in the order in which ``corrupt`` names them."""
+    samples, steps, features = values.shape
+    random, found = generator(seed), values.clone()
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random).double()
+
+    def chance(*shape):
+        return (torch.rand(shape, generator=random) < level).tolist()
+
+    if kind in ("additive", "mix"):
+        noise = normal(samples, steps, features)
+    elif kind == "prob":
+        noise, hit = normal(samples, steps, features), chance(samples)
+    elif kind == "multibench_audio":
+        hit, way = chance(samples), torch.randint(3, (samples,), generator=random).tolist()
+        noise, dropped, starts = normal(samples, steps, features), chance(samples, steps), chance(samples, steps)
+    else:
+        noise, dropped, starts = normal(samples, steps), chance(samples, steps, features), chance(samples, steps)
+    for i in range(samples):
+        for t in range(steps):
+            for f in range(features):
+                x = float(values[i, t, f])
+                if kind == "additive":
+                    x = x + level * std * float(noise[i, t, f])
+                elif kind == "mix":
+                    x = (1 - level) * x + level * std * float(noise[i, t, f])
+                elif kind == "prob":
+                    x = std * float(noise[i, t, f]) if hit[i] else x
+                elif kind == "multibench_audio" and hit[i]:
+                    gone = [False, dropped[i][t], slow_runs(starts[i], 10)[t]][way[i]]
+                    x = 0.0 if gone else x + level * float(noise[i, t, f]) * (way[i] == 0)
+                elif kind == "multibench_timeseries":
+                    gone = dropped[i][t][f] or slow_runs(starts[i], 3)[t]
+                    x = 0.0 if gone else x + level * float(noise[i, t])
+                found[i, t, f] = x
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.01, 1), st.integers(0, 1000), st.floats(0, 5))
+def test_against_loops(kind, level, seed, std):
+    values = inputs(seed)
+    found = corrupt(values, level, kind, generator(seed), std)
+    torch.testing.assert_close(found, slow(values, level, kind, seed, std), **EXACT)
+    assert torch.equal(values, inputs(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_level_zero_is_bit_identical(kind, dtype):
+    values = inputs(dtype=dtype)
+    values[0, 0], values[1, 1] = -0.0, math.nan
+    found = corrupt(values, 0, kind, generator())
+    assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
+    assert corrupt(inputs(dtype=dtype), 0.5, kind, generator()).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_axes(kind):
+    for shape in ((7, 5), (7, 5, 3, 2)):
+        values = inputs(shape=shape)
+        found = corrupt(values, 0.5, kind, generator())
+        assert found.shape == shape
+        assert not torch.equal(found, values)
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_higher_level_damages_more_of_the_same(kind, seed, first, second):
+    values, (low, high) = inputs(seed), sorted((first, second))
+    less, more = (corrupt(values, level, kind, generator(seed)) for level in (low, high))
+    if kind in ("additive", "prob", "mix"):
+        # Every number moves along one line, from itself to the noise.
+        assert ((more - values).abs() >= (less - values).abs() - EXACT["atol"]).all()
+    assert ((more == 0) >= (less == 0)).all()
+
+
+def test_at_the_ends():
+    values, noise = inputs(), torch.randn(SHAPE, generator=generator()).double()
+    torch.testing.assert_close(corrupt(values, 1, "additive", generator(), 2.0), values + 2 * noise, **EXACT)
+    torch.testing.assert_close(corrupt(values, 1, "mix", generator(), 2.0), 2 * noise, **EXACT)
+    torch.testing.assert_close(corrupt(values, 1, "prob", generator(), 2.0), 2 * noise, **EXACT)
+    assert not corrupt(values, 1, "multibench_timeseries", generator()).any()
+    whole = corrupt(values, 1, "multibench_audio", generator())
+    noisy = whole.flatten(1).any(dim=1)
+    assert noisy.any()
+    assert not noisy.all()
+    assert (AUDIO_RUN, TIMESERIES_RUN) == (10, 3)
+
+
+def test_how_often():
+    values = torch.ones(20011, 1)
+    for level in (0.25, 0.75):
+        hit = corrupt(values, level, "prob", generator()) != 1
+        assert float(hit.double().mean()) == pytest.approx(level, abs=0.02)
+        sound = corrupt(values, level, "additive", generator(), 3.0)
+        assert float(sound.std()) == pytest.approx(3 * level, rel=0.02)
+    wide = corrupt(torch.ones(20011, 1, 2), 0.25, "multibench_timeseries", generator())
+    # A single value stays with probability 1 - p, and its step is not in a run with probability 1 - p.
+    assert float((wide != 0).double().mean()) == pytest.approx(0.75**2, abs=0.02)
+
+
+def numbers(found):
+    return [*found.accuracy, *found.drop, found.area, *(found.share or ())]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("names", [("image",), ("audio", "image"), ("audio", "image", "text")], ids=len)
+def test_of_a_model(task, names):
+    made = fused(names, task=task, unimodal="none")
+    batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
+    found = corruption_curve(made, batches, modality="image", kind="mix", levels=(1, 0, 0.3), seed=5, std=2.0)
+    made.eval()
+    for place, level in enumerate((1, 0, 0.3)):
+        outputs = []
+        for number, part in enumerate(batches):
+            noise = torch.randn(part["image"].shape, generator=generator(5 * 1_000_003 + number))
+            damaged = (1 - level) * part["image"] + level * 2 * noise.double()
+            with torch.no_grad():
+                outputs.append(made({**part, "image": damaged}))
+        logits = torch.cat([output.logits for output in outputs]).tolist()
+        target = torch.cat([part["target"] for part in batches]).tolist()
+        share = torch.cat([output.share for output in outputs])[..., names.index("image")]
+        assert found.accuracy[place] == pytest.approx(slow_score(logits, target, task), abs=SINGLE["atol"])
+        assert found.share[place] == pytest.approx(float(share.mean()), rel=SINGLE["rtol"])
+        assert found.drop[place] == found.accuracy[1] - found.accuracy[place]
+    assert found.area == pytest.approx(sum(found.accuracy) / 3)
+    assert (found.levels, found.modality, found.kind) == ((1.0, 0.0, 0.3), "image", "mix")
+
+
+def test_drop_is_from_no_damage_whatever_the_levels():
+    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")]
+    whole = corruption_curve(made, batches, modality="audio", levels=(0, 0.5, 1))
+    part = corruption_curve(made, lambda: batches, modality="audio", levels=[0.5, 1])
+    assert part.drop == whole.drop[1:]
+    assert part.area == pytest.approx((part.accuracy[0] + part.accuracy[1]) / 2)
+    assert whole.drop[0] == 0
+    assert whole.drop[2] != 0
+
+
+def test_the_deviation_is_the_data_s_own_by_default():
+    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression", seed=seed) for seed in range(2)]
+    std = torch.cat([part["audio"].flatten() for part in batches]).std(correction=0)
+    assert float(std) == pytest.approx(input_statistics(batches, "audio", who="test")[1])
+    default, given = (corruption_curve(made, batches, modality="audio", std=value) for value in (None, float(std)))
+    assert numbers(default) == pytest.approx(numbers(given))
+    assert default.drop != corruption_curve(made, batches, modality="audio", std=2 * float(std)).drop
+
+
+def test_the_seed_and_the_batch_number_decide():
+    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")] * 2
+    first = corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))
+    # The same batch as number 0 and 1 has different noise; noise of number 0 does not hang on what follows.
+    alone = corruption_curve(made, batches[:1], modality="audio", seed=1, levels=(0.5,))
+    assert first.accuracy != alone.accuracy
+    torch.manual_seed(99)
+    assert numbers(corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))) == numbers(first)
+    assert corruption_curve(made, batches, modality="audio", seed=2, levels=(0.5,)).accuracy != first.accuracy
+    # A level has the same noise whichever other levels there are.
+    more = corruption_curve(made, batches, modality="audio", seed=1, levels=(1, 0.5))
+    assert more.accuracy[1] == first.accuracy[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_on_a_static_fusion(kind):
+    made = fused(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
+    found = corruption_curve(made, [batch_for("regression")], modality="audio", kind=kind)
+    assert found.share is None
+    assert found.levels == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert len(set(found.accuracy)) > 2
+
+
+def test_errors():
+    made = model()
+    with pytest.raises(
+        ConfigError, match=r"corruption_curve: expected a known modality, got 'imag'. Did you mean 'ima"
+    ):
+        corruption_curve(made, [batch()], modality="imag")
+    with pytest.raises(ConfigError, match=r"corruption_curve: expected a known kind, got 'mixed'. Did you mean 'mix'"):
+        corruption_curve(made, [batch()], modality="image", kind="mixed")
+    with pytest.raises(ConfigError, match="corruption_curve: expected one or more levels, got none"):
+        corruption_curve(made, [batch()], modality="image", levels=())
+    for level in (-0.1, 1.5, math.nan):
+        with pytest.raises(ConfigError, match=f"corruption_curve: expected a level from 0 to 1, got {level}"):
+            corruption_curve(made, [batch()], modality="image", levels=(0, level))
+    with pytest.raises(ShapeError, match=r"corruption_curve 'image': expected a floating tensor .* got NoneType"):
+        corruption_curve(made, [{**batch(), "image": None}], modality="image")
+    with pytest.raises(ShapeError, match=r"at least one batch, got none. Is the split empty, or the loader used up"):
+        corruption_curve(made, iter([batch()]), modality="image")
+    without = {name: value for name, value in batch().items() if name != "target"}
+    with pytest.raises(ShapeError, match="corruption_curve: expected a target for each of 5 samples, got 0"):
+        corruption_curve(made, [without], modality="image")
+    broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
+    with pytest.raises(NonFiniteError, match="corruption_curve: expected logits that are numbers, got NaN for 5 of 5"):
+        corruption_curve(made, [broken], modality="image")
+    nameless = torch.nn.Linear(2, 3)
+    with pytest.raises(ConfigError, match=r"read: expected a FusionModel, .* got Linear without names"):
+        corruption_curve(nameless, [batch()], modality="image")
+
+
+def test_errors_of_the_formula():
+    with pytest.raises(ConfigError, match="corrupt: expected a known kind, got 'white'"):
+        corrupt(inputs(), 0.5, "white", generator())
+    with pytest.raises(ConfigError, match="corrupt: expected a level from 0 to 1, got 2"):
+        corrupt(inputs(), 2, "mix", generator())
+    with pytest.raises(
+        ShapeError, match=r"corrupt: expected floating values \(sample, \.\.\.\) for 'mix', got .*int64"
+    ):
+        corrupt(torch.zeros(2, 3).long(), 0.5, "mix", generator())
+    with pytest.raises(ShapeError, match=r"\(sample, step, \.\.\.\) for 'multibench_audio', got shape \(7,\)"):
+        corrupt(torch.zeros(7), 0.5, "multibench_audio", generator())

@@ -1,0 +1,378 @@
+"""A whole diagnosis: its figures against loops and each test alone, what it skips, and what it leaves behind."""
+
+import math
+
+import pytest
+import torch
+from test_no_trace import Broken, state
+from torch import nn
+from torch.utils.data import DataLoader
+
+import equipoise as eq
+from equipoise.diagnostics import mask_modality, modality_shapley, noise_response, ood
+from equipoise.diagnostics.noise_test import input_statistics
+from equipoise.diagnostics.suite import QUESTIONS, diagnose
+from equipoise.errors import ConfigError, EquipoiseError, NonFiniteError, ShapeError
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.tolerance import TOL
+
+CLOSE = TOL[torch.float32]
+NAMES = {1: ("audio",), 2: ("audio", "image"), 3: ("audio", "image", "text")}
+
+
+def batches(names=NAMES[2], *, sizes=(13, 7), dtype=torch.float32, missing=()):
+    return [batch(names, size=size, seed=seed, dtype=dtype, missing=missing) for seed, size in enumerate(sizes)]
+
+
+def fused(fusion, names=NAMES[2], *, task="classification", outputs=OUTPUTS, unimodal="probe", seed=0):
+    torch.manual_seed(seed)
+    encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
+    return eq.FusionModel(encoders, fusion, outputs, task=task, unimodal=unimodal)
+
+
+def with_targets(loader, target):
+    return [{**inputs, "target": target(len(inputs["target"]))} for inputs in loader]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    made, loader = model(depth=2, dtype=torch.float32), batches()
+    outside = [{name: 3 * values for name, values in inputs.items() if name != "target"} for inputs in batches()]
+    return made, loader, outside, diagnose(made, loader, outside=outside, modality="image", seed=3)
+
+
+def slow_accuracy(logits, target):
+    right = [row.index(max(row)) == wanted for row, wanted in zip(logits, target, strict=True)]
+    return sum(right) / len(right)
+
+
+def test_scores_against_loops(deep):
+    made, loader, _, found = deep
+    target = [int(right) for inputs in loader for right in inputs["target"]]
+    made.eval()
+    with torch.no_grad():
+        clean = [row for inputs in loader for row in made(inputs).logits.tolist()]
+        heads = {
+            name: [row for inputs in loader for row in made(inputs).unimodal_logits[name].tolist()] for name in NAMES[2]
+        }
+        assert found.metrics["accuracy"] == pytest.approx(slow_accuracy(clean, target))
+        for name in NAMES[2]:
+            assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(slow_accuracy(heads[name], target))
+            mean, std = input_statistics(loader, name, who="test")
+            noisy = []
+            for number, inputs in enumerate(loader):
+                generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
+                drawn = torch.randn(inputs[name].shape, generator=generator) * std + mean
+                noisy += made({**inputs, name: drawn}).logits.tolist()
+            assert found.metrics[f"accuracy_noise/{name}"] == pytest.approx(slow_accuracy(noisy, target))
+            changed = [a.index(max(a)) != b.index(max(b)) for a, b in zip(clean, noisy, strict=True)]
+            assert found.metrics[f"changed_noise/{name}"] == pytest.approx(sum(changed) / len(changed))
+            gone = [{**inputs, name: None} for inputs in loader]
+            without = [row for inputs in gone for row in made(inputs).logits.tolist()]
+            assert found.metrics[f"accuracy_mask/{name}"] == pytest.approx(slow_accuracy(without, target))
+    most = max(target.count(right) for right in target)
+    assert found.metrics["accuracy_constant"] == pytest.approx(most / len(target))
+
+
+def test_figures_are_those_of_the_tests_alone(deep):
+    made, loader, outside, found = deep
+    statistics = {"image": input_statistics(loader, "image", who="test")}
+    response = noise_response(made, loader, modality="image", noise=statistics, seed=3)
+    own = noise_response(made, loader, modality="image", seed=3)
+    assert found.metrics["noise_attention_r_own"] == pytest.approx(own.r)
+    assert found.metrics["noise_attention_r"] == pytest.approx(response.r)
+    assert found.metrics["noise_attention_r_same"] == pytest.approx(response.r_same)
+    assert found.metrics["noise_attention_p"] == pytest.approx(response.p)
+    assert found.details["response"]["modality"] == "image"
+    worth = modality_shapley(made, loader)
+    assert {name: found.metrics[f"shapley/{name}"] for name in NAMES[2]} == pytest.approx(worth)
+    total = found.metrics["accuracy"] - found.metrics["accuracy_constant"]
+    assert sum(worth.values()) == pytest.approx(total, abs=CLOSE["atol"])
+    left = mask_modality(made, loader).without
+    assert {name: found.metrics[f"accuracy_mask/{name}"] for name in NAMES[2]} == pytest.approx(left)
+    unknown = ood(made, loader, outside)
+    assert (found.metrics["auroc"], found.metrics["fpr95"]) == pytest.approx((unknown.auroc, unknown.fpr95))
+    full, thop = (eq.diagnostics.cost(made, loader[0], convention=kind) for kind in ("full", "thop"))
+    assert [found.metrics[name] for name in ("parameters", "flops", "parameters_thop", "flops_thop")] == [
+        full.parameters, full.flops, thop.parameters, thop.flops,
+    ]  # fmt: skip
+
+
+def test_attention_of_every_layer_and_head_is_what_watch_sees(deep):
+    made, loader, _, found = deep
+    made.eval()
+    with torch.no_grad(), eq.watch(made) as seen:
+        for inputs in loader:
+            made(inputs)
+    rows = found.details["attention"]["layers"]
+    assert [row["site"] for row in rows] == seen.sites == ["fusion.blocks.0.attention", "fusion.blocks.1.attention"]
+    for row in rows:
+        torch.testing.assert_close(torch.tensor(row["share"]), seen.share(row["site"]).mean(dim=0), rtol=0, atol=1e-6)
+        for share, special in zip(row["share"], row["special"], strict=True):
+            assert sum(share) + special == pytest.approx(1, abs=1e-5)
+    own = seen.by_query(rows[0]["site"])
+    torch.testing.assert_close(torch.tensor(rows[0]["by_query"]), own.mean(dim=0), rtol=0, atol=1e-6)
+    # In the last block a class token alone reads.
+    assert rows[1]["by_query"] is None
+    mean = own.mean(dim=(0, 1)).tolist()
+    for place, name in enumerate(NAMES[2]):
+        gap = 100 * abs(mean[place][place] - mean[place][1 - place]) / sum(mean[place])
+        assert found.metrics[f"attention_gap/{name}"] == pytest.approx(gap, rel=1e-4)
+
+
+def test_residuals_of_the_blocks_against_loops(deep):
+    made, loader, _, found = deep
+    made.eval()
+    kept = {"input": [], "blocks.0": []}
+    with torch.no_grad():
+        for inputs in loader:
+            packed = eq.pack(made.encode(inputs), cls=made.fusion.cls)
+            kept["input"] += list(packed.values)
+            kept["blocks.0"] += list(made.fusion.blocks[0](packed.values, share=False).output)
+    rows = found.details["collapse"]["layers"]
+    # The last block passes on the class token alone, which would always be like itself.
+    assert [row["layer"] for row in rows] == list(kept)
+    for row in rows:
+        parts = []
+        for tokens in kept[row["layer"]]:
+            mean = sum(tokens) / len(tokens)
+            apart = sum(float((token - mean).square().sum()) for token in tokens)
+            parts.append(math.sqrt(apart / sum(float(token.square().sum()) for token in tokens)))
+        assert row["mean"] == pytest.approx(sum(parts) / len(parts), rel=1e-4)
+    assert found.metrics["residual_first"] == rows[0]["mean"]
+    assert found.metrics["residual_last"] == rows[-1]["mean"]
+
+
+def test_every_test_has_run_where_every_test_applies(deep):
+    found = deep[3]
+    assert found.skipped == {}
+    assert set(found.details) == set(QUESTIONS)
+    assert found.samples == 20
+    assert all(isinstance(value, float | int) for value in found.metrics.values())
+    assert (found.name, found.names, found.task) == ("joint", NAMES[2], "classification")
+    assert str(found).splitlines()[0].startswith("joint ")
+    assert len(str(found).splitlines()) == 1 + len(found.verdicts)
+
+
+@pytest.mark.parametrize("count", NAMES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_any_number_of_modalities(count, depth):
+    names = NAMES[count]
+    found = diagnose(model(names, depth=depth, dtype=torch.float32), batches(names))
+    assert {f"accuracy_noise/{name}" for name in names} <= set(found.metrics)
+    assert ("masking" in found.skipped) == ("response" in found.skipped) == (count == 1)
+    assert ("collapse" in found.details) == (depth == 2)
+    assert set(found.skipped) | set(found.details) == set(QUESTIONS)
+    if count == 1:
+        assert found.skipped["masking"] == "the model has one modality: without it nothing is left"
+    else:
+        assert sum(found.metrics[f"air/{name}"] for name in names) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        eq.fusion.Concat,
+        eq.fusion.Sum,
+        eq.fusion.FiLM,
+        eq.fusion.Gated,
+        eq.fusion.Unimodal,
+        eq.fusion.MulT,
+        eq.fusion.MBT,
+        eq.fusion.JMT,
+        eq.fusion.MMML,
+        eq.fusion.MidFusion,
+    ],
+)
+def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
+    found = diagnose(fused(fusion(DIM)), batches())
+    assert set(found.skipped) | set(found.details) == set(QUESTIONS)
+    assert {"score", "noise", "masking", "shapley", "corruption", "gradients", "cost"} <= set(found.details)
+    assert found.skipped["ood"] == "no inputs of unknown kind were given; see outside"
+    assert all(len(reason) > 20 for reason in found.skipped.values())
+    if fusion is not eq.fusion.MidFusion:
+        assert found.skipped["response"] == f"{fusion.__name__} has no attention that reads all modalities out"
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_other_tasks(task):
+    made = fused(eq.fusion.JointAttention(DIM, dropout=0.0), task=task)
+    random = torch.Generator().manual_seed(5)
+
+    def target(size):
+        drawn = torch.randn(size, OUTPUTS, generator=random)
+        return (drawn > 0).float() if task == "multilabel" else drawn
+
+    loader = with_targets(batches(), target)
+    found = diagnose(made, loader, outside=loader)
+    made.eval()
+    with torch.no_grad():
+        pairs = [(made(inputs).logits, inputs["target"]) for inputs in loader]
+    if task == "multilabel":
+        right = [float((a > 0) == bool(b)) for x, y in pairs for a, b in zip(x.flatten(), y.flatten(), strict=True)]
+        assert found.metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    else:
+        errors = [float((a - b).abs().mean()) for x, y in pairs for a, b in zip(x, y, strict=True)]
+        mean = sum(errors) / len(errors)
+        assert found.metrics["negative_error"] == pytest.approx(-mean)
+        deviation = math.sqrt(sum((error - mean) ** 2 for error in errors) / len(errors))
+        assert found.details["score"]["deviation"] == pytest.approx(deviation, rel=1e-5)
+    assert found.skipped["ood"] == f"confidence is that of a classifier, and the task is {task}"
+    assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
+
+
+def test_regression_of_one_number():
+    made = fused(eq.fusion.Concat(DIM), task="regression", outputs=1)
+    found = diagnose(made, with_targets(batches(), torch.randn))
+    assert found.metrics["negative_error"] < 0
+    assert found.metrics["negative_error_constant"] < 0
+
+
+def test_samples_that_lack_a_modality():
+    made = model(dtype=torch.float32)
+    loader = batches(missing=NAMES[2])
+    found = diagnose(made, loader)
+    assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
+    has = torch.cat([inputs["mask"]["audio"] for inputs in loader])
+    target = torch.cat([inputs["target"] for inputs in loader])[has].tolist()
+    made.eval()
+    with torch.no_grad():
+        rows = torch.cat([made(inputs).unimodal_logits["audio"] for inputs in loader])[has].tolist()
+    assert found.metrics["accuracy_alone/audio"] == pytest.approx(slow_accuracy(rows, target))
+
+
+def test_a_batch_that_lacks_a_modality_cannot_have_it_replaced():
+    loader = [*batches(), {**batch(size=3, dtype=torch.float32), "image": None}]
+    found = diagnose(model(dtype=torch.float32), loader)
+    for test in ("noise", "corruption", "response"):
+        assert "'image': expected a floating tensor in every batch" in found.skipped[test]
+    assert "accuracy_mask/image" in found.metrics
+
+
+def test_without_targets_attention_is_still_looked_at():
+    loader = [{name: values for name, values in inputs.items() if name != "target"} for inputs in batches()]
+    found = diagnose(model(dtype=torch.float32), loader)
+    assert found.skipped["score"] == found.skipped["masking"] == "the batches have no target"
+    assert {"response", "attention", "keys", "cost"} == set(found.details)
+    assert "share/audio" in found.metrics
+
+
+class Foreign(nn.Module):
+    """Somebody's model: names, Output, and nothing else."""
+
+    names = NAMES[2]
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(FEATURES["audio"], OUTPUTS)
+
+    def forward(self, batch):
+        features = batch["audio"].mean(dim=1)
+        return eq.Output(features=features, logits=self.head(features))
+
+
+def test_a_model_that_is_not_ours():
+    made = Foreign()
+    found = diagnose(made, batches(), name="mine")
+    assert found.name == "mine"
+    assert found.skipped["score"].startswith("the model has no task, one of classification")
+    made.task = "classification"
+    found = diagnose(made, batches())
+    assert found.metrics["changed_noise/image"] == 0.0
+    assert found.name == "foreign"
+    assert found.skipped["masking"] == "Foreign is no FusionModel: it has no encoders, encode, fuse, loss"
+    assert {verdict.key: verdict.claim for verdict in found.verdicts}["use/image"] == "ignores image"
+
+
+def test_chosen_tests_and_progress():
+    heard = []
+    made, loader = model(dtype=torch.float32), batches()
+    found = diagnose(made, loader, tests=["masking", "cost"], progress=lambda *told: heard.append(told))
+    assert set(found.details) == {"score", "masking", "cost"}
+    assert heard == [("score", 0, 3), ("masking", 1, 3), ("cost", 2, 3), ("", 3, 3)]
+    assert found.protocol["tests"] == ["score", "masking", "cost"]
+
+
+def test_scores_of_models_alone_go_before_heads():
+    made, alone = model(dtype=torch.float32), {"audio": 0.25, "image": 0.75}
+    found = diagnose(made, batches(), tests=[], alone=alone)
+    assert {name: found.metrics[f"accuracy_alone/{name}"] for name in alone} == alone
+    assert found.details["score"]["alone_from"] == "models"
+    without = diagnose(fused(eq.fusion.Concat(DIM), unimodal="none"), batches(), tests=[])
+    assert not any("alone" in name for name in without.metrics)
+
+
+def test_a_loader_that_shuffles_gives_what_one_that_does_not_gives():
+    made, rows = model(dtype=torch.float32), batch(size=29, dtype=torch.float32)
+    samples = [{name: values[i] for name, values in rows.items()} for i in range(29)]
+    torch.manual_seed(7)
+    shuffled = diagnose(made, DataLoader(samples, batch_size=29, shuffle=True))
+    plain = diagnose(made, DataLoader(samples, batch_size=29), tests=["masking", "keys", "shapley"])
+    for name, value in plain.metrics.items():
+        assert shuffled.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    own = DataLoader(samples, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1))
+    found = diagnose(made, own, tests=["noise"])
+    assert "in the same order each time, got other targets. Turn shuffling off" in found.skipped["noise"]
+
+
+def test_the_same_again():
+    made, loader = model(depth=2, dropout=0.5, dtype=torch.float32).train(), batches()
+    first, second = diagnose(made, loader), diagnose(made, lambda: iter(loader))
+    assert first.to_dict() == second.to_dict()
+    assert diagnose(made, loader, seed=1).metrics != first.metrics
+
+
+ERRORS = {
+    "an unknown test": (
+        {"tests": ["maskin"]}, ConfigError, r"diagnose: expected a known test, got 'maskin'\. Did you mean 'masking'",
+    ),
+    "a test that is no list": ({"tests": "noise"}, ConfigError, r"a list of tests, got 'noise'\. Give \['noise'"),
+    "an unknown modality": ({"modality": "imag"}, ConfigError, r"diagnose: expected a known modality, got 'imag'"),
+    "noise of another": ({"noise": {"text": (0.0, 1.0)}}, ConfigError, r"diagnose noise: .* got 'text'"),
+    "another alone": ({"alone": {"text": 0.5}}, ConfigError, r"diagnose alone: expected a known modality, got 'text'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_wrong_options(what):
+    options, kind, message = ERRORS[what]
+    with pytest.raises(kind, match=message):
+        diagnose(model(dtype=torch.float32), batches(), **options)
+
+
+def test_what_cannot_be_diagnosed():
+    made, loader = model(dtype=torch.float32), batches()
+    with pytest.raises(ConfigError, match=r"gone through many times: .*, got a list_iterator\. Give list\(loader\)"):
+        diagnose(made, iter(loader))
+    with pytest.raises(ConfigError, match="got a int"):
+        diagnose(made, 3)
+    with pytest.raises(ShapeError, match="expected at least one batch, got none"):
+        diagnose(made, [])
+    with pytest.raises(ConfigError, match="expected a FusionModel, or a module with the modalities' names"):
+        diagnose(nn.Linear(2, 3), loader)
+    loader[1]["audio"][4] = math.nan
+    with pytest.raises(NonFiniteError, match=r"NaN for 1 of 20 samples, the first is number 17"):
+        diagnose(made, loader)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
+def test_everything_is_as_it_was(depth, ends):
+    made = model(depth=depth, dropout=0.5, dtype=torch.float32).train()
+    made.fusion.eval()
+    made.head.weight.requires_grad_(False)
+    loader = batches()
+    made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
+    made.head.bias.grad = None
+    if ends == "with the model's error":
+        made.encoders["audio"] = Broken()
+    before = state(made, loader)
+    if ends == "well":
+        diagnose(made, loader, outside=loader)
+    elif ends == "with a user's error":
+        with pytest.raises(EquipoiseError):
+            diagnose(made, lambda: [*loader, {}])
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            diagnose(made, loader)
+    assert state(made, loader) == before

@@ -1,0 +1,114 @@
+"""diagnosis.json and results.json: whole, the same when they come back, and refused where they are damaged."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose, results
+from equipoise.errors import DataError, SchemaError
+from equipoise.results import result_rows
+from helpers.fusion import batch, model
+
+
+def batches():
+    return [batch(size=size, seed=seed, dtype=torch.float32) for seed, size in enumerate((13, 7))]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return diagnose(model(depth=2, dtype=torch.float32), batches(), modality="image", outside=batches())
+
+
+def test_save_and_load(found, tmp_path):
+    path = found.save(tmp_path / "new")
+    assert path == tmp_path / "new" / "diagnosis.json"
+    for place in (path, path.parent):
+        again = Diagnosis.load(place)
+        assert again.to_dict() == found.to_dict()
+        assert again.verdicts == found.verdicts
+        assert (again.names, again.metrics) == (found.names, found.metrics)
+    content = result_rows.load_results(tmp_path / "new")
+    (run,) = content["runs"]
+    assert run["metrics"] == json.loads(json.dumps(found.metrics))
+    assert run["noise_modality"] == content["protocol"]["noise_modality"] == "image"
+    assert set(run["keys"]["after"]) == set(run["shares"]) == {"clean", "noise"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"diagnosis.json", "results.json"}
+
+
+def test_figures_that_are_no_numbers_survive(tmp_path):
+    made = model(dtype=torch.float32)
+    with torch.no_grad():
+        made.fusion.attention.query.weight.zero_()
+        made.fusion.attention.query.bias.zero_()
+    found = diagnose(made, batches())
+    assert math.isnan(found.metrics["noise_attention_r"])
+    found.save(tmp_path)
+    assert "NaN" not in (tmp_path / "diagnosis.json").read_text()
+    assert math.isnan(Diagnosis.load(tmp_path).metrics["noise_attention_r"])
+
+
+def test_several_in_one_results_file(found, tmp_path):
+    other = diagnose(model(dtype=torch.float32), batches(), tests=["noise"], name="other")
+    content = results([found, other])
+    result_rows.write_results(tmp_path / "results.json", content)
+    assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["joint", "other"]
+    row = next(r for r in content["summary"] if (r["method"], r["metric"]) == ("other", "accuracy"))
+    assert row["difference"] == pytest.approx(other.metrics["accuracy"] - found.metrics["accuracy"])
+
+
+DAMAGE = {
+    "cut short": (lambda text: text[: len(text) // 2], "expected JSON, got a file cut short"),
+    "another kind": (
+        lambda text: '{"schema": 1, "runs": []}',
+        "a diagnosis of schema 1, got None of schema 1",
+    ),
+    "a list": (lambda text: "[]", "expected a diagnosis of schema 1, got 'list' of schema None"),
+    "another schema": (lambda text: text.replace('"schema": 1', '"schema": 2'), "got 'diagnosis' of schema 2"),
+    "no metrics": (lambda text: text.replace('"metrics"', '"matrics"'), "got no such metrics"),
+    "words for figures": (lambda text: text.replace('"parameters": ', '"parameters": "x", "_": '), "no such metrics"),
+    "a strange verdict": (lambda text: text.replace('"ok": "', '"ok": "very '), "got no such verdicts"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_files(what, found, tmp_path):
+    change, message = DAMAGE[what]
+    path = found.save(tmp_path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(SchemaError, match=rf"Diagnosis\.load 'diagnosis\.json': .*{message}.*Run equipoise diagnose"):
+        Diagnosis.load(tmp_path)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(DataError, match=r"expected a diagnosis, got no such file\. equipoise diagnose writes one"):
+        Diagnosis.load(tmp_path)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "diagnose.md"
+PLACES = {"quag": "operator", "consistency": "site", "pair_error": "site", "cycle_error": "site"}
+
+
+def test_the_page_names_every_figure_and_every_verdict(found):
+    text = PAGE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_0-9]+(?:/<\w+>)?)`", text))
+    for metric in found.metrics:
+        kind, slash, _ = metric.partition("/")
+        assert f"{kind}/<{PLACES.get(kind, 'm')}>" in named if slash else kind in named, metric
+    for verdict in found.verdicts:
+        assert re.sub(r"/.*", "/<m>", verdict.key) in named
+    assert all(re.search(rf"\| {test} \|", text) for test in QUESTIONS)
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) == 5
+    exec(code.replace("eq.diagnose", "diagnose"), {
+        "model": model(dtype=torch.float32), "test_loader": batches(), "diagnose": diagnose,
+    })  # fmt: skip
+    assert capsys.readouterr().out.startswith("joint ")
+    assert {path.name for path in tmp_path.iterdir()} == {"diagnosis", "report.html"}

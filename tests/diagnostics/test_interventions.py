@@ -1,0 +1,528 @@
+"""Hidden and averaged modalities in whole models, against attention written out in copies of them."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from test_no_trace import hooks
+from torch import nn
+from torch.nn import functional as F
+
+import equipoise as eq
+from equipoise.diagnostics.interventions import with_quag, without_modality
+from equipoise.diagnostics.modality_masking import mask_modality
+from equipoise.errors import ConfigError
+from equipoise.nn.attention import Attended
+from equipoise.nn.transformer import AttentionCore
+from helpers.foreign import Reader
+from helpers.fusion import DIM, batch, model
+from helpers.steps import fused
+from helpers.tasks import batch_for
+from helpers.tolerance import TOL
+from helpers.vlms import IMAGE, family
+from oracles import quag as slow
+
+EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
+NAMES = ("audio", "image", "text")
+
+
+def changed_by(attention, columns, rows, seen, change):
+    """The oracle for a change: ("hide", names' numbers) or ("quag", operator, how many modalities, cls_rows)."""
+    kind, *rest = change
+    if kind == "hide":
+        return slow.hidden(attention, columns, rest[0])
+    return slow.quag(attention, rows, columns, slow.pairs_of(*rest), seen)
+
+
+class WrittenOut(AttentionCore):
+    """Attention of ours as a matrix that is changed."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change_to = change
+
+    def forward(self, query, key, value, *, modality=None, num_modalities=None, mask=None, is_causal=False, **_):
+        if modality is None:
+            return super().forward(query, key, value, mask=mask, is_causal=is_causal)
+        mask = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        attention = slow.matrix(query, key, mask=mask, is_causal=is_causal)
+        seen = slow.visible(mask, is_causal, attention.shape)
+        columns = modality.expand(len(query), -1)
+        rows = columns[:, : query.shape[2]]
+        share = torch.stack([(attention * (columns == m)[:, None, None]).sum(-1) for m in range(num_modalities)], -1)
+        attention = changed_by(attention, columns, rows, seen, self.change_to)
+        return Attended(slow.output(attention, value), share)
+
+
+def written_out(made, change):
+    copied = copy.deepcopy(made)
+    for part in copied.modules():
+        if isinstance(part, eq.nn.Attention):
+            part.core = WrittenOut(change)
+    return copied
+
+
+def fusions(count):
+    return {
+        "joint": lambda: eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0),
+        "joint, 3 layers": lambda: eq.fusion.JointAttention(DIM, heads=2, depth=3, dropout=0.0, cls_std=1.0),
+        "joint, all rows": lambda: eq.fusion.JointAttention(DIM, heads=2, depth=2, dropout=0.0, shortcut=False),
+        "mid": lambda: eq.fusion.MidFusion(DIM, heads=2),
+        "mbt": lambda: eq.fusion.MBT(DIM, heads=2, depth=2),
+        "mbt, cross": lambda: eq.fusion.MBT(DIM, heads=2, depth=2, exchange="cross"),
+    }[count]()
+
+
+EVERY = ("joint", "joint, 3 layers", "joint, all rows", "mid", "mbt", "mbt, cross")
+
+
+@pytest.mark.parametrize("missing", [(), ("image",)], ids=["whole", "some lack one"])
+@pytest.mark.parametrize("kind", EVERY)
+def test_our_layers(kind, missing):
+    names = NAMES if kind in ("joint", "mid") else NAMES[:2]
+    made, inputs = fused(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
+    with torch.no_grad():
+        plain = made(inputs).logits
+        for change, block in cases(names):
+            with block(made) as found:
+                logits = made(inputs).logits
+            torch.testing.assert_close(logits, written_out(made, change)(inputs).logits, **EXACT)
+            assert not torch.equal(logits, plain)
+            assert all(site.startswith("fusion.") for site in found.changed)
+        assert torch.equal(made(inputs).logits, plain)
+
+
+def cases(names):
+    """(the oracle's change, the block) that act in every fusion."""
+    count = len(names)
+    yield ("hide", {1}), lambda made, **known: without_modality(made, "image", **known)
+    for number, name in enumerate(names):
+        yield (
+            ("quag", number, count, "keys"),
+            lambda made, name=name, **known: with_quag(made, f"avg-{name}", **known),
+        )
+    for cls_rows in ("keys", "skip", "all"):
+        if cls_rows != "skip":
+            yield (
+                ("quag", "all", count, cls_rows),
+                lambda made, cls_rows=cls_rows, **known: with_quag(made, "all", cls_rows=cls_rows, **known),
+            )
+    yield (
+        ("quag", "unimodal", count, "all"),
+        lambda made, **known: with_quag(made, "unimodal", cls_rows="all", **known),
+    )
+
+
+@pytest.mark.parametrize("operator", ["unimodal", "crossmodal"])
+def test_a_class_row_that_reads_alone_is_not_averaged(operator):
+    made, deep, inputs = model(), model(depth=2), batch()
+    message = f"with_quag: expected attention with quadrants of '{operator}', got none"
+    with pytest.raises(ConfigError, match=message), with_quag(made, operator):
+        made(inputs)
+    with with_quag(deep.eval(), operator) as found:
+        logits = deep(inputs).logits
+    assert found.changed == ("fusion.blocks.0.attention",)
+    expected = written_out(deep, ("quag", operator, 2, "keys"))(inputs).logits
+    torch.testing.assert_close(logits, expected, **EXACT)
+    assert not torch.equal(logits, deep(inputs).logits)
+
+
+@pytest.mark.parametrize("kind", ["joint", "joint, 3 layers", "joint, all rows", "mid"])
+@pytest.mark.parametrize("names", [("audio",), ("audio", "image"), NAMES], ids=len)
+def test_hidden_is_removed(kind, names):
+    made = fused(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
+    batches = [batch_for("regression", names, seed=seed, missing=names[1:2]) for seed in range(2)]
+    for name in names:
+        masked = mask_modality(made, batches, modality=name)
+        with without_modality(made, name) as found:
+            inside = mask_modality(made, batches, modality=name)
+        # Inside the block nothing of it is left to take away.
+        assert inside.full == pytest.approx(masked.without[name], rel=SINGLE["rtol"])
+        assert inside.full != pytest.approx(masked.full, rel=SINGLE["rtol"])
+        assert len(found.changed) == {"joint": 1, "joint, 3 layers": 3}.get(kind, 2)
+
+
+def test_several_at_once():
+    made, inputs = model(NAMES, depth=2).eval(), batch(NAMES)
+    with torch.no_grad(), without_modality(made, ("audio", "text")):
+        logits = made(inputs).logits
+    alone = made({**inputs, "audio": None, "text": None}).logits
+    torch.testing.assert_close(logits, alone, **EXACT)
+
+
+def test_what_is_hidden_may_be_nan():
+    made, inputs = model(depth=2).eval(), batch()
+    broken = {**inputs, "image": torch.full_like(inputs["image"], torch.nan)}
+    with torch.no_grad(), without_modality(made, "image"):
+        assert torch.equal(made(broken).logits, made(inputs).logits)
+
+
+class Soft(nn.Module):
+    """Attention as it is written by hand, with (batch, head) apart or in one dimension."""
+
+    def __init__(self, dim, heads, *, flat=False, causal=False):
+        super().__init__()
+        self.heads, self.flat, self.causal = heads, flat, causal
+        self.all = nn.Linear(dim, 3 * dim)
+
+    def forward(self, tokens):
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.all(tokens).chunk(3, dim=-1)
+        )
+        if self.flat:
+            query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+        scores = query @ key.transpose(-1, -2) / 2
+        if self.causal:
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        attention = F.softmax(scores, dim=-1)
+        output = F.dropout(attention, 0.1, self.training) @ value
+        return output.unflatten(0, (len(tokens), -1)) if self.flat else output
+
+
+class Own(nn.Module):
+    """``nn.MultiheadAttention`` that reads itself, with projections that the oracle can take apart."""
+
+    def __init__(self, dim, heads, **options):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(dim, heads, **options)
+
+    def forward(self, tokens):
+        first = self.layer.batch_first
+        tokens = tokens if first else tokens.transpose(0, 1)
+        output = self.layer(tokens, tokens, tokens, need_weights=False)[0]
+        return output if first else output.transpose(0, 1)
+
+
+def by_hand(made, tokens, columns, change):
+    """The model's output with its attention written out and changed."""
+    if isinstance(made, Own):
+        layer = made.layer
+        parts = F.linear(tokens, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
+        heads, scale = layer.num_heads, None
+    elif isinstance(made, Soft):
+        parts, heads, scale = made.all(tokens).chunk(3, dim=-1), made.heads, 0.5
+    else:
+        parts, heads, scale = (made.q_proj(tokens), made.k_proj(tokens), made.v_proj(tokens)), made.heads, None
+    keyheads = [heads, *[getattr(made, "keyheads", heads)] * 2]
+    query, key, value = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(parts, keyheads, strict=True))
+    causal = getattr(made, "causal", False)
+    attention = slow.matrix(query, key, scale=scale, is_causal=causal)
+    seen = slow.visible(None, causal, attention.shape)
+    columns = columns.expand(len(tokens), -1)
+    output = slow.output(changed_by(attention, columns, columns, seen, change), value)
+    if isinstance(made, Soft):
+        return output
+    merged = output.transpose(1, 2).flatten(2)
+    return made.layer.out_proj(merged) if isinstance(made, Own) else merged
+
+
+FOREIGN = {
+    "MultiheadAttention": lambda: Own(12, 2, batch_first=True),
+    "MultiheadAttention, tokens first": lambda: Own(12, 2),
+    "scaled_dot_product_attention": lambda: Reader(12, 6, 3),
+    "softmax": lambda: Soft(12, 2),
+    "softmax, causal": lambda: Soft(12, 2, causal=True),
+    "softmax, flat": lambda: Soft(12, 2, flat=True),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_models_of_torch(kind):
+    torch.manual_seed(0)
+    made = FOREIGN[kind]().double().eval()
+    tokens, columns = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([-1, 0, 0, 1, 2, 1, 0])
+    known = {"modality": columns, "names": NAMES}
+    with torch.no_grad():
+        plain = made(tokens)
+        for change, block in cases(NAMES):
+            with block(made, **known) as found:
+                output = made(tokens)
+            torch.testing.assert_close(output, by_hand(made, tokens, columns, change), **EXACT)
+            assert len(found.changed) == 1
+            assert found.missing == {}
+        assert torch.equal(made(tokens), plain)
+
+
+def test_the_fast_path_of_an_encoder_is_left_and_found_again():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 2, 5, batch_first=True)
+    made = nn.TransformerEncoder(layer, 2).double().eval()
+    tokens, columns = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([0, 0, 1, 0, 1, 1, 1])
+    hides = torch.where(columns == 1, -torch.inf, 0.0).double().expand(7, 7)
+    with torch.no_grad():
+        with without_modality(made, "b", modality=columns, names=("a", "b")) as found:
+            output = made(tokens)
+            assert not torch.backends.mha.get_fastpath_enabled()
+        torch.testing.assert_close(output, made(tokens, mask=hides), **EXACT)
+        assert found.changed == ("layers.0.self_attn", "layers.1.self_attn")
+        with (
+            pytest.raises(ConfigError, match="got none"),
+            with_quag(made, "avg-c", modality=columns, names=tuple("abc")),
+        ):
+            made(tokens)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# Hugging Face.
+
+
+class Eager:
+    """Stands for the eager attention of a language model: written out, changed, in double precision."""
+
+    def __init__(self, prompt, change):
+        self.columns, self.change = prompt, change
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+        rows, keys = query.shape[2], key.shape[2]
+        columns = F.pad(self.columns, (0, max(keys - self.columns.shape[1], 0)), value=0)[:, :keys]
+        mask = None if attention_mask is None else attention_mask[..., :keys]
+        attention = slow.matrix(query, key, mask=mask, scale=scaling)
+        seen = slow.visible(mask, False, attention.shape)
+        attention = changed_by(attention, columns, columns[:, -rows:], seen, self.change)
+        return slow.output(attention, value).to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def llava():
+    made, inputs = family("llava")
+    columns = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
+    return made, inputs, columns
+
+
+CHANGES = {
+    "hidden": (("hide", {1}), lambda made: without_modality(made, "image")),
+    "text hidden": (("hide", {0}), lambda made: without_modality(made, "text")),
+    "unimodal": (("quag", "unimodal", 2, "keys"), lambda made: with_quag(made, "unimodal")),
+    "crossmodal": (("quag", "crossmodal", 2, "keys"), lambda made: with_quag(made, "crossmodal")),
+    "avg-image": (("quag", 1, 2, "keys"), lambda made: with_quag(made, "avg-image")),
+    "all": (("quag", "all", 2, "keys"), lambda made: with_quag(made, "all")),
+}
+
+
+def reference(monkeypatch, columns, change):
+    """A copy of the same model whose eager attention is the oracle's."""
+    from transformers.models.llama import modeling_llama
+
+    other, inputs = family("llava")
+    other.set_attn_implementation("eager")
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", Eager(columns, change))
+    return other, inputs
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_language_model_with_pictures(name, backend, monkeypatch):
+    made, inputs, columns = llava()
+    made.set_attn_implementation(backend)
+    change, block = CHANGES[name]
+    with torch.no_grad():
+        plain = made(**inputs).logits
+        with block(made) as found:
+            logits = made(**inputs).logits
+        assert torch.equal(made(**inputs).logits, plain)
+        assert found.changed == tuple(f"model.language_model.layers.{n}.self_attn" for n in range(2))
+        other, _ = reference(monkeypatch, columns, change)
+        valid = inputs["attention_mask"].bool()
+        torch.testing.assert_close(logits[valid], other(**inputs).logits[valid], **SINGLE)
+    assert not torch.allclose(logits[valid], plain[valid], **SINGLE)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", ["hidden", "crossmodal", "all"])
+def test_generation_with_a_cache(name, cache, monkeypatch):
+    made, inputs, columns = llava()
+    change, block = CHANGES[name]
+    how = {
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True, "pad_token_id": 0,
+    }  # fmt: skip
+    with block(made) as found:
+        ours = made.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
+    assert len(found.changed) == 2
+    other, _ = reference(monkeypatch, columns, change)
+    theirs = other.generate(**inputs, **how)
+    for step, expected in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(step, expected, **SINGLE)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len(ours.logits) == 5
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "blip2", "qwen2_audio", "idefics3"])
+def test_nothing_of_it_comes_through_in_other_families(name):
+    made, inputs = family(name)
+    modality = "audio" if "audio" in name else "image"
+    values = "input_features" if modality == "audio" else "pixel_values"
+    moved = {**inputs, values: inputs[values] + 1}
+    with torch.no_grad():
+        assert not torch.equal(made(**inputs).logits[:, -1], made(**moved).logits[:, -1])
+        with without_modality(made, modality) as found:
+            assert torch.equal(made(**inputs).logits[:, -1], made(**moved).logits[:, -1])
+    assert len(found.changed) == 2
+
+
+def test_cross_attention():
+    made, inputs = family("whisper")
+    self_attention, cross = (
+        tuple(f"model.decoder.layers.{n}.{kind}" for n in range(2)) for kind in ("self_attn", "encoder_attn")
+    )
+    with torch.no_grad():
+        plain = made(**inputs).logits
+        with without_modality(made, "audio") as found:
+            deaf = made(**inputs).logits
+            assert torch.equal(deaf, made(**{**inputs, "input_features": inputs["input_features"] + 1}).logits)
+        assert found.changed == cross
+        for operator, changed in (("avg-audio", cross), ("unimodal", self_attention), ("crossmodal", cross)):
+            with with_quag(made, operator) as found:
+                assert not torch.equal(made(**inputs).logits, plain)
+            assert found.changed == changed
+            assert found.missing == {}
+
+
+# What it leaves behind, and what it complains of.
+
+
+class Broken(nn.Module):
+    def forward(self, values):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
+@pytest.mark.parametrize("block", [lambda m: without_modality(m, "image"), lambda m: with_quag(m, "all")])
+def test_leaves_no_trace(block, ends):
+    made = model(depth=2, dropout=0.5).train()
+    made.fusion.eval()
+    made(batch()).logits.sum().backward()
+    kept = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
+    if ends == "with the model's error":
+        made.head = Broken()
+        kept = kept[: len(list(made.parameters()))]
+    before = hooks(made), [m.training for m in made.modules()], torch.random.get_rng_state().tolist()
+    if ends == "well":
+        with torch.no_grad(), block(made):
+            made.eval()(batch())
+        made.train().fusion.eval()
+    elif ends == "with a user's error":
+        with pytest.raises(eq.EquipoiseError), torch.no_grad(), block(made):
+            made({"audio": torch.zeros(2, 7, 3)})
+    else:
+        with pytest.raises(RuntimeError, match="broken"), torch.no_grad(), block(made):
+            made(batch())
+    assert (hooks(made), [m.training for m in made.modules()], torch.random.get_rng_state().tolist()) == before
+    if ends != "with the model's error":
+        assert all((a is None) == (p.grad is None) for a, p in zip(kept, made.parameters(), strict=True))
+    # Another block finds the model free.
+    if ends != "with the model's error":
+        with torch.no_grad(), block(made):
+            made(batch())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_trace_in_transformers(fails):
+    from transformers import AttentionInterface
+
+    made, inputs, _ = llava()
+    # transformers has hooks of its own, from the first pass on.
+    made(**inputs)
+    before, interface = hooks(made), dict(vars(AttentionInterface))
+    if fails:
+        made.lm_head = Broken()
+        with pytest.raises(RuntimeError, match="broken"), without_modality(made, "image"):
+            made(**inputs)
+        return
+    with torch.no_grad(), without_modality(made, "image"):
+        made(**inputs)
+    assert hooks(made) == before
+    assert dict(vars(AttentionInterface)) == interface
+
+
+def test_errors():
+    made, inputs = model(), batch()
+    with (
+        pytest.raises(ConfigError, match=r"without_modality: expected a known modality, got 'imag'. Did you mean"),
+        without_modality(made, "imag"),
+    ):
+        made(inputs)
+    vlm, prompt, _ = llava()
+    with (
+        pytest.raises(ConfigError, match=r"without_modality: expected a known modality, got 'audio'. Choose one of"),
+        without_modality(vlm, "audio"),
+    ):
+        raise AssertionError("never reached")
+    with (
+        pytest.raises(ConfigError, match=r"with_quag: expected a known operator, got 'avg-audio'. Did you mean 'avg-"),
+        with_quag(vlm, "avg-audio"),
+    ):
+        raise AssertionError("never reached")
+    with (
+        pytest.raises(ConfigError, match=r"quag: expected a known cls_rows, got 'none'"),
+        with_quag(made, "all", cls_rows="none"),
+    ):
+        raise AssertionError("never reached")
+    message = r"without_modality: expected attention with keys of 'image', got a model that did not run. Call the model"
+    with pytest.raises(ConfigError, match=message), without_modality(made, "image"):
+        pass
+    words = {"input_ids": prompt["input_ids"].clamp(max=80), "attention_mask": prompt["attention_mask"]}
+    message = r"expected attention with keys of 'image', got none. Does the batch hold"
+    with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(vlm, "image"):
+        vlm(**words)
+
+
+def test_what_cannot_be_changed_is_told():
+    static, inputs = fused(fusion=eq.fusion.Concat(DIM)), batch()
+    message = r"with_quag: expected attention with quadrants of 'all', got no attention whose keys have known .* Static"
+    with pytest.raises(ConfigError, match=message), with_quag(static, "all"):
+        static(inputs)
+    layer, tokens, short = (
+        FOREIGN["scaled_dot_product_attention"](),
+        torch.zeros(3, 7, 12),
+        torch.tensor([0, 0, 1, 1, 1]),
+    )
+    message = r"got 'Reader', but it has 7 keys, and modality is given for 5. Give one label for every key"
+    with pytest.raises(ConfigError, match=message), without_modality(layer, "0", modality=short):
+        layer(tokens)
+    message = r"without_modality changed only a part of the calls of 'Reader', but it has 7 keys, and modality is given"
+    block = contextlib.ExitStack()
+    found = block.enter_context(without_modality(layer, "0", modality=short))
+    layer(tokens[:, :5])
+    layer(tokens)
+    with pytest.warns(UserWarning, match=message):
+        block.close()
+    assert found.changed == ("Reader",)
+    assert list(found.missing) == ["Reader"]
+    clip, prompt = family("clip")
+    message = "attention with keys of 'image', got encoders of one modality alone. Nobody reads several"
+    with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(clip, "image"):
+        clip(**prompt)
+
+
+def test_readers_of_unknown_modality():
+    made, inputs = fused(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
+    message = (
+        r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 others alike\)"
+    )
+    with pytest.raises(ConfigError, match=message), with_quag(made, "crossmodal") as found:
+        made(inputs)
+    assert found.changed == ()
+    plain = made(inputs).logits
+    with with_quag(made, "avg-audio") as found:
+        assert not torch.equal(made(inputs).logits, plain)
+    assert len(found.changed) == 2
+
+
+@pytest.mark.parametrize("inner", ["the model", "a part of it"])
+def test_no_two_blocks_at_once(inner):
+    made, inputs = model(depth=2), batch()
+    part = made if inner == "the model" else made.fusion
+    message = r"with_quag: expected a model that nothing else changes, got one inside a block of without_modality"
+    with torch.no_grad(), without_modality(made, "image"):
+        with pytest.raises(ConfigError, match=message), with_quag(part, "all"):
+            raise AssertionError("never reached")
+        made(inputs)
+    with torch.no_grad(), without_modality(part, "image"):
+        with pytest.raises(ConfigError, match=message), with_quag(made, "all"):
+            raise AssertionError("never reached")
+        made(inputs)
+    other = model(depth=2, seed=1)
+    with torch.no_grad(), without_modality(made, "image"), with_quag(other, "all") as found:
+        made(inputs), other(inputs)
+    assert len(found.changed) == 2

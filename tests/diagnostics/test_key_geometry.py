@@ -1,0 +1,210 @@
+"""Where the keys of modalities lie to each other, against loops; and nothing is left behind on the model."""
+
+import json
+import math
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import equipoise as eq
+from equipoise.diagnostics.key_distributions import imbalance, key_geometry, overlap, wasserstein
+from equipoise.diagnostics.key_plot_data import key_distribution
+from equipoise.diagnostics.noise_test import input_statistics
+from equipoise.diagnostics.prediction_collection import NoiseSource, collect_predictions
+from equipoise.errors import ConfigError, ShapeError
+from helpers.fusion import NAMES, batch, model, samples
+from helpers.tolerance import TOL
+from oracles.plain import mean
+
+EXACT = {"rel": TOL[torch.float64]["rtol"], "abs": TOL[torch.float64]["atol"]}
+SINGLE = {"rel": TOL[torch.float32]["rtol"], "abs": TOL[torch.float32]["atol"]}
+
+
+def slow_wasserstein(a, b):
+    """The area between two cumulative distributions, interval by interval."""
+    area = 0.0
+    for left, right in pairwise(sorted([*a, *b])):
+        parts = [sum(value <= left for value in values) / len(values) for values in (a, b)]
+        area += (right - left) * abs(parts[0] - parts[1])
+    return area
+
+
+def cosines(made, batches, count):
+    """Of the class query and the mean key of each modality, over all samples and heads, from the parameters alone."""
+    found = [[] for _ in range(count)]
+    for query, key, labels, valid, _ in samples(made, batches):
+        for head in range(query.shape[0]):
+            for label in range(count):
+                own = [k for k, m, v in zip(key[head], labels, valid, strict=True) if m == label and v]
+                if own:
+                    middle, row = sum(own) / len(own), query[head, 0]
+                    length = math.sqrt(float(middle @ middle) * float(row @ row))
+                    found[label].append(float(row @ middle) / length)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_against_loops(count):
+    names = NAMES[:count]
+    made = model(names)
+    missing = ("image",) if count > 1 else ()
+    batches = [batch(names, seed=seed, missing=missing) for seed in range(3)]
+    found = key_geometry(made, batches)
+    values = cosines(made, batches, count)
+    means = [mean(own) for own in values]
+    assert found.distribution == key_distribution(collect_predictions(made, batches))
+    for label, name in enumerate(names):
+        others = [other for place, other in enumerate(means) if place != label]
+        expected = means[label] - mean(others) if others else None
+        assert found.air[name] == (expected if expected is None else pytest.approx(expected, rel=1e-4))
+    assert found.range == pytest.approx(max(means) - min(means), **SINGLE)
+    pairs = list(combinations(range(count), 2))
+    assert [(gap.first, gap.second) for gap in found.gaps] == [(names[a], names[b]) for a, b in pairs]
+    for gap, (a, b) in zip(found.gaps, pairs, strict=True):
+        assert gap.wasserstein == pytest.approx(slow_wasserstein(values[a], values[b]), **SINGLE)
+        bins = [[min(int((value + 1) / 0.05), 39) for value in values[place]] for place in (a, b)]
+        common = sum(min(own.count(i) / len(own) for own in bins) for i in range(40))
+        assert gap.overlap == pytest.approx(common, **EXACT)
+    assert found.replaced is None
+    assert found.shift == {}
+
+
+@pytest.mark.parametrize("given", [None, {"image": (0.5, 2.0)}])
+@pytest.mark.parametrize("count", [2, 3])
+def test_noise_shifts_the_modality_that_it_replaces(count, given):
+    names = NAMES[:count]
+    made, batches = model(names), [batch(names, seed=seed) for seed in range(3)]
+    found = key_geometry(made, lambda: iter(batches), replaced="image", noise=given, seed=5)
+    level = (0.5, 2.0) if given else input_statistics(batches, "image", who="test")
+    noisy = [
+        {**inputs, "image": NoiseSource("image", *level, seed=5).of(inputs["image"], number)}
+        for number, inputs in enumerate(batches)
+    ]
+    before, after = cosines(made, batches, count), cosines(made, noisy, count)
+    for label, name in enumerate(names):
+        assert found.shift[name] == pytest.approx(mean(after[label]) - mean(before[label]), **SINGLE)
+    # Linear encoders: the others' keys and the class query of the first layer stay as they were.
+    assert {name for name, shift in found.shift.items() if shift} == {"image"}
+    assert found.replaced == "image"
+    assert found.distribution == key_geometry(made, batches).distribution
+
+
+def test_as_a_dict():
+    made, batches = model(NAMES[:3]), [batch(NAMES[:3])]
+    plain = key_geometry(made, batches).to_dict()
+    made_of = json.loads(json.dumps(key_geometry(made, batches, replaced="text").to_dict(), allow_nan=False))
+    assert plain["replaced"] is None
+    assert plain["modalities"]["text"]["shift"] is None
+    assert made_of["replaced"] == "text"
+    assert made_of["modalities"]["text"]["shift"] != 0
+    assert made_of["gaps"] == plain["gaps"]
+    assert set(plain["gaps"][0]) == {"first", "second", "wasserstein", "overlap"}
+    assert sum(plain["modalities"]["audio"]["cosine"]["counts"]) == 5 * 2
+    assert sum(own["air"] for own in plain["modalities"].values()) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_modality_that_nobody_has():
+    made, lacking = model(NAMES[:2]), [{**batch(), "image": None}]
+    found = key_geometry(made, lacking)
+    assert found.air == {"audio": None, "image": None}
+    assert found.range == 0.0
+    assert (found.gaps[0].wasserstein, found.gaps[0].overlap) == (None, None)
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert key_geometry(made, lacking, replaced="audio").shift["image"] is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.floats(-1, 1), min_size=1, max_size=13),
+    st.lists(st.floats(-1, 1), min_size=1, max_size=11),
+    st.floats(-1, 1),
+)
+def test_wasserstein(a, b, offset):
+    left, right = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
+    found = wasserstein(left, right)
+    assert found == pytest.approx(slow_wasserstein(a, b), **EXACT)
+    assert wasserstein(right, left) == pytest.approx(found, **EXACT)
+    assert wasserstein(left, left + offset) == pytest.approx(abs(offset), **EXACT)
+    holes = torch.cat([left, torch.tensor([math.nan]).double()])
+    assert wasserstein(holes[:, None], right) == pytest.approx(found, **EXACT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=13), st.integers(1, 5))
+def test_overlap(bins, factor):
+    a, b = zip(*bins, strict=True)
+    if not (sum(a) and sum(b)):
+        assert math.isnan(overlap(a, b))
+        return
+    expected = sum(min(x / sum(a), y / sum(b)) for x, y in bins)
+    assert overlap(a, b) == pytest.approx(expected, **EXACT)
+    assert overlap([factor * x for x in a], torch.tensor(b)) == pytest.approx(expected, **EXACT)
+    assert overlap(a, a) == pytest.approx(1.0, **EXACT)
+
+
+def test_nothing_left_has_no_distance():
+    assert math.isnan(wasserstein(torch.tensor([math.nan]), torch.tensor([1.0])))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=5))
+def test_imbalance_sums_to_zero_and_is_the_papers_for_two(means):
+    found = imbalance({str(place): value for place, value in enumerate(means)})
+    assert sum(found.values()) == pytest.approx(0, abs=1e-12)
+    if len(means) == 2:
+        assert found["0"] == means[0] - means[1]
+    assert imbalance({"a": 0.5}) == {"a": None}
+
+
+def test_errors():
+    made = model()
+    encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
+    with pytest.raises(ConfigError, match=r"key_geometry: expected a model with attention.*, got a static fusion\. St"):
+        key_geometry(eq.FusionModel(encoders, eq.fusion.Concat(12), 3).double(), [batch()])
+    with pytest.raises(ConfigError, match=r"key_geometry: expected a known modality, got 'imag'. Did you mean 'image'"):
+        key_geometry(made, [batch()], replaced="imag")
+    with pytest.raises(ConfigError, match=r"key_geometry: expected a known entry of noise, got 'image'"):
+        key_geometry(made, [batch()], replaced="image", noise={"audio": (0.0, 1.0)})
+    with pytest.raises(ShapeError, match=r"expected at least one batch, got none"):
+        key_geometry(made, [])
+    with pytest.raises(ShapeError, match=r"expected at least one batch, got none. .* or the loader used up"):
+        key_geometry(made, iter([batch()]), replaced="image")
+    with pytest.raises(ShapeError, match=r"'image': expected a floating tensor in every batch"):
+        key_geometry(made, [batch(), {**batch(), "image": None}], replaced="image")
+    with pytest.raises(ShapeError, match=r"overlap: expected two histograms over the same bins, got \(2,\) and \(3,\)"):
+        overlap([1, 2], [1, 2, 3])
+
+
+class Broken(torch.nn.Linear):
+    def forward(self, inputs):
+        raise RuntimeError("no such sound")
+
+
+@pytest.mark.parametrize("goes", ["well", "user error", "model error"])
+def test_leaves_no_trace(goes):
+    made = model(dropout=0.5).train()
+    made.fusion.eval()
+    if goes == "model error":
+        made.encoders["audio"] = Broken(3, 12)
+    modules = list(made.modules())
+    before = [module.training for module in modules]
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)) for m in modules]
+    weights = {name: value.clone() for name, value in made.state_dict().items()}
+    state = torch.random.get_rng_state()
+    if goes == "well":
+        key_geometry(made, [batch()], replaced="audio")
+    elif goes == "user error":
+        with pytest.raises(ShapeError):
+            key_geometry(made, [batch(), (1, 2)], replaced="audio")
+    else:
+        with pytest.raises(RuntimeError, match="no such sound"):
+            key_geometry(made, [batch()], replaced="audio")
+    assert [module.training for module in modules] == before
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)) for m in modules] == hooks
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in made.parameters())
+    assert torch.is_grad_enabled()
+    assert all(torch.equal(value, weights[name]) for name, value in made.state_dict().items())

@@ -1,0 +1,167 @@
+"""Links between modalities along the layers: against loops, under causal masks, in a Hugging Face model, an example."""
+
+import math
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.diagnostics.modality_link_test import read_modality_links
+from equipoise.errors import ConfigError, ShapeError
+from helpers.tolerance import TOL
+from oracles.plain import mean
+
+EXACT = TOL[torch.float64]
+NUMBER = {"rel": 1e-9, "abs": 1e-9}
+LAYERS, BATCH, HEADS, TOKENS, DIM = 3, 2, 5, 7, 4
+LABELS = torch.tensor([[0, 1, 0, 1, 1, 0, -1], [-1, 0, 0, 1, 0, 1, 0]])
+REAL = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+REAL[0, 5:] = False
+
+
+def causal():
+    return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & REAL[:, None] & REAL[:, :, None]
+
+
+def layers(seed=0):
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randn(LAYERS, BATCH, HEADS, TOKENS, TOKENS, generator=random, dtype=torch.float64)
+    attention = scores.masked_fill(~causal()[:, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
+    hidden = torch.randn(LAYERS, BATCH, TOKENS, DIM, generator=random, dtype=torch.float64)
+    return list(attention), list(hidden)
+
+
+def slow_share(attention):
+    """share[m][n] of one layer: queries of m that may see both modalities, by loops."""
+    found = [[[], []], [[], []]]
+    heads = attention.mean(dim=1).tolist()
+    for b in range(BATCH):
+        for i in range(TOKENS):
+            keys = [j for j in range(TOKENS) if bool(causal()[b, i, j]) and LABELS[b, j] >= 0]
+            if LABELS[b, i] >= 0 and {int(LABELS[b, j]) for j in keys} == {0, 1}:
+                for n in range(2):
+                    part = sum(heads[b][i][j] for j in keys if LABELS[b, j] == n)
+                    found[int(LABELS[b, i])][n].append(part)
+    return [[mean(values) for values in row] for row in found]
+
+
+def test_every_figure_against_loops():
+    attention, hidden = layers()
+    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal())
+    shares = [slow_share(layer) for layer in attention]
+    torch.testing.assert_close(found.share, torch.tensor(shares, dtype=torch.float64), **EXACT)
+    errors = []
+    for layer in hidden:
+        tokens = [[layer[b, i].numpy() for b in range(BATCH) for i in range(TOKENS) if REAL[b, i] and LABELS[b, i] == m]
+                  for m in range(2)]  # fmt: skip
+        one, other = (np.mean(part, axis=0) for part in tokens)
+        errors.append(1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    assert found.errors.tolist() == pytest.approx(errors, **NUMBER)
+    for m in range(2):
+        own = [abs(s[m][m] - s[m][1 - m]) / (s[m][m] + s[m][1 - m]) for s in shares]
+        assert float(found.gap[m]) == pytest.approx(100 * mean(own), **NUMBER)
+        slope = np.polyfit([1, 2, 3], [math.log(s[m][1 - m]) for s in shares], 1)[0]
+        assert float(found.gamma[m, 1 - m]) == pytest.approx(math.exp(slope), **NUMBER)
+        wanted = sum(level * slope + math.log(error) for level, error in enumerate(errors, start=1))
+        assert float(found.e_dda[m, 1 - m]) == pytest.approx(wanted, **NUMBER)
+        assert 0 <= float(found.r2[m, 1 - m]) <= 1
+        assert math.isnan(found.gamma[m, m])
+        # The last token that is none of padding writes the answer.
+        last = [mean([float(layer[b, :, place, LABELS[b] == m].sum(dim=-1).mean()) for b, place in ((0, 4), (1, 6))])
+                for layer in attention]  # fmt: skip
+        assert found.last[:, m].tolist() == pytest.approx(last, **NUMBER)
+    parts = []
+    for b in range(BATCH):
+        tokens = hidden[-1][b][REAL[b]].numpy()
+        parts.append(np.linalg.norm(tokens - tokens.mean(axis=0)) / np.linalg.norm(tokens))
+    assert float(found.residual[-1]) == pytest.approx(mean(parts), **NUMBER)
+
+
+def test_figures_in_words():
+    attention, hidden = layers()
+    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal())
+    rows = found.rows(("text", "image"))
+    assert rows["gap of image, %"] == float(found.gap[1])
+    assert rows["text to image, share"] == pytest.approx(float(found.share[:, 0, 1].mean()))
+    assert rows["image to text, gamma"] == float(found.gamma[1, 0])
+    assert rows["text to image, log E"] == float(found.e_dda[0, 1])
+    assert rows["last token to text, share"] == pytest.approx(float(found.last[:, 0].mean()))
+    assert len(rows) == 2 + 6 + 2 + 2
+    with pytest.raises(ConfigError, match="modality_links: expected names of 2 modalities, got text"):
+        found.rows(("text",))
+
+
+def test_what_reads_nothing_of_the_other_is_no_number():
+    attention, hidden = layers()
+    # The picture comes first and cannot look ahead.
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0])
+    found = eq.diagnostics.modality_links(attention, hidden, labels, mask=causal())
+    assert math.isnan(found.gap[1])
+    assert math.isnan(found.gamma[1, 0])
+    assert not math.isnan(found.gap[0])
+
+
+def test_layers_that_do_not_fit():
+    attention, hidden = layers()
+    with pytest.raises(
+        ShapeError, match=r"same two or more layers, got 3 and 4\. Hugging Face's hidden_states begin with"
+    ):
+        eq.diagnostics.modality_links(attention, [hidden[0], *hidden], LABELS)
+    with pytest.raises(ShapeError, match="two or more layers, got 1 and 1"):
+        eq.diagnostics.modality_links(attention[:1], hidden[:1], LABELS)
+    with pytest.raises(ShapeError, match="modality_links modality: expected integer labels"):
+        eq.diagnostics.modality_links(attention, hidden, LABELS[:, :3])
+
+
+def test_a_hugging_face_model_before_and_after_moda(monkeypatch):
+    pytest.importorskip("transformers")
+    from helpers.vlms import family
+
+    model, inputs = family("llava")
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    labels = (inputs["input_ids"] == model.config.image_token_id).long()
+    model.train()
+    model.set_attn_implementation("eager")
+    before = read_modality_links(model, [inputs], labels)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    seen = torch.ones(13, 13, dtype=torch.bool).tril().expand(2, -1, -1)
+    wanted = eq.diagnostics.modality_links(output.attentions, output.hidden_states[1:], labels, mask=seen)
+    torch.testing.assert_close(before.share, wanted.share)
+    moda = eq.hf.apply_moda(model)
+    torch.testing.assert_close(read_modality_links(model, [inputs], labels).share, before.share, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in moda.parameters():
+            parameter.add_(0.5)
+    assert not torch.equal(read_modality_links(model, [inputs], labels).share, before.share)
+    moda.remove()
+    assert torch.equal(read_modality_links(model, [inputs], labels).share, before.share)
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(warnings, "warn", lambda *args, **kwargs: None)
+    with pytest.raises(ConfigError, match=r"Use model\.set_attn_implementation\('eager'\)"):
+        read_modality_links(model, [inputs], labels)
+    with pytest.raises(ShapeError, match="read_links: expected at least one batch, got none"):
+        read_modality_links(model, [], labels)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moda_before_after", "2"])
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        path = Path(__file__).parents[2] / "examples" / "moda_before_after.py"
+        runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("gap of text, %")
+    assert len(said) == 12
+    assert "nan" not in "".join(said)
+    assert (tmp_path / "moda_before_after.png").stat().st_size > 1000

@@ -1,0 +1,162 @@
+"""Scores without a modality, against models that never had its tokens and against -inf in an attention written out."""
+
+import math
+
+import pytest
+import torch
+from test_unimodal_scores import slow_score
+
+import equipoise as eq
+from equipoise.diagnostics.modality_ablation import remove_modality, zero_modality
+from equipoise.diagnostics.modality_masking import mask_modality
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.fusion import DIM, batch, model
+from helpers.fusion_cases import FUSIONS
+from helpers.steps import fused
+from helpers.tasks import TASKS, batch_for
+from helpers.tolerance import TOL
+
+SINGLE = TOL[torch.float32]
+HEADS = {"MulT": {"heads": 2, "width": 4}}
+
+
+def of(kind, names, **options):
+    """A model with that fusion, in evaluation mode."""
+    return fused(names, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), **options).eval()
+
+
+def score_by_hand(made, batches, task):
+    with torch.no_grad():
+        logits = torch.cat([made(inputs).logits for inputs in batches])
+    return slow_score(logits.tolist(), torch.cat([inputs["target"] for inputs in batches]).tolist(), task)
+
+
+@pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
+@pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
+@pytest.mark.parametrize("unimodal", ["none", "ensemble"])
+def test_masked_is_removed_in_every_fusion(kind, names, unimodal):
+    # The mean absolute error changes with every logit, unlike an accuracy.
+    made = of(kind, names, unimodal=unimodal, task="regression")
+    batches = [batch_for("regression", names, seed=seed, missing=names[:1]) for seed in range(2)]
+    found = mask_modality(made, batches)
+    assert found.full == pytest.approx(score_by_hand(made, batches, "regression"), rel=SINGLE["rtol"])
+    assert set(found.without) == set(names)
+    for name in names:
+        gone = [{**inputs, name: None} for inputs in batches]
+        assert found.without[name] == pytest.approx(score_by_hand(made, gone, "regression"), rel=SINGLE["rtol"])
+        assert found.drop[name] == found.full - found.without[name]
+        out = torch.zeros(5, dtype=torch.bool)
+        masks = [{**inputs, "mask": {**inputs["mask"], name: out}} for inputs in batches]
+        assert found.without[name] == pytest.approx(score_by_hand(made, masks, "regression"), rel=SINGLE["rtol"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_key_columns_of_minus_infinity(task):
+    names = ("audio", "image", "text")
+    made = fused(names, task=task, unimodal="none").eval()
+    layer, inputs = made.fusion.attention, batch_for(task, names)
+    tokens = made.encode(inputs)
+    found, answers = mask_modality(made, [inputs], modality="image"), []
+    with torch.no_grad():
+        for sample in range(5):
+            rows = torch.cat([made.fusion.cls.reshape(1, DIM), *(tokens[name].values[sample] for name in names)])
+            places = [0, *(place for place, name in enumerate(names, 1) for _ in range(len(tokens[name])))]
+            heads = []
+            for head in range(2):
+                part = slice(head * DIM // 2, (head + 1) * DIM // 2)
+                query, key, value = (project(rows)[:, part] for project in (layer.query, layer.key, layer.value))
+                scores = [
+                    -math.inf if place == 2 else float(query[0] @ row) / math.sqrt(DIM // 2)
+                    for row, place in zip(key, places, strict=True)
+                ]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                heads.append(sum(w / sum(weights) * row for w, row in zip(weights, value, strict=True)))
+            answers.append(made.head(layer.out(torch.cat(heads))).tolist())
+    expected = slow_score(answers, inputs["target"].tolist(), task)
+    assert found.without == {"image": pytest.approx(expected, rel=SINGLE["rtol"])}
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_nothing_of_it_comes_through_any_layer(depth):
+    made = model(depth=depth)
+    made.task, inputs = "regression", batch_for("regression")
+    moved = {**inputs, "image": inputs["image"] * 7 + 1}
+    first, second = (mask_modality(made, [part]) for part in (inputs, moved))
+    assert first.without["image"] == second.without["image"]
+    assert first.full != second.full
+    assert first.without["audio"] != second.without["audio"]
+
+
+@pytest.mark.parametrize(
+    "kind", [eq.fusion.Concat, eq.fusion.Sum, eq.fusion.JointAttention], ids=lambda kind: kind.__name__
+)
+def test_zero_is_another_thing(kind):
+    made, inputs = of(kind, ("audio", "image"), task="regression", unimodal="none"), batch_for("regression")
+    tokens = made.encode(inputs)
+    gone = made.fuse({**tokens, "image": eq.Tokens(torch.zeros_like(tokens["image"].values))})
+    found = mask_modality(made, [inputs], semantics="zero")
+    assert found.semantics == "zero"
+    expected = slow_score(gone.logits.tolist(), inputs["target"].tolist(), "regression")
+    assert found.without["image"] == pytest.approx(expected, rel=SINGLE["rtol"])
+    # A static fusion pools zeros either way; attention still spends a share on them.
+    same = mask_modality(made, [inputs]).without["image"] == pytest.approx(expected, rel=SINGLE["rtol"])
+    assert same == (kind is not eq.fusion.JointAttention)
+
+
+def test_what_is_taken_may_be_nan_and_masks_stay():
+    made, inputs = model(), batch(missing=("image",))
+    broken = {**inputs, "audio": torch.full_like(inputs["audio"], math.nan)}
+    with pytest.raises(NonFiniteError, match=r"mask_modality: expected logits that are numbers, got NaN for 5 of 5"):
+        mask_modality(made, [broken])
+    tokens = made.encode(inputs)
+    assert torch.equal(zero_modality(tokens, ["image"])["image"].valid(), tokens["image"].valid())
+    assert made.fuse(remove_modality(made.encode(broken), ["audio"])).logits.isfinite().all()
+    assert made.fuse(zero_modality(made.encode(broken), ["audio"])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("semantics", ["mask", "zero"])
+def test_one_modality_and_batches_that_lack_one(semantics):
+    alone, inputs = model(("audio",)).eval(), batch(("audio",))
+    tokens = alone.encode(inputs)["audio"].values
+    left = {"mask": tokens[:, :0], "zero": torch.zeros_like(tokens)}[semantics]
+    # One answer for everybody, from the class token and biases alone.
+    logits = alone.fuse({"audio": eq.Tokens(left)}).logits.tolist()
+    assert logits[0] == pytest.approx(logits[4])
+    expected = slow_score(logits, inputs["target"].tolist(), "classification")
+    assert mask_modality(alone, [inputs], semantics=semantics).without["audio"] == pytest.approx(expected)
+    batches = [batch(), {**batch(seed=1), "image": None}]
+    found = mask_modality(model(), batches, modality="image", semantics=semantics)
+    whole = mask_modality(model(), batches[:1], modality="image", semantics=semantics)
+    rest = mask_modality(model(), batches[1:], modality="image", semantics=semantics)
+    assert rest.drop["image"] == 0
+    assert found.drop["image"] == pytest.approx(whole.drop["image"] / 2)
+
+
+def test_the_encoders_run_once():
+    made, calls = model(("audio", "image", "text")), []
+    handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
+    mask_modality(made, [batch(("audio", "image", "text"))] * 2)
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 6
+
+
+def test_errors():
+    made = model()
+    with pytest.raises(
+        ConfigError, match=r"mask_modality: expected a known modality, got 'imag'. Did you mean 'image'"
+    ):
+        mask_modality(made, [batch()], modality="imag")
+    with pytest.raises(
+        ConfigError, match=r"mask_modality: expected a known semantics, got 'zeros'. Did you mean 'zero'"
+    ):
+        mask_modality(made, [batch()], semantics="zeros")
+    with pytest.raises(
+        ConfigError, match=r"mask_modality: expected a FusionModel, .* got Linear without names, encode"
+    ):
+        mask_modality(torch.nn.Linear(2, 3), [batch()])
+    with pytest.raises(ShapeError, match="at least one batch, got none"):
+        mask_modality(made, [])
+    without = {name: value for name, value in batch().items() if name != "target"}
+    with pytest.raises(ShapeError, match="mask_modality: expected a target for each of 5 samples, got 0"):
+        mask_modality(made, [without])

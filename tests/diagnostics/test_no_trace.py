@@ -1,0 +1,91 @@
+"""A diagnostic leaves a model as it was: after it ran, after a user's error, and after an error of the model's own."""
+
+import copy
+
+import pytest
+import torch
+
+from equipoise.diagnostics import corruption_curve, gradient_norms, mask_modality, modality_shapley, ood
+from equipoise.errors import EquipoiseError
+from helpers.fusion import batch, model
+
+RUNS = {
+    "ood": lambda made, loader: ood(made, loader, loader),
+    "corruption_curve": lambda made, loader: corruption_curve(made, loader, modality="audio"),
+    "mask_modality": lambda made, loader: mask_modality(made, loader),
+    "gradient_norms": lambda made, loader: gradient_norms(made, loader),
+    "modality_shapley": lambda made, loader: modality_shapley(made, loader),
+}
+WRONG = {
+    "ood": lambda made, loader: ood(made, loader, loader, score="none such"),
+    "corruption_curve": lambda made, loader: corruption_curve(made, [*loader, {}], modality="audio"),
+    "mask_modality": lambda made, loader: mask_modality(made, [*loader, {}]),
+    "gradient_norms": lambda made, loader: gradient_norms(made, [*loader, {}]),
+    "modality_shapley": lambda made, loader: modality_shapley(made, [*loader, {}]),
+}
+
+
+class Broken(torch.nn.Module):
+    """Fails in its second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, values):
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError("broken")
+        return values.repeat(1, 1, 4)
+
+
+def hooks(made):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    inside = [len(getattr(module, kind)) for module in made.modules() for kind in kinds]
+    return inside, [len(parameter._backward_hooks or ()) for parameter in made.parameters()]
+
+
+def state(made, batches):
+    return {
+        "modes": [module.training for module in made.modules()],
+        "hooks": hooks(made),
+        "trained": [parameter.requires_grad for parameter in made.parameters()],
+        "grad": [None if parameter.grad is None else parameter.grad.tolist() for parameter in made.parameters()],
+        "weights": {name: value.tolist() for name, value in made.state_dict().items()},
+        "random": torch.random.get_rng_state().tolist(),
+        "gradients on": torch.is_grad_enabled(),
+        "names": sorted(made.__dict__),
+        "batches": [{name: values.tolist() for name, values in inputs.items()} for inputs in batches],
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
+def test_everything_is_as_it_was(name, ends):
+    made = model(dropout=0.5).train()
+    made.fusion.eval()
+    made.head.weight.requires_grad_(False)
+    batches = [batch(seed=seed) for seed in range(2)]
+    # Some gradients are there already, as in the middle of an accumulation.
+    made.loss(made(batches[0]).logits, batches[0]["target"]).backward()
+    made.head.bias.grad = None
+    if ends == "with the model's error":
+        made.encoders["audio"] = Broken()
+    before, given = state(made, batches), copy.deepcopy(batches)
+    if ends == "well":
+        RUNS[name](made, batches)
+    elif ends == "with a user's error":
+        with pytest.raises(EquipoiseError):
+            WRONG[name](made, batches)
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            RUNS[name](made, batches)
+    assert state(made, batches) == before
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(batches, given, strict=True) for key in a)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_figures_again(name):
+    made, batches = model(dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    first, second = (RUNS[name](made, batches) for _ in range(2))
+    assert str(first) == str(second)

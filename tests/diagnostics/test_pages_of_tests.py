@@ -1,0 +1,42 @@
+"""The pages of docs/diagnostics: complete, and what they show runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import equipoise as eq
+from helpers.fusion import batch, model
+
+PAGES = Path(__file__).parents[2] / "docs" / "diagnostics"
+NAMES = sorted(page.stem for page in PAGES.glob("*.md"))
+HEADINGS = ("Formula", "Call", "What the figure means", "When it misleads")
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_a_page_is_complete_and_its_code_runs(page, capsys):
+    torch.manual_seed(0)
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
+    assert all(f"\n## {heading}\n" in text for heading in HEADINGS)
+    loader = [batch(seed=seed) for seed in range(2)]
+    # A later block goes on where an earlier one ended.
+    given = {"model": model(), "loader": loader, "known_loader": loader, "unknown_loader": [batch(seed=5)]}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), given)
+    said = capsys.readouterr().out
+    assert "nan" not in said
+    assert re.search(r"\d\.\d", said)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_a_page_names_what_is_there(page):
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
+    assert all(hasattr(eq, name) for name in re.findall(r"`eq\.(\w+)", text))
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (PAGES / link).exists()
+    root = PAGES.parent.parent
+    for file in re.findall(r"`((?:diagnose|tests)/\w+\.py)`", text):
+        assert (root / file).exists() or (root / "src" / "equipoise" / file).exists()

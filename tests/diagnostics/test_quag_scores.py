@@ -1,0 +1,133 @@
+"""Scores under QUAG, against models whose attention is written out."""
+
+import pytest
+import torch
+from test_interventions import written_out
+from test_no_trace import Broken, state
+from test_unimodal_scores import slow_score
+
+import equipoise as eq
+from equipoise.diagnostics.quag_test import quag
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.fusion import DIM, batch, model
+from helpers.steps import fused
+from helpers.tasks import TASKS, batch_for
+from helpers.tolerance import TOL
+
+SINGLE = TOL[torch.float32]
+NAMES = ("audio", "image", "text")
+
+
+def by_hand(made, batches, task, change=None):
+    made = made.eval() if change is None else written_out(made.eval(), change)
+    with torch.no_grad():
+        logits = torch.cat([made(inputs).logits for inputs in batches])
+    return slow_score(logits.tolist(), torch.cat([inputs["target"] for inputs in batches]).tolist(), task)
+
+
+def oracle(name, names, cls_rows="keys"):
+    return ("quag", names.index(name[4:]) if name.startswith("avg-") else name, len(names), cls_rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "names"), [*((task, NAMES[:2]) for task in TASKS), ("regression", NAMES[:1]), ("regression", NAMES)]
+)
+def test_against_attention_written_out(names, task):
+    made = fused(names, fusion=eq.fusion.JointAttention(DIM, heads=2, depth=2, dropout=0.3), task=task)
+    batches = [batch_for(task, names, seed=seed, missing=names[1:2]) for seed in range(2)]
+    found = quag(made, batches)
+    assert found.origin == pytest.approx(by_hand(made, batches, task), rel=SINGLE["rtol"])
+    every = {"unimodal", "crossmodal", "all", *(f"avg-{name}" for name in names)}
+    assert set(found.scores) == (every if len(names) > 1 else every - {"crossmodal"})
+    for name, score in found.scores.items():
+        expected = by_hand(made, batches, task, oracle(name, names))
+        assert score == pytest.approx(expected, rel=SINGLE["rtol"])
+        assert found.drops[name] == found.origin - score
+        layers = [0] if name in ("unimodal", "crossmodal") else [0, 1]
+        assert found.changed[name] == tuple(f"fusion.blocks.{n}.attention" for n in layers)
+
+
+@pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
+def test_the_class_row(cls_rows):
+    made, inputs = fused(task="regression").eval(), batch_for("regression")
+    found = quag(made, [inputs], cls_rows=cls_rows)
+    acts = {"keys": {"avg-audio", "avg-image", "all"}, "skip": set(), "all": set(found.scores)}[cls_rows]
+    for name in found.scores:
+        assert found.changed[name] == (("fusion.attention",) if name in acts else ())
+        assert (found.drops[name] != 0) == (name in acts)
+        expected = by_hand(made, [inputs], "regression", oracle(name, ("audio", "image"), cls_rows))
+        assert found.scores[name] == pytest.approx(expected, rel=SINGLE["rtol"])
+    if cls_rows == "all":
+        assert found.scores["unimodal"] == found.scores["crossmodal"] == found.scores["all"]
+
+
+def test_a_class_token_that_is_no_key():
+    fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0, include_cls_key=False)
+    made, inputs = fused(fusion=fusion, task="regression").eval(), batch_for("regression")
+    found = quag(made, [inputs])
+    acts = {name: bool(changed) for name, changed in found.changed.items()}
+    assert acts == {"unimodal": False, "crossmodal": False, "avg-audio": True, "avg-image": True, "all": True}
+    assert all((found.drops[name] != 0) == act for name, act in acts.items())
+
+
+def test_chosen_operators_and_one_pass_of_the_encoders():
+    made, calls = model(NAMES, depth=2), []
+    handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
+    found = quag(made, iter([batch(NAMES), batch(NAMES, seed=1)]), operators=("avg-text", "unimodal"))
+    for handle in handles:
+        handle.remove()
+    assert list(found.scores) == list(found.drops) == list(found.changed) == ["avg-text", "unimodal"]
+    assert len(calls) == 6
+    # A batch that lacks the modality has nothing to average.
+    lacking = quag(made, [{**batch(NAMES), "text": None}], operators=("avg-text",))
+    assert lacking.changed == {"avg-text": ()}
+    assert lacking.drops == {"avg-text": 0.0}
+
+
+@pytest.mark.parametrize("kind", [eq.fusion.MidFusion, eq.fusion.MBT, eq.fusion.MMML])
+def test_other_fusions_with_attention(kind):
+    made = fused(NAMES, fusion=kind(DIM, heads=2), task="regression").eval()
+    found = quag(made, [batch_for("regression", NAMES)], operators=("avg-image",))
+    assert found.changed["avg-image"]
+    assert found.drops["avg-image"] != 0
+
+
+def test_errors():
+    made = model()
+    for kind in (eq.fusion.Concat, eq.fusion.Sum):
+        message = rf"quag: expected a fusion with attention over keys .* got {kind.__name__}, which has none. Static"
+        with pytest.raises(ConfigError, match=message):
+            quag(fused(fusion=kind(DIM)), [batch()])
+    with pytest.raises(ConfigError, match=r"quag: expected a FusionModel, .* got Linear without names, encoders"):
+        quag(torch.nn.Linear(2, 3), [batch()])
+    with pytest.raises(ConfigError, match=r"quag: expected a known operator, got 'avg-imag'. Did you mean 'avg-image'"):
+        quag(made, [batch()], operators=["avg-imag"])
+    with pytest.raises(ConfigError, match=r"quag: expected a known cls_rows, got 'some'"):
+        quag(made, [batch()], cls_rows="some")
+    with pytest.raises(ShapeError, match="at least one batch, got none"):
+        quag(made, [])
+    without = {name: value for name, value in batch().items() if name != "target"}
+    with pytest.raises(ShapeError, match="quag: expected a target for each of 5 samples, got 0"):
+        quag(made, [without])
+    broken = {**batch(), "audio": torch.full((5, 7, 3), torch.nan).double()}
+    with pytest.raises(NonFiniteError, match="quag: expected logits that are numbers, got NaN for 5 of 5"):
+        quag(made, [broken])
+
+
+@pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
+def test_leaves_no_trace(ends):
+    made, batches = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    made.fusion.eval()
+    made.loss(made(batches[0]).logits, batches[0]["target"]).backward()
+    if ends == "with the model's error":
+        made.encoders["audio"] = Broken()
+    before = state(made, batches)
+    if ends == "well":
+        assert str(quag(made, batches)) == str(quag(made, batches))
+    elif ends == "with a user's error":
+        with pytest.raises(ShapeError):
+            quag(made, [*batches, {}])
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            quag(made, batches)
+    assert state(made, batches) == before

@@ -1,0 +1,298 @@
+"""Published models at our work: their own scores come out, and what they write is read as an answer."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import adaptive_avg_pool2d
+
+import equipoise as eq
+from equipoise.cli import run
+from equipoise.data import load_dataset
+from equipoise.data.sets.text_codes import WORDS
+from equipoise.errors import ConfigError, DataError
+from equipoise.evaluation import GenerativeVLM, PretrainedDualEncoder, ProcessedDataset, evaluate
+from equipoise.evaluation.generative_models import (
+    benchmark_question,
+    normalize_answer,
+    pretrained_answers,
+    to_pil_image,
+)
+from equipoise.evaluation.model_loading import load_for_benchmark, matching_benchmark
+from equipoise.evaluation.pointing import ROWS, attention_on_object, patch_coverage, word_position
+from equipoise.inspection.patch_grid import PatchGrid
+from equipoise.results import result_rows
+from helpers import look as small_look
+from helpers import published as small_published
+from helpers.tolerance import TOL
+
+
+def close(found, truth):
+    torch.testing.assert_close(found, truth, **TOL[found.dtype])
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_dataset("emoji")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load_dataset("scenes", samples=256)
+
+
+def first_hits(scores, target):
+    """Of every query: wrong items above the best right one, wrong and right ones beside it."""
+    for row in range(len(scores)):
+        right = torch.tensor([number == target[row] for number in target])
+        best = scores[row][right].max()
+        above, beside = scores[row] > best, scores[row] == best
+        yield int(above.sum()), int((beside & ~right).sum()), int((beside & right).sum())
+
+
+def recall(scores, target, k):
+    """1 - the chance that the first k are all wrong, equal ones in random order."""
+    found = []
+    for above, wrong, right in first_hits(scores, target):
+        drawn = min(max(k - above, 0), wrong + right)
+        found.append(1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn))
+    return np.mean(found)
+
+
+def median(scores, target, draws=200):
+    """By drawing orders of equal ones."""
+    random, hits = np.random.default_rng(0), list(first_hits(scores, target))
+    ranks = [
+        [above + 1 + np.flatnonzero(random.permutation(wrong + right) < right)[0] for above, wrong, right in hits]
+        for _ in range(draws)
+    ]
+    return np.median(ranks, axis=1).mean()
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
+def test_the_models_own_scores_decide(emoji, kind):
+    model, processor = getattr(small_published, kind)(), small_published.Processor()
+    shown = ProcessedDataset(emoji, processor, fixed=kind == "siglip")
+    whole = next(shown.batches("val", 1000))
+    mask = {} if kind == "siglip" else {"attention_mask": (whole["text"] != 0).long()}
+    with torch.no_grad():
+        options = {"use_image_text_matching_head": False} if kind == "blip2" else {}
+        scores = model(pixel_values=whole["image"], input_ids=whole["text"], **mask, **options).logits_per_image
+    found = evaluate(model, processor, emoji, split="val")
+    target = whole["target"].tolist()
+    # The model's own product rounds equal vectors apart.
+    scores = scores.double().round(decimals=5)
+    assert found["image_to_text/recall@5"] == pytest.approx(recall(scores, target, 5))
+    assert found["text_to_image/median_rank"] == pytest.approx(median(scores.T, target), rel=0.01)
+    if kind != "blip2":
+        assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(found)
+
+
+def test_an_end_that_also_pads_is_read():
+    # As in OpenAI's CLIP, whose vector of a caption is that of its end.
+    model = small_published.clip()
+    ids, mask = torch.tensor([[1, 4, 2, 2, 2], [1, 5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    space = PretrainedDualEncoder(model, padding=2, closes=True)
+    with torch.no_grad():
+        told = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
+
+
+def test_captions_go_into_the_template(emoji):
+    shown = ProcessedDataset(emoji, small_published.Processor(), template="red {}")
+    ids = [small_published.WORDS.index(word) for word in ("red", "heart")]
+    assert shown.encoded(["heart"])[0].tolist()[:2] == ids
+    # Nothing else in braces means anything.
+    twice = ProcessedDataset(emoji, small_published.Processor(), template="{} {cat} {}").encoded(["heart"])[0].tolist()
+    assert [number for number in twice if number > 3] == [5, 7, 5]
+    with pytest.raises(ConfigError, match=r"judge template: expected a text with \{\}"):
+        ProcessedDataset(emoji, small_published.Processor(), template="a picture")
+
+
+def test_parts_of_combinations_are_captions_of_their_own(emoji):
+    shown = ProcessedDataset(emoji, small_published.Processor())
+    found, items = shown.combinations("val"), emoji.split_items("val")
+    for row, place in enumerate(found.rows.tolist()):
+        own = shown.encoded(items[place].parts)
+        assert int(found.present[row].sum()) == len(items[place].parts)
+        assert torch.equal(found.parts[row, 0, : own.shape[1]][: own.shape[1]], torch.nn.functional.pad(
+            own, (0, found.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
+
+
+def writer(seed=0):
+    """A tiny LLaVA whose tokens are the words of the scenes."""
+    known = dict.fromkeys((*WORDS, "<unk>", "?", ".", "answer", "with", "word", "USER", ":"))
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    text = {**small_look.TEXT, "vocab_size": len(known), "num_hidden_layers": 3}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**{**small_look.VISION, "image_size": 4 * ROWS, "patch_size": 4}),
+        text_config=hf.LlamaConfig(**text), image_token_id=WORDS.index("<image>"),
+        vision_feature_select_strategy="default", vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = small_look.sharpened(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager"))
+    pictures = hf.CLIPImageProcessorPil(
+        size={"shortest_edge": 4 * ROWS}, crop_size={"height": 4 * ROWS, "width": 4 * ROWS}
+    )
+    processor = hf.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return GenerativeVLM(model, processor)
+
+
+def test_a_word_points_as_its_attention_written_out(scenes):
+    asker = writer()
+    sample = next(
+        place for place, kind in enumerate(scenes.kinds("test")) if kind == "color"
+    )  # "what color is the <shape>"
+    held = scenes.split("test").inputs
+    regions = scenes.regions("test", torch.tensor([sample]))[0]
+    place = int(regions.any(dim=1).nonzero()[0, 0])
+    word = WORDS[int(held["text"][sample, place])]
+    mass, chance = attention_on_object(asker, scenes, "test", sample, word, regions[place])
+    prompt = asker.prompt(benchmark_question(scenes, "test", sample), to_pil_image(scenes, "test", sample)).inputs
+    with torch.no_grad():
+        written = asker.model(**prompt, output_attentions=True).attentions
+    ids = prompt["input_ids"][0].tolist()
+    pictured = torch.tensor(ids) == WORDS.index("<image>")
+    row = max(position for position, number in enumerate(ids) if number == WORDS.index(word))
+    # Tokens are as fine as the scene's patches, so that each is covered whole or not at all.
+    region = regions[place].float()
+    for layer, attention in enumerate(written):
+        seen = attention[0, :, row, pictured]
+        close(mass[layer], (seen * region).sum(dim=-1) / seen.sum(dim=-1))
+    assert chance == pytest.approx(float(region.mean()))
+
+
+def test_a_writer_is_judged_with_and_without_its_picture(scenes):
+    asker = writer()
+    found = evaluate(asker.model, asker.processor, scenes, samples=16)
+    assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(found)
+    assert 0 < found["chance/color"] < 1
+    assert 0 <= found["pointing/shape"] <= 1
+    assert found == evaluate(asker.model, asker.processor, scenes, samples=16)
+
+
+def test_the_blank_picture_tells_no_colors(scenes, monkeypatch):
+    asker, shown = writer(), []
+    made = SimpleNamespace(inputs={})
+    monkeypatch.setattr(GenerativeVLM, "prompt", lambda self, text, picture: shown.append(picture) or made)
+    monkeypatch.setattr(GenerativeVLM, "reply", lambda self, inputs, most: "")
+    assert len(dict(pretrained_answers(asker, scenes, "test", 3, "blank", lambda: None))) == 3
+    level = round(float(scenes.train.inputs["image"].double().mean()))
+    assert [picture.getcolors() for picture in shown] == [[(192 * 192, (level, level, level))]] * 3
+
+
+@pytest.mark.parametrize(
+    ("said", "first", "read"),
+    [
+        ("Red.", True, "red"), ("10", True, ""), ("The answer is: yes", True, "yes"), ("2", True, "two"),
+        ("bluish", True, ""),
+        ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
+    ],
+)  # fmt: skip
+def test_replies_are_read_in_our_words(scenes, said, first, read):
+    assert normalize_answer(said, scenes, first=first) == read
+
+
+def test_words_of_several_tokens_end_at_their_last():
+    assert word_position(["red", " tri", "angle", "s"], "triangle") == 2
+    assert word_position(["red"], "blue") is None
+    assert word_position([], "blue") is None
+
+
+def test_a_word_inside_another_one_is_not_meant():
+    asked = ["<|im_start|>", "user", " the", " star", "?", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert word_position(asked, "star") == 3
+    assert word_position([" a", " scared", " card"], "car") is None
+    assert word_position([" a", " car, parked"], "car") == 1
+
+
+def test_what_a_frame_cuts_off_covers_nothing():
+    region = torch.zeros(ROWS, ROWS, dtype=torch.bool)
+    region[:, 0] = True
+    assert patch_coverage(region.flatten(), PatchGrid(2, 2, True, ""), (0.25, 0.0, 0.75, 1.0)).sum() == 0
+    close(
+        patch_coverage(region.flatten(), PatchGrid(3, 2, True, ""), (0.0, 0.0, 1.0, 1.0)),
+        adaptive_avg_pool2d(region[None].float(), (3, 2)).flatten(),
+    )
+
+
+def test_nothing_is_left_behind(emoji):
+    model = small_published.clip().train()
+    state = torch.random.get_rng_state()
+    evaluate(model, small_published.Processor(), emoji, split="val")
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_does_not_fit_is_told(scenes, emoji):
+    with pytest.raises(ConfigError, match=r"a tower for pictures and one for words.*got LlamaForCausalLM"):
+        evaluate(small_look.llama(), small_published.Processor(), emoji)
+    with pytest.raises(ConfigError, match="judge: expected the data emoji or scenes, got Digits"):
+        evaluate(small_published.clip(), small_published.Processor(), load_dataset("digits"))
+    asker = writer()
+    with pytest.raises(ConfigError, match="expected samples >= 1, got samples = 0"):
+        evaluate(asker.model, asker.processor, scenes, samples=0)
+
+
+def test_models_are_read_from_folders(tmp_path):
+    folder = small_published.saved_clip(tmp_path / "clip")
+    assert matching_benchmark(folder) == "emoji"
+    for name, model in (("writes", small_look.llava()), ("finds", small_published.blip2())):
+        model.save_pretrained(tmp_path / name)
+    assert (matching_benchmark(tmp_path / "writes"), matching_benchmark(tmp_path / "finds")) == ("scenes", "emoji")
+    model, processor = load_for_benchmark("emoji", folder, device="cpu")
+    close(model.logit_scale, small_published.clip().logit_scale)
+    assert isinstance(PretrainedDualEncoder(model, padding=processor.tokenizer.pad_token_id), torch.nn.Module)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match="judge: expected a tokenizer of the model's 14 tokens, got one of"):
+        load_for_benchmark("emoji", folder, device="cpu")
+    with pytest.raises(DataError, match=r"judge: expected a folder or a name on the hub with config\.json"):
+        matching_benchmark(tmp_path / "nowhere")
+    assert eq.evaluate is evaluate
+
+
+@pytest.mark.parametrize("size", [5, 3000])
+def test_weights_that_are_cut_off_are_told(tmp_path, size):
+    weights = small_published.saved_clip(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"judge: expected a folder .* with config\.json and model\.safetensors, got"):
+        load_for_benchmark("emoji", tmp_path, device="cpu")
+
+
+def test_weights_of_another_size_are_told(tmp_path):
+    config = small_published.saved_clip(tmp_path) / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 20'))
+    with pytest.raises(DataError, match=r"model\.safetensors, got '.*' \(You set `ignore_mismatched_sizes`"):
+        load_for_benchmark("emoji", tmp_path, device="cpu")
+
+
+def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
+    assert run(["judge", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    said = result_rows.load_results(tmp_path / "out")
+    assert said["protocol"]["methods"] == ["small"]
+    assert said["runs"][0]["metrics"]["chance/recall@1"] == pytest.approx(1 / 183)
+    assert "recall@1" in capsys.readouterr().out
+
+
+def test_pictures_are_shown_large(scenes):
+    shown = to_pil_image(scenes, "test", 0)
+    assert isinstance(shown, Image.Image)
+    assert shown.size == (192, 192)

@@ -1,0 +1,161 @@
+"""Where words look: against attention written out, and on a model that is made to point."""
+
+import pytest
+import torch
+
+import equipoise.models.vision_language.grounding as part
+from equipoise.data.sets.text_codes import WORDS
+from equipoise.errors import ConfigError
+from equipoise.models.vision_language import attention_map, pointing
+from equipoise.models.vision_language.grounding import (
+    GROUND,
+    OBJECT,
+    OTHER,
+    TEXT,
+    labeled_words,
+    pointing_metrics,
+    region_attention,
+)
+from helpers.language import batch, language, scenes
+from helpers.tolerance import TOL
+
+pytest.importorskip("transformers")
+CLOSE = TOL[torch.float32]
+KINDS = ("color", "shape")
+
+
+def written_out(model, image, text):
+    """(batch, layer, head, word, patch or word) with the softmax written out, and how many keys are patches."""
+    patches = model.patches(image)
+    stream = model.stream(patches, text)
+    if model.kind != "gated":
+        model.language.set_attn_implementation("eager")
+        found = model.language(inputs_embeds=stream.embeddings, output_attentions=True).attentions
+        model.language.set_attn_implementation("sdpa")
+        return torch.stack(found, dim=1)[:, :, :, patches.shape[1] - 1 :]
+    maps, hidden = [], stream.embeddings
+    for block, gate in zip(model.language.model.layers, model.gates, strict=True):
+        reading, normed = gate.reading, gate.norm(hidden)
+        q, k = (
+            layer(x).unflatten(2, (2, -1)).transpose(1, 2)
+            for layer, x in ((reading.query, normed), (reading.key, patches))
+        )
+        maps.append((q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1))
+        hidden = gate(hidden, patches)
+        places = torch.arange(hidden.shape[1])[None]
+        mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+        turns = model.language.model.rotary_emb(hidden, places)
+        hidden = block(hidden, attention_mask=mask, position_ids=places, position_embeddings=turns)
+    return torch.stack(maps, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "gated"])
+@torch.no_grad()
+def test_against_attention_written_out(kind):
+    model, held = language(kind), batch(7)
+    for gate in model.gates:
+        torch.nn.init.ones_(gate.attention_gate)
+    torch.manual_seed(2)
+    place = torch.tensor([1, 3, 2, 5, 4, 2, 3])
+    region, others = torch.rand(7, 36) < 0.3, torch.rand(7, 36) < 0.3
+    others &= ~region
+    found = region_attention(model, held["image"], held["text"], place, region, others)
+    maps = written_out(model, held["image"], held["text"])
+    assert found.shape == (7, 2, 2, 4)
+    for row in range(7):
+        seen = maps[row, :, :, place[row]]
+        patches = seen[..., :36]
+        for label, kept in ((OBJECT, region), (OTHER, others), (GROUND, ~(region | others))):
+            torch.testing.assert_close(found[row, ..., label], patches[..., kept[row]].sum(dim=-1), **CLOSE)
+        torch.testing.assert_close(found[row, ..., TEXT], seen[..., 36:].sum(dim=-1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+@torch.no_grad()
+def test_maps_against_attention_written_out(kind):
+    model, held = language(kind), batch(5)
+    place = torch.tensor([1, 3, 2, 5, 4])
+    patches = written_out(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
+    found = attention_map(model, held["image"], held["text"], place)
+    torch.testing.assert_close(found, patches / patches.sum(dim=-1, keepdim=True), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_means_over_words_by_a_loop(kind):
+    model, source = language("mlp"), scenes()
+    masses, choices, sizes, rest = [], [], [], []
+    for place in range(len(source.test)):
+        words = source.words("test", place)
+        caption = source.kinds("test")[place] == "caption"
+        regions = source.regions("test", torch.tensor([place]))[0]
+        covered = source.covered("test", torch.tensor([place]))[0]
+        held = source.batch("test", torch.tensor([place]), seed=0, epoch=0, train=False)
+        maps = written_out(model, held["image"], held["text"])[0]
+        for at, word in enumerate(words):
+            if word not in part.KINDS[kind] or not regions[at].any() or (not caption and at == len(words) - 1):
+                continue
+            patches = maps[:, :, at, :36]
+            own = patches[..., regions[at]].sum(dim=-1)
+            masses.append(own / patches.sum(dim=-1))
+            sizes.append(float(regions[at].float().mean()))
+            if bool((covered & ~regions[at]).any()):
+                choices.append(own / patches[..., covered].sum(dim=-1))
+                rest.append(float(regions[at].sum() / covered.sum()))
+    found = pointing(model, source, "test", kind)
+    assert found.count == len(masses)
+    torch.testing.assert_close(found.mass, torch.stack(masses).mean(dim=0), **CLOSE)
+    torch.testing.assert_close(found.choice, torch.stack(choices).mean(dim=0), **CLOSE)
+    assert found.chance == pytest.approx(sum(sizes) / len(sizes))
+    assert found.chance_choice == pytest.approx(sum(rest) / len(rest))
+
+
+@torch.no_grad()
+def test_attention_without_aim_is_at_chance():
+    """Queries that are 0 look at everything alike."""
+    model, source = language("gated"), scenes()
+    for gate in model.gates:
+        torch.nn.init.zeros_(gate.reading.query.weight)
+    for kind in KINDS:
+        found = pointing(model, source, "test", kind)
+        torch.testing.assert_close(found.mass, torch.full((2, 2), found.chance), **CLOSE)
+        torch.testing.assert_close(found.choice, torch.full((2, 2), found.chance_choice), **CLOSE)
+        torch.testing.assert_close(found.picture, torch.ones(2, 2), **CLOSE)
+
+
+def test_the_best_head_is_chosen_on_validation_data(monkeypatch):
+    values = {"val": [[0.1, 0.2], [0.9, 0.3]], "test": [[0.5, 0.8], [0.4, 0.7]]}
+
+    def fake(model, source, split, kind):
+        mass = torch.tensor(values[split])
+        return part.Pointing(mass, mass / 2, mass / 4, 0.125, 0.25, 3)
+
+    monkeypatch.setattr(part, "pointing", fake)
+    found = pointing_metrics(language("mlp"), scenes())
+    assert found["pointing/color"] == pytest.approx(0.4)
+    assert found["pointing_mean/color"] == pytest.approx(0.6)
+    assert found["pointing_choice/shape"] == pytest.approx(0.2)
+    assert (found["chance/shape"], found["chance_choice/shape"]) == (0.125, 0.25)
+
+
+def test_words_that_speak_of_something():
+    source = scenes()
+    for kind in KINDS:
+        for index, place, region in labeled_words(source, "test", kind):
+            words = [WORDS[source.test.inputs["text"][i, p]] for i, p in zip(index, place, strict=True)]
+            assert set(words) <= set(part.KINDS[kind])
+            assert region.any(dim=1).all()
+            assert torch.equal(region, source.regions("test", index)[torch.arange(len(index)), place])
+
+
+@pytest.mark.parametrize("kind", ["qformer", "resampler"])
+def test_mixtures_of_patches_point_nowhere(kind):
+    model = language(kind)
+    with pytest.raises(ConfigError, match=rf"pointing: expected a connector that keeps .* patches, got '{kind}'\. Its"):
+        pointing(model, scenes(), "test", "color")
+    assert pointing_metrics(model, scenes()) == {}
+
+
+def test_refuses_other_words():
+    with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'color'\. Did you mean"):
+        pointing(language(), scenes(), "test", "color")

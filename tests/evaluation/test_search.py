@@ -1,0 +1,200 @@
+"""The index: order, ranks, ties and what is refused; vectors that are kept; pictures in a terminal."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from equipoise.data import load_dataset
+from equipoise.errors import ConfigError, DataError, ShapeError
+from equipoise.evaluation.search import (
+    IndexEntry,
+    SearchIndex,
+    cached_embeddings,
+    caption_entries,
+    image_entries,
+    index_folder,
+)
+from equipoise.evaluation.search.embedding_cache import NAME
+from equipoise.evaluation.search.search_index import check_searchable, embed_entries
+from equipoise.evaluation.search.terminal_image import HALF, image_to_blocks
+from helpers.search import space
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_dataset("emoji")
+
+
+@pytest.fixture(scope="module")
+def model(emoji):
+    return space(emoji)
+
+
+@pytest.fixture(scope="module")
+def pictures(model, emoji):
+    return image_entries(model, emoji)
+
+
+@pytest.fixture(scope="module")
+def captions(model, emoji):
+    return caption_entries(model, emoji)
+
+
+def known(model, emoji, scores, query="red heart"):
+    """An index whose cosines with the query are known."""
+    (toward,) = embed_entries(model, "text", emoji.words.encode([query]))
+    side = torch.zeros_like(toward)
+    side[0], side[1] = toward[1], -toward[0]
+    side = side / side.norm()
+    vectors = torch.stack([score * toward + (1 - score**2) ** 0.5 * side for score in scores])
+    return SearchIndex(model, emoji, [IndexEntry(f"entry {n}") for n in range(len(scores))], vectors)
+
+
+def test_nearest_first_with_ranks_and_ties(model, emoji):
+    found = known(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).find("red heart", top=4)
+    assert [hit.entry.name for hit in found.hits] == ["entry 1", "entry 3", "entry 2", "entry 5"]
+    assert [hit.rank for hit in found.hits] == [1, 1, 3, 3]
+    assert [hit.score for hit in found.hits] == pytest.approx([0.9, 0.9, 0.5, 0.5], abs=1e-5)
+    assert (found.tied, found.entries, found.question, found.picture) == (1, 7, "red heart", None)
+    everything = known(model, emoji, [0.2, 0.4]).find("red heart", top=10)
+    assert [hit.rank for hit in everything.hits] == [1, 2]
+    assert everything.tied == 0
+
+
+def test_order_is_that_of_the_cosines(pictures, emoji):
+    found = pictures.find("blue book", top=50)
+    (query,) = embed_entries(pictures.space, "text", emoji.words.encode(["blue book"]))
+    cosines = (pictures.vectors @ query).tolist()
+    expected = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:50]
+    assert [hit.entry.name for hit in found.hits] == [emoji.items[place].name for place in expected]
+
+
+def test_pictures_have_what_is_known_of_them(pictures, emoji):
+    assert len(pictures.entries) == 3395
+    entry = pictures.entries[[item.name for item in emoji.items].index("blue heart")]
+    assert (entry.name, entry.mark, entry.seen) == ("blue heart", "\N{BLUE HEART}", False)
+    assert "blue" in entry.keywords
+    assert entry.picture.shape == (32, 32, 3)
+    torch.testing.assert_close(pictures.vectors.norm(dim=1), torch.ones(3395))
+
+
+def test_captions_are_names_and_keywords_each_once(captions, emoji):
+    names = [entry.name for entry in captions.entries]
+    assert len(set(names)) == len(names) > 3395 + 1000
+    assert names[:3395] == [item.name for item in emoji.items]
+    assert all(entry.picture is None for entry in captions.entries[3395:])
+
+
+def test_a_picture_finds_words_and_itself(pictures, captions, emoji, tmp_path):
+    Image.fromarray(emoji.pictures[7].numpy()).save(tmp_path / "own.png")
+    found = pictures.like(tmp_path / "own.png", top=3)
+    assert found.hits[0].score == pytest.approx(1.0, abs=1e-5)
+    assert emoji.items[7].name in [hit.entry.name for hit in found.hits if hit.rank == 1]
+    assert found.question == "own.png"
+    assert found.picture.shape == (96, 96, 3)
+    told = captions.like(Image.fromarray(emoji.pictures[7].numpy()), top=5)
+    assert told.question == "a picture"
+    assert len(told.hits) == 5
+
+
+def test_words_that_were_never_seen(pictures):
+    found = pictures.find("bluish hearts", top=1)
+    assert found.unseen == ["bluish"]
+    with pytest.raises(ConfigError, match="search: expected a known word, got 'qqqq'"):
+        pictures.find("qqqq")
+
+
+@pytest.mark.parametrize(
+    ("text", "top", "kind", "message"),
+    [
+        ("", 3, ShapeError, "search: expected a text with a word in it, got ''"),
+        (" ?! ", 3, ShapeError, "expected a text with a word in it"),
+        ("red " * 25, 3, ShapeError, "search: expected a text of at most 24 words, got 25"),
+        ("red", 0, ConfigError, "search: expected top >= 1, got top = 0"),
+    ],
+)
+def test_bad_questions(pictures, text, top, kind, message):
+    with pytest.raises(kind, match=message):
+        pictures.find(text, top=top)
+
+
+def test_a_folder_of_pictures(model, emoji, tmp_path):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    (tmp_path / "below").mkdir()
+    Image.new("RGBA", (20, 20), (0, 0, 255, 128)).save(tmp_path / "below" / "blue.PNG")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    index, troubles = index_folder(model, emoji, tmp_path)
+    assert [entry.name for entry in index.entries] == [os.path.join("below", "blue.PNG"), "red.png"]
+    assert [entry.seen for entry in index.entries] == [None, None]
+    assert len(troubles) == 1
+    assert "broken.png" in troubles[0]
+    assert len(index.find("red", top=9).hits) == 2
+
+
+def test_folders_without_pictures(model, emoji, tmp_path):
+    with pytest.raises(DataError, match=r"search: expected a folder of pictures, got '.*none', which is none"):
+        index_folder(model, emoji, tmp_path / "none")
+    with pytest.raises(DataError, match=r"search: expected pictures \(.bmp, .*\), got none in '.*'\.$"):
+        index_folder(model, emoji, tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 troubles: image '.*broken.png': expected"):
+        index_folder(model, emoji, tmp_path)
+
+
+def test_models_that_cannot_be_searched_with(emoji, model):
+    with pytest.raises(ConfigError, match=r"a shared space of image and text, .* got Linear on Emoji\. Train one"):
+        check_searchable(torch.nn.Linear(2, 2), emoji)
+    with pytest.raises(ConfigError, match="got DualEncoder on Digits"):
+        check_searchable(model, load_dataset("digits"))
+
+
+def test_vectors_are_kept_beside_the_weights_and_made_anew_for_others(model, emoji, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2)}, weights)
+    made = []
+
+    def make():
+        made.append(1)
+        return {"image": torch.full((2, 3), float(len(made)))}
+
+    first, second = (cached_embeddings(tmp_path, weights, emoji, make) for _ in range(2))
+    assert len(made) == 1
+    assert torch.equal(first["image"], second["image"])
+    save_file({"a": torch.zeros(2)}, weights)
+    assert float(cached_embeddings(tmp_path, weights, emoji, make)["image"][0, 0]) == 2.0
+    (tmp_path / NAME).write_bytes(b"half a file")
+    assert float(cached_embeddings(tmp_path, weights, emoji, make)["image"][0, 0]) == 3.0
+    assert float(load_file(tmp_path / NAME)["image"][0, 0]) == 3.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", NAME]
+
+
+def test_a_folder_where_nothing_can_be_written(model, emoji, tmp_path, monkeypatch):
+    weights = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2)}, weights)
+
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr("os.replace", refuse)
+    assert torch.equal(
+        cached_embeddings(tmp_path, weights, emoji, lambda: {"image": torch.ones(1)})["image"], torch.ones(1)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_half_blocks_show_two_pixels_each():
+    picture = torch.zeros(4, 4, 3, dtype=torch.uint8)
+    picture[:2, :, 0], picture[2:, :, 2] = 200, 100
+    console = Console(force_terminal=True, color_system="truecolor", width=40)
+    with console.capture() as seen:
+        console.print(image_to_blocks(picture, columns=4))
+    lines = seen.get().splitlines()
+    assert len(lines) == 2
+    assert lines[0].count(HALF) == 4
+    assert "38;2;200;0;0;48;2;200;0;0" in lines[0]
+    assert "38;2;0;0;100;48;2;0;0;100" in lines[1]

@@ -1,0 +1,127 @@
+"""Whose logits these are: parts against loops, exact sums, no trace, and reasons where there are none."""
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from helpers.fusion import DIM, FEATURES, NAMES, OUTPUTS, batch
+from helpers.fusion import model as fresh
+from helpers.fusion_cases import EXACT
+from oracles.fusion import doubles
+from oracles.fusion_transformers import joint_contributions
+
+
+def model(*args, **options):
+    """Joint attention whose biases are not the zeros that they start with."""
+    made = fresh(*args, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+def other(fusion, names=NAMES[:2]):
+    torch.manual_seed(0)
+    return eq.FusionModel({name: nn.Linear(FEATURES[name], DIM) for name in names}, fusion, OUTPUTS).double()
+
+
+@pytest.mark.parametrize("missing", [(), ("image",)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"heads": 3}, {"include_cls_key": False}, {"shortcut": False}])
+def test_joint_attention(options, count, missing):
+    missing = missing if count > 1 else ()
+    made, inputs = model(NAMES[:count], **options), batch(NAMES[:count], missing=missing)
+    parts = eq.fusion.modality_contributions(made, inputs)
+    assert tuple(parts) == NAMES[:count]
+    heads, keys = options.get("heads", 2), options.get("include_cls_key", True)
+    expected = joint_contributions(
+        doubles(made.fusion), doubles(made.head), made.encode(inputs), heads=heads, include_cls_key=keys
+    )
+    for index, part in enumerate(parts.values()):
+        torch.testing.assert_close(part, expected[:, index], **EXACT)
+        assert not part.requires_grad
+    torch.testing.assert_close(sum(parts.values()), made.eval()(inputs).logits.detach(), **EXACT)
+
+
+def test_a_whole_modality_missing_has_its_share_of_the_rest_alone():
+    made, inputs = model(NAMES[:3]), batch(NAMES[:3])
+    parts = eq.fusion.modality_contributions(made, inputs | {"image": None})
+    torch.testing.assert_close(sum(parts.values()), made.eval()(inputs | {"image": None}).logits.detach(), **EXACT)
+    without_class = model(NAMES[:3], include_cls_key=False)
+    without_class.load_state_dict(made.state_dict())
+    parts = eq.fusion.modality_contributions(without_class, inputs | {"image": None})
+    # What is no modality's is the biases alone, where the class token is no key: a third each.
+    rest = (made.fusion.attention.out.bias @ made.head.weight.mT + made.head.bias) / 3
+    torch.testing.assert_close(parts["image"], rest.detach().expand(5, -1), **EXACT)
+
+
+def test_a_rotated_query_counts():
+    made, inputs = model(), batch()
+    balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0, rho=2.0)
+    before = eq.fusion.modality_contributions(made, inputs)
+    made.train()
+    made(inputs)
+    assert balancer.end_epoch()["rotations"] == 1
+    after = eq.fusion.modality_contributions(made, inputs)
+    assert not torch.allclose(after["audio"], before["audio"])
+    torch.testing.assert_close(sum(after.values()), made.eval()(inputs).logits.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("kind", [eq.fusion.Concat, eq.fusion.Sum, eq.fusion.Unimodal, eq.fusion.MBT])
+def test_static_sums(kind):
+    made, inputs = other(kind(DIM)), batch()
+    parts = eq.fusion.modality_contributions(made, inputs)
+    output = made.eval()(inputs)
+    for name, part in made.contributions(output).items():
+        torch.testing.assert_close(parts[name], part.detach(), **EXACT)
+    torch.testing.assert_close(sum(parts.values()), output.logits.detach(), **EXACT)
+
+
+def test_tokens_do_as_well_as_a_batch():
+    made, inputs = model(), batch()
+    from_tokens = eq.fusion.modality_contributions(made, made.encode(inputs))
+    for name, part in eq.fusion.modality_contributions(made, inputs).items():
+        torch.testing.assert_close(from_tokens[name], part, **EXACT)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_leaves_no_trace(crash):
+    made, inputs = model(dropout=0.5), batch()
+    made.train()
+    made.fusion.attention.eval()
+    if crash:
+        made.fusion.attention.out.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of order")))
+    modes, random = [m.training for m in made.modules()], torch.get_rng_state()
+    if crash:
+        with pytest.raises(RuntimeError, match="out of order"):
+            eq.fusion.modality_contributions(made, inputs)
+    else:
+        parts = eq.fusion.modality_contributions(made, inputs)
+        again = eq.fusion.modality_contributions(made, inputs)
+        assert all(torch.equal(parts[name], again[name]) for name in parts)
+    assert [m.training for m in made.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not made.fusion.attention.core._forward_pre_hooks
+    assert all(p.grad is None for p in made.parameters())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: model(depth=2), r"got JointAttention of depth 2\. Norms and hidden layers mix"),
+        (lambda: other(eq.fusion.MMML(DIM)), r"modality_contributions: expected logits that are a sum .* got MMML\."),
+        (lambda: other(eq.fusion.FiLM(DIM)), r"got FiLM\."),
+    ],
+)
+def test_logits_that_are_no_sum(made, message):
+    with pytest.raises(ConfigError, match=message):
+        eq.fusion.modality_contributions(made(), batch())
+
+
+def test_a_head_that_is_not_linear():
+    made = model()
+    made.head = nn.Sequential(made.head, nn.Tanh())
+    with pytest.raises(ConfigError, match=r"got JointAttention with a head Sequential\. The head must be linear"):
+        eq.fusion.modality_contributions(made, batch())

@@ -1,0 +1,211 @@
+"""MulT and the readout on top of it: loops, order, causality, what RollingQ finds there, errors."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from equipoise.fusion import MulT
+from equipoise.fusion.mult import CrossEncoder
+from equipoise.tokens.token_batch import Tokens
+from equipoise.training import method_factory
+from equipoise.training.run import load_run_dataset
+from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
+from helpers.runs import recipe
+from oracles.fusion import doubles
+from oracles.fusion_transformers import mult, positions, readout, residual_head
+
+SMALL = {"width": 6, "heads": 3}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("count", "depth", "causal"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True), (2, 5, False)]
+)
+def test_forward(count, depth, causal, masked):
+    tokens = sequences(NAMES[:count], masked=masked)
+    fusion = built(MulT, NAMES[:count], depth=depth, causal=causal, **SMALL)
+    expected, _ = mult(doubles(fusion), tokens, heads=3, depth=depth, causal=causal)
+    output = fusion(tokens)
+    torch.testing.assert_close(output.features, expected, **EXACT)
+    assert output.features.shape[1] == max(count - 1, 1) * count * 6
+    assert output.share is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_readout_reads_the_final_streams(count, masked):
+    tokens = sequences(NAMES[:count], masked=masked)
+    fusion = built(MulT, NAMES[:count], readout="attention", readout_heads=2, **SMALL)
+    pooled, streams = mult(doubles(fusion), tokens, heads=3, depth=1)
+    read, share = readout(doubles(fusion), streams, heads=2)
+    output = fusion(tokens)
+    torch.testing.assert_close(output.features, torch.cat([read, pooled], dim=1), **EXACT)
+    torch.testing.assert_close(output.share.double(), share, **SINGLE)
+    assert output.features.shape[1] == fusion.out_dim
+
+
+def test_head_is_a_residual_layer_and_a_linear_one():
+    fusion = built(MulT, NAMES[:2], **SMALL)
+    head, h = fusion.head(OUTPUTS).double(), fusion(sequences(NAMES[:2])).features
+    torch.testing.assert_close(head(h), residual_head(doubles(head), h), **EXACT)
+
+
+def test_a_missing_source_says_the_same_whatever_stands_in_its_place():
+    fusion = built(MulT, NAMES[:2], causal=True, **SMALL)
+    tokens = sequences(NAMES[:2])
+    absent = Tokens(tokens["image"].values, mask=torch.zeros(3, 2, dtype=torch.bool))
+    expected, _ = mult(doubles(fusion), tokens | {"image": absent}, heads=3, depth=1, causal=True)
+    features = fusion(tokens | {"image": absent}).features
+    torch.testing.assert_close(features, expected, **EXACT)
+    assert not features[:, 6:].any()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
+def test_order_permutes_shares_and_parts_of_the_features(order):
+    tokens = sequences(NAMES[:3], masked=True)
+    permuted = tuple(NAMES[m] for m in order)
+    one = built(MulT, NAMES[:3], readout="attention", **SMALL)
+    other = MulT(DIM, readout="attention", **SMALL).build(permuted).double().eval()
+    other.load_state_dict(one.state_dict())
+    before, after = one(tokens), other(tokens)
+    torch.testing.assert_close(after.share, before.share[..., list(order)], **SINGLE)
+    # The readout stands first, then one part for each modality; the head's weights are permuted as they are.
+    w = one.stream_dim
+    places = torch.cat([torch.arange(w), *(w + m * w + torch.arange(w) for m in order)])
+    torch.testing.assert_close(after.features, before.features[:, places], **EXACT)
+    head, moved = one.head(OUTPUTS).double(), other.head(OUTPUTS).double()
+    with torch.no_grad():
+        first, last = moved.hidden[0], moved.hidden[3]
+        first.weight.copy_(head.hidden[0].weight[:, places])
+        first.bias.copy_(head.hidden[0].bias)
+        last.weight.copy_(head.hidden[3].weight[places])
+        last.bias.copy_(head.hidden[3].bias[places])
+        moved.out.weight.copy_(head.out.weight[:, places])
+        moved.out.bias.copy_(head.out.bias)
+    torch.testing.assert_close(moved(after.features), head(before.features), **EXACT)
+
+
+def test_causal_rows_do_not_see_what_comes_later():
+    torch.manual_seed(0)
+    encoder = CrossEncoder(6, 2, 3).double().eval()
+    target, source = torch.randn(2, 1, 5, 6, dtype=torch.float64)
+    changed = source.clone()
+    changed[:, 3] *= -1
+    before = encoder(Tokens(target), Tokens(source), causal=True)
+    after = encoder(Tokens(target), Tokens(changed), causal=True)
+    torch.testing.assert_close(after[:, :3], before[:, :3], **EXACT)
+    assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=-1).gt(1e-3).all()
+    # A source that is 2 longer may be read 2 ahead.
+    longer = torch.cat([changed, torch.randn(1, 2, 6, dtype=torch.float64)], dim=1)
+    moved = longer.clone()
+    moved[:, 3] *= -1
+    difference = encoder(Tokens(target), Tokens(moved), causal=True) - encoder(
+        Tokens(target), Tokens(longer), causal=True
+    )
+    assert difference.abs().amax(dim=-1).gt(1e-3).tolist() == [[False, True, True, True, True]]
+
+
+def test_positions_by_hand():
+    # Width 5: two sines, two cosines with rates 1 and 1/10000, a zero.
+    fusion_table = eq.fusion.mult.sinusoids(torch.tensor([[1, 2]]), torch.zeros(1, 2, 5, dtype=torch.float64))
+    expected = [0.8414709848078965, 1e-4, 0.5403023058681398, 1.0, 0.0]
+    assert fusion_table[0, 0].tolist() == pytest.approx(expected, abs=1e-8)
+    torch.testing.assert_close(fusion_table[0], positions(2, 5), **EXACT)
+
+
+def test_gradients():
+    fusion = built(MulT, NAMES[:2], readout="attention", width=4, heads=2)
+    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+
+    def features(*values):
+        return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features
+
+    assert gradcheck(features, inputs)
+
+
+def test_dropout_in_training_only():
+    fusion, tokens = built(MulT, NAMES[:2], dropout=0.0, embed_dropout=0.5, **SMALL), sequences(NAMES[:2])
+    assert torch.equal(fusion(tokens).features, fusion(tokens).features)
+    fusion.train()
+    assert not torch.equal(fusion(tokens).features, fusion(tokens).features)
+
+
+# RollingQ
+
+
+def small_model(kind, **options):
+    torch.manual_seed(0)
+    encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
+    return eq.FusionModel(encoders, kind(DIM, **options), OUTPUTS)
+
+
+@pytest.mark.parametrize("kind", [eq.fusion.MulT, eq.fusion.MMML])
+def test_rollingq_turns_the_readout(kind):
+    model = small_model(kind, readout="attention")
+    with torch.no_grad():
+        # At its start the class token is short; made longer, there is an imbalance to see.
+        model.fusion.joint.cls.mul_(50)
+    balancer = eq.balance.RollingQ(model.fusion.attention, rho=1.0, beta=0.0)
+    batch = {"audio": torch.randn(4, 7, 3), "image": torch.randn(4, 2, 5)}
+    model.train()
+    model(batch)
+    before = model.eval()(batch)
+    assert before.share.shape == (4, 1, 2)
+    balancer.end_epoch()
+    after = model(batch)
+    assert not torch.allclose(after.logits, before.logits)
+    assert not torch.allclose(after.share, before.share)
+
+
+@pytest.mark.parametrize("kind", [eq.fusion.MulT, eq.fusion.MMML])
+def test_without_readout_there_is_no_attention_for_rollingq(kind):
+    model = small_model(kind)
+    assert not hasattr(model.fusion, "attention")
+    with pytest.raises(AttributeError, match="no attribute 'attention'"):
+        _ = model.fusion.attention
+    assert model({"audio": torch.randn(4, 7, 3), "image": torch.randn(4, 2, 5)}).share is None
+
+
+@pytest.mark.parametrize("name", ["mult", "mmml"])
+def test_recipes(name):
+    made = recipe()
+    variant = {"fusion": name, "readout": "attention"}
+    made = type(made)(**{**vars(made), "fusions": {**made.fusions, f"{name}_readout": variant}})
+    model, balancers = method_factory.build_model(
+        method_factory.parse_method(f"{name}_readout+rollingq", made), made, load_run_dataset(made, None)
+    )
+    assert isinstance(balancers[0], eq.balance.RollingQ)
+    assert model.fusion.attention.names == ("audio", "image")
+    with pytest.raises(
+        ConfigError,
+        match=rf"expected a fusion whose attention sees two or more modalities, got {name}\. Set readout: attention",
+    ):
+        method_factory.build_model(
+            method_factory.parse_method(f"{name}+rollingq", made), made, load_run_dataset(made, None)
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MulT(DIM, width=0), r"MulT: expected width >= 1 and depth >= 1, got width = 0, depth = 1"),
+        (lambda: MulT(DIM, depth=0), r"MulT: expected width >= 1 and depth >= 1, got width = 30, depth = 0"),
+        (lambda: MulT(DIM, width=7), r"MulT: expected width = 7 divisible by heads, got heads = 5\. Its streams"),
+        (lambda: MulT(DIM, heads=0), r"MulT: expected width = 30 divisible by heads, got heads = 0"),
+        (
+            lambda: MulT(DIM, readout="atention"),
+            r"MulT: expected a known readout, got 'atention'\. Did you mean 'attention'",
+        ),
+        (
+            lambda: MulT(DIM, readout="attention", readout_heads=7).build(NAMES[:2]),
+            r"expected dim = 30 divisible by heads, got heads = 7",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()

@@ -1,0 +1,77 @@
+"""Models whose use of their modalities is known because their weights were set by hand, and data that they answer."""
+
+import torch
+from torch import nn
+
+import equipoise as eq
+
+CLASSES = 3
+
+
+def linear(weight):
+    """A layer without bias and with the given weights."""
+    weight = torch.as_tensor(weight, dtype=torch.float32)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def weighing(**weights):
+    """Logits = sum over modalities of weight x the mean of its tokens: a static model whose use is its weights."""
+    model = eq.FusionModel(
+        {name: nn.Identity() for name in weights}, eq.fusion.Concat(CLASSES), CLASSES, unimodal="none"
+    )
+    with torch.no_grad():
+        model.head.weight.copy_(torch.cat([weight * torch.eye(CLASSES) for weight in weights.values()], dim=1))
+        model.head.bias.zero_()
+    return model
+
+
+def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
+    """Batches of random inputs whose targets are what the model answers, but for a part of them."""
+    random = torch.Generator().manual_seed(seed)
+    batches = []
+    for size in sizes:
+        batch = {
+            name: torch.randn(size, 5 + place, CLASSES, generator=random) for place, name in enumerate(model.names)
+        }
+        with torch.no_grad():
+            target = model(batch).logits.argmax(dim=1)
+        luck = torch.rand(size, generator=random) < wrong
+        batches.append({**batch, "target": torch.where(luck, (target + 1) % CLASSES, target)})
+    return batches
+
+
+def looking(sharpness):
+    """Joint attention whose class token prefers tokens by their first feature: quality, where data put it there.
+
+    Values are the tokens themselves, so the answer is read from what attention picks.
+    """
+    model = eq.FusionModel(
+        {"audio": nn.Identity(), "image": nn.Identity()}, eq.fusion.JointAttention(CLASSES, dropout=0.0), CLASSES,
+        unimodal="none",
+    )  # fmt: skip
+    layer, one = model.fusion.attention, torch.zeros(CLASSES, CLASSES)
+    one[0, 0] = 1.0
+    with torch.no_grad():
+        model.fusion.cls.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        for part, weight in (
+            (layer.query, one), (layer.key, sharpness * one), (layer.value, torch.eye(CLASSES)),
+            (layer.out, torch.eye(CLASSES)), (model.head, torch.eye(CLASSES)),
+        ):  # fmt: skip
+            part.weight.copy_(weight)
+            part.bias.zero_()
+    return model
+
+
+def marked(model, *, sizes=(211, 97), seed=0):
+    """Batches whose tokens carry their quality in the first feature, about 1, and the answer in the others."""
+    batches = answered(model, sizes=sizes, seed=seed)
+    random = torch.Generator().manual_seed(seed + 1)
+    for batch in batches:
+        for name in model.names:
+            batch[name][..., 0] = 1 + 0.1 * torch.randn(batch[name].shape[:2], generator=random)
+        with torch.no_grad():
+            batch["target"] = model(batch).logits.argmax(dim=1)
+    return batches

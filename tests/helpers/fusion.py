@@ -1,0 +1,76 @@
+"""Small fusion models and batches for the tests of the balancers."""
+
+import torch
+from torch import nn
+
+import equipoise as eq
+
+FEATURES = {"audio": 3, "image": 5, "text": 2, "depth": 7, "touch": 1}
+LENGTHS = {"audio": 7, "image": 5, "text": 3, "depth": 2, "touch": 4}
+NAMES = tuple(FEATURES)
+DIM, OUTPUTS = 12, 3
+
+
+def model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float64, seed=0, **options):
+    """Linear encoders and joint attention; biases apart, so that the modalities lie apart and there is imbalance."""
+    torch.manual_seed(seed)
+    encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
+    options = {"dropout": 0.0, **options}
+    made = eq.FusionModel(encoders, eq.fusion.JointAttention(DIM, heads=heads, depth=depth, **options), OUTPUTS)
+    with torch.no_grad():
+        made.fusion.cls.normal_()
+        for encoder in encoders.values():
+            encoder.bias.normal_()
+    return made.to(dtype)
+
+
+def batch(names=("audio", "image"), *, size=5, seed=0, dtype=torch.float64, missing=()):
+    """Inputs and targets; each of ``missing`` lacks in some samples, and every one of these has another modality."""
+    random = torch.Generator().manual_seed(seed)
+    made = {
+        name: torch.randn(size, LENGTHS[name], FEATURES[name], generator=random, dtype=torch.float64).to(dtype)
+        for name in names
+    }
+    made["target"] = torch.randint(OUTPUTS, (size,), generator=random)
+    if missing:
+        gone = torch.arange(size) % 3
+        made["mask"] = {name: gone != place for place, name in enumerate(missing)}
+    return made
+
+
+def slices(whole, *sizes):
+    """A batch cut into smaller ones."""
+    start, parts = 0, []
+    for size in sizes:
+        here = slice(start, start + size)
+        part = {name: value[here] for name, value in whole.items() if name != "mask"}
+        if "mask" in whole:
+            part["mask"] = {name: value[here] for name, value in whole["mask"].items()}
+        parts.append(part)
+        start += size
+    return parts
+
+
+def samples(model, batches, rotation=None):
+    """What the oracle reads: each sample's query rows, keys, labels, valid keys and rows, from the parameters alone."""
+    layer, found = model.fusion.attention, []
+    heads = (layer.heads, layer.head_dim)
+    with torch.no_grad():
+        for inputs in batches:
+            packed = eq.pack(model.encode(inputs), cls=model.fusion.cls)
+            query = layer.query(packed.values[:, :1]).unflatten(-1, heads).transpose(1, 2)
+            key = layer.key(packed.values).unflatten(-1, heads).transpose(1, 2)
+            if rotation is not None:
+                query = query @ rotation
+            rows = torch.ones(query.shape[0], 1, dtype=torch.bool)
+            labels = eq.pack({n: t.values for n, t in model.encode(inputs).items()}, cls=model.fusion.cls).modality
+            parts = (query, key, labels, packed.valid(), rows)
+            found += zip(*(part.numpy() for part in parts), strict=True)
+    return found
+
+
+def forward(model, batches):
+    """A training pass without optimizer."""
+    model.train()
+    for inputs in batches:
+        model(inputs)

@@ -1,0 +1,80 @@
+"""A tiny random LLaVA and a tiny Llama, as folders that hold everything a published model's folder holds."""
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from helpers.vlms import TEXT, VISION
+
+EVIL = "</script><script>alert(1)</script>"
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    *["what", "is", "on", "the", "mat", "?", "a", "cat", "dog", "sits", "yes", "no", "USER", "ASSISTANT", ":"],
+    EVIL,
+)
+IMAGE = 4
+QUESTION = "what is on the mat ?"
+CHAT = (
+    "{% for message in messages %}USER : {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def processor(size=12, patch=4, chat_template=None):
+    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return hf.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer(), patch_size=patch, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=chat_template,
+    )  # fmt: skip
+
+
+def llava(size=12, patch=4, seed=0):
+    """Attention that is far from even, as random weights of the usual size would not give it."""
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**{**VISION, "image_size": size, "patch_size": patch}),
+        text_config=hf.LlamaConfig(**{**TEXT, "vocab_size": len(WORDS), "num_hidden_layers": 3}),
+        image_token_id=IMAGE, vision_feature_select_strategy="default", vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return sharpened(hf.LlavaForConditionalGeneration(config))
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    return sharpened(hf.LlamaForCausalLM(hf.LlamaConfig(**{**TEXT, "vocab_size": len(WORDS)})))
+
+
+def sharpened(model):
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)
+    return model.eval()
+
+
+def saved_llava(folder, **options):
+    llava().save_pretrained(folder)
+    processor(**options).save_pretrained(folder)
+    return folder
+
+
+def picture(width=26, height=18):
+    """Broader than high, so that its middle is cut out."""
+    rows, columns = np.indices((height, width))
+    return Image.fromarray(np.stack([9 * columns, 13 * rows, 7 * (rows + columns)], axis=-1).astype("uint8"))

@@ -1,0 +1,41 @@
+"""A shared space of a few emoji whose vectors are known, and the folder of a run that has it."""
+
+import json
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from equipoise.data import load_dataset
+from equipoise.training import method_factory, recipes
+
+SMALL = {
+    "image": {"name": "ConvEncoder", "dim": 8, "widths": [8, 8]},
+    "text": {"name": "TextEncoder", "dim": 8, "depth": 0, "heads": 1},
+}
+EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+
+
+def recipe():
+    """The packaged recipe with the smallest towers."""
+    content = yaml.safe_load(recipes.dump_recipe(recipes.load_recipe("emoji_clip")))
+    return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "space", "dim": 6}})
+
+
+def space(made=None):
+    """An untrained space; it finds, though not what is meant."""
+    torch.manual_seed(0)
+    model, _ = method_factory.build_model(
+        method_factory.parse_method("info_nce", recipe()), recipe(), made or load_dataset("emoji")
+    )
+    return model.eval()
+
+
+def write_run(folder, model):
+    """What a finished training leaves behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "recipe.yaml").write_text(recipes.dump_recipe(recipe()), encoding="utf-8")
+    run = {"method": "info_nce", "seed": 0, "fold": None, "metrics": {}}
+    (folder / "run.json").write_text(json.dumps({"run": run}), encoding="utf-8")
+    return folder

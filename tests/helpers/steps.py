@@ -1,0 +1,33 @@
+"""Small models of any fusion, and single optimizer steps on them, for the tests of methods that change gradients."""
+
+import torch
+from torch import nn
+
+import equipoise as eq
+from helpers.fusion import DIM, FEATURES, OUTPUTS
+
+
+def fused(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64, outputs=OUTPUTS, **options):
+    """Linear encoders; joint attention with teaching heads where nothing else is said."""
+    torch.manual_seed(seed)
+    encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
+    fusion = fusion or eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0)
+    return eq.FusionModel(encoders, fusion, outputs, **{"unimodal": "train", **options}).to(dtype)
+
+
+def step(made, balancing, *batches):
+    """Gradients of one optimizer step over several batches; each weighs by its samples. Nothing is stepped."""
+    made.train().zero_grad()
+    total = sum(len(inputs["target"]) for inputs in batches)
+    for inputs in batches:
+        (balancing.loss(made(inputs), inputs["target"]) * len(inputs["target"]) / total).backward()
+    balancing.before_step()
+    return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+
+
+def gradients(loss, parameters):
+    return torch.autograd.grad(loss, list(parameters), retain_graph=True)
+
+
+def flat(tensor):
+    return tensor.detach().reshape(-1).tolist()

@@ -1,0 +1,343 @@
+"""look: shares, maps and effects against written-out attention, in models of many families; what users get wrong."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equipoise.errors import ConfigError, DataError
+from equipoise.inspection import look
+from equipoise.inspection.patch_grid import patch_grid
+from equipoise.inspection.prompt_inputs import complete_inputs, token_words
+from helpers.look import CHAT, IMAGE, QUESTION, WORDS, llama, llava, picture, processor, tokenizer
+from helpers.tolerance import TOL
+from helpers.vlms import family
+
+TOP = 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llava()
+
+
+@pytest.fixture(scope="module")
+def seen(model):
+    return look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=5, sinks=TOP)
+
+
+@pytest.fixture(scope="module")
+def written_out(model, seen):
+    """layer x (head, query, key) of prompt and answer, as the model writes it out, and its logits."""
+    inputs = processor()(images=picture(), text=seen.prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    ids = torch.tensor([[WORDS.index(token.text) for token in seen.tokens]])
+    assert ids[0, :length].tolist() == inputs["input_ids"][0].tolist()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    return [a[0].double() for a in output.attentions], output.logits[0].double(), ids[0].tolist(), length
+
+
+def queries(part, length, total):
+    return list(range(length)) if part == "prompt" else list(range(length - 1, total - 1))
+
+
+def close(found, wanted):
+    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(wanted).double(), **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("part", ["prompt", "answer"])
+def test_shares_are_sums_of_the_matrix(seen, written_out, part):
+    attentions, _, ids, length = written_out
+    rows, view = queries(part, length, len(ids)), seen.views[part]
+    kinds = [1 if token == IMAGE else 0 for token in ids]
+    assert seen.names == ("text", "image")
+    for layer, attention in enumerate(attentions):
+        per_key = [attention[:, rows, j].mean(dim=1) for j in range(len(ids))]
+        average = torch.stack(per_key).mean(dim=1)
+        top = sorted(range(len(ids)), key=lambda j: -float(average[j]))[:TOP]
+        for m in range(2):
+            mine = [j for j, kind in enumerate(kinds) if kind == m]
+            close(view.share[layer, :, m], sum(per_key[j] for j in mine))
+            rest = sum(per_key[j] for j in mine if j not in top)
+            close(view.without_sinks[layer, :, m], rest / sum(per_key[j] for j in range(len(ids)) if j not in top))
+            even = [sum(kinds[j] == m for j in range(i + 1)) / (i + 1) for i in rows]
+            close(view.even[layer, m], sum(even) / len(even))
+
+
+def test_sinks_are_the_tokens_that_get_most_over_all_layers(seen, written_out):
+    attentions, _, ids, length = written_out
+    rows = queries("answer", length, len(ids))
+    mean = sum(attention[:, rows].mean(dim=(0, 1)) for attention in attentions) / len(attentions)
+    best = sorted(range(len(ids)), key=lambda j: -float(mean[j]))[:TOP]
+    assert [sink.place for sink in seen.views["answer"].sinks] == best
+    close([sink.attention for sink in seen.views["answer"].sinks], mean[best])
+    assert [sink.text for sink in seen.views["answer"].sinks] == [WORDS[ids[j]] for j in best]
+
+
+def test_maps_are_rows_of_the_matrix(seen, written_out):
+    attentions, _, ids, length = written_out
+    maps = seen.maps
+    assert [reader.text for reader in maps.readers[:2]] == ["the whole answer", "the whole prompt"]
+    words_only = [place for place, token in enumerate(ids) if token != IMAGE]
+    assert [reader.place for reader in maps.readers[2:]] == words_only
+    assert maps.left_out == 0
+    for number, reader in enumerate(maps.readers):
+        # A token of the answer is written by the one before it.
+        rows = queries(reader.part, length, len(ids)) if reader.place is None else [
+            reader.place - (reader.place >= length)
+        ]  # fmt: skip
+        for layer, attention in enumerate(attentions):
+            half = {"rtol": TOL[torch.float16]["rtol"], "atol": TOL[torch.float32]["atol"]}
+            wanted = attention[:, rows].mean(dim=1)
+            torch.testing.assert_close(maps.by_head[number, layer].double(), wanted, **half)
+            torch.testing.assert_close(maps.mean[number, layer].double(), wanted.mean(dim=0), **half)
+
+
+def test_maps_come_out_of_json_as_they_went_in(seen):
+    for name in ("mean", "by_head"):
+        packed = json.loads(json.dumps(seen.to_dict()))["maps"][name]
+        values = np.frombuffer(base64.b64decode(packed["float16"]), dtype="<f2").reshape(packed["shape"])
+        assert np.array_equal(values, getattr(seen.maps, name).numpy())
+
+
+def likelihood(logits, ids, length):
+    each = [logits[place - 1].log_softmax(dim=0)[ids[place]] for place in range(length, len(ids))]
+    return float(sum(each) / len(each))
+
+
+def test_effects_are_changes_of_the_mean_log_likelihood(model, seen, written_out):
+    _, logits, ids, length = written_out
+    assert seen.log_likelihood == pytest.approx(likelihood(logits, ids, length), **approx())
+    color = tuple(int(np.round(part)) for part in np.asarray(picture()).reshape(-1, 3).mean(axis=0))
+    blank = processor()(images=Image.new("RGB", (26, 18), color), text=seen.prompt, return_tensors="pt")
+    with torch.no_grad():
+        without = model(input_ids=torch.tensor([ids]), pixel_values=blank["pixel_values"]).logits[0].double()
+    effects = {effect.change: effect for effect in seen.effects}
+    assert {"text hidden", "image hidden", "QUAG avg-image", "blank image"} <= set(effects)
+    assert effects["blank image"].log_likelihood == pytest.approx(likelihood(without, ids, length), **approx())
+    for effect in seen.effects:
+        assert effect.difference == pytest.approx(effect.log_likelihood - seen.log_likelihood, **approx())
+    assert abs(effects["image hidden"].difference) > 100 * TOL[torch.float32]["atol"]
+
+
+def approx():
+    return {"rel": TOL[torch.float32]["rtol"], "abs": TOL[torch.float32]["atol"]}
+
+
+def test_a_given_answer_is_read_as_a_written_one(model, seen):
+    again = look(model, processor(), image=picture(), text=QUESTION, answer=seen.answer, sinks=TOP)
+    assert (seen.given, again.given, again.answer) == (False, True, seen.answer)
+    assert [token.text for token in again.tokens] == [token.text for token in seen.tokens]
+    assert again.log_likelihood == seen.log_likelihood
+    assert torch.equal(again.views["answer"].share, seen.views["answer"].share)
+
+
+def test_rows_table_and_file_agree(seen, tmp_path):
+    rows = seen.rows()
+    assert len(rows) == 2 * 3 * 4 * 2
+    row = next(r for r in rows if (r["view"], r["layer"], r["head"], r["modality"]) == ("answer", 2, 3, "image"))
+    view = seen.views["answer"]
+    assert row["share"] == float(view.share[2, 3, 1])
+    assert (row["share_without_sinks"], row["even"]) == (float(view.without_sinks[2, 3, 1]), float(view.even[2, 1]))
+    assert row["site"] == "model.language_model.layers.2.self_attn"
+    lines = seen.table().splitlines()
+    assert lines[0].split() == ["prompt", "answer", "without", "sinks"]
+    assert lines[1].split() == ["layer", *["text", "image"] * 3]
+    assert f"{100 * float(view.share[1, :, 1].mean()):.1f} %" in lines[3]
+    assert lines[-1].split()[0] == "mean"
+    path = seen.save(tmp_path)
+    assert path == tmp_path / "look.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(seen.to_dict()))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_model_sees_of_the_picture_is_framed(seen):
+    assert seen.grid[:3] == (3, 3, True)
+    assert seen.frame == pytest.approx(((26 - 18) / 2 / 26, 0, (26 + 18) / 2 / 26, 1))
+    assert Image.open(io.BytesIO(seen.picture)).size == (26, 18)
+
+
+def test_chosen_layers_alone(model):
+    some = look(model, processor(), image=picture(), text=QUESTION, answer="cat", sites="*layers.1.*")
+    assert some.sites == ("model.language_model.layers.1.self_attn",)
+    assert some.maps.layers == (0,)
+    assert len(some.views["answer"].share) == 1
+
+
+def test_the_chat_template_is_used_unless_the_text_has_a_placeholder(model):
+    made = processor(chat_template=CHAT)
+    asked = look(model, made, image=picture(), text=QUESTION, answer="cat")
+    assert asked.prompt == f"USER : <image> {QUESTION} ASSISTANT :"
+    own = look(model, made, image=picture(), text="cat <image> dog", answer="cat")
+    assert own.prompt == "cat <image> dog"
+    assert [token.modality for token in own.tokens] == ["text", *["image"] * 9, "text", "text"]
+
+
+def test_a_model_of_text_alone(tmp_path):
+    alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
+    assert (alone.target, alone.grid, alone.picture, alone.names) == (None, None, None, ("text",))
+    assert torch.allclose(alone.views["answer"].share, torch.ones(2, 4, 1), **TOL[torch.float32])
+    assert [effect.change for effect in alone.effects if effect.change.startswith("blank")] == []
+    assert alone.report(tmp_path / "a.html").read_text().count("This model reads text alone") == 2
+
+
+def hooks(model):
+    """How many there are; transformers has some of its own."""
+    return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()]
+
+
+def test_nothing_of_the_model_is_changed(model):
+    torch.manual_seed(3)
+    model.train()
+    before, modes = torch.get_rng_state(), [part.training for part in model.modules()]
+    steps, held = [], hooks(model)
+    look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=2, tell=steps.append)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [part.training for part in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert hooks(model) == held
+    assert len(steps) == 4
+    model.eval()
+
+
+class Given:
+    """In place of the processor of a family: the first sample of its inputs, whatever is asked."""
+
+    image_token, audio_token, chat_template = "<image>", "<audio>", None
+    feature_extractor = type("Rate", (), {"sampling_rate": 8000})
+
+    def __init__(self, inputs):
+        self.inputs = {n: v[:1] if v.shape[0] == 2 else v[: v.shape[0] // 2] for n, v in inputs.items()}
+
+    def __call__(self, text, return_tensors, **given):
+        self.inputs["attention_mask"] = torch.ones_like(self.inputs["input_ids"])
+        return dict(self.inputs)
+
+    def convert_ids_to_tokens(self, number):
+        return f"w{number}"
+
+    def decode(self, ids, **options):
+        return " ".join(f"w{number}" for number in np.atleast_1d(ids).tolist())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen3_vl", "blip2", "qwen2_audio"],
+)
+def test_families(name, tmp_path):
+    model, inputs = family(name)
+    if name == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    made = Given(inputs)
+    kind = "audio" if name == "qwen2_audio" else "image"
+    media = {"audio": np.zeros(8, dtype=np.float32)} if kind == "audio" else {"image": picture()}
+    found = look(model, made, **media, text=QUESTION, max_new_tokens=3)
+    assert found.target == kind
+    count = sum(token.modality == kind for token in found.tokens)
+    assert (found.grid.rows, found.grid.columns) == ((1, 1) if count == 1 else (1, 4) if kind == "audio" else (2, 2))
+    for view in found.views.values():
+        close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
+        close(view.even.sum(dim=-1), torch.ones(len(view.even)))
+    assert f"goes to the {kind}" in found.report(tmp_path / "page.html").read_text()
+    # The answer that follows changes nothing of what came before it.
+    answer = torch.tensor([[7, 8, 9]])
+    short, long = (model(**given, use_cache=False).logits for given in (
+        made(None, "pt"), complete_inputs(made(None, "pt"), answer, model.config.model_type)
+    ))  # fmt: skip
+    close(long[:, : short.shape[1]], short)
+
+
+def test_layers_that_read_another_stream_have_shares_and_no_maps(tmp_path):
+    model, inputs = family("mllama")
+    found = look(model, Given(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
+    assert [site.split(".")[-1] for site in found.sites] == ["self_attn", "cross_attn"]
+    close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
+    assert found.maps.layers == (0,)
+    assert found.notes == ("1 of 2 layers read another stream than the words; the maps leave them out.",)
+    assert found.grid.why == "one token"
+    assert found.notes[0] in found.report(tmp_path / "page.html").read_text()
+
+
+def test_grids():
+    assert patch_grid(6, {"image_grid_thw": torch.tensor([[1, 4, 6]])}, None)[:3] == (2, 3, True)
+    merged = type("Config", (), {"vision_config": type("Vision", (), {"spatial_merge_size": 2})})
+    assert patch_grid(15, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (3, 5, True)
+    # A grid that does not fit the tokens is not believed.
+    assert patch_grid(7, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (1, 7, False)
+    assert "no square" in patch_grid(7, {}, None).why
+
+
+def test_words_keep_the_space_before_them():
+    class Pieces:
+        def convert_ids_to_tokens(self, number):
+            return ["\u2581mat", "s", "\u0120on", "<0xE2>"][number]
+
+        def decode(self, ids):
+            return ["mat", "s", " on", "\N{REPLACEMENT CHARACTER}"][ids[0]]
+
+    assert token_words(Pieces(), torch.arange(4)) == [" mat", "s", " on", "<0xE2>"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"look: expected something to look at beside the text, since LlavaForConditionalGeneration reads text and "
+             r"image, got text alone. Give image=..., or --image FILE."),
+        ({"audio": np.zeros(8)}, "expected what LlavaForConditionalGeneration reads: text and image, got audio"),
+        ({"image": picture(), "text": "  "}, "expected a text, such as a question about the picture, got none"),
+        ({"image": picture(), "answer": " "}, "look answer: expected words that the model could write"),
+        ({"image": picture(), "answer": "cat <image>"}, "look answer: expected words that the model could write"),
+        ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens from 1 and sinks from 0 on"),
+        ({"image": picture(), "sites": "*nowhere*"}, r"expected a known module for sites, got '\*nowhere\*'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        look(model, processor(), **{"text": QUESTION, **options})
+
+
+def test_a_picture_for_a_model_of_text_is_told():
+    with pytest.raises(ConfigError, match=r"expected what LlamaForCausalLM reads: text, got image\. Leave image out"):
+        look(llama(), tokenizer(), image=picture(), text=QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "look image '.*cat.png': expected an image, got no such file"),
+        (b"no picture", "look image '.*': expected an image, as PNG, JPEG or WebP, got a file of another kind"),
+        ("cut", "expected a complete image, as PNG, JPEG or WebP.* Is the file truncated"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_told(model, content, message, tmp_path):
+    path = tmp_path / "cat.png"
+    if content == "cut":
+        picture(200, 100).save(path)
+        content = path.read_bytes()[:300]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        look(model, processor(), image=path, text=QUESTION)
+
+
+def test_a_sound_is_read_at_the_models_rate(tmp_path):
+    import soundfile
+
+    from equipoise.data.media_files import read_audio
+
+    wave = np.sin(2 * np.pi * 100 * np.arange(4000) / 8000)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], axis=1), 8000)
+    found = read_audio(tmp_path / "a.wav", 16000)
+    assert (found.shape, found.dtype) == ((8000,), np.float32)
+    middle = np.sin(2 * np.pi * 100 * np.arange(8000) / 16000)[1000:-1000]
+    assert np.abs(found[1000:-1000] - middle).max() < TOL[torch.bfloat16]["atol"]
+    (tmp_path / "b.wav").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"audio '.*b\.wav': expected a sound, as WAV or FLAC"):
+        read_audio(tmp_path / "b.wav", 16000)

@@ -1,0 +1,260 @@
+"""load_any: hub, folders with and without weights, processors with parts missing; and the command around it."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from equipoise.cli.look_command import look as command
+from equipoise.cli.look_command import look_parser
+from equipoise.errors import ConfigError, DataError, EquipoiseError
+from equipoise.inspection import load_pretrained, look
+from helpers.look import CHAT, QUESTION, llama, llava, picture, processor, saved_llava, tokenizer
+from helpers.vlms import family
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole LLaVA, its picture beside it."""
+    place = saved_llava(tmp_path_factory.mktemp("llava"))
+    picture().save(place / "cat.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def bare(folder, tmp_path_factory):
+    """The same without weights."""
+    place = tmp_path_factory.mktemp("bare")
+    for path in folder.iterdir():
+        if path.suffix not in (".safetensors", ".png"):
+            shutil.copy(path, place)
+    return place
+
+
+def weights(model):
+    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+
+def test_a_folder_is_loaded_as_it_was_saved(folder):
+    model, made = load_pretrained(folder, device="cpu")
+    assert type(model) is hf.LlavaForConditionalGeneration
+    assert torch.equal(weights(model), weights(llava()))
+    assert not model.training
+    assert made(images=picture(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
+
+
+def test_random_weights_need_a_configuration_alone_and_are_always_the_same(folder, bare):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, third = (load_pretrained(place, random=True).model for place in (bare, bare, folder))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights(first), weights(second))
+    assert torch.equal(weights(first), weights(third))
+    assert not torch.equal(weights(first), weights(llava()))
+    assert first.dtype == torch.float32
+    with pytest.raises(DataError, match=r"look: expected a folder with config.json and model.safetensors.*--random"):
+        load_pretrained(bare)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "blip2"])
+def test_a_configuration_and_nothing_else(name, tmp_path, capsys):
+    config = family(name)[0].config
+    config.get_text_config().vocab_size = 300
+    config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    loaded = load_pretrained(tmp_path, random=True)
+    found = look(*loaded, image=picture(), text="what?", answer="cat")
+    kinds = [token.modality for token in found.tokens]
+    assert kinds == [*["image"] * 4, *["text"] * 8]
+    assert "".join(token.text for token in found.tokens[4:]) == "what?cat"
+    with pytest.raises(DataError, match="a configuration without weights needs random=True, or --random"):
+        load_pretrained(tmp_path)
+    picture().save(tmp_path / "cat.png")
+    asked = ("--random", "--image", tmp_path / "cat.png", "--text", "what?", "--max_new_tokens", 2)
+    assert run(tmp_path, *asked, "--out", tmp_path / "out") == 0
+    assert "every byte of the text stands as a token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "got"),
+    [
+        ("llava", 97, "a vocabulary of 97 words"),
+        ("idefics3", 300, "Idefics3ForConditionalGeneration, which reads pictures in pieces"),
+        ("qwen2_vl", 300, "pictures of any size"),
+    ],
+)
+def test_what_needs_a_processor_is_told(name, words, got, tmp_path):
+    config = family(name)[0].config
+    config.get_text_config().vocab_size = words
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"without the files of a tokenizer and processor, got {got}"):
+        look(*load_pretrained(tmp_path, random=True), image=picture(), text="what?", answer="cat")
+
+
+def test_a_dtype_can_be_chosen(folder):
+    model, made = load_pretrained(folder, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    found = look(model, made, image=picture(), text=QUESTION, answer="cat")
+    assert found.views["answer"].share.dtype == torch.float32
+
+
+def test_a_model_of_text_has_a_tokenizer_for_a_processor(tmp_path):
+    llama().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model, made = load_pretrained(tmp_path)
+    assert type(model) is hf.LlamaForCausalLM
+    assert look(model, made, text=QUESTION, answer="a cat").answer == "a cat"
+
+
+def test_a_processor_whose_part_for_videos_cannot_be_had(tmp_path):
+    """Without torchvision transformers has no video processors, and its Qwen-VL processors cannot be built whole."""
+    model, _ = family("qwen2_vl")
+    model.config.text_config.vocab_size = 97
+    model.save_pretrained(tmp_path)
+    words = hf.PreTrainedTokenizerFast(tokenizer_object=qwen_words(), unk_token="<unk>", pad_token="<pad>")
+    words.save_pretrained(tmp_path)
+    hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
+    (tmp_path / "chat_template.jinja").write_text(CHAT.replace("<image>", "<|image_pad|>"))
+    loaded = load_pretrained(tmp_path)
+    assert type(loaded.processor).__name__ == "Qwen2_5_VLProcessor"
+    found = look(*loaded, image=picture(32, 24), text="what", answer="cat")
+    assert found.prompt == "USER : <|image_pad|> what ASSISTANT :"
+    assert found.grid[:3] == (3, 4, True)
+    assert "image_grid_thw" in found.grid.why
+
+
+def qwen_words():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = {"<pad>": 0, "<unk>": 3, "what": 4, "cat": 5, "<|image_pad|>": 90, "<|video_pad|>": 91}
+    inner = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<|image_pad|>", "<|video_pad|>"])
+    return inner
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path, folder, monkeypatch):
+    with pytest.raises(DataError, match=r"look: expected a folder with config.json, got"):
+        load_pretrained(tmp_path)
+    shutil.copytree(folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(llava().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(DataError, match="pickled weights and code from the hub are not run"):
+        load_pretrained(tmp_path / "pickled")
+    shutil.copytree(folder, tmp_path / "torn")
+    whole = (tmp_path / "torn" / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"expected a folder with config.json and model.safetensors"):
+        load_pretrained(tmp_path / "torn")
+    shutil.copytree(folder, tmp_path / "broader")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 1
+    (tmp_path / "broader" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"expected a folder with config.json and model.safetensors"):
+        load_pretrained(tmp_path / "broader")
+    shutil.copytree(folder, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+        (tmp_path / "mute" / name).unlink()
+    with pytest.raises(DataError, match="expected a folder with the files of a tokenizer or processor"):
+        load_pretrained(tmp_path / "mute")
+    family("whisper")[0].save_pretrained(tmp_path / "whisper")
+    with pytest.raises(ConfigError, match=r"reads and writes one sequence of tokens.* got one of type 'whisper'"):
+        load_pretrained(tmp_path / "whisper")
+
+
+def test_a_name_that_the_hub_does_not_give_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"a folder or a name on the hub with config.json.*the hub within reach"):
+        load_pretrained("nobody/nothing-of-this-name")
+
+
+def test_weights_that_are_missing_are_told(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "less")
+    file = tmp_path / "less" / "model.safetensors"
+    less = {name: value for name, value in load_file(file).items() if "layers.1.self_attn.q_proj" not in name}
+    save_file(less, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"expected all weights of a LlavaForConditionalGeneration.*lacks .*q_proj"):
+        load_pretrained(tmp_path / "less")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float3"}, "look dtype: expected auto, float32, bfloat16 or float16, got 'float3'"),
+        ({"device": "cuda:99"}, "look device: expected a device of this computer, such as cpu or cuda, got 'cuda:99'"),
+        ({"device": "abacus"}, "look device: expected a device of this computer"),
+    ],
+)
+def test_options_that_do_not_exist_are_told(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(folder, **options)
+
+
+def test_without_transformers_the_way_is_told(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"look: expected transformers, got no such package. Run: pip install"):
+        load_pretrained(folder)
+
+
+def run(*arguments):
+    return command(look_parser(None).parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_command_writes_numbers_and_page(folder, tmp_path, capsys):
+    arguments = (folder, "--image", folder / "cat.png", "--text", QUESTION, "--max_new_tokens", 2, "--out", tmp_path)
+    assert run(*arguments, "--device", "cpu", "--sites", "*layers.0.*, *layers.2.*", "--sinks", 1) == 0
+    said = capsys.readouterr().out
+    content = json.loads((tmp_path / "look.json").read_text())
+    assert [site.split(".")[3] for site in content["sites"]] == ["0", "2"]
+    assert content["sinks_left_out"] == 1
+    assert content["model"] == str(folder)
+    assert sum(token["part"] == "answer" for token in content["tokens"]) == 2
+    assert re.search(r"^ mean( +\d+\.\d %){6}$", said, re.MULTILINE)
+    assert re.search(r"In the answer, .* of attention goes to the image", said)
+    assert f"report:  {tmp_path / 'report.html'}" in said
+    assert "weights are random" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"look.json", "report.html"}
+
+
+def test_the_command_says_that_weights_are_random(bare, folder, tmp_path, capsys):
+    assert (
+        run(bare, "--random", "--image", folder / "cat.png", "--text", QUESTION, "--answer", "cat", "--out", tmp_path)
+        == 0
+    )
+    assert "The weights are random" in capsys.readouterr().out
+    assert "The weights are random" in (tmp_path / "report.html").read_text()
+
+
+def test_the_command_looks_at_the_picture_before_it_loads_a_model(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"nothing")
+    with pytest.raises(EquipoiseError, match=r"look image '.*cat\.png': expected an image"):
+        run("nobody/nothing", "--image", tmp_path / "cat.png", "--text", QUESTION)
+
+
+def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "look.md").read_text(encoding="utf-8")
+    for heading in ("What the figures mean", "When they mislead", "What it can look at"):
+        assert f"\n## {heading}\n" in text
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "cat.png", tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block.replace("llava-hf/llava-1.5-7b-hf", str(folder)), names)
+    assert (tmp_path / "look.html").is_file()
+    assert re.search(r"mean +\d", capsys.readouterr().out)
+    for option in re.findall(r"(--\w+)", text):
+        assert option in look_parser(None).format_help()
+
+
+def test_the_processor_of_the_test_is_saved_whole(folder):
+    assert type(load_pretrained(folder).processor) is type(processor())

@@ -1,0 +1,488 @@
+"""BalancerList under transformers' Trainer: as in a plain loop, accumulated, resumed, clipped after the balancers."""
+
+import copy
+import importlib
+import json
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from equipoise.training.run import quiet_lightning
+from helpers.fusion import batch, model
+from helpers.processes import together
+from helpers.tolerance import TOL
+
+CLOSE = TOL[torch.float32]
+SIZE, PER_STEP, EPOCHS = 20, 4, 3
+
+
+def samples(size=SIZE, seed=0):
+    """One dict for each sample, as datasets have them."""
+    whole = batch(size=size, seed=seed, dtype=torch.float32)
+    whole["labels"] = whole.pop("target")
+    return [{name: value[i] for name, value in whole.items()} for i in range(size)]
+
+
+def small(fusion=None, **options):
+    torch.manual_seed(0)
+    if fusion is None:
+        return model(dtype=torch.float32, **options)
+    encoders = {"audio": nn.Linear(3, 12), "image": nn.Linear(5, 12)}
+    return eq.FusionModel(encoders, fusion, 3, unimodal="train")
+
+
+def ogm(made):
+    return [eq.balance.OGM(made, alpha=0.5)]
+
+
+def both(made):
+    return [
+        *ogm(made),
+        eq.balance.RollingQ(made.fusion.attention, beta=0.0, tail=None, max_rotations=None, warmup_epochs=1),
+    ]
+
+
+def arguments(folder, **options):
+    options = {
+        "num_train_epochs": EPOCHS, "per_device_train_batch_size": PER_STEP, "learning_rate": 0.1, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "remove_unused_columns": False, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", **options,
+    }  # fmt: skip
+    return transformers.TrainingArguments(str(folder), **options)
+
+
+class InOrder(transformers.Trainer):
+    """Without shuffling, for comparison with plain loops."""
+
+    def _get_train_sampler(self, *given):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
+    balanced = eq.hf.BalancedModel(made, eq.BalancerList(made, balancers))
+    return (InOrder if in_order else transformers.Trainer)(
+        balanced, arguments(folder, **options), train_dataset=data or samples(), eval_dataset=evaluation,
+        callbacks=[eq.hf.BalancerCallback(balanced.balancing, **(callback or {}))],
+    )  # fmt: skip
+
+
+def train(*given, resume=None, **options):
+    made = trainer(*given, **options)
+    with warnings.catch_warnings():
+        # Of torch's loaders, about memory that no accelerator reads.
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def same(one, other):
+    one, other = one.model.state_dict(), other.model.state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_trainer_does_what_a_plain_loop_does(tmp_path):
+    net = small()
+    made = train(tmp_path, net, both(net), in_order=True)
+    plain = small()
+    balancing = eq.BalancerList(plain, both(plain))
+    optimizer, data = torch.optim.SGD(plain.parameters(), lr=0.1), samples()
+    plain.train()
+    for _ in range(EPOCHS):
+        for start in range(0, SIZE, PER_STEP):
+            part = torch.utils.data.default_collate(data[start : start + PER_STEP])
+            target = part.pop("labels")
+            optimizer.zero_grad()
+            balancing.loss(plain(part), target).backward()
+            balancing.before_step()
+            optimizer.step()
+        said = balancing.end_epoch()
+    for (name, found), wanted in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE, equal_nan=True, msg=name)
+    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, eq.hf.BalancerCallback))
+    assert callback.last == pytest.approx(said, rel=1e-4)
+    assert said["rotations"] > 0
+    assert said["scale/audio"] != said["scale/image"]
+    logged = [entry for entry in made.state.log_history if "balance/air" in entry]
+    assert [entry["step"] for entry in logged] == [5, 10, 15]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    options = {"num_train_epochs": 2, "in_order": True}
+    large, parts = small(), small()
+    train(tmp_path, large, both(large), **options)
+    train(
+        tmp_path,
+        parts,
+        both(parts),
+        per_device_train_batch_size=PER_STEP // 2,
+        gradient_accumulation_steps=2,
+        **options,
+    )
+    for (name, found), wanted in zip(parts.state_dict().items(), large.state_dict().values(), strict=True):
+        if "rolling" not in name or name.endswith("rotation"):
+            torch.testing.assert_close(found, wanted, **CLOSE, msg=name)
+    assert int(parts.fusion.attention.core.rolling.rotations) == 1
+
+
+@pytest.mark.parametrize(
+    ("balancers", "step", "options"),
+    [
+        (both, 5, {"dropout": 0.2}),
+        (both, 7, {"dropout": 0.2}),
+        (lambda made: [eq.balance.GradientBlending(made, every=1)], 5, {"fusion": eq.fusion.Concat}),
+        (
+            lambda made: [eq.balance.ProgressiveRollingQ(made.fusion, epochs=EPOCHS, beta=0.0, tail=None)],
+            7,
+            {"depth": 2},
+        ),
+        (
+            lambda made: [eq.balance.RollingQ(made.fusion.attention, stats="pass"), eq.balance.PMR(made, fraction=0.5)],
+            7,
+            {},
+        ),
+    ],
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(balancers, step, options, tmp_path):
+    options = {name: value(12) if name == "fusion" else value for name, value in options.items()}
+    val = torch.utils.data.DataLoader(samples(7, seed=1), 7)
+
+    def run(folder, **given):
+        made = copy.deepcopy(small(**options))
+        return train(folder, made, balancers(made), callback={"val": val}, **given)
+
+    saved = run(tmp_path, save_strategy="steps", save_steps=step)
+    # Into another folder: what is remembered comes from where the weights come from.
+    resumed = run(tmp_path / "other", resume=str(tmp_path / f"checkpoint-{step}"))
+    same(resumed, saved)
+    logs = [
+        [json.dumps(entry, sort_keys=True) for entry in made.state.log_history if "train_runtime" not in entry]
+        for made in (saved, resumed)
+    ]
+    assert len(logs[0]) == EPOCHS
+    assert logs[0] == logs[1]
+
+
+def test_an_epoch_that_is_broken_off_does_not_end(tmp_path):
+    made = small()
+    balancers = both(made)
+    train(tmp_path, made, balancers, max_steps=7)
+    assert int(balancers[0].epoch) == 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(samples(8))
+
+
+def test_data_of_unknown_length(tmp_path):
+    made = small()
+    balancers = both(made)
+    train(tmp_path, made, balancers, data=Stream(), max_steps=5)
+    assert int(balancers[0].epoch) == 2
+
+
+def test_evaluation_is_the_tasks_loss_and_teaches_nobody(tmp_path):
+    made = small()
+    balancers = both(made)
+    run = trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
+    before = [balancer.state_dict() for balancer in balancers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        found = run.evaluate()
+    whole = batch(size=11, seed=2, dtype=torch.float32)
+    wanted = made.loss(made.eval()(whole).logits, whole["target"])
+    assert found["eval_loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for old, balancer in zip(before, balancers, strict=True):
+        assert all(torch.equal(old[name], value) for name, value in balancer.state_dict().items() if "air" not in name)
+    assert set(run.model(**{name: whole[name] for name in ("audio", "image")})) == {"logits"}
+
+
+def test_the_best_model_comes_back_with_its_balancers(tmp_path):
+    made = small()
+    balancers = both(made)
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    # The worst is asked for, so that it is not the last.
+    run = train(tmp_path, made, balancers, evaluation=samples(), greater_is_better=True, **options)
+    assert run.state.best_global_step < EPOCHS * SIZE // PER_STEP
+    assert int(balancers[0].epoch) == run.state.best_global_step // (SIZE // PER_STEP)
+    assert int(balancers[1].epochs) == int(balancers[0].epoch)
+
+
+def test_half_precision(tmp_path):
+    made = small()
+    balancers = both(made)
+    run = train(tmp_path, made, balancers, bf16=True)
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
+    assert int(balancers[1].rotations) > 0
+    assert run.state.log_history[0]["balance/scale/audio"] != run.state.log_history[0]["balance/scale/image"]
+
+
+@pytest.mark.parametrize("page", ["hugging_face.md", "methods/encoders.md"])
+def test_the_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            exec(compile(block, page, "exec"), {"__name__": "page"})
+
+
+def slowed(tmp_path, balancers, **options):
+    """Norms of one step of every encoder's matrix under Trainer."""
+    made = small(eq.fusion.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
+    train(tmp_path, made, balancers(made), max_steps=1, in_order=True, **options)
+    return {name: float((made.encoders[name].weight.detach() - before[name]).norm()) for name in before}
+
+
+class Slower(eq.balance.Balancer):
+    """A factor on one encoder."""
+
+    def gradient_scale(self, output, target):
+        return {"audio": 0.25}
+
+
+def test_clipping_after_the_balancers(tmp_path):
+    whole = slowed(tmp_path, lambda made: [])
+    clip = 0.1
+    made = small(eq.fusion.Concat(12))
+    part = torch.utils.data.default_collate(samples()[:PER_STEP])
+    target = part.pop("labels")
+    eq.BalancerList(made).loss(made(part), target).backward()
+    squares = {name: float(p.grad.square().sum()) for name, p in made.named_parameters() if p.grad is not None}
+    norm = sum(squares.values()) ** 0.5
+    after = (norm**2 - (1 - 0.25**2) * squares["encoders.audio.weight"]) ** 0.5
+    assert after > 2 * clip
+    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": clip})
+    assert ours["audio"] == pytest.approx(0.25 * clip / after * whole["audio"], rel=1e-4)
+    assert ours["image"] == pytest.approx(clip / after * whole["image"], rel=1e-4)
+    with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalanceCallback\(clip=0\.1\)"):
+        theirs = slowed(tmp_path, lambda made: [Slower()], max_grad_norm=clip)
+    assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
+    assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
+
+
+class Lit(pl.LightningModule):
+    """The same step under Lightning, which clips after the balancers."""
+
+    def __init__(self, made, balancing):
+        super().__init__()
+        self.made, self.balancing = made, balancing
+
+    def training_step(self, part, index):
+        return self.balancing.loss(self.made(part), part["labels"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.made.parameters(), lr=0.1)
+
+
+def test_lightning_clips_where_the_callback_does(tmp_path):
+    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": 0.1})
+    made = small(eq.fusion.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
+    lit = Lit(made, eq.BalancerList(made, [Slower()]))
+    with quiet_lightning():
+        pl.Trainer(
+            max_steps=1, gradient_clip_val=0.1, callbacks=[eq.lightning.BalancerCallback(lit.balancing)], accelerator="cpu",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(lit, torch.utils.data.DataLoader(samples(), PER_STEP))  # fmt: skip
+    for name, wanted in ours.items():
+        found = float((made.encoders[name].weight.detach() - before[name]).norm())
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "equipoise.integrations.huggingface")
+    with pytest.raises(
+        ImportError, match=r"eq\.hf needs transformers and accelerate\. Run: pip install 'equipoise\[hf\]'"
+    ):
+        importlib.import_module("equipoise.integrations.huggingface")
+
+
+class Own(transformers.PreTrainedModel):
+    """A Hugging Face model that computes its own loss."""
+
+    config_class = transformers.PreTrainedConfig
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.net = small()
+        self.balancing = eq.BalancerList(self.net, both(self.net))
+        eq.hf.keep_state(self, self.balancing)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def forward(self, audio, image, labels):
+        output = self.net({"audio": audio, "image": image})
+        return {"loss": self.balancing.loss(output, labels), "logits": output.logits}
+
+
+def test_a_model_of_ones_own_keeps_the_state_too(tmp_path):
+    def run(folder, resume=None):
+        made = Own(transformers.PreTrainedConfig())
+        args = arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
+        callbacks = [eq.hf.BalancerCallback(made.balancing)]
+        own = transformers.Trainer(made, args, train_dataset=samples(), callbacks=callbacks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            own.train(resume_from_checkpoint=resume)
+        return own
+
+    straight = run(tmp_path)
+    assert int(straight.model.state_dict()["balance.0.epoch"]) == EPOCHS
+    same(run(tmp_path / "other", resume=str(tmp_path / "checkpoint-7")), straight)
+
+
+def test_the_state_dict_says_what_is_missing_and_what_is_too_much():
+    def balanced(balancers):
+        made = small()
+        return eq.hf.BalancedModel(made, eq.BalancerList(made, balancers(made)))
+
+    one = balanced(ogm)
+    one.balancing.balancers[0].epoch += 5
+    state = one.state_dict()
+    assert {name for name in state if not name.startswith("model.")} == {"balance.0.epoch", "balance.0.used"}
+    other = balanced(ogm)
+    other.load_state_dict(state)
+    assert int(other.balancing.balancers[0].epoch) == 5
+    plain = {name: value for name, value in state.items() if name != "balance.0.used"}
+    assert other.load_state_dict(plain, strict=False).missing_keys == ["balance.0.used"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*balance\.0\.used"):
+        other.load_state_dict(plain)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*balance\.0\.odd"):
+        other.load_state_dict({**state, "balance.0.odd": torch.zeros(())})
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*balance\.0\.epoch"):
+        balanced(lambda made: []).load_state_dict(state)
+
+
+def test_wrapped_models_find_their_state():
+    made = small()
+    one = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
+    state = copy.deepcopy(nn.Sequential(one).state_dict())
+    assert "0.balance.0.epoch" in state
+    one.balancing.balancers[0].epoch += 3
+    nn.Sequential(one).load_state_dict(state)
+    assert int(one.balancing.balancers[0].epoch) == 0
+
+
+ARGUMENTS = {
+    "world_size": 1, "n_gpu": 0, "fp16": False, "deepspeed": None, "ddp_find_unused_parameters": None,
+    "max_grad_norm": 0.0, "remove_unused_columns": False, "save_strategy": "epoch",
+}  # fmt: skip
+
+
+def worker(rank, folder):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    # Met before the Trainer looks for a port, which another program may have taken meanwhile.
+    with together(rank, folder):
+        made = small()
+        options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
+        run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
+        assert run.args.world_size == 2
+        torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    made = small()
+    alone = train(tmp_path / "alone", made, both(made), in_order=True, num_train_epochs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, wanted in alone.model.state_dict().items():
+        if name != "model.fusion.attention.core.rolling._extra_state":
+            torch.testing.assert_close(found[0][name], wanted.to(found[0][name]), **CLOSE, msg=name)
+            assert torch.equal(found[0][name], found[1][name])
+    assert int(found[0]["model.fusion.attention.core.rolling.rotations"]) == 1
+
+
+class Turns(eq.balance.Balancer):
+    turns = 2
+
+
+class Partial(eq.balance.Balancer):
+    partial_graph = True
+
+
+def begin(balancers=ogm, wrapped=True, clip=None, **options):
+    made = small()
+    balancing = eq.BalancerList(made, balancers(made))
+    callback = eq.hf.BalancerCallback(balancing, clip=clip)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    given = eq.hf.BalancedModel(made, balancing) if wrapped else made
+    args = SimpleNamespace(**{**ARGUMENTS, **options})
+    callback.on_train_begin(args, None, None, model=given, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balancers": lambda made: [Turns()]}, r"one that takes turns\. Train it with equipoise's own"),
+        ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps in backward. Use DistributedDataParallel"),
+        ({"n_gpu": 3}, "one device for each process, got 3 under DataParallel.*torchrun"),
+        (
+            {"balancers": lambda made: [Partial()], "world_size": 2},
+            "expected ddp_find_unused_parameters=True, since some parameters .* got None",
+        ),
+        ({"remove_unused_columns": True}, "BalanceCallback: expected remove_unused_columns=False, .* got True"),
+        ({"clip": 0.5, "max_grad_norm": 1.0}, r"max_grad_norm=0 in TrainingArguments .* got 1\.0\. .* clipped twice"),
+        ({"fp16": True}, r"expected max_grad_norm=float\('inf'\) under fp16, since Trainer unscales .* got 0\.0\."),
+        ({"fp16": True, "max_grad_norm": None}, "got None"),
+        ({"wrapped": False}, r"what the balancers remember, got FusionModel\. Train eq\.hf\.Balanced"),
+        ({"clip": 0.0}, r"BalanceCallback: expected clip > 0 or None, got clip = 0\.0"),
+    ],
+)
+def test_errors_before_training(options, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(**options)
+
+
+def test_what_is_allowed():
+    begin()
+    begin(clip=0.5, max_grad_norm=None)
+    begin(clip=0.5, max_grad_norm=float("inf"), fp16=True)
+    begin(balancers=lambda made: [Partial()], world_size=2, ddp_find_unused_parameters=True)
+    begin(wrapped=False, save_strategy="no", remove_unused_columns=True)
+    begin(balancers=lambda made: [eq.balance.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)
+
+
+def test_the_balancing_of_another_model():
+    made = small()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
+    wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
+    with pytest.raises(ConfigError, match=r"expected the balancing of the model that is trained, .* model\.balancing"):
+        callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
+
+
+def test_adam_and_foreign_balancings_are_told():
+    made = small()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
+    args = SimpleNamespace(**ARGUMENTS)
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
+    with pytest.warns(UserWarning, match="OGM changes the size of gradients only, and AdamW divides that out"):
+        callback.on_train_begin(
+            args, None, None, model=eq.hf.BalancedModel(made, callback.balancing), optimizer=optimizer
+        )
+    with pytest.raises(
+        ConfigError, match="Balanced: expected a BalancerList of this model, got one of another FusionModel"
+    ):
+        eq.hf.BalancedModel(small(), eq.BalancerList(made))

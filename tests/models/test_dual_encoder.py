@@ -1,0 +1,352 @@
+"""The shared space: its losses against double loops, two and three modalities, what is missing, and its figures."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise as eq
+from equipoise.data import load_dataset
+from equipoise.data.sets.emoji import Combinations
+from equipoise.data.sets.scenes import Scenes
+from equipoise.encoders import PatchEncoder, SequenceEncoder, TextEncoder
+from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from equipoise.models.dual_encoder import DualEncoder
+from equipoise.models.dual_encoder.dual_encoder_metrics import (
+    composition_metrics,
+    embedding_metrics,
+    evaluate_dual_encoder,
+    full_gallery_metrics,
+    retrieval_by_group,
+    retrieval_metrics,
+)
+from equipoise.models.self_contained import SelfContainedModel
+from helpers.tolerance import TOL
+from oracles.align import info_nce, siglip
+
+CLOSE = TOL[torch.float32]
+TEXT = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0], [2, 5, 0], [4, 0, 0]])
+
+
+def encoders(*names):
+    torch.manual_seed(0)
+    made = {
+        "image": PatchEncoder(3, (4, 4), patch=2, dim=6, depth=1, heads=2),
+        "text": TextEncoder(7, max_length=5, dim=10, depth=1, heads=2),
+        "audio": SequenceEncoder(5, max_length=7, dim=8, depth=1, heads=2),
+    }
+    return {name: made[name] for name in names}
+
+
+def space(*names, **options):
+    made = encoders(*(names or ("image", "text")))
+    torch.manual_seed(1)
+    return DualEncoder(made, **{"dim": 11, **options})
+
+
+def inputs(*names, count=5):
+    generator = torch.Generator().manual_seed(2)
+    made = {
+        "image": torch.randn(count, 3, 4, 4, generator=generator),
+        "text": TEXT[:count],
+        "audio": torch.randn(count, 7, 5, generator=generator),
+    }
+    return {name: made[name] for name in (names or ("image", "text"))}
+
+
+def costs(model, batch):
+    return {name: float(loss.detach()) for name, loss in model.losses(batch).items()}
+
+
+def vectors(model, batch):
+    with torch.no_grad():
+        return {name: part.double().numpy() for name, part in model.embed(batch).items()}
+
+
+def test_vectors_are_unit_and_of_one_width():
+    found = space("image", "text", "audio").embed(inputs("image", "text", "audio"))
+    assert list(found) == ["image", "text", "audio"]
+    for part in found.values():
+        assert part.shape == (5, 11)
+        torch.testing.assert_close(part.norm(dim=1), torch.ones(5), **CLOSE)
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "siglip"])
+@pytest.mark.parametrize("target", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1]])
+def test_two_modalities_cost_what_the_double_loop_says(loss, target):
+    model, batch = space(loss=loss), inputs()
+    found = costs(model, {**batch, "target": torch.tensor(target)})
+    u = vectors(model, batch)
+    same = torch.tensor([[one == other for other in target] for one in target]).numpy()
+    if loss == "info_nce":
+        expected = info_nce(u["image"], u["text"], 1 / 0.07, positives=same)
+    else:
+        expected = siglip(u["image"], u["text"], 10.0, -10.0, ids=target)
+    assert list(found) == ["image-text"]
+    assert found["image-text"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_three_modalities_cost_the_mean_over_their_pairs():
+    model, batch = space("image", "text", "audio"), inputs("image", "text", "audio")
+    found = costs(model, {**batch, "target": torch.arange(5)})
+    u = vectors(model, batch)
+    for one, other in (("image", "text"), ("image", "audio"), ("text", "audio")):
+        expected = info_nce(u[one], u[other], 1 / 0.07) / 3
+        assert found[f"{one}-{other}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_an_anchor_the_others_are_not_compared():
+    model, batch = space("image", "text", "audio", anchor="text"), inputs("image", "text", "audio")
+    found = costs(model, {**batch, "target": torch.arange(5)})
+    u = vectors(model, batch)
+    assert set(found) == {"text-image", "text-audio"}
+    assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07) / 2, rel=1e-5)
+    with pytest.raises(ConfigError, match=r"DualEncoder: expected a known anchor, got 'texts'\. Did you mean 'text'"):
+        space(anchor="texts")
+
+
+def test_a_batch_may_lack_a_modality():
+    model, batch = space("image", "text", "audio"), inputs("text", "audio")
+    found = costs(model, {**batch, "target": torch.arange(5)})
+    u = vectors(model, batch)
+    assert list(found) == ["text-audio"]
+    assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07), rel=1e-5)
+
+
+def test_a_sample_may_lack_its_caption():
+    model, batch = space(), inputs()
+    batch["text"] = batch["text"].clone()
+    batch["text"][1] = 0
+    (loss,) = model.losses({**batch, "target": torch.arange(5)}).values()
+    u, kept = vectors(model, batch), [0, 2, 3, 4]
+    assert not u["text"][1].any()
+    assert float(loss.detach()) == pytest.approx(info_nce(u["image"][kept], u["text"][kept], 1 / 0.07), rel=1e-5)
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_where_no_sample_has_both_nothing_is_learned():
+    model, batch = space(), inputs()
+    batch["text"] = torch.zeros_like(batch["text"])
+    (loss,) = model.losses({**batch, "target": torch.arange(5)}).values()
+    assert float(loss.detach()) == 0.0
+    loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_everything_learns():
+    model, batch = space("image", "text", "audio"), inputs("image", "text", "audio")
+    sum(model.losses({**batch, "target": torch.arange(5)}).values()).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # The bias of keys adds the same to every logit of a softmax.
+    assert all(name.endswith("key.bias") or "positions" in name for name in still), still
+
+
+def test_a_few_steps_bring_partners_together():
+    model, batch = space(), inputs()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        loss = sum(model.losses({**batch, "target": torch.arange(5)}).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = model.embed(batch)
+    assert eq.alignment.recall_at_k(found["image"] @ found["text"].T, 1) == 1.0
+
+
+def test_the_scale_and_bias_are_those_that_are_given():
+    assert float(space(scale=5.0).loss.log_scale.detach()) == pytest.approx(math.log(5.0))
+    made = space(loss="siglip", scale=3.0, bias=-2.0).loss
+    assert (float(made.log_scale.detach()), float(made.bias.detach())) == (pytest.approx(math.log(3.0)), -2.0)
+    assert space(smoothing=0.1).loss.options["smoothing"] == 0.1
+
+
+def nan():
+    return {**inputs(), "image": torch.full((5, 3, 4, 4), torch.nan)}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: space("image"), ConfigError, "DualEncoder: expected two or more modalities, got image"),
+        (lambda: DualEncoder({}), ConfigError, "expected two or more modalities, got none"),
+        (lambda: space(loss="infonce"), ConfigError, r"expected a known loss, got 'infonce'\. Did you mean 'info_nce'"),
+        (lambda: space(bias=1.0), ConfigError, "loss 'info_nce': expected a known option of InfoNCE, got 'bias'"),
+        (lambda: space(loss="siglip", smoothing=0.1), ConfigError, "a known option of SigLIP, got 'smoothing'"),
+        (lambda: space(scale=-1.0), ConfigError, "DualEncoder loss 'info_nce', InfoNCE: expected 0 < scale"),
+        (
+            lambda: DualEncoder({"image": nn.Flatten(), "text": nn.Flatten()}), ConfigError,
+            "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without. Set",
+        ),
+        (
+            lambda: space().losses({"text": TEXT, "target": torch.arange(5)}), ConfigError,
+            r"DualEncoder losses: expected two or more .*, got 'text' without 'image'\. A batch may lack",
+        ),
+        (lambda: space().embed({"sound": TEXT}), ConfigError, "expected one or more of image, text, got sound"),
+        (lambda: space().embed({}), ConfigError, "got nothing"),
+        (
+            lambda: space().embed({**inputs(), "text": TEXT[:4]}), ShapeError,
+            "DualEncoder 'text': expected as many samples as 'image' has = 5, got 4. Each needs a partner",
+        ),
+        (lambda: space().embed(nan()), NonFiniteError, "'image': expected finite inputs, got NaN"),
+        (lambda: space().embed({"image": torch.zeros(2, 1, 4, 4)}), ShapeError, r"got shape \(2, 1, 4, 4\)"),
+        (lambda: space().embed({"text": torch.ones(2, 6, dtype=torch.long)}), ShapeError, "1 to 5 words, got 6"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+class Source:
+    """A data set in memory, of one split three times over."""
+
+    task = "retrieval"
+
+    def __init__(self, batch, target):
+        self.names, self.held, self.target = tuple(batch), batch, target
+        self.train = self.val = self.test = SimpleNamespace(inputs=batch, target=target)
+        self.shapes = {name: tuple(values.shape[1:]) for name, values in batch.items()}
+
+    def split(self, name):
+        return getattr(self, name)
+
+    def batches(self, split, size, **rest):
+        yield {**self.held, "target": self.target}
+
+
+class Composed(Source):
+    """The first two samples are put together of two parts."""
+
+    def combinations(self, split):
+        parts = torch.tensor([[[1, 0, 0], [2, 0, 0]], [[3, 0, 0], [4, 0, 0]]])
+        return Combinations(torch.tensor([0, 1]), "text", parts, torch.ones(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("names", [("image", "text"), ("image", "text", "audio")])
+def test_figures_of_every_direction(names):
+    model = space(*names)
+    found = model.evaluate(Source(inputs(*names), torch.arange(5)))["metrics"]
+    u = vectors(model.eval(), inputs(*names))
+    recalls = []
+    for one in names:
+        for other in names:
+            if one != other:
+                cosines = torch.tensor(u[one] @ u[other].T)
+                own = [1 + int((row > row[place]).sum()) for place, row in enumerate(cosines)]
+                recalls.append(sum(rank <= 1 for rank in own) / 5)
+                assert found[f"{one}_to_{other}/recall@1"] == pytest.approx(recalls[-1])
+                assert found[f"{one}_to_{other}/mrr"] == pytest.approx(sum(1 / rank for rank in own) / 5)
+                assert found[f"{one}_to_{other}/median_rank"] == sorted(own)[2]
+    assert found["recall@1"] == pytest.approx(sum(recalls) / len(recalls))
+    assert found["chance/recall@1"] == pytest.approx(1 / 5)
+    assert found["chance/recall@5"] == 1.0
+    assert {f"uniformity/{name}" for name in names} <= set(found)
+    assert f"cka/{names[0]}-{names[1]}" in found
+    assert "composed_to_image/recall@1" not in found
+
+
+def test_duplicates_are_no_wrong_answers():
+    same = torch.eye(3)[[0, 0, 1]]
+    found = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 4, 7]))
+    assert found["recall@1"] == 1.0
+    assert found["chance/recall@1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    apart = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 5, 7]))
+    assert apart["recall@1"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+
+
+def test_samples_that_lack_a_side_are_left_out():
+    one, other = torch.eye(4), torch.eye(4).clone()
+    other[2] = 0
+    found = retrieval_metrics({"image": one, "text": other}, torch.arange(4))
+    assert found["chance/recall@1"] == pytest.approx(1 / 3)
+    assert retrieval_metrics({"image": one, "text": torch.zeros(4, 4)}, torch.arange(4)) == {}
+    assert "cka/image-text" not in embedding_metrics({"image": one, "text": torch.zeros(4, 4)})
+
+
+def test_groups_are_judged_among_all():
+    image, text = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    found = retrieval_by_group({"image": image, "text": text}, torch.arange(4), ["a", "b", "b", "c"])
+    assert found == {"recall@1/a": 1.0, "recall@1/b": 0.5, "recall@1/c": 0.0}
+    assert retrieval_by_group({"image": image, "text": torch.zeros(4, 4)}, torch.arange(4), list("abbc")) == {}
+
+
+def test_among_more_items_it_is_harder():
+    asks = {"image": torch.eye(3), "text": torch.eye(3)}
+    more = {name: torch.cat([part, part[:1]]) for name, part in asks.items()}
+    found = full_gallery_metrics(asks, torch.arange(3), more, torch.tensor([0, 1, 2, 9]))
+    # The right item ties with a wrong one: it is first in half of the orders.
+    assert found["image_to_text_among_all/recall@1"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert found["image_to_text_among_all/recall@5"] == 1.0
+
+
+def test_parts_add_up():
+    model = space().eval()
+    source = Composed(inputs(), torch.arange(5))
+    held = {name: torch.from_numpy(part).float() for name, part in vectors(model, inputs()).items()}
+    with torch.no_grad():
+        found = composition_metrics(model, source, "test", held)
+        parts = model.embed({"text": torch.tensor([[1], [2], [3], [4]])})["text"]
+    added = [parts[0] + parts[1], parts[2] + parts[3]]
+    cosines = [[float(a @ held["image"][row] / a.norm()) for row in (0, 1)] for a in added]
+    expected = ((cosines[0][0] - cosines[0][1]) + (cosines[1][1] - cosines[1][0])) / 2
+    assert found["compositionality/image"] == pytest.approx(expected, abs=1e-6)
+    solved = ((cosines[0][0] > cosines[0][1]) + (cosines[1][1] > cosines[1][0])) / 2
+    assert found["composed_to_image/recall@1"] == solved
+    assert found["chance/composed_to_image/recall@1"] == 0.5
+    whole = evaluate_dual_encoder(model, source, "test")
+    assert whole["compositionality/image"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_leaves_no_trace():
+    model = space(dropout=0.5).train()
+    state = torch.random.get_rng_state()
+    source = Source(inputs(), torch.arange(5))
+    assert model.evaluate(source) == model.evaluate(source)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_it_is_a_model_of_recipes():
+    assert issubclass(DualEncoder, SelfContainedModel)
+    assert eq.models.DualEncoder is DualEncoder
+    made = DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dim=7, loss="siglip")
+    assert made.embed(inputs())["text"].shape == (5, 7)
+    with pytest.raises(ConfigError, match="model 'space': expected a known option of DualEncoder, got 'dims'"):
+        DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dims=7)
+    scenes = Source({name: values[:, None] for name, values in inputs().items()}, torch.zeros(5, 2, 1).long())
+    with pytest.raises(
+        ConfigError, match=r"expected data of one thing in a sample.*got Source for retrieval.*items: 1"
+    ):
+        DualEncoder.for_data(scenes, encoders("image", "text"))
+
+
+def test_texts_with_their_answers_are_no_space():
+    with pytest.raises(ConfigError, match=r"expected data of one thing in a sample.*got Scenes for language"):
+        DualEncoder.for_data(Scenes(samples=128), encoders("image", "text"))
+
+
+def test_letters_may_be_vectors():
+    source = load_dataset("triples", letters="vectors")
+    towers = {"image": torch.nn.Flatten(), "text": torch.nn.Flatten()}
+    towers["image"].dim, towers["text"].dim = 64, 216
+    batch = source.batch("val", torch.arange(3), seed=0, epoch=0, train=False)
+    found = DualEncoder.for_data(source, towers, dim=5).embed(batch)
+    assert {name: part.shape for name, part in found.items()} == {"image": (3, 5), "text": (3, 5)}
+
+
+@pytest.mark.parametrize("options", [{"dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_options_out_of_range(options):
+    with pytest.raises(ConfigError, match=r"DualEncoder: expected dim >= 1 and 0 <= dropout < 1, got dim = "):
+        DualEncoder(encoders("image", "text"), **options)
+
+
+def test_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs/methods/space.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
+    assert "image-text" in capsys.readouterr().out

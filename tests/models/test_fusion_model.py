@@ -1,0 +1,360 @@
+"""FusionModel: tasks, unimodal heads, what encoders may return, missing modalities, every error."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from equipoise.encoders import SequenceEncoder
+from equipoise.errors import ConfigError, ShapeError
+from equipoise.fusion import Concat, JointAttention, Unimodal
+from equipoise.models.fusion_model import FusionModel
+from equipoise.tokens.token_batch import Output, Tokens
+from helpers.tolerance import TOL
+
+BATCH, DIM, OUTPUTS = 5, 14, 3
+NAMES = ("audio", "image")
+TASKS = ("classification", "multilabel", "regression")
+
+
+def made(fusion=None, *, seed=0, **options):
+    torch.manual_seed(seed)
+    encoders = {"audio": SequenceEncoder(7, max_length=11, dim=DIM, depth=1, heads=2), "image": nn.Linear(2, DIM)}
+    return FusionModel(encoders, fusion or JointAttention(DIM, dropout=0.0), OUTPUTS, **options)
+
+
+def batch(seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "audio": torch.randn(BATCH, 11, 7, generator=random),
+        "image": torch.randn(BATCH, 3, 2, generator=random),
+    }
+
+
+def target(task):
+    random = torch.Generator().manual_seed(1)
+    if task == "classification":
+        return torch.randint(0, OUTPUTS, (BATCH,), generator=random)
+    values = torch.rand(BATCH, OUTPUTS, generator=random)
+    return (values > 0.5).long() if task == "multilabel" else values
+
+
+def loss_by_hand(task, logits, wanted):
+    total = 0.0
+    for sample in range(len(logits)):
+        if task == "classification":
+            total -= float(torch.log_softmax(logits[sample].double(), 0)[wanted[sample]])
+        for j in range(OUTPUTS) if task != "classification" else ():
+            p, y = logits[sample, j].double(), wanted[sample, j].double()
+            if task == "multilabel":
+                total -= float(y * torch.log(torch.sigmoid(p)) + (1 - y) * torch.log(torch.sigmoid(-p))) / OUTPUTS
+            else:
+                total += float(p - y) ** 2 / OUTPUTS
+    return total / len(logits)
+
+
+def test_forward_is_encoders_fusion_and_heads():
+    model, inputs = made().eval(), batch()
+    output = model(inputs)
+    fused = model.fusion(
+        {"audio": model.encoders["audio"](inputs["audio"]), "image": Tokens(model.encoders["image"](inputs["image"]))}
+    )
+    assert torch.equal(output.features, fused.features)
+    assert torch.equal(output.logits, model.head(fused.features))
+    assert output.logits.shape == (BATCH, OUTPUTS)
+    assert output.names == NAMES
+    assert output.share.shape == (BATCH, 1, 2)
+    for name in NAMES:
+        expected = model.unimodal_heads[name](output.tokens[name].pooled())
+        assert torch.equal(output.unimodal_logits[name], expected)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_loss_of_each_task(task):
+    model = made(task=task)
+    output, wanted = model(batch()), target(task)
+    loss = model.loss(output.logits, wanted)
+    assert float(loss.detach()) == pytest.approx(loss_by_hand(task, output.logits.detach(), wanted), rel=1e-5)
+    unimodal = sum(loss_by_hand(task, logits.detach(), wanted) for logits in output.unimodal_logits.values())
+    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(unimodal, rel=1e-5)
+
+
+def test_regression_of_one_number_takes_a_flat_target():
+    torch.manual_seed(0)
+    model = FusionModel({"image": nn.Linear(2, DIM)}, Concat(DIM), 1, task="regression")
+    logits = model({"image": batch()["image"]}).logits
+    flat = torch.arange(BATCH).float()
+    assert torch.equal(model.loss(logits, flat), model.loss(logits, flat[:, None]))
+    assert torch.equal(model.loss(logits, flat), (logits[:, 0] - flat).square().mean())
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("unimodal", ["probe", "train", "none"])
+def test_what_the_unimodal_loss_teaches(task, unimodal):
+    model = made(task=task, unimodal=unimodal)
+    output = model(batch())
+    loss = model.unimodal_loss(output, target(task))
+    assert set(output.unimodal_logits) == (set() if unimodal == "none" else set(NAMES))
+    if unimodal == "none":
+        assert loss == 0.0
+        assert not loss.requires_grad
+        return
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.unimodal_heads.parameters())
+    taught = [p.grad is not None and bool(p.grad.any()) for p in model.encoders["image"].parameters()]
+    assert taught == [unimodal == "train"] * 2
+    audio = [p.grad is not None and bool(p.grad.any()) for p in model.encoders["audio"].parameters()]
+    assert any(audio) == (unimodal == "train")
+    assert all(p.grad is None for p in (*model.fusion.parameters(), *model.head.parameters()))
+
+
+def test_task_loss_teaches_encoders_but_no_probe():
+    model = made()
+    model.loss(model(batch()).logits, target("classification")).backward()
+    assert all(p.grad is not None for p in model.encoders.parameters())
+    assert all(p.grad is None for p in model.unimodal_heads.parameters())
+
+
+def test_unimodal_loss_leaves_out_samples_without_the_modality():
+    model = made(unimodal="train")
+    present = torch.tensor([True, False, True, True, False])
+    wanted = target("classification")
+    output = model(batch() | {"mask": {"image": present}})
+    expected = loss_by_hand("classification", output.unimodal_logits["image"].detach()[present], wanted[present])
+    expected += loss_by_hand("classification", output.unimodal_logits["audio"].detach(), wanted)
+    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
+    model.unimodal_loss(output, wanted).backward()
+    assert model.encoders["image"].weight.grad.any()
+    nobody = model(batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
+    gone = model(batch() | {"image": None})
+    assert torch.equal(model.unimodal_loss(nobody, wanted), model.unimodal_loss(gone, wanted))
+    assert model.unimodal_loss(gone, wanted).isfinite()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_unimodal_loss_waits_for_no_device(task):
+    """Tensors without values, which nobody can look into."""
+    with torch.device("meta"):
+        tokens = Tokens(torch.zeros(BATCH, 3, DIM), mask=torch.ones(BATCH, 3, dtype=torch.bool))
+        logits = torch.zeros(BATCH, OUTPUTS)
+        output = Output(torch.zeros(BATCH, DIM), unimodal_logits={"image": logits}, tokens={"image": tokens})
+    assert made(task=task).unimodal_loss(output, target(task).to("meta")).shape == ()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_unimodal_loss_of_each_task_where_samples_lack_a_modality(task):
+    model, wanted = made(task=task), target(task)
+    present = torch.tensor([False, True, False, True, True])
+    output = model(batch() | {"mask": {"audio": present}})
+    logits = {name: value.detach() for name, value in output.unimodal_logits.items()}
+    expected = loss_by_hand(task, logits["audio"][present], wanted[present]) + loss_by_hand(
+        task, logits["image"], wanted
+    )
+    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda hidden: hidden,
+        lambda hidden: Tokens(hidden),
+        lambda hidden: SimpleNamespace(last_hidden_state=hidden, pooler_output=None),
+    ],
+    ids=["tensor", "Tokens", "last_hidden_state"],
+)
+def test_encoders_may_return_any_form_of_tokens(wrap):
+    class Wrapped(nn.Linear):
+        def forward(self, input):
+            return wrap(super().forward(input))
+
+    torch.manual_seed(0)
+    plain = FusionModel({"image": nn.Linear(2, DIM)}, JointAttention(DIM), OUTPUTS).eval()
+    other = FusionModel({"image": Wrapped(2, DIM)}, JointAttention(DIM), OUTPUTS).eval()
+    other.load_state_dict(plain.state_dict())
+    inputs = {"image": batch()["image"]}
+    assert torch.equal(other(inputs).logits, plain(inputs).logits)
+
+
+def test_a_vector_encoder_is_a_sequence_of_one_token():
+    torch.manual_seed(0)
+    model = FusionModel({"image": nn.Linear(2, DIM)}, Concat(DIM), OUTPUTS)
+    vectors = batch()["image"][:, 0]
+    assert torch.equal(model({"image": vectors}).features, model.encoders["image"](vectors))
+
+
+def test_masks_for_samples_and_for_tokens():
+    model, inputs = made().eval(), batch()
+    tokens = torch.rand(BATCH, 3, generator=torch.Generator().manual_seed(2)) < 0.5
+    frames = torch.arange(11).expand(BATCH, -1) < 7
+    output = model(inputs | {"mask": {"image": tokens, "audio": frames}})
+    assert torch.equal(output.tokens["image"].mask, tokens)
+    # This encoder takes a mask itself, and its class token is never padding.
+    assert torch.equal(output.tokens["audio"].mask, torch.cat([torch.ones(BATCH, 1).bool(), frames], dim=1))
+    inputs["audio"][:, 7:] = 1e3
+    inputs["image"][~tokens] = 1e3
+    changed = model(inputs | {"mask": {"image": tokens.long(), "audio": frames.float()}})
+    torch.testing.assert_close(changed.logits, output.logits, **TOL[torch.float32])
+
+
+def test_a_sample_without_a_modality_is_as_if_the_batch_had_none():
+    model, inputs = made().eval(), batch()
+    whole, without = model(inputs), model(inputs | {"image": None})
+    present = torch.tensor([True, False, True, True, False])
+    mixed = model(inputs | {"mask": {"image": present}})
+    torch.testing.assert_close(mixed.logits[present], whole.logits[present], **TOL[torch.float32])
+    torch.testing.assert_close(mixed.logits[~present], without.logits[~present], **TOL[torch.float32])
+    assert not without.share[..., 1].any()
+    assert not mixed.share[~present][..., 1].any()
+
+
+def test_a_sample_mask_joins_the_encoders_own():
+    class Masked(nn.Linear):
+        def forward(self, input):
+            return Tokens(super().forward(input), mask=torch.tensor([[True, False, True]]).expand(len(input), -1))
+
+    model = FusionModel({"image": Masked(2, DIM)}, Concat(DIM), OUTPUTS)
+    present = torch.tensor([True, False, True, True, True])
+    output = model({"image": batch()["image"], "mask": {"image": present}})
+    assert output.tokens["image"].mask.tolist() == [[bool(p), False, bool(p)] for p in present]
+
+
+def test_other_keys_and_their_order_do_not_matter():
+    model, inputs = made().eval(), batch()
+    shuffled = {"target": torch.zeros(BATCH), "image": inputs["image"], "audio": inputs["audio"]}
+    assert torch.equal(model(shuffled).logits, model(inputs).logits)
+
+
+def test_saving_copying_and_accumulating():
+    model, inputs, wanted = made(unimodal="train"), batch(), target("classification")
+    other = made(unimodal="train", seed=1)
+    assert not torch.equal(other(inputs).logits, model(inputs).logits)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(inputs).logits, model(inputs).logits)
+    assert torch.equal(copy.deepcopy(model)(inputs).logits, model(inputs).logits)
+
+    model.double(), other.double()
+    doubles = {name: value.double() for name, value in inputs.items()}
+    output = model(doubles)
+    (model.loss(output.logits, wanted) + model.unimodal_loss(output, wanted)).backward()
+    for i in range(BATCH):
+        piece = other({name: value[i : i + 1] for name, value in doubles.items()})
+        loss = other.loss(piece.logits, wanted[i : i + 1]) + other.unimodal_loss(piece, wanted[i : i + 1])
+        (loss / BATCH).backward()
+    for whole, summed in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(summed.grad, whole.grad, **TOL[torch.float64])
+
+
+def test_errors_when_a_model_is_made():
+    encoders = {"image": nn.Linear(2, DIM)}
+    for call, message in [
+        (
+            lambda: FusionModel({}, Concat(DIM), 2),
+            r"FusionModel: expected at least one encoder and a Fusion, got 0 encoders and Concat",
+        ),
+        (lambda: FusionModel(encoders, nn.Linear(2, 2), 2), r"got 1 encoders and Linear"),
+        (lambda: FusionModel(encoders, Concat(DIM), 2, task="ranking"), r"got task='ranking', unimodal='probe'"),
+        (
+            lambda: FusionModel(encoders, Concat(DIM), 2, unimodal="both"),
+            r"expected task .* and unimodal probe, train, vote or none",
+        ),
+        (lambda: FusionModel(encoders, Unimodal(DIM, modality="imagge"), 2), r"Did you mean 'image'"),
+        (
+            lambda: FusionModel(encoders, Concat(DIM).build(("audio",)), 2),
+            r"Concat: expected the modalities it was built for",
+        ),
+        (
+            lambda: FusionModel({"mask": nn.Linear(2, DIM)}, Concat(DIM), 2),
+            r"FusionModel: expected modality names .* got 'mask'",
+        ),
+        (lambda: FusionModel({"a.b": nn.Linear(2, DIM)}, Concat(DIM), 2), r"without dots .* got 'a\.b'"),
+        (lambda: FusionModel({"keys": nn.Linear(2, DIM)}, Concat(DIM), 2), r"got 'keys'\. Rename the modality"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image": ...},
+            r"FusionModel 'image': expected a batch with audio, image, got a batch with audio\. Set batch\['im",
+        ),
+        ({"image": None, "audio": None}, r"FusionModel: expected at least one modality in the batch, got None for all"),
+        (
+            {"mask": {"image": torch.ones(BATCH, 2)}},
+            r"mask of 'image': expected \(batch,\) or \(batch, token\) = \(5, 3\), got shape \(5, 2\)",
+        ),
+        ({"mask": {"image": torch.ones(3)}}, r"mask of 'image': .*got shape \(3, 3\)"),
+        ({"mask": {"image": torch.ones(BATCH, 3, 1)}}, r"mask of 'image': .*got shape \(5, 3, 1\)"),
+        (
+            {"mask": {"audio": torch.ones(BATCH, 7)}},
+            r"SequenceEncoder mask: expected \(batch, frame\) = \(5, 11\).*got shape \(5, 7\)",
+        ),
+        ({"audio": torch.zeros(BATCH, 11, 2)}, r"SequenceEncoder: expected .*feature = 7\), got shape \(5, 11, 2\)"),
+        ({"image": torch.zeros(3, 3, 2)}, r"'image': expected batch = 5 as 'audio' has, got 3"),
+        (
+            {"image": torch.zeros(BATCH, 3, 5, 2)},
+            r"encoder 'image': expected Tokens or a float tensor .* got shape \(5, 3, 5, 14\)",
+        ),
+    ],
+)
+def test_errors_of_a_batch(change, message):
+    inputs = {name: value for name, value in (batch() | change).items() if value is not ...}
+    with pytest.raises(ShapeError, match=message):
+        made()(inputs)
+
+
+def test_errors_of_width_and_target():
+    model = FusionModel({"image": nn.Linear(2, 7)}, Concat(DIM), OUTPUTS)
+    with pytest.raises(ShapeError, match=r"encoder 'image': .*width dim = 14, got width 7.*torch\.nn\.Linear\(7, 14\)"):
+        model({"image": batch()["image"]})
+    with pytest.raises(
+        ShapeError, match=r"FusionModel\.loss: expected a target of shape .* = \(5, 3\), got shape \(3, 5\)"
+    ):
+        made(task="regression").loss(torch.zeros(BATCH, OUTPUTS), torch.zeros(OUTPUTS, BATCH))
+
+
+@pytest.mark.parametrize(
+    ("logits", "wanted", "message"),
+    [
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH, 1).long(), r"target of class numbers .* a target \(5, 1\)"),
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(3).long(), r"got logits \(5, 3\) and a target \(3,\)"),
+        (torch.zeros(OUTPUTS), torch.tensor(1), r"expected logits \(batch, output\) .* got logits \(3,\)"),
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH), r"torch\.float32\. Out of one-hot rows, target\.argmax"),
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH).bool(), r"of torch\.bool"),
+        (
+            torch.zeros(2, OUTPUTS),
+            torch.tensor([1, 3]),
+            r"class numbers from 0 to num_outputs - 1 = 2, got .* 1 to 3\.",
+        ),
+        (torch.zeros(2, OUTPUTS), torch.tensor([-1, 0]), r"got numbers from -1 to 0\. Count classes from 0"),
+    ],
+)
+def test_errors_of_class_numbers(logits, wanted, message):
+    with pytest.raises(ShapeError, match=r"FusionModel\.loss: .*" + message):
+        made().loss(logits, wanted)
+
+
+def test_class_numbers_of_any_integer_type():
+    logits = torch.randn(BATCH, OUTPUTS, generator=torch.Generator().manual_seed(0))
+    wanted = target("classification")
+    losses = [made().loss(logits, wanted.to(dtype)) for dtype in (torch.int64, torch.int32, torch.uint8)]
+    assert losses[0] == losses[1] == losses[2]
+    assert made().loss(logits[:0], wanted[:0]).isnan()
+
+
+def test_errors_of_a_batch_that_is_no_dict_and_of_masks():
+    model, inputs = made(), batch()
+    with pytest.raises(ShapeError, match=r"expected a batch as a dict: .*, got Tensor\. Call model\(\{'audio': "):
+        model(inputs["audio"])
+    with pytest.raises(ShapeError, match=r"FusionModel mask: expected a dict.*, got Tensor\. Give batch\['mask'\] = "):
+        model(inputs | {"mask": torch.ones(BATCH, dtype=torch.bool)})
+    with pytest.raises(
+        ConfigError, match=r"FusionModel mask: expected a known modality, got 'imag'\. Did you mean 'im"
+    ):
+        model(inputs | {"mask": {"imag": torch.ones(BATCH)}})
+    with pytest.raises(ShapeError, match=r"mask of 'image': expected a tensor \(batch,\) or .*, got list"):
+        model(inputs | {"mask": {"image": [True] * BATCH}})

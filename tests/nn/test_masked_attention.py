@@ -1,0 +1,140 @@
+"""What a mask hides has no influence on outputs and gradients, in attention and the layers over it."""
+
+import math
+
+import pytest
+import torch
+
+from equipoise.errors import ShapeError
+from equipoise.nn.attention import attend, shares
+from equipoise.nn.attention.modular import PseudoAttention, modular_attention
+from equipoise.nn.duplex import DuplexAligner
+from equipoise.nn.transformer import Attention, Block, PostNormAttention, PostNormBlock, Transformer
+from helpers.masked_cases import FILLS, assert_equal_and_finite, derived
+
+
+def heads(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LAYERS = {
+    "attention": lambda: Attention(8, 2), "block": lambda: Block(8, 2), "transformer": lambda: Transformer(8, 2, 2),
+    "post_norm": lambda: PostNormAttention(8, 2), "post_norm_block": lambda: PostNormBlock(8, 2),
+}  # fmt: skip
+
+
+class TestAttention:
+    @pytest.mark.parametrize("rows", [1, 3, 37])
+    @pytest.mark.parametrize("labels", [None, "shared", "ragged"])
+    @pytest.mark.parametrize("form", ["bool", "additive", "rows", "heads", "causal"])
+    def test_attend(self, rows, labels, form):
+        key_mask = torch.rand(2, 41, generator=torch.Generator().manual_seed(0)) < 0.6
+        key_mask[1] = False
+        mask, causal = key_mask, form == "causal"
+        if form == "additive":
+            mask = torch.zeros(2, 41, dtype=torch.float64).masked_fill(~key_mask, -math.inf)
+        if form == "rows":
+            mask = key_mask[:, None] & (torch.rand(2, rows, 41, generator=torch.Generator().manual_seed(1)) < 0.8)
+            key_mask = mask.any(dim=1)
+        if form == "heads":
+            mask = key_mask[:, None, None].expand(-1, 4, -1, -1)
+        modality = None
+        if labels is not None:
+            shape = (41,) if labels == "shared" else (2, 41)
+            modality = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(2))
+        found = []
+        for fill in (0.0, *FILLS):
+            query, hidden = heads(2, 4, rows, 8, seed=0).requires_grad_(), ~key_mask[:, None, :, None]
+            key, value = (heads(2, 2, 41, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            options = {"modality": modality, "num_modalities": 2} if labels else {}
+            result = attend(query, key, value, mask=mask, is_causal=causal, **options)
+            found.append(derived(result, (query, key, value)))
+            if labels:
+                share = shares(query, key, mask=mask, is_causal=causal, **options)
+                torch.testing.assert_close(share, result.share)
+        for made in found[1:]:
+            assert_equal_and_finite(made, found[0])
+
+    @pytest.mark.parametrize("mask", [None, "some"])
+    def test_keys_behind_the_last_query(self, mask):
+        hidden = None if mask is None else torch.ones(2, 5, dtype=torch.bool)
+        found = []
+        for fill in (0.0, math.nan):
+            query, key = heads(2, 1, 3, 8, seed=0).requires_grad_(), heads(2, 1, 5, 8, seed=1)
+            key[:, :, 3:] = fill
+            key.requires_grad_()
+            found.append(derived(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
+        assert_equal_and_finite(found[1], found[0])
+
+    @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
+    @pytest.mark.parametrize("length", [5, 37])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_modular(self, merge, length, causal):
+        mask = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.6
+        mask[:, 0] = True
+        modality = torch.randint(-1, 2, (length,), generator=torch.Generator().manual_seed(2))
+        gate = torch.zeros(2, 1, dtype=torch.float64) if merge == "gate" else None
+        found = []
+        for fill in (0.0, *FILLS):
+            query, hidden = heads(2, 2, length, 8, seed=0).requires_grad_(), ~mask[:, None, :, None]
+            key, value = (heads(2, 2, length, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            result = modular_attention(
+                query, key, value, modality=modality, mask=mask, is_causal=causal, merge=merge, gate=gate,
+                pseudo=PseudoAttention(count="all_masked"),
+            )  # fmt: skip
+            found.append(derived((result.output,), (query, key, value)))
+        for made in found[1:]:
+            assert_equal_and_finite(made, found[0])
+
+    @pytest.mark.parametrize("basis", ["gram", "key_value", "covariance"])
+    @pytest.mark.parametrize("scope", ["all", "prefix", "causal"])
+    @pytest.mark.parametrize("fuse", ["concat", "add"])
+    def test_duplex_aligner(self, basis, scope, fuse):
+        mask = torch.rand(2, 17, generator=torch.Generator().manual_seed(0)) < 0.6
+        modality = torch.randint(-1, 2, (17,), generator=torch.Generator().manual_seed(2))
+        torch.manual_seed(0)
+        aligner = DuplexAligner(4, 2, basis=basis, basis_scope=scope, fuse=fuse).double()
+        with torch.no_grad():
+            for parameter in aligner.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        found = []
+        for fill in (0.0, *FILLS):
+            hidden = ~mask[:, None, :, None]
+            key, value = (heads(2, 3, 17, 4, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            made = aligner(key, value, modality=modality, mask=mask).key
+            seen = made.masked_fill(hidden, 0.0)
+            found.append(derived((seen,), (key, *aligner.parameters())))
+            assert torch.equal(made.isfinite(), key.isfinite())
+        for made in found[1:]:
+            assert_equal_and_finite(made, found[0])
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_layers(self, name):
+        torch.manual_seed(0)
+        layer = LAYERS[name]().double()
+        mask, found = torch.tensor([[True, False, True, True, False], [True] * 4 + [False]]), []
+        for fill in (0.0, math.nan, math.inf):
+            tokens = heads(2, 5, 8, seed=0).masked_fill(~mask[..., None], fill).requires_grad_()
+            made = layer(tokens, mask=mask)
+            made = (made if isinstance(made, torch.Tensor) else made.output)[mask]
+            found.append(derived((made,), (tokens, *layer.parameters())))
+        for made in found[1:]:
+            assert_equal_and_finite(made, found[0])
+        with pytest.raises(ShapeError, match=r"mask: expected a boolean mask .*, got torch\.float"):
+            layer(heads(2, 5, 8, seed=0), mask=torch.zeros(2, 5))
+
+    @pytest.mark.parametrize("name", ["attention", "block", "post_norm"])
+    @pytest.mark.parametrize("by_row", [False, True])
+    def test_layers_that_read_another_sequence(self, name, by_row):
+        torch.manual_seed(0)
+        layer = LAYERS[name]().double()
+        mask, found = torch.tensor([[True, False, True, True, False], [False] * 5]), []
+        given = mask[:, None].expand(-1, 3, -1) if by_row else mask
+        for fill in (0.0, *FILLS):
+            tokens = heads(2, 3, 8, seed=0).requires_grad_()
+            source = heads(2, 5, 8, seed=1).masked_fill(~mask[..., None], fill).requires_grad_()
+            made = layer(tokens, source, mask=given)
+            made = made if isinstance(made, torch.Tensor) else made.output
+            found.append(derived((made,), (tokens, source, *layer.parameters())))
+        for made in found[1:]:
+            assert_equal_and_finite(made, found[0])

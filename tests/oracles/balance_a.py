@@ -1,0 +1,132 @@
+"""Slow and obvious forms of OGM, AGM, OPM, MMCosine and MBSD (spec 3.1 and 3.3), in loops over plain numbers."""
+
+import itertools
+import math
+
+from oracles.plain import mean, softmax
+
+FLOOR = 1e-8
+
+
+def true_score(row, target, task):
+    """How right one sample's answer is."""
+    if task == "classification":
+        return softmax(row)[target]
+    if task == "multilabel":
+        found = []
+        for score, wanted in zip(row, target, strict=True):
+            yes = 1 / (1 + math.exp(-score))
+            found.append(yes if wanted == 1 else 1 - yes)
+        return mean(found)
+    return math.exp(-mean((a - b) ** 2 for a, b in zip(row, target, strict=True)))
+
+
+def mean_scores(answers, targets, present, task="classification"):
+    """answers[m][i] are rows of logits, present[m][i] says who has what; None for a modality that nobody has."""
+    found = []
+    for rows, has in zip(answers, present, strict=True):
+        kept = [true_score(row, t, task) for row, t, yes in zip(rows, targets, has, strict=True) if yes]
+        found.append(mean(kept) if kept else None)
+    return found
+
+
+def ratios(scores):
+    """rho_m of each modality; 1 where there is nobody to compare with."""
+    found = []
+    for m, score in enumerate(scores):
+        others = [s for n, s in enumerate(scores) if n != m and s is not None]
+        found.append(1.0 if score is None or not others else score / mean(others))
+    return found
+
+
+def ogm(scores, alpha):
+    return [1 - math.tanh(alpha * rho) if rho > 1 else 1.0 for rho in ratios(scores)]
+
+
+def opm(scores, q_base, alpha):
+    return [min(max(q_base * (1 + alpha * math.tanh(rho - 1)), 0), 1) if rho > 1 else 0.0 for rho in ratios(scores)]
+
+
+def shapley(answer, count):
+    """phi_m: what modality m adds when it comes, mean over all orders; ``answer`` maps a frozenset to a number."""
+    orders = list(itertools.permutations(range(count)))
+    found = [0.0] * count
+    for order in orders:
+        for place, m in enumerate(order):
+            before = frozenset(order[:place])
+            found[m] += (answer[before | {m}] - answer[before]) / len(orders)
+    return found
+
+
+def agm_error(rows, targets, present, task="classification"):
+    """e_m over the samples that have the modality; None where there are none."""
+    found = [
+        -math.log(max(true_score(row, t, task), FLOOR))
+        for row, t, yes in zip(rows, targets, present, strict=True)
+        if yes
+    ]
+    return mean(found) if found else None
+
+
+def agm(errors, usual, alpha):
+    """kappa_m; errors are None where a modality is not known, usual where it never was before."""
+    known = [m for m in range(len(errors)) if errors[m] is not None and usual[m] is not None]
+    factors = [1.0] * len(errors)
+    for m in known:
+        now, before, others = 0.0, 0.0, 0
+        for n in known:
+            if n != m:
+                now += errors[n]
+                before += usual[n]
+                others += 1
+        if others > 0:
+            r = math.exp(now / others - errors[m])
+            tau = math.exp(before / others - usual[m])
+            factors[m] = math.exp(alpha * min(tau - r, 7))
+    return factors
+
+
+def cosine(one, other):
+    lengths = math.sqrt(sum(a * a for a in one)) * math.sqrt(sum(b * b for b in other))
+    return sum(a * b for a, b in zip(one, other, strict=True)) / lengths if lengths > 0 else 0.0
+
+
+def cosine_logits(features, weights, scale):
+    """Of one sample: features[m] and weights[m][c]; a modality of zeros adds nothing."""
+    return [
+        scale * sum(cosine(f, weight[c]) for f, weight in zip(features, weights, strict=True))
+        for c in range(len(weights[0]))
+    ]
+
+
+def right(row, target, task):
+    if task == "classification":
+        return row.index(max(row)) == target
+    return true_score(row, target, task) > 0.5
+
+
+def coins(p, q):
+    """KL of two coins."""
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def mbsd_pair(one, other, target, task="classification"):
+    """Of one sample and two modalities' rows of logits."""
+    p, q = true_score(one, target, task), true_score(other, target, task)
+    if not right(one, target, task) and not right(other, target, task):
+        return 0.0
+    apart = sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one)
+    return abs(p - q) * (apart + coins(max(p, q), min(p, q)))
+
+
+def mbsd(answers, targets, present, task="classification"):
+    """The mean over pairs of the mean over samples that have both."""
+    found = []
+    for m, n in itertools.combinations(range(len(answers)), 2):
+        kept = [
+            mbsd_pair(answers[m][i], answers[n][i], target, task)
+            for i, target in enumerate(targets)
+            if present[m][i] and present[n][i]
+        ]
+        found.append(mean(kept) if kept else 0.0)
+    return mean(found)

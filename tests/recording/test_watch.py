@@ -1,0 +1,521 @@
+"""Watching PyTorch models: every way in against attention written out; queries, sites, and what Seen tells."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import equipoise as eq
+from equipoise.errors import ConfigError, ShapeError
+from equipoise.recording import AttentionCall
+from equipoise.recording.attention_call import select_rows
+from equipoise.recording.share_measurement import attention_output, explicit_attention, measure_share
+from helpers.fusion import batch, model
+from helpers.tolerance import TOL
+
+BATCH, HEADS, KEYS, DIM = 3, 2, 7, 10
+LABELS = torch.tensor([0, 0, 1, 1, 1, -1, 0])
+NAMES = ("audio", "image")
+NEAR = TOL[torch.float32]
+
+
+def share_of(attention, labels=LABELS, rows=None, count=2):
+    """The definition: mean over the counted queries of the sum over the keys of a modality, in loops."""
+    size, heads, queries, keys = attention.shape
+    labels = labels.expand(size, keys)
+    rows = torch.ones(size, queries) if rows is None else rows
+    found = torch.zeros(size, heads, count, dtype=torch.float64)
+    for sample in range(size):
+        for key in range(keys):
+            if labels[sample, key] >= 0:
+                mass = attention[sample, :, :, key].double() @ rows[sample].double()
+                found[sample, :, labels[sample, key]] += (mass / rows[sample].sum()).detach()
+    return found.float()
+
+
+def values(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def multihead(seed=0, **options):
+    torch.manual_seed(seed)
+    made = nn.MultiheadAttention(DIM, HEADS, **options)
+    for name, weight in made.named_parameters():
+        if "in_proj_weight" in name:
+            weight.data[: 2 * DIM] *= 4
+    return made.eval()
+
+
+class Written(nn.Module):
+    """Attention with a fused projection, as vision transformers have it, computed in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.num_heads, self.way, self.soft = nn.Linear(DIM, 3 * DIM), HEADS, way, nn.Softmax(dim=-1)
+
+    def parts(self, tokens):
+        return (4 * self.qkv(tokens)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+
+    def scores(self, tokens, mask=None):
+        query, key, _ = self.parts(tokens)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(DIM // HEADS)
+        return scores if mask is None else scores + mask
+
+    def forward(self, tokens, mask=None):
+        query, key, value = self.parts(tokens)
+        if self.way == "sdpa":
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        scores = self.scores(tokens, mask)
+        if self.way == "softmax":
+            return scores.softmax(dim=-1) @ value
+        if self.way == "module":
+            return self.soft(scores) @ value
+        if self.way == "merged heads":
+            return torch.bmm(F.softmax(scores.flatten(0, 1), dim=-1), value.flatten(0, 1))
+        whole = (part.flatten(0, 1) for part in (query, key, value))
+        mask = None if mask is None else mask.expand(len(tokens), HEADS, KEYS, KEYS).flatten(0, 1)
+        return F.scaled_dot_product_attention(*whole, attn_mask=mask)
+
+
+def hides(kind):
+    """A mask to add, and the queries that count."""
+    mask, rows = torch.zeros(1, 1, 1, 1), torch.ones(BATCH, KEYS)
+    if kind == "padding":
+        mask, rows = torch.zeros(BATCH, 1, 1, KEYS), rows.clone()
+        mask[1, ..., 5:], rows[1, 5:] = -1e4, 0
+    if kind == "causal":
+        mask = torch.zeros(1, 1, KEYS, KEYS).masked_fill(torch.ones(KEYS, KEYS).triu(1).bool(), -math.inf)
+    return mask, rows
+
+
+@pytest.mark.parametrize("way", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
+@pytest.mark.parametrize("kind", ["none", "padding", "causal"])
+def test_written_attention(way, kind):
+    made, tokens = nn.ModuleDict({"attn": Written(way)}), values(BATCH, KEYS, DIM)
+    made.forward = lambda tokens, mask: made["attn"](tokens, mask)
+    mask, rows = hides(kind)
+    mask = None if kind == "none" else mask
+    plain = made(tokens, mask)
+    with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+        watched = made(tokens, mask)
+    assert torch.equal(plain, watched)
+    assert seen.sites == ["attn"]
+    expected = share_of(made["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
+    torch.testing.assert_close(seen.share("attn"), expected, **NEAR)
+    assert float(expected.std()) > 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 3, "vdim": 3}])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["none", "boolean", "floating", "per head", "padding", "both"])
+def test_multihead(options, first, kind):
+    made = multihead(batch_first=first, **options)
+    tokens = values(BATCH, KEYS, DIM)
+    source = values(BATCH, KEYS, 3, seed=1) if "kdim" in options else tokens
+    if not first:
+        tokens = tokens.transpose(0, 1)
+        source = tokens if "kdim" not in options else source.transpose(0, 1)
+    hidden = torch.rand(BATCH * HEADS, KEYS, KEYS, generator=torch.Generator().manual_seed(2)) < 0.3
+    hidden[:, torch.arange(KEYS), torch.arange(KEYS)] = False
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[1, 5:] = True
+    masks = {
+        "boolean": {"attn_mask": hidden[0]}, "floating": {"attn_mask": values(KEYS, KEYS, seed=3)},
+        "per head": {"attn_mask": hidden}, "padding": {"key_padding_mask": padding},
+        "both": {"attn_mask": hidden[0], "key_padding_mask": padding},
+    }.get(kind, {})  # fmt: skip
+    with torch.no_grad():
+        plain, attention = made(tokens, source, source, average_attn_weights=False, **masks)
+        with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+            watched, _ = made(tokens, source, source, average_attn_weights=False, **masks)
+    assert torch.equal(plain, watched)
+    itself = source is tokens and kind in ("padding", "both")
+    rows = (~padding).float() if itself else None
+    expected = share_of(attention[..., :KEYS], rows=rows)
+    torch.testing.assert_close(seen.share("MultiheadAttention"), expected, **NEAR)
+    if "add_bias_kv" in options:
+        added = attention[..., KEYS:].sum(-1).mean(2) + attention[..., 5].mean(2)
+        if not itself:
+            torch.testing.assert_close(seen.special("MultiheadAttention"), added, **NEAR)
+
+
+def test_without_a_batch_and_as_a_function():
+    made, tokens = multihead(), values(KEYS, DIM)
+    with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+        _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
+    torch.testing.assert_close(seen.share("MultiheadAttention"), share_of(attention[None]), **NEAR)
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ParameterDict(dict(multihead().named_parameters(recurse=False)))
+            self.out = nn.Linear(DIM, DIM)
+
+        def forward(self, tokens):
+            weights = (self.inner["in_proj_weight"], self.inner["in_proj_bias"])
+            options = {"training": False, "need_weights": True, "average_attn_weights": False}
+            tokens = tokens[:, None]
+            out = (self.out.weight, self.out.bias)
+            return F.multi_head_attention_forward(
+                tokens, tokens, tokens, DIM, HEADS, *weights, None, None, False, 0.0, *out, **options
+            )
+
+    pool = Pool()
+    with eq.watch(pool, modality=LABELS, names=NAMES) as function:
+        _, same = pool(tokens)
+    torch.testing.assert_close(same, attention[None], **NEAR)
+    torch.testing.assert_close(function.share("Pool"), seen.share("MultiheadAttention"), **NEAR)
+    assert function.ways == {"Pool": "multihead function"}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("mode", ["fast path", "gradients", "training"])
+def test_transformer_encoder(nested, norm_first, mode):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True, dropout=0.3, norm_first=norm_first)
+    made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested and not norm_first)
+    made.train(mode == "training")
+    tokens, padding = values(BATCH, KEYS, DIM), torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    # The longest sample is padded too, so packed tokens come back as fewer.
+    padding[:, 6:] = padding[1, 4:] = True
+    outputs, states = [], []
+    with torch.set_grad_enabled(mode != "fast path"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nested tensors.*")
+        for watched in (False, True):
+            torch.manual_seed(4)
+            if watched:
+                with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+                    outputs.append(made(tokens, src_key_padding_mask=padding))
+            else:
+                outputs.append(made(tokens, src_key_padding_mask=padding))
+            states.append(torch.random.get_rng_state())
+    assert torch.equal(*outputs)
+    assert torch.equal(*states)
+    assert seen.sites == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert ("fast path" in seen.ways[seen.sites[0]]) == (mode == "fast path")
+    first = made.eval().layers[0]
+    normed = first.norm1(tokens) if norm_first else tokens
+    _, attention = first.self_attn(
+        normed, normed, normed, key_padding_mask=padding, average_attn_weights=False
+    )  # fmt: skip
+    torch.testing.assert_close(seen.share(seen.sites[0]), share_of(attention, rows=(~padding).float()), **NEAR)
+
+
+def test_transformer_decoder_reads_a_memory():
+    torch.manual_seed(0)
+    made = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
+    words, memory = values(BATCH, 5, DIM), values(BATCH, KEYS, DIM, seed=1)
+    message = "'layers.0.self_attn' is not in the table: it has 5 keys, and modality is given for 7"
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):  # noqa: SIM117
+        with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+            made(words, memory)
+    assert seen.sites == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
+    assert seen.missing["layers.0.self_attn"] == "it has 5 keys, and modality is given for 7"
+    with pytest.raises(ConfigError, match=r"layers.0.self_attn', but it has 5 keys, and modality is given for 7"):
+        seen.share("layers.0.self_attn")
+
+
+@pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
+def test_own_layers(names):
+    made, inputs = model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
+    with torch.no_grad():
+        plain = made(inputs)
+        with eq.watch(made) as seen:
+            watched = made(inputs)
+    assert torch.equal(plain.logits, watched.logits)
+    assert seen.names == names
+    last = seen.share(seen.sites[-1])
+    torch.testing.assert_close(last, plain.share.float(), **NEAR)
+    others = names[::-1]
+    with torch.no_grad(), eq.watch(made, names=others) as turned:
+        made(inputs)
+    assert turned.names == others
+    torch.testing.assert_close(turned.share(seen.sites[-1]), last.flip(-1), **NEAR)
+    message = "watch names: expected a known modality, got 'imag'"
+    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.watch(made, names=("audio", "imag")):
+        made(inputs)
+
+
+def sdpa():
+    made = nn.ModuleDict({"attn": Written("sdpa")})
+    made.forward = lambda tokens, mask=None: made["attn"](tokens, mask)
+    return made
+
+
+@pytest.mark.parametrize("queries", ["last", "image", "mask", "answer"])
+def test_queries(queries):
+    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    mask = torch.ones(BATCH, 1, 1, KEYS, dtype=torch.bool)
+    mask[0, ..., :2], mask[1, ..., 5:] = False, False
+    attention = made["attn"].scores(tokens).masked_fill(~mask, -math.inf).softmax(dim=-1)
+    chosen = values(BATCH, KEYS, seed=9) > 0
+    rows = {"image": (LABELS == 1).expand(BATCH, KEYS), "mask": chosen}.get(queries, torch.zeros(BATCH, KEYS).bool())
+    rows = rows & mask[:, 0, 0]
+    if queries in ("last", "answer"):
+        rows[0, 6] = rows[1, 4] = rows[2, 6] = True
+    with eq.watch(made, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as seen:
+        made(tokens, mask)
+    torch.testing.assert_close(seen.share("attn"), share_of(attention, rows=rows.float()), **NEAR)
+
+
+def test_queries_that_nobody_knows():
+    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    for unknown, message in (
+        ("imag", r"watch queries: expected a known word or modality, got 'imag'. Did you mean 'image'"),
+        (torch.zeros(2, 3).long(), r"expected 'all', 'last', .* or a boolean mask .*got torch.int64 of shape \(2, 3\)"),
+        (3, "boolean mask .*got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, names=NAMES, queries=unknown):
+            pytest.fail("watched")
+    wrong = torch.ones(BATCH, 5).bool()
+    message = r"it has \(batch, query\) = \(3, 7\), and queries is a mask of shape \(3, 5\)"
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS, queries=wrong) as seen:
+        made(tokens)
+    with pytest.raises(ConfigError, match=message):
+        seen.table()
+    # A sample without a watched query has no share.
+    none = torch.zeros(BATCH, KEYS).bool()
+    none[0, 3] = True
+    with eq.watch(made, modality=LABELS, queries=none) as seen:
+        made(tokens)
+    assert seen.share("attn").isnan().any(dim=(1, 2)).tolist() == [False, True, True]
+
+
+class Twice(nn.Module):
+    """One module that attends twice in a pass, and one that does so once."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Written("sdpa"), Written("softmax")])
+
+    def forward(self, tokens):
+        for number in (0, 1, 0):
+            self.blocks[number](tokens)
+
+
+def test_sites():
+    made, tokens = Twice(), values(BATCH, KEYS, DIM)
+    with eq.watch(made, modality=LABELS) as seen:
+        made(tokens)
+        made(2 * tokens)
+    assert seen.sites == ["blocks.0", "blocks.1", "blocks.0#2"]
+    assert seen.names == ("0", "1")
+    assert all(seen.share(site).shape == (2 * BATCH, HEADS, 2) for site in seen.sites)
+    for pattern, expected in (("*.1", ["blocks.1"]), (["blocks.0#2"], ["blocks.0#2"]), ("blocks.?", None)):
+        with eq.watch(made, modality=LABELS, sites=pattern) as some:
+            made(tokens)
+        assert some.sites == (["blocks.0", "blocks.1"] if expected is None else expected)
+    message = r"watch: expected a known module for sites, got 'block'. Did you mean 'blocks'"
+    with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, sites="block"):
+        pytest.fail("watched")
+    with pytest.raises(ConfigError, match=r"Seen: expected a known site, got 'blocks.2'. Did you mean .*'blocks.1' or"):
+        seen.share("blocks.2")
+
+
+def test_nested_watches_agree():
+    for made in (
+        sdpa(),
+        Twice(),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True), 2),
+    ):
+        tokens = values(BATCH, KEYS, DIM)
+        with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS, queries="last") as inner:
+            made(tokens)
+        with eq.watch(made, modality=LABELS) as alone:
+            made(tokens)
+        assert outer.sites == inner.sites == alone.sites
+        assert all(outer.share(site).shape == inner.share(site).shape for site in outer.sites)
+        made.eval()
+        with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS) as inner:
+            made(tokens)
+        assert all(torch.equal(outer.share(site), inner.share(site)) for site in outer.sites)
+
+
+def test_what_seen_tells():
+    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    attention = made["attn"].scores(tokens).softmax(dim=-1)
+    with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as seen:
+        made(tokens)
+    share = seen.share("attn")
+    torch.testing.assert_close(seen.special("attn"), attention[..., 5].mean(dim=2), **NEAR)
+    torch.testing.assert_close(seen.per_token("attn"), share / 3, **NEAR)
+    torch.testing.assert_close(seen.tokens("attn"), attention.mean(dim=2), **NEAR)
+    assert seen.sink("attn").abs().max() == 0
+    assert torch.equal(seen.labels("attn"), LABELS.expand(BATCH, -1))
+    for reader in range(2):
+        own = share_of(attention, rows=LABELS.eq(reader).float().expand(BATCH, -1))
+        torch.testing.assert_close(seen.by_query("attn")[:, :, reader], own, **NEAR)
+    left = attention.mean(dim=2)
+    for sample, top in enumerate(left.mean(dim=1).topk(2, dim=-1).indices.tolist()):
+        left[sample, :, top] = 0
+    expected = share_of(left[:, :, None]) / left.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(seen.share("attn", without_top=2), expected, **NEAR)
+    row = seen.table()[0]
+    assert row["site"] == "attn"
+    assert row["audio"] == pytest.approx(float(share[..., 0].mean()))
+    assert str(seen.table()).split() == [
+        "site", "audio", "image", "special", "attn", *(x for name in ("audio", "image", "special")
+                                                      for x in (f"{100 * row[name]:.1f}", "%")),
+    ]  # fmt: skip
+    with eq.watch(made, modality=LABELS) as without:
+        made(tokens)
+    with pytest.raises(ConfigError, match=r"Seen: expected attention on single tokens, got none.*tokens=True"):
+        without.tokens("attn")
+
+
+def test_batches_of_different_size_and_length():
+    made = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    with eq.watch(made, modality=LABELS, tokens=True) as seen:
+        for size in (5, 3):
+            tokens = values(size, KEYS, DIM)
+            made(tokens, tokens, tokens)
+    assert seen.share("MultiheadAttention").shape == (8, HEADS, 2)
+    shorter = values(2, 4, DIM)
+    message = "some batches of 'MultiheadAttention' are not in the table: it has 4 keys, and modality is given for 7"
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as partly:
+        _ = [made(part, part, part) for part in (tokens, shorter)]
+    assert len(partly.share("MultiheadAttention")) == 3
+    per_sample = torch.tensor([[0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, -1]])
+    with eq.watch(made.eval(), modality=per_sample) as rows:
+        _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
+    torch.testing.assert_close(rows.share("MultiheadAttention"), share_of(attention, per_sample), **NEAR)
+    message = "it has batch = 2, and modality is given for 3 samples"
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=per_sample):
+        made(tokens[:2], tokens[:2], tokens[:2])
+
+
+class Linear(nn.Module):
+    def forward(self, tokens):
+        return tokens.relu() @ (tokens.transpose(1, 2) @ tokens)
+
+
+def test_hidden_attention():
+    made = nn.Sequential(Linear())
+    message = "got none. Seen are equipoise's layers"
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as seen:
+        made(values(BATCH, KEYS, DIM))
+    for ask in (seen.table, lambda: seen.share("0"), lambda: seen.per_token("0"), lambda: seen.special("0")):
+        with pytest.raises(ConfigError, match="attention without softmax, hides it"):
+            ask()
+    with eq.watch(made, modality=LABELS) as idle:
+        pass
+    with pytest.raises(ConfigError, match=r"none, since the model did not run while it was watched. Call it inside"):
+        idle.table()
+    message = "'MultiheadAttention', but nothing tells the modality of its 7 keys. Give one label for every key"
+    plain, tokens = nn.MultiheadAttention(DIM, HEADS, batch_first=True), values(BATCH, KEYS, DIM)
+    with pytest.warns(UserWarning, match=message), eq.watch(plain) as unknown:
+        plain(tokens, tokens, tokens)
+    with pytest.raises(ConfigError, match=message):
+        unknown.share("MultiheadAttention")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_models_that_no_hook_can_reach():
+    for made, message in (
+        (torch.jit.trace(Linear(), values(2, 3, 5)), "got a scripted one. Watch the model that was scripted"),
+        ("model", r"watch: expected a torch.nn.Module, got str"),
+    ):
+        with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS):
+            pytest.fail("watched")
+
+
+@pytest.mark.parametrize(("labels", "names", "error", "message"), [
+    (torch.zeros(7), None, ShapeError, r"expected integer labels of shape \(key,\) or \(batch, key\), got .*float32"),
+    (torch.zeros(1, 2, 3).long(), None, ShapeError, r"got shape \(1, 2, 3\)"),
+    (torch.tensor([-2, 0]), None, ShapeError, "expected labels from -1 on, got -2"),
+    (LABELS, ("audio",), ConfigError, r"expected 2 or more different names, one for each label, got \('audio',\)"),
+    (LABELS, ("audio", "audio"), ConfigError, "different names"),
+    (LABELS, "audio", ConfigError, r"expected a sequence of names, got 'audio'. Use \('audio',\)"),
+])  # fmt: skip
+def test_labels_that_do_not_fit(labels, names, error, message):
+    with pytest.raises(error, match=message), eq.watch(sdpa(), modality=labels, names=names):
+        pytest.fail("watched")
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
+def test_checkpointed_layers_are_seen_once():
+    from torch.utils.checkpoint import checkpoint
+
+    made, tokens = nn.ModuleList([Written("sdpa"), Written("softmax")]), values(BATCH, KEYS, DIM).requires_grad_()
+    made.forward = lambda tokens: sum(
+        checkpoint(part, tokens, use_reentrant=reentrant).sum()
+        for part, reentrant in zip(made, (True, False), strict=True)
+    )
+    made(tokens).backward()
+    gradient = tokens.grad.clone()
+    tokens.grad = None
+    with eq.watch(made, modality=LABELS) as seen:
+        made(tokens).backward()
+    assert torch.equal(tokens.grad, gradient)
+    assert [len(seen.share(site)) for site in seen.sites] == [BATCH, BATCH]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.sampled_from([(2, 1), (4, 2), (3, 3)]), st.integers(1, 7), st.integers(1, 11),
+    st.sampled_from([None, "padding", "whole", "floating"]), st.booleans(), st.booleans(),
+    st.sampled_from([None, 2.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_measure(size, heads, queries, keys, mask, causal, sinks, softcap, seed):
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    query, key = 2 * draw(size, heads[0], queries, 5), 2 * draw(size, heads[1], keys, 5)
+    value, shapes = (
+        draw(size, heads[1], keys, 5),
+        {"padding": (size, 1, 1, keys), "whole": (1, heads[0], queries, keys)},
+    )
+    seen = None if mask is None else draw(*shapes.get(mask, (size, 1, queries, keys)))
+    seen = seen > -0.5 if mask in shapes else seen
+    call = AttentionCall(
+        query, key, value, mask=seen, is_causal=causal, sinks=draw(heads[0]) if sinks else None, softcap=softcap
+    )
+    labels = torch.randint(-1, 3, (size, keys), generator=random)
+    found = measure_share(call, labels, 3)
+    for sample in range(size):
+        for head in range(heads[0]):
+            for row in range(queries):
+                weights = slow_row(call, sample, head, row, heads[0] // heads[1])
+                total = sum(weights.values())
+                for modality in range(3):
+                    own = sum(w for k, w in weights.items() if k != "sink" and labels[sample, k] == modality)
+                    share = own / total if total else 0.0
+                    assert float(found.share[sample, head, row, modality]) == pytest.approx(share, abs=1e-6)
+                if sinks:
+                    assert float(found.sink[sample, head, row]) == pytest.approx(weights["sink"] / total, abs=1e-6)
+    torch.testing.assert_close(
+        attention_output(call), torch.cat(list(explicit_attention(call)), 2) @ value.repeat_interleave(heads[0] // heads[1], 1),
+        **TOL[torch.float32],
+    )  # fmt: skip
+    index = torch.randint(0, queries, (size, 2), generator=random)
+    some = measure_share(select_rows(call, index), labels, 3).share
+    whole = found.share.gather(2, index[:, None, :, None].expand(-1, heads[0], -1, 3))
+    torch.testing.assert_close(some, whole, **TOL[torch.float32])
+
+
+def slow_row(call, sample, head, row, group):
+    """exp(score - highest) of every key that a query sees, and of the sink."""
+    scores = {}
+    for place in range(call.key.shape[2]):
+        score = float(call.query[sample, head, row] @ call.key[sample, head // group, place]) / math.sqrt(5)
+        score = score if call.softcap is None else call.softcap * math.tanh(score / call.softcap)
+        if call.mask is not None:
+            here = call.mask.expand(*call.sizes)[sample, head, row, place]
+            if call.mask.dtype == torch.bool and not here:
+                continue
+            score += 0.0 if call.mask.dtype == torch.bool else float(here)
+        if not call.is_causal or place <= row:
+            scores[place] = score
+    if call.sinks is not None:
+        scores["sink"] = float(call.sinks[head])
+    highest = max(scores.values(), default=0.0)
+    return {place: math.exp(score - highest) for place, score in scores.items()}

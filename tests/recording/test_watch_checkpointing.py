@@ -1,0 +1,92 @@
+"""Activation checkpointing while a model is watched: what backward computes once more is not counted again."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import equipoise as eq
+from helpers.fusion import batch, model
+
+LABELS = torch.tensor([0, 0, 1, 1, -1])
+
+
+@pytest.fixture(autouse=True)
+def calm():
+    with warnings.catch_warnings():
+        for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*use_reentrant.*", ".*use_cache.*"):
+            warnings.filterwarnings("ignore", message=text)
+        yield
+
+
+def encoder():
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(6, 2, 7, batch_first=True, dropout=0.0) for _ in range(2)]
+    return nn.Sequential(*layers).train(), torch.randn(3, 5, 6, requires_grad=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_layers_of_torch(reentrant, whole):
+    made, tokens = encoder()
+    with eq.watch(made, modality=LABELS) as plain:
+        made(tokens).sum().backward()
+    expected = [weight.grad.clone() for weight in made.parameters()]
+    made.zero_grad()
+    with eq.watch(made, modality=LABELS) as seen:
+        if whole:
+            output = checkpoint(made, tokens, use_reentrant=reentrant)
+        else:
+            output = checkpoint_sequential(made, 2, tokens, use_reentrant=reentrant)
+        output.sum().backward()
+    assert seen.sites == plain.sites
+    assert not seen.missing
+    for site in plain.sites:
+        assert torch.equal(seen.share(site), plain.share(site))
+    for weight, before in zip(made.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, before)
+
+
+def test_a_model_of_equipoise():
+    made = model(dropout=0.0).train()
+    inputs = batch()
+    with eq.watch(made) as plain:
+        made(inputs).logits.sum().backward()
+    with eq.watch(made) as seen:
+        for _ in range(2):
+            checkpoint(made, inputs, use_reentrant=False).logits.sum().backward()
+    for site in plain.sites:
+        assert torch.equal(seen.share(site), plain.share(site).repeat(2, 1, 1))
+
+
+def test_backward_after_the_block():
+    made, tokens = encoder()
+    with eq.watch(made, modality=LABELS) as seen:
+        output = checkpoint(made, tokens, use_reentrant=False)
+    output.sum().backward()
+    assert all(len(seen.share(site)) == 3 for site in seen.sites)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "florence2", "whisper"])
+def test_gradient_checkpointing_of_hugging_face_models(name, reentrant):
+    family = pytest.importorskip("small_vlms").family
+    made, inputs = family(name)
+    inputs["labels"] = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    made.train()
+
+    def steps():
+        with eq.watch(made) as seen:
+            for seed in range(2):
+                torch.manual_seed(seed)
+                made(**inputs).loss.backward()
+        return seen
+
+    plain = steps()
+    made.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    seen = steps()
+    assert seen.sites == plain.sites
+    for site in plain.sites:
+        torch.testing.assert_close(seen.share(site), plain.share(site))

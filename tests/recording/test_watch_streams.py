@@ -1,0 +1,171 @@
+"""Attention whose keys no placeholder tells: encoder-decoders, joined streams, sampling points, recurrences."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers as hf
+
+import equipoise as eq
+from equipoise.recording.provenance import MIXED, QUERY, READER, Provenance
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers():
+    hf.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*meshgrid.*", ".*fast path.*"):
+            warnings.filterwarnings("ignore", message=text)
+        yield
+
+
+def watched(model, inputs):
+    """What was seen, and the warnings of ``watch``."""
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with eq.watch(model.eval()) as seen:
+            model(**inputs)
+    return seen, [str(w.message) for w in told if str(w.message).startswith("watch")]
+
+
+def only(seen, site):
+    """The one modality that a layer reads."""
+    share = seen.share(site)
+    at = share[0, 0].argmax()
+    assert float(share[..., at].min()) > 1 - 1e-5, site
+    return seen.names[at]
+
+
+@pytest.mark.parametrize("patches", [12, 9])
+def test_pix2struct_reads_patches_however_many_there_are(patches):
+    vision = {"hidden_size": 16, "d_kv": 4, "d_ff": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "patch_embed_hidden_size": 48}  # fmt: skip
+    text = {"vocab_size": 97, "hidden_size": 16, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 4,
+            "decoder_start_token_id": 0}  # fmt: skip
+    model = hf.Pix2StructForConditionalGeneration(hf.Pix2StructConfig(text_config=text, vision_config=vision))
+    flat = torch.cat([torch.ones(2, patches, 2), torch.randn(2, patches, 48)], dim=-1)
+    seen, told = watched(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
+    assert not told
+    assert not seen.missing
+    assert only(seen, "encoder.encoder.layer.0.attention") == "image"
+    assert only(seen, "decoder.layer.0.self_attention.attention") == "text"
+    assert only(seen, "decoder.layer.0.encoder_decoder_attention.attention") == "image"
+    assert "encoder.encoder.layer.0.attention" in seen.towers
+
+
+@pytest.mark.parametrize("words", [9, 6])
+def test_groundingdino_sampling_points_are_no_words(words):
+    bert = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    swin = hf.SwinConfig(
+        image_size=32, window_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1],
+        out_features=["stage2", "stage3"], out_indices=[2, 3],
+    )  # fmt: skip
+    config = hf.GroundingDinoConfig(
+        backbone_config=swin, text_config=hf.BertConfig(**bert), d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6,
+        num_feature_levels=3, encoder_n_points=2, decoder_n_points=2, max_text_len=16,
+    )  # fmt: skip
+    ids = torch.randint(3, 80, (2, words))
+    ids[:, 0] = 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32),
+              "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}  # fmt: skip
+    seen, told = watched(hf.GroundingDinoForObjectDetection(config), inputs)
+    deformable = [
+        *(f"model.encoder.layers.{n}.deformable_layer.self_attn" for n in (0, 1)),
+        *(f"model.decoder.layers.{n}.encoder_attn" for n in (0, 1)),
+    ]
+    for site in deformable:
+        assert site not in seen.ways
+        assert "no attention over tokens" in seen.missing[site]
+    assert len(told) == 1
+    assert "not in the table" in told[0]
+    for number in (0, 1):
+        # Pictures read words, and words read pictures, in one module.
+        fusion = f"model.encoder.layers.{number}.fusion_layer.attn"
+        assert (only(seen, fusion), only(seen, f"{fusion}#2")) == ("image", "text")
+        assert only(seen, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
+        assert only(seen, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
+    windows = [site for site in seen.towers if "backbone" in site and "text" not in site]
+    assert windows
+    # Windows of a picture are no samples.
+    assert all(len(seen.share(site)) == 2 for site in windows)
+
+
+def test_missing_is_told_in_every_form():
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    config = hf.JambaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+    seen, told = watched(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
+    assert list(seen.missing) == ["model.layers.0.mamba"]
+    reason = seen.missing["model.layers.0.mamba"]
+    assert reason.startswith("a layer without attention")
+    assert told == [f"watch: 'model.layers.0.mamba' is not in the table: {reason}."]
+    table = seen.table()
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(table)
+    for text in (str(table), repr(table), captured.get(), re.sub("<[^>]*>", " ", table._repr_html_())):
+        assert "not in the table:" in text
+        assert "model.layers.0.mamba: a layer without attention" in text
+
+
+def follow(function, **codes):
+    """Codes of what a function returns, given the codes of its arguments."""
+    origin = Provenance()
+    with origin.following():
+        tensors = {name: torch.randn(2, *shape) for name, (shape, _) in codes.items()}
+        for name, (_, code) in codes.items():
+            if code:
+                origin.mark(tensors[name], code)
+        origin.active = True
+        result = function(**tensors)
+    return origin, result
+
+
+def test_codes_of_positions():
+    words, picture = ((3, 4), 1), ((5, 4), 2)
+    origin, joined = follow(lambda a, b: torch.cat([a, b], dim=1).relu(), a=words, b=picture)
+    assert origin.of(joined)[0, :, 0].tolist() == [1] * 3 + [2] * 5
+    # A stream that reads another one stays what it is; the scores know whom they read, also turned around.
+    origin, scores = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1), a=words, b=picture)
+    assert origin.of(scores).unique().tolist() == [1]
+    assert origin.keys_of_scores(scores).unique().tolist() == [2]
+    origin, scores = follow(lambda a, b: (a @ b.transpose(1, 2)).transpose(1, 2).softmax(-1), a=words, b=picture)
+    assert origin.keys_of_scores(scores).unique().tolist() == [1]
+    origin, read = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1) @ b, a=words, b=picture)
+    assert origin.of(read).unique().tolist() == [1]
+    # Weights of sampling points are no product of queries and keys.
+    layer = torch.nn.Linear(4, 6)
+    origin, points = follow(lambda a: layer(a).softmax(-1), a=words)
+    assert origin.keys_of_scores(points) is None
+    # Values of two inputs at one place are neither.
+    origin, added = follow(lambda a, b: a + b.mean(dim=1, keepdim=True), a=words, b=picture)
+    assert origin.of(added).unique().tolist() == [MIXED]
+
+
+def test_codes_of_learned_queries():
+    queries = torch.randn(2, 3, 4)
+
+    def reads(*sources):
+        found = queries
+        for source in sources:
+            found = found + torch.nn.functional.scaled_dot_product_attention(found, source, source)
+        return found
+
+    origin, found = follow(lambda b: reads(b), b=((5, 4), 2))
+    assert origin.of(found).unique().tolist() == [2 + QUERY]
+    origin, found = follow(lambda a, b: reads(a, b), a=((5, 4), 1), b=((5, 4), 2))
+    assert origin.of(found).unique().tolist() == [READER]
+    # They stand for what they have read where they join another stream.
+    origin, found = follow(lambda a, b: torch.cat([reads(b), a], dim=1), a=((5, 4), 1), b=((5, 4), 2))
+    assert origin.of(found)[0, :, 0].tolist() == [2] * 3 + [1] * 5

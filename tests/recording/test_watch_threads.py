@@ -1,0 +1,236 @@
+"""Models that are watched in several threads, one after another and at the same time."""
+
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.nn.modules import module as registry
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from helpers.fusion import batch, model
+
+LABELS = torch.tensor([0, 0, 1, 1, -1])
+
+
+def fusion():
+    made, inputs = model().eval(), batch()
+    return made, lambda: made(inputs), {}
+
+
+def encoder():
+    made = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2).eval()
+    tokens = torch.randn(3, 5, 6)
+    return made, lambda: made(tokens), {"modality": LABELS}
+
+
+def vision_language():
+    small_vlms = pytest.importorskip("small_vlms")
+    made, inputs = small_vlms.family("llava")
+    return made, lambda: made.generate(**inputs, max_new_tokens=3, do_sample=False), {}
+
+
+MADE = {made.__name__: made for made in (fusion, encoder, vision_language)}
+
+
+@pytest.fixture(autouse=True)
+def calm():
+    with warnings.catch_warnings():
+        for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*generation flags.*"):
+            warnings.filterwarnings("ignore", message=text)
+        yield
+
+
+def patched():
+    """What watching changes for all threads."""
+    found = [
+        threading.Thread.start,
+        *(len(getattr(registry, f"_global_forward_{kind}")) for kind in ("hooks", "pre_hooks")),
+    ]
+    found.append(torch._dynamo.eval_frame._stance.stance if hasattr(torch, "_dynamo") else None)
+    return found
+
+
+def together(*works):
+    """Runs functions in threads of their own that begin at the same time, and raises what any of them raised."""
+    barrier = threading.Barrier(len(works))
+
+    def begin(work):
+        barrier.wait()
+        with torch.no_grad():
+            return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(begin, work) for work in works]]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_one_model_watched_in_several_threads(name):
+    made, run, options = MADE[name]()
+    before, forwards = patched(), [part.__dict__.get("forward") for part in made.modules()]
+    with torch.no_grad(), eq.watch(made, **options) as seen:
+        run()
+    right = str(seen.table())
+
+    def work():
+        tables = set()
+        for _ in range(4):
+            with eq.watch(made, **options) as own:
+                run()
+            tables.add(str(own.table()))
+        return tables
+
+    assert together(*[work] * 4) == [{right}] * 4
+    assert patched() == before
+    assert [part.__dict__.get("forward") for part in made.modules()] == forwards
+
+
+def test_blocks_that_end_in_any_order():
+    made, run, options = encoder()
+    before = patched()
+    first, second = threading.Event(), threading.Event()
+
+    def early():
+        with eq.watch(made, **options) as seen:
+            first.set()
+            second.wait()
+            run()
+        return seen.table()
+
+    def late():
+        first.wait()
+        with eq.watch(made, **options) as seen:
+            second.set()
+            one.join()
+            run()
+        return seen.table()
+
+    found = []
+    one = threading.Thread(target=lambda: found.append(early()))
+    other = threading.Thread(target=lambda: found.append(late()))
+    one.start(), other.start(), one.join(), other.join()
+    assert [len(table) for table in found] == [2, 2]
+    assert str(found[0]) == str(found[1])
+    assert patched() == before
+    assert all("forward" not in part.__dict__ for part in made.modules())
+
+
+def test_two_models_and_an_unwatched_run():
+    one, run_one, options = encoder()
+    two, run_two, _ = fusion()
+
+    def watched(made, run, **given):
+        for _ in range(5):
+            with eq.watch(made, **given) as seen:
+                run()
+        return {site: len(seen.share(site)) for site in seen.sites}
+
+    def unwatched():
+        for _ in range(5):
+            run_one(), run_two()
+
+    sizes = together(lambda: watched(one, run_one, **options), lambda: watched(two, run_two), unwatched)[:2]
+    with torch.no_grad():
+        assert sizes == [watched(one, run_one, **options), watched(two, run_two)]
+
+
+def test_an_error_in_one_thread_leaves_the_others():
+    made, run, options = encoder()
+    before = patched()
+
+    def fails():
+        for _ in range(5):
+            with pytest.raises(RuntimeError), eq.watch(made, **options):
+                made(torch.zeros(3, 5, 7))
+
+    def works():
+        for _ in range(5):
+            with eq.watch(made, **options) as seen:
+                run()
+        return seen.share("layers.1.self_attn")
+
+    found = together(fails, works, works)
+    assert torch.equal(found[1], found[2])
+    assert patched() == before
+
+
+def test_a_stream_of_words_from_a_thread():
+    made, _, _ = vision_language()
+    transformers = pytest.importorskip("transformers")
+    _, inputs = pytest.importorskip("small_vlms").family("llava")
+    options = {**{key: value[:1] for key, value in inputs.items()}, "max_new_tokens": 4, "do_sample": False}
+
+    class Numbers:
+        def decode(self, tokens, **kwargs):
+            return " ".join(map(str, tokens))
+
+    with eq.watch(made, queries="last", tokens=True) as alone:
+        written = made.generate(**options)[0, 13:].tolist()
+    streamer = transformers.TextIteratorStreamer(Numbers(), skip_prompt=True, timeout=60)
+    with eq.watch(made, queries="last", tokens=True) as seen:
+        thread = threading.Thread(target=made.generate, kwargs={**options, "streamer": streamer})
+        thread.start()
+        words = "".join(streamer).split()
+    thread.join()
+    assert [int(word) for word in words] == written
+    for site in alone.sites:
+        assert torch.equal(seen.share(site), alone.share(site))
+
+
+def test_a_thread_from_before_is_not_watched():
+    made, run, options = encoder()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        message = "none, since the model ran in another thread, 'ThreadPool.*start that thread in the block"
+        with pytest.warns(UserWarning, match=message), eq.watch(made, **options) as seen:
+            pool.submit(run).result()
+        with pytest.raises(ConfigError, match=message):
+            seen.table()
+
+
+def test_threads_at_the_same_time_in_one_block():
+    made, _, options = encoder()
+    inside, go = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, tokens):
+            inside.set()
+            go.wait()
+            return tokens
+
+    whole = nn.Sequential(Waits(), made)
+    tokens = torch.randn(3, 5, 6)
+
+    def both_at_once():
+        with eq.watch(whole, **options):
+            thread = threading.Thread(target=whole, args=(tokens,))
+            thread.start()
+            inside.wait()
+            made(tokens)
+            go.set()
+            thread.join()
+
+    def longer_than_the_block():
+        with eq.watch(whole, **options):
+            threads.append(threading.Thread(target=whole, args=(tokens,)))
+            threads[0].start()
+            inside.wait()
+
+    threads = []
+    with pytest.raises(ConfigError, match=r"one thread at a time that runs the model in the block, got '.*' beside"):
+        both_at_once()
+    inside.clear(), go.clear()
+    with pytest.raises(ConfigError, match="got one that still runs it after the block"):
+        longer_than_the_block()
+    go.set()
+    threads[0].join()
+    with eq.watch(whole, **options) as seen:
+        for _ in range(2):
+            thread = threading.Thread(target=whole, args=(tokens,))
+            thread.start()
+            thread.join()
+    assert len(seen.share("1.layers.0.self_attn")) == 6

@@ -1,0 +1,244 @@
+"""sentences.py: what is said follows from the numbers, and says how sure they are."""
+
+import pytest
+
+from equipoise.report import comparison_text
+from equipoise.report.effect_sizes import between, effect
+from equipoise.report.results_view import ResultsView
+from equipoise.results import result_rows
+from helpers.fake_results import attending, fake_results, one, read
+
+
+def story(base, balanced, metric="noise_attention_r", **extra):
+    """Verdict on a base and a balanced fusion with these figures, one for each seed."""
+    runs = [one("joint", s, **{metric: b, **extra}) for s, b in enumerate(base)]
+    runs += [one("joint+x", s, **{metric: b, **extra}) for s, b in enumerate(balanced)]
+    readings = read(runs, noise_modality="audio")
+    return comparison_text.headline(readings), " ".join(comparison_text.verdict(readings))
+
+
+def test_verdict_on_a_rise():
+    head, text = story([-0.2, -0.22, -0.18], [0.5, 0.6, 0.55])
+    assert head == "joint+x has a higher attention–noise correlation than joint (+0.75)"
+    noise = "replacing audio by noise moves attention"
+    assert f"In joint, {noise} toward it (r = −0.20 ± 0.02, 3 seeds)" in text
+    assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
+    # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
+    effect = "attention–noise correlation r rises from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
+    assert text.startswith(f"Largest significant effect, joint+x against joint: {effect}.")
+    assert text.count(effect) == 1
+
+
+def test_what_follows_where_the_sign_depends_on_the_level_of_noise():
+    text = story([-0.4], [-0.3], noise_attention_r_own=0.05)[1]
+    own = "With noise of each sample's own mean and deviation r = 0.05."
+    assert f"{own} The signs differ: attention reacts to the level of the noise, not to the loss of content" in text
+    text = story([-0.4], [-0.3], noise_attention_r_own=-0.05)[1]
+    assert "own mean and deviation r = \N{MINUS SIGN}0.05." in text
+    assert "The signs differ" not in text
+
+
+def test_verdict_on_a_fall():
+    head, text = story([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
+    assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
+    assert "r falls from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
+
+
+def test_verdict_on_weak_evidence():
+    head, text = story([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
+    assert head == "No significant difference between joint and joint+x"
+    assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
+    assert "rises" not in text
+    assert "Largest" not in text
+
+
+def test_verdict_on_one_seed():
+    head, text = story([-0.2], [0.6])
+    assert head == "joint and joint+x compared, without a test"
+    assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
+    assert "r goes from −0.20 to 0.60 (+0.80, one seed only)" in text
+    assert "rises" not in text
+
+
+def answered(method, right, seed=0, fold=None):
+    """A run with the outcome of each test sample."""
+    run = one(method, seed, fold, accuracy=right.count("1") / len(right.replace("-", "")))
+    return run | {"outcomes": {"accuracy": right}}
+
+
+FEW, MANY = "1" * 60 + "0" * 40, "1" * 75 + "0" * 25
+
+
+def test_one_seed_is_tested_over_samples():
+    readings = read([answered("concat", FEW), answered("joint", MANY)])
+    found = effect(readings, "joint", "accuracy")
+    # Mid-p of McNemar's test: 15 samples that only one answers rightly, all of them the same one.
+    assert found.p == pytest.approx(2 * 0.5**15 - 0.5**15)
+    assert between(readings, "joint", "concat", "accuracy").p == found.p
+    assert found.proof == "+15.0 points, one seed only, p < 0.001 over its test samples"
+    assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+15.0 points, one seed only)"
+    text = " ".join(comparison_text.verdict(readings))
+    assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
+    assert f"accuracy rises from 60.0 % to 75.0 % ({found.proof})" in text
+    assert "the difference to the second, concat, is significant" in text
+
+
+def test_one_seed_without_a_significant_difference():
+    readings = read([answered("concat", FEW), answered("joint", FEW[3:] + "101")])
+    assert effect(readings, "joint", "accuracy").p > 0.05
+    assert comparison_text.headline(readings) == "No significant difference between concat and joint"
+    assert "accuracy does not change significantly, from 60.0 % to 59.0 %" in " ".join(
+        comparison_text.verdict(readings)
+    )
+
+
+@pytest.mark.parametrize("outcomes", [None, {}, {"accuracy": MANY[1:]}, {"accuracy": "-" * 100}])
+def test_one_seed_whose_outcomes_are_not_those_of_the_same_samples(outcomes):
+    other = {**answered("joint", MANY), "outcomes": outcomes}
+    if outcomes is None:
+        del other["outcomes"]
+    readings = read([answered("concat", FEW), other])
+    assert effect(readings, "joint", "accuracy").p is None
+    assert comparison_text.headline(readings) == "concat and joint compared, without a test"
+    assert "no difference can be tested" in comparison_text.verdict(readings)[0]
+
+
+def test_several_seeds_are_tested_over_seeds():
+    seeds = [answered(m, right, seed) for seed in (0, 1) for m, right in (("concat", FEW), ("joint", MANY))]
+    assert effect(read(seeds), "joint", "accuracy").p is None
+    seeds[-1] = answered("joint", MANY[2:] + "00", 1)
+    found = effect(read(seeds), "joint", "accuracy")
+    assert found.p == pytest.approx(result_rows.paired([0.15, 0.13])["p"])
+    assert "samples" not in found.proof
+
+
+def test_equal_differences_are_not_called_significant_anywhere():
+    head, text = story([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
+    assert head == "joint and joint+x compared, without a test"
+    assert "r does not change significantly, from 0.25 to 0.50 (+0.25, on 3 of 3 seeds)" in text
+
+
+def test_attention_without_a_steady_response():
+    _, text = story([-0.3, -0.31, -0.32], [-0.01, 0.01, 0.02])
+    assert "In joint+x, replacing audio by noise has no significant effect on attention (r = 0.01" in text
+
+
+def compared(figures_of, metric="accuracy", **protocol):
+    runs = [one(m, s, **{metric: a}) for m, values in figures_of.items() for s, a in enumerate(values)]
+    return read(runs, modalities=["audio", "image"], **protocol)
+
+
+def test_the_headline_has_the_largest_significant_effect_whoever_has_it():
+    accuracy = {"concat": (0.6, 0.61, 0.62), "joint": (0.7, 0.72, 0.73), "joint+rollingq": (0.71, 0.74, 0.74)}
+    readings = compared(accuracy)
+    assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+10.7 points)"
+    # A larger difference that is not significant stays behind.
+    noisy = compared({**accuracy, "sum": (0.2, 0.9, 0.3)})
+    assert comparison_text.headline(noisy) == "joint has a higher accuracy than concat (+10.7 points)"
+    # A modality alone is a baseline, and counts where nothing else was compared.
+    single = compared({"image": (0.2, 0.21, 0.23), "concat": (0.6, 0.62, 0.61), "joint": (0.61, 0.6, 0.62)})
+    assert comparison_text.headline(single) == "No significant difference between image, concat and joint"
+
+
+def test_errors_are_read_as_errors():
+    errors = {"concat": (-0.6, -0.61, -0.62), "joint": (-0.5, -0.52, -0.5), "image": (-0.7, -0.73, -0.71)}
+    readings = compared(errors, "negative_error")
+    assert comparison_text.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
+    text = " ".join(comparison_text.verdict(readings))
+    assert "mean absolute error falls from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
+    assert "joint has the lowest mean absolute error: 0.507 ± 0.012, 3 seeds" in text
+    assert "The best single modality is image with 0.713 ± 0.015" in text
+    assert "significantly better: concat (−0.10, on 3 of 3 seeds" in text
+    assert comparison_text.scores_text(readings, "negative_error").startswith(
+        "Mean absolute error: joint 0.507, concat 0.610"
+    )
+    assert "−0.5" not in text
+
+
+def test_one_figure_is_said_and_tested_in_one_way():
+    """Headline, sentences, table and captions take each difference from the same value."""
+    readings = compared({"concat": (0.6, 0.61, 0.62), "joint": (0.6, 0.63, 0.61), "joint+x": (0.7, 0.71, 0.74)})
+    for method in ("joint", "joint+x"):
+        found = effect(readings, method, "accuracy")
+        row = readings.row(method, "accuracy")
+        assert found.sure == (row["p"] < 0.05)
+        assert found.difference == pytest.approx(row["difference"])
+        text = " ".join(comparison_text.verdict(readings))
+        assert found.sentence in text
+        assert found.proof in comparison_text.differences_text(readings, "accuracy")
+        assert ("does not change significantly" in found.sentence) != found.sure
+        assert comparison_text.headline(readings).startswith(f"{method} ") == found.sure
+
+
+def test_a_reference_that_was_not_run_is_told():
+    runs = [one("concat", 0, accuracy=0.5), one("ensemble+x", 0, accuracy=0.6)]
+    protocol = {"references": {"ensemble+x": "heads+x"}}
+    content = result_rows.build_results(runs, protocol)
+    assert {row["method"]: row["reference"] for row in content["summary"]} == {"concat": None, "ensemble+x": None}
+    assert comparison_text.notices(content) == ["ensemble+x has no difference: its reference heads+x was not run."]
+    both = result_rows.build_results([*runs, one("heads+x", 0, accuracy=0.55)], protocol)
+    assert {row["method"]: row["reference"] for row in both["summary"]}["ensemble+x"] == "heads+x"
+    assert comparison_text.notices(both) == []
+    # A comparison without a summary yet has the same references.
+    assert ResultsView({**both, "summary": []}).row("ensemble+x", "accuracy")["reference"] == "heads+x"
+
+
+def test_verdict_compares_fusions_with_the_best_single_modality():
+    figures_of = {"audio": (0.4, 0.41), "image": (0.65, 0.66), "concat": (0.75, 0.762), "joint": (0.6, 0.611)}
+    text = " ".join(comparison_text.verdict(compared(figures_of)))
+    assert (
+        "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second, image, is" in text
+    )
+    assert (
+        "The best single modality is image with 65.5 ± 0.7 %, 2 seeds. Against it, significantly worse: joint" in text
+    )
+    assert "significantly better: concat (+10.1 points, on 2 of 2 seeds, p = 0.0" in text
+
+
+def test_verdict_with_nothing_to_say():
+    assert comparison_text.verdict(read([])) == ["No run has finished yet, so there is nothing to say."]
+    assert comparison_text.headline(read([])) == "No run yet"
+    assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == [
+        "No figure is defined for any run, so there is nothing to say."
+    ]
+    assert comparison_text.headline(read([one("m", 0)])) == "m alone"
+
+
+def test_sentences_say_which_way_attention_went():
+    readings = ResultsView(fake_results())
+    assert "with audio replaced by noise: this moves attention toward it" in comparison_text.noise_text(
+        readings, "joint"
+    )
+    assert "this moves attention away from it" in comparison_text.noise_text(readings, "joint+rollingq")
+    assert "rotated after epoch 3 (in 5 of 5 runs)" in comparison_text.share_text(readings, "joint+rollingq")
+    assert "rotated" not in comparison_text.share_text(readings, "joint")
+    before = comparison_text.keys_text(readings, "joint+rollingq", "before")
+    assert "just before the first rotation: the query stands closest to the keys of audio" in before
+    after = comparison_text.keys_text(readings, "joint+rollingq", "after")
+    assert "at the end of training: the query stands closest to the keys of image" in after
+    assert comparison_text.rotations_text(readings).endswith("joint+rollingq 1.")
+
+
+def test_each_method_is_told_by_the_modality_that_its_runs_destroyed():
+    runs = [attending("joint", s, "audio") for s in (0, 1)] + [attending("joint+x", s, "image") for s in (0, 1)]
+    readings = read(runs, noise_modality="the one attended most")
+    assert (readings.noise_modality, readings.disturbed("joint"), readings.disturbed("joint+x")) == (
+        None,
+        "audio",
+        "image",
+    )
+    text = " ".join(comparison_text.verdict(readings))
+    assert "In joint, replacing audio by noise moves attention away from it" in text
+    assert "In joint+x, replacing image by noise moves attention away from it" in text
+    assert comparison_text.headline(readings) == "joint and joint+x compared, without a test"
+    with_accuracy = [run | {"metrics": run["metrics"] | {"accuracy": 0.5}} for run in runs]
+    text = " ".join(comparison_text.verdict(read(with_accuracy)))
+    assert "accuracy stays at 50.0 %; r is not compared, since no pair of runs destroyed the same modality" in text
+
+
+def test_unfinished_and_failed_runs_are_told():
+    assert comparison_text.notices({"runs": []}) == []
+    assert comparison_text.notices({"runs": [], "complete": True, "failures": []}) == []
+    (said,) = comparison_text.notices({"runs": [], "complete": False, "failures": [
+        {"method": "joint", "seed": 3, "fold": "A", "error": "loss is NaN", "kind": "NonFiniteError"}]})  # fmt: skip
+    assert said == "joint, seed 3, fold A failed and is missing below: loss is NaN"

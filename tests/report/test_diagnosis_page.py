@@ -1,0 +1,300 @@
+"""The page of a diagnosis: whole, harmless and readable, for one model and for several; looked at with a browser."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from test_report import CONTRAST, EVIL
+
+import equipoise as eq
+from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose
+from equipoise.errors import ConfigError
+from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
+from equipoise.report.diagnosis_page import diagnosis_page
+from equipoise.report.diagnosis_words import WORDS
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.waiting import DEADLOCK
+
+LONG = "a-name-that-has-no-place-to-break-" * 3
+
+
+def batches(names=("audio", "image")):
+    return [batch(names, size=size, seed=seed, dtype=torch.float32) for seed, size in enumerate((13, 7))]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return diagnose(model(depth=3, dtype=torch.float32), batches(), outside=batches(), name="deep")
+
+
+@pytest.fixture(scope="module")
+def static():
+    torch.manual_seed(0)
+    encoders = {name: torch.nn.Linear(FEATURES[name], DIM) for name in ("audio", "image")}
+    return diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), batches())
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return diagnose(model(("audio",), heads=1, dtype=torch.float32), batches(("audio",)), name="audio")
+
+
+@pytest.fixture(scope="module")
+def three():
+    names = ("audio", "image", "text")
+    return diagnose(model(names, heads=3, dtype=torch.float32), batches(names), name=LONG)
+
+
+def page(*found):
+    return diagnosis_page([diagnosis.to_dict() for diagnosis in found])
+
+
+def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
+    assert set(WORDS) == set(QUESTIONS)
+    for metric in {**deep.metrics, **static.metrics}:
+        assert source_of(metric) in QUESTIONS, metric
+        assert label(metric)[0].isupper()
+    assert ordered(["flops", "loss", "accuracy", "share/audio"], WORDS) == ["accuracy", "share/audio", "flops", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("accuracy_mask/audio", 0.5, "50.0 %"),
+        ("negative_error_noise/a_b", -0.25, "0.250"),
+        ("quag/avg-audio", 0.25, "25.0 %"),
+        ("area/audio", 0.75, "75.0 %"),
+        ("shapley/audio", -0.125, "−12.5 points"),
+        ("noise_attention_p", 1e-9, "p < 0.001"),
+        ("gradient/audio", 0.00123456, "0.00123"),
+        ("parameters", 5926, "5.93 k"),
+        ("air", -0.5, "−0.50"),
+        ("changed_noise/image", 0.0, "0.0 %"),
+    ],
+)
+def test_how_figures_are_written(metric, value, text):
+    assert shown(metric, value) == text
+
+
+def test_the_verdict_comes_first_and_every_link_leads_somewhere(deep):
+    text = page(deep)
+    assert text.index("<h1>") < text.index('class="verdict"') < text.index('id="test-score"')
+    for verdict in deep.verdicts:
+        assert f'href="#test-{verdict.test}"' in text
+    anchors = set(re.findall(r'href="#([^"]+)"', text))
+    assert anchors <= set(re.findall(r'\bid="([^"]+)"', text))
+    assert {f"test-{test}" for test in QUESTIONS} <= anchors
+
+
+def test_identifiers_are_unique(deep, static, three):
+    found = re.findall(r'\bid="([^"]+)"', page(deep, static, three, deep))
+    assert len(found) == len(set(found))
+
+
+def test_figures_of_the_table_are_those_of_the_diagnosis(deep, static):
+    text = page(deep, static)
+    for metric in ("accuracy", "accuracy_mask/audio", "accuracy_noise/image"):
+        cells = [f"{100 * found.metrics[metric]:.1f}\N{NO-BREAK SPACE}±" for found in (deep, static)]
+        row = re.search(rf'<th scope="row">{re.escape(label(metric))}</th>(.*?)</tr>', text).group(1)
+        assert all(cell in row for cell in cells)
+
+
+def test_a_difference_is_bold_only_where_it_is_significant():
+    metrics = {"accuracy": 0.8, "accuracy_noise/a": 0.5}
+    first = Diagnosis("one", ("a",), "classification", 1000, metrics, details={"score": {}, "noise": {}})
+    other = dataclasses.replace(first, name="two", metrics={"accuracy": 0.81, "accuracy_noise/a": 0.6})
+    text = page(first, other)
+    assert re.findall(r"<td[^>]*>([\d.]+)[^<]*<small class=\"sure\">([^ <]+)", text) == [
+        ("60.0", "+10.0\N{NO-BREAK SPACE}points,")
+    ]
+    assert len(re.findall(r"<small>[^<]*points, p", text)) == 1
+
+
+def test_what_was_not_tested_is_told_with_its_reason(static, alone, deep):
+    for found in (static, alone):
+        text = page(found)
+        for test, reason in found.skipped.items():
+            assert f"<dt>{test}</dt>" in text
+            assert reason[:40] in text
+            assert f'id="test-{test}"' not in text
+    assert "<dt>" not in page(deep)
+
+
+def test_raw_numbers_come_out_as_they_went_in(deep, three):
+    (inside,) = re.findall(r'id="diagnoses">(.*?)</script>', page(deep, three), flags=re.DOTALL)
+    assert json.loads(inside)["diagnoses"] == [deep.to_dict(), three.to_dict()]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_of_the_user_stay_text(evil):
+    names = ("audio", evil)
+    encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
+    found = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), batches(), name=evil)
+    content = json.loads(json.dumps(found.to_dict()).replace('"image"', json.dumps(names[1])))
+    content["skipped"] = {"noise": evil}
+    content["protocol"] = {evil: evil, "data": evil}
+    text = diagnosis_page([content])
+    assert evil not in text
+    assert text.count("<script") == 2
+    assert text.count("<!--") == 0
+
+
+def test_little_makes_a_page():
+    bare = Diagnosis("bare", ("a", "b"), None, 0, {})
+    text = page(bare)
+    assert "<h1>bare, examined</h1>" in text
+    assert "No test gave a verdict" in text
+    nothing = dataclasses.replace(bare, details={test: {} for test in QUESTIONS}, metrics={"accuracy": float("nan")})
+    text = page(nothing, bare)
+    assert "<h1>bare (1) and bare (2), side by side</h1>" in text
+    assert text.count("<svg") == 0
+    assert "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL).replace("dominant", "")
+    with pytest.raises(ConfigError, match="diagnosis_page: expected one or more diagnoses, got none"):
+        diagnosis_page([])
+
+
+def test_models_of_one_name_are_told_apart(deep):
+    assert "<h1>deep (1) and deep (2), side by side</h1>" in page(deep, deep)
+
+
+def test_report_writes_a_file_or_into_a_folder(deep, static, tmp_path):
+    assert deep.report(tmp_path) == tmp_path / "report.html"
+    assert deep.report(tmp_path / "new" / "two.html", static).read_text() == page(deep, static)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "new"}
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page; afterward nothing may have complained or asked for anything else."""
+    contexts, troubles = [], []
+
+    def visit(*found, width=1180, scheme="light"):
+        path = tmp_path / "page.html"
+        path.write_text(page(*found), encoding="utf-8")
+        address = path.as_uri()
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
+        view = context.new_page()
+        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
+        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        view.on("request", lambda r: r.url.split("#")[0] in (address, "data:,") or troubles.append(f"request: {r.url}"))
+        view.goto(address)
+        return view
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 390, 1180])
+def test_page_never_scrolls_sideways(opened, deep, static, three, width):
+    assert opened(deep, static, three, width=width).evaluate("document.documentElement.scrollWidth") <= width
+    assert opened(three, width=width).evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "least"), [(390, 150), (1280, 200)])
+def test_names_of_figures_keep_their_width_and_tables_scroll(opened, deep, static, three, width, least):
+    view = opened(deep, static, three, width=width)
+    names = view.locator(".test .figures tbody th")
+    assert names.count() > 20
+    widths = names.evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().width)")
+    assert min(widths) >= least
+    boxes = view.locator(".test .scroll").evaluate_all(
+        "boxes => boxes.map(box => [getComputedStyle(box).overflowX, box.getBoundingClientRect().right])"
+    )
+    assert {overflow for overflow, _ in boxes} == {"auto"}
+    assert max(right for _, right in boxes) <= width
+
+
+@pytest.mark.browser
+def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, deep, static):
+    light, dark = opened(deep, static), opened(deep, static, scheme="dark")
+    read = CONTRAST.replace('"p, ', '"a, dt, dd, label, .mark, caption, p, ')
+    measured = {"light": light.evaluate(read), "dark": dark.evaluate(read)}
+    light.click("#theme")
+    measured["switched"] = light.evaluate(read)
+    assert light.get_attribute("#theme", "aria-pressed") == "true"
+    for name, found in measured.items():
+        assert min(found["counted"]) > 50
+        assert found["texts"] >= 4.5, name
+        assert found["labels"] >= 4.5, name
+    assert measured["dark"] == measured["switched"]
+
+
+@pytest.mark.browser
+def test_a_verdict_leads_to_its_test(opened, deep):
+    view = opened(deep)
+    for link in view.locator(".verdict a").all():
+        link.click()
+        wanted = link.get_attribute("href")
+        assert view.evaluate("location.hash") == wanted
+        view.wait_for_function("h => Math.abs(document.querySelector(h).getBoundingClientRect().top) < 700", arg=wanted)
+
+
+@pytest.mark.browser
+def test_every_picture_has_a_name_and_a_caption(opened, deep, static, three):
+    view = opened(deep, static, three)
+    names = [picture.get_attribute("aria-label") for picture in view.get_by_role("img").all()]
+    assert len(names) == len(view.locator("svg").all()) == len(set(names)) > 30
+    captions = view.locator("figcaption").all_text_contents()
+    assert len(captions) == len(names)
+    assert min(map(len, captions)) > 10
+
+
+def explored(view):
+    """Rows of the explorer: who reads -> what stands in the cells."""
+    rows = view.locator("#explorer-body tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+
+
+def percent(values):
+    return [f"{100 * value:.1f} %" for value in values]
+
+
+@pytest.mark.browser
+def test_layers_and_heads_can_be_explored_with_the_keyboard(opened, deep):
+    view, layers = opened(deep), deep.details["attention"]["layers"]
+    assert view.locator("#layer-said").inner_text() == "1 of 3"
+    heads = layers[0]["share"]
+    mean = [sum(head[place] for head in heads) / len(heads) for place in range(2)]
+    assert explored(view)["all queries"] == percent([*mean, 1 - sum(mean)])
+    view.focus("#pick-layer")
+    view.keyboard.press("ArrowRight")
+    view.focus("#pick-head")
+    view.keyboard.press("End")
+    assert view.locator("#layer-said").inner_text() == "2 of 3"
+    assert view.locator("#head-said").inner_text() == "2 of 2"
+    assert view.get_attribute("#pick-head", "aria-valuetext") == "2 of 2"
+    found = explored(view)
+    assert found["all queries"][:2] == percent(layers[1]["share"][1])
+    for place, name in enumerate(("audio", "image")):
+        assert found[name][:2] == percent(layers[1]["by_query"][1][place])
+    view.focus("#pick-layer")
+    view.keyboard.press("End")
+    # A class token alone reads in the last layer.
+    assert set(explored(view)) == {"all queries"}
+
+
+@pytest.mark.browser
+def test_models_can_be_chosen_in_the_explorer(opened, deep, static, three):
+    view = opened(deep, static, three)
+    assert view.locator("#pick-model option").all_inner_texts() == ["deep", LONG]
+    view.select_option("#pick-model", LONG)
+    assert view.locator("#layer-said").inner_text() == "1 of 1"
+    assert view.locator("#explorer-head th").all_inner_texts() == ["", "audio", "image", "text", "special"]
+    assert opened(static).locator("#explorer").count() == 0
+
+
+@pytest.mark.browser
+def test_raw_numbers_can_be_downloaded(opened, deep, tmp_path):
+    view = opened(deep)
+    with view.expect_download() as waiting:
+        view.click("#download")
+    waiting.value.save_as(tmp_path / "saved" / "diagnosis.json")
+    assert Diagnosis.load(tmp_path / "saved").to_dict() == deep.to_dict()

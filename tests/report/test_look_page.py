@@ -1,0 +1,333 @@
+"""The page of a look: whole and harmless whatever a token holds; used with a real browser, by mouse and by keyboard."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from test_report import CONTRAST
+
+from equipoise.errors import SchemaError
+from equipoise.inspection import look
+from equipoise.report import plot_style
+from equipoise.report.look_figures import DEEPEST
+from equipoise.report.look_page import look_page, look_report
+from equipoise.report.look_sentences import MeanShares, percent, verdict
+from helpers.look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
+from helpers.waiting import DEADLOCK
+
+ASKED = f"{QUESTION} {EVIL} a cat"
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return look(
+        llava(seed=4),
+        processor(),
+        image=picture(260, 180),
+        text=ASKED,
+        max_new_tokens=4,
+        name=EVIL,
+        notes=[f"note {EVIL}"],
+    )
+
+
+@pytest.fixture(scope="module")
+def content(seen):
+    return json.loads(json.dumps(seen.to_dict()))
+
+
+def test_the_page_holds_the_figures_and_nothing_of_a_token_runs(content, tmp_path):
+    text = look_report(content, tmp_path).read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert EVIL not in text
+    assert text.count("<script") == 2
+    (inside,) = re.findall(r'<script type="application/json" id="look">(.*?)</script>', text, flags=re.S)
+    assert json.loads(inside) == content
+    for effect in content["effects"]:
+        assert f">{effect['change']}</th>" in text
+    assert "nan" not in re.sub(r"<script.*|base64,[^\"]*", "", text, flags=re.S).replace("dominant", "")
+    assert 'src="data:image/png;base64,' in text
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"|http-equiv', "", text)
+
+
+def test_the_sentence_has_the_figures_of_the_look(seen, content):
+    lead = verdict(MeanShares(content))[0]
+    view = seen.views["answer"]
+    part, even = float(view.share[..., 1].mean()), float(view.even[:, 1].mean())
+    assert f"In the answer, {percent(part)} of attention goes to the image" in lead
+    assert f"{part / even:.{1 if part > even else 2}f} times what its number of tokens (9 of " in lead
+    hidden = next(effect for effect in seen.effects if effect.change == "image hidden")
+    way = "falls" if hidden.difference < 0 else "rises"
+    assert f"Without the image, the answer’s log-likelihood {way} by {abs(hidden.difference):.2f} a token." in lead
+
+
+@pytest.mark.parametrize(
+    ("effects", "said"),
+    [
+        ([{"change": "blank image", "log_likelihood": -2.0, "difference": -0.5}], "With a blank image instead, the"),
+        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "is as likely as before"),
+        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.25}], "rises by 0.25 a token"),
+        ([{"change": "image hidden", "log_likelihood": None, "difference": None}], "would give."),
+        ([], "would give."),
+    ],
+)  # fmt: skip
+def test_the_sentence_says_what_the_answer_loses(content, effects, said):
+    changed = content | {"effects": effects}
+    assert verdict(MeanShares(changed))[0].endswith(said) or said in verdict(MeanShares(changed))[0]
+    assert look_page(changed).rstrip().endswith("</html>")
+
+
+def hollow(content):
+    """Attention that could not be told, as NaN leaves it in the file."""
+    views = {
+        name: {**view, "without_sinks": [[[None] * 2] * 4] * 3, "sinks": []} for name, view in content["views"].items()
+    }
+    return content | {"views": views}
+
+
+def test_a_page_of_what_is_there(content):
+    assert "none" in look_page(hollow(content))
+    strip = content | {"grid": {"rows": 1, "columns": 9, "known": False, "why": "9 tokens are no square"}}
+    assert "The places of the tokens in the picture are not known: 9 tokens are no square." in look_page(strip)
+
+
+@pytest.mark.parametrize("shade", plot_style.MODALITY)
+def test_figures_can_be_read_in_the_deepest_cell(shade):
+    for paper, ink, color in (
+        ("#fdfcfa", plot_style.INK, shade),
+        ("#15171a", plot_style.THEME[plot_style.INK][1], plot_style.THEME[shade][1]),
+    ):
+        ground = [(1 - DEEPEST) * p + DEEPEST * c for p, c in zip(*map(to_rgb, (paper, color)), strict=True)]
+        low, high = sorted((luminance(ground), luminance(to_rgb(ink))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def luminance(rgb):
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def test_what_is_no_look_is_refused(content, tmp_path):
+    with pytest.raises(SchemaError, match="look_report: expected a look of schema 1, got look of schema 2"):
+        look_report(content | {"schema": 2}, tmp_path)
+    with pytest.raises(SchemaError, match="expected a look of schema 1, got no look of schema 1"):
+        look_page({"schema": 1, "runs": []})
+    with pytest.raises(SchemaError, match="expected a look of schema 1, got list"):
+        look_page([])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page; afterward nothing may have complained or asked for anything else."""
+    contexts, troubles = [], []
+
+    def visit(content, *, width=1180, scheme="light"):
+        address = look_report(content, tmp_path / "page.html").as_uri()
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
+        view = context.new_page()
+        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
+        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        view.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        view.on("request", lambda r: r.url == address or r.url.startswith("data:") or troubles.append(r.url))
+        view.goto(address)
+        return view
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def told(view):
+    return view.locator("#told").text_content().replace("\u00a0", " ")
+
+
+def pixels(view):
+    return view.locator("#map").evaluate("canvas => canvas.toDataURL()")
+
+
+def colors(view):
+    return view.eval_on_selector_all(".chip", "chips => chips.map(c => c.style.getPropertyValue('--part'))")
+
+
+@pytest.mark.browser
+def test_layer_head_and_token_change_the_picture(opened, seen, content):
+    view = opened(content)
+    first = pixels(view)
+    assert view.locator("#map").evaluate("canvas => [canvas.width, canvas.height]") == [3, 3]
+    assert view.locator("#layer-said").text_content() == "all, mean"
+    view.locator("#layer").fill("3")
+    second = pixels(view)
+    assert view.locator("#layer-said").text_content() == "2"
+    view.locator("#head").fill("2")
+    third = pixels(view)
+    assert view.locator("#head-said").text_content() == "1"
+    view.get_by_role("button", name="cat", exact=True).first.click()
+    fourth = pixels(view)
+    assert len({first, second, third, fourth}) == 4
+    place = next(n for n, reader in enumerate(seen.maps.readers) if reader.text == "cat")
+    row = seen.maps.by_head[place, 2, 1].float().numpy()
+    image = [n for n, token in enumerate(seen.tokens) if token.modality == "image"]
+    part, best = float(row[image].sum()), int(np.argmax(row[image]))
+    said = told(view)
+    assert "Attention of “cat” in layer 2, head 1:" in said
+    assert f"{shown(part)} to the 9 tokens of image" in said
+    assert f"in row {best // 3 + 1} of 3, column {best % 3 + 1} of 3: {shown(row[image][best])}." in said
+    assert view.locator("#map").get_attribute("aria-label").replace("\u00a0", " ").endswith(said.partition(". ")[2])
+
+
+def shown(value):
+    """As the script writes it."""
+    figure = 100 * float(value)
+    return f"{figure:.{0 if figure >= 9.95 else 1 if figure >= 0.095 else 2}f} %"
+
+
+@pytest.mark.browser
+def test_words_are_colored_by_what_was_asked_for(opened, content):
+    view = opened(content)
+    looks = colors(view)
+    view.get_by_label("how much the chosen token reads them").check()
+    read = colors(view)
+    assert looks != read
+    assert max(int(part.rstrip("%")) for part in read) == 44
+    # A word before the picture, or the chosen token's own future, cannot be read.
+    first = view.locator(".chip[data-place]").nth(0)
+    first.click()
+    assert first.get_attribute("aria-pressed") == "true"
+    assert "%" in first.get_attribute("title")
+
+
+@pytest.mark.browser
+def test_everything_can_be_done_by_keyboard(opened, content):
+    view = opened(content)
+    view.focus("#layer")
+    view.keyboard.press("ArrowRight")
+    assert "in layer 0, all heads" in told(view)
+    view.keyboard.press("Tab")
+    view.keyboard.press("End")
+    assert "in layer 0, head 3" in told(view)
+    # One stop for all words; arrows go from one to the next.
+    view.keyboard.press("Tab")
+    assert "the whole answer" in told(view)
+    view.keyboard.press("Home")
+    assert "the whole prompt" in told(view)
+    view.keyboard.press("ArrowRight")
+    assert "“what”" in told(view)
+    pressed = view.locator(".chip[aria-pressed=true]")
+    assert pressed.count() == 1
+    assert pressed.evaluate("e => e === document.activeElement")
+    view.keyboard.press("Tab")
+    assert view.evaluate("document.activeElement.name") == "color"
+
+
+@pytest.mark.browser
+def test_the_picture_lies_under_its_map_and_can_be_seen_alone(opened, content):
+    view = opened(content)
+    frame, canvas = (view.locator(name).bounding_box() for name in ("#frame", "#map"))
+    left, upper, right, lower = content["frame"]
+    assert canvas["x"] - frame["x"] == pytest.approx(left * frame["width"], abs=1)
+    assert canvas["width"] == pytest.approx((right - left) * frame["width"], abs=1)
+    assert canvas["height"] == pytest.approx((lower - upper) * frame["height"], abs=1)
+    before = pixels(view)
+    view.get_by_label("bring out weak places").check()
+    assert pixels(view) != before
+    view.get_by_label("attention over the picture").uncheck()
+    assert not view.locator("#map").is_visible()
+    assert view.locator("#frame img").evaluate("e => e.naturalWidth") == 260
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 390, 1180])
+def test_page_never_scrolls_sideways(opened, content, width):
+    long = [{**token, "text": token["text"] * 30} for token in content["tokens"]]
+    view = opened(content | {"tokens": long}, width=width)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+
+CHIPS = """() => {
+  const channel = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = (text) => {
+    const found = text.match(/[\\d.]+/g).map(Number);
+    const [r, g, b] = text.startsWith("color(") ? found : found.map((c) => c / 255);
+    return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  };
+  return [...document.querySelectorAll(".chip")].map((chip) => {
+    const { color, backgroundColor } = getComputedStyle(chip);
+    const [ink, ground] = [light(color), light(backgroundColor)];
+    return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+  });
+}"""
+
+
+@pytest.mark.browser
+def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, content):
+    light, dark = opened(content), opened(content, scheme="dark")
+    measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
+    for mode in ("looks", "read"):
+        for view in (light, dark):
+            view.locator(f"input[value={mode}]").check()
+            assert min(view.evaluate(CHIPS)) >= 4.5
+    light.click("#theme")
+    measured["switched"] = light.evaluate(CONTRAST)
+    assert light.get_attribute("#theme", "aria-pressed") == "true"
+    for name, found in measured.items():
+        assert min(found["counted"]) > 50
+        assert found["texts"] >= 4.5, name
+        assert found["labels"] >= 4.5, name
+    assert measured["dark"] == measured["switched"]
+
+
+@pytest.mark.browser
+def test_a_hostile_token_does_nothing_and_is_shown(opened, content):
+    view = opened(content)
+    view.wait_for_load_state("networkidle")
+    view.get_by_role("button", name=EVIL, exact=True).first.click()
+    assert f"Attention of “{EVIL}” in all layers" in told(view)
+    assert view.locator(".subtitle").text_content().startswith(EVIL)
+    assert view.locator(".notice").text_content() == f"note {EVIL}"
+
+
+@pytest.mark.browser
+def test_every_picture_has_a_name(opened, content):
+    view = opened(content)
+    pictures = view.get_by_role("img").all()
+    assert len(pictures) == 6 == len(view.locator("svg, img, canvas").all())
+    names = [picture.get_attribute("aria-label") or picture.get_attribute("alt") for picture in pictures]
+    assert len(set(names)) == 6
+    assert min(map(len, names)) > 20
+
+
+@pytest.mark.browser
+def test_raw_numbers_can_be_downloaded(opened, content, tmp_path):
+    view = opened(content)
+    with view.expect_download() as waiting:
+        view.click("#download")
+    assert waiting.value.suggested_filename == "look.json"
+    waiting.value.save_as(tmp_path / "look.json")
+    assert json.loads((tmp_path / "look.json").read_text()) == content
+
+
+@pytest.mark.browser
+def test_single_heads_of_large_models_are_those_of_the_whole_answer(opened, seen, content):
+    few = seen.maps._replace(by_head=seen.maps.by_head[:1]).to_dict()
+    view = opened(content | {"maps": json.loads(json.dumps(few))})
+    view.locator("#head").fill("1")
+    assert "head 0" in told(view)
+    view.get_by_role("button", name="cat", exact=True).first.click()
+    assert view.locator("#head").is_disabled()
+    assert "all heads" in told(view)
+
+
+@pytest.mark.browser
+def test_a_model_of_text_has_words_alone(opened):
+    alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
+    view = opened(alone.to_dict(), width=390)
+    assert view.locator("canvas, img").count() == 0
+    view.get_by_role("button", name="mat", exact=True).click()
+    assert "Attention of “mat” in all layers, all heads: 100 % to the 8 tokens of text." in told(view)
+    assert view.evaluate("document.documentElement.scrollWidth") <= 390

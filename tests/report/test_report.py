@@ -1,0 +1,294 @@
+"""report.py: one page, whole and harmless, whatever the results hold; looked at with a real browser."""
+
+import json
+import re
+
+import pytest
+
+from equipoise.errors import DataError, SchemaError
+from equipoise.report import page, report
+from equipoise.report.comparison_page import embedded
+from equipoise.results import result_rows
+from helpers.fake_results import fake_results
+from helpers.waiting import DEADLOCK
+
+EVIL = (
+    "<img src=x onerror=alert(1)>",
+    '</script><script>alert("2")</script>',
+    "<!-- <script>",
+    "'\"><svg onload=alert(3)>",
+)
+
+
+HOLLOW = {
+    "history": [{"epoch": 1, "loss": None}, {}],
+    "keys": {"after": {}},
+    "shares": {"clean": {"edges": [], "counts": []}},
+}
+"""Parts of a run that are there and hold nothing."""
+
+
+def partial(**changes):
+    return fake_results(seeds=2, epochs=4) | changes
+
+
+def without(content, *keys):
+    return content | {"runs": [{k: v for k, v in run.items() if k not in keys} for run in content["runs"]]}
+
+
+def test_report_reads_a_folder_a_file_or_a_mapping_and_writes_a_folder_or_a_file(tmp_path):
+    content = partial()
+    path = result_rows.write_results(tmp_path / "results.json", content)
+    pages = [
+        report(path, tmp_path / "a.html"),
+        report(tmp_path, tmp_path),
+        report(content, tmp_path / "new" / "b.html"),
+    ]
+    assert [p.name for p in pages] == ["a.html", "report.html", "b.html"]
+    assert len({p.read_text() for p in pages}) == 1
+
+
+def test_page_is_small_and_complete(tmp_path):
+    out = report(fake_results(), tmp_path / "report.html")
+    assert out.stat().st_size < 1.5e6
+    text = out.read_text()
+    assert text.count("<svg") == text.count("<figcaption>") == 17
+    assert "joint+rollingq has a higher attention–noise correlation than joint" in text
+
+
+def test_table_shows_what_the_summary_holds():
+    content = fake_results()
+    text = page(content)
+    for row in content["summary"]:
+        if row["metric"] == "accuracy":
+            assert f"{100 * row['mean']:.1f} ± {100 * row['sd']:.1f}" in text
+            if row["difference"] is not None:
+                assert f"{100 * row['difference']:+.1f}".replace("-", "−") + ", p " in text
+
+
+def test_raw_numbers_come_out_as_they_went_in():
+    content = partial()
+    content["protocol"] |= {f"note {i}": evil for i, evil in enumerate(EVIL)}
+    text = page(content)
+    (inside,) = re.findall(r'<script type="application/json" id="results">(.*?)</script>', text, flags=re.S)
+    assert json.loads(inside) == content
+    assert "<" not in str(embedded(content))
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_of_the_user_stay_text(evil):
+    names = {"joint": evil, "audio": evil + "2"}
+    content = fake_results(methods=("audio", "concat", "joint"), seeds=2, fold=evil, epochs=3, rename=names)
+    content["protocol"] |= {evil: evil, "data": evil, "noise_modality": evil, "nested": {evil: [evil]}}
+    content["environment"] |= {evil: evil}
+    text = page(content)
+    assert evil not in text
+    assert text.count("<script") == 2
+    assert "<img" not in text
+    assert text.count("<!--") == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        partial(runs=[], summary=[]),
+        partial(summary=[]),
+        partial(protocol={}, environment={}),
+        without(partial(), "history"),
+        without(partial(), "keys", "shares"),
+        without(partial(), "history", "keys", "shares"),
+        fake_results(methods=("image",), seeds=1, epochs=2),
+        fake_results(methods=("joint",), seeds=1, epochs=1),
+        fake_results(methods=("joint+rollingq",), seeds=3, epochs=2),
+        fake_results(methods=("audio", "image", "concat"), seeds=2),
+        result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {}}], {}),
+        result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {"mae": 0.2, "accuracy": None}}], {}),
+        result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {"accuracy": 0.2}} | HOLLOW], {}),
+    ],
+)  # fmt: skip
+def test_partial_results_make_a_page(content):
+    text = page(result_rows.validate_results(content, "test"))
+    assert text.rstrip().endswith("</html>")
+    assert "nan" not in re.sub(r"<script.*", "", text, flags=re.S).replace("dominant", "")
+
+
+def test_page_says_when_it_is_not_the_whole_comparison():
+    content = fake_results(methods=("concat",), seeds=1, epochs=0)
+    assert "Not all planned runs" not in page(content | {"complete": True, "failures": []})
+    assert "Not all planned runs are in yet" in page(content | {"complete": False, "failures": []})
+    failure = {"method": "joint", "seed": 0, "fold": None, "error": "<b>boom</b>", "kind": "X"}
+    assert "joint, seed 0 failed and is missing below: &lt;b&gt;boom" in page(content | {"failures": [failure]})
+
+
+def test_rows_with_the_contract_alone_are_enough():
+    content = partial()
+    keep = ("method", "metric", "mean", "sd", "n", "difference", "p")
+    text = page(content | {"summary": [{k: row[k] for k in keep} for row in content["summary"]]})
+    assert "joint+rollingq" in text
+
+
+def test_what_is_no_results_is_refused(tmp_path):
+    with pytest.raises(SchemaError, match=r"report: expected schema 1, got schema 9"):
+        report(partial(schema=9), tmp_path / "r.html")
+    with pytest.raises(DataError, match="expected a results file, got no such file"):
+        report(tmp_path / "nothing.json", tmp_path / "r.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return fake_results()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Writes a page, once for each results."""
+    pages = {}
+
+    def write(content):
+        if id(content) not in pages:
+            # The results are kept with their page, so that no other results get the same id.
+            pages[id(content)] = content, report(content, tmp_path_factory.mktemp("page") / "report.html")
+        return pages[id(content)][1]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def long_names():
+    return fake_results(seeds=2, rename={"joint": "joint-with-a-name-that-has-no-place-to-break-" * 3})
+
+
+@pytest.fixture
+def opened(browser, written):
+    """Opens results in a fresh page; afterward nothing may have complained or asked for anything else."""
+    contexts, troubles = [], []
+
+    def visit(content, *, width=1180, scheme="light"):
+        address = written(content).as_uri()
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        context.set_default_timeout(1000 * DEADLOCK)
+        view = context.new_page()
+        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
+        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        view.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        view.on("request", lambda r: r.url in (address, "data:,") or troubles.append(f"request: {r.url}"))
+        view.goto(address)
+        return view
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 390, 1180])
+def test_page_never_scrolls_sideways(opened, long_names, width):
+    view = opened(long_names, width=width)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+
+CONTRAST = """() => {
+  const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = (rgb) => { const [r, g, b] = rgb.match(/[\\d.]+/g).map(Number);
+    return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b); };
+  const paper = light(getComputedStyle(document.body).backgroundColor);
+  const against = (element, property) => { const ink = light(getComputedStyle(element)[property]);
+    return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05); };
+  const read = "p, h1, h2, li, td, th, small, figcaption";
+  const texts = [...document.querySelectorAll(read)].map((e) => against(e, "color"));
+  const labels = [...document.querySelectorAll("svg text")].map((e) => against(e, "fill"));
+  return { paper, texts: Math.min(...texts), labels: Math.min(...labels), counted: [texts.length, labels.length] };
+}"""
+
+
+@pytest.mark.browser
+def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, whole):
+    light, dark = opened(whole), opened(whole, scheme="dark")
+    measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
+    light.click("#theme")
+    measured["switched"] = light.evaluate(CONTRAST)
+    assert light.get_attribute("#theme", "aria-pressed") == "true"
+    for name, found in measured.items():
+        assert min(found["counted"]) > 50
+        assert found["texts"] >= 4.5, name
+        assert found["labels"] >= 4.5, name
+    assert measured["light"]["paper"] > 0.9
+    assert measured["dark"] == measured["switched"]
+    assert measured["dark"]["paper"] < 0.02
+    light.click("#theme")
+    assert light.evaluate(CONTRAST) == measured["light"]
+
+
+def column(view, index):
+    script = "cells => cells.map(c => c.firstChild.textContent)"
+    return view.eval_on_selector_all(f"#figures tbody tr > :nth-child({index})", script)
+
+
+@pytest.mark.browser
+def test_table_sorts_by_mouse_and_by_keyboard(opened, whole):
+    view = opened(whole)
+    accuracy = view.locator("#figures thead th").nth(1)
+    accuracy.locator("button").click()
+    assert column(view, 1) == ["concat", "joint+rollingq", "image", "joint", "audio"]
+    assert accuracy.get_attribute("aria-sort") == "descending"
+    assert view.locator("#sorted").text_content() == "Sorted by Accuracy %, descending."
+    view.keyboard.press("Enter")
+    assert column(view, 1) == ["audio", "joint", "image", "joint+rollingq", "concat"]
+    view.keyboard.press("Shift+Tab")
+    view.keyboard.press("Space")
+    assert column(view, 1) == ["audio", "concat", "image", "joint", "joint+rollingq"]
+    assert [h.get_attribute("aria-sort") for h in view.locator("#figures thead th").all()[:2]] == ["ascending", "none"]
+
+
+@pytest.mark.browser
+def test_methods_without_a_figure_stay_below(opened, whole):
+    view = opened(whole)
+    button = view.get_by_role("button", name="Attention–noise correlation r")
+    button.click()
+    assert column(view, 1)[:2] == ["joint+rollingq", "joint"]
+    button.click()
+    assert column(view, 1)[:2] == ["joint", "joint+rollingq"]
+
+
+@pytest.mark.browser
+def test_every_picture_has_a_name_and_a_caption(opened, whole):
+    view = opened(whole)
+    pictures = view.get_by_role("img").all()
+    assert len(pictures) == 17 == len(view.locator("svg, img").all())
+    names = [picture.get_attribute("aria-label") for picture in pictures]
+    assert len(set(names)) == len(names)
+    captions = view.locator("figcaption").all_text_contents()
+    assert len(captions) == 17
+    assert min(map(len, captions)) > 20
+
+
+@pytest.mark.browser
+def test_raw_numbers_can_be_downloaded(opened, tmp_path):
+    content = partial()
+    view = opened(content)
+    with view.expect_download() as waiting:
+        view.click("#download")
+    waiting.value.save_as(tmp_path / "saved" / "results.json")
+    assert result_rows.load_results(tmp_path / "saved") == content
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("evil", EVIL)
+def test_a_hostile_name_does_nothing_and_is_shown(opened, evil):
+    content = fake_results(methods=("concat", "joint"), seeds=2, epochs=2, rename={"joint": evil})
+    content["protocol"]["data"] = evil
+    view = opened(content)
+    view.wait_for_load_state("networkidle")
+    assert column(view, 1) == ["concat", evil]
+    assert view.locator(".subtitle").text_content().startswith(evil)
+    assert evil[:12] in view.locator("svg").first.text_content()
+
+
+@pytest.mark.browser
+def test_page_without_results_stays_quiet(opened):
+    view = opened(result_rows.build_results([], {}), width=360)
+    assert view.locator("h1").text_content() == "No run yet"
+    assert view.locator("#figures").count() == 0

@@ -1,0 +1,297 @@
+"""significance.py: tests against an enumeration of everything that could have happened, and verdicts that obey them."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import equipoise as eq
+from equipoise.diagnostics.suite import diagnose
+from equipoise.errors import ShapeError
+from equipoise.report.verdict_evidence import VerdictEvidence
+from equipoise.report.verdicts import headline, verdicts
+from equipoise.results.significance import (
+    RESAMPLES,
+    SURE,
+    bootstrap_p,
+    mcnemar,
+    pack_outcomes,
+    pack_text,
+    paired_p,
+    unpack_outcomes,
+    unpaired_p,
+)
+from helpers.diagnosis import answered, weighing
+
+TASKS = ("classification", "multilabel", "regression")
+
+
+@given(st.integers(0, 7), st.integers(0, 7))
+@settings(max_examples=30, deadline=None)
+def test_mcnemar_against_every_way_in_which_the_answers_could_have_differed(b, c):
+    total, seen = b + c, abs(b - c)
+    ways = [abs(2 * sum(way) - total) for way in itertools.product((0, 1), repeat=total)] if total < 12 else None
+    if ways is None:
+        ways = [abs(2 * k - total) for k in range(total + 1) for _ in range(math.comb(total, k))]
+    more, same = sum(way > seen for way in ways) / len(ways), sum(way == seen for way in ways) / len(ways)
+    # Of the two sides together, half of what was seen: mid-p.
+    expected = 1.0 if b == c else more + same / 2
+    assert mcnemar(b, c) == pytest.approx(expected)
+    assert mcnemar(b, c) == pytest.approx(mcnemar(c, b))
+
+
+def enumerated(values):
+    """p of the bootstrap-t over all n^n resamples, in plain loops."""
+    n, mean = len(values), sum(values) / len(values)
+
+    def spread(part):
+        middle = sum(part) / n
+        return math.sqrt(sum((value - middle) ** 2 for value in part) / n)
+
+    statistic, extreme = abs(mean) / spread(values), 0
+    for part in itertools.product(values, repeat=n):
+        extreme += abs(sum(part) / n - mean) >= statistic * spread(part) - 1e-9
+    return extreme / n**n
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.4, -0.2, 0.0, 0.2, 0.6, 1.0]), min_size=2, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_bootstrap_against_all_resamples(values):
+    assume(len(set(values)) > 1)
+    assume(abs(sum(values)) > 1e-9)
+    expected = enumerated(values)
+    error = math.sqrt(expected * (1 - expected) / RESAMPLES) + 1 / RESAMPLES
+    assert bootstrap_p(values) == pytest.approx(expected, abs=5 * error)
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=30), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_neither_order_nor_direction_matters_and_no_model_differs_from_itself(pairs, luck):
+    first, second = (np.array(side) for side in zip(*pairs, strict=True))
+    p = paired_p(first, second)
+    assert 0 < p <= 1
+    mixed = luck.sample(pairs, len(pairs))
+    assert paired_p(*(np.array(side) for side in zip(*mixed, strict=True))) == p
+    assert paired_p(first[::-1], second[::-1]) == p
+    assert paired_p(second, first) == pytest.approx(p, abs=0.05)
+    assert paired_p(first, first) == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
+@settings(max_examples=40, deadline=None)
+def test_right_and_wrong_answers_are_mcnemars(pairs):
+    first, second = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
+    b, c = pairs.count((1, 0)), pairs.count((0, 1))
+    assert paired_p(first, second) == mcnemar(b, c)
+    assert paired_p(second, first) == paired_p(first, second)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda r: r.gauss(0, 1), lambda r: r.choice([-0.2, 0, 0, 0.2]), lambda r: r.expovariate(1) - 1]
+)
+def test_chance_alone_is_rarely_significant(draw):
+    luck = random.Random(3)
+    found = sum(bootstrap_p([draw(luck) for _ in range(15)]) < SURE for _ in range(200))
+    # Binomial(200, 0.05) is 21 or more once in a thousand times.
+    assert found <= 20
+
+
+def test_many_samples_and_closed_forms():
+    luck = np.random.default_rng(0)
+    values = luck.normal(0.02, 1, 25_000)
+    t = values.mean() / values.std() * math.sqrt(len(values))
+    assert bootstrap_p(values) == pytest.approx(math.erfc(abs(t) / math.sqrt(2)), abs=1e-9)
+    assert bootstrap_p(values[:20_000]) == pytest.approx(bootstrap_p(values), abs=0.1)
+    assert bootstrap_p([0.25] * 5) == 2**-4
+    assert bootstrap_p([]) == 1.0
+    assert unpaired_p(0.5, 0.4, math.nan, 0.1) is None
+    assert unpaired_p(0.5, 0.4, 0.0, 0.0) == 0.0
+
+
+@given(st.lists(st.one_of(st.just(math.nan), st.floats(-100, 100).map(lambda x: round(x, 3)))))
+def test_outcomes_come_back(values):
+    np.testing.assert_allclose(unpack_outcomes(pack_outcomes(values)), np.array(values))
+
+
+# -- verdicts on drawn outcomes ------------------------------------------------------------------------------------
+
+
+def drawn(task, samples, level, luck):
+    """Outcomes of a task around a level in [0, 1]."""
+    if task == "classification":
+        return (luck.random(samples) < level).astype(float)
+    if task == "multilabel":
+        return (luck.random((samples, 4)) < level).mean(axis=1)
+    return luck.normal(level - 2, 0.3, samples)
+
+
+def content(task, samples, levels, seed, same=()):
+    """A diagnosis whose outcomes are drawn around known levels; metrics in ``same`` have those of another one."""
+    luck = np.random.default_rng(seed)
+    score = "negative_error" if task == "regression" else "accuracy"
+    each = {}
+    for kind, level in levels.items():
+        each[score + kind] = drawn(task, samples, level, luck)
+    for kind, other in dict(same).items():
+        each[score + kind] = each[score + other]
+    details = {"score": {"outcomes": {metric: pack_outcomes(values) for metric, values in each.items()}}}
+    metrics = {metric: float(unpack_outcomes(pack_outcomes(values)).mean()) for metric, values in each.items()}
+    return {
+        "names": ["audio", "image"],
+        "task": task,
+        "samples": samples,
+        "metrics": metrics,
+        "details": details,
+    }, score
+
+
+LEVELS = st.fixed_dictionaries(
+    {kind: st.sampled_from([0.2, 0.5, 0.55, 0.6, 0.9]) for kind in (
+        "", "_constant", "_mask/audio", "_mask/image", "_noise/audio", "_noise/image", "_alone/audio", "_alone/image"
+    )}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+@given(st.integers(2, 120), LEVELS, st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_verdicts_obey_the_tests(task, samples, levels, seed):
+    made, score = content(task, samples, levels, seed)
+    found = VerdictEvidence(made)
+    said = {verdict.key: verdict for verdict in verdicts(made)}
+    above = found.compare(score, f"{score}_constant")
+    assert above.paired
+    assert ("chance" in said) == (not (above.p < SURE and above.difference > 0))
+    for name in found.names:
+        falls = [
+            one.p < SURE and one.difference < 0
+            for kind in ("mask", "noise")
+            if (one := found.compare(f"{score}_{kind}/{name}", score))
+        ]
+        assert (said[f"use/{name}"].ok == "good") == (any(falls) and "chance" not in said)
+        assert (said[f"use/{name}"].claim == f"uses {name}") == (said[f"use/{name}"].ok == "good")
+        left = found.compare(f"{score}_noise/{name}", f"{score}_constant")
+        other = {"audio": "image", "image": "audio"}[name]
+        gap = found.compare(f"{score}_noise/{name}", f"{score}_alone/{other}")
+        verdict = said[f"fallback/{name}"]
+        if verdict.ok == "good":
+            assert left.p < SURE
+            assert left.difference > 0
+        if verdict.ok == "bad":
+            assert gap.p < SURE
+            assert gap.difference < 0
+    best = max(found.names, key=lambda name: made["metrics"][f"{score}_alone/{name}"])
+    gap = found.compare(score, f"{score}_alone/{best}")
+    assert (said["golden"].ok == "good") == (gap.better and "chance" not in said)
+    assert (said["golden"].ok == "bad") == gap.worse
+    turned = {**made["details"]["score"]["outcomes"]}
+    turned = {metric: pack_outcomes(unpack_outcomes(packed)[::-1]) for metric, packed in turned.items()}
+    again = verdicts({**made, "details": {"score": {"outcomes": turned}}})
+    assert [(v.key, v.ok, v.text) for v in again] == [(v.key, v.ok, v.text) for v in said.values()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@given(st.integers(2, 100), LEVELS, st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_what_equals_the_constant_answer_is_never_a_success(task, samples, levels, seed):
+    made, _ = content(task, samples, levels, seed, {"": "_constant", "_noise/image": "_constant"})
+    found = verdicts(made)
+    assert found[0].key == "chance"
+    assert headline("mine", found) == "mine is no better than a constant answer"
+    assert all(verdict.ok != "good" for verdict in found if verdict.key != "fallback/audio")
+    assert not any("uses" in verdict.claim for verdict in found)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_falling_back_on_the_constant_answer_is_not_called_a_success(task):
+    levels = dict.fromkeys(("_constant", "_noise/audio", "_alone/image"), 0.5) | {"": 0.9, "_alone/audio": 0.9}
+    made, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
+    verdict = {verdict.key: verdict for verdict in verdicts(made)}["fallback/audio"]
+    assert (verdict.claim, verdict.ok) == ("has nothing to fall back on without audio", "neutral")
+    assert "constant answer" in verdict.text
+
+
+# -- whole diagnoses -----------------------------------------------------------------------------------------------
+
+
+class Constant(nn.Module):
+    """Always gives the same answer."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.names, self.answer = ("audio", "image"), torch.tensor(answer)
+
+    def forward(self, batch):
+        logits = self.answer.expand(len(batch["audio"]), -1)
+        return eq.Output(features=logits, logits=logits)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_constant_model_uses_nothing(task):
+    luck = torch.Generator().manual_seed(0)
+    sizes = (120, 40)
+    loader = [{name: torch.randn(size, 4, 3, generator=luck) for name in ("audio", "image")} for size in sizes]
+    for batch, size in zip(loader, sizes, strict=True):
+        batch["target"] = {
+            "classification": (torch.rand(size, generator=luck) < 0.3).long(),
+            "multilabel": (torch.rand(size, 2, generator=luck) < 0.3).float(),
+            "regression": torch.randn(size, 2, generator=luck).exp(),
+        }[task]
+    target = torch.cat([batch["target"] for batch in loader])
+    answer = {"classification": [1.0, 0.0], "multilabel": [-1.0, -1.0]}.get(task)
+    model = Constant(target.median(dim=0).values.tolist() if answer is None else answer)
+    model.task = task
+    found = diagnose(model, loader)
+    assert found.verdicts[0].key == "chance"
+    assert not any("uses" in verdict.claim or verdict.ok == "good" for verdict in found.verdicts)
+
+
+def test_alone_is_scored_on_the_samples_that_have_the_modality():
+    model = weighing(audio=1.0, image=1.0)
+    loader = answered(model)
+    samples = sum(len(batch["target"]) for batch in loader)
+    # The model is always right, and so is audio alone on the half of the samples that has it.
+    half = torch.ones(samples, dtype=torch.double)
+    half[::2] = torch.nan
+    alone = {"audio": half, "image": torch.zeros(samples)}
+    found = diagnose(model, loader, tests=["noise"], alone=alone)
+    assert found.metrics["accuracy_alone/audio"] == 1.0
+    assert found.metrics["accuracy_with/audio"] == 1.0
+    golden = {verdict.key: verdict for verdict in found.verdicts}["golden"]
+    assert golden.claim == "is no better than its best single modality"
+    assert f"on the {samples // 2} samples with both" in golden.text
+    compared = VerdictEvidence(found.to_dict()).compare("accuracy_alone/audio", "accuracy_noise/image")
+    kept = unpack_outcomes(found.details["noise"]["outcomes"]["accuracy_noise/image"])[1::2]
+    assert (compared.samples, compared.paired) == (samples // 2, True)
+    assert compared.base == pytest.approx(kept.mean())
+
+
+def test_outcomes_of_another_length_are_refused():
+    model = weighing(audio=1.0, image=1.0)
+    with pytest.raises(ShapeError, match=r"diagnose alone 'audio': expected a score, or the outcome of each of 308"):
+        diagnose(model, answered(model), alone={"audio": torch.ones(3), "image": 0.5})
+
+
+def test_models_side_by_side_are_paired_where_the_samples_are_the_same():
+    made, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 0)
+    other = {**made, "metrics": {**made["metrics"]}}
+    one, two = VerdictEvidence(made), VerdictEvidence(other)
+    assert one.compare("accuracy", "accuracy", two).p == 1.0
+    assert one.compare("accuracy", "accuracy", two).paired
+    elsewhere, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 1)
+    assert not one.compare("accuracy", "accuracy", VerdictEvidence(elsewhere)).paired
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 0, math.nan], [0.5], [10.0], [-1.0], [0.25, math.nan, -3.5e-7], [math.nan], [1.0], []]
+)
+def test_outcomes_as_one_text(values):
+    text = pack_text(values)
+    assert isinstance(text, str)
+    np.testing.assert_allclose(unpack_outcomes(text), np.array(values, dtype=float))

@@ -1,0 +1,276 @@
+"""From figures to sentences: every rule at both sides of its threshold, and nothing said that samples cannot show."""
+
+import math
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise.diagnostics.suite import diagnose
+from equipoise.report.verdict_attention import BLIND, FLAT, FOLLOWS, GUESSES, KNOWS, STILL
+from equipoise.report.verdict_evidence import Verdict, VerdictEvidence
+from equipoise.report.verdict_use import GRACE, SMALL, dominant_modality
+from equipoise.report.verdicts import headline, verdicts
+from equipoise.results.significance import SURE
+from helpers.diagnosis import answered, looking, marked, weighing
+
+MANY = 10_000
+
+
+def content(samples=MANY, names=("audio", "image"), task="classification", details=None, **metrics):
+    """``mask__audio=0.5`` is the metric mask/audio of the score."""
+    known = {name.replace("__", "/"): value for name, value in metrics.items()}
+    return {"names": list(names), "task": task, "samples": samples, "metrics": known, "details": details or {}}
+
+
+def said(**given):
+    return {verdict.key: verdict for verdict in verdicts(content(**given))}
+
+
+def slow_unpaired(samples, a, b):
+    """Two-sided p of a normal test of two fractions, each with one success and one failure more."""
+    a, b = ((samples * part + 1) / (samples + 2) for part in (a, b))
+    error = math.sqrt((a * (1 - a) + b * (1 - b)) / (samples + 2))
+    return 2 * NormalDist().cdf(-abs(a - b) / error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5000), st.floats(0, 1), st.floats(0, 1))
+def test_scores_alone_are_compared_as_if_of_different_samples(samples, a, b):
+    found = VerdictEvidence(content(samples, accuracy=a, accuracy_mask__audio=b))
+    compared = found.compare("accuracy_mask/audio", "accuracy")
+    assert compared.p == pytest.approx(slow_unpaired(samples, a, b), abs=1e-12)
+    assert compared.sure == (compared.p < SURE)
+    assert not compared.paired
+    back = found.compare("accuracy", "accuracy_mask/audio")
+    assert (back.p, back.difference) == (pytest.approx(compared.p), pytest.approx(-compared.difference))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(10, 3000), st.floats(0.2, 0.95), st.floats(-0.1, 0.1))
+def test_use_is_claimed_only_where_it_is_significant(samples, full, effect):
+    left = min(max(full + effect, 0.0), 1.0)
+    found = said(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
+    big = slow_unpaired(samples, full, left) < SURE
+    assert (found.claim in ("uses audio", "is better without audio")) == big
+    if not big:
+        assert "p = " in found.text
+        assert found.ok != "good"
+
+
+def test_both_sides_of_the_level_of_significance():
+    # sqrt(2 * 0.25 / 800) = 0.025, so 1.96 of them are 4.9 points.
+    inside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.452)["use/audio"]
+    outside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.449)["use/audio"]
+    assert (inside.claim, inside.ok) == ("shows no significant effect of audio", "neutral")
+    assert (outside.claim, outside.ok) == ("uses audio", "good")
+    assert inside.text == (
+        "No significant effect of audio: 50.0 % as it is, 45.2 % without it (−4.8 points, p = 0.055, unpaired)."
+    )
+    assert outside.figures == {"accuracy": 0.5, "accuracy_mask/audio": 0.449}
+    assert outside.test == "masking"
+
+
+def test_a_modality_is_called_ignored_only_where_the_samples_could_have_shown_it():
+    many = said(accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
+    assert (many.claim, many.ok) == ("ignores audio", "bad")
+    assert 1.96 * math.sqrt(2 * 0.25 / MANY) <= SMALL
+    few = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
+    assert few.ok == "neutral"
+    # Where no answer changes at all, even a few samples say so.
+    same = said(samples=7, accuracy=0.5, accuracy_noise__audio=0.5, changed_noise__audio=0.0)["use/audio"]
+    assert same.text == "Ignores audio: none of 7 answers changes when it is replaced by noise."
+    assert (same.ok, same.test) == ("bad", "noise")
+
+
+def test_use_of_all_modalities_in_one_sentence():
+    metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.5, "accuracy_mask__image": 0.6}
+    assert (said(**metrics)["use"].claim, said(**metrics)["use"].ok) == ("uses both modalities", "good")
+    three = {**metrics, "accuracy_mask__text": 0.7, "names": ("audio", "image", "text")}
+    assert said(**three)["use"].claim == "uses all 3 modalities"
+    ignoring = said(**{**three, "accuracy_mask__image": 0.8})["use"]
+    assert (ignoring.claim, ignoring.ok) == ("uses audio and text and ignores image", "bad")
+    assert said(**{**metrics, "accuracy_mask__image": 0.9})["use"].claim == "uses audio and is better without image"
+    open_ = said(**{**metrics, "accuracy_mask__image": 0.79, "samples": 100})["use"]
+    assert (open_.claim, open_.ok) == ("uses audio and shows no significant effect of image", "neutral")
+    # Of one that was not measured nothing is said for all.
+    assert "use" not in said(accuracy=0.8, accuracy_mask__audio=0.5)
+    assert not verdicts(content(names=("audio",), accuracy=0.8, accuracy_noise__audio=0.1))
+
+
+def test_leaning():
+    metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.7, "accuracy_mask__image": 0.4}
+    at = {"shapley__audio": 0.25, "shapley__image": 0.75}
+    found = said(**metrics, **at)["use"]
+    assert (found.claim, found.test) == ("leans on image", "shapley")
+    assert "contributes 75 %" in found.text
+    assert said(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
+    # The same parts of a difference that may be luck.
+    luck = {**metrics, "accuracy_mask__image": 0.69}
+    assert said(**luck, **at)["use"].claim == "uses both modalities"
+    assert [dominant_modality(n) for n in (2, 4)] == [0.75, 0.625]
+    harmful = said(**metrics, shapley__audio=-0.2, shapley__image=-0.1)["use"]
+    assert harmful.claim == "uses both modalities"
+
+
+@pytest.mark.parametrize(
+    ("r", "p", "claim", "ok"),
+    [
+        (FOLLOWS, 0.0, "follows quality", "good"),
+        (FOLLOWS - 0.01, 0.0, "hardly follows quality", "neutral"),
+        (BLIND, 0.0, "hardly follows quality", "neutral"),
+        (BLIND - 0.01, 0.0, "is blind to quality", "bad"),
+        (-BLIND + 0.01, 0.0, "is blind to quality", "bad"),
+        (-BLIND, 0.0, "is drawn to noise", "bad"),
+        (0.01, 0.4, "is blind to quality", "bad"),
+        (math.nan, math.nan, "is blind to quality", "bad"),
+    ],
+)
+def test_quality(r, p, claim, ok):
+    found = said(noise_attention_r=r, noise_attention_p=p, details={"response": {"modality": "audio"}})["quality"]
+    assert (found.claim, found.ok, found.test) == (claim, ok, "response")
+    assert "audio" in found.text
+    assert "nan" not in found.text
+
+
+def test_signs_that_differ_are_of_the_level_of_noise():
+    found = said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
+    assert (found.claim, found.ok, found.test) == ("reacts to the level of noise", "bad", "response")
+    assert "r = \N{MINUS SIGN}0.39, with noise of each sample's own r = +0.03. The signs differ" in found.text
+    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
+    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
+
+
+def test_few_samples_do_not_call_attention_blind():
+    found = said(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
+    assert (found.claim, found.ok) == ("shows no significant response of attention to noise", "neutral")
+    assert "r = +0.20, p = 0.30" in found.text
+
+
+@pytest.mark.parametrize(
+    ("left", "samples", "ok"),
+    [(0.65 - GRACE + 1e-6, MANY, "good"), (0.65 - GRACE - 0.001, MANY, "bad"), (0.60, 50, "neutral"), (0.7, 9, "good")],
+)
+def test_fall_back_on_what_the_other_alone_reaches(left, samples, ok):
+    metrics = {"accuracy": 0.8, "accuracy_noise__audio": left, "accuracy_alone__image": 0.65}
+    found = said(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)["fallback/audio"]
+    assert found.ok == ok
+    assert "image alone reaches 65.0 %" in found.text
+    assert found.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
+
+
+def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
+    found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["fallback/audio"]
+    assert found.text == (
+        "Does not fall back: with audio replaced by noise the accuracy is 30.0 %, without audio it reaches 60.0 % "
+        "(−30.0 points, p < 0.001, unpaired)."
+    )
+    assert "fallback/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)
+
+
+def test_golden_rule():
+    worse = said(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["golden"]
+    assert (worse.claim, worse.ok) == ("is worse than its best single modality", "bad")
+    assert "60.0 % against 70.0 % of image alone (its own head, a floor" in worse.text
+    models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})["golden"]
+    assert models.ok == "good"
+    assert "(a model of it alone; " in models.text
+    same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["golden"]
+    assert (same.ok, same.claim) == ("neutral", "is no better than its best single modality")
+    assert "golden" not in said(accuracy=0.6)
+
+
+def test_a_model_that_has_learnt_nothing_is_told_first():
+    found = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
+    assert found[0].key == "chance"
+    assert headline("mine", found) == "mine is no better than a constant answer"
+    assert "chance" not in said(accuracy=0.35, accuracy_constant=0.3)
+    assert "chance" in said(accuracy=0.2, accuracy_constant=0.3)
+
+
+def test_attention_and_confidence_at_their_thresholds():
+    assert "still" in said(share_spread__audio=STILL - 1e-6, share_spread__image=0.0)
+    assert "still" not in said(share_spread__audio=STILL, share_spread__image=0.0)
+    assert said(residual_last=FLAT - 1e-6)["collapse"].ok == "bad"
+    assert "collapse" not in said(residual_last=FLAT)
+    details = {"ood": {"outside": MANY}}
+    given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
+    found = [said(auroc=value, details=details)["outside"] for value in given]
+    assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
+    assert "does not significantly tell" in found[4].text
+    # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
+    few = {"samples": 30, "details": {"ood": {"outside": 30}}}
+    assert said(auroc=0.64, **few)["outside"].claim == "does not notice unknown inputs"
+    assert said(auroc=0.66, **few)["outside"].claim == "tells unknown inputs in part"
+
+
+def test_quag_speaks_only_where_something_was_averaged():
+    crossed = {"accuracy": 0.8, "quag__crossmodal": 0.6}
+    assert said(**crossed)["quag"].ok == "good"
+    assert said(**{**crossed, "quag__crossmodal": 0.8})["quag"].ok == "neutral"
+    assert "quag" not in said(**crossed, details={"quag": {"changed": {"crossmodal": []}}})
+
+
+def test_regression_has_the_error_of_its_samples():
+    details = {"score": {"deviation": 0.5}}
+    regression = {"task": "regression", "samples": 200, "details": details, "negative_error": -1.0}
+    # sqrt(2 * 0.25 / 200) = 0.05
+    assert said(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
+    found = said(**regression, negative_error_mask__audio=-1.11)["use/audio"]
+    # An error grows; it is no negative number that falls.
+    assert found.text == "Uses audio: 1.00 as it is, 1.11 without it (+0.11, p = 0.028, unpaired)."
+    # Without the samples' errors nothing is measurable, and nothing is ignored either.
+    blank = said(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
+    assert blank.ok == "neutral"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(["audio", "image", "text"]), st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_the_order_of_modalities_changes_no_judgement(order, left):
+    metrics = {f"accuracy_mask/{name}": value for name, value in zip(("audio", "image", "text"), left, strict=True)}
+    base = {**content(samples=300, names=order, accuracy=0.7), "metrics": {"accuracy": 0.7, **metrics}}
+    found = {verdict.key: (verdict.ok, verdict.text) for verdict in verdicts(base)}
+    for name in order:
+        again = {**base, "names": ["audio", "image", "text"]}
+        assert found[f"use/{name}"] == {v.key: (v.ok, v.text) for v in verdicts(again)}[f"use/{name}"]
+
+
+def test_nothing_measured_nothing_said():
+    assert verdicts(content()) == []
+    assert verdicts(content(accuracy=None, accuracy_mask__audio=None)) == []
+    assert headline("mine", []) == "mine, examined"
+    assert headline("mine", [Verdict("use", "ignores audio", "")]) == "mine ignores audio"
+
+
+def test_a_model_with_zero_weights_ignores_the_modality():
+    model = weighing(audio=1.0, image=0.0)
+    found = diagnose(model, answered(model))
+    by_key = {verdict.key: verdict for verdict in found.verdicts}
+    assert by_key["use"].claim == "uses audio and ignores image"
+    assert by_key["use/image"].figures["changed_noise/image"] == 0.0
+    assert by_key["use/image"].ok == "bad"
+    # It has nothing to lose by noise in what it ignores.
+    assert by_key["fallback/image"].ok == "good"
+
+
+def test_a_model_that_weighs_both_uses_both():
+    model = weighing(audio=1.0, image=1.0)
+    found = diagnose(model, answered(model))
+    assert {v.key: v.claim for v in found.verdicts}["use"] == "uses both modalities"
+    # A static model has no attention to look at quality with.
+    assert "quality" not in {verdict.key for verdict in found.verdicts}
+    assert "attention" in found.skipped["response"]
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "mean", "claim"),
+    [(6.0, -1.0, "follows quality"), (6.0, 3.0, "is drawn to noise"), (0.0, -1.0, "is blind to quality")],
+)
+def test_attention_that_follows_noise_or_is_blind_to_it(sharpness, mean, claim):
+    model = looking(sharpness)
+    found = diagnose(model, marked(model), noise={"audio": (mean, 0.1), "image": (mean, 0.1)}, modality="audio")
+    by_key = {verdict.key: verdict for verdict in found.verdicts}
+    assert by_key["quality"].claim == claim
+    # With even attention every sample is divided alike.
+    assert ("still" in by_key) == (sharpness == 0.0)

@@ -1,0 +1,215 @@
+"""Comparisons: what is run and what is not run again, what is written, and that workers change nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from equipoise.errors import ConfigError, DataError
+from equipoise.results import result_rows
+from equipoise.results.significance import unpack_outcomes
+from equipoise.training import run as experiment
+from equipoise.training.comparison import compare, device, plan_runs
+from helpers.runs import recipe, table
+
+METHODS = ["concat", "joint", "joint+rollingq"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    return compare(recipe(epochs=2), METHODS, seeds=2, out=folder, workers=0, title="tiny"), folder
+
+
+def trained(recipe, names, out, **options):
+    """Which runs a comparison really trains."""
+    seen = []
+    content = compare(
+        recipe, names, out=out, workers=0, listener=lambda job, *_: seen.append((job.method, job.seed)), **options
+    )
+    return content, list(dict.fromkeys(seen))
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "cpu"), ({"accelerator": "auto"}, "auto")])
+def test_each_run_has_one_device_of_the_accelerator(given, used, tmp_path, monkeypatch):
+    met = []
+    real = experiment.pl.Trainer
+    monkeypatch.setattr(experiment.pl, "Trainer", lambda **options: met.append(options) or real(**options))
+    compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0, **given)
+    # The first one only shows whether the options fit together.
+    assert [(options["accelerator"], options["devices"]) for options in met] == [(used, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "there", "devices"),
+    [("cpu", 3, [1] * 4), ("gpu", 1, [1] * 4), ("gpu", 0, [1] * 4), ("gpu", 3, [[0], [1], [2], [0]])],
+)
+def test_runs_take_turns_on_devices(accelerator, there, devices, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    assert [device(accelerator, number) for number in range(4)] == [
+        {"accelerator": accelerator, "devices": wanted} for wanted in devices
+    ]
+
+
+def test_results_are_as_the_design_says(done):
+    content, folder = done
+    stored = result_rows.load_results(folder)
+    written = json.loads((folder / "results.json").read_text())
+    assert len(written.pop("checksum")) == 64
+    assert stored == written == content
+    assert stored["schema"] == 1
+    assert stored["failures"] == []
+    assert [(run["method"], run["seed"]) for run in stored["runs"]] == [(m, s) for m in METHODS for s in (0, 1)]
+    assert stored["protocol"]["methods"] == METHODS
+    assert (stored["protocol"]["recipe"], stored["protocol"]["seeds"]) == ("tiny", [0, 1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics_are_there_and_possible(done, method):
+    for run in done[0]["runs"]:
+        metrics = run["metrics"]
+        if run["method"] != method:
+            continue
+        fractions = ["accuracy", "accuracy_noise/audio", "accuracy_noise/image", "val_accuracy"]
+        if method != "concat":
+            fractions += ["share/audio", "share/image"]
+            assert -1 <= metrics["noise_attention_r"] <= 1
+            assert -1 <= metrics["noise_attention_r_own"] <= 1
+            assert metrics["noise_attention_r_own"] != metrics["noise_attention_r"]
+            assert -2 <= metrics["air"] <= 2
+            assert metrics["share/audio"] + metrics["share/image"] < 1 + 1e-6
+            assert run["noise_modality"] == "audio"
+            heads = 1
+            for when in run["keys"].values():
+                for histograms in when.values():
+                    assert all(sum(part["cosine"]["counts"]) == 497 * heads for part in histograms.values())
+            assert sum(run["shares"]["clean"]["counts"]) == 497
+        assert all(0 <= metrics[name] <= 1 for name in fractions)
+        assert metrics["parameters"] > 1000
+        assert metrics["flops"] > metrics["parameters"]
+        assert metrics["seconds_per_epoch"] > 0
+        assert [entry["epoch"] for entry in run["history"]] == [1, 2]
+        assert all(math.isfinite(entry["loss"]) for entry in run["history"])
+
+
+def test_outcomes_of_every_test_sample_are_stored(done):
+    for run in done[0]["runs"]:
+        metrics, outcomes = run["metrics"], run["outcomes"]
+        assert set(outcomes) == {"accuracy", "accuracy_noise/audio", "accuracy_noise/image"}
+        for metric, packed in outcomes.items():
+            assert isinstance(packed, str)
+            each = unpack_outcomes(packed)
+            assert each.shape == (497,)
+            assert each.mean() == pytest.approx(metrics[metric], abs=1e-6)
+
+
+def test_rotations_are_counted_and_keys_seen_before(done):
+    for run in done[0]["runs"]:
+        if run["method"] == "joint+rollingq":
+            assert [entry["rotations"] for entry in run["history"]] == [0, 1]
+            assert set(run["keys"]) == {"before", "after"}
+
+
+def test_statistics_are_paired(done):
+    rows = {(row["method"], row["metric"]): row for row in done[0]["summary"]}
+    row = rows["joint+rollingq", "accuracy"]
+    assert (row["reference"], row["pairs"], row["n"]) == ("joint", 2, 2)
+    values = {(run["method"], run["seed"]): run["metrics"]["accuracy"] for run in done[0]["runs"]}
+    gaps = [values["joint+rollingq", seed] - values["joint", seed] for seed in (0, 1)]
+    assert row["difference"] == pytest.approx(sum(gaps) / 2)
+    assert rows["joint", "accuracy"]["reference"] == "concat"
+
+
+def test_workers_change_nothing(done, tmp_path):
+    content = compare(recipe(epochs=2), METHODS[1:], seeds=1, out=tmp_path, workers=2)
+    wanted = [run for run in table(done[0]) if run["method"] in METHODS[1:] and run["seed"] == 0]
+    assert table(content) == wanted
+
+
+def test_finished_runs_are_not_run_again_and_new_ones_are(done):
+    before, folder = done
+    content, seen = trained(recipe(epochs=2), METHODS, folder, seeds=2)
+    assert seen == []
+    assert content["runs"] == before["runs"]
+    _, seen = trained(recipe(epochs=2), ["concat"], folder, seeds=3)
+    assert seen == [("concat", 2)]
+
+
+def test_a_changed_recipe_runs_again(tmp_path):
+    _, seen = trained(recipe(epochs=1), ["concat"], tmp_path, seeds=1)
+    first = result_rows.load_results(tmp_path)
+    _, again = trained(recipe(epochs=1, learning_rate=0.01), ["concat"], tmp_path, seeds=1)
+    assert seen == again == [("concat", 0)]
+    assert result_rows.load_results(tmp_path)["runs"][0]["history"] != first["runs"][0]["history"]
+    # What is merely compared with what does not change what was run.
+    plan = recipe(epochs=1, learning_rate=0.01)
+    plan.methods.append("joint")
+    assert trained(plan, ["concat"], tmp_path, seeds=1)[1] == []
+
+
+@pytest.mark.parametrize("error", [DataError("sample 3", expected="sound", got="silence"), ZeroDivisionError("odd")])
+def test_one_failure_does_not_stop_the_others(error, tmp_path, monkeypatch):
+    real = experiment._fit
+
+    def fails(model, balancers, job, *rest):
+        if job.method == "joint":
+            raise error
+        return real(model, balancers, job, *rest)
+
+    monkeypatch.setattr(experiment, "_fit", fails)
+    content = compare(recipe(epochs=1), ["joint", "concat"], seeds=1, out=tmp_path, workers=0)
+    assert [run["method"] for run in content["runs"]] == ["concat"]
+    assert content["complete"] is False
+    (failure,) = result_rows.load_results(tmp_path)["failures"]
+    assert (failure["method"], failure["seed"]) == ("joint", 0)
+    assert str(error) in failure["error"]
+    monkeypatch.undo()
+    content, seen = trained(recipe(epochs=1), ["joint", "concat"], tmp_path, seeds=1)
+    assert seen == [("joint", 0)]
+    assert (content["failures"], content["complete"]) == ([], True)
+
+
+@pytest.mark.parametrize("name", ["joit", "joint+rolingq", "deep+progressiv"])
+def test_unknown_names_fail_before_anything_is_run(name, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a known .* Did you mean"):
+        compare(recipe(), ["concat", name], seeds=1, out=tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_options_fail_before_anything_is_run(tmp_path):
+    wrong = recipe(balancers={"rollingq": {"beeta": 1.0}})
+    with pytest.raises(ConfigError, match=r"'joint\+rollingq': expected a known option of RollingQ, got 'beeta'"):
+        compare(wrong, ["concat", "joint+rollingq"], seeds=1, out=tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_comparisons_in_one_folder(tmp_path):
+    def another(job, done, epochs):
+        with pytest.raises(ConfigError, match=r"for this process alone, got another process.*choose another --out"):
+            compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0)
+        met.append(job)
+
+    met = []
+    compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0, listener=another)
+    assert len(met) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "workers", "said"),
+    [
+        ([], 1, 0, "at least one method and one seed, got 0 methods and 1 seeds"),
+        (["concat"], 0, 0, "got 1 methods and 0 seeds"),
+        (["concat"], 1, -1, "expected workers >= 0, got workers = -1"),
+    ],
+)
+def test_impossible_plans(names, seeds, workers, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        compare(recipe(), names, seeds=seeds, out=tmp_path, workers=workers)
+
+
+def test_plans_hold_whole_pairs_first():
+    plan = plan_runs(recipe(), ["concat", "joint", "concat"], 2, ["A", "B"])
+    order = [(job.seed, job.fold, job.method) for job in plan]
+    assert order == [(s, f, m) for s in (0, 1) for f in "AB" for m in ("concat", "joint")]
+    assert len({job.folder(Path("x")) for job in plan}) == 8

@@ -1,0 +1,150 @@
+"""SIGKILL at any moment costs time and nothing else; Ctrl-C leaves whole files and no process."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from equipoise.errors import ConfigError
+from equipoise.results import result_rows
+from equipoise.training.comparison import compare
+from helpers.runs import (
+    Forked,
+    assert_same_weights,
+    children,
+    figures,
+    program,
+    recipe,
+    table,
+    weights,
+    workers_of,
+    write_recipe,
+)
+from helpers.waiting import wait_for_end, wait_until
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+METHODS = ["concat", "joint+rollingq"]
+LONG = 200
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return compare(recipe(), METHODS, seeds=2, out=folder, workers=0), folder
+
+
+def stamps(folder):
+    """Every checkpoint and when it was written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("last.ckpt")}
+
+
+def test_compare_killed_three_times(undisturbed, tmp_path):
+    whole, straight = undisturbed
+    config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
+    dice = random.Random(20)
+
+    def whole_results():
+        if (out / "results.json").exists():
+            result_rows.load_results(out)
+
+    # The first of them has workers: everything is still to be done when they are killed.
+    for several in (True, False, False):
+        process = (
+            program(*command, "--workers", 2) if several else Forked(*command, "--workers", 0, said=tmp_path / "said")
+        )
+        before = stamps(out)
+        running = wait_until(lambda before=before: stamps(out) != before, process, whole_results)
+        workers = children(process.pid)
+        assert bool(workers) == (several and running)
+        # Any moment will do.
+        time.sleep(dice.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert wait_for_end(workers) == set()
+    last = Forked(*command, "--workers", 0, said=tmp_path / "said")
+    assert wait_until(lambda: False, last, whole_results) is False
+    content = result_rows.load_results(out)
+    assert table(content) == table(whole)
+    assert content["complete"] is True
+    assert (out / "report.html").is_file()
+    for run in ("concat/seed1", "joint+rollingq/seed0"):
+        assert_same_weights(weights(straight / "runs/all" / run), weights(out / "runs/all" / run))
+
+
+def test_train_killed_three_times(undisturbed, tmp_path):
+    whole = next(run for run in undisturbed[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1)
+    config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    command = ["train", "--config", config, "--method", "joint+rollingq", "--seed", 1, "--out", out]
+    command += ["--accelerator", "cpu", "--resume"]
+    dice = random.Random(3)
+    for _ in range(3):
+        before, process = stamps(out), Forked(*command, said=tmp_path / "said")
+        wait_until(lambda before=before: stamps(out) != before, process)
+        time.sleep(dice.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = Forked(*command, said=tmp_path / "said")
+    said = process.communicate()
+    assert process.returncode == 0, said
+    assert figures(result_rows.load_results(out)["runs"][0]) == figures(whole)
+
+
+def test_ctrl_c_in_compare(tmp_path):
+    """The whole group hears it, as from a terminal, while workers still import and have not said that they are deaf."""
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
+    process = Forked(*command, said=tmp_path / "said")
+    assert wait_until(lambda: len(workers_of(process.pid)) == 2, process), process.communicate()
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Stopped. What is finished is written down" in said
+    assert "Traceback" not in said
+    assert wait_for_end(workers) == set()
+    assert result_rows.load_results(out)["complete"] is False
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_compare_while_workers_train(tmp_path):
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
+    process = Forked(*command, said=tmp_path / "said")
+    assert wait_until(lambda: len(stamps(out)) == 2, process)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert wait_for_end(workers) == set()
+    assert result_rows.load_results(out)["complete"] is False
+
+
+def test_ctrl_c_in_train(tmp_path):
+    config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
+    command = ["train", "--config", config, "--method", "concat", "--out", out, "--accelerator", "cpu"]
+    process = Forked(*command, said=tmp_path / "said")
+    assert wait_until(lambda: stamps(out), process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+
+def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
+    # Long enough that the worker still trains when its first epoch is told.
+    plan = recipe(epochs=30)
+    compare(plan, ["concat"], seeds=1, out=tmp_path, workers=0)
+    known = children(os.getpid())
+
+    def kill(job, done, epochs):
+        for worker in workers_of(os.getpid()) - known:
+            os.kill(worker, signal.SIGKILL)
+
+    with pytest.raises(
+        ConfigError, match=r"compare: expected worker processes that live, got one that was killed.*kept"
+    ):
+        compare(plan, ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
+    assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["concat"]

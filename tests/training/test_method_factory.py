@@ -1,0 +1,89 @@
+"""A method's name and what it builds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.errors import ConfigError
+from equipoise.registry import instantiate
+from equipoise.training import method_factory
+from equipoise.training.run import load_run_dataset
+from helpers.runs import recipe
+
+
+def build(name, made=None):
+    made = instantiate or recipe()
+    return method_factory.build_model(method_factory.parse_method(name, made), made, load_run_dataset(made, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "fusion", "names", "balancers"),
+    [
+        ("audio", eq.fusion.Unimodal, ("audio",), []),
+        ("concat", eq.fusion.Concat, ("audio", "image"), []),
+        ("film", eq.fusion.FiLM, ("audio", "image"), []),
+        (" joint + rollingq ", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.RollingQ]),
+        ("deep+progressive", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.ProgressiveRollingQ]),
+    ],
+)
+def test_what_names_mean(name, fusion, names, balancers):
+    model, attached = build(name)
+    assert type(model.fusion) is fusion
+    assert model.names == names
+    assert [type(balancer) for balancer in attached] == balancers
+
+
+def test_the_generator_decides_the_weights():
+    logits = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = build("joint")[0].eval()
+        logits.append(
+            model(load_run_dataset(recipe(), None).batch("test", torch.arange(3), seed=0, epoch=0, train=False)).logits
+        )
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_variants_have_training_options_of_their_own():
+    made = recipe()
+    made.fusions["fast"] = {"fusion": "concat", "train": {"epochs": 1, "unimodal": "none"}}
+    own = method_factory.method_recipe(method_factory.parse_method("fast", made), made)
+    assert (own.train.epochs, made.train.epochs) == (1, 3)
+    assert build("fast", made)[0].unimodal == "none"
+    made.fusions["fast"]["train"] = {"epoks": 1}
+    with pytest.raises(ConfigError, match="expected a known training option, got 'epoks'"):
+        build("fast", made)
+
+
+def test_balancers_once():
+    with pytest.raises(ConfigError, match="expected each balancer once"):
+        method_factory.parse_method("joint+rollingq+rollingq", recipe())
+
+
+def test_errors_of_a_class_say_which_one_it_was():
+    made = recipe()
+    encoders = {**made.encoders, "image": {**made.encoders["image"], "heads": 3}}
+    with pytest.raises(ConfigError, match=r"^encoder 'image', Attention: expected dim = 8 divisible by heads"):
+        build("joint", replace(made, encoders=encoders))
+
+
+@pytest.mark.parametrize("method", ["joint", "text"])
+def test_numbers_of_letters_are_refused_before_training(method):
+    made = replace(recipe(), data={"name": "triples"}, encoders={"audio": {}, "image": {}, "text": {}})
+    message = f"^method '{method}': expected modalities that noise can replace, got 'text', numbers of words or letters"
+    with pytest.raises(ConfigError, match=message):
+        build(method, made)
+
+
+def test_options_are_held_against_the_class():
+    with pytest.raises(ConfigError, match=r"who: expected a known option of PatchEncoder, got 'size'\."):
+        instantiate(eq.encoders.PatchEncoder, "who", {"size": 3}, size=(8, 8))
+    with pytest.raises(ConfigError, match=r"who: expected dim of type int, got True\."):
+        instantiate(eq.encoders.PatchEncoder, "who", {"dim": True})
+    with pytest.raises(ConfigError, match=r"expected dropout of type float, got '1e-3'\. YAML takes 1e-3 for a text"):
+        instantiate(eq.encoders.PatchEncoder, "who", {"dropout": "1e-3"})
+    with pytest.raises(ConfigError, match=r"expected options that PatchEncoder takes, got \{'dim': 8\} \(.*missing"):
+        instantiate(eq.encoders.PatchEncoder, "who", {"dim": 8})

@@ -1,0 +1,91 @@
+"""Recipes: what is packaged reads, what is written reads back, what is wrong is told (test_bad_input)."""
+
+import math
+import warnings
+
+import pytest
+
+from equipoise.errors import ConfigError
+from equipoise.training import method_factory, recipes
+from equipoise.training.comparison import plan_runs
+from equipoise.training.recipes import PRECISIONS, TrainOptions
+from helpers.runs import recipe
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_packaged_recipes_read_and_say_what_they_are(name):
+    made = recipes.load_recipe(name)
+    assert recipes.load_recipe(f"{name}.yaml") == made
+    assert recipes.recipe_header(recipes.find_recipe(name)).startswith(f"{name}: ")
+    assert [method_factory.parse_method(method, made).name for method in made.methods] == made.methods
+    # This parses both sides of its references, too.
+    assert len(plan_runs(made, made.methods, 1, [])) == len(made.methods)
+    if "ensemble" in made.fusions:
+        assert made.references["ensemble+corruption"] == "concat_aux+corruption"
+
+
+def test_written_and_read_back(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipes.dump_recipe(recipe(exposure=0.2, clip=1.5)))
+    assert recipes.load_recipe(path) == recipe(exposure=0.2, clip=1.5)
+
+
+def test_train_is_a_mapping():
+    with pytest.raises(ConfigError, match="recipe: expected a mapping under train, got 3"):
+        recipes.recipe_from_dict({"data": {"name": "digits"}, "encoders": {}, "train": 3})
+
+
+def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load_recipe("digits.yaml").train.epochs != 3
+    (tmp_path / "digits.yaml").write_text(recipes.dump_recipe(recipe()))
+    assert recipes.load_recipe("digits.yaml").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("learning_rate", 0.0),
+        ("learning_rate", math.inf), ("learning_rate", math.nan), ("weight_decay", -0.1), ("weight_decay", math.inf),
+        ("warmup", 1.0), ("momentum", 1.0), ("momentum", -0.1), ("clip", 0.0), ("clip", -1.0), ("accumulate", 0),
+        ("exposure", 1.5),
+    ],
+)  # fmt: skip
+def test_limits(option, value):
+    with pytest.raises(ConfigError, match=rf"train: expected .*{option}.*, got {option} = {value}"):
+        TrainOptions(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("clip", None), ("clip", math.inf), ("momentum", 0), ("weight_decay", 0), ("precision", "bf16-mixed")],
+)
+def test_what_limits_allow(option, value):
+    assert getattr(TrainOptions(**{option: value}), option) == value
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("optimizer", "adam", "Did you mean 'adamw'"),
+        ("unimodal", "probes", "Did you mean 'probe'"),
+        ("precision", "bf16-mix", "Did you mean 'bf16-mixed'"),
+    ],
+)
+def test_choices(option, value, said):
+    with pytest.raises(ConfigError, match=rf"train: expected a known {option}, got '{value}'\. {said}"):
+        TrainOptions(**{option: value})
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if "transformer" not in name])
+def test_precisions_are_lightnings(precision):
+    from lightning.pytorch import Trainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of names that only older versions recommended
+        Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+def test_a_number_of_a_variant_that_yaml_takes_for_a_text():
+    with pytest.raises(ConfigError, match=r"got learning_rate = '1e-3'\. YAML takes 1e-3 for a text; write 1\.0e-3"):
+        recipe().with_train(learning_rate="1e-3")

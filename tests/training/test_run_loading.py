@@ -1,0 +1,90 @@
+"""A trained model comes back as it was, and what is no trained model is told."""
+
+import shutil
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.errors import DataError
+from equipoise.training import compare, execute_run
+from equipoise.training import run as experiment
+from equipoise.training.run import load_run_dataset
+from helpers.runs import job, recipe
+
+METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """method -> the folder of its run and the very model that was trained."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        models = []
+        real = experiment.save_weights
+        patch.setattr(experiment, "save_weights", lambda model, path: models.append(model) or real(model, path))
+        for method in METHODS:
+            folder = tmp_path_factory.mktemp("run")
+            execute_run(job(method, epochs=2), folder)
+            found[method] = folder, models[-1].eval()
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_logits(method, trained):
+    folder, model = trained[method]
+    state = torch.get_rng_state()
+    loaded = eq.load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in loaded.modules())
+    batch = load_run_dataset(recipe(), None).batch("test", torch.arange(31), seed=0, epoch=0, train=False)
+    with torch.no_grad():
+        wanted = model(batch).logits
+        assert torch.equal(loaded(batch).logits, wanted)
+        if "rollingq" in method:
+            rolling = loaded.fusion.attention.core.rolling
+            assert int(rolling.rotations) == 1
+            # The rotation is part of what is compared.
+            rolling.rotation.copy_(torch.eye(rolling.rotation.shape[-1]))
+            assert not torch.equal(loaded(batch).logits, wanted)
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained["joint"][0], tmp_path / "copy")
+
+
+def test_truncated_weights(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DataError, match=r"model\.safetensors: expected a safetensors file of weights, got"):
+        eq.load(copy)
+
+
+def test_weights_of_another_method(copy, trained):
+    shutil.copy(trained["concat"][0] / "model.safetensors", copy)
+    with pytest.raises(DataError, match=r"model\.safetensors: expected weights of this model, got"):
+        eq.load(copy)
+
+
+@pytest.mark.parametrize("text", ['{"run": {"meth', "[]", '{"run": {"fold": null}}'])
+def test_damaged_run(text, copy):
+    (copy / "run.json").write_text(text)
+    with pytest.raises(DataError, match=r"load '.*run\.json': expected a whole run, got .* Remove it and start"):
+        eq.load(str(copy))
+
+
+def test_no_finished_run(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "run.json").unlink()
+    with pytest.raises(DataError, match=r"got '.*copy' without run\.json, model\.safetensors\. Give --out of"):
+        eq.load(copy)
+    with pytest.raises(DataError, match=r"load: expected the folder of a finished run, .*got '.*nowhere' without"):
+        eq.load(copy / "nowhere")
+
+
+def test_the_folder_of_a_comparison(tmp_path):
+    compare(recipe(epochs=1), ["audio", "image"], seeds=1, out=tmp_path, workers=0)
+    with pytest.raises(DataError, match=r"It holds 2 runs of a comparison; give one .*such as '.*all/audio/seed0'"):
+        eq.load(tmp_path)
+    assert eq.load(tmp_path / "runs/all/image/seed0").names == ("image",)
