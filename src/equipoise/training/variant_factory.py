@@ -17,15 +17,16 @@ from .recipes import Recipe
 if TYPE_CHECKING:
     from ..data import Dataset
 
-HOMES = ("space", "language", "correspondence")
-"""Where such models live."""
+MODEL_PACKAGES = ("dual_encoder", "vision_language", "cross_modal_matcher")
+"""Packages of ``equipoise.models`` that define such models."""
 
 
 def available_variants() -> dict[str, type[SelfContainedModel]]:
     """name -> model."""
     found: dict[str, type[SelfContainedModel]] = {}
-    for home in HOMES:
-        found |= available_classes(importlib.import_module(f"..{home}", __package__), SelfContainedModel)  # type: ignore[type-abstract]
+    for package in MODEL_PACKAGES:
+        module = importlib.import_module(f"..models.{package}", __package__)
+        found |= available_classes(module, SelfContainedModel)  # type: ignore[type-abstract]
     return found
 
 
