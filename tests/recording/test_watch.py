@@ -12,6 +12,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError, ShapeError
+from equipoise.nn.transformer import Block
 from equipoise.recording import AttentionCall
 from equipoise.recording.attention_call import select_rows
 from equipoise.recording.share_measurement import attention_output, explicit_attention, measure_share
@@ -241,6 +242,56 @@ def test_own_layers(names):
     message = "watch names: expected a known modality, got 'imag'"
     with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.watch(made, names=("audio", "imag")):
         made(inputs)
+
+
+class TransformerEncoder(nn.Module):
+    """Encodes (batch, token, 3) by one block with our own attention or with ``nn.MultiheadAttention``."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.embed = nn.Linear(3, DIM)
+        self.block = Block(DIM, 2) if own else nn.TransformerEncoderLayer(DIM, 2, 16, batch_first=True)
+
+    def forward(self, inputs):
+        output = self.block(self.embed(inputs))
+        return output if isinstance(output, torch.Tensor) else output.output
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("fusion", ["JointAttention", "MBT", "MMML", "MidFusion", "MODA", "Concat"])
+def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
+    encoders = {name: TransformerEncoder(own) for name in NAMES}
+    made = eq.FusionModel(encoders, getattr(eq.fusion, fusion)(DIM), 2).eval()
+    inputs = {name: values(BATCH, 5 + i, 3) for i, name in enumerate(NAMES)}
+    with torch.no_grad(), eq.watch(made) as seen:
+        made(inputs)
+    assert seen.missing == {}
+    assert seen.names == NAMES
+    unimodal = [f"encoders.{name}.block.{'attention' if own else 'self_attn'}" for name in NAMES]
+    if own or fusion == "Concat":
+        assert seen.towers[: len(NAMES)] == unimodal
+        for i, layer in enumerate(unimodal):
+            assert seen.share(layer)[..., i].eq(1).all()
+            assert seen.share(layer).sum() == BATCH * 2
+    if fusion != "Concat":
+        assert all(name.startswith("fusion.") for name in seen.sites)
+        turned_names = NAMES[::-1]
+        with torch.no_grad(), eq.watch(made, names=turned_names) as turned:
+            made(inputs)
+        assert turned.missing == {}
+        assert turned.names == turned_names
+        if own:
+            assert turned.share(unimodal[0])[..., 1].eq(1).all()
+
+
+def test_an_encoder_that_modalities_share_is_left_out():
+    encoder = TransformerEncoder(own=True)
+    made = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
+    with torch.no_grad(), eq.watch(made) as seen:
+        made({name: values(BATCH, 5, 3) for name in NAMES})
+    assert seen.missing == {}
+    assert seen.sites == ["fusion.attention"]
+    assert seen.towers == []
 
 
 def sdpa():

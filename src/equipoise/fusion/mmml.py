@@ -108,6 +108,8 @@ class CrossModalLayer(nn.Module):
         for reading in self.cross.values():
             layer = cast(PostNormAttention, reading).attention
             layer.names, layer.reads_itself = tuple(names), False
+        for name, block in self.own.items():
+            cast(PostNormBlock, block).reading.attention.names = (name,)
 
     def forward(self, streams: dict[str, Tokens]) -> dict[str, Tokens]:
         found = {}

@@ -46,7 +46,8 @@ class Attention(nn.Module):
         dropout: on the attention and on the projected output, in training only.
 
     Attributes:
-        names: names of the modalities whose labels ``forward`` is given, where the fusion knows them.
+        names: names of the modalities whose labels ``forward`` is given; a single one where no labels are given and all
+            keys are of this modality.
         readout: True where only the first query row is ever read (a class token that pools).
         reads_itself: False where the tokens that read are not the first of those that are read.
     """

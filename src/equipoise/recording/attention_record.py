@@ -168,8 +168,7 @@ class AttentionRecord:
 
     @property
     def names(self) -> tuple[str, ...]:
-        first = next(iter(self._sites.values()), None)
-        return self._labeller.names if first is None else first.names
+        return self._sites[self.sites[0]].names if self._sites else self._labeller.names
 
     @property
     def sites(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,24 +73,36 @@ class TokenLabeler(Protocol):
 
 
 class UserLabels:
-    """Labels that the user gave, or that our own layers know.
+    """Labels given by the user or by equipoise's own layers.
 
     Args:
-        modality: (key,) or (batch, key); None leaves the layers' own.
+        modality: (key,) or (batch, key); None uses the labels of the layers.
         names: of the modalities; numbers where there are none.
+        encoders: id of a module inside a unimodal encoder -> its modality, or None if several share the encoder.
     """
 
-    def __init__(self, modality: Tensor | None, names: Sequence[str] | None) -> None:
+    def __init__(
+        self, modality: Tensor | None, names: Sequence[str] | None, encoders: Mapping[int, str | None] | None = None
+    ) -> None:
         self.modality = None if modality is None else check_labels(modality)
         self.names = check_names(self.modality, names)
-        self._asked = self.names
+        self._requested_names = self.names
+        self._encoders = encoders or {}
+        self._encoder_names = tuple(dict.fromkeys(name for name in self._encoders.values() if name is not None))
 
     def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
         batch, _, _, keys = call.sizes
+        if id(module) in self._encoders:
+            return self._in_encoder(keys, self._encoders[id(module)])
         if self.modality is None:
+            if call.modality is None and len(call.names) == 1:
+                # The stream of one modality in a fusion.
+                return self._in_encoder(keys, call.names[0])
             if call.modality is None:
                 return f"nothing tells the modality of its {keys} keys"
-            return self._own(call, call.modality, call.names or check_names(call.modality, self._asked or None))
+            return self._own(
+                call, call.modality, call.names or check_names(call.modality, self._requested_names or None)
+            )
         given = self.modality
         if given.ndim == 2 and given.shape[0] not in (1, batch):
             return f"it has batch = {batch}, and modality is given for {given.shape[0]} samples"
@@ -99,17 +111,24 @@ class UserLabels:
         given = given[0] if given.ndim == 2 and given.shape[0] == 1 else given
         return label_keys(call, F.pad(given, (0, call.added), value=SPECIAL), self.names)
 
+    def _in_encoder(self, keys: int, name: str | None) -> LabeledKeys | None:
+        names = self._requested_names or self._encoder_names or ((name,) if name else ())
+        if name not in names:
+            return None
+        index = names.index(name)
+        return LabeledKeys(torch.full((keys,), index), names, constant=index, tower=True)
+
     def _own(self, call: AttentionCall, modality: Tensor, names: tuple[str, ...]) -> LabeledKeys:
         """A layer's own labels, in the order of the names that the user gave."""
         self.names = self.names or names
-        if not self._asked or self._asked == names:
+        if not self._requested_names or self._requested_names == names:
             return label_keys(call, modality, names)
-        for name in self._asked:
+        for name in self._requested_names:
             if name not in names:
                 raise unknown_name("watch names", "modality", name, names)
-        places = [self._asked.index(name) if name in self._asked else SPECIAL for name in names]
+        places = [self._requested_names.index(name) if name in self._requested_names else SPECIAL for name in names]
         order = torch.tensor([*places, SPECIAL], device=modality.device)
-        return label_keys(call, order[modality], self._asked)
+        return label_keys(call, order[modality], self._requested_names)
 
 
 def label_keys(call: AttentionCall, keys: Tensor, names: tuple[str, ...], **known: Any) -> LabeledKeys:

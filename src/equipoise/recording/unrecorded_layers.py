@@ -13,6 +13,7 @@ from torch.nn.modules import module as registry
 from .attention_call import AttentionCall
 from .recording_session import Interceptor, RecordingSession
 from .token_labels import LabeledKeys, TokenLabeler
+from .unimodal_encoders import unimodal_encoders
 
 ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block)?$")
 RECURRENT = re.compile(
@@ -52,7 +53,8 @@ def find_unrecorded_layers(
     session: RecordingSession, attended: Noting, handler: Interceptor, sites: Sequence[str] | None
 ) -> Iterator[None]:
     """Tells the handler afterward of every layer that mixed tokens while it was watched, and was not seen."""
-    named = {name: part for name, part in session.model.named_modules() if _mixes(part)}
+    encoders = unimodal_encoders(session.model)
+    named = {name: part for name, part in session.model.named_modules() if _mixes(part) and id(part) not in encoders}
     candidates = {
         id(part): name for name, part in named.items() if not any(other.startswith(f"{name}.") for other in named)
     }

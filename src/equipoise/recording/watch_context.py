@@ -21,6 +21,7 @@ from .submodels import is_pretrained_model
 from .token_labels import TokenLabeler, UserLabels, check_labels, check_queries
 from .token_map import CompositeLabeler, TokenMap
 from .torch_function_interceptor import intercept_torch_functions
+from .unimodal_encoders import unimodal_encoders
 from .unrecorded_layers import Noting, find_unrecorded_layers
 
 
@@ -115,7 +116,7 @@ def labels_for(
     ways = (intercept_own_layers,) if has_own_layers(model) else ()
     if given is not None or not ways:
         ways = (*ways, intercept_torch_functions, intercept_multihead)
-    return UserLabels(given, names), ways, []
+    return UserLabels(given, names, unimodal_encoders(model)), ways, []
 
 
 def _is_all(model: nn.Module, root: nn.Module) -> bool:
