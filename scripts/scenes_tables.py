@@ -1,4 +1,4 @@
-"""Prints the tables of docs/methods/language.md from the results of a comparison.
+"""Prints the tables of docs/methods/vision_language.md from the results of a comparison.
 
 equipoise compare --config scenes_vlm --out runs
 python scripts/scenes_tables.py runs/results.json

@@ -128,7 +128,7 @@ def test_the_best_head_is_chosen_on_validation_data(monkeypatch):
 
     def fake(model, source, split, kind):
         mass = torch.tensor(values[split])
-        return part.Pointing(mass, mass / 2, mass / 4, 0.125, 0.25, 3)
+        return part.PointingResult(mass, mass / 2, mass / 4, 0.125, 0.25, 3)
 
     monkeypatch.setattr(part, "pointing", fake)
     found = pointing_metrics(language("mlp"), scenes())
@@ -157,5 +157,5 @@ def test_mixtures_of_patches_point_nowhere(kind):
 
 
 def test_refuses_other_words():
-    with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'color'\. Did you mean"):
-        pointing(language(), scenes(), "test", "color")
+    with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'colour'\. Did you mean"):
+        pointing(language(), scenes(), "test", "colour")

@@ -19,7 +19,7 @@ EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 def recipe():
     """The packaged recipe with the smallest towers."""
     content = yaml.safe_load(recipes.dump_recipe(recipes.load_recipe("emoji_clip")))
-    return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "space", "dim": 6}})
+    return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "dual_encoder", "dim": 6}})
 
 
 def space(made=None):

@@ -298,7 +298,7 @@ def test_data_of_single_items_are_refused():
     source.task = "correspondence"
     encoders = {name: nn.Linear(size, DIM) for name, size in INPUTS.items()}
     with pytest.raises(
-        ConfigError, match=r"expected a known option of Correspondence, got 'pair'\. Did you mean 'pairs'"
+        ConfigError, match=r"expected a known option of CrossModalMatcher, got 'pair'\. Did you mean 'pairs'"
     ):
         CrossModalMatcher.for_data(source, encoders, pair=TWO, dim=DIM)
     assert CrossModalMatcher.for_data(source, encoders, pairs=TWO, dim=DIM).transfer == ("audio", "text")

@@ -316,7 +316,7 @@ def test_it_is_a_model_of_recipes():
     assert eq.models.DualEncoder is DualEncoder
     made = DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dim=7, loss="siglip")
     assert made.embed(inputs())["text"].shape == (5, 7)
-    with pytest.raises(ConfigError, match="model 'space': expected a known option of DualEncoder, got 'dims'"):
+    with pytest.raises(ConfigError, match="model 'dual_encoder': expected a known option of DualEncoder, got 'dims'"):
         DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dims=7)
     scenes = Source({name: values[:, None] for name, values in inputs().items()}, torch.zeros(5, 2, 1).long())
     with pytest.raises(
@@ -346,7 +346,7 @@ def test_options_out_of_range(options):
 
 
 def test_the_page_runs(capsys):
-    page = (Path(__file__).parents[2] / "docs/methods/space.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/methods/dual_encoder.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, {})
     assert "image-text" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def recipe(**train):
             "image": {"name": "PatchEncoder", "dim": 12, "depth": 1, "heads": 2, "patch": 4},
             "sensor": {"name": "SequenceEncoder", "dim": 8, "depth": 1, "heads": 2, "stride": 8},
         },
-        model={"name": "space", "dim": 5, "dropout": 0.2},
+        model={"name": "dual_encoder", "dim": 5, "dropout": 0.2},
         variants={"softmax": {}, "sigmoid": {"loss": "siglip", "train": {"epochs": 2}}},
         methods=["softmax", "sigmoid"],
         seeds=1,
@@ -72,7 +72,7 @@ def test_other_variants_do_not_change_what_a_run_is():
 
 
 def test_variants_are_compared_by_the_models_own_score(tmp_path):
-    content = compare(recipe(epochs=1), ["softmax", "sigmoid"], seeds=2, out=tmp_path, workers=0, title="space")
+    content = compare(recipe(epochs=1), ["softmax", "sigmoid"], seeds=2, out=tmp_path, workers=0, title="dual encoders")
     assert content["complete"]
     assert content["protocol"]["score"] == "recall@1"
     rows = {(row["method"], row["metric"]) for row in content["summary"]}
@@ -86,7 +86,7 @@ def test_the_program_trains_compares_and_refuses_to_diagnose(tmp_path, capsys):
     file = write_recipe(tmp_path / "mine.yaml", recipe(epochs=1))
     out = str(tmp_path / "out")
     assert run(["train", "--config", file, "--method", "softmax", "--out", out, "--accelerator", "cpu"]) == 0
-    assert "recall@1" in capsys.readouterr().out
+    assert "recall at 1" in capsys.readouterr().out
     assert run(["train", "--config", file, "--method", "softmax", "--out", out, "--variants.softmax.scale", "2.0"]) == 1
     assert "expected a new folder, or --resume" in capsys.readouterr().err
     assert run(["diagnose", out]) == 1
@@ -128,8 +128,8 @@ def test_recipes_that_cannot_be_meant(changes, error, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"model": {"name": "spaec"}}, "Did you mean 'space'"),
-        ({"model": {"name": "space", "dimm": 3}}, "variant 'softmax'.*'dimm'.*Did you mean 'dim'"),
+        ({"model": {"name": "dual_encodr"}}, "Did you mean 'dual_encoder'"),
+        ({"model": {"name": "dual_encoder", "dimm": 3}}, "variant 'softmax'.*'dimm'.*Did you mean 'dim'"),
         ({"data": {"name": "generated", "task": "multilabel"}}, "expected data of one thing in a sample"),
         ({"encoders": {"audio": {"name": "SequenceEncoder", "dim": 8}}}, "expected two or more modalities"),
     ],

@@ -231,9 +231,11 @@ def test_the_recipe_builds_every_variant(kind):
 
 def test_errors():
     model, part = language(), batch(3)
-    with pytest.raises(ConfigError, match=r"language: expected 'image' in the batch, got \['labels', 'target'"):
+    with pytest.raises(
+        ConfigError, match=r"VisionLanguageModel: expected 'image' in the batch, got \['labels', 'target'"
+    ):
         model.losses({name: part[name] for name in ("text", "labels", "target")})
-    with pytest.raises(ConfigError, match=r"language: expected 'text' in the batch, got \['image'\]"):
+    with pytest.raises(ConfigError, match=r"VisionLanguageModel: expected 'text' in the batch, got \['image'\]"):
         model.answer({"image": part["image"]})
     with pytest.raises(ShapeError, match=r"PatchEncoder: .*\(batch, 3, 48, 48\), got shape \(3, 3, 24, 24\)"):
         model.answer({**part, "image": part["image"][..., ::2, ::2]})
@@ -258,9 +260,11 @@ def test_errors():
         language(context=40).losses(part)
     with pytest.raises(ShapeError, match=r"at most context = 10 tokens, .* got 14"):
         language("gated", context=10).losses(part)
-    with pytest.raises(ConfigError, match=r"language: expected a known connector, got 'qforner'\. Did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"VisionLanguageModel: expected a known connector, got 'qforner'\. Did you mean"
+    ):
         language("qforner")
-    with pytest.raises(ConfigError, match=r"language: expected latents >= 1, got latents = 0"):
+    with pytest.raises(ConfigError, match=r"VisionLanguageModel: expected latents >= 1, got latents = 0"):
         language("resampler", latents=0)
     with pytest.raises(ConfigError, match=r"dim a multiple of 2 heads, for rotary positions, got depth = 2, dim = 20"):
         language(heads=4)
@@ -268,9 +272,11 @@ def test_errors():
 
 def test_errors_of_recipes():
     encoders = {"image": PatchEncoder(3, (48, 48), patch=8, dim=8, depth=1, heads=2)}
-    with pytest.raises(ConfigError, match=r"'language': expected a data set of pictures and texts, got Generated"):
+    with pytest.raises(
+        ConfigError, match=r"'vision_language_model': expected a data set of pictures and texts, got Generated"
+    ):
         VisionLanguageModel.for_data(load_dataset("generated", samples=20), encoders)
-    with pytest.raises(ConfigError, match=r"model 'language': expected one encoder, image, got \[\]"):
+    with pytest.raises(ConfigError, match=r"model 'vision_language_model': expected one encoder, image, got \[\]"):
         VisionLanguageModel.for_data(scenes(), {})
     with pytest.raises(ConfigError, match=r"expected a known option of VisionLanguageModel, got 'conector'\. Did"):
         VisionLanguageModel.for_data(scenes(), encoders, conector="mlp")
@@ -284,7 +290,9 @@ def test_transformers_is_asked_for(monkeypatch):
 
     plain = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"language: expected the package transformers, got none\. pip install"):
+    with pytest.raises(
+        ConfigError, match=r"VisionLanguageModel: expected the package transformers, got none\. pip install"
+    ):
         language()
 
 

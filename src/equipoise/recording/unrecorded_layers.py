@@ -56,7 +56,9 @@ def find_unrecorded_layers(
     encoders = unimodal_encoders(session.model)
     named = {name: part for name, part in session.model.named_modules() if _mixes(part) and id(part) not in encoders}
     candidates = {
-        id(part): name for name, part in named.items() if not any(other.startswith(f"{name}.") for other in named)
+        id(part): name
+        for name, part in named.items()
+        if not any(other != name and _holds(name, other) for other in named)
     }
     ran: dict[int, None] = {}
 
@@ -87,4 +89,4 @@ def _is_recurrent(part: nn.Module) -> bool:
 
 
 def _holds(outer: str, inner: str) -> bool:
-    return inner == outer or inner.startswith(f"{outer}.")
+    return not outer or inner == outer or inner.startswith(f"{outer}.")

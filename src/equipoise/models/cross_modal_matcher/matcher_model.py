@@ -86,7 +86,7 @@ class CrossModalMatcher(SelfContainedModel):
         ['consistency', 'matching', 'probe']
     """
 
-    name = "correspondence"
+    name = "cross_modal_matcher"
     score = "transfer"
 
     def __init__(
@@ -123,11 +123,13 @@ class CrossModalMatcher(SelfContainedModel):
     def for_data(cls, source: Any, encoders: Mapping[str, nn.Module], **options: Any) -> CrossModalMatcher:
         if getattr(source, "task", None) != "correspondence":
             raise ConfigError(
-                "model 'correspondence'", expected="data of scenes, several items in a sample",
+                "model 'cross_modal_matcher'", expected="data of scenes, several items in a sample",
                 got=f"{type(source).__name__} for {getattr(source, 'task', 'nothing')}",
                 fix="Take data: {name: triples, items: 4}.",
             )  # fmt: skip
-        return instantiate(cls, "model 'correspondence'", options, encoders=encoders, num_classes=source.num_outputs)
+        return instantiate(
+            cls, "model 'cross_modal_matcher'", options, encoders=encoders, num_classes=source.num_outputs
+        )
 
     def forward(self, batch: Mapping[str, Tensor | None]) -> MatchingOutput:
         """The maps of a batch of scenes.

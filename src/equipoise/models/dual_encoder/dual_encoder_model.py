@@ -64,7 +64,7 @@ class DualEncoder(SelfContainedModel):
         {'image': torch.Size([3, 12]), 'text': torch.Size([3, 12])}
     """
 
-    name = "space"
+    name = "dual_encoder"
     score = "recall@1"
 
     def __init__(
@@ -98,11 +98,11 @@ class DualEncoder(SelfContainedModel):
         target = source.train.target
         if source.task not in ("classification", "retrieval") or target.ndim != 1 or target.is_floating_point():
             raise ConfigError(
-                "model 'space'", expected="data of one thing in a sample, with a whole number that says which",
+                "model 'dual_encoder'", expected="data of one thing in a sample, with a whole number that says which",
                 got=f"{type(source).__name__} for {source.task}",
                 fix="Take emoji, triples with items: 1, or data for classification.",
             )  # fmt: skip
-        return instantiate(cls, "model 'space'", options, encoders=encoders)
+        return instantiate(cls, "model 'dual_encoder'", options, encoders=encoders)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
         """The same as ``embed``."""

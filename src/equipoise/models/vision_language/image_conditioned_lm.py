@@ -164,5 +164,5 @@ def select_samples(batch: Mapping[str, Tensor], name: str) -> Tensor:
         ConfigError: nothing.
     """
     if batch.get(name) is None:
-        raise ConfigError("language", expected=f"'{name}' in the batch", got=f"{sorted(batch)}")
+        raise ConfigError("VisionLanguageModel", expected=f"'{name}' in the batch", got=f"{sorted(batch)}")
     return batch[name]

@@ -27,14 +27,14 @@ def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -
     """
     if depth < 1 or heads < 1 or dim % (2 * heads):
         raise ConfigError(
-            "language", expected="depth >= 1 and dim a multiple of 2 heads, for rotary positions",
+            "VisionLanguageModel", expected="depth >= 1 and dim a multiple of 2 heads, for rotary positions",
             got=f"depth = {depth}, dim = {dim}, heads = {heads}",
         )  # fmt: skip
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise ConfigError(
-            "language", expected="the package transformers", got="none", fix="pip install 'equipoise[hf]'"
+            "VisionLanguageModel", expected="the package transformers", got="none", fix="pip install 'equipoise[hf]'"
         ) from error
     config = LlamaConfig(
         vocab_size=words, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=depth,

@@ -43,19 +43,19 @@ class VisionLanguageModel(ImageConditionedLM, SelfContainedModel):
     Differs from the papers in: everything is small and trained from scratch, all parts at once.
     """
 
-    name = "language"
+    name = "vision_language_model"
 
     @classmethod
     def for_data(cls, source: Any, encoders: Mapping[str, nn.Module], **options: Any) -> VisionLanguageModel:
         words = getattr(source, "lexicon", None)
         if words is None or "image" not in source.names:
             raise ConfigError(
-                "model 'language'", expected="a data set of pictures and texts", got=type(source).__name__,
+                "model 'vision_language_model'", expected="a data set of pictures and texts", got=type(source).__name__,
                 fix="Use data: {name: scenes}.",
             )  # fmt: skip
         if set(encoders) != {"image"}:
-            raise ConfigError("model 'language'", expected="one encoder, image", got=f"{sorted(encoders)}")
-        return instantiate(cls, "model 'language'", options, encoder=encoders["image"], words=words)
+            raise ConfigError("model 'vision_language_model'", expected="one encoder, image", got=f"{sorted(encoders)}")
+        return instantiate(cls, "model 'vision_language_model'", options, encoder=encoders["image"], words=words)
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stream = self.stream(

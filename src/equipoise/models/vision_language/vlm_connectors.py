@@ -34,9 +34,9 @@ def build_connector(kind: str, width: int, dim: int, *, latents: int, heads: int
         torch.Size([2, 3, 8])
     """
     if kind not in CONNECTORS:
-        raise unknown_name("language", "connector", str(kind), CONNECTORS)
+        raise unknown_name("VisionLanguageModel", "connector", str(kind), CONNECTORS)
     if latents < 1:
-        raise ConfigError("language", expected="latents >= 1", got=f"latents = {latents}")
+        raise ConfigError("VisionLanguageModel", expected="latents >= 1", got=f"latents = {latents}")
     if kind in KINDS:
         return Projector(width, dim, kind=KINDS[kind])
     if kind == "qformer":
