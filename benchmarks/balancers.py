@@ -67,7 +67,7 @@ def training(model: eq.FusionModel, balancing: eq.BalancerList) -> Callable[[Bat
     balancing.attach_optimizer(optimizer)
 
     def step(batch: Batch) -> None:
-        for _ in range(balancing.turns):
+        for _ in range(balancing.steps_per_batch):
             loss = balancing.loss(model(batch), batch["target"])
             optimizer.zero_grad()
             loss.backward()

@@ -8,10 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from balancer_cases import BALANCERS  # noqa: E402
-from balancer_disturbances import DISTURBANCES, REFUSED, shared  # noqa: E402
-
 from equipoise.errors import EquipoiseError  # noqa: E402
+from helpers.balancer_cases import BALANCERS  # noqa: E402
+from helpers.balancer_disturbances import DISTURBANCES, REFUSED, shared  # noqa: E402
 
 INTRODUCTION = """# Balancers in disturbed loops
 

@@ -288,7 +288,7 @@ def test_any_two_train_together_or_give_the_reason(name):
 
 
 class Turning(Balancer):
-    turns = 2
+    steps_per_batch = 2
 
 
 class Replacing(Balancer):
@@ -315,7 +315,7 @@ def test_conflicts_give_the_reason(kinds, message):
 
 def test_those_that_do_not_conflict_are_combined():
     for kinds in combinations((Turning, Replacing), 2):
-        assert eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds]).turns == 2
+        assert eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds]).steps_per_batch == 2
 
 
 def test_the_base_does_nothing():
@@ -358,8 +358,8 @@ def test_the_latest_balancing_takes_the_place_of_earlier_ones():
 @pytest.mark.parametrize(("kind", "place"), [("ModalityDropout", "transforms"), ("ModalityCorruption", "preparations")])
 def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
     made = plain("RollingQ")
-    balancer = getattr(eq, kind)(made)
+    balancer = getattr(eq.balance, kind)(made)
     delattr(made, place)
     with pytest.raises(ConfigError, match=f"calls its {place} .*, for {kind}, got FusionModel, which has none.*= "):
         eq.BalancerList(made, [balancer])
-    assert eq.BalancerList(made, [eq.balance.CML(made)]).turns == 1
+    assert eq.BalancerList(made, [eq.balance.CML(made)]).steps_per_batch == 1

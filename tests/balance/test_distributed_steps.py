@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_umt import teachers
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,6 +10,7 @@ from helpers.fusion import DIM, batch, slices
 from helpers.processes import together
 from helpers.steps import fused
 from helpers.tolerance import TOL
+from helpers.umt import teachers
 
 pytestmark = pytest.mark.distributed
 WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
@@ -55,7 +55,7 @@ def training(rank, name):
     for epoch in range(EPOCHS):
         made.train()
         inputs = [part(rank, seed=10 * epoch + step) for step in range(STEPS)]
-        for each in inputs * balancing.turns:
+        for each in inputs * balancing.steps_per_batch:
             optimizer.zero_grad()
             called(each).backward()
             balancing.before_step()

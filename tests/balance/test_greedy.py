@@ -241,6 +241,6 @@ def test_gradients_that_overflow_leave_no_speed():
 @pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
 def test_gates_do_not_go_with_methods_that_train_in_front_of_them(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
-    first = getattr(eq, other)(made)
+    first = getattr(eq.balance, other)(made)
     with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors that have not passed the gates"):
         eq.BalancerList(made, [first, eq.balance.Greedy(made)])

@@ -101,7 +101,7 @@ def test_a_sample_without_anything_has_finite_logits():
 def test_one_modality_learns_at_each_step(number):
     names = NAMES[:number]
     made, balancer, balancing = attached(names, unimodal="none", projected=False)
-    assert balancing.turns == number
+    assert balancing.steps_per_batch == number
     for turn in range(2 * number):
         name, inputs = names[turn % number], batch(names, seed=turn // number)
         found = step(made, balancing, inputs)
@@ -228,4 +228,4 @@ def test_what_it_refuses():
 def test_it_silences_the_heads_that_others_need(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that teach"):
-        eq.BalancerList(made, [getattr(eq, other)(made), eq.balance.MLA(made)])
+        eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.modality_corruption import attention_target_loss, multiscale_noise
+from equipoise.balance.modality_corruption import attention_target_loss, smooth_noise
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch, model
 from helpers.tolerance import TOL
@@ -40,7 +40,7 @@ def oracle(share, intact):
     return sum(losses) / len(losses)
 
 
-def test_witness_loss_against_a_loop():
+def test_attention_target_loss_against_a_loop():
     random = torch.Generator().manual_seed(0)
     share = torch.rand(11, 2, 3, generator=random, dtype=torch.float64) * 0.3
     intact = torch.rand(11, 3, generator=random) < 0.6
@@ -59,7 +59,7 @@ def test_the_least_loss_is_an_even_spread_over_what_is_intact(count, seed):
     assert float(attention_target_loss(other, intact)) >= float(attention_target_loss(even, intact)) - 1e-9
 
 
-def test_gradient_of_the_witness_loss():
+def test_gradient_of_the_attention_target_loss():
     share = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
     intact = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
     assert torch.autograd.gradcheck(lambda s: attention_target_loss(s, intact), share.requires_grad_())
@@ -67,17 +67,17 @@ def test_gradient_of_the_witness_loss():
 
 @pytest.mark.parametrize("scale", [0, 1, 3, 6])
 def test_noise_of_every_scale_has_unit_size_and_its_own_smoothness(scale):
-    noise = multiscale_noise((200, 16, 24), scale, torch.Generator().manual_seed(0))
+    noise = smooth_noise((200, 16, 24), scale, torch.Generator().manual_seed(0))
     assert float(noise.std()) == pytest.approx(1.0, abs=0.05)
     step = float((noise[:, :, 1:] - noise[:, :, :-1]).std())
     assert {0: step > 1.3, 1: step < 1.0, 3: step < 0.4, 6: step < 1e-6}[scale]
-    assert multiscale_noise((5, 3), 2, torch.Generator().manual_seed(0)).shape == (5, 3)
+    assert smooth_noise((5, 3), 2, torch.Generator().manual_seed(0)).shape == (5, 3)
 
 
 def test_how_often_and_what():
     made = model(dtype=torch.float64)
     inputs = batch(size=SIZE)
-    balancer = eq.balance.ModalityCorruption(made, probability=0.4, whole=0.5)
+    balancer = eq.balance.ModalityCorruption(made, probability=0.4, replace_prob=0.5)
     found = exposed(made, balancer, inputs)
     changed = torch.stack([(found[n] != inputs[n]).flatten(1).any(dim=1) for n in made.names], dim=1)
     # Of two modalities one is spared where both are hit: 0.4 - 0.4^2 / 2.
@@ -105,7 +105,7 @@ def test_what_it_was_given_stays_as_it_is_and_evaluation_is_clean():
     twin = model(dtype=torch.float64)
     assert not torch.equal(trained, twin.train()(inputs).logits)
     assert torch.equal(made.eval()(inputs).logits, twin.eval()(inputs).logits)
-    assert balancing.turns == 1
+    assert balancing.steps_per_batch == 1
 
 
 def test_the_step_decides_what_is_drawn():
@@ -133,7 +133,7 @@ def test_a_sample_keeps_one_of_what_it_has():
     made = model(NAMES[:3], dtype=torch.float64)
     inputs = batch(NAMES[:3], size=SIZE, missing=("audio", "image"))
     inputs["audio"][~inputs["mask"]["audio"]] = torch.nan
-    balancer = eq.balance.ModalityCorruption(made, probability=1.0, whole=1.0)
+    balancer = eq.balance.ModalityCorruption(made, probability=1.0, replace_prob=1.0)
     found = balancer.prepare(inputs)
     has = torch.stack([inputs["mask"].get(n, torch.ones(SIZE, dtype=torch.bool)) for n in made.names], dim=1)
     assert ((has & ~destroyed(balancer)).sum(dim=1) == 1).all()
@@ -168,10 +168,10 @@ def test_attention_is_taught_and_static_fusion_only_exposed():
         assert bool(balancing.loss(output, inputs["target"]).isfinite())
 
 
-@pytest.mark.parametrize("options", [{"probability": 1.5}, {"whole": -0.1}, {"weight": -1.0}])
+@pytest.mark.parametrize("options", [{"probability": 1.5}, {"replace_prob": -0.1}, {"weight": -1.0}])
 def test_options_out_of_range(options):
     with pytest.raises(
-        ConfigError, match=r"ModalityCorruption: expected 0 <= probability <= 1, 0 <= whole <= 1 and weight >= 0"
+        ConfigError, match=r"ModalityCorruption: expected 0 <= probability <= 1, 0 <= replace_prob <= 1 and weight >= 0"
     ):
         eq.balance.ModalityCorruption(model(), **options)
 

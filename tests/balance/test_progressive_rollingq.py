@@ -15,7 +15,7 @@ DEPTH, HEADS = 3, 2
 
 def staged(epochs=7, *, seed=0, **options):
     made = model(heads=HEADS, depth=DEPTH, seed=seed)
-    options = {"beta": 0.0, "max_rotations": 1, "scope": "all", **options}
+    options = {"beta": 0.0, "max_rotations": 1, "query_rows": "all", **options}
     return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=epochs, **options)
 
 

@@ -52,14 +52,13 @@ def compare(total, oracle_samples, *, heads=3, d=7, tolerance=EXACT, **options):
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
-@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("missing", [False, True])
-def test_equals_the_loops(indicator, paired, missing):
+def test_equals_the_loops(indicator, missing):
     query, key, labels, valid, rows = parts = batch(1, missing=missing)
     total = query_key_sums(
-        query, key, labels, len(NAMES), valid=valid, rows=rows, indicator=indicator, paired=paired
+        query, key, labels, len(NAMES), valid=valid, rows=rows, indicator=indicator
     )  # fmt: skip
-    compare(total, samples(parts), kind=indicator, paired=paired)
+    compare(total, samples(parts), kind=indicator)
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)

@@ -215,4 +215,4 @@ def test_what_it_refuses():
 def test_it_silences_the_heads_that_others_need(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that teach"):
-        eq.BalancerList(made, [getattr(eq, other)(made), eq.balance.ReconBoost(made)])
+        eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.ReconBoost(made)])

@@ -55,26 +55,15 @@ def test_rotates_as_the_loops_say(names, heads, indicator):
     assert log["rotated"] == 1.0
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_samples_without_a_modality_count_for_the_others(paired):
+def test_samples_without_a_modality_count_for_the_others():
     made = model(NAMES[:3], heads=2)
-    rolling = attached(made, paired=paired)
+    rolling = attached(made)
     batches = [batch(NAMES[:3], size=7, seed=1, missing=("audio", "text")), batch(NAMES[:3], size=5, seed=2)]
     forward(made, batches)
-    rotation, air = expected(samples(made, batches), NAMES[:3], 2, paired=paired)
+    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, NAMES[:3])
-
-
-def test_pairing_matters():
-    logs = []
-    for paired in (False, True):
-        made = model()
-        rolling = attached(made, paired=paired)
-        forward(made, [batch(size=7, missing=("audio",))])
-        logs.append(rolling.end_epoch()["air"])
-    assert abs(logs[0] - logs[1]) > 1e-4
 
 
 def test_batches_without_a_modality():
@@ -90,7 +79,7 @@ def test_batches_without_a_modality():
 
 def test_an_epoch_without_one_of_three_modalities_balances_the_other_two():
     made = model(NAMES[:3])
-    rolling = attached(made, air_reduce="mean")
+    rolling = attached(made)
     batches = [{**batch(NAMES[:3], seed=seed), "text": None} for seed in range(2)]
     forward(made, batches)
     rotation, air = expected(samples(made, batches), NAMES[:3], 2)
@@ -137,17 +126,17 @@ def test_rotations_multiply():
     torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, eye, **EXACT)
 
 
-@pytest.mark.parametrize("scope", ["cls", "all"])
+@pytest.mark.parametrize("query_rows", ["first", "all"])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
-def test_the_layer_computes_with_rotated_queries(scope, heads):
+def test_the_layer_computes_with_rotated_queries(query_rows, heads):
     made = model(shortcut=False).eval()
-    rolling = attached(made, scope=scope, heads=heads)
+    rolling = attached(made, query_rows=query_rows, heads=heads)
     forward(made, [batch()])
     rolling.end_epoch()
     layer, tokens = made.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
     block = torch.block_diag(*rolling.rotation)
     query, turned = layer.query(tokens), layer.query(tokens) @ block
-    rows = torch.cat([turned[:, :1], query[:, 1:]], dim=1) if scope == "cls" else turned
+    rows = torch.cat([turned[:, :1], query[:, 1:]], dim=1) if query_rows == "first" else turned
     split = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (rows, layer.key(tokens), layer.value(tokens))]
     attended = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
     assert float((turned - query).detach().norm()) > 0.1
@@ -288,24 +277,18 @@ def test_due_says_what_end_epoch_will_do():
     assert not rolling.due()
 
 
-@pytest.mark.parametrize("reduce", ["per_head", "mean", "max"])
-def test_heads_decide_alone_or_together(reduce):
+def test_each_head_compares_its_own_spread_with_beta():
     made = model(seed=3)
     _, air = expected(samples(made, [batch()]), TWO, 2)
     spreads = [abs(row["audio"]) for row in air]
-    together = {
-        "per_head": spreads,
-        "mean": [abs(air[0]["audio"] + air[1]["audio"]) / 2] * 2,
-        "max": [max(spreads)] * 2,
-    }
     assert min(spreads) < max(spreads) - 0.05
-    for beta in (min(spreads) - 0.01, min(spreads) + 0.01, together["mean"][0] + 0.01, max(spreads) + 0.01):
+    for beta in (min(spreads) - 0.01, min(spreads) + 0.01, max(spreads) + 0.01):
         rolled = model(seed=3)
-        rolling = attached(rolled, air_reduce=reduce, beta=max(beta, 0.0))
+        rolling = attached(rolled, beta=max(beta, 0.0))
         forward(rolled, [batch()])
         rolling.end_epoch()
         turned = [not torch.equal(r, torch.eye(DIM // 2, dtype=torch.float64)) for r in rolling.rotation]
-        assert turned == [spread >= beta for spread in together[reduce]]
+        assert turned == [spread >= beta for spread in spreads]
         assert int(rolling.rotations) == int(any(turned))
 
 
@@ -365,12 +348,12 @@ class Noisy(nn.Linear):
         return super().forward(input) + 0.0 * torch.rand(())
 
 
-def measured(stats="pass"):
+def measured(statistics="full_pass"):
     made = model(dropout=0.3)
     made.encoders["audio"].__class__ = Noisy
     made.encoders["image"].eval()
     made.loss(made(batch()).logits, batch()["target"]).backward()
-    return made, attached(made, stats=stats, tail=1)
+    return made, attached(made, statistics=statistics, tail=1)
 
 
 def test_a_pass_measures_in_evaluation_mode_and_leaves_no_trace():
@@ -451,11 +434,10 @@ def test_a_compiled_model_is_observed_without_compiling_anew():
         ({"tail": 0}, "expected tail >= 1 or None, got tail = 0"),
         ({"warmup_epochs": -1}, "expected warmup_epochs >= 0, got warmup_epochs = -1"),
         ({"min_epochs_between": 0}, "expected min_epochs_between >= 1, got min_epochs_between = 0"),
-        ({"stats": "epoch"}, "expected stats 'tail' or 'pass', got stats = 'epoch'"),
+        ({"statistics": "epoch"}, "expected statistics 'tail' or 'full_pass', got statistics = 'epoch'"),
         ({"indicator": "angle"}, "expected indicator 'cosine', 'logit', .* got indicator = 'angle'"),
-        ({"scope": "some"}, "expected scope 'cls' or 'all', got scope = 'some'"),
+        ({"query_rows": "some"}, "expected query_rows 'first' or 'all', got query_rows = 'some'"),
         ({"heads": "each"}, "expected heads 'per_head' or 'joint', got heads = 'each'"),
-        ({"air_reduce": "min"}, "expected air_reduce 'per_head', 'mean' or 'max', got air_reduce = 'min'"),
         ({"rotation": "qr"}, "expected rotation 'minimal' or 'svd', got rotation = 'qr'"),
         ({"target_share": {"audio": 0.9, "image": 0.9}}, "shares of exactly two modalities that sum to 1"),
     ],
@@ -476,7 +458,7 @@ def test_a_line_has_no_rotation():
 @pytest.mark.parametrize("bad", [float("nan"), 1e308])
 @pytest.mark.parametrize("options", [
     *({"indicator": indicator} for indicator in INDICATORS),
-    {"heads": "joint"}, {"scope": "all"}, {"paired": True}, {"tail": 2},
+    {"heads": "joint"}, {"query_rows": "all"}, {"tail": 2},
 ])  # fmt: skip
 def test_samples_that_are_not_finite_are_left_out(bad, options):
     good, harmed = batch(size=5), batch(size=7)
@@ -494,14 +476,14 @@ def test_samples_that_are_not_finite_are_left_out(bad, options):
     torch.testing.assert_close(rollings[0].rotation, rollings[1].rotation, **EXACT)
 
 
-@pytest.mark.parametrize("stats", ["tail", "pass"])
+@pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 @pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
-def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(stats, options):
+def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(statistics, options):
     made = model(heads=1)
-    rolling = attached(made, stats=stats, **options)
+    rolling = attached(made, statistics=statistics, **options)
     inputs = batch()
     inputs["audio"][:] = float("nan")
-    rolling.measure(made, [inputs]) if stats == "pass" else forward(made, [inputs])
+    rolling.measure(made, [inputs]) if statistics == "full_pass" else forward(made, [inputs])
     before = {name: value.clone() for name, value in rolling.named_buffers()}
     log = rolling.end_epoch()
     assert (log["rotated"], log["rotations"]) == (0.0, 0.0)

@@ -59,7 +59,7 @@ def run(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumu
                 if balancing:
                     balancing.loss(made(batch(seed=99)), batch(seed=99)["target"])
             made.eval()(batch(seed=98))
-    if options.get("stats") == "pass":
+    if options.get("statistics") == "full_pass":
         rolling.measure(made, [batch(seed=7), batch(seed=8)])
     sums = rolling.get_extra_state()
     log = balancer.end_epoch()
@@ -75,7 +75,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("kind", [Single, Staged])
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("options", [{}, {"tail": None}, {"stats": "pass"}])
+@pytest.mark.parametrize("options", [{}, {"tail": None}, {"statistics": "full_pass"}])
 def test_activation_checkpointing_counts_a_batch_once(kind, alone, options):
     def checkpointed(made, inputs):
         return checkpoint(made, inputs, use_reentrant=False)

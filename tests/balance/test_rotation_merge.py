@@ -76,7 +76,7 @@ def test_foreign_modules_with_grouped_keys(bias, keyheads, heads):
     torch.manual_seed(0)
     reader = Reader(DIM, 4, keyheads, bias=bias).double()
     rolling = eq.balance.RollingQ(
-        reader, query="q_proj", key="k_proj", num_heads=4, names=("a", "b"), beta=0.0, scope="all", heads=heads
+        reader, query="q_proj", key="k_proj", num_heads=4, names=("a", "b"), beta=0.0, query_rows="all", heads=heads
     )
     rolling.layout(labels(7))
     tokens = torch.randn(5, 7, DIM, dtype=torch.float64)
@@ -92,13 +92,15 @@ def test_refused_where_other_rows_are_read_unrotated():
     torch.manual_seed(0)
     reader = Reader(DIM, 2, 2)
     rolling = eq.balance.RollingQ(
-        reader, query="q_proj", key="k_proj", num_heads=2, names=("a", "b"), beta=0.0, scope="cls"
+        reader, query="q_proj", key="k_proj", num_heads=2, names=("a", "b"), beta=0.0, query_rows="first"
     )
     rolling.layout(labels(7))
     reader(torch.randn(5, 7, DIM))
     rolling.end_epoch()
     weight = reader.q_proj.weight.clone()
-    with pytest.raises(ConfigError, match=r'fold: expected a rotation of all query rows.*got scope="cls".*scope="all"'):
+    with pytest.raises(
+        ConfigError, match=r'fold: expected a rotation of all query rows.*got query_rows="first".*query_rows="all"'
+    ):
         eq.merge_rotations(reader)
     assert torch.equal(reader.q_proj.weight, weight)
     assert reader.q_proj.rolling is rolling
@@ -106,9 +108,9 @@ def test_refused_where_other_rows_are_read_unrotated():
 
 def test_all_or_nothing():
     made = model(depth=3)
-    last = rotated(made, scope="cls")
-    for layer, scope in zip(made.fusion.layers, ("all", "cls"), strict=False):
-        rolling = eq.balance.RollingQ(layer, scope=scope)
+    last = rotated(made, query_rows="first")
+    for layer, query_rows in zip(made.fusion.layers, ("all", "first"), strict=False):
+        rolling = eq.balance.RollingQ(layer, query_rows=query_rows)
         rolling.load_state_dict(last.state_dict())
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with pytest.raises(ConfigError, match="fold: expected a rotation of all query rows"):

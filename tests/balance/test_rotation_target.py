@@ -18,7 +18,7 @@ NAMES = ("a", "b")
 
 
 def attached(reader, *, num_heads=4, **options):
-    options = {"query": "q_proj", "key": "k_proj", "names": NAMES, "beta": 0.0, "scope": "all", **options}
+    options = {"query": "q_proj", "key": "k_proj", "names": NAMES, "beta": 0.0, "query_rows": "all", **options}
     return eq.balance.RollingQ(reader, num_heads=num_heads, **options)
 
 
@@ -67,18 +67,18 @@ def test_interleaved_labels_of_every_sample():
     torch.testing.assert_close(rolling.rotation[0], torch.from_numpy(step(mean, keys, values, 1.0)[3]), **EXACT)
 
 
-@pytest.mark.parametrize("scope", ["cls", "all"])
-def test_inside_a_decoder_layer(scope):
+@pytest.mark.parametrize("query_rows", ["first", "all"])
+def test_inside_a_decoder_layer(query_rows):
     torch.manual_seed(0)
     layer = DecoderLayer(DIM, 2).double()
-    rolling = attached(layer, query="cross.q_proj", key="cross.k_proj", num_heads=2, scope=scope)
+    rolling = attached(layer, query="cross.q_proj", key="cross.k_proj", num_heads=2, query_rows=query_rows)
     rolling.layout(labels(7))
     tokens, memory = torch.randn(5, 3, DIM).double(), torch.randn(5, 7, DIM).double()
     before = layer(tokens, memory)
     assert rolling.end_epoch()["rotated"] == 1.0
     after = layer(tokens, memory)
     moved = (after - before).detach().abs().amax(dim=(0, 2)) > 1e-3
-    assert moved.tolist() == [True, scope == "all", scope == "all"]
+    assert moved.tolist() == [True, query_rows == "all", query_rows == "all"]
     assert next(name for name in layer.state_dict() if "rolling" in name).startswith("cross.q_proj.rolling.")
 
 
@@ -115,7 +115,7 @@ def test_detach_leaves_nothing_behind():
 
 def test_names_may_be_given_for_our_layer():
     layer = eq.nn.Attention(DIM, heads=2)
-    rolling = eq.balance.RollingQ(layer, names=NAMES, scope="all", beta=0.0)
+    rolling = eq.balance.RollingQ(layer, names=NAMES, query_rows="all", beta=0.0)
     layer(torch.randn(3, 5, DIM), modality=torch.tensor([0, 0, 1, 1, 1]), num_modalities=2)
     assert set(rolling.end_epoch()) == {"air", "air/a", "air/b", "spread", "rotated", "rotations"}
 

@@ -11,18 +11,14 @@ import equipoise as eq
 from equipoise.balance.umt import distillation
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.training.run import execute_run
-from helpers.fusion import DIM, FEATURES, NAMES, batch, slices
+from helpers.fusion import NAMES, batch, slices
 from helpers.runs import job
 from helpers.steps import fused, step
 from helpers.tolerance import TOL
+from helpers.umt import teachers
 from oracles.balance_c import distillation as slow
 
 EXACT = TOL[torch.float64]
-
-
-def teachers(names=("audio", "image"), *, dim=DIM, dtype=torch.float64):
-    torch.manual_seed(5)
-    return {name: nn.Sequential(nn.Linear(FEATURES[name], dim), nn.Dropout()).to(dtype) for name in names}
 
 
 def attached(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):

@@ -20,9 +20,11 @@ EXACT = TOL[torch.float64]
 ROTATION = "fusion.attention.core.rolling.rotation"
 
 
-def attached(seed=0, *, scope="all", **options):
+def attached(seed=0, *, query_rows="all", **options):
     made = model(seed=seed, **options)
-    return made, eq.balance.RollingQ(made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, scope=scope)
+    return made, eq.balance.RollingQ(
+        made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, query_rows=query_rows
+    )
 
 
 def rotated(seed=0, epochs=1, **options):
@@ -284,7 +286,7 @@ def test_the_nearest_rotation_leaves_rotations_as_they_are():
 def test_a_copy_of_the_weights_has_the_depth_of_its_buffer(write):
     def staged(seed):
         made = model(depth=2, seed=seed)
-        return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, scope="cls")
+        return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, query_rows="first")
 
     (source, balancer), (target, _) = staged(0), staged(3)
     forward(source, [batch()])

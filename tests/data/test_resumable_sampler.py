@@ -78,9 +78,9 @@ def test_errors():
 
 def test_turns_never_meet_in_one_optimiser_step():
     # 7 batches in groups of 3, each served twice: the seventh is left out, for its turns would share a step.
-    got = batches(20, 3, seed=0, shuffle=True, turns=2, group=3)
+    got = batches(20, 3, seed=0, shuffle=True, steps_per_batch=2, group=3)
     whole = batches(20, 3, seed=0, shuffle=True)
     assert got == whole[:3] * 2 + whole[3:6] * 2
-    assert batches(20, 3, seed=0, shuffle=True, turns=1, group=3) == whole
+    assert batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == whole
     with pytest.raises(ConfigError, match=r"in turns, at least 3 batches in an epoch.*got 2\. Lower train\.accumulate"):
-        len(ResumableBatchSampler(5, 3, seed=0, shuffle=True, turns=2, group=3))
+        len(ResumableBatchSampler(5, 3, seed=0, shuffle=True, steps_per_batch=2, group=3))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_unimodal_scores import slow_score
 
 import equipoise as eq
 from equipoise.diagnostics.corruption_test import corruption_curve
@@ -17,6 +16,7 @@ from helpers.fusion import batch, model
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
+from oracles.task_scores import slow_score
 
 EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
 SHAPE = (5, 13, 3)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_unimodal_scores import slow_score
 
 import equipoise as eq
 from equipoise.diagnostics.modality_ablation import remove_modality, zero_modality
@@ -15,6 +14,7 @@ from helpers.fusion_cases import FUSIONS
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
+from oracles.task_scores import slow_score
 
 SINGLE = TOL[torch.float32]
 HEADS = {"MulT": {"heads": 2, "width": 4}}

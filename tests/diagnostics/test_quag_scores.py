@@ -4,7 +4,6 @@ import pytest
 import torch
 from test_interventions import written_out
 from test_no_trace import Broken, state
-from test_unimodal_scores import slow_score
 
 import equipoise as eq
 from equipoise.diagnostics.quag_test import quag
@@ -13,6 +12,7 @@ from helpers.fusion import DIM, batch, model
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
+from oracles.task_scores import slow_score
 
 SINGLE = TOL[torch.float32]
 NAMES = ("audio", "image", "text")

@@ -101,7 +101,7 @@ class Loss(nn.Module):
 def step(loss, balancing, optimizer, *batches):
     """One optimizer step over several batches, of which each weighs by its samples, for every turn."""
     total = sum(len(inputs["target"]) for inputs in batches)
-    for _ in range(balancing.turns):
+    for _ in range(balancing.steps_per_batch):
         optimizer.zero_grad()
         for inputs in batches:
             found = loss(inputs)

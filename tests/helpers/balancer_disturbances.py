@@ -63,7 +63,7 @@ class Loop:
             batches = [batch_for("classification", self.model.names, seed=10 * epoch + n) for n in range(STEPS)]
             self.model.train()
             for number, inputs in enumerate(batches):
-                for _ in range(self.balancing.turns):
+                for _ in range(self.balancing.steps_per_batch):
                     self.before(number)
                     self.step(inputs, number)
             self.balancing.review(batches, [batch_for("classification", self.model.names, seed=500)])

@@ -149,7 +149,10 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
             {"depth": 2},
         ),
         (
-            lambda made: [eq.balance.RollingQ(made.fusion.attention, stats="pass"), eq.balance.PMR(made, fraction=0.5)],
+            lambda made: [
+                eq.balance.RollingQ(made.fusion.attention, statistics="full_pass"),
+                eq.balance.PMR(made, fraction=0.5),
+            ],
             7,
             {},
         ),
@@ -416,7 +419,7 @@ def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
 
 
 class Turns(eq.balance.Balancer):
-    turns = 2
+    steps_per_batch = 2
 
 
 class Partial(eq.balance.Balancer):

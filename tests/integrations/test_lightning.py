@@ -53,13 +53,15 @@ def fit(module, source, *callbacks, epochs=2, **options):
     return trainer
 
 
-@pytest.mark.parametrize("stats", ["tail", "pass"])
-def test_balance_in_a_module_of_ones_own(stats):
+@pytest.mark.parametrize("statistics", ["tail", "full_pass"])
+def test_balance_in_a_module_of_ones_own(statistics):
     source = Made()
     mine = Mine(source)
-    if stats == "pass":
+    if statistics == "full_pass":
         mine.model = mine.net
-    balancer = eq.balance.RollingQ(mine.net.fusion.attention, beta=0.0, max_rotations=1, warmup_epochs=1, stats=stats)
+    balancer = eq.balance.RollingQ(
+        mine.net.fusion.attention, beta=0.0, max_rotations=1, warmup_epochs=1, statistics=statistics
+    )
     callback = eq.lightning.BalancerCallback(balancer)
     trainer = fit(mine, source, callback, epochs=3)
     assert int(balancer.rotations) == 1

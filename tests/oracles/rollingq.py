@@ -47,7 +47,7 @@ def indicator(kind, query, keys, labels, modality, modalities):
     return per_token[modality] / sum(per_token.values())
 
 
-def means(samples, names, head, *, kind="cosine", paired=False):
+def means(samples, names, head, *, kind="cosine"):
     """Spec 2.8 and 2.12, of one head: mean query, name -> mean key, name -> indicator, name -> tokens.
 
     ``samples`` are tuples (query (H, Q, d), key (Hk, K, d), labels (K,), valid (K,), rows (Q,)); a query head reads key
@@ -61,7 +61,7 @@ def means(samples, names, head, *, kind="cosine", paired=False):
         label = [int(labels[j]) for j in kept]
         q = [np.asarray(query[head, i], dtype=np.float64) for i in range(query.shape[1]) if rows[i]]
         present = [m for m in range(len(names)) if m in label]
-        if not q or (paired and len(present) < len(names)):
+        if not q:
             continue
         queries.append(sum(q) / len(q))
         for m in present:

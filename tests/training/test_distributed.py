@@ -74,7 +74,7 @@ def disagreeing(rank):
 def measured(rank):
     """A pass of which each process has its own half."""
     made = model()
-    rolling = attached(made, stats="pass")
+    rolling = attached(made, statistics="full_pass")
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 3, 2, 7))]
     rolling.measure(made, batches if rank is None else batches[rank::WORLD])
     rolling.end_epoch()

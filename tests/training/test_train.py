@@ -18,9 +18,13 @@ CASES = {
     "rollingq": ("joint+rollingq", {}, {}),
     "exposure, accumulation": ("joint+rollingq", {}, {"exposure": 0.3, "accumulate": 2, "batch_size": 130}),
     "clip, sgd, heads teach": ("concat", {}, {"optimizer": "sgd", "clip": 0.1, "unimodal": "train"}),
-    "pass": ("joint+rollingq", {"rollingq": {"beta": 0.0, "stats": "pass", "warmup_epochs": 1}}, {}),
+    "pass": ("joint+rollingq", {"rollingq": {"beta": 0.0, "statistics": "full_pass", "warmup_epochs": 1}}, {}),
     "progressive": ("deep+progressive", {}, {"epochs": 4}),
-    "progressive, pass": ("deep+passing", {"passing": {**BALANCERS["progressive"], "stats": "pass"}}, {"epochs": 4}),
+    "progressive, pass": (
+        "deep+passing",
+        {"passing": {**BALANCERS["progressive"], "statistics": "full_pass"}},
+        {"epochs": 4},
+    ),
 }
 
 

@@ -95,7 +95,7 @@ class AGM(Balancer):
         >>> balancing.before_step()
     """
 
-    only_scales = True
+    gradient_scaling_only = True
     excludes: ClassVar[Mapping[str, str]] = {
         "OGM_GE": "both decide how large the encoders' gradients are",
         "MMPareto": "it writes the encoders' gradients anew after they are scaled",

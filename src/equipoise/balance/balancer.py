@@ -64,13 +64,13 @@ class Balancer(nn.Module):
         needs_heads: True where the model's unimodal heads must teach (``unimodal="train"``).
         needs_teachers: True where it learns from encoders that were trained alone before; the constructor takes
             ``teachers``, modality -> encoder, and makes do without them until the first ``penalty``.
-        turns: how often the loop serves each batch, one optimizer step each.
+        steps_per_batch: how often the loop serves each batch, one optimizer step each.
         reviews: True where ``review`` wants to see data before ``end_epoch``.
         partial_graph: True where some parameters get no gradient in some steps; data-parallel training must be told.
         notes_in_forward: True where hooks of the balancer's own ``note`` or ``keep`` something in the forward pass.
         changes_gradients: False where ``before_step`` updates the balancer's state and leaves gradients as they are.
         works_alone: True where it needs no ``BalancerList``, only its hooks in the model and a call once an epoch.
-        only_scales: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
+        gradient_scaling_only: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
             it out again.
         excludes: names of methods that it cannot be combined with -> why.
     """
@@ -78,10 +78,10 @@ class Balancer(nn.Module):
     replaces: ClassVar[tuple[str, ...]] = ()
     needs_heads: ClassVar[bool] = False
     needs_teachers: ClassVar[bool] = False
-    turns: int = 1
+    steps_per_batch: int = 1
     reviews: ClassVar[bool] = False
     partial_graph: ClassVar[bool] = False
-    only_scales: ClassVar[bool] = False
+    gradient_scaling_only: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {}
     notes_in_forward: ClassVar[bool] = False
     changes_gradients: ClassVar[bool] = True

@@ -66,9 +66,9 @@ class BalancerList:
         ForwardPass(self._pending, self.balancers).attach(model)
 
     @property
-    def turns(self) -> int:
+    def steps_per_batch(self) -> int:
         """How often each batch must be served, one optimizer step each; 1 for most methods."""
-        return max((b.turns for b in self.balancers), default=1)
+        return max((b.steps_per_batch for b in self.balancers), default=1)
 
     @property
     def partial_graph(self) -> bool:
@@ -159,7 +159,7 @@ class BalancerList:
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Warns where the optimizer undoes a method: Adam and its kin divide a constant factor on gradients out."""
         adaptive = any(word in type(optimizer).__name__.lower() for word in ADAPTIVE)
-        names = [type(b).__name__ for b in self.balancers if b.only_scales]
+        names = [type(b).__name__ for b in self.balancers if b.gradient_scaling_only]
         if adaptive and names:
             warnings.warn(
                 f"{', '.join(names)} changes the size of gradients only, and {type(optimizer).__name__} divides that "
@@ -189,7 +189,7 @@ def _check(balancers: Sequence[Balancer]) -> None:
                         got=f"{type(a).__name__} with {type(b).__name__}: {why}", fix="Leave one of them out.",
                     )  # fmt: skip
             both = sorted(set(one.replaces) & set(other.replaces))
-            if both or (one.turns > 1 and other.turns > 1):
+            if both or (one.steps_per_batch > 1 and other.steps_per_batch > 1):
                 what = f"both put a loss of their own in place of the {both[0]} loss" if both else "both take turns"
                 raise ConfigError(
                     "BalancerList", expected="balancers that can be combined",

@@ -105,7 +105,7 @@ class MLA(Balancer):
         >>> encoders = {"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}
         >>> model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
         >>> balancing = eq.BalancerList(model, [eq.balance.MLA(model)])
-        >>> balancing.turns, model.head.classifier
+        >>> balancing.steps_per_batch, model.head.classifier
         (2, Linear(in_features=8, out_features=2, bias=True))
     """
 
@@ -120,9 +120,11 @@ class MLA(Balancer):
         super().__init__()
         check_modalities(model, "MLA")
         check_concatenated(model, "MLA")
-        self._model, self.projected, self.turns = [model], projected, len(model.names)
+        self._model, self.projected, self.steps_per_batch = [model], projected, len(model.names)
         like, dim = next(model.head.parameters()), model.fusion.dim
-        model.head = SharedLinearHead(dim, model.num_outputs, self.turns, model.task).to(like.device, like.dtype)
+        model.head = SharedLinearHead(dim, model.num_outputs, self.steps_per_batch, model.task).to(
+            like.device, like.dtype
+        )
         detach_unimodal_heads(model)
         # Counters stay where they are made: whose turn it is should not be asked of an accelerator.
         self.register_buffer("steps", torch.tensor(0))
@@ -139,7 +141,7 @@ class MLA(Balancer):
     def penalty(self, output: Output, target: Tensor) -> Tensor:
         """The loss of the modality whose turn it is."""
         model, head = self._model[0], self._head
-        name = model.names[int(self.steps) % self.turns]
+        name = model.names[int(self.steps) % self.steps_per_batch]
         has = has_modality(output, name)
         # Not a slice of the features: that would give the other encoders a gradient of zeros, and Adam moves on those.
         vectors = output.tokens[name].pooled()
@@ -160,7 +162,7 @@ class MLA(Balancer):
         if self.projected:
             total = summed(sums)
             whole = int(self.epoch_length)
-            done = int(self.epoch_steps) // self.turns * self.turns / whole if whole else 0.0
+            done = int(self.epoch_steps) // self.steps_per_batch * self.steps_per_batch / whole if whole else 0.0
             weight = self._head.classifier.weight
             row = total[:-1] / total[-1].clamp(min=1)
             self.projector = next_projector(self.projector.to(row), row, alpha=0.1 ** (1 + done))

@@ -30,7 +30,7 @@ def attention_target_loss(
     intact modality does not count.
 
     Example:
-        >>> witness_loss(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
+        >>> attention_target_loss(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
         tensor(0.2877)
     """
     share = share.to(torch.promote_types(share.dtype, torch.float32))
@@ -40,13 +40,13 @@ def attention_target_loss(
     return losses.sum() / intact.any(dim=1).sum().clamp(min=1)
 
 
-def multiscale_noise(shape: tuple[int, ...], scale: int, random: torch.Generator) -> Tensor:
+def smooth_noise(shape: tuple[int, ...], scale: int, random: torch.Generator) -> Tensor:
     """Standard normal noise, constant over squares of 2^scale neighbors in the last two axes and smooth between them.
 
-    Scale 0 is white; the largest moves a whole input up or down. Made on the generator's device.
+    Scale 0 is white; the largest moves a replace_prob input up or down. Made on the generator's device.
 
     Example:
-        >>> coarse_noise((3, 4, 4), 9, torch.Generator().manual_seed(0)).std(dim=(1, 2)).max() < 1e-6
+        >>> smooth_noise((3, 4, 4), 9, torch.Generator().manual_seed(0)).std(dim=(1, 2)).max() < 1e-6
         tensor(True)
     """
     if scale == 0 or len(shape) < 3:
@@ -64,19 +64,19 @@ class ModalityCorruption(Balancer):
     """Damages modalities in training and teaches attention, which knows it, to spread over those that are intact.
 
     With probability ``probability`` each modality of a sample is hit, but never all of one sample. Of the hits a part
-    ``whole`` is replaced by noise (destroyed); the others are mixed with it by a random degree and count as intact::
+    ``replace_prob`` is replaced by noise (destroyed); the others are mixed with it by a random degree and count as intact::
 
         x <- sqrt(1 - d^2) x + d noise,     d = 1 where destroyed, else d ~ U(0, 1)
-        L = L_task + weight * witness_loss(share, not destroyed)
+        L = L_task + weight * attention_target_loss(share, not destroyed)
 
     Noise has the mean and deviation of the modality in the batch. Where it destroys it is white; where it is mixed in
-    it is, with ``scales``, as coarse as a die says for the step: from single values to the whole input, which is then a
+    it is, with ``scales``, as coarse as a die says for the step: from single values to the replace_prob input, which is then a
     little louder, brighter or darker. Inputs that are no floating-point tensors (words) are never hit.
 
     Args:
         model: any fusion; attention is taught where it has shares, elsewhere only the damage is done.
         probability: in [0, 1], of a hit for each sample and modality.
-        whole: in [0, 1], part of the hits that destroy.
+        replace_prob: in [0, 1], part of the hits that destroy.
         weight: of the witness loss; 0 leaves attention to find out by itself.
         scales: mix in noise of every coarseness; False keeps it white.
         seed: of everything that is drawn, with the number of the step.
@@ -106,18 +106,24 @@ class ModalityCorruption(Balancer):
     changes_gradients = False
 
     def __init__(
-        self, model: Multimodal, *, probability: float = 0.4, whole: float = 0.5, weight: float = 1.0,
-        scales: bool = True, seed: int = 0,
+        self, model: Multimodal, *, probability: float = 0.4, replace_prob: float = 0.5, weight: float = 1.0,
+        multiscale_noise: bool = True, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         check_modalities(model, "ModalityCorruption")
-        if not (0 <= probability <= 1 and 0 <= whole <= 1 and weight >= 0):
+        if not (0 <= probability <= 1 and 0 <= replace_prob <= 1 and weight >= 0):
             raise ConfigError(
                 "ModalityCorruption",
-                expected="0 <= probability <= 1, 0 <= whole <= 1 and weight >= 0",
-                got=f"probability = {probability}, whole = {whole}, weight = {weight}",
+                expected="0 <= probability <= 1, 0 <= replace_prob <= 1 and weight >= 0",
+                got=f"probability = {probability}, replace_prob = {replace_prob}, weight = {weight}",
             )
-        self.probability, self.whole, self.weight, self.scales, self.seed = probability, whole, weight, scales, seed
+        self.probability, self.replace_prob, self.weight, self.multiscale_noise, self.seed = (
+            probability,
+            replace_prob,
+            weight,
+            multiscale_noise,
+            seed,
+        )
         self.names = model.names
         self.register_buffer("steps", torch.tensor(0))
 
@@ -161,10 +167,10 @@ class ModalityCorruption(Balancer):
         chosen = (draws[:, 2 * count] * has.sum(dim=1)).long()[:, None]
         spared = has & (has.cumsum(dim=1) - 1 == chosen)
         hit &= ~((hit == has).all(dim=1, keepdim=True) & spared)
-        # One number says both: below `whole` it destroys, above it, stretched to (0, 1), it is the degree.
+        # One number says both: below `replace_prob` it destroys, above it, stretched to (0, 1), it is the degree.
         drawn = draws[:, count : 2 * count]
-        destroyed = hit & (drawn < self.whole)
-        degree = torch.where(destroyed, 1.0, (drawn - self.whole) / max(1.0 - self.whole, 1e-12))
+        destroyed = hit & (drawn < self.replace_prob)
+        degree = torch.where(destroyed, 1.0, (drawn - self.replace_prob) / max(1.0 - self.replace_prob, 1e-12))
         return torch.where(hit, degree.clamp(0.0, 1.0), 0.0), destroyed
 
     def _mixed(
@@ -172,9 +178,9 @@ class ModalityCorruption(Balancer):
     ) -> Tensor:
         white = torch.randn(values.shape, generator=random)
         noise = white
-        if self.scales:
+        if self.multiscale_noise:
             scale = int(torch.randint(SCALES, (1,), generator=random))
-            coarse = multiscale_noise(tuple(values.shape), scale, random)
+            coarse = smooth_noise(tuple(values.shape), scale, random)
             noise = torch.where(_beside(degree >= 1, values), white, coarse)
         # What stands in for a missing modality is no measure of noise.
         seen = values if bool(has.all()) else values[has.to(values.device)]

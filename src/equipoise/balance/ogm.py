@@ -69,7 +69,7 @@ class OGM(Balancer):
         >>> balancing.before_step()
     """
 
-    only_scales = True
+    gradient_scaling_only = True
     excludes: ClassVar[Mapping[str, str]] = {
         "AGM": "both decide how large the encoders' gradients are",
         "MMPareto": "it writes the encoders' gradients anew after they are scaled",

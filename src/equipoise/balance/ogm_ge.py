@@ -66,7 +66,7 @@ class OGM_GE(OGM):
     """
 
     name = "ogm_ge"
-    only_scales = False
+    gradient_scaling_only = False
     excludes: ClassVar[Mapping[str, str]] = {**OGM.excludes, "OGM": "it is a part of OGM-GE"}
 
     def __init__(self, model: Multimodal, *, alpha: float = 0.3, start: int = 0, stop: int = 50, seed: int = 0) -> None:

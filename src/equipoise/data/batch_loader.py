@@ -35,7 +35,7 @@ class _Served(TorchDataset):
 
 def loader(
     dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool, exposure: float = 0.0,
-    drop_last: bool = False, rank: int | None = None, world: int | None = None, turns: int = 1, group: int = 1,
+    drop_last: bool = False, rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
 ) -> DataLoader:  # fmt: skip
     """Batches of a split, for training loops that want a DataLoader.
 
@@ -52,7 +52,7 @@ def loader(
         exposure: in training, probability with which each modality is replaced by noise.
         drop_last: drop a last batch that is not full.
         rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
-        turns, group: how often each batch is served, and how many form an optimizer step; see ``Order``.
+        steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see ``Order``.
 
     Returns:
         A DataLoader of dicts: name -> (batch, ...), "target" (batch,), "index" (batch,). Its length counts batches.
@@ -69,7 +69,7 @@ def loader(
     """
     order = ResumableBatchSampler(
         len(dataset.split(split)), batch_size, seed=seed, shuffle=train, drop_last=drop_last, rank=rank, world=world,
-        turns=turns, group=group,
+        steps_per_batch=steps_per_batch, group=group,
     )  # fmt: skip
     served = _Served(dataset, split, seed, train, exposure)
     # A DataLoader draws one number for its workers: from a generator of its own, so that the global one stays put.

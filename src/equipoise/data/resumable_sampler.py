@@ -32,7 +32,7 @@ class ResumableBatchSampler(DistributedSampler):
         shuffle: True in training; False keeps the stored order.
         drop_last: drop a last batch that is not full.
         rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
-        turns: how often each batch is served, for methods that train in turns.
+        steps_per_batch: how often each batch is served, for methods that train in turns.
         group: batches that make one optimizer step; a whole group is served before it is served again. With several
             turns an epoch's last group is dropped where it is not whole, or turns would meet in one step.
 
@@ -47,14 +47,14 @@ class ResumableBatchSampler(DistributedSampler):
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool = False,
-        rank: int | None = None, world: int | None = None, turns: int = 1, group: int = 1,
+        rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ConfigError("Order", expected="batch_size >= 1", got=f"{batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self._rank, self._world = rank, world
-        self.turns, self.group = turns, group
+        self.steps_per_batch, self.group = steps_per_batch, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,11 +76,11 @@ class ResumableBatchSampler(DistributedSampler):
             order = torch.argsort(CounterRNG(self.seed, self.epoch, order).uniform("order", 1)[:, 0], stable=True)
         bounds = self._bounds(world)
         for first in range(0, len(bounds), self.group):
-            for start, stop in bounds[first : first + self.group] * self.turns:
+            for start, stop in bounds[first : first + self.group] * self.steps_per_batch:
                 yield self.epoch, order[start:stop][rank::world]
 
     def __len__(self) -> int:
-        return len(self._bounds(self.place()[1])) * self.turns
+        return len(self._bounds(self.place()[1])) * self.steps_per_batch
 
     def _bounds(self, world: int) -> list[tuple[int, int]]:
         fix = "batch_size counts the global batch: choose a multiple of the number of processes."
@@ -98,7 +98,7 @@ class ResumableBatchSampler(DistributedSampler):
         if len(starts) > 1 and size - starts[-1] < world:
             starts.pop()
         bounds = list(pairwise([*starts, size])) if starts else []
-        if self.turns == 1 or not bounds:
+        if self.steps_per_batch == 1 or not bounds:
             return bounds
         if len(bounds) < self.group:
             raise ConfigError(

@@ -232,7 +232,7 @@ def _obstacles(
             "the balancing of the model that is trained", "another one", "Give it model.balancing.",
         ),
         (
-            balancing.turns > 1, "balancers that take one step for each batch", "one that takes turns",
+            balancing.steps_per_batch > 1, "balancers that take one step for each batch", "one that takes turns",
             "Train it with equipoise's own training, or serve each batch several times in a loop of your own.",
         ),
         (

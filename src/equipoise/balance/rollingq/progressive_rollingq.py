@@ -107,8 +107,8 @@ class ProgressiveRollingQ(Balancer):
 
 
 def statistics_by_full_pass(balancers: Sequence[Balancer]) -> Iterator[RollingQ]:
-    """Those that want ``measure`` called before the epoch ends: ``stats="pass"``, of a schedule the stage that runs."""
+    """Those that want ``measure`` called before the epoch ends: ``statistics="full_pass"``, of a schedule the stage that runs."""
     for balancer in balancers:
         rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
-        if isinstance(rolling, RollingQ) and rolling.stats == "pass":
+        if isinstance(rolling, RollingQ) and rolling.statistics == "full_pass":
             yield rolling

@@ -26,7 +26,6 @@ def query_key_sums(
     valid: Bool[Tensor, "batch key"] | None = None,
     rows: Bool[Tensor, "batch query"] | None = None,
     indicator: Indicator = "cosine",
-    paired: bool = False,
 ) -> Float[Tensor, "head modality1 dim3"]:
     """Sums over one batch from which all of RollingQ's statistics follow; they can be added over batches and processes.
 
@@ -43,7 +42,6 @@ def query_key_sums(
         indicator: what measures closeness for each sample, mean over its queries: ``"cosine"`` of query and mean key;
             ``"logit"`` their scaled product; ``"mass"`` the attention share, special tokens having theirs;
             ``"mass_per_token"`` the shares of the modalities alone, each divided by its number of tokens.
-        paired: count only samples that have every modality.
 
     Returns:
         (head, M + 1, dim + 3) float64. Row m < M: sum over the samples that have m of the mean key, the indicator, the
@@ -62,7 +60,7 @@ def query_key_sums(
     means = means[:, 0].unflatten(-1, (-1, dim)).transpose(1, 2).repeat_interleave(heads // key.shape[1], dim=1)
     close, mean_query = _closeness(query, key, means, member, valid, indicator), query
     present = counts > 0
-    counted = present.all(dim=-1) if paired else torch.ones_like(present[:, 0])
+    counted = torch.ones_like(present[:, 0])
     if rows is None:
         close, mean_query = close.mean(dim=2), query.mean(dim=2)
     else:

@@ -41,15 +41,12 @@ class RollingQ(Rotation):
         warmup_epochs: epochs before the first decision.
         min_epochs_between: epochs from one rotation to the next.
         tail: statistics are of the last so many batches of an epoch; None takes all.
-        stats: ``"tail"``, or ``"pass"``: the statistics come from ``measure``, a pass of your choice before
-            ``end_epoch``.
+        statistics: ``"tail"`` accumulates them in training; ``"full_pass"`` takes those of the last call of ``measure``
+            before ``end_epoch``.
         indicator: what is balanced; see ``query_key_sums``.
-        scope: ``"cls"`` rotates the first query row, ``"all"`` every row.
+        query_rows: ``"first"`` rotates the first query row (the class token), ``"all"`` every row.
         heads: ``"per_head"`` rotates each head in its own space, ``"joint"`` all heads together in the model's width.
-        air_reduce: whether each head decides for itself (``"per_head"``), or all by their mean or their largest
-            imbalance.
         rotation: ``"minimal"``, or ``"svd"`` as released, for comparison.
-        paired: use only samples that have all modalities.
         target_share: name -> wanted share of two modalities; chooses the anchor's weights in place of ``rho``.
         names: the modalities, where the layer does not know them.
         query, key, num_heads: for foreign modules: names of the projections (torch.nn.Linear) and the number of heads.
@@ -83,13 +80,11 @@ class RollingQ(Rotation):
         warmup_epochs: int = 0,
         min_epochs_between: int = 1,
         tail: int | None = 16,
-        stats: Literal["tail", "pass"] = "tail",
+        statistics: Literal["tail", "full_pass"] = "tail",
         indicator: Indicator = "cosine",
-        scope: Literal["cls", "all"] = "cls",
+        query_rows: Literal["first", "all"] = "first",
         heads: Literal["per_head", "joint"] = "per_head",
-        air_reduce: Literal["per_head", "mean", "max"] = "per_head",
         rotation: Literal["minimal", "svd"] = "minimal",
-        paired: bool = False,
         target_share: Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
         query: str | None = None,
@@ -98,10 +93,10 @@ class RollingQ(Rotation):
     ) -> None:
         site = find_rotation_target(layer, query, key, num_heads, names)
         groups, width = (site.heads, site.head_dim) if heads == "per_head" else (1, site.heads * site.head_dim)
-        super().__init__(groups, width, site.names, first_row_only=scope == "cls", like=site.projection.weight)
+        super().__init__(groups, width, site.names, first_row_only=query_rows == "first", like=site.projection.weight)
         self.rho, self.beta, self.max_rotations = rho, beta, max_rotations
         self.warmup_epochs, self.min_epochs_between = warmup_epochs, min_epochs_between
-        self.stats, self.scope, self.heads, self.air_reduce, self.paired = stats, scope, heads, air_reduce, paired
+        self.statistics, self.query_rows, self.heads = statistics, query_rows, heads
         self.indicator: Indicator = indicator
         self.method: Literal["minimal", "svd"] = rotation
         self.target_share = dict(target_share) if target_share else None
@@ -109,7 +104,7 @@ class RollingQ(Rotation):
         if width < 2:
             raise ConfigError("RollingQ", expected="heads of width d >= 2", got="d = 1", fix="A line has no rotation.")
         self._site = site
-        self._sums = RunningSums(groups, site.names, width, None if stats == "pass" else tail)
+        self._sums = RunningSums(groups, site.names, width, None if statistics == "full_pass" else tail)
         self._measuring, self._frozen = False, False
         # The sums are bookkeeping, and their cursor would make a model compile anew at each step.
         self._handles: list[Any] = site.install(self.rotate, CompileDisabled(self._add_up))
@@ -195,17 +190,17 @@ class RollingQ(Rotation):
 
     def check_foldable(self) -> None:
         """Raises ConfigError where ``fold`` would change what the layer computes."""
-        if self.scope == "cls" and self.rotates() and not self._site.only_first_row():
+        if self.query_rows == "first" and self.rotates() and not self._site.only_first_row():
             raise ConfigError(
                 "fold",
                 expected="a rotation of all query rows, or a layer of which only the class row is read",
-                got='scope="cls" in a layer whose other rows are read too',
-                fix='Train with RollingQ(scope="all"), or keep the RollingQ in place for inference.',
+                got='query_rows="first" in a layer whose other rows are read too',
+                fix='Train with RollingQ(query_rows="all"), or keep the RollingQ in place for inference.',
             )
 
     def _add_up(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
         # The recomputation of activation checkpointing repeats a batch that was counted in its first pass.
-        wanted = self._measuring or (self.training and self.stats == "tail" and not recomputing())
+        wanted = self._measuring or (self.training and self.statistics == "tail" and not recomputing())
         if self._frozen or not wanted:
             return
         if modality is None or modality.shape[-1] != key.shape[2]:
@@ -215,17 +210,19 @@ class RollingQ(Rotation):
                 fix = "Call the attention layer with modality=..."
             raise ConfigError("RollingQ", expected="a modality label for every key", got=got, fix=fix)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            if self.scope == "cls":
+            if self.query_rows == "first":
                 query = query[:, :, :1]
             if self.heads == "joint":
                 repeat = query.shape[1] // key.shape[1]
                 key = key.repeat_interleave(repeat, dim=1).transpose(1, 2).flatten(2)[:, None]
                 query = query.transpose(1, 2).flatten(2)[:, None]
             valid = key_mask(mask, len(key), key.shape[2])
-            rows = valid if valid is not None and self.scope == "all" and valid.shape[1] == query.shape[2] else None
+            rows = (
+                valid if valid is not None and self.query_rows == "all" and valid.shape[1] == query.shape[2] else None
+            )
             sums = query_key_sums(
                 query, key, modality, len(self.names),
-                valid=valid, rows=rows, indicator=self.indicator, paired=self.paired,
+                valid=valid, rows=rows, indicator=self.indicator,
             )  # fmt: skip
         if self._measuring or self._pending.model is None:
             self._sums.add(sums, keep_all=self._measuring)
@@ -259,15 +256,7 @@ class RollingQ(Rotation):
             if step is None or (step.reason and "already" not in step.reason):
                 why = "fewer than two modalities were seen" if step is None else step.reason
                 warnings.warn(f"RollingQ skipped a rotation: {why}.", stacklevel=3)
-        spreads = [0.0 if step is None else step.spread for step in steps]
-        if self.air_reduce == "mean":
-            spreads = [_spread(self._imbalance(steps).nanmean(dim=0))] * len(steps)
-        elif self.air_reduce == "max":
-            spreads = [max(spreads)] * len(steps)
-        return [
-            step is not None and step.rotates and spread >= self.beta
-            for step, spread in zip(steps, spreads, strict=True)
-        ]
+        return [step is not None and step.rotates and step.spread >= self.beta for step in steps]
 
     def _allowed(self, epoch: int) -> bool:
         count = self._count()

@@ -20,12 +20,11 @@ def check_options(balancer: Any, tail: int | None) -> None:
         "tail >= 1 or None": tail is None or _reaches(tail, 1, Integral),
         "warmup_epochs >= 0": _reaches(balancer.warmup_epochs, 0, Integral),
         "min_epochs_between >= 1": _reaches(balancer.min_epochs_between, 1, Integral),
-        "stats 'tail' or 'pass'": balancer.stats in ("tail", "pass"),
+        "statistics 'tail' or 'full_pass'": balancer.statistics in ("tail", "full_pass"),
         "indicator 'cosine', 'logit', 'mass' or 'mass_per_token'": balancer.indicator
         in ("cosine", "logit", "mass", "mass_per_token"),
-        "scope 'cls' or 'all'": balancer.scope in ("cls", "all"),
+        "query_rows 'first' or 'all'": balancer.query_rows in ("first", "all"),
         "heads 'per_head' or 'joint'": balancer.heads in ("per_head", "joint"),
-        "air_reduce 'per_head', 'mean' or 'max'": balancer.air_reduce in ("per_head", "mean", "max"),
         "rotation 'minimal' or 'svd'": balancer.method in ("minimal", "svd"),
     }
     if balancer.target_share is not None:

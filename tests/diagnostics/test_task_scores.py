@@ -1,4 +1,4 @@
-"""Scores of every task, and of one answer for everybody, against loops."""
+"""Scores of every task, and of constant predictions, against loops."""
 
 import math
 
@@ -19,20 +19,9 @@ from equipoise.diagnostics.task_scores import (
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from helpers.fusion import model
 from helpers.tolerance import TOL
+from oracles.task_scores import slow_score
 
 EXACT = TOL[torch.float64]
-
-
-def slow_score(logits, target, task):
-    found = []
-    for answer, truth in zip(logits, target, strict=True):
-        if task == "classification":
-            found.append(float(max(range(len(answer)), key=lambda c: answer[c]) == truth))
-        elif task == "multilabel":
-            found.append(sum((a > 0) == bool(t) for a, t in zip(answer, truth, strict=True)) / len(answer))
-        else:
-            found.append(-sum(abs(a - t) for a, t in zip(answer, truth, strict=True)) / len(answer))
-    return sum(found) / len(found)
 
 
 def drawn(task, samples, outputs, seed):

@@ -1,0 +1,11 @@
+"""Teachers for UMT: encoders with dropout, so that a teacher in training mode would be noticed."""
+
+import torch
+from torch import nn
+
+from helpers.fusion import DIM, FEATURES
+
+
+def teachers(names=("audio", "image"), *, dim=DIM, dtype=torch.float64):
+    torch.manual_seed(5)
+    return {name: nn.Sequential(nn.Linear(FEATURES[name], dim), nn.Dropout()).to(dtype) for name in names}
