@@ -9,7 +9,7 @@ import torch
 from equipoise import alignment, consistency
 from equipoise.alignment import InfoNCE, SigLIP
 from equipoise.consistency import ConsistencyLoss
-from equipoise.consistency.soft_matching import soft_matching
+from equipoise.consistency.matching_matrix import soft_matching
 from equipoise.errors import ShapeError
 from equipoise.tokens.token_batch import Tokens
 from helpers.align_cases import CASES, EVERY, FOUND, KEEP, WITHOUT, normal

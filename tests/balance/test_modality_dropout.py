@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.common.step_generator import step_generator, uniform_per_sample
+from equipoise.balance.common.step_rng import step_generator, uniform_per_sample
 from equipoise.balance.modality_dropout import keep_masks
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch, slices

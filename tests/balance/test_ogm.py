@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.common.unimodal_losses import discrepancy_ratio, mean_of_others
+from equipoise.balance.common.unimodal_terms import discrepancy_ratio, mean_of_others
 from equipoise.balance.ogm import modulation
 from equipoise.errors import ConfigError
 from equipoise.training import method_factory

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.common.unimodal_losses import discrepancy_ratio
+from equipoise.balance.common.unimodal_terms import discrepancy_ratio
 from equipoise.balance.opm import drop_rates
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, NAMES, batch, slices

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.sample_valuation import correctness
 from equipoise.errors import ConfigError
-from equipoise.fusion.modality_subsets import modality_subsets, shapley_values
+from equipoise.fusion.subset_tokens import modality_subsets, shapley_values
 from helpers.fusion import DIM, NAMES, batch
 from helpers.steps import fused, step
 from helpers.tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static

@@ -17,7 +17,7 @@ from equipoise.consistency import (
     supermatrix_from_tokens,
     worst_contradictions,
 )
-from equipoise.consistency.soft_matching import soft_matching
+from equipoise.consistency.matching_matrix import soft_matching
 from equipoise.consistency.spectrum import contradiction_free_score, top_energy
 from equipoise.consistency.synchronization import eigengap
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError

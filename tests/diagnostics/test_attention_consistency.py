@@ -25,7 +25,7 @@ from equipoise.consistency import (
 )
 from equipoise.diagnostics.suite import diagnose
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from equipoise.report.diagnosis_page import diagnosis_page
+from equipoise.report.diagnosis_html import diagnosis_page
 from helpers.consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concepts, planted
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
 from helpers.tolerance import TOL

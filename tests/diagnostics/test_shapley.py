@@ -13,7 +13,7 @@ import equipoise as eq
 from equipoise.diagnostics.shapley_test import modality_shapley
 from equipoise.diagnostics.task_scores import constant_answer
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from equipoise.fusion.modality_subsets import modality_subsets, shapley_values
+from equipoise.fusion.subset_tokens import modality_subsets, shapley_values
 from helpers.fusion import DIM, NAMES, batch, model
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from equipoise.diagnostics.share_accumulation import share_statistics
 from equipoise.diagnostics.share_metric import ModalityShare
-from equipoise.diagnostics.share_statistics import share_statistics
 from equipoise.errors import ConfigError, ShapeError
 from helpers.tolerance import TOL
 from oracles.plain import mean
@@ -133,5 +133,5 @@ def test_metric_errors():
 
 
 def test_diagnose_does_not_load_torchmetrics():
-    code = "import sys, equipoise.diagnostics.share_statistics; assert 'torchmetrics' not in sys.modules"
+    code = "import sys, equipoise.diagnostics.share_accumulation; assert 'torchmetrics' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ from equipoise.evaluation.generative_models import (
 )
 from equipoise.evaluation.model_loading import load_for_benchmark, matching_benchmark
 from equipoise.evaluation.pointing import ROWS, attention_on_object, patch_coverage, word_position
-from equipoise.inspection.patch_grid import PatchGrid
+from equipoise.inspection.patch_layout import PatchGrid
 from equipoise.results import result_rows
 from helpers import look as small_look
 from helpers import published as small_published

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from equipoise import alignment as align
 from equipoise import consistency
 from equipoise.alignment.connectors.media_splice import splice
-from equipoise.consistency import soft_matching
+from equipoise.consistency import matching_matrix
 from equipoise.tokens.token_batch import Tokens
 
 BATCH, KEYS, WORDS = 3, 5, 7
@@ -374,7 +374,7 @@ CASES = {
         function_case(
             lambda d, fill: [normal(BATCH, KEYS, KEYS, dtype=d, keep=KEEP[:, None] & KEEP[:, :, None], fill=fill)],
             lambda x, rounds=rounds, dustbin=dustbin: [
-                soft_matching.soft_matching(x, rows=KEEP, columns=KEEP, sinkhorn=rounds, dustbin=dustbin)
+                matching_matrix.soft_matching(x, rows=KEEP, columns=KEEP, sinkhorn=rounds, dustbin=dustbin)
             ],
         )
         for rounds, dustbin in ((0, None), (3, None), (3, 0.0))

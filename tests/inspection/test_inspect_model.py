@@ -11,7 +11,7 @@ from PIL import Image
 
 from equipoise.errors import ConfigError, DataError
 from equipoise.inspection import look
-from equipoise.inspection.patch_grid import patch_grid
+from equipoise.inspection.patch_layout import patch_grid
 from equipoise.inspection.prompt_inputs import complete_inputs, token_words
 from helpers.look import CHAT, IMAGE, QUESTION, WORDS, llama, llava, picture, processor, tokenizer
 from helpers.tolerance import TOL

@@ -14,8 +14,8 @@ from torch import nn
 from equipoise.data import load_dataset
 from equipoise.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from equipoise.models.cross_modal_matcher import CrossModalMatcher
+from equipoise.models.cross_modal_matcher.item_maps import composed_maps, matched_items
 from equipoise.models.cross_modal_matcher.matcher_evaluation import SampledItemSets, evaluate_matching
-from equipoise.models.cross_modal_matcher.matching_maps import composed_maps, matched_items
 from equipoise.models.cross_modal_matcher.token_mixing import TokenMixing
 from equipoise.report import plot_style
 from equipoise.tokens.token_batch import Tokens

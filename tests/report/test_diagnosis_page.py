@@ -11,8 +11,8 @@ from test_report import CONTRAST, EVIL
 import equipoise as eq
 from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose
 from equipoise.errors import ConfigError
+from equipoise.report.diagnosis_html import diagnosis_page
 from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
-from equipoise.report.diagnosis_page import diagnosis_page
 from equipoise.report.diagnosis_words import WORDS
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
 from helpers.waiting import DEADLOCK

@@ -12,7 +12,7 @@ from equipoise.errors import SchemaError
 from equipoise.inspection import look
 from equipoise.report import plot_style
 from equipoise.report.look_figures import DEEPEST
-from equipoise.report.look_page import look_page, look_report
+from equipoise.report.look_html import look_page, look_report
 from equipoise.report.look_sentences import MeanShares, percent, verdict
 from helpers.look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
 from helpers.waiting import DEADLOCK

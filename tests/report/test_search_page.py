@@ -12,7 +12,7 @@ from test_report import CONTRAST
 from equipoise.errors import SchemaError
 from equipoise.evaluation.search import IndexEntry, SearchHit, SearchResult, result_gallery
 from equipoise.evaluation.search.gallery_images import result_to_dict
-from equipoise.report.search_page import search_page, search_report
+from equipoise.report.search_html import search_page, search_report
 from equipoise.report.search_sheet import SheetRow, contact_sheet
 from helpers.search import EVIL
 from helpers.waiting import DEADLOCK

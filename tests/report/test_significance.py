@@ -15,7 +15,7 @@ import equipoise as eq
 from equipoise.diagnostics.suite import diagnose
 from equipoise.errors import ShapeError
 from equipoise.report.verdict_evidence import VerdictEvidence
-from equipoise.report.verdicts import headline, verdicts
+from equipoise.report.verdict_list import headline, verdicts
 from equipoise.results.significance import (
     RESAMPLES,
     SURE,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from equipoise.diagnostics.suite import diagnose
 from equipoise.report.verdict_attention import BLIND, FLAT, FOLLOWS, GUESSES, KNOWS, STILL
 from equipoise.report.verdict_evidence import Verdict, VerdictEvidence
+from equipoise.report.verdict_list import headline, verdicts
 from equipoise.report.verdict_use import GRACE, SMALL, dominant_modality
-from equipoise.report.verdicts import headline, verdicts
 from equipoise.results.significance import SURE
 from helpers.diagnosis import answered, looking, marked, weighing
 

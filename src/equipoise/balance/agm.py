@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..fusion.modality_subsets import modality_subsets, shapley_values
+from ..fusion.subset_tokens import modality_subsets, shapley_values
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.subset_logits import subset_logits
-from .common.unimodal_losses import check_encoders_apart, check_modalities, mean_of_others
+from .common.subset_predictions import subset_logits
 from .common.unimodal_scores import has_modality, summed, true_score
+from .common.unimodal_terms import check_encoders_apart, check_modalities, mean_of_others
 
 FLOOR = 1e-8
 """No response is taken to be less probable."""

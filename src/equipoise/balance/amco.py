@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import at_least_single, check_modalities, masked_mean
 from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 
 def hidden_part(progress: float, epsilon: float) -> float:

@@ -15,7 +15,7 @@ from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Batch, Multimodal, overrides
 from .common.forward_pass import ForwardPass
 from .common.pending_state import Pending
-from .common.unimodal_losses import check_encoders_apart
+from .common.unimodal_terms import check_encoders_apart
 
 ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
 """In the names of optimizers whose step does not grow with the gradient."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.subset_logits import subset_logits
-from .common.unimodal_losses import at_least_single, check_modalities
+from .common.subset_predictions import subset_logits
 from .common.unimodal_scores import has_modality, true_score
+from .common.unimodal_terms import at_least_single, check_modalities
 
 
 def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:

@@ -12,7 +12,7 @@ from ..consistency.consistency_loss import Kind
 from ..errors import ConfigError, NonFiniteError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import check_modalities
+from .common.unimodal_terms import check_modalities
 
 
 class ConsistencyBalancer(Balancer):

@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.probe_training import blended_losses, evaluate_losses, trained_copy
-from .common.unimodal_losses import check_modalities
 from .common.unimodal_scores import summed
+from .common.unimodal_terms import check_modalities
 
 
 def blending_weights(

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from ..errors import ConfigError
 from .balancer import Balancer, Multimodal
 from .common.cross_gate import CrossGate, GatedTokens
-from .common.unimodal_losses import check_encoders_apart, check_modalities
+from .common.unimodal_terms import check_encoders_apart, check_modalities
 
 
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.term_gradients import term_gradients
-from .common.unimodal_losses import at_least_single, check_modalities, masked_mean
+from .common.gradients_by_term import term_gradients
 from .common.unimodal_scores import has_modality, modality_logits, summed
+from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 LEAST, MOST = 0.05, 0.95
 """Between which a learned weight stays."""

@@ -13,14 +13,14 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import (
+from .common.unimodal_scores import has_modality, heads_train_encoders, true_score
+from .common.unimodal_terms import (
     at_least_single,
     check_modalities,
     differentiable_unimodal_logits,
     masked_mean,
     unimodal_losses,
 )
-from .common.unimodal_scores import has_modality, heads_train_encoders, true_score
 
 FLOOR = 1e-8
 """No probability is taken to be less, under a logarithm."""

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import (
+from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_terms import (
     at_least_single,
     check_concatenated,
     check_modalities,
@@ -20,7 +21,6 @@ from .common.unimodal_losses import (
     masked_mean,
     split_concatenated,
 )
-from .common.unimodal_scores import has_modality, summed
 
 
 def next_projector(projector: Float[Tensor, "d d"], row: Float[Tensor, " d"], *, alpha: float) -> Float[Tensor, "d d"]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import at_least_single, check_concatenated, check_modalities
+from .common.unimodal_terms import at_least_single, check_concatenated, check_modalities
 
 
 def cosine_logits(

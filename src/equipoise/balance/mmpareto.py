@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.term_gradients import term_gradients
-from .common.unimodal_losses import check_encoders_apart, check_modalities, unimodal_losses
+from .common.gradients_by_term import term_gradients
 from .common.unimodal_scores import heads_train_encoders, summed
+from .common.unimodal_terms import check_encoders_apart, check_modalities, unimodal_losses
 
 
 def pareto_weights(joint: Float[Tensor, " n"], alone: Float[Tensor, " n"]) -> Float[Tensor, " 2"]:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
-from .common.step_generator import step_generator, uniform_per_sample
-from .common.unimodal_losses import check_modalities
+from .common.step_rng import step_generator, uniform_per_sample
+from .common.unimodal_terms import check_modalities
 from .modality_dropout import presence_mask
 
 SCALES = 7

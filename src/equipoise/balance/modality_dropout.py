@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, unknown_name
 from ..tokens.token_batch import Tokens
 from .balancer import Balancer, Multimodal
-from .common.step_generator import step_generator, uniform_per_sample
-from .common.unimodal_losses import check_modalities
+from .common.step_rng import step_generator, uniform_per_sample
+from .common.unimodal_terms import check_modalities
 
 
 def keep_masks(

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
 from .common.unimodal_scores import summed
+from .common.unimodal_terms import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
 
 
 def modulation(scores: Float[Tensor, " modality"], *, alpha: float) -> Float[Tensor, " modality"]:

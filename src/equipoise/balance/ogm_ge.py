@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..tokens.token_batch import Output
 from .balancer import Multimodal
 from .balancer_list import encoder_weight_matrices
-from .common.step_generator import step_generator
+from .common.step_rng import step_generator
 from .ogm import OGM
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
-from .common.step_generator import step_generator, uniform_per_sample
-from .common.unimodal_losses import check_modalities, discrepancy_ratio, score_sums
+from .common.step_rng import step_generator, uniform_per_sample
 from .common.unimodal_scores import summed
+from .common.unimodal_terms import check_modalities, discrepancy_ratio, score_sums
 from .modality_dropout import keep_masks, mask_tokens, presence_mask
 
 

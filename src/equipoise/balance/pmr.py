@@ -16,8 +16,8 @@ from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.class_prototypes import class_means, prototype_log_probabilities
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_losses import at_least_single, check_modalities
 from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_terms import at_least_single, check_modalities
 
 
 def prototype_weights(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_losses import (
+from .common.unimodal_scores import has_modality, true_score
+from .common.unimodal_terms import (
     at_least_single,
     check_concatenated,
     check_modalities,
@@ -20,7 +21,6 @@ from .common.unimodal_losses import (
     masked_mean,
     split_concatenated,
 )
-from .common.unimodal_scores import has_modality, true_score
 
 
 def boosting_losses(

@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_losses import at_least_single, check_encoders_apart, check_modalities
 from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_terms import at_least_single, check_encoders_apart, check_modalities
 
 
 def purity(clusters: Int[Tensor, " batch"], classes: Int[Tensor, "batch question"]) -> float:

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..fusion.modality_subsets import modality_subsets, shapley_values
+from ..fusion.subset_tokens import modality_subsets, shapley_values
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.subset_logits import subset_logits
-from .common.unimodal_losses import at_least_single, check_modalities
+from .common.subset_predictions import subset_logits
 from .common.unimodal_scores import has_modality, summed, true_score
+from .common.unimodal_terms import at_least_single, check_modalities
 
 THRESHOLDS = (1.0, 0.4, -0.1)
 """A value below each of them is one more copy."""

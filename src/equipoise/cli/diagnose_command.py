@@ -254,7 +254,7 @@ STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "d
 
 def show(found: Sequence[Diagnosis], console: Console) -> None:
     """The verdicts in the terminal, with the test that shows each."""
-    from ..report.verdicts import headline
+    from ..report.verdict_list import headline
 
     for diagnosis in found:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)

@@ -95,7 +95,7 @@ def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
 
 def show(found: SearchResult, notes: list[str], console: Console) -> None:
     """What was found: pictures where the terminal has colors, a table in any case."""
-    from ..report.search_page import unseen
+    from ..report.search_html import unseen
 
     if console.is_terminal and console.color_system in ("256", "truecolor"):
         console.print(_pictures(found.hits, max(1, console.width // (WIDTH + 1))))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, NonFiniteError, ShapeError
 from ..tokens.masks import at_least_float32 as exact
 from ..tokens.masks import bool_mask, full_precision, zero_masked
-from .soft_matching import soft_matching
+from .matching_matrix import soft_matching
 
 Diagonal = Literal["identity", "given"]
 Blocks = Sequence[Sequence[Tensor | None]] | Mapping[tuple[int, int], Tensor] | Mapping[tuple[str, str], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError, unknown_name
 from ..tokens.masks import at_least_float32 as exact
 from .block_matrix import SquareMatrix, sizes_of
-from .soft_matching import soft_matching
+from .matching_matrix import soft_matching
 
 Kind = Literal["hard", "soft", "orthogonal"]
 KINDS = ("hard", "soft", "orthogonal")

@@ -39,8 +39,8 @@ from .quag_test import quag as quag
 from .rank_collapse_test import RankCollapse as RankCollapse
 from .rank_collapse_test import rank_collapse as rank_collapse
 from .shapley_test import modality_shapley as modality_shapley
+from .share_accumulation import share_statistics as share_statistics
 from .share_spread_test import attention_entropy as attention_entropy
 from .share_spread_test import share_entropy as share_entropy
 from .share_spread_test import share_quality_correlation as share_quality_correlation
 from .share_spread_test import share_spread as share_spread
-from .share_statistics import share_statistics as share_statistics

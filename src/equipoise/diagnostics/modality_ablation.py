@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..fusion.modality_subsets import keep_modalities
+from ..fusion.subset_tokens import keep_modalities
 from ..tokens.token_batch import Output, Tokens
 from .prediction_collection import CollectedPredictions, collect_predictions
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..fusion.modality_subsets import modality_subsets, shapley_values
+from ..fusion.subset_tokens import modality_subsets, shapley_values
 from .modality_ablation import ablated_logits, record_fusion
 from .task_scores import constant_answer, score_name
 

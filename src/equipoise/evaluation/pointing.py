@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..data.sets.scenes import PATCH, SIZE, Scenes
 from ..inspection.attention_trace import TraceReader, trace_attention
-from ..inspection.patch_grid import PatchGrid, frame_index, patch_grid
+from ..inspection.patch_layout import PatchGrid, frame_index, patch_grid
 from ..inspection.prompt_inputs import token_words, tokenizer_of
 from ..models.vision_language.grounding import KINDS, labeled_words
 from .generative_models import SIDE, GenerativeVLM, benchmark_question, to_pil_image

@@ -1,6 +1,6 @@
 """Fusions: one family of interchangeable methods, one concept a file."""
 
-from .fusion import Fusion as Fusion
+from .fusion_base import Fusion as Fusion
 from .jmt import JMT as JMT
 from .joint_attention import JointAttention as JointAttention
 from .logit_contributions import modality_contributions as modality_contributions

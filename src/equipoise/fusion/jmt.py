@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..nn.transformer import Attention, PostNormBlock, initialize_weights
 from ..tokens.token_batch import Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .token_streams import equal_lengths
 
 Joining = Literal["fc", "attention"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..nn.transformer import Attention, Block, learned_token
 from ..tokens.token_batch import Output, Tokens, has_values, pack, segment_labels
-from .fusion import Fusion
+from .fusion_base import Fusion
 
 
 class JointAttention(Fusion):

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
 from ..nn.transformer import Attention
 from ..tokens.token_batch import SPECIAL, Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .joint_attention import JointAttention
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..nn.transformer import Block, learned_token
 from ..tokens.token_batch import SPECIAL, Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .token_streams import concatenate_streams, labels_of, mean_over_present
 
 Exchange = Literal["bottleneck", "cross"]

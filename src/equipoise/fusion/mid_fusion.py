@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..nn.transformer import Attention, Block, Transformer, learned_token
 from ..tokens.token_batch import Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .token_streams import pooled_by_cls
 
 

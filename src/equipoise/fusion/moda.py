@@ -15,7 +15,7 @@ from ..nn.attention.modular import Merge, PseudoAttention, modular_attention
 from ..nn.duplex import DuplexAligner
 from ..nn.transformer import Attention, Block, learned_token, without_hidden
 from ..tokens.token_batch import Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .token_streams import pooled_by_cls
 
 

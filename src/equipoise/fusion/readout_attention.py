@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import unknown_name
 from ..nn.transformer import Attention
 from ..tokens.token_batch import Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 from .joint_attention import JointAttention
 
 Readout = Literal["none", "attention"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import unknown_name
 from ..tokens.token_batch import Output, Tokens
-from .fusion import Fusion
+from .fusion_base import Fusion
 
 
 class Concat(Fusion):

@@ -19,7 +19,7 @@ from .attention_maps import build_attention_maps, trace_readers
 from .attention_trace import trace_attention
 from .inspection_result import VIEWS, InspectedToken, Inspection, build_view
 from .media_effects import blank_media, mean_log_likelihood, measure_effects
-from .patch_grid import frame_index, patch_grid
+from .patch_layout import frame_index, patch_grid
 from .prompt_inputs import (
     PreparedPrompt,
     check_given,

@@ -20,7 +20,7 @@ from ..io.atomic_files import atomic_write, to_jsonable
 from ..recording import AttentionRecord
 from .attention_maps import AttentionMaps
 from .media_effects import MediaEffect
-from .patch_grid import PatchGrid
+from .patch_layout import PatchGrid
 
 SCHEMA = 1
 VIEWS = ("prompt", "answer")
@@ -145,7 +145,7 @@ class Inspection:
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Writes one self-contained HTML page; ``report.html`` where a folder is given."""
-        from ..report.look_page import look_report
+        from ..report.look_html import look_report
 
         return look_report(self.to_dict(), path)
 

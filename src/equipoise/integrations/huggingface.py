@@ -21,8 +21,8 @@ from ..balance import Balancer, BalancerList, statistics_by_full_pass
 from ..balance.balancer import overrides
 from ..errors import ConfigError
 from ..io.atomic_files import unshare_tensors
-from .moda import MODAAdapter as MODAAdapter
-from .moda import apply_moda as apply_moda
+from .huggingface_moda import MODAAdapter as MODAAdapter
+from .huggingface_moda import apply_moda as apply_moda
 
 
 class BalancedModel(nn.Module):

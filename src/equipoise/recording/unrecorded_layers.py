@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules import module as registry
 
 from .attention_call import AttentionCall
+from .encoder_submodules import unimodal_encoders
 from .recording_session import Interceptor, RecordingSession
 from .token_labels import LabeledKeys, TokenLabeler
-from .unimodal_encoders import unimodal_encoders
 
 ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block)?$")
 RECURRENT = re.compile(

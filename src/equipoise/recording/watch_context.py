@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .attention_record import AttentionRecord
+from .encoder_submodules import unimodal_encoders
 from .equipoise_interceptor import has_own_layers, intercept_own_layers
 from .generation_loops import decoding_loops
 from .huggingface_interceptor import intercept_huggingface
@@ -21,7 +22,6 @@ from .submodels import is_pretrained_model
 from .token_labels import TokenLabeler, UserLabels, check_labels, check_queries
 from .token_map import CompositeLabeler, TokenMap
 from .torch_function_interceptor import intercept_torch_functions
-from .unimodal_encoders import unimodal_encoders
 from .unrecorded_layers import Noting, find_unrecorded_layers
 
 

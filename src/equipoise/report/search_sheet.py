@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .plot_style import ACCENT, INK, MUTED, style_context, to_png
-from .search_page import cosine
+from .search_html import cosine
 
 
 class SheetRow(NamedTuple):

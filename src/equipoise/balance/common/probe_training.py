@@ -14,8 +14,8 @@ from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
 from ...tokens.token_batch import Output
 from ..balancer import Batch, Multimodal
-from .unimodal_losses import unimodal_losses
 from .unimodal_scores import summed
+from .unimodal_terms import unimodal_losses
 
 
 def blended_losses(model: Multimodal, output: Output, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ...io.atomic_files import atomic_write, read_json, to_jsonable
 from ...io.checksums import add_checksum, verify_checksum
 
 if TYPE_CHECKING:
-    from ...report.verdicts import Verdict
+    from ...report.verdict_list import Verdict
     from ...results.result_rows import RunResult
 
 SCHEMA = 1
@@ -66,7 +66,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The headline, and a line for each verdict."""
-        from ...report.verdicts import headline
+        from ...report.verdict_list import headline
 
         lines = [headline(self.name, list(self.verdicts))]
         return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
@@ -106,7 +106,7 @@ class Diagnosis:
         Raises:
             DataError: no such file. SchemaError: not JSON, cut short, of another schema, or with parts missing.
         """
-        from ...report.verdicts import Verdict
+        from ...report.verdict_list import Verdict
 
         content = _read(Path(path, FILE) if Path(path).is_dir() else Path(path))
         metrics = {name: math.nan if value is None else float(value) for name, value in content["metrics"].items()}
@@ -125,7 +125,7 @@ class Diagnosis:
             the path of the page.
         """
         # What draws is loaded when something is drawn.
-        from ...report.diagnosis_page import diagnosis_page
+        from ...report.diagnosis_html import diagnosis_page
 
         path = Path(path)
         page = diagnosis_page([diagnosis.to_dict() for diagnosis in (self, *others)])
@@ -179,7 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_verdict(part: Any) -> bool:
-    from ...report.verdicts import Verdict
+    from ...report.verdict_list import Verdict
 
     known = set(Verdict.__dataclass_fields__)
     return (

@@ -65,7 +65,7 @@ def diagnose(
 
     Reference: RollingQ (ICML 2025), section 4; spec 8.
     """
-    from ...report.verdicts import verdicts
+    from ...report.verdict_list import verdicts
 
     chosen = _chosen(tests)
     names = tuple(getattr(model, "names", ()))

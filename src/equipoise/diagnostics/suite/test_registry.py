@@ -25,8 +25,8 @@ from ..noise_test import response_from_shares as response_of
 from ..ood_test import ood as ood_of
 from ..quag_test import quag as quag_of
 from ..shapley_test import modality_shapley
+from ..share_accumulation import share_statistics
 from ..share_spread_test import share_entropy, share_quality_correlation, share_spread
-from ..share_statistics import share_statistics
 from ..task_scores import check_answers, constant_answer, outcomes
 from .diagnostic_context import DiagnosticContext, SkippedTest, outputs_differ
 from .layer_tests import attention_rows, collapse_rows, gaps

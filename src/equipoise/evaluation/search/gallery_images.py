@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...io.atomic_files import to_jsonable
-from ...report.search_page import search_report
+from ...report.search_html import search_report
 from .search_index import SearchResult
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...consistency import consistency_score, cycle_error, supermatrix, synchronize
 from ...diagnostics.task_scores import correct
 from ...errors import DataError, NonFiniteError
-from .matching_maps import composed_maps
+from .item_maps import composed_maps
 from .modality_pairs import Pair, unordered_pairs
 
 

@@ -20,8 +20,8 @@ from ...nn.eval_mode import eval_mode_no_grad
 from ...registry import instantiate
 from ...tokens.token_batch import as_tokens
 from ..self_contained import SelfContainedModel
+from .item_maps import PairScores, matched_items, matching_maps
 from .matcher_evaluation import SampledItemSets, evaluate_matching
-from .matching_maps import PairScores, matched_items, matching_maps
 from .modality_pairs import Pair, checked_pairs, unordered_pairs, untrained_pairs
 from .token_mixing import Kind, TokenMixing
 

@@ -16,7 +16,7 @@ from ...alignment.losses.image_text_matching import IGNORED
 from ...errors import ConfigError, ShapeError
 from ...tokens.token_batch import as_tokens
 from . import vlm_connectors
-from .small_llama import cross_attending_blocks, small_llama
+from .llama_blocks import cross_attending_blocks, small_llama
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError, ShapeError, unknown_name
 from ...tokens.masks import bool_mask
 from ..attention.modality_blocks import blocks_of, into_blocks, out_of_blocks
+from .incremental_bases import running_bases
 from .modality_bases import Basis, BasisKind, Moments, Norm, moments_of, normed_bases
-from .running_bases import running_bases
 
 Fuse = Literal["concat", "add"]
 Scope = Literal["all", "prefix", "causal"]

@@ -16,7 +16,7 @@ from .diagnosis_metrics import is_score, label, ordered, shown, source_of
 from .diagnosis_subject import DiagnosisFigure, ReportColumn
 from .diagnosis_words import WORDS
 from .text_format import join_and, pluralize
-from .verdicts import Verdict, headline
+from .verdict_list import Verdict, headline
 
 MARKS = {"good": ("✓", "good"), "bad": ("✗", "bad"), "neutral": ("○", "open")}
 """Judgment -> the sign before a verdict, and what a screen reader says for it."""

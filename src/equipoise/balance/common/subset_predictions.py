@@ -8,10 +8,10 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor
 
-from ...fusion.modality_subsets import keep_modalities
+from ...fusion.subset_tokens import keep_modalities
 from ...tokens.token_batch import Tokens
 from ..balancer import Multimodal
-from .unimodal_losses import at_least_single
+from .unimodal_terms import at_least_single
 
 
 def subset_logits(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ...consistency.soft_matching import soft_matching
+from ...consistency.matching_matrix import soft_matching
 from ...nn.transformer import initialize_weights
 from .modality_pairs import Pair
 
