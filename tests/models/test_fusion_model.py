@@ -257,7 +257,7 @@ def test_errors_when_a_model_is_made():
         (lambda: FusionModel(encoders, Concat(DIM), 2, task="ranking"), r"got task='ranking', unimodal='probe'"),
         (
             lambda: FusionModel(encoders, Concat(DIM), 2, unimodal="both"),
-            r"expected task .* and unimodal probe, train, vote or none",
+            r"expected task .* and unimodal probe, train, ensemble or none",
         ),
         (lambda: FusionModel(encoders, Unimodal(DIM, modality="imagge"), 2), r"Did you mean 'image'"),
         (

@@ -69,7 +69,7 @@ class FusionModel(nn.Module):
             raise ConfigError(
                 "FusionModel",
                 got=f"task='{task}', unimodal='{unimodal}'",
-                expected="task classification, multilabel or regression and unimodal probe, train, vote or none",
+                expected="task classification, multilabel or regression and unimodal probe, train, ensemble or none",
             )
         bad = [name for name in encoders if name == "mask" or "." in name or hasattr(nn.ModuleDict, name)]
         if bad:
