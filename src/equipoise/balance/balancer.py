@@ -45,10 +45,10 @@ class Balancer(nn.Module):
     A training step goes through them in this order (``BalancerList`` calls them, a balancer never sees the loop):
 
     1. ``prepare`` and ``transform`` in the forward pass, before the encoders and behind them, in training only;
-    2. ``observe`` and 3. ``penalty`` on what came out, for every batch;
-    4. ``gradient_scale`` and ``before_step`` once for every optimizer step, when gradients are complete: accumulated,
+    2. ``observe`` and ``penalty`` on the outputs of every batch;
+    3. ``gradient_scale`` and ``before_step`` once for every optimizer step, when gradients are complete: accumulated,
        reduced over processes, unscaled;
-    5. ``review`` on the data, where ``reviews`` is True, and ``end_epoch`` once an epoch.
+    4. ``review`` on the data, where ``reviews`` is True, and ``end_epoch`` once an epoch.
 
     What a balancer remembers are buffers, so that a checkpoint holds it; they change in ``before_step`` and at the end
     of an epoch alone. What a forward pass or a loss finds out goes through ``note`` to ``noted`` of the step: a batch
