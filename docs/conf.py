@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -147,4 +148,10 @@ def setup(app) -> None:
     app.connect("autodoc-skip-member", skip_member)
 
 
+def copy_notebooks() -> None:
+    """Copies notebooks/ into the folder of the pages, where Sphinx finds them."""
+    shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
+
+
 write_reference()
+copy_notebooks()

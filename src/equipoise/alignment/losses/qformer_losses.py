@@ -37,10 +37,11 @@ def query_similarity(
 class QFormerLosses(nn.Module):
     """Heads on a Q-Former, and the three losses of its first stage; their sum trains it.
 
-    contrastive: cross entropy both ways of ``max_q cos(query_q(i), text(j)) / temperature`` over all pairs of all
-        processes.
-    matching: every query says whether picture and text belong together, on partners and on hard negatives of this
-    process's batch. captioning: the text, word by word, through the queries alone.
+    * contrastive: cross entropy in both directions of ``max_q cos(query_q(i), text(j)) / temperature`` over all pairs
+      of all processes;
+    * matching: each query classifies whether image and text belong together, for the pairs and hard negatives of this
+      process's batch;
+    * captioning: predicts the text token by token from the queries alone.
 
     Args:
         qformer: one with a vocabulary.
