@@ -1,4 +1,4 @@
-"""What `import equipoise` loads, and what it does not."""
+"""`import equipoise` loads no heavy package, and its lazy attributes are the documented modules."""
 
 import importlib
 import json
@@ -21,20 +21,20 @@ HEAVY = (
 )
 
 
-def loaded(statement):
-    """Names in sys.modules of a fresh interpreter after a statement."""
+def loaded_modules(statement):
+    """Names in `sys.modules` of a new interpreter after it executed a statement."""
     program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(json.loads(result.stdout.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return loaded("import equipoise")
+    return loaded_modules("import equipoise")
 
 
-def test_the_check_can_see_a_heavy_package():
-    assert "jinja2" in loaded("import jinja2")
+def test_the_check_detects_a_heavy_package():
+    assert "jinja2" in loaded_modules("import jinja2")
 
 
 @pytest.mark.parametrize("package", HEAVY)
@@ -43,21 +43,26 @@ def test_import_stays_light(plain, package):
 
 
 def test_import_does_not_load_the_compiler_unless_torch_does(plain):
-    # Loading it takes longer than loading torch.
-    assert "torch._dynamo" not in plain - loaded("import torch")
+    # It takes longer to import than torch itself.
+    assert "torch._dynamo" not in plain - loaded_modules("import torch")
 
 
-@pytest.mark.parametrize("name", sorted(eq._LAZY_MODULES))
-def test_lazy_names_are_modules(plain, name):
-    assert f"equipoise.{name}" not in plain
-    assert getattr(eq, name) is importlib.import_module(f"equipoise.{name}")
+@pytest.mark.parametrize(("name", "module"), sorted(eq._LAZY_MODULES.items()))
+def test_lazy_modules_are_imported_on_first_access(plain, name, module):
+    assert f"equipoise{module}" not in plain
+    assert getattr(eq, name) is importlib.import_module(f"equipoise{module}")
 
 
-def test_a_name_that_is_not_there():
+@pytest.mark.parametrize(("name", "module"), sorted(eq._LAZY_NAMES.items()))
+def test_lazy_functions_are_attributes_of_their_modules(name, module):
+    assert getattr(eq, name) is getattr(importlib.import_module(f"equipoise{module}"), name)
+
+
+def test_unknown_attributes_raise_an_error():
     with pytest.raises(AttributeError, match="module 'equipoise' has no attribute 'rolingq'"):
         _ = eq.rolingq
 
 
-def test_the_program_tells_its_help_without_the_trainer():
+def test_the_command_line_is_parsed_without_the_trainer():
     heavy = {"lightning", "transformers", "matplotlib", "sklearn", "pandas", "torchmetrics"}
-    assert not heavy & loaded("import equipoise.cli")
+    assert not heavy & loaded_modules("import equipoise.cli")

@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
-    # First of all imports: it decides what Ctrl-C does while the others run.
+    # Must be imported first: it handles Ctrl-C during the remaining imports.
     from .io import interrupt_handling as interrupt_handling
 
 from . import alignment as alignment
 from . import balance as balance
 from . import consistency as consistency
+from . import data as data
 from . import diagnostics as diagnostics
 from . import encoders as encoders
 from . import errors as errors
@@ -19,6 +20,7 @@ from . import fusion as fusion
 from . import geometry as geometry
 from . import models as models
 from . import nn as nn
+from . import results as results
 from .balance import BalancerList as BalancerList
 from .balance import merge_rotations as merge_rotations
 from .diagnostics.suite import Diagnosis as Diagnosis
@@ -37,8 +39,6 @@ from .tokens import pack as pack
 from .tokens import unpack as unpack
 
 if TYPE_CHECKING:
-    from . import data as data
-    from . import results as results
     from .evaluation import evaluate as evaluate
     from .integrations import huggingface as hf  # noqa: F401
     from .integrations import lightning_callbacks as lightning  # noqa: F401
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Submodules with heavier dependencies are imported at first use: attribute -> module.
+# Modules with heavier dependencies, imported on first access: attribute -> module.
 _LAZY_MODULES = {
-    "data": ".data", "results": ".results", "report": ".report", "training": ".training", "evaluation": ".evaluation",
+    "report": ".report", "training": ".training", "evaluation": ".evaluation",
     "hf": ".integrations.huggingface", "lightning": ".integrations.lightning_callbacks",
 }  # fmt: skip
-# Functions of such modules: attribute -> module that defines it.
+# Functions of these modules: attribute -> module.
 _LAZY_NAMES = {"load": ".training", "evaluate": ".evaluation"}
 
 

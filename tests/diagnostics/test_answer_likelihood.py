@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from test_no_trace import hooks
 from torch import nn
 
 from equipoise.diagnostics.answer_likelihood import answer_effects, log_likelihood
 from equipoise.diagnostics.interventions import with_quag, without_modality
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.model_state import hooks
 from helpers.tolerance import TOL
 from helpers.vlms import IMAGE, family
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_no_trace import Broken, state
-from test_report import CONTRAST, EVIL
 from torch import nn
 
 import equipoise as eq
@@ -28,6 +26,8 @@ from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.report.diagnosis_html import diagnosis_page
 from helpers.consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concepts, planted
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.model_state import Broken, state
+from helpers.pages import CONTRAST, EVIL
 from helpers.tolerance import TOL
 from helpers.waiting import DEADLOCK
 from oracles import consistency as slow

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_no_trace import Broken, state
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,6 +13,7 @@ from equipoise.diagnostics.noise_test import input_statistics
 from equipoise.diagnostics.suite import QUESTIONS, diagnose
 from equipoise.errors import ConfigError, EquipoiseError, NonFiniteError, ShapeError
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.model_state import Broken, state
 from helpers.tolerance import TOL
 
 CLOSE = TOL[torch.float32]

@@ -1,11 +1,9 @@
 """Hidden and averaged modalities in whole models, against attention written out in copies of them."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
-from test_no_trace import hooks
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,10 +11,10 @@ import equipoise as eq
 from equipoise.diagnostics.interventions import with_quag, without_modality
 from equipoise.diagnostics.modality_masking import mask_modality
 from equipoise.errors import ConfigError
-from equipoise.nn.attention import Attended
-from equipoise.nn.transformer import AttentionCore
+from helpers.explicit_attention import changed_by, written_out
 from helpers.foreign import Reader
 from helpers.fusion import DIM, batch, model
+from helpers.model_state import hooks
 from helpers.steps import fused
 from helpers.tasks import batch_for
 from helpers.tolerance import TOL
@@ -25,42 +23,6 @@ from oracles import quag as slow
 
 EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
 NAMES = ("audio", "image", "text")
-
-
-def changed_by(attention, columns, rows, seen, change):
-    """The oracle for a change: ("hide", names' numbers) or ("quag", operator, how many modalities, cls_rows)."""
-    kind, *rest = change
-    if kind == "hide":
-        return slow.hidden(attention, columns, rest[0])
-    return slow.quag(attention, rows, columns, slow.pairs_of(*rest), seen)
-
-
-class WrittenOut(AttentionCore):
-    """Attention of ours as a matrix that is changed."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change_to = change
-
-    def forward(self, query, key, value, *, modality=None, num_modalities=None, mask=None, is_causal=False, **_):
-        if modality is None:
-            return super().forward(query, key, value, mask=mask, is_causal=is_causal)
-        mask = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-        attention = slow.matrix(query, key, mask=mask, is_causal=is_causal)
-        seen = slow.visible(mask, is_causal, attention.shape)
-        columns = modality.expand(len(query), -1)
-        rows = columns[:, : query.shape[2]]
-        share = torch.stack([(attention * (columns == m)[:, None, None]).sum(-1) for m in range(num_modalities)], -1)
-        attention = changed_by(attention, columns, rows, seen, self.change_to)
-        return Attended(slow.output(attention, value), share)
-
-
-def written_out(made, change):
-    copied = copy.deepcopy(made)
-    for part in copied.modules():
-        if isinstance(part, eq.nn.Attention):
-            part.core = WrittenOut(change)
-    return copied
 
 
 def fusions(count):

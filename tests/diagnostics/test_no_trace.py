@@ -8,6 +8,7 @@ import torch
 from equipoise.diagnostics import corruption_curve, gradient_norms, mask_modality, modality_shapley, ood
 from equipoise.errors import EquipoiseError
 from helpers.fusion import batch, model
+from helpers.model_state import Broken, state
 
 RUNS = {
     "ood": lambda made, loader: ood(made, loader, loader),
@@ -23,40 +24,6 @@ WRONG = {
     "gradient_norms": lambda made, loader: gradient_norms(made, [*loader, {}]),
     "modality_shapley": lambda made, loader: modality_shapley(made, [*loader, {}]),
 }
-
-
-class Broken(torch.nn.Module):
-    """Fails in its second batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, values):
-        self.calls += 1
-        if self.calls > 1:
-            raise RuntimeError("broken")
-        return values.repeat(1, 1, 4)
-
-
-def hooks(made):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    inside = [len(getattr(module, kind)) for module in made.modules() for kind in kinds]
-    return inside, [len(parameter._backward_hooks or ()) for parameter in made.parameters()]
-
-
-def state(made, batches):
-    return {
-        "modes": [module.training for module in made.modules()],
-        "hooks": hooks(made),
-        "trained": [parameter.requires_grad for parameter in made.parameters()],
-        "grad": [None if parameter.grad is None else parameter.grad.tolist() for parameter in made.parameters()],
-        "weights": {name: value.tolist() for name, value in made.state_dict().items()},
-        "random": torch.random.get_rng_state().tolist(),
-        "gradients on": torch.is_grad_enabled(),
-        "names": sorted(made.__dict__),
-        "batches": [{name: values.tolist() for name, values in inputs.items()} for inputs in batches],
-    }
 
 
 @pytest.mark.parametrize("name", RUNS)

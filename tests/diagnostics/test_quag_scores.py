@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_interventions import written_out
-from test_no_trace import Broken, state
 
 import equipoise as eq
 from equipoise.diagnostics.quag_test import quag
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
+from helpers.explicit_attention import written_out
 from helpers.fusion import DIM, batch, model
+from helpers.model_state import Broken, state
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL

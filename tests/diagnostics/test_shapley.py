@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_unimodal_scores import slow_score
 
 import equipoise as eq
 from equipoise.diagnostics.shapley_test import modality_shapley
@@ -18,6 +17,7 @@ from helpers.fusion import DIM, NAMES, batch, model
 from helpers.steps import fused
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
+from oracles.task_scores import slow_score
 
 EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
 

@@ -289,7 +289,7 @@ def test_tiles_change_nothing(monkeypatch):
 def test_segments_alone_are_attention_within_a_modality():
     query, key, value = _heads()
     kernel = kernels.kernel_for(query.device, query.dtype)
-    (group,) = layout.plan(BLOCKS, None, is_causal=False, sample_work=0)
+    (group,) = layout.plan_segments(BLOCKS, None, is_causal=False, sample_work=0)
     parts = segments.segment_attention(kernel, query, key, value, group.runs, None, False, D**-0.5)
     assert [run.label for run in group.runs] == [-1, 0, 1, 2]
     for run, part in zip(group.runs, parts, strict=True):
@@ -304,14 +304,14 @@ def test_padded_samples_share_one_layout():
     kept = MASKS["key"][0]
     bias = torch.zeros(B, 1, 1, K).masked_fill(~kept[:, None, None], -math.inf)
     packed = torch.stack([BLOCKS, BLOCKS]).masked_fill(~kept, -1)
-    assert len(layout.plan(packed, bias, is_causal=False, sample_work=0)) == 1
-    assert layout.plan(packed, None, is_causal=False, sample_work=0) is None
-    assert len(layout.plan(packed, None, is_causal=False, sample_work=layout.SAMPLE_WORK)) == B
+    assert len(layout.plan_segments(packed, bias, is_causal=False, sample_work=0)) == 1
+    assert layout.plan_segments(packed, None, is_causal=False, sample_work=0) is None
+    assert len(layout.plan_segments(packed, None, is_causal=False, sample_work=layout.SAMPLE_WORK)) == B
 
 
 def test_fragments_under_causality_go_another_way():
-    assert layout.plan(MIXED, None, is_causal=True, sample_work=0) is None
-    assert layout.plan(MIXED, None, is_causal=False, sample_work=0) is not None
+    assert layout.plan_segments(MIXED, None, is_causal=True, sample_work=0) is None
+    assert layout.plan_segments(MIXED, None, is_causal=False, sample_work=0) is not None
 
 
 def test_autocast():

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from test_report import CONTRAST, EVIL
 
 import equipoise as eq
 from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose
@@ -15,6 +14,7 @@ from equipoise.report.diagnosis_html import diagnosis_page
 from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
 from equipoise.report.diagnosis_words import WORDS
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.pages import CONTRAST, EVIL
 from helpers.waiting import DEADLOCK
 
 LONG = "a-name-that-has-no-place-to-break-" * 3

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from test_report import CONTRAST
 
 from equipoise.errors import SchemaError
 from equipoise.inspection import look
@@ -15,6 +14,7 @@ from equipoise.report.look_figures import DEEPEST
 from equipoise.report.look_html import look_page, look_report
 from equipoise.report.look_sentences import MeanShares, percent, verdict
 from helpers.look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
+from helpers.pages import CONTRAST
 from helpers.waiting import DEADLOCK
 
 ASKED = f"{QUESTION} {EVIL} a cat"

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_report import CONTRAST
 
 from equipoise.errors import SchemaError
 from equipoise.evaluation.search import IndexEntry, SearchHit, SearchResult, result_gallery
 from equipoise.evaluation.search.gallery_images import result_to_dict
 from equipoise.report.search_html import search_page, search_report
 from equipoise.report.search_sheet import SheetRow, contact_sheet
+from helpers.pages import CONTRAST
 from helpers.search import EVIL
 from helpers.waiting import DEADLOCK
 
