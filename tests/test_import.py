@@ -48,7 +48,7 @@ def test_import_does_not_load_the_compiler_unless_torch_does(plain):
 
 
 @pytest.mark.parametrize(("name", "module"), sorted(eq._LAZY_MODULES.items()))
-def test_lazy_modules_are_imported_on_first_access(plain, name, module):
+def test_lazy_modules_are_not_imported_with_the_package(plain, name, module):
     assert f"equipoise{module}" not in plain
     assert getattr(eq, name) is importlib.import_module(f"equipoise{module}")
 

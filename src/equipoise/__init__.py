@@ -26,11 +26,10 @@ from .balance import merge_rotations as merge_rotations
 from .diagnostics.suite import Diagnosis as Diagnosis
 from .diagnostics.suite import diagnose as diagnose
 from .errors import EquipoiseError as EquipoiseError
-from .inspection import Inspection as Inspection
-from .inspection import look as look
 from .models import FusionModel as FusionModel
 from .nn import Attended as Attended
 from .nn import attend as attend
+from .optional_packages import require_extra
 from .recording import AttentionRecord as AttentionRecord
 from .recording import watch as watch
 from .tokens import Output as Output
@@ -40,24 +39,29 @@ from .tokens import unpack as unpack
 
 if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
+    from .inspection import Inspection as Inspection
+    from .inspection import look as look
     from .integrations import huggingface as hf  # noqa: F401
     from .integrations import lightning_callbacks as lightning  # noqa: F401
     from .training import load as load
 
 __version__ = "0.1.0"
 
-# Modules with heavier dependencies, imported on first access: attribute -> module.
+# Submodules that need optional packages are imported at first use: attribute -> module.
 _LAZY_MODULES = {
     "report": ".report", "training": ".training", "evaluation": ".evaluation",
     "hf": ".integrations.huggingface", "lightning": ".integrations.lightning_callbacks",
 }  # fmt: skip
-# Functions of these modules: attribute -> module.
-_LAZY_NAMES = {"load": ".training", "evaluate": ".evaluation"}
+# Names from such modules: attribute -> module that defines it.
+_LAZY_NAMES = {
+    "load": ".training.run_loading", "evaluate": ".evaluation", "look": ".inspection", "Inspection": ".inspection",
+}  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name in _LAZY_MODULES:
-        return importlib.import_module(_LAZY_MODULES[name], __name__)
-    if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
+    with require_extra(f"eq.{name}"):
+        if name in _LAZY_MODULES:
+            return importlib.import_module(_LAZY_MODULES[name], __name__)
+        if name in _LAZY_NAMES:
+            return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
     raise AttributeError(f"module 'equipoise' has no attribute '{name}'")

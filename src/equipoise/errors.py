@@ -45,6 +45,10 @@ class SchemaError(EquipoiseError):
     """A results file or checkpoint written by another version."""
 
 
+class MissingExtraError(EquipoiseError, ImportError):
+    """An optional package that is not installed."""
+
+
 MOST_LISTED = 100
 """Names that are listed whole; of the words of a data set the first few do."""
 

@@ -202,13 +202,13 @@ def places(folder):
     }
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "demo", "diagnose", "look", "judge"])
+@pytest.mark.parametrize("command", ["compare", "train", "demo", "diagnose", "look", "evaluate"])
 def test_where_out_may_not_lead(command, trained, tmp_path, capfd):
     before = {path: (os.lstat(path).st_mode, os.lstat(path).st_mtime_ns) for path in [Path("/dev/null")]}
     words = {
         "compare": trained[1][:-2], "train": ["train", *trained[1][1:3], "--method", "concat"], "demo": ["demo"],
         "diagnose": ["diagnose", trained[0] / "runs/all/concat/seed0"],
-        "look": ["look", "nowhere", "--text", "x"], "judge": ["judge", "nowhere"],
+        "look": ["look", "nowhere", "--text", "x"], "evaluate": ["evaluate", "nowhere"],
     }[command]  # fmt: skip
     known = places(tmp_path)
     inside = sorted(tmp_path.rglob("*"))

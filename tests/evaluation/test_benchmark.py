@@ -285,7 +285,7 @@ def test_weights_of_another_size_are_told(tmp_path):
 
 def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
-    assert run(["judge", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert run(["evaluate", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     said = result_rows.load_results(tmp_path / "out")
     assert said["protocol"]["methods"] == ["small"]
     assert said["runs"][0]["metrics"]["chance/recall@1"] == pytest.approx(1 / 183)

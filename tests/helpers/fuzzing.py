@@ -350,7 +350,7 @@ OWN = {
     "diagnose": ("--tests", "--outside", "--modality", "--seed"),
     "search": ("--top", "--html", "--image", "--images", "--model"),
     "look": ("--image", "--audio", "--sinks", "--sites", "--dtype", "--device", "--answer", "--random"),
-    "judge": ("--data", "--level", "--split", "--samples", "--template", "--dtype"),
+    "evaluate": ("--data", "--level", "--split", "--samples", "--template", "--dtype"),
 }
 """Options of each command, and some that none has."""
 
@@ -361,7 +361,7 @@ def random_line(world, dice, here):
     (here / "dangling").symlink_to(here / "nowhere")
     places = [here / "o", here / "file", here / "dangling", Path("/dev/null"), here / "file" / "x", here / "\udcff"]
     command = dice.choice(("compare", "compare", "train", "train", "diagnose", "search", "report", "recipes", "look",
-                           "judge", "demo", "x", "--config", ""))  # fmt: skip
+                           "evaluate", "demo", "x", "--config", ""))  # fmt: skip
     words = {
         "compare": ["--config", str(world.config), "--workers", dice.choice(("0", "0", "0", "-1", "x"))],
         "train": ["--config", str(world.config), "--accelerator", "cpu"],
@@ -370,7 +370,7 @@ def random_line(world, dice, here):
         "report": [str(dice.choice((world.folder / "train", here, "nowhere", here / "file", "/dev/null", "\udcff")))],
         "recipes": dice.choice((["ls"], ["cp"], ["cp", "digits", str(dice.choice(places))], ["mv"])),
         "look": [str(here / "nowhere"), "--text", "x"],
-        "judge": [str(here / "nowhere")],
+        "evaluate": [str(here / "nowhere")],
         "demo": ["--workers", "-1"],
     }.get(command, [])
     words = [command, *words]

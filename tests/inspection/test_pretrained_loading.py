@@ -12,7 +12,7 @@ import transformers as hf
 
 from equipoise.cli.look_command import look as command
 from equipoise.cli.look_command import look_parser
-from equipoise.errors import ConfigError, DataError, EquipoiseError
+from equipoise.errors import ConfigError, DataError, EquipoiseError, MissingExtraError
 from equipoise.inspection import load_pretrained, look
 from helpers.look import CHAT, QUESTION, llama, llava, picture, processor, saved_llava, tokenizer
 from helpers.vlms import family
@@ -198,9 +198,9 @@ def test_options_that_do_not_exist_are_told(folder, options, message):
         load_pretrained(folder, **options)
 
 
-def test_without_transformers_the_way_is_told(monkeypatch, folder):
+def test_missing_transformers_raises(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"look: expected transformers, got no such package. Run: pip install"):
+    with pytest.raises(MissingExtraError, match=r"look: expected the package 'transformers', got none installed"):
         load_pretrained(folder)
 
 

@@ -1,7 +1,6 @@
 """BalancerList under transformers' Trainer: as in a plain loop, accumulated, resumed, clipped after the balancers."""
 
 import copy
-import importlib
 import json
 import os
 import re
@@ -313,9 +312,10 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "equipoise.integrations.huggingface")
     with pytest.raises(
-        ImportError, match=r"eq\.hf needs transformers and accelerate\. Run: pip install 'equipoise\[hf\]'"
+        eq.errors.MissingExtraError,
+        match=r"eq\.hf: expected the package 'transformers', got none installed\. Install it: pip install 'equipoise\[hf",
     ):
-        importlib.import_module("equipoise.integrations.huggingface")
+        _ = eq.hf
 
 
 class Own(transformers.PreTrainedModel):

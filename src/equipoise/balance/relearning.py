@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
+from ..optional_packages import require_extra
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts
 from .common.unimodal_scores import has_modality, summed
@@ -39,7 +40,8 @@ def kmeans_labels(features: Float[Tensor, "batch dim"], count: int, *, seed: int
         >>> bool(found[0] == found[1]), bool(found[0] == found[2])
         (True, False)
     """
-    from sklearn.cluster import KMeans
+    with require_extra("DiagnoseRelearn"):
+        from sklearn.cluster import KMeans
 
     low, high = features.amin(dim=0), features.amax(dim=0)
     scaled = 2 * (features - low) / (high - low).clamp(min=torch.finfo(features.dtype).tiny) - 1

@@ -1,4 +1,4 @@
-"""What every command of the program is, and where it speaks."""
+"""Parts that all commands share: the argument parser, types of arguments, and error output."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from rich.console import Console
-
 from ..io.typed_values import shorten_repr
 from . import recipe_overrides
-
-out, err = Console(), Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,14 @@ class Command:
 
 
 def fail(message: str, status: int = 1) -> int:
-    """Tells an error on the error stream, whole and unwrapped."""
-    style = "red" if status == 1 else ""
-    err.print(f"equipoise: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
+    """Prints an error to stderr, unwrapped, and returns the exit status."""
+    text = f"equipoise: {message}"
+    try:
+        from .console import err
+    except ImportError:
+        sys.stderr.write(f"{text}\n")
+    else:
+        err.print(text, style="red" if status == 1 else "", soft_wrap=True, markup=False, highlight=False)
     return status
 
 

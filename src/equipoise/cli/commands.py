@@ -14,11 +14,10 @@ from ..results import result_rows
 from ..training import recipes
 from ..training.recipes import Recipe
 from . import recipe_overrides
-from .command_line import Command, Parser, described, fail, out, path, whole
+from .command_line import Command, Parser, described, fail, path, whole
 from .diagnose_command import diagnose, diagnose_parser
-from .evaluate_command import judge, judge_parser
+from .evaluate_command import evaluate, evaluate_parser
 from .look_command import look, look_parser
-from .results_table import show
 from .search_command import search, search_parser
 
 if TYPE_CHECKING:
@@ -98,7 +97,9 @@ def train(options: Namespace) -> int:
     from ..training.run import execute_run
     from ..training.run_spec import RunSpec
     from ..training.variant_factory import evaluation_metric
+    from .console import out
     from .progress_bars import TrainingProgress
+    from .results_table import show
 
     recipe, title = recipe_overrides.changed(options.config, options.changes), shorten_repr(Path(options.config).stem)
     method = options.method or recipe.methods[-1]
@@ -182,6 +183,8 @@ def recipes_parser() -> Parser:
 
 
 def manage_recipes(options: Namespace) -> int:
+    from .console import out
+
     if options.action == "ls":
         for name in recipes.recipe_names():
             manual = recipes.recipe_header(recipes.find_recipe(name)).splitlines()
@@ -211,7 +214,9 @@ COMMANDS = {
     "train": Command("one method, with checkpoints and --resume", train_parser, train),
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
-    "judge": Command("a published model at the work of ours -> retrieval, answers, pointing", judge_parser, judge),
+    "evaluate": Command(
+        "a pretrained model on emoji or scenes -> retrieval, answers, pointing", evaluate_parser, evaluate
+    ),
     "search": Command("words -> pictures, a picture -> words, in a trained shared space", search_parser, search),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
@@ -245,9 +250,13 @@ def _compare(
     recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str], options: Namespace, *, title: str,
     accelerator: str = "cpu",
 ) -> int:  # fmt: skip
+    # The report is imported before training, so that a missing package is reported at once.
+    from ..report import comparison_figures, comparison_page  # noqa: F401
     from ..training.comparison import compare, plan_runs
     from ..training.run_spec import is_finished
+    from .console import out
     from .progress_bars import ComparisonProgress
+    from .results_table import show
 
     check_folder(options.out, "compare")
     plan = plan_runs(recipe, names, seeds, folds)
@@ -274,6 +283,7 @@ def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
     from ..report import ResultsView
     from ..report import report as draw
     from ..report.comparison_figures import summary_png
+    from .console import out
 
     page = draw(content, path)
     beside = page.parent.resolve() == results.parent.resolve()

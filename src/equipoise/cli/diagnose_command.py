@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import ConfigError, EquipoiseError
 from ..io.atomic_files import check_folder, check_path_component
@@ -21,9 +17,11 @@ from ..results import result_rows
 from ..results.significance import unpack_outcomes
 from ..training import recipes
 from ..training.recipes import Recipe
-from .command_line import Parser, described, out, path, whole
+from .command_line import Parser, described, path, whole
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..data import Dataset
     from ..diagnostics.suite import Diagnosis
 
@@ -92,6 +90,8 @@ def diagnose_parser() -> Parser:
 def diagnose(options: Namespace) -> int:
     """Diagnoses every run on its test split, writes what was found, and shows the verdicts."""
     from ..diagnostics.suite import QUESTIONS, results
+    from ..report import diagnosis_html  # noqa: F401  (a missing package is reported before the tests run)
+    from .console import out
     from .progress_bars import DiagnosisProgress
 
     tests = None if options.tests is None else [name.strip() for name in options.tests.split(",") if name.strip()]
@@ -254,6 +254,10 @@ STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "d
 
 def show(found: Sequence[Diagnosis], console: Console) -> None:
     """The verdicts in the terminal, with the test that shows each."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     from ..report.verdict_list import headline
 
     for diagnosis in found:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..errors import EquipoiseError
+from ..errors import EquipoiseError, MissingExtraError
 from ..io import interrupt_handling
 from ..io.typed_values import shorten_repr
+from ..optional_packages import require_extra
 from .command_line import Parser, fail, speak_plainly
 from .commands import COMMANDS
 
@@ -58,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns the exit status."""
     try:
-        parsed = parser().parse_args(arguments)
-        return COMMANDS[parsed.command].run(parsed)
+        command = next((word for word in arguments if word in COMMANDS), "")
+        with require_extra(f"equipoise {command}".rstrip()):
+            parsed = parser().parse_args(arguments)
+            return COMMANDS[parsed.command].run(parsed)
+    except MissingExtraError as error:
+        return fail(str(error), 2)
     except EquipoiseError as error:
         return fail(str(error))
     except BrokenPipeError:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..io.atomic_files import check_folder
-from .command_line import Parser, described, out, path, whole
+from .command_line import Parser, described, path, whole
 
 EXAMPLES = (
     'equipoise look llava-hf/llava-1.5-7b-hf --image cat.png --text "What is on the mat?"',
@@ -43,6 +43,8 @@ def look(options: Namespace) -> int:
     from ..data.media_files import load_image
     from ..inspection import load_pretrained, look
     from ..inspection.dummy_processor import DummyProcessor
+    from ..report import look_html  # noqa: F401  (a missing package is reported before the model is loaded)
+    from .console import out
 
     check_folder(options.out, "look")
     # A picture that cannot be read is told before the model is loaded.

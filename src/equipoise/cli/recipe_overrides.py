@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError
 from ..training import recipes
 from ..training.recipes import Recipe
-from ..training.recipes.recipe_parsing import parse
 
 PARTS = tuple(name for name in Recipe.__dataclass_fields__ if name not in ("methods", "seeds", "folds"))
 OPTION = re.compile(rf"--((?:{'|'.join(PARTS)})(?:\.[^.=]+)*)(?:=(.*))?", re.DOTALL)
@@ -58,6 +57,8 @@ def value(text: str, who: str) -> Any:
     Raises:
         ConfigError: no YAML, or a value that no recipe can hold.
     """
+    from ..training.recipes.recipe_parsing import parse
+
     if not text or recipes.is_float(text):
         return float(text) if text else ""
     return parse(text, who)

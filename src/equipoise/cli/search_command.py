@@ -5,16 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
 from ..errors import ConfigError
 from ..io.atomic_files import check_file
-from .command_line import Parser, described, out, path, whole
+from .command_line import Parser, described, path, whole
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from ..evaluation.search import SearchHit, SearchIndex, SearchResult
 
 EXAMPLES = (
@@ -42,7 +40,9 @@ def search_parser() -> Parser:
 
 
 def search(options: Namespace) -> int:
-    """Loads the model, finds, and shows what was found."""
+    """Loads the model, searches, and prints the result."""
+    from .console import out
+
     if (options.text is None) == (options.image is None):
         raise ConfigError(
             "search", expected="a text, or a picture after --image",
@@ -94,7 +94,11 @@ def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
 
 
 def show(found: SearchResult, notes: list[str], console: Console) -> None:
-    """What was found: pictures where the terminal has colors, a table in any case."""
+    """Prints the result as a table, below images if the terminal has colors."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     from ..report.search_html import unseen
 
     if console.is_terminal and console.color_system in ("256", "truecolor"):
@@ -115,7 +119,11 @@ def show(found: SearchResult, notes: list[str], console: Console) -> None:
 
 
 def _pictures(hits: list[SearchHit], columns: int) -> Table:
-    """The pictures side by side, each with its rank and name below."""
+    """Lays the images out in a grid, each with its rank and name below."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     from ..evaluation.search.terminal_image import image_to_blocks
 
     grid = Table.grid(padding=(0, 1, 1, 0))

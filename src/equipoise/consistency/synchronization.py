@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
+from ..optional_packages import require_extra
 from ..tokens.masks import at_least_float32 as exact
 from .block_matrix import SquareMatrix, sizes_of
 from .matching_matrix import soft_matching
@@ -72,7 +73,8 @@ def eigengap(matrix: SquareMatrix, *, num_modalities: int) -> Float[Tensor, ...]
 
 
 def _permutations(free: Tensor, temperature: float, rounds: int) -> Tensor:
-    from scipy.optimize import linear_sum_assignment
+    with require_extra("synchronize"):
+        from scipy.optimize import linear_sum_assignment
 
     flat = free.reshape(-1, *free.shape[-2:])
     made = torch.zeros_like(flat)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..optional_packages import require_extra
 from .key_plot_data import key_distribution
 from .noise_test import Loader, input_statistics
 from .prediction_collection import NoiseSource, collect_predictions
@@ -74,7 +75,8 @@ def wasserstein(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
         >>> wasserstein(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 2.5]))
         1.0
     """
-    from scipy.stats import wasserstein_distance
+    with require_extra("key_geometry"):
+        from scipy.stats import wasserstein_distance
 
     kept = [values[~values.isnan()].detach().cpu().double().numpy() for values in (a.flatten(), b.flatten())]
     return float(wasserstein_distance(*kept)) if all(len(values) for values in kept) else math.nan

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
+from ..optional_packages import require_extra
 from .prediction_collection import CollectedPredictions, NoiseSource, collect_predictions, input_of, valid_of
 
 Loader = Iterable[Mapping[str, Any]]
@@ -50,7 +51,8 @@ def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, floa
         >>> round(r, 4), round(p, 4)
         (0.8944, 0.1056)
     """
-    from scipy.stats import t as student
+    with require_extra("noise_response"):
+        from scipy.stats import t as student
 
     if len(x) < 3 or any(_constant(values) for values in (x, y)):
         return math.nan, math.nan

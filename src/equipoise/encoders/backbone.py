@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..nn.transformer import initialize_weights
+from ..optional_packages import require_extra
 from ..tokens.masks import bool_mask
 from ..tokens.token_batch import Tokens
 from .encoder import Encoder
@@ -169,12 +170,8 @@ def _width(model: Any) -> int:
 
 
 def _with_lora(model: Any, rank: int) -> Any:
-    try:
+    with require_extra("Backbone, lora"):
         import peft
-    except ImportError as error:
-        raise ConfigError(
-            "Backbone", expected="peft, for LoRA", got="no such package", fix="Run: pip install 'equipoise[lora]'."
-        ) from error
     if rank < 1:
         raise ConfigError("Backbone", expected="a LoRA rank of 1 or more", got=f"lora = {rank}")
     # The scale alpha / rank is 2, as is usual; the model stays of its own class.

@@ -9,21 +9,18 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from ..optional_packages import require_extra
 
 
 def import_transformers(who: str) -> Any:
-    """The transformers package, which is imported when an encoder is first built with it.
+    """Returns the transformers package, imported when an encoder is first built with it.
 
     Raises:
-        ConfigError: it is not installed.
+        MissingExtraError: transformers is not installed.
     """
-    try:
+    with require_extra(who):
         import transformers
-    except ImportError as error:
-        raise ConfigError(
-            who, expected="transformers", got="no such package", fix="Run: pip install 'equipoise[hf]'."
-        ) from error
     return transformers
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..io.atomic_files import atomic_write, to_jsonable
+from ..optional_packages import require_extra
 from ..recording import AttentionRecord
 from .attention_maps import AttentionMaps
 from .media_effects import MediaEffect
@@ -145,7 +146,8 @@ class Inspection:
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Writes one self-contained HTML page; ``report.html`` where a folder is given."""
-        from ..report.look_html import look_report
+        with require_extra("Inspection.report"):
+            from ..report.look_html import look_report
 
         return look_report(self.to_dict(), path)
 

@@ -9,13 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-
-try:
-    from accelerate.utils import send_to_device
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError("eq.hf needs transformers and accelerate. Run: pip install 'equipoise[hf]'.") from error
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import Balancer, BalancerList, statistics_by_full_pass
 from ..balance.balancer import overrides

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..optional_packages import require_extra
+
 if TYPE_CHECKING:
     from .comparison import compare as compare
     from .loss_module import BalancedTraining as BalancedTraining
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from .run_loading import load as load
     from .run_spec import RunSpec as RunSpec
 
-# Lightning is imported only when training starts, so that recipes can be listed and checked quickly.
+# Imported at first use, since most of these modules need Lightning: attribute -> module that defines it.
 _LAZY_NAMES = {
     "compare": ".comparison", "BalancedTraining": ".loss_module", "SelfContainedTraining": ".loss_module",
     "execute_run": ".run", "load": ".run_loading", "RunSpec": ".run_spec",
@@ -22,5 +24,6 @@ _LAZY_NAMES = {
 
 def __getattr__(name: str):
     if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        with require_extra(f"eq.training.{name}"):
+            return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
+    raise AttributeError(f"module 'equipoise.training' has no attribute '{name}'")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import DataError, SchemaError
 from ...io.atomic_files import atomic_write, read_json, to_jsonable
 from ...io.checksums import add_checksum, verify_checksum
+from ...optional_packages import require_extra
 
 if TYPE_CHECKING:
     from ...report.verdict_list import Verdict
@@ -124,8 +125,8 @@ class Diagnosis:
         Returns:
             the path of the page.
         """
-        # What draws is loaded when something is drawn.
-        from ...report.diagnosis_html import diagnosis_page
+        with require_extra("Diagnosis.report"):
+            from ...report.diagnosis_html import diagnosis_page
 
         path = Path(path)
         page = diagnosis_page([diagnosis.to_dict() for diagnosis in (self, *others)])

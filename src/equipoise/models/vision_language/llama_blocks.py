@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...alignment import GatedCrossAttention
 from ...errors import ConfigError
+from ...optional_packages import require_extra
 
 
 def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -> Any:
@@ -23,19 +24,16 @@ def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -
         context: the most tokens that it reads.
 
     Raises:
-        ConfigError: transformers is not installed; a width that the heads do not divide into even parts.
+        MissingExtraError: transformers is not installed.
+        ConfigError: ``dim`` is not a multiple of ``2 * heads``.
     """
     if depth < 1 or heads < 1 or dim % (2 * heads):
         raise ConfigError(
             "VisionLanguageModel", expected="depth >= 1 and dim a multiple of 2 heads, for rotary positions",
             got=f"depth = {depth}, dim = {dim}, heads = {heads}",
         )  # fmt: skip
-    try:
+    with require_extra("VisionLanguageModel"):
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ConfigError(
-            "VisionLanguageModel", expected="the package transformers", got="none", fix="pip install 'equipoise[hf]'"
-        ) from error
     config = LlamaConfig(
         vocab_size=words, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=depth,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, use_cache=False,

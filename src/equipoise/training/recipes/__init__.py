@@ -11,13 +11,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ...errors import ConfigError, unknown_name
 from ...io.atomic_files import check_path_component
 from ...io.typed_values import matches_type, shorten_repr, type_description
 from ...models.fusion_model import UNIMODAL
-from .recipe_parsing import BYTES, parse
 
 YAML_FLOAT = "YAML takes 1e-3 for a text; write 1.0e-3."
 
@@ -204,6 +201,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     Raises:
         ConfigError: no such recipe, no YAML, an option that does not exist or has the wrong type.
     """
+    from .recipe_parsing import BYTES, parse
+
     path = find_recipe(name_or_path)
     who = f"recipe {shorten_repr(path.name)}"
     try:
@@ -214,7 +213,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that ``read`` understands."""
+    """Returns the recipe as YAML that ``load_recipe`` reads."""
+    import yaml
+
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 

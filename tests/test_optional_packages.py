@@ -1,0 +1,140 @@
+"""The core install needs torch, numpy, jaxtyping and safetensors alone; anything else is reported with its extra."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from equipoise.errors import EquipoiseError, MissingExtraError
+from equipoise.optional_packages import DISTRIBUTIONS, EXTRAS, require_extra
+
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGES = {module for modules in EXTRAS.values() for module in modules}
+# What transformers itself imports, or the test itself.
+TRANSFORMERS = {"transformers", "huggingface_hub", "yaml", "rich"}
+
+BLOCK = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        blocked = name.partition(".")[0] in {blocked}
+        return None if blocked else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+WATCH = """
+import torch, transformers
+import equipoise as eq
+
+text = transformers.LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                num_attention_heads=2, num_key_value_heads=2)
+vision = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                       num_attention_heads=2, image_size=8, patch_size=4)
+config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=3,
+                                  vision_feature_select_strategy="default", vision_feature_layer=-1)
+vlm = transformers.LlavaForConditionalGeneration(config).eval()
+with eq.watch(vlm) as record, torch.no_grad():
+    vlm(input_ids=torch.tensor([[1, 3, 3, 3, 3, 5, 6]]), pixel_values=torch.randn(1, 3, 8, 8))
+print(record.table())
+"""
+
+
+def python(program, blocked):
+    """Runs a program in a new interpreter in which the blocked packages cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=sorted(blocked)) + program], capture_output=True, text=True
+    )
+
+
+def program(*arguments):
+    return python(f"from equipoise.cli import main\nmain({list(arguments)!r})", PACKAGES)
+
+
+def requirements(*extras):
+    """Names of the packages in these extras of pyproject.toml, without versions."""
+    listed = [PYPROJECT["optional-dependencies"][extra] for extra in extras]
+    return {one.partition(">")[0] for requirement in listed for one in requirement}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_extras_match_pyproject(extra):
+    assert {DISTRIBUTIONS.get(module, module) for module in EXTRAS[extra]} == requirements(extra)
+
+
+def test_core_dependencies():
+    assert {one.partition(">")[0] for one in PYPROJECT["dependencies"]} == {
+        "torch",
+        "numpy",
+        "jaxtyping",
+        "safetensors",
+    }
+    assert requirements("all") == {"equipoise[train,report,hf,lora]"}
+
+
+def test_core_imports_and_computes_without_extras():
+    done = python(
+        "import torch, equipoise as eq\n"
+        "q = torch.randn(1, 2, 3, 4)\n"
+        "print(eq.attend(q, q, q, modality=torch.tensor([0, 0, 1]), num_modalities=2).share.sum().item())",
+        PACKAGES,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(6.0)
+
+
+def test_watch_needs_transformers_alone():
+    done = python(WATCH, PACKAGES - TRANSFORMERS)
+    assert done.returncode == 0, done.stderr
+    assert "model.language_model.layers.1.self_attn" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("lightning", "lightning", "train"), ("hf", "accelerate", "hf"), ("look", "pillow", "train"),
+     ("report.report", "jinja2", "report"), ("load", "lightning", "train"), ("training.compare", "scipy", "train")],
+)  # fmt: skip
+def test_missing_extra_is_named(name, package, extra):
+    blocked = {module for module in PACKAGES if DISTRIBUTIONS.get(module, module) == package}
+    done = python(
+        f"import equipoise as eq\ntry:\n    eq.{name}\nexcept ImportError as error:\n    print(error)", blocked
+    )
+    assert done.stdout.strip() == (
+        f"eq.{name}: expected the package '{package}', got none installed. Install it: pip install 'equipoise[{extra}]'"
+    )
+
+
+def test_help_works_without_extras():
+    done = program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "equipoise demo" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "train", "recipes ls", "diagnose x", "look x --text y"])
+def test_commands_without_extras_exit_with_2(command):
+    done = program(*command.split())
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"equipoise: equipoise {command.split()[0]}: expected the package ")
+    assert line.endswith(("pip install 'equipoise[train]'", "pip install 'equipoise[report]'"))
+
+
+def test_other_import_errors_stay():
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), require_extra("eq.x"):
+        import no_such_module  # noqa: F401  # type: ignore[import-not-found]
+    assert issubclass(MissingExtraError, EquipoiseError)
+    with (
+        pytest.raises(
+            MissingExtraError, match=r"eq\.x: expected the package 'scikit-learn', got none installed\. Install it: pip"
+        ),
+        require_extra("eq.x"),
+    ):
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.cluster")
