@@ -85,12 +85,12 @@ def test_several_modalities_are_read_together(names):
     torch.testing.assert_close(made(parts), made(torch.cat(list(parts.values()), dim=1)), **EXACT)
     with watch(made) as seen:
         made(dict(reversed(parts.items())))
-    share = seen.share(seen.sites[0])
+    share = seen.share(seen.layers[0])
     assert share.shape == (2, 1, len(names))
     assert float(share.sum(dim=-1).max()) < 1  # the rest goes to the latents themselves
     with watch(made) as ordered:
         made(parts)
-    torch.testing.assert_close(share, ordered.share(ordered.sites[0]), **SINGLE)
+    torch.testing.assert_close(share, ordered.share(ordered.layers[0]), **SINGLE)
 
 
 def gated(seed=0, opened=True, **options):

@@ -175,7 +175,7 @@ def test_watch_sees_how_reading_divides_itself():
     # The keys of the self-attention are the learned queries, which belong to no modality.
     with pytest.warns(UserWarning, match="'layers.0.attention' is not in the table"), watch(model) as seen:
         model(media(names))
-    site = next(site for site in seen.sites if "reading" in site)
+    site = next(site for site in seen.layers if "reading" in site)
     share = seen.share(site)
     assert share.shape == (BATCH, 2, 2)
     torch.testing.assert_close(share.sum(dim=-1), torch.ones(BATCH, 2, dtype=share.dtype), **SINGLE)

@@ -105,7 +105,7 @@ def test_attention_of_every_layer_and_head_is_what_watch_sees(deep):
         for inputs in loader:
             made(inputs)
     rows = found.details["attention"]["layers"]
-    assert [row["site"] for row in rows] == seen.sites == ["fusion.blocks.0.attention", "fusion.blocks.1.attention"]
+    assert [row["site"] for row in rows] == seen.layers == ["fusion.blocks.0.attention", "fusion.blocks.1.attention"]
     for row in rows:
         torch.testing.assert_close(torch.tensor(row["share"]), seen.share(row["site"]).mean(dim=0), rtol=0, atol=1e-6)
         for share, special in zip(row["share"], row["special"], strict=True):

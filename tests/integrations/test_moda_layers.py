@@ -195,7 +195,7 @@ def test_the_watch_sees_aligned_keys():
     moda = trained(model)
     with eq.watch(model) as after:
         logits(model, inputs)
-    site = next(site for site in after.sites if "language" in str(site))
+    site = next(site for site in after.layers if "language" in str(site))
     assert not torch.equal(after.share(site), before.share(site))
     moda.remove()
     with eq.watch(model) as again:

@@ -1,6 +1,7 @@
-"""Watching PyTorch models: every way in against attention written out; queries, sites, and what Seen tells."""
+"""Watching PyTorch models: every backend in against attention written out; queries, layers, and what Seen tells."""
 
 import math
+import sys
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ import equipoise as eq
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.nn.transformer import Block
 from equipoise.recording import AttentionCall
-from equipoise.recording.attention_call import select_rows
+from equipoise.recording.attention_call import select_queries
 from equipoise.recording.share_measurement import attention_output, explicit_attention, measure_share
 from helpers.fusion import batch, model
 from helpers.tolerance import TOL
@@ -53,12 +54,12 @@ def multihead(seed=0, **options):
 
 
 class Written(nn.Module):
-    """Attention with a fused projection, as vision transformers have it, computed in one of several ways."""
+    """Attention with a fused projection, as vision transformers have it, computed in one of several interceptors."""
 
-    def __init__(self, way):
+    def __init__(self, backend):
         super().__init__()
         torch.manual_seed(0)
-        self.qkv, self.num_heads, self.way, self.soft = nn.Linear(DIM, 3 * DIM), HEADS, way, nn.Softmax(dim=-1)
+        self.qkv, self.num_heads, self.backend, self.soft = nn.Linear(DIM, 3 * DIM), HEADS, backend, nn.Softmax(dim=-1)
 
     def parts(self, tokens):
         return (4 * self.qkv(tokens)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
@@ -70,14 +71,14 @@ class Written(nn.Module):
 
     def forward(self, tokens, mask=None):
         query, key, value = self.parts(tokens)
-        if self.way == "sdpa":
+        if self.backend == "sdpa":
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         scores = self.scores(tokens, mask)
-        if self.way == "softmax":
+        if self.backend == "softmax":
             return scores.softmax(dim=-1) @ value
-        if self.way == "module":
+        if self.backend == "module":
             return self.soft(scores) @ value
-        if self.way == "merged heads":
+        if self.backend == "merged heads":
             return torch.bmm(F.softmax(scores.flatten(0, 1), dim=-1), value.flatten(0, 1))
         whole = (part.flatten(0, 1) for part in (query, key, value))
         mask = None if mask is None else mask.expand(len(tokens), HEADS, KEYS, KEYS).flatten(0, 1)
@@ -95,20 +96,20 @@ def hides(kind):
     return mask, rows
 
 
-@pytest.mark.parametrize("way", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
+@pytest.mark.parametrize("backend", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
 @pytest.mark.parametrize("kind", ["none", "padding", "causal"])
-def test_written_attention(way, kind):
-    made, tokens = nn.ModuleDict({"attn": Written(way)}), values(BATCH, KEYS, DIM)
+def test_written_attention(backend, kind):
+    made, tokens = nn.ModuleDict({"attn": Written(backend)}), values(BATCH, KEYS, DIM)
     made.forward = lambda tokens, mask: made["attn"](tokens, mask)
     mask, rows = hides(kind)
     mask = None if kind == "none" else mask
     plain = made(tokens, mask)
-    with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+    with eq.watch(made, modality=LABELS, names=NAMES) as record:
         watched = made(tokens, mask)
     assert torch.equal(plain, watched)
-    assert seen.sites == ["attn"]
+    assert record.layers == ["attn"]
     expected = share_of(made["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
-    torch.testing.assert_close(seen.share("attn"), expected, **NEAR)
+    torch.testing.assert_close(record.share("attn"), expected, **NEAR)
     assert float(expected.std()) > 0.02
 
 
@@ -133,24 +134,24 @@ def test_multihead(options, first, kind):
     }.get(kind, {})  # fmt: skip
     with torch.no_grad():
         plain, attention = made(tokens, source, source, average_attn_weights=False, **masks)
-        with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+        with eq.watch(made, modality=LABELS, names=NAMES) as record:
             watched, _ = made(tokens, source, source, average_attn_weights=False, **masks)
     assert torch.equal(plain, watched)
     itself = source is tokens and kind in ("padding", "both")
     rows = (~padding).float() if itself else None
     expected = share_of(attention[..., :KEYS], rows=rows)
-    torch.testing.assert_close(seen.share("MultiheadAttention"), expected, **NEAR)
+    torch.testing.assert_close(record.share("MultiheadAttention"), expected, **NEAR)
     if "add_bias_kv" in options:
         added = attention[..., KEYS:].sum(-1).mean(2) + attention[..., 5].mean(2)
         if not itself:
-            torch.testing.assert_close(seen.special("MultiheadAttention"), added, **NEAR)
+            torch.testing.assert_close(record.special("MultiheadAttention"), added, **NEAR)
 
 
 def test_without_a_batch_and_as_a_function():
     made, tokens = multihead(), values(KEYS, DIM)
-    with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+    with eq.watch(made, modality=LABELS, names=NAMES) as record:
         _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
-    torch.testing.assert_close(seen.share("MultiheadAttention"), share_of(attention[None]), **NEAR)
+    torch.testing.assert_close(record.share("MultiheadAttention"), share_of(attention[None]), **NEAR)
 
     class Pool(nn.Module):
         def __init__(self):
@@ -171,8 +172,8 @@ def test_without_a_batch_and_as_a_function():
     with eq.watch(pool, modality=LABELS, names=NAMES) as function:
         _, same = pool(tokens)
     torch.testing.assert_close(same, attention[None], **NEAR)
-    torch.testing.assert_close(function.share("Pool"), seen.share("MultiheadAttention"), **NEAR)
-    assert function.ways == {"Pool": "multihead function"}
+    torch.testing.assert_close(function.share("Pool"), record.share("MultiheadAttention"), **NEAR)
+    assert function.backends == {"Pool": "multihead function"}
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -192,21 +193,21 @@ def test_transformer_encoder(nested, norm_first, mode):
         for watched in (False, True):
             torch.manual_seed(4)
             if watched:
-                with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+                with eq.watch(made, modality=LABELS, names=NAMES) as record:
                     outputs.append(made(tokens, src_key_padding_mask=padding))
             else:
                 outputs.append(made(tokens, src_key_padding_mask=padding))
             states.append(torch.random.get_rng_state())
     assert torch.equal(*outputs)
     assert torch.equal(*states)
-    assert seen.sites == ["layers.0.self_attn", "layers.1.self_attn"]
-    assert ("fast path" in seen.ways[seen.sites[0]]) == (mode == "fast path")
+    assert record.layers == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert ("fast path" in record.backends[record.layers[0]]) == (mode == "fast path")
     first = made.eval().layers[0]
     normed = first.norm1(tokens) if norm_first else tokens
     _, attention = first.self_attn(
         normed, normed, normed, key_padding_mask=padding, average_attn_weights=False
     )  # fmt: skip
-    torch.testing.assert_close(seen.share(seen.sites[0]), share_of(attention, rows=(~padding).float()), **NEAR)
+    torch.testing.assert_close(record.share(record.layers[0]), share_of(attention, rows=(~padding).float()), **NEAR)
 
 
 def test_transformer_decoder_reads_a_memory():
@@ -215,12 +216,12 @@ def test_transformer_decoder_reads_a_memory():
     words, memory = values(BATCH, 5, DIM), values(BATCH, KEYS, DIM, seed=1)
     message = "'layers.0.self_attn' is not in the table: it has 5 keys, and modality is given for 7"
     with torch.no_grad(), pytest.warns(UserWarning, match=message):  # noqa: SIM117
-        with eq.watch(made, modality=LABELS, names=NAMES) as seen:
+        with eq.watch(made, modality=LABELS, names=NAMES) as record:
             made(words, memory)
-    assert seen.sites == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
-    assert seen.missing["layers.0.self_attn"] == "it has 5 keys, and modality is given for 7"
+    assert record.layers == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
+    assert record.missing["layers.0.self_attn"] == "it has 5 keys, and modality is given for 7"
     with pytest.raises(ConfigError, match=r"layers.0.self_attn', but it has 5 keys, and modality is given for 7"):
-        seen.share("layers.0.self_attn")
+        record.share("layers.0.self_attn")
 
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
@@ -228,17 +229,17 @@ def test_own_layers(names):
     made, inputs = model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
     with torch.no_grad():
         plain = made(inputs)
-        with eq.watch(made) as seen:
+        with eq.watch(made) as record:
             watched = made(inputs)
     assert torch.equal(plain.logits, watched.logits)
-    assert seen.names == names
-    last = seen.share(seen.sites[-1])
+    assert record.names == names
+    last = record.share(record.layers[-1])
     torch.testing.assert_close(last, plain.share.float(), **NEAR)
     others = names[::-1]
     with torch.no_grad(), eq.watch(made, names=others) as turned:
         made(inputs)
     assert turned.names == others
-    torch.testing.assert_close(turned.share(seen.sites[-1]), last.flip(-1), **NEAR)
+    torch.testing.assert_close(turned.share(record.layers[-1]), last.flip(-1), **NEAR)
     message = "watch names: expected a known modality, got 'imag'"
     with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.watch(made, names=("audio", "imag")):
         made(inputs)
@@ -263,18 +264,18 @@ def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
     encoders = {name: TransformerEncoder(own) for name in NAMES}
     made = eq.FusionModel(encoders, getattr(eq.fusion, fusion)(DIM), 2).eval()
     inputs = {name: values(BATCH, 5 + i, 3) for i, name in enumerate(NAMES)}
-    with torch.no_grad(), eq.watch(made) as seen:
+    with torch.no_grad(), eq.watch(made) as record:
         made(inputs)
-    assert seen.missing == {}
-    assert seen.names == NAMES
+    assert record.missing == {}
+    assert record.names == NAMES
     unimodal = [f"encoders.{name}.block.{'attention' if own else 'self_attn'}" for name in NAMES]
     if own or fusion == "Concat":
-        assert seen.towers[: len(NAMES)] == unimodal
+        assert record.unimodal_layers[: len(NAMES)] == unimodal
         for i, layer in enumerate(unimodal):
-            assert seen.share(layer)[..., i].eq(1).all()
-            assert seen.share(layer).sum() == BATCH * 2
+            assert record.share(layer)[..., i].eq(1).all()
+            assert record.share(layer).sum() == BATCH * 2
     if fusion != "Concat":
-        assert all(name.startswith("fusion.") for name in seen.sites)
+        assert all(name.startswith("fusion.") for name in record.layers)
         turned_names = NAMES[::-1]
         with torch.no_grad(), eq.watch(made, names=turned_names) as turned:
             made(inputs)
@@ -287,11 +288,11 @@ def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
 def test_an_encoder_that_modalities_share_is_left_out():
     encoder = TransformerEncoder(own=True)
     made = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
-    with torch.no_grad(), eq.watch(made) as seen:
+    with torch.no_grad(), eq.watch(made) as record:
         made({name: values(BATCH, 5, 3) for name in NAMES})
-    assert seen.missing == {}
-    assert seen.sites == ["fusion.attention"]
-    assert seen.towers == []
+    assert record.missing == {}
+    assert record.layers == ["fusion.attention"]
+    assert record.unimodal_layers == []
 
 
 def sdpa():
@@ -311,9 +312,9 @@ def test_queries(queries):
     rows = rows & mask[:, 0, 0]
     if queries in ("last", "answer"):
         rows[0, 6] = rows[1, 4] = rows[2, 6] = True
-    with eq.watch(made, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as seen:
+    with eq.watch(made, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as record:
         made(tokens, mask)
-    torch.testing.assert_close(seen.share("attn"), share_of(attention, rows=rows.float()), **NEAR)
+    torch.testing.assert_close(record.share("attn"), share_of(attention, rows=rows.float()), **NEAR)
 
 
 def test_queries_that_nobody_knows():
@@ -327,16 +328,16 @@ def test_queries_that_nobody_knows():
             pytest.fail("watched")
     wrong = torch.ones(BATCH, 5).bool()
     message = r"it has \(batch, query\) = \(3, 7\), and queries is a mask of shape \(3, 5\)"
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS, queries=wrong) as seen:
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS, queries=wrong) as record:
         made(tokens)
     with pytest.raises(ConfigError, match=message):
-        seen.table()
+        record.table()
     # A sample without a watched query has no share.
     none = torch.zeros(BATCH, KEYS).bool()
     none[0, 3] = True
-    with eq.watch(made, modality=LABELS, queries=none) as seen:
+    with eq.watch(made, modality=LABELS, queries=none) as record:
         made(tokens)
-    assert seen.share("attn").isnan().any(dim=(1, 2)).tolist() == [False, True, True]
+    assert record.share("attn").isnan().any(dim=(1, 2)).tolist() == [False, True, True]
 
 
 class Twice(nn.Module):
@@ -353,21 +354,23 @@ class Twice(nn.Module):
 
 def test_sites():
     made, tokens = Twice(), values(BATCH, KEYS, DIM)
-    with eq.watch(made, modality=LABELS) as seen:
+    with eq.watch(made, modality=LABELS) as record:
         made(tokens)
         made(2 * tokens)
-    assert seen.sites == ["blocks.0", "blocks.1", "blocks.0#2"]
-    assert seen.names == ("0", "1")
-    assert all(seen.share(site).shape == (2 * BATCH, HEADS, 2) for site in seen.sites)
+    assert record.layers == ["blocks.0", "blocks.1", "blocks.0#2"]
+    assert record.names == ("0", "1")
+    assert all(record.share(layer).shape == (2 * BATCH, HEADS, 2) for layer in record.layers)
     for pattern, expected in (("*.1", ["blocks.1"]), (["blocks.0#2"], ["blocks.0#2"]), ("blocks.?", None)):
-        with eq.watch(made, modality=LABELS, sites=pattern) as some:
+        with eq.watch(made, modality=LABELS, layers=pattern) as some:
             made(tokens)
-        assert some.sites == (["blocks.0", "blocks.1"] if expected is None else expected)
-    message = r"watch: expected a known module for sites, got 'block'. Did you mean 'blocks'"
-    with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, sites="block"):
+        assert some.layers == (["blocks.0", "blocks.1"] if expected is None else expected)
+    message = r"watch: expected a known module for layers, got 'block'. Did you mean 'blocks'"
+    with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, layers="block"):
         pytest.fail("watched")
-    with pytest.raises(ConfigError, match=r"Seen: expected a known site, got 'blocks.2'. Did you mean .*'blocks.1' or"):
-        seen.share("blocks.2")
+    with pytest.raises(
+        ConfigError, match=r"AttentionRecord: expected a known layer, got 'blocks.2'. Did you mean .*'blocks.1' or"
+    ):
+        record.share("blocks.2")
 
 
 def test_nested_watches_agree():
@@ -381,53 +384,86 @@ def test_nested_watches_agree():
             made(tokens)
         with eq.watch(made, modality=LABELS) as alone:
             made(tokens)
-        assert outer.sites == inner.sites == alone.sites
-        assert all(outer.share(site).shape == inner.share(site).shape for site in outer.sites)
+        assert outer.layers == inner.layers == alone.layers
+        assert all(outer.share(layer).shape == inner.share(layer).shape for layer in outer.layers)
         made.eval()
         with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS) as inner:
             made(tokens)
-        assert all(torch.equal(outer.share(site), inner.share(site)) for site in outer.sites)
+        assert all(torch.equal(outer.share(layer), inner.share(layer)) for layer in outer.layers)
 
 
 def test_what_seen_tells():
     made, tokens = sdpa(), values(BATCH, KEYS, DIM)
     attention = made["attn"].scores(tokens).softmax(dim=-1)
-    with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as seen:
+    with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as record:
         made(tokens)
-    share = seen.share("attn")
-    torch.testing.assert_close(seen.special("attn"), attention[..., 5].mean(dim=2), **NEAR)
-    torch.testing.assert_close(seen.per_token("attn"), share / 3, **NEAR)
-    torch.testing.assert_close(seen.tokens("attn"), attention.mean(dim=2), **NEAR)
-    assert seen.sink("attn").abs().max() == 0
-    assert torch.equal(seen.labels("attn"), LABELS.expand(BATCH, -1))
+    share = record.share("attn")
+    torch.testing.assert_close(record.special("attn"), attention[..., 5].mean(dim=2), **NEAR)
+    torch.testing.assert_close(record.per_token("attn"), share / 3, **NEAR)
+    torch.testing.assert_close(record.tokens("attn"), attention.mean(dim=2), **NEAR)
+    assert record.sink("attn").abs().max() == 0
+    assert torch.equal(record.labels("attn"), LABELS.expand(BATCH, -1))
     for reader in range(2):
         own = share_of(attention, rows=LABELS.eq(reader).float().expand(BATCH, -1))
-        torch.testing.assert_close(seen.by_query("attn")[:, :, reader], own, **NEAR)
+        torch.testing.assert_close(record.by_query("attn")[:, :, reader], own, **NEAR)
     left = attention.mean(dim=2)
     for sample, top in enumerate(left.mean(dim=1).topk(2, dim=-1).indices.tolist()):
         left[sample, :, top] = 0
     expected = share_of(left[:, :, None]) / left.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(seen.share("attn", without_top=2), expected, **NEAR)
-    row = seen.table()[0]
-    assert row["site"] == "attn"
+    torch.testing.assert_close(record.share("attn", exclude_top_k=2), expected, **NEAR)
+    row = record.table()[0]
+    assert row["layer"] == "attn"
     assert row["audio"] == pytest.approx(float(share[..., 0].mean()))
-    assert str(seen.table()).split() == [
-        "site", "audio", "image", "special", "attn", *(x for name in ("audio", "image", "special")
+    assert str(record.table()).split() == [
+        "layer", "audio", "image", "special", "attn", *(x for name in ("audio", "image", "special")
                                                       for x in (f"{100 * row[name]:.1f}", "%")),
     ]  # fmt: skip
     with eq.watch(made, modality=LABELS) as without:
         made(tokens)
-    with pytest.raises(ConfigError, match=r"Seen: expected attention on single tokens, got none.*tokens=True"):
+    with pytest.raises(ConfigError, match=r"expected attention on single tokens, got a record without it.*tokens=True"):
         without.tokens("attn")
+
+
+def test_views_of_a_record(monkeypatch):
+    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    with eq.watch(made, modality=LABELS, names=NAMES) as record:
+        made(tokens)
+    assert repr(record) == str(record.table())
+    assert record._repr_html_() == record.table()._repr_html_()
+    assert "<th>layer</th><th>audio</th>" in record._repr_html_()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for view in (record, record.table()):
+        with pytest.raises(ConfigError, match=r"to_pandas: expected pandas, got no such package. Install it: pip"):
+            view.to_pandas()
+    with eq.watch(made, modality=LABELS) as empty:
+        pass
+    assert repr(empty).startswith("AttentionRecord without attention: watch: expected")
+    assert empty._repr_html_().startswith("<p>AttentionRecord without")
+    with pytest.raises(ConfigError, match="the model did not run"):
+        empty.to_pandas()
+
+
+def test_records_as_data_frames():
+    pytest.importorskip("pandas")
+    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    with eq.watch(made, modality=LABELS, names=NAMES) as record:
+        made(tokens)
+    frame = record.to_pandas()
+    assert list(frame.columns) == ["layer", "sample", "head", "modality", "share"]
+    assert len(frame) == BATCH * HEADS * 2
+    row = frame.iloc[-1]
+    assert (row["sample"], row["head"], row["modality"]) == (BATCH - 1, HEADS - 1, "image")
+    assert row["share"] == float(record.share("attn")[-1, -1, -1])
+    assert record.table().to_pandas().loc[0, "layer"] == "attn"
 
 
 def test_batches_of_different_size_and_length():
     made = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-    with eq.watch(made, modality=LABELS, tokens=True) as seen:
+    with eq.watch(made, modality=LABELS, tokens=True) as record:
         for size in (5, 3):
             tokens = values(size, KEYS, DIM)
             made(tokens, tokens, tokens)
-    assert seen.share("MultiheadAttention").shape == (8, HEADS, 2)
+    assert record.share("MultiheadAttention").shape == (8, HEADS, 2)
     shorter = values(2, 4, DIM)
     message = "some batches of 'MultiheadAttention' are not in the table: it has 4 keys, and modality is given for 7"
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as partly:
@@ -449,15 +485,15 @@ class Linear(nn.Module):
 
 def test_hidden_attention():
     made = nn.Sequential(Linear())
-    message = "got none. Seen are equipoise's layers"
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as seen:
+    message = "got none. watch records equipoise's layers"
+    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as record:
         made(values(BATCH, KEYS, DIM))
-    for ask in (seen.table, lambda: seen.share("0"), lambda: seen.per_token("0"), lambda: seen.special("0")):
-        with pytest.raises(ConfigError, match="attention without softmax, hides it"):
+    for ask in (record.table, lambda: record.share("0"), lambda: record.per_token("0"), lambda: record.special("0")):
+        with pytest.raises(ConfigError, match="attention without softmax cannot be recorded"):
             ask()
     with eq.watch(made, modality=LABELS) as idle:
         pass
-    with pytest.raises(ConfigError, match=r"none, since the model did not run while it was watched. Call it inside"):
+    with pytest.raises(ConfigError, match=r"none, because the model did not run in the block. Call the model inside"):
         idle.table()
     message = "'MultiheadAttention', but nothing tells the modality of its 7 keys. Give one label for every key"
     plain, tokens = nn.MultiheadAttention(DIM, HEADS, batch_first=True), values(BATCH, KEYS, DIM)
@@ -502,10 +538,10 @@ def test_checkpointed_layers_are_seen_once():
     made(tokens).backward()
     gradient = tokens.grad.clone()
     tokens.grad = None
-    with eq.watch(made, modality=LABELS) as seen:
+    with eq.watch(made, modality=LABELS) as record:
         made(tokens).backward()
     assert torch.equal(tokens.grad, gradient)
-    assert [len(seen.share(site)) for site in seen.sites] == [BATCH, BATCH]
+    assert [len(record.share(layer)) for layer in record.layers] == [BATCH, BATCH]
 
 
 @settings(max_examples=25, deadline=None)
@@ -525,10 +561,10 @@ def test_measure(size, heads, queries, keys, mask, causal, sinks, softcap, seed)
         draw(size, heads[1], keys, 5),
         {"padding": (size, 1, 1, keys), "whole": (1, heads[0], queries, keys)},
     )
-    seen = None if mask is None else draw(*shapes.get(mask, (size, 1, queries, keys)))
-    seen = seen > -0.5 if mask in shapes else seen
+    record = None if mask is None else draw(*shapes.get(mask, (size, 1, queries, keys)))
+    record = record > -0.5 if mask in shapes else record
     call = AttentionCall(
-        query, key, value, mask=seen, is_causal=causal, sinks=draw(heads[0]) if sinks else None, softcap=softcap
+        query, key, value, mask=record, is_causal=causal, sinks=draw(heads[0]) if sinks else None, softcap=softcap
     )
     labels = torch.randint(-1, 3, (size, keys), generator=random)
     found = measure_share(call, labels, 3)
@@ -548,7 +584,7 @@ def test_measure(size, heads, queries, keys, mask, causal, sinks, softcap, seed)
         **TOL[torch.float32],
     )  # fmt: skip
     index = torch.randint(0, queries, (size, 2), generator=random)
-    some = measure_share(select_rows(call, index), labels, 3).share
+    some = measure_share(select_queries(call, index), labels, 3).share
     whole = found.share.gather(2, index[:, None, :, None].expand(-1, heads[0], -1, 3))
     torch.testing.assert_close(some, whole, **TOL[torch.float32])
 

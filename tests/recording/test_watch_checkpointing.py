@@ -35,16 +35,16 @@ def test_layers_of_torch(reentrant, whole):
         made(tokens).sum().backward()
     expected = [weight.grad.clone() for weight in made.parameters()]
     made.zero_grad()
-    with eq.watch(made, modality=LABELS) as seen:
+    with eq.watch(made, modality=LABELS) as record:
         if whole:
             output = checkpoint(made, tokens, use_reentrant=reentrant)
         else:
             output = checkpoint_sequential(made, 2, tokens, use_reentrant=reentrant)
         output.sum().backward()
-    assert seen.sites == plain.sites
-    assert not seen.missing
-    for site in plain.sites:
-        assert torch.equal(seen.share(site), plain.share(site))
+    assert record.layers == plain.layers
+    assert not record.missing
+    for layer in plain.layers:
+        assert torch.equal(record.share(layer), plain.share(layer))
     for weight, before in zip(made.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, before)
 
@@ -54,19 +54,19 @@ def test_a_model_of_equipoise():
     inputs = batch()
     with eq.watch(made) as plain:
         made(inputs).logits.sum().backward()
-    with eq.watch(made) as seen:
+    with eq.watch(made) as record:
         for _ in range(2):
             checkpoint(made, inputs, use_reentrant=False).logits.sum().backward()
-    for site in plain.sites:
-        assert torch.equal(seen.share(site), plain.share(site).repeat(2, 1, 1))
+    for layer in plain.layers:
+        assert torch.equal(record.share(layer), plain.share(layer).repeat(2, 1, 1))
 
 
 def test_backward_after_the_block():
     made, tokens = encoder()
-    with eq.watch(made, modality=LABELS) as seen:
+    with eq.watch(made, modality=LABELS) as record:
         output = checkpoint(made, tokens, use_reentrant=False)
     output.sum().backward()
-    assert all(len(seen.share(site)) == 3 for site in seen.sites)
+    assert all(len(record.share(layer)) == 3 for layer in record.layers)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -78,15 +78,15 @@ def test_gradient_checkpointing_of_hugging_face_models(name, reentrant):
     made.train()
 
     def steps():
-        with eq.watch(made) as seen:
+        with eq.watch(made) as record:
             for seed in range(2):
                 torch.manual_seed(seed)
                 made(**inputs).loss.backward()
-        return seen
+        return record
 
     plain = steps()
     made.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    seen = steps()
-    assert seen.sites == plain.sites
-    for site in plain.sites:
-        torch.testing.assert_close(seen.share(site), plain.share(site))
+    record = steps()
+    assert record.layers == plain.layers
+    for layer in plain.layers:
+        torch.testing.assert_close(record.share(layer), plain.share(layer))

@@ -77,7 +77,7 @@ def compile_of_a_part(made):
     return made
 
 
-WAYS = (by_torch_compile, by_forward, by_compile, a_part, forward_of_a_part, compile_of_a_part)
+COMPILED = (by_torch_compile, by_forward, by_compile, a_part, forward_of_a_part, compile_of_a_part)
 
 
 @pytest.fixture(autouse=True)
@@ -89,24 +89,24 @@ def calm():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("compile_model", COMPILED)
 @pytest.mark.parametrize("ran", [False, True])
-def test_compiled_in_any_way(way, ran):
+def test_compiled_models(compile_model, ran):
     torch.manual_seed(0)
     made = Model().eval()
     tokens = torch.randn(3, 5, 6)
     with torch.no_grad():
         with eq.watch(made, modality=LABELS, names=NAMES) as plain:
             expected = made(tokens)
-        compiled = way(copy.deepcopy(made))
+        compiled = compile_model(copy.deepcopy(made))
         before = compiled(tokens) if ran else expected
-        with eq.watch(compiled, modality=LABELS, names=NAMES) as seen:
+        with eq.watch(compiled, modality=LABELS, names=NAMES) as record:
             inside = compiled(tokens)
         after = compiled(tokens)
-    assert seen.sites == plain.sites == ["own", "written", "encoder.self_attn"]
-    for site in plain.sites:
-        torch.testing.assert_close(seen.share(site), plain.share(site))
-    assert not seen.missing
+    assert record.layers == plain.layers == ["own", "written", "encoder.self_attn"]
+    for layer in plain.layers:
+        torch.testing.assert_close(record.share(layer), plain.share(layer))
+    assert not record.missing
     for output in (before, inside, after):
         torch.testing.assert_close(output, expected)
     assert torch._dynamo.eval_frame._stance.stance == "default"
@@ -127,9 +127,9 @@ def test_compiled_code_is_kept():
 
 def test_compiled_inside_the_block():
     made = Model().eval()
-    with torch.no_grad(), eq.watch(made, modality=LABELS) as seen:
+    with torch.no_grad(), eq.watch(made, modality=LABELS) as record:
         torch.compile(made, backend="eager")(torch.randn(3, 5, 6))
-    assert len(seen.sites) == 3
+    assert len(record.layers) == 3
 
 
 def test_the_users_stance_comes_back():
@@ -181,11 +181,11 @@ def test_parts_of_a_vision_language_model(part, how):
         inner.forward = torch.compile(inner.forward, backend="eager")
     else:
         inner.compile(backend="eager")
-    with torch.no_grad(), eq.watch(made) as seen:
+    with torch.no_grad(), eq.watch(made) as record:
         made(**inputs)
-    assert seen.sites == plain.sites
-    for site in plain.sites:
-        assert torch.equal(seen.share(site), plain.share(site))
+    assert record.layers == plain.layers
+    for layer in plain.layers:
+        assert torch.equal(record.share(layer), plain.share(layer))
     with eq.watch(torch.compile(made, backend="eager"), queries="last") as whole:
         made.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert whole.sites == plain.sites
+    assert whole.layers == plain.layers

@@ -135,15 +135,15 @@ def test_rows_are_the_returned_sequences(name, queries):
     torch.manual_seed(3)
     plain = model.generate(**inputs, **options)
     torch.manual_seed(3)
-    with eq.watch(model, queries=queries, tokens=True) as seen:
+    with eq.watch(model, queries=queries, tokens=True) as record:
         watched = model.generate(**inputs, **options)
     assert type(watched) is type(plain)
     plain, watched = (getattr(found, "sequences", found) for found in (plain, watched))
     assert torch.equal(plain, watched)
-    assert not [site for site in seen.missing if "language_model" in site]
+    assert not [layer for layer in record.missing if "language_model" in layer]
     expected = truth(model, inputs, watched, queries, **options)
-    torch.testing.assert_close(seen.share(LAYER), expected, **NEAR)
-    tokens, places = seen.tokens(LAYER), seen.labels(LAYER)
+    torch.testing.assert_close(record.share(LAYER), expected, **NEAR)
+    tokens, places = record.tokens(LAYER), record.labels(LAYER)
     for modality in range(2):
         mass = (tokens * (places == modality)[:, None]).sum(dim=-1)
         torch.testing.assert_close(mass, expected[..., modality], **NEAR)
@@ -155,14 +155,14 @@ def test_rows_are_the_returned_sequences(name, queries):
         prompt + n - 1 - int(p) for n, p in zip(written, padding, strict=True)
     ]
     per_token = expected / torch.stack([(places == modality).sum(dim=1) for modality in (0, 1)], dim=-1)[:, None]
-    torch.testing.assert_close(seen.per_token(LAYER), per_token, **NEAR)
+    torch.testing.assert_close(record.per_token(LAYER), per_token, **NEAR)
 
 
 def expect(model, inputs, options, queries="last"):
-    with eq.watch(model, queries=queries) as seen:
+    with eq.watch(model, queries=queries) as record:
         found = model.generate(**inputs, **options)
-    torch.testing.assert_close(seen.share(LAYER), truth(model, inputs, found, queries, **options), **NEAR)
-    return seen, found
+    torch.testing.assert_close(record.share(LAYER), truth(model, inputs, found, queries, **options), **NEAR)
+    return record, found
 
 
 def test_several_calls_in_one_block():
@@ -170,7 +170,7 @@ def test_several_calls_in_one_block():
     one = {**STOPS, "eos_token_id": stop_word(model, inputs), "pad_token_id": 0}
     several = [one, {**GREEDY, "num_beams": 3, "num_return_sequences": 2}, {**GREEDY, "prefill_chunk_size": 4}]
     expected = []
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         for options in several:
             found = model.generate(**inputs, **options)
             expected.append((found, options))
@@ -180,7 +180,7 @@ def test_several_calls_in_one_block():
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
         model(**inputs)
     parts.append(forward.share(LAYER))
-    torch.testing.assert_close(seen.share(LAYER), torch.cat(parts), **NEAR)
+    torch.testing.assert_close(record.share(LAYER), torch.cat(parts), **NEAR)
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -197,15 +197,15 @@ def test_a_criterion_of_the_users_own(ends):
     options = {"max_new_tokens": 6, "do_sample": False, "stopping_criteria": criteria}
     options |= {"eos_token_id": 96, "pad_token_id": 0} if ends else {"eos_token_id": None}
     model.generation_config.eos_token_id = None
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         found = model.generate(**inputs, **options)
     # With a token that ends sequences, the first is padded from there on; without one, it goes on.
     assert bool((found[0, 16:] == 0).all()) == ends
     expected = truth(model, {key: value[1:] for key, value in inputs.items()}, found[1:], pad_token_id=0)
-    torch.testing.assert_close(seen.share(LAYER)[1:], expected, **NEAR)
+    torch.testing.assert_close(record.share(LAYER)[1:], expected, **NEAR)
     first = found[:1, :16] if ends else found[:1]
     expected = truth(model, {key: value[:1] for key, value in inputs.items()}, first)
-    torch.testing.assert_close(seen.share(LAYER)[:1], expected, **NEAR)
+    torch.testing.assert_close(record.share(LAYER)[:1], expected, **NEAR)
 
 
 @pytest.mark.parametrize("name", ["beams returned", "chunks", "no cache and beams", "looked up", "chunks with beams"])
@@ -237,10 +237,10 @@ def test_a_decoding_loop_of_the_users_own():
         return torch.cat([input_ids, model(**step).logits[:, -1:].argmax(dim=-1)], dim=1)
 
     message = "decoding loop of its own .custom_generate., whose steps cannot be told"
-    with pytest.warns(UserWarning, match=message), eq.watch(model, queries="last") as seen:
+    with pytest.warns(UserWarning, match=message), eq.watch(model, queries="last") as record:
         model.generate(**inputs, custom_generate=two_at_once, max_new_tokens=1)
     with pytest.raises(ConfigError, match=message):
-        seen.share(LAYER)
+        record.share(LAYER)
 
     def around(model, input_ids, **kwargs):
         return type(model)._sample(model, input_ids, **kwargs)
@@ -254,10 +254,10 @@ def test_early_exit():
     inputs = {key: value[:1] for key, value in inputs.items()}
     with eq.watch(model, queries="last", tokens=True) as plain:
         words = model.generate(**inputs, **GREEDY)
-    with eq.watch(model, queries="last", tokens=True) as seen:
+    with eq.watch(model, queries="last", tokens=True) as record:
         assert torch.equal(model.generate(**inputs, **GREEDY, assistant_early_exit=1), words)
-    for site in plain.sites:
-        torch.testing.assert_close(seen.tokens(site), plain.tokens(site), **NEAR)
+    for layer in plain.layers:
+        torch.testing.assert_close(record.tokens(layer), plain.tokens(layer), **NEAR)
 
 
 @pytest.mark.parametrize("options", [
@@ -269,7 +269,7 @@ def test_encoder_decoder(options):
     del inputs["decoder_input_ids"]
     options = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
     torch.manual_seed(2)
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         found = model.generate(**inputs, **options)
     each = len(found) // 2
     many = {key: value.repeat_interleave(each, dim=0) for key, value in inputs.items()}
@@ -279,14 +279,14 @@ def test_encoder_decoder(options):
     labels = (many["input_ids"] == IMAGE).long().masked_fill(many["attention_mask"] == 0, -1)
     mean = output.cross_attentions[1].mean(dim=2)
     expected = torch.stack([(mean * (labels == m)[:, None]).sum(dim=-1) for m in (0, 1)], dim=-1)
-    share = seen.share("model.language_model.decoder.layers.1.encoder_attn")
+    share = record.share("model.language_model.decoder.layers.1.encoder_attn")
     torch.testing.assert_close(share, expected, **NEAR)
     # The encoder ran once for each sample; its rows are those of the returned sequences all the same.
-    assert all(len(seen.share(site)) == len(found) for site in seen.sites)
+    assert all(len(record.share(layer)) == len(found) for layer in record.layers)
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
         model(**many, decoder_input_ids=found[:, :-1])
-    site = "model.language_model.encoder.layers.1.self_attn"
-    torch.testing.assert_close(seen.share(site), forward.share(site), **NEAR)
+    layer = "model.language_model.encoder.layers.1.self_attn"
+    torch.testing.assert_close(record.share(layer), forward.share(layer), **NEAR)
 
 
 @pytest.mark.parametrize("name", ["whisper", "t5", "blip2", "mllama", "qwen2_vl", "git", "blip"])
@@ -297,13 +297,13 @@ def test_families(name, options):
     options = {"max_new_tokens": 3, "do_sample": False, **options}
     given = {"modality": torch.tensor([1] * 5 + [0] * 13), "names": ("text", "image")} if name == "git" else {}
     plain = model.generate(**inputs, **options)
-    with eq.watch(model, queries="last", **given) as seen:
+    with eq.watch(model, queries="last", **given) as record:
         found = model.generate(**inputs, **options)
     assert torch.equal(plain, found)
-    for site in seen.sites:
-        if "qformer" not in site:
-            assert len(seen.share(site)) == 2 * options.get("num_return_sequences", 1)
-            everything = seen.share(site).sum(dim=-1) + seen.special(site) + seen.sink(site)
+    for layer in record.layers:
+        if "qformer" not in layer:
+            assert len(record.share(layer)) == 2 * options.get("num_return_sequences", 1)
+            everything = record.share(layer).sum(dim=-1) + record.special(layer) + record.sink(layer)
             torch.testing.assert_close(everything, torch.ones_like(everything), **NEAR)
 
 
@@ -321,8 +321,8 @@ def test_nested_and_doubled():
     torch.testing.assert_close(outer.share(LAYER), truth(model, inputs, found), **NEAR)
     torch.testing.assert_close(inner.share(LAYER), truth(model, inputs, found, "all"), **NEAR)
     assert torch.equal(whole.share(LAYER), outer.share(LAYER))
-    for seen, layer in ((part, "layers.1.self_attn"), (body, "language_model.layers.1.self_attn")):
-        assert torch.equal(seen.share(layer), outer.share(LAYER))
+    for record, layer in ((part, "layers.1.self_attn"), (body, "language_model.layers.1.self_attn")):
+        assert torch.equal(record.share(layer), outer.share(LAYER))
 
 
 def test_an_error_within_generate():
@@ -336,9 +336,9 @@ def test_an_error_within_generate():
 
     options = {**GREEDY, "num_beams": 3}
     broken = transformers.LogitsProcessorList([Breaks()])
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         with pytest.raises(KeyError, match="broken"):
             model.generate(**inputs, **options, logits_processor=broken)
         found = model.generate(**inputs, **options)
-    torch.testing.assert_close(seen.share(LAYER), truth(model, inputs, found), **NEAR)
+    torch.testing.assert_close(record.share(LAYER), truth(model, inputs, found), **NEAR)
     assert all(name not in vars(type(model)) for name in ("_sample", "_beam_search", "generate"))

@@ -67,8 +67,8 @@ def eager(model):
     return made
 
 
-def layer(sites, number):
-    return next(site for site in sites if f".{number}." in site and not site.startswith("qformer"))
+def find_layer(layers, number):
+    return next(layer for layer in layers if f".{number}." in layer and not layer.startswith("qformer"))
 
 
 def logits(output):
@@ -80,25 +80,25 @@ def test_forward(name):
     model, inputs = family(name)
     with torch.no_grad():
         plain = model(**inputs)
-        with eq.watch(model) as seen, eq.watch(model, queries="last") as last:
+        with eq.watch(model) as record, eq.watch(model, queries="last") as last:
             watched = model(**inputs)
         written = eager(model)(**inputs, output_attentions=True).attentions
     assert torch.equal(logits(plain), logits(watched))
-    labels, valid = labels_of(inputs, seen.names), inputs["attention_mask"].bool()
+    labels, valid = labels_of(inputs, record.names), inputs["attention_mask"].bool()
     ends = torch.zeros_like(valid)
     ends[:, -1] = True
     for number, attention in enumerate(written):
-        site = layer(seen.sites, number)
-        torch.testing.assert_close(seen.share(site), share_of(attention, labels, valid, len(seen.names)), **NEAR)
-        torch.testing.assert_close(last.share(site), share_of(attention, labels, ends, len(seen.names)), **NEAR)
-        everything = seen.share(site).sum(dim=-1) + seen.special(site) + seen.sink(site)
+        layer = find_layer(record.layers, number)
+        torch.testing.assert_close(record.share(layer), share_of(attention, labels, valid, len(record.names)), **NEAR)
+        torch.testing.assert_close(last.share(layer), share_of(attention, labels, ends, len(record.names)), **NEAR)
+        everything = record.share(layer).sum(dim=-1) + record.special(layer) + record.sink(layer)
         torch.testing.assert_close(everything, torch.ones_like(everything), **NEAR)
-    assert not seen.missing
-    if len(seen.names) > 1:
-        assert float(seen.share(layer(seen.sites, 1))[..., 0].std()) > 0.01
+    assert not record.missing
+    if len(record.names) > 1:
+        assert float(record.share(find_layer(record.layers, 1))[..., 0].std()) > 0.01
     if name == "gpt_oss":
-        assert float(seen.sink(seen.sites[0]).min()) > 0
-        assert seen.special(seen.sites[0]).abs().max() == 0
+        assert float(record.sink(record.layers[0]).min()) > 0
+        assert record.special(record.layers[0]).abs().max() == 0
 
 
 @pytest.mark.parametrize(("name", "cache"), GENERATED)
@@ -110,16 +110,16 @@ def test_generate(name, cache):
     torch.manual_seed(3)
     plain = model.generate(**inputs, **options)
     torch.manual_seed(3)
-    with eq.watch(model, queries="last", tokens=True) as seen:
+    with eq.watch(model, queries="last", tokens=True) as record:
         watched = model.generate(**inputs, **options)
     assert torch.equal(plain, watched)
     model.set_attn_implementation("eager")
     torch.manual_seed(3)
     found = model.generate(**inputs, **options, **written)
     steps, beams = found.attentions, getattr(found, "beam_indices", None)
-    count = len(seen.names)
-    prompt = labels_of(inputs, seen.names)
-    labels = nn.functional.pad(prompt, (0, 4), value=seen.names.index("text"))
+    count = len(record.names)
+    prompt = labels_of(inputs, record.names)
+    labels = nn.functional.pad(prompt, (0, 4), value=record.names.index("text"))
     for number in range(2):
         total = 0
         for step, attention in enumerate(steps):
@@ -129,33 +129,33 @@ def test_generate(name, cache):
             # A returned sequence goes on with the beam that wrote its token.
             rows = rows if beams is None else rows[beams[:, step].long()]
             total = total + share_of(rows, here, torch.ones(len(labels), 1).bool(), count)
-        site = layer(seen.sites, number)
-        torch.testing.assert_close(seen.share(site), total / len(steps), **NEAR)
-        tokens, places = seen.tokens(site), seen.labels(site)
+        layer = find_layer(record.layers, number)
+        torch.testing.assert_close(record.share(layer), total / len(steps), **NEAR)
+        tokens, places = record.tokens(layer), record.labels(layer)
         for modality in range(count):
             mass = (tokens * (places == modality)[:, None]).sum(dim=-1)
-            torch.testing.assert_close(mass, seen.share(site)[..., modality], **NEAR)
+            torch.testing.assert_close(mass, record.share(layer)[..., modality], **NEAR)
 
 
 @pytest.mark.parametrize("name", ["blip2", "instructblip"])
 def test_learned_queries_then_a_language_model(name):
     model, inputs = family(name)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         model.generate(**inputs, **options)
     with torch.no_grad():
         prefill = eager(model)(**inputs, output_attentions=True).language_model_outputs.attentions
         with eq.watch(model) as forward:
             model(**inputs)
     labels, valid = labels_of(inputs, ("text", "image")), inputs["attention_mask"].bool()
-    sites = [site for site in forward.sites if "language_model" in site]
-    for site, attention in zip(sites, prefill, strict=True):
-        torch.testing.assert_close(forward.share(site), share_of(attention, labels, valid, 2), **NEAR)
-        assert 0.01 < float(seen.share(site)[..., 1].mean()) < 0.99
-    inside = [site for site in forward.sites if "qformer" in site]
+    layers = [layer for layer in forward.layers if "language_model" in layer]
+    for layer, attention in zip(layers, prefill, strict=True):
+        torch.testing.assert_close(forward.share(layer), share_of(attention, labels, valid, 2), **NEAR)
+        assert 0.01 < float(record.share(layer)[..., 1].mean()) < 0.99
+    inside = [layer for layer in forward.layers if "qformer" in layer]
     if name == "blip2":
         assert not inside
-        assert any("qformer" in site for site in forward.towers)
+        assert any("qformer" in layer for layer in forward.unimodal_layers)
     else:
         # The question's words are read beside the learned queries.
         share = forward.share(inside[0])
@@ -168,7 +168,7 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
     model, inputs = family("florence2")
     labels, valid = labels_of(inputs, ("text", "image")), inputs["attention_mask"].bool()
     with torch.no_grad():
-        with eq.watch(model) as seen:
+        with eq.watch(model) as record:
             model(**inputs)
         written = eager(model)(**inputs, output_attentions=True)
     everybody = torch.ones(2, 7, dtype=torch.bool)
@@ -177,11 +177,11 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
             ("encoder.layers.{}.self_attn", written.encoder_attentions, valid),
             ("decoder.layers.{}.encoder_attn", written.cross_attentions, everybody),
         ):
-            share = seen.share(f"model.language_model.{part.format(number)}")
+            share = record.share(f"model.language_model.{part.format(number)}")
             torch.testing.assert_close(share, share_of(attention[number], labels, rows, 2), **NEAR)
     del inputs["decoder_input_ids"]
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         model.generate(**inputs, **options)
     steps = eager(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
     came = steps.beam_indices.long().T if beams > 1 else torch.arange(2).expand(4, -1)
@@ -189,7 +189,7 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
         share_of(step[1][rows, :, -1:], labels, torch.ones(2, 1).bool(), 2)
         for step, rows in zip(steps.cross_attentions, came, strict=True)
     )
-    share = seen.share("model.language_model.decoder.layers.1.encoder_attn")
+    share = record.share("model.language_model.decoder.layers.1.encoder_attn")
     torch.testing.assert_close(share, total / len(steps.cross_attentions), **NEAR)
 
 
@@ -201,84 +201,84 @@ def test_what_is_read_from_another_stream(name, cross, other):
     model, inputs = family(name)
     with torch.no_grad():
         plain = model(**inputs)
-        with eq.watch(model) as seen:
+        with eq.watch(model) as record:
             watched = model(**inputs)
     assert torch.equal(logits(plain), logits(watched))
-    for site in seen.sites:
-        share = seen.share(site).mean(dim=(0, 1))
-        if cross in site:
+    for layer in record.layers:
+        share = record.share(layer).mean(dim=(0, 1))
+        if cross in layer:
             assert share[other] == 1
         elif name != "mllama":
             torch.testing.assert_close(share[0], torch.tensor(1.0), **NEAR)
     inputs = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
-    with eq.watch(model, queries="last") as seen:
+    with eq.watch(model, queries="last") as record:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert any(cross in site for site in seen.sites)
-    assert all(len(seen.share(site)) == 2 for site in seen.sites)
+    assert any(cross in layer for layer in record.layers)
+    assert all(len(record.share(layer)) == 2 for layer in record.layers)
 
 
 def test_two_towers():
     model, inputs = family("clip")
-    with torch.no_grad(), eq.watch(model) as seen:
+    with torch.no_grad(), eq.watch(model) as record:
         model(**inputs)
-    assert sorted(seen.sites) == sorted(seen.towers)
-    for site in seen.sites:
-        assert seen.share(site)[..., int("vision" in site)].unique().tolist() == [1.0]
+    assert sorted(record.layers) == sorted(record.unimodal_layers)
+    for layer in record.layers:
+        assert record.share(layer)[..., int("vision" in layer)].unique().tolist() == [1.0]
     with torch.no_grad(), eq.watch(model) as alone:
         model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    assert all("text" in site for site in alone.sites)
+    assert all("text" in layer for layer in alone.layers)
 
 
 PICTURE, WORDS = [1] * 5, [0] * 13
 
 
-@pytest.mark.parametrize(("name", "labels", "site", "first"), [
+@pytest.mark.parametrize(("name", "labels", "layer", "first"), [
     ("git", PICTURE + WORDS, "git.encoder.layer.1.attention.self", 5),
     ("vilt", WORDS + PICTURE, "encoder.layer.1.attention.attention", 0),
     ("visual_bert", WORDS + PICTURE, "encoder.layer.1.attention.self", 0),
     ("flava", [-1, *PICTURE, *WORDS], "multimodal_model.encoder.layer.1.attention.attention", 6),
 ])  # fmt: skip
-def test_sequences_that_the_model_puts_together(name, labels, site, first):
+def test_sequences_that_the_model_puts_together(name, labels, layer, first):
     model, inputs = family(name)
     with torch.no_grad():
         torch.manual_seed(0)
         with eq.watch(model) as followed:
             model(**inputs)
         torch.manual_seed(0)
-        with eq.watch(model, modality=torch.tensor(labels), names=("text", "image")) as seen:
+        with eq.watch(model, modality=torch.tensor(labels), names=("text", "image")) as record:
             model(**inputs)
         torch.manual_seed(0)
         # Not all give their attentions away; all drop them out.
-        attention, inside = [], model.get_submodule(site).dropout
+        attention, inside = [], model.get_submodule(layer).dropout
         hook = inside.register_forward_hook(lambda part, args, output: attention.append(args[0]))
         model(**inputs)
         hook.remove()
     rows = torch.ones(2, len(labels), dtype=torch.bool)
     rows[:, first : first + 13] = inputs["attention_mask"].bool()
     expected = share_of(attention[0], torch.tensor([labels] * 2), rows, 2)
-    torch.testing.assert_close(seen.share(site), expected, **NEAR)
+    torch.testing.assert_close(record.share(layer), expected, **NEAR)
     # Where the model puts them together, what comes from the pictures and what comes from the words is known, too.
-    torch.testing.assert_close(followed.share(site), expected, **NEAR)
+    torch.testing.assert_close(followed.share(layer), expected, **NEAR)
 
 
 def test_generate_behind_pictures_that_only_the_user_knows():
     model, inputs = family("git")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with eq.watch(model, modality=torch.tensor(PICTURE + WORDS), names=("text", "image"), queries="last") as seen:
+    with eq.watch(model, modality=torch.tensor(PICTURE + WORDS), names=("text", "image"), queries="last") as record:
         model.generate(**inputs, **options)
     steps = eager(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True).attentions
     labels = torch.tensor([PICTURE + WORDS + [0] * 4] * 2)
     total = sum(
         share_of(step[1][:, :, -1:], labels[:, : step[1].shape[-1]], torch.ones(2, 1).bool(), 2) for step in steps
     )
-    torch.testing.assert_close(seen.share("git.encoder.layer.1.attention.self"), total / 4, **NEAR)
+    torch.testing.assert_close(record.share("git.encoder.layer.1.attention.self"), total / 4, **NEAR)
 
 
 def test_streams_side_by_side():
     model, inputs = family("lxmert")
-    with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as seen:
+    with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         model(**inputs)
-    found = {site: int(seen.share(site).mean(dim=(0, 1)).argmax()) for site in seen.sites}
+    found = {layer: int(record.share(layer).mean(dim=(0, 1)).argmax()) for layer in record.layers}
     assert found == {
         "encoder.layer.0.attention.self": 0, "encoder.r_layers.0.attention.self": 1,
         "encoder.x_layers.0.visual_attention.att": 1, "encoder.x_layers.0.visual_attention.att#2": 0,
@@ -308,11 +308,11 @@ def test_training(backend, checkpointing):
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     plain = step()
-    with eq.watch(model, queries="answer") as seen:
+    with eq.watch(model, queries="answer") as record:
         watched = step()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
-    torch.testing.assert_close(seen.share(seen.sites[0]), still.share(still.sites[0]), **NEAR)
-    assert all(seen.share(site).shape == (2, 4, 2) for site in seen.sites)
+    torch.testing.assert_close(record.share(record.layers[0]), still.share(still.layers[0]), **NEAR)
+    assert all(record.share(layer).shape == (2, 4, 2) for layer in record.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -327,17 +327,17 @@ def test_half_precision(dtype, backend):
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         with eq.watch(model) as half:
             model(**inputs)
-    for site in single.sites:
-        torch.testing.assert_close(half.share(site), single.share(site), **TOL[dtype])
+    for layer in single.layers:
+        torch.testing.assert_close(half.share(layer), single.share(layer), **TOL[dtype])
 
 
 def test_text_alone_pictures_between_and_video_beside_them():
     model, _ = family("qwen2_vl")
     words = ids(0)
-    with torch.no_grad(), eq.watch(model) as seen:
+    with torch.no_grad(), eq.watch(model) as record:
         model(**words)
-    assert seen.share(seen.sites[0]).unique().tolist() == [0.0, 1.0]
-    assert seen.share(seen.sites[0])[..., 0].unique().tolist() == [1.0]
+    assert record.share(record.layers[0]).unique().tolist() == [0.0, 1.0]
+    assert record.share(record.layers[0])[..., 0].unique().tolist() == [1.0]
     both = ids(0, length=23)
     both["input_ids"][:, [3, 10, 16]] = 95
     both["input_ids"][:, 4:8] = both["input_ids"][:, 17:21] = IMAGE
@@ -349,12 +349,12 @@ def test_text_alone_pictures_between_and_video_beside_them():
         "pixel_values_videos": pictures(32, 96, seed=7), "video_grid_thw": torch.tensor([grid] * 2),
     }  # fmt: skip
     with torch.no_grad():
-        with eq.watch(model) as seen:
+        with eq.watch(model) as record:
             model(**both)
         written = eager(model)(**both, output_attentions=True).attentions
-    assert seen.names == ("text", "image", "video")
-    expected = share_of(written[1], labels_of(both, seen.names), both["attention_mask"].bool(), 3)
-    torch.testing.assert_close(seen.share(seen.sites[1]), expected, **NEAR)
+    assert record.names == ("text", "image", "video")
+    expected = share_of(written[1], labels_of(both, record.names), both["attention_mask"].bool(), 3)
+    torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
     assert float(expected[..., 1:].mean(dim=(0, 1)).min()) > 0.05
 
 
@@ -366,25 +366,25 @@ def test_last_query_of_padded_batches(left):
             torch.cat([part[:1], part[1:].roll(-2, dims=1)]) for part in (inputs["input_ids"], inputs["attention_mask"])
         )
     with torch.no_grad():
-        with eq.watch(model, queries="last") as seen:
+        with eq.watch(model, queries="last") as record:
             model(**inputs)
         written = eager(model)(**inputs, output_attentions=True).attentions
     ends = torch.zeros(2, 13, dtype=torch.bool)
     ends[0, -1] = ends[1, -1 if left else -3] = True
-    expected = share_of(written[1], labels_of(inputs, seen.names), ends, 2)
-    torch.testing.assert_close(seen.share(seen.sites[1]), expected, **NEAR)
+    expected = share_of(written[1], labels_of(inputs, record.names), ends, 2)
+    torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
 
 
 def test_the_users_own_labels_and_words_as_vectors():
     model, inputs = family("llava")
     labels = torch.tensor([0] * 4 + [1] * 3 + [-1] + [2] * 5)
     with torch.no_grad():
-        with eq.watch(model, modality=labels, names=("question", "face", "context")) as seen:
+        with eq.watch(model, modality=labels, names=("question", "face", "context")) as record:
             model(**inputs)
         written = eager(model)(**inputs, output_attentions=True).attentions
         valid = inputs["attention_mask"].bool()
         expected = share_of(written[1], labels.expand(2, -1), valid, 3)
-        torch.testing.assert_close(seen.share(seen.sites[1]), expected, **NEAR)
+        torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
         vectors = model.get_input_embeddings()(inputs["input_ids"])
         message = "inputs are inputs_embeds without input_ids"
         with pytest.warns(UserWarning, match=message), eq.watch(model) as blind:
@@ -395,19 +395,19 @@ def test_the_users_own_labels_and_words_as_vectors():
         with pytest.warns(UserWarning, match=message), eq.watch(model, modality=torch.zeros(14).long()) as wrong:
             model.generate(**inputs, max_new_tokens=3, do_sample=False)
         with pytest.raises(ConfigError, match=message):
-            wrong.share(seen.sites[0])
+            wrong.share(record.layers[0])
 
 
 def test_segments_of_an_encoder_and_patches_of_a_picture():
     for name, labels in (("roberta", [0] * 6 + [1] * 7), ("vit", [-1, 0, 0, 1, 1])):
         model, inputs = family(name)
         with torch.no_grad():
-            with eq.watch(model, modality=torch.tensor(labels), names=("first", "second")) as seen:
+            with eq.watch(model, modality=torch.tensor(labels), names=("first", "second")) as record:
                 model(**inputs)
             written = eager(model)(**inputs, output_attentions=True).attentions
         valid = inputs.get("attention_mask", torch.ones(2, len(labels))).bool()
         expected = share_of(written[1], torch.tensor([labels] * 2), valid, 2)
-        torch.testing.assert_close(seen.share(seen.sites[1]), expected, **NEAR)
+        torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
 
 
 class Joined(nn.Module):
@@ -427,11 +427,11 @@ class Joined(nn.Module):
 def test_models_inside_a_model():
     model = Joined().eval()
     inputs = {"input_ids": ids(0)["input_ids"].clamp(3), "pixel_values": pictures(2, 3, 8, 8)}
-    with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as seen:
+    with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         attention = model(**inputs)
-    assert seen.sites == ["fusion"]
-    assert len(seen.towers) == 4
-    torch.testing.assert_close(seen.share("fusion").mean(dim=1)[:, 1], attention[:, :, 13:].sum(-1).mean(1), **NEAR)
+    assert record.layers == ["fusion"]
+    assert len(record.unimodal_layers) == 4
+    torch.testing.assert_close(record.share("fusion").mean(dim=1)[:, 1], attention[:, :, 13:].sum(-1).mean(1), **NEAR)
     message = "'fusion', but nothing tells the modality of its 18 keys"
     with torch.no_grad(), pytest.warns(UserWarning, match=message), eq.watch(model):
         model(**inputs)
@@ -447,13 +447,13 @@ def test_wrapped_and_adapted_models():
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     with torch.no_grad(), eq.watch(adapted) as inside:
         adapted(**inputs)
-    for one, two, three in zip(bare.sites, base.sites, inside.sites, strict=True):
+    for one, two, three in zip(bare.layers, base.layers, inside.layers, strict=True):
         assert torch.equal(bare.share(one), base.share(two))
         assert torch.equal(bare.share(one), inside.share(three))
     with eq.watch(adapted, queries="last") as steps:
         adapted.generate(**inputs, max_new_tokens=3)
-    assert len(steps.sites) == 2
-    assert steps.share(steps.sites[0]).shape == (2, 4, 2)
+    assert len(steps.layers) == 2
+    assert steps.share(steps.layers[0]).shape == (2, 4, 2)
 
 
 def test_unknown_names():
@@ -462,8 +462,8 @@ def test_unknown_names():
         ({"queries": "imag"}, "watch queries: expected a known word or modality, got 'imag'. Did you mean 'image'"),
         ({"names": ("text", "imag")}, "watch names: expected a known modality of Llava.*'imag'. Did you mean 'image'"),
         (
-            {"sites": "*.self_atn"},
-            r"a known module for sites, got '\*.self_atn'. Did you mean 'self_attn'",
+            {"layers": "*.self_atn"},
+            r"a known module for layers, got '\*.self_atn'. Did you mean 'self_attn'",
         ),
     ):
         with pytest.raises(ConfigError, match=message), eq.watch(model, **options):

@@ -137,12 +137,12 @@ def test_it_can_be_watched_after_it_broke(name):
     made.eval()
     with eq.watch(made, **options) as whole:
         run()
-    with eq.watch(made, **options) as seen:
+    with eq.watch(made, **options) as record:
         breaks.fails = True
         with pytest.raises(RuntimeError, match="broken"):
             run()
         breaks.fails = False
         run()
-    for site in whole.sites:
-        count = len(whole.share(site))
-        assert torch.equal(seen.share(site)[-count:], whole.share(site))
+    for layer in whole.layers:
+        count = len(whole.share(layer))
+        assert torch.equal(record.share(layer)[-count:], whole.share(layer))

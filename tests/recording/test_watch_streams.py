@@ -24,20 +24,20 @@ def quiet_transformers():
 
 
 def watched(model, inputs):
-    """What was seen, and the warnings of ``watch``."""
+    """Returns the record, and the warnings of ``watch``."""
     with torch.no_grad(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with eq.watch(model.eval()) as seen:
+        with eq.watch(model.eval()) as record:
             model(**inputs)
-    return seen, [str(w.message) for w in told if str(w.message).startswith("watch")]
+    return record, [str(w.message) for w in told if str(w.message).startswith("watch")]
 
 
-def only(seen, site):
+def only(record, layer):
     """The one modality that a layer reads."""
-    share = seen.share(site)
+    share = record.share(layer)
     at = share[0, 0].argmax()
-    assert float(share[..., at].min()) > 1 - 1e-5, site
-    return seen.names[at]
+    assert float(share[..., at].min()) > 1 - 1e-5, layer
+    return record.names[at]
 
 
 @pytest.mark.parametrize("patches", [12, 9])
@@ -48,13 +48,13 @@ def test_pix2struct_reads_patches_however_many_there_are(patches):
             "decoder_start_token_id": 0}  # fmt: skip
     model = hf.Pix2StructForConditionalGeneration(hf.Pix2StructConfig(text_config=text, vision_config=vision))
     flat = torch.cat([torch.ones(2, patches, 2), torch.randn(2, patches, 48)], dim=-1)
-    seen, told = watched(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
+    record, told = watched(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
     assert not told
-    assert not seen.missing
-    assert only(seen, "encoder.encoder.layer.0.attention") == "image"
-    assert only(seen, "decoder.layer.0.self_attention.attention") == "text"
-    assert only(seen, "decoder.layer.0.encoder_decoder_attention.attention") == "image"
-    assert "encoder.encoder.layer.0.attention" in seen.towers
+    assert not record.missing
+    assert only(record, "encoder.encoder.layer.0.attention") == "image"
+    assert only(record, "decoder.layer.0.self_attention.attention") == "text"
+    assert only(record, "decoder.layer.0.encoder_decoder_attention.attention") == "image"
+    assert "encoder.encoder.layer.0.attention" in record.unimodal_layers
 
 
 @pytest.mark.parametrize("words", [9, 6])
@@ -74,26 +74,26 @@ def test_groundingdino_sampling_points_are_no_words(words):
     ids[:, 0] = 1
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32),
               "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}  # fmt: skip
-    seen, told = watched(hf.GroundingDinoForObjectDetection(config), inputs)
+    record, told = watched(hf.GroundingDinoForObjectDetection(config), inputs)
     deformable = [
         *(f"model.encoder.layers.{n}.deformable_layer.self_attn" for n in (0, 1)),
         *(f"model.decoder.layers.{n}.encoder_attn" for n in (0, 1)),
     ]
-    for site in deformable:
-        assert site not in seen.ways
-        assert "no attention over tokens" in seen.missing[site]
+    for layer in deformable:
+        assert layer not in record.backends
+        assert "no attention over tokens" in record.missing[layer]
     assert len(told) == 1
     assert "not in the table" in told[0]
     for number in (0, 1):
         # Pictures read words, and words read pictures, in one module.
         fusion = f"model.encoder.layers.{number}.fusion_layer.attn"
-        assert (only(seen, fusion), only(seen, f"{fusion}#2")) == ("image", "text")
-        assert only(seen, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
-        assert only(seen, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
-    windows = [site for site in seen.towers if "backbone" in site and "text" not in site]
+        assert (only(record, fusion), only(record, f"{fusion}#2")) == ("image", "text")
+        assert only(record, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
+        assert only(record, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
+    windows = [layer for layer in record.unimodal_layers if "backbone" in layer and "text" not in layer]
     assert windows
     # Windows of a picture are no samples.
-    assert all(len(seen.share(site)) == 2 for site in windows)
+    assert all(len(record.share(layer)) == 2 for layer in windows)
 
 
 def test_missing_is_told_in_every_form():
@@ -105,12 +105,12 @@ def test_missing_is_told_in_every_form():
         num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
         use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
     )  # fmt: skip
-    seen, told = watched(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
-    assert list(seen.missing) == ["model.layers.0.mamba"]
-    reason = seen.missing["model.layers.0.mamba"]
+    record, told = watched(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
+    assert list(record.missing) == ["model.layers.0.mamba"]
+    reason = record.missing["model.layers.0.mamba"]
     assert reason.startswith("a layer without attention")
     assert told == [f"watch: 'model.layers.0.mamba' is not in the table: {reason}."]
-    table = seen.table()
+    table = record.table()
     console = Console(width=300)
     with console.capture() as captured:
         console.print(table)

@@ -72,9 +72,9 @@ def together(*works):
 def test_one_model_watched_in_several_threads(name):
     made, run, options = MADE[name]()
     before, forwards = patched(), [part.__dict__.get("forward") for part in made.modules()]
-    with torch.no_grad(), eq.watch(made, **options) as seen:
+    with torch.no_grad(), eq.watch(made, **options) as record:
         run()
-    right = str(seen.table())
+    right = str(record.table())
 
     def work():
         tables = set()
@@ -95,19 +95,19 @@ def test_blocks_that_end_in_any_order():
     first, second = threading.Event(), threading.Event()
 
     def early():
-        with eq.watch(made, **options) as seen:
+        with eq.watch(made, **options) as record:
             first.set()
             second.wait()
             run()
-        return seen.table()
+        return record.table()
 
     def late():
         first.wait()
-        with eq.watch(made, **options) as seen:
+        with eq.watch(made, **options) as record:
             second.set()
             one.join()
             run()
-        return seen.table()
+        return record.table()
 
     found = []
     one = threading.Thread(target=lambda: found.append(early()))
@@ -125,9 +125,9 @@ def test_two_models_and_an_unwatched_run():
 
     def watched(made, run, **given):
         for _ in range(5):
-            with eq.watch(made, **given) as seen:
+            with eq.watch(made, **given) as record:
                 run()
-        return {site: len(seen.share(site)) for site in seen.sites}
+        return {layer: len(record.share(layer)) for layer in record.layers}
 
     def unwatched():
         for _ in range(5):
@@ -149,9 +149,9 @@ def test_an_error_in_one_thread_leaves_the_others():
 
     def works():
         for _ in range(5):
-            with eq.watch(made, **options) as seen:
+            with eq.watch(made, **options) as record:
                 run()
-        return seen.share("layers.1.self_attn")
+        return record.share("layers.1.self_attn")
 
     found = together(fails, works, works)
     assert torch.equal(found[1], found[2])
@@ -171,25 +171,25 @@ def test_a_stream_of_words_from_a_thread():
     with eq.watch(made, queries="last", tokens=True) as alone:
         written = made.generate(**options)[0, 13:].tolist()
     streamer = transformers.TextIteratorStreamer(Numbers(), skip_prompt=True, timeout=60)
-    with eq.watch(made, queries="last", tokens=True) as seen:
+    with eq.watch(made, queries="last", tokens=True) as record:
         thread = threading.Thread(target=made.generate, kwargs={**options, "streamer": streamer})
         thread.start()
         words = "".join(streamer).split()
     thread.join()
     assert [int(word) for word in words] == written
-    for site in alone.sites:
-        assert torch.equal(seen.share(site), alone.share(site))
+    for layer in alone.layers:
+        assert torch.equal(record.share(layer), alone.share(layer))
 
 
 def test_a_thread_from_before_is_not_watched():
     made, run, options = encoder()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
-        message = "none, since the model ran in another thread, 'ThreadPool.*start that thread in the block"
-        with pytest.warns(UserWarning, match=message), eq.watch(made, **options) as seen:
+        message = "none, because the model ran in another thread, 'ThreadPool.*start that thread in the block"
+        with pytest.warns(UserWarning, match=message), eq.watch(made, **options) as record:
             pool.submit(run).result()
         with pytest.raises(ConfigError, match=message):
-            seen.table()
+            record.table()
 
 
 def test_threads_at_the_same_time_in_one_block():
@@ -228,9 +228,9 @@ def test_threads_at_the_same_time_in_one_block():
         longer_than_the_block()
     go.set()
     threads[0].join()
-    with eq.watch(whole, **options) as seen:
+    with eq.watch(whole, **options) as record:
         for _ in range(2):
             thread = threading.Thread(target=whole, args=(tokens,))
             thread.start()
             thread.join()
-    assert len(seen.share("1.layers.0.self_attn")) == 6
+    assert len(record.share("1.layers.0.self_attn")) == 6

@@ -65,7 +65,7 @@ class MaskModality:
             return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
         # Zeros in place of what may be NaN, which no weight of 0 would stop.
         blank = hidden[:, None, :, None]
-        seen = call.restricted(~hidden[:, None, None])
+        seen = call.with_mask(~hidden[:, None, None])
         return attention_output(
             replace(seen, key=call.key.masked_fill(blank, 0.0), value=call.value.masked_fill(blank, 0.0))
         )

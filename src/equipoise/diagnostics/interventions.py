@@ -26,7 +26,7 @@ class Intervention:
         change: what is done.
     """
 
-    changes = True
+    replaces_output = True
 
     def __init__(self, who: str, change: AttentionChange) -> None:
         self.who, self._change = who, change
@@ -48,12 +48,12 @@ class Intervention:
 
     # What the session tells.
 
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
+    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
         # An encoder of one modality is left to itself: nobody reads another one there.
-        if known.tower:
+        if known.unimodal:
             self._towers = True
             return None
         self.check(known.names)
@@ -68,7 +68,7 @@ class Intervention:
             self._changed[site] = None
         return output
 
-    def missed(self, site: str, reason: str) -> None:
+    def on_missing(self, site: str, reason: str) -> None:
         self._unknown.setdefault(site, reason)
 
     # What the block asks.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
 from ..recording import AttentionCall
-from ..recording.attention_call import select_rows
+from ..recording.attention_call import select_queries
 from ..recording.share_measurement import attention_output, measure_share
 from ..tokens.token_batch import SPECIAL
 from .model_inputs import labels_of
@@ -194,7 +194,7 @@ def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "
             total = torch.where(rows[:, None, :, None], attention_output(part).to(exact), total)
             continue
         index = torch.argsort(~rows, dim=1, stable=True)[:, : int(rows.sum(dim=1).max())]
-        found = attention_output(select_rows(part, index)).to(exact)
+        found = attention_output(select_queries(part, index)).to(exact)
         found = found.masked_fill(~rows.gather(1, index)[:, None, :, None], 0.0)
         total = total.scatter_add(2, index[:, None, :, None].expand_as(found), found)
     return total

@@ -46,7 +46,7 @@ class MapReader:
         reasons: site -> why there is no map.
     """
 
-    changes = False
+    replaces_output = False
 
     def __init__(self, samples: int) -> None:
         self.names: tuple[str, ...] = ()
@@ -69,27 +69,27 @@ class MapReader:
         """A batch has gone through the whole model."""
         self._done += batch
 
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
-        if known.tower:
+    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
+        if known.unimodal:
             return None
         self.names = self.names or known.names
         if known.queries is None:
-            return self.missed(site, UNKNOWN)
+            return self.on_missing(site, UNKNOWN)
         few = _few(call, self.left(call.sizes[0]))
         queries, keys = _labels(few, known)
         if not bool((queries != SPECIAL).any()):
-            return self.missed(site, CLASS_ALONE)
+            return self.on_missing(site, CLASS_ALONE)
         attention = torch.cat([part.double() for part in explicit_attention(few)], dim=2).mean(dim=1).cpu()
         kept = self._sites.setdefault(site, {})
         for number in range(len(attention)):
             kept[self._done + number] = blocks_of(attention[number], queries[number], keys[number])
         if not any(kept.values()):
-            self.missed(site, OWN_ALONE)
+            self.on_missing(site, OWN_ALONE)
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def missed(self, site: str, reason: str) -> None:
+    def on_missing(self, site: str, reason: str) -> None:
         self.reasons.setdefault(site, reason)
 
     def nothing(self) -> str:
@@ -117,7 +117,7 @@ class MapReader:
             if fitting and len(self.names) > 1:
                 found[_common(sites)] = fitting
             else:
-                self.missed(sites[0], OTHER_TOKENS if whole else NOT_ALL)
+                self.on_missing(sites[0], OTHER_TOKENS if whole else NOT_ALL)
         return found
 
     def _together(self) -> list[list[str]]:
@@ -181,7 +181,7 @@ def _labels(call: AttentionCall, known: LabeledKeys) -> tuple[Tensor, Tensor]:
     """(sample, query) and (sample, key) labels, -1 for padding."""
     batch, _, rows, total = call.sizes
     queries, keys = _each(known.queries, batch, rows), _each(known.keys, batch, total)  # type: ignore[arg-type]
-    if (read := call.read()) is not None:
+    if (read := call.visible_keys()) is not None:
         keys = keys.masked_fill(~read.cpu(), SPECIAL)
     if known.valid is not None:
         queries = queries.masked_fill(~known.valid[:batch].cpu(), SPECIAL)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..recording import AttentionCall, AttentionRecord, LabeledKeys, labels_for, open_session
-from ..recording.attention_call import select_rows
+from ..recording.attention_call import select_queries
 from ..recording.share_measurement import explicit_attention
 
 
@@ -48,7 +48,7 @@ class AttentionTrace:
         even: site -> group -> (modality,) share, if every key that a query sees got the same; mean over the group.
     """
 
-    changes = False
+    replaces_output = False
 
     def __init__(self, choose: Choose, groups: dict[str, Bool[Tensor, " query"]]) -> None:
         self._choose, self._groups = choose, groups
@@ -57,57 +57,57 @@ class AttentionTrace:
         self.rows: dict[str, Tensor] = {}
         self.even: dict[str, dict[str, Tensor]] = {}
 
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         batch, _, queries, keys = call.sizes
         length = len(next(iter(self._groups.values())))
-        if known.tower or (batch, queries) != (1, length):
+        if known.unimodal or (batch, queries) != (1, length):
             return
         labels = known.keys.cpu().expand(1, keys)[0]
         if keys == length:
             if self.labels is None:
                 self.labels, self.readers = labels, self._choose(known.names, labels)
             places = torch.tensor([[reader.query for reader in self.readers]], device=call.query.device)
-            self.rows[site] = torch.cat(list(explicit_attention(select_rows(call, places))), dim=2)[0].float().cpu()
+            self.rows[site] = torch.cat(list(explicit_attention(select_queries(call, places))), dim=2)[0].float().cpu()
         seen = call.visible()
         seen = torch.ones(queries, keys) if seen is None else seen[0].any(dim=0).expand(queries, keys).float().cpu()
         hot = (labels[:, None] == torch.arange(len(known.names))).float()
         even = (seen @ hot) / seen.sum(dim=1, keepdim=True).clamp(min=1)
         self.even[site] = {name: even[group].mean(dim=0) for name, group in self._groups.items()}
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def missed(self, site: str, reason: str) -> None:
+    def on_missing(self, site: str, reason: str) -> None:
         return None
 
 
-class InterceptorList:
+class HandlerList:
     """Several handlers that are shown the same."""
 
-    changes = False
+    replaces_output = False
 
     def __init__(self, *handlers: Any) -> None:
         self._handlers = handlers
 
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         for handler in self._handlers:
-            handler.see(site, way, call, known)
+            handler.on_attention(site, backend, call, known)
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def missed(self, site: str, reason: str) -> None:
+    def on_missing(self, site: str, reason: str) -> None:
         for handler in self._handlers:
-            handler.missed(site, reason)
+            handler.on_missing(site, reason)
 
 
 def trace_attention(
-    model: nn.Module, inputs: dict[str, Any], groups: dict[str, Bool[Tensor, " query"]], choose: Choose, sites: Any
+    model: nn.Module, inputs: dict[str, Any], groups: dict[str, Bool[Tensor, " query"]], choose: Choose, layers: Any
 ) -> tuple[Float[Tensor, "token word"], dict[str, AttentionRecord], AttentionTrace]:  # fmt: skip
     """Logits of the sequence, what was seen of each group of queries, and the single readers."""
     labeler, ways, follow = labels_for(model, None, None)
     seen = {name: AttentionRecord(labeler, group[None], tokens=True) for name, group in groups.items()}
     trace = AttentionTrace(choose, groups)
-    with open_session(model, labeler, ways, follow, InterceptorList(*seen.values(), trace), sites):
+    with open_session(model, labeler, ways, follow, HandlerList(*seen.values(), trace), layers):
         logits = model(**inputs, use_cache=False).logits
     return logits[0], seen, trace

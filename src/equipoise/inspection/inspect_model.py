@@ -107,14 +107,14 @@ def look(
         tell("taking away what it is given")
         effects = [*measure_effects(model, whole, written), *blank_media(model, prompt.blank, written, likelihood)]
     first = seen["answer"]
-    if not first.sites:
+    if not first.layers:
         raise first.nothing()
     target = next((kind for kind, given in (("image", picture), ("audio", sound)) if given is not None), None)
     labels = trace.labels
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
-    maps = build_attention_maps(first.sites, seen, trace, prompt.length)
-    if apart := len(first.sites) - len(maps.layers):
-        said = f"{apart} of {len(first.sites)} layers read another stream than the words; the maps leave them out."
+    maps = build_attention_maps(first.layers, seen, trace, prompt.length)
+    if apart := len(first.layers) - len(maps.layers):
+        said = f"{apart} of {len(first.layers)} layers read another stream than the words; the maps leave them out."
         notes = (*notes, said)
     if first.missing:
         listed = "; ".join(f"{site}: {why}" for site, why in first.missing.items())
@@ -123,9 +123,9 @@ def look(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         names=first.names, prompt=prompt.text, given=answer is not None,
         answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
-        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), sites=tuple(first.sites),
+        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), sites=tuple(first.layers),
         views={
-            part: build_view(seen[part], [trace.even[site][part] for site in first.sites], texts, labels, sinks)
+            part: build_view(seen[part], [trace.even[site][part] for site in first.layers], texts, labels, sinks)
             for part in VIEWS
         },
         log_likelihood=likelihood, effects=tuple(effects), target=target,

@@ -175,13 +175,13 @@ def build_view(
     left_out: int,
 ) -> InspectionView:
     """One part of the sequence, out of what was seen of its queries."""
-    share = _stacked([seen.share(site)[0] for site in seen.sites])
-    without = _stacked([seen.share(site, without_top=left_out)[0] for site in seen.sites]) if left_out else share
+    share = _stacked([seen.share(site)[0] for site in seen.layers])
+    without = _stacked([seen.share(site, exclude_top_k=left_out)[0] for site in seen.layers]) if left_out else share
     return InspectionView(share, without, torch.stack(list(even)), tuple(_sinks(seen, texts, labels, left_out)))
 
 
 def _sinks(seen: AttentionRecord, texts: Sequence[str], labels: Tensor | None, count: int) -> list[SinkToken]:
-    rows = [seen.tokens(site)[0].mean(dim=0) for site in seen.sites]
+    rows = [seen.tokens(site)[0].mean(dim=0) for site in seen.layers]
     rows = [row for row in rows if len(row) == len(texts)]
     if labels is None or not rows:
         return []

@@ -1,4 +1,4 @@
-"""Watching: which share of attention every layer and head gives to every modality, in any model."""
+"""Records the share of attention that each layer and head of a model gives to each modality."""
 
 from .attention_call import AttentionCall as AttentionCall
 from .attention_record import AttentionRecord as AttentionRecord

@@ -70,14 +70,14 @@ class AttentionCall:
             seen = past if seen is None else seen & past
         return seen
 
-    def seeing(self) -> Bool[Tensor, "#batch query"] | None:
+    def queries_with_keys(self) -> Bool[Tensor, "#batch query"] | None:
         """The queries that see any key at all; None where all do."""
         if self.mask is None:
             return None
         seen = self.visible()
         return None if seen is None else seen.any(dim=-1).any(dim=1)
 
-    def read(self) -> Bool[Tensor, "batch key"] | None:
+    def visible_keys(self) -> Bool[Tensor, "batch key"] | None:
         """The keys that any query may see; None where no mask tells of padding."""
         if self.mask is None:
             return None
@@ -85,7 +85,7 @@ class AttentionCall:
         seen = self.visible()
         return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)
 
-    def restricted(self, keep: Bool[Tensor, "#batch #head #query key"]) -> AttentionCall:
+    def with_mask(self, keep: Bool[Tensor, "#batch #head #query key"]) -> AttentionCall:
         """The same attention, where only those that ``keep`` says may be seen."""
         if self.mask is None:
             mask = keep
@@ -108,21 +108,21 @@ class QueryRows(NamedTuple):
     index: Int[Tensor, "batch n"] | None = None
 
 
-SELDOM = 4
+GATHER_THRESHOLD = 4
 """Queries are picked out where fewer than one in so many counts."""
 
 
 def query_rows(chosen: Bool[Tensor, "batch query"]) -> QueryRows:
     """The rows that a boolean mask chooses, picked out where that spares work."""
     most = int(chosen.sum(dim=1).max()) if chosen.numel() else 0
-    if most * SELDOM > chosen.shape[1]:
+    if most * GATHER_THRESHOLD > chosen.shape[1]:
         return QueryRows(chosen.float())
     # A stable sort brings the chosen to the front and keeps their order.
     index = torch.argsort(~chosen, dim=1, stable=True)[:, : max(most, 1)]
     return QueryRows(chosen.gather(1, index).float(), index)
 
 
-def select_rows(call: AttentionCall, index: Int[Tensor, "batch n"] | None) -> AttentionCall:
+def select_queries(call: AttentionCall, index: Int[Tensor, "batch n"] | None) -> AttentionCall:
     """The attention of some queries alone."""
     if index is None:
         return call
@@ -137,5 +137,5 @@ def select_rows(call: AttentionCall, index: Int[Tensor, "batch n"] | None) -> At
         mask = mask.expand(batch, -1, -1, -1).gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
     found = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
     if call.is_causal:
-        found = found.restricted(torch.arange(keys, device=index.device) <= at)
+        found = found.with_mask(torch.arange(keys, device=index.device) <= at)
     return found

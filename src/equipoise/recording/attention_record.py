@@ -1,9 +1,9 @@
-"""What was seen: shares by site, sample and head, as a value that can be read, printed and saved."""
+"""``AttentionRecord``: the attention shares that ``watch`` measured, by layer, sample and head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -17,323 +17,298 @@ from ..tokens.token_batch import SPECIAL
 from .attention_call import AttentionCall
 from .batch_record import BatchRecord, sum_shares
 from .generation_loops import Chosen, Loop, Step
+from .share_table import ShareTable, to_pandas
 from .token_labels import LabeledKeys, recorded_rows
 
 
 @dataclass(eq=False)
 class LayerRecord:
-    """All that was seen at one place."""
+    """The measurements of one layer, one ``BatchRecord`` for each batch."""
 
     names: tuple[str, ...]
-    way: str
-    tower: bool
+    backend: str
+    unimodal: bool
     blocks: list[BatchRecord] = field(default_factory=list)
 
     def add(self, block: BatchRecord, *, continues: bool, alive: Tensor | None = None) -> None:
-        """Further queries of the samples before, or further samples."""
+        """Adds queries to the samples of the last block if ``continues``, else a block of new samples."""
         if continues and self.blocks and self.blocks[-1].share.shape == block.share.shape:
             self.blocks[-1].add(block, alive)
         else:
             self.blocks.append(block)
 
 
-class ShareTableView(list):
-    """Rows, one for each site; prints as a table."""
-
-    def __init__(
-        self, names: tuple[str, ...], rows: list[dict[str, Any]], missing: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(rows)
-        self.names = names
-        self.missing = dict(missing or {})
-
-    def __str__(self) -> str:
-        columns = self._columns()
-        width = max([len("site"), *(len(row["site"]) for row in self)])
-        wide = [max(7, len(name)) for name in columns]
-        lines = [" ".join(["site".ljust(width), *(name.rjust(w) for name, w in zip(columns, wide, strict=True))])]
-        for row in self:
-            cells = (_percent(row.get(name)).rjust(w) for name, w in zip(columns, wide, strict=True))
-            lines.append(" ".join([row["site"].ljust(width), *cells]))
-        if self.missing:
-            lines += ["", "not in the table:", *(f"  {site}: {reason}" for site, reason in self.missing.items())]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _columns(self) -> list[str]:
-        return [*self.names, "special", *(["sink"] if any(row["sink"] for row in self) else [])]
-
-    def __rich__(self) -> Any:
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        columns = self._columns()
-        # Names of modules may hold brackets, which are no markup.
-        note = "\n".join(["not in the table:", *(f"{site}: {reason}" for site, reason in self.missing.items())])
-        made = RichTable(caption=Text(note) if self.missing else None, caption_justify="left")
-        for name in ("site", *columns):
-            made.add_column(Text(name), justify="left" if name == "site" else "right")
-        for row in self:
-            made.add_row(Text(row["site"]), *(_percent(row.get(name)) for name in columns))
-        return made
-
-    def _repr_html_(self) -> str:
-        columns = self._columns()
-        head = "".join(f"<th>{escape(name)}</th>" for name in ("site", *columns))
-        rows = "".join(
-            f"<tr><td>{escape(row['site'])}</td>"
-            + "".join(f"<td>{_percent(row.get(name))}</td>" for name in columns)
-            + "</tr>"
-            for row in self
-        )
-        missing = "".join(f"<li>{escape(site)}: {escape(reason)}</li>" for site, reason in self.missing.items())
-        note = f"<p>not in the table:</p><ul>{missing}</ul>" if missing else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{note}"
-
-
 class AttentionRecord:
-    """What ``watch`` saw. All figures come to the CPU when they are asked for.
+    """Attention shares recorded by ``watch``. Results are moved to the CPU when a method returns them.
 
     Attributes:
-        names: modality names, in the order of the last axis of every share.
-        queries: which queries were watched.
+        queries: the queries whose attention is recorded.
+        session: the session that fills the record; None for a record that is not attached to a model.
     """
 
-    changes = False
+    replaces_output = False
 
     def __init__(self, labeler: Any, queries: str | Tensor, *, tokens: bool = False) -> None:
-        self._labeller, self.queries, self._with_tokens = labeler, queries, tokens
-        self._sites: dict[str, LayerRecord] = {}
-        self._missed: dict[str, str] = {}
-        self._open: list[tuple[Step, str, LayerRecord, BatchRecord]] = []
-        """Steps of `generate` of which it is not known yet which returned sequence they belong to."""
-        self._beside: list[tuple[LayerRecord, int]] = []
-        """Blocks of samples that `generate` may return several times."""
+        self._labeler, self.queries, self._with_tokens = labeler, queries, tokens
+        self._layers: dict[str, LayerRecord] = {}
+        self._missing: dict[str, str] = {}
+        self._pending: list[tuple[Step, str, LayerRecord, BatchRecord]] = []
+        """Steps of ``generate`` that are not assigned to a returned sequence yet."""
+        self._encoder_blocks: list[tuple[LayerRecord, int]] = []
+        """Blocks recorded before the decoding loop, to be repeated if ``generate`` returns a sample several times."""
         self.session: Any = None
 
-    # What the session tells.
+    # Called by the session.
 
     @torch.no_grad()
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         rows = recorded_rows(self.queries, call, known)
         if isinstance(rows, str):
-            return self.missed(site, rows)
+            return self.on_missing(layer, rows)
         if rows is None:
             return None
         block = sum_shares(call, known, rows, with_tokens=self._with_tokens)
         if known.samples is not None:
             block = block.folded(known.samples)
         if known.step is not None:
-            self._open.append((known.step, site, LayerRecord(known.names, way, known.tower), block))
+            self._pending.append((known.step, layer, LayerRecord(known.names, backend, known.unimodal), block))
             return None
-        place = self._sites.setdefault(site, LayerRecord(known.names, way, known.tower))
-        place.add(block, continues=known.continues, alive=known.alive)
+        record = self._layers.setdefault(layer, LayerRecord(known.names, backend, known.unimodal))
+        record.add(block, continues=known.continues, alive=known.alive)
         if known.beside:
-            self._beside.append((place, len(place.blocks) - 1))
+            self._encoder_blocks.append((record, len(record.blocks) - 1))
         return None
 
     @torch.no_grad()
     def settle(self, loop: Loop, chosen: Callable[[Step], Chosen | None], rows: int) -> None:
-        """A decoding loop has returned so many sequences: adds up those of its steps that led to them."""
+        """Adds the steps of a finished decoding loop to the ``rows`` sequences that it returned."""
         begun: set[str] = set()
-        waiting, self._open = self._open, []
-        for step, site, like, block in waiting:
+        waiting, self._pending = self._pending, []
+        for step, layer, like, block in waiting:
             if step.loop is not loop:
-                self._open.append((step, site, like, block))
+                self._pending.append((step, layer, like, block))
             elif (found := chosen(step)) is not None:
                 keep = found.keep.to(block.share.device)
                 part = block.take(found.index.to(block.share.device), keep)
-                place = self._sites.setdefault(site, like)
-                place.add(part, continues=step.draft > 0 or site in begun, alive=keep)
-                begun.add(site)
-        for place, number in self._beside:
-            block = place.blocks[number]
+                record = self._layers.setdefault(layer, like)
+                record.add(part, continues=step.draft > 0 or layer in begun, alive=keep)
+                begun.add(layer)
+        for record, position in self._encoder_blocks:
+            block = record.blocks[position]
             if rows > len(block.share) and rows % len(block.share) == 0:
                 index = torch.arange(rows, device=block.share.device) // (rows // len(block.share))
-                place.blocks[number] = block.take(index)
-        self._beside = []
+                record.blocks[position] = block.take(index)
+        self._encoder_blocks = []
 
     def discard(self, loop: Loop) -> None:
-        """A decoding loop has ended; what has not been settled belongs to no sequence."""
-        self._open, self._beside = [entry for entry in self._open if entry[0].loop is not loop], []
+        """Drops the pending steps of a decoding loop that has ended; they belong to no returned sequence."""
+        self._pending, self._encoder_blocks = [entry for entry in self._pending if entry[0].loop is not loop], []
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def missed(self, site: str, reason: str) -> None:
-        self._missed.setdefault(site, reason)
+    def on_missing(self, layer: str, reason: str) -> None:
+        self._missing.setdefault(layer, reason)
 
-    # What the user asks.
+    # Public results.
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._sites[self.sites[0]].names if self._sites else self._labeller.names
+        """Modality names, in the order of the last axis of every share."""
+        return self._layers[self.layers[0]].names if self._layers else self._labeler.names
 
     @property
-    def sites(self) -> list[str]:
-        """Where attention over several modalities was seen, in calling order; towers where there is nothing else."""
-        joint = [name for name, site in self._sites.items() if not site.tower]
-        return joint or list(self._sites)
+    def layers(self) -> list[str]:
+        """Layers with attention over several modalities, in calling order; all layers if there are only unimodal ones."""
+        joint = [name for name, record in self._layers.items() if not record.unimodal]
+        return joint or list(self._layers)
 
     @property
-    def towers(self) -> list[str]:
-        """Attention inside encoders of one modality, which gets all of it by construction."""
-        return [name for name, site in self._sites.items() if site.tower]
+    def unimodal_layers(self) -> list[str]:
+        """Layers inside unimodal encoders, where the share of the modality is 1 by construction."""
+        return [name for name, record in self._layers.items() if record.unimodal]
 
     @property
-    def ways(self) -> dict[str, str]:
-        """site -> how its attention was seen: by which backend or function."""
-        return {name: site.way for name, site in self._sites.items()}
+    def backends(self) -> dict[str, str]:
+        """layer -> the function or backend by which its attention was intercepted."""
+        return {name: record.backend for name, record in self._layers.items()}
 
     @property
     def missing(self) -> dict[str, str]:
-        """site -> why its attention, or that of some batches, could not be told apart by modality."""
-        return dict(self._missed)
+        """layer -> why its attention, or that of some batches, could not be attributed to modalities."""
+        return dict(self._missing)
 
-    def missing_in_words(self) -> str:
-        """What the table leaves out, in one sentence: the first layer, its reason, and how many others there are."""
-        site, reason = next(iter(self._missed.items()))
-        what = f"some batches of '{site}' are" if site in self._sites else f"'{site}' is"
-        others = len(self._missed) - 1
+    def missing_summary(self) -> str:
+        """Summarizes ``missing`` in one sentence: the first layer, the reason, and the number of other layers."""
+        layer, reason = next(iter(self._missing.items()))
+        what = f"some batches of '{layer}' are" if layer in self._layers else f"'{layer}' is"
+        others = len(self._missing) - 1
         more = f" ({others} other{'s' if others > 1 else ''} in `missing`)" if others else ""
         return f"{what} not in the table: {reason}{more}"
 
-    def share(self, site: str, *, without_top: int = 0) -> Float[Tensor, "sample head modality"]:
-        """Part of the attention that falls on each modality, mean over the watched queries.
+    def share(self, layer: str, *, exclude_top_k: int = 0) -> Float[Tensor, "sample head modality"]:
+        """Returns the share of attention on each modality, averaged over the recorded queries.
 
         Args:
-            site: one of ``sites``, or of ``towers``.
-            without_top: leaves out so many tokens that get most, sinks in all likelihood, and gives the parts of what
-                remains; needs ``watch(..., tokens=True)``.
+            layer: one of ``layers`` or ``unimodal_layers``.
+            exclude_top_k: excludes this many tokens with the most attention (most likely attention sinks) and
+                normalizes over the others; requires ``watch(..., tokens=True)``.
 
         Returns:
-            (sample, head, modality), float32. With special tokens and sinks the modalities sum to less than 1. NaN for
-            a sample without a watched query.
+            (sample, head, modality), float32. The modalities sum to less than 1 if special tokens or sinks get
+            attention. NaN for a sample without recorded queries.
 
         Raises:
-            ConfigError: an unknown site, or nothing seen at all, with the reason.
+            ConfigError: an unknown layer, or no attention was recorded; the message has the reason.
         """
-        place = self._site(site)
-        if without_top:
-            return self._without(site, place, without_top)
-        return _joined([b.share / b.count[:, None, None] for b in place.blocks])
+        record = self._layer_record(layer)
+        if exclude_top_k:
+            return self._share_without_top(layer, record, exclude_top_k)
+        return _concatenate([b.share / b.count[:, None, None] for b in record.blocks])
 
-    def special(self, site: str) -> Float[Tensor, "sample head"]:
-        """Part that falls on special tokens, such as a class token or what the layer adds."""
-        rest = 1 - self.share(site).sum(dim=-1) - self.sink(site)
+    def special(self, layer: str) -> Float[Tensor, "sample head"]:
+        """Returns the share of special tokens, such as class tokens and keys that the layer adds itself."""
+        rest = 1 - self.share(layer).sum(dim=-1) - self.sink(layer)
         return rest.clamp(min=0).masked_fill(rest < 1e-6, 0.0)
 
-    def sink(self, site: str) -> Float[Tensor, "sample head"]:
-        """Part that a learned sink takes, a virtual key without a value; 0 where there is none."""
-        return _joined([b.sink / b.count[:, None] for b in self._site(site).blocks])
+    def sink(self, layer: str) -> Float[Tensor, "sample head"]:
+        """Returns the share of a learned attention sink, a key without a value; 0 for layers without one."""
+        return _concatenate([b.sink / b.count[:, None] for b in self._layer_record(layer).blocks])
 
-    def per_token(self, site: str) -> Float[Tensor, "sample head modality"]:
-        """Share divided by the number of tokens of the modality: attention of one token; NaN for no token."""
-        return _joined([b.share / b.count[:, None, None] / b.keys[:, None] for b in self._site(site).blocks])
+    def per_token(self, layer: str) -> Float[Tensor, "sample head modality"]:
+        """Returns the share divided by the number of tokens of the modality; NaN for a modality without tokens."""
+        return _concatenate(
+            [b.share / b.count[:, None, None] / b.keys[:, None] for b in self._layer_record(layer).blocks]
+        )
 
-    def by_query(self, site: str) -> Float[Tensor, "sample head query_modality modality"]:
-        """Share by the modality of who reads: row m is the mean over the watched queries of modality m.
+    def by_query(self, layer: str) -> Float[Tensor, "sample head query_modality modality"]:
+        """Returns the share for each query modality: row m averages the recorded queries of modality m.
 
         Raises:
-            ConfigError: the modality of the queries is not known there.
+            ConfigError: the modality of the layer's queries is unknown.
         """
-        blocks = self._site(site).blocks
+        blocks = self._layer_record(layer).blocks
         if any(b.by_query is None for b in blocks):
             raise ConfigError(
-                "Seen.by_query", expected="queries whose modality is known", got=f"'{site}', which reads another stream"
+                "AttentionRecord.by_query",
+                expected="a layer whose queries have known modalities",
+                got=f"'{layer}', whose keys come from another sequence",
             )
-        return _joined([b.by_query / b.query_count[:, None, :, None] for b in blocks])  # type: ignore[operator, index]
+        return _concatenate([b.by_query / b.query_count[:, None, :, None] for b in blocks])  # type: ignore[operator, index]
 
-    def tokens(self, site: str) -> Float[Tensor, "sample head key"]:
-        """Attention on every single key, mean over the watched queries; NaN behind the end of shorter samples.
+    def tokens(self, layer: str) -> Float[Tensor, "sample head key"]:
+        """Returns the attention on each key, averaged over the recorded queries; NaN after the end of shorter samples.
 
         Raises:
-            ConfigError: watched without ``tokens=True``.
+            ConfigError: recorded without ``tokens=True``.
         """
-        blocks = self._site(site).blocks
+        blocks = self._layer_record(layer).blocks
         self._need_tokens()
         longest = max(b.tokens.shape[-1] for b in blocks)  # type: ignore[union-attr]
         parts = [b.tokens / b.count[:, None, None] for b in blocks]  # type: ignore[operator]
-        return _joined([torch.nn.functional.pad(p, (0, longest - p.shape[-1]), value=math.nan) for p in parts])
+        return _concatenate([torch.nn.functional.pad(p, (0, longest - p.shape[-1]), value=math.nan) for p in parts])
 
-    def labels(self, site: str) -> Int[Tensor, "sample key"]:
-        """The modality of every key, -1 for special tokens and padding; needs ``tokens=True``."""
-        blocks = self._site(site).blocks
+    def labels(self, layer: str) -> Int[Tensor, "sample key"]:
+        """Returns the modality index of each key, -1 for special tokens and padding; requires ``tokens=True``."""
+        blocks = self._layer_record(layer).blocks
         self._need_tokens()
         longest = max(b.labels.shape[-1] for b in blocks)  # type: ignore[union-attr]
         pad = torch.nn.functional.pad
         return torch.cat([pad(b.labels.cpu(), (0, longest - b.labels.shape[-1]), value=SPECIAL) for b in blocks])  # type: ignore[union-attr]
 
-    def table(self) -> ShareTableView:
-        """Site by modality, mean over samples and heads; prints as a table, and is a list of dicts."""
+    def table(self) -> ShareTable:
+        """Returns the shares by layer and modality, averaged over samples and heads.
+
+        The result is a list of dicts that prints as a table and is shown as HTML in a notebook.
+        """
         if not self.complete:
             raise self.nothing()
         rows = []
-        for site in self.sites:
-            share = self.share(site).nanmean(dim=(0, 1))
-            row = {"site": site, **dict(zip(self._sites[site].names, share.tolist(), strict=True))}
-            row |= {"special": float(self.special(site).nanmean()), "sink": float(self.sink(site).nanmean())}
+        for layer in self.layers:
+            share = self.share(layer).nanmean(dim=(0, 1))
+            row = {"layer": layer, **dict(zip(self._layers[layer].names, share.tolist(), strict=True))}
+            row |= {"special": float(self.special(layer).nanmean()), "sink": float(self.sink(layer).nanmean())}
             rows.append(row)
-        return ShareTableView(self.names, rows, self._missed)
+        return ShareTable(self.names, rows, self._missing)
+
+    def to_pandas(self) -> Any:
+        """Returns a ``pandas.DataFrame`` with one row for each layer, sample, head and modality.
+
+        Columns: layer, sample, head, modality, share.
+
+        Raises:
+            ConfigError: pandas is not installed; no attention was recorded.
+        """
+        if not self.complete:
+            raise self.nothing()
+        rows = [
+            {"layer": layer, "sample": sample, "head": head, "modality": name, "share": share}
+            for layer in self.layers
+            for sample, heads in enumerate(self.share(layer).tolist())
+            for head, shares in enumerate(heads)
+            for name, share in zip(self._layers[layer].names, shares, strict=True)
+        ]
+        return to_pandas(rows, "AttentionRecord")
+
+    def __repr__(self) -> str:
+        return str(self.table()) if self.complete else f"AttentionRecord without attention: {self.nothing()}"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_() if self.complete else f"<p>{escape(repr(self))}</p>"
 
     @property
     def complete(self) -> bool:
-        """Whether anything was seen where modalities meet, if there was anything to see."""
-        return bool(self._sites) and not (self._missed and all(site.tower for site in self._sites.values()))
+        """Whether attention was recorded, and not only in unimodal encoders while other layers are missing."""
+        return bool(self._layers) and not (self._missing and all(record.unimodal for record in self._layers.values()))
 
     def nothing(self) -> ConfigError:
-        """The error for a model whose attention stayed hidden."""
-        if self._missed:
-            site, reason = next(iter(self._missed.items()))
-            more = f" ({len(self._missed) - 1} others alike)" if len(self._missed) > 1 else ""
-            got = f"'{site}', but {reason}{more}"
+        """Returns the error for a model of which no attention was recorded."""
+        if self._missing:
+            layer, reason = next(iter(self._missing.items()))
+            more = f" ({len(self._missing) - 1} others for similar reasons)" if len(self._missing) > 1 else ""
+            got = f"'{layer}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
         elif self.session is not None and not self.session.called and self.session.threads.elsewhere:
-            got = f"none, since the model ran in another thread, '{self.session.threads.elsewhere}'"
+            got = f"none, because the model ran in another thread, '{self.session.threads.elsewhere}'"
             fix = "Open the block in the thread that runs the model, or start that thread in the block."
         elif self.session is not None and not self.session.called:
-            got, fix = "none, since the model did not run while it was watched", "Call it inside of the with block."
+            got, fix = "none, because the model did not run in the block", "Call the model inside the with block."
         else:
             got = "none"
             fix = (
-                "Seen are equipoise's layers, nn.MultiheadAttention, F.scaled_dot_product_attention, softmax over keys "
-                "and Hugging Face's attention interface; a fused extension, or attention without softmax, hides it. "
-                "Models that are none of these need modality=, one label for every key."
+                "watch records equipoise's layers, nn.MultiheadAttention, F.scaled_dot_product_attention, softmax over keys "
+                "and Hugging Face's attention interface; fused extensions and attention without softmax cannot be recorded. "
+                "For other models, pass modality= with one label for every key."
             )
         return ConfigError("watch", expected="attention whose keys have known modalities", got=got, fix=fix)
 
-    def _site(self, name: str) -> LayerRecord:
-        if not self._sites:
+    def _layer_record(self, name: str) -> LayerRecord:
+        if not self._layers:
             raise self.nothing()
-        if name in self._missed and name not in self._sites:
-            raise ConfigError("Seen", expected="a site whose attention could be seen", got=f"'{name}', but "
-                              f"{self._missed[name]}")  # fmt: skip
-        if name not in self._sites:
-            raise unknown_name("Seen", "site", name, (*self._sites, *self._missed))
-        return self._sites[name]
+        if name in self._missing and name not in self._layers:
+            raise ConfigError("AttentionRecord", expected="a layer whose attention was recorded", got=f"'{name}', but "
+                              f"{self._missing[name]}")  # fmt: skip
+        if name not in self._layers:
+            raise unknown_name("AttentionRecord", "layer", name, (*self._layers, *self._missing))
+        return self._layers[name]
 
     def _need_tokens(self) -> None:
         if not self._with_tokens:
             raise ConfigError(
-                "Seen", expected="attention on single tokens", got="none, since it costs a pass of its own",
-                fix="Ask for it: watch(model, tokens=True).",
+                "AttentionRecord", expected="attention on single tokens", got="a record without it",
+                fix="Record it: watch(model, tokens=True).",
             )  # fmt: skip
 
-    def _without(self, site: str, place: LayerRecord, top: int) -> Tensor:
-        tokens, labels = self.tokens(site).nan_to_num(0.0), self.labels(site)
+    def _share_without_top(self, layer: str, record: LayerRecord, top_k: int) -> Tensor:
+        tokens, labels = self.tokens(layer).nan_to_num(0.0), self.labels(layer)
         mean = tokens.mean(dim=1)
-        worst = mean.topk(min(top, mean.shape[-1]), dim=-1).indices
-        kept = tokens.scatter(2, worst[:, None].expand(-1, tokens.shape[1], -1), 0.0)
-        hot = labels[..., None] == torch.arange(len(place.names))
-        share = kept @ hot.to(kept.dtype)
+        top = mean.topk(min(top_k, mean.shape[-1]), dim=-1).indices
+        kept = tokens.scatter(2, top[:, None].expand(-1, tokens.shape[1], -1), 0.0)
+        one_hot = labels[..., None] == torch.arange(len(record.names))
+        share = kept @ one_hot.to(kept.dtype)
         return share / kept.sum(dim=-1, keepdim=True)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Samples of all blocks, on the CPU; the first block decides the number of heads."""
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Concatenates the samples of all blocks on the CPU."""
     return torch.cat([part.float().cpu() for part in parts])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f} %"

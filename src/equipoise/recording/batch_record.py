@@ -1,4 +1,4 @@
-"""Attention summed over the watched queries of samples that went through a site together."""
+"""Attention summed over the watched queries of samples that went through a layer together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..tokens.token_batch import SPECIAL
-from .attention_call import AttentionCall, QueryRows, select_rows
+from .attention_call import AttentionCall, QueryRows, select_queries
 from .share_measurement import MeasuredShare, key_mass, measure_share
 from .token_labels import LabeledKeys
 
@@ -90,11 +90,11 @@ def sum_shares(call: AttentionCall, known: LabeledKeys, rows: QueryRows, *, with
     """Sums over the watched queries of one call, on its device."""
     batch, heads, _, keys = call.sizes
     count = len(known.names)
-    few = select_rows(call, rows.index)
+    few = select_queries(call, rows.index)
     weight = rows.weight.to(few.query.device)
     # A query that sees nothing has no attention to divide.
-    if (seeing := few.seeing()) is not None:
-        weight = weight * seeing
+    if (has_keys := few.queries_with_keys()) is not None:
+        weight = weight * has_keys
     if known.constant is not None and few.sinks is None and few.attention is None:
         # Of one modality alone: it gets all.
         share = few.query.new_zeros(batch, heads, weight.shape[1], count, dtype=torch.float32)

@@ -31,7 +31,7 @@ def has_own_layers(model: nn.Module) -> bool:
 def _hook(session: RecordingSession, layer: Attention):
     # In another thread, a hook that is being removed may come without the keyword arguments.
     def seen(core: AttentionCore, args: tuple, *rest: Any) -> Attended | None:
-        if not session.mine():
+        if not session.in_recorded_thread():
             return None
         kwargs: dict[str, Any]
         attended: Attended
@@ -41,7 +41,7 @@ def _hook(session: RecordingSession, layer: Attention):
             query, key, value, mask=_four(kwargs.get("mask")), is_causal=kwargs.get("is_causal", False),
             modality=kwargs.get("modality"), names=layer.names, reads_itself=layer.reads_itself,
         )  # fmt: skip
-        output = session.visit(call, layer, "equipoise", lambda: (attended.output, None))
+        output = session.intercept(call, layer, "equipoise", lambda: (attended.output, None))
         return None if output is attended.output else Attended(output, attended.share)
 
     return layer.core.register_forward_hook(seen, with_kwargs=True).remove

@@ -39,7 +39,7 @@ def intercept_huggingface(session: RecordingSession) -> Iterator[None]:
 
 
 def _around(session: RecordingSession, function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
-    if getattr(function, "watched_by", None) is session or not session.mine() or not _is_known(backend):
+    if getattr(function, "watched_by", None) is session or not session.in_recorded_thread() or not _is_known(backend):
         return function
 
     def attend(
@@ -57,7 +57,7 @@ def _around(session: RecordingSession, function: Callable[..., Any], backend: st
             usable = isinstance(weights, Tensor) and weights.ndim == 4 and not (module.training and _drops(kwargs))
             return found[0], weights if usable else None
 
-        output = session.visit(call, module, f"transformers, {backend or 'eager'}", run)
+        output = session.intercept(call, module, f"transformers, {backend or 'eager'}", run)
         return (output.transpose(1, 2).contiguous(), None) if isinstance(output, Tensor) else output
 
     attend.watched_by = session  # type: ignore[attr-defined]
@@ -109,14 +109,14 @@ def _flash(call: AttentionCall, mask: Tensor | None, causal: bool, kwargs: dict[
     device = call.query.device
     window, packed = kwargs.get("sliding_window"), kwargs.get("cu_seq_lens_q")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        call = call.restricted(mask[:, -keys:].bool()[:, None, None])
+        call = call.with_mask(mask[:, -keys:].bool()[:, None, None])
     if packed is not None:
         ends = packed[1:].to(device)
         queries = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
         others = torch.searchsorted(
             kwargs.get("cu_seq_lens_k", packed)[1:].to(device), torch.arange(keys, device=device), right=True
         )
-        call = call.restricted((queries[:, None] == others)[None, None])
+        call = call.with_mask((queries[:, None] == others)[None, None])
     if causal and rows == keys and window is None and packed is None:
         return replace(call, is_causal=True)
     if causal and (rows > 1 or window is not None):
@@ -125,5 +125,5 @@ def _flash(call: AttentionCall, mask: Tensor | None, causal: bool, kwargs: dict[
         seen = others <= places
         if window is not None:
             seen = seen & (others > places - window)
-        call = call.restricted(seen[None, None])
+        call = call.with_mask(seen[None, None])
     return call

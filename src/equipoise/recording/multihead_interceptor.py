@@ -27,7 +27,7 @@ def intercept_multihead(session: RecordingSession) -> Iterator[None]:
     """
     ran = _Ran()
     with ExitStack() as stack:
-        if session.handler.changes:
+        if session.handler.replaces_output:
             stack.enter_context(held("fast path", _without_fast_path))
         for part in session.model.modules():
             if isinstance(part, nn.MultiheadAttention) and _untouched(part, nn.MultiheadAttention):
@@ -63,7 +63,7 @@ def _without_fast_path() -> Callable[[], None]:
 
 def _in_own_thread(session: RecordingSession, wrapper: Callable[..., Any]) -> Callable[..., Any]:
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs) if session.mine() else inner(*args, **kwargs)
+        return wrapper(inner, *args, **kwargs) if session.in_recorded_thread() else inner(*args, **kwargs)
 
     return forward
 
@@ -105,7 +105,7 @@ def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran)
         ran.calls += 1
         given = signature.bind(layer, *args, **kwargs).arguments
         if any(given[name].is_nested for name in ("query", "key", "value")):
-            session.hidden(layer, NESTED)
+            session.report_unobservable(layer, NESTED)
             return _stands_aside(inner, *args, **kwargs)
         call = project_heads(
             HeadProjection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
@@ -113,7 +113,7 @@ def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran)
         )  # fmt: skip
         batch_dim = None if given["query"].ndim == 2 else 0 if layer.batch_first else 1
         call = replace(call, sources=(given["query"], given["key"]), batch_dim=batch_dim)
-        output = session.visit(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
+        output = session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output
         merged = layer.out_proj(output.transpose(1, 2).flatten(2))
@@ -131,7 +131,7 @@ def _encodes(session: RecordingSession, layer: nn.TransformerEncoderLayer, ran: 
     signature = inspect.signature(nn.TransformerEncoderLayer.forward)
 
     def encodes(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        calls, quiet = ran.calls, session.quiet
+        calls, quiet = ran.calls, session.suspended
         output = _stands_aside(inner, *args, **kwargs)
         if ran.calls == calls and not quiet:
             given = signature.bind(layer, *args, **kwargs).arguments
@@ -160,4 +160,4 @@ def _show_fast(
     )  # fmt: skip
     batch_dim = 0 if attention.batch_first else 1
     call = replace(call, sources=(given, given), batch_dim=batch_dim)
-    session.visit(call, attention, "multihead, fast path", lambda: (output, None))
+    session.intercept(call, attention, "multihead, fast path", lambda: (output, None))

@@ -24,24 +24,24 @@ Run = Callable[[], tuple[Any, Tensor | None]]
 """Lets the model compute its attention: the output in the form of its own, and the matrix where it was written out."""
 
 
-class Interceptor(Protocol):
+class AttentionHandler(Protocol):
     """What is done at every attention.
 
     Attributes:
         changes: whether ``change`` may return anything.
     """
 
-    changes: bool
+    replaces_output: bool
 
-    def see(self, site: str, way: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         """Looks at an attention that ran."""
         ...
 
-    def change(self, site: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
         """(batch, head, query, dim) in place of the attention's output; None leaves it."""
         ...
 
-    def missed(self, site: str, reason: str) -> None:
+    def on_missing(self, layer: str, reason: str) -> None:
         """Is told of an attention that cannot be seen, and why."""
         ...
 
@@ -53,18 +53,18 @@ class RecordingSession:
         model: any module.
         labeler: knows the modality of keys.
         handler: is shown every attention.
-        sites: patterns of names, as in a shell; others are not shown. None shows all.
+        layers: patterns of names, as in a shell; others are not shown. None shows all.
     """
 
     def __init__(
-        self, model: nn.Module, labeler: TokenLabeler, handler: Interceptor, *, sites: Sequence[str] | None = None
+        self, model: nn.Module, labeler: TokenLabeler, handler: AttentionHandler, *, layers: Sequence[str] | None = None
     ) -> None:
         check_open(model)
         # A compiled model is called like the one inside.
         self.names = {id(part): _plain(name) for name, part in model.named_modules()}
-        self._check_sites(model, sites)
-        self.model, self.labeler, self.handler, self._patterns = model, labeler, handler, sites
-        self.quiet = 0
+        self._check_sites(model, layers)
+        self.model, self.labeler, self.handler, self._patterns = model, labeler, handler, layers
+        self.suspended = 0
         """Above 0 while an attention that was announced runs, so that its insides are not seen once more."""
         self.called = 0
         self._stack: list[nn.Module] = []
@@ -73,48 +73,52 @@ class RecordingSession:
         self._generating = 0
         self.threads = Threads(self)
 
-    def mine(self) -> bool:
+    def in_recorded_thread(self) -> bool:
         """Whether the thread that runs is watched. Hooks and patches are called in all threads."""
         return self.threads.watched()
 
     def follows(self, model: nn.Module) -> bool:
         """Whether it is a part of the model, or holds it, and runs in a thread that is watched."""
-        return self.mine() and (id(model) in self.names or any(part is self.model for part in model.modules()))
+        return self.in_recorded_thread() and (
+            id(model) in self.names or any(part is self.model for part in model.modules())
+        )
 
-    def _check_sites(self, model: nn.Module, sites: Sequence[str] | None) -> None:
+    def _check_sites(self, model: nn.Module, layers: Sequence[str] | None) -> None:
         names = [name or type(model).__name__ for name in self.names.values()]
-        for pattern in sites or ():
+        for pattern in layers or ():
             # The second attention of a module in one pass is "name#2".
             if not any(fnmatch.fnmatchcase(name, pattern.split("#")[0]) for name in names):
                 ends = {part for name in names for part in name.split(".") if not part.isdigit()}
-                raise unknown_name("watch", "module for sites", pattern, ends, like=pattern.strip("*?.").split(".")[-1])
+                raise unknown_name(
+                    "watch", "module for layers", pattern, ends, like=pattern.strip("*?.").split(".")[-1]
+                )
 
     @contextmanager
-    def open(self, *ways: Callable[[RecordingSession], Any]) -> Iterator[RecordingSession]:
+    def open(self, *interceptors: Callable[[RecordingSession], Any]) -> Iterator[RecordingSession]:
         """Opens the ways; closes them in the opposite order."""
         with ExitStack() as stack:
             stack.enter_context(self.threads.open())
             stack.enter_context(uncompiled())
             stack.callback(registry.register_module_forward_pre_hook(self._enter).remove)
             stack.callback(registry.register_module_forward_hook(self._leave, always_call=True).remove)
-            for way in ways:
-                stack.enter_context(way(self))
+            for interceptor in interceptors:
+                stack.enter_context(interceptor(self))
             yield self
 
-    def here(self) -> nn.Module | None:
+    def current_module(self) -> nn.Module | None:
         """The innermost of the model's modules that runs."""
-        return self._stack[-1] if self._stack and self.mine() else None
+        return self._stack[-1] if self._stack and self.in_recorded_thread() else None
 
-    def attending(self) -> nn.Module | None:
+    def attention_module(self) -> nn.Module | None:
         """The innermost module that runs, but for a softmax that is a module itself."""
         inside = [module for module in self._stack[-2:] if not isinstance(module, nn.Softmax)]
-        return inside[-1] if inside else self.here()
+        return inside[-1] if inside else self.current_module()
 
-    def hidden(self, module: nn.Module | None, reason: str) -> None:
+    def report_unobservable(self, module: nn.Module | None, reason: str) -> None:
         """Tells the handler of an attention that cannot be looked into."""
-        module = module if module is not None else self.attending()
-        if module is not None and id(module) in self.names and not self.quiet and self.mine():
-            self.handler.missed(self._site(module), reason)
+        module = module if module is not None else self.attention_module()
+        if module is not None and id(module) in self.names and not self.suspended and self.in_recorded_thread():
+            self.handler.on_missing(self._site(module), reason)
 
     def begin_pass(self) -> None:
         """A pass through the model begins, in which every module attends for the first time again."""
@@ -123,7 +127,7 @@ class RecordingSession:
     @property
     def aside(self) -> bool:
         """Whether what runs writes no token of what ``generate`` returns."""
-        if self.handler.changes:
+        if self.handler.replaces_output:
             return False
         top = self._loops[-1] if self._loops else None
         return top is not None and (top.aside or any(loop.draft for loop in self._loops))
@@ -158,38 +162,41 @@ class RecordingSession:
         if not loop.draft and (settle := getattr(self.handler, "settle", None)):
             settle(loop, chosen, rows)
 
-    def visit(self, call: AttentionCall, module: nn.Module | None, way: str, run: Run) -> Any:
+    def intercept(self, call: AttentionCall, module: nn.Module | None, backend: str, run: Run) -> Any:
         """Lets an attention happen, shows it, and returns its output or what the handler makes of it."""
-        module = module if module is not None else self.attending()
-        if self.quiet or module is None or id(module) not in self.names or not self.mine():
+        module = module if module is not None else self.attention_module()
+        if self.suspended or module is None or id(module) not in self.names or not self.in_recorded_thread():
             return run()[0]
         if self.aside:
             with self._silence():
                 return run()[0]
         known = self.labeler.labeled(call, module)
-        site = self._site(module)
-        if isinstance(known, str) or (known is not None and not known.tower):
-            site = self._numbered(site)
-        wanted = self._patterns is None or any(fnmatch.fnmatchcase(site, p) for p in self._patterns)
+        layer = self._site(module)
+        if isinstance(known, str) or (known is not None and not known.unimodal):
+            layer = self._numbered(layer)
+        wanted = self._patterns is None or any(fnmatch.fnmatchcase(layer, p) for p in self._patterns)
         if isinstance(known, str) and wanted:
-            self.handler.missed(site, known)
+            self.handler.on_missing(layer, known)
         if isinstance(known, LabeledKeys) and wanted:
-            if self.handler.changes and (changed := self.handler.change(site, call, known)) is not None:
+            if (
+                self.handler.replaces_output
+                and (changed := self.handler.replace_output(layer, call, known)) is not None
+            ):
                 return changed
-            return self._shown(site, way, call, known, run)
+            return self._shown(layer, backend, call, known, run)
         with self._silence():
             return run()[0]
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
         """What runs now was announced; its insides are not seen once more."""
-        self.quiet += 1
+        self.suspended += 1
         try:
             yield
         finally:
-            self.quiet -= 1
+            self.suspended -= 1
 
-    def _shown(self, site: str, way: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
+    def _shown(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
         # In a backward pass it happens once more for gradient checkpointing, and was seen already.
         again = torch._C._current_graph_task_id() != -1
         with self._silence():
@@ -199,37 +206,37 @@ class RecordingSession:
             if not again:
                 # What is watched is not asked for its own insides.
                 with torch._C.DisableTorchFunction(), torch.autocast(call.query.device.type, enabled=False):
-                    for part in self._assigned(site, call, known):
-                        self.handler.see(site, way, call, part)
+                    for part in self._assigned(layer, call, known):
+                        self.handler.on_attention(layer, backend, call, part)
         return output
 
-    def _assigned(self, site: str, call: AttentionCall, known: LabeledKeys) -> Iterator[LabeledKeys]:
+    def _assigned(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Iterator[LabeledKeys]:
         """The queries of a call, in groups by where ``generate`` puts what they write."""
         loop = self.current()
-        if known.tower or not self._generating:
+        if known.unimodal or not self._generating:
             yield known
         elif loop is None:
             yield replace(known, beside=True)
         elif loop.kind == "unknown":
-            self.handler.missed(site, UNKNOWN)
+            self.handler.on_missing(layer, UNKNOWN)
         else:
             yield from assigned(call, known, loop)
 
     def _site(self, module: nn.Module) -> str:
         return self.names[id(module)] or type(module).__name__
 
-    def _numbered(self, site: str) -> str:
-        """A module that attends several times in one pass has several sites."""
-        self._times[site] = self._times.get(site, 0) + 1
-        return site if self._times[site] == 1 else f"{site}#{self._times[site]}"
+    def _numbered(self, layer: str) -> str:
+        """A module that attends several times in one pass has several layers."""
+        self._times[layer] = self._times.get(layer, 0) + 1
+        return layer if self._times[layer] == 1 else f"{layer}#{self._times[layer]}"
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._loops and self._loops[-1].model is module and self.mine():
+        if self._loops and self._loops[-1].model is module and self.in_recorded_thread():
             self._loops[-1].begin()
         if id(module) not in self.names:
             return
         self.threads.enter(module)
-        if not self.mine():
+        if not self.in_recorded_thread():
             return
         if not self._stack:
             self.called += 1
@@ -237,9 +244,9 @@ class RecordingSession:
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._loops and self._loops[-1].model is module and self.mine():
+        if self._loops and self._loops[-1].model is module and self.in_recorded_thread():
             self._loops[-1].running = False
-        if id(module) not in self.names or not self.mine():
+        if id(module) not in self.names or not self.in_recorded_thread():
             return
         # An exception may have skipped some; they are over too.
         while self._stack and self._stack.pop() is not module:

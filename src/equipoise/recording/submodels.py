@@ -16,7 +16,8 @@ MAIN_INPUT = {
     "input_values": "audio",
 }  # fmt: skip
 TOWER = re.compile(
-    r"(vision|visual|image|img|video|audio|speech)(_?(tower|model|encoder|backbone|transformer|trunk))?", re.IGNORECASE
+    r"(vision|visual|image|img|video|audio|speech)(_?(unimodal|model|encoder|backbone|transformer|trunk))?",
+    re.IGNORECASE,
 )
 WORDS = {"video": "video", "audio": "audio", "speech": "audio"}
 CONNECTOR = re.compile(r"resampler|perceiver|q_?former|projector|projection|connector|abstractor", re.IGNORECASE)
@@ -113,7 +114,7 @@ class Submodels:
         """The innermost Hugging Face model that holds a module."""
         return self._owners[id(module)]
 
-    def is_tower(self, module: nn.Module) -> bool:
+    def is_submodel(self, module: nn.Module) -> bool:
         """Whether it belongs to a model inside the model, with a configuration of its own."""
         return type(self.owner(module).config) is not type(self.root.config)
 

@@ -31,7 +31,7 @@ class LabeledKeys:
         answer: (batch, query) True for the queries that write the answer; None where it is the last one.
         constant: all keys are of this one modality, so that nothing needs to be measured.
         continues: the call goes on with the samples of the one before, as decoding with a cache does.
-        tower: the call belongs to an encoder of one modality.
+        unimodal: the call belongs to an encoder of one modality.
         start: place of the first key in the sequence, where a window leaves out those before.
         length: tokens of the sequence that the queries end, where it is known.
         own: the keys are those of the sequence itself.
@@ -51,7 +51,7 @@ class LabeledKeys:
     answer: Bool[Tensor, "batch query"] | None = None
     constant: int | None = None
     continues: bool = False
-    tower: bool = False
+    unimodal: bool = False
     start: int = 0
     length: int | None = None
     own: bool = False
@@ -116,7 +116,7 @@ class UserLabels:
         if name not in names:
             return None
         index = names.index(name)
-        return LabeledKeys(torch.full((keys,), index), names, constant=index, tower=True)
+        return LabeledKeys(torch.full((keys,), index), names, constant=index, unimodal=True)
 
     def _own(self, call: AttentionCall, modality: Tensor, names: tuple[str, ...]) -> LabeledKeys:
         """A layer's own labels, in the order of the names that the user gave."""
@@ -137,7 +137,7 @@ def label_keys(call: AttentionCall, keys: Tensor, names: tuple[str, ...], **know
     keys = keys.to(call.query.device)
     if call.reads_itself and rows <= total:
         known.setdefault("queries", keys[..., :rows])
-        if "valid" not in known and (read := call.read()) is not None:
+        if "valid" not in known and (read := call.visible_keys()) is not None:
             known["valid"] = read[:, :rows]
     return LabeledKeys(keys, names, **known)
 
@@ -192,7 +192,7 @@ def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys
     device = call.query.device
     everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
     valid = everybody if known.valid is None else known.valid.to(device)
-    encoder = known.tower and known.constant is not None
+    encoder = known.unimodal and known.constant is not None
     if encoder and isinstance(queries, Tensor) and queries.shape != (batch, rows):
         # A mask of the joint sequence chooses none of the queries of an encoder.
         return None

@@ -77,20 +77,20 @@ class TokenMap:
         """Reads the inputs of every forward pass, those of ``generate`` and of parts that run alone included."""
 
         def begin(part: nn.Module, args: tuple, kwargs: Any = None) -> None:
-            if not session.mine() or session.aside:
+            if not session.in_recorded_thread() or session.aside:
                 return
             if not self._running:
                 session.begin_pass()
             self._begin(part, bind_arguments(part, args, kwargs or {}), session.current())
 
         def end(part: nn.Module, args: Any, output: Any) -> None:
-            if not session.mine() or session.aside:
+            if not session.in_recorded_thread() or session.aside:
                 return
             while self._running and self._running.pop() is not part:
                 pass
 
         def embed(part: nn.Module, args: tuple, output: Any) -> None:
-            if not session.mine() or session.aside:
+            if not session.in_recorded_thread() or session.aside:
                 return
             if not self._running and isinstance(output, Tensor) and "text" in submodel_kinds(self.root):
                 self.origins.words(output)
@@ -142,7 +142,7 @@ class TokenMap:
             return NO_KEYS
         found = self.origins.names_in(keys)
         told = isinstance(known, LabeledKeys)
-        if found == [] and not (told and known.tower):
+        if found == [] and not (told and known.unimodal):
             # Words that were given as vectors come from no input, too.
             return KEPT if not told or self._gives_vectors else LEARNED
         if found == []:
@@ -150,7 +150,7 @@ class TokenMap:
         if MANY in found:
             agrees = told and known.constant is None and self._agrees(keys, known)
             return KEPT if agrees else (known if isinstance(known, str) else f"its keys come from {self.origins.said}")
-        if found == [READ] and not (told and known.tower):
+        if found == [READ] and not (told and known.unimodal):
             return "its keys are learned queries that have read several modalities"
         if told and self._agrees(keys, known):
             return KEPT
@@ -194,8 +194,10 @@ class TokenMap:
                 known |= {key: value for key in ("valid", "answer")
                           if (value := getattr(self._main, key)) is not None and len(value) == len(rows)}  # fmt: skip
         constant = int(labels.flatten()[0]) if len(found) == 1 else None
-        tower = rows is not None and found != ["text"] and self.origins.names_in(rows) == found and len(self.names) > 1
-        return label_keys(call, labels, self.names, constant=constant, tower=tower, **known)
+        unimodal = (
+            rows is not None and found != ["text"] and self.origins.names_in(rows) == found and len(self.names) > 1
+        )
+        return label_keys(call, labels, self.names, constant=constant, unimodal=unimodal, **known)
 
     def _continued(self, call: AttentionCall, verdict: Verdict) -> LabeledKeys | str | None:
         """What the first pass found of a layer, in the steps that follow it with a cache."""
@@ -208,12 +210,12 @@ class TokenMap:
             return f"it has {keys} keys, and the modality of {verdict.keys.shape[-1]} is known"
         else:
             labels = F.pad(verdict.keys, (0, keys - verdict.keys.shape[-1]), value=self._main.text)
-        return LabeledKeys(labels, self.names, constant=verdict.constant, continues=True, tower=verdict.tower)
+        return LabeledKeys(labels, self.names, constant=verdict.constant, continues=True, unimodal=verdict.unimodal)
 
     def _told(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
         name, joint = self.parts.alone(module), "text" in self.parts.modalities and bool(self.parts.others)
         if name is not None and (joint or self.given is None):
-            return self._alone(call, module, name, tower=joint)
+            return self._alone(call, module, name, unimodal=joint)
         if self.parts.is_cross(module):
             return self._of_source(call)
         stream = self._encoder if self.parts.in_encoder(module) else self._main
@@ -223,7 +225,7 @@ class TokenMap:
             return stream.why
         if (why := self._untold(module, stream)) is not None:
             return why
-        return self._fitting(call, stream, tower=self._is_text_tower(module, stream))
+        return self._fitting(call, stream, unimodal=self._is_text_encoder(module, stream))
 
     def _begin(self, part: nn.Module, given: dict[str, Any], loop: Loop | None) -> None:
         first = not self._running
@@ -258,7 +260,7 @@ class TokenMap:
             self._encoder.forget()
         self._main.words(read_decoder_inputs(given))
 
-    def _fitting(self, call: AttentionCall, stream: TokenStream, *, tower: bool) -> LabeledKeys | str | None:
+    def _fitting(self, call: AttentionCall, stream: TokenStream, *, unimodal: bool) -> LabeledKeys | str | None:
         batch, _, rows, keys = call.sizes
         labels: Tensor = stream.labels  # type: ignore[assignment]
         if labels.shape[0] not in (1, batch):
@@ -267,7 +269,7 @@ class TokenMap:
         if found is None:
             return self._one_of_several(call) or self._other_length(keys, labels.shape[1])
         keys_here, start = found
-        return self._known(call, keys_here, stream, rows, start=start, own=True, tower=tower)
+        return self._known(call, keys_here, stream, rows, start=start, own=True, unimodal=unimodal)
 
     def _known(self, call: AttentionCall, keys: Tensor, stream: TokenStream, rows: int, **known: Any) -> LabeledKeys:
         batch = call.sizes[0]
@@ -282,14 +284,14 @@ class TokenMap:
             call, keys.expand(batch, -1), self.names, constant=constant, continues=stream.continues, **known
         )
 
-    def _alone(self, call: AttentionCall, module: nn.Module, name: str, *, tower: bool) -> LabeledKeys | None:
+    def _alone(self, call: AttentionCall, module: nn.Module, name: str, *, unimodal: bool) -> LabeledKeys | None:
         front = self.parts.queries_in_front(module)
         if front is not None and front < call.sizes[3] and not self.parts.is_cross(module) and name in self.names:
             text = self._main.text
             labels = torch.full((call.sizes[3],), text)
             labels[:front] = self.names.index(name)
             return label_keys(call, labels, self.names)
-        return self._constant(call, name, tower=tower)
+        return self._constant(call, name, unimodal=unimodal)
 
     def _of_source(self, call: AttentionCall) -> LabeledKeys | str | None:
         """Keys that come from another stream than the queries."""
@@ -309,21 +311,21 @@ class TokenMap:
                 return f"its {keys} keys may be words or something else, of which there are as many"
         return self._constant(call, self.parts.source())
 
-    def _constant(self, call: AttentionCall, name: str, *, tower: bool = False) -> LabeledKeys | None:
+    def _constant(self, call: AttentionCall, name: str, *, unimodal: bool = False) -> LabeledKeys | None:
         """Keys that are all of one modality."""
         if name not in self.names:
             return None
         number, (batch, _, rows, keys) = self.names.index(name), call.sizes
         known: dict[str, Any] = {}
-        if self._running and rows == self._main.rows and not tower and self._main.labels is not None:
+        if self._running and rows == self._main.rows and not unimodal and self._main.labels is not None:
             known = {key: value for key in ("valid", "answer")
                      if (value := getattr(self._main, key)) is not None and len(value) == batch}  # fmt: skip
             known["length"] = self._main.labels.shape[1]
             known["queries"] = self._main.labels[:, -rows:].expand(batch, -1) if len(self._main.labels) in (1, batch) \
                 else None  # fmt: skip
         return LabeledKeys(
-            torch.full((keys,), number), self.names, constant=number, tower=tower,
-            continues=self._main.continues and not tower, **known,
+            torch.full((keys,), number), self.names, constant=number, unimodal=unimodal,
+            continues=self._main.continues and not unimodal, **known,
         )  # fmt: skip
 
     def _untold(self, module: nn.Module, stream: TokenStream) -> str | None:
@@ -331,13 +333,13 @@ class TokenMap:
         if stream.told or self.given is not None or len(self.names) < 2 or self.parts.encoder is not None:
             return None
         owner = self.parts.owner(module)
-        if owner is self.root or id(owner) not in self._reads_vectors or not self.parts.is_tower(module):
+        if owner is self.root or id(owner) not in self._reads_vectors or not self.parts.is_submodel(module):
             return None
         return "neither the configuration nor the inputs tell which of its tokens are text"
 
-    def _is_text_tower(self, module: nn.Module, stream: TokenStream) -> bool:
+    def _is_text_encoder(self, module: nn.Module, stream: TokenStream) -> bool:
         """Whether these are words that never meet anything else."""
-        if stream.told or self.given is not None or not self.parts.others or not self.parts.is_tower(module):
+        if stream.told or self.given is not None or not self.parts.others or not self.parts.is_submodel(module):
             return False
         return self.parts.encoder is None and not self.parts.reads_others(self.parts.owner(module))
 
@@ -377,7 +379,7 @@ class CompositeLabeler:
                 known = part.labeled(call, module)
                 # Inside a larger model, what is of one modality is an encoder.
                 if isinstance(known, LabeledKeys) and len(part.parts.modalities) == 1 and part.given is None:
-                    return replace(known, tower=True, continues=False)
+                    return replace(known, unimodal=True, continues=False)
                 return known
         return self._outside.labeled(call, module)
 
@@ -386,7 +388,7 @@ def _uncompiled(session: RecordingSession, part: nn.Module) -> Callable[..., Any
     """``generate`` compiles a model by itself where its cache allows it; attention could not be seen there."""
 
     def get_compiled_call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return part.__call__ if session.mine() else inner(*args, **kwargs)
+        return part.__call__ if session.in_recorded_thread() else inner(*args, **kwargs)
 
     return get_compiled_call
 

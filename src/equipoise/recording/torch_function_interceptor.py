@@ -43,8 +43,8 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in ATTENTION:
             return func(*args, **kwargs)
-        here = self._session.here()
-        if here is None or self._session.quiet or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
+        here = self._session.current_module()
+        if here is None or self._session.suspended or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func in FUSED:
             return self._fused(func, args, kwargs)
@@ -58,7 +58,7 @@ class _Mode(TorchFunctionMode):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if any(given[name].is_nested for name in names[:3]):
-            self._session.hidden(None, "its inputs are nested tensors")
+            self._session.report_unobservable(None, "its inputs are nested tensors")
             return func(*args, **kwargs)
         shape, heads = given["query"].shape, self._heads(given["query"])
         query, key, value = (_four(given[name], heads) for name in names[:3])
@@ -68,7 +68,7 @@ class _Mode(TorchFunctionMode):
             mask=None if mask is None else _mask(mask, shape, heads), is_causal=bool(given.get("is_causal", False)),
             scale=given.get("scale"), reads_itself=query.shape[2] == key.shape[2],
         )  # fmt: skip
-        output = self._session.visit(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
+        output = self._session.intercept(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
         # The model's own output is handed on as it is; another one comes in our form.
         return output.reshape(*shape[:-1], output.shape[-1])
 
@@ -87,7 +87,7 @@ class _Mode(TorchFunctionMode):
             blank, blank, blank, attention=four, mask=~masked if masked.any() else None,
             reads_itself=four.shape[2] == four.shape[3],
         )  # fmt: skip
-        return self._session.visit(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+        return self._session.intercept(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
 
     def _multihead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = MULTIHEAD.bind(*args, **kwargs)
@@ -104,7 +104,7 @@ class _Mode(TorchFunctionMode):
         )  # fmt: skip
         batch_dim = None if of["query"].ndim == 2 else 1
         call = replace(call, sources=(of["query"], of["key"]), batch_dim=batch_dim)
-        output = self._session.visit(call, None, "multihead function", lambda: (func(*args, **kwargs), None))
+        output = self._session.intercept(call, None, "multihead function", lambda: (func(*args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output
         merged = F.linear(output.transpose(1, 2).flatten(2), of["out_proj_weight"], of["out_proj_bias"])
@@ -114,7 +114,7 @@ class _Mode(TorchFunctionMode):
         """Heads that were merged with the samples, where the module that attends tells how many it has."""
         if tensor.ndim != 3:
             return 1
-        module: nn.Module | None = self._session.attending()
+        module: nn.Module | None = self._session.attention_module()
         found = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), 1)
         return found if found > 0 and tensor.shape[0] % found == 0 else 1
 

@@ -12,7 +12,7 @@ from torch.nn.modules import module as registry
 
 from .attention_call import AttentionCall
 from .encoder_submodules import unimodal_encoders
-from .recording_session import Interceptor, RecordingSession
+from .recording_session import AttentionHandler, RecordingSession
 from .token_labels import LabeledKeys, TokenLabeler
 
 ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block)?$")
@@ -39,18 +39,18 @@ class Noting:
     """
 
     def __init__(self, labeler: TokenLabeler) -> None:
-        self._labeller = labeler
+        self._labeler = labeler
         self.names = labeler.names
         self.modules: set[int] = set()
 
     def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
         self.modules.add(id(module))
-        return self._labeller.labeled(call, module)
+        return self._labeler.labeled(call, module)
 
 
 @contextmanager
 def find_unrecorded_layers(
-    session: RecordingSession, attended: Noting, handler: Interceptor, sites: Sequence[str] | None
+    session: RecordingSession, attended: Noting, handler: AttentionHandler, layers: Sequence[str] | None
 ) -> Iterator[None]:
     """Tells the handler afterward of every layer that mixed tokens while it was watched, and was not seen."""
     encoders = unimodal_encoders(session.model)
@@ -63,7 +63,7 @@ def find_unrecorded_layers(
     ran: dict[int, None] = {}
 
     def note(module: nn.Module, args: object, output: object) -> None:
-        if id(module) in candidates:
+        if id(module) in candidates and session.in_recorded_thread():
             ran[id(module)] = None
 
     handle = registry.register_module_forward_hook(note)
@@ -74,10 +74,10 @@ def find_unrecorded_layers(
     paths = [session.names[found] for found in attended.modules if found in session.names]
     for found in ran:
         path = candidates[found]
-        wanted = sites is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in sites)
+        wanted = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
         if wanted and not any(_holds(path, other) or _holds(other, path) for other in paths):
             part = session.model.get_submodule(path)
-            handler.missed(path or type(part).__name__, WITHOUT if _is_recurrent(part) else HIDDEN)
+            handler.on_missing(path or type(part).__name__, WITHOUT if _is_recurrent(part) else HIDDEN)
 
 
 def _mixes(part: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from .equipoise_interceptor import has_own_layers, intercept_own_layers
 from .generation_loops import decoding_loops
 from .huggingface_interceptor import intercept_huggingface
 from .multihead_interceptor import intercept_multihead
-from .recording_session import Interceptor, RecordingSession
+from .recording_session import AttentionHandler, RecordingSession
 from .submodels import is_pretrained_model
 from .token_labels import TokenLabeler, UserLabels, check_labels, check_queries
 from .token_map import CompositeLabeler, TokenMap
@@ -32,107 +32,113 @@ def watch(
     modality: Int[Tensor, " key"] | Int[Tensor, "batch key"] | None = None,
     names: Sequence[str] | None = None,
     queries: str | Bool[Tensor, "batch query"] = "all",
-    sites: Sequence[str] | str | None = None,
+    layers: Sequence[str] | str | None = None,
     tokens: bool = False,
 ) -> Iterator[AttentionRecord]:
-    """Watches the attention of any model while it runs in the block.
+    """Records the attention of a model on each modality while the block runs.
 
-    share^m = mean over the watched queries of sum_{j in m} A_ij: exact, of the attention before dropout, for every
-    sample and head. No attention matrix is built where the model builds none, outputs stay what they are bit for bit,
-    and when the block is left, also by an exception, the model is as it was. Only what ``torch.compile`` has compiled
-    runs uncompiled in the block, in all threads, and its output may differ by rounding.
+    share^m = mean over queries of sum_{j in m} A_ij, where A is the attention before dropout: exact, for every sample
+    and head. No attention matrix is built if the model builds none, outputs are unchanged bit for bit, and the model is
+    restored when the block exits, also after an exception. Code compiled with ``torch.compile`` runs uncompiled in the
+    block, in all threads, so that its outputs may differ by rounding.
 
-    Ways in, chosen at each place and told by ``seen.ways``: equipoise's own layers; ``nn.MultiheadAttention`` and
-    ``nn.TransformerEncoder``, fast path included; ``F.scaled_dot_product_attention``; attention written out with a
-    softmax over keys; transformers' attention interface with whatever backend the model has.
+    Attention is intercepted in equipoise's own layers, ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` (fast
+    path included), ``F.scaled_dot_product_attention``, softmax over keys, and transformers' attention interface with
+    any backend; ``record.backends`` has the one used by each layer.
 
     Args:
-        model: any module; not a scripted or exported one.
-        modality: (key,) or (batch, key) label of every key, an index into ``names``, -1 = special. Not needed for
-            fusions of equipoise, which know, and for Hugging Face models, where ``mm_token_type_ids`` or the
-            placeholders' ids in the configuration tell; where a model is given one, it goes before these.
-        names: of the modalities; for Hugging Face models some of text, image, video, audio.
-        queries: whose attention: ``"all"`` that are not padding; ``"last"``, which writes the next token (in
-            ``generate``, the mean over those that wrote the answer); ``"answer"``, those whose next token has a label,
-            else like ``"last"``; a modality's name; or True for the watched in a mask (batch, query).
-        sites: names or patterns (``"*.layers.1?.*"``) of the modules to watch; all by default.
-        tokens: also keep attention on every single key, at the price of a pass of its own.
+        model: any module that is not scripted or exported.
+        modality: (key,) or (batch, key) label of each key, an index into ``names``; -1 = special. Not needed for the
+            fusions of equipoise, nor for Hugging Face models whose ``mm_token_type_ids`` or placeholder tokens identify
+            the modalities; labels passed here take precedence.
+        names: modality names; for Hugging Face models a subset of text, image, video, audio.
+        queries: queries to average over: ``"all"`` except padding; ``"last"``, which predicts the next token (under
+            ``generate``, the mean over the queries that generated the answer); ``"answer"``, those whose next token has
+            a label, else as ``"last"``; a modality name; or a boolean mask (batch, query).
+        layers: names or patterns (``"*.layers.1?.*"``) of the modules to record; all by default.
+        tokens: also records the attention on each key; computes the scores a second time.
 
     Yields:
-        Seen, which fills while the model runs in the thread that opened the block, or in one that is started in it.
-        Batches that follow one another are further samples. Under ``generate`` the samples are the returned sequences,
-        and only the queries that they hold count, each once: no padding after the end, no beams or drafts that were
-        dropped. Decoding loops of your own (``custom_generate``) are reported in ``seen.missing``.
+        AttentionRecord, filled while the model runs in the thread that entered the block or in threads started in the
+        block. Successive batches are appended as further samples. Under ``generate`` the samples are the returned
+        sequences, and only their queries are recorded, each once: no padding after the end, no discarded beams or draft
+        tokens. Custom decoding loops (``custom_generate``) are listed in ``record.missing``.
 
     Raises:
-        ConfigError: a scripted or exported model, unknown queries, names that do not fit; afterward, from ``seen``,
-            attention that stayed hidden, with what cannot be seen and why.
+        ConfigError: a scripted or exported model, unknown queries, names that do not match the labels. The methods of
+            the record raise it if no attention was recorded.
 
-    A share is no proof of use: values may be small or cancel, some tokens are sinks. Test causally before concluding.
+    Warns:
+        UserWarning: at the end of the block, for layers without attribution; ``record.missing`` has the reasons.
 
-    Reference: spec 8.1; RollingQ (ICML 2025) measures the class row of its fusion layer alone.
+    Attention does not prove use: values may be small or cancel, and some tokens are attention sinks. Use the causal
+    tests of ``eq.diagnostics`` before drawing conclusions.
+
+    Reference: RollingQ (ICML 2025), which reports the share of the class token in its fusion layer.
 
     Example:
         >>> import torch
         >>> layer = nn.MultiheadAttention(8, 2, batch_first=True)
-        >>> with watch(layer, modality=torch.tensor([0, 0, 1]), names=("audio", "image")) as seen:
+        >>> with watch(layer, modality=torch.tensor([0, 0, 1]), names=("audio", "image")) as record:
         ...     _ = layer(*[torch.zeros(5, 3, 8)] * 3)
-        >>> seen.share("MultiheadAttention")[0]
+        >>> record.share("MultiheadAttention")[0]
         tensor([[0.6667, 0.3333],
                 [0.6667, 0.3333]])
     """
-    labeler, ways, follow = labels_for(model, modality, names)
-    seen = AttentionRecord(labeler, check_queries(queries, labeler.names), tokens=tokens)
-    with open_session(model, labeler, ways, follow, seen, sites) as session:
-        seen.session = session
-        yield seen
-    if (session.called or session.threads.elsewhere) and not seen.complete:
-        warnings.warn(str(seen.nothing()), stacklevel=3)
-    elif seen.missing:
-        warnings.warn(f"watch: {seen.missing_in_words()}.", stacklevel=3)
+    labeler, interceptors, observers = labels_for(model, modality, names)
+    record = AttentionRecord(labeler, check_queries(queries, labeler.names), tokens=tokens)
+    with open_session(model, labeler, interceptors, observers, record, layers) as session:
+        record.session = session
+        yield record
+    if (session.called or session.threads.elsewhere) and not record.complete:
+        warnings.warn(str(record.nothing()), stacklevel=3)
+    elif record.missing:
+        warnings.warn(f"watch: {record.missing_summary()}.", stacklevel=3)
 
 
-Way = Callable[[RecordingSession], AbstractContextManager[None]]
-HUGGING_FACE: tuple[Way, ...] = (intercept_torch_functions, intercept_huggingface, intercept_multihead, decoding_loops)
+InterceptorFactory = Callable[[RecordingSession], AbstractContextManager[None]]
+HUGGING_FACE: tuple[InterceptorFactory, ...] = (
+    intercept_torch_functions, intercept_huggingface, intercept_multihead, decoding_loops,
+)  # fmt: skip
 
 
 def labels_for(
     model: nn.Module, modality: Any, names: Sequence[str] | None
-) -> tuple[TokenLabeler, tuple[Way, ...], list[Way]]:
-    """Who knows the modality of this model's keys, which ways lead in, and what has to be followed besides."""
-    ways: tuple[Way, ...]
+) -> tuple[TokenLabeler, tuple[InterceptorFactory, ...], list[InterceptorFactory]]:
+    """Returns the labeler of a model's keys, the interceptors of its attention, and the observers of its inputs."""
+    interceptors: tuple[InterceptorFactory, ...]
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     given = None if modality is None else check_labels(modality)
     roots = [] if has_own_layers(model) else is_pretrained_model(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
-        whole = TokenMap(roots[0], given, names)
-        return whole, (whole.tracing, *HUGGING_FACE), [whole.following]
+        token_map = TokenMap(roots[0], given, names)
+        return token_map, (token_map.tracing, *HUGGING_FACE), [token_map.following]
     if roots:
         maps = [TokenMap.inside(root, given if len(roots) == 1 else None, names) for root in roots]
         labeler = CompositeLabeler(UserLabels(given, names), maps)
-        ways = (*(part.tracing for part in maps), *HUGGING_FACE)
-        return labeler, ways, [part.following for part in maps]
-    ways = (intercept_own_layers,) if has_own_layers(model) else ()
-    if given is not None or not ways:
-        ways = (*ways, intercept_torch_functions, intercept_multihead)
-    return UserLabels(given, names, unimodal_encoders(model)), ways, []
+        interceptors = (*(part.tracing for part in maps), *HUGGING_FACE)
+        return labeler, interceptors, [part.following for part in maps]
+    interceptors = (intercept_own_layers,) if has_own_layers(model) else ()
+    if given is not None or not interceptors:
+        interceptors = (*interceptors, intercept_torch_functions, intercept_multihead)
+    return UserLabels(given, names, unimodal_encoders(model)), interceptors, []
 
 
 def _is_all(model: nn.Module, root: nn.Module) -> bool:
-    """Whether nothing but wrappers stands around a model: all that learns is inside."""
+    """Whether ``root`` holds all parameters of ``model``, so that the modules around it are only wrappers."""
     inside = {id(part) for part in root.parameters()}
     return all(id(part) in inside for part in model.parameters())
 
 
 @contextmanager
 def open_session(
-    model: nn.Module, labeler: TokenLabeler, ways: tuple[Way, ...], follow: list[Way], handler: Interceptor,
-    sites: Sequence[str] | str | None = None,
+    model: nn.Module, labeler: TokenLabeler, interceptors: tuple[InterceptorFactory, ...],
+    observers: list[InterceptorFactory], handler: AttentionHandler, layers: Sequence[str] | str | None = None,
 ) -> Iterator[RecordingSession]:  # fmt: skip
-    """A session over a model, open while the block runs."""
-    patterns = [sites] if isinstance(sites, str) else sites
+    """Opens a recording session for a model while the block runs."""
+    patterns = [layers] if isinstance(layers, str) else layers
     noting = Noting(labeler)
-    session = RecordingSession(model, noting, handler, sites=patterns)
-    with find_unrecorded_layers(session, noting, handler, patterns), session.open(*ways, *follow):
+    session = RecordingSession(model, noting, handler, layers=patterns)
+    with find_unrecorded_layers(session, noting, handler, patterns), session.open(*interceptors, *observers):
         yield session

@@ -76,7 +76,7 @@ def attention_rows(seen: AttentionRecord) -> list[dict[str, Any]]:
         or None where only a class token reads}, JSON-able.
     """
     rows = []
-    for site in seen.sites:
+    for site in seen.layers:
         share, reading = seen.share(site), by_query(seen, site)
         rows.append(
             {
@@ -102,7 +102,7 @@ def by_query(seen: AttentionRecord, site: str) -> Tensor | None:
 
 def gaps(seen: AttentionRecord) -> dict[str, float] | None:
     """modality -> attention gap in percent over the layers in which tokens of the modalities read; None without any."""
-    tables = [found for site in seen.sites if (found := by_query(seen, site)) is not None]
+    tables = [found for site in seen.layers if (found := by_query(seen, site)) is not None]
     if not tables or len(seen.names) < 2:
         return None
     # Layers may differ in heads, and each counts as one.

@@ -194,7 +194,7 @@ def keys(of: DiagnosticContext) -> TestResult:
 
 def attention(of: DiagnosticContext) -> TestResult:
     """Where attention goes, by layer and head, how it is divided, and how it changes from sample to sample."""
-    layers = [] if of.seen is None or not of.seen.sites else attention_rows(of.seen)
+    layers = [] if of.seen is None or not of.seen.layers else attention_rows(of.seen)
     if of.clean.share is None and not layers:
         raise SkippedTest("the model has no attention over several modalities that can be seen")
     details: dict[str, Any] = {"layers": layers}

@@ -146,7 +146,7 @@ def attention_map(
     stream = model.stream(model.patches(image.to(device)), text.to(device))
     labels = torch.zeros_like(stream.modality) if stream.media is None else torch.zeros(stream.media.shape[:2]).long()
     seen = _watched(model, stream, place, labels, tokens=True)
-    maps = torch.stack([seen.tokens(site) for site in seen.sites], dim=1)
+    maps = torch.stack([seen.tokens(site) for site in seen.layers], dim=1)
     if stream.media is None:
         maps = maps[..., (stream.modality[0] == 1).to(maps.device)]
     return maps / maps.sum(dim=-1, keepdim=True)
@@ -169,7 +169,7 @@ def _watched(
 
 def stack_maps(seen: AttentionRecord) -> Float[Tensor, "sample layer head label"]:
     """The shares of all sites, in calling order."""
-    return torch.stack([seen.share(site) for site in seen.sites], dim=1)
+    return torch.stack([seen.share(site) for site in seen.layers], dim=1)
 
 
 def labeled_words(
