@@ -295,7 +295,7 @@ def test_words_keep_the_space_before_them():
         ({"image": picture(), "answer": " "}, "look answer: expected words that the model could write"),
         ({"image": picture(), "answer": "cat <image>"}, "look answer: expected words that the model could write"),
         ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens from 1 and sinks from 0 on"),
-        ({"image": picture(), "sites": "*nowhere*"}, r"expected a known module for sites, got '\*nowhere\*'"),
+        ({"image": picture(), "sites": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told(model, options, message):

@@ -34,7 +34,7 @@ class _Session:
     def begin_pass(self) -> None:
         pass
 
-    def mine(self) -> bool:
+    def in_recorded_thread(self) -> bool:
         return True
 
     def current(self) -> None:
