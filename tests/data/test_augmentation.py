@@ -1,18 +1,15 @@
-"""Shift, gain, tilt, noise and exposure."""
+"""Shift, gain, tilt and noise."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.data.augmentation import add_noise, augment_spectrogram, corrupt_batch, random_shift, spectral_tilt
+from equipoise.data.augmentation import add_noise, augment_spectrogram, random_shift, spectral_tilt
 from equipoise.data.counter_rng import CounterRNG
-from equipoise.errors import ConfigError
 from helpers.tolerance import TOL
 from oracles import data as oracles_data
 
-FAR = {"audio": (100.0, 1.0), "image": (200.0, 1.0), "text": (300.0, 1.0)}
 
 
 def draw(batch, seed=0):
@@ -59,33 +56,3 @@ def test_noisy_keeps_standardised_values_standardized():
     assert abs(got.var() - 1) < error * 2**0.5
     correlation = torch.corrcoef(torch.stack([values.flatten(), got.flatten()]))[0, 1]
     assert abs(correlation - 5**-0.5) < error
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("probability", [0.2, 0.7, 1.0])
-def test_exposure_rate_and_never_all(count, probability):
-    names, batch = list(FAR)[:count], 4001
-    got = corrupt_batch({name: torch.zeros(batch, 5) for name in names}, FAR, probability, draw(batch))
-    hit = torch.stack([got[name].amin(dim=1) > 50 for name in names], dim=1)
-    for column, name in enumerate(names):
-        assert torch.equal(got[name][~hit[:, column]], torch.zeros_like(got[name][~hit[:, column]]))
-        fresh = got[name][hit[:, column]]
-        assert abs(fresh.mean() - FAR[name][0]) < 5 / fresh.numel() ** 0.5
-        assert abs(fresh.std() - FAR[name][1]) < 5 / fresh.numel() ** 0.5
-    assert not hit.all(dim=1).any()
-    expected = probability - probability**count / count
-    assert ((hit.float().mean(dim=0) - expected).abs() < 5 * 0.5 / batch**0.5).all()
-
-
-def test_exposure_spares_a_single_modality_and_leaves_its_input_alone():
-    inputs = {"audio": torch.zeros(7, 5)}
-    assert torch.equal(corrupt_batch(inputs, FAR, 1.0, draw(7))["audio"], torch.zeros(7, 5))
-    pair = {"audio": torch.zeros(7, 5), "image": torch.zeros(7, 3)}
-    corrupt_batch(pair, FAR, 1.0, draw(7))
-    assert all(not values.any() for values in pair.values())
-
-
-@pytest.mark.parametrize("probability", [-0.1, 1.5])
-def test_exposure_outside_its_range(probability):
-    with pytest.raises(ConfigError, match=rf"exposed: expected a probability in \[0, 1\], got {probability}"):
-        corrupt_batch({"audio": torch.zeros(2, 3)}, FAR, probability, draw(2))

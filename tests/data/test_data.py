@@ -74,7 +74,7 @@ def test_splits_do_not_share_their_noise(digits):
 
 def test_training_batches_repeat_for_the_same_seed_and_epoch_alone(digits):
     def epoch(number, seed=0):
-        batches = loader(digits, "train", 64, seed=seed, train=True, exposure=0.2)
+        batches = loader(digits, "train", 64, seed=seed, train=True)
         batches.sampler.set_epoch(number)
         return list(batches)
 
@@ -94,9 +94,9 @@ def test_the_same_sample_is_augmented_anew_in_each_epoch(digits):
 
 
 def test_loader_gives_what_batches_gives(digits):
-    served = loader(digits, "train", 97, seed=2, train=True, exposure=0.3)
+    served = loader(digits, "train", 97, seed=2, train=True)
     served.sampler.set_epoch(5)
-    direct = list(digits.batches("train", 97, seed=2, epoch=5, train=True, exposure=0.3))
+    direct = list(digits.batches("train", 97, seed=2, epoch=5, train=True))
     assert len(served) == len(direct) == 11
     assert all(same(a, b) for a, b in zip(served, direct, strict=True))
     assert len(loader(digits, "train", 97, seed=2, train=True, drop_last=True)) == 10
@@ -104,7 +104,7 @@ def test_loader_gives_what_batches_gives(digits):
 
 def test_two_processes_see_the_batches_of_one(digits):
     def epoch(**place):
-        return list(loader(digits, "train", 64, seed=0, train=True, exposure=0.2, **place))
+        return list(loader(digits, "train", 64, seed=0, train=True, **place))
 
     for whole, *halves in zip(epoch(), epoch(rank=0, world=2), epoch(rank=1, world=2), strict=True):
         joined = {name: torch.cat([half[name] for half in halves]) for name in whole}
@@ -114,21 +114,10 @@ def test_two_processes_see_the_batches_of_one(digits):
         )
 
 
-def test_exposure_replaces_in_training_alone(digits):
-    index = torch.arange(1000)
-    plain, bare = (digits.batch("train", index, seed=0, epoch=0, train=True, exposure=p) for p in (0.0, 0.3))
-    changed = torch.stack([(plain[n] != bare[n]).flatten(1).any(dim=1) for n in digits.names], dim=1)
-    assert not changed.all(dim=1).any()
-    rate = 0.3 - 0.3**2 / 2
-    assert ((changed.float().mean(dim=0) - rate).abs() < 5 * (rate * (1 - rate) / 1000) ** 0.5).all()
-    calm = digits.batch("train", index, seed=0, epoch=0, train=False, exposure=0.3)
-    assert same(calm, digits.batch("train", index, seed=0, epoch=0, train=False))
-
-
 def test_loading_leaves_the_global_generator_alone(digits):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(iter(loader(digits, "train", 64, seed=0, train=True, exposure=0.2)))
+    next(iter(loader(digits, "train", 64, seed=0, train=True)))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -16,7 +16,7 @@ from equipoise.data.image_augmentation import color_jitter, load_square_image, r
 from equipoise.data.sets import emoji as module
 from equipoise.data.sets.emoji import ATLAS, ATLAS_SHA256, LENGTH, Emoji
 from equipoise.data.sets.word_vocabulary import split_words
-from equipoise.errors import ConfigError, DataError
+from equipoise.errors import DataError
 from helpers.tolerance import TOL
 
 FAMILIES = {"body", "cat", "clock", "color", "face", "family", "people"}
@@ -184,11 +184,6 @@ def test_the_card_says_what_its_code_finds():
     for way, words in ((found["there"], "nearest training picture's name"), (found["back"], "name to picture")):
         assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
         assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
-
-
-def test_noise_cannot_replace_words(emoji):
-    with pytest.raises(ConfigError, match=r"Emoji: expected exposure = 0, got 0\.2\. There is no noise"):
-        emoji.batch("train", torch.arange(3), seed=0, epoch=0, train=True, exposure=0.2)
 
 
 def test_a_damaged_file_is_told(tmp_path, monkeypatch):

@@ -251,8 +251,6 @@ def test_refuses(options, message):
 
 def test_refuses_what_it_cannot_do():
     data = scenes()
-    with pytest.raises(ConfigError, match=r"Scenes: expected exposure = 0, since words are no numbers, got 0\.2"):
-        data.batch("train", torch.arange(2), seed=0, epoch=0, train=True, exposure=0.2)
     with pytest.raises(ConfigError, match=r"Scenes: expected a known split, got 'tests'\. Did you mean 'test'"):
         data.kinds("tests")
     with pytest.raises(ConfigError, match=r"scenes text: expected at least one word, got ' \? '"):

@@ -14,7 +14,7 @@ from helpers.runs import recipe
 
 
 def build(name, made=None):
-    made = instantiate or recipe()
+    made = made or recipe()
     return method_factory.build_model(method_factory.parse_method(name, made), made, load_run_dataset(made, None))
 
 

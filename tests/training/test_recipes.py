@@ -26,8 +26,8 @@ def test_packaged_recipes_read_and_say_what_they_are(name):
 
 def test_written_and_read_back(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(recipes.dump_recipe(recipe(exposure=0.2, clip=1.5)))
-    assert recipes.load_recipe(path) == recipe(exposure=0.2, clip=1.5)
+    path.write_text(recipes.dump_recipe(recipe(warmup=0.2, clip=1.5)))
+    assert recipes.load_recipe(path) == recipe(warmup=0.2, clip=1.5)
 
 
 def test_train_is_a_mapping():
@@ -48,7 +48,6 @@ def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
         ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("learning_rate", 0.0),
         ("learning_rate", math.inf), ("learning_rate", math.nan), ("weight_decay", -0.1), ("weight_decay", math.inf),
         ("warmup", 1.0), ("momentum", 1.0), ("momentum", -0.1), ("clip", 0.0), ("clip", -1.0), ("accumulate", 0),
-        ("exposure", 1.5),
     ],
 )  # fmt: skip
 def test_limits(option, value):

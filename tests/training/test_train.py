@@ -16,7 +16,7 @@ CASES = {
     "joint": ("joint", {}, {}),
     "no dropout": ("still", {}, {}),
     "rollingq": ("joint+rollingq", {}, {}),
-    "exposure, accumulation": ("joint+rollingq", {}, {"exposure": 0.3, "accumulate": 2, "batch_size": 130}),
+    "accumulation": ("joint+rollingq", {}, {"accumulate": 2, "batch_size": 130}),
     "clip, sgd, heads teach": ("concat", {}, {"optimizer": "sgd", "clip": 0.1, "unimodal": "train"}),
     "pass": ("joint+rollingq", {"rollingq": {"beta": 0.0, "statistics": "full_pass", "warmup_epochs": 1}}, {}),
     "progressive": ("deep+progressive", {}, {"epochs": 4}),

@@ -23,7 +23,7 @@ HELP = """options of the recipe, each in place of what it says:
   --data.OPTION VALUE            of the data set; --data.name is its name
   --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
   --train.OPTION VALUE           of the training: epochs, batch_size, learning_rate, weight_decay, warmup, optimizer,
-                                 momentum, clip, accumulate, precision, exposure, unimodal
+                                 momentum, clip, accumulate, precision, unimodal
   --model.OPTION VALUE           of a model that is no fusion
   --noise_modality NAME, --reference METHOD
 VALUE is written as in a recipe: 0.3, true, null, a text, [1, 2], '{dim: 32, depth: 1}'"""

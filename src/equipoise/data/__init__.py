@@ -39,7 +39,7 @@ def load_dataset(name: str, **options: Any) -> Dataset:
         DataError: data that are missing or damaged; the file is named.
 
     Example:
-        >>> load("digits").names
+        >>> load_dataset("digits").names
         ('audio', 'image')
     """
     datasets = available_datasets()

@@ -1,9 +1,8 @@
-"""What is done to a batch of inputs before a model sees it: shift, gain, tilt, exposure to noise."""
+"""What is done to a batch of inputs before a model sees it: shift, gain, tilt and noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -87,45 +86,3 @@ def check_deviations(who: str, **deviations: float) -> None:
     for name, value in deviations.items():
         if not 0 <= value < math.inf:
             raise ConfigError(who, expected=f"a finite {name} >= 0", got=f"{name} = {value}")
-
-
-def corrupt_batch(
-    inputs: Mapping[str, Tensor], noise: Mapping[str, tuple[float, float]], probability: float, draw: CounterRNG
-) -> dict[str, Tensor]:
-    """Whole modalities replaced by Gaussian noise, each with the given probability, never all of one sample.
-
-    Training on such batches teaches a model that a modality may be worthless. Where the dice fall on every modality
-    of a sample, one of them, equally likely, is spared; so with M modalities the rate of each is
-    probability - probability**M / M. A single modality is never replaced.
-
-    Args:
-        inputs: name -> (batch, ...).
-        noise: name -> (mean, standard deviation) of the noise.
-        probability: for each modality and sample, in [0, 1].
-        draw: the batch's random numbers.
-
-    Raises:
-        ConfigError: a probability outside [0, 1].
-
-    Example:
-        >>> inputs = {"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}
-        >>> draw = Draw(seed=0, epoch=0, index=torch.tensor([0]))
-        >>> replaced = exposed(inputs, {"a": (5.0, 0.0), "b": (5.0, 0.0)}, 1.0, draw)
-        >>> sorted(x.max().item() for x in replaced.values())
-        [0.0, 5.0]
-    """
-    if not 0 <= probability <= 1:
-        raise ConfigError("exposed", expected="a probability in [0, 1]", got=f"{probability}")
-    names = list(inputs)
-    hit = draw.uniform("exposure", len(names)) < probability
-    spared = (draw.uniform("spared", 1)[:, 0] * len(names)).long()
-    hit &= ~(hit.all(dim=1)[:, None] & (spared[:, None] == torch.arange(len(names))))
-    return {name: _replaced(name, inputs[name], hit[:, column], noise[name], draw) for column, name in enumerate(names)}
-
-
-def _replaced(name: str, values: Tensor, hit: Tensor, noise: tuple[float, float], draw: CounterRNG) -> Tensor:
-    rows = hit.nonzero()[:, 0]
-    chosen = CounterRNG(draw.seed, draw.epoch, draw.index[rows], draw.salt)
-    mean, deviation = noise
-    fresh = mean + deviation * chosen.normal(f"exposure to noise/{name}", *values.shape[1:])
-    return values.index_copy(0, rows, fresh.to(values.dtype))

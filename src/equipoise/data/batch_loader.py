@@ -21,20 +21,17 @@ class _Served(TorchDataset):
     split: str
     seed: int
     train: bool
-    exposure: float
 
     def __getitem__(self, key: tuple[int, Tensor]) -> dict[str, Tensor]:
         epoch, index = key
-        return self.dataset.batch(
-            self.split, index, seed=self.seed, epoch=epoch, train=self.train, exposure=self.exposure
-        )
+        return self.dataset.batch(self.split, index, seed=self.seed, epoch=epoch, train=self.train)
 
     def __len__(self) -> int:
         return len(self.dataset.split(self.split))
 
 
 def loader(
-    dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool, exposure: float = 0.0,
+    dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool,
     drop_last: bool = False, rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
 ) -> DataLoader:  # fmt: skip
     """Batches of a split, for training loops that want a DataLoader.
@@ -49,7 +46,6 @@ def loader(
         batch_size: samples of one batch, over all processes together.
         seed: of order and augmentation.
         train: shuffle and augment.
-        exposure: in training, probability with which each modality is replaced by noise.
         drop_last: drop a last batch that is not full.
         rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
         steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see ``Order``.
@@ -62,7 +58,7 @@ def loader(
 
     Example:
         >>> from equipoise.data import load_dataset
-        >>> batches = loader(load("digits"), "train", 64, seed=0, train=True)
+        >>> batches = loader(load_dataset("digits"), "train", 64, seed=0, train=True)
         >>> batches.sampler.set_epoch(3)
         >>> sorted(next(iter(batches)))
         ['audio', 'image', 'index', 'target']
@@ -71,6 +67,6 @@ def loader(
         len(dataset.split(split)), batch_size, seed=seed, shuffle=train, drop_last=drop_last, rank=rank, world=world,
         steps_per_batch=steps_per_batch, group=group,
     )  # fmt: skip
-    served = _Served(dataset, split, seed, train, exposure)
+    served = _Served(dataset, split, seed, train)
     # A DataLoader draws one number for its workers: from a generator of its own, so that the global one stays put.
     return DataLoader(served, batch_size=None, sampler=order, num_workers=0, generator=torch.Generator())

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, unknown_name
-from .augmentation import corrupt_batch
 from .counter_rng import CounterRNG
 from .resumable_sampler import ResumableBatchSampler
 
@@ -109,7 +108,7 @@ class Dataset(ABC):
         return splits[name]
 
     def batch(
-        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool, exposure: float = 0.0
+        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool
     ) -> dict[str, Tensor]:
         """The samples at these positions as a model gets them.
 
@@ -118,7 +117,6 @@ class Dataset(ABC):
             index: (batch,) positions in the split.
             seed, epoch: of the augmentation; without effect unless ``train``.
             train: augment; otherwise every sample looks the same in every epoch and every run.
-            exposure: in training, probability with which each modality is replaced by noise (``augment.exposed``).
 
         Returns:
             name -> (batch, ...) for every modality, "target" (batch,), "index" (batch,).
@@ -126,18 +124,16 @@ class Dataset(ABC):
         held = self.split(split)
         draw = CounterRNG(seed, epoch, index, split) if train else CounterRNG(EVALUATION_SEED, 0, index, split)
         inputs = self.augment({name: values[index] for name, values in held.inputs.items()}, draw, train=train)
-        if train and exposure:
-            inputs = corrupt_batch(inputs, self.noise, exposure, draw)
         return {**inputs, "target": held.target[index], "index": index}
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool, exposure: float = 0.0
+        self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool
     ) -> Iterator[dict[str, Tensor]]:
         """All batches of one epoch, as ``batch`` makes them; shuffled when ``train``."""
         order = ResumableBatchSampler(len(self.split(split)), batch_size, seed=seed, shuffle=train)
         order.set_epoch(epoch)
         for _, index in order:
-            yield self.batch(split, index, seed=seed, epoch=epoch, train=train, exposure=exposure)
+            yield self.batch(split, index, seed=seed, epoch=epoch, train=train)
 
 
 def standardize(values: Tensor, reference: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def ood_split(source: Dataset, kind: str) -> Dataset:
 
     Example:
         >>> from equipoise.data import load_dataset
-        >>> source = load("digits", held_out=[7, 8, 9])
+        >>> source = load_dataset("digits", held_out=[7, 8, 9])
         >>> outside(source, "near").test.target.unique(), len(outside(source, "far").test)
         (tensor([7, 8, 9]), 1000)
     """
@@ -54,7 +54,7 @@ def _near(source: Dataset) -> Split:
     if source.outside is None:
         raise ConfigError(
             "outside", expected="a data set with held-out classes", got=f"{type(source).__name__} with none",
-            fix="Load it with held_out, such as load('digits', held_out=[7, 8, 9]), and train on that.",
+            fix="Load it with held_out, such as load_dataset('digits', held_out=[7, 8, 9]), and train on that.",
         )  # fmt: skip
     return source.outside
 

@@ -145,7 +145,7 @@ def _fit(
     )
     balancing = training.balancing
     train = data.loader(
-        source, "train", options.batch_size, seed=job.seed, train=True, exposure=options.exposure,
+        source, "train", options.batch_size, seed=job.seed, train=True,
         steps_per_batch=balancing.steps_per_batch, group=options.accumulate,
     )  # fmt: skip
     val = data.loader(source, "val", 256, seed=job.seed, train=False)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ...errors import ConfigError, DataError
+from ...errors import DataError
 from ..counter_rng import CounterRNG
 from ..dataset import Dataset, Split, split_statistics, standardize
 from ..image_augmentation import color_jitter, load_square_image, random_translation
@@ -154,12 +154,8 @@ class Emoji(Dataset):
         return {**inputs, "image": random_translation(image, draw, pixels=MOST_PIXELS, fill=self.white)}
 
     def batch(
-        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool, exposure: float = 0.0
+        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool
     ) -> dict[str, Tensor]:
-        if exposure:
-            raise ConfigError(
-                "Emoji", expected="exposure = 0", got=f"{exposure}", fix="There is no noise that replaces words."
-            )
         made = super().batch(split, index, seed=seed, epoch=epoch, train=train)
         if not train:
             return made

@@ -130,15 +130,6 @@ class Scenes(Dataset):
         pictures = self.standardized(inputs["image"])
         return {**inputs, "image": add_noise(pictures, LEVELS[self.level].noise, draw, "image")}
 
-    def batch(
-        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool, exposure: float = 0.0
-    ) -> dict[str, Tensor]:
-        """As that of every data set; "labels" beside "text" have -100 for what is not predicted, and "target" is the
-        answer's word, -100 for a caption."""
-        if exposure:
-            raise ConfigError("Scenes", expected="exposure = 0, since words are no numbers", got=f"{exposure}")
-        return super().batch(split, index, seed=seed, epoch=epoch, train=train)
-
     def standardized(self, pictures: UInt8[Tensor, "*lead 3 size size"]) -> Float[Tensor, "*lead 3 size size"]:
         """Pixels from 0 to 255 as a model gets them: 0 is the mean of the training pictures, 1 a deviation from it."""
         return (pictures.float() / 255 - self._mean) / self._deviation

@@ -40,7 +40,6 @@ LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "momentum": (float, "0 <= momentum < 1", lambda value: 0 <= value < 1),
     "clip": (float, "clip > 0, or None", lambda value: value > 0),
     "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
-    "exposure": (float, "0 <= exposure <= 1", lambda value: 0 <= value <= 1),
 }
 """Training option -> its type, what is expected of it, and whether a value is that."""
 
@@ -60,7 +59,6 @@ class TrainOptions:
         clip: largest gradient norm; None leaves gradients as they are.
         accumulate: batches added up before a step.
         precision: as Lightning names it, such as ``"32-true"`` or ``"bf16-mixed"``.
-        exposure: probability with which, in training, each modality of a sample is replaced by noise.
         unimodal: ``"probe"`` heads watch, ``"train"`` heads teach the encoders, ``"ensemble"`` heads also add their
             logits to the fused ones, ``"none"``.
 
@@ -82,7 +80,6 @@ class TrainOptions:
     clip: float | None = None
     accumulate: int = 1
     precision: str = "32-true"
-    exposure: float = 0.0
     unimodal: Literal["probe", "train", "ensemble", "none"] = "probe"
 
     def __post_init__(self) -> None:
