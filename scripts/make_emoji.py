@@ -130,9 +130,9 @@ def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 def parts_of(name: str, names: set[str]) -> tuple[tuple[str, ...], str]:
     """What a name is put together of, and the family of such names; one part and "" where it is not."""
     if (match := COLOURED.fullmatch(name)) is not None:
-        return (match["color"], match["shape"]), "color"
+        return (match["color"], match["shape"]), "colour"
     if (match := SIZED.fullmatch(name)) is not None:
-        return tuple(part for part in match.groups() if part), "color"
+        return tuple(part for part in match.groups() if part), "colour"
     if (match := CLOCK.fullmatch(name)) is not None:
         return (match["hour"], match["half"]), "clock"
     if name.endswith(" face") and name.removesuffix(" face") in names:

@@ -11,7 +11,6 @@ from helpers.tolerance import TOL
 from oracles import data as oracles_data
 
 
-
 def draw(batch, seed=0):
     return CounterRNG(seed, 0, torch.arange(batch), "train")
 
