@@ -26,8 +26,8 @@ def main(folder: Path) -> None:
     index = image_entries(load_run(folder), load_dataset("emoji"))
     rows = []
     for question in QUESTIONS:
-        hits = index.find(question, top=6).hits
-        rows.append(SheetRow(question, [(h.entry.name, h.score, h.entry.picture, bool(h.entry.seen)) for h in hits]))
+        hits = index.search_by_text(question, top=6).hits
+        rows.append(SheetRow(question, [(h.entry.name, h.score, h.entry.image, bool(h.entry.seen)) for h in hits]))
     drawn = Image.open(io.BytesIO(contact_sheet(rows)))
     drawn.quantize(256, dither=Image.Dither.NONE).save(TARGET, optimize=True)
     print(TARGET)  # noqa: T201

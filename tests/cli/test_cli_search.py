@@ -104,7 +104,7 @@ def test_pictures_and_folders_that_are_none(folder, capsys, tmp_path):
     assert "expected an image, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
     Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
     assert "got mode F, whose range is not known" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
-    assert "which is none" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
+    assert "which is not a folder" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
 
 
 def test_folders_of_no_run(folder, capsys, tmp_path):

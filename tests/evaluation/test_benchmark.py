@@ -77,7 +77,7 @@ def median(scores, target, draws=200):
 @pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
 def test_the_models_own_scores_decide(emoji, kind):
     model, processor = getattr(small_published, kind)(), small_published.Processor()
-    shown = ProcessedDataset(emoji, processor, fixed=kind == "siglip")
+    shown = ProcessedDataset(emoji, processor, pad_to_limit=kind == "siglip")
     whole = next(shown.batches("val", 1000))
     mask = {} if kind == "siglip" else {"attention_mask": (whole["text"] != 0).long()}
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_an_end_that_also_pads_is_read():
     # As in OpenAI's CLIP, whose vector of a caption is that of its end.
     model = small_published.clip()
     ids, mask = torch.tensor([[1, 4, 2, 2, 2], [1, 5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    space = PretrainedDualEncoder(model, padding=2, closes=True)
+    space = PretrainedDualEncoder(model, padding=2, pad_is_eos=True)
     with torch.no_grad():
         told = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
         close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
@@ -106,11 +106,11 @@ def test_an_end_that_also_pads_is_read():
 def test_captions_go_into_the_template(emoji):
     shown = ProcessedDataset(emoji, small_published.Processor(), template="red {}")
     ids = [small_published.WORDS.index(word) for word in ("red", "heart")]
-    assert shown.encoded(["heart"])[0].tolist()[:2] == ids
+    assert shown.tokenize(["heart"])[0].tolist()[:2] == ids
     # Nothing else in braces means anything.
-    twice = ProcessedDataset(emoji, small_published.Processor(), template="{} {cat} {}").encoded(["heart"])[0].tolist()
+    twice = ProcessedDataset(emoji, small_published.Processor(), template="{} {cat} {}").tokenize(["heart"])[0].tolist()
     assert [number for number in twice if number > 3] == [5, 7, 5]
-    with pytest.raises(ConfigError, match=r"judge template: expected a text with \{\}"):
+    with pytest.raises(ConfigError, match=r"evaluate template: expected a text with \{\}"):
         ProcessedDataset(emoji, small_published.Processor(), template="a picture")
 
 
@@ -118,7 +118,7 @@ def test_parts_of_combinations_are_captions_of_their_own(emoji):
     shown = ProcessedDataset(emoji, small_published.Processor())
     found, items = shown.combinations("val"), emoji.split_items("val")
     for row, place in enumerate(found.rows.tolist()):
-        own = shown.encoded(items[place].parts)
+        own = shown.tokenize(items[place].parts)
         assert int(found.present[row].sum()) == len(items[place].parts)
         assert torch.equal(found.parts[row, 0, : own.shape[1]][: own.shape[1]], torch.nn.functional.pad(
             own, (0, found.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
@@ -241,9 +241,9 @@ def test_nothing_is_left_behind(emoji):
 
 
 def test_what_does_not_fit_is_told(scenes, emoji):
-    with pytest.raises(ConfigError, match=r"a tower for pictures and one for words.*got LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"an image and a text encoder.*got LlamaForCausalLM"):
         evaluate(small_look.llama(), small_published.Processor(), emoji)
-    with pytest.raises(ConfigError, match="judge: expected the data emoji or scenes, got Digits"):
+    with pytest.raises(ConfigError, match="evaluate: expected the data set emoji or scenes, got Digits"):
         evaluate(small_published.clip(), small_published.Processor(), load_dataset("digits"))
     asker = writer()
     with pytest.raises(ConfigError, match="expected samples >= 1, got samples = 0"):
@@ -261,9 +261,9 @@ def test_models_are_read_from_folders(tmp_path):
     assert isinstance(PretrainedDualEncoder(model, padding=processor.tokenizer.pad_token_id), torch.nn.Module)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(DataError, match="judge: expected a tokenizer of the model's 14 tokens, got one of"):
+    with pytest.raises(DataError, match="evaluate: expected a tokenizer of the model's 14 tokens, got one of"):
         load_for_benchmark("emoji", folder, device="cpu")
-    with pytest.raises(DataError, match=r"judge: expected a folder or a name on the hub with config\.json"):
+    with pytest.raises(DataError, match=r"evaluate: expected a folder or a name on the hub with config\.json"):
         matching_benchmark(tmp_path / "nowhere")
     assert eq.evaluate is evaluate
 
@@ -272,7 +272,9 @@ def test_models_are_read_from_folders(tmp_path):
 def test_weights_that_are_cut_off_are_told(tmp_path, size):
     weights = small_published.saved_clip(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(DataError, match=r"judge: expected a folder .* with config\.json and model\.safetensors, got"):
+    with pytest.raises(
+        DataError, match=r"evaluate: expected a folder .* with config\.json and model\.safetensors, got"
+    ):
         load_for_benchmark("emoji", tmp_path, device="cpu")
 
 

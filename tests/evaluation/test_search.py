@@ -55,19 +55,19 @@ def known(model, emoji, scores, query="red heart"):
 
 
 def test_nearest_first_with_ranks_and_ties(model, emoji):
-    found = known(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).find("red heart", top=4)
+    found = known(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).search_by_text("red heart", top=4)
     assert [hit.entry.name for hit in found.hits] == ["entry 1", "entry 3", "entry 2", "entry 5"]
     assert [hit.rank for hit in found.hits] == [1, 1, 3, 3]
     assert [hit.score for hit in found.hits] == pytest.approx([0.9, 0.9, 0.5, 0.5], abs=1e-5)
-    assert (found.tied, found.entries, found.question, found.picture) == (1, 7, "red heart", None)
-    everything = known(model, emoji, [0.2, 0.4]).find("red heart", top=10)
+    assert (found.tied, found.entries, found.question, found.image) == (1, 7, "red heart", None)
+    everything = known(model, emoji, [0.2, 0.4]).search_by_text("red heart", top=10)
     assert [hit.rank for hit in everything.hits] == [1, 2]
     assert everything.tied == 0
 
 
 def test_order_is_that_of_the_cosines(pictures, emoji):
-    found = pictures.find("blue book", top=50)
-    (query,) = embed_entries(pictures.space, "text", emoji.words.encode(["blue book"]))
+    found = pictures.search_by_text("blue book", top=50)
+    (query,) = embed_entries(pictures.model, "text", emoji.words.encode(["blue book"]))
     cosines = (pictures.vectors @ query).tolist()
     expected = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:50]
     assert [hit.entry.name for hit in found.hits] == [emoji.items[place].name for place in expected]
@@ -78,7 +78,7 @@ def test_pictures_have_what_is_known_of_them(pictures, emoji):
     entry = pictures.entries[[item.name for item in emoji.items].index("blue heart")]
     assert (entry.name, entry.mark, entry.seen) == ("blue heart", "\N{BLUE HEART}", False)
     assert "blue" in entry.keywords
-    assert entry.picture.shape == (32, 32, 3)
+    assert entry.image.shape == (32, 32, 3)
     torch.testing.assert_close(pictures.vectors.norm(dim=1), torch.ones(3395))
 
 
@@ -86,26 +86,26 @@ def test_captions_are_names_and_keywords_each_once(captions, emoji):
     names = [entry.name for entry in captions.entries]
     assert len(set(names)) == len(names) > 3395 + 1000
     assert names[:3395] == [item.name for item in emoji.items]
-    assert all(entry.picture is None for entry in captions.entries[3395:])
+    assert all(entry.image is None for entry in captions.entries[3395:])
 
 
 def test_a_picture_finds_words_and_itself(pictures, captions, emoji, tmp_path):
     Image.fromarray(emoji.pictures[7].numpy()).save(tmp_path / "own.png")
-    found = pictures.like(tmp_path / "own.png", top=3)
+    found = pictures.search_by_image(tmp_path / "own.png", top=3)
     assert found.hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert emoji.items[7].name in [hit.entry.name for hit in found.hits if hit.rank == 1]
     assert found.question == "own.png"
-    assert found.picture.shape == (96, 96, 3)
-    told = captions.like(Image.fromarray(emoji.pictures[7].numpy()), top=5)
-    assert told.question == "a picture"
+    assert found.image.shape == (96, 96, 3)
+    told = captions.search_by_image(Image.fromarray(emoji.pictures[7].numpy()), top=5)
+    assert told.question == "an image"
     assert len(told.hits) == 5
 
 
 def test_words_that_were_never_seen(pictures):
-    found = pictures.find("bluish hearts", top=1)
+    found = pictures.search_by_text("bluish hearts", top=1)
     assert found.unseen == ["bluish"]
     with pytest.raises(ConfigError, match="search: expected a known word, got 'qqqq'"):
-        pictures.find("qqqq")
+        pictures.search_by_text("qqqq")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_words_that_were_never_seen(pictures):
 )
 def test_bad_questions(pictures, text, top, kind, message):
     with pytest.raises(kind, match=message):
-        pictures.find(text, top=top)
+        pictures.search_by_text(text, top=top)
 
 
 def test_a_folder_of_pictures(model, emoji, tmp_path):
@@ -133,13 +133,13 @@ def test_a_folder_of_pictures(model, emoji, tmp_path):
     assert [entry.seen for entry in index.entries] == [None, None]
     assert len(troubles) == 1
     assert "broken.png" in troubles[0]
-    assert len(index.find("red", top=9).hits) == 2
+    assert len(index.search_by_text("red", top=9).hits) == 2
 
 
 def test_folders_without_pictures(model, emoji, tmp_path):
-    with pytest.raises(DataError, match=r"search: expected a folder of pictures, got '.*none', which is none"):
+    with pytest.raises(DataError, match=r"search: expected a folder of images, got '.*none', which is not a folder"):
         index_folder(model, emoji, tmp_path / "none")
-    with pytest.raises(DataError, match=r"search: expected pictures \(.bmp, .*\), got none in '.*'\.$"):
+    with pytest.raises(DataError, match=r"search: expected images \(.bmp, .*\), got none in '.*'\.$"):
         index_folder(model, emoji, tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 troubles: image '.*broken.png': expected"):
@@ -147,7 +147,7 @@ def test_folders_without_pictures(model, emoji, tmp_path):
 
 
 def test_models_that_cannot_be_searched_with(emoji, model):
-    with pytest.raises(ConfigError, match=r"a shared space of image and text, .* got Linear on Emoji\. Train one"):
+    with pytest.raises(ConfigError, match=r"a dual encoder of image and text, .* got Linear on Emoji\. Train one"):
         check_searchable(torch.nn.Linear(2, 2), emoji)
     with pytest.raises(ConfigError, match="got DualEncoder on Digits"):
         check_searchable(model, load_dataset("digits"))

@@ -241,20 +241,26 @@ def test_errors():
         model.answer({**part, "image": part["image"][..., ::2, ::2]})
     without = part["text"].clone()
     without[1, 0] = IDS["what"]
-    with pytest.raises(ShapeError, match=r"language text: expected one <image> in every text, got \[1, 0, 1\]\. Put"):
+    with pytest.raises(
+        ShapeError, match=r"VisionLanguageModel text: expected one <image> in every text, got \[1, 0, 1\]\. Put"
+    ):
         model.answer({"image": part["image"], "text": without})
     empty = part["text"].clone()
     empty[1, 1:] = IDS["<pad>"]
-    with pytest.raises(ShapeError, match=r"text: expected at least one word beside <image>, got texts of \[10, 1, 7\]"):
+    with pytest.raises(ShapeError, match=r"text: expected at least one word besides <image>, got texts of \[10, 1, 7\]"):
         model.answer({"image": part["image"], "text": empty})
     with pytest.raises(
-        ShapeError, match=r"language text: expected ids \(batch, word\), batch = 2, got shape \(3, 14\)"
+        ShapeError, match=r"VisionLanguageModel text: expected ids \(batch, word\), batch = 2, got shape \(3, 14\)"
     ):
         model.losses({**part, "image": part["image"][:2]})
-    with pytest.raises(ShapeError, match=r"language text: expected ids \(batch, word\), batch = 3, got shape \(14,\)"):
+    with pytest.raises(
+        ShapeError, match=r"VisionLanguageModel text: expected ids \(batch, word\), batch = 3, got shape \(14,\)"
+    ):
         model.answer({"image": part["image"], "text": part["text"][0]})
     long = torch.cat([part["text"], torch.full((3, 100), IDS["car"])], dim=1)
-    with pytest.raises(ShapeError, match=r"language text: expected at most context = 128 tokens, .* got 149\. Shorten"):
+    with pytest.raises(
+        ShapeError, match=r"VisionLanguageModel text: expected at most context = 128 tokens, .* got 149\. Shorten"
+    ):
         model.answer({"image": part["image"], "text": long})
     with pytest.raises(ShapeError, match=r"at most context = 40 tokens, .* got 49"):
         language(context=40).losses(part)
@@ -273,7 +279,7 @@ def test_errors():
 def test_errors_of_recipes():
     encoders = {"image": PatchEncoder(3, (48, 48), patch=8, dim=8, depth=1, heads=2)}
     with pytest.raises(
-        ConfigError, match=r"'vision_language_model': expected a data set of pictures and texts, got Generated"
+        ConfigError, match=r"'vision_language_model': expected a data set of images and texts, got Generated"
     ):
         VisionLanguageModel.for_data(load_dataset("generated", samples=20), encoders)
     with pytest.raises(ConfigError, match=r"model 'vision_language_model': expected one encoder, image, got \[\]"):

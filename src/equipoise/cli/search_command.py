@@ -58,9 +58,9 @@ def search(options: Namespace) -> int:
     with out.status("loading the model"):
         index, notes = opened(options)
     if options.image is not None:
-        found = index.like(options.image, top=options.top)
+        found = index.search_by_image(options.image, top=options.top)
     else:
-        found = index.find(str(options.text), top=options.top)
+        found = index.search_by_text(str(options.text), top=options.top)
     show(found, notes, out)
     if options.html is not None:
         from ..evaluation.search import result_gallery
@@ -128,9 +128,9 @@ def _pictures(hits: list[SearchHit], columns: int) -> Table:
 
     grid = Table.grid(padding=(0, 1, 1, 0))
     cells = [
-        Group(image_to_blocks(hit.entry.picture, WIDTH - 2), Text(f"{hit.rank}. {hit.entry.name}"))
+        Group(image_to_blocks(hit.entry.image, WIDTH - 2), Text(f"{hit.rank}. {hit.entry.name}"))
         for hit in hits
-        if hit.entry.picture is not None
+        if hit.entry.image is not None
     ]
     for _ in range(min(columns, len(cells))):
         grid.add_column(width=WIDTH, overflow="fold")

@@ -1,4 +1,4 @@
-"""Published models put to the same work as our own: CLIP and its kin at the emoji, those that write at the scenes."""
+"""Evaluates pretrained models on our benchmarks: CLIP-like models on ``emoji``, generative VLMs on ``scenes``."""
 
 from .benchmark import evaluate as evaluate
 from .contrastive_models import PretrainedDualEncoder as PretrainedDualEncoder

@@ -1,4 +1,4 @@
-"""Which work fits a published model, and the model as it is read from a folder or the hub."""
+"""Chooses the benchmark for a pretrained model and loads it from disk or the Hub."""
 
 from __future__ import annotations
 
@@ -10,54 +10,55 @@ from ..errors import DataError
 from ..inspection import LoadedModel, load_pretrained
 from ..inspection.pretrained_loading import pick_device
 
-TOWERS = "AutoModelForZeroShotImageClassification"
-"""Of transformers: models that bring pictures and words to one space."""
+DUAL_ENCODER_CLASS = "AutoModelForZeroShotImageClassification"
+"""Auto class of transformers for CLIP-like models."""
 
 
 def matching_benchmark(source: str | Path) -> str:
-    """The data at which a model is judged: "emoji" with two towers, "scenes" where it writes.
+    """Returns the benchmark for a model: "emoji" for two-tower models, "scenes" for generative models.
 
-    BLIP-2 can be either; what the folder was saved from decides.
+    BLIP-2 can be either; ``architectures`` in its configuration decides.
 
     Raises:
-        ConfigError: transformers is missing. DataError: no configuration there.
+        ConfigError: transformers is missing. DataError: no configuration found.
     """
-    hf = import_transformers("judge")
-    config = _read(hf.AutoConfig, source, "a folder or a name on the hub with config.json")
-    writes = any("ForConditionalGeneration" in name for name in config.architectures or ())
-    return "emoji" if type(config) in getattr(hf, TOWERS)._model_mapping and not writes else "scenes"
+    hf = import_transformers("evaluate")
+    config = _from_pretrained(hf.AutoConfig, source, "a folder or a name on the hub with config.json")
+    generative = any("ForConditionalGeneration" in name for name in config.architectures or ())
+    is_dual_encoder = type(config) in getattr(hf, DUAL_ENCODER_CLASS)._model_mapping
+    return "emoji" if is_dual_encoder and not generative else "scenes"
 
 
 def load_for_benchmark(
     data: str, source: str | Path, *, dtype: str | None = None, device: str | None = None
 ) -> LoadedModel:
-    """The model and its processor, for that work; safetensors only, no code from the hub is run.
+    """Loads a model and its processor for a benchmark; safetensors only, code from the Hub is never run.
 
     Raises:
-        ConfigError, DataError: as ``look.load_any``.
+        ConfigError, DataError: as in ``equipoise.inspection.load_pretrained``.
     """
     if data == "scenes":
         return load_pretrained(source, dtype=dtype, device=device)
-    hf = import_transformers("judge")
-    model = load_model(getattr(hf, TOWERS), str(source), "judge", pooled=True).to(pick_device(device)).eval()
-    processor = _read(hf.AutoProcessor, source, "the files of its processor beside the model")
-    words = model.config.get_text_config().vocab_size
+    hf = import_transformers("evaluate")
+    model = load_model(getattr(hf, DUAL_ENCODER_CLASS), str(source), "evaluate", pooled=True)
+    processor = _from_pretrained(hf.AutoProcessor, source, "the files of the processor next to the model")
+    vocabulary = model.config.get_text_config().vocab_size
     known = len(getattr(processor, "tokenizer", processor))
-    if 2 * known < words:
-        # Without its files transformers makes a tokenizer that knows nothing, and every caption would read the same.
+    if 2 * known < vocabulary:
+        # Without its files transformers builds an empty tokenizer, which would encode all captions alike.
         raise DataError(
-            "judge", expected=f"a tokenizer of the model's {words} tokens", got=f"one of {known} in '{source}'",
-            fix="Save its own there with tokenizer.save_pretrained(folder).",
+            "evaluate", expected=f"a tokenizer of the model's {vocabulary} tokens", got=f"one of {known} in '{source}'",
+            fix="Save the model's tokenizer there with tokenizer.save_pretrained(folder).",
         )  # fmt: skip
-    return LoadedModel(model, processor)
+    return LoadedModel(model.to(pick_device(device)).eval(), processor)
 
 
-def _read(cls: Any, source: str | Path, what: str) -> Any:
-    """What a class of transformers finds there."""
+def _from_pretrained(cls: Any, source: str | Path, expected: str) -> Any:
+    """Calls ``cls.from_pretrained`` and converts its errors to DataError."""
     try:
         return cls.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            "judge", expected=what, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            "evaluate", expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model and its processor there with save_pretrained(folder).",
         ) from error  # fmt: skip

@@ -54,12 +54,12 @@ def search_page(content: Mapping[str, Any]) -> str:
 
 def headline(content: Mapping[str, Any]) -> str:
     """The question."""
-    return f"What is {content['question']}?" if content["picture"] else f"“{content['question']}”"
+    return f"What is {content['question']}?" if content["image"] else f"“{content['question']}”"
 
 
 def summary(content: Mapping[str, Any]) -> str:
     """How many were found among how many, and what is cut off."""
-    kind = "caption" if content["picture"] else "picture"
+    kind = "caption" if content["image"] else "picture"
     said = f"The {pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
     return said + (f"; {content['tied']} more are as near as the last." if content["tied"] else ".")
 

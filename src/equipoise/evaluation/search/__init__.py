@@ -1,4 +1,4 @@
-"""Cross-modal search: an index over a shared space, and the gallery of what was found."""
+"""Cross-modal search: an index over the embeddings of a dual encoder, and a gallery page of the results."""
 
 from .embedding_cache import cached_embeddings as cached_embeddings
 from .gallery_images import result_gallery as result_gallery

@@ -1,4 +1,4 @@
-"""Vectors of a data set beside the weights that made them, so that the second search starts at once."""
+"""Caches the embeddings of a data set next to the model's weights, so that later searches start at once."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ NAME = "search.safetensors"
 
 
 def cached_embeddings(
-    folder: Path, weights: Path, source: Any, make: Callable[[], dict[str, Tensor]]
+    folder: Path, weights: Path, source: Any, compute: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The vectors in the folder if they are of these weights and data, else new ones, which are put there.
+    """Returns cached embeddings if they match the weights and data; otherwise computes and caches them.
 
-    A file that is damaged, or of other weights, is made anew; a folder where nothing can be written stays as it is.
+    A damaged or outdated file is replaced; if the folder is not writable, nothing is cached.
 
     Args:
-        folder: of the run.
-        weights: file of the model.
-        source: data set, with ``items`` and ``pictures``.
-        make: what makes the vectors.
+        folder: folder of the run.
+        weights: file of the model's weights.
+        source: data set with ``items`` and ``pictures``.
+        compute: returns the embeddings by name.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-    wanted = embedding_fingerprint(weights, source)
+    fingerprint = embedding_fingerprint(weights, source)
     path = folder / NAME
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as stored:
         metadata = stored.metadata() or {}
-        if metadata.get("made_of") == wanted:
+        if metadata.get("made_of") == fingerprint:
             vectors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             if metadata.get("checksum") == checksum(vectors):
                 return vectors
-    vectors = {name: value.contiguous() for name, value in make().items()}
+    vectors = {name: value.contiguous() for name, value in compute().items()}
     with contextlib.suppress(OSError, ConfigError):
-        atomic_write(path, save(vectors, {"made_of": wanted, "checksum": checksum(vectors)}))
+        atomic_write(path, save(vectors, {"made_of": fingerprint, "checksum": checksum(vectors)}))
     return vectors
 
 
 def embedding_fingerprint(weights: Path, source: Any) -> str:
-    """Of everything that the vectors depend on."""
+    """SHA-256 of everything that the embeddings depend on: weights, images and items."""
     digest = hashlib.sha256(weights.read_bytes())
     digest.update(torch.as_tensor(source.pictures).numpy().tobytes())
     for item in source.items:

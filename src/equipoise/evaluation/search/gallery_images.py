@@ -1,4 +1,4 @@
-"""What was found, as one page that can be sent by mail."""
+"""Writes search results as a single self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from .search_index import SearchResult
 
 
 def result_gallery(
-    found: SearchResult, out: str | os.PathLike[str], *, model: str = "", notes: Sequence[str] = ()
+    result: SearchResult, out: str | os.PathLike[str], *, model: str = "", notes: Sequence[str] = ()
 ) -> Path:
-    """Writes the page; nothing in it asks for anything outside it.
+    """Writes the page, which loads nothing from outside.
 
     Args:
-        found: what ``Index.find`` or ``Index.like`` returned.
-        out: the file to write, or a folder, which gets ``gallery.html``.
-        model: what the page calls it.
-        notes: sentences that are put on top.
+        result: result of ``SearchIndex.search_by_text`` or ``SearchIndex.search_by_image``.
+        out: file to write, or a folder for ``gallery.html``.
+        model: name of the model on the page.
+        notes: sentences shown at the top.
     """
-    return search_report(result_to_dict(found, model=model, notes=notes), out)
+    return search_report(result_to_dict(result, model=model, notes=notes), out)
 
 
-def result_to_dict(found: SearchResult, *, model: str, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """What was found in JSON's types; pictures as addresses that hold them."""
+def result_to_dict(result: SearchResult, *, model: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Converts a search result to JSON types; images become data URLs."""
     return to_jsonable(
         {
             "kind": "search",
             "schema": 1,
             "model": model,
             "notes": list(notes),
-            "question": found.question,
-            "picture": None if found.picture is None else data_url(found.picture),
-            "unseen": found.unseen,
-            "entries": found.entries,
-            "tied": found.tied,
+            "question": result.question,
+            "image": None if result.image is None else data_url(result.image),
+            "unseen": result.unseen,
+            "entries": result.entries,
+            "tied": result.tied,
             "hits": [
                 {
                     **hit.entry._asdict(),
                     "rank": hit.rank,
                     "score": hit.score,
-                    "picture": None if hit.entry.picture is None else data_url(hit.entry.picture),
+                    "image": None if hit.entry.image is None else data_url(hit.entry.image),
                 }
-                for hit in found.hits
+                for hit in result.hits
             ],
         }
     )
 
 
-def data_url(picture: UInt8[Tensor, "height width 3"]) -> str:
-    """The picture as PNG inside a data address."""
+def data_url(image: UInt8[Tensor, "height width 3"]) -> str:
+    """Encodes an image as a PNG data URL."""
     file = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(file, "PNG", optimize=True)
+    Image.fromarray(image.numpy()).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: two pixels in a character, by the colors of the upper half and its ground."""
+"""Renders images in a terminal: each character shows two pixels as its foreground and background color."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 HALF = "\N{UPPER HALF BLOCK}"
 
 
-def image_to_blocks(picture: UInt8[Tensor, "height width 3"], columns: int = 16) -> Segments:
-    """The picture as colored half blocks, square, ``columns`` characters wide and half as many lines.
+def image_to_blocks(image: UInt8[Tensor, "height width 3"], columns: int = 16) -> Segments:
+    """Renders a square image as colored half blocks, ``columns`` characters wide and half as many lines high.
 
     Example:
-        >>> drawn = blocks(torch.full((4, 4, 3), 255, dtype=torch.uint8), columns=2)
+        >>> drawn = image_to_blocks(torch.full((4, 4, 3), 255, dtype=torch.uint8), columns=2)
         >>> "".join(segment.text for segment in drawn.segments)
         '▀▀\\n'
     """
     side = columns + columns % 2
-    image = Image.fromarray(picture.numpy()).resize((side, side), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(side, side, 3).tolist()
+    resized = Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(side, side, 3).tolist()
     segments: list[Segment] = []
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
-        for above, below in zip(upper, lower, strict=True):
-            style = Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below))
+        for foreground, background in zip(upper, lower, strict=True):
+            style = Style(color=Color.from_rgb(*foreground), bgcolor=Color.from_rgb(*background))
             segments.append(Segment(HALF, style))
         segments.append(Segment.line())
     return Segments(segments)

@@ -1,4 +1,4 @@
-"""A small vision-language model: encoder, connector, causal language model; and where its words look."""
+"""A small vision-language model (encoder, connector, causal language model) and metrics of its attention to images."""
 
 from .grounding import PointingResult as PointingResult
 from .grounding import attention_map as attention_map

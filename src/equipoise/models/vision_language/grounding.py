@@ -1,4 +1,4 @@
-"""Where words look: how much of a word's attention to the picture falls on what the word speaks of."""
+"""Visual grounding: the fraction of a word's attention to the image that falls on the object that the word names."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from .image_conditioned_lm import ImageConditionedLM, InputSequence
 KINDS = {"color": tuple(COLOURS), "shape": (*PLURALS, *PLURALS.values())}
 OBJECT, OTHER, GROUND, TEXT = range(4)
 NAMES = ("object", "other", "ground", "text")
-"""Labels of the keys, as ``watch`` is given them: what the word speaks of, other things, what is behind, words."""
+"""Labels of the keys passed to ``watch``: the named object, other objects, background, and text."""
 WITHOUT_GRID = ("qformer", "resampler")
 BATCH = 250
 
 
 @dataclass(frozen=True, eq=False)
 class PointingResult:
-    """Attention of words of one kind.
+    """Attention of the words of one kind (colors or shapes) to the image.
 
     Attributes:
-        mass: (layer, head) part of the attention to the picture that falls on the true patches, mean over the words.
-        choice: (layer, head) the same among the patches of things alone, over words with another thing beside theirs.
-        picture: (layer, head) part of all attention that falls on the picture.
-        chance: what attention without aim would give as ``mass``: part of the picture that the true patches are.
-        chance_choice: the same for ``choice``: their part of the patches of all things.
-        count: words.
+        mass: (layer, head) fraction of the attention to the image that falls on the true patches, mean over words.
+        choice: (layer, head) the same fraction among patches of objects only, over words whose image contains another
+            object.
+        picture: (layer, head) fraction of all attention that falls on the image.
+        chance: ``mass`` of uniform attention: the fraction of all patches that are true patches.
+        chance_choice: ``choice`` of uniform attention: the fraction of all object patches that are true patches.
+        count: number of words.
     """
 
     mass: Float[Tensor, "layer head"]
@@ -53,49 +54,48 @@ class PointingResult:
 
 
 def pointing(model: ImageConditionedLM, source: Scenes, split: str, kind: str) -> PointingResult:
-    """How well the words of a kind point, in every layer and head.
+    """Measures in every layer and head how much words of a kind attend to the object they name.
 
-    Words of questions and captions count, each where it stands; answers do not, since nothing is read from them. A word
-    whose thing is not in the picture has no true patches and is left out::
+    Words of questions and captions count, at their position in the text; answer words do not, because no later token
+    attends from them. A word whose object is not in the image has no true patches and is skipped::
 
-        mass   = sum_{j in true patches} A_wj / sum_{j in patches} A_wj,             chance = true patches / patches
-        choice = sum_{j in true patches} A_wj / sum_{j in patches of things} A_wj
+        mass   = sum_{j in true patches} A_wj / sum_{j in patches} A_wj,              chance = true patches / patches
+        choice = sum_{j in true patches} A_wj / sum_{j in patches of objects} A_wj
 
-    Attention comes from ``equipoise.recording``: exact, while the model runs as it always does.
+    The attention is exact and recorded with ``equipoise.watch`` during an ordinary forward pass.
 
     Args:
-        model: whose connector keeps the picture's patches: "linear", "mlp" or "gated".
-        source: the scenes.
+        model: model whose connector keeps the patches of the image: "linear", "mlp" or "gated".
+        source: the ``scenes`` data set.
         split: "val" or "test".
         kind: "color" or "shape".
 
     Raises:
-        ConfigError: a connector whose tokens are no patches, an unknown kind.
+        ConfigError: a connector that mixes patches, or an unknown kind.
 
-    High values say where a word looks, not that the answer comes from there: what stands in a patch's token may have
-    been moved there by the encoder. ``mass`` is above chance already where attention prefers things to the ground
-    behind them; ``choice`` is not.
+    High values do not prove that the answer depends on these patches: the encoder may have moved information between
+    patches. ``mass`` exceeds chance even if attention merely prefers objects to the background; ``choice`` does not.
     """
     if model.kind in WITHOUT_GRID:
         raise ConfigError(
-            "pointing", expected="a connector that keeps the picture's patches", got=f"'{model.kind}'",
-            fix="Its tokens are mixtures of all patches: no part of the attention belongs to one of them.",
+            "pointing", expected="a connector that keeps the image's patches", got=f"'{model.kind}'",
+            fix="Its tokens mix all patches, so attention cannot be assigned to single patches.",
         )  # fmt: skip
     if kind not in KINDS:
         raise unknown_name("pointing", "kind of words", kind, KINDS)
     shares, sizes = [], []
-    for index, place, region in labeled_words(source, split, kind):
+    for index, position, region in labeled_words(source, split, kind):
         batch = source.batch(split, index, seed=0, epoch=0, train=False)
         others = source.covered(split, index) & ~region
-        shares.append(region_attention(model, batch["image"], batch["text"], place, region, others))
+        shares.append(region_attention(model, batch["image"], batch["text"], position, region, others))
         sizes.append(torch.stack([region.sum(dim=1), others.sum(dim=1)], dim=1) / region.shape[1])
     share, size = torch.cat(shares), torch.cat(sizes)
     picture = share[..., :TEXT].sum(dim=-1)
-    beside = size[:, 1] > 0
+    has_other = size[:, 1] > 0
     mass, choice = share[..., OBJECT] / picture, share[..., OBJECT] / share[..., : OTHER + 1].sum(dim=-1)
     return PointingResult(
-        mass.mean(dim=0), choice[beside].mean(dim=0), picture.mean(dim=0), float(size[:, 0].mean()),
-        float((size[beside, 0] / size[beside].sum(dim=1)).mean()), len(size),
+        mass.mean(dim=0), choice[has_other].mean(dim=0), picture.mean(dim=0), float(size[:, 0].mean()),
+        float((size[has_other, 0] / size[has_other].sum(dim=1)).mean()), len(size),
     )  # fmt: skip
 
 
@@ -103,19 +103,19 @@ def region_attention(
     model: ImageConditionedLM,
     image: Float[Tensor, "batch channel height width"],
     text: Int[Tensor, "batch word"],
-    place: Int[Tensor, " batch"],
+    position: Int[Tensor, " batch"],
     region: Bool[Tensor, "batch patch"],
     others: Bool[Tensor, "batch patch"],
 ) -> Float[Tensor, "batch layer head label"]:
-    """What one word of each text gives to a region, to others, to the rest of the picture, and to words.
+    """Attention shares of one word of each text on a region, on other objects, on the background and on text.
 
     Args:
         model: see ``pointing``.
-        image: as the data set gives it.
-        text: ids with "<image>".
-        place: of the word, counted in ``text``.
-        region: patches, row by row.
-        others: patches of other things.
+        image: images as loaded from the data set.
+        text: token ids including "<image>".
+        position: index of the word in ``text``.
+        region: True for patches of the region, row by row.
+        others: True for patches of other objects.
     """
     device = next(model.parameters()).device
     on_patches = torch.where(region, OBJECT, torch.where(others, OTHER, GROUND)).to(device)
@@ -125,82 +125,83 @@ def region_attention(
         labels[stream.modality == 1] = on_patches.flatten()
     else:
         labels = on_patches
-    return stack_maps(_watched(model, stream, place, labels, names=NAMES))
+    return stack_maps(_record_word_attention(model, stream, position, labels, names=NAMES))
 
 
 def attention_map(
     model: ImageConditionedLM,
     image: Float[Tensor, "batch channel height width"],
     text: Int[Tensor, "batch word"],
-    place: Int[Tensor, " batch"],
+    position: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch layer head patch"]:
-    """The attention of one word of each text on every patch, as part of its attention to the picture.
+    """Attention of one word of each text on every patch, normalized to sum to 1 over the image.
 
     Args:
         model: see ``pointing``.
-        image: as the data set gives it.
-        text: ids with "<image>".
-        place: of the word, counted in ``text``.
+        image: images as loaded from the data set.
+        text: token ids including "<image>".
+        position: index of the word in ``text``.
     """
     device = next(model.parameters()).device
     stream = model.stream(model.patches(image.to(device)), text.to(device))
     labels = torch.zeros_like(stream.modality) if stream.media is None else torch.zeros(stream.media.shape[:2]).long()
-    seen = _watched(model, stream, place, labels, tokens=True)
-    maps = torch.stack([seen.tokens(site) for site in seen.layers], dim=1)
+    record = _record_word_attention(model, stream, position, labels, tokens=True)
+    maps = torch.stack([record.tokens(layer) for layer in record.layers], dim=1)
     if stream.media is None:
         maps = maps[..., (stream.modality[0] == 1).to(maps.device)]
     return maps / maps.sum(dim=-1, keepdim=True)
 
 
-def _watched(
-    model: ImageConditionedLM, stream: InputSequence, place: Tensor, labels: Tensor, **options: Any
+def _record_word_attention(
+    model: ImageConditionedLM, stream: InputSequence, position: Tensor, labels: Tensor, **options: Any
 ) -> AttentionRecord:
-    """What the word at a place of each text looks at."""
-    pictured = int((stream.modality[0] == 1).sum())
-    # The picture stands where one word stood.
-    at = place + pictured - 1 if pictured else place
+    """Records the attention of the word at ``position`` of each text."""
+    num_image_tokens = int((stream.modality[0] == 1).sum())
+    # The image's tokens replace the single token "<image>" in front of the word.
+    column = position + num_image_tokens - 1 if num_image_tokens else position
     queries = torch.zeros(stream.labels.shape, dtype=torch.bool)
-    queries[torch.arange(len(place)), at] = True
+    queries[torch.arange(len(position)), column] = True
     part = model.language if stream.media is None else model.gates
     with watch(part, modality=labels, queries=queries, **options) as seen:
         model.logits(stream)
     return seen
 
 
-def stack_maps(seen: AttentionRecord) -> Float[Tensor, "sample layer head label"]:
-    """The shares of all sites, in calling order."""
-    return torch.stack([seen.share(site) for site in seen.layers], dim=1)
+def stack_maps(record: AttentionRecord) -> Float[Tensor, "sample layer head label"]:
+    """Stacks the shares of all layers, in calling order."""
+    return torch.stack([record.share(layer) for layer in record.layers], dim=1)
 
 
 def labeled_words(
     source: Scenes, split: str, kind: str
 ) -> Iterator[tuple[Int[Tensor, " word"], Int[Tensor, " word"], Bool[Tensor, "word patch"]]]:
-    """(sample, place in its text, true patches) of all words of a kind that speak of something in the picture."""
-    held = source.split(split).inputs
+    """Yields (sample, position in its text, true patches) of all words of a kind that name an object in the image."""
+    inputs = source.split(split).inputs
     ids = torch.tensor([source.lexicon.index(word) for word in KINDS[kind]])
     captions = torch.tensor([name == "caption" for name in source.kinds(split)])
     regions = source.regions(split, torch.arange(len(captions)))
-    read = (held["labels"] == IGNORED) | captions[:, None]
-    samples, places = (torch.isin(held["text"], ids) & regions.any(dim=2) & read).nonzero(as_tuple=True)
-    for index, place in zip(samples.split(BATCH), places.split(BATCH), strict=True):
-        yield index, place, regions[index, place]
+    is_input = (inputs["labels"] == IGNORED) | captions[:, None]
+    samples, positions = (torch.isin(inputs["text"], ids) & regions.any(dim=2) & is_input).nonzero(as_tuple=True)
+    for index, position in zip(samples.split(BATCH), positions.split(BATCH), strict=True):
+        yield index, position, regions[index, position]
 
 
 def pointing_metrics(model: ImageConditionedLM, source: Scenes) -> dict[str, float]:
-    """Pointing on the test split, as ``results.json`` holds it; nothing for connectors without patches.
+    """Pointing metrics on the test split under their names in ``results.json``; {} for connectors that mix patches.
 
-    ``pointing/<kind>`` and ``pointing_choice/<kind>`` are those of the layer and head with the largest mass on the
-    validation split, with ``chance/<kind>`` and ``chance_choice/<kind>`` beside them; ``pointing_mean/<kind>`` is the
-    mass of all layers and heads, ``share_picture/<kind>`` what that head gives to the picture.
+    ``pointing/<kind>`` and ``pointing_choice/<kind>`` belong to the layer and head with the largest mass on the
+    validation split; ``chance/<kind>`` and ``chance_choice/<kind>`` are the values of uniform attention.
+    ``pointing_mean/<kind>`` is the mean mass of all layers and heads, and ``share_picture/<kind>`` the fraction of all
+    attention that the selected head gives to the image.
     """
     metrics: dict[str, float] = {}
     for kind in KINDS if model.kind not in WITHOUT_GRID else ():
         best = pointing(model, source, "val", kind).best
-        found = pointing(model, source, "test", kind)
+        result = pointing(model, source, "test", kind)
         metrics |= {
-            f"pointing/{kind}": float(found.mass[best]), f"chance/{kind}": found.chance,
-            f"pointing_mean/{kind}": float(found.mass.mean()),
-            f"pointing_choice/{kind}": float(found.choice[best]), f"chance_choice/{kind}": found.chance_choice,
-            f"share_picture/{kind}": float(found.picture[best]),
+            f"pointing/{kind}": float(result.mass[best]), f"chance/{kind}": result.chance,
+            f"pointing_mean/{kind}": float(result.mass.mean()),
+            f"pointing_choice/{kind}": float(result.choice[best]), f"chance_choice/{kind}": result.chance_choice,
+            f"share_picture/{kind}": float(result.picture[best]),
         }  # fmt: skip
     return metrics

@@ -1,4 +1,4 @@
-"""A picture encoder, a connector and a small causal language model: pictures and words in, words out."""
+"""An image encoder, a connector and a small causal language model that generates text about images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from .llama_blocks import cross_attending_blocks, small_llama
 
 @dataclass(frozen=True, eq=False)
 class InputSequence:
-    """What the language model reads.
+    """Inputs of the language model.
 
     Attributes:
         embeddings: (batch, token, dim).
-        labels: (batch, token) what is to be predicted, -100 = nothing.
-        modality: (batch, token) 0 = text, 1 = picture, -1 = padding.
-        media, media_at: for gates: (batch, patch, width), and where the text names them; None without gates.
+        labels: (batch, token) targets, -100 = ignored.
+        modality: (batch, token) 0 = text, 1 = image, -1 = padding.
+        media: (batch, patch, width) keys of the gated cross-attention; None without gates.
+        media_at: (batch, token) True at "<image>"; None without gates.
     """
 
     embeddings: Float[Tensor, "batch token dim"]
@@ -38,10 +39,10 @@ class InputSequence:
 
 
 class ImageConditionedLM(nn.Module):
-    """Reads pictures and words, and writes words.
+    """A causal language model conditioned on an image.
 
-    The picture's patches, without the encoder's class token, go through the connector and stand in the text where it
-    has ``<image>`` (LLaVA), or are read by gated cross-attention in front of every block (Flamingo).
+    The image's patches, without the encoder's class token, pass through the connector and replace ``<image>`` in the
+    text (LLaVA), or gated cross-attention in front of every block attends to them (Flamingo).
 
     Arguments and errors are those of ``VisionLanguageModel``, which adds the losses.
     """
@@ -61,20 +62,20 @@ class ImageConditionedLM(nn.Module):
         self.gates = nn.ModuleList(GatedCrossAttention(dim, width, heads=heads) for _ in range(gates))
 
     def patches(self, image: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch patch width"]:
-        """The picture's tokens, without the class token."""
-        tokens = as_tokens(self.encoder(image), "language image")
+        """Encodes images; returns the tokens without the class token."""
+        tokens = as_tokens(self.encoder(image), "VisionLanguageModel image")
         return tokens.values[:, 1:] if tokens.cls else tokens.values
 
     def stream(
         self, patches: Float[Tensor, "batch patch width"], text: Int[Tensor, "batch word"],
         labels: Int[Tensor, "batch word"] | None = None,
     ) -> InputSequence:  # fmt: skip
-        """Words and picture in one sequence, or words beside what they read.
+        """Builds the input of the language model from patches and token ids.
 
         Args:
-            patches: as the method of that name gives them.
-            text: (batch, word) ids with one "<image>" each.
-            labels: (batch, word) aligned with the text; by default nothing is predicted.
+            patches: output of ``patches``.
+            text: (batch, word) token ids with exactly one "<image>" each.
+            labels: (batch, word) targets aligned with ``text``; all ignored by default.
         """
         self._check(patches, text)
         labels = torch.full_like(text, IGNORED) if labels is None else labels
@@ -88,18 +89,18 @@ class ImageConditionedLM(nn.Module):
         return InputSequence(joined.embeddings, joined.labels, joined.modality)
 
     def logits(self, stream: InputSequence) -> Float[Tensor, "batch token word"]:
-        """What comes next, at every token. Padding follows the words, so that causality alone keeps it unread."""
-        reads = nullcontext()
+        """Next-token logits at every token. No padding mask is needed: padding is at the end and attention causal."""
+        gated = nullcontext()
         if stream.media is not None and stream.media_at is not None:
-            reads = cross_attending_blocks(self.language.model.layers, list(self.gates), stream.media, stream.media_at)  # type: ignore[arg-type]
-        with reads:
+            gated = cross_attending_blocks(self.language.model.layers, list(self.gates), stream.media, stream.media_at)  # type: ignore[arg-type]
+        with gated:
             return self.language(inputs_embeds=stream.embeddings).logits
 
     def answer(self, batch: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-        """The word that the model says behind each question.
+        """Predicts the one-word answer to each question.
 
         Args:
-            batch: "image", "text" and, where the text goes on behind the question, "labels".
+            batch: "image", "text" and, if the text continues after the question, "labels".
         """
         text, patches = select_samples(batch, "text"), self.patches(select_samples(batch, "image"))
         labels = batch.get("labels")
@@ -108,60 +109,60 @@ class ImageConditionedLM(nn.Module):
             last = (text != self.ids["<pad>"]).sum(dim=1) - 1
         else:
             last = (labels != IGNORED).int().argmax(dim=1) - 1
-        # The picture may stand for several tokens: the question's last word is found again by a label of its own.
+        # Splicing shifts positions: mark the question's last word with a label to find it again afterward.
         marked = torch.full_like(text, IGNORED).scatter(1, last[:, None], 0)
         stream = self.stream(patches, text, marked)
-        place = (stream.labels != IGNORED).int().argmax(dim=1)
-        return self.logits(stream)[torch.arange(len(text)), place].argmax(dim=-1)
+        position = (stream.labels != IGNORED).int().argmax(dim=1)
+        return self.logits(stream)[torch.arange(len(text)), position].argmax(dim=-1)
 
     def caption(self, batch: Mapping[str, Tensor], *, longest: int = 12) -> Int[Tensor, "batch word"]:
-        """What the model says about each picture, word by word, always the likeliest; padding behind the end."""
+        """Generates a caption for each image by greedy decoding; padded after "<end>"."""
         patches = self.patches(select_samples(batch, "image"))
         prompt = torch.tensor([self.ids["<image>"], self.ids["describe"]], device=patches.device)
         text = prompt.expand(len(patches), -1)
-        over = torch.zeros(len(patches), dtype=torch.bool, device=patches.device)
+        finished = torch.zeros(len(patches), dtype=torch.bool, device=patches.device)
         for _ in range(longest):
-            likely = self.logits(self.stream(patches, text))[:, -1]
-            # A second picture there is none to stand for.
-            likely[:, self.ids["<image>"]] = -torch.inf
-            word = likely.argmax(dim=-1).masked_fill(over, self.ids["<pad>"])
-            text, over = torch.cat([text, word[:, None]], dim=1), over | (word == self.ids["<end>"])
-            if bool(over.all()):
+            logits = self.logits(self.stream(patches, text))[:, -1]
+            # Every text has exactly one image: never generate a second "<image>".
+            logits[:, self.ids["<image>"]] = -torch.inf
+            word = logits.argmax(dim=-1).masked_fill(finished, self.ids["<pad>"])
+            text, finished = torch.cat([text, word[:, None]], dim=1), finished | (word == self.ids["<end>"])
+            if bool(finished.all()):
                 break
         return text[:, 2:]
 
     def _check(self, patches: Tensor, text: Tensor) -> None:
         if text.ndim != 2 or len(text) != len(patches):
             raise ShapeError(
-                "language text", expected=f"ids (batch, word), batch = {len(patches)}", got=f"shape {tuple(text.shape)}"
-            )
+                "VisionLanguageModel text", expected=f"ids (batch, word), batch = {len(patches)}",
+                got=f"shape {tuple(text.shape)}",
+            )  # fmt: skip
         if text.shape[1] > self.context:
             raise self._too_long(text.shape[1])
         if not bool(((text == self.ids["<image>"]).sum(dim=1) == 1).all()):
             raise ShapeError(
-                "language text", expected="one <image> in every text",
+                "VisionLanguageModel text", expected="one <image> in every text",
                 got=f"{(text == self.ids['<image>']).sum(dim=1).tolist()}",
-                fix="Put <image> where the picture stands; a text without picture has to be taken out of the batch.",
+                fix="Put <image> at the position of the image; remove texts without an image from the batch.",
             )  # fmt: skip
-
         if not bool(((text != self.ids["<pad>"]).sum(dim=1) > 1).all()):
             raise ShapeError(
-                "language text", expected="at least one word beside <image>",
+                "VisionLanguageModel text", expected="at least one word besides <image>",
                 got=f"texts of {(text != self.ids['<pad>']).sum(dim=1).tolist()} ids",
             )  # fmt: skip
 
     def _too_long(self, length: int) -> ShapeError:
         return ShapeError(
-            "language text", expected=f"at most context = {self.context} tokens, those of the picture included",
+            "VisionLanguageModel text", expected=f"at most context = {self.context} tokens, including the image's",
             got=f"{length}", fix="Shorten the text, or build the model with a longer context.",
         )  # fmt: skip
 
 
 def select_samples(batch: Mapping[str, Tensor], name: str) -> Tensor:
-    """What a batch has under a name.
+    """Returns an entry of a batch.
 
     Raises:
-        ConfigError: nothing.
+        ConfigError: the batch has no such entry.
     """
     if batch.get(name) is None:
         raise ConfigError("VisionLanguageModel", expected=f"'{name}' in the batch", got=f"{sorted(batch)}")

@@ -1,4 +1,4 @@
-"""A small causal language model of transformers, and media that its blocks read on the way."""
+"""A small Llama from transformers, and hooks that add gated cross-attention to its blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...optional_packages import require_extra
 
 
 def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -> Any:
-    """A Llama of transformers with random weights, whose attention is ``F.scaled_dot_product_attention``.
+    """Builds a randomly initialized ``LlamaForCausalLM`` that uses ``F.scaled_dot_product_attention``.
 
     Args:
-        words: of the vocabulary.
-        dim: width.
-        depth: blocks.
-        heads: of the attention, each dim / heads wide.
-        context: the most tokens that it reads.
+        words: vocabulary size.
+        dim: model width.
+        depth: number of blocks.
+        heads: number of attention heads, each dim / heads wide.
+        context: maximum number of tokens.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -47,13 +47,13 @@ def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -
 def cross_attending_blocks(
     blocks: Sequence[nn.Module], gates: Sequence[GatedCrossAttention], media: Tensor, media_at: Tensor
 ) -> Iterator[None]:
-    """While the block runs, each gate reads the media in front of its block of the language model.
+    """Context manager: runs each gated cross-attention layer before its block of the language model.
 
     Args:
-        blocks: of the language model.
-        gates: as many.
-        media: (batch, patch, width), one medium for each text.
-        media_at: (batch, word) True where the medium stands in the text.
+        blocks: blocks of the language model.
+        gates: one gated cross-attention layer per block.
+        media: (batch, patch, width), one medium per text.
+        media_at: (batch, word) True at the medium's position in the text.
     """
     with ExitStack() as stack:
         for block, gate in zip(blocks, gates, strict=True):

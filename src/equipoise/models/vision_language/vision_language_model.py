@@ -1,4 +1,4 @@
-"""The reader of pictures as what a recipe trains: its losses, and its judgment."""
+"""VisionLanguageModel: a trainable vision-language model with its losses and evaluation."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from .vlm_evaluation import evaluate_vlm
 
 
 class VisionLanguageModel(ImageConditionedLM, SelfContainedModel):
-    """A small vision-language model: it answers questions about pictures and describes them.
+    """A small vision-language model that answers questions about images and describes them.
 
-    The picture's patches, without the encoder's class token, go through the connector and stand in the text where it
-    has ``<image>`` (LLaVA), or are read by gated cross-attention in front of every block (Flamingo). The loss is the
-    next-token cross entropy of answers, plus that of captions; words of a question are read and not predicted.
+    The image's patches, without the encoder's class token, pass through the connector and replace ``<image>`` in the
+    text (LLaVA), or gated cross-attention in front of every block attends to them (Flamingo). The loss is the
+    next-token cross entropy of answers plus that of captions; words of questions are inputs only.
 
     Args:
-        encoder: pictures -> Tokens.
-        words: the vocabulary; it holds "<image>", "<end>" and "<pad>".
+        encoder: image encoder that returns Tokens.
+        words: vocabulary; contains "<image>", "<end>" and "<pad>".
         connector: ``"linear"``, ``"mlp"``, ``"qformer"``, ``"resampler"`` or ``"gated"``.
         dim: width of the language model.
-        depth: its blocks.
-        heads: its attention heads.
-        latents: tokens that a Q-Former or a resampler makes of a picture.
-        context: the most tokens that it reads, those of the picture included.
+        depth: number of its blocks.
+        heads: number of its attention heads.
+        latents: number of tokens per image of a Q-Former or a resampler.
+        context: maximum number of tokens, including those of the image.
 
     Raises:
-        ConfigError: options out of range, an unknown connector, transformers that is not installed, a batch without
-            picture or without text. ShapeError: pictures of another size, a text longer than the context, a text
-            without its picture.
+        ConfigError: options out of range, an unknown connector, transformers is not installed, or a batch without
+            image or text. ShapeError: images of another size, a text longer than the context, or a text without
+            ``<image>``.
 
-    Reference: LLaVA (NeurIPS 2023), BLIP-2 (ICML 2023), Flamingo (NeurIPS 2022); spec 7.4 to 7.7.
-    Differs from the papers in: everything is small and trained from scratch, all parts at once.
+    Reference: LLaVA (NeurIPS 2023), BLIP-2 (ICML 2023), Flamingo (NeurIPS 2022).
+    Differs from the papers in: the model is small, and all parts are trained jointly from scratch.
     """
 
     name = "vision_language_model"
@@ -50,7 +50,7 @@ class VisionLanguageModel(ImageConditionedLM, SelfContainedModel):
         words = getattr(source, "lexicon", None)
         if words is None or "image" not in source.names:
             raise ConfigError(
-                "model 'vision_language_model'", expected="a data set of pictures and texts", got=type(source).__name__,
+                "model 'vision_language_model'", expected="a data set of images and texts", got=type(source).__name__,
                 fix="Use data: {name: scenes}.",
             )  # fmt: skip
         if set(encoders) != {"image"}:
@@ -62,10 +62,10 @@ class VisionLanguageModel(ImageConditionedLM, SelfContainedModel):
             self.patches(select_samples(batch, "image")), select_samples(batch, "text"), select_samples(batch, "labels")
         )
         logits, captions = self.logits(stream), select_samples(batch, "target") == IGNORED
-        # Apart, since the many words of captions would drown the single ones of answers.
+        # Keep the two losses separate: captions have many more tokens than answers and would dominate.
         answers = stream.labels.masked_fill(captions[:, None], IGNORED)
-        described = stream.labels.masked_fill(~captions[:, None], IGNORED)
-        return {"answer": captioning_loss(logits, answers), "caption": captioning_loss(logits, described)}
+        descriptions = stream.labels.masked_fill(~captions[:, None], IGNORED)
+        return {"answer": captioning_loss(logits, answers), "caption": captioning_loss(logits, descriptions)}
 
     def evaluate(self, source: Any) -> dict[str, Any]:
         row = evaluate_vlm(self, source)

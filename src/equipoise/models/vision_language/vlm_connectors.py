@@ -1,4 +1,4 @@
-"""Ways from a picture's tokens into a language model, by the names that recipes have for them."""
+"""Connectors between an image encoder and a language model, by their names in recipes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ KINDS = {"linear": "linear", "mlp": "mlp2x_gelu"}
 
 
 def build_connector(kind: str, width: int, dim: int, *, latents: int, heads: int) -> nn.Module:
-    """From patches (batch, patch, width) to what stands among the words, (batch, token, dim).
+    """Builds a module that maps patches (batch, patch, width) to tokens of the language model (batch, token, dim).
 
-    ``"linear"`` and ``"mlp"`` keep every patch; ``"qformer"`` and ``"resampler"`` make ``latents`` tokens of them; for
-    ``"gated"``, where words read patches inside the language model, it does nothing.
+    ``"linear"`` and ``"mlp"`` keep every patch; ``"qformer"`` and ``"resampler"`` reduce them to ``latents`` tokens;
+    ``"gated"`` is the identity, since the gated layers inside the language model attend to the patches.
 
     Args:
         kind: one of ``CONNECTORS``.
-        width: of the patches.
-        dim: of the language model.
-        latents: tokens of a Q-Former or a resampler.
-        heads: of their attention.
+        width: width of the patches.
+        dim: width of the language model.
+        latents: number of tokens of a Q-Former or a resampler.
+        heads: number of their attention heads.
 
     Raises:
         ConfigError: an unknown kind.
 
     Example:
         >>> import torch
-        >>> connector("resampler", 6, 8, latents=3, heads=2)(torch.zeros(2, 5, 6)).shape
+        >>> build_connector("resampler", 6, 8, latents=3, heads=2)(torch.zeros(2, 5, 6)).shape
         torch.Size([2, 3, 8])
     """
     if kind not in CONNECTORS:
@@ -47,10 +47,10 @@ def build_connector(kind: str, width: int, dim: int, *, latents: int, heads: int
 
 
 class Queries(nn.Module):
-    """What the queries of a Q-Former found, and a layer that brings it among the words.
+    """The output queries of a Q-Former, projected to the language model's embeddings.
 
     Args:
-        qformer: without text.
+        qformer: Q-Former without text.
     """
 
     def __init__(self, qformer: QFormer) -> None:
@@ -62,11 +62,11 @@ class Queries(nn.Module):
 
 
 class Latents(nn.Module):
-    """What the latents of a resampler found in a picture, which is a video of one frame.
+    """The latents of a resampler applied to an image as a video of one frame.
 
     Args:
-        width: of the patches.
-        resampler: of the language model's width.
+        width: width of the patches.
+        resampler: resampler of the language model's width.
     """
 
     def __init__(self, width: int, resampler: Resampler) -> None:
