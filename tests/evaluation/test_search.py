@@ -142,7 +142,7 @@ def test_folders_without_pictures(model, emoji, tmp_path):
     with pytest.raises(DataError, match=r"search: expected images \(.bmp, .*\), got none in '.*'\.$"):
         index_folder(model, emoji, tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 troubles: image '.*broken.png': expected"):
+    with pytest.raises(DataError, match=r"got none in '.*'; the first of 1 errors: image '.*broken.png': expected"):
         index_folder(model, emoji, tmp_path)
 
 

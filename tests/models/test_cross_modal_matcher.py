@@ -1,4 +1,4 @@
-"""Correspondence: losses by loops, what is trained and what is not, missing items, the figures, recipes."""
+"""CrossModalMatcher: losses by loops, what is trained and what is not, missing items, the figures, recipes."""
 
 import importlib.util
 import math
@@ -201,7 +201,7 @@ def test_what_is_missing_has_no_part(mixing, sinkhorn):
     assert not found.present["text"][0, 2]
     assert number(found.maps["audio", "text"][0, :, 2].abs().sum()) == 0
     assert number(found.maps["text", "audio"][0, 2].abs().sum()) == 0
-    assert model.whole(found).tolist() == [False, True, True, False, True, True, True]
+    assert model.complete(found).tolist() == [False, True, True, False, True, True, True]
     losses = model.losses(batch)
     sum(losses.values()).backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
@@ -211,7 +211,7 @@ def test_what_is_missing_has_no_part(mixing, sinkhorn):
     for name, loss in model.losses(other).items():
         torch.testing.assert_close(loss, losses[name], **EXACT)
     # The term sees the other scenes alone.
-    rest = {name: values[model.whole(found)] for name, values in batch.items()}
+    rest = {name: values[model.complete(found)] for name, values in batch.items()}
     torch.testing.assert_close(model.losses(rest)["consistency"], losses["consistency"], rtol=1e-6, atol=1e-9)
 
 
@@ -226,7 +226,9 @@ def test_a_batch_without_a_modality(mixing):
     one = model.losses({"text": batch["text"], "target": batch["target"]})
     assert number(one["matching"]) == 0
     sum(one.values()).backward()
-    with pytest.raises(ShapeError, match=r"expected modalities with the same scenes, one at least, got \{\}"):
+    with pytest.raises(
+        ShapeError, match=r"expected at least one modality, all with the same number of scenes, got \{\}"
+    ):
         model({"target": batch["target"]})
 
 
@@ -241,14 +243,14 @@ def test_one_item_has_nothing_to_find():
 def test_bad_batches_are_told():
     model, batch = made(), scenes()
     batch["image"][3, 1, 0] = math.nan
-    with pytest.raises(NonFiniteError, match="Correspondence 'image': expected finite inputs, got NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="CrossModalMatcher 'image': expected finite inputs, got NaN or infinity"):
         model.losses(batch)
     batch = scenes()
     with pytest.raises(ShapeError, match=r"'audio': expected \(batch, item, \.\.\.\), got shape \(7, 13\)"):
         model({**batch, "audio": batch["audio"][:, 0]})
-    with pytest.raises(ShapeError, match=r"same scenes, one at least, got {'audio': 2, 'image': 7, 'text': 7}"):
+    with pytest.raises(ShapeError, match=r"same number of scenes, got {'audio': 2, 'image': 7, 'text': 7}"):
         model({**batch, "audio": batch["audio"][:2]})
-    with pytest.raises(ShapeError, match=r"target: expected class numbers \(batch, modality, item\) = \(7, 3, 5\)"):
+    with pytest.raises(ShapeError, match=r"target: expected class indices \(batch, modality, item\) = \(7, 3, 5\)"):
         model.losses({**batch, "target": batch["target"][:, 0]})
     with pytest.raises(ShapeError, match=r"encoder 'audio': expected tokens of width dim = 4, got 6"):
         made(dim=4)(batch)
@@ -266,7 +268,7 @@ def test_bad_batches_are_told():
         ({"pairs": [["audio", "audio"]]}, r"expected two modalities as a pair"),
         ({"pairs": [["audio", "imag"]]}, r"expected a known modality, got 'imag'\. Did you mean 'image'"),
         ({"pairs": [["audio", "image"], ["image", "audio"]]}, r"expected each pair once"),
-        ({"pairs": THREE}, r"transfer: expected the pair to judge, where all are trained, got None\. Write transfer"),
+        ({"pairs": THREE}, r"transfer: expected the pair to evaluate, since all are trained, got None\. Set transfer"),
         ({"transfer": ["audio", "smell"]}, r"expected a known modality, got 'smell'"),
         ({"consistency": -1.0}, r"expected a finite consistency >= 0, temperature > 0, .*, got consistency = -1\.0"),
         ({"consistency": math.nan}, r"got consistency = nan"),
@@ -291,9 +293,7 @@ def test_two_modalities_have_nothing_to_transfer():
 
 def test_data_of_single_items_are_refused():
     source = SimpleNamespace(task="classification", num_outputs=10)
-    with pytest.raises(
-        ConfigError, match=r"expected data of scenes, .* for classification\. Take data: {name: triples"
-    ):
+    with pytest.raises(ConfigError, match=r"expected data of scenes .* for classification\. Use data: {name: triples"):
         CrossModalMatcher.for_data(source, {}, pairs=TWO)
     source.task = "correspondence"
     encoders = {name: nn.Linear(size, DIM) for name, size in INPUTS.items()}
@@ -363,7 +363,7 @@ def test_equal_entries_of_a_map_count_as_chance():
 def test_without_a_whole_scene_there_is_no_figure():
     known = certain(scenes()["target"])
     with pytest.raises(DataError, match="evaluate: expected a scene without missing items, got none"):
-        evaluate_matching([known._replace(whole=~known.whole)], NAMES, [("audio", "image")], ("audio", "text"))
+        evaluate_matching([known._replace(complete=~known.complete)], NAMES, [("audio", "image")], ("audio", "text"))
 
 
 class Patterns:
@@ -410,7 +410,7 @@ class Wide(nn.Sequential):
 def test_judging_leaves_the_model_as_it_was():
     model = made(dtype=torch.float32)
     model.encoders["text"].eval()
-    model.judged(Patterns(), "val")
+    model.evaluate_split(Patterns(), "val")
     assert model.training
     assert not model.encoders["text"].training
     assert all(p.grad is None for p in model.parameters())

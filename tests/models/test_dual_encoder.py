@@ -180,17 +180,17 @@ def nan():
         (lambda: space(scale=-1.0), ConfigError, "DualEncoder loss 'info_nce', InfoNCE: expected 0 < scale"),
         (
             lambda: DualEncoder({"image": nn.Flatten(), "text": nn.Flatten()}), ConfigError,
-            "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without. Set",
+            "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without dim. Set",
         ),
         (
             lambda: space().losses({"text": TEXT, "target": torch.arange(5)}), ConfigError,
-            r"DualEncoder losses: expected two or more .*, got 'text' without 'image'\. A batch may lack",
+            r"DualEncoder losses: expected two or more .*, got 'text' without 'image'\. A batch needs at least",
         ),
         (lambda: space().embed({"sound": TEXT}), ConfigError, "expected one or more of image, text, got sound"),
         (lambda: space().embed({}), ConfigError, "got nothing"),
         (
             lambda: space().embed({**inputs(), "text": TEXT[:4]}), ShapeError,
-            "DualEncoder 'text': expected as many samples as 'image' has = 5, got 4. Each needs a partner",
+            "DualEncoder 'text': expected as many samples as 'image' has = 5, got 4. Omit a modality from",
         ),
         (lambda: space().embed(nan()), NonFiniteError, "'image': expected finite inputs, got NaN"),
         (lambda: space().embed({"image": torch.zeros(2, 1, 4, 4)}), ShapeError, r"got shape \(2, 1, 4, 4\)"),
@@ -320,13 +320,13 @@ def test_it_is_a_model_of_recipes():
         DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dims=7)
     scenes = Source({name: values[:, None] for name, values in inputs().items()}, torch.zeros(5, 2, 1).long())
     with pytest.raises(
-        ConfigError, match=r"expected data of one thing in a sample.*got Source for retrieval.*items: 1"
+        ConfigError, match=r"expected data with one item per sample.*got Source for retrieval.*items: 1"
     ):
         DualEncoder.for_data(scenes, encoders("image", "text"))
 
 
 def test_texts_with_their_answers_are_no_space():
-    with pytest.raises(ConfigError, match=r"expected data of one thing in a sample.*got Scenes for language"):
+    with pytest.raises(ConfigError, match=r"expected data with one item per sample.*got Scenes for language"):
         DualEncoder.for_data(Scenes(samples=128), encoders("image", "text"))
 
 

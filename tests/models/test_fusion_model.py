@@ -320,17 +320,17 @@ def test_errors_of_width_and_target():
 @pytest.mark.parametrize(
     ("logits", "wanted", "message"),
     [
-        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH, 1).long(), r"target of class numbers .* a target \(5, 1\)"),
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH, 1).long(), r"target of class indices .* a target \(5, 1\)"),
         (torch.zeros(BATCH, OUTPUTS), torch.zeros(3).long(), r"got logits \(5, 3\) and a target \(3,\)"),
         (torch.zeros(OUTPUTS), torch.tensor(1), r"expected logits \(batch, output\) .* got logits \(3,\)"),
-        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH), r"torch\.float32\. Out of one-hot rows, target\.argmax"),
+        (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH), r"torch\.float32\. Convert one-hot rows with target\.argmax"),
         (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH).bool(), r"of torch\.bool"),
         (
             torch.zeros(2, OUTPUTS),
             torch.tensor([1, 3]),
-            r"class numbers from 0 to num_outputs - 1 = 2, got .* 1 to 3\.",
+            r"class indices from 0 to num_outputs - 1 = 2, got .* 1 to 3\.",
         ),
-        (torch.zeros(2, OUTPUTS), torch.tensor([-1, 0]), r"got numbers from -1 to 0\. Count classes from 0"),
+        (torch.zeros(2, OUTPUTS), torch.tensor([-1, 0]), r"got indices from -1 to 0\. Number classes from 0"),
     ],
 )
 def test_errors_of_class_numbers(logits, wanted, message):
@@ -350,7 +350,7 @@ def test_errors_of_a_batch_that_is_no_dict_and_of_masks():
     model, inputs = made(), batch()
     with pytest.raises(ShapeError, match=r"expected a batch as a dict: .*, got Tensor\. Call model\(\{'audio': "):
         model(inputs["audio"])
-    with pytest.raises(ShapeError, match=r"FusionModel mask: expected a dict.*, got Tensor\. Give batch\['mask'\] = "):
+    with pytest.raises(ShapeError, match=r"FusionModel mask: expected a dict.*, got Tensor\. Set batch\['mask'\] = "):
         model(inputs | {"mask": torch.ones(BATCH, dtype=torch.bool)})
     with pytest.raises(
         ConfigError, match=r"FusionModel mask: expected a known modality, got 'imag'\. Did you mean 'im"

@@ -130,7 +130,7 @@ def test_recipes_that_cannot_be_meant(changes, error, tmp_path):
     [
         ({"model": {"name": "dual_encodr"}}, "Did you mean 'dual_encoder'"),
         ({"model": {"name": "dual_encoder", "dimm": 3}}, "variant 'softmax'.*'dimm'.*Did you mean 'dim'"),
-        ({"data": {"name": "generated", "task": "multilabel"}}, "expected data of one thing in a sample"),
+        ({"data": {"name": "generated", "task": "multilabel"}}, "expected data with one item per sample"),
         ({"encoders": {"audio": {"name": "SequenceEncoder", "dim": 8}}}, "expected two or more modalities"),
     ],
 )

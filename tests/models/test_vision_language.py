@@ -247,7 +247,9 @@ def test_errors():
         model.answer({"image": part["image"], "text": without})
     empty = part["text"].clone()
     empty[1, 1:] = IDS["<pad>"]
-    with pytest.raises(ShapeError, match=r"text: expected at least one word besides <image>, got texts of \[10, 1, 7\]"):
+    with pytest.raises(
+        ShapeError, match=r"text: expected at least one word besides <image>, got texts of \[10, 1, 7\]"
+    ):
         model.answer({"image": part["image"], "text": empty})
     with pytest.raises(
         ShapeError, match=r"VisionLanguageModel text: expected ids \(batch, word\), batch = 2, got shape \(3, 14\)"

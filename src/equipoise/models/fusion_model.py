@@ -18,26 +18,26 @@ from ..tokens.token_batch import Output, Tokens, as_tokens
 
 Task = Literal["classification", "multilabel", "regression"]
 Unimodal = Literal["probe", "train", "ensemble", "none"]
-MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = takes part"
+MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = present"
 UNIMODAL = ("probe", "train", "ensemble", "none")
 
 
 class FusionModel(nn.Module):
-    """Encoders turn each modality into tokens, a fusion joins them, a head scores the result.
+    """A multimodal model: an encoder per modality, a fusion of their tokens, and a linear head.
 
     Args:
-        encoders: name -> any module whose output is ``Tokens``, (batch, token, dim), (batch, dim) or has
+        encoders: name -> module that returns ``Tokens``, (batch, token, dim), (batch, dim) or an object with
             ``last_hidden_state``. The order of the names is the order of the modalities.
-        fusion: how they are joined.
-        num_outputs: classes, labels or regression targets.
+        fusion: the fusion module.
+        num_outputs: number of classes, labels or regression targets.
         task: ``"classification"`` (cross entropy), ``"multilabel"`` (binary cross entropy), ``"regression"`` (squared
             error).
-        unimodal: heads that score each modality alone on its pooled vector: ``"probe"`` reads a detached vector, so it
-            watches without teaching; ``"train"`` lets its loss reach the encoders; ``"ensemble"`` does so too and adds
-            their logits to the fused ones, so that the fusion learns what they leave open; ``"none"`` leaves them out.
+        unimodal: linear heads on the pooled vector of each modality: ``"probe"`` detaches their inputs, so that they
+            only measure; ``"train"`` lets their losses reach the encoders; ``"ensemble"`` also adds their logits, with
+            stopped gradient, to the fused logits, so that the fusion learns the residual; ``"none"`` has no heads.
 
     Raises:
-        ConfigError: no encoder, a fusion that is none, an unknown task.
+        ConfigError: no encoder, ``fusion`` is not a Fusion, an unknown task.
         ShapeError: in ``forward``, a modality absent from the batch or an encoder of the wrong width.
 
     Example:
@@ -75,7 +75,7 @@ class FusionModel(nn.Module):
         if bad:
             raise ConfigError(
                 "FusionModel",
-                expected="modality names without dots that mean nothing else",
+                expected="modality names without dots that are not reserved",
                 got=repr(bad[0]),
                 fix="Rename the modality; 'mask' is the batch's entry for missing tokens.",
             )
@@ -84,25 +84,25 @@ class FusionModel(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.fusion = fusion.build(self.names)
         self.head = fusion.head(num_outputs)
-        wanted = () if unimodal == "none" else self.names
-        self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in wanted})
+        heads = () if unimodal == "none" else self.names
+        self.unimodal_heads = nn.ModuleDict({name: nn.Linear(fusion.dim, num_outputs) for name in heads})
         self.preparations: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
         self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
         self.results: list[Callable[[Output], Output]] = []
         self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
 
     def forward(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> Output:
-        """Scores a batch.
+        """Computes the output for a batch.
 
         Args:
-            batch: name -> input of that modality's encoder, or None where the whole batch lacks it; other keys are not
-                read, but for ``"mask"``: name -> (batch,) True where a sample has the modality, or (batch, token) True
-                for real tokens; and ``"target"``, by balancers that change tokens in training. Masks are boolean, or
-                numbers that are all 0 or 1; additive ones are refused, and so are floating zeros alone, which could be
-                either. Masks of modalities that the model does not read are ignored, whatever they hold.
+            batch: name -> input of that modality's encoder, or None if the whole batch lacks it. ``"mask"`` is a dict
+                name -> (batch,), True if a sample has the modality, or (batch, token), True for valid tokens.
+                ``"target"`` is used by balancers that change tokens in training. Other keys are ignored. Masks are
+                boolean or contain only 0 and 1; additive masks are rejected, and so are floating-point masks of zeros
+                only, which are ambiguous. Masks of modalities that the model does not use are ignored.
 
-        What a mask hides is set to zero before the encoder reads it, so that NaN there reaches no output and no
-        gradient: whole samples, and tokens of inputs (batch, token, ...) of the mask's size.
+        Masked inputs are set to zero before the encoder, so that NaN there reaches neither outputs nor gradients:
+        whole samples, and tokens if the input is (batch, token, ...) and matches the mask.
 
         Returns:
             Output with logits (batch, output), unimodal_logits, features, tokens and share.
@@ -121,7 +121,7 @@ class FusionModel(nn.Module):
         return output
 
     def encode(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> dict[str, Tokens]:
-        """The encoders alone: name -> Tokens of the fusion's width."""
+        """Runs the encoders only: name -> Tokens of the fusion's width."""
         if not isinstance(batch, Mapping):
             raise ShapeError(
                 "FusionModel",
@@ -151,7 +151,7 @@ class FusionModel(nn.Module):
         return {name: tokens.get(name, empty) for name in self.names}
 
     def fuse(self, tokens: Mapping[str, Tokens]) -> Output:
-        """Fusion and heads on tokens that are already there."""
+        """Runs the fusion and the heads on encoded tokens."""
         fused = self.fusion(tokens)
         unimodal = {}
         for name, head in self.unimodal_heads.items():
@@ -163,10 +163,10 @@ class FusionModel(nn.Module):
         return output.with_(logits=torch.stack([logits, *votes.values()]).sum(dim=0) if votes else logits)
 
     def votes(self, output: Output) -> dict[str, Tensor]:
-        """name -> (batch, output) that a modality's head adds to the logits, 0 for samples that lack it; {} without.
+        """Logits that each unimodal head adds: name -> (batch, output), 0 for samples without it; {} unless ensemble.
 
-        Detached: each head answers for its own loss, and the fusion for what the heads leave open. A vote has its full
-        weight whatever the input is worth: heads are modest about bad inputs only where training shows them some.
+        They are detached: each head is trained by its own loss, and the fusion learns the residual. They are added with
+        full weight even for corrupted inputs; heads are uncertain about those only if training contains them.
         """
         votes: dict[str, Tensor] = {}
         if self.unimodal != "ensemble":
@@ -178,20 +178,20 @@ class FusionModel(nn.Module):
         return votes
 
     def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
-        """The task's loss, mean over the batch, in float32 or better.
+        """Loss of the task, mean over the batch, computed in float32 or higher precision.
 
         Args:
             logits: (batch, output).
-            target: (batch,) class numbers; (batch, output) 0/1 for multilabel; (batch, output) for regression, or
-                (batch,) where there is one output.
+            target: (batch,) class indices; (batch, output) 0/1 for multilabel; (batch, output) for regression, or
+                (batch,) for a single output.
 
         Raises:
-            ShapeError: a target of another shape or type, or, where looking is free, of numbers that are no class.
+            ShapeError: a target of another shape or type, or (on the CPU) class indices out of range.
         """
         return self.sample_losses(logits, target).mean()
 
     def sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
-        """The task's loss of every sample; arguments as ``loss`` takes them."""
+        """Loss of every sample; arguments as in ``loss``."""
         logits = at_least_float32(logits)
         if self.task == "classification":
             _check_classes(logits, target)
@@ -208,13 +208,13 @@ class FusionModel(nn.Module):
         return F.mse_loss(logits, target, reduction="none").mean(dim=1)
 
     def contributions(self, output: Output) -> dict[str, Tensor] | None:
-        """name -> (batch, output): each modality's part of the logits; None where they are no sum of such parts."""
+        """Additive contributions to the logits: name -> (batch, output); None if the logits are not such a sum."""
         parts = self.fusion.contributions(output, self.head)
         votes = self.votes(output)
         return {name: part + votes[name] for name, part in parts.items()} if parts and votes else parts
 
     def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
-        """Sum of the unimodal heads' losses; 0 without heads. A sample does not count for a modality that it lacks."""
+        """Sum of the losses of the unimodal heads; 0 without heads. Samples without a modality are excluded from it."""
         total = at_least_float32(output.features).new_zeros(())
         for name, logits in output.unimodal_logits.items():
             tokens = output.tokens[name]
@@ -223,14 +223,14 @@ class FusionModel(nn.Module):
             if tokens.mask is None:
                 total = total + self.loss(logits, target)
             else:
-                # Chosen by zeros and not by an index, which an accelerator would have to be waited for.
+                # Mask with zeros instead of indexing: boolean indexing would force a GPU synchronization.
                 present = tokens.present()
                 losses = self.sample_losses(logits, target).masked_fill(~present, 0.0)
                 total = total + losses.sum() / present.sum().clamp(min=1)
         return total
 
     def _masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a batch says under "mask" of the modalities that the model reads, as booleans."""
+        """Boolean masks from ``batch["mask"]`` for the modalities of the model."""
         masks: object = batch.get("mask")
         if masks is None:
             return {}
@@ -239,24 +239,24 @@ class FusionModel(nn.Module):
                 "FusionModel mask",
                 expected="a dict: modality name -> mask",
                 got=type(masks).__name__,
-                fix=f"Give batch['mask'] = {{'{self.names[0]}': mask}}, with True where a sample has it.",
+                fix=f"Set batch['mask'] = {{'{self.names[0]}': mask}}, with True where a sample has it.",
             )
-        found = {}
+        result = {}
         for name, mask in masks.items():
             if name not in self.names:
-                # The batch may hold modalities that other models read; a name that it does not hold is a mistake.
+                # The batch may contain modalities of other models; a mask without an input is a mistake.
                 if len(self.names) > 1 and name not in batch:
                     raise unknown_name("FusionModel mask", "modality", str(name), self.names)
             elif mask is not None:
                 try:
-                    found[name] = bool_mask(mask, f"mask of '{name}'", MASK, numbers=True)
+                    result[name] = bool_mask(mask, f"mask of '{name}'", MASK, numbers=True)
                 except ShapeError:
-                    if self._reads(name):
+                    if self._uses(name):
                         raise
-        return found
+        return result
 
-    def _reads(self, name: str) -> bool:
-        """Whether the modality has an influence on the logits or on the encoders' gradients."""
+    def _uses(self, name: str) -> bool:
+        """Whether the modality influences the logits or the encoders' gradients."""
         return name in self.fusion.reads or self.unimodal in ("train", "ensemble")
 
     def _encode_one(self, name: str, value: object, mask: Tensor | None) -> Tokens:
@@ -274,20 +274,20 @@ class FusionModel(nn.Module):
                 f"torch.nn.Linear({tokens.dim}, {self.fusion.dim}) behind it.",
             )
         if mask is not None and per_token and tokens.mask is None and mask.shape != tokens.values.shape[:2]:
-            # The encoder made fewer tokens of those that it was told of; a sample without any has none here either.
+            # The encoder returned fewer tokens than it received; keep only whether a sample has any.
             mask = mask.any(dim=1)
         elif mask is None or (per_token and tokens.mask is not None):
             return tokens.zero_masked()
         if mask.ndim == 1:
             mask = mask[:, None].expand(-1, len(tokens))
         if mask.shape != tokens.values.shape[:2]:
-            if not self._reads(name):
+            if not self._uses(name):
                 return tokens.zero_masked()
             raise ShapeError(
                 f"mask of '{name}'",
                 expected=f"(batch,) or (batch, token) = {tuple(tokens.values.shape[:2])}",
                 got=f"shape {tuple(mask.shape)}",
-                fix="Give one value for a sample, or one for each token that the encoder returns.",
+                fix="Pass one value per sample, or one per token that the encoder returns.",
             )
         valid = mask if tokens.mask is None else tokens.mask & mask
         return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls).zero_masked()
@@ -299,18 +299,18 @@ def _check_classes(logits: Tensor, target: Tensor) -> None:
     if logits.ndim != 2 or target.shape != logits.shape[:1] or not whole:
         raise ShapeError(
             "FusionModel.loss",
-            expected="logits (batch, output) and a target of class numbers (batch,)",
+            expected="logits (batch, output) and a target of class indices (batch,)",
             got=f"logits {tuple(logits.shape)} and a target {tuple(target.shape)} of {target.dtype}",
-            fix="Out of one-hot rows, target.argmax(dim=1) makes class numbers.",
+            fix="Convert one-hot rows with target.argmax(dim=1).",
         )
     if target.device.type == "cpu" and len(target) and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= classes:
             raise ShapeError(
                 "FusionModel.loss",
-                expected=f"class numbers from 0 to num_outputs - 1 = {classes - 1}",
-                got=f"numbers from {low} to {high}",
-                fix="Count classes from 0, and give the model as many outputs as there are classes.",
+                expected=f"class indices from 0 to num_outputs - 1 = {classes - 1}",
+                got=f"indices from {low} to {high}",
+                fix="Number classes from 0, and set num_outputs to the number of classes.",
             )
 
 

@@ -1,4 +1,4 @@
-"""A model that brings its own loss and its own judgment: what a recipe trains that is not a fusion of one target."""
+"""Base class for models that define their own loss and evaluation (as opposed to ``FusionModel``)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class SelfContainedModel(nn.Module, ABC):
-    """Base of the models that a recipe names under ``model``: a shared space, a small vision-language model.
+    """Base class of the models that a recipe selects with ``model``: dual encoder, vision-language model, matcher.
 
-    The training loop asks it for losses, and after the last epoch for figures, and for nothing else; what a batch
-    holds is a matter of the model and its data set alone.
+    The training loop calls ``losses`` for every batch and ``evaluate`` after the last epoch; the content of a batch is
+    defined by the model and its data set.
 
     Attributes:
-        name: in recipes; the class's own name in lower case by default.
-        names: modality names, as in the batch; an input of one that is NaN is told by its name.
-        score: the metric of ``evaluate`` that tells how good the model is; higher is better.
+        name: name in recipes; the class name in lower case by default.
+        names: modality names, as in the batch; errors about NaN inputs use them.
+        score: the metric of ``evaluate`` by which models are compared; higher is better.
     """
 
     names: tuple[str, ...]
@@ -30,29 +30,28 @@ class SelfContainedModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def for_data(cls, source: Any, encoders: Mapping[str, nn.Module], **options: Any) -> Self:
-        """The model that reads this data set.
+        """Builds the model for a data set.
 
         Args:
-            source: a ``data.Dataset``: its ``names`` and ``shapes``, and what else the model needs to know of it.
-            encoders: modality -> encoder, those that the recipe lists.
-            options: the recipe's, under ``model``, with those of the variant over them.
+            source: a ``data.Dataset`` with ``names``, ``shapes`` and whatever else the model requires.
+            encoders: modality -> encoder, as listed in the recipe.
+            options: options under ``model`` in the recipe, overridden by those of the variant.
 
         Raises:
-            ConfigError: an option or a modality that does not exist; data of another kind.
+            ConfigError: an unknown option or modality, or an unsupported data set.
         """
 
     @abstractmethod
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """name -> scalar; their sum is minimized, each is logged by its name.
+        """Computes the losses of a batch: name -> scalar. Their sum is minimized; each is logged under its name.
 
         Args:
-            batch: as the data set's ``batch`` makes it.
+            batch: a batch of the data set.
         """
 
     @abstractmethod
     def evaluate(self, source: Any) -> dict[str, Any]:
-        """The figures on the test split, as a row of ``results.json`` holds them: ``{"metrics": {name: number}}``.
+        """Evaluates the test split; returns a row of ``results.json``: ``{"metrics": {name: number}}``.
 
-        Other keys are kept beside the metrics, such as examples to show. The model is in evaluation mode and no
-        gradient is wanted.
+        Other keys, such as examples, are stored next to the metrics. Called in evaluation mode without gradients.
         """

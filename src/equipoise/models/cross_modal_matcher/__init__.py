@@ -1,3 +1,3 @@
-"""Models that find what belongs together: which picture shows what is said, and which word says it."""
+"""Cross-modal matching: assigns the items of one modality to those of another."""
 
 from .matcher_model import CrossModalMatcher as CrossModalMatcher

@@ -1,4 +1,4 @@
-"""Maps between the items of two modalities: scores of projections, each pair's own or shared by all pairs."""
+"""Matching maps between the items of two modalities, from projections per pair or shared by all pairs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .modality_pairs import Pair
 
 
 class PairScores(nn.Module):
-    """Scores of the items of one modality for those of another, as attention has them::
+    """Attention scores between the items of each ordered pair of modalities::
 
-        s_ij = (x_i Q_ij) (x_j K_ij)^T / sqrt(width)         Q and K of the ordered pair (i, j) alone
+        s_ij = (x_i Q_ij) (x_j K_ij)^T / sqrt(width)         Q and K of the ordered pair (i, j) only
         s_ij = (x_i W_i) (x_j W_j)^T / sqrt(width)           with ``shared``: one space for all
 
-    Without a shared space nothing that one pair learns tells another pair how to look.
+    With separate projections, training one pair does not change the scores of another.
 
     Args:
         names: modality names.
         dim: width of the items.
-        width: of the projections.
-        shared: one projection for each modality, in place of two for each pair.
+        width: width of the projections.
+        shared: one projection per modality instead of two per pair.
 
     Example:
         >>> scores = PairScores(("audio", "image"), 8, width=8)
-        >>> made = scores({"audio": torch.ones(2, 3, 8), "image": torch.ones(2, 5, 8)})
-        >>> made["audio", "image"].shape, made["image", "audio"].shape
+        >>> output = scores({"audio": torch.ones(2, 3, 8), "image": torch.ones(2, 5, 8)})
+        >>> output["audio", "image"].shape, output["image", "audio"].shape
         (torch.Size([2, 3, 5]), torch.Size([2, 5, 3]))
     """
 
@@ -45,14 +45,14 @@ class PairScores(nn.Module):
         initialize_weights(self)
 
     def freeze(self, pair: Pair) -> None:
-        """Leaves what this pair alone has, both ways, as it was made; a shared space has no such thing."""
+        """Freezes the projections of a pair in both directions; no effect with shared projections."""
         if self.key is not None:
-            for way in (_key(pair), _key(pair[::-1])):
-                self.query[way].requires_grad_(False)
-                self.key[way].requires_grad_(False)
+            for key in (_key(pair), _key(pair[::-1])):
+                self.query[key].requires_grad_(False)
+                self.key[key].requires_grad_(False)
 
     def forward(self, items: Mapping[str, Float[Tensor, "batch _ dim"]]) -> dict[Pair, Tensor]:
-        """Ordered pair -> (batch, item of the first, item of the second), for the modalities that are there."""
+        """Computes ordered pair -> (batch, item of the first, item of the second) for all modalities in ``items``."""
         scores = {}
         for one, other in permutations([name for name in self.names if name in items], 2):
             if self.key is None:
@@ -68,7 +68,7 @@ def matching_maps(
     scores: Mapping[Pair, Tensor], present: Mapping[str, Bool[Tensor, "batch _"]], *, sinkhorn: int = 0,
     temperature: float = 1.0,
 ) -> dict[Pair, Tensor]:  # fmt: skip
-    """Scores as maps: rows of what is present sum to 1; what is missing maps to nothing, and nothing to it."""
+    """Converts scores to maps: rows of present items sum to 1; rows and columns of missing items are 0."""
     return {
         (one, other): soft_matching(values / temperature, rows=present[one], columns=present[other], sinkhorn=sinkhorn)
         for (one, other), values in scores.items()
@@ -78,24 +78,24 @@ def matching_maps(
 def matched_items(
     target: Int[Tensor, "batch modality item"], one: int, other: int
 ) -> tuple[Int[Tensor, "batch item"], Bool[Tensor, "batch item"]]:
-    """For every item of modality ``one`` the place of its partner in ``other``, and whether it has one.
+    """For every item of modality ``one``, the index of its match in ``other`` and whether it has one.
 
     Example:
-        >>> partners(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 0, 1)
+        >>> matched_items(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 0, 1)
         (tensor([[1, 0, 0]]), tensor([[ True,  True, False]]))
     """
     same = target[:, one, :, None] == target[:, other, None, :]
     return same.long().argmax(dim=-1), same.any(dim=-1)
 
 
-def composed_maps(found: Mapping[Pair, Tensor], one: str, other: str) -> Float[Tensor, "batch row column"]:
-    """From ``one`` to ``other`` by way of each third modality, their mean: what P_ij has to be if maps agree."""
-    ways = [
-        found[one, name] @ found[name, other]
-        for name in dict.fromkeys(part for pair in found for part in pair)
+def composed_maps(maps: Mapping[Pair, Tensor], one: str, other: str) -> Float[Tensor, "batch row column"]:
+    """Mean over third modalities k of P_ik P_kj, which equals P_ij if the maps are consistent."""
+    compositions = [
+        maps[one, name] @ maps[name, other]
+        for name in dict.fromkeys(part for pair in maps for part in pair)
         if name not in (one, other)
     ]
-    return torch.stack(ways).mean(dim=0)
+    return torch.stack(compositions).mean(dim=0)
 
 
 def _key(pair: Sequence[str]) -> str:

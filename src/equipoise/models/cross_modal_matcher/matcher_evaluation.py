@@ -1,4 +1,4 @@
-"""How good maps are: matching, transfer to a pair that was never trained, agreement, accuracy."""
+"""Metrics of matching maps: matching, transfer to an untrained pair, consistency, classification accuracy."""
 
 from __future__ import annotations
 
@@ -18,91 +18,97 @@ from .modality_pairs import Pair, unordered_pairs
 
 
 class SampledItemSets(NamedTuple):
-    """What is judged of a batch.
+    """Maps and ground truth of a batch of scenes.
 
     Attributes:
         maps: ordered pair -> (batch, item, item).
-        place: ordered pair -> (batch, item) where each item's partner stands.
-        has: ordered pair -> (batch, item) whether item and partner are there.
-        whole: (batch,) scenes that lack nothing.
-        told: name -> (some,) the probability that an item's class is told right.
+        match_index: ordered pair -> (batch, item) index of each item's match.
+        has_match: ordered pair -> (batch, item) True if item and match are both present.
+        complete: (batch,) True for scenes without missing items.
+        class_correct: name -> (n,) probability that an item is classified correctly (fractional for ties).
     """
 
     maps: dict[Pair, Tensor]
-    place: dict[Pair, Int[Tensor, "batch item"]]
-    has: dict[Pair, Bool[Tensor, "batch item"]]
-    whole: Bool[Tensor, " batch"]
-    told: dict[str, Float[Tensor, " some"]]
+    match_index: dict[Pair, Int[Tensor, "batch item"]]
+    has_match: dict[Pair, Bool[Tensor, "batch item"]]
+    complete: Bool[Tensor, " batch"]
+    class_correct: dict[str, Float[Tensor, " n"]]
 
 
 def evaluate_matching(
     batches: Iterable[SampledItemSets], names: Sequence[str], trained: Sequence[Pair], transfer: Pair
 ) -> dict[str, float]:
-    """Figures of maps, all of them fractions, of items that have a partner.
+    """Computes the metrics of matching maps; all are fractions of the items that have a match.
 
-    * ``matching/a-b``: items whose largest entry in the map is their partner's, mean of both ways; where n entries
-      share the maximum, the partner's among them, 1 / n. ``matching``: the mean over the trained pairs.
-    * ``transfer``: the same of the pair that is judged as never trained; ``transfer_composed`` by way of the third
-      modality, P_ik P_kj; ``transfer_synchronized`` after ``synchronize`` has made all maps one-to-one and agree.
-    * ``chance``: what guessing gets.
-    * ``consistency``, ``cycle_error``: of all maps together, see spec 6.3.
-    * ``accuracy``, ``accuracy/a``: items whose class is told right.
+    * ``matching/a-b``: items whose match has the largest entry in their row, mean of both directions; if n entries
+      share the maximum, including the match, the item counts 1 / n. ``matching``: mean over the trained pairs.
+    * ``transfer``: matching of the untrained pair; ``transfer_composed`` through the third modality, P_ik P_kj;
+      ``transfer_synchronized`` after ``synchronize`` has made all maps consistent permutations.
+    * ``chance``: expected value of random guessing.
+    * ``consistency``, ``cycle_error``: of the supermatrix of all maps, see `equipoise.consistency`.
+    * ``accuracy``, ``accuracy/a``: items that are classified correctly.
 
     Raises:
-        DataError: no scene in which nothing is missing. NonFiniteError: NaN in a map.
+        DataError: every scene has missing items. NonFiniteError: NaN in a map.
     """
-    seen: dict[Any, list[Tensor]] = defaultdict(list)
+    values_by_metric: dict[Any, list[Tensor]] = defaultdict(list)
     items = 1
     for scenes in batches:
         for pair, values in scenes.maps.items():
-            seen["matching", *sorted(pair, key=names.index)].append(_right(scenes, pair, values))
-        whole = {pair: values[scenes.whole] for pair, values in scenes.maps.items()}
-        matrix = supermatrix(whole, names=names)
-        agreed = synchronize(matrix, num_modalities=len(names))
+            values_by_metric["matching", *sorted(pair, key=names.index)].append(_correct(scenes, pair, values))
+        complete = {pair: values[scenes.complete] for pair, values in scenes.maps.items()}
+        matrix = supermatrix(complete, names=names)
+        synchronized = synchronize(matrix, num_modalities=len(names))
         items = matrix.shape[-1] // len(names)
         for pair in (transfer, (transfer[1], transfer[0])):
-            seen["transfer_composed"].append(_right(scenes, pair, composed_maps(scenes.maps, *pair)))
+            values_by_metric["transfer_composed"].append(_correct(scenes, pair, composed_maps(scenes.maps, *pair)))
             rows, columns = (slice(items * names.index(n), items * (names.index(n) + 1)) for n in pair)
-            seen["transfer_synchronized"].append(_right(scenes, pair, agreed[:, rows, columns], scenes.whole))
-        seen["consistency"].append(consistency_score(matrix, num_modalities=len(names)))
-        seen["cycle_error"].append(cycle_error(matrix, num_modalities=len(names)))
-        for name, right in scenes.told.items():
-            seen["accuracy", name].append(right)
-    if not sum(len(values) for values in seen["consistency"]):
+            values_by_metric["transfer_synchronized"].append(
+                _correct(scenes, pair, synchronized[:, rows, columns], scenes.complete)
+            )
+        values_by_metric["consistency"].append(consistency_score(matrix, num_modalities=len(names)))
+        values_by_metric["cycle_error"].append(cycle_error(matrix, num_modalities=len(names)))
+        for name, class_correct in scenes.class_correct.items():
+            values_by_metric["accuracy", name].append(class_correct)
+    if not sum(len(values) for values in values_by_metric["consistency"]):
         raise DataError("evaluate", expected="a scene without missing items", got="none")
-    rates = {key: float(torch.cat(values).float().mean()) for key, values in seen.items()}
-    return {**_named(rates, names, trained, transfer), "chance": 1 / items}
+    rates = {key: float(torch.cat(values).float().mean()) for key, values in values_by_metric.items()}
+    return {**_metric_names(rates, names, trained, transfer), "chance": 1 / items}
 
 
-def _named(rates: dict[Any, float], names: Sequence[str], trained: Sequence[Pair], transfer: Pair) -> dict[str, float]:
-    """The rates by the names of metrics."""
-    told = [rates["accuracy", name] for name in names]
+def _metric_names(
+    rates: dict[Any, float], names: Sequence[str], trained: Sequence[Pair], transfer: Pair
+) -> dict[str, float]:
+    """Renames the rates to the names of the metrics."""
+    accuracies = [rates["accuracy", name] for name in names]
     return {
         "transfer": rates["matching", *transfer],
         **{name: rates[name] for name in ("transfer_composed", "transfer_synchronized")},
         "matching": sum(rates["matching", *pair] for pair in trained) / len(trained),
-        "accuracy": sum(told) / len(told),
+        "accuracy": sum(accuracies) / len(accuracies),
         **{name: rates[name] for name in ("consistency", "cycle_error")},
         **{f"matching/{one}-{other}": rates["matching", one, other] for one, other in unordered_pairs(names)},
-        **{f"accuracy/{name}": rate for name, rate in zip(names, told, strict=True)},
+        **{f"accuracy/{name}": rate for name, rate in zip(names, accuracies, strict=True)},
     }
 
 
-def _right(
+def _correct(
     scenes: SampledItemSets,
     pair: Pair,
     values: Float[Tensor, "scene row column"],
-    some: Bool[Tensor, " batch"] | None = None,
+    subset: Bool[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " item"]:
-    """For every item that has a partner, the probability that the largest entry of its row, drawn among equal ones, is
-    the partner's; ``values`` are of ``some`` scenes alone."""
-    place, has = scenes.place[pair], scenes.has[pair]
-    if some is not None:
-        place, has = place[some], has[some]
-    right = correct(values, place)[has]
-    if bool(right.isnan().any()):
+    """Probability that the largest entry of a row, ties broken at random, is the match, for items with a match.
+
+    If ``subset`` is given, ``values`` holds only the scenes where it is True.
+    """
+    match_index, has_match = scenes.match_index[pair], scenes.has_match[pair]
+    if subset is not None:
+        match_index, has_match = match_index[subset], has_match[subset]
+    result = correct(values, match_index)[has_match]
+    if bool(result.isnan().any()):
         raise NonFiniteError(
             "evaluate", expected=f"a map from {pair[0]} to {pair[1]} without NaN",
-            got=f"NaN for {int(right.isnan().sum())} items", fix="Look for NaN in the inputs, then in the weights.",
+            got=f"NaN for {int(result.isnan().sum())} items", fix="Check the inputs for NaN, then the weights.",
         )  # fmt: skip
-    return right
+    return result

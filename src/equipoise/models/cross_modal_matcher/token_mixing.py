@@ -1,4 +1,4 @@
-"""What may stand between encoders and maps: blocks in which the items of a scene read each other."""
+"""Optional attention blocks between encoders and maps, in which the items of a scene attend to each other."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ KINDS = ("none", "attention", "moda")
 
 
 class TokenMixing(nn.Module):
-    """Blocks over the items of all modalities, and a LayerNorm; with MODA or ordinary attention, or nothing at all.
+    """Transformer blocks over the items of all modalities and a final LayerNorm, with ordinary or MODA attention.
 
     Args:
         names: modality names.
         dim: width of the items.
-        kind: ``"none"`` returns what it is given; ``"attention"``; ``"moda"``, see `equipoise.MODA`.
-        depth: blocks.
-        heads: attention heads.
-        merge: of "moda".
+        kind: ``"none"`` (the identity), ``"attention"`` or ``"moda"``, see `equipoise.fusion.MODA`.
+        depth: number of blocks.
+        heads: number of attention heads.
+        merge: how "moda" merges its attention outputs.
 
     Raises:
         ConfigError: an unknown kind, a depth below 1.
 
     Example:
         >>> import torch
-        >>> mixing = Mixing(("audio", "text"), 8, kind="moda", heads=2)
+        >>> mixing = TokenMixing(("audio", "text"), 8, kind="moda", heads=2)
         >>> mixing({"audio": torch.ones(2, 3, 8), "text": torch.ones(2, 3, 8)}, {})["text"].shape
         torch.Size([2, 3, 8])
     """
@@ -45,9 +45,9 @@ class TokenMixing(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if kind not in KINDS:
-            raise unknown_name("Mixing", "kind", str(kind), KINDS)
+            raise unknown_name("TokenMixing", "kind", str(kind), KINDS)
         if depth < 1:
-            raise ConfigError("Mixing", expected="depth >= 1", got=f"depth = {depth}")
+            raise ConfigError("TokenMixing", expected="depth >= 1", got=f"depth = {depth}")
         self.names, self.kind = tuple(names), kind
         self.blocks = nn.ModuleList()
         self.norm = nn.Identity() if kind == "none" else nn.LayerNorm(dim, eps=1e-6)
@@ -62,14 +62,14 @@ class TokenMixing(nn.Module):
     def forward(
         self, items: Mapping[str, Float[Tensor, "batch _ dim"]], present: Mapping[str, Bool[Tensor, "batch _"]]
     ) -> dict[str, Tensor]:
-        """name -> (batch, item, dim), mixed; ``present`` is True for items that are there, all where it is silent."""
+        """Mixes items (batch, item, dim) by name; ``present`` masks missing items, all are present by default."""
         if self.kind == "none":
             return dict(items)
-        some = next(iter(items.values()))
-        empty = Tokens(some.new_zeros(len(some), 0, some.shape[-1]))
+        first = next(iter(items.values()))
+        empty = Tokens(first.new_zeros(len(first), 0, first.shape[-1]))
         packed = pack({n: Tokens(items[n], mask=present.get(n)) if n in items else empty for n in self.names})
         labels = {
-            "modality": segment_labels(packed.lengths or (), some.device), "num_modalities": len(self.names),
+            "modality": segment_labels(packed.lengths or (), first.device), "num_modalities": len(self.names),
         }  # fmt: skip
         values = packed.values
         for block in self.blocks:

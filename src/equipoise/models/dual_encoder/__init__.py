@@ -1,3 +1,3 @@
-"""A shared space: towers that bring pictures, sounds and words to one place, trained so that pairs lie close."""
+"""Dual encoder: one encoder per modality, trained so that matching samples have similar embeddings."""
 
 from .dual_encoder_model import DualEncoder as DualEncoder

@@ -1,4 +1,4 @@
-"""One space for several modalities: a tower for each, trained so that what belongs together lies together."""
+"""Dual encoder: embeds several modalities in one space with a contrastive loss, as in CLIP."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ LOSSES = {"info_nce": InfoNCE, "siglip": SigLIP}
 
 
 class DualEncoder(SelfContainedModel):
-    """Brings pictures, words, sounds, or what there is to unit vectors of one space, by a contrastive loss::
+    """Embeds two or more modalities as unit vectors of one space, trained with a contrastive loss::
 
         u_m  = unit(pool(encoder_m(x_m)) A_m)
         loss = mean over pairs of modalities of info_nce(u_m, u_n) or siglip(u_m, u_n)
 
-    Samples of one target show the same: they are partners and never each other's wrong answer. A modality that a batch
-    does not have, or of which a sample has no valid token, such as an empty caption, is missing: what is there is
-    compared.
+    Samples with the same target are positives of each other and never negatives. A modality is missing if the batch
+    does not contain it, or if a sample has no valid token of it, such as an empty caption; the loss uses the modalities
+    that are present.
 
     Args:
-        encoders: modality -> encoder; each has a ``dim``.
-        dim: of the space.
-        loss: ``"info_nce"``, a softmax over the batch, or ``"siglip"``, a yes or no for each pair.
-        scale: of the cosines at the start; the loss's own by default. It is learned.
-        bias: at the start, of "siglip".
-        smoothing: of "info_nce", in [0, 1).
-        anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
-        dropout: of pooled tokens, in training only.
+        encoders: modality -> encoder; each has an attribute ``dim``.
+        dim: width of the embedding space.
+        loss: ``"info_nce"``, a softmax over the batch, or ``"siglip"``, a binary loss for each pair.
+        scale: initial value of the learned scale of the cosines; the default of the loss if None.
+        bias: initial value of the learned bias of "siglip".
+        smoothing: label smoothing of "info_nce", in [0, 1).
+        anchor: compare only this modality with every other one; None compares all pairs.
+        dropout: dropout of the pooled tokens.
 
     Raises:
         ConfigError: fewer than two encoders, one without ``dim``, an unknown loss, an option of the other one; in
-            ``losses``, a batch of fewer than two modalities. ShapeError: modalities with different numbers of samples,
-            or inputs that an encoder does not read. NonFiniteError: NaN in an input, with the modality's name.
+            ``losses``, a batch with fewer than two modalities. ShapeError: modalities with different numbers of
+            samples, or inputs of a wrong shape. NonFiniteError: NaN in an input, with the modality's name.
 
-    Reference: Radford et al., CLIP (ICML 2021); Zhai et al., SigLIP (ICCV 2023); spec 7.1, 7.2.
-    Differs from CLIP in: any number of modalities; samples that show the same are partners.
+    Reference: Radford et al., CLIP (ICML 2021); Zhai et al., SigLIP (ICCV 2023).
+    Differs from CLIP in: any number of modalities; samples with the same target are positives.
 
     Example:
         >>> from equipoise.encoders import PatchEncoder, TextEncoder
@@ -56,11 +56,11 @@ class DualEncoder(SelfContainedModel):
         ...     "image": PatchEncoder(3, (8, 8), patch=4, dim=16, depth=1),
         ...     "text": TextEncoder(10, max_length=4, dim=16, depth=1),
         ... }
-        >>> space = DualEncoder(encoders, dim=12)
+        >>> model = DualEncoder(encoders, dim=12)
         >>> batch = {"image": torch.randn(3, 3, 8, 8), "text": torch.tensor([[1, 2], [3, 0], [4, 5]])}
-        >>> sorted(space.losses({**batch, "target": torch.arange(3)}))
+        >>> sorted(model.losses({**batch, "target": torch.arange(3)}))
         ['image-text']
-        >>> {name: vectors.shape for name, vectors in space.embed(batch).items()}
+        >>> {name: vectors.shape for name, vectors in model.embed(batch).items()}
         {'image': torch.Size([3, 12]), 'text': torch.Size([3, 12])}
     """
 
@@ -89,8 +89,8 @@ class DualEncoder(SelfContainedModel):
         self.dropout = nn.Dropout(dropout)
         if anchor is not None and anchor not in encoders:
             raise unknown_name("DualEncoder", "anchor", str(anchor), encoders)
-        given = {"scale": scale, "bias": bias, "smoothing": smoothing, "anchor": anchor}
-        options = {name: value for name, value in given.items() if value is not None}
+        options = {"scale": scale, "bias": bias, "smoothing": smoothing, "anchor": anchor}
+        options = {name: value for name, value in options.items() if value is not None}
         self.loss = instantiate(LOSSES[loss], f"DualEncoder loss '{loss}'", options)
 
     @classmethod
@@ -98,53 +98,53 @@ class DualEncoder(SelfContainedModel):
         target = source.train.target
         if source.task not in ("classification", "retrieval") or target.ndim != 1 or target.is_floating_point():
             raise ConfigError(
-                "model 'dual_encoder'", expected="data of one thing in a sample, with a whole number that says which",
+                "model 'dual_encoder'", expected="data with one item per sample and integer targets",
                 got=f"{type(source).__name__} for {source.task}",
-                fix="Take emoji, triples with items: 1, or data for classification.",
+                fix="Use emoji, triples with items: 1, or a classification data set.",
             )  # fmt: skip
         return instantiate(cls, "model 'dual_encoder'", options, encoders=encoders)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
-        """The same as ``embed``."""
+        """Alias of ``embed``."""
         return self.embed(batch)
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
-        """name -> unit vectors of every modality that the batch has; zeros where a sample has nothing of it."""
-        found: dict[str, Tensor] = {}
+        """Embeds a batch: name -> unit vectors (batch, dim); zeros for samples that lack the modality."""
+        embeddings: dict[str, Tensor] = {}
         for name in self.names:
             if (values := batch.get(name)) is None:
                 continue
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 raise NonFiniteError(f"DualEncoder '{name}'", expected="finite inputs", got="NaN or infinity")
-            first = next(iter(found), None)
-            if first is not None and len(values) != len(found[first]):
+            first = next(iter(embeddings), None)
+            if first is not None and len(values) != len(embeddings[first]):
                 raise ShapeError(
-                    f"DualEncoder '{name}'", expected=f"as many samples as '{first}' has = {len(found[first])}",
-                    got=f"{len(values)}", fix="Each needs a partner; leave out whole what no sample has.",
+                    f"DualEncoder '{name}'", expected=f"as many samples as '{first}' has = {len(embeddings[first])}",
+                    got=f"{len(values)}", fix="Omit a modality from the batch only if all samples lack it.",
                 )  # fmt: skip
             tokens = as_tokens(self.encoders[name](values), f"encoder '{name}'")
             vectors = F.normalize(self.heads[name](self.dropout(tokens.pooled())), dim=-1)
-            found[name] = vectors.masked_fill(~tokens.present()[:, None], 0.0)
-        if not found:
+            embeddings[name] = vectors.masked_fill(~tokens.present()[:, None], 0.0)
+        if not embeddings:
             raise ConfigError(
                 "DualEncoder", expected=f"one or more of {', '.join(self.names)}", got=", ".join(batch) or "nothing"
             )
-        return found
+        return embeddings
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self.embed(batch)
-        if len(found) < 2:
-            (alone,) = found
-            missing = " or ".join(f"'{name}'" for name in self.names if name != alone)
+        embeddings = self.embed(batch)
+        if len(embeddings) < 2:
+            (only,) = embeddings
+            missing = " or ".join(f"'{name}'" for name in self.names if name != only)
             raise ConfigError(
-                "DualEncoder losses", expected="two or more modalities to compare", got=f"'{alone}' without {missing}",
-                fix="A batch may lack some of them, not all but one.",
+                "DualEncoder losses", expected="two or more modalities to compare", got=f"'{only}' without {missing}",
+                fix="A batch needs at least two modalities.",
             )  # fmt: skip
-        # Zeros are what is missing: a unit vector has something that is not 0.
-        present = {name: vectors.detach().any(dim=1) for name, vectors in found.items()}
-        terms = self.loss.terms(found, ids=batch.get("target"), present=present)
+        # Missing samples are zero vectors; unit vectors have a nonzero entry.
+        present = {name: vectors.detach().any(dim=1) for name, vectors in embeddings.items()}
+        terms = self.loss.terms(embeddings, ids=batch.get("target"), present=present)
         if not terms:
-            return {"nothing": zero_loss([*found.values(), *self.loss.parameters()])}
+            return {"nothing": zero_loss([*embeddings.values(), *self.loss.parameters()])}
         return {"-".join(pair): term / len(terms) for pair, term in terms.items()}
 
     def evaluate(self, source: Any) -> dict[str, Any]:
@@ -157,6 +157,6 @@ def _width(name: str, encoder: nn.Module) -> int:
     if not isinstance(width, int):
         raise ConfigError(
             f"DualEncoder encoder '{name}'", expected="an attribute dim, the width of its tokens",
-            got=f"{type(encoder).__name__} without", fix="Set encoder.dim.",
+            got=f"{type(encoder).__name__} without dim", fix="Set encoder.dim.",
         )  # fmt: skip
     return width
