@@ -50,6 +50,7 @@ class Origins:
 
     def __init__(self, parts: Submodels) -> None:
         self._parts = parts
+        self._followed = False
         self._provenance = Provenance()
         self._met: set[int] = set()
         self.names: list[str] = list(dict.fromkeys((*parts.modalities, *ORDER)))
@@ -61,7 +62,8 @@ class Origins:
 
     @active.setter
     def active(self, value: bool) -> None:
-        self._provenance.active = value
+        # Without the function mode of `following` there are no codes, and every key would seem to come from no input.
+        self._provenance.active = value and self._followed
 
     @property
     def said(self) -> str:
@@ -79,11 +81,11 @@ class Origins:
         handle = registry.register_module_forward_hook(leave)
         try:
             with self._provenance.following():
-                self.active = True
+                self._followed = self.active = True
                 yield
         finally:
             handle.remove()
-            self.active = False
+            self._followed = self.active = False
 
     def begin(self, part: nn.Module, given: Mapping[str, Any]) -> None:
         """Notes the inputs of a part that is called from outside the model."""

@@ -27,7 +27,7 @@ CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class _Session:
-    """Stands where `TokenMap` tells a watching session that a pass begins."""
+    """The part of a ``RecordingSession`` that ``TokenMap`` uses, for a map without recording."""
 
     aside = False
 
