@@ -1,6 +1,7 @@
-"""The house: imports only go down, nothing goes in circles, everything public is explained, every example runs."""
+"""The structure of the package: layers, names, documentation of public names, and the examples in docstrings."""
 
 import ast
+import collections
 import doctest
 import graphlib
 import importlib
@@ -16,18 +17,21 @@ ROOT = Path(eq.__file__).parent
 PROJECT = Path(__file__).parent.parent
 ARCHITECTURE = PROJECT / "docs" / "architecture.md"
 FILES = sorted(ROOT.rglob("*.py"))
-# Packages that are not installed with the library, and the files that need them.
-EXTRAS = {"hf": "transformers"}
+# Modules whose examples need a package that is not installed with the library.
+EXTRAS = {"equipoise.integrations.huggingface": "transformers"}
+MOST_ROOT_NAMES = 35
+# The only class name that may occur twice: users choose between `eq.lightning.BalancerCallback` and `eq.hf.BalancerCallback`.
+SHARED_CLASSES = {"BalancerCallback"}
 
 
 def layers():
-    """name -> level, from the list in docs/architecture.md."""
+    """name -> level, parsed from docs/architecture.md."""
     block = re.search(r"```layers\n(.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL).group(1)
     return {name: level for level, line in enumerate(block.splitlines()) for name in line.split(", ")}
 
 
 def part(module):
-    """The file or family under the package that a module belongs to; "__init__" for the package itself."""
+    """The top-level file or package that a module belongs to; "__init__" for the package itself."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -40,7 +44,7 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def imports(module, modules=MODULES):
-    """The modules of the package that a module imports, also inside functions and for type checking."""
+    """The modules of the package that a module imports, including imports inside functions and for type checking."""
     source = ast.parse(modules[module].read_text(encoding="utf-8"))
     home = module.split(".") if modules[module].name == "__init__.py" else module.split(".")[:-1]
     found = set()
@@ -51,44 +55,44 @@ def imports(module, modules=MODULES):
             base = home[: len(home) - node.level + 1] if node.level else []
             target = ".".join([*base, *([node.module] if node.module else [])])
             if target.split(".")[0] == "equipoise":
-                # "from . import x" means the module x where there is one, else a name in __init__.
+                # "from . import x" imports the module x if it exists, else a name of __init__.
                 inner = {f"{target}.{alias.name}" for alias in node.names}
                 found.update(inner & set(modules) or {target})
     return found - {module}
 
 
-def test_the_walk_sees_imports_in_every_form(tmp_path):
+def test_imports_are_found_in_every_form(tmp_path):
     (tmp_path / "a.py").write_text(
         "from __future__ import annotations\nimport torch\nimport equipoise.errors\nfrom . import tokens\n"
-        "from . import __version__\nfrom .model import FusionModel\n"
-        "def f():\n    from .fusion.joint import JointAttention\n"
+        "from . import __version__\nfrom .models.fusion_model import FusionModel\n"
+        "def f():\n    from .fusion.joint_attention import JointAttention\n"
     )
     modules = MODULES | {"equipoise.a": tmp_path / "a.py"}
-    seen = {
+    expected = {
         "equipoise.errors",
-        "equipoise.tokens.token_batch",
+        "equipoise.tokens",
         "equipoise",
         "equipoise.models.fusion_model",
         "equipoise.fusion.joint_attention",
     }
-    assert imports("equipoise.a", modules) == seen
+    assert imports("equipoise.a", modules) == expected
 
 
-def test_every_part_has_its_place():
+def test_every_file_and_package_is_in_a_layer():
     parts = {part(module) for module in MODULES}
-    assert parts == set(layers()), "docs/architecture.md lists the layers; a new file gets its place there"
+    assert parts == set(layers()), "add new top-level files and packages to the layers in docs/architecture.md"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_down(module):
-    level, here = layers(), part(module)
-    assert here in level
-    others = {part(target) for target in imports(module)} - {here}
-    wrong = {other for other in others if level.get(other, len(level)) >= level[here]}
-    assert not wrong, f"{module} imports what stands beside or above it"
+    level, own = layers(), part(module)
+    assert own in level
+    others = {part(target) for target in imports(module)} - {own}
+    wrong = {other for other in others if level.get(other, len(level)) >= level[own]}
+    assert not wrong, f"{module} imports from its own layer or a higher one"
 
 
-def test_no_circles():
+def test_imports_have_no_cycles():
     list(graphlib.TopologicalSorter({module: imports(module) for module in MODULES}).static_order())
 
 
@@ -110,39 +114,92 @@ def test_two_folders_deep_and_nothing_called_utils():
     assert not words & ({file.stem for file in FILES} | {file.parent.name for file in FILES})
 
 
+def exported_names(file):
+    """Names that the body of a module imports or defines, including those imported for type checking only."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {}
+    for node in [part for block in tree.body for part in (block.body if isinstance(block, ast.If) else [block])]:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {alias.asname or alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = "__init__"
+    return names
+
+
 def public_names():
-    """What __init__ re-exports by name."""
+    """Names of the root package that are imported eagerly, without its submodules."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module and node.level]
     return [alias.asname or alias.name for node in nodes for alias in node.names]
 
 
+def definitions(kind):
+    """name -> modules that define a class or function of this name at top level."""
+    found = collections.defaultdict(list)
+    for module, file in MODULES.items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, kind) and not node.name.startswith("__"):
+                found[node.name].append(module)
+    return found
+
+
+def test_the_root_package_is_small():
+    names = {*public_names(), *eq._LAZY_NAMES}
+    assert len(names) <= MOST_ROOT_NAMES
+
+
+def test_class_names_are_unique():
+    twice = {name: modules for name, modules in definitions(ast.ClassDef).items() if len(modules) > 1}
+    assert set(twice) <= SHARED_CLASSES, twice
+
+
+def test_file_names_are_unique():
+    names = [file.parent.name if file.name == "__init__.py" else file.stem for file in FILES]
+    twice = {name for name, count in collections.Counter(names).items() if count > 1}
+    assert not twice
+
+
+@pytest.mark.parametrize("package", [file.parent for file in FILES if file.name == "__init__.py"], ids=lambda p: p.name)
+def test_no_module_is_hidden_behind_a_name_of_its_package(package):
+    modules = {path.stem for path in package.glob("*.py")} | {
+        path.parent.name for path in package.glob("*/__init__.py")
+    }
+    hidden = {name for name, source in exported_names(package / "__init__.py").items() if name in modules and source}
+    assert not hidden
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_named_after_one_of_its_functions_or_classes(module):
+    own = {node.name for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    assert module.rsplit(".", 1)[-1] not in own
+
+
 @pytest.mark.parametrize("name", public_names())
-def test_public_names_are_explained(name):
+def test_public_names_are_documented(name):
     value = getattr(eq, name)
     text = inspect.getdoc(value) or ""
-    # A docstring of its own: dataclasses and named tuples get one that only repeats their fields.
+    # Dataclasses and named tuples get a docstring that only repeats their fields; it does not count.
     assert len(text.split()) > 3
     assert not text.startswith(f"{name}(")
     pages = [*(PROJECT / "docs").rglob("*.md"), PROJECT / "README.md"]
     assert any(re.search(rf"\beq\.{name}\b", page.read_text(encoding="utf-8")) for page in pages), "missing in docs/"
 
 
-def test_the_page_names_nothing_that_is_not_there():
+def test_the_page_lists_exactly_the_existing_names():
     names = set(re.findall(r"\beq\.(\w+)", ARCHITECTURE.read_text(encoding="utf-8")))
     assert names >= set(public_names())
     assert all(hasattr(eq, name) for name in names)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_say_what_they_are(module):
+def test_modules_have_docstrings(module):
     assert ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module):
-    if part(module) in EXTRAS:
-        pytest.importorskip(EXTRAS[part(module)])
+    if module in EXTRAS:
+        pytest.importorskip(EXTRAS[module])
     report = []
     runner = doctest.DocTestRunner(verbose=False)
     for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module)):

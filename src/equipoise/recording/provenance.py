@@ -89,7 +89,7 @@ class Provenance:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        with _Mode(self):
+        with _ProvenanceMode(self):
             yield
 
     def record(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
@@ -241,7 +241,7 @@ class Provenance:
         self._set(output, _read(rows, _summary(read)).expand(output.shape))
 
 
-class _Mode(TorchFunctionMode):
+class _ProvenanceMode(TorchFunctionMode):
     def __init__(self, provenance: Provenance) -> None:
         super().__init__()
         self._provenance = provenance

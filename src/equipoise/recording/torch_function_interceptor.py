@@ -29,12 +29,12 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 @contextmanager
 def intercept_torch_functions(session: RecordingSession) -> Iterator[None]:
     """Sees ``F.scaled_dot_product_attention`` under whatever name it was imported, and softmax over keys."""
-    session.threads.local.append(lambda: _Mode(session))
-    with _Mode(session):
+    session.threads.local.append(lambda: _InterceptionMode(session))
+    with _InterceptionMode(session):
         yield
 
 
-class _Mode(TorchFunctionMode):
+class _InterceptionMode(TorchFunctionMode):
     def __init__(self, session: RecordingSession) -> None:
         super().__init__()
         self._session = session
