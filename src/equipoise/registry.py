@@ -23,7 +23,7 @@ def available_classes(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
 
     Example:
         >>> from equipoise import fusion
-        >>> "concat" in family(fusion, fusion.Fusion)
+        >>> "concat" in available_classes(fusion, fusion.Fusion)
         True
     """
     classes = [c for c in vars(package).values() if inspect.isclass(c) and issubclass(c, base) and c is not base]
@@ -66,7 +66,7 @@ def instantiate(
 
     Example:
         >>> from equipoise.encoders import SequenceEncoder
-        >>> made(SequenceEncoder, "encoder 'audio'", {"dim": 8}, features=3, max_length=5).dim
+        >>> instantiate(SequenceEncoder, "encoder 'audio'", {"dim": 8}, features=3, max_length=5).dim
         8
     """
     name = getattr(cls, "__name__", "it")

@@ -46,7 +46,7 @@ def pool_to_slots(
         ShapeError: sizes that do not fit, more stretches than tokens.
 
     Example:
-        >>> pooled(torch.eye(4).repeat(2, 2), sizes=(4, 4), parts=(2, 2))
+        >>> pool_to_slots(torch.eye(4).repeat(2, 2), sizes=(4, 4), parts=(2, 2))
         tensor([[1., 0., 1., 0.],
                 [0., 1., 0., 1.],
                 [1., 0., 1., 0.],

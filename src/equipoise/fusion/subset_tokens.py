@@ -19,8 +19,8 @@ def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict
 
     Example:
         >>> import torch
-        >>> left = only({"audio": Tokens(torch.ones(2, 3, 5)), "image": Tokens(torch.ones(2, 7, 5))}, ["image"])
-        >>> {name: len(part) for name, part in left.items()}
+        >>> tokens = {"audio": Tokens(torch.ones(2, 3, 5)), "image": Tokens(torch.ones(2, 7, 5))}
+        >>> {name: len(part) for name, part in keep_modalities(tokens, ["image"]).items()}
         {'audio': 0, 'image': 7}
     """
     return {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
@@ -30,7 +30,7 @@ def modality_subsets(names: Sequence[str]) -> list[list[str]]:
     """All subsets: the one of number s has the modality of place m where bit m of s is set, so the first is empty.
 
     Example:
-        >>> subsets(["audio", "image"])
+        >>> modality_subsets(["audio", "image"])
         [[], ['audio'], ['image'], ['audio', 'image']]
     """
     return [[name for m, name in enumerate(names) if number >> m & 1] for number in range(1 << len(names))]

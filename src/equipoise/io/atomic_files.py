@@ -258,7 +258,7 @@ def unshare_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Example:
         >>> weight = torch.ones(2)
-        >>> state = without_sharing({"a": weight, "b": weight})
+        >>> state = unshare_tensors({"a": weight, "b": weight})
         >>> state["a"] is weight, state["b"] is weight
         (True, False)
     """

@@ -37,7 +37,7 @@ def matches_type(value: Any, hint: Any) -> bool:
     express, such as a module or a function.
 
     Example:
-        >>> fits(3, float), fits(True, int), fits([1, 2], tuple[int, int]), fits(None, str | None)
+        >>> matches_type(3, float), matches_type(True, int), matches_type([1, 2], tuple[int, int]), matches_type(None, str | None)
         (True, False, True, True)
     """
     origin, parts = get_origin(hint), get_args(hint)
@@ -84,7 +84,7 @@ def shorten_repr(value: Any) -> str:
     """The value in one short line, whatever it is.
 
     Example:
-        >>> shown("two"), shown({"a": [1]}), shown("a\\nb")
+        >>> shorten_repr("two"), shorten_repr({"a": [1]}), shorten_repr("a\\nb")
         ('two', "{'a': [1]}", "'a\\\\nb'")
     """
     try:

@@ -15,7 +15,7 @@ def eval_mode_no_grad(model: nn.Module) -> Iterator[None]:
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-        >>> with evaluating(model):
+        >>> with eval_mode_no_grad(model):
         ...     print([part.training for part in model], torch.is_grad_enabled())
         [False, False] False
         >>> [part.training for part in model]

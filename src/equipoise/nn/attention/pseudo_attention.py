@@ -41,7 +41,7 @@ class PseudoAttention:
     Reference: MODA (ICML 2025); StableMask (ICML 2024); spec 5.3.
 
     Example:
-        >>> pseudo_logit(torch.tensor([0, 6]), Pseudo(decay=0.7))
+        >>> pseudo_logit(torch.tensor([0, 6]), PseudoAttention(decay=0.7))
         tensor([  -inf, 0.6712])
     """
 
