@@ -130,7 +130,8 @@ def public_names():
     """Names of the root package that are imported eagerly, without its submodules."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module and node.level]
-    return [alias.asname or alias.name for node in nodes for alias in node.names]
+    names = [alias.asname or alias.name for node in nodes for alias in node.names]
+    return [name for name in names if not name.startswith("_")]
 
 
 def definitions(kind):

@@ -190,7 +190,7 @@ def test_carries_no_gradient():
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        (torch.ones(1), torch.ones(1), r"expected d >= 2, got d = 1\. A line has no rotation"),
+        (torch.ones(1), torch.ones(1), r"expected d >= 2, got d = 1\. There is no rotation in one dimension"),
         (torch.zeros(3), torch.ones(3), r"expected a finite source of positive length, got length \[0\.0\]"),
         (torch.ones(3), torch.zeros(3), r"expected a finite target of positive length.*skip this step"),
         (torch.tensor([1.0, torch.nan]), torch.ones(2), r"a finite source.*nan"),

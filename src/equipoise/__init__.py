@@ -29,7 +29,7 @@ from .errors import EquipoiseError as EquipoiseError
 from .models import FusionModel as FusionModel
 from .nn import Attended as Attended
 from .nn import attend as attend
-from .optional_packages import require_extra
+from .optional_packages import require_extra as _require_extra
 from .recording import AttentionRecord as AttentionRecord
 from .recording import watch as watch
 from .tokens import Output as Output
@@ -59,7 +59,7 @@ _LAZY_NAMES = {
 
 
 def __getattr__(name: str):
-    with require_extra(f"eq.{name}"):
+    with _require_extra(f"eq.{name}"):
         if name in _LAZY_MODULES:
             return importlib.import_module(_LAZY_MODULES[name], __name__)
         if name in _LAZY_NAMES:

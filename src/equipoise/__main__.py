@@ -1,4 +1,4 @@
-"""``python -m equipoise`` is the program ``equipoise``."""
+"""Runs the command line program with ``python -m equipoise``."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""One family of exceptions; each message says who complains, what was expected, what came, and what to do."""
+"""Exceptions of the library. Each message names the source, the expected and actual values, and the fix."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class EquipoiseError(ValueError):
-    """Base of every error this library raises on purpose.
+    """Base class of the errors that this library raises.
 
     Args:
-        who: the function, class or file that complains, with the modality's name where there is one.
-        expected: what would have been right; symbolic sizes with their numbers, as in ``"dim = 64"``.
-        got: what came instead.
-        fix: one sentence that tells what to do.
+        who: the function, class or file that raises the error, with the modality's name if there is one.
+        expected: description of a valid value; sizes are given by symbol and number, as in ``"dim = 64"``.
+        got: the actual value.
+        fix: one sentence that describes how to fix the error.
     """
 
     def __init__(self, who: str, *, expected: str, got: str, fix: str = "") -> None:
@@ -21,28 +21,28 @@ class EquipoiseError(ValueError):
         super().__init__(f"{who}: expected {expected}, got {got}." + (f" {fix}" if fix else ""))
 
     def __reduce__(self):
-        """Survives pickling, so that an error in a worker process reaches its parent whole."""
+        """Supports pickling, so that errors of worker processes can be raised in the parent process."""
         return _rebuild, (type(self), self.who, self.expected, self.got, self.fix)
 
 
 class ShapeError(EquipoiseError):
-    """A tensor of the wrong rank, size or type."""
+    """A tensor has the wrong rank, size or type."""
 
 
 class DataError(EquipoiseError):
-    """Data on disk that are missing, truncated or not what they claim to be."""
+    """Data on disk are missing, truncated or of the wrong format."""
 
 
 class ConfigError(EquipoiseError):
-    """A recipe, option or name that does not exist or does not fit."""
+    """A recipe, option or name does not exist or is invalid."""
 
 
 class NonFiniteError(EquipoiseError):
-    """NaN or infinity where a finite number is needed."""
+    """A value is NaN or infinite where a finite number is required."""
 
 
 class SchemaError(EquipoiseError):
-    """A results file or checkpoint written by another version."""
+    """A results file or checkpoint has an invalid or unsupported format."""
 
 
 class MissingExtraError(EquipoiseError, ImportError):
@@ -50,11 +50,14 @@ class MissingExtraError(EquipoiseError, ImportError):
 
 
 MOST_LISTED = 100
-"""Names that are listed whole; of the words of a data set the first few do."""
+"""Maximum number of known names that an error lists completely."""
 
 
 def unknown_name(who: str, kind: str, name: str, known: Iterable[str], *, like: str | None = None) -> ConfigError:
-    """The error for a name that nobody has, with the closest names that somebody has; ``like`` is compared for it."""
+    """Creates the error for an unknown name, listing the closest known names.
+
+    If ``like`` is given, it is matched instead of ``name``.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name if like is None else like, known, n=3, cutoff=0.5)
     listed = ", ".join(known if len(known) <= MOST_LISTED else [*known[:20], f"... ({len(known)} in all)"])

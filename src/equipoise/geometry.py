@@ -1,4 +1,4 @@
-"""Directions and rotations: pure functions, computed in float64 whatever comes in."""
+"""Directions and rotations as pure functions, computed in float64 for inputs of any type."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from .errors import ShapeError
 
 PARALLEL = 1e-12
-"""1 - cosine below which two directions count as equal (spec 2.4)."""
+"""1 - cosine below which two directions are treated as equal."""
 VANISHING = 1e-12
-"""Length below which a vector has no direction."""
+"""Length below which the direction of a vector is undefined."""
 SINGULAR = 1e-3
 """Smallest singular value of an average of rotations from which a rotation is still recovered."""
 
 
 def cosine(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Cosine of the angle, in at least float32; 0 where a vector has no direction.
+    """Computes the cosine similarity in float32 or higher precision; 0 for vectors of zero length.
 
     Example:
         >>> cosine(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
@@ -31,7 +31,7 @@ def cosine(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]) -> Float[
 def membership(
     modality: Int[Tensor, "... key"], num_modalities: int, batch: int, valid: Bool[Tensor, "batch key"] | None = None
 ) -> Bool[Tensor, "batch modality key"]:
-    """Which keys belong to which modality, out of labels (key,) or (batch, key); keys that are not valid to none.
+    """Converts labels (key,) or (batch, key) to a boolean membership tensor; invalid keys belong to no modality.
 
     Example:
         >>> membership(torch.tensor([-1, 0, 1, 1]), 2, batch=1).int()
@@ -46,7 +46,7 @@ def membership(
 def mean_keys(
     key: Float[Tensor, "batch head key dim"], member: Bool[Tensor, "batch modality key"]
 ) -> tuple[Float[Tensor, "batch head modality dim"], Float[Tensor, "batch modality"]]:
-    """The mean key of each modality, and of how many keys it is the mean; zeros where there are none (spec 1.1).
+    """Computes the mean key and the number of keys of each modality; the mean is zero if a modality has no keys.
 
     Example:
         >>> member = torch.tensor([[[True, False, False], [False, True, True]]])
@@ -62,14 +62,14 @@ def mean_keys(
 def rotation_between(
     source: Float[Tensor, "*batch d"], target: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch d d"]:
-    """The smallest rotation that turns one direction into another: ``unit(source) @ R = unit(target)``.
+    """Computes the minimal rotation that maps one direction to another: ``unit(source) @ R = unit(target)``.
 
     With x, y the unit vectors, c = x . y and z the unit part of y orthogonal to x::
 
         R = I + (c - 1) (x^T x + z^T z) + s (x^T z - z^T x),   s = |y - c x|
 
-    the geodesic in the plane of x and y, the identity on everything orthogonal to it. It equals the form
-    ``I - G + G^2 / (1 + c)``, ``G = y^T x - x^T y``, but does not lose digits where 1 + c is small.
+    This rotates within the plane of x and y and is the identity on its orthogonal complement. It equals
+    ``I - G + G^2 / (1 + c)``, ``G = y^T x - x^T y``, but is numerically stable where 1 + c is small.
 
     Args:
         source: (..., d), any positive length.
@@ -77,15 +77,15 @@ def rotation_between(
 
     Returns:
         (..., d, d) in the type of ``source``, orthogonal with determinant +1, for row vectors. Equal directions give
-        the identity; opposite ones, within the rounding of the coarser type, the half turn in the plane of x and the
-        axis on which x is smallest. No gradient flows through it: both inputs are detached.
+        the identity; opposite directions, up to rounding, give a rotation by 180 degrees in the plane of x and the
+        axis along which x is smallest. Both inputs are detached.
 
     Raises:
-        ShapeError: shapes that differ, d = 1 (there is no rotation of a line), a vector without direction, NaN.
+        ShapeError: the shapes differ, d = 1, a vector has length zero or contains NaN.
 
-    Reference: RollingQ (ICML 2025), eq. 12; spec 2.4.
-    Differs from the paper in: the released code takes an SVD of a rank-1 matrix, which turns all other directions at
-    random (``rotation_svd``); here they stay as they are.
+    Reference: RollingQ (ICML 2025), eq. 12.
+    Differs from the paper in: the released code uses an SVD of a rank-1 matrix, which rotates all other directions
+    arbitrarily (``rotation_svd``); here they are unchanged.
 
     Example:
         >>> R = rotation_between(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
@@ -97,13 +97,13 @@ def rotation_between(
     rest = y - c * x
     rest = rest - (rest * x).sum(dim=-1, keepdim=True) * x
     sine = rest.norm(dim=-1, keepdim=True)
-    # Where the types themselves round more than this, the plane of opposite vectors would be rounding noise.
+    # For vectors that are opposite up to rounding, the plane of x and y would be determined by rounding errors.
     rounding = 8 * max(torch.finfo(source.dtype).eps, torch.finfo(target.dtype).eps)
     opposite = (sine <= max(VANISHING, rounding)) & (c < 0)
     z = torch.where(opposite, _any_orthogonal(x), rest / sine.clamp(min=1e-300))
     c = torch.where(opposite, -1.0, c)[..., None]
     sine = torch.where(opposite, 0.0, sine)[..., None]
-    # Of rank 2 beside the identity: one product of (d, 2) and (2, d) instead of sums of d x d matrices.
+    # R - I has rank 2: a product of (d, 2) and (2, d) is cheaper than sums of d x d matrices.
     plane = torch.stack([x, z], dim=-2)
     turned = (c - 1) * plane + sine * torch.stack([z, -x], dim=-2)
     same = ((x - y).square().sum(dim=-1) / 2 <= PARALLEL)[..., None, None]
@@ -113,10 +113,10 @@ def rotation_between(
 
 
 def rotation_svd(source: Float[Tensor, " d"], target: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
-    """The rotation as the released RollingQ code builds it, for comparison: U V^T of the rank-1 matrix y^T x.
+    """Computes the rotation as the released RollingQ code does, for comparison: U V^T of the rank-1 matrix y^T x.
 
     It satisfies ``unit(source) @ R = unit(target)``, but on the d - 1 other directions it depends on the arbitrary null
-    space that the linear algebra library returns. Args, Returns and Raises as ``rotation_between``, without batches.
+    space that the linear algebra library returns. Arguments and errors as for ``rotation_between``, without batches.
 
     Example:
         >>> R = rotation_svd(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]))
@@ -133,7 +133,7 @@ def rotation_svd(source: Float[Tensor, " d"], target: Float[Tensor, " d"]) -> Fl
 
 
 def orthogonalize(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
-    """One Newton-Schulz step toward the nearest orthogonal matrix: R (3 I - R^T R) / 2.
+    """Performs one Newton-Schulz step toward the nearest orthogonal matrix: R (3 I - R^T R) / 2.
 
     Example:
         >>> R = orthogonalize(torch.eye(2) * 1.001)
@@ -185,8 +185,11 @@ def _directions(who: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tenso
             who, expected="floating point vectors", got=f"{source.dtype} and {target.dtype}", fix="Use vector.float()."
         )
     if source.shape[-1] < 2:
-        raise ShapeError(who, expected="d >= 2", got=f"d = {source.shape[-1]}", fix="A line has no rotation.")
-    # Not every accelerator has float64, so what is moved off it is made double afterward.
+        raise ShapeError(
+            who, expected="d >= 2", got=f"d = {source.shape[-1]}",
+            fix="There is no rotation in one dimension; use a head width of at least 2.",
+        )  # fmt: skip
+    # Some accelerators have no float64: move the tensor to the CPU before the conversion.
     device = source.device if source.device.type in ("cpu", "cuda") else torch.device("cpu")
     pair = []
     for name, vector in (("source", source), ("target", target)):
@@ -204,7 +207,7 @@ def _directions(who: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def _any_orthogonal(x: Tensor) -> Tensor:
-    """A unit vector orthogonal to x, always the same one: the axis on which x is smallest, made orthogonal."""
+    """Returns a deterministic unit vector orthogonal to x: the projection of the axis along which x is smallest."""
     axis = torch.nn.functional.one_hot(x.abs().argmin(dim=-1), x.shape[-1]).to(x.dtype)
     z = axis - (axis * x).sum(dim=-1, keepdim=True) * x
     return z / z.norm(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Names to classes: a name in a recipe is looked up in its family's package, and nowhere else."""
+"""Registry of classes: finds and instantiates the classes that recipes refer to by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .io.typed_values import matches_type, shorten_repr, type_description
 T = TypeVar("T")
 
 PLAIN = (int, float, str, bool)
-"""Annotations that errors call by their own names."""
+"""Types that error messages mention by name."""
 
 
 def available_classes(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    """name -> every final class of ``base`` that the package exports; the name is ``cls.name`` or the class's own.
+    """Returns name -> class for every concrete subclass of ``base`` that a package exports.
+
+    The name is ``cls.name`` or, by default, the lower-case class name.
 
     Example:
         >>> from equipoise import fusion
@@ -31,10 +33,10 @@ def available_classes(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
 
 
 def get_class(package: ModuleType, base: type[T], name: str, *, kind: str) -> type[T]:
-    """The class of that name.
+    """Returns the class with the given name.
 
     Raises:
-        ConfigError: nobody in the family has the name; the closest is given.
+        ConfigError: the name is unknown; the message lists the closest names.
     """
     known = available_classes(package, base)
     if not isinstance(name, str) or name not in known:
@@ -51,18 +53,18 @@ def instantiate(
     takes: Callable[..., Any] | None = None,
     **given: Any,
 ) -> T:
-    """Calls a class with options that came from a recipe, where names and types may be wrong.
+    """Instantiates a class with options from a recipe, after checking their names and types.
 
     Args:
-        cls: what is called.
-        who: begins the error's message.
-        options: from the recipe.
-        takes: whose options ``cls`` hands on when it takes any name itself.
-        given: what else ``cls`` gets, which a recipe cannot change.
+        cls: the class or function to call.
+        who: first part of the error messages.
+        options: options of the recipe.
+        takes: the class or function that receives the keyword arguments which ``cls`` passes on.
+        given: further keyword arguments of ``cls``, which a recipe cannot set.
 
     Raises:
-        ConfigError: an option that the class does not take, lacks, or cannot use; the closest name is given.
-        ConfigError, ShapeError: of the class itself, with ``who`` before its own name.
+        ConfigError: an option is unknown, missing or invalid; the message lists the closest names.
+        ConfigError, ShapeError: raised by the class; ``who`` is prepended to the message.
 
     Example:
         >>> from equipoise.encoders import SequenceEncoder
@@ -76,30 +78,34 @@ def instantiate(
             raise unknown_name(who, f"option of {name}", shorten_repr(option), known - {"options"})
     hints = {**(_hints(takes) if takes else {}), **_hints(cls)}
     for option, value in options.items():
-        wanted: Any = hints.get(option, Any)
-        if not matches_type(value, wanted):
-            if wanted not in PLAIN:
+        expected_type: Any = hints.get(option, Any)
+        if not matches_type(value, expected_type):
+            if expected_type not in PLAIN:
                 raise ConfigError(
                     who, expected=f"options that {name} takes", got=f"{option} = {_quoted(value)}",
-                    fix=f"It has to be {type_description(wanted)}.",
+                    fix=f"It has to be {type_description(expected_type)}.",
                 )  # fmt: skip
-            fix = "YAML takes 1e-3 for a text; write 1.0e-3." if wanted is float and isinstance(value, str) else ""
-            raise ConfigError(who, expected=f"{option} of type {wanted.__name__}", got=_quoted(value), fix=fix)
+            fix = (
+                "YAML parses 1e-3 as a string; write 1.0e-3."
+                if expected_type is float and isinstance(value, str)
+                else ""
+            )
+            raise ConfigError(who, expected=f"{option} of type {expected_type.__name__}", got=_quoted(value), fix=fix)
     try:
         return cls(**options, **given)
     except (ConfigError, ShapeError) as error:
-        # Several of one class may stand in a recipe; the class alone does not say which one it was.
+        # A recipe may contain several instances of a class, so the class name alone does not identify the entry.
         raise type(error)(f"{who}, {error.who}", expected=error.expected, got=error.got, fix=error.fix) from error
     except (EquipoiseError, OSError):
         raise
     except Exception as error:
-        # Whatever a class of torch says about a size or a number that came from a file.
+        # Classes of torch raise various exceptions for invalid sizes and numbers.
         got = f"{shorten_repr(dict(options))} ({shorten_repr(str(error) or type(error).__name__)})"
         raise ConfigError(who, expected=f"options that {name} takes", got=got) from error
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of the parameters, without those whose types are imported for type checkers alone."""
+    """Returns the type hints of the parameters, except types that are imported for type checking only."""
     target: Any = vars(function).get("__init__", function.__init__) if inspect.isclass(function) else function
     found = {}
     for name, hint in getattr(target, "__annotations__", {}).items():

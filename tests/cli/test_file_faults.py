@@ -138,7 +138,7 @@ def test_methods_and_folds_lead_nowhere_else(name, tmp_path):
         ("1: 2", "got 1. Put quotes around what is meant as a text."),
         ('reference: "\\ud800"', "expected"),
         ("reference: [a]", "expected a text or nothing under reference, got ['a']"),
-        ("train: {learning_rate: 1e-3}", "got 1e-3. YAML takes 1e-3 for a text; write 1.0e-3."),
+        ("train: {learning_rate: 1e-3}", "got 1e-3. YAML parses 1e-3 as a string; write 1.0e-3."),
         ("train: {epochs: 99999999999}", "expected epochs >= 1, got epochs = 99999999999"),
         ("encoders: &e {audio: *e}", "expected aliases of other parts, got one that contains itself"),
         ("fusions: {joint: {dim: [x], heads: {a: 1}}}", "expected a known option of JointAttention, got 'dim'"),

@@ -455,7 +455,7 @@ def _bad(**changes):
         ({"modality": BLOCKS[1:]}, r"attend modality: expected shape \(key,\) = \(13,\) or .* got shape \(12,\)"),
         ({"num_modalities": 2}, "attend modality: expected labels from -1 to num_modalities - 1 = 1, got .* -1 to 2"),
         ({"modality": BLOCKS - 1}, "got labels from -2 to 1"),
-        ({"mask": torch.ones(Q, K, dtype=torch.bool)}, r"A \(query, key\) mask is given as mask\[None, None\]"),
+        ({"mask": torch.ones(Q, K, dtype=torch.bool)}, r"Pass a \(query, key\) mask as mask\[None, None\]"),
         ({"mask": torch.ones(K, dtype=torch.bool)}, r"attend mask: .* got shape \(13,\)"),
         ({"mask": torch.ones(B, H, Q, K + 1)}, r"broadcasts to \(batch, head, query, key\) = \(2, 6, 5, 13\)"),
         ({"mask": torch.ones(B, K, dtype=torch.int64)}, "attend mask: expected dtype torch.bool or floating, got"),

@@ -155,7 +155,7 @@ def test_learned_token_is_small():
             ConfigError,
             r"Attention: expected dim = 14 divisible by heads, got heads = 3\. .* heads = 2",
         ),
-        (lambda: Attention(14, 0), ConfigError, r"got heads = 0\. The closest that divides it is heads = 1"),
+        (lambda: Attention(14, 0), ConfigError, r"got heads = 0\. The closest divisor is heads = 1"),
         (lambda: Attention(14)(torch.zeros(2, 3, 5)), ShapeError, r"Attention: expected dim = 14, got 5 and 5"),
         (lambda: Attention(14)(torch.zeros(2, 3, 14), torch.zeros(2, 3, 5)), ShapeError, r"got 14 and 5"),
     ],

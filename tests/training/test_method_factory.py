@@ -83,7 +83,7 @@ def test_options_are_held_against_the_class():
         instantiate(eq.encoders.PatchEncoder, "who", {"size": 3}, size=(8, 8))
     with pytest.raises(ConfigError, match=r"who: expected dim of type int, got True\."):
         instantiate(eq.encoders.PatchEncoder, "who", {"dim": True})
-    with pytest.raises(ConfigError, match=r"expected dropout of type float, got '1e-3'\. YAML takes 1e-3 for a text"):
+    with pytest.raises(ConfigError, match=r"expected dropout of type float, got '1e-3'\. YAML parses 1e-3 as a string"):
         instantiate(eq.encoders.PatchEncoder, "who", {"dropout": "1e-3"})
     with pytest.raises(ConfigError, match=r"expected options that PatchEncoder takes, got \{'dim': 8\} \(.*missing"):
         instantiate(eq.encoders.PatchEncoder, "who", {"dim": 8})

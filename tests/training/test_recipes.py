@@ -86,5 +86,5 @@ def test_precisions_are_lightnings(precision):
 
 
 def test_a_number_of_a_variant_that_yaml_takes_for_a_text():
-    with pytest.raises(ConfigError, match=r"got learning_rate = '1e-3'\. YAML takes 1e-3 for a text; write 1\.0e-3"):
+    with pytest.raises(ConfigError, match=r"got learning_rate = '1e-3'\. YAML parses 1e-3 as a string; write 1\.0e-3"):
         recipe().with_train(learning_rate="1e-3")

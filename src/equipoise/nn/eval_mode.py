@@ -1,4 +1,4 @@
-"""A model as it is used, for a while: evaluation mode without gradients, and afterward everything as it was."""
+"""Context manager for evaluation mode without gradients; restores training modes and RNG state on exit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode_no_grad(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode and the random state come back, also after an error.
+    """Evaluates a model without gradients; restores the mode of each module and the RNG state on exit and on errors.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())

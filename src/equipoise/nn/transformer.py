@@ -1,4 +1,4 @@
-"""The one attention layer, the one block and the one stack that encoders and fusions share."""
+"""Attention layer, transformer blocks and stacks shared by encoders and fusions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .attention import Attended, attend
 
 
 class AttentionCore(nn.Module):
-    """Where queries meet keys. It has no parameters: it is the place where others watch, or turn the query.
+    """Scaled dot-product attention without parameters, as a module so that hooks can observe or change its inputs.
 
-    A ``forward_pre_hook(with_kwargs=True)`` on it sees the projected query (batch, head, query, dim), key and value,
-    with the modality labels and the mask, and may return other ones.
+    A ``forward_pre_hook(with_kwargs=True)`` receives the projected query (batch, head, query, dim), key and value, with
+    the modality labels and the mask, and may return modified ones.
     """
 
     def forward(
@@ -43,13 +43,13 @@ class Attention(nn.Module):
     Args:
         dim: model width d.
         heads: number of heads; each is d / heads wide.
-        dropout: on the attention and on the projected output, in training only.
+        dropout: dropout probability of attention weights and projected output, in training only.
 
     Attributes:
-        names: names of the modalities whose labels ``forward`` is given; a single one where no labels are given and all
-            keys are of this modality.
-        readout: True where only the first query row is ever read (a class token that pools).
-        reads_itself: False where the tokens that read are not the first of those that are read.
+        names: names of the modalities that the labels index; a single name if all keys are of one modality
+            and no labels are passed.
+        readout: True if only the first query row is used afterward (a class token that pools).
+        reads_itself: False if the queries are not the first of the keys.
     """
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class Attention(nn.Module):
                 "Attention",
                 expected=f"dim = {dim} divisible by heads",
                 got=f"heads = {heads}",
-                fix=f"The closest that divides it is heads = {closest}.",
+                fix=f"The closest divisor is heads = {closest}.",
             )
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.names, self.readout, self.reads_itself = (), False, True
@@ -91,17 +91,17 @@ class Attention(nn.Module):
         is_causal: bool = False,
         share: bool = True,
     ) -> Attended:
-        """Lets ``tokens`` read ``source`` (themselves by default).
+        """Computes attention from ``tokens`` to ``source`` (self-attention by default).
 
         Args:
             tokens: (batch, query, dim).
             source: (batch, key, dim).
-            modality: (key,) or (batch, key) labels, for the share; see ``attend``.
+            modality: (key,) or (batch, key) labels for the share; see ``attend``.
             num_modalities: number of columns of the share.
-            mask: (batch, key) or (batch, query, key), boolean, True = takes part. Keys that no query sees have no
-                influence, NaN included.
+            mask: (batch, key) or (batch, query, key), boolean, True = attend. Keys that are masked for every query have
+                no influence, even if they contain NaN.
             is_causal: as in ``attend``.
-            share: False spares the cost of the share; labels are then given for whoever watches.
+            share: False skips the computation of the share; the labels are then used by ``eq.watch`` only.
 
         Returns:
             Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         return Attended(self.output_dropout(self.out(merged)), attended.share)
 
     def _source(self, tokens: Tensor, source: Tensor | None) -> Tensor:
-        """What is read, once it is known to fit."""
+        """Returns the source after checking its width."""
         source = tokens if source is None else source
         if tokens.shape[-1] != self.dim or source.shape[-1] != self.dim:
             raise ShapeError(
@@ -135,9 +135,9 @@ class Block(nn.Module):
     Args:
         dim: model width.
         heads: attention heads.
-        ratio: width of the hidden layer over ``dim``.
-        dropout: on the attention and on both residual branches, in training only.
-        activation: of the hidden layer.
+        ratio: width of the hidden layer divided by ``dim``.
+        dropout: dropout probability of attention weights and both residual branches, in training only.
+        activation: activation of the hidden layer.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Block(nn.Module):
         is_causal: bool = False,
         share: bool = True,
     ) -> Attended:
-        """Returns Attended(tokens, share).
+        """Computes Attended(tokens, share).
 
-        ``source`` is another sequence that is read, under the same norm. ``rows`` computes only the first rows; they
-        equal those of the whole. The rest is as in ``Attention``.
+        ``source`` is another sequence for cross-attention, normalized with the same norm. ``rows`` limits the
+        computation to the first rows, with equal results. Other arguments as for ``Attention``.
         """
         tokens, source = without_hidden(tokens, source, mask, "Block")
         normed = self.norm_attention(tokens)
@@ -183,8 +183,8 @@ class PostNormAttention(nn.Module):
     Args:
         dim: model width.
         heads: attention heads.
-        dropout: on the attention and on its output, in training only.
-        eps: of the norm.
+        dropout: dropout probability of attention weights and output, in training only.
+        eps: epsilon of the norm.
     """
 
     def __init__(self, dim: int, heads: int = 1, *, dropout: float = 0.0, eps: float = 1e-6) -> None:
@@ -200,7 +200,7 @@ class PostNormAttention(nn.Module):
         mask: Bool[Tensor, "... key"] | None = None,
         modality: Int[Tensor, "... key"] | None = None,
     ) -> Float[Tensor, "batch token dim"]:
-        """``source``, ``mask`` and ``modality`` as in ``Attention``; labels are for whoever watches."""
+        """``source``, ``mask`` and ``modality`` as for ``Attention``; the labels are used by ``eq.watch`` only."""
         tokens, source = without_hidden(tokens, source, mask, "PostNormAttention")
         return self.norm(tokens + self.attention(tokens, source, mask=mask, modality=modality, share=False).output)
 
@@ -211,9 +211,9 @@ class PostNormBlock(nn.Module):
     Args:
         dim: model width.
         heads: attention heads.
-        ratio: width of the hidden layer over ``dim``.
-        dropout: on the attention and on both residual branches, in training only.
-        eps: of the norms.
+        ratio: width of the hidden layer divided by ``dim``.
+        dropout: dropout probability of attention weights and both residual branches, in training only.
+        eps: epsilon of the norms.
     """
 
     def __init__(
@@ -236,10 +236,10 @@ class Transformer(nn.Module):
 
     Args:
         dim: model width.
-        depth: number of blocks; 0 is the LayerNorm alone.
+        depth: number of blocks; with 0 only the LayerNorm is applied.
         heads: attention heads.
-        ratio: width of the hidden layers over ``dim``.
-        dropout: in training only.
+        ratio: width of the hidden layers divided by ``dim``.
+        dropout: dropout probability, in training only.
 
     Example:
         >>> Transformer(8, depth=2, heads=2)(torch.ones(3, 5, 8)).shape
@@ -263,13 +263,13 @@ def without_hidden(
     tokens: Float[Tensor, "batch query dim"], source: Float[Tensor, "batch key dim"] | None, mask: Tensor | None,
     who: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(tokens, source) with zeros in the source where no query sees it.
+    """Sets source tokens to zero that are masked for every query, and returns (tokens, source).
 
-    Without a source the tokens read themselves. Padding is then a query too, whose own output is what its values make
-    of it; but NaN and infinity in padding become 0, since they would reach the gradients of the weights.
+    Without a source (self-attention), masked tokens are also queries and keep their values; only NaN and infinity are
+    replaced by 0, since they would propagate to the gradients of the weights.
 
     Raises:
-        ShapeError: a mask that is not boolean.
+        ShapeError: the mask is not boolean.
     """
     if mask is None:
         return tokens, source
@@ -285,12 +285,12 @@ def without_hidden(
 
 
 def _fits(mask: Tensor, x: Tensor) -> bool:
-    # A mask of another size is an error, which attend raises.
+    # attend raises the error for masks of the wrong size.
     return mask.ndim == 2 and mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == x.shape[1]
 
 
 def feed_forward(dim: int, ratio: float, dropout: float, activation: type[nn.Module]) -> nn.Sequential:
-    """The two layers of a block's MLP, with dropout on what they add to the residual stream."""
+    """Builds the two-layer MLP of a block, with dropout on its output."""
     hidden = int(dim * ratio)
     mlp = nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim), nn.Dropout(dropout))
     initialize_weights(mlp)
@@ -298,9 +298,9 @@ def feed_forward(dim: int, ratio: float, dropout: float, activation: type[nn.Mod
 
 
 def initialize_weights(module: nn.Module) -> None:
-    """Xavier-normal weights and zero biases for every linear layer inside, as RollingQ's released code has them.
+    """Initializes every linear layer with Xavier-normal weights and zero biases, as RollingQ's released code does.
 
-    torch's own start gives queries and keys a third of the scale, and attention that stays close to uniform.
+    torch's default initialization gives queries and keys a third of this scale, so that attention stays near uniform.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -310,5 +310,5 @@ def initialize_weights(module: nn.Module) -> None:
 
 
 def learned_token(*shape: int, std: float = 0.02) -> nn.Parameter:
-    """A learned token or position table, normal and cut at -2 and 2."""
+    """Creates a learned token or position table, initialized from a normal distribution truncated to [-2, 2]."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std))

@@ -1,4 +1,4 @@
-"""Attention that says where it went: `attend`, from fused kernels where there are some."""
+"""Attention functions that return the share of each modality, using fused kernels where available."""
 
 from .fused_share import Attended as Attended
 from .fused_share import attend as attend

@@ -1,4 +1,4 @@
-"""What attend takes: checked, and brought into one form."""
+"""Validation and conversion of the arguments of `attend`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sdpa_kernels import Bias, HeadTensor
 
 
 def apply_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What the public function would do to its arguments under autocast."""
+    """Casts tensors as `F.scaled_dot_product_attention` does under autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -20,7 +20,7 @@ def apply_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def mask_to_bias(mask: Tensor, query: HeadTensor, key: HeadTensor) -> Bias:
-    """Any mask as numbers to add to the scores, 4-D, with all keys written out."""
+    """Converts a mask to a 4-D additive bias with an explicit key dimension."""
     full = (*query.shape[:3], key.shape[2])
     shaped = {2: lambda: mask[:, None, None], 3: lambda: mask[:, None], 4: lambda: mask}.get(mask.ndim, lambda: None)()
     if shaped is None or any(got not in (1, size) for got, size in zip(shaped.shape, full, strict=True)):
@@ -29,7 +29,7 @@ def mask_to_bias(mask: Tensor, query: HeadTensor, key: HeadTensor) -> Bias:
             "attend mask", got=f"shape {tuple(mask.shape)}",
             expected=f"(batch, key) = {(batch, keys)}, (batch, query, key) = {(batch, rows, keys)} or a shape that "
             f"broadcasts to (batch, head, query, key) = {full}",
-            fix="A (query, key) mask is given as mask[None, None].",
+            fix="Pass a (query, key) mask as mask[None, None].",
         )  # fmt: skip
     shaped = shaped.to(query.device).expand(*shaped.shape[:3], key.shape[2])
     if shaped.dtype == torch.bool:
@@ -37,7 +37,7 @@ def mask_to_bias(mask: Tensor, query: HeadTensor, key: HeadTensor) -> Bias:
     if not shaped.is_floating_point():
         raise ShapeError(
             "attend mask", expected="dtype torch.bool or floating", got=f"dtype {mask.dtype}",
-            fix="Use mask.bool() for 0/1 masks with 1 = takes part.",
+            fix="Use mask.bool() for 0/1 masks with 1 = attend.",
         )  # fmt: skip
     return shaped.masked_fill(shaped <= torch.finfo(shaped.dtype).min, -math.inf).to(query.dtype)
 
@@ -45,7 +45,7 @@ def mask_to_bias(mask: Tensor, query: HeadTensor, key: HeadTensor) -> Bias:
 def without_hidden(
     query: HeadTensor, key: HeadTensor, value: HeadTensor, bias: Bias | None, is_causal: bool = False, offset: int = 0
 ) -> tuple[HeadTensor, HeadTensor]:
-    """Keys and values with zeros where no query sees them: what stands there must reach no score and no gradient."""
+    """Sets keys and values to zero that no query attends to, so that they affect neither scores nor gradients."""
     if key.shape[2] == 0:
         return key, value
     hidden = None if bias is None else (bias == -math.inf).all(dim=2).all(dim=1)[:, None, :, None]
@@ -58,7 +58,7 @@ def without_hidden(
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
-    """Raises ShapeError for ranks, sizes or types that do not fit each other."""
+    """Raises ShapeError if ranks, sizes or types of query, key and value are incompatible."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4 or not tensor.is_floating_point():
             raise ShapeError(
@@ -91,7 +91,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> No
 
 
 def check_modality(modality: Tensor, num_modalities: int | None, query: Tensor, key: Tensor) -> int:
-    """The number of modalities, after a look at the labels where looking is free."""
+    """Returns the number of modalities; checks the values of labels that are on the CPU."""
     batch, keys = query.shape[0], key.shape[2]
     if not isinstance(modality, Tensor):
         raise ShapeError(

@@ -1,4 +1,4 @@
-"""Attention that says where it went: the output of fused kernels and the exact share of every modality."""
+"""Attention with the exact share of every modality, computed by fused kernels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .sdpa_kernels import HeadTensor, kernel_for
 from .segments import SegmentedAttention
 
 FEW_QUERIES = 32
-"""Up to so many queries (a class token is one) the attention matrix is no larger than the keys and cheap to build."""
+"""Number of queries up to which the attention matrix is built explicitly, since it is no larger than the keys."""
 
 
 class Attended(NamedTuple):
-    """What `attend` returns.
+    """Result of `attend`.
 
     Attributes:
         output: (batch, head, query, dim) weighted values.
-        share: (batch, head, query, modality) part of each query's attention that fell on each modality, in float32 or
-            better; None when no modality was given.
+        share: (batch, head, query, modality) sum of each query's attention weights over the keys of each modality, in
+            float32 or higher precision; None without labels.
     """
 
     output: Float[Tensor, "batch head query dim"]
@@ -44,38 +44,38 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Attended:
-    """Scaled dot-product attention, and how much of it each modality received.
+    """Computes scaled dot-product attention and the share of attention that each modality receives.
 
     output_i = sum_j A_ij v_j and share_i^m = sum_{j in m} A_ij with A = softmax(scale q k^T + mask).
 
-    No attention matrix is built: the fused kernel runs once per modality and the log-sum-exps of the parts give the
-    shares, so the cost is about that of plain attention. Both results are differentiable once with respect to query,
-    key and value; second derivatives are not offered.
+    The attention matrix is not materialized: the fused kernel runs once per modality, and the log-sum-exps of the parts
+    give the shares, so the cost is close to plain attention. Both results are differentiable once with respect to
+    query, key and value; second derivatives are not supported.
 
     Args:
         query: (batch, head, query, width).
-        key: (batch, key head, key, width). Fewer heads than the query's are shared: query head h reads key head
-            h // (head / key head).
+        key: (batch, key head, key, width). With fewer heads than the query (grouped-query attention), query head h uses
+            key head h // (head / key head).
         value: (batch, key head, key, dim); dim may differ from width.
         modality: label of every key, (key,) or (batch, key), in blocks or interleaved; -1 = special (class token,
-            padding), counted in no column. Labels kept on the CPU spare an accelerator the wait for them.
-        num_modalities: columns of the share; default is the highest label + 1, which an accelerator must be asked for.
-        mask: boolean, True = takes part, or floating, added to the scores (its type's lowest number counts as minus
-            infinity). (batch, key), (batch, query, key), or anything that broadcasts to (batch, head, query, key).
-            A (query, key) mask is ambiguous when both sizes are equal, so it is given as mask[None, None].
-        is_causal: query i sees keys 0..i, counted from the first key also when there are more keys than queries, as
+            padding), not counted in any column. Labels on the CPU avoid a GPU sync.
+        num_modalities: columns of the share; default is the highest label + 1, which requires a GPU sync.
+        mask: boolean, True = attend, or floating, added to the scores (the lowest number of its type is treated as
+            minus infinity). (batch, key), (batch, query, key), or broadcastable to (batch, head, query, key).
+            A (query, key) mask would be ambiguous if both sizes are equal; pass it as mask[None, None].
+        is_causal: query i attends to keys 0..i, aligned at the first key also if there are more keys than queries, as
             in `F.scaled_dot_product_attention`. Applies together with the mask.
         scale: factor of the scores; default 1 / sqrt(width).
-        dropout: probability with which the output forgets an attention weight. The share is of the undropped attention.
+        dropout: dropout probability of the attention weights. The share is computed without dropout.
 
     Returns:
-        Attended(output, share). A query that sees no key has output 0, share 0 and gradient 0. Keys and values that no
-        query sees have no influence, NaN and infinity included. The columns of the
-        share and the part of the special keys sum to 1 otherwise. An attention share is not proof that a modality
-        was used: values may be small or cancel, so test causally before concluding.
+        Attended(output, share). For a query without visible keys, output, share and gradient are 0. Keys and values
+        that are masked for every query have no influence, even if they are NaN or infinite. Otherwise the columns of the
+        share and the weight of the special keys sum to 1. A high attention share does not prove that a modality is
+        used: values may be small or cancel out; confirm it with a causal test.
 
     Raises:
-        ShapeError: ranks, sizes or types that do not fit, labels out of range.
+        ShapeError: ranks, sizes or types are incompatible, or labels are out of range.
 
     Example:
         >>> query, key, value = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
@@ -104,7 +104,7 @@ def shares(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "batch head query modality"]:
-    """The share alone, for whoever has the output already; arguments and errors are those of ``attend``.
+    """Computes the share without the output; arguments and errors as for ``attend``.
 
     Example:
         >>> query, key = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2)
@@ -117,7 +117,7 @@ def shares(
     key, _ = without_hidden(query, key, key, bias, is_causal)
     num_modalities = check_modality(modality, num_modalities, query, key)
     with torch.autocast(query.device.type, enabled=False):
-        # Every kernel also wants values; the keys are at hand.
+        # The kernels require values; pass the keys.
         found = _in_one_pass(query, key, key, modality, num_modalities, bias, is_causal, scale, 0.0)
         if found is not None:
             return found.share  # type: ignore[return-value]
@@ -125,7 +125,7 @@ def shares(
 
 
 def _attend(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
-    """Chooses the cheapest of three exact routes."""
+    """Selects the cheapest of three exact algorithms."""
     found = _in_one_pass(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
     if found is not None:
         return found
@@ -133,7 +133,7 @@ def _attend(query, key, value, modality, num_modalities, bias, is_causal, scale,
 
 
 def _two_passes(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
-    """Public functions alone: attention with one-hot values gives the shares."""
+    """Uses public functions only: attention with one-hot values gives the shares."""
     output = _fused(query, key, value, bias, is_causal, scale, dropout)
     return Attended(output, _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale))
 
@@ -141,9 +141,9 @@ def _two_passes(query, key, value, modality, num_modalities, bias, is_causal, sc
 def _in_one_pass(
     query, key, value, modality, num_modalities, bias, is_causal, scale, dropout
 ) -> Attended | None:  # fmt: skip
-    """Output and share together, written out where that is small, else by segments; None where neither fits."""
+    """Computes output and share together, explicitly for few queries, else by segments; None if neither applies."""
     rows, keys = query.shape[2], key.shape[2]
-    # Plain attention with dropout has no fused kernel on a CPU either.
+    # On CPUs there is no fused kernel with dropout.
     drops_on_cpu = dropout > 0 and query.device.type == "cpu"
     if rows <= FEW_QUERIES or 0 in (keys, *query.shape[:2]) or drops_on_cpu:
         return _explicit(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
@@ -166,7 +166,7 @@ def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, sca
     exact = torch.promote_types(query.dtype, torch.float32)
     query, key, bias = query.to(exact), key.to(exact), None if bias is None else bias.to(exact)
     hot = modality_one_hot(modality, num_modalities, query).expand(*key.shape[:3], -1)
-    # Columns beyond the head's width would widen all factors, so they take another pass.
+    # More columns than the head width would require wider keys, so they are computed in another pass.
     passes = hot.split(max(query.shape[-1], 8), dim=-1)
     return torch.cat([_fused(query, key, columns, bias, is_causal, scale, 0.0) for columns in passes], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Where the keys of each modality stand, and how to visit them in few long runs."""
+"""Layout of the keys of each modality, and its division into few long runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from .sdpa_kernels import Bias
 
 SHORTEST_RUN = 32
-"""Mean keys in a run below which causal attention over interleaved modalities is cheaper by another way."""
+"""Mean run length below which another algorithm is cheaper for causal attention over interleaved modalities."""
 
 SAMPLE_WORK = 2**23
-"""Multiplications (head query key dim) above which a sample is worth a kernel call of its own."""
+"""Multiplications (head x query x key x dim) above which a separate kernel call per sample pays off."""
 
 GRAIN = 16
-"""Keys that a CPU's kernel handles at once. A run that ends elsewhere costs it up to a third more time."""
+"""Block size of the CPU kernel in keys. Runs that end elsewhere take up to a third more time."""
 
 MOST_STRAYS = 32
-"""Keys whose attention may be written out to let runs end at full grains."""
+"""Maximum number of keys handled explicitly so that runs end at block boundaries."""
 
 
 class Run(NamedTuple):
-    """Neighboring keys of one modality."""
+    """Consecutive keys of one modality."""
 
     start: int
     stop: int
@@ -33,9 +33,9 @@ class Run(NamedTuple):
 
 
 class BorderKeys(NamedTuple):
-    """Keys at the borders of modalities that are visited in a neighbor's run, so that runs end at full grains.
+    """Keys at modality borders that are processed in the adjacent run, so that runs end at block boundaries.
 
-    The output does not depend on where runs end; the share of these few keys is moved to where it belongs.
+    The output does not depend on the run boundaries; the shares of these keys are corrected afterward.
     """
 
     keys: Int[Tensor, " stray"]
@@ -44,13 +44,13 @@ class BorderKeys(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Samples whose keys are laid out alike.
+    """Samples with the same key layout.
 
     Attributes:
-        samples: which of the batch.
-        order: puts the keys in the order of `runs`; None when they are.
+        samples: slice of the batch.
+        order: permutation that sorts the keys by `runs`; None if they are sorted.
         runs: segments that cover all keys.
-        strays: keys that stand in the run of another modality.
+        strays: keys in the run of another modality.
     """
 
     samples: slice
@@ -67,9 +67,9 @@ def plan_segments(
     sample_work: int,
     grain: int = 1,
 ) -> list[Group] | None:
-    """How to visit the keys segment by segment, or None where that would be slower than two passes.
+    """Plans the segments of each group of samples; None if segments would be slower than two passes.
 
-    Labels of keys that a sample never sees do not matter; so samples padded to different lengths still are one group.
+    Labels of masked keys are ignored, so samples padded to different lengths can form one group.
     """
     rows = modality if modality.ndim == 2 else modality[None]
     shared = _shared_layout(rows, bias)
@@ -84,7 +84,7 @@ def plan_segments(
 
 
 def _shared_layout(rows: Int[Tensor, "batch key"], bias: Bias | None) -> Int[Tensor, " key"] | None:
-    """The one layout that fits all samples on the keys they see; None when there is none."""
+    """Returns the layout that matches the visible keys of all samples, or None."""
     if len(rows) == 1:
         return rows[0]
     if bias is None or bias.shape[1] != 1 or bias.shape[2] != 1:
@@ -118,7 +118,7 @@ def _group(samples: slice, row: Int[Tensor, " key"], is_causal: bool, grain: int
 def modality_one_hot(
     modality: Int[Tensor, " key"] | Int[Tensor, "batch key"], num_modalities: int, like: Tensor
 ) -> Float[Tensor, "#batch 1 key modality"]:
-    """A column for every modality, 1 at its keys; rows of special keys are zero."""
+    """Converts labels to one-hot columns; rows of special keys are zero."""
     columns = torch.arange(num_modalities, device=like.device)
     hot = (modality.to(like.device)[..., None] == columns).to(like.dtype)
     return hot[:, None] if hot.ndim == 3 else hot[None, None]

@@ -1,4 +1,4 @@
-"""Tokens modality by modality: gathered into blocks, and put back where they stood."""
+"""Gathers tokens into one block per modality and scatters them back to their original positions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .sdpa_kernels import HeadTensor
 
 
 class Blocks(NamedTuple):
-    """Where the tokens of each modality stand.
+    """Positions of the tokens of each modality.
 
     Attributes:
-        labels: of the blocks, -1 for special tokens and padding.
-        lengths: places in each block: the most that any sample needs.
-        order: (place,) or (batch, place), the token at each place; None where tokens stand in blocks already.
-        back: (token,) or (batch, token), the place of each token; None with ``order``.
+        labels: labels of the blocks, -1 for special tokens and padding.
+        lengths: sizes of the blocks, the maximum over samples.
+        order: (place,) or (batch, place), token index of each position; None if tokens are already in blocks.
+        back: (token,) or (batch, token), the inverse of ``order``; None with it.
         real: (batch, place), False where a sample has fewer tokens than others; None where all places are taken.
     """
 
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     real: Bool[Tensor, "batch place"] | None = None
 
     def places(self, device: torch.device) -> Int[Tensor, "#batch place"]:
-        """The token at each place, for every sample or for all."""
+        """Returns the token index of each position, (batch, place) or (1, place)."""
         order = torch.arange(sum(self.lengths)) if self.order is None else self.order
         order = order.to(device)
         return order[None] if order.ndim == 1 else order
@@ -42,12 +42,12 @@ def blocks_of(
     valid: Bool[Tensor, "batch token"] | None = None,
     device: torch.device | None = None,
 ) -> Blocks:
-    """The blocks of a batch; tokens keep their order within each.
+    """Computes the blocks of a batch; tokens keep their order within each block.
 
     Args:
         modality: label of every token.
-        valid: False for tokens that nobody sees; they may stand in any block.
-        device: where tokens will be.
+        valid: False for masked tokens; they may be in any block.
+        device: device of the tokens.
 
     Example:
         >>> blocks_of(torch.tensor([1, 1, 0, 1]))[:2]
@@ -68,7 +68,7 @@ def blocks_of(
 
 
 def _shared(rows: Int[Tensor, "batch token"], valid: Tensor | None) -> Int[Tensor, " token"] | None:
-    """The one row of labels that fits all samples on the tokens that count; None where there is none."""
+    """Returns the row of labels that matches the valid tokens of all samples, or None."""
     if len(rows) == 1 or bool((rows == rows[:1]).all()):
         return rows[0] if len(rows) else rows.new_full(rows.shape[1:], SPECIAL)
     if valid is None or valid.shape[0] != len(rows):
@@ -97,7 +97,7 @@ def _ragged(rows: Int[Tensor, "batch token"], device: torch.device) -> Blocks:
 
 
 def into_blocks(x: HeadTensor, blocks: Blocks) -> tuple[HeadTensor, ...]:
-    """(batch, head, token, dim) as one tensor for each block. What stands at places that are not real is arbitrary.
+    """Splits (batch, head, token, dim) into one tensor per block. Values at padding positions are arbitrary.
 
     No gradient may arrive at places that are not real.
     """

@@ -79,7 +79,7 @@ def pseudo_logits(
 def hidden_keys(
     pseudo: PseudoAttention, sides: Sides, query: HeadTensor, key: HeadTensor
 ) -> tuple[Int[Tensor, "#batch #head query"], Int[Tensor, "#batch #head query"]]:
-    """How many keys of its own modality, and how many others, each query does not see."""
+    """Counts the masked keys of the own modality and of other modalities for each query."""
     by_row = sides.bias is not None and sides.bias.shape[2] > 1
     own, all_ = (_by_matrix if by_row else _by_counting)(pseudo, sides, query, key)
     cross = all_ - own
@@ -93,7 +93,7 @@ def hidden_keys(
 
 
 def _by_matrix(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
-    """A mask that is written out can be counted."""
+    """Counts masked keys of a mask with a query dimension."""
     device = query.device
     places = (sides.offset + torch.arange(query.shape[2], device=device))[:, None]
     later = torch.arange(key.shape[2], device=device) > places
@@ -106,7 +106,7 @@ def _by_matrix(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
 
 
 def _by_counting(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
-    """All keys of a modality less those that stand before the query."""
+    """Counts masked keys as all keys of a modality minus those up to the query."""
     device = query.device
     if key.shape[2] == 0:
         none = torch.zeros(1, 1, query.shape[2], dtype=torch.int64, device=device)

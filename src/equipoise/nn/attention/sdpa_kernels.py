@@ -1,8 +1,8 @@
-"""Fused attention that also returns its log-sum-exp, which the public function keeps to itself.
+"""Fused attention kernels that also return the log-sum-exp, which the public function does not.
 
-The operators behind `F.scaled_dot_product_attention` are private and may change between releases. So each is tried
-once, forward and backward, on a small case whose answer is known; one that is absent or answers wrongly is not used,
-and callers fall back to public functions.
+The operators behind `F.scaled_dot_product_attention` are private and may change between releases. Each operator is
+tested once, forward and backward, on a small case with a known result; if it is missing or its result is wrong, it is
+not used, and callers fall back to public functions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Bias = Float[Tensor, "#batch #head #query key"]
 
 
 class Kernel(NamedTuple):
-    """A fused attention. Keys may have fewer heads than queries; all widths are equal and multiples of 8.
+    """A fused attention kernel. Keys may have fewer heads than queries; all widths are equal and multiples of 8.
 
     Attributes:
-        forward: (query, key, value, bias, is_causal, scale) -> (output, log-sum-exp in float32 or better). What it
-            returns for rows that see no key is not defined.
+        forward: (query, key, value, bias, is_causal, scale) -> (output, log-sum-exp in float32 or better). The
+            result for rows without visible keys is undefined.
         backward: (grad, query, key, value, output, log-sum-exp, bias, is_causal, scale) -> the three gradients.
     """
 
@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """The kernel for this device and type that passed its trial here, or None."""
+    """Returns the kernel for a device and dtype if it passed its test, else None."""
     if torch.compiler.is_compiling():
         return None
     return _tried(device.type, device.index, dtype)
@@ -90,7 +90,7 @@ def _cuda_backward(grad, query, key, value, output, lse, bias, is_causal, scale)
 
 
 def _aligned(bias, query, key):
-    """The bias at full size, its rows starting at multiples of 16 elements, as the operator demands."""
+    """Expands the bias to full size with rows aligned to 16 elements, as the operator requires."""
     if bias is None:
         return None
     rows = F.pad(bias, (0, -bias.shape[-1] % 16)) if bias.shape[-1] % 16 else bias.contiguous()
@@ -102,7 +102,7 @@ CUDA = Kernel(_cuda_forward, _cuda_backward)
 
 
 def _answers_rightly(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Compares a small case with grouped heads, with and without a bias and causality, to the plain formula."""
+    """Compares the kernel with the explicit formula on small inputs with grouped heads, a bias and causality."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):

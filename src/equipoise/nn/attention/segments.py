@@ -1,8 +1,8 @@
-"""Attention in one pass over the keys, modality by modality: the output and how the mass divides, at a kernel's price.
+"""Attention output and shares in one pass over the keys, one segment per modality, at the cost of a fused kernel.
 
-Every key is visited once. A segment of keys yields its own output o_s and log-sum-exp l_s; with l = logsumexp_s l_s
-the segment's part of the mass is exp(l_s - l), and the full output is the sum of exp(l_s - l) o_s. The backward pass
-needs no segments: the kernel's own takes the merged output and l over all keys.
+Each segment of keys yields an output o_s and a log-sum-exp l_s. With l = logsumexp_s l_s, the share of the segment is
+exp(l_s - l), and the full output is the sum of exp(l_s - l) o_s. The backward pass needs no segments: the backward
+kernel takes the merged output and l over all keys.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .key_layout import BorderKeys, Group, Run, modality_one_hot
 from .sdpa_kernels import Bias, HeadTensor, Kernel
 
 ROWS_PER_THREAD = 2048
-"""Query rows that keep a thread busy."""
+"""Query rows processed per thread."""
 
 TILES = 4
-"""Pieces into which work is cut where rows allow, so that what awaits merging is a fraction of the output.
+"""Number of tiles into which the rows are divided, to limit the memory of outputs that are not merged yet.
 
-Between pieces threads wait for each other."""
+Threads synchronize between tiles."""
 
 
 class Segment(NamedTuple):
-    """Attention within one run of keys.
+    """Attention over one run of keys.
 
     Attributes:
-        first: the first query that sees a key here; earlier rows have no output.
-        output: (batch, head, query - first, dim), zero where a row sees no key.
-        lse: (batch, head, query), minus infinity where a row sees no key.
+        first: the first query that attends to a key of the run; earlier rows have no output.
+        output: (batch, head, query - first, dim), zero for rows without visible keys.
+        lse: (batch, head, query), minus infinity for rows without visible keys.
     """
 
     first: int
@@ -52,7 +52,7 @@ def segment_attention(
     is_causal: bool,
     scale: float,
 ) -> Iterator[Segment]:
-    """The attention within each run alone, one after the other. No gradient flows through it."""
+    """Iterates over the attention within each run. Not differentiable."""
     return (_segment(kernel, query, key, value, run, bias, is_causal, scale) for run in runs)
 
 
@@ -73,14 +73,14 @@ def _segment(kernel, query, key, value, run: Run, bias, is_causal, scale) -> Seg
 
 
 def _blank(query: HeadTensor, fill: float) -> Float[Tensor, "batch head query"]:
-    """One number a row, in float32 at least, laid out in memory as the kernels do it."""
+    """Creates a (batch, head, query) tensor in float32 or higher precision, in the memory layout of the kernels."""
     batch, heads, rows, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     return torch.full((batch, rows, heads), fill, dtype=dtype, device=query.device).transpose(1, 2)
 
 
 def _seeing(bias: Bias, is_causal: bool, rows: int) -> Bool[Tensor, "#batch #head query 1"]:
-    """True for the rows that see at least one key."""
+    """Returns True for rows with at least one visible key."""
     open_ = bias != -math.inf
     if not is_causal:
         return open_.any(-1, keepdim=True)
@@ -88,16 +88,16 @@ def _seeing(bias: Bias, is_causal: bool, rows: int) -> Bool[Tensor, "#batch #hea
     if bias.shape[2] > 1:
         past = torch.ones(rows, keys, dtype=torch.bool, device=bias.device).tril()
         return (open_ & past).any(-1, keepdim=True)
-    # Row i sees keys 0..i: it sees one as soon as the first open key is behind it.
+    # Row i attends to keys 0..i: it has a visible key if the first unmasked key is at or before i.
     last = torch.arange(rows, device=bias.device).clamp(max=keys - 1)
     return (open_.cumsum(-1) > 0)[..., 0, last][..., None]
 
 
 class SegmentedAttention(torch.autograd.Function):
-    """(output, share, log-sum-exp) for queries, keys and values of one width; first derivatives only.
+    """Computes (output, share, log-sum-exp); differentiable once.
 
-    The gradient of the output is the kernel's. The share is attention with one-hot values, so its gradient is the
-    kernel's too, with the one-hot columns standing beside the values: dS_ij = A_ij (g_m(j) - sum_m share_im g_m).
+    The backward kernel gives the gradient of the output. The share is attention with one-hot values, so the same kernel
+    gives its gradient, with the one-hot columns concatenated to the values: dS_ij = A_ij (g_m(j) - sum_m share_im g_m).
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Attention to the keys of one's own modality and to all others, each with its log-sum-exp, from fused kernels."""
+"""Self-modality and cross-modality attention with their log-sum-exps, computed by fused kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .segments import _one_width, _seeing, _widen
 
 
 class Part(NamedTuple):
-    """Attention to some of the keys alone.
+    """Attention to a subset of the keys.
 
     Attributes:
-        output: (batch, head, query, dim), zero where a query sees none of them.
-        lse: (batch, head, query) log-sum-exp of the scores, minus infinity where a query sees none of them.
+        output: (batch, head, query, dim), zero for queries without visible keys.
+        lse: (batch, head, query) log-sum-exp of the scores, minus infinity for queries without
+            visible keys.
     """
 
     output: HeadTensor
@@ -29,12 +30,12 @@ class Part(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Who reads and who is read.
+    """Labels and masks of queries and keys.
 
     Attributes:
         keys, queries: (token,) or (batch, token) labels.
-        same: the queries are the tokens that are read.
-        valid: (batch, key) False for keys that nobody sees; None where there are none.
+        same: queries and keys are the same tokens.
+        valid: (batch, key) False for keys that are masked for every query; None if all are visible.
         bias: added to the scores.
         is_causal: query i sees keys 0..offset + i.
         offset: place of the first query among the keys.
@@ -52,7 +53,7 @@ class Sides(NamedTuple):
 def own_and_cross(
     query: HeadTensor, key: HeadTensor, value: HeadTensor, sides: Sides, scale: float, dropout: float
 ) -> tuple[Part, Part]:
-    """Each query's attention to its own modality and to all other keys; a special query has no modality of its own."""
+    """Computes the attention of each query to its own modality (none for special queries) and to all other keys."""
     kernel = None if query.shape[2] <= FEW_QUERIES else kernel_for(query.device, query.dtype)
     learned_bias = sides.bias is not None and sides.bias.requires_grad
     if kernel is None or dropout > 0 or learned_bias or 0 in (key.shape[2], *query.shape[:2]):
@@ -95,10 +96,10 @@ def _part(kernel: Kernel, query, key, value, bias: Bias | None, is_causal: bool,
 
 
 class PartAttention(torch.autograd.Function):
-    """(output, log-sum-exp), both differentiable once.
+    """Computes (output, log-sum-exp), both differentiable once.
 
     The kernel's backward pass takes dS_ij = A_ij (g_i . v_j - g_i . o_i). The gradient e_i of the log-sum-exp adds
-    A_ij e_i, which one more column brings about: 1 in g, -e_i in o, 0 in v.
+    A_ij e_i, which an additional column adds: 1 in g, -e_i in o, 0 in v.
     """
 
     @staticmethod
@@ -138,14 +139,14 @@ class PartAttention(torch.autograd.Function):
 
 
 def _all_later(sides: Sides, rows: Blocks, keys: Blocks, r: int, n: int) -> bool:
-    """Whether causality hides a whole block of keys from a whole block of queries."""
+    """Returns whether causality masks a whole block of keys for a whole block of queries."""
     if not (sides.is_causal and rows.order is None and keys.order is None):
         return False
     return sum(keys.lengths[:n]) > sides.offset + sum(rows.lengths[: r + 1]) - 1
 
 
 def _causal_bias(sides: Sides, rows: Blocks, keys: Blocks, r: int, seen: list[int], query) -> Bias | None:
-    """Minus infinity where a key stands behind the query."""
+    """Returns a bias of minus infinity for keys after the query."""
     if not sides.is_causal or not seen:
         return None
     places = rows.places(query.device).split(rows.lengths, dim=1)[r] + sides.offset
@@ -175,7 +176,7 @@ def _sorted_bias(bias: Bias, rows: Blocks, keys: Blocks) -> Bias:
 
 
 def _bias_blocks(bias: Bias | None, rows: Blocks, keys: Blocks, dtype: torch.dtype) -> list[list[Bias]] | None:
-    """bias[r][n] of query block r and key block n; what fills up a block of keys is hidden."""
+    """Returns bias[r][n] of query block r and key block n, with padding positions masked."""
     if keys.real is not None:
         filled = keys.real[:, None, None, :]
         bias = torch.zeros(filled.shape, dtype=dtype, device=filled.device) if bias is None else bias
@@ -187,13 +188,13 @@ def _bias_blocks(bias: Bias | None, rows: Blocks, keys: Blocks, dtype: torch.dty
 
 
 def own_keys(sides: Sides, device: torch.device) -> Bool[Tensor, "#batch 1 query key"]:
-    """True where a key is of the query's modality."""
+    """Returns True where key and query have the same modality."""
     keys, queries = (x.to(device) if x.ndim == 2 else x.to(device)[None] for x in (sides.keys, sides.queries))
     return ((queries[:, :, None] == keys[:, None]) & (queries >= 0)[:, :, None])[:, None]
 
 
 def _explicit(query, key, value, sides: Sides, scale: float, dropout: float) -> tuple[Part, Part]:
-    """The attention matrix written out."""
+    """Computes both parts with an explicit attention matrix."""
     exact = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key, value = (x.to(exact).repeat_interleave(group, 1) for x in (key, value))

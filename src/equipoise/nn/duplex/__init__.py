@@ -1,4 +1,4 @@
-"""Keys of one modality, aligned with what the others' keys look like: MODA's duplex attention alignment."""
+"""Duplex attention alignment of keys (MODA)."""
 
 from .duplex_aligner import Aligned as Aligned
 from .duplex_aligner import DuplexAligner as DuplexAligner

@@ -1,4 +1,4 @@
-"""Duplex attention alignment: the keys of each modality, mapped with the bases of the others (MODA)."""
+"""Duplex attention alignment (MODA): maps the keys of each modality using the bases of the other modalities."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Mix = Literal["uniform", "learned"]
 
 
 class Aligned(NamedTuple):
-    """What a `DuplexAligner` returns.
+    """Result of a `DuplexAligner`.
 
     Attributes:
         key: (batch, key head, key, width), aligned.
-        state: what decoding goes on from: the sums over the keys so far.
+        state: sums over the keys so far, from which decoding continues.
     """
 
     key: Float[Tensor, "batch key_head key width"]
@@ -33,36 +33,36 @@ class Aligned(NamedTuple):
 
 
 class DuplexAligner(nn.Module):
-    """Changes the keys of each modality by what the other modalities' keys look like, head by head::
+    """Aligns the keys of each modality with the bases of the other modalities, for each head::
 
         G^n  = K^n^T K^n,  K^n with rows of length 1         the basis of modality n, (width, width), then normed
         M_m  = sum over n != m of w_mn ||G^n||               w_mn = 1 / (N - 1), or learned
         "concat": K^m <- [K^m, K^m M_m] W_m                  W_m = [I; 0] at the start
         "add":    K^m <- (K^m + r_m * K^m M_m) W_m           r_m = 0, W_m = I at the start
 
-    With two modalities these are MODA's V-aligner and T-aligner. Untrained, it returns exactly the keys it was given.
-    The cost is one product of each key with a (width, width) matrix.
+    With two modalities these are MODA's V-aligner and T-aligner. At initialization, the keys are returned
+    unchanged. The cost is one product of each key with a (width, width) matrix.
 
     Args:
         dim: width of a head's keys. Parameters are shared by heads.
         num_modalities: N.
-        basis: ``"gram"`` as above; ``"key_value"`` K^T V, as the released code has it; ``"covariance"``, the Gram
-            matrix of centerd keys.
+        basis: ``"gram"`` as above; ``"key_value"``, K^T V, as in the released code; ``"covariance"``, the Gram
+            matrix of centered keys.
         norm: ``"row"`` (rows of length 1), ``"fro"``, ``"spectral"`` (never lengthens a key), ``"trace"``, ``"none"``.
-        normalize_keys: rows of length 1 in the basis; a key is mapped as it is.
+        normalize_keys: use keys of length 1 for the basis; the mapped keys are not normalized.
         fuse: ``"concat"`` or ``"add"``.
-        directions: labels of the modalities whose keys change; None = all (duplex). The released code has one.
+        directions: labels of the modalities with aligned keys; None = all (duplex). The released code aligns one.
         mix: ``"uniform"`` or ``"learned"`` weights w of the others.
-        basis_scope: over which keys G is summed. ``"all"`` are all of them, future ones included. ``"prefix"`` are
-            those before the place ``prefix``. ``"causal"`` are those up to the key that is mapped, at the price of a
-            basis for each key. None is "prefix" under causality and "all" elsewhere.
+        basis_scope: the keys over which G is summed. ``"all"``: all keys, including future ones. ``"prefix"``: keys
+            before the position ``prefix``. ``"causal"``: keys up to the mapped key, which requires one basis per key.
+            None: "prefix" with causal attention, else "all".
 
     Raises:
-        ConfigError: an option that does not exist, or that does not fit the others.
+        ConfigError: an option is unknown or incompatible with the others.
 
-    Reference: MODA (ICML 2025), equations 5 and 6; spec 5.2.
-    Differs from the released code in: the Gram matrix of the paper, every direction, W that starts as the identity, no
-    loop over samples, and keys that are aligned before they are cached, so that decoding equals one pass.
+    Reference: MODA (ICML 2025), equations 5 and 6.
+    Differs from the released code in: the Gram matrix of the paper, every direction, W initialized to the
+    identity, no loop over samples, and keys that are aligned before caching, so that decoding equals one pass.
 
     Example:
         >>> aligner, key = DuplexAligner(4), torch.randn(2, 3, 5, 4)
@@ -124,10 +124,10 @@ class DuplexAligner(nn.Module):
         """Aligns keys.
 
         Args:
-            key: (batch, key head, key, width), rotated by their positions where there is a rotation.
+            key: (batch, key head, key, width), after rotary position embedding if there is one.
             value: (batch, key head, key, dim), for the basis "key_value".
-            modality: label of every key; -1 = special, which is neither changed nor in any basis.
-            mask: False for padding, which is in no basis.
+            modality: label of every key; -1 = special, neither aligned nor part of a basis.
+            mask: False for padding, which is not part of a basis.
             prefix: the number of places in the prefix, or one for each sample; by default it ends with the last key
                 whose label is not that of the sample's last key, such as the last picture before an answer.
             is_causal: what ``basis_scope=None`` depends on.
@@ -171,7 +171,7 @@ class DuplexAligner(nn.Module):
             return Aligned(out_of_blocks(parts, blocks), state)
 
     def maps(self, bases: Float[Tensor, "*batch modality head width width"]) -> Tensor:
-        """(*batch, direction, head, width, width): what keys are multiplied by, both steps in one matrix."""
+        """Combines mapping and projection into one matrix: (*batch, direction, head, width, width)."""
         chosen = list(self.directions)
         mapped = torch.einsum("mn,...nhij->...mhij", self.weights().to(bases.dtype)[chosen], bases)
         weight = self.weight.to(bases.dtype)[:, None]
@@ -181,7 +181,7 @@ class DuplexAligner(nn.Module):
         return weight + (mapped * self.scale.to(bases.dtype)[:, None, None]) @ weight
 
     def weights(self) -> Float[Tensor, "modality modality"]:
-        """w_mn, zero on the diagonal."""
+        """Returns the mixing weights w_mn, zero on the diagonal."""
         count, device = self.num_modalities, self.weight.device
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         if count == 1:

@@ -1,4 +1,4 @@
-"""Bases that grow key by key, so that no key is aligned with what comes after it."""
+"""Incremental bases, so that each key is aligned with preceding keys only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from .modality_bases import BasisKind, Moments, normed_bases, unit_keys
 
 CHUNK = 16
-"""Keys whose bases are in memory at once."""
+"""Number of keys for which bases are kept in memory."""
 
 
 def running_bases(
     maps_of: Callable[[Tensor], Tensor], kind: BasisKind, key: Tensor, value: Tensor, labels: Int[Tensor, "#batch key"],
     mask: Bool[Tensor, "batch key"] | None, state: Moments | None,
 ) -> tuple[Tensor, Moments]:  # fmt: skip
-    """Every key mapped with the bases of the keys up to itself, and the sums over all of them.
+    """Maps every key with the bases of the keys up to it; also returns the sums over all keys.
 
-    Bases are made again in the backward pass rather than kept: there is one for each key and modality.
+    Bases are recomputed in the backward pass to save memory: there is one per key and modality.
     """
     batch, heads, length, width = key.shape
     labels = labels.expand(batch, -1)

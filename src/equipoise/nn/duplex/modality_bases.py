@@ -1,4 +1,4 @@
-"""The basis of a modality's keys: their Gram matrix, its relatives, and their norms."""
+"""Basis matrices of the keys of each modality (Gram, key-value, covariance) and their normalization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Norm = Literal["row", "fro", "spectral", "trace", "none"]
 
 
 class BasisKind(NamedTuple):
-    """Of how many modalities which basis, and which of them read it; see `DuplexAligner`."""
+    """Options of the bases; see `DuplexAligner`."""
 
     num_modalities: int
     directions: tuple[int, ...]
@@ -27,7 +27,7 @@ class BasisKind(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over the keys of each modality, in float32 at least. Those of two sets of keys add up.
+    """Sums over the keys of each modality, in float32 or higher precision. Sums of disjoint sets of keys can be added.
 
     Attributes:
         product: (batch, modality, head, width, width), the sum of k^T k, or of k^T v.
@@ -51,7 +51,7 @@ def basis_of(
     norm: Norm = "row",
     normalize_keys: bool = True,
 ) -> Float[Tensor, "*batch width width"]:
-    """The normed basis of keys of one modality, which must not be none at all.
+    """Computes the normalized basis of the keys of one modality; there must be at least one key.
 
     Example:
         >>> basis_of(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 2.0]]), norm="none")
@@ -68,25 +68,25 @@ def basis_of(
 
 
 def unit_keys(key: Tensor, normalize: bool) -> Tensor:
-    """Keys of length 1, in float32 at least: long sums of half-precision products overflow."""
+    """Normalizes keys to length 1, in float32 or higher: long sums of half-precision products overflow."""
     key = key.to(torch.promote_types(key.dtype, torch.float32))
     return F.normalize(key, dim=-1, eps=1e-6) if normalize else key
 
 
 def centered(product: Tensor, total: Tensor, count: Tensor) -> Tensor:
-    """The sum of (k - mean)^T (k - mean)."""
+    """Computes the sum of (k - mean)^T (k - mean)."""
     return product - total[..., :, None] * (total / count.clamp(min=1)[..., None])[..., None, :]
 
 
 def rounding(product: Float[Tensor, "*batch width width"]) -> Float[Tensor, "*batch 1 1"]:
-    """What subtracting the mean may leave of equal keys, and must not be blown up to a matrix of norm 1."""
+    """Bounds the rounding error left by centering equal keys, which must not be normalized to norm 1."""
     return 8 * torch.finfo(product.dtype).eps * product.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def unit_norm(
     matrix: Float[Tensor, "*batch width width"], norm: Norm, floor: Tensor | float = 0.0
 ) -> Float[Tensor, "*batch width width"]:
-    """A matrix over its norm; zeros stay zeros, and so does what is no larger than ``floor``, with gradient 0."""
+    """Divides a matrix by its norm; norms up to ``floor`` give zeros with gradient 0."""
     if norm == "none":
         return matrix
     if norm == "row":
@@ -100,7 +100,7 @@ def unit_norm(
 
 
 def normed_bases(moments: Moments, kind: BasisKind) -> Float[Tensor, "*batch modality head width width"]:
-    """||G^n||, and the identity where there is no key."""
+    """Computes the normalized bases ||G^n||; the identity for modalities without keys."""
     product, floor = moments.product, 0.0
     if kind.basis == "covariance":
         floor = rounding(product)
@@ -112,13 +112,13 @@ def normed_bases(moments: Moments, kind: BasisKind) -> Float[Tensor, "*batch mod
 def moments_of(
     kind: BasisKind, keys: Sequence[Tensor], values: Sequence[Tensor], blocks: Blocks, within: Tensor | None
 ) -> Moments:
-    """The sums over gathered keys.
+    """Computes the sums over keys gathered in blocks.
 
     Args:
-        kind: of basis.
+        kind: options of the bases.
         keys, values: one (batch, head, place, width) for each block.
-        blocks: their labels.
-        within: (batch, key) True for the keys that count; None where all do.
+        blocks: labels of the blocks.
+        within: (batch, key) True for the keys to include; None for all.
     """
     batch, heads, _, width = keys[0].shape
     inside: Sequence[Bool[Tensor, "batch place"] | None] = [None] * len(keys)

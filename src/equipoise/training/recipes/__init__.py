@@ -16,7 +16,7 @@ from ...io.atomic_files import check_path_component
 from ...io.typed_values import matches_type, shorten_repr, type_description
 from ...models.fusion_model import UNIMODAL
 
-YAML_FLOAT = "YAML takes 1e-3 for a text; write 1.0e-3."
+YAML_FLOAT = "YAML parses 1e-3 as a string; write 1.0e-3."
 
 FOLDER = Path(__file__).parent
 
