@@ -207,5 +207,5 @@ def test_what_it_refuses():
     with pytest.raises(ConfigError, match=r"got alpha = 0\.1, clip = 0"):
         eq.balance.AGM(static(), clip=0)
     made = static()
-    with pytest.raises(ConfigError, match="OGM_GE with AGM: both decide how large the encoders' gradients are"):
+    with pytest.raises(ConfigError, match="OGM_GE with AGM: both scale the encoders' gradients"):
         eq.BalancerList(made, [eq.balance.OGM_GE(made), eq.balance.AGM(made)])

@@ -61,16 +61,16 @@ def test_progress_grows_by_the_epoch_in_each_step():
 def test_the_number_of_hidden_classes_is_rounded_down_and_they_change_with_the_step():
     made = static(outputs=7)
     for progress, number in ((0.0, 0), (0.1, 3), (0.29, 6), (0.3, 7)):
-        assert int(advanced(made, progress).hidden_classes().sum()) == number
+        assert int(advanced(made, progress).masked_classes().sum()) == number
     balancer, drawn = advanced(made, 0.1), []
     state = torch.get_rng_state()
     for _ in range(9):
-        drawn.append(tuple(rows(balancer.hidden_classes())))
-        assert tuple(rows(balancer.hidden_classes())) == drawn[-1]
+        drawn.append(tuple(rows(balancer.masked_classes())))
+        assert tuple(rows(balancer.masked_classes())) == drawn[-1]
         balancer.before_step()
     assert len(set(drawn)) > 3
     assert torch.equal(torch.get_rng_state(), state)
-    assert drawn[0] != tuple(rows(advanced(made, 0.1, seed=1).hidden_classes()))
+    assert drawn[0] != tuple(rows(advanced(made, 0.1, seed=1).masked_classes()))
 
 
 def test_masses_equal_the_oracle():
@@ -99,7 +99,7 @@ def test_the_loss_equals_the_oracle(dominant, progress):
     parts = parts_of(made, balancer, inputs)
     mass = [sum(mass_of([p[i] for p in parts])[m] for i in range(7)) / 7 for m in range(2)]
     assert [m > 0.7 for m in mass] == [name == dominant for name in made.names]
-    hidden = [c for c, hides in enumerate(rows(balancer.hidden_classes())) if hides]
+    hidden = [c for c, hides in enumerate(rows(balancer.masked_classes())) if hides]
     mix, bias = rows(made.head.mix.weight), rows(made.head.mix.bias)
     expected = amco(parts, rows(inputs["target"]), hidden, mix, bias, 0.7)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)

@@ -302,8 +302,11 @@ class Excluding(Balancer):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ((Turning, Turning), "got Turning and Turning, which both take turns. Leave one of them out"),
-        ((Replacing, Replacing), "both put a loss of their own in place of the task loss"),
+        (
+            (Turning, Turning),
+            "got Turning and Turning, which both take several steps on each batch. Leave one of them out",
+        ),
+        ((Replacing, Replacing), "both replace the task loss"),
         ((Turning, Excluding), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
         ((Excluding, Turning), "got Excluding with Turning: there is no turn to take"),
     ],
@@ -360,6 +363,8 @@ def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
     made = plain("RollingQ")
     balancer = getattr(eq.balance, kind)(made)
     delattr(made, place)
-    with pytest.raises(ConfigError, match=f"calls its {place} .*, for {kind}, got FusionModel, which has none.*= "):
+    with pytest.raises(
+        ConfigError, match=f"calls its {place} .*, for {kind}, got FusionModel, which has no such list.*= "
+    ):
         eq.BalancerList(made, [balancer])
     assert eq.BalancerList(made, [eq.balance.CML(made)]).steps_per_batch == 1

@@ -104,8 +104,8 @@ def test_modalities_that_share_an_encoder(name, tmp_path):
     found = shared(name)
     if name in APART:
         assert isinstance(found, ConfigError)
-        assert "share no parameter" in str(found)
-        assert "'weight' of 'left', which is 'weight' of 'right' too" in str(found)
+        assert "without shared parameters" in str(found)
+        assert "'weight' of 'left', which is also 'weight' of 'right'" in str(found)
         return
     model, balancing, inputs = found
     gradients = step(model, balancing, inputs)
@@ -129,7 +129,7 @@ def test_a_scale_of_an_encoder_of_two_modalities_is_refused():
     partly = torch.nn.Sequential(one, torch.nn.Linear(8, 8)), torch.nn.Sequential(one, torch.nn.Linear(8, 8))
     for encoders in ({"left": one, "right": one}, dict(zip(("left", "right"), partly, strict=True))):
         made = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
-        with pytest.raises(ConfigError, match="Fixed: expected encoders that share no parameter"):
+        with pytest.raises(ConfigError, match="Fixed: expected encoders without shared parameters"):
             eq.BalancerList(made, [Fixed()])
 
 

@@ -242,5 +242,5 @@ def test_gradients_that_overflow_leave_no_speed():
 def test_gates_do_not_go_with_methods_that_train_in_front_of_them(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     first = getattr(eq.balance, other)(made)
-    with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors that have not passed the gates"):
+    with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors before the gates"):
         eq.BalancerList(made, [first, eq.balance.Greedy(made)])

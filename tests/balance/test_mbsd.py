@@ -145,5 +145,5 @@ def test_what_it_refuses():
     with pytest.raises(ConfigError, match=r"MBSD: expected logits that are a sum .* that teach .* unimodal='probe'"):
         step(made, balancing, batch())
     made = static()
-    with pytest.raises(ConfigError, match="MBSD with GradientBlending: both decide what the modalities' losses weigh"):
+    with pytest.raises(ConfigError, match="MBSD with GradientBlending: both set the weights of the unimodal losses"):
         eq.BalancerList(made, [eq.balance.MBSD(made), eq.balance.GradientBlending(made)])

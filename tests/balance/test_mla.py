@@ -227,5 +227,5 @@ def test_what_it_refuses():
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
 def test_it_silences_the_heads_that_others_need(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
-    with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that teach"):
+    with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])

@@ -127,15 +127,15 @@ def test_refuses_a_scale(scale):
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="MMCosine: expected two or more modalities, got audio"):
         eq.balance.MMCosine(static(("audio",)))
-    with pytest.raises(ConfigError, match=r"pooled vectors side by side, got JointAttention\. Use Concat or Sum"):
+    with pytest.raises(ConfigError, match=r"the concatenated pooled vectors, got JointAttention\. Use Concat or Sum"):
         eq.balance.MMCosine(fused())
     for fusion in (eq.fusion.MBT(DIM, heads=2), eq.fusion.MMML(DIM, heads=2)):
         made = fused(fusion=fusion)
         assert made.fusion.out_dim == 2 * DIM
-        with pytest.raises(ConfigError, match=f"pooled vectors side by side, got {type(fusion).__name__}"):
+        with pytest.raises(ConfigError, match=f"the concatenated pooled vectors, got {type(fusion).__name__}"):
             eq.balance.MMCosine(made)
     made = static()
-    with pytest.raises(ConfigError, match="MMCosine with MLA: both put a head of their own"):
+    with pytest.raises(ConfigError, match="MMCosine with MLA: both replace the model's head"):
         eq.BalancerList(made, [eq.balance.MMCosine(made), eq.balance.MLA(made)])
 
 

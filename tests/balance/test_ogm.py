@@ -231,9 +231,9 @@ def test_refuses_models_of_which_it_learns_nothing():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (eq.balance.MMPareto, "OGM with MMPareto: it writes the encoders' gradients anew"),
-        (eq.balance.AGM, "OGM with AGM: both decide how large"),
-        (eq.balance.OGM_GE, "OGM_GE with OGM: it is a part of OGM-GE"),
+        (eq.balance.MMPareto, "OGM with MMPareto: it overwrites the encoders' gradients"),
+        (eq.balance.AGM, "OGM with AGM: both scale the encoders"),
+        (eq.balance.OGM_GE, "OGM_GE with OGM: OGM-GE includes it"),
     ],
 )
 def test_refuses_company(other, message):

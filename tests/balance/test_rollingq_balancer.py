@@ -94,7 +94,7 @@ def test_an_epoch_with_one_modality_alone_rotates_nothing_and_says_so():
     made = model()
     rolling = attached(made)
     forward(made, [{**batch(), "image": None}])
-    with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities were seen"):
+    with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities have statistics"):
         log = rolling.end_epoch()
     assert log["rotated"] == 0.0
     assert torch.equal(rolling.rotation, torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
@@ -425,7 +425,7 @@ def test_a_compiled_model_is_observed_without_compiling_anew():
         ({"rho": -1.0}, "expected rho >= 0 and finite, got rho = -1.0"),
         ({"beta": -0.1}, "expected beta >= 0, got beta = -0.1"),
         ({"max_rotations": -1}, "expected max_rotations >= 0 or None, got max_rotations = -1"),
-        ({"rho": "1"}, r"expected rho >= 0 and finite, got rho = '1'\. Give a number, not a text"),
+        ({"rho": "1"}, r"expected rho >= 0 and finite, got rho = '1'\. Use a number, not a string"),
         ({"beta": None}, "expected beta >= 0, got beta = None"),
         ({"max_rotations": "3"}, "expected max_rotations >= 0 or None, got max_rotations = '3'"),
         ({"tail": 1.5}, "expected tail >= 1 or None, got tail = 1.5"),
@@ -451,7 +451,9 @@ def test_options_out_of_range(options, message):
 
 
 def test_a_line_has_no_rotation():
-    with pytest.raises(ConfigError, match=r"expected heads of width d >= 2, got d = 1\. A line has no rotation"):
+    with pytest.raises(
+        ConfigError, match=r"expected heads of width d >= 2, got d = 1\. There is no rotation in one dimension"
+    ):
         attached(model(heads=DIM))
 
 

@@ -124,7 +124,7 @@ def test_names_may_be_given_for_our_layer():
 def test_names_may_not_contradict_the_layers(names):
     made = model()
     with pytest.raises(
-        ConfigError, match=r"the names that the layer has, \('audio', 'image'\), in their.* got names = "
+        ConfigError, match=r"the names of the layer, \('audio', 'image'\), in the same order.* got names = "
     ):
         eq.balance.RollingQ(made.fusion.attention, names=names)
     assert eq.balance.RollingQ(made.fusion.attention, names=("audio", "image")).names == ("audio", "image")
@@ -136,24 +136,24 @@ class Rotary(Reader):
 
 
 def test_rotary_positions_are_warned_of():
-    with pytest.warns(UserWarning, match="Rotary seems to use rotary positions"):
+    with pytest.warns(UserWarning, match="Rotary seems to use rotary position embeddings"):
         attached(Rotary(DIM, 4, 4))
 
 
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: eq.nn.Attention(DIM), {}, r"queries see two or more modalities, got names = \(\)"),
+        (lambda: eq.nn.Attention(DIM), {}, r"queries attend to two or more modalities, got names = \(\)"),
         (
             lambda: eq.nn.Attention(DIM),
             {"names": ("a",)},
             r"two or more modalities, got names = \('a',\).*Build the model",
         ),
-        (lambda: nn.Linear(3, 3), {}, r"an equipoise Attention layer, or.*got Linear\. Give query=\"q_proj\""),
+        (lambda: nn.Linear(3, 3), {}, r"an equipoise Attention layer, or.*got Linear\. Pass query=\"q_proj\""),
         (
             lambda: Reader(DIM, 4, 4),
             {"query": "query", "key": "k_proj", "num_heads": 4, "names": NAMES},
-            r"Linear named 'query' in Reader, got no such module\. Linear layers there: q_proj, k_proj, v_proj",
+            r"Linear named 'query' in Reader, got no such module\. Linear layers in this module: q_proj, k_proj, v_proj",
         ),
         (
             lambda: DecoderLayer(DIM, 4),
@@ -191,7 +191,7 @@ def test_a_second_one_is_refused():
     made = model()
     eq.balance.RollingQ(made.fusion.attention)
     with pytest.raises(
-        ConfigError, match=r"a layer without a RollingQ, got one that already has one\. Fold or detach it"
+        ConfigError, match=r"a layer without a RollingQ, got a layer that already has one\. Call fold or detach"
     ):
         eq.balance.RollingQ(made.fusion.attention)
 
@@ -220,6 +220,6 @@ def test_projections_without_a_batch():
 def test_our_layers_know_their_layout():
     rolling = eq.balance.RollingQ(model().fusion.attention)
     with pytest.raises(
-        ConfigError, match=r"RollingQ\.layout: expected a RollingQ on a foreign module, got one on our own"
+        ConfigError, match=r"RollingQ\.layout: expected a RollingQ on an external module, got one on an Attention"
     ):
         rolling.layout(labels(7))

@@ -174,7 +174,7 @@ def test_what_it_refuses():
     made = fused()
     balancing = eq.BalancerList(made, [eq.balance.UMT(made, teachers=teachers(dim=7))])
     with pytest.raises(
-        ShapeError, match=r"UMT 'audio': expected a teacher of its student's width dim = 12, got width 7"
+        ShapeError, match=r"UMT 'audio': expected a teacher of the student's width dim = 12, got width 7"
     ):
         balancing.loss(made(batch()), batch()["target"])
 

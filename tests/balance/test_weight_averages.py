@@ -10,7 +10,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import equipoise as eq
-from equipoise.balance.rollingq.effective_rotation import EffectiveRotation, remembered_or_raw
+from equipoise.balance.rollingq.effective_rotation import EffectiveRotation, cached_or_raw
 from equipoise.errors import ConfigError
 from equipoise.geometry import nearest_rotation
 from helpers.fusion import DIM, batch, forward, model
@@ -256,8 +256,8 @@ def test_without_waiting_for_the_device_a_copied_rotation_is_applied():
     first, second = rotated().state_dict()[ROTATION], rotated(seed=3).state_dict()[ROTATION]
     offset = EffectiveRotation().offset(first)
     identity = torch.eye(DIM // 2, dtype=torch.float64)
-    assert torch.equal(remembered_or_raw(first.clone(), first, offset), offset)
-    assert torch.equal(remembered_or_raw(second, first, offset), second - identity)
+    assert torch.equal(cached_or_raw(first.clone(), first, offset), offset)
+    assert torch.equal(cached_or_raw(second, first, offset), second - identity)
 
 
 @pytest.mark.parametrize("angle", [0.3, 1.5, 3.0])

@@ -481,7 +481,7 @@ def test_adam_and_foreign_balancings_are_told():
     callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
     args = SimpleNamespace(**ARGUMENTS)
     optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
-    with pytest.warns(UserWarning, match="OGM changes the size of gradients only, and AdamW divides that out"):
+    with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes awat"):
         callback.on_train_begin(
             args, None, None, model=eq.hf.BalancedModel(made, callback.balancing), optimizer=optimizer
         )

@@ -1,4 +1,4 @@
-"""BalancerList methods: one method, one file."""
+"""Balancing methods, one file each."""
 
 from .agm import AGM as AGM
 from .amco import AMCo as AMCo

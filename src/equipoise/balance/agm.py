@@ -1,4 +1,4 @@
-"""AGM: encoders slow down or speed up as their modality's response strays from its usual place among the others."""
+"""AGM: scales encoder gradients by the deviation of a modality's error from its running mean."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.subset_predictions import subset_logits
-from .common.unimodal_scores import has_modality, summed, true_score
+from .common.unimodal_scores import all_reduce_sum, has_modality, true_score
 from .common.unimodal_terms import check_encoders_apart, check_modalities, mean_of_others
 
 FLOOR = 1e-8
-"""No response is taken to be less probable."""
+"""Minimum probability, to bound errors."""
 CEILING = 7.0
-"""No response is taken to stray further."""
+"""Maximum of tau - r."""
 
 
 def coefficients(
@@ -33,57 +33,57 @@ def coefficients(
     *,
     alpha: float,
 ) -> Float[Tensor, " modality"]:
-    """kappa_m = exp(alpha min(tau_m - r_m, 7)), with r_m = exp(mean_{n != m} e_n - e_m) and tau_m of the usual errors.
+    """kappa_m = exp(alpha min(tau_m - r_m, 7)), with r_m = exp(mean_{n != m} e_n - e_m) and tau_m the same of the mean errors.
 
     Args:
         errors: (modality,) e_m of this step.
-        usual: (modality,) means of e_m over the steps before.
-        known: (modality,) False where the modality has no error in this step or had none before; its coefficient is 1.
+        usual: (modality,) means of e_m over the previous steps.
+        known: (modality,) False if the modality has no error in this step or had none before; its coefficient is 1.
         alpha: strength.
 
     Example:
         >>> coefficients(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]), torch.tensor([True, True]), alpha=0.1)
         tensor([0.9387, 1.1875])
     """
-    ratio, wonted = ((mean_of_others(values, known) - values).exp() for values in (errors, usual))
-    return torch.where(known, (alpha * (wonted - ratio).clamp(max=CEILING)).exp(), 1.0)
+    ratio, mean_ratio = ((mean_of_others(values, known) - values).exp() for values in (errors, usual))
+    return torch.where(known, (alpha * (mean_ratio - ratio).clamp(max=CEILING)).exp(), 1.0)
 
 
 class AGM(Balancer):
-    """Scales every encoder's gradient by how its modality's own response compares with what it used to be.
+    """Scales each encoder's gradient by comparing the modality's relative error with its running mean.
 
-    With phi_m the Shapley value of modality m's tokens for the logits, over all subsets and the empty one too::
+    With phi_m the Shapley value of modality m's tokens for the logits, over all subsets including the empty one::
 
         e_m = mean_i -log softmax(phi_m)[y_i]
         r_m = exp(mean_{n != m} e_n - e_m)
-        tau_m: the same of the means of e over the steps before this one
+        tau_m: the same of the means of e over the previous steps
         kappa_m = exp(alpha min(tau_m - r_m, 7));   g_m <- kappa_m g_m
 
-    A modality of smaller error than the others has r > 1. Where its lead is larger than usual, r > tau, its encoder is
-    slowed down. In the first step, and in the first one that has a modality, there is no tau, and kappa is 1.
+    A modality with a smaller error than the others has r > 1. If its lead is larger than usual, r > tau, its encoder's
+    gradient is reduced. In the first step with a modality there is no tau, and kappa is 1.
 
-    Where an element of the head's gradient exceeds ``clip``, the norm of the model's whole gradient is clipped to it;
-    both are measured on the gradient of the mean loss, however the loop scales it.
+    If an element of the head's gradient exceeds ``clip``, the norm of the model's whole gradient is clipped to it; both
+    are measured on the gradient of the mean loss, independently of how the loop scales it.
 
-    A subset is evaluated by fusing the encoders' tokens again, in evaluation mode and without gradient, where the other
-    modalities have no tokens: zeros would still draw attention.
+    Subsets are evaluated by fusing the encoders' tokens again, in evaluation mode and without gradient. The other
+    modalities have no tokens, since zeros would still get attention.
 
     Args:
-        model: any fusion; heads for single modalities are not needed.
+        model: any fusion; unimodal heads are not needed.
         alpha: strength >= 0.
         clip: > 0; infinity never clips.
 
     Raises:
         ConfigError: one modality, an option out of range.
 
-    It helps where modalities fall behind for a while, under SGD; Adam divides the factor out again. Fusing takes 2^N
-    times, cheap for static fusions of a few modalities and not for deep ones of five. A regression's response is held
-    against the whole target, of which it is but a part.
+    It helps if modalities temporarily fall behind, under SGD; Adam cancels the factor. The fusion runs 2^N times, which
+    is cheap for static fusions of a few modalities and expensive for deep fusions of five. In a regression the Shapley
+    value, which is only a part of the prediction, is compared with the whole target.
 
     Reference: Li, Li, Hu, Lei, Li and Zhou, "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation"
     (ICCV 2023).
-    Differs from the released code in: the whole Shapley value, where code drops f of nothing and the benchmark, by a
-    bug, all terms with the empty set; matrices and kernels alone are scaled.
+    Differs from the released code in: the whole Shapley value, where the code omits the value of the empty set and the
+    benchmark, by a bug, all terms with it; only matrices and kernels are scaled.
 
     Example:
         >>> import equipoise as eq
@@ -97,8 +97,8 @@ class AGM(Balancer):
 
     gradient_scaling_only = True
     excludes: ClassVar[Mapping[str, str]] = {
-        "OGM_GE": "both decide how large the encoders' gradients are",
-        "MMPareto": "it writes the encoders' gradients anew after they are scaled",
+        "OGM_GE": "both scale the encoders' gradients",
+        "MMPareto": "it overwrites the encoders' gradients after they are scaled",
     }
 
     def __init__(self, model: Multimodal, *, alpha: float = 0.1, clip: float = 5.0) -> None:
@@ -109,10 +109,10 @@ class AGM(Balancer):
             raise ConfigError("AGM", expected="alpha >= 0 and clip > 0", got=f"alpha = {alpha}, clip = {clip}")
         self._model, self.alpha, self.clip = [model], alpha, clip
         count = len(model.names)
-        # The running mean of each modality's errors, and the steps that it is of.
+        # Running mean of each modality's errors, and number of steps.
         self.register_buffer("usual", torch.zeros(count, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros(count, dtype=torch.float64))
-        # Of this epoch: the sum of each modality's factors, and their number.
+        # In this epoch: sum of each modality's factors, and their number.
         self.register_buffer("used", torch.zeros(count + 1, dtype=torch.float64))
 
     usual: Tensor
@@ -120,9 +120,9 @@ class AGM(Balancer):
     used: Tensor
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float]:
-        """kappa_m, of all samples of the step on all processes."""
+        """Returns kappa_m for all samples of the step on all processes."""
         names = self._model[0].names
-        total, count = summed(self._error_sums(output, target))
+        total, count = all_reduce_sum(self._error_sums(output, target))
         errors = total / count.clamp(min=1)
         known, errors = (count > 0) & errors.isfinite(), errors.nan_to_num()
         self.to(errors.device)
@@ -133,7 +133,7 @@ class AGM(Balancer):
         return dict(zip(names, factors, strict=True))
 
     def before_step(self) -> None:
-        """Clips; nothing here waits for the device."""
+        """Clips the gradient, without a GPU sync."""
         model: nn.Module = self._model[0]  # type: ignore[assignment]
         heads = [p.grad for p in self._model[0].head.parameters() if p.grad is not None]
         if not heads or math.isinf(self.clip):
@@ -147,23 +147,23 @@ class AGM(Balancer):
             gradient.mul_(factor)
 
     def end_epoch(self) -> dict[str, float]:
-        """``scale/<name>``: the mean factor on each encoder's gradient in this epoch."""
+        """Returns ``scale/<name>``, the mean factor of each encoder's gradient in this epoch."""
         *sums, count = self.used.tolist()
         self.used.zero_()
         names = self._model[0].names
         return {f"scale/{name}": s / count if count else 1.0 for name, s in zip(names, sums, strict=True)}
 
     def _error_sums(self, output: Output, target: Tensor) -> Float[Tensor, "2 modality"]:
-        """For each modality the sum of its errors over the samples that have it, and how many these are."""
+        """Returns, for each modality, the sum of its errors over the samples that have it, and their number."""
         model = self._model[0]
-        # Tokens of autocast may be narrower than the fusion's weights, and autocast over.
-        wide = next(model.head.parameters()).dtype
-        tokens = {name: replace(part, values=part.values.to(wide)) for name, part in output.tokens.items()}
+        # Tokens may be half precision while the weights are not, and the autocast context may have exited.
+        dtype = next(model.head.parameters()).dtype
+        tokens = {name: replace(part, values=part.values.to(dtype)) for name, part in output.tokens.items()}
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
-            answers = torch.stack([subset_logits(model, tokens, kept) for kept in modality_subsets(model.names)])
-        found = []
-        for name, response in zip(model.names, shapley_values(answers), strict=True):
-            counts = has_modality(output, name)
+            logits = torch.stack([subset_logits(model, tokens, kept) for kept in modality_subsets(model.names)])
+        columns = []
+        for name, response in zip(model.names, shapley_values(logits), strict=True):
+            present = has_modality(output, name)
             errors = -true_score(response, target, model.task).clamp(min=FLOOR).log()
-            found.append(torch.stack([errors.masked_fill(~counts, 0.0).sum(), counts.sum()]).double())
-        return torch.stack(found, dim=1)
+            columns.append(torch.stack([errors.masked_fill(~present, 0.0).sum(), present.sum()]).double())
+        return torch.stack(columns, dim=1)

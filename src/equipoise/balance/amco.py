@@ -1,4 +1,4 @@
-"""AMCo: more and more classes are hidden from the modality that dominates."""
+"""AMCo: masks an increasing part of the classes in the logits of the dominant modality."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_scores import all_reduce_sum, has_modality
 from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 
 def hidden_part(progress: float, epsilon: float) -> float:
-    """The curriculum: which part of the classes is hidden, sin(pi/2 min(progress, epsilon) / epsilon).
+    """Returns the part of the classes that is masked, sin(pi/2 min(progress, epsilon) / epsilon).
 
     Example:
         >>> round(hidden_part(0.1, 0.3), 6)
@@ -28,52 +28,51 @@ def hidden_part(progress: float, epsilon: float) -> float:
 
 
 def masses(
-    parts: Float[Tensor, "modality batch output"], here: Bool[Tensor, "modality batch"], task: str
+    parts: Float[Tensor, "modality batch output"], present: Bool[Tensor, "modality batch"], task: str
 ) -> Float[Tensor, "modality batch"]:
-    """How much of each sample's answer is each modality's; sums to 1 over those that the sample has.
+    """Returns each modality's share of each sample's prediction; sums to 1 over the sample's modalities.
 
-    Classification: their mass in one softmax over the logits of all modalities together. Multilabel and regression,
-    where a strong answer may be negative: their part of the sum of absolute values.
+    Classification: the mass in one softmax over the concatenated logits of all modalities. Multilabel and regression,
+    where strong predictions may be negative: the share of the sum of absolute values.
 
     Example:
         >>> masses(torch.zeros(2, 1, 3), torch.tensor([[True], [True]]), "classification").T
         tensor([[0.5000, 0.5000]])
     """
     if task == "classification":
-        scores = parts.logsumexp(dim=-1).masked_fill(~here, -torch.inf)
-        return scores.softmax(dim=0).masked_fill(~here, 0.0)
-    sizes = parts.abs().sum(dim=-1).masked_fill(~here, 0.0)
+        scores = parts.logsumexp(dim=-1).masked_fill(~present, -torch.inf)
+        return scores.softmax(dim=0).masked_fill(~present, 0.0)
+    sizes = parts.abs().sum(dim=-1).masked_fill(~present, 0.0)
     return sizes / sizes.sum(dim=0).clamp(min=torch.finfo(sizes.dtype).tiny)
 
 
 class AMCo(Balancer):
-    """Hides random classes of the dominant modality's logits, more of them with every step::
+    """Masks random classes in the dominant modality's logits, more of them with each step::
 
         y = M sum_m mask_m * y^m + b        mask_m = 0 at floor(p C) random classes if m dominates, else 1
         loss = task(y) + sum_m task(y^m)
         p = sin(pi/2 min(l, epsilon) / epsilon),   l <- l + rate epoch after each step (epochs count from 0)
 
-    A modality dominates when the batch's mean of its mass, in one softmax over the logits of all modalities, is above
-    sigma. ``model.head`` becomes the old head followed by M (outputs x outputs); without training it changes nothing.
+    A modality is dominant if the batch mean of its mass, in one softmax over the logits of all modalities, is above
+    sigma. ``model.head`` is replaced by the old head followed by M (outputs x outputs), initialized as the identity.
 
     Args:
         model: with logits that are a sum over modalities: Concat or Sum.
-        sigma: in (0, 1).
-        epsilon: at which l all classes are hidden, > 0.
-        rate: > 0.
-        seed: of the classes.
+        sigma: threshold of dominance, in (0, 1).
+        epsilon: value of l from which all classes are masked, > 0.
+        rate: growth of l, > 0.
+        seed: seed of the random classes.
 
     Raises:
-        ConfigError: one modality, an option out of range; in training, logits that are no sum over modalities.
+        ConfigError: one modality, an option out of range; in training, logits that are not a sum over modalities.
 
-    It helps where a modality drowns another one's logits. As published it is a short curriculum: in the second epoch l
-    grows by 0.1 in each step, so that after three steps a dominant modality is hidden whole; lower ``rate`` to make it
-    last. Dominance is decided on each batch, so accumulated batches are not exactly one large one.
+    It helps if the logits of one modality dominate. As published it is a short curriculum: in the second epoch l grows
+    by 0.1 in each step, so that after three steps all logits of a dominant modality are masked; lower ``rate`` to extend
+    it. Dominance is decided on each batch, so accumulated batches are not exactly equivalent to one large batch.
 
-    Reference: Zhou et al., "Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (ICASSP 2023);
-    spec 3.3.
+    Reference: Zhou et al., "Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (ICASSP 2023).
     Differs from the released code in: M starts as the identity; the dominant modality is decided over all processes,
-    among the samples that have a choice, and by absolute values for tasks without classes.
+    among the samples with several modalities, and by absolute values for tasks without classes.
 
     Example:
         >>> import equipoise as eq
@@ -88,7 +87,7 @@ class AMCo(Balancer):
     """
 
     replaces: ClassVar[tuple[str, ...]] = ("task",)
-    excludes: ClassVar[Mapping[str, str]] = {"MMCosine": "both put a head of their own in place of the model's"}
+    excludes: ClassVar[Mapping[str, str]] = {"MMCosine": "both replace the model's head"}
 
     def __init__(
         self, model: Multimodal, *, sigma: float = 0.5, epsilon: float = 0.3, rate: float = 0.1, seed: int = 0
@@ -110,30 +109,30 @@ class AMCo(Balancer):
     progress: Tensor
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
-        """The task's loss with classes hidden, and each modality's own."""
+        """Returns the task loss with masked classes plus the unimodal losses."""
         model, head = self._model[0], cast(MixedHead, self._model[0].head)
-        found = model.fusion.contributions(output, head.head)
-        if found is None:
+        contributions = model.fusion.contributions(output, head.head)
+        if contributions is None:
             raise ConfigError(
                 "AMCo", expected="logits that are a sum over modalities",
-                got=f"fusion {type(model.fusion).__name__}", fix="Use Concat or Sum: it hides what modalities say.",
+                got=f"fusion {type(model.fusion).__name__}", fix="Use Concat or Sum: it masks the contributions of modalities.",
             )  # fmt: skip
-        parts = torch.stack([at_least_single(found[name]) for name in model.names])
-        here = torch.stack([has_modality(output, name) for name in model.names])
-        hides = self._dominant(parts.detach(), here)[:, None] & self.hidden_classes().to(here.device)
-        shown = parts.masked_fill(hides[:, None], 0.0).sum(dim=0)
-        alone = [
-            masked_mean(model.sample_losses(part, target), counts) for part, counts in zip(parts, here, strict=True)
+        parts = torch.stack([at_least_single(contributions[name]) for name in model.names])
+        present = torch.stack([has_modality(output, name) for name in model.names])
+        masked = self._dominant(parts.detach(), present)[:, None] & self.masked_classes().to(present.device)
+        visible = parts.masked_fill(masked[:, None], 0.0).sum(dim=0)
+        unimodal = [
+            masked_mean(model.sample_losses(part, target), mask) for part, mask in zip(parts, present, strict=True)
         ]
-        logits = at_least_single(head.mix(shown.to(head.mix.weight.dtype)))
+        logits = at_least_single(head.mix(visible.to(head.mix.weight.dtype)))
         if votes := model.votes(output):
-            # They join the logits behind M, and what is hidden is not voted for either.
-            said = torch.stack([votes[name] for name in model.names])
-            logits = logits + said.masked_fill(hides[:, None], 0.0).sum(dim=0)
-        return model.loss(logits, target) + torch.stack(alone).sum()
+            # Ensemble logits are added after M, with the same classes masked.
+            added = torch.stack([votes[name] for name in model.names])
+            logits = logits + added.masked_fill(masked[:, None], 0.0).sum(dim=0)
+        return model.loss(logits, target) + torch.stack(unimodal).sum()
 
-    def hidden_classes(self) -> Bool[Tensor, " output"]:
-        """Which classes a dominant modality must not speak of in this step."""
+    def masked_classes(self) -> Bool[Tensor, " output"]:
+        """Returns the classes that are masked for a dominant modality in this step."""
         outputs = self._model[0].num_outputs
         number = math.floor(hidden_part(float(self.progress), self.epsilon) * outputs)
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.steps))
@@ -148,32 +147,32 @@ class AMCo(Balancer):
         self.progress += self.rate * int(self.epochs)
 
     def end_epoch(self) -> dict[str, float]:
-        """``hidden``: the part of the classes that a dominant modality does not see."""
+        """Returns ``hidden``, the part of the classes that is masked for a dominant modality."""
         self.epochs += 1
         return {"hidden": hidden_part(float(self.progress), self.epsilon)}
 
-    def _dominant(self, parts: Tensor, here: Tensor) -> Tensor:
-        """(modality,) True for the one whose mean mass is above sigma, over samples with two or more modalities."""
-        counts = here & (here.sum(dim=0) > 1)
-        mass = masses(parts, here, self._model[0].task).masked_fill(~counts, 0.0).sum(dim=1)
-        total, size = summed(torch.stack([mass, counts.sum(dim=1).to(mass)]))
+    def _dominant(self, parts: Tensor, present: Tensor) -> Tensor:
+        """Returns (modality,) True for a modality with mean mass above sigma, over samples with several modalities."""
+        counts = present & (present.sum(dim=0) > 1)
+        mass = masses(parts, present, self._model[0].task).masked_fill(~counts, 0.0).sum(dim=1)
+        total, size = all_reduce_sum(torch.stack([mass, counts.sum(dim=1).to(mass)]))
         mean = total / size.clamp(min=1)
         return (mean > self.sigma) & (mean == mean.max())
 
 
 class MixedHead(nn.Module):
-    """A head whose logits pass one more linear layer, at first the identity.
+    """A head followed by a linear layer that is initialized as the identity.
 
     Args:
-        head: whatever the model had.
-        num_outputs: its logits.
+        head: head of the model.
+        num_outputs: number of logits.
     """
 
     def __init__(self, head: nn.Module, num_outputs: int) -> None:
         super().__init__()
         like = next(head.parameters(), torch.empty(0))
         self.head = head
-        # Without torch's own start, which would draw random numbers.
+        # Skip torch's default initialization, which would consume random numbers.
         mix = nn.utils.skip_init(nn.Linear, num_outputs, num_outputs, device=like.device, dtype=like.dtype)
         self.mix = cast(nn.Linear, mix)
         nn.init.eye_(self.mix.weight)

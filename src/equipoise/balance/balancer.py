@@ -1,4 +1,4 @@
-"""What every balancing method is: a few moments around somebody else's training step."""
+"""Base class of balancing methods: optional hooks called around a training step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Batch = Mapping[str, Any]
 
 
 class Multimodal(Protocol):
-    """What a balancer may ask of the model that it balances; ``FusionModel`` has it all."""
+    """Interface of the models that balancers accept; ``FusionModel`` implements it."""
 
     names: tuple[str, ...]
     num_outputs: int
     task: Any
     encoders: Any
-    """name -> module: whose parameters belong to which modality."""
+    """name -> module with the parameters of that modality."""
     fusion: Any
     head: nn.Module
     training: bool
@@ -40,39 +40,38 @@ class Multimodal(Protocol):
 
 
 class Balancer(nn.Module):
-    """Base of the balancing methods. Override the moments you need; all of them are optional.
+    """Base class of the balancing methods. All hooks are optional: override those that a method needs.
 
-    A training step goes through them in this order (``BalancerList`` calls them, a balancer never sees the loop):
+    ``BalancerList`` calls the hooks in this order; a balancer never sees the training loop:
 
-    1. ``prepare`` and ``transform`` in the forward pass, before the encoders and behind them, in training only;
-    2. ``observe`` and ``penalty`` on the outputs of every batch;
-    3. ``gradient_scale`` and ``before_step`` once for every optimizer step, when gradients are complete: accumulated,
-       reduced over processes, unscaled;
-    4. ``review`` on the data, where ``reviews`` is True, and ``end_epoch`` once an epoch.
+    1. ``prepare`` and ``transform`` in the forward pass, before and after the encoders, in training mode only;
+    2. ``observe``, then ``penalty``, with the output of every batch;
+    3. ``gradient_scale`` and ``before_step`` once per optimizer step, when gradients are complete: accumulated, reduced
+       over processes, unscaled;
+    4. ``review`` with data, if ``reviews`` is True, and ``end_epoch``, once per epoch.
 
-    What a balancer remembers are buffers, so that a checkpoint holds it; they change in ``before_step`` and at the end
-    of an epoch alone. What a forward pass or a loss finds out goes through ``note`` to ``noted`` of the step: a batch
-    that the loop skips, a step with gradients that are not finite and a validation loss leave nothing, and the
-    recomputation of activation checkpointing is not counted again. ``keep`` hands values from the forward pass to the
-    loss of the same batch. Statistics that decide something are summed over processes, so that all decide alike. The
-    model is taken in the constructor, and kept out of the module tree.
-
-    Class attributes tell the loop what a method needs:
+    The state of a balancer is stored in buffers, so that checkpoints contain it, and changes only in ``before_step``
+    and at the end of an epoch. Values computed in a forward pass or a loss are passed to ``note``, and ``noted`` returns
+    them in ``before_step``. Batches that the loop skips, steps with non-finite gradients and validation losses are
+    therefore discarded, and the recomputation of activation checkpointing is not counted twice. ``keep`` passes values
+    from the forward pass to the loss of the same batch. Statistics on which decisions depend are summed over processes,
+    so that all processes decide alike. The model is passed to the constructor and is not registered as a submodule.
 
     Attributes:
-        replaces: terms of the loss that ``penalty`` stands for: ``"task"``, ``"unimodal"``.
-        needs_heads: True where the model's unimodal heads must teach (``unimodal="train"``).
-        needs_teachers: True where it learns from encoders that were trained alone before; the constructor takes
-            ``teachers``, modality -> encoder, and makes do without them until the first ``penalty``.
-        steps_per_batch: how often the loop serves each batch, one optimizer step each.
-        reviews: True where ``review`` wants to see data before ``end_epoch``.
-        partial_graph: True where some parameters get no gradient in some steps; data-parallel training must be told.
-        notes_in_forward: True where hooks of the balancer's own ``note`` or ``keep`` something in the forward pass.
-        changes_gradients: False where ``before_step`` updates the balancer's state and leaves gradients as they are.
-        works_alone: True where it needs no ``BalancerList``, only its hooks in the model and a call once an epoch.
-        gradient_scaling_only: True where nothing but the size of gradients is changed: next to nothing under Adam, which divides
-            it out again.
-        excludes: names of methods that it cannot be combined with -> why.
+        replaces: terms of the loss that ``penalty`` replaces: ``"task"``, ``"unimodal"``.
+        needs_heads: True if the model's unimodal heads must train the encoders (``unimodal="train"``).
+        needs_teachers: True if the method distills from encoders that were trained alone before; the constructor takes
+            ``teachers``, modality -> encoder, which may be empty until the first ``penalty``.
+        steps_per_batch: number of optimizer steps that the loop takes on each batch.
+        reviews: True if ``review`` needs data before ``end_epoch``.
+        partial_graph: True if some parameters get no gradient in some steps, so that data-parallel training needs
+            ``find_unused_parameters=True``.
+        notes_in_forward: True if the balancer's own forward hooks call ``note`` or ``keep``.
+        changes_gradients: False if ``before_step`` only updates the balancer's state.
+        works_alone: True if the balancer needs no ``BalancerList``, only its own forward hooks and ``end_epoch``.
+        gradient_scaling_only: True if the method only multiplies gradients by a factor; this has almost no effect under
+            Adam, which normalizes gradients.
+        excludes: class names of methods that it cannot be combined with -> reason.
     """
 
     replaces: ClassVar[tuple[str, ...]] = ()
@@ -92,91 +91,93 @@ class Balancer(nn.Module):
         self.join(Pending())
 
     def join(self, pending: Pending) -> None:
-        """Shares the records of forward passes with the other balancers of one ``BalancerList``."""
+        """Uses the records of forward passes of a ``BalancerList``, shared by all of its balancers."""
         self._pending = pending
 
     @property
     def record(self) -> Record:
-        """The record of the forward pass or of the loss that runs."""
+        """The record of the current forward pass or loss."""
         return self._pending.record()
 
     def note(self, key: str, value: Tensor) -> None:
-        """Adds to a sum over this batch, which ``noted`` returns if the optimizer steps on the batch."""
+        """Adds to this batch's sum for ``key``, which ``noted`` returns if the optimizer steps on the batch."""
         if self._pending.noting():
             self.record.add(self, key, value)
 
     def noted(self, key: str) -> list[Tensor]:
-        """In ``before_step``, once: what was noted under this key, a tensor for each batch of the step."""
+        """Returns the sums for ``key``, one for each batch of the step, and removes them; for ``before_step``."""
         notes = [record.take(self, key) for record in self._pending.committed]
         return [note for note in notes if note is not None]
 
     def noted_sum(self, key: str) -> Tensor | None:
-        """The sum of ``noted`` on this process; None where nothing was noted."""
+        """Returns the sum of ``noted`` on this process, or None if nothing was noted."""
         notes = self.noted(key)
         return reduce(torch.add, notes) if notes else None
 
     def keep(self, key: str, value: Any) -> None:
-        """Keeps a value for the loss of the batch whose forward pass runs."""
+        """Stores a value of the current forward pass for the loss of the same batch."""
         self.record.kept[id(self), key] = value
 
     def kept(self, key: str, output: Output) -> Any:
-        """What ``keep`` kept in the forward pass of this output; None where there is none."""
+        """Returns the value that ``keep`` stored in the forward pass of this output, or None."""
         record = output.record if isinstance(output.record, Record) else self.record
         return record.kept.get((id(self), key))
 
     def gradient_size(self) -> Tensor | float:
-        """In ``before_step``: how many times the mean gradient of the step's losses ``p.grad`` is.
+        """Returns the ratio of ``p.grad`` to the gradient of the mean of the step's losses; for ``before_step``.
 
-        1 where the loop divides losses by the number of accumulated batches; 0.1 where it multiplies them by 0.1; the
-        scale of ``GradScaler`` where it was not unscaled. To make thresholds and sums independent of it.
+        It is 1 if the loop divides losses by the number of accumulated batches, 0.1 if it multiplies them by 0.1, and
+        the scale of ``GradScaler`` if gradients were not unscaled. Divide by it to make thresholds and sums independent
+        of the loop.
         """
         return self._pending.size()
 
-    def when_reached(self, moment: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
-        """In ``penalty``: calls ``moment`` with the gradient of this batch's loss when a backward pass begins there.
+    def when_reached(self, callback: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
+        """Registers a callback that is called with the gradient of this batch's loss when a backward pass starts.
 
-        It returns what is noted, key -> tensor. The graph is whole then, so ``term_gradients(term, parameters,
-        gradient, who)`` is what this backward pass brings of one term, scaled as the loop scales the loss.
+        For ``penalty``. The callback returns the values to note, key -> tensor. The graph has not been freed at that
+        time, so ``term_gradients(term, parameters, gradient, who)`` returns the contribution of one term to this
+        backward pass, scaled as the loop scales the loss.
         """
         if self._pending.noting():
-            self._pending.moments.append((self, moment))
+            self._pending.callbacks.append((self, callback))
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
-        """Is given each optimizer before training starts, also when it resumes; for methods that reset its state."""
+        """Called with each optimizer before training (and on resume); for methods that reset optimizer state."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch before the encoders read it; returns it changed, and leaves the one that it was given as it is."""
+        """Returns a changed copy of the batch before the encoders process it; the argument is not modified."""
         return batch
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
-        """name -> Tokens between encoders and fusion; returns them changed. ``target`` is None where there is none."""
+        """Returns changed tokens, name -> Tokens, between encoders and fusion. ``target`` may be None."""
         return tokens
 
     def observe(self, output: Output, target: Tensor) -> None:
-        """Sees the output of a training batch."""
+        """Called with the output of each training batch."""
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
-        """A scalar that is added to the loss (or stands for what ``replaces`` names), or None."""
+        """Returns a scalar that is added to the loss (in place of the terms in ``replaces``), or None."""
         return None
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float] | None:
-        """name -> factor on the gradient of that modality's encoder, or None.
+        """Returns name -> factor for the gradient of that modality's encoder, or None.
 
-        ``output`` and ``target`` hold all samples of the optimizer step on this process, detached.
+        ``output`` and ``target`` contain all samples of the optimizer step on this process, detached.
         """
         return None
 
     def before_step(self) -> None:
-        """Gradients are complete, ``p.grad`` may be read and changed."""
+        """Called when gradients are complete; may read and change ``p.grad``."""
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
-        """Sees data once an epoch, before ``end_epoch``: batches on the model's device; iterate as far as needed."""
+        """Called once per epoch before ``end_epoch``, with batches on the model's device; iterate as far as needed."""
 
     def end_epoch(self) -> dict[str, float]:
-        """What happens once an epoch; returns what is worth logging."""
+        """Called once per epoch; returns values to log."""
         return {}
 
 
-def overrides(balancer: Balancer, moment: str) -> bool:
-    """Whether the balancer does anything at this moment."""
-    return getattr(type(balancer), moment) is not getattr(Balancer, moment)
+def overrides(balancer: Balancer, hook: str) -> bool:
+    """Returns whether the balancer overrides this hook."""
+    return getattr(type(balancer), hook) is not getattr(Balancer, hook)

@@ -1,4 +1,4 @@
-"""BalancerList: several balancers around one model, and the order in which a training loop calls them."""
+"""Container of the balancers of one model, called from any training loop."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .common.pending_state import Pending
 from .common.unimodal_terms import check_encoders_apart
 
 ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
-"""In the names of optimizers whose step does not grow with the gradient."""
+"""Parts of the class names of optimizers that normalize the gradient."""
 
 
 class BalancerList:
-    """Puts balancers around a model's training step, in any loop::
+    """Calls balancers around a model's training step, in any loop::
 
         balancing = eq.BalancerList(model, [eq.balance.OGM(model), eq.balance.RollingQ(model.fusion.attention)])
         for batch in loader:
@@ -34,24 +34,24 @@ class BalancerList:
         balancing.end_epoch()
 
     Several batches may be accumulated before ``before_step``; under AMP call ``scaler.unscale_(optimizer)`` first; with
-    several processes call it after gradients are reduced, as ``DistributedDataParallel`` leaves them. Clip afterward.
+    several processes call it after gradients are reduced, as ``DistributedDataParallel`` does. Clip gradients afterward.
 
-    The state of balancers changes in ``before_step`` alone, by the batches whose gradients the parameters hold, and
-    only if all gradients are finite; so it follows the weights where ``GradScaler`` skips a step. Otherwise
-    ``before_step`` leaves gradients and state as they are. A batch whose loss the loop does not back-propagate,
-    gradients that it clears, and losses computed in evaluation mode or without gradient leave no trace. Activation
-    checkpointing of the model or of parts of it repeats what the first pass drew.
+    The state of the balancers changes only in ``before_step``, based on the batches that contributed to the current
+    gradients, and only if all gradients are finite; it therefore stays consistent with the weights when ``GradScaler``
+    skips a step. Otherwise ``before_step`` changes neither gradients nor state. Batches whose loss is not
+    back-propagated, gradients that the loop clears, and losses computed in evaluation mode or without gradient have no
+    effect. Recomputation by activation checkpointing repeats the random numbers of the first pass.
 
-    Before training, ``balancing.attach_optimizer(optimizer)`` warns of an optimizer that undoes a method, and gives it
-    to those that reset its state.
+    Before training, ``balancing.attach_optimizer(optimizer)`` warns about an optimizer that cancels a method, and passes
+    it to the methods that reset optimizer state.
 
     Args:
         model: a FusionModel, or any module with the members of ``Multimodal``.
-        balancers: made for this model. They take the place of those that an earlier BalancerList gave it.
+        balancers: created for this model. They replace the balancers of an earlier BalancerList on the same model.
 
     Raises:
-        ConfigError: balancers that cannot be combined, with the reason; one that changes inputs or tokens, for a model
-            that would never call it; one that scales the gradients of encoders which share parameters.
+        ConfigError: balancers that cannot be combined, with the reason; a balancer that changes inputs or tokens, for a
+            model that would never call it; a balancer that scales gradients, for encoders that share parameters.
     """
 
     def __init__(self, model: Multimodal, balancers: Sequence[Balancer] = ()) -> None:
@@ -67,20 +67,20 @@ class BalancerList:
 
     @property
     def steps_per_batch(self) -> int:
-        """How often each batch must be served, one optimizer step each; 1 for most methods."""
+        """Number of optimizer steps to take on each batch; 1 for most methods."""
         return max((b.steps_per_batch for b in self.balancers), default=1)
 
     @property
     def partial_graph(self) -> bool:
-        """Whether data-parallel training must look for parameters without gradient."""
+        """Whether data-parallel training needs ``find_unused_parameters=True``."""
         return any(b.partial_graph for b in self.balancers)
 
     def loss(self, output: Output, target: Tensor) -> Tensor:
-        """Everything that is minimized for this batch: task, unimodal heads, penalties; a scalar.
+        """Returns the total loss of a batch: task loss, losses of the unimodal heads and penalties; a scalar.
 
         Args:
-            output: of the model.
-            target: as ``FusionModel.loss`` takes it.
+            output: output of the model for the batch.
+            target: targets, in the form that ``FusionModel.loss`` takes.
         """
         record = self._pending.enter_loss(output)
         try:
@@ -111,9 +111,9 @@ class BalancerList:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Between ``backward`` and ``optimizer.step``.
+        """Updates balancers and gradients; call it between ``backward`` and ``optimizer.step``.
 
-        Does nothing where no backward pass reached a loss since the last step, or a gradient is not finite.
+        Does nothing if no loss was back-propagated since the last step, or if a gradient is not finite.
         """
         parameters: Iterable[nn.Parameter] = self.model.parameters()  # type: ignore[attr-defined]
         records = self._pending.commit([p.grad for p in parameters if p.grad is not None])
@@ -133,55 +133,55 @@ class BalancerList:
                     parameter.grad.mul_(factor)
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
-        """Shows data to the balancers that ask for it; before ``end_epoch``."""
+        """Passes data to the balancers that need it; call it before ``end_epoch``."""
         for balancer in self.balancers:
             if balancer.reviews:
                 balancer.review(train, val)
 
     @property
     def reviews(self) -> bool:
-        """Whether ``review`` wants to be called."""
+        """Whether a balancer needs ``review``."""
         return any(b.reviews for b in self.balancers)
 
     def end_epoch(self) -> dict[str, float]:
-        """Once an epoch; what all balancers say of it."""
-        said: dict[str, float] = {}
+        """Ends an epoch; returns the merged logs of all balancers."""
+        log: dict[str, float] = {}
         for balancer in self.balancers:
-            said.update(balancer.end_epoch())
-        return said
+            log.update(balancer.end_epoch())
+        return log
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives the optimizer to the balancers, and checks it; once, before training."""
+        """Passes the optimizer to the balancers and checks it; call it once, before training."""
         for balancer in self.balancers:
             balancer.attach_optimizer(optimizer)
         self.check_optimizer(optimizer)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warns where the optimizer undoes a method: Adam and its kin divide a constant factor on gradients out."""
+        """Warns if the optimizer cancels a method: Adam and similar optimizers cancel a factor on gradients."""
         adaptive = any(word in type(optimizer).__name__.lower() for word in ADAPTIVE)
         names = [type(b).__name__ for b in self.balancers if b.gradient_scaling_only]
         if adaptive and names:
             warnings.warn(
-                f"{', '.join(names)} changes the size of gradients only, and {type(optimizer).__name__} divides that "
-                "out again: expect next to no effect. Use SGD, as its paper does (train.optimizer=sgd).",
+                f"{', '.join(names)} only changes the scale of gradients, which {type(optimizer).__name__} normalizes "
+                "away: expect almost no effect. Use SGD, as the paper does (train.optimizer=sgd).",
                 stacklevel=2,
             )
 
 
 def encoder_weight_matrices(encoder: nn.Module) -> list[nn.Parameter]:
-    """The encoder's parameters that gradient scaling is for: matrices and kernels, not biases and norms (spec 3.1)."""
+    """Returns the encoder's parameters that gradient scaling applies to: matrices and kernels, not biases or norms."""
     return [p for p in encoder.parameters() if p.ndim >= 2]
 
 
 def takes_part_in_steps(balancer: Balancer) -> bool:
-    """Whether a BalancerList has to call it: it does more than attach to the model and act once an epoch."""
-    moments = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
-    return not balancer.works_alone and any(overrides(balancer, moment) for moment in moments)
+    """Returns whether a BalancerList has to call it: it overrides a hook of the training step."""
+    hooks = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
+    return not balancer.works_alone and any(overrides(balancer, hook) for hook in hooks)
 
 
 def _check(balancers: Sequence[Balancer]) -> None:
-    for place, one in enumerate(balancers):
-        for other in balancers[place + 1 :]:
+    for index, one in enumerate(balancers):
+        for other in balancers[index + 1 :]:
             for a, b in ((one, other), (other, one)):
                 if why := a.excludes.get(type(b).__name__):
                     raise ConfigError(
@@ -190,7 +190,7 @@ def _check(balancers: Sequence[Balancer]) -> None:
                     )  # fmt: skip
             both = sorted(set(one.replaces) & set(other.replaces))
             if both or (one.steps_per_batch > 1 and other.steps_per_batch > 1):
-                what = f"both put a loss of their own in place of the {both[0]} loss" if both else "both take turns"
+                what = f"both replace the {both[0]} loss" if both else "both take several steps on each batch"
                 raise ConfigError(
                     "BalancerList", expected="balancers that can be combined",
                     got=f"{type(one).__name__} and {type(other).__name__}, which {what}", fix="Leave one of them out.",
@@ -209,11 +209,11 @@ def _detached(output: Output) -> Output:
     )
 
 
-def _joined(seen: Sequence[tuple[Output, Tensor]]) -> tuple[Output, Tensor]:
-    """The batches of one optimizer step as one."""
-    if len(seen) == 1:
-        return seen[0]
-    outputs, targets = zip(*seen, strict=True)
+def _joined(batches: Sequence[tuple[Output, Tensor]]) -> tuple[Output, Tensor]:
+    """Concatenates the batches of one optimizer step."""
+    if len(batches) == 1:
+        return batches[0]
+    outputs, targets = zip(*batches, strict=True)
     return _cat(outputs), torch.cat(targets)
 
 
@@ -231,9 +231,9 @@ def _cat(values: Sequence[Any]) -> Any:
 
 
 def _joined_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """Batches of one modality, padded to the longest."""
+    """Concatenates tokens of one modality, padded to the longest sequence."""
     longest = max(len(part) for part in parts)
-    whole = all(part.mask is None and len(part) == longest for part in parts)
+    unpadded = all(part.mask is None and len(part) == longest for part in parts)
 
     def padded(tensor: Tensor) -> Tensor:
         shape = (len(tensor), longest - tensor.shape[1], *tensor.shape[2:])
@@ -241,7 +241,7 @@ def _joined_tokens(parts: Sequence[Tokens]) -> Tokens:
 
     return Tokens(
         torch.cat([padded(part.values) for part in parts]),
-        mask=None if whole else torch.cat([padded(part.valid()) for part in parts]),
-        # A batch that lacks the modality has no token that could be a class token.
+        mask=None if unpadded else torch.cat([padded(part.valid()) for part in parts]),
+        # A batch without the modality has no tokens, so its flag is always False.
         cls=any(part.cls for part in parts),
     )

@@ -1,4 +1,4 @@
-"""CML: taking a modality away must not make the model more confident."""
+"""CML: penalizes confidence that rises when a modality is removed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from .common.unimodal_terms import at_least_single, check_modalities
 
 
 def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
-    """How sure an answer is: the largest probability; for multilabel its mean over labels.
+    """Returns the confidence: the largest probability; for multilabel the mean over labels.
 
-    A regression has no probabilities. There ``true_score`` stands for it, so that taking a modality away must not bring
-    the answer closer to the truth.
+    A regression has no probabilities; it uses ``true_score``, so that removing a modality must not reduce the error.
 
     Example:
         >>> confidence(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), "classification")
@@ -33,7 +32,7 @@ def confidence(logits: Float[Tensor, "batch output"], target: Tensor, task: str)
 
 
 def confidence_rise(confidences: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, ""]:
-    """sum_t mean_i max(0, c_{t+1,i} - c_{t,i}) over steps that each take a modality away.
+    """Returns sum_t mean_i max(0, c_{t+1,i} - c_{t,i}) over steps that each remove a modality.
 
     Example:
         >>> confidence_rise([torch.tensor([0.6, 0.9]), torch.tensor([0.8, 0.5])])
@@ -44,28 +43,28 @@ def confidence_rise(confidences: Sequence[Float[Tensor, " batch"]]) -> Float[Ten
 
 
 class CML(Balancer):
-    """Trains on chains of fewer and fewer modalities, in which confidence must not rise.
+    """Trains on decreasing subsets of modalities, along which confidence must not rise.
 
-    Modalities are taken away one by one in a random order, drawn once an epoch, until one is left; y_t are the logits
-    after t of them::
+    Modalities are removed one by one, in a random order drawn once per epoch, until one is left; y_t are the logits
+    after removing t of them::
 
         loss = 1/N sum_{t=0}^{N-1} task(y_t) + strength sum_t mean_i max(0, conf(y_{t+1,i}) - conf(y_{t,i}))
 
     Args:
-        model: any fusion; modalities are taken away between encoders and fusion.
+        model: any fusion; modalities are removed between encoders and fusion.
         strength: the paper's lambda, >= 0.
-        seed: of the orders.
+        seed: seed of the orders.
 
     Raises:
         ConfigError: one modality, a negative strength.
 
-    A modality that a sample lacks cannot be taken from it, nor its last one: its logits stay as they are. It helps
-    where a model is sure of itself for one modality's sake, and makes it ready for missing ones. The fusion, not the
-    encoders, runs N times: next to nothing for static fusions, but felt with deep ones.
+    Removing a modality that a sample lacks, or its last one, leaves its logits unchanged. It helps if a model is
+    overconfident because of one modality, and prepares it for missing modalities. The fusion, not the encoders, runs N
+    times, which is cheap for static fusions and expensive for deep ones.
 
-    Reference: Ma et al., "Calibrating Multimodal Learning" (ICML 2023); spec 3.3.
-    Differs from the released code in: a hinge for each sample, where the code has the bug of a single one for the
-    batch's sum; any fusion and every task.
+    Reference: Ma et al., "Calibrating Multimodal Learning" (ICML 2023).
+    Differs from the released code in: a hinge per sample, where the code, by a bug, has a single one for the sum over
+    the batch; any fusion and every task.
 
     Example:
         >>> import equipoise as eq
@@ -89,25 +88,25 @@ class CML(Balancer):
     epochs: Tensor
 
     def order(self) -> list[str]:
-        """In which order modalities are taken away in this epoch; the last one stays."""
+        """Returns the order in which modalities are removed in this epoch; the last one stays."""
         names = self._model[0].names
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.epochs))
-        return [names[place] for place in torch.randperm(len(names), generator=random).tolist()]
+        return [names[index] for index in torch.randperm(len(names), generator=random).tolist()]
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
-        """The mean loss over the chain, and what confidence rises along it."""
+        """Returns the mean loss over the subsets plus the penalty on rising confidence."""
         model = self._model[0]
         if output.logits is None:
             raise ConfigError("CML", expected="an output with logits", got="logits = None")
-        here = {name: has_modality(output, name) for name in model.names}
-        left = torch.stack(list(here.values())).sum(dim=0)
-        kept, chain = self.order(), [at_least_single(output.logits)]
-        while len(kept) > 1:
-            name = kept.pop(0)
-            fewer = subset_logits(model, output.tokens, kept)
-            taken = (here[name] & (left > 1))[:, None]
-            chain.append(torch.where(taken, fewer, chain[-1]))
-            left = left - here[name].to(left)
+        present = {name: has_modality(output, name) for name in model.names}
+        left = torch.stack(list(present.values())).sum(dim=0)
+        remaining, chain = self.order(), [at_least_single(output.logits)]
+        while len(remaining) > 1:
+            name = remaining.pop(0)
+            logits = subset_logits(model, output.tokens, remaining)
+            removed = (present[name] & (left > 1))[:, None]
+            chain.append(torch.where(removed, logits, chain[-1]))
+            left = left - present[name].to(left)
         losses = torch.stack([model.loss(logits, target) for logits in chain])
         rise = confidence_rise([confidence(logits, target, model.task) for logits in chain])
         return losses.mean() + self.strength * rise

@@ -1,4 +1,4 @@
-"""Consistency: maps between the concepts of all modalities that agree with each other, as a term beside any fusion."""
+"""Consistency of the maps between modalities as an additional loss term for any fusion."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from .common.unimodal_terms import check_modalities
 
 
 class ConsistencyBalancer(Balancer):
-    """Adds the consistency of the maps between modalities to the loss, whatever the fusion does::
+    """Adds the consistency of maps between the modalities' concepts to the loss, for any fusion::
 
         c_m = softmax(concepts tokens_m^T / sqrt(d)) tokens_m, less their mean over the concepts
         P_mn = softmax(cos(c_m, c_n) / temperature)
         L   = L_task + weight * mean over samples of log(r*(P) / M)
 
-    A sample that lacks a modality counts as 0. The concepts are learned with the model and nothing else uses them.
+    Samples that lack a modality contribute 0. The concepts are trained with the model and used only here.
 
     Args:
-        model: any fusion. It gets new parameters ``concepts``, which a checkpoint holds: make the optimizer afterward.
-        weight: of the term, >= 0.
-        slots: M concepts, >= 2.
-        kind: ``"rank"`` as above, ``"nuclear"`` for contradiction alone, ``"cycle"`` for the error of i -> j -> k.
-        temperature: of the maps, > 0.
+        model: any fusion. It gets new parameters ``concepts``, saved in checkpoints: create the optimizer afterward.
+        weight: weight of the term, >= 0.
+        slots: number M of concepts, >= 2.
+        kind: ``"rank"`` as above, ``"nuclear"`` for contradiction only, ``"cycle"`` for the error of i -> j -> k.
+        temperature: temperature of the maps, > 0.
 
     Raises:
         ConfigError: one modality, options out of range, a second Consistency on one model.
 
-    It helps where correspondence is known for some pairs of modalities and wanted for another, see the page on
-    consistency. A classification that has all modalities knows their correspondence already: measured there it gives
-    nothing, and at weight 1 costs accuracy where one of them is destroyed.
-    Two modalities have no cycle: the term then asks for hard maps alone.
+    It helps if correspondence is given for some pairs of modalities and needed for another; see the page on
+    consistency. In a classification where all modalities are present, measurements show no gain, and at weight 1 a lower
+    accuracy with a destroyed modality. Two modalities have no cycle: the term then only favors hard maps.
 
-    Reference: ours; the terms are those of spec 6.3 and 6.4.
-    Differs from the paper in: there is none; r* in place of the bare nuclear norm, which uniform maps minimize.
+    Reference: ours (no publication); the terms are defined in eq.consistency, see docs/methods/consistency.md.
+    Differs from the paper in: not applicable; it uses r* instead of the nuclear norm, which uniform maps minimize.
 
     Example:
         >>> import torch
@@ -85,7 +84,7 @@ class ConsistencyBalancer(Balancer):
         try:
             maps = loss.supermatrix(tokens)
         except NonFiniteError:
-            # A loss that is NaN, as the task's is, so that loops and GradScaler can skip the batch.
+            # Return NaN, as the task loss does, so that the loop or GradScaler can skip the batch.
             return output.features.sum() * torch.nan
-        # Samples that lack a modality are left out there; counted as 0, parts of a batch add up to the whole.
+        # The mean excludes samples that lack a modality; rescale so that they count as 0 and batches can be added.
         return loss.of(maps, len(tokens)) * (len(maps) / max(len(target), 1))

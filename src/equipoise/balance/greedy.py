@@ -1,4 +1,4 @@
-"""Greedy: where a modality learns by looking at the others more than by itself, the look is held still a while."""
+"""Greedy: gates between modalities, held fixed for modalities that learn mostly through the other modalities."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .common.unimodal_terms import check_encoders_apart, check_modalities
 
 
 def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
-    """One step's share of a learning speed: |gradient|^2 / |parameters|^2, over all of them together.
+    """Returns one step's contribution to the learning speed: |gradient|^2 / |parameters|^2 over all parameters.
 
-    0 where gradients overflowed, as under fp16 before its scale is found: such a step is not taken.
+    It is 0 if gradients overflowed, as under fp16 before the loss scale has settled; the optimizer skips such a step.
 
     Example:
         >>> parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -29,19 +29,19 @@ def learning_speed(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     """
     group = list(parameters)
     weight = get_total_norm([p.detach() for p in group]).square()
-    moved = get_total_norm([p.grad for p in group if p.grad is not None]).square()
-    speed = moved.to(weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    change = get_total_norm([p.grad for p in group if p.grad is not None]).square()
+    speed = change.to(weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
     return torch.where(speed.isfinite(), speed, 0.0)
 
 
 def bypass_lead(
     main: Float[Tensor, " modality"], bypass: Float[Tensor, " modality"]
 ) -> tuple[Float[Tensor, " modality"], Float[Tensor, " modality"]]:
-    """How much faster each modality's path to the others learns than its encoder, and its lead over the others in that.
+    """Returns how much faster each modality's gate learns than its encoder, and its lead over the others.
 
     Args:
         main: (modality,) learning speeds of the encoders.
-        bypass: (modality,) learning speeds of the paths between modalities.
+        bypass: (modality,) learning speeds of the gates between modalities.
 
     Returns:
         BDR = log10(bypass / main), and each modality's BDR minus the mean of the others'.
@@ -56,7 +56,7 @@ def bypass_lead(
 
 
 class Greedy(Balancer):
-    """Gates every modality by what all of them show, and freezes the gate of the one that leans on it most.
+    """Gates each modality by all modalities, and freezes the gate of the modality that relies on it most.
 
     z = relu(S [f_1; ...; f_N] + s) squeezes the pooled vectors, g_m = 2 sigmoid(E_m z + e_m) scales the tokens of
     modality m before the fusion. Over the steps so far, with "main" the encoder and "bypass" the E_m of a modality::
@@ -64,25 +64,25 @@ class Greedy(Balancer):
         speed = sum over steps of |gradient|^2 / |parameters|^2
         BDR_m = log10(speed_bypass,m / speed_main,m),   lead_m = BDR_m - mean_{n != m} BDR_n
 
-    Where the largest lead exceeds the threshold, that modality's gate is its running mean for ``window`` steps.
+    If the largest lead exceeds the threshold, that modality's gate is fixed to its running mean for ``window`` steps.
 
     Args:
-        model: its ``fusion`` is replaced by one with gates in front: new parameters ``fusion.gate``, which a checkpoint
-            holds and evaluation uses. Make the optimizer afterward.
-        window: steps for which a gate is held still; the next decision comes after one more step.
-        threshold: on the lead, >= 0.
-        ratio: the squeezed vector is 2 / ratio times as wide as all pooled vectors together.
+        model: its ``fusion`` is replaced by a gated one, with new parameters ``fusion.gate`` that are saved in
+            checkpoints and used in evaluation. Create the optimizer afterward.
+        window: number of steps for which a gate is held; the next decision follows after one more step.
+        threshold: threshold of the lead, >= 0.
+        ratio: width of all pooled vectors together, times 2, divided by the width of the squeezed vector.
 
     Raises:
         ConfigError: one modality, an option out of range, a second Greedy on one model.
 
-    It helps where one modality is read through the others' eyes and its own encoder stays behind. It changes the
-    architecture: compare with the gates alone (``threshold`` at infinity), not with the plain fusion.
+    It helps if a modality is used mostly through its gate and its encoder stays undertrained. It changes the
+    architecture: compare with the gates alone (infinite ``threshold``), not with the plain fusion.
 
     Reference: Wu, Jastrzebski, Cho and Geras, "Characterizing and overcoming the greedy nature of learning in
-    multi-modal deep neural networks" (ICML 2022); spec 3.3.
-    Differs from the released code in: one gate on tokens in front of any fusion in place of four between convolutions,
-    any number of modalities; the running mean is one over all steps, where released code begins it anew at each call.
+    multi-modal deep neural networks" (ICML 2022).
+    Differs from the released code in: one gate on tokens before any fusion instead of four between convolutions,
+    any number of modalities; the running mean is over all steps, where the released code restarts it at each call.
 
     Example:
         >>> import equipoise as eq
@@ -96,8 +96,8 @@ class Greedy(Balancer):
     notes_in_forward = True
     changes_gradients = False
     excludes: ClassVar[Mapping[str, str]] = {
-        "MLA": "it trains on vectors that have not passed the gates",
-        "ReconBoost": "it trains on vectors that have not passed the gates",
+        "MLA": "it trains on vectors before the gates",
+        "ReconBoost": "it trains on vectors before the gates",
     }
 
     def __init__(self, model: Multimodal, *, window: int = 5, threshold: float = 1e-3, ratio: float = 4.0) -> None:
@@ -129,16 +129,16 @@ class Greedy(Balancer):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Adds up the speeds and decides whose gate is held; nothing here waits for the device."""
+        """Accumulates learning speeds and decides which gate to hold, without a GPU sync."""
         model, gate = self._model[0], self._model[0].fusion.gate
         self.to(gate.held.device)
         sums = self.noted_sum("gates")
         if sums is not None:
-            gate.settle(sums)
+            gate.update_running_mean(sums)
         scale = self.gradient_size()
-        for place, name in enumerate(model.names):
-            self.main[place] += learning_speed(model.encoders[name].parameters()) / scale**2
-            self.bypass[place] += learning_speed(gate.excite[name].parameters()) / scale**2
+        for index, name in enumerate(model.names):
+            self.main[index] += learning_speed(model.encoders[name].parameters()) / scale**2
+            self.bypass[index] += learning_speed(gate.excite[name].parameters()) / scale**2
         self.held_steps += gate.held
         _, lead = bypass_lead(self.main, self.bypass)
         starts = (self.left == 0) & (lead.max() > self.threshold)
@@ -147,7 +147,7 @@ class Greedy(Balancer):
         gate.held.copy_(torch.where(starts, leader, gate.held & (self.left > 0)))
 
     def end_epoch(self) -> dict[str, float]:
-        """For each modality ``bdr/<name>`` so far, and ``held/<name>``, the steps of this epoch with its gate held."""
+        """Returns ``bdr/<name>`` so far, and ``held/<name>``, the number of steps in this epoch with a held gate."""
         rates, _ = bypass_lead(self.main, self.bypass)
         names = self._model[0].names
         log = {f"bdr/{name}": rate for name, rate in zip(names, rates.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""LFM: modalities learn to answer alike, as much as that serves the task."""
+"""LFM: adds the divergence of unimodal predictions to the loss, with a learned weight."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.gradients_by_term import term_gradients
-from .common.unimodal_scores import has_modality, modality_logits, summed
+from .common.unimodal_scores import all_reduce_sum, has_modality, modality_logits
 from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 LEAST, MOST = 0.05, 0.95
-"""Between which a learned weight stays."""
+"""Bounds of the learned weight."""
 
 
 def divergence(
     one: Float[Tensor, "batch output"], other: Float[Tensor, "batch output"], task: str
 ) -> Float[Tensor, " batch"]:
-    """How differently two modalities answer: the Jensen-Shannon divergence of what they predict.
+    """Returns the Jensen-Shannon divergence of the predictions of two modalities.
 
     Classification: of the two softmaxes, at most log 2. Multilabel: of each label's probability, mean over labels.
-    Regression: the predictions are means of normal distributions of variance 1, compared with the one in their middle,
-    (a - b)^2 / 8, mean over outputs.
+    Regression: the predictions are means of normal distributions of variance 1, compared with the normal distribution
+    around their mean, (a - b)^2 / 8, mean over outputs.
 
     Example:
         >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[99.0, 0.0]]), "classification")
@@ -47,7 +47,7 @@ def divergence(
 
 
 def hyper_gradient(task: Float[Tensor, " n"], apart: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """How the task's loss after a small gradient step depends on a_1, for each unit of the step's length.
+    """Returns the derivative of the task loss after a small gradient step with respect to a_1, per unit of step size.
 
     The step is along 2 ((1 - a_1) g_task + a_1 g_apart), so that d task / d a_1 = 2 (g_task - g_apart) . g_task.
 
@@ -59,32 +59,32 @@ def hyper_gradient(task: Float[Tensor, " n"], apart: Float[Tensor, " n"]) -> Flo
 
 
 class LFM(Balancer):
-    """Adds to the task how far apart the modalities' answers lie, with a weight that is learned::
+    """Adds the divergence of the modalities' predictions to the task loss, with a learned weight::
 
         loss = 2 (a_0 task + a_1 mean over pairs JS(y^m, y^n)),   a_0 + a_1 = 1
         after each step  a_1 <- clip(a_1 - rate 2 (g_task - g_JS) . g_task, 0.05, 0.95)
 
-    with g the gradients of both terms with respect to all of the model. The rate is halved every 20 epochs.
+    with g the gradients of both terms with respect to all parameters. The rate is halved every 20 epochs.
 
     Args:
-        model: with logits that are a sum over modalities, or unimodal heads that teach.
-        a1: weight of the divergence, in [0, 1]; at the start where it is learned.
-        schedule: ``"learned"``, or ``"fixed"``.
-        rate: of learning a_1, > 0.
+        model: with logits that are a sum over modalities, or unimodal heads that train the encoders.
+        a1: weight of the divergence, in [0, 1]; the initial weight if it is learned.
+        schedule: ``"learned"`` or ``"fixed"``.
+        rate: learning rate of a_1, > 0.
 
     Raises:
-        ConfigError: one modality, an option out of range; in training, nothing that tells the modalities' own answers.
+        ConfigError: one modality, an option out of range; in training, no trainable unimodal logits.
 
-    It helps where one modality answers well and the others can learn its answers. Where modalities know different
-    things, agreement costs what they know. Learning a_1 takes two more backward passes, so that an epoch takes about
-    twice as long; they run when the loop calls ``backward`` and are scaled as it scales the loss. Fixed costs next to
-    nothing. In recipes the unimodal heads teach, so that their own losses are added.
+    It helps if one modality predicts well and the others can learn its predictions. If modalities carry different
+    information, agreement discards it. Learning a_1 takes two more backward passes, so that an epoch takes about twice
+    as long; they run when the loop calls ``backward`` and are scaled as the loop scales the loss. A fixed weight costs
+    almost nothing. In recipes the unimodal heads train the encoders, so that their losses are added.
 
     Reference: Yang et al., "Facilitating Multimodal Classification via Dynamically Learning Modality Gap" (NeurIPS
-    2024); spec 3.3.
-    Differs from the released code in: a true Jensen-Shannon divergence, where the code has the bug of swapped logs;
-    the hyper-gradient is that of one gradient step over all parameters, where the code reads the first tensor alone; a
-    regression's divergence is ours.
+    2024).
+    Differs from the released code in: a true Jensen-Shannon divergence, where the code, by a bug, swaps the logs; the
+    hyper-gradient uses all parameters, where the code uses only the first tensor; the divergence of a regression is our
+    extension.
 
     Example:
         >>> import equipoise as eq
@@ -121,13 +121,13 @@ class LFM(Balancer):
     epochs: Tensor
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
-        """Both terms; where the weight is learned, it takes their gradients."""
+        """Returns the weighted sum of both terms; registers their gradients if the weight is learned."""
         model = self._model[0]
         if output.logits is None:
             raise ConfigError("LFM", expected="an output with logits", got="logits = None")
         task, apart = model.loss(output.logits, target), self._divergence(output)
         if self.schedule == "learned":
-            self.when_reached(partial(self._compare, task, apart, len(target)))
+            self.when_reached(partial(self._gradients, task, apart, len(target)))
         a1 = self.a1.to(task)
         return 2 * ((1 - a1) * task + a1 * apart)
 
@@ -135,20 +135,20 @@ class LFM(Balancer):
         sums = self.noted_sum("gradients")
         if sums is None:
             return
-        sums = summed(sums)
+        sums = all_reduce_sum(sums)
         task, apart = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).double()
         rate = self.rate * 0.5 ** (int(self.epochs) // 20)
-        # A product that overflows teaches nothing; NaN would stay for ever.
+        # Ignore a product that overflows; NaN would persist.
         change = torch.nan_to_num(rate * hyper_gradient(task, apart), nan=0.0, posinf=0.0, neginf=0.0)
         self.a1 = (self.a1.to(task) - change).clamp(LEAST, MOST)
 
     def end_epoch(self) -> dict[str, float]:
-        """``a1``: the weight of the divergence."""
+        """Returns ``a1``, the weight of the divergence."""
         self.epochs += 1
         return {"a1": float(self.a1)}
 
     def _divergence(self, output: Output) -> Tensor:
-        """Mean over pairs of modalities, each over the samples that have both."""
+        """Returns the mean divergence over pairs of modalities, each over the samples that have both."""
         model = self._model[0]
         logits = modality_logits(model, output, "LFM", trains=True)
         pairs = []
@@ -157,16 +157,16 @@ class LFM(Balancer):
             pairs.append(masked_mean(losses, has_modality(output, one) & has_modality(output, other)))
         return torch.stack(pairs).mean()
 
-    def _compare(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> dict[str, Tensor]:
-        """Both gradients times samples, and samples; scaled as the loop scales the loss, then unscaled."""
-        found = torch.stack([self._gradient(term, gradient) for term in (task, apart)]) / gradient
-        return {"gradients": torch.cat([found * size, found.new_full((2, 1), size)], dim=1)}
+    def _gradients(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> dict[str, Tensor]:
+        """Returns both gradients times samples, and the number of samples; computed at the loop's loss scale, then unscaled."""
+        gradients = torch.stack([self._gradient(term, gradient) for term in (task, apart)]) / gradient
+        return {"gradients": torch.cat([gradients * size, gradients.new_full((2, 1), size)], dim=1)}
 
     def _gradient(self, loss: Tensor, gradient: Tensor) -> Tensor:
-        """With respect to everything that learns, as one vector."""
+        """Returns the gradient with respect to all trainable parameters as one vector."""
         model: Any = self._model[0]
-        learning = [p for p in model.parameters() if p.requires_grad]
-        found = term_gradients(loss, learning, gradient, "LFM")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = term_gradients(loss, parameters, gradient, "LFM")
         return torch.cat(
-            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(learning, found, strict=True)]
+            [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
         )

@@ -1,4 +1,4 @@
-"""MLA: modalities learn one after the other through one shared head, which forgets none of them."""
+"""MLA: trains modalities alternately through one shared head, with gradient projection against forgetting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_scores import all_reduce_sum, has_modality
 from .common.unimodal_terms import (
     at_least_single,
     check_concatenated,
@@ -24,12 +24,12 @@ from .common.unimodal_terms import (
 
 
 def next_projector(projector: Float[Tensor, "d d"], row: Float[Tensor, " d"], *, alpha: float) -> Float[Tensor, "d d"]:
-    """The recursive projector after one more mean feature.
+    """Updates the recursive projector with one more mean feature.
 
     Args:
-        projector: (d, d) P so far.
+        projector: (d, d) current P.
         row: (d,) mean feature r.
-        alpha: a > 0; small values take all of r out.
+        alpha: a > 0; small values project out all of r.
 
     Returns:
         P - k k^T / (a + r k) with k = P r^T, divided by its Frobenius norm.
@@ -40,17 +40,17 @@ def next_projector(projector: Float[Tensor, "d d"], row: Float[Tensor, " d"], *,
                 [0.0000, 0.8944]])
     """
     k = projector @ row
-    changed = projector - torch.outer(k, k) / (alpha + row @ k)
-    return changed / changed.norm()
+    updated = projector - torch.outer(k, k) / (alpha + row @ k)
+    return updated / updated.norm()
 
 
 def certainty_weights(
     logits: Float[Tensor, "batch modality output"], present: Bool[Tensor, "batch modality"], task: str
 ) -> Float[Tensor, "batch modality"]:
-    """How much each modality's answer counts: exp(max_n H_n - H_m), normalized, with H the entropy of an answer.
+    """Returns each modality's weight: exp(max_n H_n - H_m), normalized, with H the entropy of its prediction.
 
-    Labels' entropies are averaged; regression has none, so its answers count alike. A modality that a sample lacks
-    counts nothing.
+    Multilabel entropies are averaged over labels; in a regression all weights are equal. A modality that a sample lacks
+    has weight 0.
 
     Example:
         >>> logits = torch.tensor([[[9.0, -9.0], [0.0, 0.0]]])
@@ -63,42 +63,42 @@ def certainty_weights(
         entropy = F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").mean(dim=-1)
     else:
         entropy = torch.zeros_like(logits[..., 0])
-    # The largest entropy cancels in the quotient. A sample without any modality keeps finite weights.
+    # The largest entropy cancels out. The finite fill value avoids NaN for samples without any modality.
     return (-entropy).masked_fill(~present, torch.finfo(entropy.dtype).min).softmax(dim=-1)
 
 
 class MLA(Balancer):
-    """Trains one modality at each optimizer step, in turn, through a linear head that all of them share.
+    """Trains one modality per optimizer step, alternately, through a shared linear head.
 
-    In the turn of modality m the loss is that of head(f_m) alone. Before the step, with r the mean feature of the
-    step, b its batch and B the batches of an epoch::
+    In a step of modality m the loss is that of head(f_m). Before the step, with r the mean feature of the step, b the
+    index of its batch and B the number of batches of an epoch::
 
         k = P r^T,  P <- P - k k^T / (a + r k),  P <- P / |P|_F,  a = 0.1^(1 + b / B);   G <- G P
 
-    on the gradient G of the head's weight. At test time answers are averaged by their certainty::
+    with G the gradient of the head's weight. At test time predictions are averaged by certainty::
 
         y = sum_m lambda_m head(f_m),  lambda_m ~ exp(max_n H_n - H_m),  H = entropy of softmax(head(f_m))
 
     Args:
-        model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimizer afterward. Unimodal heads only watch from now on.
-        projected: False leaves the head's gradient as it is: alternation and certainty alone.
+        model: with a fusion that concatenates pooled vectors (``Concat``, ``Sum``). Its ``head`` is replaced and saved
+            in checkpoints: create the optimizer afterward. Unimodal heads are detached.
+        projected: False does not project the head's gradient: only alternation and certainty weights.
 
     Raises:
         ConfigError: one modality, a fusion of another kind.
 
-    It helps where joint training starves a modality, and where samples lack one. Nothing is learned across modalities,
-    so what shows only in both together is lost. Every batch is served once for each modality, and all encoders see it:
-    an epoch of N modalities costs N forward passes, and about one backward pass in all. P shrinks gradients by about
-    the root of d, which SGD feels and Adam divides out.
+    It helps if joint training undertrains a modality, and if samples lack modalities. Nothing is learned across
+    modalities, so interactions between them are lost. Each batch is used once per modality, by all encoders: an epoch of
+    N modalities costs N forward passes, and about one backward pass in total. P reduces gradients by about the square
+    root of d, which affects SGD and is canceled by Adam.
 
-    Encoders whose turn it is not get no gradient: under ``DistributedDataParallel`` in a loop of your own wrap a module
+    Encoders of the other modalities get no gradient: with ``DistributedDataParallel`` in a custom loop, wrap a module
     that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.
 
     Reference: Zhang, Yoon, Bansal and Yao, "Multimodal Representation Learning by Alternating Unimodal Adaptation"
-    (CVPR 2024); spec 3.3.
-    Differs from the released code in: G P takes the place of G, where code adds it to G, and r k is the number of the
-    formula, where code divides by an outer product; B is counted, so in the first epoch a = 0.1.
+    (CVPR 2024).
+    Differs from the released code in: G P replaces G, where the code adds it to G, and r k is the inner product of the
+    formula, where the code divides by an outer product; B is counted, so in the first epoch a = 0.1.
 
     Example:
         >>> import equipoise as eq
@@ -112,8 +112,8 @@ class MLA(Balancer):
     replaces = ("task",)
     partial_graph = True
     excludes: ClassVar[Mapping[str, str]] = {
-        "MBSD": "it needs unimodal heads that teach, and here they only watch",
-        "MMPareto": "it needs unimodal heads that teach, and here they only watch",
+        "MBSD": "it needs unimodal heads that train the encoders, and here they are detached",
+        "MMPareto": "it needs unimodal heads that train the encoders, and here they are detached",
     }
 
     def __init__(self, model: Multimodal, *, projected: bool = True) -> None:
@@ -126,7 +126,7 @@ class MLA(Balancer):
             like.device, like.dtype
         )
         detach_unimodal_heads(model)
-        # Counters stay where they are made: whose turn it is should not be asked of an accelerator.
+        # Keep counters on the CPU: reading the current modality must not sync the GPU.
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("epoch_steps", torch.tensor(0))
         self.register_buffer("epoch_length", torch.tensor(0))
@@ -139,15 +139,15 @@ class MLA(Balancer):
     projector: Tensor
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
-        """The loss of the modality whose turn it is."""
+        """Returns the loss of the modality of this step."""
         model, head = self._model[0], self._head
         name = model.names[int(self.steps) % self.steps_per_batch]
-        has = has_modality(output, name)
-        # Not a slice of the features: that would give the other encoders a gradient of zeros, and Adam moves on those.
+        present = has_modality(output, name)
+        # Not a slice of the features: the other encoders would get zero gradients, with which Adam still updates.
         vectors = output.tokens[name].pooled()
-        kept = at_least_single(vectors.detach()).masked_fill(~has[:, None], 0.0)
-        self.note("features", torch.cat([kept.sum(dim=0), has.sum()[None]]))
-        return masked_mean(model.sample_losses(at_least_single(head.classifier(vectors)), target), has)
+        features = at_least_single(vectors.detach()).masked_fill(~present[:, None], 0.0)
+        self.note("features", torch.cat([features.sum(dim=0), present.sum()[None]]))
+        return masked_mean(model.sample_losses(at_least_single(head.classifier(vectors)), target), present)
 
     @property
     def _head(self) -> SharedLinearHead:
@@ -155,36 +155,36 @@ class MLA(Balancer):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Projects the head's gradient, and passes the turn on."""
+        """Projects the head's gradient, and advances to the next modality."""
         sums = self.noted_sum("features")
         if sums is None:
             return
         if self.projected:
-            total = summed(sums)
-            whole = int(self.epoch_length)
-            done = int(self.epoch_steps) // self.steps_per_batch * self.steps_per_batch / whole if whole else 0.0
+            total = all_reduce_sum(sums)
+            length, per_batch = int(self.epoch_length), self.steps_per_batch
+            progress = int(self.epoch_steps) // per_batch * per_batch / length if length else 0.0
             weight = self._head.classifier.weight
             row = total[:-1] / total[-1].clamp(min=1)
-            self.projector = next_projector(self.projector.to(row), row, alpha=0.1 ** (1 + done))
+            self.projector = next_projector(self.projector.to(row), row, alpha=0.1 ** (1 + progress))
             if weight.grad is not None:
                 weight.grad.copy_(weight.grad @ self.projector.to(weight))
         self.steps += 1
         self.epoch_steps += 1
 
     def end_epoch(self) -> dict[str, float]:
-        """Counts the epoch's steps; nothing to log."""
+        """Stores the number of steps of the epoch; logs nothing."""
         self.epoch_length.copy_(self.epoch_steps)
         self.epoch_steps.zero_()
         return {}
 
 
 class SharedLinearHead(nn.Module):
-    """One linear layer for every modality's pooled vector, and their answers averaged by certainty.
+    """One linear layer for the pooled vector of each modality; predictions are averaged by certainty.
 
     Args:
         dim: width of one vector.
-        num_outputs: classes, labels or targets.
-        count: modalities.
+        num_outputs: number of classes, labels or targets.
+        count: number of modalities.
         task: see ``certainty_weights``.
     """
 
@@ -194,6 +194,6 @@ class SharedLinearHead(nn.Module):
         self.count, self.task = count, task
 
     def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
-        vectors, has = split_concatenated(features, self.count)
-        answers = at_least_single(self.classifier(vectors))
-        return (certainty_weights(answers, has, self.task)[..., None] * answers).sum(dim=1)
+        vectors, present = split_concatenated(features, self.count)
+        logits = at_least_single(self.classifier(vectors))
+        return (certainty_weights(logits, present, self.task)[..., None] * logits).sum(dim=1)

@@ -1,4 +1,4 @@
-"""MMCosine: logits of cosines, in which no modality wins by the length of its vectors."""
+"""MMCosine: cosine logits, so that no modality dominates by the norm of its features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .common.unimodal_terms import at_least_single, check_concatenated, check_mo
 def cosine_logits(
     features: Float[Tensor, "batch dim"], weight: Float[Tensor, "output dim"], *, scale: float
 ) -> Float[Tensor, "batch output"]:
-    """scale cos(f, W_c) for every output c; 0 where f is zero, as for a sample that lacks the modality.
+    """Returns scale cos(f, W_c) for each output c; 0 if f is zero, as for a sample that lacks the modality.
 
     Example:
         >>> cosine_logits(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 7.0]]), scale=10.0)
@@ -31,24 +31,24 @@ def cosine_logits(
 
 
 class MMCosine(Balancer):
-    """Scores by the cosines between each modality's vector and its class vectors::
+    """Computes logits from the cosines between each modality's vector and its class vectors::
 
         y_c = s sum_m cos(f_m, W_{m,c}),  no bias, in training and at test time
 
     Args:
-        model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimizer afterward.
+        model: with a fusion that concatenates pooled vectors (``Concat``, ``Sum``). Its ``head`` is replaced and saved
+            in checkpoints: create the optimizer afterward.
         scale: s > 0.
 
     Raises:
         ConfigError: one modality, a scale out of range, a fusion of another kind.
 
-    It helps where one modality's features or weights grow long and drown the others. Logits lie within s N of zero, so
-    confidence has a bound, and a regression's targets must lie well within it.
+    It helps if the norms of one modality's features or weights dominate. Logits are bounded by s N, and so is the
+    confidence; the targets of a regression must be well within this bound.
 
     Reference: Xu, Feng, Zhang and Hu, "MMCosine: Multi-Modal Cosine Loss Toward Balanced Audio-Visual Fine-Grained
-    Learning" (ICASSP 2023); spec 3.3.
-    Differs from the released code in: the scale stays at test time, and any number of modalities.
+    Learning" (ICASSP 2023).
+    Differs from the released code in: the scale is also applied at test time, and any number of modalities.
 
     Example:
         >>> import equipoise as eq
@@ -61,8 +61,8 @@ class MMCosine(Balancer):
     """
 
     excludes: ClassVar[Mapping[str, str]] = {
-        "MLA": "both put a head of their own in place of the model's",
-        "ReconBoost": "both put a head of their own in place of the model's",
+        "MLA": "both replace the model's head",
+        "ReconBoost": "both replace the model's head",
     }
 
     def __init__(self, model: Multimodal, *, scale: float = 15.0) -> None:
@@ -77,10 +77,10 @@ class MMCosine(Balancer):
 
 
 class CosineHead(nn.Module):
-    """A class vector for each modality and output; the modalities' scaled cosines are added.
+    """One class vector per modality and output; the scaled cosines are added over modalities.
 
     Args:
-        num_modalities: whose vectors of width ``dim`` stand side by side in the features.
+        num_modalities: number of concatenated vectors of width ``dim`` in the features.
         dim, num_outputs, scale: see ``MMCosine``.
     """
 
@@ -88,11 +88,11 @@ class CosineHead(nn.Module):
         super().__init__()
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_modalities, num_outputs, dim))
-        # Directions alone count, and these are uniform.
+        # Only directions matter; those of normal vectors are uniform.
         nn.init.normal_(self.weight)
 
     def pieces(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
-        """Each modality's part of the logits."""
+        """Returns each modality's contribution to the logits."""
         parts = zip(features.chunk(len(self.weight), dim=-1), self.weight, strict=True)
         return [cosine_logits(part, weight, scale=self.scale) for part, weight in parts]
 

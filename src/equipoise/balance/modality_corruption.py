@@ -1,4 +1,4 @@
-"""ModalityCorruption: modalities are damaged in training, and attention is told which of them still hold anything."""
+"""ModalityCorruption: corrupts modalities in training, and trains attention to ignore corrupted ones."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from .common.unimodal_terms import check_modalities
 from .modality_dropout import presence_mask
 
 SCALES = 7
-"""Coarse noise varies over 1, 2, 4, ... 64 neighboring values."""
+"""Number of noise scales: noise is constant over 1, 2, 4, ... 64 neighboring values."""
 
 
 def attention_target_loss(
     share: Float[Tensor, "batch head modality"], intact: Bool[Tensor, "batch modality"]
 ) -> Float[Tensor, ""]:
-    """Cross entropy between the shares of attention and an even spread over the modalities that are intact.
+    """Computes the cross entropy between the shares of attention and a uniform distribution over intact modalities.
 
-    ``-mean_ih sum_m t_im log(s_ihm / sum_n s_ihn)`` with ``t_im = intact_im / sum_n intact_in``. A sample without any
-    intact modality does not count.
+    ``-mean_ih sum_m t_im log(s_ihm / sum_n s_ihn)`` with ``t_im = intact_im / sum_n intact_in``. Samples without any
+    intact modality are excluded.
 
     Example:
         >>> attention_target_loss(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
         tensor(0.2877)
     """
     share = share.to(torch.promote_types(share.dtype, torch.float32))
-    among = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    wanted = intact.to(share.dtype) / intact.sum(dim=1, keepdim=True).clamp(min=1)
-    losses = -(wanted[:, None] * among.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
+    normalized = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    targets = intact.to(share.dtype) / intact.sum(dim=1, keepdim=True).clamp(min=1)
+    losses = -(targets[:, None] * normalized.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
     return losses.sum() / intact.any(dim=1).sum().clamp(min=1)
 
 
 def smooth_noise(shape: tuple[int, ...], scale: int, random: torch.Generator) -> Tensor:
-    """Standard normal noise, constant over squares of 2^scale neighbors in the last two axes and smooth between them.
+    """Returns standard normal noise, interpolated from a grid that is 2^scale times coarser in the last two axes.
 
-    Scale 0 is white; the largest moves a replace_prob input up or down. Made on the generator's device.
+    Scale 0 is white noise; the largest scales shift a whole input. Created on the generator's device.
 
     Example:
         >>> smooth_noise((3, 4, 4), 9, torch.Generator().manual_seed(0)).std(dim=(1, 2)).max() < 1e-6
@@ -52,44 +52,46 @@ def smooth_noise(shape: tuple[int, ...], scale: int, random: torch.Generator) ->
     if scale == 0 or len(shape) < 3:
         return torch.randn(shape, generator=random, device=random.device)
     *lead, height, width = shape
-    small = (max(1, height >> scale), max(1, width >> scale))
-    noise = torch.randn(*lead, *small, generator=random, device=random.device)
+    grid = (max(1, height >> scale), max(1, width >> scale))
+    noise = torch.randn(*lead, *grid, generator=random, device=random.device)
     smooth = F.interpolate(noise.flatten(0, -3)[:, None], size=(height, width), mode="bilinear", align_corners=False)
     smooth = smooth.view(shape)
-    # Interpolation averages; what it took from the size of the noise is given back.
+    # Interpolation shrinks the variance; rescale to unit variance.
     return smooth / smooth.std().clamp(min=1e-3)
 
 
 class ModalityCorruption(Balancer):
-    """Damages modalities in training and teaches attention, which knows it, to spread over those that are intact.
+    """Corrupts modalities in training and trains attention to spread over the intact ones.
 
-    With probability ``probability`` each modality of a sample is hit, but never all of one sample. Of the hits a part
-    ``replace_prob`` is replaced by noise (destroyed); the others are mixed with it by a random degree and count as intact::
+    With ``probability`` each modality of a sample is corrupted, but never all modalities of a sample. A fraction
+    ``replace_prob`` of the corrupted inputs is replaced by noise (destroyed); the others are mixed with noise to a
+    random degree and count as intact::
 
-        x <- sqrt(1 - d^2) x + d noise,     d = 1 where destroyed, else d ~ U(0, 1)
+        x <- sqrt(1 - d^2) x + d noise,     d = 1 if destroyed, else d ~ U(0, 1)
         L = L_task + weight * attention_target_loss(share, not destroyed)
 
-    Noise has the mean and deviation of the modality in the batch. Where it destroys it is white; where it is mixed in
-    it is, with ``scales``, as coarse as a die says for the step: from single values to the replace_prob input, which is then a
-    little louder, brighter or darker. Inputs that are no floating-point tensors (words) are never hit.
+    Noise has the mean and standard deviation of the modality in the batch. Noise that replaces an input is white; noise
+    that is mixed in has, with ``multiscale_noise``, a random scale per step: from single values to the whole input,
+    which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors (token ids) are
+    never corrupted.
 
     Args:
-        model: any fusion; attention is taught where it has shares, elsewhere only the damage is done.
-        probability: in [0, 1], of a hit for each sample and modality.
-        replace_prob: in [0, 1], part of the hits that destroy.
-        weight: of the witness loss; 0 leaves attention to find out by itself.
-        scales: mix in noise of every coarseness; False keeps it white.
-        seed: of everything that is drawn, with the number of the step.
+        model: any fusion; attention is trained if the fusion has shares, otherwise inputs are only corrupted.
+        probability: probability in [0, 1] of corruption for each sample and modality.
+        replace_prob: fraction in [0, 1] of the corrupted inputs that are replaced by noise.
+        weight: weight of the attention loss; 0 only corrupts inputs.
+        multiscale_noise: mix in noise of random scale; False uses white noise.
+        seed: seed of all random numbers, together with the step number.
 
     Raises:
         ConfigError: one modality; numbers out of range.
 
-    Exposed and taught, attention leaves a destroyed modality and the fused model falls back on the others; noise of
-    every scale also keeps encoders from what is particular to their training data. It costs accuracy where inputs are
-    always clean and plenty, and what it calls destroyed is noise: attention need not notice damage of another kind.
+    Attention learns to ignore destroyed modalities, so that the fused model falls back on the others; multi-scale noise
+    also regularizes the encoders. It reduces accuracy if inputs are always clean and plentiful. Destroyed inputs are
+    noise: attention need not detect other kinds of corruption.
 
-    Reference: ours; the noise is that of RollingQ's test (ICML 2025), section 4.
-    Differs from the paper in: it is no part of it; the paper's noise comes in testing alone.
+    Reference: ours; the noise is that of the noise test of RollingQ (ICML 2025), section 4.
+    Differs from the paper in: the paper uses this noise only at test time; training with it is our addition.
 
     Example:
         >>> import equipoise as eq
@@ -131,63 +133,63 @@ class ModalityCorruption(Balancer):
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(batch, Mapping) or any(name not in batch for name in self.names):
-            return batch  # of which the model tells what is wrong with it
-        has = _who_has(batch, self.names)
-        before = self.record.place(len(has))
+            return batch  # invalid batch: let the model raise the error
+        present = _present_modalities(batch, self.names)
+        before = self.record.sample_offset(len(present))
         draws = uniform_per_sample(
-            step_generator(self.seed, int(self.steps)), before, len(has), 2 * len(self.names) + 2
+            step_generator(self.seed, int(self.steps)), before, len(present), 2 * len(self.names) + 2
         )
         random = self._noise_generator(before)
-        open_to = torch.tensor([_can_be_hit(batch[name]) for name in self.names])
-        degree, destroyed = self._degrees(draws, has, open_to)
+        corruptible = torch.tensor([_is_corruptible(batch[name]) for name in self.names])
+        degree, destroyed = self._degrees(draws, present, corruptible)
         self.keep("destroyed", destroyed)
-        exposed = dict(batch)
-        for place, name in enumerate(self.names):
-            if open_to[place]:
-                exposed[name] = self._mixed(batch[name], degree[:, place], has[:, place], random)
-        return exposed
+        result = dict(batch)
+        for index, name in enumerate(self.names):
+            if corruptible[index]:
+                result[name] = self._mix_noise(batch[name], degree[:, index], present[:, index], random)
+        return result
 
     def _noise_generator(self, before: int) -> torch.Generator:
-        """Of this batch, step, process and seed alone; ``before`` are the samples of the step's earlier batches."""
-        several = distributed.is_available() and distributed.is_initialized()
-        stream = (distributed.get_rank() if several else 0) + 4096 * self.seed
+        """Returns a generator seeded by batch, step, process and seed; ``before`` counts the step's earlier samples."""
+        initialized = distributed.is_available() and distributed.is_initialized()
+        stream = (distributed.get_rank() if initialized else 0) + 4096 * self.seed
         number = 1_000_003 + int(self.steps) * 65_537 + before + stream * 2**44
         return torch.Generator().manual_seed(number % 2**63)
 
     def _degrees(
         self,
         draws: Float[Tensor, "batch draw"],
-        has: Bool[Tensor, "batch modality"],
-        open_to: Bool[Tensor, " modality"],
+        present: Bool[Tensor, "batch modality"],
+        corruptible: Bool[Tensor, " modality"],
     ) -> tuple[Float[Tensor, "batch modality"], Bool[Tensor, "batch modality"]]:
-        """How much each modality of each sample is damaged, and which are destroyed."""
+        """Returns the degree of corruption of each modality of each sample, and which are destroyed."""
         count = len(self.names)
-        hit = (draws[:, :count] < self.probability) & open_to & has
-        # Where all that a sample has is hit, one of them, as a die says, is spared.
-        chosen = (draws[:, 2 * count] * has.sum(dim=1)).long()[:, None]
-        spared = has & (has.cumsum(dim=1) - 1 == chosen)
-        hit &= ~((hit == has).all(dim=1, keepdim=True) & spared)
-        # One number says both: below `replace_prob` it destroys, above it, stretched to (0, 1), it is the degree.
-        drawn = draws[:, count : 2 * count]
-        destroyed = hit & (drawn < self.replace_prob)
-        degree = torch.where(destroyed, 1.0, (drawn - self.replace_prob) / max(1.0 - self.replace_prob, 1e-12))
-        return torch.where(hit, degree.clamp(0.0, 1.0), 0.0), destroyed
+        corrupted = (draws[:, :count] < self.probability) & corruptible & present
+        # If all modalities of a sample were selected, keep one of them at random.
+        chosen = (draws[:, 2 * count] * present.sum(dim=1)).long()[:, None]
+        kept = present & (present.cumsum(dim=1) - 1 == chosen)
+        corrupted &= ~((corrupted == present).all(dim=1, keepdim=True) & kept)
+        # One uniform number decides both: below replace_prob the input is destroyed, the rest is rescaled to the degree.
+        u = draws[:, count : 2 * count]
+        destroyed = corrupted & (u < self.replace_prob)
+        degree = torch.where(destroyed, 1.0, (u - self.replace_prob) / max(1.0 - self.replace_prob, 1e-12))
+        return torch.where(corrupted, degree.clamp(0.0, 1.0), 0.0), destroyed
 
-    def _mixed(
-        self, values: Tensor, degree: Float[Tensor, " batch"], has: Bool[Tensor, " batch"], random: torch.Generator
+    def _mix_noise(
+        self, values: Tensor, degree: Float[Tensor, " batch"], present: Bool[Tensor, " batch"], random: torch.Generator
     ) -> Tensor:
         white = torch.randn(values.shape, generator=random)
         noise = white
         if self.multiscale_noise:
             scale = int(torch.randint(SCALES, (1,), generator=random))
             coarse = smooth_noise(tuple(values.shape), scale, random)
-            noise = torch.where(_beside(degree >= 1, values), white, coarse)
-        # What stands in for a missing modality is no measure of noise.
-        seen = values if bool(has.all()) else values[has.to(values.device)]
-        if seen.numel() < 2:
+            noise = torch.where(_expand_to(degree >= 1, values), white, coarse)
+        # Placeholders of missing modalities are excluded from the noise statistics.
+        valid = values if bool(present.all()) else values[present.to(values.device)]
+        if valid.numel() < 2:
             return values
-        deviation, mean = torch.std_mean(seen)
-        degree = _beside(degree, values).to(values)
+        deviation, mean = torch.std_mean(valid)
+        degree = _expand_to(degree, values).to(values)
         noise = mean + deviation * noise.to(values)
         return torch.where(degree > 0, (1 - degree**2).clamp(min=0).sqrt() * values + degree * noise, values)
 
@@ -202,8 +204,8 @@ class ModalityCorruption(Balancer):
         self.steps += 1
 
 
-def _beside(per_sample: Tensor, values: Tensor) -> Tensor:
-    """(batch,) shaped so that it broadcasts with (batch, ...)."""
+def _expand_to(per_sample: Tensor, values: Tensor) -> Tensor:
+    """Reshapes (batch,) so that it broadcasts with (batch, ...)."""
     return per_sample.view(-1, *[1] * (values.ndim - 1))
 
 
@@ -211,23 +213,23 @@ def _in_order(tokens: Mapping[str, Tokens], names: tuple[str, ...]) -> dict[str,
     return {name: tokens[name] for name in names}
 
 
-def _can_be_hit(values: Any) -> bool:
+def _is_corruptible(values: Any) -> bool:
     return isinstance(values, Tensor) and values.is_floating_point()
 
 
-def _who_has(batch: Mapping[str, Any], names: tuple[str, ...]) -> Bool[Tensor, "batch modality"]:
-    """Which modalities each sample has, as the inputs and ``batch["mask"]`` say; on the CPU, where dice are thrown."""
+def _present_modalities(batch: Mapping[str, Any], names: tuple[str, ...]) -> Bool[Tensor, "batch modality"]:
+    """Returns which modalities each sample has, from the inputs and ``batch["mask"]``; on the CPU, as the draws."""
     sizes = []
     for name in names:
         parts = list(batch[name].values()) if isinstance(batch[name], Mapping) else [batch[name]]
         sizes += [len(part) for part in parts[:1] if isinstance(part, Tensor)]
-    has = torch.ones(sizes[0] if sizes else 0, len(names), dtype=torch.bool)
+    present = torch.ones(sizes[0] if sizes else 0, len(names), dtype=torch.bool)
     masks = batch.get("mask")
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if batch[name] is None:
-            has[:, place] = False
+            present[:, index] = False
         elif isinstance(masks, Mapping) and isinstance(masks.get(name), Tensor):
-            has[:, place] = (
+            present[:, index] = (
                 masks[name].bool().flatten(1).any(dim=1).cpu() if masks[name].ndim > 1 else masks[name].cpu()
             )
-    return has
+    return present

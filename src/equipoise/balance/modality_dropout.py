@@ -1,4 +1,4 @@
-"""Modality dropout: samples of which the fusion sees some modalities only."""
+"""Modality dropout: drops random modalities of samples before the fusion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def keep_masks(
     rates: Float[Tensor, " modality"],
     uniform: Float[Tensor, "batch modality"],
 ) -> Bool[Tensor, "batch modality"]:
-    """keep_im where u_im >= p_m; a sample that would be left with nothing keeps all that it has.
+    """Returns keep_im = u_im >= p_m; samples that would lose all modalities keep all of them.
 
     Args:
         present: which modalities each sample has.
@@ -29,8 +29,8 @@ def keep_masks(
         uniform: u_im, drawn from [0, 1).
 
     Example:
-        >>> has, drawn = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[0.1, 0.9], [0.3, 0.2]])
-        >>> keep_masks(has, torch.tensor([0.5, 0.5]), drawn)
+        >>> present, u = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[0.1, 0.9], [0.3, 0.2]])
+        >>> keep_masks(present, torch.tensor([0.5, 0.5]), u)
         tensor([[False,  True],
                 [ True,  True]])
     """
@@ -41,44 +41,44 @@ def keep_masks(
 def mask_tokens(
     tokens: Mapping[str, Tokens], kept: Bool[Tensor, "batch modality"], *, scale: Tensor | float = 1.0
 ) -> dict[str, Tokens]:
-    """The tokens, of which those of other samples than the kept ones take no part any more; values times ``scale``."""
+    """Masks the tokens of samples and modalities that are not kept; multiplies values by ``scale``."""
     return {
-        name: replace(part, values=part.values * scale, mask=part.valid() & kept[:, place, None])
-        for place, (name, part) in enumerate(tokens.items())
+        name: replace(part, values=part.values * scale, mask=part.valid() & kept[:, index, None])
+        for index, (name, part) in enumerate(tokens.items())
     }
 
 
 def presence_mask(tokens: Mapping[str, Tokens]) -> Bool[Tensor, "batch modality"]:
-    """Which modalities each sample has."""
+    """Returns which modalities each sample has."""
     return torch.stack([part.valid().any(dim=1) for part in tokens.values()], dim=1)
 
 
 class ModalityDropout(Balancer):
-    """Takes whole modalities away from single samples in training, so that none can be leaned on alone.
+    """Drops whole modalities of samples in training, so that the model cannot rely on a single one.
 
-    For every sample and modality, drawn alone::
+    Independently for each sample and modality::
 
-        keep_im ~ Bernoulli(1 - p_m);   tokens of modality m of sample i are masked where keep_im = 0
+        keep_im ~ Bernoulli(1 - p_m);   tokens of modality m of sample i are masked if keep_im = 0
 
-    A sample that would be left with nothing keeps all that it has. Nothing is rescaled. In evaluation, or where every
-    p is 0, nothing happens.
+    A sample that would lose all modalities keeps all of them. Values are not rescaled. In evaluation, or if every p is
+    0, it does nothing.
 
     Args:
         model: any fusion.
-        p: rate in [0, 1] at which modalities are dropped, or name -> rate; those not named are never dropped.
-        seed: of what is dropped, which depends on it, the number of the step and the sample's place in the step alone.
+        p: drop rate in [0, 1], or name -> rate; modalities without a rate are never dropped.
+        seed: seed of the draws, which depend only on it, the step number and the sample's position in the step.
 
     Raises:
-        ConfigError: one modality, a rate out of range. A name that the model lacks is told with the closest.
+        ConfigError: one modality, a rate out of range, an unknown name (with the closest known one).
 
-    It helps where samples will lack modalities later, and against one modality that drowns the others from the start.
-    It hides what shows only in several modalities together, and a high rate is simply less data. Loss and accuracy of
-    training are those of poorer samples: compare by validation.
+    It helps if samples lack modalities at test time, and if one modality dominates from the start. It hides interactions
+    between modalities, and a high rate reduces the amount of data. Training loss and accuracy are those of incomplete
+    samples: compare on validation data.
 
     Reference: modality dropout, ModDrop of Neverova, Wolf, Taylor and Nebout, "ModDrop: Adaptive Multi-modal Gesture
-    Recognition" (TPAMI 2016); spec 7.9.
-    Differs from the released code in: tokens are masked, where others put zeros, which attention would still read; and
-    an emptied sample is left whole, where others draw one modality to keep.
+    Recognition" (TPAMI 2016).
+    Differs from the released code in: tokens are masked, where others use zeros, to which attention would still attend;
+    and a sample that would lose all modalities keeps all, where others keep one at random.
 
     Example:
         >>> import equipoise as eq
@@ -110,12 +110,12 @@ class ModalityDropout(Balancer):
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         if not any(self.rates.values()):
             return tokens
-        has = presence_mask(tokens)
+        present = presence_mask(tokens)
         uniform = uniform_per_sample(
-            step_generator(self.seed, int(self.steps)), self.record.place(len(has)), *has.shape
+            step_generator(self.seed, int(self.steps)), self.record.sample_offset(len(present)), *present.shape
         )
         rates = torch.tensor([self.rates[name] for name in tokens])
-        return mask_tokens(tokens, keep_masks(has, rates.to(has.device), uniform.to(has.device)))
+        return mask_tokens(tokens, keep_masks(present, rates.to(present.device), uniform.to(present.device)))
 
     def before_step(self) -> None:
         self.steps += 1

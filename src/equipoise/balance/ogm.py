@@ -1,4 +1,4 @@
-"""OGM: the encoder of the modality that predicts best learns more slowly."""
+"""OGM: scales down the gradient of the encoder whose modality predicts best."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import summed
+from .common.unimodal_scores import all_reduce_sum
 from .common.unimodal_terms import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
 
 
 def modulation(scores: Float[Tensor, " modality"], *, alpha: float) -> Float[Tensor, " modality"]:
-    """The factor on each encoder's gradient: 1 - tanh(alpha rho) where rho = s_m / mean_{n != m} s_n > 1, else 1.
+    """Returns the factor of each encoder's gradient: 1 - tanh(alpha rho) if rho = s_m / mean_{n != m} s_n > 1, else 1.
 
     Args:
-        scores: (modality,) s_m >= 0; 0 where nobody has the modality.
+        scores: (modality,) s_m >= 0; 0 if no sample has the modality.
         alpha: strength >= 0.
 
     Example:
@@ -32,32 +32,32 @@ def modulation(scores: Float[Tensor, " modality"], *, alpha: float) -> Float[Ten
 
 
 class OGM(Balancer):
-    """Scales down the gradient of every encoder whose modality predicts better than the others.
+    """Scales down the gradient of each encoder whose modality predicts better than the others.
 
-    With s_m the mean probability of the true class by modality m alone, over the samples of a step that have it::
+    With s_m the mean probability of the true class from modality m alone, over the samples of a step that have it::
 
         rho_m = s_m / mean_{n != m} s_n
         k_m = 1 - tanh(alpha rho_m) where rho_m > 1, else 1;   g_m <- k_m g_m
 
-    on the gradients of the encoders' matrices and kernels, not of biases and norms.
+    for the gradients of the encoders' matrices and kernels, not of biases and norms.
 
     Args:
-        model: whose logits are a sum over modalities (``Concat``, ``Sum``), or that has unimodal heads.
-        alpha: strength >= 0; 0 changes nothing. It was 0.1 to 0.8 in the paper.
-        start: epochs before it begins.
-        stop: epochs after which it ends.
+        model: with logits that are a sum over modalities (``Concat``, ``Sum``), or with unimodal heads.
+        alpha: strength >= 0; 0 changes nothing. The paper uses 0.1 to 0.8.
+        start: first epoch with modulation.
+        stop: first epoch without modulation again.
 
     Raises:
-        ConfigError: one modality, an option out of range; in training, nothing that tells the modalities' scores.
+        ConfigError: one modality, an option out of range; in training, no source of unimodal logits.
 
-    It helps where one modality converges first and its encoder's gradients drown the others', under SGD. Adam divides
-    the factor out again. The factor jumps from 1 to 1 - tanh(alpha) at rho = 1, so near balance it flickers.
+    It helps if one modality converges first and its encoder's gradients dominate, under SGD. Adam cancels the factor.
+    The factor jumps from 1 to 1 - tanh(alpha) at rho = 1, so near balance it alternates.
 
     Reference: Peng, Wei, Deng, Wang and Hu, "Balanced Multimodal Learning via On-the-fly Gradient Modulation" (CVPR
-    2022), OGM; spec 3.1.
-    Differs from the released code in: all matrices and kernels of an encoder, where code takes convolutions alone, and
-    the mean of the others for any number of modalities, where the benchmark's bugs divide by the least score or, by an
-    indentation, for the last modality alone.
+    2022), OGM.
+    Differs from the released code in: all matrices and kernels of an encoder, where the code scales only convolutions,
+    and the mean of the others for any number of modalities, where the benchmark, by bugs, divides by the smallest score
+    or, by an indentation, only for the last modality.
 
     Example:
         >>> import equipoise as eq
@@ -71,8 +71,8 @@ class OGM(Balancer):
 
     gradient_scaling_only = True
     excludes: ClassVar[Mapping[str, str]] = {
-        "AGM": "both decide how large the encoders' gradients are",
-        "MMPareto": "it writes the encoders' gradients anew after they are scaled",
+        "AGM": "both scale the encoders' gradients",
+        "MMPareto": "it overwrites the encoders' gradients after they are scaled",
     }
 
     def __init__(self, model: Multimodal, *, alpha: float = 0.3, start: int = 0, stop: int = 50) -> None:
@@ -87,24 +87,24 @@ class OGM(Balancer):
             )  # fmt: skip
         self._model, self.alpha, self.start, self.stop = [model], alpha, start, stop
         self.register_buffer("epoch", torch.tensor(0))
-        # Of this epoch: the sum of each modality's factors, and their number.
+        # In this epoch: sum of each modality's factors, and their number.
         self.register_buffer("used", torch.zeros(len(model.names) + 1, dtype=torch.float64))
 
     epoch: Tensor
     used: Tensor
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float] | None:
-        """k_m, of the scores of all samples of the step on all processes; None out of season."""
+        """Returns k_m from the scores of all samples of the step on all processes; None outside [start, stop)."""
         if not self.start <= int(self.epoch) < self.stop:
             return None
         model = self._model[0]
-        total, count = summed(score_sums(model, output, target, self._who))
+        total, count = all_reduce_sum(score_sums(model, output, target, self._who))
         factors = modulation(total / count.clamp(min=1), alpha=self.alpha)
         self.used = self.used.to(factors.device) + torch.cat([factors, factors.new_ones(1)])
         return dict(zip(model.names, factors, strict=True))
 
     def end_epoch(self) -> dict[str, float]:
-        """``scale/<name>``: the mean factor on each encoder's gradient in this epoch; 1 where there was none."""
+        """Returns ``scale/<name>``, the mean factor of each encoder's gradient in this epoch; 1 if there was none."""
         *sums, count = self.used.tolist()
         self.used.zero_()
         self.epoch += 1

@@ -1,4 +1,4 @@
-"""OGM-GE: OGM, and noise that makes up for the gradient that it takes away."""
+"""OGM-GE: OGM with gradient noise as generalization enhancement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .ogm import OGM
 
 
 def noise_scale(gradient: Tensor, *, size: Tensor | float = 1.0) -> Float[Tensor, ""]:
-    """std(g) + 1e-8, one number for a parameter's whole gradient; a single element has no spread.
+    """Returns std(g) + 1e-8, one number for a parameter's whole gradient; the std of a single element is 0.
 
     Args:
-        gradient: of a parameter.
-        size: how many times the gradient of the mean loss it is; the summand 1e-8 is scaled by it.
+        gradient: gradient of a parameter.
+        size: ratio of the gradient to that of the mean loss; the summand 1e-8 is scaled by it.
 
     Example:
         >>> noise_scale(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
@@ -31,29 +31,29 @@ def noise_scale(gradient: Tensor, *, size: Tensor | float = 1.0) -> Float[Tensor
 
 
 class OGM_GE(OGM):
-    """OGM with generalization enhancement: noise of the size of the gradients as they were before it.
+    """OGM with generalization enhancement: adds noise with the standard deviation of the original gradients.
 
-    For every matrix and kernel of every encoder, also of those that are not slowed down::
+    For each matrix and kernel of each encoder, also of those with k_m = 1::
 
         g <- k_m g + xi,   xi ~ N(0, std(g)^2) for each element,   std(g) of the gradient before k_m
 
     Args:
-        model: as ``OGM`` takes it.
-        alpha: strength >= 0 of the modulation; at 0 there is noise alone.
-        start: epochs before it begins.
-        stop: epochs after which it ends.
-        seed: of the noise, which depends on it and on the number of the step alone; the same on all processes.
+        model: model, with the requirements of ``OGM``.
+        alpha: strength >= 0 of the modulation; with 0 only noise is added.
+        start: first epoch with modulation.
+        stop: first epoch without modulation again.
+        seed: seed of the noise, which depends only on it and on the step number; the same on all processes.
 
     Raises:
         ConfigError: as ``OGM``.
 
-    It helps SGD with small learning rates, where the noise stands for that of small batches. Under Adam the modulation
-    is divided out and the noise is not: what remains is noise as large as the gradients.
+    It helps SGD with small learning rates, where the noise replaces that of small batches. Adam cancels the modulation
+    but not the noise: the gradients then have noise as large as themselves and no balancing.
 
     Reference: Peng, Wei, Deng, Wang and Hu, "Balanced Multimodal Learning via On-the-fly Gradient Modulation" (CVPR
-    2022), OGM-GE; spec 3.1.
-    Differs from the released code in: what ``OGM`` does, and noise from a generator of its own; as in the code its
-    variance is the scalar one of each tensor, where the paper means the gradient's covariance.
+    2022), OGM-GE.
+    Differs from the released code in: the differences of ``OGM``, and noise from a separate generator; as in the code,
+    the variance is one scalar per tensor, where the paper uses the covariance of the gradient.
 
     Example:
         >>> import equipoise as eq
@@ -67,19 +67,19 @@ class OGM_GE(OGM):
 
     name = "ogm_ge"
     gradient_scaling_only = False
-    excludes: ClassVar[Mapping[str, str]] = {**OGM.excludes, "OGM": "it is a part of OGM-GE"}
+    excludes: ClassVar[Mapping[str, str]] = {**OGM.excludes, "OGM": "OGM-GE includes it"}
 
     def __init__(self, model: Multimodal, *, alpha: float = 0.3, start: int = 0, stop: int = 50, seed: int = 0) -> None:
         super().__init__(model, alpha=alpha, start=start, stop=stop)
         self.seed = seed
         self.register_buffer("steps", torch.tensor(0))
-        # From one moment of a step to the next; no state, since checkpoints come between steps.
+        # Passed from gradient_scale to before_step; not a buffer, since checkpoints are written between steps.
         self._scales: list[tuple[nn.Parameter, Tensor]] = []
 
     steps: Tensor
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float] | None:
-        """As ``OGM``; notes how large the gradients are before anything is done to them."""
+        """Returns the factors of ``OGM``, and stores the standard deviations of the original gradients."""
         factors, encoders = super().gradient_scale(output, target), self._model[0].encoders
         if factors is not None:
             weights = [p for name in factors for p in encoder_weight_matrices(encoders[name])]

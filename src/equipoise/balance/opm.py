@@ -1,4 +1,4 @@
-"""OPM: the modality that predicts best is hidden from part of the samples."""
+"""OPM: drops the modality that predicts best for part of the samples."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import ConfigError
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
 from .common.step_rng import step_generator, uniform_per_sample
-from .common.unimodal_scores import summed
+from .common.unimodal_scores import all_reduce_sum
 from .common.unimodal_terms import check_modalities, discrepancy_ratio, score_sums
 from .modality_dropout import keep_masks, mask_tokens, presence_mask
 
 
 def drop_rates(scores: Float[Tensor, " modality"], *, q_base: float, alpha: float) -> Float[Tensor, " modality"]:
-    """q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) where rho_m = s_m / mean_{n != m} s_n > 1, else 0.
+    """Returns q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) if rho_m = s_m / mean_{n != m} s_n > 1, else 0.
 
     Args:
-        scores: (modality,) s_m >= 0; 0 where nobody has the modality.
-        q_base: rate at balance.
-        alpha: how much more where balance is lost.
+        scores: (modality,) s_m >= 0; 0 if no sample has the modality.
+        q_base: rate at rho = 1.
+        alpha: relative increase of the rate with rho.
 
     Example:
         >>> drop_rates(torch.tensor([0.6, 0.3]), q_base=0.4, alpha=0.5)
@@ -37,32 +37,31 @@ def drop_rates(scores: Float[Tensor, " modality"], *, q_base: float, alpha: floa
 class OPM(Balancer):
     """Drops modalities that predict better than the others, at a rate that grows with their lead.
 
-    With s_m the mean probability of the true class by modality m alone, in the step before::
+    With s_m the mean probability of the true class from modality m alone, in the previous step::
 
         rho_m = s_m / mean_{n != m} s_n
-        q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) where rho_m > 1, else 0
+        q_m = clip(q_base (1 + alpha tanh(rho_m - 1)), 0, 1) if rho_m > 1, else 0
         with probability p_exe in a step:  b_im ~ Bernoulli(1 - q_m),  f_im <- b_im f_im / (1 - theta),  theta = mean q
 
-    on all tokens of a modality; those with b = 0 are masked. The first step is plain.
+    for all tokens of a modality; those with b = 0 are masked. The first step drops nothing.
 
     Args:
-        model: whose logits are a sum over modalities (``Concat``, ``Sum``), or that has unimodal heads.
-        q_base: rate at balance, >= 0.
-        alpha: how much more where balance is lost, >= 0.
-        p_exe: probability in [0, 1] that anything is dropped in a step.
-        seed: of what is dropped, which depends on it, the number of the step and the sample's place in the step alone.
+        model: with logits that are a sum over modalities (``Concat``, ``Sum``), or with unimodal heads.
+        q_base: rate at rho = 1, >= 0.
+        alpha: relative increase of the rate with rho, >= 0.
+        p_exe: probability in [0, 1] that a step drops anything.
+        seed: seed of the draws, which depend only on it, the step number and the sample's position in the step.
 
     Raises:
-        ConfigError: one modality, an option out of range; in training, nothing that tells the modalities' scores.
+        ConfigError: one modality, an option out of range; in training, no source of unimodal logits.
 
-    It helps as modality dropout does, where one modality leads, and leaves the others alone. The factor 1 / (1 - theta)
-    keeps the size of what a linear head reads; attention does that itself, and is sharpened by it.
+    It helps like modality dropout, but drops only leading modalities. The factor 1 / (1 - theta) keeps the scale of the
+    input of a linear head; attention is normalized anyway, and is sharpened by the factor.
 
-    Reference: Wei, Hu, Du and Wen, "On-the-fly Modulation for Balanced Multimodal Learning" (TPAMI 2024), OPM;
-    spec 3.3.
-    Differs from the released code in: scores are those of the step before, over all processes, which costs no second
-    pass; more than two modalities are compared by the mean of the others, not their sum; and a sample that would be
-    left with nothing keeps all that it has, where code takes it out of the loss.
+    Reference: Wei, Hu, Du and Wen, "On-the-fly Modulation for Balanced Multimodal Learning" (TPAMI 2024), OPM.
+    Differs from the released code in: scores of the previous step, over all processes, which need no second pass; more
+    than two modalities are compared with the mean of the others, not their sum; and a sample that would lose all
+    modalities keeps all of them, where the code removes it from the loss.
 
     Example:
         >>> import equipoise as eq
@@ -90,7 +89,7 @@ class OPM(Balancer):
         count = len(model.names)
         self.register_buffer("rates", torch.zeros(count, dtype=torch.float64))
         self.register_buffer("steps", torch.tensor(0))
-        # Of this epoch: the sum of each modality's rates, and their number.
+        # In this epoch: sum of each modality's rates, and their number.
         self.register_buffer("used", torch.zeros(count + 1, dtype=torch.float64))
 
     rates: Tensor
@@ -98,32 +97,32 @@ class OPM(Balancer):
     used: Tensor
 
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
-        """Drops; all processes in the same steps."""
-        has = presence_mask(tokens)
-        before = self.record.place(len(has))
+        """Drops modalities; all processes in the same steps."""
+        present = presence_mask(tokens)
+        before = self.record.sample_offset(len(present))
         random = step_generator(self.seed, int(self.steps))
         if float(torch.rand((), generator=random)) >= self.p_exe:
             return tokens
-        uniform = uniform_per_sample(random, before, *has.shape)
-        rates = self.rates.to(has.device)
-        return mask_tokens(tokens, keep_masks(has, rates, uniform.to(has.device)), scale=1 / (1 - rates.mean()))
+        uniform = uniform_per_sample(random, before, *present.shape)
+        rates = self.rates.to(present.device)
+        return mask_tokens(tokens, keep_masks(present, rates, uniform.to(present.device)), scale=1 / (1 - rates.mean()))
 
     @torch.no_grad()
     def observe(self, output: Output, target: Tensor) -> None:
         self.note("scores", score_sums(self._model[0], output, target, "OPM"))
 
     def before_step(self) -> None:
-        """The rates of the next step."""
+        """Updates the rates for the next step."""
         self.steps += 1
         sums = self.noted_sum("scores")
         if sums is None:
             return
-        total, count = summed(sums)
+        total, count = all_reduce_sum(sums)
         self.used = self.used.to(total.device) + torch.cat([self.rates.to(total), total.new_ones(1)])
         self.rates = drop_rates(total / count.clamp(min=1), q_base=self.q_base, alpha=self.alpha).double()
 
     def end_epoch(self) -> dict[str, float]:
-        """``rate/<name>``: the mean rate at which each modality was dropped in this epoch, where any was."""
+        """Returns ``rate/<name>``, the mean drop rate of each modality in this epoch."""
         *sums, count = self.used.tolist()
         self.used.zero_()
         names = self._model[0].names

@@ -1,4 +1,4 @@
-"""PMR: prototypes of the classes speed up the modality that falls behind, and slow the one that leads."""
+"""PMR: prototype losses for lagging modalities and an entropy term for leading ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.class_prototypes import class_means, prototype_log_probabilities
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_scores import all_reduce_sum, has_modality
 from .common.unimodal_terms import at_least_single, check_modalities
 
 
 def prototype_weights(
     scores: Float[Tensor, " modality"],
 ) -> tuple[Float[Tensor, " modality"], Float[Tensor, " modality"]]:
-    """How far each modality lags behind the best, and how far it leads before the worst, both cut at 1.
+    """Returns how far each modality lags behind the best, and how far it is ahead of the worst, clipped to [0, 1].
 
     Args:
-        scores: (modality,) mean probability of the true class, >= 0; NaN where nobody has the modality, which then gets
-            0 and is nobody's measure.
+        scores: (modality,) mean probability of the true class, >= 0; NaN if no sample has the modality, which then gets
+            0 and is left out of the comparison.
 
     Returns:
         clip(max s / s_m - 1, 0, 1) and clip(s_m / min s - 1, 0, 1). For two modalities of ratio rho these are the
@@ -45,39 +45,39 @@ def prototype_weights(
 
 
 class PMR(Balancer):
-    """Pulls every lagging modality's features to the prototypes of their classes, and keeps the leading one unsure.
+    """Pulls the features of lagging modalities to their class prototypes, and regularizes leading ones by entropy.
 
-    With c_k^m the mean feature of modality m over class k, p^m = softmax_k(-|f^m - c_k^m|) and s_m the mean of p^m at
+    With c_k^m the mean feature of modality m over class k, p^m = softmax_k(-|f^m - c_k^m|) and s_m the mean of p^m for
     the true class::
 
         loss = task + alpha sum_m clip(max_n s_n / s_m - 1, 0, 1) mean(-log p^m[y])
         in the first epochs also  - mu sum_m clip(s_m / min_n s_n - 1, 0, 1) H(p^m)
         after each epoch  c <- momentum c + (1 - momentum) c_new
 
-    c_new comes from a part of the training batches, in evaluation mode. So the first epoch is plain, and "first epochs"
-    are the first that have prototypes.
+    c_new is computed from a part of the training batches, in evaluation mode. The first epoch therefore has only the
+    task loss, and "first epochs" are the first ones with prototypes.
 
     Args:
         model: any fusion; features are the encoders' pooled tokens.
         alpha: weight of the prototype losses, >= 0.
         mu: weight of the entropies, >= 0.
-        entropy_epochs: how long they last.
-        momentum: in [0, 1), how much of the old prototypes stays.
-        fraction: of the training batches that make new ones, in (0, 1].
-        hard: the released code's switch: every lagging modality weighs 1, and no entropy.
-        bins: of a regression's targets, each a class of its own; >= 2.
+        entropy_epochs: number of epochs with the entropy term.
+        momentum: weight of the old prototypes, in [0, 1).
+        fraction: fraction of the training batches used for new prototypes, in (0, 1].
+        hard: weights as in the released code: 1 for every lagging modality, and no entropy.
+        bins: number of bins of a regression's targets, which are treated as classes; >= 2.
 
     Raises:
         ConfigError: one modality, an option out of range.
 
-    It helps where one encoder converges long before another. It needs features that cluster by class: with many classes
-    and few samples the prototypes are noise. Weights are decided on each batch, so accumulated batches are not exactly
-    one large one.
+    It helps if one encoder converges long before another. It needs features that cluster by class: with many classes and
+    few samples the prototypes are noise. Weights are computed per batch, so accumulated batches are not exactly
+    equivalent to one large batch.
 
-    Reference: Fan et al., "PMR: Prototypical Modal Rebalance for Multimodal Learning" (CVPR 2023); spec 3.2.
-    Differs from the released code in: the paper's soft weights and its entropy term, which the code lacks; a class that
-    a review does not see keeps its prototype, where the code divides by 0; any number of modalities; a multilabel
-    target is a pair of classes for each label and a regression's is binned, where there were classes alone.
+    Reference: Fan et al., "PMR: Prototypical Modal Rebalance for Multimodal Learning" (CVPR 2023).
+    Differs from the released code in: the paper's soft weights and entropy term, which the code lacks; a class without
+    samples in a review keeps its prototype, where the code divides by 0; any number of modalities; multilabel targets
+    (two classes per label) and regressions (binned targets).
 
     Example:
         >>> import equipoise as eq
@@ -112,7 +112,7 @@ class PMR(Balancer):
         self.register_buffer("prototypes", torch.zeros(*shape, model.fusion.dim, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(shape, dtype=torch.bool))
         self.register_buffer("edges", torch.zeros(shape[1], max(bins - 1, 0), dtype=torch.float64))
-        # Training batches of this epoch, reviews so far; sums of the weights in use, and of their number.
+        # Training batches of this epoch, reviews so far; sums of the weights, and their number.
         self.register_buffer("batches", torch.tensor(0))
         self.register_buffer("reviewed", torch.tensor(0))
         self.register_buffer("used", torch.zeros(len(model.names) + 1, dtype=torch.float64))
@@ -128,17 +128,19 @@ class PMR(Balancer):
         self.note("batches", torch.ones((), dtype=torch.long))
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
-        """None before the first review."""
+        """Returns the weighted prototype losses; None before the first review."""
         if int(self.reviewed) == 0:
             return None
-        features, here = self._features(output)
+        features, present = self._features(output)
         seen = self.seen.to(features.device)
         log_p = prototype_log_probabilities(features, self.prototypes.to(features), seen)
         index = categories(target, self._model[0].task, self.edges).expand(len(features), -1, -1)[..., None]
         true = log_p.gather(-1, index)[..., 0]
-        # A sample counts where it has the modality, and the modality has met its class.
-        counts = here[..., None] & seen[:, None].expand(log_p.shape).gather(-1, index)[..., 0]
-        hits, trials = summed(torch.stack([_sums(true.detach().exp(), counts), counts.sum(dim=(1, 2)).to(true)]))
+        # Use samples that have the modality, of classes that have a prototype.
+        counts = present[..., None] & seen[:, None].expand(log_p.shape).gather(-1, index)[..., 0]
+        hits, trials = all_reduce_sum(
+            torch.stack([_sums(true.detach().exp(), counts), counts.sum(dim=(1, 2)).to(true)])
+        )
         lags, leads = prototype_weights(hits / trials)
         size = counts.sum(dim=(1, 2)).clamp(min=1)
         if self.hard:
@@ -151,7 +153,7 @@ class PMR(Balancer):
         return total
 
     def before_step(self) -> None:
-        """Counts the step's batches and the weights in use."""
+        """Accumulates the number of batches and the weights of the step."""
         batches, weights = self.noted_sum("batches"), self.noted_sum("weights")
         if batches is not None:
             self.batches += batches
@@ -159,39 +161,39 @@ class PMR(Balancer):
             self.used = self.used.to(weights.device) + weights
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
-        """Renews the prototypes from the first batches of another pass over the training data."""
-        model, found = self._model[0], []
+        """Updates the prototypes from the first batches of another pass over the training data."""
+        model, parts = self._model[0], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in islice(train, max(1, math.ceil(self.fraction * int(self.batches)))):
-                found.append((*self._features(model(batch)), batch["target"]))
-        if not found:
+                parts.append((*self._features(model(batch)), batch["target"]))
+        if not parts:
             raise ConfigError("PMR", expected="training batches to review", got="none")
-        features, here, targets = zip(*found, strict=True)
+        features, present, targets = zip(*parts, strict=True)
         target = torch.cat(targets)
         if int(self.reviewed) == 0 and model.task == "regression":
             self.edges = bin_edges(target, self.bins)
         classes = categories(target, model.task, self.edges)
-        new, met = class_means(torch.cat(features, 1).double(), torch.cat(here, 1), classes, self.seen.shape[-1])
-        old, seen = self.prototypes.to(new), self.seen.to(met.device)
-        # The first time a class is met there is nothing to keep.
-        kept = torch.where(met, self.momentum * seen.to(new), 1.0)[..., None]
-        self.prototypes, self.seen = kept * old + (1 - kept) * new, seen | met
+        new, updated = class_means(torch.cat(features, 1).double(), torch.cat(present, 1), classes, self.seen.shape[-1])
+        old, seen = self.prototypes.to(new), self.seen.to(updated.device)
+        # A class seen for the first time has no previous prototype to blend with.
+        decay = torch.where(updated, self.momentum * seen.to(new), 1.0)[..., None]
+        self.prototypes, self.seen = decay * old + (1 - decay) * new, seen | updated
         self.reviewed += 1
         self.batches.zero_()
 
     def end_epoch(self) -> dict[str, float]:
-        """``weight/<name>``: the mean weight of each prototype loss in this epoch."""
+        """Returns ``weight/<name>``, the mean weight of each prototype loss in this epoch."""
         *sums, count = self.used.tolist()
         self.used.zero_()
         return {f"weight/{name}": s / max(count, 1.0) for name, s in zip(self._model[0].names, sums, strict=True)}
 
     def _features(self, output: Output) -> tuple[Tensor, Tensor]:
-        """(modality, batch, dim) pooled tokens, and (modality, batch) who has them."""
+        """Returns (modality, batch, dim) pooled tokens, and (modality, batch) presence."""
         names = self._model[0].names
         features = torch.stack([output.tokens[name].pooled() for name in names])
         return at_least_single(features), torch.stack([has_modality(output, name) for name in names])
 
 
 def _sums(values: Tensor, counts: Tensor) -> Tensor:
-    """(modality,) sums over what counts of (modality, batch, question)."""
+    """Returns (modality,) sums of (modality, batch, question) values over the masked entries."""
     return values.masked_fill(~counts, 0.0).sum(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""ReconBoost: modalities as boosting learners, each of which learns what the others together get wrong."""
+"""ReconBoost: modalities as boosting learners, each trained on the residual of the others."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def boosting_losses(
     residual: float = 1.0,
     agreement: float = 0.5,
 ) -> Float[Tensor, " batch"]:
-    """Every sample's loss of the modality that learns.
+    """Returns the loss of the trained modality for each sample.
 
-    -w_1 <y, log p> + w_2 <y p_others, log p> is its loss times w_1 - w_2 p_others[y]: what the others already answer
-    counts less.
+    -w_1 <y, log p> + w_2 <y p_others, log p> equals its loss times w_1 - w_2 p_others[y]: samples that the others
+    already predict have a smaller weight.
 
     Args:
-        losses: (batch,) of the modality alone, -log p[y].
-        others_score: (batch,) how right the others are together, p_others[y].
-        disagreement: (batch,) squared distance to the answers of the modality that learned before.
+        losses: (batch,) unimodal losses, -log p[y].
+        others_score: (batch,) scores of the other modalities together, p_others[y].
+        disagreement: (batch,) squared distance to the predictions of the previously trained modality.
         task_weight, residual, agreement: w_1, w_2 and the weight of the last term.
 
     Example:
@@ -51,37 +51,36 @@ def boosting_losses(
 
 
 class ReconBoost(Balancer):
-    """Trains one modality an epoch, in turn, on what the others leave over, and all of them in the epoch after it.
+    """Trains one modality per epoch, alternately, on the residual of the others, and all of them in the next epoch.
 
-    Every modality answers with a linear head of its own; the logits are nu sum_m y_m with a learned shrinkage nu. In
-    modality m's epoch only its encoder and head learn::
+    Each modality has a linear head; the logits are nu sum_m y_m with a learned shrinkage nu. In an epoch of modality m
+    only its encoder and head are trained::
 
         L_m = -w_1 <y, log p_m> + w_2 <y sg(p_others), log p_m> + alpha |p_m - sg p_before|^2
         p_m = softmax(y_m),  p_others = softmax(nu sum_{n != m} y_n)
 
-    with p_before the answers of the modality that learned before it (none in the first epoch). The epoch after is one
-    of rectification: everything, and nu, learns from the task's loss. 2 N epochs are a round.
+    with p_before the predictions of the previously trained modality (none in the first epoch). The next epoch is a
+    rectification epoch: all parameters and nu are trained with the task loss. 2 N epochs form a round.
 
     Args:
-        model: of a fusion that puts pooled vectors side by side (``Concat``, ``Sum``). Its ``head`` is replaced, which
-            a checkpoint holds: make the optimizer afterward. Unimodal heads only watch from now on.
-        task_weight, residual, agreement: w_1, w_2 and alpha, >= 0, with w_1 > w_2 so that right answers stay wanted.
-        shrinkage: nu at the start, > 0.
+        model: with a fusion that concatenates pooled vectors (``Concat``, ``Sum``). Its ``head`` is replaced and saved
+            in checkpoints: create the optimizer afterward. Unimodal heads are detached.
+        task_weight, residual, agreement: w_1, w_2 and alpha, >= 0, with w_1 > w_2 so that all weights are positive.
+        shrinkage: initial nu, > 0.
 
     Raises:
         ConfigError: one modality, a fusion of another kind, a weight out of range.
 
-    It helps where one modality answers early and the others stop learning. No pass is added, but a modality learns in
-    (N + 1) / 2N of the epochs only, and logits start small (nu = 0.01): give it several rounds. It costs no more an
-    epoch than plain training.
+    It helps if one modality converges early and the others stop learning. It needs no additional passes, but a modality
+    is trained in only (N + 1) / 2N of the epochs, and logits start small (nu = 0.01): train for several rounds. An epoch
+    costs no more than in plain training.
 
-    Encoders whose turn it is not get no gradient: under ``DistributedDataParallel`` in a loop of your own wrap a module
+    Encoders of the other modalities get no gradient: with ``DistributedDataParallel`` in a custom loop, wrap a module
     that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.
 
-    Reference: Hua, Xu, Bao, Yang and Huang, "ReconBoost: Boosting Can Achieve Modality Reconcilement" (ICML 2024);
-    spec 3.3.
-    Differs from the released code in: multilabel and regression tasks through their own scores; the benchmark detaches
-    both sides of the last term, which then teaches nothing, and here p_m learns from it.
+    Reference: Hua, Xu, Bao, Yang and Huang, "ReconBoost: Boosting Can Achieve Modality Reconcilement" (ICML 2024).
+    Differs from the released code in: multilabel and regression tasks, with their own scores; the benchmark detaches
+    both sides of the last term, which then has no gradient, and here p_m is trained by it.
 
     Example:
         >>> import equipoise as eq
@@ -95,8 +94,8 @@ class ReconBoost(Balancer):
     replaces = ("task",)
     partial_graph = True
     excludes: ClassVar[Mapping[str, str]] = {
-        "MBSD": "it needs unimodal heads that teach, and here they only watch",
-        "MMPareto": "it needs unimodal heads that teach, and here they only watch",
+        "MBSD": "it needs unimodal heads that train the encoders, and here they are detached",
+        "MMPareto": "it needs unimodal heads that train the encoders, and here they are detached",
     }
 
     def __init__(
@@ -118,55 +117,55 @@ class ReconBoost(Balancer):
         head = BoostedHead(len(model.names), model.fusion.dim, model.num_outputs, shrinkage)
         model.head = head.to(like.device, like.dtype)
         detach_unimodal_heads(model)
-        # Stays where it is made: whose epoch it is should not be asked of an accelerator.
+        # Keep this buffer on the CPU: reading it must not sync the GPU.
         self.register_buffer("epochs", torch.tensor(0))
 
     epochs: Tensor
 
     def learner(self) -> str | None:
-        """The modality that learns in this epoch; None where all of them do."""
-        turn, rectifies = divmod(int(self.epochs), 2)
-        return None if rectifies else self._model[0].names[turn % len(self._model[0].names)]
+        """Returns the modality that is trained in this epoch; None if all are trained."""
+        index, rectifies = divmod(int(self.epochs), 2)
+        return None if rectifies else self._model[0].names[index % len(self._model[0].names)]
 
     def penalty(self, output: Output, target: Tensor) -> Tensor:
-        """The loss of this epoch's learner, or the task's loss."""
+        """Returns the boosting loss of this epoch's modality, or the task loss."""
         model, name = self._model[0], self.learner()
         if name is None:
             if output.logits is None:
                 raise ConfigError("ReconBoost", expected="an output with logits", got="logits = None")
             return model.loss(output.logits, target)
-        head, place = cast(BoostedHead, model.head), model.names.index(name)
-        # Not a slice of the features: that would give the other encoders a gradient of zeros, and Adam moves on those.
-        own = at_least_single(head.answer(place, output.tokens[name].pooled()))
+        head, index = cast(BoostedHead, model.head), model.names.index(name)
+        # Not a slice of the features: the other encoders would get zero gradients, with which Adam still updates.
+        own = at_least_single(head.modality_logits(index, output.tokens[name].pooled()))
         with torch.no_grad():
-            answers, has = head.answers(output.features)
-            others = head.shrinkage * (answers.sum(dim=1) - answers[:, place])
+            logits, present = head.all_logits(output.features)
+            others = head.shrinkage * (logits.sum(dim=1) - logits[:, index])
             score = true_score(others, target, model.task)
-            before = _probabilities(answers[:, place - 1], model.task)
-            comparable = has[:, place - 1] if int(self.epochs) else torch.zeros_like(has[:, 0])
-        apart = (_probabilities(own, model.task) - before).square().sum(dim=-1).masked_fill(~comparable, 0.0)
+            previous = _probabilities(logits[:, index - 1], model.task)
+            comparable = present[:, index - 1] if int(self.epochs) else torch.zeros_like(present[:, 0])
+        disagreement = (_probabilities(own, model.task) - previous).square().sum(dim=-1).masked_fill(~comparable, 0.0)
         losses = boosting_losses(
-            model.sample_losses(own, target), score, apart,
+            model.sample_losses(own, target), score, disagreement,
             task_weight=self.task_weight, residual=self.residual, agreement=self.agreement,
         )  # fmt: skip
         return masked_mean(losses, has_modality(output, name))
 
     def end_epoch(self) -> dict[str, float]:
-        """Passes the turn on; logs ``shrinkage``."""
+        """Advances to the next epoch; returns ``shrinkage``."""
         self.epochs += 1
         return {"shrinkage": float(cast(BoostedHead, self._model[0].head).shrinkage.detach())}
 
 
 class BoostedHead(nn.Module):
-    """A linear head for every modality's pooled vector, their answers added and shrunk: nu sum_m (W_m f_m + b_m).
+    """A linear head per modality with added and scaled logits: nu sum_m (W_m f_m + b_m).
 
-    A modality that a sample lacks adds nothing.
+    A modality that a sample lacks contributes 0.
 
     Args:
-        count: modalities.
+        count: number of modalities.
         dim: width of one vector.
-        num_outputs: classes, labels or targets.
-        shrinkage: nu at the start.
+        num_outputs: number of classes, labels or targets.
+        shrinkage: initial nu.
     """
 
     def __init__(self, count: int, dim: int, num_outputs: int, shrinkage: float) -> None:
@@ -174,28 +173,28 @@ class BoostedHead(nn.Module):
         self.parts = nn.ModuleList(nn.Linear(dim, num_outputs) for _ in range(count))
         self.shrinkage = nn.Parameter(torch.tensor(shrinkage))
 
-    def answer(self, place: int, vectors: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch output"]:
-        """What one modality answers, in the precision of the weights also under autocast.
+    def modality_logits(self, index: int, vectors: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch output"]:
+        """Returns the logits of one modality, in the precision of the weights, also under autocast.
 
-        The loss weighs w_1 = 5 times a mean cross entropy, so that in float16 the gradient of a head overflows at the
-        scale with which ``GradScaler`` starts.
+        The loss is w_1 = 5 times a mean cross entropy, so that in float16 the gradient of a head would overflow at the
+        initial scale of ``GradScaler``.
         """
-        part = cast(nn.Linear, self.parts[place])
+        part = cast(nn.Linear, self.parts[index])
         with torch.autocast(vectors.device.type, enabled=False):
             return part(vectors.to(part.weight.dtype))
 
-    def answers(self, features: Float[Tensor, "batch feature"]) -> tuple[Tensor, Tensor]:
-        """(batch, modality, output) what each modality answers, zero where it is missing, and where it is there."""
-        vectors, has = split_concatenated(features, len(self.parts))
-        stacked = torch.stack([self.answer(place, vectors[:, place]) for place in range(len(self.parts))], dim=1)
-        return at_least_single(stacked).masked_fill(~has[..., None], 0.0), has
+    def all_logits(self, features: Float[Tensor, "batch feature"]) -> tuple[Tensor, Tensor]:
+        """Returns (batch, modality, output) logits, zero for missing modalities, and (batch, modality) presence."""
+        vectors, present = split_concatenated(features, len(self.parts))
+        stacked = torch.stack([self.modality_logits(m, vectors[:, m]) for m in range(len(self.parts))], dim=1)
+        return at_least_single(stacked).masked_fill(~present[..., None], 0.0), present
 
     def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
-        return self.shrinkage * self.answers(features)[0].sum(dim=1)
+        return self.shrinkage * self.all_logits(features)[0].sum(dim=1)
 
 
 def _probabilities(logits: Tensor, task: str) -> Tensor:
-    """What is compared between modalities: of classes and labels their probabilities, else the answers."""
+    """Returns the values compared between modalities: probabilities of classes or labels, else predictions."""
     if task == "classification":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if task == "multilabel" else logits

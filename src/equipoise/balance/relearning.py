@@ -1,4 +1,4 @@
-"""Re-learning: encoders that have overfitted go part of the way back to where they began."""
+"""Diagnosing and re-learning: moves overfitted encoders back toward their initial weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ..nn.eval_mode import eval_mode_no_grad
 from ..optional_packages import require_extra
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_scores import has_modality, summed
+from .common.unimodal_scores import all_reduce_sum, has_modality
 from .common.unimodal_terms import at_least_single, check_encoders_apart, check_modalities
 
 
 def purity(clusters: Int[Tensor, " batch"], classes: Int[Tensor, "batch question"]) -> float:
-    """Part of the samples that are of the most frequent class of their cluster; the mean over questions.
+    """Returns the fraction of samples in the most frequent class of their cluster; mean over questions.
 
     Example:
         >>> purity(torch.tensor([0, 0, 0, 1]), torch.tensor([[5], [5], [2], [2]]))
         0.75
     """
-    found = []
+    purities = []
     for column in classes.T:
         counts = torch.zeros(int(clusters.max()) + 1, int(column.max()) + 1, dtype=torch.long)
         counts.index_put_((clusters, column), torch.ones_like(column), accumulate=True)
-        found.append(int(counts.amax(dim=1).sum()) / len(column))
-    return sum(found) / len(found)
+        purities.append(int(counts.amax(dim=1).sum()) / len(column))
+    return sum(purities) / len(purities)
 
 
 def kmeans_labels(features: Float[Tensor, "batch dim"], count: int, *, seed: int) -> Int[Tensor, " batch"]:
-    """The k-means cluster of every sample, after each dimension is scaled to [-1, 1].
+    """Returns the k-means cluster of each sample, after scaling each dimension to [-1, 1].
 
     Example:
-        >>> found = clustered(torch.tensor([[0.0, 5.0], [0.1, 5.0], [9.0, 5.0]]), 2, seed=0)
-        >>> bool(found[0] == found[1]), bool(found[0] == found[2])
+        >>> labels = kmeans_labels(torch.tensor([[0.0, 5.0], [0.1, 5.0], [9.0, 5.0]]), 2, seed=0)
+        >>> bool(labels[0] == labels[1]), bool(labels[0] == labels[2])
         (True, False)
     """
     with require_extra("DiagnoseRelearn"):
@@ -51,36 +51,35 @@ def kmeans_labels(features: Float[Tensor, "batch dim"], count: int, *, seed: int
 
 
 class DiagnoseRelearn(Balancer):
-    """Every so often sets each encoder back toward its first weights, the further the more it has overfitted::
+    """Periodically moves each encoder toward its initial weights, in proportion to its overfitting::
 
         gap_m = |purity(k-means of f_m on training data) - purity(the same on validation data)|
         w_m = tanh(strength gap_m);   theta_m <- w_m theta_m^initial + (1 - w_m) theta_m
 
-    f_m are the encoder's pooled tokens, clustered into as many clusters as there are classes (outputs of a multilabel
-    task, bins of a regression). What the optimizer remembers of the encoder is forgotten. The last epoch sets nothing
-    back.
+    f_m are the encoder's pooled tokens, with as many clusters as there are classes (outputs of a multilabel task, bins
+    of a regression). The optimizer state of the encoder is cleared. Nothing is reset after the last epoch.
 
     Args:
-        model: any fusion. Its encoders as they are now are what they go back to: attach it before training.
-        epochs: of the whole training; None: unknown.
-        every: epochs from one time to the next.
-        times: how often at most.
-        strength: > 0; the paper's lambda.
-        bins: of a regression's targets, each a class of its own; >= 2.
-        seed: of k-means.
+        model: any fusion. The current weights of its encoders are the initial weights: create it before training.
+        epochs: number of epochs of the whole training; None: unknown.
+        every: epochs from one reset to the next.
+        times: maximum number of resets.
+        strength: the paper's lambda, > 0.
+        bins: number of bins of a regression's targets, which are treated as classes; >= 2.
+        seed: seed of k-means.
 
     Raises:
-        ConfigError: one modality, an option out of range; at the end of the first epoch, an optimizer that it was not
-            given (``BalancerList.attach_optimizer``; the Lightning callback does it); later, an empty split.
+        ConfigError: one modality, an option out of range; at the end of the first epoch, no optimizer
+            (``BalancerList.attach_optimizer``; the Lightning callback calls it); later, an empty split.
 
-    It helps where the dominant modality's encoder memorizes. Encoders that were pretrained go back to what they were,
-    and need no protection. Purity is rough on a small validation split, where clusters of few samples are pure by
-    chance. The first weights are part of the state: checkpoints hold the encoders twice. Each time takes one more pass
-    over the data. Of several processes each clusters its own part, and gaps are averaged.
+    It helps if the encoder of the dominant modality memorizes. Pretrained encoders are reset to their pretrained
+    weights. Purity is imprecise on a small validation split, where small clusters are pure by chance. The initial weights
+    are part of the state, so checkpoints contain the encoders twice. Each reset takes one more pass over the data. In
+    distributed training each process clusters its own samples, and gaps are averaged.
 
-    Reference: Wei et al., "Diagnosing and Re-learning for Balanced Multimodal Learning" (ECCV 2024); spec 3.3.
-    Differs from the released code in: the encoder's state in the optimizer is reset too, where the code has the bug of
-    keeping it; the first weights survive a checkpoint; multilabel targets and regressions.
+    Reference: Wei et al., "Diagnosing and Re-learning for Balanced Multimodal Learning" (ECCV 2024).
+    Differs from the released code in: the optimizer state of the encoder is reset too, where the code, by a bug, keeps
+    it; the initial weights are saved in checkpoints; multilabel targets and regressions.
 
     Example:
         >>> import equipoise as eq
@@ -90,7 +89,7 @@ class DiagnoseRelearn(Balancer):
         >>> balancing.attach_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "target": torch.tensor([0, 1, 0, 1])}
         >>> balancing.review([batch], [batch])
-        >>> balancing.end_epoch()  # the same data, so there is no gap
+        >>> balancing.end_epoch()  # the same data twice: no gap
         {'reset/audio': 0.0, 'reset/image': 0.0}
     """
 
@@ -116,9 +115,9 @@ class DiagnoseRelearn(Balancer):
         self.register_buffer("epochs", torch.tensor(0))
         self.register_buffer("done", torch.tensor(0))
         self.register_buffer("reset", torch.zeros(len(model.names), dtype=torch.float64))
-        for place, name in enumerate(model.names):
+        for index, name in enumerate(model.names):
             weights = [p.detach().reshape(-1) for p in model.encoders[name].parameters()]
-            self.register_buffer(f"initial_{place}", torch.cat(weights) if weights else torch.zeros(0))
+            self.register_buffer(f"initial_{index}", torch.cat(weights) if weights else torch.zeros(0))
 
     epochs: Tensor
     done: Tensor
@@ -128,10 +127,10 @@ class DiagnoseRelearn(Balancer):
         self._optimizers.append(optimizer)
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
-        """Measures the gaps and sets the encoders back, in the epochs after which it is time."""
+        """Measures the gaps and resets the encoders, if a reset is due after this epoch."""
         if not self._optimizers:
             raise ConfigError(
-                "DiagnoseRelearn", expected="the optimizer, whose state it resets", got="none",
+                "DiagnoseRelearn", expected="the optimizer, to reset its state", got="none",
                 fix="Call balancing.attach_optimizer(optimizer) before training.",
             )  # fmt: skip
         passed = int(self.epochs) + 1
@@ -139,56 +138,56 @@ class DiagnoseRelearn(Balancer):
         if passed % self.every or int(self.done) >= self.times or last:
             return
         self.reset.copy_(torch.tanh(self.strength * self.gaps(train, val)))
-        for place, (name, weight) in enumerate(zip(self._model[0].names, self.reset.tolist(), strict=True)):
+        for index, (name, weight) in enumerate(zip(self._model[0].names, self.reset.tolist(), strict=True)):
             if weight > 0:
-                self._set_back(self._model[0].encoders[name], self.get_buffer(f"initial_{place}"), weight)
+                self._reset_encoder(self._model[0].encoders[name], self.get_buffer(f"initial_{index}"), weight)
         self.done += 1
 
     def end_epoch(self) -> dict[str, float]:
-        """``reset/<name>``: how far each encoder went back at the end of this epoch, from 0 to 1."""
+        """Returns ``reset/<name>``, the weight of the initial weights at the end of this epoch, from 0 to 1."""
         self.epochs += 1
-        said = {f"reset/{name}": w for name, w in zip(self._model[0].names, self.reset.tolist(), strict=True)}
+        log = {f"reset/{name}": w for name, w in zip(self._model[0].names, self.reset.tolist(), strict=True)}
         self.reset.zero_()
-        return said
+        return log
 
     def gaps(self, train: Iterable[Batch], val: Iterable[Batch]) -> Float[Tensor, " modality"]:
-        """How much purer the clusters of each modality are on one split than on the other; 0 where nobody has it."""
+        """Returns the difference of purity between the splits for each modality; 0 if no sample has it."""
         model, edges = self._model[0], torch.zeros(1, 1)
         questions, classes = category_counts(model, self.bins)
         count = max(classes, questions) if model.task == "multilabel" else classes
-        found = []
+        purities = []
         for batches in (train, val):
-            features, here, target = self._read(batches)
-            if not found and model.task == "regression":
+            features, present, target = self._collect(batches)
+            if not purities and model.task == "regression":
                 edges = bin_edges(target, self.bins)
             labels = categories(target, model.task, edges).cpu()
-            found.append([
-                purity(kmeans_labels(f[has], count, seed=self.seed), labels[has]) if bool(has.any()) else None
-                for f, has in zip(features.cpu(), here.cpu(), strict=True)
+            purities.append([
+                purity(kmeans_labels(f[mask], count, seed=self.seed), labels[mask]) if bool(mask.any()) else None
+                for f, mask in zip(features.cpu(), present.cpu(), strict=True)
             ])  # fmt: skip
-        pairs = zip(*found, strict=True)
+        pairs = zip(*purities, strict=True)
         gaps = [0.0 if one is None or other is None else abs(one - other) for one, other in pairs]
-        total = summed(torch.tensor([*gaps, 1.0], dtype=torch.float64, device=features.device)).cpu()
+        total = all_reduce_sum(torch.tensor([*gaps, 1.0], dtype=torch.float64, device=features.device)).cpu()
         return total[:-1] / total[-1]
 
-    def _read(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """(modality, batch, dim) pooled tokens, (modality, batch) who has them, and the targets."""
-        model, features, here, targets = self._model[0], [], [], []
+    def _collect(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (modality, batch, dim) pooled tokens, (modality, batch) presence, and the targets."""
+        model, features, present, targets = self._model[0], [], [], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in batches:
                 output = model(batch)
                 features.append(torch.stack([at_least_single(output.tokens[n].pooled()) for n in model.names]))
-                here.append(torch.stack([has_modality(output, n) for n in model.names]))
+                present.append(torch.stack([has_modality(output, n) for n in model.names]))
                 targets.append(batch["target"])
         if not features:
             raise ConfigError(
                 "DiagnoseRelearn", expected="training and validation batches to review", got="none",
-                fix="Overfitting is measured on a validation split: give one.",
+                fix="Overfitting is measured on a validation split: pass one.",
             )  # fmt: skip
-        return torch.cat(features, dim=1), torch.cat(here, dim=1), torch.cat(targets)
+        return torch.cat(features, dim=1), torch.cat(present, dim=1), torch.cat(targets)
 
     @torch.no_grad()
-    def _set_back(self, encoder: nn.Module, initial: Tensor, weight: float) -> None:
+    def _reset_encoder(self, encoder: nn.Module, initial: Tensor, weight: float) -> None:
         parameters = list(encoder.parameters())
         pieces = initial.split([p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):

@@ -1,4 +1,4 @@
-"""Prototypes: the mean feature of each class, and how close samples are to them."""
+"""Class prototypes: mean features of classes, and log probabilities from distances to them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from .unimodal_scores import summed
+from .unimodal_scores import all_reduce_sum
 
 
 def prototype_log_probabilities(
@@ -15,9 +15,9 @@ def prototype_log_probabilities(
     prototypes: Float[Tensor, "modality question class dim"],
     seen: Bool[Tensor, "modality question class"],
 ) -> Float[Tensor, "modality batch question class"]:
-    """log softmax over classes of minus the Euclidean distance to each class's prototype; unseen classes get nothing.
+    """Returns the log softmax over classes of the negative Euclidean distances to the class prototypes.
 
-    Where a feature lies on its prototype, the gradient of the distance is taken as 0.
+    Classes without a prototype get probability 0. The gradient of a distance of 0 is taken as 0.
 
     Example:
         >>> features, prototypes = torch.tensor([[[0.0]]]), torch.tensor([[[[3.0], [-3.0]]]])
@@ -26,24 +26,24 @@ def prototype_log_probabilities(
     """
     distances = torch.cdist(features, prototypes.flatten(1, 2), compute_mode="donot_use_mm_for_euclid_dist")
     logits = (-distances).unflatten(-1, prototypes.shape[1:3])
-    # Finite, so that an entropy is too.
+    # Use a finite value, so that the entropy is finite.
     return logits.masked_fill(~seen[:, None], torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
 
 
 def class_means(
     features: Float[Tensor, "modality batch dim"],
-    here: Bool[Tensor, "modality batch"],
+    present: Bool[Tensor, "modality batch"],
     classes: Int[Tensor, "batch question"],
     count: int,
 ) -> tuple[Float[Tensor, "modality question class dim"], Bool[Tensor, "modality question class"]]:
-    """Mean feature of each class over the samples, of all processes, that have the modality; and which classes had any.
+    """Returns the mean feature of each class over all processes, and which classes have samples.
 
     Args:
-        features: of each modality.
-        here: who has it.
-        classes: of each sample, under each question.
-        count: of classes.
+        features: features of each modality.
+        present: which samples have the modality; other samples are ignored.
+        classes: class of each sample, for each question.
+        count: number of classes.
     """
-    member = F.one_hot(classes, count).to(features)[None] * here[..., None, None]
-    sums, sizes = summed(torch.einsum("mbqc,mbd->mqcd", member, features)), summed(member.sum(dim=1))
+    member = F.one_hot(classes, count).to(features)[None] * present[..., None, None]
+    sums, sizes = all_reduce_sum(torch.einsum("mbqc,mbd->mqcd", member, features)), all_reduce_sum(member.sum(dim=1))
     return sums / sizes.clamp(min=1)[..., None], sizes > 0

@@ -1,4 +1,4 @@
-"""Gates between modalities, in front of any fusion."""
+"""Squeeze-and-excitation gates between modalities, applied before any fusion."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...tokens.token_batch import Output, Tokens
-from .unimodal_scores import summed
+from .unimodal_scores import all_reduce_sum
 
 
 class CrossGate(nn.Module):
-    """Squeeze and excitation over all modalities: a factor for every channel of every modality's tokens.
+    """Squeeze and excitation over all modalities: one factor per channel of each modality's tokens.
 
     Args:
         names: the modalities.
         dim: width of their tokens.
-        ratio: the squeezed vector is 2 / ratio times as wide as all pooled vectors together.
+        ratio: width of all pooled vectors together, times 2, divided by the width of the squeezed vector.
 
     Attributes:
-        note: is given the sums over a training batch's gates, as ``Balancer.note``.
+        note: called with the sums over the gates of each training batch; see ``Balancer.note``.
     """
 
     def __init__(self, names: tuple[str, ...], dim: int, ratio: float) -> None:
@@ -46,30 +46,32 @@ class CrossGate(nn.Module):
         squeezed = self.squeeze(pooled).relu()
         gates = torch.stack([2 * self.excite[name](squeezed).sigmoid() for name in self.names], dim=1)
         if self.training:
-            self._sum_up(gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1))
+            self._note_sums(
+                gates.detach(), torch.stack([tokens[name].valid().any(dim=1) for name in self.names], dim=1)
+            )
             gates = torch.where(self.held[:, None] > 0, self.mean.to(gates.dtype), gates)
         return {
-            name: replace(tokens[name], values=tokens[name].values * gates[:, place, None])
-            for place, name in enumerate(self.names)
+            name: replace(tokens[name], values=tokens[name].values * gates[:, index, None])
+            for index, name in enumerate(self.names)
         }
 
-    def _sum_up(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
-        kept = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1).masked_fill(~present[..., None], 0.0)
+    def _note_sums(self, gates: Float[Tensor, "batch modality dim"], present: Tensor) -> None:
+        sums = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1).masked_fill(~present[..., None], 0.0)
         if self.note is not None:
-            self.note("gates", kept.sum(dim=0, dtype=self.mean.dtype))
+            self.note("gates", sums.sum(dim=0, dtype=self.mean.dtype))
 
-    def settle(self, sums: Float[Tensor, "modality dim1"]) -> None:
-        """Moves the running means, over all samples so far, by those of one optimizer step on all processes."""
-        total, count = summed(sums).split([self.mean.shape[1], 1], dim=1)
+    def update_running_mean(self, sums: Float[Tensor, "modality dim1"]) -> None:
+        """Updates the running means over all samples with the sums of one optimizer step, over all processes."""
+        total, count = all_reduce_sum(sums).split([self.mean.shape[1], 1], dim=1)
         self.seen += count[:, 0].long()
-        # A mean moves by its newcomers' part of all, so nothing grows without bound.
+        # An incremental mean: no sum grows without bound.
         self.mean += (total - count * self.mean) / self.seen.clamp(min=1)[:, None]
 
 
 class GatedTokens(nn.Module):
-    """A fusion with gates in front; everything else about it is the fusion's own.
+    """A fusion that is applied to gated tokens; other attributes are those of the inner fusion.
 
-    The tokens that it returns are those of the encoders, so that unimodal heads do not see the other modalities.
+    The returned output contains the tokens before the gates, so that unimodal heads use one modality only.
     """
 
     def __init__(self, inner: nn.Module, gate: CrossGate) -> None:

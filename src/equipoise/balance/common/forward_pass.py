@@ -1,4 +1,4 @@
-"""What balancers do inside the model's forward pass, and where the model calls it."""
+"""Calls the balancers inside the model's forward pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .pending_state import Pending
 
 
 class ForwardPass:
-    """The balancers that change inputs and tokens, as callables for ``FusionModel``'s lists.
+    """The forward hooks of a ``BalancerList`` as callables for ``FusionModel``'s lists.
 
-    Its own object, since a deep copy of the model copies it: the copy trains with copies of these balancers alone.
+    A separate object, because a deep copy of the model copies it: the copied model uses copies of these balancers.
 
     Args:
-        pending: the records of the ``BalancerList``.
-        balancers: all of its balancers.
+        pending: records of the ``BalancerList``.
+        balancers: all balancers of the list.
     """
 
     def __init__(self, pending: Pending, balancers: Sequence[Balancer]) -> None:
@@ -32,24 +32,24 @@ class ForwardPass:
         self._prepares = False
 
     def attach(self, model: Any) -> None:
-        """Puts the calls into the model's lists, in place of those of an earlier ``BalancerList``.
+        """Adds the callables to the model's lists, in place of those of an earlier ``BalancerList``.
 
         Raises:
-            ConfigError: a balancer that changes inputs or tokens, for a model that would never call it.
+            ConfigError: a balancer that changes inputs or tokens, for a model without the list that would call it.
         """
         _check(model, "preparations", self.preparing, "before it encodes")
         _check(model, "transforms", self.transforming, "between encoders and fusion")
         needed = bool(self.preparing or self.transforming or self._noting)
         self._prepares = hasattr(model, "preparations")
         begins = needed if self._prepares else bool(self.transforming)
-        for place, call, wanted in (
+        for attribute, call, is_needed in (
             ("preparations", self.prepare, needed),
             ("transforms", self.transform, bool(self.transforming) or (begins and not self._prepares)),
             ("results", self.finish, needed),
         ):
-            if hasattr(model, place):
-                others = [each for each in getattr(model, place) if not _is_ours(each)]
-                setattr(model, place, [*others, *([CompileDisabled(call)] if wanted else [])])
+            if hasattr(model, attribute):
+                others = [each for each in getattr(model, attribute) if not _is_ours(each)]
+                setattr(model, attribute, [*others, *([CompileDisabled(call)] if is_needed else [])])
 
     def prepare(self, batch: Batch) -> Batch:
         self.pending.begin(batch)
@@ -68,11 +68,12 @@ class ForwardPass:
         return self.pending.finish(output)
 
 
-def _check(model: Any, place: str, balancers: Sequence[Balancer], when: str) -> None:
-    if balancers and getattr(model, place, None) is None:
+def _check(model: Any, attribute: str, balancers: Sequence[Balancer], when: str) -> None:
+    if balancers and getattr(model, attribute, None) is None:
         raise ConfigError(
-            "BalancerList", expected=f"a model that calls its {place} {when}, for {type(balancers[0]).__name__}",
-            got=f"{type(model).__name__}, which has none", fix=f"Use FusionModel, or give yours {place} = [].",
+            "BalancerList", expected=f"a model that calls its {attribute} {when}, for {type(balancers[0]).__name__}",
+            got=f"{type(model).__name__}, which has no such list",
+            fix=f"Use FusionModel, or add a list {attribute} = [] to the model.",
         )  # fmt: skip
 
 

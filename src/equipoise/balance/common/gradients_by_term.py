@@ -1,4 +1,4 @@
-"""What a backward pass brings of one term of the loss."""
+"""Gradient of one term of the loss during a backward pass."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from ...errors import ConfigError
 def term_gradients(
     term: Tensor, parameters: Sequence[nn.Parameter], gradient: Tensor, who: str
 ) -> Sequence[Tensor | None]:
-    """The gradient of one term with respect to parameters, None where it does not depend on them.
+    """Returns the gradient of one term with respect to parameters, None for those that it does not depend on.
 
     Args:
-        term: a scalar; its graph stays.
-        parameters: of the model.
-        gradient: of the final loss with respect to the term, as the loop scales it.
-        who: begins the error's message.
+        term: a scalar; its graph is retained.
+        parameters: parameters of the model.
+        gradient: gradient of the final loss with respect to the term, as the loop scales it.
+        who: name of the balancer, for error messages.
 
     Raises:
-        ConfigError: a part of the graph is under reentrant checkpointing, which computes gradients in a whole backward
-            pass alone.
+        ConfigError: part of the graph uses reentrant checkpointing, which does not support torch.autograd.grad.
     """
     if any("CheckpointFunction" in node for node in _nodes(term)):
         raise ConfigError(
-            who, expected="a loss whose terms can be differentiated apart",
-            got="reentrant activation checkpointing, which cannot",
+            who, expected="a graph that supports torch.autograd.grad",
+            got="reentrant activation checkpointing, which does not",
             fix="Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False); in transformers "
             'gradient_checkpointing_kwargs={"use_reentrant": False}.',
         )  # fmt: skip
@@ -36,12 +35,12 @@ def term_gradients(
 
 
 def _nodes(term: Tensor) -> set[str]:
-    """Names of the operations in the graph of a term."""
-    seen, left, names = set(), [term.grad_fn], set()
-    while left:
-        node = left.pop()
+    """Returns the names of the operations in the graph of a term."""
+    seen, stack, names = set(), [term.grad_fn], set()
+    while stack:
+        node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             names.add(node.name())
-            left.extend(child for child, _ in node.next_functions)
+            stack.extend(child for child, _ in node.next_functions)
     return names

@@ -1,4 +1,4 @@
-"""Trials: what a model, or a copy trained for one loss alone, loses on data."""
+"""Losses of a model, or of a copy trained for one loss alone, on training and validation data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
 from ...tokens.token_batch import Output
 from ..balancer import Batch, Multimodal
-from .unimodal_scores import summed
+from .unimodal_scores import all_reduce_sum
 from .unimodal_terms import unimodal_losses
 
 
 def blended_losses(model: Multimodal, output: Output, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss,) means and (loss,) numbers of samples: each modality's own, and the multimodal one last."""
+    """Returns (loss,) means and (loss,) sample counts: one loss per modality, and the multimodal loss last."""
     if output.logits is None:
         raise ConfigError("GradientBlending", expected="an output with logits", got="logits = None")
     alone = unimodal_losses(model, output, target, "GradientBlending")
@@ -31,10 +31,10 @@ def blended_losses(model: Multimodal, output: Output, target: Tensor) -> tuple[T
 
 
 def evaluate_losses(model: Multimodal, batches: Iterable[Batch]) -> Float[Tensor, " loss"]:
-    """Mean losses over batches, in evaluation mode: each modality's own, and the multimodal one last.
+    """Returns mean losses over batches in evaluation mode: one per modality, and the multimodal loss last.
 
     Raises:
-        ConfigError: no batch.
+        ConfigError: no batches.
     """
     total = None
     with eval_mode_no_grad(model):  # type: ignore[arg-type]
@@ -45,45 +45,45 @@ def evaluate_losses(model: Multimodal, batches: Iterable[Batch]) -> Float[Tensor
     if total is None:
         raise ConfigError(
             "GradientBlending", expected="training and validation batches to review", got="none",
-            fix="Weights are estimated on a validation split: give one, to Lightning's fit as val_dataloaders.",
+            fix="Weights are estimated on a validation split: pass one, in Lightning as fit(val_dataloaders=...).",
         )  # fmt: skip
-    total = summed(total)
+    total = all_reduce_sum(total)
     return total[0] / total[1].clamp(min=1)
 
 
 def trained_copy(
-    model: Multimodal, place: int, train: Iterable[Batch], *, epochs: int, learning_rate: float, seed: int
+    model: Multimodal, index: int, train: Iterable[Batch], *, epochs: int, learning_rate: float, seed: int
 ) -> Any:
-    """A copy of the model, trained for the loss at that place alone; the model and the random state are left alone."""
-    twin: Any = copy.deepcopy(model)
-    # Other balancers change inputs and tokens, and are no part of what is measured.
-    twin.preparations, twin.transforms, twin.results = [], [], []
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=learning_rate)
-    devices = sorted({p.device.index for p in twin.parameters() if p.is_cuda})
+    """Returns a copy of the model trained for one of its losses alone; model and RNG state are not changed."""
+    result: Any = copy.deepcopy(model)
+    # Remove other balancers, which change inputs and tokens, from the copy.
+    result.preparations, result.transforms, result.results = [], [], []
+    optimizer = torch.optim.AdamW(result.parameters(), lr=learning_rate)
+    devices = sorted({p.device.index for p in result.parameters() if p.is_cuda})
     with torch.enable_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        twin.train()
+        result.train()
         for _ in range(epochs):
             for batch in train:
-                output = twin(_alone(batch, twin.names, place))
+                output = result(_single_loss_batch(batch, result.names, index))
                 optimizer.zero_grad()
-                blended_losses(twin, output, batch["target"])[0][place].backward()
-                _average_gradients(twin)
+                blended_losses(result, output, batch["target"])[0][index].backward()
+                _average_gradients(result)
                 optimizer.step()
-    return twin
+    return result
 
 
-def _alone(batch: Batch, names: tuple[str, ...], place: int) -> Batch:
-    """The batch without the modalities that a loss does not read."""
-    if place == len(names) or batch[names[place]] is None:
+def _single_loss_batch(batch: Batch, names: tuple[str, ...], index: int) -> Batch:
+    """Returns the batch without the modalities that the loss does not depend on."""
+    if index == len(names) or batch[names[index]] is None:
         return batch
-    return {**batch, **{name: None for other, name in enumerate(names) if other != place}}
+    return {**batch, **{name: None for other, name in enumerate(names) if other != index}}
 
 
 def _average_gradients(model: nn.Module) -> None:
-    """Several processes train one copy together, as data-parallel training does."""
+    """Averages gradients over processes, as data-parallel training does."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     for parameter in model.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = summed(gradient) / torch.distributed.get_world_size()
+        parameter.grad = all_reduce_sum(gradient) / torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""What a fusion answers when some of the modalities are taken away."""
+"""Logits of a fusion for a subset of the modalities."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ from .unimodal_terms import at_least_single
 def subset_logits(
     model: Multimodal, tokens: Mapping[str, Tokens], kept: Collection[str]
 ) -> Float[Tensor, "batch output"]:
-    """What the model answers from some modalities alone, in float32 at least. The encoders do not run again."""
+    """Returns the model's logits for a subset of modalities, in float32 at least, without rerunning the encoders."""
     return at_least_single(cast(Tensor, model.fuse(keep_modalities(tokens, kept)).logits))

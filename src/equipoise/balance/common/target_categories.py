@@ -1,4 +1,4 @@
-"""Targets of every task as classes, for methods that compare samples of one class."""
+"""Converts the targets of every task to classes, for methods that compare samples of one class."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..balancer import Multimodal
-from .unimodal_scores import summed
+from .unimodal_scores import all_reduce_sum
 
 
 def category_counts(model: Multimodal, bins: int) -> tuple[int, int]:
-    """How many questions a target answers, and with how many classes each.
+    """Returns the number of questions in a target, and the number of classes of each.
 
     Classification is one question with a class for each output; multilabel a question with two classes for each label;
     regression a question with ``bins`` classes for each output.
@@ -22,12 +22,12 @@ def category_counts(model: Multimodal, bins: int) -> tuple[int, int]:
 
 
 def categories(target: Tensor, task: str, edges: Float[Tensor, "question edge"]) -> Int[Tensor, "batch question"]:
-    """The class of every sample under every question.
+    """Returns the class of each sample for each question.
 
     Args:
-        target: as ``FusionModel.loss`` takes it.
-        task: of the model.
-        edges: of regression's bins, see ``bin_edges``; not read by the other tasks.
+        target: targets, in the form that ``FusionModel.loss`` takes.
+        task: task of the model.
+        edges: bin edges of a regression, see ``bin_edges``; ignored for the other tasks.
 
     Example:
         >>> categories(torch.tensor([-3.0, 0.1, 7.0]), "regression", torch.tensor([[-1.0, 1.0]])).T
@@ -42,16 +42,16 @@ def categories(target: Tensor, task: str, edges: Float[Tensor, "question edge"])
 
 
 def bin_edges(target: Tensor, bins: int) -> Float[Tensor, "question edge"]:
-    """Edges between bins that hold equally many samples of a normal distribution with the targets' mean and variance.
+    """Returns edges of bins with equal probability under a normal distribution with the targets' mean and variance.
 
-    Mean and variance are those of all processes, which is why these are not the targets' own quantiles.
+    Mean and variance are computed over all processes, which quantiles of the targets would not allow.
 
     Example:
         >>> bin_edges(torch.tensor([1.0, 3.0]), 4)  # mean 2, standard deviation 1
         tensor([[1.3255, 2.0000, 2.6745]], dtype=torch.float64)
     """
     target = target.reshape(len(target), -1).double()
-    totals = summed(torch.stack([torch.ones_like(target), target, target.square()]).sum(dim=1))
+    totals = all_reduce_sum(torch.stack([torch.ones_like(target), target, target.square()]).sum(dim=1))
     mean = totals[1] / totals[0].clamp(min=1)
     deviation = (totals[2] / totals[0].clamp(min=1) - mean.square()).clamp(min=0).sqrt()
     quantiles = torch.special.ndtri(torch.arange(1, bins, dtype=torch.float64, device=target.device) / bins)

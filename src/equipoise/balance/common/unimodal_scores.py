@@ -1,4 +1,4 @@
-"""How well each modality alone answers: the score and the per-modality logits that balancing methods share."""
+"""Per-modality logits, and the score by which balancing methods compare them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 from ...errors import ConfigError
 from ...tokens.token_batch import Output
 from ..balancer import Multimodal
-from .pending_state import summed as summed
+from .pending_state import all_reduce_sum as all_reduce_sum
 
 
 def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
-    """How right each sample's answer is, in (0, 1]; 1 is perfect.
+    """Scores each sample's prediction in (0, 1]; 1 is perfect.
 
     Classification: the probability of the true class, softmax(y)[target]. Multilabel: the mean over labels of the
     probability of each label's true value. Regression: exp(-mean squared error), the likelihood under unit variance up
-    to a constant. The papers know classification alone; the other two are ours.
+    to a constant. The papers define classification only; the other two are our extension.
 
     Example:
         >>> true_score(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), "classification")
@@ -33,29 +33,29 @@ def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str)
 
 
 def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool = False) -> dict[str, Tensor]:
-    """name -> (batch, output): what each modality alone says.
+    """Returns name -> (batch, output) unimodal logits.
 
-    Where the fusion's logits are a sum of one part for each modality (``Concat``, ``Sum``), these parts; else the
-    unimodal heads' logits.
+    If the fusion's logits are a sum of one contribution per modality (``Concat``, ``Sum``), returns the contributions;
+    else the logits of the unimodal heads.
 
     Args:
-        model: what made the output.
-        output: of the model.
-        who: begins the error's message.
-        trains: a gradient through them must reach the encoders, so heads that only watch do not do.
+        model: the model.
+        output: output of the model.
+        who: name of the balancer, for error messages.
+        trains: whether gradients must reach the encoders, which excludes detached heads.
 
     Raises:
-        ConfigError: the logits do not decompose, and there are no heads (or none that teach).
+        ConfigError: the logits do not decompose, and there are no unimodal heads (or only detached ones).
     """
     parts = model.contributions(output)
     if parts is not None:
         return parts
     heads = getattr(model, "unimodal", "none")
     if not output.unimodal_logits or (trains and not heads_train_encoders(model)):
-        wanted = "that teach the encoders" if trains else "for every modality"
+        requirement = "that train the encoders" if trains else "for every modality"
         raise ConfigError(
             who,
-            expected=f"logits that are a sum over modalities, or unimodal heads {wanted}",
+            expected=f"logits that are a sum over modalities, or unimodal heads {requirement}",
             got=f"fusion {type(model.fusion).__name__} with unimodal='{heads}'",
             fix=f"Use Concat or Sum, or FusionModel(..., unimodal='{'train' if trains else 'probe'}').",
         )
@@ -63,11 +63,11 @@ def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool
 
 
 def heads_train_encoders(model: Multimodal) -> bool:
-    """Whether the unimodal heads' losses reach the encoders."""
+    """Returns whether the unimodal heads' losses reach the encoders."""
     return getattr(model, "unimodal", "none") in ("train", "ensemble")
 
 
 def has_modality(output: Output, name: str) -> Tensor:
-    """(batch,) True for samples that have the modality."""
+    """Returns (batch,) True for samples that have the modality."""
     tokens = output.tokens[name]
     return tokens.present() if len(tokens) else tokens.values.new_zeros(len(tokens.values), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What several methods ask of the single modalities: how much each one loses alone, and its part of the features."""
+"""Losses and scores of single modalities, and checks shared by several balancing methods."""
 
 from __future__ import annotations
 
@@ -16,97 +16,97 @@ from .unimodal_scores import has_modality, heads_train_encoders, modality_logits
 
 
 class UnimodalLoss(NamedTuple):
-    """Mean loss over the samples that count, and how many they are; both are scalars."""
+    """Mean loss over the samples that have the modality, and their number; both are scalars."""
 
     mean: Tensor
     count: Tensor
 
 
 def check_modalities(model: Multimodal, who: str) -> None:
-    """Raises ConfigError where there is nothing to balance."""
+    """Raises ConfigError for a model with fewer than two modalities."""
     if len(model.names) < 2:
         raise ConfigError(who, expected="two or more modalities", got=f"{', '.join(model.names) or 'none'}")
 
 
 def check_encoders_apart(model: Multimodal, who: str) -> None:
-    """Raises ConfigError where two modalities' encoders share a parameter, whose gradient is the sum of both."""
+    """Raises ConfigError if encoders of two modalities share a parameter, whose gradient is then the sum of both."""
     owners: dict[int, tuple[str, str]] = {}
     for name in model.names:
         for key, parameter in model.encoders[name].named_parameters():
-            other, its_key = owners.setdefault(id(parameter), (name, key))
+            other, other_key = owners.setdefault(id(parameter), (name, key))
             if other != name:
                 raise ConfigError(
-                    who, expected="encoders that share no parameter, since each is treated as its modality needs",
-                    got=f"'{its_key}' of '{other}', which is '{key}' of '{name}' too",
-                    fix=f"Give '{name}' an encoder of its own (copy.deepcopy), or leave {who} out.",
+                    who, expected="encoders without shared parameters, since their gradients are changed separately",
+                    got=f"'{other_key}' of '{other}', which is also '{key}' of '{name}'",
+                    fix=f"Use a separate encoder for '{name}' (copy.deepcopy), or remove {who}.",
                 )  # fmt: skip
 
 
 def differentiable_unimodal_logits(model: Multimodal, output: Output, who: str) -> dict[str, Tensor]:
-    """name -> (batch, output): what each modality alone says, with a gradient that reaches its encoder.
+    """Returns name -> (batch, output) unimodal logits through which gradients reach the modality's encoder.
 
-    The unimodal heads speak where they teach, else the modality's part of the logits.
+    Uses the unimodal heads if their losses train the encoders, else the modality's contribution to the logits.
 
     Raises:
-        ConfigError: heads that only watch, and logits that do not decompose.
+        ConfigError: detached unimodal heads, and logits that do not decompose.
     """
-    teaching = heads_train_encoders(model) and output.unimodal_logits
-    return output.unimodal_logits if teaching else modality_logits(model, output, who, trains=True)
+    use_heads = heads_train_encoders(model) and output.unimodal_logits
+    return output.unimodal_logits if use_heads else modality_logits(model, output, who, trains=True)
 
 
 def unimodal_losses(model: Multimodal, output: Output, target: Tensor, who: str) -> dict[str, UnimodalLoss]:
-    """name -> the loss of what that modality alone says, with a gradient that reaches its encoder and no other.
+    """Returns name -> loss of the unimodal logits; its gradient reaches that modality's encoder and no other.
 
-    The unimodal heads speak where they teach, else the modality's part of the logits. A modality that nobody has costs
-    0, and stays in the graph.
+    Uses the unimodal heads if their losses train the encoders, else the modality's contribution to the logits. The loss
+    of a modality that no sample has is 0, and stays in the graph.
 
     Raises:
-        ConfigError: heads that only watch, and logits that do not decompose.
+        ConfigError: detached unimodal heads, and logits that do not decompose.
     """
-    found = {}
+    result = {}
     for name, scores in differentiable_unimodal_logits(model, output, who).items():
-        counts = has_modality(output, name)
-        losses = model.sample_losses(at_least_single(scores), target).masked_fill(~counts, 0.0)
-        count = counts.sum()
-        found[name] = UnimodalLoss(losses.sum() / count.clamp(min=1), count)
-    return found
+        present = has_modality(output, name)
+        losses = model.sample_losses(at_least_single(scores), target).masked_fill(~present, 0.0)
+        count = present.sum()
+        result[name] = UnimodalLoss(losses.sum() / count.clamp(min=1), count)
+    return result
 
 
 def score_sums(model: Multimodal, output: Output, target: Tensor, who: str) -> Float[Tensor, "2 modality"]:
-    """For each modality the sum of its true scores over the samples that have it, and how many these are.
+    """Returns, for each modality, the sum of its true scores over the samples that have it, and their number.
 
-    Both add up over batches and processes; their quotient is the mean score, by which modalities are compared.
+    Both can be added over batches and processes; their quotient is the mean score, by which modalities are compared.
 
     Raises:
-        ConfigError: neither unimodal heads, nor logits that decompose.
+        ConfigError: neither unimodal heads nor logits that decompose.
     """
-    logits, found = modality_logits(model, output, who), []
+    logits, columns = modality_logits(model, output, who), []
     for name in model.names:
-        counts = has_modality(output, name)
+        present = has_modality(output, name)
         scores = true_score(at_least_single(logits[name].detach()), target, model.task)
-        found.append(torch.stack([scores.masked_fill(~counts, 0.0).sum(), counts.sum().to(scores)]))
-    return torch.stack(found, dim=1)
+        columns.append(torch.stack([scores.masked_fill(~present, 0.0).sum(), present.sum().to(scores)]))
+    return torch.stack(columns, dim=1)
 
 
 def mean_of_others(values: Float[Tensor, " modality"], known: Bool[Tensor, " modality"]) -> Float[Tensor, " modality"]:
-    """For each modality the mean over the other ones that are known; its own value where it has nothing beside it.
+    """Returns, for each modality, the mean over the other known modalities; its own value if there is none.
 
     Example:
         >>> mean_of_others(torch.tensor([1.0, 4.0, 6.0]), torch.tensor([True, True, True]))
         tensor([5.0000, 3.5000, 2.5000])
     """
-    beside = known[None] & ~torch.eye(len(known), dtype=torch.bool, device=known.device)
-    count = beside.sum(dim=1)
-    mean = torch.where(beside, values, 0.0).sum(dim=1) / count.clamp(min=1)
+    others = known[None] & ~torch.eye(len(known), dtype=torch.bool, device=known.device)
+    count = others.sum(dim=1)
+    mean = torch.where(others, values, 0.0).sum(dim=1) / count.clamp(min=1)
     return torch.where(known & (count > 0), mean, values)
 
 
 def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
-    """s_m / mean_{n != m} s_n: above 1 for a modality that predicts better than the others.
+    """Returns s_m / mean_{n != m} s_n, which is above 1 for a modality that predicts better than the others.
 
     Args:
-        scores: (modality,) sums or means over the same samples; 0 for a modality that nobody has, which is compared
-            with nobody: its ratio is 1.
+        scores: (modality,) sums or means over the same samples; 0 for a modality that no sample has, which is left out
+            of the comparison and gets ratio 1.
 
     Example:
         >>> discrepancy_ratio(torch.tensor([40.0, 10.0, 0.0]))
@@ -114,35 +114,35 @@ def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " mod
     """
     known = scores > 0
     ratio = scores / mean_of_others(scores, known).clamp(min=torch.finfo(scores.dtype).tiny)
-    # Rounding must not make the least one lead, as it could among equals.
-    least = scores.masked_fill(~known, torch.inf).min()
-    return torch.where(known, torch.where(scores > least, ratio, ratio.clamp(max=1.0)), 1.0)
+    # Of equal scores none may exceed 1 by rounding, so the ratio of the lowest score is clamped.
+    lowest = scores.masked_fill(~known, torch.inf).min()
+    return torch.where(known, torch.where(scores > lowest, ratio, ratio.clamp(max=1.0)), 1.0)
 
 
 def check_concatenated(model: Multimodal, who: str) -> None:
-    """Raises ConfigError where the head does not read the pooled vectors, one beside the other.
+    """Raises ConfigError if the head's input is not the concatenation of the pooled vectors.
 
-    Width alone does not tell: other fusions hand out as wide a vector of parts that have seen each other. So the fusion
-    is shown one token of each modality, which must come back as it is.
+    The width alone does not show this, since other fusions also return concatenated vectors, of mixed modalities. The
+    fusion is therefore called with one token per modality, which it must return unchanged.
     """
-    # Gates in front change what is pooled, not how it is joined.
+    # Skip gates before the fusion: they change the pooled vectors, not how they are combined.
     fusion = getattr(model.fusion, "inner", model.fusion)
     like, width = next(model.head.parameters()), len(model.names) * fusion.dim
-    shown = torch.linspace(1, 2, width, device=like.device, dtype=like.dtype)[None]
-    pieces = zip(model.names, shown.chunk(len(model.names), dim=-1), strict=True)
+    probe = torch.linspace(1, 2, width, device=like.device, dtype=like.dtype)[None]
+    pieces = zip(model.names, probe.chunk(len(model.names), dim=-1), strict=True)
     with eval_mode_no_grad(fusion):
         features = fusion({name: Tokens(piece[:, None]) for name, piece in pieces}).features
-    if not torch.equal(features, shown):
+    if not torch.equal(features, probe):
         raise ConfigError(
             who,
-            expected="a fusion whose features are the pooled vectors side by side",
+            expected="a fusion whose features are the concatenated pooled vectors",
             got=type(fusion).__name__,
-            fix="Use Concat or Sum: the method joins what modalities say, not what they contain.",
+            fix="Use Concat or Sum: the method combines unimodal predictions, not features.",
         )
 
 
 def detach_unimodal_heads(model: Multimodal) -> None:
-    """From now on unimodal heads read detached vectors: what they learn does not reach encoders out of turn."""
+    """Detaches the inputs of the unimodal heads so that their losses no longer reach the encoders."""
     if heads_train_encoders(model):
         model.unimodal = "probe"  # type: ignore[attr-defined]
 
@@ -150,12 +150,12 @@ def detach_unimodal_heads(model: Multimodal) -> None:
 def split_concatenated(
     features: Float[Tensor, "batch feature"], count: int
 ) -> tuple[Float[Tensor, "batch modality dim"], Bool[Tensor, "batch modality"]]:
-    """The pooled vectors that stand side by side in the features, and which samples have them.
+    """Splits features into the concatenated pooled vectors, and returns which samples have each modality.
 
-    ``Tokens.pooled`` is exactly zero for a sample without the modality, and nothing else is.
+    ``Tokens.pooled`` is exactly zero for samples without the modality, and only for those.
 
     Example:
-        >>> side_by_side(torch.tensor([[1.0, 2.0, 0.0, 0.0]]), 2)[1]
+        >>> split_concatenated(torch.tensor([[1.0, 2.0, 0.0, 0.0]]), 2)[1]
         tensor([[ True, False]])
     """
     vectors = features.unflatten(-1, (count, -1))
@@ -163,10 +163,10 @@ def split_concatenated(
 
 
 def at_least_single(values: Tensor) -> Tensor:
-    """Half precision widened to float32; wider types as they are."""
+    """Converts half precision to float32; wider types are unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def masked_mean(values: Float[Tensor, " batch"], kept: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
-    """Mean over the samples that count; 0 where there are none."""
-    return values.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+def masked_mean(values: Float[Tensor, " batch"], mask: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Returns the mean over the samples with mask True; 0 if there are none."""
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Bookkeeping that torch.compile leaves alone."""
+"""Methods that torch.compile does not trace."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 class CompileDisabled:
-    """A method that is called and never compiled; copied or pickled, it goes with the copy of its object.
+    """A method that is called but never compiled; a copy or pickle of it is bound to the copied object.
 
-    ``torch.compiler.disable`` makes a function that neither follows a copy nor can be pickled, and as a decorator it
-    would import the compiler, which takes as long as torch itself, together with the package.
+    ``torch.compiler.disable`` returns a function that stays bound to the original object and cannot be pickled. As a
+    decorator it would also import the compiler together with the package, which takes as long as importing torch.
 
     Example:
-        >>> seen = []
-        >>> Untraced(seen.append)("batch")
-        >>> seen
+        >>> batches = []
+        >>> CompileDisabled(batches.append)("batch")
+        >>> batches
         ['batch']
     """
 

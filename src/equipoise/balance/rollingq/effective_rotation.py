@@ -1,4 +1,4 @@
-"""The rotation that a layer applies, computed from the buffer that stores it."""
+"""Computes the rotation to apply from the buffer that stores it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...tokens.token_batch import has_values
 
 
 class EffectiveRotation:
-    """Computes the rotation that a buffer stands for, and remembers the result until the buffer's values change.
+    """Computes the nearest rotation of a buffer, and caches the result until the buffer's values change.
 
-    The buffer alone decides: a copy of the weights, an average of them, or a state dict put in place for one call
-    (``torch.func.functional_call``) is applied in the next forward pass. An average of rotations is not orthogonal, so
-    its nearest rotation is applied. Whether the values have changed is read from the values themselves, since a write
-    through ``.data`` leaves no other trace. On a GPU that comparison waits for the device, so a training step does
-    without it: the comparison stays on the device, and chooses between the remembered rotation and the buffer as it is.
+    The result depends on the buffer only: a copy or an average of weights, or a state dict used for one call
+    (``torch.func.functional_call``), takes effect in the next forward pass. An average of rotations is not orthogonal,
+    so the nearest rotation is applied. Changes are detected by comparing values, because writes through ``.data`` do
+    not change the version counter. On a GPU this comparison would force a sync, so in a training step it stays on the
+    device and selects between the cached rotation and the unmodified buffer.
 
-    Copied or pickled, it starts empty.
+    A copied or unpickled object starts with an empty cache.
     """
 
     def __init__(self) -> None:
@@ -34,9 +34,9 @@ class EffectiveRotation:
         """Returns R - I for the rotation R nearest to ``buffer``; in float32 or float64.
 
         Args:
-            buffer: the rotations as they are stored.
-            wait: False to avoid a GPU sync; a buffer that was averaged in place since the last call is then applied as
-                it is, without being made orthogonal.
+            buffer: the stored rotations.
+            wait: False to avoid a GPU sync; a buffer that was averaged in place since the last call is then used
+                without being orthogonalized.
 
         Raises:
             ConfigError: a buffer from which no rotation can be recovered.
@@ -47,7 +47,7 @@ class EffectiveRotation:
         if stored is None or offset is None or stored.device != buffer.device or stored.shape != buffer.shape:
             return self._refresh(buffer)
         if buffer.device.type != "cpu" and not wait:
-            return remembered_or_raw(buffer, stored, offset)
+            return cached_or_raw(buffer, stored, offset)
         return offset if torch.equal(buffer, stored) else self._refresh(buffer)
 
     def _refresh(self, buffer: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class EffectiveRotation:
                 "RollingQ",
                 expected="a rotation, or an average of rotations from which one can be recovered",
                 got="a buffer that is singular, a reflection or not finite",
-                fix="Averages of two rotations half a turn apart cancel: load the rotation of one of the models.",
+                fix="An average of two rotations that differ by 180 degrees cancels: load the rotation of one model.",
             )
         with torch.inference_mode(False):
             self._stored = buffer.detach().clone()
@@ -66,8 +66,8 @@ class EffectiveRotation:
         return self._offset
 
 
-def remembered_or_raw(buffer: Tensor, stored: Tensor, offset: Tensor) -> Tensor:
-    """Chooses, on the device, between the remembered offset and that of the buffer as it is."""
+def cached_or_raw(buffer: Tensor, stored: Tensor, offset: Tensor) -> Tensor:
+    """Selects, without a sync, between the cached offset and the offset of the unmodified buffer."""
     return torch.where((buffer == stored).all(), offset, _minus_identity(buffer.to(offset.dtype)))
 
 

@@ -1,4 +1,4 @@
-"""RollingQ in a stack of attention layers: train and rotate one layer after the other (spec 2.11)."""
+"""RollingQ for a stack of attention layers: trains and rotates one layer after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rollingq_balancer import RollingQ
 
 
 class StagedRotations(Protocol):
-    """A fusion of several attention layers that can run with the first few alone, as ``JointAttention`` does."""
+    """A fusion of several attention layers that can run with only the first ones, such as ``JointAttention``."""
 
     depth: int
 
@@ -27,26 +27,26 @@ class StagedRotations(Protocol):
 
 
 class ProgressiveRollingQ(Balancer):
-    """Trains a deep ``JointAttention`` in stages: in stage s only blocks 1..s are used and block s has its RollingQ.
+    """Trains a deep ``JointAttention`` in stages: stage s uses blocks 1..s and applies RollingQ to block s.
 
-    The epochs are split equally, the last stage takes the rest. Each stage has its own budget; the rotations of
-    finished stages stay as they are; head, optimizer and learning-rate schedule go on. The rotations are saved with the
+    The epochs are split equally; the last stage takes the remainder. Each stage has its own budget. The rotations of
+    finished stages are frozen; head, optimizer and learning-rate schedule continue. The rotations are saved with the
     model, the stage with this balancer: a checkpoint needs both state dicts.
 
-    Blocks beyond the stage get no gradient. Data-parallel training waits for every parameter's unless it is told: use
+    Blocks beyond the stage get no gradient, which data-parallel training must allow: use
     ``DistributedDataParallel(model, find_unused_parameters=True)``, in Lightning
     ``strategy="ddp_find_unused_parameters_true"``.
 
     Args:
-        fusion: a built ``JointAttention`` of some depth.
-        epochs: epochs of the whole training.
-        options: as in ``RollingQ``, for every stage.
+        fusion: a built ``JointAttention``.
+        epochs: number of epochs of the whole training.
+        options: options of ``RollingQ``, for every stage.
 
     Raises:
         ConfigError: fewer epochs than stages.
 
-    Reference: RollingQ (ICML 2025), section 4 (multi-layer scheme); spec 2.11.
-    Differs from the paper in: the stage lengths, which it does not give.
+    Reference: RollingQ (ICML 2025), section 4 (multi-layer scheme).
+    Differs from the paper in: the stage lengths, which the paper does not give.
     """
 
     name = "progressive_rollingq"
@@ -71,11 +71,11 @@ class ProgressiveRollingQ(Balancer):
 
     @property
     def stages(self) -> list[RollingQ]:
-        """One RollingQ for each attention layer, the first first."""
+        """One RollingQ for each attention layer, in order."""
         return self._stages
 
     def stage(self) -> int:
-        """The stage of the epoch that runs, from 1."""
+        """Returns the stage of the current epoch, starting at 1."""
         return min(int(self.epoch) // self.stage_length + 1, len(self._stages))
 
     def join(self, pending: Pending) -> None:
@@ -107,7 +107,10 @@ class ProgressiveRollingQ(Balancer):
 
 
 def statistics_by_full_pass(balancers: Sequence[Balancer]) -> Iterator[RollingQ]:
-    """Those that want ``measure`` called before the epoch ends: ``statistics="full_pass"``, of a schedule the stage that runs."""
+    """Yields each RollingQ with ``statistics="full_pass"`` (the current stage of a ProgressiveRollingQ).
+
+    Call ``measure`` on them before the epoch ends.
+    """
     for balancer in balancers:
         rolling = balancer.stages[balancer.stage() - 1] if isinstance(balancer, ProgressiveRollingQ) else balancer
         if isinstance(rolling, RollingQ) and rolling.statistics == "full_pass":

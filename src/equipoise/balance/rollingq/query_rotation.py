@@ -1,4 +1,4 @@
-"""The rotation itself: how it is kept, applied, multiplied on and saved."""
+"""Rotation of the queries of a layer: stores, applies, multiplies and saves it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .rolling_step import RollingStep
 
 
 class Rotation(Balancer):
-    """Base of RollingQ: rotations of the queries of one layer, with their counters, as buffers.
+    """Base class of RollingQ: rotations of the queries of one layer and their counters, as buffers.
 
     Args:
-        groups: how many rotations there are: one for each head, or one for all heads together.
-        width: width d of the space each one turns.
+        groups: number of rotations: one per head, or one for all heads together.
+        width: width d of a rotation.
         names: the modalities.
-        first_row_only: rotate the first query row alone.
-        like: a weight of the layer, for device and type; the rotation is kept in float32 at least.
+        first_row_only: rotate only the first query row.
+        like: a weight of the layer, for device and dtype; the rotation is stored in float32 at least.
 
     Attributes:
         rotation: (group, d, d), for row vectors.
-        rotations: how often the layer was rotated.
-        epochs: epochs that have ended.
+        rotations: number of rotations so far.
+        epochs: number of finished epochs.
         last_epoch: the epoch of the last rotation.
-        air: (group, modality) imbalance at the last look; NaN where a modality was not seen.
+        air: (group, modality) imbalance at the last decision; NaN for modalities without statistics.
     """
 
     rotation: Tensor
@@ -53,10 +53,10 @@ class Rotation(Balancer):
         self._offset = CompileDisabled(EffectiveRotation().offset)
 
     def rotate(self, query: Float[Tensor, "batch head query dim"]) -> Float[Tensor, "batch head query dim"]:
-        """Rotates queries by the buffer's rotation, in their own type.
+        """Rotates queries by the rotation in the buffer, in the dtype of the queries.
 
-        It is applied as ``q + q (R - I)``: without a rotation the result equals ``q`` bit for bit, whatever precision
-        matrix products have, and no flag is needed that could disagree with the buffer.
+        Computed as ``q + q (R - I)``, so that with R = I the result equals ``q`` bit for bit, whatever the precision of
+        matrix products, without a flag that could disagree with the buffer.
         """
         offset = self._offset(self.rotation, not (self.training and torch.is_grad_enabled())).to(query.dtype)
         if self._first_row_only and query.shape[2] > 1:
@@ -64,7 +64,7 @@ class Rotation(Balancer):
         return _add_offset(query, offset)
 
     def effective(self) -> Float[Tensor, "group d d"]:
-        """Returns the rotations that are applied: the buffer, or the rotations nearest to it where it was averaged.
+        """Returns the rotations that are applied: the nearest rotations to the buffer, which may have been averaged.
 
         Raises:
             ConfigError: a buffer from which no rotation can be recovered.
@@ -73,11 +73,11 @@ class Rotation(Balancer):
         return offset + torch.eye(offset.shape[-1], dtype=offset.dtype, device=offset.device)
 
     def rotates(self) -> bool:
-        """Whether the buffer holds anything but the identity; waits for the device."""
+        """Returns whether the rotation differs from the identity; forces a GPU sync."""
         return bool(self._offset(self.rotation).any())
 
     def _multiply(self, steps: Sequence[RollingStep | None]) -> None:
-        """One rotation of the layer: each group's step, or None for a group that stays."""
+        """Applies one rotation: the step of each group, or None for groups to leave unchanged."""
         count, effective = self._count(), self.effective()
         for group, step in enumerate(steps):
             if step is not None:
@@ -88,11 +88,11 @@ class Rotation(Balancer):
         self.last_epoch.copy_(self.epochs)
 
     def _count(self) -> int:
-        """How often the layer was rotated; an average of counters is rounded down, also to 0 in a rotated layer."""
+        """Returns the number of rotations; at least 1 for a rotated layer, where averaging may have rounded it to 0."""
         return max(int(self.rotations), int(self.rotates()))
 
     def _synchronize(self) -> None:
-        """Rank 0 decides; the others take its rotation bit by bit."""
+        """Broadcasts rotation and counters of rank 0, so that all processes are bit-identical."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for state in (self.rotation, self.rotations, self.last_epoch, self.air):
                 torch.distributed.broadcast(state, src=0)
@@ -102,24 +102,24 @@ class Rotation(Balancer):
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
             self.effective()
         elif self._weights_loaded or not prefix:
-            # Weights that were trained without a rotation. A partial state dict of other layers leaves it as it is.
+            # The weights were trained without a rotation. A partial state dict of other layers does not change it.
             with torch.no_grad():
                 self.rotation.copy_(torch.eye(self.rotation.shape[-1]))
                 self.air.fill_(torch.nan)
                 for counter in (self.rotations, self.epochs, self.last_epoch):
                     counter.zero_()
-            self._forget()
+            self._reset_statistics()
         self._weights_loaded = False
 
     def _on_load(self, module, state_dict, prefix, *args: Any) -> None:
-        """Notes, as a hook of the query projection, that its weights are in the state dict that is being loaded."""
+        """Load hook of the query projection: records whether the state dict contains its weights."""
         self._weights_loaded = any(name.startswith(prefix) for name in state_dict)
 
-    def _forget(self) -> None:
-        """Drops what was observed since the last epoch."""
+    def _reset_statistics(self) -> None:
+        """Resets the statistics of the current epoch."""
 
     def _apply(self, fn, recurse=True):
-        # model.half() or .bfloat16() would round the rotation; it never becomes less exact than it is.
+        # Keep the precision of the rotation under model.half() or .bfloat16().
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -130,7 +130,7 @@ class Rotation(Balancer):
 
 
 def _add_offset(query: Tensor, offset: Tensor) -> Tensor:
-    """q + q (R - I), for each head or for all heads together."""
+    """Returns q + q (R - I), for each head or for all heads together."""
     if query.shape[-1] == offset.shape[-1]:
         return query + query @ offset
     joint = query.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""RollingQ's formula: from the mean query and the mean keys to the rotation (spec 2.2, 2.4, 2.8)."""
+"""RollingQ's formula: computes the rotation from the mean query and the mean keys."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ...errors import ConfigError, ShapeError, unknown_name
 from ...geometry import PARALLEL, VANISHING, cosine, rotation_between, rotation_svd
 
 ROTATIONS = {"minimal": rotation_between, "svd": rotation_svd}
-"""Name -> how a rotation is made out of the query and its anchor."""
+"""Name -> function that computes the rotation from query and anchor."""
 
 
 @dataclass(frozen=True, eq=False)
 class RollingStep:
-    """One step of RollingQ.
+    """Result of one RollingQ step.
 
     Attributes:
         air: name -> attention imbalance: this modality's cosine minus the mean of the others'; sums to 0. For two
             modalities the first one's is the paper's AIR.
         spread: largest minus smallest cosine; for two modalities ``|AIR|``. It is compared with the threshold beta.
-        weights: name -> alpha, in (0, 1), sums to 1; most for the modality that is attended least.
+        weights: name -> alpha, in (0, 1), sums to 1; largest for the modality with the least attention.
         anchor: (d,) the rebalanced query, of the mean query's length.
-        rotation: (d, d) for row vectors: ``query @ rotation = anchor``; the identity where nothing can be rotated.
-        reason: why there is no rotation; empty when there is one.
+        rotation: (d, d) for row vectors: ``query @ rotation = anchor``; the identity if no rotation is possible.
+        reason: reason for which there is no rotation; empty if there is one.
     """
 
     air: dict[str, float]
@@ -54,7 +54,7 @@ def rolling_query(
     weights: Mapping[str, float] | None = None,
     rotation: Literal["minimal", "svd"] = "minimal",
 ) -> RollingStep:
-    """Rotates the mean query toward an anchor in which the modalities attended least weigh most.
+    """Rotates the mean query toward an anchor with the largest weight on the modality with the least attention.
 
     With c_m the cosine of the query to modality m's mean key and u_m that key's direction::
 
@@ -66,22 +66,22 @@ def rolling_query(
     Args:
         query: (d,) mean query E[Q], d >= 2.
         keys: name -> (d,) mean key E[K_m]; two or more modalities.
-        rho: strength >= 0; 0 gives the bisector, large values the modality attended least alone.
-        imbalance: name -> c_m where it is more than the cosine of the means (the mean over samples of cosines, or
-            another indicator); the cosines of the means by default.
-        weights: name -> alpha where they are chosen otherwise, none negative, of sum 1; then rho is not used.
-        rotation: ``"svd"`` is the released code's, for comparison; see ``rotation_svd``.
+        rho: strength >= 0; 0 gives the bisector, large values the mean key of the least attended modality.
+        imbalance: name -> c_m to use instead of the cosines of the means, such as the mean over samples of cosines or
+            another indicator.
+        weights: name -> alpha to use instead of the formula, non-negative, of sum 1; ``rho`` is then ignored.
+        rotation: ``"svd"`` as in the released code, for comparison; see ``rotation_svd``.
 
     Returns:
-        RollingStep; all in float64 inside, tensors in the type of ``query``.
+        RollingStep; computed in float64, tensors in the dtype of ``query``.
 
     Raises:
         ShapeError: d = 1, keys of another width, integers, NaN. ConfigError: fewer than two modalities, negative rho,
-            an unknown rotation, weights or imbalance of other modalities, weights that are none.
+            an unknown rotation, weights or imbalance of other modalities, invalid weights.
 
-    Reference: RollingQ (ICML 2025), eq. 9 to 13; spec 2.2 to 2.8.
+    Reference: RollingQ (ICML 2025), eq. 9 to 13.
     Differs from the paper in: the anchor is rescaled to the query's length (eq. 10 shortens it, and a rotation cannot);
-    any number of modalities; the rotation leaves the other directions alone.
+    any number of modalities; the rotation does not change directions orthogonal to query and anchor.
 
     Example:
         >>> step = rolling_query(torch.tensor([3.0, 4.0, 0.0]),
@@ -91,33 +91,33 @@ def rolling_query(
     """
     if rotation not in ROTATIONS:
         raise unknown_name("rolling_query", "rotation", str(rotation), ROTATIONS)
-    q, means = _checked(query, keys, rho)
+    q, means = _check_inputs(query, keys, rho)
     names = tuple(means)
     if imbalance is None:
         imbalance = {name: float(cosine(q, key)) for name, key in means.items()}
-    c = _numbers("imbalance", imbalance, names)
+    c = _check_numbers("imbalance", imbalance, names)
     air = (c - (c.sum() - c) / (len(names) - 1)).tolist()
-    alpha = torch.softmax(-2.0 * rho * c, dim=0) if weights is None else _chosen(weights, names)
+    alpha = torch.softmax(-2.0 * rho * c, dim=0) if weights is None else _check_weights(weights, names)
     stack = torch.stack(list(means.values()))
     lengths = stack.norm(dim=-1, keepdim=True)
     units = stack / lengths.clamp(min=VANISHING)
     mixed = alpha.to(units.device) @ units
     reason = _obstacle(q, lengths[:, 0], alpha, mixed, names)
-    anchor, turn = q, torch.eye(len(q), dtype=torch.float64, device=q.device)
+    anchor, matrix = q, torch.eye(len(q), dtype=torch.float64, device=q.device)
     if not reason:
         anchor = mixed / mixed.norm() * q.norm()
-        turn = ROTATIONS[rotation](q, anchor)
+        matrix = ROTATIONS[rotation](q, anchor)
     return RollingStep(
         air=dict(zip(names, air, strict=True)),
         spread=float(c.max() - c.min()),
         weights=dict(zip(names, alpha.tolist(), strict=True)),
         anchor=anchor.to(query.device, query.dtype),
-        rotation=turn.to(query.device, query.dtype),
+        rotation=matrix.to(query.device, query.dtype),
         reason=reason,
     )
 
 
-def _checked(query: Tensor, keys: Mapping[str, Tensor], rho: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _check_inputs(query: Tensor, keys: Mapping[str, Tensor], rho: float) -> tuple[Tensor, dict[str, Tensor]]:
     if len(keys) < 2:
         raise ConfigError("rolling_query", expected="two or more modalities", got=f"keys of {list(keys)}")
     if not isinstance(rho, Real) or not 0 <= rho < math.inf:
@@ -127,7 +127,7 @@ def _checked(query: Tensor, keys: Mapping[str, Tensor], rho: float) -> tuple[Ten
             "rolling_query",
             expected="a mean query of shape (d,) with d >= 2",
             got=f"shape {tuple(query.shape)}",
-            fix="Average over samples first; for several heads call it once a head.",
+            fix="Average over samples first; call it once per head.",
         )
     device = query.device if query.device.type in ("cpu", "cuda") else torch.device("cpu")
     vectors = {}
@@ -138,27 +138,27 @@ def _checked(query: Tensor, keys: Mapping[str, Tensor], rho: float) -> tuple[Ten
         if not vector.is_floating_point():
             raise ShapeError(who, expected="floating point numbers", got=str(vector.dtype), fix="Use vector.float().")
         if not bool(torch.isfinite(vector).all()):
-            raise ShapeError(who, expected="finite numbers", got="NaN or infinity", fix="Look for NaN in the batch.")
+            raise ShapeError(who, expected="finite numbers", got="NaN or infinity", fix="Check the batch for NaN.")
         vectors[name] = vector.detach().to(device).double()
     return vectors.pop(""), vectors
 
 
-def _numbers(what: str, given: Mapping[str, float], names: tuple[str, ...]) -> Tensor:
-    """(modality,) one finite number for each name, and for nobody else."""
-    if set(given) != set(names):
+def _check_numbers(what: str, values: Mapping[str, float], names: tuple[str, ...]) -> Tensor:
+    """Returns (modality,) numbers; raises ConfigError unless there is one finite number for each name."""
+    if set(values) != set(names):
         raise ConfigError(
             f"rolling_query {what}",
             expected=f"one number for each of {', '.join(names)}",
-            got=f"those of {list(given)}",
+            got=f"numbers for {list(values)}",
         )
-    numbers = torch.tensor([float(given[name]) for name in names], dtype=torch.float64)
+    numbers = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
     if not bool(numbers.isfinite().all()):
-        raise ConfigError(f"rolling_query {what}", expected="finite numbers", got=str(dict(given)))
+        raise ConfigError(f"rolling_query {what}", expected="finite numbers", got=str(dict(values)))
     return numbers
 
 
-def _chosen(weights: Mapping[str, float], names: tuple[str, ...]) -> Tensor:
-    alpha = _numbers("weights", weights, names)
+def _check_weights(weights: Mapping[str, float], names: tuple[str, ...]) -> Tensor:
+    alpha = _check_numbers("weights", weights, names)
     if bool((alpha < 0).any()) or not math.isclose(float(alpha.sum()), 1.0, abs_tol=1e-6):
         raise ConfigError(
             "rolling_query weights",

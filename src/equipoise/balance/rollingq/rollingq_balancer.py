@@ -1,4 +1,4 @@
-"""RollingQ: turn the query of an attention layer toward the modality it neglects, once in a while, between epochs."""
+"""RollingQ: rotates the queries of an attention layer toward the modality that gets least attention, between epochs."""
 
 from __future__ import annotations
 
@@ -23,40 +23,42 @@ from .share_weights import weights_for_share
 
 
 class RollingQ(Rotation):
-    """Watches how a layer's queries lie to the keys of each modality, and rotates the queries at the end of an epoch.
+    """Measures the similarity of queries to the keys of each modality, and rotates the queries at the end of an epoch.
 
-    While the model trains, a hook adds up mean queries, mean keys and cosines of the last ``tail`` batches: inside a
-    ``BalancerList`` of those on which the optimizer stepped, without one of all forward passes in training mode.
-    ``end_epoch`` compares the modalities; where they are further apart than ``beta``, and the budget allows, it
-    multiplies the rotation of ``rolling_query`` onto the one there is. Everything is kept in the layer's own state
-    dict, so a reloaded model is rotated as before. ``fold`` merges the rotation into the weights.
+    In training, a hook accumulates mean queries, mean keys and cosines over the last ``tail`` batches: inside a
+    ``BalancerList`` over batches on which the optimizer stepped, without one over all forward passes in training mode.
+    ``end_epoch`` compares the modalities; if their indicators differ by ``beta`` or more and the budget allows, it
+    multiplies the current rotation by the one of ``rolling_query``. All state is stored in the layer's own state dict,
+    so a reloaded model has the same rotation. ``fold`` merges the rotation into the weights.
 
     Args:
-        layer: an ``Attention`` of ours (``model.fusion.attention``), or any module with ``query``, ``key`` and
-            ``num_heads`` named.
+        layer: an ``Attention`` layer of this library (``model.fusion.attention``), or any module, together with
+            ``query``, ``key`` and ``num_heads``.
         rho: strength; see ``rolling_query``. Tune over 0, 0.5, 1, 2, 5 on validation data.
-        beta: rotate when the modalities' indicators are at least this far apart; cosines lie in [-1, 1], so [0, 2].
-            Tune over 0, 0.1, 0.2, 0.4.
-        max_rotations: how often a layer may rotate at all; None is without limit (the paper: that hurts).
+        beta: minimum difference of the modalities' indicators for a rotation; for cosines in [0, 2]. Tune over 0, 0.1,
+            0.2, 0.4.
+        max_rotations: maximum number of rotations of the layer; None is without limit (the paper: that hurts).
         warmup_epochs: epochs before the first decision.
-        min_epochs_between: epochs from one rotation to the next.
-        tail: statistics are of the last so many batches of an epoch; None takes all.
+        min_epochs_between: minimum number of epochs from one rotation to the next.
+        tail: number of batches at the end of an epoch that the statistics cover; None takes all.
         statistics: ``"tail"`` accumulates them in training; ``"full_pass"`` takes those of the last call of ``measure``
             before ``end_epoch``.
-        indicator: what is balanced; see ``query_key_sums``.
+        indicator: similarity that is balanced; see ``query_key_sums``.
         query_rows: ``"first"`` rotates the first query row (the class token), ``"all"`` every row.
         heads: ``"per_head"`` rotates each head in its own space, ``"joint"`` all heads together in the model's width.
-        rotation: ``"minimal"``, or ``"svd"`` as released, for comparison.
-        target_share: name -> wanted share of two modalities; chooses the anchor's weights in place of ``rho``.
-        names: the modalities, where the layer does not know them.
-        query, key, num_heads: for foreign modules: names of the projections (torch.nn.Linear) and the number of heads.
+        rotation: ``"minimal"``, or ``"svd"`` as in the released code, for comparison.
+        target_share: name -> target share of attention for two modalities; determines the anchor's weights instead of
+            ``rho``.
+        names: the modalities, if the layer has no names.
+        query, key, num_heads: for modules of other libraries: names of the projections (torch.nn.Linear) and the
+            number of heads.
 
     Raises:
         ConfigError: a layer without names, an option out of range, a second RollingQ on one layer.
 
-    Reference: RollingQ (ICML 2025), Algorithm 1; spec 2.
+    Reference: RollingQ (ICML 2025), Algorithm 1.
     Differs from the paper in: the minimal rotation, running statistics, any number of modalities and heads; the
-    rotation and its counter are saved, which the released code forgets.
+    rotation and its counter are saved, which the released code omits.
 
     Example:
         >>> from equipoise.fusion import JointAttention
@@ -91,9 +93,11 @@ class RollingQ(Rotation):
         key: str | None = None,
         num_heads: int | None = None,
     ) -> None:
-        site = find_rotation_target(layer, query, key, num_heads, names)
-        groups, width = (site.heads, site.head_dim) if heads == "per_head" else (1, site.heads * site.head_dim)
-        super().__init__(groups, width, site.names, first_row_only=query_rows == "first", like=site.projection.weight)
+        target = find_rotation_target(layer, query, key, num_heads, names)
+        groups, width = (target.heads, target.head_dim) if heads == "per_head" else (1, target.heads * target.head_dim)
+        super().__init__(
+            groups, width, target.names, first_row_only=query_rows == "first", like=target.projection.weight
+        )
         self.rho, self.beta, self.max_rotations = rho, beta, max_rotations
         self.warmup_epochs, self.min_epochs_between = warmup_epochs, min_epochs_between
         self.statistics, self.query_rows, self.heads = statistics, query_rows, heads
@@ -102,27 +106,32 @@ class RollingQ(Rotation):
         self.target_share = dict(target_share) if target_share else None
         check_options(self, tail)
         if width < 2:
-            raise ConfigError("RollingQ", expected="heads of width d >= 2", got="d = 1", fix="A line has no rotation.")
-        self._site = site
-        self._sums = RunningSums(groups, site.names, width, None if statistics == "full_pass" else tail)
+            raise ConfigError(
+                "RollingQ",
+                expected="heads of width d >= 2",
+                got="d = 1",
+                fix="There is no rotation in one dimension; use wider heads.",
+            )
+        self._target = target
+        self._sums = RunningSums(groups, target.names, width, None if statistics == "full_pass" else tail)
         self._measuring, self._frozen = False, False
-        # The sums are bookkeeping, and their cursor would make a model compile anew at each step.
-        self._handles: list[Any] = site.install(self.rotate, CompileDisabled(self._add_up))
-        self._handles.append(self._site.projection.register_load_state_dict_pre_hook(self._on_load))
-        site.home.add_module("rolling", self)
+        # Not compiled: the changing cursor would trigger a recompilation at each step.
+        self._handles: list[Any] = target.register_hooks(self.rotate, CompileDisabled(self._accumulate))
+        self._handles.append(self._target.projection.register_load_state_dict_pre_hook(self._on_load))
+        target.host_module.add_module("rolling", self)
 
     def due(self) -> bool:
-        """Whether ``end_epoch`` would rotate now. Where several processes train together, all of them must call it."""
+        """Returns whether ``end_epoch`` would rotate now. In distributed training all processes must call it."""
         total = self._sums.total(self.rotation.device)
         if not float(total[0, -1, -1]) > 0 or not self._allowed(int(self.epochs) + 1):
             return False
         return any(self._due([self._step(total, group) for group in range(len(self.rotation))]))
 
     def end_epoch(self) -> dict[str, float]:
-        """Decides, rotates if it must, forgets the epoch's statistics; returns what happened, for the log.
+        """Rotates if necessary, and resets the epoch's statistics; returns values to log.
 
         Keys: ``air`` (of the first modality, mean over heads), ``air/<name>``, ``spread``, ``rotated`` (0 or 1),
-        ``rotations`` (so far). Where several processes train together, all of them must call it.
+        ``rotations`` (so far). In distributed training all processes must call it.
         """
         self.epochs += 1
         total, before = self._sums.total(self.rotation.device), self._count()
@@ -133,20 +142,20 @@ class RollingQ(Rotation):
             self.air.copy_(air.to(self.air.dtype))
             due = self._due(steps) if self._allowed(int(self.epochs)) else []
             if any(due):
-                self._multiply([step if yes else None for step, yes in zip(steps, due, strict=True)])
+                self._multiply([step if rotate else None for step, rotate in zip(steps, due, strict=True)])
         self._synchronize()
         self._sums.reset()
         return self._log(air, rotated=self._count() > before)
 
     def measure(self, model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> None:
-        """Replaces the statistics by those of a pass in evaluation mode, over all its batches.
+        """Replaces the statistics with those of a pass over batches in evaluation mode.
 
-        Training modes and the random state are left as they were, after an exception the statistics too.
+        Training modes and RNG state are restored; after an exception the statistics as well.
 
         Args:
             model: the whole model, called as ``model(batch)``.
             batches: batches on the model's device.
-            max_batches: stop after so many.
+            max_batches: maximum number of batches.
         """
         before = self._sums.state()
         self._sums.reset()
@@ -164,49 +173,51 @@ class RollingQ(Rotation):
                 self._sums.load(before)
 
     def layout(self, modality: Tensor, mask: Tensor | None = None) -> None:
-        """For a foreign module: the labels (key,) or (batch, key) of the next forward passes, and their key mask."""
-        if not isinstance(self._site, ProjectionRotationTarget):
-            raise ConfigError("RollingQ.layout", expected="a RollingQ on a foreign module", got="one on our own layer")
-        self._site.labels, self._site.valid = modality, mask
+        """Sets the labels (key,) or (batch, key) and the key mask of the next forward passes of an external module."""
+        if not isinstance(self._target, ProjectionRotationTarget):
+            raise ConfigError(
+                "RollingQ.layout", expected="a RollingQ on an external module", got="one on an Attention layer"
+            )
+        self._target.labels, self._target.valid = modality, mask
 
     def freeze(self, frozen: bool = True) -> None:
-        """Keeps the rotation and stops observing; for stages of progressive training that are over."""
+        """Stops (or resumes) statistics and further rotations; for finished stages of progressive training."""
         self._frozen = frozen
 
     def detach(self) -> None:
-        """Takes the hooks and the saved state out of the layer again; the rotation is lost."""
+        """Removes the hooks and the saved state from the layer; the rotation is lost."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if "rolling" in self._site.home._modules:
-            del self._site.home._modules["rolling"]
+        if "rolling" in self._target.host_module._modules:
+            del self._target.host_module._modules["rolling"]
 
     def fold(self) -> None:
-        """Merges the rotation into the query projection and leaves the layer as plain as it was; see ``eq.merge_rotations``."""
+        """Merges the rotation into the query projection and removes the RollingQ; see ``eq.merge_rotations``."""
         self.check_foldable()
         if self.rotates():
-            self._site.fold(self.effective())
+            self._target.merge(self.effective())
         self.detach()
 
     def check_foldable(self) -> None:
-        """Raises ConfigError where ``fold`` would change what the layer computes."""
-        if self.query_rows == "first" and self.rotates() and not self._site.only_first_row():
+        """Raises ConfigError if ``fold`` would change the output of the layer."""
+        if self.query_rows == "first" and self.rotates() and not self._target.only_first_row():
             raise ConfigError(
                 "fold",
-                expected="a rotation of all query rows, or a layer of which only the class row is read",
-                got='query_rows="first" in a layer whose other rows are read too',
+                expected="a rotation of all query rows, or a layer of which only the first row is used",
+                got='query_rows="first" in a layer whose other rows are used too',
                 fix='Train with RollingQ(query_rows="all"), or keep the RollingQ in place for inference.',
             )
 
-    def _add_up(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
-        # The recomputation of activation checkpointing repeats a batch that was counted in its first pass.
-        wanted = self._measuring or (self.training and self.statistics == "tail" and not recomputing())
-        if self._frozen or not wanted:
+    def _accumulate(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
+        # Skip recomputations of activation checkpointing, whose batch was counted in the first pass.
+        active = self._measuring or (self.training and self.statistics == "tail" and not recomputing())
+        if self._frozen or not active:
             return
         if modality is None or modality.shape[-1] != key.shape[2]:
             got = "no labels" if modality is None else f"{modality.shape[-1]} labels for {key.shape[2]} keys"
             fix = "Call balancer.layout(modality) before the forward pass."
-            if isinstance(self._site, AttentionRotationTarget):
+            if isinstance(self._target, AttentionRotationTarget):
                 fix = "Call the attention layer with modality=..."
             raise ConfigError("RollingQ", expected="a modality label for every key", got=got, fix=fix)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
@@ -246,15 +257,15 @@ class RollingQ(Rotation):
         )  # fmt: skip
 
     def _imbalance(self, steps: list[RollingStep | None]) -> Tensor:
-        """(head, modality) AIR in float64; NaN where a modality was not seen."""
+        """Returns (head, modality) AIR in float64; NaN for modalities without statistics."""
         rows = [{} if step is None else step.air for step in steps]
         return torch.tensor([[row.get(name, torch.nan) for name in self.names] for row in rows], dtype=torch.float64)
 
     def _due(self, steps: list[RollingStep | None]) -> list[bool]:
-        """Which heads are out of balance and can be turned."""
+        """Returns for each head whether it exceeds ``beta`` and can be rotated."""
         for step in steps:
             if step is None or (step.reason and "already" not in step.reason):
-                why = "fewer than two modalities were seen" if step is None else step.reason
+                why = "fewer than two modalities have statistics" if step is None else step.reason
                 warnings.warn(f"RollingQ skipped a rotation: {why}.", stacklevel=3)
         return [step is not None and step.rotates and step.spread >= self.beta for step in steps]
 
@@ -281,13 +292,13 @@ class RollingQ(Rotation):
     def set_extra_state(self, state: Tensor) -> None:
         self._sums.load(state)
 
-    def _forget(self) -> None:
+    def _reset_statistics(self) -> None:
         self._sums.reset()
 
 
 def _spread(air: Tensor) -> float:
-    """Largest minus smallest indicator, out of the imbalances: these lie M / (M - 1) times as far apart."""
-    seen = air[~air.isnan()]
-    if len(seen) < 2:
+    """Returns the largest minus the smallest indicator; AIR values differ by M / (M - 1) times as much."""
+    known = air[~air.isnan()]
+    if len(known) < 2:
         return math.nan
-    return float(seen.max() - seen.min()) * (len(seen) - 1) / len(seen)
+    return float(known.max() - known.min()) * (len(known) - 1) / len(known)

@@ -1,4 +1,4 @@
-"""Folding: a rotation merged into the weights, so that inference costs nothing (spec 2.6)."""
+"""Merges rotations into the query weights, so that inference has no extra cost."""
 
 from __future__ import annotations
 
@@ -11,28 +11,26 @@ def merge_rotations(model: nn.Module) -> nn.Module:
     """Merges every RollingQ in a model into the query weights, in place, for inference: W <- R^T W, b <- b R.
 
     The outputs stay the same up to rounding, and parameters and cost are exactly those of the model without RollingQ.
-    Never fold in the middle of training: Adam's second moments would not fit the turned weights.
+    Do not merge during training: Adam's second moments would not match the rotated weights.
 
     Args:
-        model: any module that holds attention layers with a RollingQ.
+        model: any module that contains attention layers with a RollingQ.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: where folding would not be exact (only some of a layer's query rows are rotated).
-
-    Reference: spec 2.6.
+        ConfigError: merging would change outputs, because only some of a layer's query rows are rotated.
 
     Example:
         >>> from equipoise.fusion import JointAttention
         >>> fusion = JointAttention(8).build(("audio", "image"))
         >>> _ = RollingQ(fusion.attention)
-        >>> "attention.core.rolling.rotation" in fold(fusion).state_dict()
+        >>> "attention.core.rolling.rotation" in merge_rotations(fusion).state_dict()
         False
     """
     for module in model.modules():
-        # Which layers pool is read from a buffer, which may have changed since the last forward pass.
+        # Update the pooling layers from their buffer, which may have changed since the last forward pass.
         if callable(read_active := getattr(module, "read_active", None)):
             read_active()
     attached = [module for module in model.modules() if isinstance(module, RollingQ)]

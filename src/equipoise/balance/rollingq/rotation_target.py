@@ -1,4 +1,4 @@
-"""Where a rotation acts: in an attention layer of ours, or behind a named query projection of any module."""
+"""Layers that RollingQ can rotate: an ``Attention`` layer, or a named query projection of any module."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Observe = Callable[..., None]
 
 
 class RotationTarget(ABC):
-    """A query projection with its heads, its modalities, and a home in the module tree for what must be saved."""
+    """A query projection with its heads and modalities, and the module that stores the state of the rotation."""
 
     names: tuple[str, ...]
     heads: int
     head_dim: int
     projection: nn.Linear
-    home: nn.Module
+    host_module: nn.Module
 
     @abstractmethod
-    def install(self, rotate: Rotate, observe: Observe) -> list[Any]:
-        """Hooks in; returns the handles."""
+    def register_hooks(self, rotate: Rotate, observe: Observe) -> list[Any]:
+        """Registers the hooks; returns their handles."""
 
     @abstractmethod
     def only_first_row(self) -> bool:
-        """Whether no query row but the first is ever read."""
+        """Returns whether only the first query row is used."""
 
-    def fold(self, rotation: Tensor) -> None:
+    def merge(self, rotation: Tensor) -> None:
         """W <- R^T W, b <- b R, for (head, dim, dim) rotations, or one over all heads together."""
-        # Off the device first: not every one has float64.
+        # Move to CPU first: some devices (MPS) have no float64.
         linear, blocks = self.projection, rotation.detach().cpu().double()
         with torch.no_grad():
             weight = linear.weight.cpu().double().unflatten(0, (len(blocks), -1))
@@ -56,21 +56,21 @@ class AttentionRotationTarget(RotationTarget):
         if layer.names and self.names != tuple(layer.names):
             raise ConfigError(
                 "RollingQ",
-                expected=f"the names that the layer has, {tuple(layer.names)}, in their order",
+                expected=f"the names of the layer, {tuple(layer.names)}, in the same order",
                 got=f"names = {self.names}",
-                fix="Leave names out: the fusion has told the layer.",
+                fix="Leave names out: the layer has its names from the fusion.",
             )
         self.heads, self.head_dim = layer.heads, layer.head_dim
-        self.projection, self.home = layer.query, layer.core
+        self.projection, self.host_module = layer.query, layer.core
 
     def only_first_row(self) -> bool:
         return self.layer.readout
 
-    def install(self, rotate: Rotate, observe: Observe) -> list[Any]:
+    def register_hooks(self, rotate: Rotate, observe: Observe) -> list[Any]:
         self.rotate, self.observe = rotate, observe
-        return [self.home.register_forward_pre_hook(self._on_attention, with_kwargs=True)]
+        return [self.host_module.register_forward_pre_hook(self._on_attention, with_kwargs=True)]
 
-    # Hooks are bound methods, not closures: a deep copy of the model then gets hooks of its own.
+    # Hooks are bound methods, not closures, so that a deep copy of the model has hooks of the copied object.
     def _on_attention(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         query, key, value = args
         query = self.rotate(query)
@@ -79,12 +79,12 @@ class AttentionRotationTarget(RotationTarget):
 
 
 class ProjectionRotationTarget(RotationTarget):
-    """A query projection inside somebody else's module; its layout is what the user says with ``layout``."""
+    """A query projection in a module of another library; the user sets its key labels with ``RollingQ.layout``."""
 
     def __init__(
         self, module: nn.Module, query: str, key: str, num_heads: int | None, names: Sequence[str] | None
     ) -> None:
-        self.projection = self.home = _linear(module, query)
+        self.projection = self.host_module = _linear(module, query)
         self.key = _linear(module, key)
         if not num_heads or self.projection.out_features % num_heads:
             raise ConfigError(
@@ -104,17 +104,17 @@ class ProjectionRotationTarget(RotationTarget):
         self.valid: Tensor | None = None
         if "position_embeddings" in inspect.signature(module.forward).parameters or hasattr(module, "rotary_emb"):
             warnings.warn(
-                f"RollingQ: {type(module).__name__} seems to use rotary positions. Behind '{query}' the rotation acts "
-                "before them, so angles to the keys are those without positions.",
+                f"RollingQ: {type(module).__name__} seems to use rotary position embeddings. The rotation after '{query}' is "
+                "applied before them, so angles to keys are measured without positions.",
                 stacklevel=4,
             )
 
     def only_first_row(self) -> bool:
         return False
 
-    def install(self, rotate: Rotate, observe: Observe) -> list[Any]:
+    def register_hooks(self, rotate: Rotate, observe: Observe) -> list[Any]:
         self.rotate, self.observe = rotate, observe
-        self._seen: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         return [
             self.projection.register_forward_hook(self._on_query),
             self.key.register_forward_hook(self._on_key),
@@ -122,16 +122,16 @@ class ProjectionRotationTarget(RotationTarget):
 
     def _on_query(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         rotated = self.rotate(self._split(output))
-        self._see("query", rotated)
+        self._collect("query", rotated)
         return rotated.transpose(1, 2).flatten(2)
 
     def _on_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._see("key", self._split(output))
+        self._collect("key", self._split(output))
 
-    def _see(self, part: str, states: Tensor) -> None:
-        self._seen[part] = states.detach()
-        if len(self._seen) == 2:
-            self.observe(self._seen.pop("query"), self._seen.pop("key"), self.labels, self.valid)
+    def _collect(self, part: str, states: Tensor) -> None:
+        self._states[part] = states.detach()
+        if len(self._states) == 2:
+            self.observe(self._states.pop("query"), self._states.pop("key"), self.labels, self.valid)
 
     def _split(self, x: Tensor) -> Tensor:
         if x.ndim != 3:
@@ -148,37 +148,37 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
         "RollingQ",
         expected=f"a torch.nn.Linear named '{name}' in {type(module).__name__}",
         got=type(linear).__name__ if linear is not None else "no such module",
-        fix=f"Linear layers there: {', '.join(known) or 'none'}.",
+        fix=f"Linear layers in this module: {', '.join(known) or 'none'}.",
     )
 
 
 def find_rotation_target(
     layer: nn.Module, query: str | None, key: str | None, num_heads: int | None, names: Sequence[str] | None
 ) -> RotationTarget:
-    """The site that the arguments of RollingQ mean, or an error that says which are missing."""
+    """Returns the rotation target for the arguments of RollingQ; raises ConfigError if arguments are missing."""
     if isinstance(layer, Attention):
-        site: RotationTarget = AttentionRotationTarget(layer, names)
+        target: RotationTarget = AttentionRotationTarget(layer, names)
     elif query and key:
-        site = ProjectionRotationTarget(layer, query, key, num_heads, names)
+        target = ProjectionRotationTarget(layer, query, key, num_heads, names)
     else:
         raise ConfigError(
             "RollingQ",
             expected="an equipoise Attention layer, or a module with the names of its projections",
             got=type(layer).__name__,
-            fix='Give query="q_proj", key="k_proj", num_heads=..., names=(...).',
+            fix='Pass query="q_proj", key="k_proj", num_heads=..., names=(...).',
         )
-    if len(site.names) < 2:
+    if len(target.names) < 2:
         raise ConfigError(
             "RollingQ",
-            expected="a layer whose queries see two or more modalities",
-            got=f"names = {site.names}",
-            fix="Build the model first (FusionModel names the modalities), or give names=(...).",
+            expected="a layer whose queries attend to two or more modalities",
+            got=f"names = {target.names}",
+            fix="Build the model first (FusionModel sets the names), or pass names=(...).",
         )
-    if isinstance(getattr(site.home, "rolling", None), nn.Module):
+    if isinstance(getattr(target.host_module, "rolling", None), nn.Module):
         raise ConfigError(
             "RollingQ",
             expected="a layer without a RollingQ",
-            got="one that already has one",
-            fix="Fold or detach it first.",
+            got="a layer that already has one",
+            fix="Call fold or detach on it first.",
         )
-    return site
+    return target
