@@ -199,7 +199,7 @@ def test_after_autocast(fusion):
 
 def test_adam_is_warned_of_and_sgd_is_not():
     made, _, balancing = attached()
-    with pytest.warns(UserWarning, match="OGM changes the size of gradients only, and AdamW divides"):
+    with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes"):
         balancing.check_optimizer(torch.optim.AdamW(made.parameters()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

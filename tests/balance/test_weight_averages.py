@@ -225,7 +225,7 @@ def test_an_average_without_a_rotation_is_refused(corner):
     with torch.no_grad():
         # Zeros: the average of the identity and a half turn.
         rolling.rotation[0, :2, :2] = corner
-    message = r"RollingQ: expected a rotation, or an average of rotations .* load the rotation of one of the models"
+    message = r"RollingQ: expected a rotation, or an average of rotations .* load the rotation of one model"
     for use in (lambda: logits(made), lambda: eq.merge_rotations(made), lambda: loaded(made.state_dict())):
         with pytest.raises(ConfigError, match=message):
             use()

@@ -67,7 +67,7 @@ class MBSD(Balancer):
     For other tasks p is ``true_score``, and a prediction is correct if it exceeds one half. A pair counts for samples that have
     both modalities.
 
-    Reference: balanced self-distillation (MBSD), as implemented in BalanceBenchmark (2025).
+    Reference: balanced self-distillation (MBSD), as implemented in BalanceBenchmark (GeWu-Lab, 2025).
     Differs from the released code in: a divergence of probabilities, where the code, by a bug, passes probabilities to
     F.kl_div as log probabilities; no gradient to the stronger side, and any number of modalities.
 
