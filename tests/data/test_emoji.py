@@ -228,7 +228,7 @@ def test_every_usual_mode_is_read(mode):
     [
         (Image.new("F", (16, 16)), r"image: expected an image of 8 or 16 bits a color, got mode F, .*\. Convert it"),
         (Image.new("RGB", (16, 7)), "at least 8 x 8 pixels, .* 4 times the other, got width x height = 16 x 7"),
-        (Image.new("RGB", (8, 33)), r"got width x height = 8 x 33\. Cut it to what it shows"),
+        (Image.new("RGB", (8, 33)), r"got width x height = 8 x 33\. Crop it to its subject"),
     ],
 )  # fmt: skip
 def test_pictures_of_the_wrong_mode_or_size(image, message):

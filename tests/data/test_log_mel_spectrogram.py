@@ -61,5 +61,5 @@ def test_components_are_the_singular_vectors(energy):
 
 @pytest.mark.parametrize("energy", [0.0, 1.1])
 def test_energy_outside_its_range(energy):
-    with pytest.raises(ConfigError, match=rf"principal_components: expected an energy in \(0, 1\], got {energy}"):
+    with pytest.raises(ConfigError, match=rf"fit_pca: expected an energy in \(0, 1\], got {energy}"):
         fit_pca(torch.zeros(3, 2), energy)

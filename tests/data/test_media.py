@@ -206,7 +206,7 @@ def test_what_is_no_image(tmp_path):
     with pytest.raises(DataError, match="image '7': expected an image, got "):
         load_image(7)
     for mode in ("I", "F"):
-        with pytest.raises(DataError, match=rf"got mode {mode}, whose range is not known\. Convert it to 8-bit RGB"):
+        with pytest.raises(DataError, match=rf"got mode {mode}, of unknown range\. Convert it to 8-bit RGB"):
             load_image(Image.new(mode, (9, 9)))
 
 

@@ -58,18 +58,18 @@ def test_splits_hold_the_samples_of_the_kept_classes_alone(both):
 def test_outside_are_the_held_out_samples_of_the_test_split(both):
     whole, part = both
     rows = [row for row, label in enumerate(whole.test.target.tolist()) if label in HELD]
-    assert part.outside.target.tolist() == whole.test.target[rows].tolist()
+    assert part.near_ood.target.tolist() == whole.test.target[rows].tolist()
     torch.testing.assert_close(
-        scaled(part.outside.inputs["audio"]), scaled(whole.test.inputs["audio"][rows]), **TOL[torch.float32]
+        scaled(part.near_ood.inputs["audio"]), scaled(whole.test.inputs["audio"][rows]), **TOL[torch.float32]
     )
-    assert whole.outside is None
+    assert whole.near_ood is None
 
 
 def test_statistics_and_components_know_nothing_of_what_is_held_out(both):
     _, part = both
     train = part.train.inputs["image"].flatten(1).double()
     rank = int(torch.linalg.matrix_rank(train, rtol=1e-3))
-    for split in (part.test, part.outside):
+    for split in (part.test, part.near_ood):
         values = split.inputs["image"].flatten(1).double()
         assert int(torch.linalg.matrix_rank(torch.cat([train, values]), rtol=1e-3)) == rank
     for name, (mean, deviation) in part.noise.items():
@@ -83,12 +83,12 @@ def test_nothing_held_out_changes_nothing():
         for modality in plain.names:
             assert torch.equal(plain.split(name).inputs[modality], empty.split(name).inputs[modality])
         assert torch.equal(plain.split(name).target, empty.split(name).target)
-    assert (plain.num_outputs, empty.outside) == (10, None)
+    assert (plain.num_outputs, empty.near_ood) == (10, None)
 
 
 def test_near_and_far_are_served_as_the_test_is(both):
     _, part = both
-    for kind, size, labels in (("near", len(part.outside), HELD), ("far", FAR_SAMPLES, [-1])):
+    for kind, size, labels in (("near", len(part.near_ood), HELD), ("far", FAR_SAMPLES, [-1])):
         view = data.ood_split(part, kind)
         served = list(data.loader(view, "test", 101, seed=3, train=False))
         target = torch.cat([batch["target"] for batch in served])
@@ -112,7 +112,7 @@ def test_far_pictures_and_sounds_go_through_what_the_data_go_through(both):
     _, part = both
     side = part.shapes["image"][-1]
     pictures, heard = photo_patches(5, side), synthetic_sounds(5)
-    got = part.foreign(pictures, heard)
+    got = part.far_ood_inputs(pictures, heard)
     far = data.ood_split(part, "far").test.inputs
     for name in part.names:
         torch.testing.assert_close(got[name], far[name][:5], **TOL[torch.float32])
@@ -209,14 +209,14 @@ def test_too_few_that_remain(name):
 
 def test_what_has_no_outside():
     whole = data.load_dataset("digits")
-    with pytest.raises(ConfigError, match=r"outside: expected a known kind, got 'nera'\. Did you mean 'near'"):
+    with pytest.raises(ConfigError, match=r"ood_split: expected a known kind, got 'nera'\. Did you mean 'near'"):
         data.ood_split(whole, "nera")
     with pytest.raises(ConfigError, match=r"expected a data set with held-out classes, got Digits with none\."):
         data.ood_split(whole, "near")
     assert len(data.ood_split(whole, "far").test) == FAR_SAMPLES
     for other in (data.load_dataset("generated", samples=20), Made(("text",))):
         with pytest.raises(
-            ConfigError, match=rf"outside: expected a data set of pictures and sounds, got {type(other).__name__}"
+            ConfigError, match=rf"ood_split: expected a data set of images and sounds, got {type(other).__name__}"
         ):
             data.ood_split(other, "far")
 

@@ -1,4 +1,4 @@
-"""Order: batches that several processes share."""
+"""ResumableBatchSampler: batches that several processes share."""
 
 from itertools import chain
 
@@ -68,7 +68,7 @@ def test_frameworks_take_it_for_a_distributed_sampler():
 
 
 def test_errors():
-    with pytest.raises(ConfigError, match="Order: expected batch_size >= 1, got 0"):
+    with pytest.raises(ConfigError, match="ResumableBatchSampler: expected batch_size >= 1, got 0"):
         ResumableBatchSampler(5, 0, seed=0, shuffle=True)
     with pytest.raises(ConfigError, match=r"a batch_size that 2 processes share equally, got 3.*multiple"):
         len(ResumableBatchSampler(7, 3, seed=0, shuffle=True, rank=0, world=2))

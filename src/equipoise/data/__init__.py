@@ -1,4 +1,4 @@
-"""Data sets by name, and batches of them that repeat exactly."""
+"""Built-in data sets by name, and reproducible batches of them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ __all__ = ["Dataset", "Split", "available_datasets", "load_dataset", "loader", "
 
 
 def available_datasets() -> dict[str, type[Dataset]]:
-    """name -> class of every data set: the modules of this package that define one."""
-    found = {}
+    """Returns {name: class} of all built-in data sets; the name is that of the module in ``equipoise.data.sets``."""
+    classes = {}
     for module in pkgutil.iter_modules(sets.__path__):
         for value in vars(importlib.import_module(f".{module.name}", sets.__name__)).values():
-            here = inspect.isclass(value) and value.__module__ == f"{sets.__name__}.{module.name}"
-            if here and issubclass(value, Dataset) and not inspect.isabstract(value):
-                found[module.name] = value
-    return found
+            is_local = inspect.isclass(value) and value.__module__ == f"{sets.__name__}.{module.name}"
+            if is_local and issubclass(value, Dataset) and not inspect.isabstract(value):
+                classes[module.name] = value
+    return classes
 
 
 def load_dataset(name: str, **options: Any) -> Dataset:
-    """The data set of that name.
+    """Loads a built-in data set.
 
     Args:
-        name: of a module in this package, such as "digits" or "av_digits".
-        **options: of the data set's class, such as ``fold="B"`` and ``root="data"``.
+        name: such as "digits" or "av_digits".
+        **options: arguments of the data set's class, such as ``fold="B"`` and ``root="data"``.
 
     Raises:
-        ConfigError: a name that no data set has; the closest one is given.
-        DataError: data that are missing or damaged; the file is named.
+        ConfigError: unknown name; the message lists the closest ones.
+        DataError: files are missing or damaged; the message names the file.
 
     Example:
         >>> load_dataset("digits").names

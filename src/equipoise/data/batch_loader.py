@@ -1,4 +1,4 @@
-"""A torch DataLoader over a data set."""
+"""DataLoader over a data set."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .resumable_sampler import ResumableBatchSampler
 
 
 @dataclass(frozen=True, eq=False)
-class _Served(TorchDataset):
-    """A split whose items are whole batches, keyed by (epoch, indices) as Order yields them."""
+class _BatchDataset(TorchDataset):
+    """A split indexed by (epoch, indices), as ``ResumableBatchSampler`` yields them; each item is a whole batch."""
 
     dataset: Dataset
     split: str
@@ -34,27 +34,27 @@ def loader(
     dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool,
     drop_last: bool = False, rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
 ) -> DataLoader:  # fmt: skip
-    """Batches of a split, for training loops that want a DataLoader.
+    """Returns a DataLoader over the batches of a split.
 
-    A batch depends on the seed, the epoch and the position alone: call ``loader.sampler.set_epoch(epoch)`` before
-    each epoch (Lightning does), and a run that starts again at epoch e sees what the first one saw. Several processes
-    share each batch, see ``Order``. The global generator is neither read nor moved.
+    A batch depends only on the seed, the epoch and its position. Call ``loader.sampler.set_epoch(epoch)`` before each
+    epoch (Lightning does this); a run resumed at epoch e then gets the same batches. Several processes share each
+    batch, see ``ResumableBatchSampler``. The global RNG is not used.
 
     Args:
-        dataset: what ``load`` returned.
+        dataset: as returned by ``load_dataset``.
         split: "train", "val" or "test".
-        batch_size: samples of one batch, over all processes together.
-        seed: of order and augmentation.
+        batch_size: samples per batch, summed over all processes.
+        seed: seed of the order and the augmentation.
         train: shuffle and augment.
-        drop_last: drop a last batch that is not full.
-        rank, world: this process and the number of processes; by default those of torch.distributed, else 0 and 1.
+        drop_last: drop the last batch if it is incomplete.
+        rank, world: this process and the number of processes; by default those of torch.distributed, or 0 and 1.
         steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see ``Order``.
 
     Returns:
-        A DataLoader of dicts: name -> (batch, ...), "target" (batch,), "index" (batch,). Its length counts batches.
+        DataLoader of dicts {name: (batch, ...), "target": (batch,), "index": (batch,)}. Its length is in batches.
 
     Raises:
-        ConfigError: an unknown split, or a batch size that the processes cannot share.
+        ConfigError: unknown split, or a batch size that does not divide among the processes.
 
     Example:
         >>> from equipoise.data import load_dataset
@@ -67,6 +67,6 @@ def loader(
         len(dataset.split(split)), batch_size, seed=seed, shuffle=train, drop_last=drop_last, rank=rank, world=world,
         steps_per_batch=steps_per_batch, group=group,
     )  # fmt: skip
-    served = _Served(dataset, split, seed, train)
-    # A DataLoader draws one number for its workers: from a generator of its own, so that the global one stays put.
+    served = _BatchDataset(dataset, split, seed, train)
+    # DataLoader draws one base seed; use a private generator so that the global RNG is not advanced.
     return DataLoader(served, batch_size=None, sampler=order, num_workers=0, generator=torch.Generator())

@@ -1,4 +1,4 @@
-"""Classes that are held out: neither trained nor tested, and unknown to the finished model."""
+"""Held-out classes, excluded from training and testing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .dataset import Split
 
 
 def sample_kept_classes(held_out: Sequence[int], count: int, who: str) -> Int[Tensor, " class"]:
-    """The classes that are not held out, in their order.
+    """Returns the classes that are not held out, in ascending order.
 
     Args:
-        held_out: numbers of classes; none leaves all.
-        count: of all classes.
-        who: begins the error's message.
+        held_out: indices of the held-out classes; may be empty.
+        count: total number of classes.
+        who: start of the error message.
 
     Raises:
-        ConfigError: no list of classes, or fewer than two that remain.
+        ConfigError: ``held_out`` is not a list of classes, or fewer than two classes remain.
 
     Example:
-        >>> kept_classes([2, 0], 5, "Digits")
+        >>> sample_kept_classes([2, 0], 5, "Digits")
         tensor([1, 3, 4])
     """
     listed = isinstance(held_out, Sequence) and not isinstance(held_out, str)
@@ -43,21 +43,21 @@ def sample_kept_classes(held_out: Sequence[int], count: int, who: str) -> Int[Te
 
 
 def split_by_class(split: Split, kept: Int[Tensor, " class"]) -> tuple[Split, Split]:
-    """The samples of the kept classes, with targets that count these from 0, and the others, with targets as they are.
+    """Splits samples into those of the kept classes, relabeled from 0, and the others, with unchanged targets.
 
     Args:
-        split: with targets (sample,) of whole numbers.
-        kept: (class,) in rising order.
+        split: with integer targets (sample,).
+        kept: (class,) in ascending order.
 
     Example:
-        >>> known, unknown = divided(Split({}, torch.tensor([3, 0, 9, 3])), torch.tensor([0, 3]))
+        >>> known, unknown = split_by_class(Split({}, torch.tensor([3, 0, 9, 3])), torch.tensor([0, 3]))
         >>> known.target, unknown.target
         (tensor([1, 0, 1]), tensor([9]))
     """
     known = torch.isin(split.target, kept)
-    inside, outside = _chosen(split, known), _chosen(split, ~known)
+    inside, outside = _select_rows(split, known), _select_rows(split, ~known)
     return Split(inside.inputs, torch.searchsorted(kept, inside.target)), outside
 
 
-def _chosen(split: Split, rows: Bool[Tensor, " sample"]) -> Split:
+def _select_rows(split: Split, rows: Bool[Tensor, " sample"]) -> Split:
     return Split({name: values[rows] for name, values in split.inputs.items()}, split.target[rows])

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before."""
+"""Counter-based random numbers: a function of seed, epoch, sample and purpose, not of earlier draws."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 @dataclass(frozen=True, eq=False)
 class CounterRNG:
-    """Random numbers for the samples of one batch, each a function of (seed, epoch, index, salt, purpose) alone.
+    """Random numbers for the samples of a batch, a function of (seed, epoch, index, salt, purpose) alone.
 
-    Each sample owns a SplitMix64 stream whose start is a hash of those five. So a resumed run continues bit-exactly,
-    a sample gets the same noise on one process as on eight, and the global generator is neither read nor moved.
+    Each sample has its own SplitMix64 stream, seeded by a hash of these five values. A resumed run therefore continues
+    bit-exactly, a sample gets the same noise on one process as on eight, and the global RNG is not used.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         epoch: 0, 1, 2, ...
         index: (batch,) positions of the samples in their split.
-        salt: what else should change every number, such as the split's name.
+        salt: additional key, such as the name of the split.
 
     Reference: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 
     Example:
-        >>> whole = Draw(seed=0, epoch=3, index=torch.arange(4)).normal("hiss", 5)
-        >>> half = Draw(seed=0, epoch=3, index=torch.arange(2, 4)).normal("hiss", 5)
+        >>> whole = CounterRNG(seed=0, epoch=3, index=torch.arange(4)).normal("hiss", 5)
+        >>> half = CounterRNG(seed=0, epoch=3, index=torch.arange(2, 4)).normal("hiss", 5)
         >>> torch.equal(whole[2:], half)
         True
     """
@@ -44,16 +44,16 @@ class CounterRNG:
     salt: str = ""
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """(batch, *shape) float32, uniform in [0, 1)."""
+        """Returns (batch, *shape) float32 values, uniform in [0, 1)."""
         bits = self._bits(purpose, math.prod(shape))
         values = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
         return torch.from_numpy(values).reshape(-1, *shape)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """(batch, *shape) float32, standard normal by the Box-Muller transform: two values from each 64 bits."""
+        """Returns (batch, *shape) float32 standard normal values (Box-Muller transform, two values per 64 bits)."""
         count = math.prod(shape)
         bits = self._bits(purpose, (count + 1) // 2)
-        # The first uniform lies in (0, 1], so that its logarithm is finite.
+        # The first uniform value is in (0, 1], so that its logarithm is finite.
         first = ((bits >> np.uint64(40)).astype(np.float32) + 1) * np.float32(2**-24)
         angle = (bits & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2 * math.pi * 2**-24)
         radius = np.sqrt(-2 * np.log(first))

@@ -1,4 +1,4 @@
-"""Where data lie that are not bundled."""
+"""Locates data sets that are not bundled with the package."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ VARIABLE = "EQUIPOISE_DATA"
 
 
 def find_data_dir(folder: str, root: str | Path | None, source: str) -> Path:
-    """The folder, looked for under the environment's EQUIPOISE_DATA and then under ``root``.
+    """Finds a data folder under the environment variable EQUIPOISE_DATA, or else under ``root``.
 
     Args:
         folder: relative path, such as "fsdd/recordings".
-        root: the recipe's folder, or None.
-        source: one sentence that says what the folder holds and where it comes from.
+        root: folder given in the recipe, or None.
+        source: sentence on the content and origin of the folder, for the error message.
 
     Raises:
-        DataError: the folder is in neither place; says where it was looked for.
+        DataError: the folder does not exist in either location; the message lists them.
     """
-    homes = [Path(home) for home in (os.environ.get(VARIABLE), root) if home]
-    for home in homes:
-        if (home / folder).is_dir():
-            return home / folder
+    roots = [Path(parent) for parent in (os.environ.get(VARIABLE), root) if parent]
+    for parent in roots:
+        if (parent / folder).is_dir():
+            return parent / folder
     raise DataError(
         folder, expected=f"a folder '{folder}' under {VARIABLE} or root",
-        got="none in " + ", ".join(f"'{home}'" for home in homes) if homes else f"no {VARIABLE} and no root",
+        got="none in " + ", ".join(f"'{parent}'" for parent in roots) if roots else f"no {VARIABLE} and no root",
         fix=f"Set {VARIABLE} to the folder that contains '{folder}'. {source}",
     )  # fmt: skip

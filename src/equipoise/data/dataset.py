@@ -1,4 +1,4 @@
-"""What every data set has in common: splits held in memory, and batches that repeat exactly."""
+"""Base class of data sets: splits in memory, and reproducible batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .counter_rng import CounterRNG
 from .resumable_sampler import ResumableBatchSampler
 
 EVALUATION_SEED = 20_250_000
-"""Noise of evaluation batches hangs on this seed, never on the run's: every run is judged on the same samples."""
+"""Seed of the noise in evaluation batches, independent of the run: all runs are evaluated on the same samples."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split, held in memory.
+    """One split of a data set, in memory.
 
     Args:
         inputs: name -> (sample, ...), standardized with the statistics of the training split, before augmentation.
         target: (sample,) long for classes; (sample,) or (sample, output) float for regression and multi-label.
 
     Raises:
-        ShapeError: parts of unequal length.
+        ShapeError: inputs and targets differ in length.
 
     Example:
         >>> len(Split({"audio": torch.zeros(3, 7, 5)}, torch.tensor([0, 1, 1])))
@@ -49,19 +49,19 @@ class Split:
 
 
 class Dataset(ABC):
-    """Splits, names and augmentation of one data set; the base of the classes that ``load`` finds by name.
+    """Base class of the data sets that ``load_dataset`` finds by name: splits, modality names and augmentation.
 
-    A subclass sets the attributes in its constructor and says in ``augment`` what is done to a batch.
+    A subclass sets the attributes in its constructor and implements ``augment``.
 
     Attributes:
         names: modality names.
         num_outputs: classes, or outputs of a regression.
-        task: "classification", "multilabel" or "regression" for fusions; another word for data that other models read.
+        task: "classification", "multilabel" or "regression" for fusion models; other values for data of other models.
         train, val, test: Split.
-        noise: name -> (mean, standard deviation) of the standardized training inputs: the statistics of the noise
-            that replaces a whole modality (spec 8.3).
-        vocabulary: name -> number of token ids, for inputs that are ids of words or characters; 0 pads.
-        outside: the test split's samples of classes that are held out, targets as they were; None where none is.
+        noise: name -> (mean, standard deviation) of the standardized training inputs, the statistics of the noise that
+            replaces a whole modality.
+        vocabulary: name -> number of token ids, for inputs of word or character ids; 0 is padding.
+        near_ood: test samples of the held-out classes, with their original targets; None without held-out classes.
     """
 
     names: tuple[str, ...]
@@ -72,35 +72,35 @@ class Dataset(ABC):
     test: Split
     noise: dict[str, tuple[float, float]]
     vocabulary: dict[str, int] = {}  # noqa: RUF012
-    outside: Split | None = None
+    near_ood: Split | None = None
 
     @abstractmethod
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
-        """What is done to the inputs of a batch; noise that belongs to the task is added in evaluation too."""
+        """Augments the inputs of a batch; noise that is part of the task is added in evaluation as well."""
 
-    def foreign(
+    def far_ood_inputs(
         self, pictures: Float[Tensor, "sample height width"], sounds: Float[Tensor, "sample 5120"]
     ) -> dict[str, Tensor]:
-        """Inputs out of pictures, gray from 0 to 1, and sounds at 8 kHz of another task, made as this data set's are.
+        """Processes images (gray, 0 to 1) and sounds (8 kHz) of another task as the inputs of this data set.
 
         Raises:
-            ConfigError: data that are no pictures and sounds.
+            ConfigError: this data set does not consist of images and sounds.
         """
         raise ConfigError(
-            "outside", expected="a data set of pictures and sounds", got=type(self).__name__,
+            "ood_split", expected="a data set of images and sounds", got=type(self).__name__,
             fix="Choose av_digits or digits.",
         )  # fmt: skip
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """name -> shape of one sample's input."""
+        """Returns {name: shape of the input of one sample}."""
         return {name: tuple(values.shape[1:]) for name, values in self.train.inputs.items()}
 
     def split(self, name: str) -> Split:
-        """The split of that name.
+        """Returns a split by its name.
 
         Raises:
-            ConfigError: a name other than train, val and test.
+            ConfigError: the name is not train, val or test.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         if name not in splits:
@@ -110,26 +110,26 @@ class Dataset(ABC):
     def batch(
         self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool
     ) -> dict[str, Tensor]:
-        """The samples at these positions as a model gets them.
+        """Returns a batch of samples as the input of a model.
 
         Args:
             split: "train", "val" or "test".
             index: (batch,) positions in the split.
-            seed, epoch: of the augmentation; without effect unless ``train``.
-            train: augment; otherwise every sample looks the same in every epoch and every run.
+            seed, epoch: seed and epoch of the augmentation; unused unless ``train``.
+            train: augment; otherwise a sample is the same in every epoch and run.
 
         Returns:
-            name -> (batch, ...) for every modality, "target" (batch,), "index" (batch,).
+            dict {name: (batch, ...)} of all modalities, "target" (batch,) and "index" (batch,).
         """
-        held = self.split(split)
+        samples = self.split(split)
         draw = CounterRNG(seed, epoch, index, split) if train else CounterRNG(EVALUATION_SEED, 0, index, split)
-        inputs = self.augment({name: values[index] for name, values in held.inputs.items()}, draw, train=train)
-        return {**inputs, "target": held.target[index], "index": index}
+        inputs = self.augment({name: values[index] for name, values in samples.inputs.items()}, draw, train=train)
+        return {**inputs, "target": samples.target[index], "index": index}
 
     def batches(
         self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool
     ) -> Iterator[dict[str, Tensor]]:
-        """All batches of one epoch, as ``batch`` makes them; shuffled when ``train``."""
+        """Yields all batches of one epoch; shuffled if ``train``."""
         order = ResumableBatchSampler(len(self.split(split)), batch_size, seed=seed, shuffle=train)
         order.set_epoch(epoch)
         for _, index in order:
@@ -137,20 +137,20 @@ class Dataset(ABC):
 
 
 def standardize(values: Tensor, reference: Tensor) -> Tensor:
-    """``values`` less the mean of ``reference``, over its standard deviation: one mean and one deviation for all.
+    """Subtracts the mean of ``reference`` and divides by its standard deviation, both over all elements.
 
     Example:
-        >>> standardized(torch.tensor([7.0]), torch.tensor([1.0, 3.0]))
+        >>> standardize(torch.tensor([7.0]), torch.tensor([1.0, 3.0]))
         tensor([5.])
     """
     return (values - reference.mean()) / reference.std(correction=0).clamp(min=torch.finfo(torch.float32).eps)
 
 
 def split_statistics(inputs: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """name -> (mean, standard deviation) over all samples and positions.
+    """Returns {name: (mean, standard deviation)} over all samples and positions.
 
     Example:
-        >>> statistics({"audio": torch.tensor([[1.0, 3.0]])})
+        >>> split_statistics({"audio": torch.tensor([[1.0, 3.0]])})
         {'audio': (2.0, 1.0)}
     """
     return {name: (values.mean().item(), values.std(correction=0).item()) for name, values in inputs.items()}

@@ -7,27 +7,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 RATE = 8000
-"""Samples a second."""
+"""Samples per second."""
 HOP = 80
-"""Samples between two frames: 10 ms."""
+"""Hop length in samples: 10 ms."""
 WINDOW = 256
-"""Samples of one frame: 32 ms."""
+"""Window length in samples: 32 ms."""
 FFT = 512
-"""The frame is padded to this length, so that even the narrowest mel band holds a frequency bin."""
+"""FFT length; frames are padded to it so that the narrowest mel band contains a frequency bin."""
 FRAMES = 64
-"""Frames of one spectrogram: 0.64 s."""
+"""Frames per spectrogram: 0.64 s."""
 BANDS = 40
 
 
 def log_mel(waveform: Float[Tensor, "batch sample"], floor: float) -> Float[Tensor, "batch 64 40"]:
-    """Natural logarithm of the energy in 40 mel bands, 64 frames of 10 ms.
+    """Computes the natural logarithm of the energy in 40 mel bands, in 64 frames of 10 ms.
 
-    Frame i is centerd on sample 80 i + 40, Hann window of 256 samples.
+    Frame i is centered on sample 80 i + 40, Hann window of 256 samples.
 
     Args:
-        waveform: (batch, 5120) at 8 kHz, in [-1, 1]; ``framed`` brings recordings to this length.
-        floor: added to the energy before the logarithm; what is much softer is not heard. White noise of root mean
-            square r has an energy of about 96 r^2 in a bin.
+        waveform: (batch, 5120) at 8 kHz, in [-1, 1]; ``framed`` pads or crops recordings to this length.
+        floor: added to the energy before the logarithm; much softer sounds vanish below it. White noise of root mean
+            square r has an energy of about 96 r^2 per bin.
 
     Example:
         >>> log_mel(torch.zeros(2, 5120), floor=1.0).shape
@@ -41,7 +41,7 @@ def log_mel(waveform: Float[Tensor, "batch sample"], floor: float) -> Float[Tens
 
 
 def framed(recording: Float[Tensor, " sample"]) -> Float[Tensor, " 5120"]:
-    """The recording as 0.64 s: the middle of a longer one, silence around a shorter one.
+    """Crops a recording to the middle 0.64 s, or pads it with silence on both sides.
 
     Example:
         >>> framed(torch.ones(2)).nonzero()[:, 0]
@@ -53,7 +53,7 @@ def framed(recording: Float[Tensor, " sample"]) -> Float[Tensor, " 5120"]:
 
 
 def mel_bands() -> Float[Tensor, "40 257"]:
-    """Triangles between 41 equal steps of mel(f) = 2595 log10(1 + f / 700) from 0 to 4,000 Hz, each of height 1.
+    """Returns the triangular mel filters: 41 equal steps of mel(f) = 2595 log10(1 + f / 700), 0 to 4,000 Hz, height 1.
 
     Example:
         >>> bool((mel_bands().sum(dim=1) > 0).all())

@@ -1,4 +1,4 @@
-"""Reads images and sounds: complete files only, images upright, in 8 bits and on white, sounds in one channel."""
+"""Loads image and audio files; truncated or oversized files are errors."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Pixels of an image, as in Pillow: a small file may unpack to any number of them."""
+"""Largest number of pixels of an image, as in Pillow: a small file can decompress to any size."""
 MAX_SAMPLES = 2**28
-"""Samples of a sound, over all channels, before and after resampling: 1 GiB in float32."""
+"""Largest number of audio samples over all channels, before and after resampling: 1 GiB in float32."""
 RATES = (1_000, 384_000)
-"""Sample rates in Hz; the filter of a resampling grows with them."""
+"""Range of sample rates in Hz; the resampling filter grows with the rate."""
 PROGRAMS = ("EPS", "WMF")
-"""Formats that are programs for another interpreter, which Pillow would start."""
+"""Formats for which Pillow would start an external interpreter."""
 SIXTEEN = ("PNG", "PPM")
-"""Formats of which Pillow gives 16 bits in 32."""
+"""Formats whose 16-bit values Pillow returns as 32-bit."""
 CHUNKS: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
     b"RIFF": ("little", b"data"),
     b"RF64": ("little", b"data"),
     b"RIFX": ("big", b"data"),
     b"FORM": ("big", b"SSND"),
 }
-"""How files of chunks begin -> their byte order, and the chunk that holds the samples."""
+"""Magic bytes of chunked audio files -> byte order, and the chunk with the samples."""
 
 
 def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.Image:
-    """An image in RGB with 8 bits a color.
+    """Loads an image in RGB with 8 bits per channel.
 
-    It is turned as its EXIF orientation says, 16-bit gray values are divided by 257, and what is transparent lies on
-    white. Of an animation, the first frame is read.
+    Applies the EXIF orientation, divides 16-bit gray values by 257, and blends transparent areas with white. Only the
+    first frame of an animation is loaded.
 
     Args:
-        image: a file, or an image of Pillow.
-        who: begins the errors.
+        image: a file, or a Pillow image.
+        who: start of the error messages.
 
     Raises:
-        DataError: no file, an empty or truncated one, or no image; more than ``MAX_PIXELS`` pixels; values whose range
-            the file does not tell, as 32-bit integers and floats.
+        DataError: the file is missing, empty, truncated or not an image; more than ``MAX_PIXELS`` pixels; values of
+            unknown range, such as 32-bit integers and floats.
 
     Example:
-        >>> read_image(Image.new("LA", (2, 2))).getpixel((0, 0))
+        >>> load_image(Image.new("LA", (2, 2))).getpixel((0, 0))
         (255, 255, 255)
     """
     content = b""
@@ -75,24 +75,24 @@ def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.
             who, expected="an image, as PNG, JPEG or WebP", got="a file of another kind", fix="Is it complete?"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(who, expected=f"an image of at most {MAX_PIXELS:,} pixels", got=_said(error)) from error
-    # Pillow's decoders fail in many ways on content that is not theirs.
+        raise DataError(who, expected=f"an image of at most {MAX_PIXELS:,} pixels", got=_error_text(error)) from error
+    # Pillow's decoders raise many kinds of errors on invalid content.
     except Exception as error:
         raise DataError(
-            who, expected="a complete image, as PNG, JPEG or WebP", got=_said(error), fix="Is the file truncated?"
+            who, expected="a complete image, as PNG, JPEG or WebP", got=_error_text(error), fix="Is the file truncated?"
         ) from error
 
 
 def read_audio(sound: str | Path | np.ndarray, rate: int, *, who: str = "audio") -> Float[np.ndarray, " sample"]:
-    """A sound in one channel, the mean of those it has, at the rate that is asked for.
+    """Loads a sound as mono (mean of the channels), resampled to the given rate.
 
     Args:
-        sound: a file of any rate, or an array (sample,) that has this rate already.
-        rate: in Hz.
-        who: begins the errors.
+        sound: a file of any rate, or an array (sample,) of this rate.
+        rate: sample rate of the result, in Hz.
+        who: start of the error messages.
 
     Raises:
-        DataError: what ``load_sound`` raises; an array that is no finite floating (sample,).
+        DataError: as ``load_audio``; the array is not finite floating (sample,).
     """
     if isinstance(sound, np.ndarray):
         if sound.ndim != 1 or not np.issubdtype(sound.dtype, np.floating) or not len(sound):
@@ -118,11 +118,11 @@ def read_audio(sound: str | Path | np.ndarray, rate: int, *, who: str = "audio")
 
 
 def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarray, "sample channel"], int]:
-    """The samples of a sound file in float32, and its rate in Hz; integers are scaled to [-1, 1).
+    """Loads the samples of an audio file in float32, and its rate in Hz; integers are scaled to [-1, 1).
 
     Raises:
-        DataError: no file, an empty or truncated one, or no sound; no sample, NaN or infinity among them; more than
-            ``MAX_SAMPLES`` samples; a rate outside of ``RATES``.
+        DataError: the file is missing, empty, truncated or not audio; no samples, NaN or infinity; more than
+            ``MAX_SAMPLES`` samples; a rate outside ``RATES``.
     """
     import soundfile
 
@@ -141,7 +141,9 @@ def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarra
                 )
             values = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise DataError(who, expected="a sound, as WAV or FLAC", got=_said(error), fix="Is it complete?") from error
+        raise DataError(
+            who, expected="a sound, as WAV or FLAC", got=_error_text(error), fix="Is it complete?"
+        ) from error
     if not len(values):
         raise DataError(who, expected="at least one sample", got="an empty recording", fix="Fetch the file again.")
     if len(values) < length:
@@ -156,14 +158,14 @@ def _content(path: str | Path, who: str, kind: str) -> bytes:
     except FileNotFoundError as error:
         raise DataError(who, expected=kind, got="no such file") from error
     except (OSError, TypeError, ValueError) as error:
-        raise DataError(who, expected=kind, got=_said(error)) from error
+        raise DataError(who, expected=kind, got=_error_text(error)) from error
     if not content:
         raise DataError(who, expected=kind, got="an empty file" if content == b"" else "no regular file")
     return content
 
 
 def _require_end(kind: str | None, content: bytes) -> None:
-    """Raises OSError where the end of a file is missing whose image, or first frame, Pillow could read."""
+    """Raises OSError if the end of a file is missing although Pillow could decode its image or first frame."""
     cut = {"PNG": b"IEND\xaeB`\x82" not in content, "GIF": not content.rstrip(b"\0\r\n ").endswith(b";")}
     if content and cut.get(kind or "", False):
         raise OSError("image file is truncated: its end is missing")
@@ -172,7 +174,7 @@ def _require_end(kind: str | None, content: bytes) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    # What says how the camera was held cannot be read; the image can.
+    # The EXIF data is damaged, the image is not.
     except Exception:
         return image
 
@@ -186,7 +188,7 @@ def _eight_bits(image: Image.Image, kind: str | None, who: str) -> Image.Image:
         return gray
     if image.mode in ("I", "F"):
         raise DataError(
-            who, expected="an image of 8 or 16 bits a color", got=f"mode {image.mode}, whose range is not known",
+            who, expected="an image of 8 or 16 bits a color", got=f"mode {image.mode}, of unknown range",
             fix="Convert it to 8-bit RGB first.",
         )  # fmt: skip
     return image
@@ -203,7 +205,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _require_chunks(content: bytes, who: str) -> None:
-    """Raises DataError where a chunk is shorter than its header says: libsndfile would return what there is."""
+    """Raises DataError if a chunk is shorter than its header says; libsndfile would return the samples present."""
     if content[:4] not in CHUNKS:
         return
     order, data = CHUNKS[content[:4]]
@@ -228,7 +230,7 @@ def _require_chunks(content: bytes, who: str) -> None:
 
 
 def _require_last_page(content: bytes, who: str) -> None:
-    """Raises DataError where the last page of an Ogg stream is cut, or not marked as the last."""
+    """Raises DataError if the last page of an Ogg stream is truncated or not marked as the last."""
     if content[:4] != b"OggS":
         return
     at = content.rfind(b"OggS")
@@ -246,5 +248,5 @@ def _truncated(who: str, expected: str, got: object) -> DataError:
     return DataError(who, expected=expected, got=f"{got}", fix="The file is truncated: fetch it again.")
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Images reduced to their principal components."""
+"""Principal component analysis of images."""
 
 from __future__ import annotations
 
@@ -13,46 +13,44 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class PCA:
-    """A mean and orthonormal directions around it.
+    """Mean and principal directions.
 
     Attributes:
         mean: (pixel,).
-        directions: (component, pixel), of falling variance.
+        directions: (component, pixel), orthonormal, in descending order of variance.
     """
 
     mean: Float[Tensor, " pixel"]
     directions: Float[Tensor, "component pixel"]
 
     def reconstruct(self, images: Float[Tensor, "sample pixel"]) -> Float[Tensor, "sample pixel"]:
-        """What the components keep of the images' differences from the mean; the mean is not added back."""
+        """Projects the centered images onto the components; the mean is not added back."""
         return (images - self.mean) @ self.directions.T @ self.directions
 
 
 def fit_pca(images: Float[Tensor, "sample pixel"], energy: float) -> PCA:
-    """The fewest principal components that hold at least this part of the variance.
+    """Fits the fewest principal components that explain at least the fraction ``energy`` of the variance.
 
     Args:
-        images: (sample, pixel), of the training split alone.
+        images: (sample, pixel) of the training split.
         energy: in (0, 1].
 
     Raises:
-        ConfigError: an energy outside (0, 1].
-
-    Reference: spec 9.5; there the components of the test split were fitted on the test split, here they are not.
+        ConfigError: ``energy`` is outside (0, 1].
 
     Example:
         >>> flat = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-        >>> principal_components(flat, 0.8).directions.abs()
+        >>> fit_pca(flat, 0.8).directions.abs()
         tensor([[1., 0.]])
     """
     if not 0 < energy <= 1:
-        raise ConfigError("principal_components", expected="an energy in (0, 1]", got=f"{energy}")
+        raise ConfigError("fit_pca", expected="an energy in (0, 1]", got=f"{energy}")
     precise = images.double()
     mean = precise.mean(dim=0)
-    centerd = precise - mean
-    variance, directions = torch.linalg.eigh(centerd.T @ centerd / len(images))
+    centered = precise - mean
+    variance, directions = torch.linalg.eigh(centered.T @ centered / len(images))
     variance, directions = variance.flip(0).clamp(min=0), directions.flip(1)
-    held = variance.cumsum(0) / variance.sum()
-    # Rounding may leave the last sum a hair below an energy of exactly 1.
-    count = min(int((held < energy).sum()) + 1, len(held))
+    explained = variance.cumsum(0) / variance.sum()
+    # Rounding may leave the last cumulative sum slightly below 1.
+    count = min(int((explained < energy).sum()) + 1, len(explained))
     return PCA(mean.float(), directions[:, :count].T.contiguous().float())

@@ -51,7 +51,7 @@ class AVDigits(Dataset):
         audio_noise: standard deviation of the noise added to the standardized spectrogram, in every split.
         energy: part of the variance that the image's principal components keep, in (0, 1].
         held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
-            of the test split are ``outside``.
+            of the test split are ``near_ood``.
 
     Raises:
         ConfigError: an unknown fold, negative noise, an energy outside (0, 1], held-out digits that do not exist or
@@ -89,11 +89,11 @@ class AVDigits(Dataset):
             inputs = self._standardized(spoken.spectrograms[partner], images[row])
             splits[name], held[name] = split_by_class(Split(inputs, labels[row]), kept)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
-        self.outside = held["test"] if len(kept) < 10 else None
+        self.near_ood = held["test"] if len(kept) < 10 else None
         self.noise = split_statistics(self.train.inputs)
         self._silence = standardize(spoken.spectrograms.amin(dim=(0, 1)), self._reference["audio"])
 
-    def foreign(
+    def far_ood_inputs(
         self, pictures: Float[Tensor, "sample 28 28"], sounds: Float[Tensor, "sample 5120"]
     ) -> dict[str, Tensor]:
         return self._standardized(log_mel(sounds, FLOOR), pictures.flatten(1))

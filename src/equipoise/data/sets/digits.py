@@ -45,7 +45,7 @@ class Digits(Dataset):
         image_noise: the same for the image.
         energy: part of the variance that the image's principal components keep, in (0, 1].
         held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
-            of the test split are ``outside``.
+            of the test split are ``near_ood``.
 
     Raises:
         ConfigError: negative noise, an energy outside (0, 1], held-out digits that do not exist or leave fewer than
@@ -85,11 +85,13 @@ class Digits(Dataset):
             whole = Split(self._standardized(levels[chosen[name]], images[row]), labels[row])
             splits[name], held[name] = split_by_class(whole, kept)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
-        self.outside = held["test"] if len(kept) < 10 else None
+        self.near_ood = held["test"] if len(kept) < 10 else None
         self.noise = split_statistics(self.train.inputs)
         self._silence = standardize(torch.full((40,), float(levels.min())), self._reference["audio"])
 
-    def foreign(self, pictures: Float[Tensor, "sample 8 8"], sounds: Float[Tensor, "sample 5120"]) -> dict[str, Tensor]:
+    def far_ood_inputs(
+        self, pictures: Float[Tensor, "sample 8 8"], sounds: Float[Tensor, "sample 5120"]
+    ) -> dict[str, Tensor]:
         levels = ((log_mel(sounds, FLOOR) - QUIETEST) / STEP).round().clamp(0, 255)
         return self._standardized(levels * STEP + QUIETEST, pictures.flatten(1))
 
