@@ -126,13 +126,14 @@ def process_docstring(app, what, name, obj, options, lines: list[str]) -> None:
             literal_indent = None
         doctest = bool(line.strip()) and (doctest or line.lstrip().startswith(">>>"))
         if literal_indent is None and not doctest:
-            pieces = re.split(r"(``|`[^`]+`)", line)
+            bullet = re.match(r"\s*(?:\* )?", line).group(0)
+            pieces = re.split(r"(``|`[^`]+`)", line[len(bullet) :])
             for at, piece in enumerate(pieces):
                 if piece == "``":
                     quoted = not quoted
                 elif not quoted and not piece.startswith("`"):
                     pieces[at] = escape_stray_markup(piece)
-            lines[number] = "".join(pieces)
+            lines[number] = bullet + "".join(pieces)
             if line.rstrip().endswith("::"):
                 literal_indent = indent
 

@@ -223,8 +223,8 @@ def test_linear_cka():
     a, b = clouds(count=11, one=3, other=5)
     gram = []
     for x in (a, b):
-        centerd = x.numpy() - x.numpy().mean(axis=0)
-        gram.append(centerd @ centerd.T)
+        centered = x.numpy() - x.numpy().mean(axis=0)
+        gram.append(centered @ centered.T)
     wanted = (gram[0] * gram[1]).sum() / math.sqrt((gram[0] ** 2).sum() * (gram[1] ** 2).sum())
     assert float(linear_cka(a, b)) == pytest.approx(wanted)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]

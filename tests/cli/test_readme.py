@@ -1,9 +1,8 @@
-"""What the README shows is what runs."""
+"""The README is short, and its links and commands exist; tests/test_docs.py runs its Python code."""
 
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,21 @@ PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_first_screen_runs_and_is_short(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    quick = code.replace("max_epochs=3", "max_epochs=1").replace("epochs=3)", "epochs=1)")
-    done = subprocess.run([sys.executable, "-c", quick], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert -1.0 <= float(done.stdout.split()[-1]) <= 1.0
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 100
+    first_block = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in first_block.splitlines() if line.strip()]) <= 5
+    assert "eq.watch" in first_block
+    # The picture, the install command, the demo and the first block fit on the first screen.
+    first_screen = "\n".join(lines[:20])
+    assert all(text in first_screen for text in ("docs/pictures/demo.png", "pip install", "equipoise demo", "eq.watch"))
+
+
+def test_results_table_has_at_most_eight_rows_with_controls():
+    rows = re.search(r"\| method \|.*?\n\n", README, re.DOTALL).group(0).splitlines()
+    assert "control" in rows[0]
+    assert len([row for row in rows[2:] if row]) <= 8
 
 
 def test_every_link_leads_to_a_file():
@@ -27,15 +34,19 @@ def test_every_link_leads_to_a_file():
 
 
 def test_every_command_named_there_exists():
-    named = set(re.findall(r"^equipoise (\w+)", README, re.MULTILINE))
     from equipoise.cli.commands import COMMANDS
 
-    assert named <= set(COMMANDS)
+    named = set(re.findall(r"^equipoise (\w+)", README, re.MULTILINE))
+    assert {"demo", "compare"} <= named <= set(COMMANDS)
+
+
+def test_set_up_commands():
+    assert "python3 -m venv .venv && .venv/bin/pip install '.[all]' && .venv/bin/equipoise demo" in README
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_ci_finds_the_test_command():
     script = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
     pipeline = re.search(r'command="\$\((.*)\)"', script).group(1)
-    done = subprocess.run(["bash", "-c", pipeline], cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("pytest")
+    completed = subprocess.run(["bash", "-c", pipeline], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert completed.stdout.strip().endswith("pytest")

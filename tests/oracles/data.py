@@ -49,7 +49,7 @@ def shifted(spectrogram: np.ndarray, frames: list[int], fill: np.ndarray) -> np.
 
 
 def reconstructed(train: np.ndarray, images: np.ndarray, energy: float) -> tuple[int, np.ndarray]:
-    """(components kept, reconstruction without the mean) by the singular values of the centerd training images."""
+    """(components kept, reconstruction without the mean) by the singular values of the centered training images."""
     mean = train.mean(axis=0)
     _, singular, rows = np.linalg.svd(train - mean, full_matrices=False)
     total, held, count = (singular**2).sum(), 0.0, 0

@@ -55,7 +55,7 @@ def uniformity(a: Vectors) -> Float[Tensor, ""]:
 
 
 def linear_cka(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"]) -> Float[Tensor, ""]:
-    """Likeness of two spaces up to rotation and scale: ``|A^T B|_F^2 / (|A^T A|_F |B^T B|_F)`` of centerd vectors.
+    """Likeness of two spaces up to rotation and scale: ``|A^T B|_F^2 / (|A^T A|_F |B^T B|_F)`` of centered vectors.
 
     1 where they are alike, 0 where nothing of one tells of the other.
 
