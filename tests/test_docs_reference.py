@@ -16,6 +16,8 @@ def configuration():
     return module
 
 
+# Warnings of Sphinx and its extensions about one another are not about this package.
+@pytest.mark.filterwarnings("ignore")
 def test_every_public_name_is_in_the_inventory(configuration, tmp_path):
     sphinx = pytest.importorskip("sphinx.application")
     inventory = pytest.importorskip("sphinx.util.inventory")
