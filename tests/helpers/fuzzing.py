@@ -349,7 +349,7 @@ OWN = {
     "train": (*RECIPE, *RECIPE, "--seed", "--method", "--fold", "--resume", "--devices", "--strategy", "--num_nodes"),
     "diagnose": ("--tests", "--outside", "--modality", "--seed"),
     "search": ("--top", "--html", "--image", "--images", "--model"),
-    "look": ("--image", "--audio", "--sinks", "--sites", "--dtype", "--device", "--answer", "--random"),
+    "look": ("--image", "--audio", "--exclude_top_k", "--layers", "--dtype", "--device", "--answer", "--random"),
     "evaluate": ("--data", "--level", "--split", "--samples", "--template", "--dtype"),
 }
 """Options of each command, and some that none has."""

@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def seen(model):
-    return look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=5, sinks=TOP)
+    return look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=5, exclude_top_k=TOP)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_shares_are_sums_of_the_matrix(seen, written_out, part):
             rest = sum(per_key[j] for j in mine if j not in top)
             close(view.without_sinks[layer, :, m], rest / sum(per_key[j] for j in range(len(ids)) if j not in top))
             even = [sum(kinds[j] == m for j in range(i + 1)) / (i + 1) for i in rows]
-            close(view.even[layer, m], sum(even) / len(even))
+            close(view.uniform[layer, m], sum(even) / len(even))
 
 
 def test_sinks_are_the_tokens_that_get_most_over_all_layers(seen, written_out):
@@ -132,7 +132,7 @@ def approx():
 
 
 def test_a_given_answer_is_read_as_a_written_one(model, seen):
-    again = look(model, processor(), image=picture(), text=QUESTION, answer=seen.answer, sinks=TOP)
+    again = look(model, processor(), image=picture(), text=QUESTION, answer=seen.answer, exclude_top_k=TOP)
     assert (seen.given, again.given, again.answer) == (False, True, seen.answer)
     assert [token.text for token in again.tokens] == [token.text for token in seen.tokens]
     assert again.log_likelihood == seen.log_likelihood
@@ -145,9 +145,14 @@ def test_rows_table_and_file_agree(seen, tmp_path):
     row = next(r for r in rows if (r["view"], r["layer"], r["head"], r["modality"]) == ("answer", 2, 3, "image"))
     view = seen.views["answer"]
     assert row["share"] == float(view.share[2, 3, 1])
-    assert (row["share_without_sinks"], row["even"]) == (float(view.without_sinks[2, 3, 1]), float(view.even[2, 1]))
-    assert row["site"] == "model.language_model.layers.2.self_attn"
+    assert (row["share_without_sinks"], row["uniform"]) == (
+        float(view.without_sinks[2, 3, 1]),
+        float(view.uniform[2, 1]),
+    )
+    assert row["name"] == "model.language_model.layers.2.self_attn"
     lines = seen.table().splitlines()
+    assert row["aei"] == pytest.approx(row["share"] / row["uniform"])
+    assert seen._repr_html_().startswith("<pre>") and seen.answer in seen._repr_html_()  # noqa: PT018
     assert lines[0].split() == ["prompt", "answer", "without", "sinks"]
     assert lines[1].split() == ["layer", *["text", "image"] * 3]
     assert f"{100 * float(view.share[1, :, 1].mean()):.1f} %" in lines[3]
@@ -161,12 +166,12 @@ def test_rows_table_and_file_agree(seen, tmp_path):
 def test_what_the_model_sees_of_the_picture_is_framed(seen):
     assert seen.grid[:3] == (3, 3, True)
     assert seen.frame == pytest.approx(((26 - 18) / 2 / 26, 0, (26 + 18) / 2 / 26, 1))
-    assert Image.open(io.BytesIO(seen.picture)).size == (26, 18)
+    assert Image.open(io.BytesIO(seen.image)).size == (26, 18)
 
 
 def test_chosen_layers_alone(model):
-    some = look(model, processor(), image=picture(), text=QUESTION, answer="cat", sites="*layers.1.*")
-    assert some.sites == ("model.language_model.layers.1.self_attn",)
+    some = look(model, processor(), image=picture(), text=QUESTION, answer="cat", layers="*layers.1.*")
+    assert some.layers == ("model.language_model.layers.1.self_attn",)
     assert some.maps.layers == (0,)
     assert len(some.views["answer"].share) == 1
 
@@ -182,7 +187,7 @@ def test_the_chat_template_is_used_unless_the_text_has_a_placeholder(model):
 
 def test_a_model_of_text_alone(tmp_path):
     alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
-    assert (alone.target, alone.grid, alone.picture, alone.names) == (None, None, None, ("text",))
+    assert (alone.target, alone.grid, alone.image, alone.names) == (None, None, None, ("text",))
     assert torch.allclose(alone.views["answer"].share, torch.ones(2, 4, 1), **TOL[torch.float32])
     assert [effect.change for effect in alone.effects if effect.change.startswith("blank")] == []
     assert alone.report(tmp_path / "a.html").read_text().count("This model reads text alone") == 2
@@ -198,7 +203,7 @@ def test_nothing_of_the_model_is_changed(model):
     model.train()
     before, modes = torch.get_rng_state(), [part.training for part in model.modules()]
     steps, held = [], hooks(model)
-    look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=2, tell=steps.append)
+    look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=2, progress=steps.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -244,7 +249,7 @@ def test_families(name, tmp_path):
     assert (found.grid.rows, found.grid.columns) == ((1, 1) if count == 1 else (1, 4) if kind == "audio" else (2, 2))
     for view in found.views.values():
         close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
-        close(view.even.sum(dim=-1), torch.ones(len(view.even)))
+        close(view.uniform.sum(dim=-1), torch.ones(len(view.uniform)))
     assert f"goes to the {kind}" in found.report(tmp_path / "page.html").read_text()
     # The answer that follows changes nothing of what came before it.
     answer = torch.tensor([[7, 8, 9]])
@@ -257,10 +262,10 @@ def test_families(name, tmp_path):
 def test_layers_that_read_another_stream_have_shares_and_no_maps(tmp_path):
     model, inputs = family("mllama")
     found = look(model, Given(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
-    assert [site.split(".")[-1] for site in found.sites] == ["self_attn", "cross_attn"]
+    assert [site.split(".")[-1] for site in found.layers] == ["self_attn", "cross_attn"]
     close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
     assert found.maps.layers == (0,)
-    assert found.notes == ("1 of 2 layers read another stream than the words; the maps leave them out.",)
+    assert found.notes == ("1 of 2 layers attend to another sequence than the text; the maps omit them.",)
     assert found.grid.why == "one token"
     assert found.notes[0] in found.report(tmp_path / "page.html").read_text()
 
@@ -292,10 +297,10 @@ def test_words_keep_the_space_before_them():
              r"image, got text alone. Give image=..., or --image FILE."),
         ({"audio": np.zeros(8)}, "expected what LlavaForConditionalGeneration reads: text and image, got audio"),
         ({"image": picture(), "text": "  "}, "expected a text, such as a question about the picture, got none"),
-        ({"image": picture(), "answer": " "}, "look answer: expected words that the model could write"),
-        ({"image": picture(), "answer": "cat <image>"}, "look answer: expected words that the model could write"),
-        ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens from 1 and sinks from 0 on"),
-        ({"image": picture(), "sites": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
+        ({"image": picture(), "answer": " "}, "look answer: expected text of at least one token without placeholders"),
+        ({"image": picture(), "answer": "cat <image>"}, "look answer: expected text of at least one token without placeholders"),
+        ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens >= 1 and exclude_top_k >= 0"),
+        ({"image": picture(), "layers": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told(model, options, message):

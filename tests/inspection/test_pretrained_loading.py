@@ -210,7 +210,7 @@ def run(*arguments):
 
 def test_the_command_writes_numbers_and_page(folder, tmp_path, capsys):
     arguments = (folder, "--image", folder / "cat.png", "--text", QUESTION, "--max_new_tokens", 2, "--out", tmp_path)
-    assert run(*arguments, "--device", "cpu", "--sites", "*layers.0.*, *layers.2.*", "--sinks", 1) == 0
+    assert run(*arguments, "--device", "cpu", "--layers", "*layers.0.*, *layers.2.*", "--exclude_top_k", 1) == 0
     said = capsys.readouterr().out
     content = json.loads((tmp_path / "look.json").read_text())
     assert [site.split(".")[3] for site in content["sites"]] == ["0", "2"]

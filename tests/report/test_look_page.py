@@ -55,7 +55,7 @@ def test_the_page_holds_the_figures_and_nothing_of_a_token_runs(content, tmp_pat
 def test_the_sentence_has_the_figures_of_the_look(seen, content):
     lead = verdict(MeanShares(content))[0]
     view = seen.views["answer"]
-    part, even = float(view.share[..., 1].mean()), float(view.even[:, 1].mean())
+    part, even = float(view.share[..., 1].mean()), float(view.uniform[:, 1].mean())
     assert f"In the answer, {percent(part)} of attention goes to the image" in lead
     assert f"{part / even:.{1 if part > even else 2}f} times what its number of tokens (9 of " in lead
     hidden = next(effect for effect in seen.effects if effect.change == "image hidden")

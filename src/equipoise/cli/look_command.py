@@ -26,10 +26,12 @@ def look_parser() -> Parser:
     parser.add_argument("--image", type=path, default=None, help="the picture, for a model that reads pictures")
     parser.add_argument("--audio", type=path, default=None, help="the sound, for a model that reads sounds")
     parser.add_argument("--text", required=True, help="the question; the chat template is put around it")
-    parser.add_argument("--answer", default=None, help="an answer to judge; by default the model writes one")
+    parser.add_argument("--answer", default=None, help="an answer to score; by default the model generates one")
     parser.add_argument("--max_new_tokens", type=whole, default=20, help="of the answer that the model writes")
-    parser.add_argument("--sites", default=None, help="comma-separated patterns of layers; all by default")
-    parser.add_argument("--sinks", type=whole, default=3, help="top tokens that the second figures leave out")
+    parser.add_argument("--layers", default=None, help="comma-separated patterns of layers; all by default")
+    parser.add_argument(
+        "--exclude_top_k", type=whole, default=3, help="number of top tokens (attention sinks) to exclude"
+    )
     parser.add_argument("--random", action="store_true", help="random weights from the configuration alone")
     parser.add_argument("--revision", default=None, help="branch, tag or commit on the hub")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator where there is one")
@@ -61,9 +63,9 @@ def look(options: Namespace) -> int:
             notes.append("There are no files of a tokenizer: every byte of the text stands as a token.")
         found = look(
             *loaded, image=image, audio=options.audio, text=options.text, answer=options.answer,
-            max_new_tokens=options.max_new_tokens, sinks=options.sinks,
-            sites=None if options.sites is None else [part.strip() for part in options.sites.split(",")],
-            name=options.model, notes=notes, tell=status.update,
+            max_new_tokens=options.max_new_tokens, exclude_top_k=options.exclude_top_k,
+            layers=None if options.layers is None else [part.strip() for part in options.layers.split(",")],
+            name=options.model, notes=notes, progress=status.update,
         )  # fmt: skip
         status.update("writing the page")
         path = found.save(options.out)

@@ -1,4 +1,4 @@
-"""One pass, seen by several at once: shares of prompt and answer, and the attention of single tokens."""
+"""Records the shares of prompt and answer and the attention of single tokens in one forward pass."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..recording.share_measurement import explicit_attention
 
 
 class TraceReader(NamedTuple):
-    """Whose attention is kept.
+    """A query whose attention is kept.
 
     Attributes:
-        text: the token, or what it stands for.
+        text: the token, or the name of a group of tokens.
         part: ``"prompt"`` or ``"answer"``.
-        place: of the token in the sequence; None for a mean over all queries of its part.
-        query: place of the query: the token's own in the prompt, the one before for a token of the answer, which is
-            written by it; None for a mean.
+        place: position of the token in the sequence; None for the mean over all queries of its part.
+        query: position of the query: that of the token in the prompt, and the one before for tokens of the answer,
+            which it predicts; None for a mean.
     """
 
     text: str
@@ -35,17 +35,18 @@ Choose = Callable[[tuple[str, ...], Tensor], list[TraceReader]]
 
 
 class AttentionTrace:
-    """Attention of some queries of one sequence on every key.
+    """Handler that keeps the attention of some queries of one sequence on every key.
 
     Args:
-        choose: names of the modalities, (token,) labels -> the readers, whose ``query`` says which row is theirs.
-        groups: name -> (query,) True for the queries whose even share is asked for.
+        choose: (modality names, (token,) labels) -> the queries to keep.
+        groups: name -> (query,) True for the queries of a group.
 
     Attributes:
-        readers: those that were chosen, as soon as a layer reads the sequence itself.
-        labels: (token,) modality of the sequence, from the same layer.
-        rows: site -> (head, reader, key) of layers that read the sequence itself.
-        even: site -> group -> (modality,) share, if every key that a query sees got the same; mean over the group.
+        readers: the chosen queries; set by the first self-attention layer.
+        labels: (token,) modality index of each token, set by the same layer.
+        rows: layer -> (head, reader, key), for self-attention layers.
+        uniform: layer -> group -> (modality,) share if each query attended uniformly to its visible keys, mean over the
+            group.
     """
 
     replaces_output = False
@@ -55,9 +56,9 @@ class AttentionTrace:
         self.readers: list[TraceReader] = []
         self.labels: Tensor | None = None
         self.rows: dict[str, Tensor] = {}
-        self.even: dict[str, dict[str, Tensor]] = {}
+        self.uniform: dict[str, dict[str, Tensor]] = {}
 
-    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         batch, _, queries, keys = call.sizes
         length = len(next(iter(self._groups.values())))
         if known.unimodal or (batch, queries) != (1, length):
@@ -67,47 +68,49 @@ class AttentionTrace:
             if self.labels is None:
                 self.labels, self.readers = labels, self._choose(known.names, labels)
             places = torch.tensor([[reader.query for reader in self.readers]], device=call.query.device)
-            self.rows[site] = torch.cat(list(explicit_attention(select_queries(call, places))), dim=2)[0].float().cpu()
-        seen = call.visible()
-        seen = torch.ones(queries, keys) if seen is None else seen[0].any(dim=0).expand(queries, keys).float().cpu()
-        hot = (labels[:, None] == torch.arange(len(known.names))).float()
-        even = (seen @ hot) / seen.sum(dim=1, keepdim=True).clamp(min=1)
-        self.even[site] = {name: even[group].mean(dim=0) for name, group in self._groups.items()}
+            self.rows[layer] = torch.cat(list(explicit_attention(select_queries(call, places))), dim=2)[0].float().cpu()
+        visible = call.visible()
+        visible = (
+            torch.ones(queries, keys) if visible is None else visible[0].any(dim=0).expand(queries, keys).float().cpu()
+        )
+        one_hot = (labels[:, None] == torch.arange(len(known.names))).float()
+        uniform = (visible @ one_hot) / visible.sum(dim=1, keepdim=True).clamp(min=1)
+        self.uniform[layer] = {name: uniform[group].mean(dim=0) for name, group in self._groups.items()}
 
-    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def on_missing(self, site: str, reason: str) -> None:
+    def on_missing(self, layer: str, reason: str) -> None:
         return None
 
 
 class HandlerList:
-    """Several handlers that are shown the same."""
+    """Passes every call to several handlers."""
 
     replaces_output = False
 
     def __init__(self, *handlers: Any) -> None:
         self._handlers = handlers
 
-    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         for handler in self._handlers:
-            handler.on_attention(site, backend, call, known)
+            handler.on_attention(layer, backend, call, known)
 
-    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def on_missing(self, site: str, reason: str) -> None:
+    def on_missing(self, layer: str, reason: str) -> None:
         for handler in self._handlers:
-            handler.on_missing(site, reason)
+            handler.on_missing(layer, reason)
 
 
 def trace_attention(
     model: nn.Module, inputs: dict[str, Any], groups: dict[str, Bool[Tensor, " query"]], choose: Choose, layers: Any
 ) -> tuple[Float[Tensor, "token word"], dict[str, AttentionRecord], AttentionTrace]:  # fmt: skip
-    """Logits of the sequence, what was seen of each group of queries, and the single readers."""
+    """Returns the logits of the sequence, a record for each group of queries, and the trace of single queries."""
     labeler, ways, follow = labels_for(model, None, None)
-    seen = {name: AttentionRecord(labeler, group[None], tokens=True) for name, group in groups.items()}
+    records = {name: AttentionRecord(labeler, group[None], tokens=True) for name, group in groups.items()}
     trace = AttentionTrace(choose, groups)
-    with open_session(model, labeler, ways, follow, HandlerList(*seen.values(), trace), layers):
+    with open_session(model, labeler, ways, follow, HandlerList(*records.values(), trace), layers):
         logits = model(**inputs, use_cache=False).logits
-    return logits[0], seen, trace
+    return logits[0], records, trace

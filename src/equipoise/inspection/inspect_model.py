@@ -1,4 +1,4 @@
-"""``look``: where a model that reads pictures or sounds looks while it answers, and whether its answer needs them."""
+"""``look``: measures where a multimodal language model attends while it answers, and whether the answer needs it."""
 
 from __future__ import annotations
 
@@ -32,57 +32,58 @@ from .prompt_inputs import (
     tokenizer_of,
 )
 
-PICTURE = 512
-"""Pixels of the longer side of the picture in the page."""
+IMAGE_SIZE = 512
+"""Pixels of the longer side of the image in the report."""
 
 
 def look(
     model: Any, processor: Any, *, image: Any = None, text: str, audio: Any = None, answer: str | None = None,
-    max_new_tokens: int = 20, device: Any = None, sites: Sequence[str] | str | None = None, sinks: int = 3,
-    name: str | None = None, notes: Sequence[str] = (), tell: Callable[[str], None] | None = None,
+    max_new_tokens: int = 20, device: Any = None, layers: Sequence[str] | str | None = None, exclude_top_k: int = 3,
+    name: str | None = None, notes: Sequence[str] = (), progress: Callable[[str], None] | None = None,
 ) -> Inspection:  # fmt: skip
-    """Asks a model of Hugging Face a question about a picture or a sound, and looks where it looks.
+    """Asks a Hugging Face model a question about an image or a sound, and measures where its attention goes.
 
     ::
 
-        share^m   = mean over queries of sum_{j in m} A_ij     prompt: all its tokens; answer: those that write it
-        even^m    = mean over queries of |visible m| / |visible|
+        share^m   = mean over queries of sum_{j in m} A_ij     queries: those of the prompt, or those that predict the answer
+        uniform^m = mean over queries of |visible m| / |visible|
         L         = mean over the answer's tokens of log p(token | all before)
 
-    The answer is written greedily, or given, and then read once more together with the prompt; everything is measured
-    in that one pass, without a cache. No attention matrix is kept but the rows of the tokens that can be chosen.
+    The answer is generated greedily unless it is passed. Prompt and answer then run through the model in one forward
+    pass without a cache, in which everything is measured. Of the attention matrices only the rows of selectable tokens
+    are kept.
 
     Args:
-        model: of transformers, one that reads and writes one sequence (LLaVA, Qwen-VL, Gemma, Qwen-Audio, Llama, ...).
-        processor: its processor; a tokenizer for a model that reads text alone.
-        image: a path, or a picture of PIL.
-        text: the question; put into the model's chat template, unless it has the image's placeholder already.
-        audio: a path, or (sample,) at the model's rate.
-        answer: whose likelihood is asked for, in place of what the model would write.
-        max_new_tokens: of the answer.
-        device: moves the model there and leaves it there; by default it stays where it is.
-        sites: names or patterns of the layers to watch; all by default.
-        sinks: number of top tokens that are left out in the second figures.
-        name: of the model, for the page.
-        notes: sentences that the page shows in front.
-        tell: is told what is done at the moment.
+        model: a decoder-only transformers model (LLaVA, Qwen-VL, Gemma, Qwen-Audio, Llama, ...).
+        processor: its processor, or its tokenizer for a text-only model.
+        image: a path or a PIL image.
+        text: the question; formatted with the chat template unless it contains the image placeholder.
+        audio: a path, or (sample,) at the model's sampling rate.
+        answer: an answer to score instead of the one that the model would generate.
+        max_new_tokens: maximum length of the generated answer.
+        device: device to move the model to; by default the model is not moved.
+        layers: names or patterns of the layers to record; all by default.
+        exclude_top_k: number of tokens with the most attention that ``share_without_sinks`` excludes in each layer.
+        name: name of the model in the report.
+        notes: sentences shown at the top of the report.
+        progress: called with a description of each step.
 
     Returns:
-        Look.
+        Inspection.
 
     Raises:
-        ConfigError: what is given is not what the model reads; no text; an empty answer; nothing seen.
-        DataError: a picture or sound that cannot be read.
+        ConfigError: inputs that the model does not take, no text, an empty answer, or no recorded attention.
+        DataError: an image or sound that cannot be decoded.
 
-    Attention is no proof of use; read it beside ``effects``. Tokens beside a picture may carry it further, so that a
-    small share in late layers is no neglect.
+    Attention does not prove use; compare it with ``effects``. Text tokens may carry information from the image, so a
+    small share in late layers does not mean that the image is ignored.
 
-    Reference: spec 8.1; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024).
+    Reference: attention sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024).
     """
-    tell = tell or (lambda step: None)
-    if max_new_tokens < 1 or sinks < 0:
-        raise ConfigError("look", expected="max_new_tokens from 1 and sinks from 0 on",
-                          got=f"max_new_tokens = {max_new_tokens}, sinks = {sinks}")  # fmt: skip
+    progress = progress or (lambda step: None)
+    if max_new_tokens < 1 or exclude_top_k < 0:
+        raise ConfigError("look", expected="max_new_tokens >= 1 and exclude_top_k >= 0",
+                          got=f"max_new_tokens = {max_new_tokens}, exclude_top_k = {exclude_top_k}")  # fmt: skip
     names = labels_for(model, None, None)[0].names
     check_given(model, names, text, image, audio)
     picture = None if image is None else load_image(image, who="look image")
@@ -90,21 +91,21 @@ def look(
     if device is not None:
         model.to(device)
     with eval_mode_no_grad(model):
-        tell("reading the question")
+        progress("preparing the prompt")
         prompt = prepare_prompt(model, processor, text, picture, sound)
         tokenizer = tokenizer_of(processor)
         if answer is None:
-            tell("writing the answer")
+            progress("generating the answer")
             written = _generated(model, prompt, max_new_tokens)
         else:
             written = _given(tokenizer, answer, placeholders(model.config))
-        tell("watching")
+        progress("recording attention")
         whole = complete_inputs(prompt.inputs, written, model.config.model_type)
         texts = token_words(tokenizer, whole["input_ids"][0])
         choose = partial(trace_readers, texts, prompt.length, model.config.get_text_config().num_hidden_layers)
-        logits, seen, trace = trace_attention(model, whole, _groups(prompt.length, len(texts)), choose, sites)
+        logits, seen, trace = trace_attention(model, whole, _groups(prompt.length, len(texts)), choose, layers)
         likelihood = mean_log_likelihood(logits, written[0])
-        tell("taking away what it is given")
+        progress("measuring ablations")
         effects = [*measure_effects(model, whole, written), *blank_media(model, prompt.blank, written, likelihood)]
     first = seen["answer"]
     if not first.layers:
@@ -114,57 +115,57 @@ def look(
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
     maps = build_attention_maps(first.layers, seen, trace, prompt.length)
     if apart := len(first.layers) - len(maps.layers):
-        said = f"{apart} of {len(first.layers)} layers read another stream than the words; the maps leave them out."
-        notes = (*notes, said)
+        note = f"{apart} of {len(first.layers)} layers attend to another sequence than the text; the maps omit them."
+        notes = (*notes, note)
     if first.missing:
-        listed = "; ".join(f"{site}: {why}" for site, why in first.missing.items())
+        listed = "; ".join(f"{layer}: {reason}" for layer, reason in first.missing.items())
         notes = (*notes, f"Not in the tables: {listed}.")
     return Inspection(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         names=first.names, prompt=prompt.text, given=answer is not None,
         answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
-        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), sites=tuple(first.layers),
+        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), layers=tuple(first.layers),
         views={
-            part: build_view(seen[part], [trace.even[site][part] for site in first.layers], texts, labels, sinks)
+            part: build_view(seen[part], [trace.uniform[layer][part] for layer in first.layers], texts, labels, exclude_top_k)
             for part in VIEWS
         },
         log_likelihood=likelihood, effects=tuple(effects), target=target,
         grid=patch_grid(count, prompt.inputs, model.config, target) if target and count else None,
         frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0),
-        maps=maps, picture=_png(picture) if picture else None, left_out=sinks, notes=tuple(notes),
+        maps=maps, image=_png(picture) if picture else None, exclude_top_k=exclude_top_k, notes=tuple(notes),
     )  # fmt: skip
 
 
 def _groups(length: int, total: int) -> dict[str, Tensor]:
-    """Who reads: all of the prompt, and those that write the answer, each the token before."""
-    places = torch.arange(total)
-    return {"prompt": places < length, "answer": (places >= length - 1) & (places < total - 1)}
+    """Returns the queries of each view: the prompt's tokens, and the tokens before those of the answer."""
+    positions = torch.arange(total)
+    return {"prompt": positions < length, "answer": (positions >= length - 1) & (positions < total - 1)}
 
 
 def _generated(model: Any, prompt: PreparedPrompt, count: int) -> Int[Tensor, "1 token"]:
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    barred = placeholders(model.config)
-    found = model.generate(**prompt.inputs, max_new_tokens=count, suppress_tokens=barred or None, **greedy)
-    return found[:, prompt.length :]
+    suppressed = placeholders(model.config)
+    output = model.generate(**prompt.inputs, max_new_tokens=count, suppress_tokens=suppressed or None, **greedy)
+    return output[:, prompt.length :]
 
 
-def _given(tokenizer: Any, answer: str, barred: Sequence[int]) -> Int[Tensor, "1 token"]:
+def _given(tokenizer: Any, answer: str, placeholder_ids: Sequence[int]) -> Int[Tensor, "1 token"]:
     ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"] if answer.strip() else None
-    if ids is None or not ids.shape[1] or set(barred) & set(ids[0].tolist()):
-        raise ConfigError("look answer", expected="words that the model could write, one token or more",
-                          got=repr(answer), fix="Leave it out, and the model writes one.")  # fmt: skip
+    if ids is None or not ids.shape[1] or set(placeholder_ids) & set(ids[0].tolist()):
+        raise ConfigError("look answer", expected="text of at least one token without placeholders",
+                          got=repr(answer), fix="Omit it to let the model generate an answer.")  # fmt: skip
     return ids.long()
 
 
 def _tokens(texts: Sequence[str], names: Sequence[str], labels: Tensor | None, length: int) -> Iterator[InspectedToken]:
     known = [-1] * len(texts) if labels is None else labels.tolist()
-    for place, (text, label) in enumerate(zip(texts, known, strict=True)):
-        yield InspectedToken(text, names[label] if label >= 0 else None, "prompt" if place < length else "answer")
+    for position, (text, label) in enumerate(zip(texts, known, strict=True)):
+        yield InspectedToken(text, names[label] if label >= 0 else None, "prompt" if position < length else "answer")
 
 
 def _png(picture: Image.Image) -> bytes:
     small = picture.copy()
-    small.thumbnail((PICTURE, PICTURE))
-    sheet = io.BytesIO()
-    small.save(sheet, format="PNG", optimize=True)
-    return sheet.getvalue()
+    small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a look has found: shares of layers and heads, maps of single tokens, and what the answer needs."""
+"""``Inspection``: attention shares by layer and head, maps of single tokens, and the effects of ablations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..io.atomic_files import atomic_write, to_jsonable
 from ..optional_packages import require_extra
 from ..recording import AttentionRecord
+from ..recording.share_table import to_pandas
 from .attention_maps import AttentionMaps
 from .media_effects import MediaEffect
 from .patch_layout import PatchGrid
@@ -26,14 +28,14 @@ from .patch_layout import PatchGrid
 SCHEMA = 1
 VIEWS = ("prompt", "answer")
 CAVEAT = (
-    "Attention is no proof of use: what is read may be ignored, and a token near the answer may carry what was read "
-    "from the picture before. Some tokens are sinks that get much and say little. Believe what happens to the answer "
-    "when the picture is taken away before you believe where attention goes."
+    "Attention does not prove use: attended tokens may be ignored, and text tokens may carry information from the "
+    "image. Some tokens are attention sinks, which get much attention regardless of their content. Rely on the effect "
+    "of removing the image on the answer more than on attention."
 )
 
 
 class InspectedToken(NamedTuple):
-    """A token of the sequence: its text, its modality (None for padding), and its part, prompt or answer."""
+    """A token of the sequence: its text, modality (None for padding) and part (prompt or answer)."""
 
     text: str
     modality: str | None
@@ -41,7 +43,7 @@ class InspectedToken(NamedTuple):
 
 
 class SinkToken(NamedTuple):
-    """A token that gets much: its place, and its part of the attention, mean over layers and heads."""
+    """A token with much attention: its position and its share, averaged over layers and heads."""
 
     place: int
     text: str
@@ -53,40 +55,40 @@ class InspectionView(NamedTuple):
     """The attention of one part of the sequence.
 
     Attributes:
-        share: (layer, head, modality) part of the attention that falls on each modality, mean over the queries.
-        without_sinks: the same without the tokens that get most in that layer.
-        even: (layer, modality) the share, if all that a query sees got the same.
-        sinks: the tokens that get most over all layers.
+        share: (layer, head, modality) share of attention, averaged over the queries.
+        without_sinks: the same, excluding the tokens with the most attention in each layer.
+        uniform: (layer, modality) share if each query attended uniformly to all visible keys.
+        sinks: the tokens with the most attention over all layers.
     """
 
     share: Float[Tensor, "layer head modality"]
     without_sinks: Float[Tensor, "layer head modality"]
-    even: Float[Tensor, "layer modality"]
+    uniform: Float[Tensor, "layer modality"]
     sinks: tuple[SinkToken, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """Where a model looks.
+    """Result of ``look``.
 
     Attributes:
-        model: its name.
-        names: of its modalities.
-        prompt: what it was asked, as its processor got it.
-        answer: what it wrote, or was given to write.
-        given: the answer was given.
-        tokens: of prompt and answer.
-        sites: the layers, in calling order.
-        views: ``"prompt"``: all its tokens read; ``"answer"``: those that write the answer.
-        log_likelihood: of the answer, mean over its tokens, in nats.
-        effects: what becomes of it when something is taken away.
-        target: the modality that is looked at; None where the model reads text alone.
-        grid: where its tokens lie; None without.
-        frame: left, upper, right and lower edge of what the model sees of the picture, as parts of it.
+        model: name of the model.
+        names: modality names.
+        prompt: the formatted prompt, as passed to the processor.
+        answer: the generated answer, or the one that was passed.
+        given: whether the answer was passed.
+        tokens: tokens of prompt and answer.
+        layers: recorded layers, in calling order.
+        views: ``"prompt"``: queries of all prompt tokens; ``"answer"``: queries that predict the answer's tokens.
+        log_likelihood: mean log-likelihood of the answer's tokens, in nats.
+        effects: changes of the log-likelihood when inputs are removed or attention is averaged.
+        target: the modality besides text that was passed; None for text-only prompts.
+        grid: arrangement of the target's tokens as image patches; None if unknown.
+        frame: left, upper, right and lower edge of the visible crop, relative to the image size.
         maps: attention of single tokens.
-        picture: PNG, for the page.
-        left_out: number of top tokens that ``without_sinks`` leaves out.
-        notes: what a reader has to know.
+        image: PNG for the report.
+        exclude_top_k: number of tokens that ``without_sinks`` excludes.
+        notes: sentences shown at the top of the report.
     """
 
     model: str
@@ -95,7 +97,7 @@ class Inspection:
     answer: str
     given: bool
     tokens: tuple[InspectedToken, ...]
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     views: Mapping[str, InspectionView]
     log_likelihood: float
     effects: tuple[MediaEffect, ...]
@@ -103,95 +105,117 @@ class Inspection:
     grid: PatchGrid | None
     frame: tuple[float, float, float, float]
     maps: AttentionMaps
-    picture: bytes | None
-    left_out: int
+    image: bytes | None
+    exclude_top_k: int
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each view, layer, head and modality, for a data frame."""
+        """Returns one row for each view, layer, head and modality.
+
+        ``layer`` is the index into ``layers``, ``name`` its module name, and ``aei`` the attention efficiency index,
+        share / uniform share (arXiv 2508.10552): 1 if the modality gets as much attention as its number of tokens
+        suggests.
+        """
         return [
             {
-                "view": name, "layer": layer, "site": site, "head": head, "modality": modality,
+                "view": name, "layer": layer, "name": module, "head": head, "modality": modality,
                 "share": float(view.share[layer, head, m]),
                 "share_without_sinks": float(view.without_sinks[layer, head, m]),
-                "even": float(view.even[layer, m]),
+                "uniform": float(view.uniform[layer, m]),
+                "aei": float(view.share[layer, head, m] / view.uniform[layer, m]),
             }
             for name, view in self.views.items()
-            for layer, site in enumerate(self.sites)
+            for layer, module in enumerate(self.layers)
             for head in range(view.share.shape[1])
             for m, modality in enumerate(self.names)
         ]  # fmt: skip
 
+    def to_pandas(self) -> Any:
+        """Returns ``rows()`` as a ``pandas.DataFrame``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return to_pandas(self.rows(), "Inspection")
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.table())}\n\n{escape(self.answer)}</pre>"
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON's own types, as ``look.json`` has it."""
+        """Returns the content of ``look.json`` as JSON types."""
         return to_jsonable(
             {
                 "schema": SCHEMA, "kind": "look", "model": self.model, "modalities": self.names,
                 "target": self.target, "prompt": self.prompt, "answer": self.answer, "given": self.given,
                 "log_likelihood": self.log_likelihood, "effects": [effect._asdict() for effect in self.effects],
-                "tokens": [token._asdict() for token in self.tokens], "sites": self.sites,
+                "tokens": [token._asdict() for token in self.tokens], "sites": self.layers,
                 "views": {
-                    name: {**view._asdict(), "sinks": [sink._asdict() for sink in view.sinks]}
+                    name: {
+                        "share": view.share, "without_sinks": view.without_sinks, "even": view.uniform,
+                        "sinks": [sink._asdict() for sink in view.sinks],
+                    }
                     for name, view in self.views.items()
                 },
-                "sinks_left_out": self.left_out, "grid": self.grid and self.grid._asdict(), "frame": self.frame,
+                "sinks_left_out": self.exclude_top_k, "grid": self.grid and self.grid._asdict(), "frame": self.frame,
                 "maps": self.maps.to_dict(), "notes": self.notes, "caveat": CAVEAT,
-                "picture": self.picture and "data:image/png;base64," + base64.b64encode(self.picture).decode(),
+                "picture": self.image and "data:image/png;base64," + base64.b64encode(self.image).decode(),
             }, "look",
         )  # fmt: skip
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``look.json``, whole or not at all, and returns its path."""
+        """Writes ``look.json`` atomically and returns its path."""
         return atomic_write(Path(folder) / "look.json", json.dumps(self.to_dict(), allow_nan=False) + "\n")
 
     def report(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained HTML page; ``report.html`` where a folder is given."""
+        """Writes a self-contained HTML page, ``report.html`` if ``path`` is a folder, and returns its path."""
         with require_extra("Inspection.report"):
             from ..report.look_html import look_report
 
         return look_report(self.to_dict(), path)
 
     def table(self) -> str:
-        """Layer by modality, in per cent: the prompt, the answer, and the answer without its top tokens."""
-        shown = {name: view.share.nanmean(dim=1) for name, view in self.views.items()}
-        shown["without sinks"] = self.views["answer"].without_sinks.nanmean(dim=1)
-        wide = max(9, *(len(name) + 2 for name in self.names))
+        """Returns a text table of shares by layer and modality: prompt, answer, and answer without sinks."""
+        columns = {name: view.share.nanmean(dim=1) for name, view in self.views.items()}
+        columns["without sinks"] = self.views["answer"].without_sinks.nanmean(dim=1)
+        width = max(9, *(len(name) + 2 for name in self.names))
         lines = [
-            "     " + "".join(f"{name:>{wide * len(self.names)}}" for name in shown),
-            "layer" + "".join(f"{name:>{wide}}" for name in self.names) * len(shown),
+            "     " + "".join(f"{name:>{width * len(self.names)}}" for name in columns),
+            "layer" + "".join(f"{name:>{width}}" for name in self.names) * len(columns),
         ]
-        for layer in (*range(len(self.sites)), None):
-            cells = [values.nanmean(dim=0) if layer is None else values[layer] for values in shown.values()]
-            figures = "".join(f"{100 * value:.1f} %".rjust(wide) for part in cells for value in part.tolist())
+        for layer in (*range(len(self.layers)), None):
+            cells = [values.nanmean(dim=0) if layer is None else values[layer] for values in columns.values()]
+            figures = "".join(f"{100 * value:.1f} %".rjust(width) for part in cells for value in part.tolist())
             lines.append(("mean" if layer is None else str(layer)).rjust(5) + figures)
         return "\n".join(lines)
 
 
 def build_view(
-    seen: AttentionRecord,
-    even: Sequence[Float[Tensor, " modality"]],
+    record: AttentionRecord,
+    uniform: Sequence[Float[Tensor, " modality"]],
     texts: Sequence[str],
     labels: Tensor | None,
-    left_out: int,
+    exclude_top_k: int,
 ) -> InspectionView:
-    """One part of the sequence, out of what was seen of its queries."""
-    share = _stacked([seen.share(site)[0] for site in seen.layers])
-    without = _stacked([seen.share(site, exclude_top_k=left_out)[0] for site in seen.layers]) if left_out else share
-    return InspectionView(share, without, torch.stack(list(even)), tuple(_sinks(seen, texts, labels, left_out)))
+    """Builds the view of one group of queries from their record."""
+    share = without_sinks = _stack_heads([record.share(layer)[0] for layer in record.layers])
+    if exclude_top_k:
+        without_sinks = _stack_heads([record.share(name, exclude_top_k=exclude_top_k)[0] for name in record.layers])
+    sinks = tuple(_sinks(record, texts, labels, exclude_top_k))
+    return InspectionView(share, without_sinks, torch.stack(list(uniform)), sinks)
 
 
-def _sinks(seen: AttentionRecord, texts: Sequence[str], labels: Tensor | None, count: int) -> list[SinkToken]:
-    rows = [seen.tokens(site)[0].mean(dim=0) for site in seen.layers]
+def _sinks(record: AttentionRecord, texts: Sequence[str], labels: Tensor | None, count: int) -> list[SinkToken]:
+    rows = [record.tokens(layer)[0].mean(dim=0) for layer in record.layers]
     rows = [row for row in rows if len(row) == len(texts)]
     if labels is None or not rows:
         return []
     mean = torch.stack(rows).mean(dim=0)
-    places: list[int] = mean.topk(min(count, len(mean))).indices.tolist()
-    modality = [seen.names[label] if label >= 0 else None for label in labels.tolist()]
-    return [SinkToken(place, texts[place], modality[place], float(mean[place])) for place in places]
+    positions: list[int] = mean.topk(min(count, len(mean))).indices.tolist()
+    modality = [record.names[label] if label >= 0 else None for label in labels.tolist()]
+    return [SinkToken(i, texts[i], modality[i], float(mean[i])) for i in positions]
 
 
-def _stacked(parts: Sequence[Float[Tensor, "head modality"]]) -> Float[Tensor, "layer head modality"]:
-    """Layers with fewer heads are filled up with NaN."""
+def _stack_heads(parts: Sequence[Float[Tensor, "head modality"]]) -> Float[Tensor, "layer head modality"]:
+    """Stacks layers, padding those with fewer heads with NaN."""
     heads = max(len(part) for part in parts)
     return torch.stack([F.pad(part, (0, 0, 0, heads - len(part)), value=math.nan) for part in parts])
