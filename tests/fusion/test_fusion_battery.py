@@ -209,7 +209,7 @@ def test_first_call_builds(kind):
         ),
         (
             lambda kind: kind(DIM).build(("a", "b")).build(("b", "a")),
-            r"{}: expected the modalities it was built for, .*'a', 'b'.*Make a new fusion",
+            r"{}: expected the modalities it was built for, .*'a', 'b'.*Create a new fusion",
         ),
         (
             lambda kind: kind(DIM).build(("audio", "image"))(sequences(("audio",))),

@@ -15,7 +15,7 @@ from .model_inputs import Layers, attention_of, key_mask, labels_of
 Normalise = Literal["mass", "per_token"]
 
 
-class MeanShares(NamedTuple):
+class GroupShares(NamedTuple):
     """What the queries of each modality give to the keys of each modality.
 
     Attributes:
@@ -150,7 +150,7 @@ def share_table(
     modality: Int[Tensor, "... token"],
     num_modalities: int | None = None,
     mask: Bool[Tensor, "batch *query key"] | None = None,
-) -> MeanShares:
+) -> GroupShares:
     """What the queries of each modality give to the keys of each, out of explicit self-attention.
 
     Only queries that may see their own modality and another one count. Args and Raises as ``gap_from_attention``, whose
@@ -173,7 +173,7 @@ def share_table(
         to_keys = kept @ links.member.mT[:, None].to(kept)
         sums = rows.mT[:, None].to(kept) @ to_keys
         found.append(sums / counts[:, None, :, None])
-    return MeanShares(torch.stack(found), counts.to(found[0]))
+    return GroupShares(torch.stack(found), counts.to(found[0]))
 
 
 class _Links(NamedTuple):

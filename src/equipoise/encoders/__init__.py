@@ -1,4 +1,4 @@
-"""Encoders: from pictures, sequences and what Hugging Face models read, to tokens."""
+"""Encoders of images, sequences and text, and Hugging Face backbones, that return tokens."""
 
 from .backbone import Backbone as Backbone
 from .conv_encoder import ConvEncoder as ConvEncoder

@@ -1,4 +1,4 @@
-"""Any Hugging Face backbone as an encoder: text, vision or audio; trained, frozen or with LoRA."""
+"""Hugging Face models as encoders: text, vision or audio; trained, frozen or with LoRA."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class Backbone(Encoder):
         H = model(input)                  (batch, token, hidden); feature maps are flattened
         tokens = H A + a                  without A where dim is the model's own width
 
-    Of a model with encoder and decoder the encoder is taken.
+    For encoder-decoder models, the encoder is used.
 
     Args:
-        model: a folder, a name on the hub, or a model of transformers. Files are read as safetensors only, in single
-            precision; code from the hub is never run.
-        frozen: the weights get no gradient, and the model stays in evaluation mode; ``A`` still learns.
-        lora: rank of LoRA matrices beside every linear layer, trained instead of its weights; needs peft.
-        dim: token width; by default the model's own.
-        cls: token 0 is a class token, as BERT and ViT have one, and ``pooled`` reads it instead of the mean.
+        model: a folder, a name on the Hub, or a transformers model. Only safetensors files are loaded, in single
+            precision; code from the Hub is never executed.
+        frozen: the weights get no gradient, and the model stays in evaluation mode; ``A`` is still trained.
+        lora: rank of LoRA matrices of every linear layer, trained instead of its weights; requires peft.
+        dim: token width; by default the hidden size of the model.
+        cls: whether token 0 is a class token, as in BERT and ViT, which ``pooled`` returns instead of the mean.
 
     Raises:
-        ConfigError: no model of transformers, frozen together with LoRA, a model whose width is not to be found, or a
-            missing package.
-        DataError: nothing readable in the folder or under the name. ShapeError: a mask of another shape.
+        ConfigError: the model is not a transformers model or has no hidden size, frozen is combined with LoRA, or a
+            package is missing.
+        DataError: the model cannot be loaded. ShapeError: the shape of the mask is invalid.
 
-    A frozen backbone makes methods that slow one encoder down pointless: only ``A`` is left to slow.
+    Balancing methods that scale encoder gradients have little effect on a frozen backbone: they only affect ``A``.
 
     Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
     Differs from the released code in: none; models and LoRA are those of transformers and peft.
@@ -90,7 +90,7 @@ class Backbone(Encoder):
         return {}
 
     def train(self, mode: bool = True) -> Backbone:
-        """A frozen model stays in evaluation mode: no dropout, no running statistics."""
+        """Keeps a frozen model in evaluation mode: no dropout, no running statistics."""
         super().train(mode)
         if self.frozen:
             self.model.eval()
@@ -129,7 +129,7 @@ class Backbone(Encoder):
         return Tokens(self.project(hidden), mask=valid, cls=self.cls)
 
     def _without_masked(self, key: str, value: Any, mask: Tensor) -> Any:
-        """An input without what the mask hides; masks and labels of tokens stay."""
+        """Replaces masked values of an input by padding; other masks and token labels are unchanged."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
         if not (floating or key == "input_ids") or value.ndim < 2 or len(value) != len(mask):
             return value
@@ -144,7 +144,7 @@ class Backbone(Encoder):
         return value.masked_fill(hidden, padding)
 
     def _valid(self, attention: Tensor, length: int) -> Tensor:
-        """The attention mask at the tokens' rate, which for sound is lower than the samples'."""
+        """Converts the attention mask to the rate of the tokens, which for audio is lower than the sampling rate."""
         if attention.shape[1] == length:
             return attention.bool()
         coarser = getattr(self.model, "_get_feature_vector_attention_mask", None)

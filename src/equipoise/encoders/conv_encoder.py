@@ -1,4 +1,4 @@
-"""A small convolutional network: a picture's last feature map as tokens."""
+"""A small convolutional network that returns its last feature map as tokens."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .encoder import Encoder, check_image_shape
 
 
 class ConvEncoder(Encoder):
-    """Residual stages that each halve the picture; every place of the last map is a token.
+    """Convolutional encoder: residual stages that each halve the resolution; each position of the last map is a token.
 
     ::
 
-        M_0 = picture,   M_i = R(C_i M_{i-1})          C_i: 3 x 3, stride 2;   R(x) = x + C GELU(N(C' GELU(N(x))))
+        M_0 = image,   M_i = R(C_i M_{i-1})          C_i: 3 x 3, stride 2;   R(x) = x + C GELU(N(C' GELU(N(x))))
         tokens = GELU(N(M_S)) A + a                     N: GroupNorm
 
-    For pictures of a few thousand pixels and some thousand examples it learns faster than patches do. Norms are of one
-    sample alone, so that accumulated small batches are one large batch.
+    For small images and a few thousand samples it converges faster than a patch encoder. Group norms do not depend on
+    other samples, so that accumulated small batches are equivalent to one large batch.
 
     Args:
-        channels: of the picture.
-        size: (height, width) of the picture in pixels.
+        channels: image channels.
+        size: (height, width) of the image in pixels.
         dim: token width.
-        widths: channels of the stages; as many as halve the picture.
-        dropout: of whole channels of the last map, in training only.
+        widths: channels of each stage.
+        dropout: dropout probability of channels of the last map, in training only.
 
     Raises:
-        ConfigError: no stage, or widths that the eight groups of a norm do not divide.
-        ShapeError: pictures of another shape than ``size`` says.
+        ConfigError: widths are empty or not multiples of the number of groups (8).
+        ShapeError: the shape of the images does not match ``size``.
 
     Example:
         >>> import torch
@@ -71,7 +71,7 @@ class ConvEncoder(Encoder):
 
 
 GROUPS = 8
-"""Of a norm."""
+"""Number of groups of a GroupNorm."""
 
 
 class _Residual(nn.Module):

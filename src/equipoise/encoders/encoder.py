@@ -1,4 +1,4 @@
-"""What an encoder of ours says about itself; a model takes any module that returns tokens."""
+"""Base class of the encoders that recipes can name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..errors import ShapeError
 
 
 class Encoder(nn.Module):
-    """Base of the encoders that recipes know by name. A model needs no base class: any module will do.
+    """Base class of the encoders that recipes can name. Models accept any module that returns tokens.
 
     Attributes:
-        dim: width of its tokens.
-        reads: shapes of a sample that it can encode, in words, for error messages.
+        dim: token width.
+        reads: description of the supported sample shapes, for error messages.
     """
 
     dim: int
@@ -22,14 +22,14 @@ class Encoder(nn.Module):
 
     @classmethod
     def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
-        """The constructor's arguments that follow from the shape of one sample; None where it cannot be encoded."""
+        """Returns the constructor arguments for samples of a shape, or None if the shape is not supported."""
         return None
 
 
 def check_image_shape(pixels: Tensor, expected: tuple[int, ...], who: str) -> None:
-    """Raises ShapeError for anything but (batch, *expected), expected being (channel, height, width)."""
+    """Raises ShapeError unless the shape is (batch, *expected), with expected = (channel, height, width)."""
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
         raise ShapeError(
             who, expected=f"(batch, channel, height, width) = (batch, {', '.join(map(str, expected))})",
-            got=f"shape {tuple(pixels.shape)}", fix="Resize the pictures, or build the encoder for their size.",
+            got=f"shape {tuple(pixels.shape)}", fix="Resize the images, or create the encoder for their size.",
         )  # fmt: skip

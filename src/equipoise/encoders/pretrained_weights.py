@@ -1,4 +1,4 @@
-"""Hugging Face models as they are read from disk: safetensors only, in single precision, without foreign code."""
+"""Loads Hugging Face models: safetensors only, in single precision, without executing remote code."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def import_transformers(who: str) -> Any:
 
 
 def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **options: Any) -> Any:
-    """A model of a class of transformers.
+    """Loads a model with a transformers class.
 
     Args:
-        cls: has ``from_pretrained``.
+        cls: a class with ``from_pretrained``.
         source: a folder with ``config.json`` and ``model.safetensors``, or a name on the hub.
-        who: begins the error's message.
-        pooled: what the model pools is read; otherwise a pooler, which is often not stored, may be missing.
-        options: changes of the configuration.
+        who: first part of the error messages.
+        pooled: whether the pooler is used; if not, its weights, which are often not stored, may be missing.
+        options: overrides of the configuration.
 
     Raises:
-        DataError: nothing there, nothing readable, weights of another network, or in a file that could run code.
+        DataError: the files are missing, unreadable, of another architecture, or pickled.
     """
     expected = "a folder or a name on the hub with config.json and model.safetensors"
     try:
-        # "auto" would keep half precision where the file has it, and train in it.
+        # "auto" would load and train half-precision weights in half precision.
         model, found = cls.from_pretrained(
             source,
             dtype=torch.float32,
@@ -53,7 +53,7 @@ def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **optio
             who, expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
             fix="Save a model there with save_pretrained(folder); pickled weights and code from the hub are not run.",
         ) from error  # fmt: skip
-    # Hugging Face would leave them random, and say so in a log.
+    # Hugging Face would initialize them randomly with a log message only.
     missing = sorted(name for name in found["missing_keys"] if pooled or "pooler" not in name)
     if missing:
         raise DataError(
@@ -64,7 +64,7 @@ def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **optio
 
 
 def for_channels(kernel: Float[Tensor, "out color height width"], channels: int) -> Float[Tensor, "out c height width"]:
-    """A kernel that was trained on colors, for pictures of other channels: each gets the mean over colors.
+    """Adapts a kernel trained on RGB images to other channels: each channel gets the mean over colors.
 
     Example:
         >>> for_channels(torch.tensor([1.0, 2.0, 6.0]).reshape(1, 3, 1, 1), 1).flatten()

@@ -1,4 +1,4 @@
-"""Fusions: one family of interchangeable methods, one concept a file."""
+"""Fusion methods: interchangeable modules from `{name: Tokens}` to `Output`."""
 
 from .fusion_base import Fusion as Fusion
 from .jmt import JMT as JMT

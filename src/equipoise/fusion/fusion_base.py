@@ -1,4 +1,4 @@
-"""What every fusion is: encoder tokens by name in, one Output out."""
+"""Base class of fusions: maps the encoder tokens of each modality to one Output."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from ..tokens.token_batch import Output, Tokens
 
 
 class Fusion(nn.Module, ABC):
-    """Base of the fusions.
+    """Base class of fusions.
 
-    A fusion is made with its own options and learns from ``build`` which modalities it joins. ``FusionModel`` calls it;
-    alone, call ``build(names)`` before you make an optimizer, or the first forward pass does. Parameters that depend on
-    the modalities are made there.
+    ``build(names)`` sets the modalities and creates the parameters that depend on them. ``FusionModel`` calls it. For a
+    standalone fusion, call it before creating an optimizer; otherwise the first forward pass does.
 
     Args:
         dim: width of the encoders' tokens.
@@ -33,14 +32,14 @@ class Fusion(nn.Module, ABC):
         self.dim, self.names = dim, ()
 
     def build(self, names: Sequence[str]) -> Self:
-        """Makes the parts that depend on the modalities, once."""
+        """Creates the parts that depend on the modalities; repeated calls have no effect."""
         names = tuple(names)
         if self.names and self.names != names:
             raise ConfigError(
                 type(self).__name__,
                 expected=f"the modalities it was built for, {self.names}",
                 got=str(names),
-                fix="Make a new fusion for another set of modalities.",
+                fix="Create a new fusion for another set of modalities.",
             )
         if not names or len(set(names)) != len(names):
             raise ConfigError(type(self).__name__, expected="one or more different modality names", got=str(names))
@@ -51,7 +50,7 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def _build(self) -> None:
-        """Makes the parameters that depend on ``self.names``."""
+        """Creates the parameters that depend on ``self.names``."""
 
     @property
     @abstractmethod
@@ -60,31 +59,30 @@ class Fusion(nn.Module, ABC):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The modalities on which the features depend: all of ``names``, unless the fusion is made to read fewer."""
+        """The modalities on which the features depend: all of ``names`` by default."""
         return self.names
 
     @abstractmethod
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
-        """The fusion itself, on checked tokens in the order of ``names``."""
+        """Fuses validated tokens in the order of ``names``."""
 
     def head(self, num_outputs: int) -> nn.Module:
-        """The module that turns ``Output.features`` into logits."""
+        """Creates the module that maps ``Output.features`` to logits."""
         return nn.Linear(self.out_dim, num_outputs)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """name -> (batch, output): each modality's part of the logits, which add up to them; None where they do not.
+        """Computes name -> (batch, output) parts of the logits that add up to them; None if there is no such sum.
 
-        Cheap and differentiable. Joint attention can be taken apart too, at the price of another pass:
-        ``modality_contributions``.
+        Differentiable. For joint attention, ``modality_contributions`` computes the parts with another forward pass.
         """
         return None
 
     def forward(self, tokens: Mapping[str, Tokens]) -> Output:
-        """name -> Tokens (batch, token, dim) in, Output with ``features`` (and ``share`` where there is attention) out.
+        """Maps name -> Tokens (batch, token, dim) to an Output with ``features`` and, for attention, ``share``.
 
-        A modality that a sample lacks is a mask row of False; one that the whole batch lacks has no tokens at all.
-        Masked values are set to zero first, so that none reaches an output or a gradient, NaN and infinity included.
-        Tokens of modalities outside of ``reads`` are passed on as they are, whatever their size.
+        A modality missing for a sample is a mask row of False; one missing for the whole batch has zero tokens. Masked
+        values are set to zero first, so that they affect no output or gradient, even if they are NaN or infinite.
+        Tokens of modalities that are not in ``reads`` are passed through unchecked.
         """
         who = type(self).__name__
         if not self.names:
@@ -106,14 +104,14 @@ class Fusion(nn.Module, ABC):
                     f"{who} '{name}'",
                     expected=f"batch = {batch} as '{first}' has",
                     got=f"{len(part.values)}",
-                    fix="All modalities of a batch hold the same samples; mask those that lack one.",
+                    fix="All modalities of a batch contain the same samples; mask missing ones.",
                 )
             if part.dim != self.dim:
                 raise ShapeError(
                     f"{who} '{name}'",
                     expected=f"tokens of width dim = {self.dim}",
                     got=f"width {part.dim}",
-                    fix=f"Build the fusion with dim={part.dim}, or end the encoder with "
-                    f"torch.nn.Linear({part.dim}, {self.dim}).",
+                    fix=f"Build the fusion with dim={part.dim}, or append "
+                    f"torch.nn.Linear({part.dim}, {self.dim}) to the encoder.",
                 )
         return self._fuse(ordered)

@@ -1,4 +1,4 @@
-"""Joint attention over the tokens of all modalities: the Vanilla multimodal transformer (spec 1.4, 1.5)."""
+"""Joint attention over the tokens of all modalities: the Vanilla multimodal transformer."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from .fusion_base import Fusion
 
 
 class JointAttention(Fusion):
-    """A learned class token reads the tokens of all modalities; what it has read is the fused feature.
+    """Vanilla multimodal transformer: a learned class token attends to the tokens of all modalities.
 
     Depth 1 is the paper's Vanilla MT, one bare attention layer without residual, MLP, norm or positions::
 
         X = [c; T_1; ...; T_N],  A = dropout(softmax(Q K^T / sqrt(d_h))),  features = dropout(A V W_O + b_O)[class]
 
-    Depth >= 2 is Vanilla MT*: pre-norm blocks over the same sequence, a final LayerNorm, the class token's row.
+    Depth >= 2 is Vanilla MT*: pre-norm blocks over the same sequence and a final LayerNorm; features are the row of the
+    class token.
 
     Args:
         dim: width of the encoders' tokens.
-        heads: attention heads; the reference has one.
+        heads: attention heads; the reference uses one.
         depth: attention layers.
-        dropout: on attention and output, in training only.
-        include_cls_key: the class token is also a key (as the released code has it), so the shares sum to 1 minus its
-            own share. False is the paper's text: shares sum to 1. Depth 1 only.
-        shortcut: compute only what the class row needs, with equal results. False computes all rows, as the reference
-            does; use it to count its operations.
+        dropout: dropout probability of attention and output, in training only.
+        include_cls_key: the class token is also a key, as in the released code, so the shares sum to 1 minus its share.
+            With False, as in the paper's text, shares sum to 1. Depth 1 only.
+        shortcut: compute only the row of the class token, with equal results. False computes all rows, as the reference
+            does; use it to count operations.
         modality_embedding: add a learned vector for each modality.
-        cls_std: standard deviation of the class token at the start. At 0.02, as released, the query is short and
-            attention starts close to uniform; at 1 it is selective from the start.
+        cls_std: standard deviation of the initial class token. With 0.02, as released, attention is near uniform at
+            initialization; with 1 it is selective.
 
     Attributes:
-        attention: the layer whose class row pools: where RollingQ attaches.
+        attention: the layer whose class-token row is the feature; RollingQ attaches to it.
 
     Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class row.
 
-    Reference: RollingQ (ICML 2025), section 3; spec 1.4 and 1.5.
-    Differs from the paper in: biases, output projection and dropout as in the released code; the code's unused
-    LayerNorm is left out.
+    Reference: RollingQ (ICML 2025), section 3.
+    Differs from the paper in: biases, output projection and dropout as in the released code; its unused LayerNorm is
+    omitted.
 
     Example:
         >>> fusion = JointAttention(8, heads=2).eval()
@@ -66,7 +67,7 @@ class JointAttention(Fusion):
                 "JointAttention",
                 expected="include_cls_key=True at depth >= 2",
                 got="include_cls_key=False",
-                fix="In a deeper stack the class token must be among the keys that other tokens read.",
+                fix="With several blocks the class token must be among the keys.",
             )
         self.heads, self.depth = heads, depth
         self.include_cls_key, self.shortcut = include_cls_key, shortcut
@@ -87,27 +88,27 @@ class JointAttention(Fusion):
     active: Tensor
 
     def __getattr__(self, name: str):
-        # The layer that pools moves with the depth in use, so it is looked up, and registered only once.
+        # The pooling layer depends on the current depth, so it is looked up rather than registered a second time.
         if name == "attention" and "blocks" in self.__dict__.get("_modules", {}):
             return self.blocks[self.__dict__["_active"] - 1].attention
         return super().__getattr__(name)
 
     @property
     def layers(self) -> list[Attention]:
-        """All attention layers, the first first."""
+        """All attention layers, from first to last."""
         return [self.attention] if self.depth == 1 else [cast(Block, block).attention for block in self.blocks]
 
     def use_depth(self, depth: int) -> None:
-        """Reads the class token after block ``depth``; later blocks rest. For progressive training (spec 2.11)."""
+        """Uses the class token after block ``depth`` and skips later blocks. For progressive training."""
         if not 1 <= depth <= self.depth:
             raise ConfigError("JointAttention.use_depth", expected=f"1 <= depth <= {self.depth}", got=str(depth))
         self.active.fill_(depth)
         self.read_active()
 
     def read_active(self) -> None:
-        """Updates which block is the last one from the buffer ``active``, which copies and averages of weights change.
+        """Updates the current depth from the buffer ``active``, which copies and averages of weights change.
 
-        Every forward pass does, except that on a GPU a training step does not wait for the device to read it.
+        Called in every forward pass, except for training steps on a GPU, to avoid a GPU sync.
         """
         if not has_values(self.active):
             return
@@ -152,7 +153,7 @@ class JointAttention(Fusion):
             self.read_active()
         for number, block in enumerate(self.blocks[: self._active], start=1):
             last = number == self._active
-            # Only the layer that pools is asked for shares; the others run as plain fused attention.
+            # Shares are computed for the pooling layer only; the others run as plain fused attention.
             attended = block(
                 values, rows=1 if last and self.shortcut else None, mask=mask,
                 modality=labels, num_modalities=len(self.names), share=last,

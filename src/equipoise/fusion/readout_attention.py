@@ -1,4 +1,4 @@
-"""Readout attention: one class query over the final streams of a fusion that never reads two modalities at once."""
+"""Readout attention: joint attention over the final token streams of a fusion."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Readout = Literal["none", "attention"]
 
 
 class ReadoutFusion(Fusion):
-    """Base of fusions whose streams can be read by joint attention on top (spec 4.6)::
+    """Base class of fusions with an optional joint attention over their final streams::
 
         features = [JointAttention(streams) ; pooled]
 
-    No layer of MulT and MMML has a query that sees the keys of two modalities, so there is no share to look at and
-    nothing for RollingQ to turn. Both begin with the readout.
+    In MulT and MMML, no query attends to keys of two modalities, so without the readout there are no shares to measure
+    and no query for RollingQ to rotate.
 
     Args:
         dim: width of the encoders' tokens.
-        readout: ``"attention"`` adds it, ``"none"`` is the published model.
-        readout_heads: heads of the readout; joint attention's reference has one.
+        readout: ``"attention"`` adds the readout, ``"none"`` is the published model.
+        readout_heads: heads of the readout; the reference of joint attention uses one.
 
     Attributes:
-        attention: the readout's layer, where RollingQ attaches; there is none with ``readout="none"``.
+        attention: the attention layer of the readout, to which RollingQ attaches; absent with ``readout="none"``.
     """
 
     def __init__(self, dim: int, *, readout: Readout, readout_heads: int) -> None:
@@ -42,16 +42,16 @@ class ReadoutFusion(Fusion):
 
     @property
     def attention(self) -> Attention:
-        # Without the readout this is an AttributeError, and "has it attention?" is answered with no.
+        # Raises AttributeError without a readout, so that hasattr(fusion, "attention") is False.
         return self.joint.attention  # type: ignore[union-attr, return-value]
 
     def _build_readout(self, width: int) -> None:
-        """Makes the readout over streams of that width, where it is wanted."""
+        """Creates the readout for streams of the given width, if enabled."""
         if self.readout == "attention":
             self.joint = JointAttention(width, heads=self.readout_heads).build(self.names)
 
     def _read(self, streams: Mapping[str, Tokens], pooled: Tensor, tokens: dict[str, Tokens]) -> Output:
-        """The fusion's output out of its final streams and its own pooled features."""
+        """Computes the output from the final streams and the pooled features."""
         if self.readout == "none":
             return Output(features=pooled, tokens=tokens, names=self.names)
         read = self.joint(streams)

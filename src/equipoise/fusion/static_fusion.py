@@ -1,4 +1,4 @@
-"""Static fusions: pooled vectors, joined in the same way for every sample (spec 1.3)."""
+"""Static fusions of pooled vectors: concatenation, sum, FiLM, gated, unimodal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .fusion_base import Fusion
 
 
 class Concat(Fusion):
-    """y = W [f_1; ...; f_N] + b over the pooled vectors; its logits are a sum of one part for each modality.
+    """Concatenation of pooled vectors, y = W [f_1; ...; f_N] + b; the logits are a sum of one part per modality.
 
     Args:
         dim: width of the encoders' tokens.
 
-    Reference: late fusion by concatenation, as in OGM-GE (CVPR 2022) and RollingQ (ICML 2025); spec 1.3.
-    Differs from the released code in: any number of modalities, and samples that lack one add zeros.
+    Reference: late fusion by concatenation, as in OGM-GE (CVPR 2022) and RollingQ (ICML 2025).
+    Differs from the released code in: any number of modalities, and missing modalities contribute zeros.
 
     Example:
         >>> Concat(5)({"audio": Tokens(torch.ones(2, 3, 5)), "image": Tokens(torch.ones(2, 7, 5))}).features.shape
@@ -28,7 +28,7 @@ class Concat(Fusion):
     """
 
     def _build(self) -> None:
-        """Nothing depends on the names but the width."""
+        """No parameters depend on the modalities."""
 
     @property
     def out_dim(self) -> int:
@@ -39,8 +39,8 @@ class Concat(Fusion):
         return Output(features=features, tokens=tokens, names=self.names)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """W_m f_m + b / N of a linear head; of another one its ``pieces(features)``, where it has them."""
-        # Features of autocast may be narrower than the head's weights, and autocast over.
+        """Computes W_m f_m + b / N for a linear head, or ``head.pieces(features)`` if defined, else None."""
+        # Features computed under autocast may have lower precision than the weights of the head.
         features = output.features.to(next(head.parameters(), output.features).dtype)
         if hasattr(head, "pieces"):
             return dict(zip(self.names, head.pieces(features), strict=True))  # type: ignore[operator]
@@ -55,11 +55,11 @@ class Concat(Fusion):
 
 
 class Sum(Concat):
-    """y = sum_m (W_m f_m + b_m): one linear head for each modality, logits added.
+    """Sum of one linear head per modality, y = sum_m (W_m f_m + b_m).
 
-    Args and shapes as ``Concat``.
+    Arguments and shapes as for ``Concat``.
 
-    Reference: late fusion by summation, as in OGM-GE (CVPR 2022); spec 1.3.
+    Reference: late fusion by summation, as in OGM-GE (CVPR 2022).
     Differs from the released code in: any number of modalities.
     """
 
@@ -68,14 +68,14 @@ class Sum(Concat):
 
 
 class SumHead(nn.Module):
-    """One linear layer for each modality's part of the features; the logits are added."""
+    """Sum of one linear layer per modality, each applied to its part of the features."""
 
     def __init__(self, num_modalities: int, dim: int, num_outputs: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(dim, num_outputs) for _ in range(num_modalities))
 
     def pieces(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
-        """Each modality's part of the logits."""
+        """Computes the part of each modality."""
         pieces = features.chunk(len(self.parts), dim=-1)
         return [part(piece) for part, piece in zip(self.parts, pieces, strict=True)]
 
@@ -84,14 +84,14 @@ class SumHead(nn.Module):
 
 
 class Unimodal(Fusion):
-    """y = W f_m + b: one modality alone, the others are not read, and neither are their masks.
+    """Single-modality baseline, y = W f_m + b; other modalities and their masks are ignored.
 
     Args:
         dim: width of the encoder's tokens.
-        modality: the one that is read; the first by default.
+        modality: the modality to use; the first by default.
 
-    Reference: the unimodal baseline of RollingQ (ICML 2025); spec 1.3.
-    Differs from the released code in: it is a fusion like any other, so that one loop trains it.
+    Reference: the unimodal baseline of RollingQ (ICML 2025).
+    Differs from the released code in: it has the interface of a fusion, so that the same loop trains it.
     """
 
     def __init__(self, dim: int, *, modality: str | None = None) -> None:
@@ -115,17 +115,17 @@ class Unimodal(Fusion):
         return Output(features=tokens[self.modality or self.names[0]].pooled(), tokens=tokens, names=self.names)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """All of the logits come from the one modality."""
+        """Assigns all logits to the modality used."""
         logits = head(output.features)
         return {name: logits if name == self.modality else torch.zeros_like(logits) for name in self.names}
 
 
 class _Modulated(Fusion):
-    """A source modality that changes the others: what FiLM and Gated have in common.
+    """Base class of fusions in which one source modality modulates the others.
 
     Args:
         dim: width of the encoders' tokens.
-        source: the modality that modulates; the first by default. The others are summed after their own modulation.
+        source: the modulating modality; the first by default. The modulated vectors of the others are summed.
     """
 
     def __init__(self, dim: int, *, source: str | None = None) -> None:
@@ -136,13 +136,13 @@ class _Modulated(Fusion):
         self.source = self.source or self.names[0]
         if self.source not in self.names:
             raise unknown_name(type(self).__name__, "modality", self.source, self.names)
-        # With one modality alone, it modulates itself.
+        # A single modality modulates itself.
         self.targets = tuple(name for name in self.names if name != self.source) or (self.source,)
         self._build_targets()
 
     @abstractmethod
     def _build_targets(self) -> None:
-        """Makes the parameters for ``self.targets``."""
+        """Creates the parameters for ``self.targets``."""
 
     @property
     def out_dim(self) -> int:
@@ -150,7 +150,7 @@ class _Modulated(Fusion):
 
     @abstractmethod
     def _modulate(self, index: int, source: Tensor, target: Tensor) -> Tensor:
-        """The target's vector as the source changes it; both (batch, dim)."""
+        """Modulates the target vector by the source vector; both (batch, dim)."""
 
     def _fuse(self, tokens: dict[str, Tokens]) -> Output:
         source = tokens[self.source or self.names[0]].pooled()
@@ -159,11 +159,16 @@ class _Modulated(Fusion):
 
 
 class FiLM(_Modulated):
-    """(gamma, beta) = split(U f_src + u); y = W (gamma * f_dst + beta) + b. No "+1" on gamma, as in the reference code.
+    """Feature-wise linear modulation (FiLM).
 
-    Args and N > 2 as the class above says; shapes as ``Concat`` with width ``dim``.
+    (gamma, beta) = split(U f_src + u); y = W (gamma * f_dst + beta) + b. No "+1" on gamma, as in the reference code.
+    With more than two modalities, the modulated vectors are summed. Shapes as for ``Concat`` with width ``dim``.
 
-    Reference: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer" (AAAI 2018); spec 1.3.
+    Args:
+        dim: width of the encoders' tokens.
+        source: the modulating modality; the first by default.
+
+    Reference: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer" (AAAI 2018).
     Differs from the released code in: any number of modalities, of which one modulates all others.
     """
 
@@ -176,11 +181,11 @@ class FiLM(_Modulated):
 
 
 class Gated(_Modulated):
-    """y = W (sigmoid(A f_src + a) * (B f_dst + b')) + b: the gate is made from the projected source.
+    """Gated fusion, y = W (sigmoid(A f_src + a) * (B f_dst + b')) + b.
 
-    Args and N > 2 as FiLM.
+    Arguments and the case of more than two modalities as for ``FiLM``.
 
-    Reference: Kiela et al., "Efficient Large-Scale Multi-Modal Classification" (AAAI 2018); spec 1.3.
+    Reference: Kiela et al., "Efficient Large-Scale Multi-Modal Classification" (AAAI 2018).
     Differs from the released code in: any number of modalities, of which one gates all others.
     """
 

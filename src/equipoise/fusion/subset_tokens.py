@@ -1,4 +1,4 @@
-"""Some of the modalities alone, all the sets there are of them, and who deserves what of a whole."""
+"""Subsets of modalities and exact Shapley values over them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..tokens.token_batch import Tokens
 
 
 def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Tokens]:
-    """The tokens of some modalities; the others have none, as in a batch that lacks them.
+    """Keeps the tokens of some modalities; the others get zero tokens, as if missing from the batch.
 
-    Where logits are a sum over modalities (``Concat``, ``Sum``), fusing these is the same as leaving out the other
-    modalities' W_m f_m, with all biases kept.
+    If logits are a sum over modalities (``Concat``, ``Sum``), this removes the terms W_m f_m of the other
+    modalities and keeps all biases.
 
     Example:
         >>> import torch
@@ -27,7 +27,7 @@ def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict
 
 
 def modality_subsets(names: Sequence[str]) -> list[list[str]]:
-    """All subsets: the one of number s has the modality of place m where bit m of s is set, so the first is empty.
+    """Lists all subsets; subset s contains modality m if bit m of s is set, so the first subset is empty.
 
     Example:
         >>> modality_subsets(["audio", "image"])
@@ -37,15 +37,15 @@ def modality_subsets(names: Sequence[str]) -> list[list[str]]:
 
 
 def shapley_values(worth: Tensor) -> Tensor:
-    """What each modality adds, over all orders in which modalities may come::
+    """Computes exact Shapley values::
 
         phi_m = sum_{S without m} |S|! (N - |S| - 1)! / N! (v(S + m) - v(S))
 
     Args:
-        worth: (subset, ...) v of every subset, in the order of ``subsets``.
+        worth: (subset, ...) value v of every subset, in the order of ``modality_subsets``.
 
     Returns:
-        (modality, ...) the values; over modalities they add up to v of everything minus v of nothing.
+        (modality, ...) Shapley values; their sum is v of all modalities minus v of the empty set.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, folders that may be written into, and values as JSON knows them."""
+"""Atomic file writes, checks of output folders, and conversion to JSON types."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, SchemaError
 
 STALE = 600.0
-"""Seconds after which nobody writes an unfinished file any more."""
+"""Age in seconds after which a temporary file is considered abandoned."""
 
 LONGEST = 200
-"""Characters of a name that becomes a folder."""
+"""Maximum number of characters of a folder name."""
 
 OWN = frozenset({
     ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "look.json", "model.safetensors",
     "recipe.yaml", "report.html", "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
 })  # fmt: skip
-"""What this package writes at the top of a folder."""
+"""Files and folders that this package writes at the top level of an output folder."""
 
 LITTER = (".DS_Store", "Thumbs.db", ".nfs")
-"""Beginnings of names that file systems put into folders by themselves."""
+"""Prefixes of files that operating systems create in folders."""
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Writes a file so that at every moment the old or the new one is there, whole.
+    """Writes a file atomically: either the old or the new file exists completely at any time.
 
     Raises:
-        ConfigError: something else than a file is there. OSError: a full disk and the like, with the file's name.
+        ConfigError: the path exists and is not a file. OSError: the file cannot be written, for example on a full disk.
     """
     with open_atomic(path) as file:
-        # Names of files may hold bytes that are not UTF-8.
+        # File names may contain bytes that are not UTF-8.
         file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return Path(path)
 
 
 @contextlib.contextmanager
 def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of the one at this path once it is whole; nothing is left otherwise.
+    """Opens a temporary file that replaces the file at this path on success and is removed on errors.
 
     Raises:
-        ConfigError: something else than a file is there. OSError: a full disk and the like, with the file's name.
+        ConfigError: the path exists and is not a file. OSError: the file cannot be written, for example on a full disk.
     """
     path = Path(path)
     check_file(path, "write")
@@ -62,7 +62,7 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
         temporary.unlink(missing_ok=True)
-        # "x": a link that somebody put there is not followed.
+        # Mode "x" does not follow existing links.
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -78,20 +78,20 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _clear(path: Path) -> None:
-    """Removes what writers of this file left behind that were killed in the act."""
+    """Removes stale temporary files left by interrupted writers."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         number = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        # By age, since a process of that number may live on this computer or on another that shares the folder.
+        # Decide by age: the process may be running on another computer that shares the folder.
         with contextlib.suppress(FileNotFoundError):
             if number.isdecimal() and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
 
 
 def check_file(path: Path, who: str) -> None:
-    """Checks that a file can be written at this path; nothing is made.
+    """Checks that a file can be written at this path, without creating anything.
 
     Raises:
-        ConfigError: a link, a folder or a device is there, or its folder cannot be one.
+        ConfigError: the path is a link, folder or device, or its parent folder cannot be created.
     """
     kind = _kind(path)
     if kind not in ("nothing", "a file"):
@@ -102,12 +102,12 @@ def check_file(path: Path, who: str) -> None:
 
 
 def check_folder(folder: Path, who: str) -> None:
-    """Checks that a folder can be written into by this package, before any work is done; nothing is made.
+    """Checks that a folder can be used as output folder, without creating anything.
 
-    A folder counts that is not there yet, that is empty, or that this package wrote. In it no link may lead elsewhere.
+    Valid folders are new, empty, or were written by this package. They must not contain links.
 
     Raises:
-        ConfigError: a file, link or device, a folder that is read-only or holds files of something else.
+        ConfigError: the path is a file, link or device, or a folder that is read-only or contains other files.
     """
     kind = _kind(folder)
     if kind == "a file" or kind not in ("nothing", "a folder"):
@@ -135,10 +135,10 @@ def check_folder(folder: Path, who: str) -> None:
 
 
 def make_folder(folder: Path, who: str) -> None:
-    """Makes the folder, after ``check_folder``.
+    """Creates a folder after ``check_folder``.
 
     Raises:
-        ConfigError: one that cannot be made, or written into.
+        ConfigError: the folder cannot be created or written to.
     """
     check_folder(folder, who)
     try:
@@ -148,10 +148,10 @@ def make_folder(folder: Path, who: str) -> None:
 
 
 def check_path_component(name: str, who: str, *, without: str = "") -> str:
-    """The name, once it is known that it stays one part of a path wherever it is put.
+    """Returns the name after checking that it is a single path component.
 
     Raises:
-        ConfigError: an empty or overlong name, one that begins with a dot, or that has a separator in it.
+        ConfigError: the name is empty, too long, begins with a dot or contains a separator.
     """
     wrong = [letter for letter in f"/\\{without}" if letter in name]
     if not name or wrong or name[0] in ". " or name[-1] == " " or len(name) > LONGEST or not name.isprintable():
@@ -164,13 +164,13 @@ def check_path_component(name: str, who: str, *, without: str = "") -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Loads a JSON file.
 
     Raises:
-        ValueError: no JSON, or such that cannot be read; in one sentence. OSError: no file.
+        ValueError: the content is not valid JSON. OSError: the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-        # A pipe or a device would be read without end.
+        # Reading from a pipe or a device might not end.
         raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def read_json(path: Path) -> Any:
 
 
 def file_error(error: OSError) -> DataError:
-    """The system's error about a file, such as a full disk, as one of this package."""
+    """Converts an OSError of a file, such as a full disk, to a DataError."""
     reason = error.strerror or str(error)
     return DataError(str(error.filename or "a file"), expected="a file that can be read or written", got=reason)
 
@@ -199,7 +199,7 @@ def _kind(path: Path) -> str:
 
 
 def _check_above(path: Path, who: str, what: str) -> None:
-    """Raises ConfigError where the path cannot be made, because of what is above it."""
+    """Raises ConfigError if the path cannot be created because of its parent folders."""
     place = path.absolute().parent
     while _kind(place) == "nothing" and place != place.parent:
         place = place.parent
@@ -209,7 +209,7 @@ def _check_above(path: Path, who: str, what: str) -> None:
 
 
 def _check_writable(place: Path, path: Path, who: str, what: str) -> None:
-    # A folder without any right to write is respected also where the system would let this user write.
+    # Respect read-only folders also for users who may write to them (root).
     if not os.access(place, os.W_OK) or not os.stat(place).st_mode & 0o222:
         raise _no_folder(path, who, "it is read-only" if place == path else f"'{place}' is read-only", what)
 
@@ -225,7 +225,7 @@ def _is_own(folder: Path, name: str) -> bool:
 
 
 def _is_marked(folder: Path) -> bool:
-    """Whether a file is there that only this package writes."""
+    """Returns whether the folder contains a file that only this package writes."""
     for name, keys in (
         ("results.json", {"schema", "protocol", "runs"}), ("run.json", {"run"}), ("diagnosis.json", {"kind", "schema"}),
         ("look.json", {"kind", "schema"}),
@@ -238,7 +238,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def to_jsonable(value: Any, where: str = "results") -> Any:
-    """The value in JSON's own types: NaN becomes null, a tensor a list; ``where`` names it in the error."""
+    """Converts a value to JSON types: NaN to null, tensors to lists; ``where`` describes the value in errors."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -254,7 +254,7 @@ def to_jsonable(value: Any, where: str = "results") -> Any:
 
 
 def unshare_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which no two tensors share memory, as safetensors require; repeated ones are copied.
+    """Copies tensors of a state dict that share memory with earlier ones, as safetensors requires.
 
     Example:
         >>> weight = torch.ones(2)

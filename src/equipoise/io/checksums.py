@@ -1,4 +1,4 @@
-"""Checksums, by which files that were damaged or changed since they were written are noticed."""
+"""Checksums that detect files which were damaged or changed after they were written."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .atomic_files import to_jsonable
 
 
 def add_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a checksum, by which ``unsealed`` notices a file that was changed since it was written."""
+    """Returns the content with a checksum, which ``verify_checksum`` uses to detect changes."""
     return {**content, "checksum": _text_checksum(content)}
 
 
 def verify_checksum(content: Mapping[str, Any], who: str, fix: str) -> dict[str, Any]:
-    """The content without its checksum; one without a checksum is taken as it is.
+    """Verifies and removes the checksum; content without a checksum is returned unchanged.
 
     Raises:
-        SchemaError: the content is not what was written.
+        SchemaError: the content was changed after it was written.
     """
     rest = {name: value for name, value in content.items() if name != "checksum"}
     if "checksum" in content and content["checksum"] != _text_checksum(rest):
@@ -33,13 +33,13 @@ def verify_checksum(content: Mapping[str, Any], who: str, fix: str) -> dict[str,
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Computes the SHA-256 hash of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(state: Any) -> str:
-    """SHA-256 over all names, values and tensors of a nested state."""
+    """Computes the SHA-256 hash of all names, values and tensors of a nested state."""
     found = hashlib.sha256()
     _add(found, state)
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Token sequences and what a model returns: the layout is a value that travels with the data."""
+"""Token sequences with masks and modality labels, and the output type of fusions and models."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ..errors import ShapeError
 from .masks import at_least_float32, bool_mask, zero_masked
 
 SPECIAL = -1
-"""Label of a token that belongs to no modality: a class token, padding."""
+"""Label of tokens that belong to no modality: class tokens and padding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A batch of token sequences with everything needed to read them.
+    """A batch of token sequences with mask, modality labels and modality names.
 
     Args:
         values: (batch, token, dim).
-        mask: (batch, token), True = the token takes part; ``None`` means all do. A modality that is missing for a
-            sample is a row of False. What stands under the mask, NaN included, has no influence on anything.
+        mask: (batch, token), True = valid token; ``None`` = all tokens are valid. A row of False represents a modality
+            that is missing for a sample. Masked values have no influence on any result, even if they are NaN.
         modality: (batch, token) integer labels, index into ``names``, -1 = special or padding. ``None`` for the
             tokens of a single modality.
         names: the modality names that the labels index.
-        times: (batch, token) seconds, where tokens have a time.
-        cls: token 0 is the encoder's own class token; ``pooled`` returns it.
-        lengths: of packed tokens, how many stand in a row for (special, names[0], names[1], ...).
+        times: (batch, token) time stamps in seconds.
+        cls: whether token 0 is the encoder's class token, which ``pooled`` then returns.
+        lengths: for packed tokens, the numbers of tokens of (special, names[0], names[1], ...).
 
     Raises:
-        ShapeError: when a part does not fit ``values``.
+        ShapeError: the shape of a field does not match ``values``.
 
     Example:
         >>> Tokens(torch.ones(2, 3, 5)).pooled().shape
@@ -76,24 +76,24 @@ class Tokens:
         return self.values.shape[1]
 
     def valid(self) -> Bool[Tensor, "batch token"]:
-        """The mask, written out where there is none."""
+        """Returns the mask, or a mask of ones if there is none."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
 
     def zero_masked(self) -> Tokens:
-        """The same tokens with zeros in place of masked values, which then reach neither outputs nor gradients.
+        """Returns the tokens with masked values set to zero, so that they affect neither outputs nor gradients.
 
-        Fusions, connectors and losses begin with it, since 0 times NaN is NaN.
+        Fusions, connectors and losses call this first, since 0 * NaN is NaN.
         """
         return self if self.mask is None else replace(self, values=zero_masked(self.values, self.mask))
 
     def present(self) -> Bool[Tensor, " batch"]:
-        """True for the samples that have at least one token."""
+        """Returns True for samples with at least one valid token."""
         return self.valid().any(dim=1)
 
     def pooled(self) -> Float[Tensor, "batch dim"]:
-        """The class token if there is one, else the mean over valid tokens; zeros where a sample has none."""
+        """Returns the class token if there is one, else the mean over valid tokens; zeros for empty samples."""
         if len(self) == 0:
             return self.values.new_zeros(self.values.shape[0], self.dim)
         if self.mask is None:
@@ -106,7 +106,7 @@ class Tokens:
 
     @classmethod
     def ragged(cls, sequences: Sequence[Float[Tensor, "token dim"]]) -> Tokens:
-        """Sequences of different length, padded to the longest and masked.
+        """Creates padded and masked tokens from sequences of different lengths.
 
         Example:
             >>> Tokens.ragged([torch.ones(2, 5), torch.ones(4, 5)]).mask.sum(dim=1)
@@ -125,9 +125,9 @@ class Tokens:
 
 
 def as_tokens(result: object, who: str) -> Tokens:
-    """What an encoder returned, as Tokens.
+    """Converts the output of an encoder to Tokens.
 
-    Accepted: Tokens; (batch, token, dim); (batch, dim) as a sequence of one token; an object with
+    Accepted types: Tokens; (batch, token, dim); (batch, dim) as a sequence of one token; an object with
     ``last_hidden_state``, as Hugging Face models return.
     """
     if isinstance(result, Tokens):
@@ -150,18 +150,18 @@ def as_tokens(result: object, who: str) -> Tokens:
 def pack(
     tokens: Mapping[str, Tokens | Tensor], *, cls: Float[Tensor, " dim"] | Float[Tensor, "batch dim"] | None = None
 ) -> Tokens:
-    """Joins the sequences of several modalities into one, in the order of the mapping.
+    """Concatenates the sequences of several modalities, in the order of the mapping.
 
     Args:
         tokens: name -> Tokens, or (batch, token, dim).
-        cls: an optional class token, put first with label -1.
+        cls: an optional class token, prepended with label -1.
 
     Returns:
         Tokens with ``modality`` (-1 for the class token and for padding), ``names`` and ``lengths``; ``unpack`` is its
         inverse. ``mask`` is None when no part has one.
 
     Raises:
-        ShapeError: no modality at all, or batch sizes or widths that differ.
+        ShapeError: the mapping is empty, or batch sizes or widths differ.
 
     Example:
         >>> pack({"audio": torch.zeros(2, 3, 5), "image": torch.zeros(2, 2, 5)}).modality[0]
@@ -179,7 +179,7 @@ def pack(
                 f"pack '{name}'",
                 got=f"(batch, dim) = {(part.values.shape[0], part.dim)}",
                 expected=f"(batch, dim) = {(first.values.shape[0], first.dim)} as '{first_name}' has",
-                fix="Give every encoder the fusion's width, or add a torch.nn.Linear behind it.",
+                fix="Give every encoder the fusion's width, or append a torch.nn.Linear.",
             )
     batch = first.values.shape[0]
     sequence = [part.values for part in parts.values()]
@@ -205,19 +205,19 @@ def pack(
 
 
 def segment_labels(lengths: Sequence[int], device: torch.device | None = None) -> Int[Tensor, " token"]:
-    """Labels of a packed row without padding: -1 for the special tokens, then 0, 1, ... in blocks."""
+    """Returns the labels of packed tokens without padding: -1 for special tokens, then blocks of 0, 1, ..."""
     labels = torch.arange(SPECIAL, len(lengths) - 1, device=device)
-    # The size is said, so that no device has to be asked for it.
+    # Passing output_size avoids a GPU sync.
     return torch.repeat_interleave(labels, torch.tensor(lengths, device=device), output_size=sum(lengths))
 
 
 def unpack(packed: Tokens) -> dict[str, Tokens]:
-    """Takes packed tokens apart again: name -> Tokens. Special tokens are left out.
+    """Splits packed tokens by modality: name -> Tokens. Special tokens are dropped.
 
-    Interleaved sequences (labels in any order, different for each sample) are gathered in their order and padded.
+    Interleaved sequences (labels in any order, different per sample) are gathered in order and padded.
 
     Raises:
-        ShapeError: tokens that carry no modality labels.
+        ShapeError: the tokens have no modality labels.
     """
     if packed.modality is None:
         raise ShapeError(
@@ -257,17 +257,17 @@ def _gather(packed: Tokens, index: int) -> Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What every fusion and every FusionModel returns.
+    """Output of fusions and of FusionModel.
 
     Attributes:
-        features: (batch, feature) fused vector that the head reads.
-        logits: (batch, output) scores, before any softmax; None from a fusion that has no head.
+        features: (batch, feature) fused vector, the input of the head.
+        logits: (batch, output) scores before softmax; None if there is no head.
         unimodal_logits: name -> (batch, output) from the unimodal heads; empty without them.
-        tokens: name -> Tokens as they came from the encoders.
-        share: (batch, head, modality) share of the readout query's attention, in the order of ``names``; the rest up
-            to 1 went to special tokens. None for static fusions, which have no attention.
+        tokens: name -> Tokens, the outputs of the encoders.
+        share: (batch, head, modality) attention shares of the readout query, in the order of ``names``; the remainder
+            to 1 is the share of special tokens. None for static fusions, which have no attention.
         names: modality names, in the order of ``share``.
-        record: what balancers noted in the forward pass; set and read by ``BalancerList``.
+        record: data that balancers stored in the forward pass; used by ``BalancerList``.
     """
 
     features: Float[Tensor, "batch feature"]
@@ -284,7 +284,7 @@ class Output:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers can be read: not under ``torch.compile``, export, ``vmap`` or on the meta device.
+    """Returns whether tensor values are accessible: not under ``torch.compile``, export or ``vmap``, or on meta.
 
     Example:
         >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
