@@ -1,4 +1,4 @@
-"""Attention that agrees with itself: if a sound maps to a picture and that to a word, the sound maps to the word."""
+"""Consistency of maps between modalities: composing two maps should give the direct map."""
 
 from .consistency_loss import ConsistencyLoss as ConsistencyLoss
 from .cycle_consistency import cycle_error as cycle_error

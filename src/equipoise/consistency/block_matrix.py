@@ -1,4 +1,4 @@
-"""The block matrix of all maps between modalities, and what its sizes are."""
+"""Block structure of the supermatrix: validation, block sizes and splitting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SquareMatrix = Float[Tensor, "... size size"]
 
 
 def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[int] | None, who: str) -> list[int]:
-    """How many tokens each modality has: ``sizes``, or ``num_modalities`` equal parts.
+    """Returns the numbers of tokens of the modalities: ``sizes``, or ``num_modalities`` equal parts.
 
     Raises:
-        ShapeError: no square matrix, or parts that do not make up its size.
-        ConfigError: neither or both are given.
+        ShapeError: the matrix is not square, or the sizes do not add up to its size.
+        ConfigError: neither or both arguments are given.
     """
     size = check_square(matrix, who)
     if (num_modalities is None) == (sizes is None):
@@ -39,10 +39,10 @@ def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[i
 
 
 def check_square(matrix: SquareMatrix, who: str) -> int:
-    """The size of a square matrix of finite numbers.
+    """Validates a square matrix of finite numbers and returns its size.
 
     Raises:
-        ShapeError: another shape or type. NonFiniteError: NaN or infinity in it.
+        ShapeError: the shape or dtype is invalid. NonFiniteError: the matrix contains NaN or infinity.
     """
     if not isinstance(matrix, Tensor) or matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         got = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
@@ -57,5 +57,5 @@ def check_square(matrix: SquareMatrix, who: str) -> int:
 
 
 def split_blocks(matrix: SquareMatrix, sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The blocks: ``split(P, sizes)[i][j]`` maps modality i to j."""
+    """Splits the matrix: ``split_blocks(P, sizes)[i][j]`` maps modality i to j."""
     return [list(row.split(list(sizes), dim=-1)) for row in matrix.split(list(sizes), dim=-2)]

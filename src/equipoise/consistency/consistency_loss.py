@@ -1,4 +1,4 @@
-"""Consistency as a training term: concepts that all modalities share, and the rank of the maps between (spec 6.3)."""
+"""Consistency loss: penalizes the rank of the supermatrix of maps between shared concepts."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ class ConsistencyLoss(nn.Module):
         ConfigError: slots without dim, an unknown kind, slots < 2. In ``forward``: fewer than two modalities.
         ShapeError: in ``forward``, tokens of another width, or unequal numbers without slots.
 
-    Reference: spec 6.3 and 6.4.
-    Differs from the seed text in: r* in place of the bare norm, by the correction of spec 6.1.
+    r* is used instead of the nuclear norm alone: see docs/methods/consistency.md.
 
     Example:
         >>> loss = ConsistencyLoss(8, slots=3)

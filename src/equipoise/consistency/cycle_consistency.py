@@ -1,4 +1,4 @@
-"""Does going round lead back? Errors of pairs and cycles of maps, without any singular value (spec 6.3)."""
+"""Cycle consistency: errors of pairs and cycles of maps, without singular value decompositions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def cycle_error(
     Raises:
         ShapeError: blocks that do not fit. ConfigError: a single modality.
 
-    Reference: spec 6.3.
 
     Example:
         >>> cycle_error(torch.eye(2).repeat(3, 3), num_modalities=3)

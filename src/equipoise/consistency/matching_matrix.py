@@ -1,4 +1,4 @@
-"""Scores between two sets of tokens as a map: row-softmax, doubly stochastic, with a dustbin (spec 6.4)."""
+"""Soft matching matrices of two token sets: row softmax or Sinkhorn, with an optional dustbin."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def soft_matching(
     sinkhorn: int = 0,
     dustbin: float | None = None,
 ) -> Float[Tensor, "... row column"]:
-    """A soft map: softmax over the columns, or ``sinkhorn`` alternating normalizations of rows and columns.
+    """Computes a soft matching: softmax over columns, or ``sinkhorn`` alternating normalizations of rows and columns.
 
     Args:
         scores: logits.
-        rows, columns: True for real tokens; others map to nothing and are mapped to by nothing.
-        sinkhorn: alternations in the log domain.
-        dustbin: logit of a further row and column, which take what has no partner and are cut off; rows then sum to at
-            most 1.
+        rows, columns: True for valid tokens; the entries of others are 0.
+        sinkhorn: number of iterations, in the log domain.
+        dustbin: logit of an additional row and column for unmatched tokens, which are removed from the result; rows
+            then sum to at most 1.
 
     Returns:
         rows that sum to 1 (without a dustbin), 0 for padding.
@@ -50,14 +50,14 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _sinkhorn(scores: Tensor, rounds: int, dustbin: bool) -> Tensor:
-    """Alternates in the log domain; a dustbin's own row or column is not normalized, it takes any number."""
+    """Runs Sinkhorn iterations in the log domain; the row and column of the dustbin are not normalized."""
     lowest = torch.finfo(scores.dtype).min / 4
     scores = scores.clamp(min=lowest)
     kept = slice(None, -1) if dustbin else slice(None)
     for _ in range(rounds):
         for dim in (-2, -1):
             total = scores.logsumexp(dim=dim, keepdim=True)
-            # Padding stays padding: what has no real partner is not blown up to a sum of 1.
+            # Rows and columns without valid entries are not normalized to a sum of 1.
             total = total.masked_fill(total <= lowest / 2, 0.0)
             part = total[..., kept, :] if dim == -1 else total[..., kept]
             free = torch.zeros_like(total)

@@ -1,4 +1,4 @@
-"""The supermatrix: one row and one column for every token of every modality, a map in every block (spec 6.1, 6.4)."""
+"""Supermatrix of pairwise maps: one block per pair of modalities, one row and column per token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def supermatrix(
         ConfigError: a pair that is missing both ways, unknown names. ShapeError: maps whose sizes do not fit, no map.
         NonFiniteError: NaN or infinity.
 
-    Reference: spec 6.1 and 6.4.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -93,7 +92,7 @@ def supermatrix_from_tokens(
         tokens: one (..., M_i, d) for each modality.
         temperature: by default sqrt(d), attention's.
         masks: True for real tokens, one for each modality; rows and columns of others are 0, the diagonal included, and
-            what stands in them, NaN included, has no influence.
+            their values have no influence, even if they are NaN.
         sinkhorn: so many alternations make maps doubly stochastic (equal numbers of tokens), 0 is softmax over rows.
         dustbin: logit of an additional row and column for tokens without a partner, which are then cut off.
         symmetrize: (P + P^T) / 2.

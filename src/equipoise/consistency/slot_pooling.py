@@ -1,4 +1,4 @@
-"""A coarser supermatrix: neighboring tokens of a modality taken together, to average samples and to draw them."""
+"""Pools a supermatrix: averages neighboring tokens, to aggregate samples and to plot them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .block_matrix import SquareMatrix, sizes_of
 
 
 def overlaps(tokens: int, parts: int) -> Float[Tensor, "part token"]:
-    """Which part of each token lies in each of ``parts`` equal stretches; columns sum to 1.
+    """Computes the overlap of each token with each of ``parts`` equal intervals; columns sum to 1.
 
     Example:
         >>> overlaps(3, 2)
@@ -32,18 +32,18 @@ def overlaps(tokens: int, parts: int) -> Float[Tensor, "part token"]:
 def pool_to_slots(
     matrix: SquareMatrix, *, sizes: Sequence[int], parts: Sequence[int]
 ) -> Float[Tensor, "... smaller smaller"]:
-    """The same maps between stretches of tokens: rows are averaged, columns added up, I stays on the diagonal.
+    """Pools the maps to intervals of tokens: averages rows and sums columns; diagonal blocks remain the identity.
 
     Args:
         matrix: (..., T, T) supermatrix, rows map to columns.
         sizes: tokens of each modality, T in all.
-        parts: how many stretches each is to have, between 1 and its tokens.
+        parts: number of intervals of each modality, from 1 to its number of tokens.
 
     Returns:
         (..., sum of parts, sum of parts); rows of maps still sum to 1.
 
     Raises:
-        ShapeError: sizes that do not fit, more stretches than tokens.
+        ShapeError: the sizes do not match, or there are more intervals than tokens.
 
     Example:
         >>> pool_to_slots(torch.eye(4).repeat(2, 2), sizes=(4, 4), parts=(2, 2))

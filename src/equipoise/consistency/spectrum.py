@@ -1,4 +1,4 @@
-"""How far maps contradict each other, by the singular values of their supermatrix (spec 6.3, 6.5)."""
+"""Spectral measures of consistency: nuclear norm, effective rank and score of the supermatrix."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
     Raises:
         ShapeError, NonFiniteError: no square matrix of finite numbers. ConfigError: an unknown method.
 
-    Reference: spec 6.3 and 6.5.
 
     Example:
         >>> nuclear_norm(torch.diag(torch.tensor([3.0, -4.0])))
@@ -109,7 +108,6 @@ def effective_rank(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Te
 
     For an identity diagonal and rows that sum to 1, M <= r* <= N M. 0 for a matrix of zeros.
 
-    Reference: spec 6.3.
 
     Example:
         >>> effective_rank(torch.eye(3))
@@ -137,7 +135,6 @@ def consistency_score(
     Warns:
         where the diagonal is not the identity, since the lower bound of r* then fails; the score is clamped.
 
-    Reference: spec 6.3.
 
     Example:
         >>> consistency_score(torch.eye(6), num_modalities=3)

@@ -1,4 +1,4 @@
-"""The nearest maps that agree: permutation synchronization by the leading eigenvectors (spec 6.6)."""
+"""Permutation synchronization: the nearest consistent maps from the leading eigenvectors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def synchronize(
     Raises:
         ShapeError: blocks that do not fit. ConfigError: an unknown kind, a single modality.
 
-    Reference: spec 6.6.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])

@@ -65,7 +65,7 @@ class Backbone(Encoder):
         if frozen and lora is not None:
             raise ConfigError(
                 "Backbone", expected="frozen=True or a LoRA rank", got=f"both, lora = {lora}",
-                fix="LoRA freezes the weights it stands beside; leave frozen out.",
+                fix="LoRA already freezes the original weights; omit frozen.",
             )  # fmt: skip
         if isinstance(model, str):
             model = load_model(import_transformers("Backbone").AutoModel, model, "Backbone")
@@ -117,7 +117,7 @@ class Backbone(Encoder):
                 raise ShapeError(
                     "Backbone", expected="an attention_mask (batch, token)", got=f"shape {tuple(attention.shape)}"
                 )
-            # A row without any token would be 0 / 0 in some kernels; what stands there is masked afterward.
+            # A row without tokens would be 0 / 0 in some kernels; its output is masked afterward.
             given = {key: self._without_masked(key, value, attention.bool()) for key, value in given.items()}
             empty = ~attention.bool().any(dim=1, keepdim=True)
             given["attention_mask"] = attention.masked_fill(empty, 1)
@@ -164,7 +164,7 @@ def _width(model: Any) -> int:
     if not isinstance(width, int):
         raise ConfigError(
             "Backbone", expected="a model of one modality, with hidden_size or hidden_sizes in its configuration",
-            got=type(model).__name__, fix="Of a model for several modalities give one tower, such as CLIPVisionModel.",
+            got=type(model).__name__, fix="Of a multimodal model pass one encoder, such as CLIPVisionModel.",
         )  # fmt: skip
     return width
 

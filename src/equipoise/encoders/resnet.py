@@ -28,21 +28,20 @@ class ResNetEncoder(Encoder):
     ``pooled`` is the mean over time and space, what the static fusions of the older papers read.
 
     Args:
-        channels: of the picture: 3 for colors, 1 for a spectrogram, 2 for optical flow.
-        frames: pictures of one sample; the input is (batch, frame, channel, height, width) where there are several.
+        channels: image channels: 3 for RGB, 1 for a spectrogram, 2 for optical flow.
+        frames: images per sample; with several, the input is (batch, frame, channel, height, width).
         dim: token width.
         pretrained: a folder or a name on the hub of a ResNet18 with safetensors; a first kernel for other channels is
             the mean over colors.
 
     Raises:
         ConfigError: weights of another network, or transformers is missing. DataError: weights that are not there.
-        ShapeError: pictures of other channels, or another number of frames.
+        ShapeError: the number of channels or frames does not match.
 
     It has batch norms: in training a sample's tokens depend on its batch, so accumulated small batches are not one
     large batch, and processes that train together keep statistics of their own.
 
-    Reference: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016); RollingQ (ICML 2025), Table 7;
-    spec 1.2.
+    Reference: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016); RollingQ (ICML 2025), Table 7.
     Differs from the released code in: nothing known; it holds no ResNet.
 
     Example:

@@ -1,4 +1,4 @@
-"""Small encoders that turn pictures and sequences into tokens; any module that returns tokens can replace them."""
+"""Small encoders of images and sequences."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PatchEncoder(Encoder):
     encoder whole, with frames and pretrained weights.
 
     Args:
-        channels: channels of the picture (1 for a spectrogram).
-        size: (height, width) of the picture in pixels.
+        channels: image channels (1 for a spectrogram).
+        size: (height, width) of the image in pixels.
         patch: side of a patch in pixels; height and width must be multiples of it.
         dim: token width.
         depth: number of blocks.
@@ -32,7 +32,7 @@ class PatchEncoder(Encoder):
 
     Raises:
         ConfigError: a size that the patch does not divide.
-        ShapeError: pictures of another shape than ``size`` says.
+        ShapeError: the shape of the images does not match ``size``.
 
     Example:
         >>> PatchEncoder(1, (8, 8), patch=2, dim=16, depth=1, heads=2)(torch.zeros(3, 1, 8, 8)).values.shape
@@ -53,7 +53,7 @@ class PatchEncoder(Encoder):
                 "PatchEncoder",
                 expected=f"a patch that divides (height, width) = {(height, width)}",
                 got=f"patch = {patch}",
-                fix="Choose a common divisor, or crop or pad the pictures.",
+                fix="Choose a common divisor, or crop or pad the images.",
             )
         self.channels, self.size, self.dim = channels, (height, width), dim
         self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
@@ -84,7 +84,7 @@ class SequenceEncoder(Encoder):
         depth: number of blocks.
         heads: attention heads.
         bias: of the projection. Without it, ``dim=120, depth=4, heads=5, bias=False`` is the encoder of the published
-            CMU-MOSEI setting (spec 1.2), where a convolution of kernel 1 projects.
+            CMU-MOSEI setting, where a convolution of kernel 1 projects.
         dropout: in training only.
 
     Raises:

@@ -17,7 +17,7 @@ from .pretrained_weights import for_channels, import_transformers, load_model
 
 
 class ViTEncoder(Encoder):
-    """The first blocks of a Vision Transformer, for pictures, videos and spectrograms.
+    """The first blocks of a Vision Transformer, for images, videos and spectrograms.
 
     ::
 
@@ -28,9 +28,9 @@ class ViTEncoder(Encoder):
     Frames share the projection of patches. What no whole patch covers at the right and lower edge is not read.
 
     Args:
-        channels: of the picture: 3 for colors, 1 for a spectrogram, 2 for optical flow.
+        channels: image channels: 3 for RGB, 1 for a spectrogram, 2 for optical flow.
         size: (height, width) as stored.
-        frames: pictures of one sample; the input is (batch, frame, channel, height, width) where there are several.
+        frames: images per sample; with several, the input is (batch, frame, channel, height, width).
         patch: side of a patch in pixels.
         dim: token width.
         depth: number of blocks.
@@ -49,7 +49,7 @@ class ViTEncoder(Encoder):
     With its defaults a block has 12 d^2 + 13 d = 7,087,872 parameters. From random weights it needs far more data than
     the small sets of this field have: use ``PatchEncoder`` with a small width, or ``pretrained``.
 
-    Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); RollingQ (ICML 2025); spec 1.2.
+    Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); RollingQ (ICML 2025).
     Differs from the released code in: which blocks are taken and how audio weights are derived, as neither it nor the
     paper says so; and exchanging axes is asked for by name instead of being done to whatever is stored.
 
@@ -108,7 +108,7 @@ class ViTEncoder(Encoder):
         if tuple(pixels.shape[1:]) != expected:
             raise ShapeError(
                 "ViTEncoder", expected=f"(batch, {', '.join(map(str, expected))})", got=f"shape {tuple(pixels.shape)}",
-                fix="Resize the pictures, or build the encoder for their size and number of frames.",
+                fix="Resize the images, or create the encoder for their size and number of frames.",
             )  # fmt: skip
         if self.swapped:
             pixels = pixels.transpose(-1, -2)

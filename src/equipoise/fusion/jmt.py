@@ -1,4 +1,4 @@
-"""JMT: a joint stream beside the modalities' own, and cross-attention between all of them (spec 4.3)."""
+"""JMT: joint multimodal transformer with cross-attention between modality streams and a joint stream."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class JMT(Fusion):
     such as patches and words, are joined at places that have nothing to do with each other.
 
     Reference: Waligora et al., "Joint Multimodal Transformer for Emotion Recognition in the Wild" (CVPR workshops
-    2024); spec 4.3.
+    2024).
     Differs from the released code in: batch first throughout (the release mixes axes), any number of modalities,
     unequal lengths by linear interpolation, and a width that is the encoders' (512 there).
 

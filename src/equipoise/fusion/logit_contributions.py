@@ -1,4 +1,4 @@
-"""Whose logits these are: the exact part of each modality, where logits are a sum of such parts."""
+"""Exact decomposition of logits into one part per modality, for models whose logits are such a sum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .joint_attention import JointAttention
 
 
 class RecordedFusion(Protocol):
-    """What is asked of a model; ``FusionModel`` has it all."""
+    """Required interface of the model, implemented by ``FusionModel``."""
 
     fusion: Fusion
     head: nn.Module
@@ -29,30 +29,29 @@ class RecordedFusion(Protocol):
 
 
 def modality_contributions(model: RecordedFusion, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Each modality's part of the logits; the parts add up to the logits.
+    """Computes the part of each modality in the logits; the parts add up to the logits.
 
-    Fusions whose logits are a sum by construction (Concat, Sum, Unimodal, MBT) say it themselves. Joint attention of
-    depth 1 with a linear head is linear in the values of its keys, so with A the attention of the class token::
+    Fusions whose logits are a sum by construction (Concat, Sum, Unimodal, MBT) implement ``contributions``. Joint
+    attention of depth 1 with a linear head is linear in the values of its keys; with A the attention of the class token::
 
         part_m = W_y W_O (A V_m) + (W_y (W_O (A V_special) + b_O) + b_y) / N,    V_m: V, zero but for modality m
 
     Args:
         model: a FusionModel.
-        batch: as the model takes it, or name -> Tokens as its encoders return them.
+        batch: a batch of the model, or name -> Tokens, the outputs of its encoders.
 
     Returns:
-        name -> (batch, output), detached, computed in evaluation mode. What no modality says, the class token's own
-        value and the biases, is shared equally. No attention matrix is built.
+        name -> (batch, output), detached, computed in evaluation mode. The contribution of the
+        class token and the biases is divided equally. No attention matrix is materialized.
 
     Raises:
-        ConfigError: a fusion or head whose logits are no sum of parts, with the reason.
+        ConfigError: the logits of the fusion or head are not a sum of parts; the message gives the reason.
 
-    Unlike a share of attention, a part tells in which direction a modality pushed the scores: a large share with small
-    or canceling values is a small part. Two parts of opposite sign may both be large while the logits are small.
+    Unlike an attention share, a part has a sign, and it is small for a large share with small or canceling values. Two
+    parts of opposite sign may both be large while the logits are small.
 
-    Reference: value-weighted attention, as in Kobayashi et al., "Attention is Not Only a Weight" (EMNLP 2020);
-    spec 1.3 and 1.4.
-    Differs from the released code in: it goes on to the logits, signed and exact, where theirs takes norms of vectors.
+    Reference: value-weighted attention, as in Kobayashi et al., "Attention is Not Only a Weight" (EMNLP 2020).
+    Differs from the released code in: it computes signed, exact parts of the logits rather than norms of vectors.
 
     Example:
         >>> import torch
@@ -93,7 +92,7 @@ def _by_values(model: RecordedFusion, tokens: Mapping[str, Tokens]) -> dict[str,
 
 @contextmanager
 def _values_of(layer: Attention, label: int) -> Iterator[None]:
-    """Attention as it is, over values that are zero but for the keys of one label."""
+    """Sets the values of all keys to zero except those of one label; attention weights are unchanged."""
 
     def only(core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         query, key, value = args

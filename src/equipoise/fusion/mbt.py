@@ -1,4 +1,4 @@
-"""MBT: modalities exchange what they know through a few bottleneck tokens (spec 4.2)."""
+"""MBT: modalities exchange information through a few bottleneck tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MBT(Fusion):
     It helps where sequences are long and little has to cross, at nearly the cost of unimodal encoders. Its logits are a
     sum of one part for each modality, but from the second layer on a part also says what the others have told it.
 
-    Reference: Nagrani et al., "Attention Bottlenecks for Multimodal Fusion" (NeurIPS 2021); spec 4.2.
+    Reference: Nagrani et al., "Attention Bottlenecks for Multimodal Fusion" (NeurIPS 2021).
     Differs from the released code in: any number of modalities, of which one that a sample lacks counts in neither
     mean; those without a class token are pooled by their mean.
 

@@ -1,4 +1,4 @@
-"""Mid fusion by layer: from some block on, one stack of blocks reads all tokens together (spec 4.5)."""
+"""Mid fusion: separate blocks per modality, followed by joint blocks over all tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MidFusion(Fusion):
     second fused block on, a token has already read the other modalities, so a share of attention on its place is no
     longer a share of its modality alone.
 
-    Reference: RollingQ (ICML 2025), Table 11; spec 4.5.
+    Reference: RollingQ (ICML 2025), Table 11.
     Differs from the released code in: there is none; the paper does not say what reads the fused tokens, here it is a
     class token of their own.
 

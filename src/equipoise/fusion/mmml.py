@@ -1,4 +1,4 @@
-"""MMML: post-norm layers in which each modality first reads the others, then itself (spec 4.4)."""
+"""MMML: post-norm layers of cross-attention to the other modalities followed by self-attention."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MMML(ReadoutFusion):
     It helps where modalities have to be compared token by token, as words with frames. It is the widest of the layers
     here, 16 dim^2 parameters for each modality, and overfits small data.
 
-    Reference: Wu et al., "Multimodal Multi-loss Fusion Network for Sentiment Analysis" (NAACL 2024); spec 4.4.
+    Reference: Wu et al., "Multimodal Multi-loss Fusion Network for Sentiment Analysis" (NAACL 2024).
     Differs from the released code in: one layer and one head by default (five and twelve there), and any number of
     modalities, where a modality's keys are the tokens of all others.
 

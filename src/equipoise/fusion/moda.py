@@ -1,4 +1,4 @@
-"""MODA: blocks whose keys are aligned between modalities, and whose attention is split into self and cross (spec 5)."""
+"""MODA: transformer blocks with aligned keys and attention split into self-modality and cross-modality parts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class MODA(Fusion):
     modality: its attention is over all aligned keys at once, under every merge.
 
     Reference: Zhang et al., "MODA: MOdular Duplex Attention for Multimodal Perception, Cognition, and Emotion
-    Understanding" (ICML 2025); spec 5.
+    Understanding" (ICML 2025).
     Differs from the released code in: that changes the keys of one modality only, with a key-value matrix, by a loop
     over samples, and has no modular mask; here is what the paper says, for encoders and any number of modalities.
 

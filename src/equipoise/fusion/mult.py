@@ -1,4 +1,4 @@
-"""MulT: every modality reads every other one by cross-attention, then remembers what it has read (spec 4.1)."""
+"""MulT: directional cross-attention between all pairs of modalities, followed by self-attention."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MulT(ReadoutFusion):
     It helps where modalities complement each other at different times and sequences are short: it has N (N - 1) cross
     encoders. One token pools each modality, so a sequence whose end says little is read badly.
 
-    Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019); spec 4.1.
+    Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019).
     Differs from the released code in: padding is masked and does not count as time (the release attends to it and reads
     the last, possibly padded, step, and takes tokens whose first number is 0 for padding), ``causal`` is off and one
     layer is the default (on, and five, there).
@@ -169,7 +169,7 @@ def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token wid
 
 
 def band(target: Tokens, source: Tokens) -> Bool[Tensor, "batch query key"]:
-    """True where a key is valid and stands at most | L_target - L_source | ahead of the query."""
+    """Returns True for valid keys at most | L_target - L_source | positions after the query."""
     ahead = ranks(source)[:, None, :] - ranks(target)[:, :, None]
     gap = (target.valid().sum(dim=1) - source.valid().sum(dim=1)).abs()
     return (ahead <= gap[:, None, None]) & source.valid()[:, None, :]

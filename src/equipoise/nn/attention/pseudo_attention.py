@@ -38,7 +38,7 @@ class PseudoAttention:
     Raises:
         ConfigError: a negative decay, an unknown count.
 
-    Reference: MODA (ICML 2025); StableMask (ICML 2024); spec 5.3.
+    Reference: MODA (ICML 2025); StableMask (ICML 2024).
 
     Example:
         >>> pseudo_logit(torch.tensor([0, 6]), PseudoAttention(decay=0.7))
