@@ -147,4 +147,4 @@ def test_a_nan_is_told_with_its_modality():
     batch = source.batch("train", torch.arange(5), seed=0, epoch=0, train=True)
     batch["sensor"][3] = float("nan")
     with pytest.raises(NonFiniteError, match="sensor"):
-        module.minimized(batch)
+        module.compute_loss(batch)

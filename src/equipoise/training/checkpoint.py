@@ -1,4 +1,4 @@
-"""Weights and training states on disk: written whole or not at all, and read without running anything in them."""
+"""Checkpoints and weights: written atomically, loaded without executing code."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CHECKSUM = "equipoise_checksum"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints with a checksum, each written beside the old one before it takes its place."""
+    """Lightning checkpoint IO with a checksum and atomic replacement of the previous file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with open_atomic(path) as file:
-            held = _Held(file)
+            held = _ErrorStoringFile(file)
             try:
                 torch.save({**checkpoint, CHECKSUM: checksum(checkpoint)}, held)  # type: ignore[arg-type]
             except RuntimeError as error:
-                # torch tells neither which file it was nor that the disk is full.
+                # The error of torch mentions neither the file nor a full disk.
                 raise held.error or error from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_state_dict(Path(path))
 
 
-class _Held(io.RawIOBase):
-    """A file that remembers why it could not be written."""
+class _ErrorStoringFile(io.RawIOBase):
+    """File wrapper that stores the error of a failed write."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.error = file, None
@@ -52,10 +52,10 @@ class _Held(io.RawIOBase):
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
-    """A training state, with nothing but tensors and plain values in it.
+    """Loads a checkpoint that contains only tensors and plain values.
 
     Raises:
-        DataError: a file that is truncated or damaged, or that holds anything else.
+        DataError: the file is truncated or damaged, or contains other objects.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,10 +71,10 @@ def read_state_dict(path: Path) -> dict[str, Any]:
 
 
 def check_state(model: nn.Module, path: Path) -> None:
-    """Checks the weights in a training state before it is resumed.
+    """Checks the weights in a checkpoint before training resumes.
 
     Raises:
-        DataError: a damaged file, or one without these weights. NonFiniteError: a weight that is NaN or infinite.
+        DataError: the file is damaged or lacks weights of the model. NonFiniteError: a weight is NaN or infinite.
     """
     weights = read_state_dict(path).get("state_dict", {})
     for name, parameter in model.named_parameters():
@@ -87,7 +87,7 @@ def check_state(model: nn.Module, path: Path) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """The model's state as safetensors, written whole or not at all."""
+    """Writes the state dict of the model as safetensors, atomically."""
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -96,11 +96,10 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads what ``save_weights`` wrote into a model built in the same way.
+    """Loads weights written by ``save_weights`` into a model of the same architecture.
 
     Raises:
-        DataError: a file that is missing, truncated, or of another model. NonFiniteError: a weight that is NaN or
-            infinite.
+        DataError: the file is missing, truncated, or of another model. NonFiniteError: a weight is NaN or infinite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -123,7 +122,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _check_finite(who: str, name: str, weight: Tensor) -> None:
-    # Buffers may hold NaN for what is not known yet.
+    # Only parameters: buffers may contain NaN for unknown values.
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(
             who, expected="finite weights", got=f"NaN or infinity in '{name}'",

@@ -1,4 +1,4 @@
-"""What happened in every epoch of a run: a Lightning callback whose notes survive a resume."""
+"""Records the metrics of every epoch in a Lightning callback that survives a resume."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Progress = Callable[[int, int], None]
 
 
 class HistoryCallback(pl.Callback):
-    """Notes every epoch: loss, validation score, shares, imbalance, rotations; and the keys before the first turn.
+    """Records loss, validation score, shares, imbalance and rotations of every epoch, and keys before the first rotation.
 
-    Its moments in the balancers' ``end_epoch``: put it before ``Balance`` in the list of callbacks, give ``look`` to
-    ``Balance`` as ``before_end``, and call ``note`` with what they said afterward (``Notes`` does).
+    Put it before ``BalancerCallback`` in the list of callbacks, pass ``look`` to ``BalancerCallback`` as ``before_end``,
+    and call ``note`` with the logs of the balancers afterward (``RunHistory`` does).
 
     Args:
-        source, recipe: of the run, for the reading of the keys.
-        fingerprint: of the run; a checkpoint of another run is not resumed.
-        balancers: of the run.
+        source, recipe: data set and recipe of the run, to measure the keys.
+        fingerprint: identifies the run; a checkpoint of another run is not resumed.
+        balancers: balancers of the run.
         progress: called with (epochs done, epochs).
     """
 
@@ -54,7 +54,7 @@ class HistoryCallback(pl.Callback):
         self.seconds.append(time.perf_counter() - self._started)
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the keys as they are before the first rotation."""
+        """Records the keys before the first rotation."""
         if self.keys_before is None and self._due():
             model = pl_module.model
             if isinstance(model, FusionModel):
@@ -63,12 +63,12 @@ class HistoryCallback(pl.Callback):
 
     def _due(self) -> bool:
         with warnings.catch_warnings():
-            # The balancers say it themselves, when they decide.
+            # The balancers raise this warning themselves when they decide.
             warnings.filterwarnings("ignore", message="RollingQ skipped a rotation")
             return any(rolling.due() for rolling in self._rolling)
 
     def note(self, trainer: pl.Trainer, said: dict[str, float]) -> None:
-        """Closes the epoch's entry, after the balancers have spoken."""
+        """Completes the entry of the epoch with the logs of the balancers."""
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         entry: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
         entry |= {n: v for n, v in figures.items() if n in ("loss", "air") or n.startswith(("val_", "loss/"))}
@@ -81,7 +81,7 @@ class HistoryCallback(pl.Callback):
             self._progress(len(self.history), int(trainer.max_epochs or 0))
 
     def state_dict(self) -> dict[str, Any]:
-        # As JSON text: plain, whatever the figures are, and safe to load.
+        # Stored as JSON text, which loads with weights_only=True.
         notes = {"history": self.history, "seconds": self.seconds, "keys_before": self.keys_before}
         return {"fingerprint": self.fingerprint, "notes": json.dumps(notes)}
 
@@ -91,7 +91,7 @@ class HistoryCallback(pl.Callback):
 
 
 class RunHistory(pl.Callback):
-    """Stands behind ``Balance`` and lets the journal close its entry with what the balancers said."""
+    """Runs after ``BalancerCallback`` and completes the history entry with the logs of the balancers."""
 
     def __init__(self, journal: HistoryCallback, balance: Any) -> None:
         self._journal, self._balance = journal, balance

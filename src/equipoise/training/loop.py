@@ -1,4 +1,4 @@
-"""The one loop: a LightningModule that minimizes what a subclass names, with the optimizer of the recipe."""
+"""Base LightningModule: optimizer, schedule, seeding and loss checks; a subclass defines the loss."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .recipes import TrainOptions
 
 
 class TrainingLoop(pl.LightningModule, ABC):
-    """Seeds every epoch, checks every loss, makes optimizer and schedule; a subclass says what is minimized.
+    """Base class of training modules: seeds every epoch, checks every loss, builds optimizer and schedule.
 
     Args:
-        model: what is trained; its ``names`` are the inputs that are searched for a NaN when the loss is one.
-        options: how.
-        seed: of dropout. Every epoch starts from a state that depends on the seed and the epoch alone, so a run that
-            resumes at an epoch goes on exactly as it would have.
+        model: model to train; if the loss is NaN, the inputs called ``model.names`` are checked for the cause.
+        options: training options.
+        seed: seed of dropout. The RNG state at the start of an epoch depends only on the seed and the epoch, so that a
+            resumed run computes the same result.
 
     Raises:
-        NonFiniteError: a loss that is NaN or infinite, with the batch, and the modality whose input is.
+        NonFiniteError: the loss is NaN or infinite; the message names the batch and the modality with the bad input.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions, *, seed: int = 0) -> None:
@@ -34,18 +34,18 @@ class TrainingLoop(pl.LightningModule, ABC):
         self.model, self.options, self.seed = model, options, seed
 
     @abstractmethod
-    def minimized(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and name -> what is logged of it, "loss" among them."""
+    def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a batch and the values to log, {name: tensor} including "loss"."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if batch_idx == 0:
-            # Processes that train together drop different units; the first one drops what a single process would.
+            # Each rank draws other dropout masks; rank 0 draws those of a single process.
             torch.manual_seed((self.seed + 1_000_000 * self.global_rank) * 1_000_003 + self.current_epoch)
-        loss, said = self.minimized(batch)
+        loss, logs = self.compute_loss(batch)
         if not bool(torch.isfinite(loss)):
             raise self._not_finite(batch, batch_idx, loss)
         size = len(batch["target"])
-        for name, value in said.items():
+        for name, value in logs.items():
             bar = name == "loss"
             self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar, batch_size=size, sync_dist=True)
         return loss
@@ -84,7 +84,7 @@ class TrainingLoop(pl.LightningModule, ABC):
         )  # fmt: skip
 
     def _read(self, batch: Mapping[str, Any], name: str) -> list[Tensor]:
-        """What the model reads of one entry of the batch: zeros where the mask hides values."""
+        """Returns the tensors of a batch entry, with masked values set to zero."""
         masks = batch.get("mask")
         mask = masks.get(name) if isinstance(masks, Mapping) else None
         tokens_too = getattr(self.model, "_takes_mask", {}).get(name, True)
@@ -100,7 +100,7 @@ def _names(model: nn.Module) -> tuple[str, ...]:
 
 
 class WarmupCosine:
-    """Factor on the learning rate: rises linearly over the warm-up, then falls to 0 along a cosine.
+    """Learning rate factor: linear warm-up, then cosine decay to 0.
 
     Example:
         >>> factor = WarmupCosine(100, warmup=0.1)

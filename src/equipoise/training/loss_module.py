@@ -1,4 +1,4 @@
-"""What the loop minimizes: a fusion's task loss with heads and balancers, or the losses that a model brings itself."""
+"""Training modules: the task loss of a fusion model with balancers, or the losses of a self-contained model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .recipes import TrainOptions
 
 
 class BalancedTraining(TrainingLoop):
-    """Trains a FusionModel; balancers plug in.
+    """Trains a FusionModel with balancers.
 
     Args:
-        model: what is trained.
-        options: how.
-        balancers: ``BalancerList`` calls them in every step; give ``module.balancing`` to the ``Balance`` callback, which
-            calls what happens once an epoch.
-        seed: of dropout, see ``Loop``.
+        model: model to train.
+        options: training options.
+        balancers: called in every step through a ``BalancerList``; pass ``module.balancing`` to ``BalancerCallback``,
+            which calls their hooks once per epoch.
+        seed: seed of dropout, see ``TrainingLoop``.
 
     Raises:
-        NonFiniteError: a loss that is NaN or infinite, with the batch, and the modality whose input is.
+        NonFiniteError: the loss is NaN or infinite; the message names the batch and the modality with the bad input.
     """
 
     model: FusionModel
@@ -37,20 +37,20 @@ class BalancedTraining(TrainingLoop):
         self, model: FusionModel, options: TrainOptions, *, balancers: Sequence[Balancer] = (), seed: int = 0
     ) -> None:
         super().__init__(model, options, seed=seed)
-        # Not registered: what they remember lies in the model, or in the Balance callback's state.
+        # Not registered as a module: its state is part of the model or of the BalancerCallback.
         self.balancing = BalancerList(model, balancers)
 
     def forward(self, batch: Mapping[str, Any]):
         return self.model(batch)
 
-    def minimized(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         output, target = self.model(batch), batch["target"]
         loss = self.balancing.loss(output, target)
         with torch.no_grad():
             return loss, {"loss": self.model.loss(output.logits, target)}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Gradients are accumulated, reduced and unscaled here, and not yet clipped.
+        # At this point gradients are accumulated, reduced and unscaled, but not yet clipped.
         self.balancing.before_step()
 
     def on_validation_epoch_start(self) -> None:
@@ -73,15 +73,15 @@ class BalancedTraining(TrainingLoop):
 
 
 class SelfContainedTraining(TrainingLoop):
-    """Trains a model that brings its own losses; validation sees the same ones.
+    """Trains a self-contained model, which defines its own losses; validation uses the same losses.
 
     Args:
-        model: what is trained.
-        options: how.
-        seed: of dropout, see ``Loop``.
+        model: model to train.
+        options: training options.
+        seed: seed of dropout, see ``TrainingLoop``.
 
     Raises:
-        NonFiniteError: a loss that is NaN or infinite, with the batch, and the modality whose input is.
+        NonFiniteError: the loss is NaN or infinite; the message names the batch and the modality with the bad input.
     """
 
     model: SelfContainedModel
@@ -90,12 +90,12 @@ class SelfContainedTraining(TrainingLoop):
         super().__init__(model, options, seed=seed)
         self.balancing = BalancerList(model, ())  # type: ignore[arg-type]
 
-    def minimized(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.model.losses(batch)
         loss = torch.stack([term.reshape(()) for term in terms.values()]).sum()
         parts = {f"loss/{name}": term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return loss, {"loss": loss.detach(), **parts}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss, _ = self.minimized(batch)
+        loss, _ = self.compute_loss(batch)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["target"]), sync_dist=True)

@@ -1,4 +1,4 @@
-"""A method's name, such as ``joint+rollingq``, and the model and balancers that it means in a recipe."""
+"""Builds the model and balancers that a method name such as ``joint+rollingq`` denotes in a recipe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """A fusion, or a modality alone, plus balancers: ``name = base + "+" + "+".join(balancers)``."""
+    """A fusion or a single modality, with balancers: ``name = base + "+" + "+".join(balancers)``."""
 
     base: str
     balancers: tuple[str, ...] = ()
@@ -39,14 +39,14 @@ class Method:
 
 
 def parse_method(name: str, recipe: Recipe) -> Method:
-    """Reads a method's name and checks every part of it.
+    """Parses a method name and checks every part of it.
 
     Raises:
-        ConfigError: a part that nobody knows; the closest name is given.
+        ConfigError: a part is unknown; the message lists the closest names.
 
     Example:
         >>> recipe = Recipe(data={"name": "digits"}, encoders={"audio": {}, "image": {}})
-        >>> parse("joint+rollingq", recipe)
+        >>> parse_method("joint+rollingq", recipe)
         Method(base='joint', balancers=('rollingq',))
     """
     base, *added = (part.strip() for part in name.split("+"))
@@ -65,7 +65,7 @@ def parse_method(name: str, recipe: Recipe) -> Method:
 
 
 def method_recipe(method: Method, recipe: Recipe) -> Recipe:
-    """The recipe with the training options of this method's variant in it."""
+    """Returns the recipe with the training options of the variant applied."""
     changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
     if not isinstance(changes, dict):
         kind = "variant" if recipe.model else "fusion"
@@ -76,17 +76,17 @@ def method_recipe(method: Method, recipe: Recipe) -> Recipe:
 def build_model(
     method: Method, recipe: Recipe, dataset: Dataset, *, teachers: Mapping[str, nn.Module] | None = None
 ) -> tuple[FusionModel | SelfContainedModel, list[Balancer]]:
-    """The model of a method, and its balancers attached to it.
+    """Builds the model of a method, with its balancers attached.
 
-    The generator of torch decides the weights: seed it first.
+    Weights are initialized from the global RNG: seed it first.
 
     Args:
-        method, recipe, dataset: what is meant.
-        teachers: modality -> trained encoder, for methods that learn from one (``needs_teachers``).
+        method, recipe, dataset: method to build, and the recipe and data that define it.
+        teachers: modality -> trained encoder, for balancers with ``needs_teachers``.
 
     Raises:
-        ConfigError: an option that a class does not take, a modality that the data lack, an encoder that does not fit
-            the data. ShapeError: encoders of different width.
+        ConfigError: unknown option, modality that the data set lacks, or encoder that does not fit the data.
+        ShapeError: encoders of different widths.
     """
     recipe = method_recipe(method, recipe)
     for name in (*recipe.encoders, *([recipe.noise_modality] if recipe.noise_modality else [])):
@@ -99,7 +99,7 @@ def build_model(
     names = (method.base,) if alone else dataset.names
     for name in names:
         if name in dataset.vocabulary:
-            # Told now, and not by the evaluation under noise after the last epoch.
+            # Raised here rather than by the evaluation under noise after the last epoch.
             raise ConfigError(
                 f"method '{method.name}'", expected="modalities that noise can replace",
                 got=f"'{name}', numbers of words or letters", fix="With triples, write letters: vectors under data.",
@@ -135,12 +135,12 @@ def build_model(
 
 
 def needs_teachers(method: Method, recipe: Recipe) -> bool:
-    """Whether one of its balancers learns from encoders that were trained alone before."""
+    """Returns whether a balancer of the method needs encoders that were trained alone before."""
     return any(_class(name, recipe).needs_teachers for name in method.balancers)
 
 
 def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encoder:
-    """The encoder of a modality, with what follows from the data."""
+    """Builds the encoder of a modality; sizes are taken from the data set."""
     shape, words = dataset.shapes[name], dataset.vocabulary.get(name)
     options, known = dict(options), available_classes(encoders, Encoder)
     usual = {3: "PatchEncoder", 1: "TextEncoder"}.get(len(shape), "SequenceEncoder")
@@ -164,7 +164,7 @@ def _class(name: str, recipe: Recipe) -> type[Balancer]:
 
 
 def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str, Any], method: Method) -> Balancer:
-    """The balancer, given those of model, layer, fusion, epochs and teachers that its class takes."""
+    """Builds a balancer with those of model, layer, fusion, epochs and teachers that its class accepts."""
     options = dict(recipe.balancers.get(name, {}))
     options.pop("balancer", None)
     model = given["model"]

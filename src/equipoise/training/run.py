@@ -1,4 +1,4 @@
-"""One run: a method trained with one seed on one fold, evaluated, and written down. It resumes where it was stopped."""
+"""Trains and evaluates one method with one seed on one fold; resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ from .run_spec import RunSpec, is_finished
 ADVICE = (
     "does not have many workers", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
 )  # fmt: skip
-"""Of Lightning, to people who wrote their own loaders and loggers."""
+"""Lightning warnings to suppress: advice on user-defined loaders and loggers."""
 
 
 def execute_run(
     job: RunSpec, folder: Path, *, progress: Progress | None = None, trainer_options: Mapping[str, Any] | None = None
 ) -> RunResult | None:
-    """Trains, evaluates and writes a run; a finished one is read, a stopped one goes on after its last whole epoch.
+    """Trains and evaluates a run; loads a finished one, resumes an interrupted one after its last complete epoch.
 
-    The run's folder then holds ``run.json``, ``model.safetensors``, ``recipe.yaml`` and ``checkpoints/last.ckpt``.
+    The folder of the run then contains ``run.json``, ``model.safetensors``, ``recipe.yaml`` and ``checkpoints/last.ckpt``.
 
     Args:
-        job: what.
-        folder: of this run alone.
+        job: run to execute.
+        folder: folder of this run.
         progress: called with (epochs done, epochs) after every epoch.
-        trainer_options: for ``lightning.pytorch.Trainer``, such as ``devices``; its callbacks are added.
+        trainer_options: arguments of ``lightning.pytorch.Trainer``, such as ``devices``; callbacks are added.
 
     Returns:
-        Run, as in ``results.json``; None in processes that only helped another to train.
+        Run, as in ``results.json``; None in all processes but rank 0.
 
     Raises:
-        ConfigError: a method or option that does not exist. DataError: data or checkpoints that cannot be read.
-        NonFiniteError: a loss that is NaN; the last whole checkpoint stays.
+        ConfigError: unknown method or option. DataError: data or checkpoint cannot be read.
+        NonFiniteError: the loss is NaN; the last complete checkpoint is kept.
     """
     check_folder(folder, "train")
     stored = is_finished(job, folder)
@@ -76,7 +76,7 @@ def execute_run(
     source = load_run_dataset(recipe, job.fold)
     teachers = {}
     if method_factory.needs_teachers(method, recipe):
-        # Teachers are trained as the variant that they teach.
+        # Teachers are trained with the training options of the variant.
         alike = replace(job, recipe=recipe)
         teachers = {name: _teacher(alike, name, folder, trainer_options) for name in source.names}
     torch.manual_seed(job.seed)
@@ -95,16 +95,16 @@ def execute_run(
 
 
 def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str, Any] | None) -> nn.Module:
-    """The encoder of a modality that was trained alone, with the same seed, on the same fold."""
-    alone, here = replace(job, method=name), folder / "teachers" / name
-    execute_run(alone, here, trainer_options=trainer_options)
+    """Returns the encoder of a modality trained alone, with the same seed and fold."""
+    alone, teacher_folder = replace(job, method=name), folder / "teachers" / name
+    execute_run(alone, teacher_folder, trainer_options=trainer_options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     with torch.random.fork_rng(devices=[]):
         model, _ = method_factory.build_model(
             method_factory.parse_method(name, job.recipe), job.recipe, load_run_dataset(job.recipe, job.fold)
         )
-    load_weights(model, here / "model.safetensors")
+    load_weights(model, teacher_folder / "model.safetensors")
     return model.encoders[name]  # type: ignore[index,return-value]
 
 
@@ -113,19 +113,19 @@ def _loaded(options: str) -> data.Dataset:
     content = json.loads(options)
     name, known = str(content.pop("name")), data.available_datasets()
     if name not in known:
-        return data.load_dataset(name)  # which tells the closest name
+        return data.load_dataset(name)  # raises with the closest name
     if "fold" in content and "fold" not in inspect.signature(known[name]).parameters:
         raise ConfigError(
             f"data set '{name}'", expected="no fold, since it has one split", got=f"fold '{content['fold']}'",
             fix="Leave out --folds, --fold and the recipe's folds.",
         )  # fmt: skip
     with single_thread():
-        # Sums are rounded otherwise by several threads, and compare's workers have one: they must see the same data.
+        # Reductions round differently with several threads; load on one thread so that compare's workers see the same data.
         return instantiate(known[name], f"data set '{name}'", content)
 
 
 def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
-    """The recipe's data set, loaded once in a process."""
+    """Loads the data set of a recipe, once per process."""
     options = {**recipe.data, **({} if fold is None else {"fold": fold})}
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The folder of a run: its parts, how they are tied together, and what is told where they do not belong together."""
+"""The files in the folder of a run, and the digests that tie them together."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ AGAIN = "Remove it and start the run again; it goes on from its checkpoint."
 
 
 def write_run(folder: Path, fingerprint: str, run: RunResult) -> None:
-    """Writes ``run.json``, which says of which recipe and of which weights the run is.
+    """Writes ``run.json`` with the digests of the recipe and the weights.
 
-    Call it last: a run is finished once this file is there.
+    Call it last: a run counts as finished once this file exists.
 
     Args:
-        folder: of the run, with recipe and weights in it.
-        fingerprint: of its job.
-        run: as in ``results.json``.
+        folder: folder of the run, which contains the recipe and the weights.
+        fingerprint: fingerprint of its ``RunSpec``.
+        run: run as in ``results.json``.
     """
     parts = {"recipe": digest(folder / RECIPE), "weights": digest(folder / WEIGHTS)}
     content = {"fingerprint": fingerprint, **parts, "run": run}
@@ -33,10 +33,10 @@ def write_run(folder: Path, fingerprint: str, run: RunResult) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of ``run.json``.
+    """Loads ``run.json``.
 
     Raises:
-        DataError: a file that is damaged, or that was changed since it was written.
+        DataError: the file is damaged or was changed after it was written.
     """
     who = f"load '{folder / RUN}'"
     try:
@@ -58,10 +58,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, content: dict[str, Any]) -> None:
-    """Checks that the weights in a folder are the ones that its ``run.json`` was written with.
+    """Checks the weights in a folder against the digest in ``run.json``.
 
     Raises:
-        DataError: other weights.
+        DataError: the weights differ.
     """
     weights = folder / WEIGHTS
     if "weights" in content and weights.is_file() and digest(weights) != content["weights"]:

@@ -1,4 +1,4 @@
-"""A trained model back from the folder of its run."""
+"""Loads a trained model from the folder of its run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .run_spec import check_recipe
 
 
 def load(folder: str | os.PathLike[str]) -> FusionModel | SelfContainedModel:
-    """The model that ``train`` or ``compare`` trained, on the CPU, in evaluation mode, rotated as it was.
+    """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
-    The recipe's data set tells the shapes, so the data must be there. Weights are read, nothing is executed. Where a
-    rotation should be merged into the weights, call ``eq.merge_rotations`` on what comes back.
+    The data set of the recipe must be available, since it determines the shapes. No code from the folder is executed.
+    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model.
 
     Args:
-        folder: of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
+        folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
 
     Raises:
-        DataError: no folder of a finished run, or a file in it that is damaged or of another run.
-        ConfigError: a recipe that no longer fits the data or the classes.
+        DataError: not the folder of a finished run, or a file in it is damaged or belongs to another run.
+        ConfigError: the recipe no longer fits the data or the classes.
 
     Example:
         >>> import tempfile
         >>> from equipoise.training import RunSpec, execute_run
-        >>> recipe = recipes.read("digits").with_train(epochs=1)
+        >>> recipe = recipes.load_recipe("digits").with_train(epochs=1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = perform(Job(recipe, "image", seed=0), Path(folder), trainer_options={"limit_train_batches": 1})
+        ...     _ = execute_run(RunSpec(recipe, "image", seed=0), Path(folder), trainer_options={"limit_train_batches": 1})
         ...     model = load(folder)
         >>> model.names, model.training
         (('image',), False)
@@ -50,16 +50,16 @@ def load(folder: str | os.PathLike[str]) -> FusionModel | SelfContainedModel:
             method_factory.parse_method(run["method"], recipe), recipe, load_run_dataset(recipe, run["fold"])
         )
     load_weights(model, folder / WEIGHTS)
-    # Weights of another training can have the same shapes.
+    # The weights of another run can have the same shapes.
     check_weights(folder, content)
     return model.eval()
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
-    """The finished run in this folder, as ``results.json`` holds it.
+    """Returns the finished run in a folder, as in ``results.json``.
 
     Raises:
-        DataError: no folder of a finished run, a damaged one, or one whose parts do not belong together.
+        DataError: not the folder of a finished run, damaged, or files that belong to different runs.
     """
     return _content(folder)["run"]
 

@@ -1,4 +1,4 @@
-"""What a run is: a recipe, a method, a seed and a fold; and where it lives."""
+"""Specification of a run (recipe, method, seed, fold), and its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .run_folder import RECIPE, RUN, check_weights, read_run
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What is run: everything that decides the result."""
+    """Specification of a run: everything that determines its result."""
 
     recipe: Recipe
     method: str
@@ -26,21 +26,21 @@ class RunSpec:
     fold: str | None = None
 
     def folder(self, out: Path) -> Path:
-        """Where the run lives in the folder of its comparison."""
+        """Returns the folder of the run in the folder of its comparison."""
         return place(out, self.method, self.seed, self.fold)
 
     def fingerprint(self) -> str:
-        """What must be unchanged for a finished or stopped run to count."""
+        """Returns a string that must match for a finished or interrupted run to be reused."""
         content = asdict(self.recipe)
-        # What compare runs, and where the data lie, does not change what a run computes.
+        # The methods of compare and the location of the data do not change the result of a run.
         for name in ("methods", "seeds", "folds", "reference", "references"):
             content.pop(name)
         content["data"].pop("root", None)
         if not content["model"]:
-            # Runs of before there were other models count as well.
+            # Keep fingerprints compatible with runs made before `model` and `variants` existed.
             for name in ("model", "variants"):
                 content.pop(name)
-        # Nor do variants that this method does not use.
+        # Variants that this method does not use are irrelevant as well.
         base, *balancers = (part.strip() for part in self.method.split("+"))
         if "variants" in content:
             content["variants"] = {k: v for k, v in content["variants"].items() if k == base}
@@ -51,10 +51,10 @@ class RunSpec:
 
 
 def place(out: Path, method: str, seed: int, fold: str | None) -> Path:
-    """The folder of a run in the folder of its comparison.
+    """Returns the folder of a run in the folder of its comparison.
 
     Raises:
-        ConfigError: a method or fold whose name would lead elsewhere.
+        ConfigError: the method or fold is not a valid path component.
     """
     names = (
         check_path_component(fold or "all", "fold"),
@@ -65,12 +65,12 @@ def place(out: Path, method: str, seed: int, fold: str | None) -> Path:
 
 
 def is_finished(job: RunSpec, folder: Path) -> RunResult | None:
-    """The run that ``perform`` wrote into this folder, if it is whole and of the same recipe.
+    """Returns the run that ``execute_run`` wrote to this folder, or None if it is incomplete or of another recipe.
 
-    Where ``run.json`` is missing or cut short, the run counts as stopped and goes on from its checkpoint.
+    If ``run.json`` is missing or truncated, the run counts as interrupted and resumes from its checkpoint.
 
     Raises:
-        DataError: a run that was changed since it was written, or whose recipe or weights are of another run.
+        DataError: the run was changed after it was written, or its recipe or weights belong to another run.
     """
     try:
         stored = read_json(folder / RUN)
@@ -85,13 +85,13 @@ def is_finished(job: RunSpec, folder: Path) -> RunResult | None:
 
 
 def check_recipe(folder: Path, content: dict[str, Any]) -> None:
-    """Checks that the recipe in a folder is the one that its ``run.json`` was written with.
+    """Checks the recipe in a folder against ``run.json``.
 
     Raises:
-        DataError: another recipe.
+        DataError: the recipe differs.
     """
     run, path = content["run"], folder / RECIPE
-    # What does not change the run, such as a comment, may change.
+    # Changes that do not affect the run, such as comments, are allowed.
     if "fingerprint" in content and path.is_file() and digest(path) != content.get("recipe"):
         try:
             recipe = recipes.load_recipe(path)
@@ -110,10 +110,10 @@ def check_recipe(folder: Path, content: dict[str, Any]) -> None:
 
 
 def check_against(folder: Path, runs: list[RunResult]) -> None:
-    """Checks that runs of a results file are the ones in the folders beside it, where there are folders.
+    """Checks the runs of a results file against the run folders next to it, if there are any.
 
     Raises:
-        DataError: a run that says something else than its folder.
+        DataError: a run differs from the one in its folder.
     """
     for run in runs:
         for inside in (place(folder, run["method"], run["seed"], run["fold"]), folder):

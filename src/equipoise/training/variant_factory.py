@@ -1,4 +1,4 @@
-"""Variants of a model that brings its own losses: what a recipe's ``model`` and ``variants`` mean."""
+"""Builds the variants of a self-contained model from ``model`` and ``variants`` of a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL_PACKAGES = ("dual_encoder", "vision_language", "cross_modal_matcher")
 
 
 def available_variants() -> dict[str, type[SelfContainedModel]]:
-    """name -> model."""
+    """Returns {name: class} of all self-contained models."""
     found: dict[str, type[SelfContainedModel]] = {}
     for package in MODEL_PACKAGES:
         module = importlib.import_module(f"..models.{package}", __package__)
@@ -31,7 +31,7 @@ def available_variants() -> dict[str, type[SelfContainedModel]]:
 
 
 def evaluation_metric(recipe: Recipe) -> dict[str, Any]:
-    """For the protocol of results: the model, its variants, and the metric that tells how good it is."""
+    """Returns the model, its variants and its main metric, for the protocol in ``results.json``."""
     if not recipe.model:
         return {}
     wanted, models = str(recipe.model["name"]), available_variants()
@@ -41,10 +41,10 @@ def evaluation_metric(recipe: Recipe) -> dict[str, Any]:
 
 
 def variant_options(name: str, recipe: Recipe) -> str:
-    """The method's name, once the recipe knows it; a recipe without variants knows its model's name.
+    """Checks and returns the name of a variant; without variants, the only name is that of the model.
 
     Raises:
-        ConfigError: a name that no variant has, or a balancer, which is for fusions.
+        ConfigError: unknown variant, or a balancer, which requires a fusion.
     """
     if "+" in name:
         raise ConfigError(
@@ -60,10 +60,10 @@ def variant_options(name: str, recipe: Recipe) -> str:
 def build_self_contained(
     name: str, recipe: Recipe, dataset: Dataset, encoders: Mapping[str, nn.Module]
 ) -> SelfContainedModel:
-    """The recipe's model in this variant, for this data set.
+    """Builds the model of the recipe in this variant, for this data set.
 
     Raises:
-        ConfigError: a model or an option that does not exist, or data of another kind.
+        ConfigError: unknown model or option, or an unsuitable data set.
     """
     options: dict[str, Any] = {**recipe.model, **recipe.variants.get(name, {})}
     options.pop("train", None)
