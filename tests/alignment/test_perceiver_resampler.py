@@ -193,7 +193,7 @@ def test_errors():
         made({})
     layer = gated()
     with pytest.raises(
-        ShapeError, match=r"media_at: expected at most medium = 1 places in a text, got \[3, 1\]. A text that"
+        ShapeError, match=r"media_at: expected at most medium = 1 positions in a text, got \[3, 1\]. Pass one medium"
     ):
         layer(TEXT, MEDIA[:, :1], media_at=AT)
     with pytest.raises(ShapeError, match=r"media_at: expected a boolean mask \(batch, word\) = \(2, 7\), got \(2, 6\)"):

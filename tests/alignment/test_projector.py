@@ -134,10 +134,10 @@ def test_errors():
     with pytest.raises(
         ShapeError,
         match=r"splice 'image': expected one placeholder for each of 1 media, or for each of their 4 tokens, got 2 "
-        r"\(in the rows: \[1, 1\]\). A text without its medium, or a medium that no text mentions",
+        r"\(per row: \[1, 1\]\). Remove texts without their medium, and media without a placeholder",
     ):
         splice(text, ids, IMAGE, image[:1])
-    with pytest.raises(ShapeError, match=r"splice 'image': .* got 0 \(in the rows: \[0, 0\]\)"):
+    with pytest.raises(ShapeError, match=r"splice 'image': .* got 0 \(per row: \[0, 0\]\)"):
         splice(text, ids, IMAGE + 1, image)
     with pytest.raises(ShapeError, match=r"splice 'image': expected the text's width, dim = 3, got 4. Projector"):
         splice(text, ids, IMAGE, torch.zeros(2, 4, 4))

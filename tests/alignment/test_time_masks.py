@@ -222,7 +222,7 @@ def test_soft_warping():
 
 def test_errors():
     with pytest.raises(
-        ShapeError, match=r"differences key_times: expected \(batch, token\) with batch = 2, got \(1, 7\)"
+        ShapeError, match=r"time_differences key_times: expected \(batch, token\) with batch = 2, got \(1, 7\)"
     ):
         time_differences(QUERY, KEY[:1])
     with pytest.raises(ConfigError, match=r"time_window: expected width >= 0 seconds, got -1.0"):

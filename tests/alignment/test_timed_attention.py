@@ -150,7 +150,7 @@ def test_errors():
     sound, picture = parts().values()
     with pytest.raises(ConfigError, match=r"TimedAttention: expected window >= 0 seconds or None, got -1.0"):
         layer(window=-1.0)
-    with pytest.raises(ConfigError, match="TimedAttention: expected names, whose lags the bias learns, got none"):
+    with pytest.raises(ConfigError, match="TimedAttention: expected names, for the lags of the bias, got none"):
         TimedAttention(DIM)
     with pytest.raises(ConfigError, match="TimedAttention: expected a known treatment of empty windows, got 'mean'"):
         layer(empty="mean")

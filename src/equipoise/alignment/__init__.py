@@ -1,4 +1,4 @@
-"""Modalities that find each other: losses that align them, connectors that pass them on, measures of how it went."""
+"""Cross-modal alignment: contrastive losses, connectors between encoders and language models, and metrics."""
 
 from .connectors.gated_cross_attention import GatedCrossAttention as GatedCrossAttention
 from .connectors.gated_cross_attention import media_mask as media_mask

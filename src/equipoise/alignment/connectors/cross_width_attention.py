@@ -1,4 +1,4 @@
-"""Attention whose keys come from a sequence of another width: how queries read media."""
+"""Cross-attention to keys of another width: how queries attend to media."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Media = Tensor | Tokens | Mapping[str, Tensor | Tokens]
 
 
 class CrossWidthAttention(Attention):
-    """An ``Attention`` from queries of width ``dim`` to a source of width ``source_dim``; ``watch`` sees it like any.
+    """Cross-attention from queries of width ``dim`` to a source of width ``source_dim``; recorded by ``watch``.
 
     Args:
         dim: width of the queries and the output.
-        source_dim: width of what is read.
-        heads: each dim / heads wide.
-        bias: of the projections.
-        dropout: in training only.
+        source_dim: width of the source, from which keys and values are projected.
+        heads: number of heads, each dim / heads wide.
+        bias: whether the projections have a bias.
+        dropout: dropout probability.
 
     Example:
         >>> import torch
-        >>> Reading(8, 5, heads=2)(torch.zeros(1, 3, 8), torch.zeros(1, 4, 5)).output.shape
+        >>> CrossWidthAttention(8, 5, heads=2)(torch.zeros(1, 3, 8), torch.zeros(1, 4, 5)).output.shape
         torch.Size([1, 3, 8])
     """
 
@@ -42,20 +42,23 @@ class CrossWidthAttention(Attention):
         width = None if source is None else source.shape[-1]
         if source is None or tokens.shape[-1] != self.dim or width != self.source_dim:
             raise ShapeError(
-                "Reading", expected=f"dim = {self.dim} and source_dim = {self.source_dim}",
+                "CrossWidthAttention", expected=f"dim = {self.dim} and source_dim = {self.source_dim}",
                 got=f"{tokens.shape[-1]} and {width}",
             )  # fmt: skip
         return source
 
 
 def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, Tokens]:
-    """name -> Tokens, zeros under their masks, each of the width it should have; a tensor alone is the only kind."""
+    """Converts media to name -> Tokens with zeros under their masks, and checks names and widths.
+
+    A tensor or Tokens without a name is accepted if there is only one kind of media.
+    """
     if not isinstance(media, Mapping):
         if len(widths) != 1:
             raise ConfigError(who, expected=f"media by name: {', '.join(widths)}", got=type(media).__name__)
         media = {next(iter(widths)): media}
     if set(media) != set(widths):
-        raise ConfigError(who, expected=f"media {sorted(widths)}", got=f"{sorted(media)}", fix="Mask those that lack.")
+        raise ConfigError(who, expected=f"media {sorted(widths)}", got=f"{sorted(media)}", fix="Mask missing media.")
     parts = {}
     for name, width in widths.items():
         part = media[name]
@@ -70,7 +73,7 @@ def named_media(media: Media, widths: Mapping[str, int], who: str) -> dict[str, 
 
 
 def concatenate_media(media: Media, dim: int, who: str) -> Tokens:
-    """One sequence of all kinds of media with labels."""
+    """Concatenates all kinds of media to one sequence with modality labels."""
     parts = media if isinstance(media, Mapping) else {"media": media}
     if not parts:
         raise ConfigError(who, expected="at least one kind of media", got="none")

@@ -1,4 +1,4 @@
-"""Gated cross-attention: a language model is shown media, and at the start does not notice it (spec 7.7)."""
+"""Gated cross-attention (Flamingo): adds media to a frozen language model; initially the identity."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def media_mask(
     *,
     valid: Bool[Tensor, "batch medium token"] | None = None,
 ) -> Bool[Tensor, "batch word key"]:
-    """Word i sees the tokens of the last medium that stands before or at it; words before any medium see none.
+    """Mask in which word i attends to the tokens of the last medium at or before it; earlier words attend to none.
 
     Args:
-        media_at: (batch, word), True where a medium stands in the text.
-        media: media of each sample, and ``tokens`` of each medium.
-        tokens: see ``media``.
+        media_at: (batch, word), True at the position of a medium in the text.
+        media: number of media per sample.
+        tokens: number of tokens per medium.
         valid: (batch, medium, token), False = padding.
 
     Example:
@@ -36,31 +36,30 @@ def media_mask(
     """
     bool_mask(media_at, "media_mask media_at", "a boolean mask (batch, word)")
     index: Int[Tensor, "batch word"] = media_at.cumsum(dim=1) - 1
-    seen = (index[..., None] == torch.arange(media, device=index.device)).repeat_interleave(tokens, dim=2)
+    mask = (index[..., None] == torch.arange(media, device=index.device)).repeat_interleave(tokens, dim=2)
     if valid is None:
-        return seen
-    expected = f"a boolean mask (batch, medium, token) = {(len(media_at), media, tokens)}"
-    return (
-        seen & bool_mask(valid, "media_mask valid", expected, shape=(len(media_at), media, tokens)).flatten(1)[:, None]
-    )
+        return mask
+    shape = (len(media_at), media, tokens)
+    valid = bool_mask(valid, "media_mask valid", f"a boolean mask (batch, medium, token) = {shape}", shape=shape)
+    return mask & valid.flatten(1)[:, None]
 
 
 class GatedCrossAttention(nn.Module):
-    """A layer in front of a block of a frozen language model, which is the identity until it is trained.
+    """Gated cross-attention layer in front of a block of a frozen language model; the identity at initialization.
 
-    ``x <- x + tanh(alpha) attention(LN x, media)``, then ``x <- x + tanh(beta) FFN(LN x)``; both gates are 0 at the
-    start. Text reads the last medium before it alone; text before any medium reads nothing, and attention adds 0.
+    ``x <- x + tanh(alpha) attention(LN x, media)``, then ``x <- x + tanh(beta) FFN(LN x)``; both gates are initialized
+    to 0. A word attends only to the last medium before it; for text before any medium the attention adds 0.
 
     Args:
         dim: width of the text.
-        media_dim: width of the media; that of the text by default.
-        heads: attention heads, each dim / heads wide.
-        ratio: hidden width of the FFN over ``dim``.
+        media_dim: width of the media; ``dim`` by default.
+        heads: number of attention heads, each dim / heads wide.
+        ratio: hidden width of the FFN divided by ``dim``.
 
     Raises:
-        ShapeError: in ``forward``, widths or batches that do not fit, or more media in the text than are given.
+        ShapeError: in ``forward``, widths or batch sizes that do not match, or more media positions than media.
 
-    Reference: Alayrac et al., Flamingo (NeurIPS 2022), Figure 4 and appendix A.1.2; spec 7.7.
+    Reference: Alayrac et al., Flamingo (NeurIPS 2022), Figure 4 and appendix A.1.2.
     Differs from the paper in: heads are dim / heads wide.
 
     Example:
@@ -88,14 +87,15 @@ class GatedCrossAttention(nn.Module):
         valid: Bool[Tensor, "batch medium token"] | None = None,
         modality: Int[Tensor, "... key"] | None = None,
     ) -> Float[Tensor, "batch word dim"]:
-        """The text, having read.
+        """Adds information from the media to the text.
 
         Args:
             text: (batch, word, dim).
             media: (batch, medium, token, media_dim), or (batch, token, media_dim) for one medium.
-            media_at: (batch, word), True where the text names its next medium; None lets all text read all media.
+            media_at: (batch, word), True at the position of each medium in the text; None lets all words attend to all
+                media.
             valid: (batch, medium, token), False = padding.
-            modality: labels of all media tokens in their order, for whoever watches.
+            modality: modality labels of all media tokens, used by ``watch``.
         """
         media = media[:, None] if media.ndim == 3 else media
         if media.ndim != 4 or media.shape[0] != text.shape[0] or media.shape[-1] != self.media_dim:
@@ -112,22 +112,22 @@ class GatedCrossAttention(nn.Module):
             media = zero_masked(media, bool_mask(valid, "GatedCrossAttention valid", "a boolean mask"))
         mask = None if valid is None else valid.flatten(1)
         if media_at is not None:
-            _check_places(media_at, text, media.shape[1])
+            _check_media_at(media_at, text, media.shape[1])
             mask = media_mask(media_at, *media.shape[1:3], valid=valid)
-        read = self.reading(self.norm(text), media.flatten(1, 2), mask=mask, modality=modality, share=False).output
-        text = text + self.attention_gate.tanh() * read
+        update = self.reading(self.norm(text), media.flatten(1, 2), mask=mask, modality=modality, share=False).output
+        text = text + self.attention_gate.tanh() * update
         return text + self.ffn_gate.tanh() * self.ffn(text)
 
 
-def _check_places(media_at: Tensor, text: Tensor, media: int) -> None:
+def _check_media_at(media_at: Tensor, text: Tensor, media: int) -> None:
     if media_at.shape != text.shape[:2] or media_at.dtype != torch.bool:
         raise ShapeError(
             "GatedCrossAttention media_at", expected=f"a boolean mask (batch, word) = {tuple(text.shape[:2])}",
             got=f"{tuple(media_at.shape)}, {media_at.dtype}",
         )  # fmt: skip
-    # An accelerator would have to be waited for.
+    # On a GPU this check would force a synchronization.
     if media_at.device.type == "cpu" and media_at.numel() and int(media_at.sum(dim=1).max()) > media:
         raise ShapeError(
-            "GatedCrossAttention media_at", expected=f"at most medium = {media} places in a text",
-            got=f"{media_at.sum(dim=1).tolist()}", fix="A text that names a medium needs it.",
+            "GatedCrossAttention media_at", expected=f"at most medium = {media} positions in a text",
+            got=f"{media_at.sum(dim=1).tolist()}", fix="Pass one medium for each position.",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear attention: an approximation whose cost grows with the number of tokens, not with its square (spec 7.9)."""
+"""Linear attention, whose cost grows linearly with the number of tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def linear_attend(
     *,
     mask: Bool[Tensor, "batch key"] | None = None,
 ) -> Float[Tensor, "batch head query dim"]:
-    """``phi(q) (phi(K)^T V) / phi(q) sum_j phi(k_j)`` with ``phi(x) = elu(x) + 1``.
+    """Computes ``phi(q) (phi(K)^T V) / phi(q) sum_j phi(k_j)`` with ``phi(x) = elu(x) + 1``.
 
-    This is another attention than softmax's, not a faster way to the same numbers, so nothing here chooses it unasked.
+    The result differs from softmax attention; no other function of the library uses it by default.
 
     Args:
         query, key, value: (batch, head, token, width); value may have another width.
-        mask: (batch, key), boolean, True = takes part; a sample without any key gets 0.
+        mask: (batch, key), boolean, True = valid; the output of a sample without a valid key is 0.
 
     Returns:
-        (batch, head, query, dim) in the type of the values; sums are made in float32 or better.
+        (batch, head, query, dim) in the dtype of the values; sums are computed in float32 or higher precision.
 
     Raises:
-        ShapeError: sizes that do not fit.
+        ShapeError: sizes that do not match.
 
-    Reference: Katharopoulos et al., Transformers are RNNs (ICML 2020), eq. 5; spec 7.9.
+    Reference: Katharopoulos et al., Transformers are RNNs (ICML 2020), eq. 5.
 
     Example:
         >>> linear_attend(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0], [3.0]]]]))
@@ -51,7 +51,7 @@ def linear_attend(
         if mask.shape != shape:
             raise ShapeError("linear_attend mask", expected=f"(batch, key) = {shape}", got=f"{tuple(mask.shape)}")
         hidden = ~bool_mask(mask, "linear_attend mask", "a boolean mask (batch, key)")[:, None, :, None]
-        # Before the exponential: what it makes of NaN would come back in the gradient.
+        # Mask before the exponential: NaN would otherwise reach the gradient.
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     dtype = value.dtype
     query, key, value = (at_least_float32(x) for x in (query, key, value))

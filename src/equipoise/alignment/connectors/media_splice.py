@@ -1,4 +1,4 @@
-"""Media among words: embeddings put where the text has placeholders, with labels that know whose token is whose."""
+"""Inserts media embeddings at the placeholders of a text, with modality labels for all tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Side = Literal["right", "left"]
 
 @dataclass(frozen=True, eq=False)
 class Spliced:
-    """What a language model is given.
+    """Inputs of a language model after inserting media.
 
     Attributes:
         embeddings: (batch, token, dim); padding is 0.
-        labels: (batch, token) ids to be predicted; -100 on media and padding.
+        labels: (batch, token) target ids; -100 on media and padding.
         modality: (batch, token) 0 = text, 1, 2, ... = the media, -1 = padding; index into ``names``.
         mask: (batch, token) False = padding.
         names: ``("text", ...)``.
@@ -38,7 +38,7 @@ class Spliced:
 
     @property
     def tokens(self) -> Tokens:
-        """The same as Tokens."""
+        """The embeddings with mask and labels as Tokens."""
         return Tokens(self.embeddings, mask=self.mask, modality=self.modality, names=self.names)
 
 
@@ -52,30 +52,30 @@ def splice(
     mask: Bool[Tensor, "batch word"] | None = None,
     side: Side = "right",
 ) -> Spliced:
-    """Puts media at their placeholders.
+    """Inserts media at their placeholders.
 
-    A placeholder stands for one whole medium, and the text grows; or there are as many placeholders as media tokens,
-    and each is replaced, as processors of Hugging Face write them. Media are taken in reading order: all of the first
-    row, then those of the second. Rows without placeholder are plain text.
+    Either each placeholder is replaced by all tokens of one medium, which lengthens the text, or there is one
+    placeholder per media token, as in the output of Hugging Face processors. Media are assigned in row-major order of
+    the placeholders. Rows without a placeholder are plain text.
 
     Args:
-        text_embeddings: (batch, word, dim); what stands at placeholders is not read.
+        text_embeddings: (batch, word, dim); embeddings at placeholders are ignored.
         input_ids: (batch, word).
-        placeholder: the id, or name -> id for several kinds of media.
-        tokens: (medium, token, dim) already of the language model's width, with a mask where they have different
-            lengths; name -> these for several kinds. A single kind is called "image".
-        labels: (batch, word) to be predicted, -100 = not; the ids by default.
-        mask: (batch, word), False = padding, which is dropped here and made anew.
-        side: where padding goes; ``"left"`` for generation.
+        placeholder: placeholder id, or name -> id for several kinds of media.
+        tokens: (medium, token, dim) of the language model's width, Tokens with a mask for different lengths, or a
+            dict of these for several kinds. A single kind is named "image".
+        labels: (batch, word) targets, -100 = ignored; ``input_ids`` by default.
+        mask: (batch, word), False = padding, which is removed and added again.
+        side: side of the padding; ``"left"`` for generation.
 
     Returns:
         Spliced.
 
     Raises:
-        ShapeError: sizes that do not fit; placeholders without media, or media without placeholder.
+        ShapeError: sizes that do not match; placeholders without media, or media without placeholders.
         ConfigError: names of placeholders and tokens that differ, an unknown side.
 
-    Reference: LLaVA (NeurIPS 2023), section 4.1; spec 7.6.
+    Reference: LLaVA (NeurIPS 2023), section 4.1.
 
     Example:
         >>> text, image = torch.zeros(1, 3, 2), torch.ones(1, 2, 2)
@@ -85,53 +85,53 @@ def splice(
     ids, media = _named(placeholder, tokens)
     _check(text_embeddings, input_ids, labels, mask, side)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-    lengths, places = valid.long(), {}
+    lengths, placeholders = valid.long(), {}
     for name, part in media.items():
         if part.dim != text_embeddings.shape[-1]:
             raise ShapeError(
                 f"splice '{name}'", expected=f"the text's width, dim = {text_embeddings.shape[-1]}", got=f"{part.dim}",
-                fix="Projector(in_dim, out_dim).splice projects them first.",
+                fix="Use Projector(in_dim, out_dim).splice, which projects them first.",
             )  # fmt: skip
         at = (input_ids == ids[name]) & valid
         counts = part.valid().sum(dim=1)
-        places[name] = at, _runs(at, counts, name)
-        lengths = lengths.masked_scatter(at, places[name][1])
+        placeholders[name] = at, _run_lengths(at, counts, name)
+        lengths = lengths.masked_scatter(at, placeholders[name][1])
     ends = lengths.cumsum(dim=1)
     longest = int(ends[:, -1].max()) if ends.numel() else 0
     shift = longest - ends[:, -1:] if side == "left" else 0
     starts = ends - lengths + shift
-    is_text = valid & ~torch.stack([at for at, _ in places.values()]).any(dim=0)
+    is_text = valid & ~torch.stack([at for at, _ in placeholders.values()]).any(dim=0)
     size = (len(input_ids), longest)
     embeddings = text_embeddings.new_zeros(*size, text_embeddings.shape[-1])
-    made_labels = input_ids.new_full(size, IGNORED)
+    new_labels = input_ids.new_full(size, IGNORED)
     modality = input_ids.new_full(size, SPECIAL)
     rows, words = is_text.nonzero(as_tuple=True)
-    put = (rows, starts[rows, words])
-    embeddings = embeddings.index_put(put, text_embeddings[rows, words])
-    made_labels[put] = (input_ids if labels is None else labels)[rows, words]
-    modality[put] = 0
-    for number, (name, (at, run)) in enumerate(places.items(), start=1):
+    target = (rows, starts[rows, words])
+    embeddings = embeddings.index_put(target, text_embeddings[rows, words])
+    new_labels[target] = (input_ids if labels is None else labels)[rows, words]
+    modality[target] = 0
+    for number, (name, (at, run)) in enumerate(placeholders.items(), start=1):
         rows = at.nonzero(as_tuple=True)[0].repeat_interleave(run)
-        # The place inside its run: the number among all tokens of the kind, less those of earlier runs.
-        inside = torch.arange(len(rows), device=rows.device) - (run.cumsum(0) - run).repeat_interleave(run)
-        put = (rows, starts[at].repeat_interleave(run) + inside)
-        embeddings = embeddings.index_put(put, media[name].values[media[name].valid()].to(embeddings.dtype))
-        modality[put] = number
-    return Spliced(embeddings, made_labels, modality, modality != SPECIAL, ("text", *media))
+        # Offset of each token in its medium: its index among all tokens of the kind minus those of earlier media.
+        offset = torch.arange(len(rows), device=rows.device) - (run.cumsum(0) - run).repeat_interleave(run)
+        target = (rows, starts[at].repeat_interleave(run) + offset)
+        embeddings = embeddings.index_put(target, media[name].values[media[name].valid()].to(embeddings.dtype))
+        modality[target] = number
+    return Spliced(embeddings, new_labels, modality, modality != SPECIAL, ("text", *media))
 
 
-def _runs(at: Tensor, counts: Tensor, name: str) -> Int[Tensor, " placeholder"]:
-    """How many tokens each placeholder becomes."""
-    found, total = int(at.sum()), int(counts.sum())
-    if found == len(counts):
+def _run_lengths(at: Tensor, counts: Tensor, name: str) -> Int[Tensor, " placeholder"]:
+    """Number of tokens that replace each placeholder."""
+    num_placeholders, total = int(at.sum()), int(counts.sum())
+    if num_placeholders == len(counts):
         return counts
-    if found == total:
-        return counts.new_ones(found)
+    if num_placeholders == total:
+        return counts.new_ones(num_placeholders)
     raise ShapeError(
         f"splice '{name}'",
         expected=f"one placeholder for each of {len(counts)} media, or for each of their {total} tokens",
-        got=f"{found} (in the rows: {at.sum(dim=1).tolist()})",
-        fix="A text without its medium, or a medium that no text mentions, must be taken out of the batch.",
+        got=f"{num_placeholders} (per row: {at.sum(dim=1).tolist()})",
+        fix="Remove texts without their medium, and media without a placeholder, from the batch.",
     )
 
 

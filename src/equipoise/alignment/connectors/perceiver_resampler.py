@@ -1,4 +1,4 @@
-"""Perceiver resampler: any number of media tokens become a fixed number of latents, as in Flamingo (spec 7.7)."""
+"""Perceiver resampler (Flamingo): reduces any number of media tokens to a fixed number of latents."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .cross_width_attention import CrossWidthAttention, Media, concatenate_media
 
 
 class Resampler(nn.Module):
-    """Learned latents read media and themselves, layer by layer.
+    """Learned latents that attend to media and to themselves.
 
     Each layer: ``x <- x + attention(LN x; keys and values of [LN media ; LN x])``, then ``x <- x + FFN(LN x)``; a
-    LayerNorm at the end. Projections have no bias. Frames get a learned embedding of their time.
+    LayerNorm at the end. Projections have no bias. Frames get a learned time embedding.
 
     Args:
         dim: width of media and latents.
-        latents: R, how many tokens come out.
-        depth: layers.
-        heads: attention heads, each dim / heads wide.
-        frames: the most frames that a medium may have.
-        ratio: hidden width of the FFN over ``dim``.
-        names: of the modalities, where ``watch`` shall know them.
+        latents: number of latents R, the number of output tokens.
+        depth: number of layers.
+        heads: number of attention heads, each dim / heads wide.
+        frames: maximum number of frames of a medium.
+        ratio: hidden width of the FFN divided by ``dim``.
+        names: modality names, used by ``watch``.
 
     Raises:
         ConfigError: depth, latents or frames < 1. ShapeError: in ``forward``, another width or too many frames.
 
-    Reference: Alayrac et al., Flamingo (NeurIPS 2022), appendix A.1.1; spec 7.7.
-    Differs from the paper in: heads are dim / heads wide, and several modalities may be read together.
+    Reference: Alayrac et al., Flamingo (NeurIPS 2022), appendix A.1.1.
+    Differs from the paper in: heads are dim / heads wide, and several modalities may be resampled together.
 
     Example:
         >>> Resampler(8, latents=3, depth=1, heads=2)(torch.zeros(2, 4, 5, 8)).shape
@@ -56,11 +56,12 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, media: Media) -> Float[Tensor, "batch latent dim"]:
-        """Reads media.
+        """Resamples media to (batch, latent, dim).
 
         Args:
             media: (batch, token, dim), (batch, frame, token, dim) or Tokens; name -> (batch, token, dim) or Tokens for
-                several modalities, which are read together. A sample without any token gives what latents say alone.
+                several modalities, which are concatenated. In a sample without tokens the latents attend only to
+                themselves.
         """
         if isinstance(media, Tensor) and media.ndim == 4:
             if media.shape[1] > len(self.times):
@@ -82,9 +83,9 @@ class ResamplerLayer(nn.Module):
 
     Args:
         dim: width.
-        heads: attention heads.
-        ratio: hidden width over ``dim``.
-        names: of the modalities.
+        heads: number of attention heads.
+        ratio: hidden width divided by ``dim``.
+        names: modality names.
     """
 
     def __init__(self, dim: int, heads: int, ratio: float, names: tuple[str, ...]) -> None:
@@ -107,10 +108,10 @@ class ResamplerLayer(nn.Module):
 
 
 def feed_forward_without_bias(dim: int, ratio: float) -> nn.Sequential:
-    """LayerNorm, then two layers without bias, as Flamingo's parts have them."""
+    """LayerNorm and a two-layer MLP without bias, as in Flamingo."""
     hidden = int(dim * ratio)
-    made = nn.Sequential(
+    layers = nn.Sequential(
         nn.LayerNorm(dim), nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False)
     )  # fmt: skip
-    initialize_weights(made)
-    return made
+    initialize_weights(layers)
+    return layers

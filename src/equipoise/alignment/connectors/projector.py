@@ -1,4 +1,4 @@
-"""Projector: media tokens brought to the width of a language model's words, as in LLaVA (spec 7.6)."""
+"""Projector (LLaVA): maps media tokens to the width of a language model's embeddings."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .media_splice import Side, Spliced, splice
 
 
 class Projector(nn.Module):
-    """The smallest connector: every token goes through the same small network.
+    """Applies the same linear layer or MLP to every token.
 
     ``"linear"``: W x + b. ``"mlpKx_gelu"``: a linear layer, then K - 1 times [GELU, linear layer]. ``"identity"``: x.
 
     Args:
         in_dim: width of the encoder's tokens.
         out_dim: width of the language model's embeddings.
-        kind: LLaVA has ``"linear"``, LLaVA-1.5 ``"mlp2x_gelu"``.
+        kind: ``"linear"`` (LLaVA), ``"mlp2x_gelu"`` (LLaVA-1.5), ``"mlpKx_gelu"`` or ``"identity"``.
 
     Raises:
         ConfigError: an unknown kind, or an identity between different widths. ShapeError: in ``forward``, another
             width.
 
-    Reference: LLaVA (NeurIPS 2023), LLaVA-1.5 (CVPR 2024); spec 7.6.
+    Reference: LLaVA (NeurIPS 2023), LLaVA-1.5 (CVPR 2024).
 
     Example:
         >>> import torch
@@ -51,14 +51,14 @@ class Projector(nn.Module):
         else:
             raise ConfigError(
                 "Projector", expected="kind 'linear', 'identity' or 'mlpKx_gelu' with a number K", got=repr(kind),
-                fix="LLaVA-1.5 has kind='mlp2x_gelu'.",
+                fix="LLaVA-1.5 uses kind='mlp2x_gelu'.",
             )  # fmt: skip
 
     def forward(self, tokens: Float[Tensor, "*lead token in_dim"] | Tokens) -> Tensor | Tokens:
-        """(..., in_dim) -> (..., out_dim); Tokens keep their mask, labels and times; NaN under the mask counts as 0."""
+        """Projects (..., in_dim) to (..., out_dim); Tokens keep mask, labels and times; masked NaN is treated as 0."""
         if isinstance(tokens, Tokens):
-            return replace(tokens, values=self._projected(finite_masked(tokens.values, tokens.mask)))
-        return self._projected(tokens)
+            return replace(tokens, values=self._project(finite_masked(tokens.values, tokens.mask)))
+        return self._project(tokens)
 
     def splice(
         self,
@@ -71,17 +71,17 @@ class Projector(nn.Module):
         mask: Bool[Tensor, "batch word"] | None = None,
         side: Side = "right",
     ) -> Spliced:
-        """Projects media and puts them at their placeholders; arguments and errors are those of ``splice``.
+        """Projects media and inserts them at their placeholders; arguments and errors are those of ``splice``.
 
         Example:
             >>> import torch
-            >>> made = Projector(5, 8).splice(torch.zeros(1, 3, 8), torch.tensor([[7, 99, 8]]), 99, torch.ones(1, 4, 5))
-            >>> made.modality
+            >>> text, media = torch.zeros(1, 3, 8), torch.ones(1, 4, 5)
+            >>> Projector(5, 8).splice(text, torch.tensor([[7, 99, 8]]), 99, media).modality
             tensor([[0, 1, 1, 1, 1, 0]])
         """
         return splice(text_embeddings, input_ids, placeholder, self(tokens), labels=labels, mask=mask, side=side)
 
-    def _projected(self, values: Tensor) -> Tensor:
+    def _project(self, values: Tensor) -> Tensor:
         if values.shape[-1] != self.in_dim:
             raise ShapeError("Projector", expected=f"in_dim = {self.in_dim}", got=f"{values.shape[-1]}")
         return self.layers(values)

@@ -1,4 +1,4 @@
-"""Q-Former: a few learned queries read media, and three masks over queries and words train three tasks (spec 7.5)."""
+"""Q-Former (BLIP-2): learned queries that attend to media, in one transformer with the text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .cross_width_attention import CrossWidthAttention, Media, named_media
 Objective = Literal["contrastive", "matching", "captioning"]
 OBJECTIVES = ("contrastive", "matching", "captioning")
 JOINED = "all"
-"""The name of all modalities where they are read together."""
+"""Name of the concatenation of all modalities."""
 
 
 class QFormerOutput(NamedTuple):
-    """What a Q-Former returns.
+    """Output of a Q-Former.
 
     Attributes:
-        queries: (batch, query, dim) what the queries found.
+        queries: (batch, query, dim) output of the queries.
         text: (batch, word, dim); None without text.
     """
 
@@ -36,7 +36,7 @@ class QFormerOutput(NamedTuple):
 def objective_mask(
     objective: Objective, queries: int, words: Bool[Tensor, "batch word"]
 ) -> Bool[Tensor, "batch token token"]:
-    """Who may see whom among [queries ; words]; rows attend.
+    """Attention mask over [queries ; words]; rows are queries of the attention, columns keys.
 
     ::
 
@@ -46,14 +46,14 @@ def objective_mask(
         captioning    yes           no           yes          causal
 
     Args:
-        objective: one of the three.
-        queries: how many.
-        words: (batch, word), False = padding, which nobody sees.
+        objective: "contrastive", "matching" or "captioning".
+        queries: number of queries.
+        words: (batch, word), False = padding, which is masked as a key.
 
     Raises:
         ConfigError: an unknown objective.
 
-    Reference: BLIP-2 (ICML 2023), Figure 2; spec 7.5.
+    Reference: BLIP-2 (ICML 2023), Figure 2.
 
     Example:
         >>> objective_mask("captioning", 1, torch.ones(1, 2, dtype=torch.bool)).int()
@@ -130,10 +130,10 @@ class QFormer(nn.Module):
         self.names = tuple(self.widths)
         self.queries = nn.Parameter(torch.randn(1, queries, dim) * 0.02)
         self.media_norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in self.widths.items()})
-        # Together they can only be read at one width.
+        # Concatenated modalities need a common width.
         joined = combine == "concat"
         self.to_dim = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in self.widths.items() if joined})
-        read = {JOINED: dim} if joined else self.widths
+        source_widths = {JOINED: dim} if joined else self.widths
         self.words = None if vocabulary is None else nn.Embedding(vocabulary, dim)
         self.positions = None if vocabulary is None else nn.Embedding(positions, dim)
         for table in (self.words, self.positions):
@@ -142,7 +142,7 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
-            QFormerLayer(dim, heads, read if i % every == 0 else {}, ratio, dropout, vocabulary is not None)
+            QFormerLayer(dim, heads, source_widths if i % every == 0 else {}, ratio, dropout, vocabulary is not None)
             for i in range(depth)
         )
         for part in self.modules():
@@ -157,13 +157,14 @@ class QFormer(nn.Module):
         mask: Bool[Tensor, "batch word"] | None = None,
         objective: Objective = "contrastive",
     ) -> QFormerOutput:
-        """Reads media, and text where there is one.
+        """Encodes media and, optionally, text.
 
         Args:
-            media: (batch, token, width) or Tokens, or name -> these where there are several.
+            media: (batch, token, width) or Tokens, or a dict of these for several modalities.
             input_ids: (batch, word).
-            mask: (batch, word), False = padding, whose ids and media's values have no influence.
-            objective: whose mask holds between queries and words. "contrastive" gives what two separate passes give.
+            mask: (batch, word), False = padding.
+            objective: selects the mask between queries and words, see ``objective_mask``; with "contrastive" the result
+                equals that of two separate passes.
         """
         parts = named_media(media, self.widths, "QFormer")
         for name, part in parts.items():
@@ -173,7 +174,7 @@ class QFormer(nn.Module):
             parts = {JOINED: pack(parts)}
         batch = len(next(iter(parts.values())).values)
         count = self.queries.shape[1]
-        hidden, between = self.queries.expand(batch, -1, -1), None
+        hidden, attention_mask = self.queries.expand(batch, -1, -1), None
         if input_ids is not None:
             if mask is None:
                 mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -181,21 +182,21 @@ class QFormer(nn.Module):
                 expected = f"a boolean mask (batch, word) = {tuple(input_ids.shape)}"
                 bool_mask(mask, "QFormer mask", expected, shape=input_ids.shape)
                 input_ids = input_ids.masked_fill(~mask, 0)
-            words = self._embedded(input_ids, batch)
-            hidden, between = torch.cat([hidden, words], dim=1), objective_mask(objective, count, mask)
+            words = self._embed_words(input_ids, batch)
+            hidden, attention_mask = torch.cat([hidden, words], dim=1), objective_mask(objective, count, mask)
         hidden = self.dropout(self.norm(hidden))
         for layer in self.layers:
-            hidden = layer(hidden, count, parts, between)
+            hidden = layer(hidden, count, parts, attention_mask)
         return QFormerOutput(hidden[:, :count], None if input_ids is None else hidden[:, count:])
 
     @property
     def word_vectors(self) -> Float[Tensor, "vocabulary dim"]:
-        """The table of words, which also reads words out."""
+        """The word embeddings, also used as output weights for captioning."""
         if self.words is None:
             raise ConfigError("QFormer", expected="a vocabulary, for text", got="vocabulary=None")
         return self.words.weight
 
-    def _embedded(self, input_ids: Tensor, batch: int) -> Tensor:
+    def _embed_words(self, input_ids: Tensor, batch: int) -> Tensor:
         if self.words is None or self.positions is None:
             raise ConfigError("QFormer", expected="no text, since vocabulary=None", got="input_ids")
         if input_ids.ndim != 2 or len(input_ids) != batch or input_ids.shape[1] > self.positions.num_embeddings:
@@ -204,19 +205,19 @@ class QFormer(nn.Module):
                 expected=f"(batch, word) = ({batch}, at most {self.positions.num_embeddings})",
                 got=f"{tuple(input_ids.shape)}", fix="Every text needs its own row of media: media[pairs.a].",
             )  # fmt: skip
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.words(input_ids) + self.positions(place)
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.words(input_ids) + self.positions(position)
 
 
 class QFormerLayer(nn.Module):
-    """One layer: attention over [queries ; words], reading by the queries, an FFN for each of both.
+    """A layer: self-attention over [queries ; words], cross-attention of the queries, separate FFNs.
 
     Args:
         dim: model width.
-        heads: attention heads.
-        widths: name -> width of what is read; empty for layers that do not read.
-        ratio: hidden width over ``dim``.
-        dropout: in training only.
+        heads: number of attention heads.
+        widths: name -> width of the media; empty for layers without cross-attention.
+        ratio: hidden width divided by ``dim``.
+        dropout: dropout probability.
         text: whether there are words.
     """
 
@@ -225,10 +226,13 @@ class QFormerLayer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.attention, self.norm = Attention(dim, heads, dropout=dropout), nn.LayerNorm(dim, eps=1e-12)
-        readers = {
+        cross_attention = {
             name: CrossWidthAttention(dim, width, heads=heads, dropout=dropout) for name, width in widths.items()
         }
-        self.reading, self.reading_norm = nn.ModuleDict(readers), nn.LayerNorm(dim, eps=1e-12) if widths else None
+        self.reading, self.reading_norm = (
+            nn.ModuleDict(cross_attention),
+            nn.LayerNorm(dim, eps=1e-12) if widths else None,
+        )
         self.query_ffn = FeedForward(dim, ratio, dropout)
         self.text_ffn = FeedForward(dim, ratio, dropout) if text else None
         if self.text_ffn is not None:
@@ -241,25 +245,25 @@ class QFormerLayer(nn.Module):
         hidden = self.norm(hidden + self.attention(hidden, mask=mask, share=False).output)
         queries, words = hidden[:, :count], hidden[:, count:]
         if self.reading_norm is not None:
-            found = [self._found(queries, reader, media[name]) for name, reader in self.reading.items()]
-            queries = self.reading_norm(queries + torch.stack(found).sum(dim=0))
+            updates = [self._attend(queries, layer, media[name]) for name, layer in self.reading.items()]
+            queries = self.reading_norm(queries + torch.stack(updates).sum(dim=0))
         queries = self.query_ffn(queries)
         if self.text_ffn is None or words.shape[1] == 0:
             return queries
         return torch.cat([queries, self.text_ffn(words)], dim=1)
 
-    def _found(self, queries: Tensor, reader: nn.Module, part: Tokens) -> Tensor:
-        output = reader(queries, part.values, mask=part.mask, modality=part.modality, share=False).output
+    def _attend(self, queries: Tensor, layer: nn.Module, part: Tokens) -> Tensor:
+        output = layer(queries, part.values, mask=part.mask, modality=part.modality, share=False).output
         return output if part.mask is None else output.masked_fill(~part.present()[:, None, None], 0.0)
 
 
 class FeedForward(nn.Module):
-    """norm(x + mlp(x)).
+    """Residual MLP with post-normalization: norm(x + mlp(x)).
 
     Args:
         dim: model width.
-        ratio: hidden width over ``dim``.
-        dropout: in training only.
+        ratio: hidden width divided by ``dim``.
+        dropout: dropout probability.
     """
 
     def __init__(self, dim: int, ratio: float, dropout: float) -> None:

@@ -1,4 +1,4 @@
-"""Which pairs attention computes at all: patterns of sparse attention, and how many pairs each leaves (spec 7.9)."""
+"""Sparse attention patterns as boolean masks, with the number of query-key pairs in each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...errors import ConfigError, ShapeError
 
 
 class Pattern(NamedTuple):
-    """Pairs that may attend.
+    """A sparse attention pattern.
 
     Attributes:
-        mask: (query, key), or (..., query, key) for patterns that depend on data; True = may. As ``mask[None, None]``
-            it is what ``attend`` takes, whose dense softmax over it is what a sparse kernel must agree with.
-        pairs: how many are True, over all matrices.
-        density: that over all pairs; the cost of a kernel that skips the rest, relative to full attention.
+        mask: (query, key), or (..., query, key) for data-dependent patterns; True = attends. Pass ``mask[None, None]``
+            to ``attend``, whose dense computation is the reference for a sparse kernel.
+        pairs: number of True entries.
+        density: fraction of True entries; the cost of an ideal sparse kernel relative to full attention.
     """
 
     mask: Bool[Tensor, "*batch query key"]
@@ -27,7 +27,7 @@ class Pattern(NamedTuple):
     density: float
 
     def __or__(self, other: Pattern) -> Pattern:  # type: ignore[override]
-        """Pairs of either."""
+        """Union of two patterns."""
         if self.mask.shape[-2:] != other.mask.shape[-2:]:
             raise ShapeError(
                 "Pattern", expected=f"(query, key) = {tuple(self.mask.shape[-2:])}",
@@ -36,12 +36,12 @@ class Pattern(NamedTuple):
         return pattern_of(self.mask | other.mask)
 
     def __and__(self, other: Pattern) -> Pattern:
-        """Pairs of both."""
+        """Intersection of two patterns."""
         return pattern_of((self | other).mask & self.mask & other.mask)
 
 
 def pattern_of(mask: Bool[Tensor, "*batch query key"]) -> Pattern:
-    """Counts the pairs of a mask.
+    """Builds a Pattern from a mask.
 
     Example:
         >>> pattern_of(torch.tensor([[True, False], [True, True]]))[1:]
@@ -52,7 +52,7 @@ def pattern_of(mask: Bool[Tensor, "*batch query key"]) -> Pattern:
 
 
 def local(queries: int, keys: int, *, width: int) -> Pattern:
-    """``|i - j| <= width``.
+    """Local window: ``|i - j| <= width``.
 
     Example:
         >>> local(3, 3, width=1).pairs
@@ -62,7 +62,7 @@ def local(queries: int, keys: int, *, width: int) -> Pattern:
 
 
 def dilated(queries: int, keys: int, *, width: int, step: int) -> Pattern:
-    """Every ``step``-th neighbor: ``|i - j| <= width step`` and step divides i - j.
+    """Dilated window: ``|i - j| <= width step`` and step divides i - j.
 
     Raises:
         ConfigError: width < 0 or step < 1.
@@ -72,12 +72,12 @@ def dilated(queries: int, keys: int, *, width: int, step: int) -> Pattern:
         tensor([1, 0, 1, 0, 1], dtype=torch.int32)
     """
     _at_least("dilated", width=(width, 0), step=(step, 1))
-    apart = _rows(queries) - _columns(keys)
-    return pattern_of((apart.abs() <= width * step) & (apart % step == 0))
+    distance = _rows(queries) - _columns(keys)
+    return pattern_of((distance.abs() <= width * step) & (distance % step == 0))
 
 
 def strided(queries: int, keys: int, *, step: int) -> Pattern:
-    """Keys 0, step, 2 step, ... for every query.
+    """Strided pattern: keys 0, step, 2 step, ... for every query.
 
     Example:
         >>> strided(1, 5, step=2).mask.int()
@@ -88,7 +88,7 @@ def strided(queries: int, keys: int, *, step: int) -> Pattern:
 
 
 def block_diagonal(queries: int, keys: int, *, block: int) -> Pattern:
-    """``i // block = j // block``.
+    """Block-diagonal pattern: ``i // block = j // block``.
 
     Example:
         >>> block_diagonal(4, 4, block=2).density
@@ -99,7 +99,7 @@ def block_diagonal(queries: int, keys: int, *, block: int) -> Pattern:
 
 
 def global_tokens(queries: int, keys: int, *, count: int) -> Pattern:
-    """The first ``count`` queries see all keys, and all queries see the first ``count`` keys.
+    """Global tokens: the first ``count`` queries attend to all keys, and all queries to the first ``count`` keys.
 
     Example:
         >>> global_tokens(3, 3, count=1).pairs
@@ -110,7 +110,7 @@ def global_tokens(queries: int, keys: int, *, count: int) -> Pattern:
 
 
 def random_keys(queries: int, keys: int, *, count: int, seed: int = 0) -> Pattern:
-    """``count`` different keys for each query, drawn evenly; the same seed draws the same ones.
+    """``count`` distinct keys per query, sampled uniformly; deterministic given the seed.
 
     Example:
         >>> random_keys(3, 7, count=2).mask.sum(dim=1)
@@ -123,9 +123,10 @@ def random_keys(queries: int, keys: int, *, count: int, seed: int = 0) -> Patter
 
 
 def top_k(logits: Float[Tensor, "*batch query key"], *, k: int) -> Pattern:
-    """The k keys of largest logit for each query; ties with the k-th are kept, so that nothing is chosen by place.
+    """The k keys with the largest logits of each query; keys that tie with the k-th are included.
 
-    Keys at minus infinity are never chosen. The logits must be computed to choose, so what is saved comes after them.
+    Keys with a logit of minus infinity are never selected. All logits must be computed first, so only the softmax and
+    the weighted sum become cheaper.
 
     Example:
         >>> top_k(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), k=2).mask.int()
@@ -134,22 +135,22 @@ def top_k(logits: Float[Tensor, "*batch query key"], *, k: int) -> Pattern:
     _at_least("top_k", k=(k, 1))
     if logits.ndim < 2 or not logits.is_floating_point():
         raise ShapeError("top_k", expected="floating logits (..., query, key)", got=f"{tuple(logits.shape)}")
-    seen = logits.detach() > -torch.inf
+    mask = logits.detach() > -torch.inf
     if k < logits.shape[-1]:
-        seen &= logits.detach() >= logits.detach().topk(k, dim=-1).values[..., -1:]
-    return pattern_of(seen)
+        mask &= logits.detach() >= logits.detach().topk(k, dim=-1).values[..., -1:]
+    return pattern_of(mask)
 
 
 def bottleneck(lengths: Sequence[int], *, count: int) -> Pattern:
-    """Modalities that meet in ``count`` shared tokens alone, which stand behind all of them.
+    """Bottleneck pattern: modalities exchange information only through ``count`` shared tokens at the end.
 
-    Every token sees its own modality and the shared tokens; shared tokens see everything.
+    Every token attends to its own modality and to the shared tokens; shared tokens attend to all tokens.
 
     Args:
-        lengths: tokens of each modality.
-        count: shared tokens.
+        lengths: number of tokens of each modality.
+        count: number of shared tokens.
 
-    Reference: Nagrani et al., MBT (NeurIPS 2021); spec 7.9.
+    Reference: Nagrani et al., MBT (NeurIPS 2021).
 
     Example:
         >>> bottleneck([2, 1], count=1).mask.int()

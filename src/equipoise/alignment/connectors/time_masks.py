@@ -1,4 +1,4 @@
-"""Tokens that have a time: windows, biases and rotations of attention by seconds, not by places (spec 7.8)."""
+"""Attention masks, biases and rotary embeddings based on timestamps in seconds instead of positions."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Kind = Literal["gaussian", "linear"]
 def time_differences(
     query_times: Times, key_times: Times, lag: float | Tensor = 0.0
 ) -> Float[Tensor, "batch query key"]:
-    """``t_i - t_j - lag`` in seconds, in double precision where the times are.
+    """Computes ``t_i - t_j - lag`` in seconds, in the precision of the times.
 
     Args:
-        query_times, key_times: (batch, token); NaN = no time is known.
-        lag: by how much later queries are than what belongs to them; a number, or (batch, query, key).
+        query_times, key_times: (batch, token); NaN = unknown.
+        lag: delay of the queries relative to the corresponding keys; a number, or (batch, query, key).
 
     Raises:
-        ShapeError: times that are not (batch, token), or of different batches.
+        ShapeError: times that are not (batch, token), or different batch sizes.
     """
     for name, times in (("query", query_times), ("key", key_times)):
         if times.ndim != 2 or len(times) != len(query_times):
             raise ShapeError(
-                f"differences {name}_times", expected=f"(batch, token) with batch = {len(query_times)}",
+                f"time_differences {name}_times", expected=f"(batch, token) with batch = {len(query_times)}",
                 got=f"{tuple(times.shape)}",
             )  # fmt: skip
     return query_times[:, :, None] - key_times[:, None, :] - lag
@@ -48,21 +48,19 @@ def time_window(
     valid: Bool[Tensor, "batch key"] | None = None,
     empty: Empty = "nearest",
 ) -> Bool[Tensor, "batch query key"]:
-    """Query i may see key j where ``|t_i - t_j - lag| <= width``.
+    """Time window: query i attends to key j if ``|t_i - t_j - lag| <= width``.
 
     Args:
-        query_times, key_times: (batch, token) seconds; NaN = unknown: such a query sees every key, such a key is seen
-            by every query.
+        query_times, key_times: (batch, token) seconds; NaN = unknown: such a query attends to every key, and every
+            query attends to such a key.
         width: seconds.
-        lag: as in ``differences``; a window has no gradient, so a learned lag needs ``time_bias``.
+        lag: as in ``time_differences``; a window has no gradient, so learning a lag requires ``time_bias``.
         valid: (batch, key), False = padding.
-        empty: what a query gets whose window is empty: the key nearest in time (the first of equals), or ``"zero"``,
-            nothing.
+        empty: keys of a query with an empty window: ``"nearest"``, the key nearest in time (the first of ties), or
+            ``"zero"``, none.
 
     Raises:
-        ConfigError: a negative width, an unknown ``empty``. ShapeError: times that do not fit.
-
-    Reference: spec 7.8 (a).
+        ConfigError: a negative width, an unknown ``empty``. ShapeError: times that do not match.
 
     Example:
         >>> time_window(torch.tensor([[0.0, 9.0]]), torch.tensor([[0.5, 1.0, 3.0]]), width=1.0).int()
@@ -71,7 +69,7 @@ def time_window(
     """
     if not width >= 0:
         raise ConfigError("time_window", expected="width >= 0 seconds", got=f"{width}")
-    return _filled(time_differences(query_times, key_times, lag).detach().abs(), width, valid, empty, "time_window")
+    return _threshold(time_differences(query_times, key_times, lag).detach().abs(), width, valid, empty, "time_window")
 
 
 def time_causal(
@@ -83,12 +81,10 @@ def time_causal(
     valid: Bool[Tensor, "batch key"] | None = None,
     empty: Empty = "zero",
 ) -> Bool[Tensor, "batch query key"]:
-    """Query i may see key j where ``t_j <= t_i - lag + slack``: what has happened by then.
+    """Causal mask by time: query i attends to key j if ``t_j <= t_i - lag + slack``.
 
-    The arguments are those of ``time_window``. With ``empty="nearest"`` a query before all keys sees the first, which
-    lies in its future.
-
-    Reference: spec 7.8 (c).
+    The arguments are those of ``time_window``. With ``empty="nearest"`` a query before all keys attends to the first
+    key, which is in its future.
 
     Example:
         >>> time_causal(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 2.0]])).int()
@@ -96,33 +92,33 @@ def time_causal(
                  [1, 1]]], dtype=torch.int32)
     """
     ahead = -time_differences(query_times, key_times, lag).detach()
-    return _filled(ahead, slack, valid, empty, "time_causal")
+    return _threshold(ahead, slack, valid, empty, "time_causal")
 
 
-def _filled(distance: Tensor, most: float, valid: Tensor | None, empty: str, who: str) -> Tensor:
+def _threshold(distance: Tensor, limit: float, valid: Tensor | None, empty: str, who: str) -> Tensor:
     if empty not in ("nearest", "zero"):
         raise unknown_name(who, "treatment of empty windows", str(empty), ("nearest", "zero"))
     if valid is not None:
         shape = (distance.shape[0], distance.shape[2])
         bool_mask(valid, f"{who} valid", f"a boolean mask (batch, key) = {shape}", shape=shape)
-    there = torch.ones_like(distance, dtype=torch.bool) if valid is None else valid[:, None].expand_as(distance)
-    seen = there & ((distance <= most) | distance.isnan())
+    allowed = torch.ones_like(distance, dtype=torch.bool) if valid is None else valid[:, None].expand_as(distance)
+    mask = allowed & ((distance <= limit) | distance.isnan())
     if empty == "zero":
-        return seen
-    return fill_empty_rows_with_nearest(seen, distance, there)
+        return mask
+    return fill_empty_rows_with_nearest(mask, distance, allowed)
 
 
 def fill_empty_rows_with_nearest(
-    seen: Bool[Tensor, "batch query key"],
+    mask: Bool[Tensor, "batch query key"],
     distance: Float[Tensor, "batch query key"],
-    there: Bool[Tensor, "batch query1 key"],
+    allowed: Bool[Tensor, "batch query1 key"],
 ) -> Bool[Tensor, "batch query key"]:
-    """``seen``, and for queries that see nothing the nearest of those keys that are ``there``, if any."""
+    """Sets the nearest allowed key, if any, in rows of ``mask`` that are empty."""
     if distance.shape[2] == 0:
-        return seen
-    nearest = distance.masked_fill(~there, torch.inf).argmin(dim=2, keepdim=True)
-    alone = torch.zeros_like(seen).scatter(2, nearest, True) & there
-    return torch.where(seen.any(dim=2, keepdim=True), seen, alone)
+        return mask
+    nearest = distance.masked_fill(~allowed, torch.inf).argmin(dim=2, keepdim=True)
+    nearest_only = torch.zeros_like(mask).scatter(2, nearest, True) & allowed
+    return torch.where(mask.any(dim=2, keepdim=True), mask, nearest_only)
 
 
 def time_bias(
@@ -133,21 +129,21 @@ def time_bias(
     width: float | Tensor = 1.0,
     lag: float | Tensor = 0.0,
 ) -> Float[Tensor, "batch query key"]:
-    """What is added to the logits of attention: the further apart in time, the less.
+    """Bias added to attention logits that decreases with the distance in time.
 
     gaussian: ``-(t_i - t_j - lag)^2 / (2 width^2)``. linear: ``-|t_i - t_j - lag| / width``. Differentiable in width
-    and lag. Where a time is unknown (NaN) the bias is 0.
+    and lag. The bias is 0 if a time is unknown (NaN).
 
     Args:
         query_times, key_times: (batch, token) seconds.
-        kind: gaussian forgives small differences, linear is ALiBi with seconds.
-        width: seconds; the inverse of linear's slope.
-        lag: as in ``differences``.
+        kind: ``"gaussian"``, or ``"linear"``, which is ALiBi with seconds.
+        width: seconds; the inverse of the slope of "linear".
+        lag: as in ``time_differences``.
 
     Raises:
-        ConfigError: an unknown kind, a width that is a number and not positive. ShapeError: times that do not fit.
+        ConfigError: an unknown kind, a width that is a number and not positive. ShapeError: times that do not match.
 
-    Reference: Press et al., ALiBi (ICLR 2022) for linear; spec 7.8 (b).
+    Reference: Press et al., ALiBi (ICLR 2022) for linear.
 
     Example:
         >>> time_bias(torch.tensor([[0.0]]), torch.tensor([[0.0, 2.0]]))
@@ -157,29 +153,29 @@ def time_bias(
         raise unknown_name("time_bias", "kind", str(kind), ("gaussian", "linear"))
     if not isinstance(width, Tensor) and not width > 0:
         raise ConfigError("time_bias", expected="width > 0 seconds", got=f"{width}")
-    apart = time_differences(query_times, key_times, lag)
-    # Before anything is differentiated: 0 times NaN is NaN.
-    apart = torch.where(apart.isnan(), 0.0, apart)
-    return -(apart.square() / (2 * width**2)) if kind == "gaussian" else -(apart.abs() / width)
+    difference = time_differences(query_times, key_times, lag)
+    # Replace NaN before the computation: in the backward pass 0 times NaN is NaN.
+    difference = torch.where(difference.isnan(), 0.0, difference)
+    return -(difference.square() / (2 * width**2)) if kind == "gaussian" else -(difference.abs() / width)
 
 
 def rotate_by_time(
     x: Float[Tensor, "batch head token dim"], times: Times | None, *, theta: float = 10000.0, unit: float = 1.0
 ) -> Float[Tensor, "batch head token dim"]:
-    """Turns pair k of the values of a token at time t by the angle ``theta^(-2k/dim) t / unit``.
+    """Rotary embedding by time: rotates pair k of a token at time t by the angle ``theta^(-2k/dim) t / unit``.
 
-    Pair k is (x_2k, x_2k+1). Where queries and keys are turned so, their products depend on differences of times alone.
+    Pair k is (x_2k, x_2k+1). The products of rotated queries and keys depend on time differences only.
 
     Args:
         x: (batch, head, token, dim), queries or keys; dim even.
-        times: (batch, token) seconds; None or NaN = unknown, turned by nothing.
-        theta: the slowest pair turns theta times slower than the first.
-        unit: seconds in which the first pair turns by one radian.
+        times: (batch, token) seconds; None or NaN = unknown, not rotated.
+        theta: ratio between the frequencies of the first and of the last pair, as in RoPE.
+        unit: seconds in which the first pair rotates by one radian.
 
     Raises:
-        ShapeError: an odd width, times that do not fit. ConfigError: theta or unit not positive.
+        ShapeError: an odd width, times that do not match. ConfigError: theta or unit not positive.
 
-    Reference: Su et al., RoFormer (2021), eq. 34, with times in place of positions; spec 7.8 (d).
+    Reference: Su et al., RoFormer (2021), eq. 34, with times in place of positions.
 
     Example:
         >>> rotate_by_time(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[math.pi / 2]])).round().abs()
@@ -197,7 +193,7 @@ def rotate_by_time(
         raise ShapeError(
             "rotate_by_time times", expected=f"(batch, token) = {(x.shape[0], x.shape[2])}", got=f"{tuple(times.shape)}"
         )  # fmt: skip
-    # Seconds since 1970 leave no room for angles in single precision.
+    # Angles of Unix timestamps need double precision.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     rates = theta ** (-torch.arange(0, x.shape[-1], 2, device=x.device, dtype=wide) / x.shape[-1]) / unit
     angles = (times.to(x.device, wide).nan_to_num(0.0)[..., None] * rates)[:, None]
@@ -207,7 +203,7 @@ def rotate_by_time(
 
 
 def known_times(tokens: Tokens) -> Times:
-    """The times of tokens, NaN = unknown for special tokens and for those under the mask.
+    """Returns the times of tokens, with NaN (unknown) for special and masked tokens.
 
     Raises:
         ShapeError: tokens without times.
@@ -221,25 +217,23 @@ def known_times(tokens: Tokens) -> Times:
 
 
 class TimeBias(nn.Module):
-    """``time_bias`` with a learned lag for each pair of modalities, and learned widths.
+    """``time_bias`` with a learned lag and a learned width for each pair of modalities.
 
-    The lag of (m, n) is that of (n, m) with the other sign, and 0 within a modality and at the start: sound that comes
-    0.1 seconds after the picture is found as 0.1.
+    The lag of (m, n) is minus that of (n, m); it is 0 within a modality and at initialization. If the audio comes 0.1
+    seconds after the image, the lag converges to 0.1.
 
     Args:
-        names: of the modalities.
+        names: modality names.
         kind: as in ``time_bias``.
-        width: seconds at the start; a width is learned for each pair.
-        learn: False keeps lags and widths.
+        width: initial width in seconds of all pairs.
+        learn: False freezes lags and widths.
 
     Raises:
         ConfigError: no name, an unknown one in ``forward``, width not positive. ShapeError: tokens without times.
 
-    Reference: spec 7.8 (b).
-
     Example:
-        >>> sound = Tokens(torch.zeros(1, 2, 5), times=torch.tensor([[0.0, 1.0]]))
-        >>> TimeBias(("sound", "picture"))(sound, sound, "sound", "picture").shape
+        >>> audio = Tokens(torch.zeros(1, 2, 5), times=torch.tensor([[0.0, 1.0]]))
+        >>> TimeBias(("audio", "image"))(audio, audio, "audio", "image").shape
         torch.Size([1, 2, 2])
     """
 
@@ -257,19 +251,19 @@ class TimeBias(nn.Module):
         self.log_widths = nn.Parameter(torch.full((count, count), math.log(width)), requires_grad=learn)
 
     def lag(self, query: str, key: str) -> Float[Tensor, ""]:
-        """Seconds by which ``query`` comes later than what belongs to it in ``key``."""
-        m, n = self._number(query), self._number(key)
+        """Learned delay in seconds of ``query`` relative to the corresponding tokens of ``key``."""
+        m, n = self._index(query), self._index(key)
         return (self.lags[m, n] - self.lags[n, m]) / 2
 
     def forward(
         self, query: Tokens, key: Tokens, query_name: str | None = None, key_name: str | None = None
     ) -> Float[Tensor, "batch query key"]:
-        """A floating mask for ``attend``, give it ``[:, None]``; padding is not in it.
+        """Computes the bias (batch, query, key); pass ``bias[:, None]`` as the mask of ``attend``. Ignores padding.
 
         Args:
-            query, key: tokens with times, of one modality each, whose names are given, or packed ones, whose labels
-                say it; special tokens have no lag.
-            query_name, key_name: see above.
+            query, key: tokens with times: of one modality each, with ``query_name`` and ``key_name``, or packed tokens
+                with labels. Special tokens have no lag.
+            query_name, key_name: modality of unpacked tokens.
         """
         if query.times is None or key.times is None:
             raise ShapeError("TimeBias", expected="tokens with times", got="times=None")
@@ -280,7 +274,7 @@ class TimeBias(nn.Module):
     def lags_between(
         self, query: Tokens, key: Tokens, query_name: str | None = None, key_name: str | None = None
     ) -> Float[Tensor, "batch query key"]:
-        """The lag of every pair of tokens; 0 for special ones. Arguments as above."""
+        """Lag of every pair of tokens; 0 for special tokens. Arguments as in ``forward``."""
         rows, columns = self._pairs(query, key, query_name, key_name)
         lag = ((self.lags - self.lags.T) / 2)[rows, columns]
         return lag.masked_fill((rows < 0) | (columns < 0), 0.0)
@@ -288,20 +282,20 @@ class TimeBias(nn.Module):
     def _pairs(
         self, query: Tokens, key: Tokens, query_name: str | None, key_name: str | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The numbers of both modalities; -1, which reads the last, for special tokens."""
-        return self._numbers(query, query_name)[:, :, None], self._numbers(key, key_name)[:, None, :]
+        """Modality indices of both sides, broadcastable to (batch, query, key); -1 for special tokens."""
+        return self._indices(query, query_name)[:, :, None], self._indices(key, key_name)[:, None, :]
 
-    def _number(self, name: str) -> int:
+    def _index(self, name: str) -> int:
         if name not in self.names:
             raise unknown_name("TimeBias", "modality", name, self.names)
         return self.names.index(name)
 
-    def _numbers(self, tokens: Tokens, name: str | None) -> Int[Tensor, "batch token"]:
+    def _indices(self, tokens: Tokens, name: str | None) -> Int[Tensor, "batch token"]:
         device, shape = self.lags.device, tokens.values.shape[:2]
         if name is not None:
-            return torch.full(shape, self._number(name), device=device)
+            return torch.full(shape, self._index(name), device=device)
         if tokens.modality is None:
             raise ConfigError("TimeBias", expected="names, or packed tokens with labels", got="neither")
-        # Labels of special tokens are -1, which takes the last.
-        table = torch.tensor([*(self._number(each) for each in tokens.names), -1], device=device)
+        # Special tokens have the label -1, which indexes the last entry.
+        table = torch.tensor([*(self._index(each) for each in tokens.names), -1], device=device)
         return table[tokens.modality.to(device)]

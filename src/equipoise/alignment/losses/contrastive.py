@@ -1,4 +1,4 @@
-"""InfoNCE: partners are told from all other pairs of the batch, by a softmax over each row and column (spec 7.1)."""
+"""InfoNCE: cross entropy of the positives in a softmax over each row and column of the similarity matrix."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ def info_nce(
     hard: float = 0.0,
     top_k: int | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean of both directions' cross entropies between partners and the softmax of scaled cosines.
+    """Symmetric InfoNCE loss.
 
-    ``Z = scale a b^T`` and ``L = 1/2 [CE(Z, t) + CE(Z^T, t)]``, t the partners, in equal parts where there are several.
+    ``Z = scale a b^T`` and ``L = 1/2 [CE(Z, t) + CE(Z^T, t)]``; t distributes the target equally over the positives.
 
     Args:
-        a, b: (batch, dim), normalized; row i of one is the partner of row i of the other.
-        scale: s, the inverse of a temperature; it multiplies.
-        positives: (batch, batch), True = partners. The diagonal by default; ``same_ids(ids)`` for captions that occur
-            twice, which would be false negatives.
-        ignored: (batch, batch), True = counts neither as partner nor as negative. Partners are never ignored.
-        smoothing: part of the target that is spread evenly over all pairs that count.
-        hard: beta; negatives weigh ``w_ij`` proportional to ``exp(beta Z_ij)``, with mean 1. 0 is InfoNCE.
-        top_k: only so many nearest negatives of each row count; None means all.
+        a, b: (batch, dim), normalized; row i of one is a positive of row i of the other.
+        scale: factor s of the logits, the inverse of the temperature.
+        positives: (batch, batch), True = positive. The diagonal by default; use ``same_ids(ids)`` for duplicate
+            captions, which would otherwise be false negatives.
+        ignored: (batch, batch), True = neither positive nor negative. Positives are never ignored.
+        smoothing: label smoothing over all pairs that are not ignored.
+        hard: beta; negatives have weights ``w_ij`` proportional to ``exp(beta Z_ij)``, with mean 1. 0 is InfoNCE.
+        top_k: use only the k nearest negatives of each row; None uses all.
 
     Returns:
-        The loss, in float32 or better. log(batch) is what chance costs, 0 what a perfect match costs at infinite
-        scale. A row without partner does not count, and one without negative costs 0 with gradient 0: so does a batch
-        of one, or of one id. It falls with the batch's size too: compare only equal batches.
+        The loss, in float32 or higher precision: log(batch) at chance, 0 for a perfect match at infinite scale. Rows
+        without positives are excluded; rows without negatives have loss 0 and gradient 0, as in a batch of one sample
+        or of one id. The loss depends on the batch size: compare only batches of equal size.
 
     Raises:
-        ShapeError: a and b that do not fit, no pair at all, masks of another shape. ConfigError: options out of range.
+        ShapeError: a and b that do not match, an empty batch, masks of another shape. ConfigError: options out of
+            range.
 
-    Reference: Radford et al., CLIP (ICML 2021), Figure 3; Robinson et al. (ICLR 2021) for ``hard``; spec 7.1, 7.3.
+    Reference: Radford et al., CLIP (ICML 2021), Figure 3; Robinson et al. (ICLR 2021) for ``hard``.
 
     Example:
         >>> info_nce(torch.eye(2), torch.eye(2), scale=1.0)
@@ -63,7 +64,7 @@ def info_nce(
     check_options("info_nce", smoothing, hard, top_k)
     logits = similarity_logits(a, b, scale)
     if positives is None and ignored is None and not hard and top_k is None:
-        # One partner each needs no masks, and a third of the memory.
+        # A single positive per row needs no masks and a third of the memory.
         rows = torch.arange(len(a), device=a.device)
         return (
             single_positive_loss(logits, rows, smoothing).mean()
@@ -78,9 +79,9 @@ def info_nce(
                 shape=logits.shape, fix="same_ids(ids) makes one.",
             )  # fmt: skip
     directions = []
-    for turn in (lambda matrix: matrix, lambda matrix: matrix.T):
+    for orient in (lambda matrix: matrix, lambda matrix: matrix.T):
         losses, counted = row_losses(
-            turn(logits), turn(positives), ignored=None if ignored is None else turn(ignored),
+            orient(logits), orient(positives), ignored=None if ignored is None else orient(ignored),
             smoothing=smoothing, hard=hard, top_k=top_k,
         )  # fmt: skip
         directions.append(losses.sum() / counted.sum().clamp(min=1))
@@ -88,15 +89,15 @@ def info_nce(
 
 
 def single_positive_loss(
-    logits: Float[Tensor, "row column"], partner: Int[Tensor, " row"], smoothing: float = 0.0
+    logits: Float[Tensor, "row column"], positive: Int[Tensor, " row"], smoothing: float = 0.0
 ) -> Float[Tensor, " row"]:
-    """``row_losses`` where every row has one partner and all columns count.
+    """``row_losses`` for one positive per row and no ignored columns.
 
     Example:
-        >>> one_partner(torch.zeros(2, 4), torch.tensor([0, 1]))
+        >>> single_positive_loss(torch.zeros(2, 4), torch.tensor([0, 1]))
         tensor([1.3863, 1.3863])
     """
-    return F.cross_entropy(logits, partner, label_smoothing=smoothing, reduction="none")
+    return F.cross_entropy(logits, positive, label_smoothing=smoothing, reduction="none")
 
 
 def row_losses(
@@ -108,9 +109,9 @@ def row_losses(
     hard: float = 0.0,
     top_k: int | None = None,
 ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-    """The cross entropy of every row, and which rows have a partner; 0 for those without a partner or a negative.
+    """Cross entropy of every row, and which rows have a positive; 0 for rows without a positive or a negative.
 
-    In float32 or better. The options are those of ``info_nce``.
+    Computed in float32 or higher precision. The options are those of ``info_nce``.
 
     Example:
         >>> row_losses(torch.zeros(2, 4), torch.eye(2, 4, dtype=torch.bool))[0]
@@ -118,7 +119,7 @@ def row_losses(
     """
     logits = at_least_float32(logits)
     negatives = ~positives if ignored is None else ~positives & ~ignored
-    # What does not count must not count by being NaN either.
+    # NaN in ignored pairs must not influence the loss.
     logits = logits if ignored is None else logits.masked_fill(ignored & ~positives, 0.0)
     counted = positives.any(dim=1)
     nothing = ~(counted & negatives.any(dim=1))
@@ -127,23 +128,23 @@ def row_losses(
     if top_k is not None:
         negatives = nearest_negatives(logits, negatives, top_k)
     kept = positives | negatives
-    # The lowest finite number, since rows in which nothing counts must not make NaN in the gradient.
+    # Use the lowest finite number instead of -inf, which would produce NaN gradients in rows without pairs.
     log_p = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).log_softmax(dim=1).masked_fill(~kept, 0.0)
-    target = _even(positives, log_p.dtype)
+    target = _uniform(positives, log_p.dtype)
     if smoothing:
-        target = (1 - smoothing) * target + smoothing * _even(kept, log_p.dtype)
+        target = (1 - smoothing) * target + smoothing * _uniform(kept, log_p.dtype)
     losses = -(target * log_p).sum(dim=1)
     return losses.masked_fill(nothing, 0.0), counted
 
 
-def _even(mask: Bool[Tensor, "row column"], dtype: torch.dtype) -> Float[Tensor, "row column"]:
-    """What is True, in parts that add up to 1 in each row."""
+def _uniform(mask: Bool[Tensor, "row column"], dtype: torch.dtype) -> Float[Tensor, "row column"]:
+    """Uniform distribution over the True entries of each row."""
     parts = mask.to(dtype)
     return parts / parts.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def check_options(who: str, smoothing: float, hard: float, top_k: int | None) -> None:
-    """Whether the options of ``info_nce`` are in range."""
+    """Checks that the options of ``info_nce`` are in range."""
     if not 0 <= smoothing < 1:
         raise ConfigError(who, expected="smoothing in [0, 1)", got=f"smoothing = {smoothing}")
     if hard < 0:
@@ -153,29 +154,29 @@ def check_options(who: str, smoothing: float, hard: float, top_k: int | None) ->
 
 
 class InfoNCE(PairLoss):
-    """InfoNCE with a learned scale over any number of modalities and processes.
+    """InfoNCE with a learned scale, for any number of modalities and processes.
 
     ``L = mean over pairs of modalities of info_nce(u_m, u_n, scale=s)`` with ``s = exp(t)``, t learned. With several
-    processes every row is compared with those of all, and value and gradients are those of one process that has the
-    whole batch, when gradients are averaged as data-parallel training does.
+    processes every row is compared with the rows of all processes; after averaging gradients as in data-parallel
+    training, value and gradients equal those of a single process with the whole batch.
 
     Args:
-        scale: s at the start, 1 / 0.07 as CLIP.
-        max_scale: t is held at log(max_scale) or below.
-        learn: False keeps s.
-        anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
-        widths, dim: name -> width of vectors that still have to be brought to a common ``dim``, by a linear layer each.
+        scale: initial value of s; 1 / 0.07 as in CLIP.
+        max_scale: t is clamped to at most log(max_scale).
+        learn: False freezes s.
+        anchor: compare only this modality with every other one; None compares all pairs.
+        widths, dim: name -> width of the vectors, to project each modality to a common ``dim`` with a linear layer.
         smoothing, hard, top_k: as in ``info_nce``.
-        gather: False compares samples within this process alone, as one that evaluates while others wait must.
-        duplicates: what pairs of one id are that are not the same sample: ``"positive"`` partners, or ``"ignore"``.
+        gather: False compares samples within this process only, for example if only one process evaluates.
+        duplicates: treatment of different samples with the same id: ``"positive"`` or ``"ignore"``.
 
     Raises:
-        ConfigError: options out of range; in ``forward``, fewer than two modalities or an anchor that is not there.
-        ShapeError: in ``forward``, vectors that do not fit each other.
+        ConfigError: options out of range; in ``forward``, fewer than two modalities or a missing anchor.
+        ShapeError: in ``forward``, vectors that do not match.
 
-    Reference: Radford et al., CLIP (ICML 2021); spec 7.1.
-    Differs from the released code in: vectors are normalized here; any number of modalities; samples that lack one are
-    left out of its pairs.
+    Reference: Radford et al., CLIP (ICML 2021).
+    Differs from the released code in: vectors are normalized here; any number of modalities; samples that lack a
+    modality are excluded from its pairs.
 
     Example:
         >>> loss = InfoNCE()
@@ -208,11 +209,11 @@ class InfoNCE(PairLoss):
         scale = sync_parameter_grad(self.log_scale, pair.place).exp()
         total, ignored = pair.a.new_zeros(()), None
         plain = pair.unique and not self.options["hard"] and self.options["top_k"] is None
-        for here, all_there in ((pair.a, pair.all_b), (pair.b, pair.all_a)):
-            logits = similarity_logits(here, all_there, scale)
+        for local, gathered in ((pair.a, pair.all_b), (pair.b, pair.all_a)):
+            logits = similarity_logits(local, gathered, scale)
             if plain:
-                partner = torch.searchsorted(pair.all_rows, pair.rows)
-                total = total + single_positive_loss(logits, partner, self.options["smoothing"]).sum()
+                positive = torch.searchsorted(pair.all_rows, pair.rows)
+                total = total + single_positive_loss(logits, positive, self.options["smoothing"]).sum()
                 continue
             positives = same_ids(pair.ids, pair.all_ids)
             if self.duplicates == "ignore":

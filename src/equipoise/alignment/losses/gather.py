@@ -1,4 +1,4 @@
-"""One batch out of those of all processes, with exact gradients, so that two processes equal one on twice the batch."""
+"""Gathers batches across processes with exact gradients, as if one process had the whole batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, distributed
 
 
 class RankSlices(NamedTuple):
-    """Where this process's rows stand among those of all.
+    """Position of this process's rows among those of all processes.
 
     Attributes:
-        rank: of this process.
-        sizes: rows of every process.
+        rank: rank of this process.
+        sizes: number of rows of every process.
     """
 
     rank: int
@@ -26,7 +26,7 @@ class RankSlices(NamedTuple):
 
 
 def rank_slices(rows: int, device: torch.device, *, alone: bool = False) -> RankSlices:
-    """Asks all processes how many rows they have; they need not be equally many. ``alone`` asks nobody."""
+    """Gathers the number of rows of every process, which may differ; ``alone`` skips communication."""
     together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if alone or not together:
         return RankSlices(0, (rows,))
@@ -36,10 +36,10 @@ def rank_slices(rows: int, device: torch.device, *, alone: bool = False) -> Rank
 
 
 def all_gather_with_grad(rows: Tensor, place: RankSlices) -> Tensor:
-    """(row, ...) of all processes, in the order of their ranks; every process must call it.
+    """Concatenates (row, ...) of all processes in rank order; a collective operation.
 
-    The gradient of this process's rows is the sum of what all processes send back to them. Averaged over processes, as
-    data-parallel training does, it is that of the mean of their losses.
+    The gradient of this process's rows is the sum of the gradients from all processes. Averaged over processes, as in
+    data-parallel training, it is the gradient of the mean of their losses.
     """
     if len(place.sizes) == 1:
         return rows
@@ -84,12 +84,12 @@ class _Shared(torch.autograd.Function):
 
 
 def sync_parameter_grad(parameter: Tensor, place: RankSlices) -> Tensor:
-    """The parameter itself; its gradient is the mean over processes, whether or not a wrapper averages it again."""
+    """Returns the parameter; its gradient is averaged over processes (averaging it again has no effect)."""
     return parameter if len(place.sizes) == 1 else _Shared.apply(parameter)  # type: ignore[return-value]
 
 
 def global_mean(loss: Float[Tensor, ""], place: RankSlices) -> Float[Tensor, ""]:
-    """The mean of the processes' losses as the value, this process's own as what is differentiated."""
+    """Returns the mean loss of all processes as value, with the gradient of this process's loss."""
     if len(place.sizes) == 1:
         return loss
     total = loss.detach().clone()

@@ -1,4 +1,4 @@
-"""Hard negatives: which of the wrong partners are almost right, drawn, weighted, or the nearest few (spec 7.3)."""
+"""Hard negatives: sampled, weighted, or the k nearest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...tokens.masks import at_least_float32, bool_mask, zero_loss
 def same_ids(
     ids: Int[Tensor, " row"], others: Int[Tensor, " column"] | None = None
 ) -> Bool[Tensor, "row column"]:  # fmt: skip
-    """Which pairs share an id: one picture with five captions is five rows of one id.
+    """Mask of the pairs with equal ids, for example one image with five captions as five rows of one id.
 
     Example:
         >>> same_ids(torch.tensor([4, 7, 4])).int()
@@ -27,11 +27,11 @@ def same_ids(
 
 
 class SampledNegatives(NamedTuple):
-    """Negatives that were drawn.
+    """Sampled negatives.
 
     Attributes:
-        index: (row,) a wrong partner for each row; 0 where there is none.
-        valid: (row,) False for rows that have no wrong partner.
+        index: (row,) column of a negative for each row; 0 if there is none.
+        valid: (row,) False for rows without negatives.
     """
 
     index: Int[Tensor, " row"]
@@ -44,33 +44,33 @@ def sample_negatives(
     *,
     generator: torch.Generator | None = None,
 ) -> SampledNegatives:
-    """For each row one wrong column, with probability ``p_ij = exp(Z_ij) / sum over negatives of exp(Z_i.)``.
+    """Samples one negative per row with probability ``p_ij = exp(Z_ij) / sum over negatives of exp(Z_i.)``.
 
-    Nothing is differentiated. A batch of one has no negatives: ``valid`` is False there, and what needs one is skipped.
+    Not differentiable. ``valid`` is False for rows without negatives, as in a batch of one.
 
     Args:
-        logits: (row, column); the columns' turn is ``logits.T``.
-        positives: (row, column) partners, never drawn: the diagonal by default, ``same_ids`` where there are
+        logits: (row, column); pass ``logits.T`` to sample rows for columns.
+        positives: (row, column) pairs that are never sampled: the diagonal by default, ``same_ids(ids)`` if there are
             duplicates.
-        generator: of the random numbers, on the logits' device.
+        generator: random generator on the device of the logits.
 
     Raises:
-        ShapeError: positives of another shape, or none given for unequal sides.
+        ShapeError: positives of another shape, or None for a matrix that is not square.
 
-    Reference: ALBEF (NeurIPS 2021), section 3.2; BLIP-2 (ICML 2023); spec 7.3 (a).
+    Reference: ALBEF (NeurIPS 2021), section 3.2; BLIP-2 (ICML 2023).
 
     Example:
         >>> sample_negatives(torch.zeros(2, 2)).index
         tensor([1, 0])
     """
     positives = _partners(logits, positives, "sample_negatives")
-    # A negative at minus infinity still comes before any partner.
+    # Negatives with a logit of -inf must still be preferred over positives.
     lowest = torch.finfo(torch.float32).min / 2
     scores = logits.detach().float().clamp(min=lowest).masked_fill(positives, -torch.inf)
     valid = (~positives).any(dim=1)
     if scores.numel() == 0:
         return SampledNegatives(torch.zeros(len(scores), dtype=torch.int64, device=scores.device), valid)
-    # The largest of Z + Gumbel noise is distributed as softmax(Z), and needs no normalizer.
+    # Gumbel-max trick: the argmax of Z + Gumbel noise is distributed as softmax(Z).
     noise = torch.empty_like(scores).exponential_(generator=generator).clamp(min=1e-20).log()
     return SampledNegatives((scores - noise).argmax(dim=1).masked_fill(~valid, 0), valid)
 
@@ -78,18 +78,18 @@ def sample_negatives(
 def hard_negative_log_weights(
     logits: Float[Tensor, "row column"], negatives: Bool[Tensor, "row column"], beta: float
 ) -> Float[Tensor, "row column"]:
-    """log w_ij with ``w_ij = exp(beta Z_ij) / mean over negatives of exp(beta Z_i.)``; 0 outside of the negatives.
+    """Computes log w_ij with ``w_ij = exp(beta Z_ij) / mean over negatives of exp(beta Z_i.)``; 0 for other pairs.
 
-    The weights have mean 1 over a row's negatives, and are all 1 at beta = 0. Differentiable.
+    The weights have mean 1 over the negatives of a row, and are all 1 for beta = 0. Differentiable.
 
-    Reference: Robinson et al., Contrastive Learning with Hard Negative Samples (ICLR 2021); spec 7.3 (b).
+    Reference: Robinson et al., Contrastive Learning with Hard Negative Samples (ICLR 2021).
 
     Example:
         >>> negatives = torch.tensor([[False, True, True]])
-        >>> log_weights(torch.tensor([[9.0, 0.0, 3.0]]).log1p(), negatives, 1.0).exp()
+        >>> hard_negative_log_weights(torch.tensor([[9.0, 0.0, 3.0]]).log1p(), negatives, 1.0).exp()
         tensor([[1.0000, 0.4000, 1.6000]])
     """
-    # Rows without negatives get finite numbers, whose gradient is then thrown away.
+    # Rows without negatives get finite values, whose gradient is discarded.
     kept = (beta * logits).masked_fill(~negatives, torch.finfo(logits.dtype).min)
     mean = kept.logsumexp(dim=1, keepdim=True) - negatives.sum(dim=1, keepdim=True).clamp(min=1).to(logits.dtype).log()
     return torch.where(negatives, beta * logits - mean, 0.0)
@@ -98,7 +98,7 @@ def hard_negative_log_weights(
 def nearest_negatives(
     logits: Float[Tensor, "row column"], negatives: Bool[Tensor, "row column"], k: int
 ) -> Bool[Tensor, "row column"]:
-    """Which negatives are among their row's k largest; ties with the k-th are kept (spec 7.3 (c)).
+    """Mask of the negatives with the k largest logits of each row; negatives that tie with the k-th are included.
 
     Raises:
         ConfigError: k < 1.
@@ -121,21 +121,21 @@ def triplet_loss(
     *,
     margin: float = 0.2,
 ) -> Float[Tensor, ""]:
-    """Mean over rows of ``max(0, margin + s_i,hardest negative - s_i,hardest positive)``.
+    """Triplet loss: mean over rows of ``max(0, margin + s_i,hardest negative - s_i,hardest positive)``.
 
-    The hardest negative is the largest, the hardest positive the smallest. Rows that lack one of both do not count;
-    where none is left the loss is 0 with gradient 0. In float32 or better.
+    The hardest negative has the largest similarity, the hardest positive the smallest. Rows without a positive or a
+    negative are excluded; if no row is left, loss and gradient are 0. Computed in float32 or higher precision.
 
     Args:
         similarity: (row, column), cosines.
-        positives: (row, column) partners; the diagonal by default.
-        margin: by how much a partner must be closer.
+        positives: (row, column) mask; the diagonal by default.
+        margin: margin between positives and negatives.
 
     Raises:
-        ShapeError: as ``sample_negatives``.
+        ShapeError: as in ``sample_negatives``.
 
-    Reference: Faghri et al., VSE++ (BMVC 2018), eq. 6; spec 7.3 (d).
-    Differs from the paper in: the mean over rows, not the sum, and one direction a call.
+    Reference: Faghri et al., VSE++ (BMVC 2018), eq. 6.
+    Differs from the paper in: the mean over rows instead of the sum; one direction per call.
 
     Example:
         >>> triplet_loss(torch.tensor([[0.5, 0.4], [0.0, 0.9]]))

@@ -1,4 +1,4 @@
-"""Do this picture and this text belong together, and which word comes next: matching and captioning (spec 7.4)."""
+"""Image-text matching and captioning losses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .hard_negatives import sample_negatives
 from .pair_loss import exact
 
 IGNORED = -100
-"""Label of a token that is not to be predicted."""
+"""Label of tokens that are ignored by the loss."""
 
 
 class MatchingPairs(NamedTuple):
-    """Pairs to be judged: partners, each a with a wrong b, each b with a wrong a.
+    """Pairs for the matching loss: positives, each a with a negative b, and each b with a negative a.
 
     Attributes:
-        a, b: (pair,) which sample's a and which sample's b.
-        label: (pair,) 1 = they belong together.
+        a, b: (pair,) sample indices.
+        label: (pair,) 1 = positive.
     """
 
     a: Int[Tensor, " pair"]
@@ -37,39 +37,39 @@ def matching_pairs(
     *,
     generator: torch.Generator | None = None,
 ) -> MatchingPairs:
-    """The 3 batch pairs of a matching step, hard negatives drawn by how similar they are.
+    """Selects 3 batch pairs for the matching loss; hard negatives are sampled by similarity.
 
     Args:
         logits: (a, b) scaled similarities.
-        positives: (a, b) pairs that are no negatives; the diagonal by default.
-        generator: of the random numbers.
+        positives: (a, b) pairs that are not negatives; the diagonal by default.
+        generator: random generator.
 
     Returns:
-        MatchingPairs. Samples without any negative (a batch of one) give no wrong pair.
+        MatchingPairs. Samples without negatives (a batch of one) have no negative pair.
 
-    Reference: ALBEF (NeurIPS 2021), section 3.2; spec 7.3 (a), 7.4.
+    Reference: ALBEF (NeurIPS 2021), section 3.2.
 
     Example:
         >>> matching_pairs(torch.zeros(2, 2)).b
         tensor([0, 1, 1, 0, 0, 1])
     """
     rows = torch.arange(len(logits), device=logits.device)
-    wrong_b = sample_negatives(logits, positives, generator=generator)
-    wrong_a = sample_negatives(logits.T, None if positives is None else positives.T, generator=generator)
-    a = torch.cat([rows, rows[wrong_b.valid], wrong_a.index[wrong_a.valid]])
-    b = torch.cat([rows, wrong_b.index[wrong_b.valid], rows[wrong_a.valid]])
+    negative_b = sample_negatives(logits, positives, generator=generator)
+    negative_a = sample_negatives(logits.T, None if positives is None else positives.T, generator=generator)
+    a = torch.cat([rows, rows[negative_b.valid], negative_a.index[negative_a.valid]])
+    b = torch.cat([rows, negative_b.index[negative_b.valid], rows[negative_a.valid]])
     return MatchingPairs(a, b, (torch.arange(len(a), device=a.device) < len(rows)).long())
 
 
 def matching_loss(logits: Float[Tensor, "pair 2"], label: Int[Tensor, " pair"]) -> Float[Tensor, ""]:
-    """Cross entropy of "belongs together" (label 1) over the pairs, in float32 or better.
+    """Binary matching loss: cross entropy over the pairs, in float32 or higher precision.
 
-    Where all pairs have one label, as in a batch of one, the term is skipped: 0, or a head would learn to say yes.
+    The loss is 0 if all pairs have the same label, as in a batch of one: the head would learn a constant output.
 
     Raises:
-        ShapeError: logits that are not (pair, 2), or other labels than 0 and 1 for each.
+        ShapeError: logits that are not (pair, 2), or labels that are not (pair,).
 
-    Reference: ALBEF (NeurIPS 2021), eq. 3; spec 7.4.
+    Reference: ALBEF (NeurIPS 2021), eq. 3.
 
     Example:
         >>> matching_loss(torch.zeros(3, 2), torch.tensor([1, 0, 0]))
@@ -86,12 +86,12 @@ def matching_loss(logits: Float[Tensor, "pair 2"], label: Int[Tensor, " pair"]) 
 
 
 class MatchingHead(nn.Module):
-    """Two logits for a pair: a linear map of every query's output, averaged over the queries.
+    """Matching head: two logits per pair from a linear layer, averaged over the queries.
 
     Args:
         dim: width of the queries.
 
-    Reference: BLIP-2 (ICML 2023), section 3.2; spec 7.4.
+    Reference: BLIP-2 (ICML 2023), section 3.2.
 
     Example:
         >>> MatchingHead(8)(torch.zeros(3, 5, 8)).shape
@@ -109,22 +109,20 @@ class MatchingHead(nn.Module):
 def captioning_loss(
     logits: Float[Tensor, "batch token word"], labels: Int[Tensor, "batch token"], *, smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
-    """Next-token cross entropy: logits at token t against the label of token t + 1, mean over labels that count.
+    """Next-token cross entropy: logits at token t against the label of token t + 1, mean over labels.
 
     Args:
         logits: (batch, token, word).
-        labels: (batch, token) aligned with the inputs, not yet moved; -100 for padding, prompt and media, as
-            ``caption_labels`` and ``splice`` make them.
-        smoothing: part of the target that is spread over all words.
+        labels: (batch, token) aligned with the inputs (the shift is applied here); -100 for padding, prompt and media,
+            as returned by ``caption_labels`` and ``splice``.
+        smoothing: label smoothing.
 
     Returns:
-        The loss, in float32 or better; 0 with gradient 0 where no label counts. Logits in front of labels that do not
-        count have no influence, NaN included. exp of it is the perplexity when smoothing is 0.
+        The loss, in float32 or higher precision; 0 with gradient 0 if all labels are ignored. Logits of ignored labels
+        have no influence, even if they are NaN. Without smoothing, exp(loss) is the perplexity.
 
     Raises:
-        ShapeError: labels that do not fit. ConfigError: smoothing out of range.
-
-    Reference: spec 7.4.
+        ShapeError: labels that do not match. ConfigError: smoothing out of range.
 
     Example:
         >>> captioning_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 3]]))
@@ -137,10 +135,10 @@ def captioning_loss(
         )  # fmt: skip
     if not 0 <= smoothing < 1:
         raise ConfigError("captioning_loss", expected="smoothing in [0, 1)", got=f"smoothing = {smoothing}")
-    ahead = labels[:, 1:].flatten()
-    behind = exact(logits[:, :-1].masked_fill(labels[:, 1:, None] == IGNORED, 0.0)).flatten(0, 1)
-    total = F.cross_entropy(behind, ahead, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
-    return total / (ahead != IGNORED).sum().clamp(min=1)
+    target = labels[:, 1:].flatten()
+    shifted = exact(logits[:, :-1].masked_fill(labels[:, 1:, None] == IGNORED, 0.0)).flatten(0, 1)
+    total = F.cross_entropy(shifted, target, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
+    return total / (target != IGNORED).sum().clamp(min=1)
 
 
 def caption_labels(
@@ -149,7 +147,7 @@ def caption_labels(
     *,
     prompt: int | Int[Tensor, " batch"] = 0,
 ) -> Int[Tensor, "batch token"]:
-    """The input ids, with -100 on padding and on the first ``prompt`` tokens that are no padding.
+    """Labels for ``captioning_loss``: the input ids with -100 on padding and on the first ``prompt`` valid tokens.
 
     Example:
         >>> caption_labels(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[True, True, True, False]]), prompt=1)

@@ -1,4 +1,4 @@
-"""Several losses as one: fixed weights, or weights that are learned as uncertainties; every term stays visible."""
+"""Weighted sums of several losses, with fixed weights or weights learned as uncertainties."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...tokens.masks import at_least_float32
 
 
 class WeightedLoss(NamedTuple):
-    """A sum of losses.
+    """A weighted sum of losses.
 
     Attributes:
-        total: what is differentiated, in float32 or better.
-        terms: name -> the loss before its weight, detached, for the log.
-        weights: name -> its weight, detached.
+        total: the sum, in float32 or higher precision.
+        terms: name -> unweighted loss, detached, for logging.
+        weights: name -> weight, detached.
     """
 
     total: Float[Tensor, ""]
@@ -31,9 +31,9 @@ class WeightedLoss(NamedTuple):
 def uncertainty_weighted(
     losses: Mapping[str, Tensor], log_variances: Mapping[str, Tensor]
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """``L = sum_m exp(-s_m) L_m + s_m``, smallest at s_m = log L_m.
+    """Computes ``L = sum_m exp(-s_m) L_m + s_m``, which is minimal at s_m = log L_m.
 
-    Reference: Kendall et al., Multi-Task Learning Using Uncertainty (CVPR 2018), eq. 7; spec 7.11.
+    Reference: Kendall et al., Multi-Task Learning Using Uncertainty (CVPR 2018), eq. 7.
 
     Example:
         >>> uncertainty_weighted({"itc": torch.tensor(2.0)}, {"itc": torch.tensor(2.0).log()})
@@ -47,17 +47,17 @@ def uncertainty_weighted(
 
 
 class FixedWeights(nn.Module):
-    """``L = sum_m w_m L_m`` for tasks or for modalities; a name that is not given weighs 1.
+    """Weighted sum ``L = sum_m w_m L_m`` of the losses of tasks or modalities; the default weight is 1.
 
     Args:
-        weights: name -> weight, not negative.
+        weights: name -> nonnegative weight.
 
     Raises:
-        ConfigError: a negative weight, no loss at all, or a weight whose loss is not among them.
+        ConfigError: a negative weight, no losses, or a weight without a loss.
 
     Example:
-        >>> made = FixedWeights({"audio": 2.0})({"audio": torch.tensor(3.0), "image": torch.tensor(1.0)})
-        >>> made.total
+        >>> result = FixedWeights({"audio": 2.0})({"audio": torch.tensor(3.0), "image": torch.tensor(1.0)})
+        >>> result.total
         tensor(7.)
     """
 
@@ -80,18 +80,18 @@ class FixedWeights(nn.Module):
 
 
 class UncertaintyWeights(nn.Module):
-    """``uncertainty_weighted`` with learned s_m, 0 at the start; a loss that a step lacks does not count in it.
+    """``uncertainty_weighted`` with learned s_m, initialized to 0; losses missing in a step are skipped.
 
-    Small losses get large weights, so that tasks of different scale learn alike. It is no cure for a loss that can be
-    made 0: its weight grows without end.
+    Small losses get large weights, which balances tasks of different scales. The weight of a loss that can reach 0
+    grows without bound.
 
     Args:
-        names: of the losses.
+        names: names of the losses.
 
     Raises:
-        ConfigError: no name, no loss at all, or a loss of an unknown name.
+        ConfigError: no name, no losses, or an unknown loss.
 
-    Reference: Kendall et al. (CVPR 2018); spec 7.11.
+    Reference: Kendall et al. (CVPR 2018).
 
     Example:
         >>> UncertaintyWeights(["itc", "itm"])({"itc": torch.tensor(3.0), "itm": torch.tensor(1.0)}).total.item()
@@ -116,7 +116,7 @@ class UncertaintyWeights(nn.Module):
 
 
 def _added(parts: list[Tensor]) -> Tensor:
-    """Their sum, in the widest type among them."""
+    """Sum in the widest dtype of the terms."""
     dtype = reduce(torch.promote_types, (part.dtype for part in parts))
     return torch.stack([part.to(dtype) for part in parts]).sum()
 

@@ -1,4 +1,4 @@
-"""What losses over pairs of modalities share: which pairs, who has both, and the batches of all processes."""
+"""Base class of losses over pairs of modalities: selects pairs and samples, and gathers batches across processes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .gather import RankSlices, all_gather_with_grad, global_mean, rank_slices
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Unit vectors of two modalities, of the samples that have both.
+    """Unit vectors of two modalities, for samples that have both.
 
     Attributes:
         a, b: (here, dim) of this process.
         all_a, all_b: (all, dim) of all processes.
-        ids, all_ids: samples of one id show the same thing.
-        rows, all_rows: numbers of the samples themselves, ascending.
-        unique: no two samples have one id.
-        place: of this process among all.
+        ids, all_ids: samples with equal ids are positives.
+        rows, all_rows: global sample indices, ascending.
+        unique: True if all ids differ.
+        place: slice of this process.
     """
 
     a: Float[Tensor, "here dim"]
@@ -48,11 +48,11 @@ Vectors = Mapping[str, Tensor | Tokens]
 
 
 class PairLoss(nn.Module):
-    """A loss over pairs of modalities; a concrete one has ``_pair``, its loss of this process's rows.
+    """Base class of losses over pairs of modalities; subclasses implement ``_pair``.
 
     Args:
-        anchor: pairs with this modality alone; None means all.
-        widths, dim: name -> width of vectors that are brought to ``dim`` first.
+        anchor: use only pairs with this modality; None uses all.
+        widths, dim: name -> width of vectors that are projected to ``dim`` first.
         gather: compare with the samples of all processes.
     """
 
@@ -71,10 +71,10 @@ class PairLoss(nn.Module):
 
     @abstractmethod
     def _pair(self, pair: Pair) -> Float[Tensor, ""]:
-        """This process's rows' part of the loss; the parts of all processes add up to the loss."""
+        """Contribution of this process's rows; the contributions of all processes sum to the loss."""
 
     def _prepare(self) -> None:
-        """Before each call; nothing by default."""
+        """Called before each forward pass; does nothing by default."""
 
     def forward(
         self,
@@ -84,15 +84,15 @@ class PairLoss(nn.Module):
         ids: Int[Tensor, " batch"] | None = None,
         present: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> Float[Tensor, ""]:
-        """The mean over all pairs of modalities, in float32 or better; 0 with gradient 0 where no sample has a pair.
+        """Mean loss over all pairs of modalities, in float32 or higher precision; 0 if no sample has a pair.
 
         Args:
             a: (batch, dim), or name -> (batch, dim) or Tokens, which are pooled.
-            b: the second, where ``a`` is one tensor.
-            ids: (batch,) equal for samples that show the same thing; by default all differ.
-            present: name -> (batch,), boolean or all 0 and 1, False where a sample lacks it: what stands there has no
-                influence, NaN included. Every process must give the same names: a modality
-                that one of them lacks altogether is given as zeros with False.
+            b: the second modality if ``a`` is a tensor.
+            ids: (batch,) equal for samples that are positives of each other; all different by default.
+            present: name -> (batch,), boolean or 0/1, False if a sample lacks the modality: its values, even NaN, have
+                no influence. All processes must pass the same names; pass zeros and False for a modality that one
+                process lacks.
         """
         terms = self.terms(a, b, ids=ids, present=present)
         if terms:
@@ -108,7 +108,7 @@ class PairLoss(nn.Module):
         ids: Int[Tensor, " batch"] | None = None,
         present: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> dict[tuple[str, str], Float[Tensor, ""]]:
-        """(name, name) -> loss of this pair, for the log; pairs that no sample has are left out."""
+        """Losses by pair of modalities: (name, name) -> loss; pairs without samples are omitted."""
         self._prepare()
         vectors, masks = self._units(as_mapping(a, b, self._who), present)
         first = next(iter(vectors.values()))
@@ -120,26 +120,26 @@ class PairLoss(nn.Module):
         ids = rows if ids is None else ids.to(rows.device)
         numbers = torch.stack([ids, rows], dim=1)
         all_numbers = all_gather_with_grad(numbers, place)
-        everyone = {name: all_gather_with_grad(part, place) for name, part in vectors.items()}
+        all_vectors = {name: all_gather_with_grad(part, place) for name, part in vectors.items()}
         if masks or len(place.sizes) > 1:
             masks = {name: masks.get(name, torch.ones_like(rows, dtype=torch.bool)) for name in vectors}
-        everywhere = {name: all_gather_with_grad(mask, place) for name, mask in masks.items()}
-        found = {}
+        all_masks = {name: all_gather_with_grad(mask, place) for name, mask in masks.items()}
+        losses = {}
         for one, other in self._pairs(tuple(vectors)):
-            here = all_of_them = slice(None)
+            local = gathered = slice(None)
             if masks:
-                here, all_of_them = masks[one] & masks[other], everywhere[one] & everywhere[other]
-            ids_here, all_ids = (part.T.contiguous() for part in (numbers[here], all_numbers[all_of_them]))
+                local, gathered = masks[one] & masks[other], all_masks[one] & all_masks[other]
+            local_ids, all_ids = (part.T.contiguous() for part in (numbers[local], all_numbers[gathered]))
             pair = Pair(
-                vectors[one][here], vectors[other][here], everyone[one][all_of_them], everyone[other][all_of_them],
-                ids_here[0], all_ids[0], ids_here[1], all_ids[1], unique, place,
+                vectors[one][local], vectors[other][local], all_vectors[one][gathered], all_vectors[other][gathered],
+                local_ids[0], all_ids[0], local_ids[1], all_ids[1], unique, place,
             )  # fmt: skip
             if len(pair.all_a):
-                found[one, other] = global_mean(self._pair(pair) * len(place.sizes), place)
-        return found
+                losses[one, other] = global_mean(self._pair(pair) * len(place.sizes), place)
+        return losses
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
-        """The same of a model's output, pooled, in the form that training loops ask for."""
+        """Loss of the pooled tokens of a model's output, as an additional loss in training loops."""
         return self(output.tokens)
 
     @property
@@ -170,7 +170,7 @@ class PairLoss(nn.Module):
             self._check_vectors(name, part)
             if name in masks:
                 masks[name] = self._checked_mask(name, masks[name], part)
-                # What stands where a modality is missing, NaN perhaps, must not reach a gradient.
+                # Values of missing modalities, possibly NaN, must not reach the gradient.
                 part = part.masked_fill(~masks[name][:, None], 0.0)
             if self.heads:
                 part = self.heads[name](part.to(self.heads[name].weight.dtype))  # type: ignore[arg-type]
@@ -199,14 +199,14 @@ class PairLoss(nn.Module):
             raise ShapeError(f"{self._who} '{name}'", expected=f"width = {width}", got=f"{part.shape[1]}")
 
     def _checked_mask(self, name: str, mask: Tensor, part: Tensor) -> Tensor:
-        who, wanted = f"{self._who} present['{name}']", f"shape (batch,) = ({len(part)},)"
+        who, expected = f"{self._who} present['{name}']", f"shape (batch,) = ({len(part)},)"
         if isinstance(mask, Tensor) and mask.shape != part.shape[:1]:
-            raise ShapeError(who, expected=wanted, got=f"{tuple(mask.shape)}")
-        return bool_mask(mask, who, f"a boolean or 0/1 mask of {wanted}", numbers=True).to(part.device)
+            raise ShapeError(who, expected=expected, got=f"{tuple(mask.shape)}")
+        return bool_mask(mask, who, f"a boolean or 0/1 mask of {expected}", numbers=True).to(part.device)
 
 
 def as_mapping(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:
-    """Two tensors as a mapping; a mapping as it is."""
+    """Converts two tensors to a mapping; returns a mapping unchanged."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return {"a": a, "b": b}
     if isinstance(a, Mapping) and b is None:
@@ -220,7 +220,7 @@ def as_mapping(a: Tensor | Vectors, b: Tensor | None, who: str) -> Vectors:
 
 
 def similarity_logits(a: Float[Tensor, "row dim"], b: Float[Tensor, "column dim"], scale: float | Tensor) -> Tensor:
-    """(row, column) scale a b^T in float32 or better, also under autocast."""
+    """Computes scale a b^T (row, column) in float32 or higher precision, also under autocast."""
     with full_precision(a):
         a, b = exact(a), exact(b)
         scale = exact(scale) if isinstance(scale, Tensor) else scale
@@ -228,7 +228,7 @@ def similarity_logits(a: Float[Tensor, "row dim"], b: Float[Tensor, "column dim"
 
 
 def check_pair(a: Tensor, b: Tensor, who: str) -> None:
-    """Whether a and b are (batch, dim), floating, alike, and not empty."""
+    """Checks that a and b are nonempty floating-point tensors (batch, dim) of equal shape."""
     for name, part in (("a", a), ("b", b)):
         if part.ndim != 2 or not part.is_floating_point() or len(part) == 0:
             raise ShapeError(

@@ -45,18 +45,18 @@ class QFormerLosses(nn.Module):
 
     Args:
         qformer: one with a vocabulary.
-        embed: width of the common space.
-        temperature: at the start; it divides.
-        smoothing: of the contrastive targets; BLIP-2 has 0.1.
-        caption_smoothing: of the captions' targets.
-        bos: id that replaces the text's first in captioning; None leaves it.
+        embed: width of the common embedding space.
+        temperature: initial temperature, which divides the logits.
+        smoothing: label smoothing of the contrastive loss; 0.1 in BLIP-2.
+        caption_smoothing: label smoothing of the captioning loss.
+        bos: id that replaces the first token in captioning; None keeps it.
 
     Raises:
         ConfigError: a Q-Former without text, options out of range. ShapeError: as ``QFormer``; ids of another length.
 
-    Reference: Li et al., BLIP-2 (ICML 2023), section 3.2; spec 7.5.
-    Differs from the released code in: captioning runs the queries again instead of keeping their keys, with the same
-    result; negatives come from this process; the temperature stays in [0.001, 0.5], as in ALBEF.
+    Reference: Li et al., BLIP-2 (ICML 2023), section 3.2.
+    Differs from the released code in: captioning recomputes the queries instead of caching their keys, with the same
+    result; negatives come from this process; the temperature is clamped to [0.001, 0.5], as in ALBEF.
 
     Example:
         >>> losses = QFormerLosses(QFormer(5, dim=8, depth=1, heads=2, queries=3, vocabulary=11), embed=4)
@@ -90,17 +90,17 @@ class QFormerLosses(nn.Module):
         ids: Int[Tensor, " batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The three losses by name, in float32 or better.
+        """Computes the three losses by name, in float32 or higher precision.
 
-        Without any negative, in a batch of one or of one id, "contrastive" and "matching" are 0 with gradient 0. Every
-        text needs at least its class token.
+        Without negatives, as in a batch of one sample or of one id, "contrastive" and "matching" are 0 with gradient 0.
+        Every text needs at least its class token.
 
         Args:
             media: as in ``QFormer``.
-            input_ids: (batch, word), a class token first.
+            input_ids: (batch, word), starting with a class token.
             mask: (batch, word), False = padding.
-            ids: (batch,) equal for samples that show or say the same; by default all differ.
-            generator: draws the negatives.
+            ids: (batch,) equal for samples that are positives of each other; all different by default.
+            generator: random generator for sampling negatives.
         """
         queries, text = self.embed(media, input_ids, mask=mask)
         place = rank_slices(len(queries), queries.device)
@@ -111,7 +111,7 @@ class QFormerLosses(nn.Module):
         positives = same_ids(ids, all_gather_with_grad(ids, place))
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        # A copy, since a second forward pass before the backward pass clamps the parameter again.
+        # Clone: a second forward pass before the backward pass would modify the parameter in place.
         temperature = sync_parameter_grad(self.temperature, place).clone()
         to_text = query_similarity(queries, all_gather_with_grad(text, place)) / temperature
         to_media = query_similarity(all_gather_with_grad(queries, place), text).T / temperature
@@ -120,37 +120,39 @@ class QFormerLosses(nn.Module):
         part = total * len(place.sizes) / (2 * max(sum(place.sizes), 1))
         own = to_text[:, place.start : place.start + len(rows)]
         pairs = matching_pairs(own, same_ids(ids), generator=generator)
-        judged = self.match(_rows(media, pairs.a), input_ids[pairs.b], mask=None if mask is None else mask[pairs.b])
+        match_logits = self.match(
+            _rows(media, pairs.a), input_ids[pairs.b], mask=None if mask is None else mask[pairs.b]
+        )
         labels = caption_labels(input_ids, mask)
         words = self.caption(media, input_ids, mask=mask)
         return {
             "contrastive": global_mean(part, place),
-            "matching": matching_loss(judged, pairs.label),
+            "matching": matching_loss(match_logits, pairs.label),
             "captioning": captioning_loss(words, labels, smoothing=self.caption_smoothing),
         }
 
     def embed(
         self, media: Media, input_ids: Int[Tensor, "batch word"], *, mask: Bool[Tensor, "batch word"] | None = None
     ) -> tuple[Float[Tensor, "batch query embed"], Float[Tensor, "batch embed"]]:
-        """Unit vectors of the queries and of the text's first token; neither has seen the other side."""
-        found = self.qformer(media, input_ids, mask=mask, objective="contrastive")
-        queries, text = self.query_embedding(found.queries), self.text_embedding(found.text[:, 0])
+        """Unit vectors of the queries and of the text's first token, encoded independently of each other."""
+        output = self.qformer(media, input_ids, mask=mask, objective="contrastive")
+        queries, text = self.query_embedding(output.queries), self.text_embedding(output.text[:, 0])
         return F.normalize(exact(queries), dim=-1), F.normalize(exact(text), dim=-1)
 
     def match(
         self, media: Media, input_ids: Int[Tensor, "pair word"], *, mask: Bool[Tensor, "pair word"] | None = None
     ) -> Float[Tensor, "pair 2"]:
-        """Logits of "do not belong together" and "do", row by row."""
+        """Matching logits (negative, positive) of each pair."""
         return self.matching(self.qformer(media, input_ids, mask=mask, objective="matching").queries)
 
     def caption(
         self, media: Media, input_ids: Int[Tensor, "batch word"], *, mask: Bool[Tensor, "batch word"] | None = None
     ) -> Float[Tensor, "batch word vocabulary"]:
-        """Logits of the next word behind each word."""
+        """Next-word logits at each word."""
         if self.bos is not None:
             input_ids = torch.cat([torch.full_like(input_ids[:, :1], self.bos), input_ids[:, 1:]], dim=1)
-        found = self.qformer(media, input_ids, mask=mask, objective="captioning")
-        return F.linear(self.transform(found.text), self.qformer.word_vectors, self.word_bias)
+        output = self.qformer(media, input_ids, mask=mask, objective="captioning")
+        return F.linear(self.transform(output.text), self.qformer.word_vectors, self.word_bias)
 
 
 def _rows(media: Media, index: Int[Tensor, " pair"]) -> Media:

@@ -1,4 +1,4 @@
-"""SigLIP: every pair is a question of its own, answered by a sigmoid; pairs are visited in tiles (spec 7.2)."""
+"""SigLIP: a binary sigmoid loss over all pairs, computed in tiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gather import sync_parameter_grad
 from .pair_loss import Pair, PairLoss, check_pair, exact
 
 TILE = 512
-"""Rows and columns of a tile: the memory of pairs is that of a few (512, 512) matrices, however large the batch."""
+"""Rows and columns of a tile: memory is that of a few (512, 512) matrices, independent of the batch size."""
 
 
 def siglip(
@@ -27,26 +27,26 @@ def siglip(
     ids: Int[Tensor, " batch"] | None = None,
     tile: int = TILE,
 ) -> Float[Tensor, ""]:
-    """``L = -(1/batch) sum_ij log sigma(y_ij (scale a_i b_j + bias))``, y = 1 for partners and -1 for all others.
+    """Sigmoid loss ``L = -(1/batch) sum_ij log sigma(y_ij (scale a_i b_j + bias))``, y = 1 for positives, else -1.
 
-    No (batch, batch) matrix is built: tiles of it are made one after another, their gradients with them. The result
-    does not depend on their size but for rounding. First derivatives alone are offered.
+    The (batch, batch) matrix is never materialized: loss and gradients are computed tile by tile. The result is
+    independent of the tile size up to rounding. Second derivatives are not supported.
 
     Args:
-        a, b: (batch, dim), normalized; row i of one is the partner of row i of the other.
-        scale: s; it multiplies.
-        bias: added to every logit; -10 makes up for the many wrong pairs at the start.
-        ids: (batch,) rows of one id are partners; by default the diagonal alone.
-        tile: rows and columns that are compared at once.
+        a, b: (batch, dim), normalized; row i of one is a positive of row i of the other.
+        scale: factor s of the cosines.
+        bias: added to every logit; -10 compensates for the many negatives at initialization.
+        ids: (batch,) rows with equal ids are positives; only the diagonal by default.
+        tile: number of rows and columns of a tile.
 
     Returns:
-        The loss, in float32 or better. Every pair counts for itself, so that a batch of one, or of one id, has a loss
-        of its own, of partners alone. Near 0 where all is right; at s = 10 and bias = -10 perfect vectors cost log 2.
+        The loss, in float32 or higher precision. Unlike InfoNCE it is defined without negatives, for a batch of one
+        sample or of one id. Near 0 if all pairs are correct; log 2 for perfect vectors at s = 10 and bias = -10.
 
     Raises:
-        ShapeError: a and b that do not fit, no pair at all, ids of another shape. ConfigError: tile < 1.
+        ShapeError: a and b that do not match, an empty batch, ids of another shape. ConfigError: tile < 1.
 
-    Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training (ICCV 2023), eq. 1; spec 7.2.
+    Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training (ICCV 2023), eq. 1.
 
     Example:
         >>> siglip(torch.eye(2), torch.eye(2), scale=10.0, bias=-10.0)
@@ -66,21 +66,21 @@ def sum_over_pairs(
     a: Float[Tensor, "row dim"], b: Float[Tensor, "column dim"], scale: float | Tensor, bias: float | Tensor,
     ids: Int[Tensor, " row"], other_ids: Int[Tensor, " column"], tile: int = TILE,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """The sum over all pairs of ``-log sigma(y_ij (scale a_i b_j + bias))``, y = 1 where ids are equal."""
+    """Sum over all pairs of ``-log sigma(y_ij (scale a_i b_j + bias))``, y = 1 for equal ids, else -1."""
     scale, bias = (torch.as_tensor(x, dtype=exact(a).dtype, device=a.device) for x in (scale, bias))
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
-    return _Tiles.apply(a, b, scale, bias, ids, other_ids, tile, wanted)  # type: ignore[return-value]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale, bias))
+    return _Tiles.apply(a, b, scale, bias, ids, other_ids, tile, needs_grad)  # type: ignore[return-value]
 
 
 class _Tiles(torch.autograd.Function):
-    """The gradients are made with the value, since the loss is one number: a tile is visited once."""
+    """Computes the gradients in the forward pass, so that each tile is computed once."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, bias, ids, other_ids, tile, wanted):  # type: ignore[override]
+    def forward(ctx, a, b, scale, bias, ids, other_ids, tile, needs_grad):  # type: ignore[override]
         inputs = (a, b, scale, bias)
         with torch.autocast(a.device.type, enabled=False):
             a, b = exact(a), exact(b)
-            # Many tiles are summed, so where the device has it the sum is in double precision.
+            # Accumulate many tiles in double precision if the device supports it.
             total = torch.zeros((), dtype=torch.float32 if a.is_mps else torch.float64, device=a.device)
             grads = (torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(total), torch.zeros_like(total))
             for i in range(0, len(a), tile):
@@ -91,14 +91,14 @@ class _Tiles(torch.autograd.Function):
                     sign = (ids[rows, None] == other_ids[None, columns]).to(a.dtype) * 2 - 1
                     margin = sign * (scale * cosines + bias)
                     total += F.softplus(-margin).sum(dtype=total.dtype)
-                    if wanted:
+                    if needs_grad:
                         slope = -sign * torch.sigmoid(-margin)
                         grads[0][rows] += scale * (slope @ b[columns])
                         grads[1][columns] += scale * (slope.T @ a[rows])
                         grads[2].add_((slope * cosines).sum(dtype=total.dtype))
                         grads[3].add_(slope.sum(dtype=total.dtype))
-        if wanted:
-            # Unrounded: a gradient scaler multiplies what half precision would have lost.
+        if needs_grad:
+            # Keep full precision: half precision could underflow before the gradient scaler's factor is applied.
             ctx.save_for_backward(*grads)
             ctx.dtypes = [x.dtype for x in inputs]
         return total.to(a.dtype)
@@ -106,35 +106,35 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        found = ((grad * part).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *found, None, None, None, None
+        grads = ((grad * part).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *grads, None, None, None, None
 
 
 class SigLIP(PairLoss):
-    """SigLIP with a learned scale and bias over any number of modalities and processes.
+    """SigLIP with a learned scale and bias, for any number of modalities and processes.
 
-    ``L = mean over pairs of modalities of siglip(u_m, u_n, scale=exp(t), bias=b)``, t and b learned. There is no
-    softmax, so a pair's loss needs none of the others: memory is constant in the batch, and small batches lose less
-    than with ``InfoNCE``. With several processes, value and gradients are those of one process that has the whole
-    batch, when gradients are averaged as data-parallel training does.
+    ``L = mean over pairs of modalities of siglip(u_m, u_n, scale=exp(t), bias=b)``, t and b learned. Without a softmax
+    the pairs are independent: memory is constant in the batch size, and small batches lose less than with ``InfoNCE``.
+    With several processes, after averaging gradients as in data-parallel training, value and gradients equal those of
+    a single process with the whole batch.
 
     Args:
-        scale: s at the start.
-        bias: b at the start.
-        max_scale: t is held at log(max_scale) or below; None leaves it free, as the paper does.
-        learn: False keeps both.
-        anchor: compare this modality with each other one, and these not among themselves; None compares all pairs.
-        widths, dim: name -> width of vectors that still have to be brought to a common ``dim``, by a linear layer each.
-        gather: False compares samples within this process alone, as one that evaluates while others wait must.
+        scale: initial value of s.
+        bias: initial value of b.
+        max_scale: t is clamped to at most log(max_scale); None disables clamping, as in the paper.
+        learn: False freezes both.
+        anchor: compare only this modality with every other one; None compares all pairs.
+        widths, dim: name -> width of the vectors, to project each modality to a common ``dim`` with a linear layer.
+        gather: False compares samples within this process only, for example if only one process evaluates.
         tile: as in ``siglip``.
 
     Raises:
-        ConfigError: options out of range; in ``forward``, fewer than two modalities or an anchor that is not there.
-        ShapeError: in ``forward``, vectors that do not fit each other.
+        ConfigError: options out of range; in ``forward``, fewer than two modalities or a missing anchor.
+        ShapeError: in ``forward``, vectors that do not match.
 
-    Reference: Zhai et al. (ICCV 2023); spec 7.2.
-    Differs from the paper in: other processes' vectors are gathered, not passed around in a ring; the comparisons are
-    the same, and vectors are small beside pairs.
+    Reference: Zhai et al. (ICCV 2023).
+    Differs from the paper in: vectors of other processes are gathered instead of passed around in a ring, with the same
+    comparisons; vectors are small compared with pairs.
 
     Example:
         >>> round(float(SigLIP()(torch.eye(2), torch.eye(2)).detach()), 6)

@@ -1,4 +1,4 @@
-"""Is a scene more than its words: Winoground's scores, and embeddings that add up (spec 7.10)."""
+"""Compositionality: Winoground scores and additive compositionality of embeddings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ...tokens.masks import at_least_float32, full_precision
 from .tie_ranking import TIES, Ties
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
-"""What random scores reach, and constant ones too."""
+"""Expected values for random scores and for constant scores."""
 
 
 class Winoground(NamedTuple):
-    """Shares of examples that were solved, as expectations over the orders of equal scores.
+    """Fractions of solved examples, as expectations over the orders of tied scores.
 
     Attributes:
-        text: both images find their own caption; chance 1/4.
-        image: both captions find their own image; chance 1/4.
-        group: all of it; chance 1/6.
+        text: the correct caption is selected for both images; chance 1/4.
+        image: the correct image is selected for both captions; chance 1/4.
+        group: both; chance 1/6.
     """
 
     text: float
@@ -33,22 +33,21 @@ class Winoground(NamedTuple):
 
 
 def winoground(scores: Float[Tensor, "example 2 2"], *, ties: Ties = "average") -> Winoground:
-    """Scores of two images with two captions of the same words in another order.
+    """Winoground scores for examples of two images and two captions with the same words in another order.
 
     text: ``S(I0, T0) > S(I0, T1)`` and ``S(I1, T1) > S(I1, T0)``; image: ``S(I0, T0) > S(I1, T0)`` and
     ``S(I1, T1) > S(I0, T1)``; group: both.
 
     Args:
         scores: (example, image, caption).
-        ties: ``"average"`` over all orders of an example's equal scores, so that a model that gives all the same score
-            is at chance; ``"pessimistic"`` counts equal scores as not solved, as the paper does, ``"optimistic"`` as
-            solved.
+        ties: ``"average"`` over all orders of tied scores, so that constant scores are at chance; ``"pessimistic"``
+            counts ties as not solved, as in the paper, ``"optimistic"`` as solved.
 
     Raises:
         ShapeError: another shape, or no example. NonFiniteError: NaN. ConfigError: an unknown treatment of ties.
 
     Reference: Thrush et al., Winoground (CVPR 2022), eq. 1 to 3.
-    Differs from the paper in: equal scores count by chance; ``ties="pessimistic"`` is the paper's rule.
+    Differs from the paper in: ties are averaged; ``ties="pessimistic"`` is the paper's rule.
 
     Example:
         >>> winoground(torch.tensor([[[2.0, 1.0], [2.5, 3.0]]]))
@@ -64,17 +63,17 @@ def winoground(scores: Float[Tensor, "example 2 2"], *, ties: Ties = "average") 
         )
     if bool(scores.isnan().any()):
         raise NonFiniteError("winoground", expected="scores", got="NaN")
-    # Where scores are equal, the larger number here decides: (order, image, caption).
-    numbers = {
+    # Ties are decided by these priorities (order, image, caption).
+    priorities = {
         "average": torch.tensor(list(permutations(range(4)))).view(-1, 2, 2),
         "optimistic": torch.eye(2)[None],
         "pessimistic": -torch.eye(2)[None],
     }[ties].to(scores.device)
 
     def greater(one: tuple[int, int], other: tuple[int, int]) -> Bool[Tensor, "example order"]:
-        first, second = (scores[:, place[0], place[1], None] for place in (one, other))
-        decided = numbers[:, one[0], one[1]] > numbers[:, other[0], other[1]]
-        return (first > second) | ((first == second) & decided)
+        first, second = (scores[:, index[0], index[1], None] for index in (one, other))
+        wins_tie = priorities[:, one[0], one[1]] > priorities[:, other[0], other[1]]
+        return (first > second) | ((first == second) & wins_tie)
 
     text = greater((0, 0), (0, 1)) & greater((1, 1), (1, 0))
     image = greater((0, 0), (1, 0)) & greater((1, 1), (0, 1))
@@ -86,20 +85,19 @@ def additive_compositionality(
     whole: Float[Tensor, "sample dim"],
     distractors: Float[Tensor, "sample other dim"] | None = None,
 ) -> Float[Tensor, " sample"]:
-    """``cos(sum of parts, whole)`` less the mean of the same with distractors.
+    """Computes ``cos(sum of parts, whole)`` minus the mean cosine with distractors.
 
-    emb("red") + emb("car") against the embedding of a red car, and against those of other things. Positive values say
-    that the sum points to the whole; the mean hides whether it finds it, which ``recall_at_k`` of the cosines tells.
+    For example, emb("red") + emb("car") is compared with the embedding of a red car and with those of other objects.
+    Positive values mean that the sum is closer to the whole than to the average distractor, which does not imply that
+    the whole is retrieved: use ``recall_at_k`` of the cosines for that.
 
     Args:
         parts: (sample, part, dim).
         whole: (sample, dim).
-        distractors: (sample, other, dim); by default the other samples' wholes.
+        distractors: (sample, other, dim); by default the wholes of the other samples.
 
     Raises:
-        ShapeError: sizes that do not fit, or no distractor.
-
-    Reference: spec 7.10.
+        ShapeError: sizes that do not match, or no distractor.
 
     Example:
         >>> red_car, blue_car = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""How well two sequences follow each other in time, however fast each goes: dynamic time warping (spec 7.8)."""
+"""Dynamic time warping between two sequences."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from ...tokens.masks import at_least_float32
 
 
 def dtw_cost(cost: Float[Tensor, "*batch row column"], *, softness: float = 0.0) -> Float[Tensor, "*batch"]:
-    """The smallest sum of costs on a way from the first pair to the last that never goes back.
+    """Cost of the cheapest monotonic alignment path from the first pair to the last.
 
-    ``D_ij = c_ij + min(D_i-1,j, D_i,j-1, D_i-1,j-1)``; with ``softness`` g > 0 the minimum is ``-g log sum exp(-x/g)``,
-    which is smooth. Differentiable; in float32 or
-    better.
+    ``D_ij = c_ij + min(D_i-1,j, D_i,j-1, D_i-1,j-1)``; with ``softness`` g > 0 the minimum is replaced by
+    ``-g log sum exp(-x/g)``. Differentiable; computed in float32 or higher precision.
 
     Args:
-        cost: (..., row, column), for example 1 - cosine of two modalities' tokens.
+        cost: (..., row, column), for example 1 - cosine between the tokens of two modalities.
         softness: g; 0 is the hard minimum.
 
     Raises:
         ShapeError: no row or no column. ConfigError: a negative softness.
 
-    Reference: Sakoe and Chiba (1978); Cuturi and Blondel, Soft-DTW (ICML 2017); spec 7.8 (e).
+    Reference: Sakoe and Chiba (1978); Cuturi and Blondel, Soft-DTW (ICML 2017).
 
     Example:
-        >>> warping_cost(torch.tensor([[0.0, 1.0, 5.0], [4.0, 1.0, 0.0]]))
+        >>> dtw_cost(torch.tensor([[0.0, 1.0, 5.0], [4.0, 1.0, 0.0]]))
         tensor(1.)
     """
     return _table(cost, softness)[-1][..., -1]
 
 
 def dtw_path(cost: Float[Tensor, "row column"]) -> Int[Tensor, "step 2"]:
-    """The cheapest way itself: (row, column) of every step; diagonal steps are preferred among equals.
+    """The cheapest path: (row, column) of every step; diagonal steps are preferred among ties.
 
     Example:
-        >>> warping_path(torch.tensor([[0.0, 1.0, 5.0], [4.0, 1.0, 0.0]])).tolist()
+        >>> dtw_path(torch.tensor([[0.0, 1.0, 5.0], [4.0, 1.0, 0.0]])).tolist()
         [[0, 0], [0, 1], [1, 2]]
     """
     if cost.ndim != 2:

@@ -1,4 +1,4 @@
-"""How two sets of embeddings lie to each other: gap, alignment, uniformity, CKA, common neighbors (spec 7.10)."""
+"""Metrics of embedding spaces: modality gap, alignment, uniformity, CKA, mutual nearest neighbors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Vectors = Float[Tensor, "sample dim"]
 
 
 def modality_gap(a: Vectors, b: Vectors) -> Float[Tensor, ""]:
-    """``|mean a - mean b|``: how far apart two modalities lie as clouds, 0 to 2 for unit vectors.
+    """Distance between the means of two modalities, ``|mean a - mean b|``; 0 to 2 for unit vectors.
 
-    Reference: Liang et al., Mind the Gap (NeurIPS 2022); spec 7.10.
+    Reference: Liang et al., Mind the Gap (NeurIPS 2022).
 
     Example:
         >>> modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
@@ -28,9 +28,9 @@ def modality_gap(a: Vectors, b: Vectors) -> Float[Tensor, ""]:
 
 
 def alignment(a: Vectors, b: Vectors) -> Float[Tensor, ""]:
-    """``mean |a_i - b_i|^2`` over partners; 0 is best.
+    """Mean squared distance of positive pairs, ``mean |a_i - b_i|^2``; 0 is best.
 
-    Reference: Wang and Isola, Alignment and Uniformity on the Hypersphere (ICML 2020), eq. 3; spec 7.10.
+    Reference: Wang and Isola, Alignment and Uniformity on the Hypersphere (ICML 2020), eq. 3.
 
     Example:
         >>> alignment(torch.eye(2), torch.eye(2).flip(0))
@@ -41,9 +41,9 @@ def alignment(a: Vectors, b: Vectors) -> Float[Tensor, ""]:
 
 
 def uniformity(a: Vectors) -> Float[Tensor, ""]:
-    """``log mean exp(-2 |a_i - a_j|^2)`` over pairs i < j; the lower, the more even. 0 is collapse to a point.
+    """Computes ``log mean exp(-2 |a_i - a_j|^2)`` over pairs i < j; lower is more uniform, 0 is collapse to a point.
 
-    Reference: Wang and Isola (ICML 2020), eq. 4; spec 7.10.
+    Reference: Wang and Isola (ICML 2020), eq. 4.
 
     Example:
         >>> uniformity(torch.eye(2))
@@ -55,13 +55,12 @@ def uniformity(a: Vectors) -> Float[Tensor, ""]:
 
 
 def linear_cka(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"]) -> Float[Tensor, ""]:
-    """Likeness of two spaces up to rotation and scale: ``|A^T B|_F^2 / (|A^T A|_F |B^T B|_F)`` of centered vectors.
+    """Linear CKA ``|A^T B|_F^2 / (|A^T A|_F |B^T B|_F)`` of centered vectors.
 
-    1 where they are alike, 0 where nothing of one tells of the other.
+    It is invariant to rotation and scale: 1 for equal representations, 0 for uncorrelated ones. Widths may differ. With
+    fewer samples than dimensions it is high for any representations. NaN if one side is constant.
 
-    Widths may differ. With fewer samples than dimensions it is high for anything. NaN where one side is constant.
-
-    Reference: Kornblith et al. (ICML 2019), section 3; spec 7.10.
+    Reference: Kornblith et al. (ICML 2019), section 3.
 
     Example:
         >>> linear_cka(torch.eye(3), 5 * torch.eye(3).flip(1))
@@ -74,15 +73,15 @@ def linear_cka(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"])
 
 
 def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"], *, k: int = 10) -> float:
-    """The mean share of a sample's k nearest neighbors in one space that are so in the other; chance is k / (n - 1).
+    """Mean overlap of the k nearest neighbors of each sample in two spaces; chance is k / (n - 1).
 
-    Neighbors are those of the largest cosine. Where several tie for the last places, this is the expectation over all
-    choices among them, independent in the two spaces: vectors that are all equal are at chance.
+    Neighbors have the largest cosines. Ties for the last neighbors are averaged over all choices, independently in the
+    two spaces, so that constant vectors are at chance.
 
     Raises:
         ConfigError: k < 1 or k >= samples.
 
-    Reference: Huh et al., The Platonic Representation Hypothesis (ICML 2024); spec 7.10.
+    Reference: Huh et al., The Platonic Representation Hypothesis (ICML 2024).
 
     Example:
         >>> mutual_knn(torch.eye(3) + 0.1, torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), k=2)
@@ -98,8 +97,8 @@ def mutual_knn(a: Float[Tensor, "sample one"], b: Float[Tensor, "sample other"],
             cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
         last = cosines.topk(k, dim=1).values[:, -1:]
         above, tied = cosines > last, cosines == last
-        left = (k - above.sum(dim=1, keepdim=True)).double() / tied.sum(dim=1, keepdim=True)
-        near.append(above + tied * left)
+        tie_probability = (k - above.sum(dim=1, keepdim=True)).double() / tied.sum(dim=1, keepdim=True)
+        near.append(above + tied * tie_probability)
     return float((near[0] * near[1]).sum(dim=1).mean() / k)
 
 

@@ -1,4 +1,4 @@
-"""Retrieval metrics: recall, ranks and average precision, as expectations over the orders of equally similar items."""
+"""Retrieval metrics: recall, ranks and average precision, as expectations over the orders of tied items."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def ranks(
 
     Items that are exactly as similar as the first relevant one may come in any order, and all orders are equally
     likely. With a items above, t irrelevant and r relevant items in that group, the expected rank is
-    ``a + (t + r + 1) / (r + 1)``. Do not compute other metrics from it: they are no linear functions of the rank.
-    ``recall_at_k``, ``mean_reciprocal_rank`` and the others are expectations themselves, so that a model that gives
-    the same score to everything is at chance in each of them.
+    ``a + (t + r + 1) / (r + 1)``. Do not compute other metrics from it: they are not linear functions of the rank.
+    ``recall_at_k``, ``mean_reciprocal_rank`` and the others are expectations themselves, so that a model with constant
+    scores is at chance in each of them.
 
     Args:
         similarity: (query, item).
-        relevant: (query, item), True = should be found; the diagonal by default.
-        ties: ``"average"`` over all orders of equal items; ``"optimistic"`` puts relevant ones first,
-            ``"pessimistic"`` last. Only equal numbers tie; a difference by rounding is a difference.
+        relevant: (query, item), True = relevant; the diagonal by default.
+        ties: ``"average"`` over all orders of tied items; ``"optimistic"`` puts relevant items first,
+            ``"pessimistic"`` last. Only exactly equal similarities are ties.
 
     Returns:
-        (query,) float64 ranks; queries without any relevant item are left out.
+        (query,) float64 ranks; queries without a relevant item are excluded.
 
     Raises:
-        ShapeError: sizes that do not fit, no query or nothing relevant at all. NonFiniteError: NaN or infinity among
-            the similarities. ConfigError: an unknown treatment of ties.
+        ShapeError: sizes that do not match, no query or no relevant item. NonFiniteError: NaN or infinity among the
+            similarities. ConfigError: an unknown treatment of ties.
 
     Example:
         >>> ranks(torch.tensor([[0.9, 0.5], [0.7, 0.7]]))
@@ -47,9 +47,9 @@ def ranks(
 def found_within(
     similarity: Similarity, k: int = 1, *, relevant: Relevant | None = None, ties: Ties = "average"
 ) -> Float[Tensor, " query"]:
-    """The probability of each query that a relevant item is among its first k: 0 or 1 where nothing ties.
+    """Probability for each query that a relevant item is among the first k: 0 or 1 without ties.
 
-    Arguments, left-out queries and errors are those of ``ranks``.
+    Arguments, excluded queries and errors are those of ``ranks``.
 
     Raises:
         ConfigError: k < 1.
@@ -137,14 +137,14 @@ def mean_average_precision(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one side finds the other; every number is an expectation over the orders of equal items.
+    """Retrieval metrics in one direction; every number is an expectation over the orders of tied items.
 
     Attributes:
-        recall: k -> share of queries found among the first k.
+        recall: k -> fraction of queries with a relevant item among the first k.
         median_rank, mean_rank: 1 is best.
         mean_reciprocal_rank, mean_average_precision: in (0, 1].
         chance: k -> the expected recall of a random order.
-        queries: number of queries that have a relevant item; the others are left out.
+        queries: number of queries that have a relevant item; the others are excluded.
         items: number of items.
     """
 
@@ -161,33 +161,33 @@ class Retrieval:
 def retrieval(
     similarity: Similarity, *, relevant: Relevant | None = None, k: Sequence[int] = (1, 5, 10), ties: Ties = "average"
 ) -> tuple[Retrieval, Retrieval]:
-    """All of these metrics both ways: rows find columns, and columns find rows.
+    """Computes all retrieval metrics in both directions: rows as queries, then columns as queries.
 
     Args:
         similarity: (a, b).
-        relevant: (a, b), True = belong together; the diagonal by default.
-        k: of the recalls.
+        relevant: (a, b), True = relevant; the diagonal by default.
+        k: values of k of the recalls.
         ties: as in ``ranks``.
 
     Raises:
         ConfigError: a k < 1; the other errors are those of ``ranks``.
 
     Example:
-        >>> there, back = retrieval(torch.tensor([[0.9, 0.5], [0.7, 0.6]]), k=[1])
-        >>> there.recall, back.recall
+        >>> forward, backward = retrieval(torch.tensor([[0.9, 0.5], [0.7, 0.6]]), k=[1])
+        >>> forward.recall, backward.recall
         ({1: 0.5}, {1: 1.0})
     """
     for each in k:
         _check_k(each, "retrieval")
-    made = []
+    results = []
     for matrix, mask in ((similarity, relevant), (similarity.mT, None if relevant is None else relevant.mT)):
         ranking = sort_items(matrix, mask, ties, "retrieval")
         first, precision = ranking.first, float(ranking.average_precision().mean())
         recalls = first.within(torch.tensor(list(k), dtype=torch.long)).mean(dim=0).tolist()
         numbers = first.median(), float(first.mean().mean()), float(first.reciprocal().mean()), precision
         recall = dict(zip(k, recalls, strict=True))
-        made.append(Retrieval(recall, *numbers, _chance(k, mask, matrix), len(first.ahead), matrix.shape[1]))
-    return made[0], made[1]
+        results.append(Retrieval(recall, *numbers, _chance(k, mask, matrix), len(first.ahead), matrix.shape[1]))
+    return results[0], results[1]
 
 
 def _check_k(k: int, who: str) -> None:
@@ -200,9 +200,9 @@ def _chance(k: Sequence[int], relevant: Tensor | None, similarity: Tensor) -> di
     items = similarity.shape[1]
     counts = torch.ones(len(similarity)) if relevant is None else relevant.sum(dim=1)
     counts = counts[counts > 0].double().cpu()
-    made = {}
+    chance = {}
     for each in k:
-        place = torch.arange(min(each, items), dtype=torch.float64)
-        missed = ((items - counts[:, None] - place).clamp(min=0) / (items - place)).prod(dim=1)
-        made[each] = float((1 - missed).mean())
-    return made
+        position = torch.arange(min(each, items), dtype=torch.float64)
+        missed = ((items - counts[:, None] - position).clamp(min=0) / (items - position)).prod(dim=1)
+        chance[each] = float((1 - missed).mean())
+    return chance

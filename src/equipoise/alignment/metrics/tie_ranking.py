@@ -1,4 +1,4 @@
-"""Items sorted by similarity, groups of equal items, and expectations over the orders in which equal items may come."""
+"""Ranking with ties: items sorted by similarity, groups of tied items, and expectations over their orders."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Relevant = Bool[Tensor, "query item"]
 Ties = Literal["average", "optimistic", "pessimistic"]
 TIES = ("average", "optimistic", "pessimistic")
 CHUNK = 2**22
-"""Numbers held at once while the distribution of a median is computed."""
+"""Maximum number of values in memory while computing the distribution of a median."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The items of each query in descending order of similarity; queries without a relevant item are left out.
+    """The items of each query in descending order of similarity; queries without a relevant item are excluded.
 
     Every tensor is (query, item), at the item's position in the sorted list. Equal similarities form one group.
 
@@ -45,8 +45,8 @@ class Ranking:
     @property
     def first(self) -> FirstHit:
         """The distribution of each query's rank of the first relevant item."""
-        place = self.relevant.int().argmax(dim=1, keepdim=True)
-        start, size, hits = (values.gather(1, place)[:, 0].cpu() for values in (self.start, self.size, self.hits))
+        index = self.relevant.int().argmax(dim=1, keepdim=True)
+        start, size, hits = (values.gather(1, index)[:, 0].cpu() for values in (self.start, self.size, self.hits))
         return FirstHit(start, size - hits, hits)
 
     def average_precision(self) -> Float[Tensor, " query"]:
@@ -56,9 +56,9 @@ class Ranking:
         the item there is relevant with probability r / n, and then the precision is expected to be
         ``(b + 1 + (i - 1) (r - 1) / (n - 1)) / (a + i)`` (McSherry and Najork, ECIR 2008).
         """
-        place = torch.arange(self.start.shape[1], device=self.start.device) - self.start
-        others = place * (self.hits - 1).double() / (self.size - 1).clamp(min=1)
-        precision = (self.earlier + 1 + others) / (self.start + place + 1)
+        position = torch.arange(self.start.shape[1], device=self.start.device) - self.start
+        others = position * (self.hits - 1).double() / (self.size - 1).clamp(min=1)
+        precision = (self.earlier + 1 + others) / (self.start + position + 1)
         return (self.hits / self.size.double() * precision).sum(dim=1) / self.relevant.sum(dim=1)
 
 
@@ -121,7 +121,7 @@ class FirstHit:
 def similarities(a: Float[Tensor, "query dim"], b: Float[Tensor, "item dim"]) -> Similarity:
     """Inner products, computed in float64 and rounded to float32, so that equal vectors have equal similarities.
 
-    A product in float32 rounds by the place of a row in the matrix, which would order equal vectors by their place.
+    In float32, rounding depends on the position of a row in the matrix, so equal vectors could get different values.
 
     Example:
         >>> similarities(torch.eye(2), torch.ones(2, 2))
@@ -134,12 +134,12 @@ def similarities(a: Float[Tensor, "query dim"], b: Float[Tensor, "item dim"]) ->
 def sort_items(similarity: Similarity, relevant: Relevant | None, ties: str, who: str) -> Ranking:
     """Sorts the items of each query, and finds the groups of equal items.
 
-    Only equal numbers tie; a difference by rounding is a difference. ``"optimistic"`` and ``"pessimistic"`` order each
-    group instead, relevant items first or last, so that every item is a group of its own.
+    Only exactly equal similarities are ties. ``"optimistic"`` and ``"pessimistic"`` order each group instead, relevant
+    items first or last, so that every item is its own group.
     """
     scores, relevant = _checked(similarity, relevant, ties, who)
-    some = relevant.any(dim=1)
-    scores, relevant = scores[some], relevant[some]
+    has_relevant = relevant.any(dim=1)
+    scores, relevant = scores[has_relevant], relevant[has_relevant]
     if ties != "average":
         order = relevant.int().argsort(dim=1, descending=ties == "optimistic", stable=True)
         scores, relevant = scores.gather(1, order), relevant.gather(1, order)
@@ -181,7 +181,7 @@ def _count_distribution(p: Float[Tensor, "value query"]) -> Float[Tensor, "value
 
 
 def _checked(similarity: Tensor, relevant: Tensor | None, ties: str, who: str) -> tuple[Tensor, Tensor]:
-    """Similarities in float64 and what is relevant, the diagonal by default."""
+    """Validates similarities and relevance; returns them as float64 and a boolean mask."""
     if ties not in TIES:
         raise unknown_name(who, "treatment of ties", str(ties), TIES)
     if similarity.ndim != 2 or (relevant is None and similarity.shape[0] != similarity.shape[1]):
