@@ -139,7 +139,7 @@ def test_errors():
         splice(text, ids, IMAGE, image[:1])
     with pytest.raises(ShapeError, match=r"splice 'image': .* got 0 \(per row: \[0, 0\]\)"):
         splice(text, ids, IMAGE + 1, image)
-    with pytest.raises(ShapeError, match=r"splice 'image': expected the text's width, dim = 3, got 4. Projector"):
+    with pytest.raises(ShapeError, match=r"splice 'image': expected the text's width, dim = 3, got 4. Use Projector"):
         splice(text, ids, IMAGE, torch.zeros(2, 4, 4))
     with pytest.raises(ShapeError, match=r"splice input_ids: expected \(batch, word\) = \(2, 3\), got \(2, 2\)"):
         splice(text, ids[:, :2], IMAGE, image)

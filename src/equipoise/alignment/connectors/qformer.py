@@ -76,39 +76,39 @@ def objective_mask(
 
 
 class QFormer(nn.Module):
-    """Learned queries that read frozen media, in one transformer with the text (BLIP-2).
+    """Learned queries that attend to frozen media, in one transformer with the text (BLIP-2).
 
-    Each layer: ``z <- LN(z + attention(z))`` over [queries ; words]; in every ``every``-th layer, from the first on,
-    ``q <- LN(q + attention(q, media))`` for the queries alone; then ``z <- LN(z + FFN(z))`` with one FFN for queries
-    and another for words. Media pass a LayerNorm first. Several modalities are read one by one, and what is found is
-    added, or their tokens are brought to one width and read together, where attention divides itself between them and
-    ``watch`` tells how.
+    Each layer: ``z <- LN(z + attention(z))`` over [queries ; words]; in every ``every``-th layer, starting with the
+    first, ``q <- LN(q + attention(q, media))`` for the queries only; then ``z <- LN(z + FFN(z))`` with separate FFNs
+    for queries and words. A LayerNorm is applied to the media first. With several modalities, either each has its own
+    cross-attention and the results are added, or their tokens are projected to one width and concatenated, so that one
+    attention distribution covers all modalities and ``watch`` measures their shares.
 
     Args:
         widths: width of the media's tokens, or name -> width.
-        dim: of queries and words; BLIP-2 has 768, the default.
-        depth: layers.
-        heads: attention heads.
-        queries: how many are learned.
-        every: media are read in layers 0, every, 2 every, ...
-        ratio: hidden width of the FFNs over ``dim``.
-        vocabulary: number of words; None makes a Q-Former without text.
-        positions: the longest text.
-        combine: ``"sum"`` reads modalities one by one, ``"concat"`` together.
-        dropout: in training only.
+        dim: width of queries and words; 768 in BLIP-2.
+        depth: number of layers.
+        heads: number of attention heads.
+        queries: number of learned queries.
+        every: layers 0, every, 2 every, ... have cross-attention to the media.
+        ratio: hidden width of the FFNs divided by ``dim``.
+        vocabulary: vocabulary size; None builds a Q-Former without text.
+        positions: maximum number of words.
+        combine: ``"sum"`` (one cross-attention per modality) or ``"concat"`` (one for all).
+        dropout: dropout probability.
 
     Raises:
         ConfigError: options out of range, or text for a Q-Former without vocabulary. ShapeError: media or ids that do
-            not fit, a text that is too long.
+            not match, a text that is too long.
 
-    Reference: Li et al., BLIP-2 (ICML 2023), section 3; spec 7.5.
-    Differs from the released code in: any number of modalities; a sample that lacks one takes nothing from it; start as
-    ``transformer.initialize`` has it, and not from BERT's weights.
+    Reference: Li et al., BLIP-2 (ICML 2023), section 3.
+    Differs from the released code in: any number of modalities; a missing modality contributes nothing; random
+    initialization instead of BERT's weights.
 
     Example:
-        >>> made = QFormer(5, dim=8, depth=2, heads=2, queries=3, vocabulary=11)
-        >>> found = made(torch.zeros(2, 7, 5), torch.ones(2, 4, dtype=torch.long), objective="matching")
-        >>> found.queries.shape, found.text.shape
+        >>> qformer = QFormer(5, dim=8, depth=2, heads=2, queries=3, vocabulary=11)
+        >>> output = qformer(torch.zeros(2, 7, 5), torch.ones(2, 4, dtype=torch.long), objective="matching")
+        >>> output.queries.shape, output.text.shape
         (torch.Size([2, 3, 8]), torch.Size([2, 4, 8]))
     """
 
