@@ -157,7 +157,7 @@ def test_errors():
         splice(text, ids, {"image": IMAGE}, {"image": image, "audio": image})
     with pytest.raises(ConfigError, match="none called 'text'"):
         splice(text, ids, {"text": IMAGE}, {"text": image})
-    with pytest.raises(ConfigError, match=r"Projector: expected kind .* got 'mlp0x_gelu'. LLaVA-1.5 has"):
+    with pytest.raises(ConfigError, match=r"Projector: expected kind .* got 'mlp0x_gelu'. LLaVA-1.5 uses"):
         Projector(2, 3, kind="mlp0x_gelu")
     with pytest.raises(ConfigError, match="Projector: expected in_dim = out_dim for identity, got 2 and 3"):
         Projector(2, 3, kind="identity")

@@ -1,4 +1,4 @@
-"""The three losses that train a Q-Former: contrastive, matching, captioning (spec 7.4, 7.5)."""
+"""The three losses that train a Q-Former: contrastive, matching, captioning."""
 
 from __future__ import annotations
 
