@@ -1,12 +1,12 @@
-"""What balancers cost: an epoch of training with each, relative to an epoch of the same model without it.
+"""Cost of balancers: an epoch of training with each, relative to an epoch of the same model without it.
 
-    python benchmarks/balancers.py                    # all of them, some five minutes on one core
-    python benchmarks/balancers.py --quick            # wider spread
-    python benchmarks/balancers.py --only OGM,PMR     # those alone
+    python benchmarks/balancers.py                    # all, about five minutes on one core
+    python benchmarks/balancers.py --quick            # fewer epochs, larger variance
+    python benchmarks/balancers.py --only OGM,PMR     # only these
 
-Both sides run in turn within one process, step by step, so that other load on the machine meets both alike. The ratio
-is the median of the ratios of neighbors; what happens once an epoch (review and end_epoch, the mean over epochs) comes
-on top, for an epoch of that many steps. Printed as Markdown.
+Both variants alternate within one process, step by step, so that other load on the machine affects both. The ratio is
+the median of the ratios of consecutive steps, plus the time of review and end_epoch (mean over epochs) relative to an
+epoch of that many steps. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from equipoise.errors import ConfigError
 
 AIM = 1.15
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
-"""Balancers of attention -> the depth of the joint attention they are measured on; the others on Concat."""
+"""Balancers of attention -> depth of the joint attention to measure them with; others use Concat."""
 EXTRA = {
     "AGM": "fuses every subset of the modalities again, without gradient",
     "CML": "fuses again without each modality",
@@ -38,11 +38,11 @@ EXTRA = {
     "SampleValuation": "fuses every subset of the modalities again",
     "UMT": "a teacher's forward pass for each encoder",
 }
-"""Balancers that compute more by definition -> what."""
+"""Balancers with additional computation by definition -> description."""
 
 
 def model_for(name: str, joint: bool) -> eq.FusionModel:
-    """The two encoders of benchmarks/rollingq.py under the fusion that suits the balancer, or joint attention."""
+    """Returns the encoders of benchmarks/rollingq.py with a suitable fusion for the balancer, or joint attention."""
     made = build(64, 1)
     heads = "train" if getattr(balance, name).needs_heads else "probe"
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def model_for(name: str, joint: bool) -> eq.FusionModel:
 
 
 def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.balance.Balancer:
-    """With its default options."""
+    """Returns the balancer with its default options."""
     kind = getattr(balance, name)
     given = {
         "model": model, "fusion": model.fusion, "layer": getattr(model.fusion, "attention", None), "epochs": epochs,

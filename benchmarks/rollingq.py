@@ -1,10 +1,10 @@
-"""What RollingQ costs: an epoch of training, one rotation, and inference after fold.
+"""Cost of RollingQ: an epoch of training, one rotation, and inference after merging.
 
     python benchmarks/rollingq.py            # about five minutes on one core
-    python benchmarks/rollingq.py --quick    # about one minute, wider spread
+    python benchmarks/rollingq.py --quick    # about one minute, larger variance
 
-Both sides of a ratio run in turn within one process, step by step. The ratio is the median of the ratios of neighbors,
-so that other load on the machine meets both sides alike; the seconds beside it are medians of each side.
+Both variants alternate within one process, step by step. The ratio is the median of the ratios of consecutive steps, so
+that other load on the machine affects both; the seconds are medians of each variant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[[Batch], object]
 
 
 def build(dim: int, heads: int) -> eq.FusionModel:
-    """Two encoders of two layers, 60 frames of 40 bands and pictures of 28 x 28, and one layer of joint attention."""
+    """Two encoders of two layers, 60 frames of 40 bands and images of 28 x 28, and one layer of joint attention."""
     torch.manual_seed(0)
     encoders = {
         "audio": eq.encoders.SequenceEncoder(40, max_length=60, dim=dim, stride=4, depth=2),
@@ -68,18 +68,18 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def interleaved(
-    first: Callable[[], object], second: Callable[[], object], turns: int
+    first: Callable[[], object], second: Callable[[], object], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each call of two actions that run in turn; who begins changes every turn."""
+    """Returns seconds per call of two alternating actions; the order changes in each round."""
     a, b = [], []
-    for turn in range(turns):
-        for action, times in ((first, a), (second, b)) if turn % 2 else ((second, b), (first, a)):
+    for number in range(rounds):
+        for action, times in ((first, a), (second, b)) if number % 2 else ((second, b), (first, a)):
             times.append(seconds(action))
     return a, b
 
 
 def ratio_of(first: list[float], second: list[float]) -> float:
-    """Median of second / first over calls that were neighbors in time."""
+    """Returns the median of second / first over consecutive calls."""
     return statistics.median(b / a for a, b in zip(first, second, strict=True))
 
 
@@ -121,7 +121,7 @@ def inference_cost(dim: int, heads: int, calls: int, size: int) -> tuple[float, 
     data = batches(1, size)[0]
     folded(data)
     if not balancer.end_epoch()["rotated"]:
-        raise SystemExit("nothing was rotated, so there is nothing to fold")
+        raise SystemExit("no rotation to merge")
     eq.merge_rotations(folded)
     same = list(plain.state_dict()) == list(folded.state_dict())
     plain.eval()

@@ -139,7 +139,7 @@ def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
         torch.testing.assert_close(found[1][key], gradient, **EXACT)
 
 
-def test_a_modality_that_nobody_has_leaves_no_trace():
+def test_a_modality_that_no_sample_has_leaves_no_trace():
     made, balancer, balancing = attached(NAMES[:3])
     step(made, balancing, batch(NAMES[:3]))
     before = balancer.usual.clone()
@@ -149,7 +149,7 @@ def test_a_modality_that_nobody_has_leaves_no_trace():
     assert not torch.equal(balancer.usual[:2], before[:2])
 
 
-def test_dropout_is_off_while_it_looks_and_on_afterwards():
+def test_dropout_is_off_during_evaluation_of_subsets():
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.5, cls_std=1.0)
     made, balancer, balancing = attached(fusion=fusion)
     output, target = made.train()(batch()), batch()["target"]
@@ -162,7 +162,7 @@ def test_dropout_is_off_while_it_looks_and_on_afterwards():
 
 
 def test_after_autocast():
-    """Tokens are half as wide then as the fusion's weights."""
+    """Under autocast tokens are half precision, the fusion's weights are not."""
     made, balancer, balancing = attached(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -199,7 +199,7 @@ def test_a_head_that_learns_nothing_clips_nothing():
     assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="AGM: expected two or more modalities, got audio"):
         eq.balance.AGM(static(("audio",)))
     with pytest.raises(ConfigError, match=r"AGM: expected alpha >= 0 and clip > 0, got alpha = -1, clip = 5\.0"):

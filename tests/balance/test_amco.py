@@ -1,4 +1,4 @@
-"""AMCo against spec 3.3: curriculum, dominance, hidden classes, the head it adds, every task, what it refuses."""
+"""AMCo against its equations: curriculum, dominance, hidden classes, the head it adds, every task, errors."""
 
 import copy
 import math
@@ -23,14 +23,14 @@ def doubles(*values):
 
 
 def advanced(made, progress, **options):
-    """An AMCo that is so far in its curriculum."""
+    """Returns an AMCo at this progress of its curriculum."""
     balancer = eq.balance.AMCo(made, **options)
     balancer.progress.fill_(progress)
     return balancer
 
 
 def loud(made, name, factor=99.0):
-    """Makes one modality's logits large."""
+    """Increases one modality's logits."""
     with torch.no_grad():
         made.head.weight.chunk(len(made.names), dim=1)[made.names.index(name)].mul_(factor)
 
@@ -190,7 +190,7 @@ def test_autocast():
     torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="AMCo: expected two or more modalities, got audio"):
         eq.balance.AMCo(static(("audio",)))
     for wrong in ({"sigma": 1.0}, {"epsilon": 0.0}, {"rate": 0.0}):

@@ -164,7 +164,7 @@ def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
 
 
 @every
-def test_a_modality_that_nobody_ever_has(name):
+def test_a_modality_that_no_sample_ever_has(name):
     made, balancing = attached(name, NAMES[:3])
     optimizer = sgd(made, balancing)
     batches = [{**batch(NAMES[:3], seed=seed), "image": None} for seed in range(3)]
@@ -268,7 +268,7 @@ def refused(made, names):
 
 @of_models
 def test_any_fusion_or_a_reason(name):
-    """A balancer trains with a fusion, or says in words why it cannot."""
+    """A balancer trains with a fusion, or raises an error with the reason."""
     reasons = {}
     for key, kind in FUSIONS.items():
         still = {"dropout": 0.0} if "dropout" in inspect.signature(kind).parameters else {}
@@ -335,7 +335,7 @@ def test_the_base_does_nothing():
 
 
 def test_a_task_has_batches_of_its_own():
-    """The battery over tasks is worth something."""
+    """Checks that the battery over tasks can fail."""
     kinds = {task: batch_for(task)["target"].dtype for task in TASKS}
     assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
 

@@ -1,4 +1,4 @@
-"""CML against spec 3.3: chains of removals, the hinge of every sample, any fusion, every task, what it refuses."""
+"""CML against its equations: chains of removals, the hinge of every sample, any fusion, every task, errors."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_removal_is_leaving_out_a_part_of_the_sum(fusion):
     torch.testing.assert_close(doubles(*chain_of(made, inputs, order)[1]), left.detach(), **EXACT)
 
 
-def test_it_stands_for_the_task_loss_and_reaches_every_encoder():
+def test_it_replaces_the_task_loss_and_reaches_every_encoder():
     made, inputs = static(NAMES[:3], unimodal="probe"), batch(NAMES[:3], size=7)
     balancer = eq.balance.CML(made)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
@@ -145,7 +145,7 @@ def test_autocast():
     assert_like_single_precision(balancer, made, inputs)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="CML: expected two or more modalities, got audio"):
         eq.balance.CML(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"CML: expected strength >= 0, got strength = -0\.1"):

@@ -1,4 +1,4 @@
-"""The consistency term beside a fusion: its value by hand, samples that lack a modality, what it trains, refusals."""
+"""The consistency term beside a fusion: its value by hand, samples that lack a modality, what it trains, errors."""
 
 import math
 

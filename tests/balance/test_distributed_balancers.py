@@ -25,13 +25,13 @@ every = pytest.mark.parametrize("name", sorted(BALANCERS))
 
 
 def part(rank, seed):
-    """The batch of one process; two take half of it each."""
+    """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, seed=seed)
     return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
 
 
 def training(rank, name):
-    """Logits and logs of a few epochs; of one process on everything where ``rank`` is None."""
+    """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
     made, balancing = attached(name)
     loss = Loss(made, balancing)
     if rank is not None:
@@ -68,7 +68,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found, of all balancers."""
+    """Results of both processes for all balancers."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
@@ -104,8 +104,8 @@ def test_a_modality_that_one_process_lacks(found, name):
 
 
 @every
-def test_half_of_the_data_would_teach_otherwise(found, name):
-    """The equality above is worth something."""
+def test_half_of_the_data_gives_another_result(found, name):
+    """Checks that the equality above can fail."""
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)
     for number in range(EPOCHS):

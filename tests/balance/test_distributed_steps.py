@@ -27,14 +27,13 @@ MADE = {
 
 
 def part(rank, **options):
-    """The batch of one process; two take half of it each."""
+    """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, **options)
     return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
 
 
 class Stepped(nn.Module):
-    """What is wrapped: a module that returns the loss, as Lightning's training step does, so that what takes no part
-    in the loss is found."""
+    """Module that returns the loss, as Lightning's training step does, so that DDP finds unused parameters."""
 
     def __init__(self, model, balancing):
         super().__init__()
@@ -45,7 +44,7 @@ class Stepped(nn.Module):
 
 
 def training(rank, name):
-    """Logits and logs of a few epochs; of one process on everything where ``rank`` is None."""
+    """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
     made = fused(fusion=eq.fusion.Concat(DIM))
     balancing = eq.BalancerList(made, [MADE[name](made)])
     called = Stepped(made, balancing)
@@ -72,7 +71,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found."""
+    """Results of both processes."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]

@@ -1,4 +1,4 @@
-"""Every balancer in disturbed loops: it ends with the weights of a loop left alone, or is refused with a reason."""
+"""Every balancer in disturbed loops: the weights equal those of an undisturbed loop, or an error gives the reason."""
 
 import copy
 import sys
@@ -21,7 +21,7 @@ from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
 APART = {"AGM", "Greedy", "MMPareto", "OGM", "OGM_GE", "DiagnoseRelearn", "UMT"}
-"""Balancers that treat each encoder as its modality needs."""
+"""Balancers that change the gradients of each encoder separately."""
 
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)

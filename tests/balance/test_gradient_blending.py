@@ -1,4 +1,4 @@
-"""Gradient blending against spec 3.3: weights, the blended loss, both ways of estimating, resumption, refusals."""
+"""Gradient blending against its equations: weights, the blended loss, both ways of estimating, resumption, errors."""
 
 import copy
 
@@ -148,7 +148,7 @@ def test_copies_are_trained_for_one_loss_each():
     assert balancer.weights.tolist() == pytest.approx(blending(start, end, 1e-3), rel=1e-9)
 
 
-def test_copies_drop_what_their_seed_says():
+def test_copies_drop_by_their_seed():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_a_modality_that_nobody_has_weighs_nothing(copies):
+def test_a_modality_that_no_sample_has_gets_weight_zero(copies):
     made, balancer, balancing = attached(NAMES[:3], copies=copies)
     without = {**batch(NAMES[:3]), "text": None}
     for _ in range(2):
@@ -218,7 +218,7 @@ def test_losses_are_means_over_samples_that_count():
     torch.testing.assert_close(evaluate_losses(made, slices(whole, 5, 7))[1], own, **EXACT)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="GradientBlending: expected two or more modalities, got audio"):
         eq.balance.GradientBlending(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"expected every >= 1, floor > 0 .* got every = 0"):

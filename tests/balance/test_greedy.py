@@ -1,4 +1,4 @@
-"""Greedy against spec 3.3: speeds, the decision, gates held still, what stays of the fusion, resumption, refusals."""
+"""Greedy against its equations: speeds, the decision, held gates, attributes of the fusion, resumption, errors."""
 
 import copy
 import math
@@ -114,7 +114,7 @@ def test_the_leader_is_held_for_the_window_and_then_one_step_is_free():
     assert balancer.end_epoch()["held/image"] == 0.0
 
 
-def test_a_small_lead_holds_nobody():
+def test_a_small_lead_holds_no_gate():
     made, balancer, balancing = attached(threshold=50.0)
     balancer.bypass.copy_(doubles(0, 1e6))
     step(made, balancing, batch())
@@ -200,7 +200,7 @@ def test_copies(twin):
     assert not torch.equal(other(batch()).logits, made(batch()).logits)
 
 
-def test_a_modality_that_nobody_has():
+def test_a_modality_that_no_sample_has():
     made, balancer, balancing = attached(NAMES[:3])
     found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
@@ -220,7 +220,7 @@ def test_autocast():
     assert all(math.isfinite(value) for value in balancer.end_epoch().values())
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="Greedy: expected two or more modalities, got audio"):
         eq.balance.Greedy(fused(("audio",)))
     for wrong in ({"window": 0}, {"threshold": -1.0}, {"ratio": 0.0}):

@@ -1,4 +1,4 @@
-"""LFM against spec 3.3: the divergence, the loss, how its weight is learned, every task, what it refuses."""
+"""LFM against its equations: the divergence, the loss, how its weight is learned, every task, errors."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def learned(made, balancer, *batches):
     return float(balancer.a1)
 
 
-def test_a_step_that_overflows_teaches_nothing():
+def test_a_step_that_overflows_changes_nothing():
     made, inputs = static(), batch()
     balancer = eq.balance.LFM(made, a1=0.5, rate=1e-3)
     assert learned(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
@@ -171,7 +171,7 @@ def test_autocast():
     torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="LFM: expected two or more modalities, got audio"):
         eq.balance.LFM(fused(("audio",)))
     for wrong in ({"a1": 1.5}, {"rate": 0.0}, {"schedule": "random"}):
@@ -184,7 +184,7 @@ def test_what_it_refuses():
         eq.balance.LFM(made).penalty(made(batch()).with_(logits=None), batch()["target"])
 
 
-def test_a_loss_may_be_looked_at_without_gradient():
+def test_a_loss_may_be_computed_without_gradient():
     made = static()
     balancer, inputs = eq.balance.LFM(made), batch()
     balancing = eq.BalancerList(made, [balancer])

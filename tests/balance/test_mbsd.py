@@ -1,4 +1,4 @@
-"""MBSD against spec 3.3: the term of a pair by hand, whole losses, who learns from whom, what it refuses."""
+"""MBSD against its equations: the term of a pair by hand, whole losses, gradients, errors."""
 
 import math
 
@@ -136,7 +136,7 @@ def test_one_output():
     torch.testing.assert_close(balancing.loss(made(batch()), target), column, **EXACT)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="MBSD: expected two or more modalities, got audio"):
         eq.balance.MBSD(static(("audio",)))
     with pytest.raises(ConfigError, match=r"MBSD: expected strength >= 0, got strength = -0\.5"):

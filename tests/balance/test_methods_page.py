@@ -27,7 +27,7 @@ def test_the_page_is_current():
 
 
 @every
-def test_says_where_it_comes_from_and_what_is_different(cls):
+def test_docstrings_have_reference_and_differences(cls):
     assert re.search(r"(section|eq\.|\(\w+.* \d{4})", script.field(cls, "Reference"))
     different = [script.field(cls, f"Differs from {other} in") for other in ("the released code", "the paper")]
     assert any(len(text) > 20 for text in different)
@@ -42,7 +42,7 @@ def test_is_a_public_name_and_its_files_are_there(cls):
     assert cls in STATIC.values() or cls.__name__ in text
 
 
-def test_published_figures_stand_in_their_tests():
+def test_published_figures_occur_in_their_tests():
     for name, _, comes_out, test in script.REPRODUCED:
         assert hasattr(balance, name) or hasattr(fusion, name)
         text = next((ROOT / "tests").rglob(test)).read_text(encoding="utf-8").replace("_", "")

@@ -1,4 +1,4 @@
-"""MLA against spec 3.3: turns, the projector, answers averaged by certainty, missing modalities, what it refuses."""
+"""MLA against its equations: alternation, the projector, predictions averaged by certainty, missing modalities, errors."""
 
 import copy
 
@@ -155,7 +155,7 @@ def test_samples_that_lack_the_modality_do_not_count():
     torch.testing.assert_close(found["head.classifier.weight"], plain @ expected, **EXACT)
 
 
-def test_a_modality_that_nobody_has_lets_its_turn_pass():
+def test_a_modality_that_no_sample_has_is_skipped_in_its_step():
     made, balancer, balancing = attached()
     found = step(made, balancing, {**batch(), "audio": None})
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
@@ -215,7 +215,7 @@ def test_autocast():
     assert bool(made.head.classifier.weight.grad.isfinite().all())
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="MLA: expected two or more modalities, got audio"):
         eq.balance.MLA(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
     with pytest.raises(

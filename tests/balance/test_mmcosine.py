@@ -1,4 +1,4 @@
-"""MMCosine against spec 3.3: logits, their parts, lengths that do not count, zero vectors, checkpoints, refusals."""
+"""MMCosine against its equations: logits, their parts, invariance to norms, zero vectors, checkpoints, errors."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_gradient_is_right():
 
 
 @pytest.mark.parametrize("gone", [{"text": None}, {"mask": {"text": torch.zeros(5, dtype=torch.bool)}}])
-def test_a_modality_that_nobody_has_says_nothing(gone):
+def test_a_modality_that_no_sample_has_contributes_nothing(gone):
     made, balancing = attached(NAMES[:3])
     inputs = {**batch(NAMES[:3]), **gone}
     found = step(made, balancing, inputs)
@@ -124,7 +124,7 @@ def test_refuses_a_scale(scale):
         eq.balance.MMCosine(static(), scale=scale)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="MMCosine: expected two or more modalities, got audio"):
         eq.balance.MMCosine(static(("audio",)))
     with pytest.raises(ConfigError, match=r"the concatenated pooled vectors, got JointAttention\. Use Concat or Sum"):

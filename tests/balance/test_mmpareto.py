@@ -1,4 +1,4 @@
-"""MMPareto against spec 3.3: weights, magnitude, whole optimizer steps, missing samples, what it refuses."""
+"""MMPareto against its equations: weights, magnitude, whole optimizer steps, missing samples, errors."""
 
 import math
 
@@ -146,7 +146,7 @@ def test_samples_that_lack_a_modality_do_not_count_for_it():
     torch.testing.assert_close(found["encoders.image.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
 
 
-def test_a_modality_that_nobody_has_gets_no_gradient():
+def test_a_modality_that_no_sample_has_gets_no_gradient():
     made, balancing = attached(NAMES[:3])
     found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
     assert "encoders.text.weight" not in found
@@ -198,7 +198,7 @@ def test_autocast():
     torch.testing.assert_close(gradient, exact["encoders.audio.weight"], **TOL[torch.bfloat16])
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match=r"MMPareto: expected two or more modalities, got audio"):
         eq.balance.MMPareto(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"MMPareto: expected gamma > 0, got gamma = 0"):

@@ -1,4 +1,4 @@
-"""ModalityCorruption to noise, the witness loss, and heads that vote, against loops."""
+"""ModalityCorruption: corrupted inputs, the attention loss and ensembles, against loops."""
 
 import math
 

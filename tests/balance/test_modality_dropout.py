@@ -1,4 +1,4 @@
-"""Modality dropout against spec 7.9: who is masked and how often, that draws repeat, where nothing happens."""
+"""Modality dropout against its equations: masks, drop rates, repeatable draws, and when it does nothing."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_masks_by_hand():
 
 @quick
 @given(st.integers(0, 10**6), st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_nobody_gets_what_it_lacks_and_nobody_is_emptied(seed, rates):
+def test_missing_modalities_stay_missing_and_no_sample_is_emptied(seed, rates):
     random = torch.Generator().manual_seed(seed)
     present, drawn = torch.rand(11, 3, generator=random) < 0.7, torch.rand(11, 3, generator=random)
     found = keep_masks(present, torch.tensor(rates), drawn).tolist()
@@ -75,7 +75,7 @@ def test_a_masked_modality_is_one_that_the_sample_lacks(make):
     assert torch.equal(kept(output.tokens), torch.stack([here["audio"], here["image"]], dim=1))
 
 
-def test_only_samples_that_keep_a_modality_teach_its_encoder():
+def test_only_samples_that_keep_a_modality_train_its_encoder():
     made, _, balancing = attached(p={"audio": 1.0})
     found = step(made, balancing, batch())
     assert not bool(found["encoders.audio.weight"].any())
@@ -114,7 +114,7 @@ def test_parts_of_a_step_draw_what_the_whole_does(sizes, seed):
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_the_seed_and_the_step_decide_and_nobody_elses_random_numbers_move():
+def test_the_seed_and_the_step_decide_and_the_global_rng_is_untouched():
     tokens = static().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):

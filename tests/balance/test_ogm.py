@@ -1,4 +1,4 @@
-"""OGM against spec 3.1: the factor, whole optimizer steps, its season, missing samples, what it refuses."""
+"""OGM against its equations: the factor, whole optimizer steps, start and stop, missing samples, errors."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def attached(names=("audio", "image"), *, alpha=0.3, start=0, stop=50, **options
 
 
 def slow_factors(made, inputs, alpha, task="classification"):
-    """What the oracle says of a batch."""
+    """Returns the factors of the oracle for a batch."""
     parts = made.contributions(made(inputs))
     size = len(inputs["target"])
     here = [inputs.get("mask", {}).get(name, torch.ones(size, dtype=torch.bool)).tolist() for name in made.names]
@@ -72,7 +72,7 @@ def test_a_large_score_does_not_swallow_a_small_one():
     torch.testing.assert_close(discrepancy_ratio(scores)[0], torch.tensor(5e6), **TOL[torch.float32])
 
 
-def test_who_is_not_there_is_compared_with_nobody():
+def test_missing_modalities_are_excluded_from_the_comparison():
     assert discrepancy_ratio(doubles(0.6, 0, 0.3)).tolist() == [2.0, 1.0, 0.5]
     assert discrepancy_ratio(doubles(0, 0.3)).tolist() == [1.0, 1.0]
     assert discrepancy_ratio(doubles(0, 0)).tolist() == [1.0, 1.0]
@@ -146,7 +146,7 @@ def test_the_unimodal_heads_speak_where_logits_do_not_decompose():
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
 
 
-def test_a_modality_that_nobody_has_is_not_compared():
+def test_a_modality_that_no_sample_has_is_not_compared():
     made, _, balancing = attached(NAMES[:3])
     inputs = {**batch(NAMES[:3], size=7), "text": None}
     found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
@@ -184,7 +184,7 @@ def test_the_log_is_the_mean_factor():
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_after_autocast(fusion):
-    """Features are half as wide then as the head's weights."""
+    """Under autocast features are half precision, the head's weights are not."""
     made, _, balancing = attached(fusion=fusion(DIM), dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""OGM-GE against spec 3.1: how large the noise is, whom it reaches, and that it repeats."""
+"""OGM-GE against its equations: scale of the noise, affected parameters, repeatability."""
 
 import copy
 import math
@@ -90,7 +90,7 @@ def test_two_modalities_get_different_noise_and_so_do_two_steps():
             assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.6
 
 
-def test_the_seed_decides_and_nobody_elses_random_numbers_move():
+def test_the_seed_decides_and_the_global_rng_is_untouched():
     state, found = torch.get_rng_state(), []
     for seed in (0, 0, 1):
         made, _, balancing = attached(seed=seed)
@@ -137,7 +137,7 @@ def test_noise_comes_through_adam_so_there_is_no_warning():
         balancing.check_optimizer(torch.optim.AdamW(made.parameters()))
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="OGM_GE: expected two or more modalities, got audio"):
         eq.balance.OGM_GE(static(("audio",)))
     with pytest.raises(ConfigError, match="OGM_GE: expected alpha >= 0 and 0 <= start <= stop, got alpha = -1"):

@@ -1,4 +1,4 @@
-"""OPM against spec 3.3: rates, what is dropped and how the rest is scaled, that draws repeat, what it refuses."""
+"""OPM against its equations: rates, what is dropped and how the rest is scaled, that draws repeat, errors."""
 
 import copy
 
@@ -151,7 +151,7 @@ def test_accumulated_batches_drop_and_decide_as_one_large_batch():
             torch.testing.assert_close(other[key], gradient, **EXACT)
 
 
-def test_the_seed_and_the_step_decide_and_nobody_elses_random_numbers_move():
+def test_the_seed_and_the_step_decide_and_the_global_rng_is_untouched():
     tokens = static().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):

@@ -1,4 +1,4 @@
-"""PMR against spec 3.2: weights, prototypes and their memory, every task, missing samples, what it refuses."""
+"""PMR against its equations: weights, prototypes and their momentum, every task, missing samples, errors."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def pooled(made, inputs):
 
 
 def reviewed(made, data, **options):
-    """A PMR that has seen these batches once, all of them."""
+    """Returns a PMR after one review of all these batches."""
     balancer = eq.balance.PMR(made, **{"fraction": 1.0, **options})
     for inputs in data:
         penalty_of(balancer, made, inputs)
@@ -56,7 +56,7 @@ def test_three_modalities_are_measured_by_the_best_and_the_worst():
     torch.testing.assert_close(leads, doubles(0.5, 0.25, 0), **EXACT)
 
 
-def test_a_modality_that_nobody_has_is_nobodys_measure():
+def test_a_modality_that_no_sample_has_is_excluded():
     lags, leads = prototype_weights(doubles(math.nan, 0.6, 0.4))
     torch.testing.assert_close(lags, doubles(0, 0, 0.5), **EXACT)
     torch.testing.assert_close(leads, doubles(0, 0.5, 0), **EXACT)
@@ -157,7 +157,7 @@ def test_the_first_epoch_is_plain():
     assert balancing.end_epoch() == {"weight/audio": 0.0, "weight/image": 0.0}
 
 
-def test_only_encoders_feel_it_and_the_log_tells_how_much():
+def test_only_encoders_are_scaled_and_the_log_has_the_factors():
     made, inputs = fused(), batch(size=11)
     balancer = reviewed(made, [inputs], alpha=3.0)
     found, plain = step(made, eq.BalancerList(made, [balancer]), inputs), step(made, eq.BalancerList(made), inputs)
@@ -243,7 +243,7 @@ def test_autocast():
     assert_like_single_precision(balancer, made, inputs)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="PMR: expected two or more modalities, got audio"):
         eq.balance.PMR(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"expected mu >= 0 and bins >= 2, got alpha = 1.0, mu = -1, .*bins = 1"):

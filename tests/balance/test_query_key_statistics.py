@@ -1,4 +1,4 @@
-"""What RollingQ adds up: sums of a batch, their window over batches, weights for a wanted share; against loops."""
+"""Statistics of RollingQ: sums of a batch, their window over batches, weights for a target share; against loops."""
 
 import pytest
 import torch
@@ -181,7 +181,7 @@ def test_a_window_of_another_length_starts_afresh():
     assert not other.total(CPU).any()
 
 
-def test_a_modality_that_nobody_has_is_left_out():
+def test_a_modality_that_no_sample_has_is_left_out():
     query, key, labels, _, _ = batch(8)
     total = query_key_sums(query, key, labels.clamp(max=1), 3)
     assert list(RunningSums(3, NAMES, 7, None).means(total, 0).keys) == ["audio", "image"]

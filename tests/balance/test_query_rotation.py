@@ -1,4 +1,4 @@
-"""A rotation outlives its process: state dicts, files, copies, types, and a stop in the middle of an epoch."""
+"""Saving and loading rotations: state dicts, files, copies, dtypes, and resuming within an epoch."""
 
 import copy
 import io
@@ -184,7 +184,7 @@ def test_many_products_stay_orthogonal():
     torch.testing.assert_close(product, eye().float(), **TOL[torch.float32])
 
 
-def test_it_is_no_parameter_and_asks_for_no_gradient():
+def test_it_is_not_a_parameter_and_has_no_gradient():
     made, rolling = rotated()
     assert "fusion.attention.core.rolling.rotation" in dict(made.named_buffers())
     assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in model().parameters())

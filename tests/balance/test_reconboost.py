@@ -1,4 +1,4 @@
-"""ReconBoost against spec 3.3: whose epoch it is, the boosting loss, rectification, missing modalities, refusals."""
+"""ReconBoost against its equations: the trained modality, the boosting loss, rectification, missing modalities, errors."""
 
 import copy
 
@@ -27,7 +27,7 @@ def attached(
 
 
 def answers(made, inputs):
-    """name -> what each modality's own head says."""
+    """name -> logits of each modality's head."""
     pooled = {name: tokens.pooled() for name, tokens in made.encode(inputs).items()}
     return {name: made.head.parts[place](pooled[name]) for place, name in enumerate(made.names)}
 
@@ -43,7 +43,7 @@ def test_what_the_others_answer_counts_less():
     assert float(boosting_losses(2 * one, 0.25 * one, one)) == 10.0
 
 
-def test_everybodys_turn_is_followed_by_rectification():
+def test_each_modality_is_followed_by_rectification():
     _, balancer, _ = attached(NAMES[:3])
     learners = []
     for _ in range(8):
@@ -69,7 +69,7 @@ def test_the_learners_loss_equals_the_oracle(number, turn):
     assert float(balancing.loss(made(inputs), inputs["target"]).detach()) == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_first_learner_agrees_with_nobody():
+def test_the_first_learner_has_no_agreement_term():
     made, _, balancing = attached(agreement=0.0, **{k: v for k, v in WEIGHTS.items() if k != "agreement"})
     other, _, rebalancing = attached(**WEIGHTS)
     inputs = batch()
@@ -78,7 +78,7 @@ def test_the_first_learner_agrees_with_nobody():
     )
 
 
-def test_the_last_term_teaches():
+def test_the_last_term_has_a_gradient():
     found = []
     for agreement in (0.0, 0.7):
         made, balancer, balancing = attached(agreement=agreement)
@@ -134,7 +134,7 @@ def test_samples_that_lack_the_learner_do_not_count():
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
-def test_a_modality_that_nobody_has(epochs):
+def test_a_modality_that_no_sample_has(epochs):
     made, balancer, balancing = attached(NAMES[:3])
     after(balancer, epochs)
     found = step(made, balancing, {**batch(NAMES[:3]), "audio": None})
@@ -197,7 +197,7 @@ def test_autocast(epochs):
     torch.testing.assert_close(loss, exact, **TOL[torch.bfloat16])
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="ReconBoost: expected two or more modalities, got audio"):
         eq.balance.ReconBoost(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
     with pytest.raises(ConfigError, match=r"ReconBoost: expected a fusion whose features .*, got JointAttention"):

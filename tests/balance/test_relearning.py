@@ -1,4 +1,4 @@
-"""Re-learning against spec 3.3: purity, gaps, how encoders go back, when, the optimizer's memory, what it refuses."""
+"""Re-learning against its equations: purity, gaps, resets of encoders and optimizer state, errors."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ quick = settings(max_examples=25, deadline=None)
 
 
 def attached(made=None, optimizer=torch.optim.SGD, **options):
-    """A model, a balancer of it that acts every epoch, and the optimizer that it knows."""
+    """A model, a balancer of it that acts every epoch, and the optimizer attached to it."""
     made = made or static()
     balancer = eq.balance.DiagnoseRelearn(made, **{"every": 1, **options})
     chosen = optimizer(made.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
@@ -33,7 +33,7 @@ def attached(made=None, optimizer=torch.optim.SGD, **options):
 
 
 def moved(made, seed=0):
-    """Takes every weight somewhere else."""
+    """Changes all weights."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -41,7 +41,7 @@ def moved(made, seed=0):
 
 
 def separated(size=30, *, apart, seed=0):
-    """Audio that tells the class as far as it is apart, and an image that says nothing."""
+    """Audio separable by class, and an image without information."""
     inputs = batch(size=size, seed=seed)
     inputs["audio"] = inputs["audio"] * 0.1 + apart * torch.nn.functional.one_hot(inputs["target"], 3)[:, None].double()
     inputs["image"] = torch.zeros_like(inputs["image"])
@@ -129,7 +129,7 @@ def test_when_it_acts():
         assert balancer.end_epoch() == {"reset/audio": 0.0, "reset/image": 0.0}
 
 
-def test_saved_and_loaded_it_still_knows_the_first_weights():
+def test_saved_and_loaded_it_keeps_the_initial_weights():
     made, balancer, _ = attached()
     moved(made)
     states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
@@ -164,7 +164,7 @@ def test_modes_and_the_random_state_stay():
 
 
 class Plain(pl.LightningModule):
-    """Somebody's module around a model."""
+    """A user's module that contains a model."""
 
     def __init__(self, made, balancer):
         super().__init__()
@@ -203,7 +203,7 @@ def test_lightning_gives_it_the_optimizer(tmp_path):
     assert trainer.callback_metrics["balance/reset/audio"] > 0
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="DiagnoseRelearn: expected two or more modalities, got audio"):
         eq.balance.DiagnoseRelearn(fused(("audio",)))
     for wrong in ({"every": 0}, {"times": -1}, {"strength": 0.0}, {"bins": 1}):

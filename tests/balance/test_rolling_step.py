@@ -1,4 +1,4 @@
-"""The formula of RollingQ against spec 2 and Appendix A.2: values, closed forms, properties, what it refuses."""
+"""The formula of RollingQ against its equations: values, closed forms, properties, errors."""
 
 import math
 
@@ -27,7 +27,7 @@ def angle(radians):
 
 
 def drawn(seed, number, d):
-    """A mean query and mean keys that lean toward it, each modality its own way."""
+    """A mean query, and mean keys with random cosines to it."""
     random = torch.Generator().manual_seed(seed)
     vectors = torch.randn(number + 1, d, generator=random, dtype=torch.float64)
     lean = torch.rand(number, generator=random, dtype=torch.float64)
@@ -237,7 +237,7 @@ ZERO = torch.zeros(3, dtype=torch.float64)
         (doubles(1, 1, 0), {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, 1.0, "already points at the anchor"),
     ],
 )
-def test_where_nothing_can_be_rotated_it_says_why(query, keys, rho, why):
+def test_where_nothing_can_be_rotated_it_gives_the_reason(query, keys, rho, why):
     made = eq.balance.rolling_query(query, keys, rho=rho)
     assert why in made.reason
     assert not made.rotates
@@ -245,7 +245,7 @@ def test_where_nothing_can_be_rotated_it_says_why(query, keys, rho, why):
     assert torch.equal(made.anchor, query)
 
 
-def test_opposite_of_the_anchor_turns_by_half():
+def test_opposite_of_the_anchor_rotates_by_180_degrees():
     query = doubles(-1, -1, 0)
     made = eq.balance.rolling_query(query, {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, rho=0.0)
     assert made.rotates

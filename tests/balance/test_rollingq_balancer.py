@@ -1,4 +1,4 @@
-"""RollingQ on a layer: what it observes, when it rotates and by how much, against loops over the same batches."""
+"""RollingQ on a layer: statistics, decisions and rotations, against loops over the same batches."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def attached(made, **options):
 
 
 def expected(found, names, heads, *, rho=1.0, **options):
-    """The rotation of every head and its imbalance, by the loops."""
+    """Returns rotation and imbalance of each head, computed with loops."""
     rotations, air = [], []
     for head in range(heads):
         query, keys, values, _ = means(found, names, head, **options)
@@ -90,7 +90,7 @@ def test_an_epoch_without_one_of_three_modalities_balances_the_other_two():
     assert log["spread"] == pytest.approx(abs(mean[0] - mean[1]) / 2, abs=1e-6)
 
 
-def test_an_epoch_with_one_modality_alone_rotates_nothing_and_says_so():
+def test_an_epoch_with_one_modality_alone_rotates_nothing_and_warns():
     made = model()
     rolling = attached(made)
     forward(made, [{**batch(), "image": None}])
@@ -100,7 +100,7 @@ def test_an_epoch_with_one_modality_alone_rotates_nothing_and_says_so():
     assert torch.equal(rolling.rotation, torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
 
 
-def test_a_query_of_zero_rotates_nothing_and_says_so():
+def test_a_query_of_zero_rotates_nothing_and_warns():
     made = model(heads=1)
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
@@ -239,7 +239,7 @@ def test_autocast_measures_in_single_precision():
 
 
 def decisions(rolling, made, epochs):
-    """Which epochs rotated."""
+    """Returns the epochs with a rotation."""
     rotated = []
     for epoch in range(1, epochs + 1):
         forward(made, [batch(seed=epoch)])
@@ -266,7 +266,7 @@ def test_when_it_rotates(options, epochs):
     assert decisions(attached(made, **options), made, 7) == epochs
 
 
-def test_due_says_what_end_epoch_will_do():
+def test_due_predicts_end_epoch():
     made = model()
     rolling = attached(made, warmup_epochs=1, max_rotations=1)
     told = []
@@ -292,7 +292,7 @@ def test_each_head_compares_its_own_spread_with_beta():
         assert int(rolling.rotations) == int(any(turned))
 
 
-def test_frozen_keeps_the_rotation_and_looks_away():
+def test_frozen_keeps_the_rotation_and_skips_statistics():
     made = model()
     rolling = attached(made)
     forward(made, [batch()])
@@ -342,7 +342,7 @@ def assert_untouched(made, before):
 
 
 class Noisy(nn.Linear):
-    """An encoder that draws random numbers, always."""
+    """An encoder that always draws random numbers."""
 
     def forward(self, input):
         return super().forward(input) + 0.0 * torch.rand(())

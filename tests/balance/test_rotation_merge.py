@@ -1,4 +1,4 @@
-"""Folding: the same outputs, and nothing left of RollingQ; refused wherever the outputs would change."""
+"""Merging rotations keeps outputs and removes RollingQ; it raises an error if outputs would change."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where RollingQ attaches: our layers, named projections of any module, and the errors of both."""
+"""RollingQ on Attention layers and on named projections of any module, and errors."""
 
 import copy
 
@@ -217,7 +217,7 @@ def test_projections_without_a_batch():
         reader(torch.randn(7, DIM))
 
 
-def test_our_layers_know_their_layout():
+def test_attention_layers_have_their_layout():
     rolling = eq.balance.RollingQ(model().fusion.attention)
     with pytest.raises(
         ConfigError, match=r"RollingQ\.layout: expected a RollingQ on an external module, got one on an Attention"

@@ -1,4 +1,4 @@
-"""Sample valuation against spec 3.3: Shapley values, copies, both levels, every task, what it refuses."""
+"""Sample valuation against its equations: Shapley values, copies, both levels, every task, errors."""
 
 import copy
 import itertools
@@ -47,7 +47,7 @@ def oracle_values(made, inputs, *, sized=False):
 
 
 def started(made, **options):
-    """A valuation whose first epoch is over."""
+    """Returns a SampleValuation after its first epoch."""
     balancer = eq.balance.SampleValuation(made, **options)
     balancer.end_epoch()
     return balancer
@@ -206,7 +206,7 @@ def test_autocast():
     assert_like_single_precision(balancer, made, inputs)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="SampleValuation: expected two or more modalities, got audio"):
         eq.balance.SampleValuation(fused(("audio",)))
     for wrong in ({"level": "batch"}, {"value": "right"}):

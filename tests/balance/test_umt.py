@@ -1,4 +1,4 @@
-"""UMT against spec 3.3: the distance to teachers, what it leaves alone, copies, missing modalities, a whole run."""
+"""UMT against its equations: the distance to teachers, unchanged parts, copies, missing modalities, a whole run."""
 
 import copy
 import pickle
@@ -59,7 +59,7 @@ def test_the_loss_equals_the_oracle(number, missing):
     torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
 
 
-def test_the_distance_teaches_the_students_and_nobody_else():
+def test_the_distance_trains_only_the_students():
     made, balancer, balancing = attached()
     plain = step(made, eq.BalancerList(made), batch())
     before = copy.deepcopy(balancer.state_dict())
@@ -92,7 +92,7 @@ def test_teachers_are_copies_in_evaluation_mode():
     assert balancer.teachers["audio"] is not given["audio"]
 
 
-def test_evaluation_asks_no_teacher():
+def test_evaluation_runs_no_teacher():
     made, balancer, _ = attached()
     asked = []
     for teacher in balancer.teachers.values():
@@ -132,7 +132,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
-def test_a_modality_that_nobody_has_and_a_forward_pass_without_loss():
+def test_a_modality_that_no_sample_has_and_a_forward_pass_without_loss():
     made, _, balancing = attached(NAMES[:3])
     inputs = {**batch(NAMES[:3], seed=1), "text": None}
     # Its features of text must not be taken for those of the next batch.
@@ -160,7 +160,7 @@ def test_teachers_are_saved():
     assert torch.equal(other.teachers["audio"][0].weight, balancer.teachers["audio"][0].weight)
 
 
-def test_what_it_refuses():
+def test_errors():
     with pytest.raises(ConfigError, match="UMT: expected two or more modalities, got audio"):
         eq.balance.UMT(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"UMT: expected strength >= 0 .* got strength = -1"):

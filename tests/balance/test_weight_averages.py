@@ -162,7 +162,7 @@ def test_ensembles_in_one_call():
     {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}, {"avg_fn": get_ema_avg_fn(0.7)}, {},
 ])  # fmt: skip
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_an_averaged_model_predicts_what_its_state_dict_says(options, use_buffers):
+def test_an_averaged_model_predicts_with_its_state_dict(options, use_buffers):
     made, rolling = attached()
     average = AveragedModel(made, use_buffers=use_buffers, **options)
     average.update_parameters(made)

@@ -80,7 +80,7 @@ def odd(names, fill):
 
 
 class SkippedBatch(Loop):
-    """A finite batch whose loss is computed, held and not back-propagated."""
+    """A finite batch whose loss is computed and kept, but not back-propagated."""
 
     fill = None
 
@@ -100,7 +100,7 @@ class ScaledLoop(Loop):
 
 
 class SkippedStep(ScaledLoop):
-    """A batch with NaN whose step GradScaler skips."""
+    """A batch with NaN, for which GradScaler skips the step."""
 
     clean = "ScaledLoop"
 
@@ -110,7 +110,7 @@ class SkippedStep(ScaledLoop):
 
 
 class StillScaled(ScaledLoop):
-    """Gradients that are not unscaled before the balancers see them."""
+    """Gradients that are not unscaled before ``before_step``."""
 
     clean = "ScaledLoop"
 
@@ -121,7 +121,7 @@ class StillScaled(ScaledLoop):
 
 
 class DroppedStep(Loop):
-    """A step that the loop gives up after backward."""
+    """A step that the loop abandons after backward."""
 
     zeros = False
 
@@ -133,7 +133,7 @@ class DroppedStep(Loop):
 
 
 class ZeroedStep(DroppedStep):
-    """The same with gradients that are set to zero and not to None."""
+    """The same, with gradients set to zero instead of None."""
 
     zeros = True
 
@@ -176,7 +176,7 @@ class Checkpoint(Loop):
 
 
 class CheckpointReentrant(Loop):
-    """The model under the older, reentrant kind of checkpointing."""
+    """The model under reentrant activation checkpointing."""
 
     def output(self, inputs):
         passes = []
@@ -208,7 +208,7 @@ class CheckpointLoss(Loop):
 
 
 class CheckpointLossReentrant(CheckpointLoss):
-    """The same of the older, reentrant kind."""
+    """The same with reentrant checkpointing."""
 
     reentrant = True
 
@@ -240,7 +240,7 @@ class CheckpointFusion(Loop):
 
 
 class CheckpointFusionReentrant(CheckpointFusion):
-    """The same of the older, reentrant kind."""
+    """The same with reentrant checkpointing."""
 
     reentrant = True
 
@@ -279,7 +279,7 @@ class Accumulated(Loop):
 
 
 class PartialWindow(Accumulated):
-    """The loop divides by two in the last window too."""
+    """Accumulation that divides by two also in an incomplete last window."""
 
     clean = "Accumulated"
 
@@ -290,7 +290,7 @@ class PartialWindow(Accumulated):
 
 
 class TwoForwards(Accumulated):
-    """All forward passes before the first loss, and one backward pass."""
+    """All forward passes run before the first loss; one backward pass."""
 
     clean = "Accumulated"
 
@@ -301,7 +301,7 @@ class TwoForwards(Accumulated):
 
 
 class TwoLosses(Accumulated):
-    """Losses are added up before one backward pass."""
+    """Losses are added before one backward pass."""
 
     clean = "Accumulated"
 
@@ -310,14 +310,14 @@ class TwoLosses(Accumulated):
 
 
 class CheckpointTwoForwards(TwoForwards):
-    """The same with the model under activation checkpointing."""
+    """The same, with the model under activation checkpointing."""
 
     def output(self, inputs):
         return checkpoint(self.model, inputs, use_reentrant=False)
 
 
 class TwoPasses(Loop):
-    """Two passes over one batch, of which the step is taken by the second, as in SAM."""
+    """Two passes over one batch, where the step uses the second, as in SAM."""
 
     def step(self, inputs, number):
         self.optimizer.zero_grad()
