@@ -146,7 +146,7 @@ def test_samples_without_a_choice_do_not_decide():
     assert rows(balancer._dominant(parts, counted)) == [False, True]
     assert rows(balancer._dominant(parts[:, here], counted[:, here])) == [False, True]
     gone = {**whole, "image": None, "mask": {}}
-    # Nobody has a choice, so nothing is hidden.
+    # No sample has several modalities, so nothing is masked.
     audio = made.fusion.contributions(made(gone), made.head.head)["audio"]
     expected = made.loss(made(gone).logits, gone["target"]) + made.loss(audio, gone["target"])
     torch.testing.assert_close(penalty_of(balancer, made, gone), expected.detach(), **EXACT)

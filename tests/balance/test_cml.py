@@ -116,9 +116,9 @@ def test_what_a_sample_lacks_cannot_be_taken_from_it(include_cls_key):
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
-    nobody = {**batch(size=7), gone: None}
-    task = made.loss(made(nobody).logits, nobody["target"]).detach()
-    torch.testing.assert_close(penalty_of(balancer, made, nobody), task, **EXACT)
+    absent = {**batch(size=7), gone: None}
+    task = made.loss(made(absent).logits, nobody["target"]).detach()
+    torch.testing.assert_close(penalty_of(balancer, made, absent), task, **EXACT)
 
 
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])

@@ -108,8 +108,8 @@ def test_the_leader_is_held_for_the_window_and_then_one_step_is_free():
     for seed in range(9):
         step(made, balancing, batch(seed=seed))
         held.append(made.fusion.gate.held.tolist())
-    image, nobody = [False, True], [False, False]
-    assert held == [image, image, image, nobody, image, image, image, nobody, image]
+    image, none = [False, True], [False, False]
+    assert held == [image, image, image, none, image, image, image, none, image]
     assert balancer.end_epoch()["held/image"] == 6.0
     assert balancer.end_epoch()["held/image"] == 0.0
 

@@ -51,7 +51,7 @@ def test_missing_modalities_stay_missing_and_no_sample_is_emptied(seed, rates):
 def test_rates_are_met():
     made, balancer, _ = attached(NAMES[:3], p={"audio": 0.3, "image": 0.6})
     found = kept(balancer.transform(made.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
-    # The text is never dropped, so that nobody is emptied.
+    # The text is never dropped, so that no sample is emptied.
     assert found == pytest.approx([0.7, 0.4, 1.0], abs=0.015)
 
 

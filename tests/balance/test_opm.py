@@ -56,7 +56,7 @@ def test_rates_equal_the_oracle(scores, q_base, alpha):
         # At a ratio of 1 but for rounding, either side of the jump is right.
         if abs(float(ratio) - 1) > 1e-12:
             assert rate == pytest.approx(slow, abs=1e-9)
-    # Somebody is always kept, so what is left can be scaled.
+    # At least one modality is kept, so the rest can be scaled.
     assert float(found.mean()) < 1
 
 

@@ -107,7 +107,7 @@ def test_the_optimiser_forgets_the_encoders_that_went_back(optimizer):
     balancer.review([alike], [separated(apart=0.0, seed=1) | {"image": alike["image"], "target": alike["target"]}])
     encoder = made.encoders["audio"]
     assert not any(p in chosen.state for p in encoder.parameters())
-    # The image's gap is 0, and the head is nobody's.
+    # The image's gap is 0, and the head belongs to no modality.
     assert all(p in chosen.state for p in (*made.encoders["image"].parameters(), *made.head.parameters()))
     before = encoder.weight.detach().clone()
     step(made, eq.BalancerList(made), batch(size=7))

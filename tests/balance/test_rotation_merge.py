@@ -120,7 +120,7 @@ def test_all_or_nothing():
 
 
 class WithoutFloat64(TorchFunctionMode):
-    """Lets nobody make the given tensors double where they are, as an accelerator without that type would."""
+    """Raises an error if the given tensors are converted to double on their device, as on a device without float64."""
 
     def __init__(self, held):
         super().__init__()

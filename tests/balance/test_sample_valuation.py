@@ -122,7 +122,7 @@ def test_copies_for_the_modality_that_lags():
     gaps = [0.9, 0.3, 0.5]
     balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(1), "gaps": doubles(*gaps)})
     apart = sum(abs(a - b) for a in gaps for b in gaps) * (2 / 3) / 2
-    # With the largest gap comes nobody, with the smallest everybody.
+    # The largest gap adds no modality, the smallest adds all.
     kept = {names[0]: [names[0]], names[1]: list(names), names[2]: [names[0], names[2]]}
     total = sum(apart * float(made.loss(answers(made, inputs, k).logits, inputs["target"])) for k in kept.values())
     plain = float(made.loss(made(inputs).logits, inputs["target"]).detach())
