@@ -117,7 +117,7 @@ def test_what_a_sample_lacks_cannot_be_taken_from_it(include_cls_key):
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     absent = {**batch(size=7), gone: None}
-    task = made.loss(made(absent).logits, nobody["target"]).detach()
+    task = made.loss(made(absent).logits, absent["target"]).detach()
     torch.testing.assert_close(penalty_of(balancer, made, absent), task, **EXACT)
 
 
