@@ -1,4 +1,4 @@
-"""Directions and rotations against spec 2.4: closed forms, properties, every degenerate case."""
+"""Directions and rotations against.4: closed forms, properties, every degenerate case."""
 
 import math
 

@@ -39,7 +39,7 @@ def maps(there, straight, on, back=None):
     return eq.consistency.supermatrix(blocks if back is None else {**blocks, (2, 1): back})
 
 
-# name: P, rank, nuclear norm, effective rank, score; spec 6.2.
+# name: P, rank, nuclear norm, effective rank, score.
 TABLE = {
     "all correct": (maps(I, I, I), 3, 9, 3, 1),
     "consistent permutations": (maps(SWAP, SWAP @ ROUND, ROUND), 3, 9, 3, 1),

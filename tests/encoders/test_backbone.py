@@ -126,7 +126,9 @@ def test_a_model_without_one_width():
     class Odd(nn.Module):
         config = transformers.PreTrainedConfig()
 
-    with pytest.raises(ConfigError, match=r"a model of one modality.* got Odd\. .*give one tower, such as CLIPVision"):
+    with pytest.raises(
+        ConfigError, match=r"a model of one modality.* got Odd\. .*pass one encoder, such as CLIPVision"
+    ):
         eq.encoders.Backbone(Odd())
 
 

@@ -60,7 +60,7 @@ def test_no_gradient_to_words_that_are_not_there():
     encoder = TextEncoder(11, max_length=5, dim=6, depth=1, heads=2)
     encoder(torch.tensor([[4, 2, 0], [4, 0, 0]])).pooled().square().sum().backward()
     touched = encoder.words.grad.abs().sum(dim=1) > 0
-    # Padding is looked up, and what it holds is masked before anybody reads it.
+    # Padding ids are embedded too, and masked before the first attention layer.
     assert touched.nonzero()[:, 0].tolist() == [2, 4]
 
 

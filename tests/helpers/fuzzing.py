@@ -41,45 +41,45 @@ def deep(levels=3000):
 class Damage:
     """Ways to damage a file; each takes the random generator and the path."""
 
-    def truncate(self, dice, path):
+    def truncate(self, rng, path):
         whole = path.read_bytes()
-        path.write_bytes(whole[: dice.randrange(len(whole) + 1)])
+        path.write_bytes(whole[: rng.randrange(len(whole) + 1)])
 
-    def empty(self, dice, path):
+    def empty(self, rng, path):
         path.write_bytes(b"")
 
-    def flip(self, dice, path):
+    def flip(self, rng, path):
         content = bytearray(path.read_bytes())
-        for _ in range(dice.choice((1, 3, 40))):
-            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        for _ in range(rng.choice((1, 3, 40))):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
 
-    def header(self, dice, path):
+    def header(self, rng, path):
         content = bytearray(path.read_bytes())
         for _ in range(3):
-            content[dice.randrange(min(len(content), 200))] = dice.randrange(256)
+            content[rng.randrange(min(len(content), 200))] = rng.randrange(256)
         path.write_bytes(content)
 
-    def zeros(self, dice, path):
+    def zeros(self, rng, path):
         content = bytearray(path.read_bytes())
-        start = dice.randrange(len(content))
-        size = min(dice.choice((4, 300)), len(content) - start)
+        start = rng.randrange(len(content))
+        size = min(rng.choice((4, 300)), len(content) - start)
         content[start : start + size] = bytes(size)
         path.write_bytes(content)
 
-    def noise(self, dice, path):
-        path.write_bytes(dice.randbytes(dice.choice((1, 100, 5000))))
+    def noise(self, rng, path):
+        path.write_bytes(rng.randbytes(rng.choice((1, 100, 5000))))
 
-    def append(self, dice, path):
-        path.write_bytes(path.read_bytes() + dice.choice((b"\0" * 50, b"\xff\xfe", b"}\n{", b"a: 1\na: 2\n")))
+    def append(self, rng, path):
+        path.write_bytes(path.read_bytes() + rng.choice((b"\0" * 50, b"\xff\xfe", b"}\n{", b"a: 1\na: 2\n")))
 
-    def folder(self, dice, path):
+    def folder(self, rng, path):
         path.unlink()
         path.mkdir()
 
-    def link(self, dice, path):
+    def link(self, rng, path):
         path.unlink()
-        path.symlink_to(dice.choice(("nowhere", path.name)))
+        path.symlink_to(rng.choice(("nowhere", path.name)))
 
 
 WRONG = (
@@ -96,66 +96,66 @@ def nodes(content, where=()):
         yield from nodes(value, (*where, key))
 
 
-def changed(dice, content):
+def changed(rng, content):
     """The content with one part that is replaced, removed, renamed or added."""
-    place = dice.choice(list(nodes(content)))
+    place = rng.choice(list(nodes(content)))
     if not place:
-        return dice.choice(WRONG)
+        return rng.choice(WRONG)
     parent = content
     for key in place[:-1]:
         parent = parent[key]
-    way = dice.choice(("replace", "replace", "replace", "remove", "rename", "add"))
+    way = rng.choice(("replace", "replace", "replace", "remove", "rename", "add"))
     if way == "remove":
         del parent[place[-1]]
     elif way == "rename" and isinstance(parent, dict):
-        parent[dice.choice(("x", "", "class_path", "../x", "__class__", 3))] = parent.pop(place[-1])
+        parent[rng.choice(("x", "", "class_path", "../x", "__class__", 3))] = parent.pop(place[-1])
     elif way == "add" and isinstance(parent, dict):
-        parent[dice.choice(("x", "class_path", "name", "init_args"))] = dice.choice(WRONG)
+        parent[rng.choice(("x", "class_path", "name", "init_args"))] = rng.choice(WRONG)
     else:
-        parent[place[-1]] = dice.choice(WRONG)
+        parent[place[-1]] = rng.choice(WRONG)
     return content
 
 
 class JsonDamage(Damage):
-    def structure(self, dice, path):
-        content = changed(dice, json.loads(path.read_text()))
+    def structure(self, rng, path):
+        content = changed(rng, json.loads(path.read_text()))
         path.write_text(json.dumps(content))
 
     structure2 = structure3 = structure4 = structure5 = structure6 = structure
 
-    def nest(self, dice, path):
-        path.write_text(deep(dice.choice((50, 100_000))))
+    def nest(self, rng, path):
+        path.write_text(deep(rng.choice((50, 100_000))))
 
-    def huge(self, dice, path):
+    def huge(self, rng, path):
         path.write_text(path.read_text().replace("0", "9" * 5000, 1))
 
 
 class YamlDamage(Damage):
-    def structure(self, dice, path):
-        text = yaml.safe_dump(changed(dice, yaml.safe_load(path.read_text())))
+    def structure(self, rng, path):
+        text = yaml.safe_dump(changed(rng, yaml.safe_load(path.read_text())))
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
 
     structure2 = structure3 = structure4 = structure5 = structure6 = structure7 = structure8 = structure
 
-    def nest(self, dice, path):
-        path.write_text(f"data: {deep(dice.choice((50, 3000)))}\n" + path.read_text().replace("data:", "data_:"))
+    def nest(self, rng, path):
+        path.write_text(f"data: {deep(rng.choice((50, 3000)))}\n" + path.read_text().replace("data:", "data_:"))
 
-    def bomb(self, dice, path):
+    def bomb(self, rng, path):
         lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
         path.write_text("\n".join(lines) + "\ndata: {name: digits, audio_noise: *a9}\n")
 
-    def cycle(self, dice, path):
+    def cycle(self, rng, path):
         path.write_text("data: &d {name: digits, audio_noise: *d}\nencoders: {}\n")
 
-    def twice(self, dice, path):
+    def twice(self, rng, path):
         text = path.read_text()
-        path.write_text(text + dice.choice(text.splitlines(keepends=True)))
+        path.write_text(text + rng.choice(text.splitlines(keepends=True)))
 
-    def tag(self, dice, path):
-        tag = dice.choice(("!!python/name:this.x", "!!python/object/apply:os.getcwd []", "!!binary eA==", "2020-01-01"))
+    def tag(self, rng, path):
+        tag = rng.choice(("!!python/name:this.x", "!!python/object/apply:os.getcwd []", "!!binary eA==", "2020-01-01"))
         path.write_text(path.read_text().replace("seeds: 1", f"seeds: {tag}"))
 
-    def huge(self, dice, path):
+    def huge(self, rng, path):
         path.write_text(path.read_text().replace("seeds: 1", "seeds: " + "9" * 5000))
 
 
@@ -221,14 +221,14 @@ def outcome(action):
 
 def damaged(world, seed):
     """(kind of file, damage, outcome) of one damaged file."""
-    dice = random.Random(seed)
-    subject = dice.choices(list(SUBJECTS), [weight for _, weight in SUBJECTS.values()])[0]
+    rng = random.Random(seed)
+    subject = rng.choices(list(SUBJECTS), [weight for _, weight in SUBJECTS.values()])[0]
     act, _ = SUBJECTS[subject]
     kind = YamlDamage if subject.endswith("yaml") else JsonDamage if subject.endswith("json") else Damage
-    way = dice.choice(ways(kind))
+    way = rng.choice(ways(kind))
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        action = act(world, here, lambda path: getattr(kind(), way)(dice, path))
+        action = act(world, here, lambda path: getattr(kind(), way)(rng, path))
         return subject, way.rstrip("0123456789"), outcome(action)
 
 
@@ -355,47 +355,47 @@ OWN = {
 """Options of each command, and some that none has."""
 
 
-def random_line(world, dice, here):
+def random_line(world, rng, here):
     """A command line that ends soon; what it writes it writes in the folder ``here``."""
     (here / "file").write_text("x")
     (here / "dangling").symlink_to(here / "nowhere")
     places = [here / "o", here / "file", here / "dangling", Path("/dev/null"), here / "file" / "x", here / "\udcff"]
-    command = dice.choice(("compare", "compare", "train", "train", "diagnose", "search", "report", "recipes", "look",
+    command = rng.choice(("compare", "compare", "train", "train", "diagnose", "search", "report", "recipes", "look",
                            "evaluate", "demo", "x", "--config", ""))  # fmt: skip
     words = {
-        "compare": ["--config", str(world.config), "--workers", dice.choice(("0", "0", "0", "-1", "x"))],
+        "compare": ["--config", str(world.config), "--workers", rng.choice(("0", "0", "0", "-1", "x"))],
         "train": ["--config", str(world.config), "--accelerator", "cpu"],
-        "diagnose": [str(dice.choice((world.folder / "train", here, "nowhere", "\udcff"))), "--tests", "cost"],
-        "search": ["--model", str(world.folder / "emoji"), dice.choice(("dog", "", "\udcff", "qqq"))],
-        "report": [str(dice.choice((world.folder / "train", here, "nowhere", here / "file", "/dev/null", "\udcff")))],
-        "recipes": dice.choice((["ls"], ["cp"], ["cp", "digits", str(dice.choice(places))], ["mv"])),
+        "diagnose": [str(rng.choice((world.folder / "train", here, "nowhere", "\udcff"))), "--tests", "cost"],
+        "search": ["--model", str(world.folder / "emoji"), rng.choice(("dog", "", "\udcff", "qqq"))],
+        "report": [str(rng.choice((world.folder / "train", here, "nowhere", here / "file", "/dev/null", "\udcff")))],
+        "recipes": rng.choice((["ls"], ["cp"], ["cp", "digits", str(rng.choice(places))], ["mv"])),
         "look": [str(here / "nowhere"), "--text", "x"],
         "evaluate": [str(here / "nowhere")],
         "demo": ["--workers", "-1"],
     }.get(command, [])
     words = [command, *words]
     if command in ("compare", "train"):
-        words += ["--methods" if command == "compare" else "--method", dice.choice(("audio", "joint"))]
-    for _ in range(dice.choice((0, 1, 1, 2, 3))):
-        option = dice.choice(OWN.get(command, ANY) if dice.random() < 0.85 else ANY)
-        value = dice.choice(VALUES)
-        words += [f"{option}={value}"] if dice.random() < 0.7 else [option, value]
+        words += ["--methods" if command == "compare" else "--method", rng.choice(("audio", "joint"))]
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        option = rng.choice(OWN.get(command, ANY) if rng.random() < 0.85 else ANY)
+        value = rng.choice(VALUES)
+        words += [f"{option}={value}"] if rng.random() < 0.7 else [option, value]
     if command not in ("recipes", "search", "x", "--config", ""):
-        words += ["--out", str(dice.choice([places[0]] * 4 + places))]
+        words += ["--out", str(rng.choice([places[0]] * 4 + places))]
     if command == "demo":
         words += ["--workers", "-1"]
-    if dice.random() < 0.1:
-        dice.shuffle(words)
+    if rng.random() < 0.1:
+        rng.shuffle(words)
         words += ["--out", str(places[0]), "--workers", "-1"]
     return words
 
 
 def random_command(world, seed):
     """(command, words, outcome) of one random command line."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        words = random_line(world, dice, here)
+        words = random_line(world, rng, here)
         before = Path.cwd()
         os.chdir(here)
         try:

@@ -1,4 +1,4 @@
-"""Attention, its shares and its masks, slow and obvious, in float64 (spec 1.1, 8.1)."""
+"""Attention, its shares and its masks, slow and obvious, in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Slow and obvious forms of OGM, AGM, OPM, MMCosine and MBSD (spec 3.1 and 3.3), in loops over plain numbers."""
+"""Slow and obvious forms of OGM, AGM, OPM, MMCosine and MBSD, in loops over plain numbers."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def true_score(row, target, task):
 
 
 def mean_scores(answers, targets, present, task="classification"):
-    """answers[m][i] are rows of logits, present[m][i] says who has what; None for a modality that nobody has."""
+    """answers[m][i] are rows of logits, present[m][i] says who has what; None for a modality missing from the batch."""
     found = []
     for rows, has in zip(answers, present, strict=True):
         kept = [true_score(row, t, task) for row, t, yes in zip(rows, targets, has, strict=True) if yes]
@@ -31,7 +31,7 @@ def mean_scores(answers, targets, present, task="classification"):
 
 
 def ratios(scores):
-    """rho_m of each modality; 1 where there is nobody to compare with."""
+    """rho_m of each modality; 1 if there is no other modality."""
     found = []
     for m, score in enumerate(scores):
         others = [s for n, s in enumerate(scores) if n != m and s is not None]

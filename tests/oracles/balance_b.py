@@ -1,4 +1,4 @@
-"""Slow and obvious forms of PMR, CML, LFM, AMCo, sample valuation and re-learning (spec 3.2 and 3.3), in loops."""
+"""Slow and obvious forms of PMR, CML, LFM, AMCo, sample valuation and re-learning, in loops."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Slow and obvious forms of MMPareto, gradient blending, Greedy, MLA, ReconBoost and UMT (spec 3.3), in loops."""
+"""Slow and obvious forms of MMPareto, gradient blending, Greedy, MLA, ReconBoost and UMT, in loops."""
 
 import math
 

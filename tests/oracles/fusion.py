@@ -1,4 +1,4 @@
-"""The slow, obvious, float64 form of the ground floors: rotation, attention, static and joint fusion (spec 1, 2.4)."""
+"""The slow, obvious, float64 form of the ground floors: rotation, attention, static and joint fusion."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def rotation_column(source, target):
-    """W = I + G + G^2 / (1 + c) with W x = y for columns; the row form is its transpose (spec 2.4)."""
+    """W = I + G + G^2 / (1 + c) with W x = y for columns; the row form is its transpose."""
     x, y = (v.double() / math.sqrt(sum(float(e) ** 2 for e in v)) for v in (source, target))
     d = len(x)
     c = sum(float(x[i] * y[i]) for i in range(d))
@@ -85,7 +85,7 @@ def transformer(state, prefix, rows, valid, depth, heads):
 
 
 def joint(state, tokens, *, heads, depth=1, include_cls_key=True):
-    """Joint attention over all rows (spec 1.4, 1.5); tokens: a list of (values, mask). Returns features and shares."""
+    """Joint attention over all rows; tokens: a list of (values, mask). Returns features and shares."""
     names, features, shares = len(tokens), [], []
     for sample in range(len(tokens[0][0])):
         rows, labels, valid = [state["cls"]], [-1], [True]
@@ -121,7 +121,7 @@ def pooled(values, mask, cls=False):
 
 
 def static(kind, fusion, head, vectors, source=0):
-    """Logits of a static fusion (spec 1.3) out of pooled vectors, a list of (batch, dim); the source is the first."""
+    """Logits of a static fusion out of pooled vectors, a list of (batch, dim); the source is the first."""
     others = [f for m, f in enumerate(vectors) if m != source] or [vectors[source]]
     logits = []
     for sample in range(len(vectors[0])):
@@ -150,7 +150,7 @@ def _modulated(kind, state, index, source, target):
 
 
 def patch_encoder(state, pixels, patch, depth, heads):
-    """Patches row by row, class token first, positions added, blocks, final norm (spec 1.2)."""
+    """Patches row by row, class token first, positions added, blocks, final norm."""
     result = []
     for picture in pixels.double():
         rows = [state["cls"]]

@@ -1,4 +1,4 @@
-"""The slow, obvious, float64 form of the fusion transformers (spec 4), one sample at a time, without its padding."""
+"""The slow, obvious, float64 form of the fusion transformers, one sample at a time, without its padding."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""MODA, slow and obvious, in float64, one sample, head and query at a time (spec 5.2 to 5.4)."""
+"""MODA, slow and obvious, in float64, one sample, head and query at a time."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""QUAG and hidden modalities, slow and obvious, in float64 (spec 8.5, 8.6)."""
+"""QUAG and hidden modalities, slow and obvious, in float64."""
 
 import math
 

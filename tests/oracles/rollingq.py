@@ -1,4 +1,4 @@
-"""RollingQ the slow way: loops over samples, heads, queries and keys in float64, written from spec 2."""
+"""RollingQ the slow way: loops over samples, heads, queries and keys in float64, written from."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def rotation_row(x, y):
-    """Spec 2.4, row form: R = I - G + G^2 / (1 + c) with G = y^T x - x^T y, for directions that are not opposite."""
+    """Row form of the rotation: R = I - G + G^2 / (1 + c) with G = y^T x - x^T y, for directions that are not opposite."""
     x, y = (np.asarray(v, dtype=np.float64) / np.linalg.norm(v) for v in (x, y))
     g = np.outer(y, x) - np.outer(x, y)
     return np.eye(len(x)) - g + g @ g / (1.0 + x @ y)
@@ -17,7 +17,7 @@ def cos(a, b):
 
 
 def step(query, keys, c, rho):
-    """Spec 2.8: (AIR, alpha, anchor, R) from the mean query, name -> mean key and name -> indicator."""
+    """Returns (AIR, alpha, anchor, R) from the mean query, name -> mean key and name -> indicator."""
     query = np.asarray(query, dtype=np.float64)
     air = {m: c[m] - sum(c[n] for n in c if n != m) / (len(c) - 1) for m in c}
     total = sum(math.exp(-2.0 * rho * c[m]) for m in c)
@@ -28,7 +28,7 @@ def step(query, keys, c, rho):
 
 
 def indicator(kind, query, keys, labels, modality, modalities):
-    """Spec 2.9, of one query row and one sample: keys (K, d) and their labels, those that take part alone."""
+    """Target shares for one query row and one sample: keys (K, d) and their labels, those that take part alone."""
     d = len(query)
     own = [k for k, label in zip(keys, labels, strict=True) if label == modality]
     mean = sum(own) / len(own)
@@ -48,7 +48,7 @@ def indicator(kind, query, keys, labels, modality, modalities):
 
 
 def means(samples, names, head, *, kind="cosine"):
-    """Spec 2.8 and 2.12, of one head: mean query, name -> mean key, name -> indicator, name -> tokens.
+    """RollingQ step of one head: mean query, name -> mean key, name -> indicator, name -> tokens.
 
     ``samples`` are tuples (query (H, Q, d), key (Hk, K, d), labels (K,), valid (K,), rows (Q,)); a query head reads key
     head h // (H / Hk).
@@ -79,6 +79,6 @@ def means(samples, names, head, *, kind="cosine"):
 
 
 def shares(query, keys, tokens):
-    """Spec 2.9: p_m proportional to L_m exp(q . E[K_m] / sqrt(d))."""
+    """Target shares: p_m proportional to L_m exp(q . E[K_m] / sqrt(d))."""
     weight = {n: tokens[n] * math.exp(float(query @ keys[n]) / math.sqrt(len(query))) for n in keys}
     return {n: w / sum(weight.values()) for n, w in weight.items()}

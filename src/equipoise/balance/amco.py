@@ -125,9 +125,9 @@ class AMCo(Balancer):
             masked_mean(model.sample_losses(part, target), mask) for part, mask in zip(parts, present, strict=True)
         ]
         logits = at_least_single(head.mix(visible.to(head.mix.weight.dtype)))
-        if votes := model.votes(output):
+        if ensemble_logits := model.ensemble_logits(output):
             # Ensemble logits are added after M, with the same classes masked.
-            added = torch.stack([votes[name] for name in model.names])
+            added = torch.stack([ensemble_logits[name] for name in model.names])
             logits = logits + added.masked_fill(masked[:, None], 0.0).sum(dim=0)
         return model.loss(logits, target) + torch.stack(unimodal).sum()
 

@@ -25,7 +25,7 @@ class RecordedFusion(Protocol):
     def encode(self, batch: Any) -> dict[str, Tokens]: ...
     def fuse(self, tokens: Mapping[str, Tokens]) -> Output: ...
     def contributions(self, output: Output) -> dict[str, Tensor] | None: ...
-    def votes(self, output: Output) -> dict[str, Tensor]: ...
+    def ensemble_logits(self, output: Output) -> dict[str, Tensor]: ...
 
 
 def modality_contributions(model: RecordedFusion, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -86,8 +86,8 @@ def _by_values(model: RecordedFusion, tokens: Mapping[str, Tokens]) -> dict[str,
         found[name] = nn.functional.linear(attended, head.weight)
     with _values_of(layer, SPECIAL):
         rest = head(fusion(tokens).features) / len(found)
-    votes = model.votes(model.fuse(tokens))
-    return {name: part + rest + votes.get(name, 0.0) for name, part in found.items()}
+    ensemble_logits = model.ensemble_logits(model.fuse(tokens))
+    return {name: part + rest + ensemble_logits.get(name, 0.0) for name, part in found.items()}
 
 
 @contextmanager

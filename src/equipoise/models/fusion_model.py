@@ -158,24 +158,26 @@ class FusionModel(nn.Module):
             pooled = fused.tokens[name].pooled()
             unimodal[name] = head(pooled.detach() if self.unimodal == "probe" else pooled)
         output = fused.with_(unimodal_logits=unimodal)
-        votes = self.votes(output)
+        ensemble_logits = self.ensemble_logits(output)
         logits = self.head(fused.features)
-        return output.with_(logits=torch.stack([logits, *votes.values()]).sum(dim=0) if votes else logits)
+        return output.with_(
+            logits=torch.stack([logits, *ensemble_logits.values()]).sum(dim=0) if ensemble_logits else logits
+        )
 
-    def votes(self, output: Output) -> dict[str, Tensor]:
+    def ensemble_logits(self, output: Output) -> dict[str, Tensor]:
         """Logits that each unimodal head adds: name -> (batch, output), 0 for samples without it; {} unless ensemble.
 
         They are detached: each head is trained by its own loss, and the fusion learns the residual. They are added with
         full weight even for corrupted inputs; heads are uncertain about those only if training contains them.
         """
-        votes: dict[str, Tensor] = {}
+        ensemble_logits: dict[str, Tensor] = {}
         if self.unimodal != "ensemble":
-            return votes
+            return ensemble_logits
         for name, logits in output.unimodal_logits.items():
             tokens = output.tokens[name]
             has = len(tokens) > 0 if tokens.mask is None else tokens.present()[:, None]
-            votes[name] = logits.detach() * has
-        return votes
+            ensemble_logits[name] = logits.detach() * has
+        return ensemble_logits
 
     def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
         """Loss of the task, mean over the batch, computed in float32 or higher precision.
@@ -210,8 +212,10 @@ class FusionModel(nn.Module):
     def contributions(self, output: Output) -> dict[str, Tensor] | None:
         """Additive contributions to the logits: name -> (batch, output); None if the logits are not such a sum."""
         parts = self.fusion.contributions(output, self.head)
-        votes = self.votes(output)
-        return {name: part + votes[name] for name, part in parts.items()} if parts and votes else parts
+        ensemble_logits = self.ensemble_logits(output)
+        return (
+            {name: part + ensemble_logits[name] for name, part in parts.items()} if parts and ensemble_logits else parts
+        )
 
     def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
         """Sum of the losses of the unimodal heads; 0 without heads. Samples without a modality are excluded from it."""

@@ -66,7 +66,7 @@ def modular_attention(
         query: (batch, head, query, width).
         key: (batch, key head, key, width); fewer heads than the query's are shared.
         value: (batch, key head, key, dim).
-        modality: label of every key, (key,) or (batch, key); -1 = special, a key of the cross part for everybody.
+        modality: label of every key, (key,) or (batch, key); -1 = special, a key of the cross part for every query.
         query_modality: of every query; by default the queries are the tokens that are read. A special query has no
             modality of its own, so its self part is empty.
         mask: as in ``attend``.
@@ -86,7 +86,7 @@ def modular_attention(
         ShapeError: ranks, sizes or types that do not fit.
         ConfigError: an unknown merge; a gate that is missing, or given where there is none.
 
-    Reference: MODA (ICML 2025), equations 7 and 8; pseudo-attention after StableMask (ICML 2024); spec 5.3, 5.4.
+    Reference: MODA (ICML 2025), equations 7 and 8; pseudo-attention after StableMask (ICML 2024).
     Differs from the released code in: that has no modular mask at all. The paper does not say how the parts are joined.
 
     Example:
