@@ -1,4 +1,4 @@
-"""Alignment by double loops in float64, written from the formulas of the specification (section 7)."""
+"""Alignment by double loops in float64."""
 
 import itertools
 import math

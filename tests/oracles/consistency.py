@@ -1,4 +1,4 @@
-"""Consistency of maps by loops and by numpy in float64, written from."""
+"""Consistency of maps by loops and by numpy in float64."""
 
 import itertools
 

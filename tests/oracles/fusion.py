@@ -1,4 +1,4 @@
-"""The slow, obvious, float64 form of the ground floors: rotation, attention, static and joint fusion."""
+"""The slow, obvious, float64 form of basic parts: rotation, attention, static and joint fusion."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""RollingQ the slow way: loops over samples, heads, queries and keys in float64, written from."""
+"""RollingQ the slow way: loops over samples, heads, queries and keys in float64."""
 
 import math
 
