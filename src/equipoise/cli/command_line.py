@@ -18,7 +18,7 @@ from . import recipe_overrides
 
 @dataclass(frozen=True)
 class Command:
-    """A line for the list of commands, a parser, and what to do with what it parsed."""
+    """A command: its summary for the help, its parser, and the function that runs it."""
 
     summary: str
     parser: Callable[[], Parser]
@@ -38,14 +38,14 @@ def fail(message: str, status: int = 1) -> int:
 
 
 class Lines(KeepsLines, ArgumentDefaultsHelpFormatter):
-    """Help whose examples keep their lines; defaults that say something are shown."""
+    """Help formatter that keeps the line breaks of examples and shows defaults other than None and False."""
 
     def _get_help_string(self, action: Any) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(ArgumentParser):
-    """A parser that takes option names as they are, and options of a recipe where its command reads one."""
+    """Argument parser without abbreviations that also accepts recipe options if its command reads a recipe."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": Lines, **options})
@@ -55,7 +55,7 @@ class Parser(ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         for word in words:
             if word.startswith("--") and word.endswith("=--"):
-                # argparse would take the two hyphens away and leave an empty list.
+                # argparse would strip the two hyphens and return an empty list.
                 self.error(f"argument {word.removesuffix('=--')}: expected one argument")
         changes: list[recipe_overrides.Change] = []
         if self.reads_recipe:
@@ -67,20 +67,20 @@ class Parser(ArgumentParser):
 
 
 def described(description: str, *examples: str) -> Parser:
-    """A parser without options, with examples at the end of its help."""
+    """Builds a parser without options, with examples at the end of its help."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
     return Parser(description=fill(description, 100), epilog=epilog)
 
 
 def path(text: str) -> Path:
-    """The type of an argument that names a file or a folder."""
+    """Argument type: a file or a folder."""
     if not text.strip() or "\0" in text:
         raise ArgumentTypeError(f"expected a path, got {text!a}")
     return Path(text)
 
 
 def whole(text: str) -> int:
-    """The type of an argument that counts; numbers beyond 18 digits count nothing."""
+    """Argument type: a whole number of at most 18 digits."""
     if not text.strip().lstrip("+-").isdecimal() or len(text) > 18:
         raise ArgumentTypeError(f"expected a whole number, got {shorten_repr(text)}")
     return int(text)
@@ -88,19 +88,19 @@ def whole(text: str) -> int:
 
 REPLACED = {"±": "+-", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"', "’": "'", "✓": "+", "✗": "x", "○": "o",
             "·": "-", "×": "x", "−": "-", "\N{NO-BREAK SPACE}": " ", "→": "->", "≥": ">=", "≤": "<="}  # fmt: skip
-"""Characters of our own sentences, for terminals that lack them."""
+"""ASCII replacements of characters in our output, for terminals that cannot show them."""
 
 
-def speak_plainly() -> None:
-    """Writes other characters in place of those that a terminal, such as one in ASCII, cannot show."""
-    codecs.register_error("equipoise", _in_its_place)
+def replace_unencodable_characters() -> None:
+    """Replaces characters that the terminal encoding, such as ASCII, cannot represent."""
+    codecs.register_error("equipoise", _replacement)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="equipoise")
 
 
-def _in_its_place(error: UnicodeError) -> tuple[str, int]:
+def _replacement(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]

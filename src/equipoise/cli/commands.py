@@ -1,4 +1,4 @@
-"""What each command of the program does."""
+"""The commands of the program."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 def demo_parser() -> Parser:
     parser = described(
-        "Trains five methods on the bundled digits: table, results.json, report.html.",
+        "Trains five methods on the bundled digits; writes a table, results.json and report.html.",
         "equipoise demo",
         "equipoise demo --quick                one seed, under two minutes",
-        "equipoise demo --out runs/mine        start it again with the same folder and it goes on",
+        "equipoise demo --out runs/mine        run again with the same folder to resume",
     )
-    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of runs, results and report")
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="output folder of runs, results and report")
     parser.add_argument("--quick", action="store_true", help="one seed instead of five")
     _add_workers(parser)
     return parser
@@ -44,21 +44,21 @@ def demo(options: Namespace) -> int:
 
 def compare_parser() -> Parser:
     parser = described(
-        "Runs methods x seeds x folds side by side; finished runs are not run again.",
+        "Runs methods x seeds x folds in parallel; finished runs are not repeated.",
         "equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5",
         "equipoise compare --config av_digits --folds A,B,C --out runs/folds",
         "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
     )
     _add_config(parser)
-    parser.add_argument("--methods", default=None, help="comma-separated; those of the recipe by default")
-    parser.add_argument("--seeds", type=whole, default=None, help="how many, counted from 0")
-    parser.add_argument("--folds", default=None, help="comma-separated, for data that have folds")
-    parser.add_argument("--out", type=path, default=None, help="folder; runs/<recipe> by default")
+    parser.add_argument("--methods", default=None, help="comma-separated; by default those of the recipe")
+    parser.add_argument("--seeds", type=whole, default=None, help="number of seeds, starting at 0")
+    parser.add_argument("--folds", default=None, help="comma-separated, for data sets with folds")
+    parser.add_argument("--out", type=path, default=None, help="output folder; runs/<recipe> by default")
     _add_workers(parser)
     parser.add_argument(
         "--accelerator", default="cpu",
-        help="as Lightning names it; cpu by default, so that results do not depend on the machine; with gpu each run "
-        "has one device, and workers take turns on those there are",
+        help="accelerator of Lightning; cpu by default, so that results do not depend on the machine; with gpu each run "
+        "uses one device, and runs are distributed over the available ones",
     )  # fmt: skip
     return _with_recipe(parser)
 
@@ -74,20 +74,20 @@ def compare(options: Namespace) -> int:
 
 def train_parser() -> Parser:
     parser = described(
-        "Trains one method with one seed: weights, checkpoints and figures in one folder.",
+        "Trains one method with one seed; writes weights, checkpoints and metrics to one folder.",
         "equipoise train --config digits --method joint+rollingq",
         "equipoise train --config digits --method joint+rollingq --resume        after an interruption",
         "equipoise train --config digits --method joint --accelerator gpu --devices 4 --strategy ddp",
     )
     _add_config(parser)
-    parser.add_argument("--method", default=None, help="the recipe's last one by default")
+    parser.add_argument("--method", default=None, help="by default the last one of the recipe")
     parser.add_argument("--seed", type=whole, default=0)
-    parser.add_argument("--fold", default=None, help="of data that have them; the recipe's first by default")
-    parser.add_argument("--out", type=path, default=None, help="folder; runs/<recipe>-<method> by default")
-    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
-    parser.add_argument("--accelerator", default="auto", help="as Lightning names it: auto, cpu, gpu")
-    parser.add_argument("--devices", default="auto", help="how many, or auto")
-    parser.add_argument("--strategy", default="auto", help="as Lightning names it: auto, ddp, fsdp")
+    parser.add_argument("--fold", default=None, help="fold of the data set; by default the first one of the recipe")
+    parser.add_argument("--out", type=path, default=None, help="output folder; runs/<recipe>-<method> by default")
+    parser.add_argument("--resume", action="store_true", help="resume after the last complete epoch")
+    parser.add_argument("--accelerator", default="auto", help="accelerator of Lightning: auto, cpu, gpu")
+    parser.add_argument("--devices", default="auto", help="number of devices, or auto")
+    parser.add_argument("--strategy", default="auto", help="strategy of Lightning: auto, ddp, fsdp")
     parser.add_argument("--num_nodes", type=whole, default=1)
     return _with_recipe(parser)
 
@@ -127,7 +127,7 @@ def train(options: Namespace) -> int:
 
 
 def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
-    """Raises ConfigError where a training would overwrite another one."""
+    """Raises ConfigError if the training would overwrite another one."""
     from ..training.run import is_resumable
     from ..training.run_spec import is_finished
 
@@ -148,12 +148,14 @@ def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
 
 def report_parser() -> Parser:
     parser = described(
-        "Draws results.json as one self-contained HTML page.",
+        "Writes results.json as a self-contained HTML page.",
         "equipoise report runs/demo",
         "equipoise report runs/demo/results.json --out page.html",
     )
     parser.add_argument("results", type=path, help="results.json, or its folder")
-    parser.add_argument("--out", type=path, default=None, help="file; report.html beside the results by default")
+    parser.add_argument(
+        "--out", type=path, default=None, help="output file; by default report.html next to the results"
+    )
     return parser
 
 
@@ -172,12 +174,12 @@ def report(options: Namespace) -> int:
 
 def recipes_parser() -> Parser:
     parser = described(
-        "Lists the packaged recipes, or copies one so that you own it.",
+        "Lists the packaged recipes, or copies one to edit.",
         "equipoise recipes ls",
         "equipoise recipes cp digits mine.yaml",
     )
     parser.add_argument("action", choices=("ls", "cp"), help="ls lists, cp copies")
-    parser.add_argument("name", nargs="?", default=None, help="cp: the recipe")
+    parser.add_argument("name", nargs="?", default=None, help="cp: name of the recipe")
     parser.add_argument("to", type=path, nargs="?", default=None, help="cp: file or folder; ./<name>.yaml by default")
     return parser
 
@@ -213,26 +215,28 @@ COMMANDS = {
     "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare),
     "train": Command("one method, with checkpoints and --resume", train_parser, train),
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
-    "look": Command("a Hugging Face model and a picture -> where it looks, look.json, report.html", look_parser, look),
+    "look": Command("a Hugging Face model and an image -> attention, look.json, report.html", look_parser, look),
     "evaluate": Command(
         "a pretrained model on emoji or scenes -> retrieval, answers, pointing", evaluate_parser, evaluate
     ),
-    "search": Command("words -> pictures, a picture -> words, in a trained shared space", search_parser, search),
+    "search": Command("text -> images or image -> texts, in a trained dual encoder", search_parser, search),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }
 
 
 def _add_config(parser: Parser) -> None:
-    parser.add_argument("--config", default="digits", help="a packaged recipe's name, or a YAML file")
+    parser.add_argument("--config", default="digits", help="name of a packaged recipe, or a YAML file")
 
 
 def _add_workers(parser: Parser) -> None:
-    parser.add_argument("--workers", type=whole, default=None, help="runs side by side; all cores by default")
+    parser.add_argument(
+        "--workers", type=whole, default=None, help="number of parallel runs; by default the number of cores"
+    )
 
 
 def _with_recipe(parser: Parser) -> Parser:
-    """The parser, which then takes every option of a recipe as well."""
+    """Makes the parser accept the options of a recipe as well."""
     parser.reads_recipe = True
     parser.epilog = f"{recipe_overrides.HELP}\n\n{parser.epilog}"
     return parser
@@ -241,7 +245,7 @@ def _with_recipe(parser: Parser) -> Parser:
 def _split(names: str, option: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
-        # The defaults would run what nobody asked for.
+        # An empty list would silently run the defaults.
         raise ConfigError("compare", expected=f"names after {option}, separated by commas", got=f"'{names}'")
     return found
 
@@ -272,14 +276,14 @@ def _compare(
     results = options.out / "results.json"
     _draw(content, results, options.out / "report.html")
     for failure in content["failures"]:
-        # Errors of other libraries come with their trace, which results.json keeps.
+        # Errors of other libraries include a traceback; results.json keeps it.
         error = str(failure["error"]).strip().splitlines()[-1]
         fail(f"{failure['method']}, seed {failure['seed']} failed. {error}")
     return 1 if content["failures"] else 0
 
 
 def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
-    """The page, with the picture of its table beside it where both lie beside the results."""
+    """Writes report.html, and summary.png if the report is written next to results.json."""
     from ..report import ResultsView
     from ..report import report as draw
     from ..report.comparison_figures import summary_png

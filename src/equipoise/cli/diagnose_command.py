@@ -1,4 +1,4 @@
-"""``equipoise diagnose``: trained runs in, verdicts, ``diagnosis.json`` and a page out."""
+"""``equipoise diagnose``: runs the diagnostics on trained runs; writes ``diagnosis.json`` and a page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Alone:
-    """The score of a model of one modality, and what it was measured on.
+    """Score of a unimodal model, and the data it was measured on.
 
     Attributes:
         score: on the test split.
@@ -56,7 +56,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run as its folder has it."""
+    """A finished run, loaded from its folder."""
 
     folder: Path
     recipe: Recipe
@@ -69,26 +69,31 @@ class TrainedRun:
 
 def diagnose_parser() -> Parser:
     parser = described(
-        "Asks trained models whether they use what they are given: verdicts, figures, one page.", *EXAMPLES
+        "Tests whether trained models use their modalities; prints verdicts and writes a page.", *EXAMPLES
     )
-    parser.add_argument("runs", type=path, nargs="+", help="folders of finished runs, of train or compare")
+    parser.add_argument("runs", type=path, nargs="+", help="folders of finished runs of train or compare")
     parser.add_argument(
-        "--out", type=path, default=None, help="folder; RUN/diagnosis by default, runs/diagnosis for several"
+        "--out",
+        type=path,
+        default=None,
+        help="output folder; RUN/diagnosis by default, runs/diagnosis for several runs",
     )
-    parser.add_argument("--tests", default=None, help="comma-separated names of tests; all by default")
-    parser.add_argument("--seed", type=whole, default=0, help="of all noise")
+    parser.add_argument("--tests", default=None, help="comma-separated test names; all by default")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the noise")
     parser.add_argument(
         "--outside", choices=("noise", "none"), default="noise",
-        help="unknown inputs for the test of confidence: noise puts pure noise in place of every modality",
+        help="out-of-distribution inputs for the confidence test: noise replaces every modality by noise",
     )  # fmt: skip
     parser.add_argument(
-        "--modality", default=None, help="that noise replaces to see whether attention leaves; the run's own"
+        "--modality",
+        default=None,
+        help="modality to replace by noise in the attention test; by default that of the run",
     )
     return parser
 
 
 def diagnose(options: Namespace) -> int:
-    """Diagnoses every run on its test split, writes what was found, and shows the verdicts."""
+    """Diagnoses every run on its test split, writes the results, and prints the verdicts."""
     from ..diagnostics.suite import QUESTIONS, results
     from ..report import diagnosis_html  # noqa: F401  (a missing package is reported before the tests run)
     from .console import out
@@ -100,7 +105,7 @@ def diagnose(options: Namespace) -> int:
     alone = len(options.runs) == 1
     folder = options.out or (options.runs[0] / "diagnosis" if alone else Path("runs") / "diagnosis")
     check_folder(folder, "diagnose")
-    # All folders are read before the first test, so that a wrong name costs nothing.
+    # Load all folders first, so that a wrong name is reported before any test runs.
     trained = [read(folder) for folder in options.runs]
     names = _named(trained)
     scores = _alone(trained)
@@ -121,10 +126,10 @@ def diagnose(options: Namespace) -> int:
 
 
 def read(folder: Path) -> TrainedRun:
-    """The run in a folder.
+    """Loads the run in a folder.
 
     Raises:
-        DataError: no folder of a finished run, or a damaged one.
+        DataError: not the folder of a finished run, or damaged.
     """
     from ..training.run_loading import finished_run
 
@@ -142,7 +147,7 @@ def diagnose_run(
     trained: TrainedRun, name: str, tests: Sequence[str] | None, options: Namespace, alone: dict[tuple, Alone],
     progress: Any,
 ) -> Diagnosis:  # fmt: skip
-    """One run's diagnosis on its test split, with the noise that its training data have."""
+    """Diagnoses one run on its test split, with noise statistics of its training data."""
     from .. import data
     from ..diagnostics.suite import diagnose as ask
     from ..training.run import load_run_dataset
@@ -161,7 +166,7 @@ def diagnose_run(
         noise={one: source.noise[one] for one in model.names},
         modality=_modality(options, trained, model.names),
         outside=_Noise(source, model.names, options.seed) if options.outside == "noise" else None,
-        # Heads speak for all modalities or for none.
+        # Unimodal scores are used only if all modalities have one.
         alone=known if len(known) == len(model.names) else None, progress=progress,
     )  # fmt: skip
     protocol = {"data": trained.recipe.data["name"], "split": "test", "method": run["method"]}
@@ -172,22 +177,22 @@ def diagnose_run(
 
 
 def _modality(options: Namespace, trained: TrainedRun, names: tuple[str, ...]) -> str | None:
-    """The one that is named, else the one that the run itself replaced."""
+    """Returns the modality given as an option, or else the noise modality of the run."""
     wanted = options.modality or trained.run.get("noise_modality") or trained.recipe.noise_modality
-    # A run of one modality has none of the others to replace.
+    # A unimodal run may not have that modality.
     return wanted if options.modality or wanted in names else None
 
 
 @dataclass(frozen=True)
 class _Noise:
-    """Batches of pure noise, shaped as the test split."""
+    """Batches of noise in the shapes of the test split."""
 
     source: Dataset
     names: tuple[str, ...]
     seed: int
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # Another stream than the noise that replaces one modality.
+        # Use another seed than the noise that replaces one modality.
         generator = torch.Generator().manual_seed(self.seed + 7_919)
         size = len(self.source.test)
         for start in range(0, size, BATCH):
@@ -200,7 +205,7 @@ class _Noise:
 
 
 def _named(trained: Sequence[TrainedRun]) -> list[str]:
-    """Methods, with fold and seed where the method alone does not tell two runs apart."""
+    """Returns unique names of the runs: the method, with fold and seed where needed."""
     titles = [one.title for one in trained]
     names = []
     for one in trained:
@@ -212,7 +217,7 @@ def _named(trained: Sequence[TrainedRun]) -> list[str]:
 
 
 def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
-    """(modality, fold, seed) -> a model of it alone: of those given, and of the same comparison."""
+    """Returns {(modality, fold, seed): unimodal score}, from the given runs and their comparison."""
     from ..diagnostics.task_scores import SCORES
 
     found: dict[tuple, Alone] = {}
@@ -229,7 +234,7 @@ def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    """What says which samples there are: where they lie does not."""
+    """Returns the options of the data set without its location."""
     return {name: value for name, value in recipe.data.items() if name != "root"}
 
 
@@ -253,7 +258,7 @@ STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "d
 
 
 def show(found: Sequence[Diagnosis], console: Console) -> None:
-    """The verdicts in the terminal, with the test that shows each."""
+    """Prints the verdicts, each with its test."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

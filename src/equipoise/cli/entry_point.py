@@ -1,4 +1,4 @@
-"""The program ``equipoise``: demo, compare, train, diagnose, look, judge, search, report, recipes."""
+"""The program ``equipoise``: demo, compare, train, diagnose, look, evaluate, search, report, recipes."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from ..errors import EquipoiseError, MissingExtraError
 from ..io import interrupt_handling
 from ..io.typed_values import shorten_repr
 from ..optional_packages import require_extra
-from .command_line import Parser, fail, speak_plainly
+from .command_line import Parser, fail, replace_unencodable_characters
 from .commands import COMMANDS
 
 EPILOG = """examples:
   equipoise demo                                    bundled data, minutes on two cores -> table and report.html
   equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5
   equipoise train --config digits --method joint+rollingq --out runs/mine
-  equipoise diagnose runs/mine                      does it use what it is given? -> verdicts and a page
-  equipoise look MODEL --image cat.png --text "What is on the mat?"    where does a vision-language model look?
-  equipoise search --model runs/emoji "red heart"   pictures by words, in a space of train --config emoji_clip
-  equipoise evaluate openai/clip-vit-base-patch32      a published model at the work of ours
+  equipoise diagnose runs/mine                      does it use all modalities? -> verdicts and a page
+  equipoise look MODEL --image cat.png --text "What is on the mat?"    attention of a vision-language model
+  equipoise search --model runs/emoji "red heart"   image search by text, in a model of train --config emoji_clip
+  equipoise evaluate openai/clip-vit-base-patch32      a pretrained model on our benchmarks
   equipoise report runs/demo                        results.json -> one self-contained page
-  equipoise recipes cp digits                       take a recipe into this folder and own it
+  equipoise recipes cp digits                       copy a recipe to this folder
 
-equipoise COMMAND --help tells more about each."""
+equipoise COMMAND --help describes each command."""
 
 
 TRACE = "EQUIPOISE_TRACEBACK"
-"""With this in the environment, a fault of the program is shown whole."""
+"""Environment variable that makes internal errors show their traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; ends the process with 0, 1 (an error, told in one sentence), 2 (usage) or 130 (Ctrl-C)."""
+    """Runs a command; exits with 0, 1 (error), 2 (usage or missing extra) or 130 (Ctrl-C)."""
     try:
         interrupt_handling.ready()
-        speak_plainly()
+        replace_unencodable_characters()
         status = run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         status = 130
     except SystemExit as left:
         status = left.code
     if threading.current_thread() is threading.main_thread():
-        # All is written; a further Ctrl-C would only spoil the end.
+        # All output is written; ignore further interrupts during shutdown.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         sys.stdout.flush()
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
     except EquipoiseError as error:
         return fail(str(error))
     except BrokenPipeError:
-        # Whoever read the output, such as head, has seen enough.
+        # The reader of the output, such as head, has exited.
         _close_output()
         return 1
     except OSError as error:
@@ -85,14 +85,14 @@ FAULT = "a fault of the program itself"
 
 
 def _where(error: Exception) -> str:
-    """The error in one line, with the place of ours that it comes from."""
+    """Returns the error in one line, with the source line of this package that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "equipoise" in frame.filename]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {shorten_repr(str(error)).rstrip('.')}{place}"
 
 
 def _close_output() -> None:
-    """Lets what is still to be written go nowhere, so that Python does not complain at its end."""
+    """Redirects remaining output to the null device, so that Python does not raise at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
@@ -100,16 +100,16 @@ def _close_output() -> None:
 
 
 def parser() -> Parser:
-    """The whole command line."""
+    """Builds the argument parser with all commands."""
     top = Parser(
         prog="equipoise", epilog=EPILOG,
-        description="See how a multimodal transformer divides its attention, and train it so that none is wasted.",
+        description="Measure how a multimodal transformer uses its modalities, and train it to use all of them.",
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        made = command.parser()
-        sub = commands.add_parser(name, parents=[made], help=command.summary, description=made.description,
-                                  epilog=made.epilog, add_help=False)  # fmt: skip
-        sub.reads_recipe = made.reads_recipe
+        built = command.parser()
+        sub = commands.add_parser(name, parents=[built], help=command.summary, description=built.description,
+                                  epilog=built.epilog, add_help=False)  # fmt: skip
+        sub.reads_recipe = built.reads_recipe
     return top

@@ -1,4 +1,4 @@
-"""``equipoise look``: a model of Hugging Face and a picture in, a table, ``look.json`` and a page out."""
+"""``equipoise look``: shows the attention of a Hugging Face model for a prompt; writes ``look.json`` and a page."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ EXAMPLES = (
 
 def look_parser() -> Parser:
     parser = described(
-        "Shows where a vision-language or audio model looks while it answers, and whether the answer needs it: table, "
+        "Shows what a vision-language or audio model attends to while it answers, and whether the answer needs it: table, "
         "look.json, report.html.",
         *EXAMPLES,
     )
-    parser.add_argument("model", help="a name on the Hugging Face hub, or a folder of save_pretrained")
-    parser.add_argument("--image", type=path, default=None, help="the picture, for a model that reads pictures")
-    parser.add_argument("--audio", type=path, default=None, help="the sound, for a model that reads sounds")
-    parser.add_argument("--text", required=True, help="the question; the chat template is put around it")
+    parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
+    parser.add_argument("--image", type=path, default=None, help="image, for a model with image input")
+    parser.add_argument("--audio", type=path, default=None, help="sound file, for a model with audio input")
+    parser.add_argument("--text", required=True, help="question; the chat template is applied to it")
     parser.add_argument("--answer", default=None, help="an answer to score; by default the model generates one")
-    parser.add_argument("--max_new_tokens", type=whole, default=20, help="of the answer that the model writes")
+    parser.add_argument("--max_new_tokens", type=whole, default=20, help="length limit of the generated answer")
     parser.add_argument("--layers", default=None, help="comma-separated patterns of layers; all by default")
     parser.add_argument(
         "--exclude_top_k", type=whole, default=3, help="number of top tokens (attention sinks) to exclude"
     )
     parser.add_argument("--random", action="store_true", help="random weights from the configuration alone")
     parser.add_argument("--revision", default=None, help="branch, tag or commit on the hub")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator where there is one")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; an accelerator if available by default")
     parser.add_argument("--dtype", default=None, help="auto, float32, bfloat16 or float16; auto by default")
     parser.add_argument("--out", type=path, default=Path("runs/look"), help="folder of look.json and report.html")
     return parser
 
 
 def look(options: Namespace) -> int:
-    """Loads the model, asks it, and writes what was found."""
+    """Loads the model, runs the prompt, and writes the result."""
     from ..data.media_files import load_image
     from ..inspection import load_pretrained, look
     from ..inspection.dummy_processor import DummyProcessor
@@ -49,7 +49,7 @@ def look(options: Namespace) -> int:
     from .console import out
 
     check_folder(options.out, "look")
-    # A picture that cannot be read is told before the model is loaded.
+    # Load the image first: an invalid one is reported before the model is loaded.
     image = None if options.image is None else load_image(options.image, who="look image")
     notes = []
     with out.status("loading the model") as status:
@@ -72,7 +72,7 @@ def look(options: Namespace) -> int:
         page = found.report(options.out / "report.html")
     out.print(found.table(), highlight=False, markup=False, soft_wrap=True)
     out.print()
-    for line in (*notes, *_told(found.to_dict())):
+    for line in (*notes, *_verdict_lines(found.to_dict())):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"answer:  {found.answer}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"numbers: {path}", highlight=False, soft_wrap=True)
@@ -80,8 +80,8 @@ def look(options: Namespace) -> int:
     return 0
 
 
-def _told(content: dict) -> list[str]:
-    """What the page says first."""
+def _verdict_lines(content: dict) -> list[str]:
+    """Returns the first sentences of the page."""
     from ..report.look_sentences import MeanShares, verdict
 
     return verdict(MeanShares(content))

@@ -1,4 +1,4 @@
-"""Progress bars with the time that is left, for the terminal."""
+"""Progress bars for the terminal."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _bar(console: Console, unit: str) -> Progress:
 
 @contextmanager
 def progress_iterator(what: str, console: Console) -> Iterator[Callable[[], None]]:
-    """A bar that counts, of work whose end is not known; call what it gives after every step."""
+    """Progress bar of unknown length; yields a function to call after every step."""
     with _bar(console, "steps") as bar:
         task = bar.add_task(what, total=None)
         yield lambda: bar.advance(task)
 
 
 class ComparisonProgress:
-    """One bar over the epochs of all runs; where there is no terminal, one line for each finished run.
+    """Progress bar over the epochs of all runs; without a terminal, one line per finished run.
 
     Args:
-        jobs: all that is to be done.
-        done: how many of them are finished already.
-        console: where to.
+        jobs: all runs.
+        done: runs that are finished already.
+        console: output.
     """
 
     def __init__(self, jobs: Sequence[RunSpec], done: Sequence[RunSpec], console: Console) -> None:
@@ -76,7 +76,7 @@ class ComparisonProgress:
 
 
 class TrainingProgress(pl.Callback):
-    """One bar over all steps of a training, with its validation score."""
+    """Progress bar over all steps of a training, with the validation score."""
 
     def __init__(self, console: Console) -> None:
         self._bar = _bar(console, "steps")
@@ -93,7 +93,6 @@ class TrainingProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            # The package of the report loads Matplotlib.
             from ..report.text_format import as_read, method_title
 
             figures = trainer.callback_metrics
@@ -115,11 +114,11 @@ class TrainingProgress(pl.Callback):
 
 
 class DiagnosisProgress:
-    """One bar over the tests of all runs; where there is no terminal, a line for each run.
+    """Progress bar over the tests of all runs; without a terminal, one line per run.
 
     Args:
-        runs: how many.
-        console: where to.
+        runs: number of runs.
+        console: output.
     """
 
     def __init__(self, runs: int, console: Console) -> None:
@@ -134,7 +133,7 @@ class DiagnosisProgress:
         self._bar.stop()
 
     def begin(self, name: str) -> None:
-        """The next run."""
+        """Starts the next run."""
         self._begun, self._name = self._begun + 1, name
         if not self._console.is_terminal:
             self._console.print(f"diagnosing {name}", highlight=False, markup=False)

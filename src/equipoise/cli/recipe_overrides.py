@@ -19,25 +19,25 @@ NAMED = ("encoders", "fusions", "balancers", "variants")
 
 DEEPEST = 10
 
-HELP = """options of the recipe, each in place of what it says:
+HELP = """options of the recipe, which replace its values:
   --data.OPTION VALUE            of the data set; --data.name is its name
   --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
   --train.OPTION VALUE           of the training: epochs, batch_size, learning_rate, weight_decay, warmup, optimizer,
                                  momentum, clip, accumulate, precision, unimodal
-  --model.OPTION VALUE           of a model that is no fusion
+  --model.OPTION VALUE           of a self-contained model
   --noise_modality NAME, --reference METHOD
 VALUE is written as in a recipe: 0.3, true, null, a text, [1, 2], '{dim: 32, depth: 1}'"""
 
 
 class Change(NamedTuple):
-    """One option: its place in the recipe, and its value."""
+    """An option: its path in the recipe, and its value."""
 
     where: tuple[str, ...]
     value: Any
 
 
 def taken(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
-    """The other words, and the changes of the recipe; ``error`` is told about an option without a value."""
+    """Splits arguments into those of argparse and changes of the recipe; calls ``error`` for an option without a value."""
     rest, changes, coming = [], [], iter(words)
     for word in coming:
         option = OPTION.fullmatch(word)
@@ -52,10 +52,10 @@ def taken(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str],
 
 
 def value(text: str, who: str) -> Any:
-    """The value that a text stands for in a recipe; 1e-3 is a number here.
+    """Parses a value as in a recipe; unlike in YAML, 1e-3 is a number.
 
     Raises:
-        ConfigError: no YAML, or a value that no recipe can hold.
+        ConfigError: not YAML, or not a valid value of a recipe.
     """
     from ..training.recipes.recipe_parsing import parse
 
@@ -65,10 +65,10 @@ def value(text: str, who: str) -> Any:
 
 
 def changed(name: str, changes: Sequence[Change]) -> Recipe:
-    """The recipe of that name with some options changed; those that are not named stay.
+    """Loads a recipe and applies changes of its options.
 
     Raises:
-        ConfigError: a recipe or an option that does not exist, or a value of the wrong type.
+        ConfigError: unknown recipe or option, or a value of the wrong type.
     """
     base = recipes.load_recipe(name)
     content = asdict(base)

@@ -1,4 +1,4 @@
-"""The table of a comparison, in the terminal."""
+"""Prints the table of a comparison."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 AGAINST, SEEDS = "against", "seeds"
-"""The columns of paired differences, and of how many runs each method has."""
+"""Columns of paired differences and of the number of runs."""
 
 
 def show(content: dict[str, Any], console: Console) -> None:
-    """The table in the terminal: the score on clean input and under noise, and how attention responds to noise.
+    """Prints the score on clean input and under noise, and the response of attention to noise.
 
-    Where the terminal is too narrow, columns are left out and named below. Method, score and paired difference always
-    stay, on several lines where they must; figures are never cut.
+    If the terminal is too narrow, columns are dropped and listed below the table. Method, score and paired difference
+    are always shown, wrapped if necessary; numbers are never truncated.
     """
     from ..report.text_format import is_error, is_fraction, main_score, metric_label
 
@@ -31,7 +31,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     counts = {row["n"] for (_, metric), row in rows.items() if metric == score}
     columns = ({SEEDS: SEEDS} if len(counts) > 1 else {}) | {score: short}
     columns |= {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
-    # A model that brings its own judgment says more than one figure; those that take part are in its protocol.
+    # Self-contained models report several metrics.
     others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
     columns |= {metric: metric.replace("_", " ") for metric in others}
     columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
@@ -71,7 +71,7 @@ def _table(
     rows: Mapping[tuple[str, str], dict[str, Any]], columns: Mapping[str, str], score: str, comma: str = ", "
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    # Where nothing is left to leave out, a long name goes on in the next line.
+    # If no column can be dropped, wrap long names.
     table.add_column("method", overflow="fold")
     for name, header in columns.items():
         table.add_column(header, no_wrap=name != AGAINST, overflow="fold")
@@ -102,5 +102,5 @@ def _cells(
 
 
 def _width(table: Table, console: Console) -> int:
-    """What the table would take, had the terminal no edge."""
+    """Returns the width of the table on an unlimited terminal."""
     return console.measure(table, options=console.options.update(width=10_000)).maximum

@@ -1,4 +1,4 @@
-"""``equipoise search``: words in, pictures out, or the other way round; in the terminal and as a page."""
+"""``equipoise search``: searches images by text or texts by image; prints a table and writes a page."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ EXAMPLES = (
     'equipoise search --model runs/emoji "red car" --images photographs/       in a folder of your own',
 )
 WIDTH = 18
-"""Characters of a picture's column in the terminal."""
+"""Width of an image column in the terminal, in characters."""
 
 
 def search_parser() -> Parser:
     parser = described(
-        "Finds pictures by words, and words by a picture, in a space of `equipoise train --config emoji_clip`.",
+        "Searches images by text, or texts by image, with a model of `equipoise train --config emoji_clip`.",
         *EXAMPLES,
     )
-    parser.add_argument("text", nargs="?", default=None, help="what is looked for")
+    parser.add_argument("text", nargs="?", default=None, help="text query")
     parser.add_argument("--model", type=path, required=True, help="folder of a finished run, of train or compare")
-    parser.add_argument("--top", type=whole, default=10, help="how many are shown")
-    parser.add_argument("--image", type=path, default=None, help="a picture to ask with, in place of a text")
-    parser.add_argument("--images", type=path, default=None, help="look in this folder of pictures, not in the data")
-    parser.add_argument("--html", type=path, default=None, help="also write a page of what was found")
+    parser.add_argument("--top", type=whole, default=10, help="number of results")
+    parser.add_argument("--image", type=path, default=None, help="image query, instead of a text")
+    parser.add_argument(
+        "--images", type=path, default=None, help="search this folder of images instead of the data set"
+    )
+    parser.add_argument("--html", type=path, default=None, help="also write the results as a page")
     return parser
 
 
@@ -71,7 +73,7 @@ def search(options: Namespace) -> int:
 
 
 def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
-    """The index that is asked, and what should be told about it."""
+    """Builds the search index, and returns it with notes to print."""
     from ..evaluation.search import cached_embeddings, caption_entries, image_entries, index_folder
     from ..evaluation.search.search_index import check_searchable
     from ..training import recipes
