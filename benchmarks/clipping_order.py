@@ -24,7 +24,7 @@ def compared(norms: tuple[float, float], factor: float, clip: float) -> tuple[fl
 
 
 def main(epochs: int, clips: tuple[float, ...] = (1.0, 2.0)) -> None:
-    digits = eq.data.load("digits")
+    digits = eq.data.load_dataset("digits")
     torch.manual_seed(0)
     encoders = {
         "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),

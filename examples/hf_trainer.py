@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 import equipoise as eq
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-digits = eq.data.load("digits")
+digits = eq.data.load_dataset("digits")
 
 
 def samples(split: str) -> list[dict[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ import torch
 
 import equipoise as eq
 
-digits = eq.data.load("digits")
+digits = eq.data.load_dataset("digits")
 
 
 class Mine(lightning.LightningModule):

@@ -15,7 +15,7 @@ from equipoise.inspection.prompt_inputs import complete_inputs, placeholders, pr
 
 FOLDER = next((word for word in sys.argv[1:] if not word.isdigit()), None)
 STEPS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 100)
-COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow")
+COLORS = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow")
 
 torch.manual_seed(0)
 if FOLDER:
@@ -29,7 +29,7 @@ else:  # a tiny one, whose weights are random
     processor = DummyProcessor(model.eval())
 model.set_attn_implementation("eager")
 questions, answers = [], []
-for color in COLOURS:
+for color in COLORS:
     questions.append(prepare_prompt(model, processor, "What color is it?", Image.new("RGB", (64, 64), color)).inputs)
     if not FOLDER:  # the stand-in puts the picture first, where it could read no text
         questions[-1]["input_ids"] = questions[-1]["input_ids"].roll(5, dims=1)

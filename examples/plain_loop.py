@@ -8,7 +8,7 @@ import equipoise as eq
 from equipoise.diagnostics.noise_test import noise_response
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
-digits = eq.data.load("digits")
+digits = eq.data.load_dataset("digits")
 
 
 def response(model: eq.FusionModel) -> float:

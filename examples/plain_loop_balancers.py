@@ -7,7 +7,7 @@ import torch
 import equipoise as eq
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-digits = eq.data.load("digits")
+digits = eq.data.load_dataset("digits")
 torch.manual_seed(0)
 encoders = {
     "audio": eq.encoders.SequenceEncoder(40, dim=32, depth=1, heads=4, stride=4, max_length=64),

@@ -273,7 +273,7 @@ def test_clipping_after_the_balancers(tmp_path):
     ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": clip})
     assert ours["audio"] == pytest.approx(0.25 * clip / after * whole["audio"], rel=1e-4)
     assert ours["image"] == pytest.approx(clip / after * whole["image"], rel=1e-4)
-    with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalanceCallback\(clip=0\.1\)"):
+    with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalancerCallback\(clip=0\.1\)"):
         theirs = slowed(tmp_path, lambda made: [Slower()], max_grad_norm=clip)
     assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
     assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
@@ -446,12 +446,12 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
             {"balancers": lambda made: [Partial()], "world_size": 2},
             "expected ddp_find_unused_parameters=True, since some parameters .* got None",
         ),
-        ({"remove_unused_columns": True}, "BalanceCallback: expected remove_unused_columns=False, .* got True"),
+        ({"remove_unused_columns": True}, "BalancerCallback: expected remove_unused_columns=False, .* got True"),
         ({"clip": 0.5, "max_grad_norm": 1.0}, r"max_grad_norm=0 in TrainingArguments .* got 1\.0\. .* clipped twice"),
         ({"fp16": True}, r"expected max_grad_norm=float\('inf'\) under fp16, since Trainer unscales .* got 0\.0\."),
         ({"fp16": True, "max_grad_norm": None}, "got None"),
         ({"wrapped": False}, r"what the balancers remember, got FusionModel\. Train eq\.hf\.Balanced"),
-        ({"clip": 0.0}, r"BalanceCallback: expected clip > 0 or None, got clip = 0\.0"),
+        ({"clip": 0.0}, r"BalancerCallback: expected clip > 0 or None, got clip = 0\.0"),
     ],
 )
 def test_errors_before_training(options, message):
@@ -481,11 +481,11 @@ def test_adam_and_foreign_balancings_are_told():
     callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
     args = SimpleNamespace(**ARGUMENTS)
     optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
-    with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes awat"):
+    with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes away"):
         callback.on_train_begin(
             args, None, None, model=eq.hf.BalancedModel(made, callback.balancing), optimizer=optimizer
         )
     with pytest.raises(
-        ConfigError, match="Balanced: expected a BalancerList of this model, got one of another FusionModel"
+        ConfigError, match="BalancedModel: expected a BalancerList of this model, got one of another FusionModel"
     ):
         eq.hf.BalancedModel(small(), eq.BalancerList(made))

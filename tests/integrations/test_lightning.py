@@ -75,14 +75,16 @@ def test_balance_keeps_its_balancers_state():
     state = eq.lightning.BalancerCallback(one).state_dict()
     eq.lightning.BalancerCallback([other]).load_state_dict(state)
     assert int(other.epochs) == 5
-    with pytest.raises(ConfigError, match=r"Balance: expected the state of as many balancers = 2, got 1\. Resume with"):
+    with pytest.raises(
+        ConfigError, match=r"BalancerCallback: expected the state of as many balancers = 2, got 1\. Resume with"
+    ):
         eq.lightning.BalancerCallback(other, third).load_state_dict(state)
 
 
 def test_a_balancer_that_would_be_left_idle_is_refused():
     made = built(Made())
     with pytest.raises(
-        ConfigError, match=r"the BalancerList of OGM, which takes part in steps, got OGM alone\. Return"
+        ConfigError, match=r"the BalancerList of OGM, which acts in training steps, got OGM alone\. Return"
     ):
         eq.lightning.BalancerCallback(eq.balance.OGM(made))
     assert len(eq.lightning.BalancerCallback(eq.BalancerList(made, [eq.balance.OGM(made)])).balancers) == 1

@@ -1,4 +1,4 @@
-"""Hugging Face: balancing under transformers' Trainer, unchanged."""
+"""Integration with ``transformers.Trainer``; no Trainer subclass is needed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .huggingface_moda import apply_moda as apply_moda
 
 
 class BalancedModel(nn.Module):
-    """A model whose ``forward`` returns the balanced loss, as Trainer wants it::
+    """Wrapper of a model whose ``forward`` returns the balanced loss, as Trainer expects::
 
         model = eq.hf.BalancedModel(fusion_model, eq.BalancerList(fusion_model, [eq.balance.OGM(fusion_model)]))
         trainer = Trainer(model, args, train_dataset=..., callbacks=[eq.hf.BalancerCallback(model.balancing)])
 
-    Its checkpoints hold what the balancers remember, under ``balance.<number>``, so that ``resume_from_checkpoint``
-    and ``load_best_model_at_end`` bring it back with the weights.
+    Checkpoints contain the state of the balancers under ``balance.<number>``, so that ``resume_from_checkpoint`` and
+    ``load_best_model_at_end`` restore it with the weights.
 
     Args:
         model: a FusionModel, or any module with the members of ``Multimodal``.
@@ -43,7 +43,7 @@ class BalancedModel(nn.Module):
     Example:
         >>> import equipoise as eq
         >>> inner = eq.FusionModel({"audio": nn.Linear(3, 8), "image": nn.Linear(5, 8)}, eq.fusion.Concat(8), 2)
-        >>> model = Balanced(inner, BalancerList(inner, [eq.balance.OGM(inner)]))
+        >>> model = BalancedModel(inner, BalancerList(inner, [eq.balance.OGM(inner)]))
         >>> batch = {"audio": torch.ones(4, 7, 3), "image": torch.ones(4, 2, 5), "labels": torch.tensor([0, 1, 0, 1])}
         >>> sorted(model(**batch)), sorted(name for name in model.state_dict() if "balance" in name)
         (['logits', 'loss'], ['balance.0.epoch', 'balance.0.used'])
@@ -56,7 +56,7 @@ class BalancedModel(nn.Module):
         super().__init__()
         if balancing.model is not model:
             raise ConfigError(
-                "Balanced",
+                "BalancedModel",
                 expected="a BalancerList of this model",
                 got=f"one of another {type(balancing.model).__name__}",
             )
@@ -67,8 +67,8 @@ class BalancedModel(nn.Module):
         """Scores a batch.
 
         Args:
-            labels: targets; the batch's ``target`` where there are none.
-            batch: as the model takes it: name -> input, ``mask``.
+            labels: targets; by default ``batch["target"]``.
+            batch: inputs of the model: name -> input, and ``mask``.
 
         Returns:
             ``logits``, and where there are targets the ``loss``: with heads and penalties in training, the task's alone
@@ -86,13 +86,13 @@ class BalancedModel(nn.Module):
 
 
 class BalancerCallback(TrainerCallback):
-    """Calls what balancers do once a step and once an epoch, and writes what they say to ``state.log_history``.
+    """Calls the step and epoch hooks of balancers, and writes their metrics to ``state.log_history``.
 
-    Trainer clips gradients before it calls anybody; ``clip`` does it where the other loops do, after the balancers.
+    Trainer clips gradients before it calls callbacks; ``clip`` clips them after the balancers, as the other loops do.
 
     Args:
-        balancing: whose loss the model returns; see ``Balanced``.
-        clip: largest norm of all gradients, instead of Trainer's ``max_grad_norm``, which must then be 0 (or infinite).
+        balancing: the BalancerList whose loss the model returns; see ``BalancedModel``.
+        clip: maximum norm of all gradients; replaces Trainer's ``max_grad_norm``, which must then be 0 (or infinite).
         val: batches for balancers that review data; by default those of the last evaluation, and there is none before
             the end of the first epoch.
 
@@ -105,7 +105,7 @@ class BalancerCallback(TrainerCallback):
 
     def __init__(self, balancing: BalancerList, *, clip: float | None = None, val: Iterable[Any] | None = None) -> None:
         if clip is not None and not clip > 0:
-            raise ConfigError("BalanceCallback", expected="clip > 0 or None", got=f"clip = {clip}")
+            raise ConfigError("BalancerCallback", expected="clip > 0 or None", got=f"clip = {clip}")
         self.balancing, self.clip, self.val = balancing, clip, val
         self.last: dict[str, float] = {}
         # Steps since the last end of an epoch. A checkpoint of the last step must hold what that end does.
@@ -155,18 +155,18 @@ class BalancerCallback(TrainerCallback):
 
 
 def keep_state(module: nn.Module, balancing: BalancerList) -> None:
-    """Puts what the balancers remember into a module's state dict, under ``balance.<number>``, and back from there.
+    """Saves the state of balancers in a module's state dict, under ``balance.<number>``, and loads it from there.
 
-    ``Balanced`` does it by itself. A model of your own, whose ``forward`` returns ``balancing.loss``, calls it once.
-    The balancers do not become submodules: their sums belong to one process, and data-parallel training would
-    overwrite them with those of the first.
+    ``BalancedModel`` calls it. Call it once for your own model whose ``forward`` returns ``balancing.loss``. The
+    balancers do not become submodules, because their sums are per process and data-parallel training would overwrite
+    them with those of the first process.
     """
     module.register_state_dict_post_hook(partial(_give, balancing.balancers))
     module.register_load_state_dict_pre_hook(partial(_take, balancing.balancers))
 
 
 def _apart(balancers: Sequence[Balancer], module: nn.Module) -> dict[str, Balancer]:
-    """Prefix -> balancers that are no part of the module; those that are, such as RollingQ, it keeps itself."""
+    """Returns prefix -> balancer for balancers that are not submodules, as submodules are saved anyway."""
     inside = set(module.modules())
     return {f"balance.{number}.": b for number, b in enumerate(balancers) if b not in inside}
 
@@ -193,7 +193,7 @@ def _take(
 
 
 class _Batches:
-    """A loader's batches on a device, with targets under the name that balancers know."""
+    """Iterates over the batches of a loader on a device, with targets under the key ``target``."""
 
     def __init__(self, loader: Iterable[Any] | None, device: torch.device) -> None:
         self._loader, self._device = loader, device
@@ -207,12 +207,12 @@ class _Batches:
 def _check(balancing: BalancerList, clip: float | None, args: TrainingArguments, model: nn.Module) -> None:
     for is_so, expected, got, fix in _obstacles(balancing, clip, args, model):
         if is_so:
-            raise ConfigError("BalanceCallback", expected=expected, got=got, fix=fix)
+            raise ConfigError("BalancerCallback", expected=expected, got=got, fix=fix)
     changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
     if _clips(args) and changing:
         warnings.warn(
             f"Trainer clips gradients before {', '.join(changing)} changes them. For the order of the other loops set "
-            f"max_grad_norm=0 in TrainingArguments, and give BalanceCallback(clip={args.max_grad_norm}).",
+            f"max_grad_norm=0 in TrainingArguments, and pass BalancerCallback(clip={args.max_grad_norm}).",
             stacklevel=2,
         )
 

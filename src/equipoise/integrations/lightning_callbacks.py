@@ -1,4 +1,4 @@
-"""Lightning callbacks: balancing in anybody's LightningModule."""
+"""Lightning callback that runs balancers in any ``LightningModule``."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from ..errors import ConfigError
 
 
 class BalancerCallback(pl.Callback):
-    """Calls what balancers do once a step and once an epoch, logs what they say, and keeps their state.
+    """Calls the step and epoch hooks of balancers, logs their metrics, and saves their state in checkpoints.
 
-    Balancers that only attach to the model (``RollingQ(model.fusion.attention)``) can be given as they are. Those with
-    a penalty, or that change gradients, are given as the ``BalancerList`` whose ``loss`` the training step returns::
+    Balancers that only attach to the model (``RollingQ(model.fusion.attention)``) can be passed directly. Those that
+    add a penalty or change gradients are passed as the ``BalancerList`` whose ``loss`` the training step returns::
 
         def training_step(self, batch, index):
             return self.balancing.loss(self.model(batch), batch["target"])
 
         trainer = pl.Trainer(callbacks=[eq.lightning.BalancerCallback(module.balancing)])
 
-    Lightning calls it when gradients are accumulated, reduced and unscaled, and before it clips them. The log appears
-    under ``balance/...``; ``last`` holds it too. Put no second one around the same balancer.
+    The hooks run after gradients are accumulated, reduced and unscaled, and before they are clipped. Metrics are logged
+    as ``balance/...``; ``last`` holds the latest. Do not attach the same balancer to two callbacks.
 
     Args:
         balancers: a BalancerList, or one or several balancers.
-        before_end: called with trainer and module when the epoch's statistics are complete and before anything is
-            rotated.
+        before_end: called with trainer and module when the statistics of an epoch are complete, before any rotation.
 
     Raises:
-        ConfigError: a balancer with a part in steps that is given without its BalancerList, which would leave it idle.
+        ConfigError: a balancer that acts in training steps is passed without its BalancerList.
 
     Example:
         >>> from equipoise.fusion import JointAttention
         >>> from equipoise.balance import RollingQ
         >>> balancer = RollingQ(JointAttention(8).build(("audio", "image")).attention)
-        >>> callback = Balance(balancer)
+        >>> callback = BalancerCallback(balancer)
         >>> callback.last
         {}
     """
@@ -64,8 +63,10 @@ class BalancerCallback(pl.Callback):
             if id(balancer) not in inside and takes_part_in_steps(balancer):
                 name = type(balancer).__name__
                 raise ConfigError(
-                    "Balance", expected=f"the BalancerList of {name}, which takes part in steps", got=f"{name} alone",
-                    fix="Return the loss of balancing = eq.BalancerList(model, [...]) in training_step, and give that.",
+                    "BalancerCallback", expected=f"the BalancerList of {name}, which acts in training steps",
+                    got=f"{name} alone",
+                    fix="Return the loss of balancing = eq.BalancerList(model, [...]) in training_step, and "
+                    "pass balancing.",
                 )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,7 +104,8 @@ class BalancerCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if len(state_dict) != len(self.balancers):
             raise ConfigError(
-                "Balance", expected=f"the state of as many balancers = {len(self.balancers)}", got=f"{len(state_dict)}",
+                "BalancerCallback", expected=f"the state of as many balancers = {len(self.balancers)}",
+                got=f"{len(state_dict)}",
                 fix="Resume with the balancers that the checkpoint was written with.",
             )  # fmt: skip
         for number, balancer in enumerate(self.balancers):

@@ -1,4 +1,4 @@
-"""`apply_moda`: MODA in a Hugging Face model."""
+"""``apply_moda`` adds MODA to a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ def apply_moda(
     mix: Mix = "uniform", basis_scope: Scope | None = None, prefix: Prefix = "other", merge: Merge = "mass",
     pseudo: PseudoAttention | None = None, freeze: bool = True,
 ) -> MODAAdapter:  # fmt: skip
-    """Puts MODA into every attention of a Hugging Face model in which modalities meet.
+    """Adds MODA to every attention layer of a Hugging Face model whose keys have several modalities.
 
-    The model is changed in place: each such attention gets a submodule ``moda``, and its keys pass through it after
-    their rotation and before they are cached, so that decoding with a cache equals one pass. Untrained, with the
-    defaults, the model computes exactly what it did. No class or configuration is replaced: generation, LoRA,
-    Trainer and `eq.watch`, which sees the aligned keys, go on as before.
+    The model is modified in place: each such layer gets a submodule ``moda`` that transforms its keys after the rotary
+    embedding and before they are cached, so that decoding with a cache equals one forward pass. With the defaults, an
+    untrained MODA does not change the output. No class or configuration is replaced: generation, LoRA, Trainer and
+    ``eq.watch`` (which records the aligned keys) work as before.
 
     Args:
         model: a Hugging Face model, or a module that holds one, such as a PEFT model.
-        modality: labels of the prompt's tokens, (key,) or (batch, key), -1 = special or padding; tokens that follow are
-            text. By default the model's inputs tell them. ``modality`` of what is returned sets them for another batch.
-        names: of the modalities; needed with ``modality``.
+        modality: labels of the prompt's tokens, (key,) or (batch, key), -1 = special or padding; generated tokens are
+            text. By default they are derived from the inputs. Set ``modality`` of the adapter for another batch.
+        names: modality names; required with ``modality``.
         basis, norm, normalize_keys, fuse, mix, basis_scope: see `DuplexAligner`.
         directions: names of the modalities whose keys change; None = all.
         prefix: where the bases' keys end with ``basis_scope="prefix"``, the default of a decoder. ``"other"`` is the
-            last token that is of another modality than the sample's last token, such as the last picture.
-            ``"prompt"`` is the last one before the first label in training, and all of the prompt when generating.
-        merge: how self and cross attention are joined; see `modular_attention`. Others than "mass" change the model
-            from the start on.
-        pseudo: pseudo-attention, which changes it too; give it a ``reference`` to decode as in one pass.
-        freeze: only MODA's parameters train, until it is removed. A PEFT model is taken as it is, LoRA and all.
+            last token whose modality differs from that of the sample's last token, such as the last image token.
+            ``"prompt"`` is the last token before the first label in training, and the whole prompt in generation.
+        merge: how self- and cross-attention are merged; see `modular_attention`. Values other than "mass" change the
+            output before training.
+        pseudo: pseudo-attention, which also changes the output; set its ``reference`` for decoding to equal one pass.
+        freeze: train only MODA's parameters until it is removed. LoRA parameters of a PEFT model stay trainable.
 
     Returns:
-        Moda, with ``parameters()``, ``save(path)``, ``load(path)``, ``names``, ``layers`` and ``remove()``.
+        MODAAdapter, with ``parameters()``, ``save(path)``, ``load(path)``, ``names``, ``layers`` and ``remove()``.
 
     Raises:
-        ConfigError: a model in which no modalities meet, that has MODA already, or that computes attention by itself;
-            at a forward pass, tokens whose modality cannot be known.
+        ConfigError: a model without multimodal attention, with MODA applied already, or with its own attention code;
+            in a forward pass, tokens of unknown modality.
 
-    Keys within the prefix are aligned with all of the prefix, so what is predicted inside of it knows of later tokens;
-    what is predicted after it does not. ``basis_scope="causal"`` leaks nowhere and costs a basis for each key;
-    ``"all"``, as published, lets every key know the answer.
+    Keys within the prefix are aligned with the whole prefix, so predictions inside the prefix depend on later tokens;
+    predictions after it do not. ``basis_scope="causal"`` never does, but computes a basis for each key;
+    ``"all"``, as published, makes every key depend on the answer.
 
-    Reference: MODA (ICML 2025); spec 5.
-    Differs from the released code in: that aligns image keys alone, with future text, after they are cached, so that
-    decoding reads other keys than training; its new matrix starts far from the identity.
+    Reference: MODA (ICML 2025).
+    Differs from the released code in: that code aligns only image keys, with future text and after caching, so that
+    decoding uses other keys than training; its new matrix is initialized far from the identity.
 
     Example:
         >>> import transformers
