@@ -269,8 +269,8 @@ def test_the_three_losses():
     wanted = [slow.directed_info_nce(z.numpy(), eye, smoothing=0.1) for z in (logits, logits.T)]
     assert float(found["contrastive"].detach()) == pytest.approx(sum(wanted) / 2, rel=EXACT["rtol"])
     pairs = matching_pairs(logits, generator=torch.Generator().manual_seed(4))
-    judged = losses.match({"image": Tokens(media()["image"].values[pairs.a])}, IDS[pairs.b])
-    torch.testing.assert_close(found["matching"], matching_loss(judged, pairs.label), **EXACT)
+    match_logits = losses.match({"image": Tokens(media()["image"].values[pairs.a])}, IDS[pairs.b])
+    torch.testing.assert_close(found["matching"], matching_loss(match_logits, pairs.label), **EXACT)
     words = losses.caption(media(), torch.cat([torch.full((BATCH, 1), 10), IDS[:, 1:]], dim=1)).detach()
     assert float(found["captioning"].detach()) == pytest.approx(
         slow.captioning(words.tolist(), IDS.tolist()), rel=EXACT["rtol"]
