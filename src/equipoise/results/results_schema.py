@@ -1,4 +1,4 @@
-"""What a results file may hold: every part that the table and the report read, checked before they read it."""
+"""Schema of ``results.json``, checked before tables and reports use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_results(content: Any, who: str) -> None:
     """Checks the whole content of ``results.json``.
 
     Raises:
-        SchemaError: another schema, missing parts, or a part of the wrong type.
+        SchemaError: unknown schema, missing entries, or an entry of the wrong type.
     """
     _require(content, ("schema",), who)
     if content["schema"] != SCHEMA:
@@ -49,10 +49,10 @@ def check_results(content: Any, who: str) -> None:
 
 
 def check_run(run: Any, who: str) -> None:
-    """Checks one run, as ``results.json`` and ``run.json`` hold it.
+    """Checks one run of ``results.json`` or ``run.json``.
 
     Raises:
-        SchemaError: missing parts, or a part of the wrong type.
+        SchemaError: missing entries, or an entry of the wrong type.
     """
     _require(run, tuple(RUN), who)
     _typed(run, {**RUN, **RUN_MAY}, who)

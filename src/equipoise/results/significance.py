@@ -1,4 +1,4 @@
-"""Paired tests of two scores on the same samples, the one level of significance, and per-sample outcomes as JSON."""
+"""Paired tests of two scores on the same samples, the significance level, and per-sample outcomes as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SURE = 0.05
-"""Two-sided p below which a difference is called significant, in every sentence, table and figure."""
+"""Significance level of two-sided p-values in all sentences, tables and figures."""
 RESAMPLES = 1_999
 """Of the bootstrap; a p-value is a multiple of 1 / 2000."""
 LARGE = 20_000
@@ -21,10 +21,10 @@ as one text with a comma after each."""
 
 
 def pack_outcomes(values: Any) -> Outcomes:
-    """Per-sample outcomes as JSON; NaN is a sample that is not scored.
+    """Returns per-sample outcomes as JSON values; NaN marks a sample that is not scored.
 
     Example:
-        >>> pack([1.0, 0.0, float("nan")]), pack([0.5, 1.0])
+        >>> pack_outcomes([1.0, 0.0, float("nan")]), pack_outcomes([0.5, 1.0])
         ('10-', [0.5, 1.0])
     """
     array = np.asarray(values, dtype=float).reshape(-1)
@@ -34,7 +34,7 @@ def pack_outcomes(values: Any) -> Outcomes:
 
 
 def pack_text(values: Any) -> str:
-    """``pack`` as one text, which stays one line in indented JSON.
+    """Returns outcomes as one string, which stays on one line in indented JSON.
 
     Example:
         >>> pack_text([1.0, 0.0, float("nan")]), pack_text([0.5, float("nan")])
@@ -45,10 +45,10 @@ def pack_text(values: Any) -> str:
 
 
 def unpack_outcomes(outcomes: Outcomes) -> np.ndarray:
-    """What ``pack`` or ``pack_text`` was given.
+    """Inverts ``pack_outcomes`` and ``pack_text``.
 
     Example:
-        >>> unpack("10-").tolist(), unpack([0.5, None]).tolist(), unpack("0.5,-,").tolist()
+        >>> unpack_outcomes("10-").tolist(), unpack_outcomes([0.5, None]).tolist(), unpack_outcomes("0.5,-,").tolist()
         ([1.0, 0.0, nan], [0.5, nan], [0.5, nan])
     """
     if isinstance(outcomes, str):

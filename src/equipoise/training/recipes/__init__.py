@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say what is trained on what and how; the header comment of each is its manual."""
+"""Recipes: YAML files that define data, models and training; the header comment of each documents it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PRECISIONS = (
     "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine",
     "transformer-engine-float16", "16", "bf16", "32", "64",
 )  # fmt: skip
-"""As Lightning names them; listed here, so that a wrong one is told before Lightning is loaded or a run starts."""
+"""Names used by Lightning, listed here so that a wrong one is reported before Lightning is imported."""
 
 CHOICES = {"optimizer": ("adamw", "sgd"), "unimodal": UNIMODAL, "precision": PRECISIONS}
 
 MOST = 2**31 - 1
-"""No option counts further."""
+"""Upper limit of integer options."""
 
 LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "epochs": (int, "epochs >= 1", lambda value: 1 <= value <= MOST),
@@ -41,29 +41,29 @@ LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "clip": (float, "clip > 0, or None", lambda value: value > 0),
     "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
 }
-"""Training option -> its type, what is expected of it, and whether a value is that."""
+"""Training option -> its type, the expected values in words, and a check."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a model is trained.
+    """Training options.
 
     Args:
-        epochs: passes over the training split; the last one counts, nothing is selected.
-        batch_size: samples of one optimizer step and all devices together, before accumulation.
-        learning_rate: the peak; it warms up linearly and falls to zero along a cosine.
+        epochs: passes over the training split; the last epoch is evaluated, without model selection.
+        batch_size: samples per batch over all devices, before accumulation.
+        learning_rate: peak learning rate, after linear warm-up and before cosine decay to zero.
         weight_decay: decoupled (AdamW) or plain (SGD).
-        warmup: part of all steps over which the learning rate rises.
+        warmup: fraction of all steps used for warm-up.
         optimizer: ``"adamw"``, or ``"sgd"`` with ``momentum``.
-        momentum: of SGD.
-        clip: largest gradient norm; None leaves gradients as they are.
-        accumulate: batches added up before a step.
-        precision: as Lightning names it, such as ``"32-true"`` or ``"bf16-mixed"``.
-        unimodal: ``"probe"`` heads watch, ``"train"`` heads teach the encoders, ``"ensemble"`` heads also add their
-            logits to the fused ones, ``"none"``.
+        momentum: momentum of SGD.
+        clip: maximum gradient norm; None disables clipping.
+        accumulate: batches per optimizer step.
+        precision: precision of Lightning, such as ``"32-true"`` or ``"bf16-mixed"``.
+        unimodal: unimodal heads: ``"probe"`` (detached from the encoders), ``"train"`` (their losses train the
+            encoders), ``"ensemble"`` (their logits are also added to the fused ones), or ``"none"``.
 
     Raises:
-        ConfigError: a value of the wrong type, out of its limits, or unknown.
+        ConfigError: a value has the wrong type, is out of range, or unknown.
 
     Example:
         >>> TrainOptions(epochs=3).optimizer
@@ -93,33 +93,33 @@ class TrainOptions:
                 continue
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
             if not number or not holds(value):
-                # A variant's options come from YAML as they are.
+                # Options of a variant come from YAML unconverted.
                 fix = YAML_FLOAT if isinstance(value, str) else ""
                 raise ConfigError("train", expected=expected, got=f"{name} = {value!r}", fix=fix)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run needs but its method, seed and fold.
+    """Definition of runs, except for method, seed and fold.
 
     Args:
         data: ``{"name": data set, option: value, ...}``.
         encoders: modality -> ``{"name": class in equipoise.encoders, option: value, ...}``.
-        methods: what ``compare`` runs when it is not told.
-        seeds: how many, counted from 0, when ``compare`` is not told.
-        folds: which, when ``compare`` is not told; empty for data without folds.
+        methods: default methods of ``compare``.
+        seeds: default number of seeds of ``compare``, starting at 0.
+        folds: default folds of ``compare``; empty for data without folds.
         fusions: name -> options; ``"fusion"`` names the class where the key is a name of your own, ``"train"`` holds
             training options of this variant alone.
         balancers: name -> options; ``"balancer"`` names the class where the key is a name of your own.
-        train: how.
+        train: training options.
         model: what is trained where that is no fusion of one target: ``{"name": class in equipoise.models.dual_encoder, language or
             correspondence, option: value, ...}``; methods are then the names under ``variants``.
         variants: name -> options of the model in this variant; ``"train"`` holds training options of it alone.
-        noise_modality: the one whose noise the attention should notice; by default the one attended most on
-            validation data.
-        reference: the method that others are compared with; by default the first static fusion among them.
-        references: method -> the method that it is compared with in tables and pages, its fair control; others follow
-            the rule of ``record.summarize``.
+        noise_modality: modality to replace by noise in the attention test; by default the one with the largest share
+            on validation data.
+        reference: method that others are compared with; by default the first static fusion.
+        references: method -> its control, the method that it is compared with in tables and pages; other methods are
+            compared as described in ``summarize_runs``.
     """
 
     data: dict[str, Any]
@@ -137,10 +137,10 @@ class Recipe:
     references: dict[str, str] = field(default_factory=dict)
 
     def with_train(self, **changes: Any) -> Recipe:
-        """The same recipe with some training options changed.
+        """Returns the recipe with changed training options.
 
         Raises:
-            ConfigError: an option that does not exist.
+            ConfigError: unknown option.
         """
         for name in changes:
             if name not in TrainOptions.__dataclass_fields__:
@@ -149,17 +149,17 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Packaged recipes."""
+    """Returns the names of the packaged recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a packaged recipe (with or without .yaml) or of a path.
+    """Returns the file of a packaged recipe (with or without .yaml), or an existing path.
 
-    A file of that path wins over a packaged recipe of the same name.
+    An existing file takes precedence over a packaged recipe of the same name.
 
     Raises:
-        ConfigError: neither is there; the closest packaged name is given.
+        ConfigError: neither exists; the message lists the closest packaged names.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -182,7 +182,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def recipe_header(path: Path) -> str:
-    """The header comment of a recipe."""
+    """Returns the header comment of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header = []
     for line in lines:
@@ -193,10 +193,10 @@ def recipe_header(path: Path) -> str:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A recipe from its file.
+    """Loads a recipe.
 
     Raises:
-        ConfigError: no such recipe, no YAML, an option that does not exist or has the wrong type.
+        ConfigError: unknown recipe, invalid YAML, or an option that is unknown or of the wrong type.
     """
     from .recipe_parsing import BYTES, parse
 
@@ -217,11 +217,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
-    """A recipe from plain values, checked against the types of ``Recipe``.
+    """Builds a recipe from plain values and checks their types.
 
     Raises:
-        ConfigError: an option that does not exist, that is missing, or that has a value of the wrong type; a name that
-            could not be a part of a path.
+        ConfigError: an option is unknown, missing, or of the wrong type; a name is not a valid path component.
     """
     if not isinstance(content, dict):
         raise ConfigError(who, expected="a mapping of options", got=type(content).__name__)
@@ -256,7 +255,7 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
 
 
 def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> dict[str, Any]:
-    """The values for a dataclass of options, each of the type that its field is annotated with."""
+    """Checks values against the annotations of a dataclass and returns those to construct it with."""
     hints, made = typing.get_type_hints(cls), {}
     for field_ in fields(cls):
         if field_.name not in content:
@@ -278,7 +277,7 @@ def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> 
 
 
 def _innermost(where: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
-    """The place, value and annotation of the innermost part that does not fit."""
+    """Returns the key, value and annotation of the innermost value of the wrong type."""
     *_, part = typing.get_args(hint) or (None,)
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if typing.get_origin(hint) in (dict, list):
@@ -293,5 +292,5 @@ def _advice(value: Any, hint: Any) -> str:
 
 
 def is_float(text: str) -> bool:
-    """Whether YAML 1.1 takes a number for a text, because it has an exponent and no point."""
+    """Returns whether YAML 1.1 parses a number as a string, since it has an exponent but no decimal point."""
     return re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) is not None

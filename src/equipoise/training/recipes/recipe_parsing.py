@@ -1,4 +1,4 @@
-"""Reads YAML as plain values; nothing in it can import, run, repeat itself endlessly or say one thing twice."""
+"""Parses YAML as plain values, without tags, duplicate keys or recursive aliases."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...errors import ConfigError
 from ...io.typed_values import is_plain, shorten_repr
 
 BYTES, DEPTH, NODES = 1_000_000, 30, 20_000
-"""Limits of one file: its size, how deep its lists and mappings are nested, and how many values it has."""
+"""Limits of a file: size, nesting depth and number of values."""
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader without dates: what looks like one stays a text."""
+    """Safe YAML loader that leaves dates as strings."""
 
 
 PlainLoader.yaml_implicit_resolvers = {
@@ -24,11 +24,11 @@ PlainLoader.yaml_implicit_resolvers = {
 
 
 def parse(text: str, who: str) -> Any:
-    """The content of a YAML document.
+    """Parses a YAML document.
 
     Raises:
-        ConfigError: no YAML, tags of Python, a key given twice, values that are neither numbers, texts, lists nor
-            mappings, or more than the limits of this module.
+        ConfigError: invalid YAML, Python tags, duplicate keys, values other than numbers, strings, lists and mappings,
+            or a document beyond the limits of this module.
     """
     if len(text) > BYTES:
         raise ConfigError(who, expected=f"a file of at most {BYTES:,} characters", got=f"{len(text):,}")
@@ -38,7 +38,7 @@ def parse(text: str, who: str) -> Any:
         if node is not None:
             _check_node(node, who, {}, set())
         loader = PlainLoader("")
-        # The nodes that were checked are the ones that are read.
+        # Construct from the checked nodes rather than parsing again.
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
@@ -54,7 +54,7 @@ def parse(text: str, who: str) -> Any:
 
 
 def _check_depth(text: str, who: str) -> None:
-    # Events come one after the other, without recursion, however deep they are nested.
+    # Events are generated without recursion, whatever the nesting depth.
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=PlainLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -66,7 +66,7 @@ def _check_depth(text: str, who: str) -> None:
 
 
 def _check_node(node: yaml.Node, who: str, sizes: dict[int, int], above: set[int]) -> int:
-    """How many values the node stands for, with aliases written out."""
+    """Returns the number of values of a node, with aliases expanded."""
     if id(node) in above:
         raise ConfigError(who, expected="aliases of other parts", got=f"one that contains itself{_line(node)}")
     if id(node) in sizes:
@@ -100,7 +100,7 @@ def _line(node: yaml.Node) -> str:
 
 
 def _culprit(content: Any) -> Any:
-    """The innermost value or key that is not plain."""
+    """Returns the innermost value or key that is not plain."""
     if isinstance(content, dict):
         for key, value in content.items():
             if not (isinstance(key, str) and is_plain(key)):
