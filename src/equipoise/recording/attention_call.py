@@ -1,4 +1,4 @@
-"""One attention that is about to happen: who reads whom, whatever code computes it."""
+"""``AttentionCall``: the inputs of one attention, independent of the code that computes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MASKED = -5e3
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What decides an attention, in one form for every way in.
+    """The inputs of one attention, in the same form for every interceptor.
 
     Attributes:
         query: (batch, head, query, width) as the scores see it, after positions and rotations.
@@ -60,7 +60,7 @@ class AttentionCall:
         return batch, heads, rows, self.key.shape[2]
 
     def visible(self) -> Bool[Tensor, "#batch #head #query key"] | None:
-        """Who sees whom, by mask and causality; None where everybody sees everybody."""
+        """Returns True where a query may attend to a key, by mask and causality; None if nothing is masked."""
         seen = self.mask
         if seen is not None and seen.dtype != torch.bool:
             seen = seen > MASKED
@@ -71,14 +71,14 @@ class AttentionCall:
         return seen
 
     def queries_with_keys(self) -> Bool[Tensor, "#batch query"] | None:
-        """The queries that see any key at all; None where all do."""
+        """Returns the queries with at least one visible key; None if all have one."""
         if self.mask is None:
             return None
         seen = self.visible()
         return None if seen is None else seen.any(dim=-1).any(dim=1)
 
     def visible_keys(self) -> Bool[Tensor, "batch key"] | None:
-        """The keys that any query may see; None where no mask tells of padding."""
+        """Returns the keys visible to at least one query; None without a mask."""
         if self.mask is None:
             return None
         batch, _, _, keys = self.sizes
@@ -86,7 +86,7 @@ class AttentionCall:
         return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)
 
     def with_mask(self, keep: Bool[Tensor, "#batch #head #query key"]) -> AttentionCall:
-        """The same attention, where only those that ``keep`` says may be seen."""
+        """Returns the same attention with all keys masked where ``keep`` is False."""
         if self.mask is None:
             mask = keep
         elif self.mask.dtype == torch.bool:
@@ -97,7 +97,7 @@ class AttentionCall:
 
 
 class QueryRows(NamedTuple):
-    """The queries that are watched.
+    """The queries to record.
 
     Attributes:
         weight: (batch, query), or (batch, n) along ``index``: 1 for a query that counts, else 0.
@@ -109,21 +109,21 @@ class QueryRows(NamedTuple):
 
 
 GATHER_THRESHOLD = 4
-"""Queries are picked out where fewer than one in so many counts."""
+"""Gather the selected queries if fewer than one in this many is selected."""
 
 
 def query_rows(chosen: Bool[Tensor, "batch query"]) -> QueryRows:
-    """The rows that a boolean mask chooses, picked out where that spares work."""
+    """Returns the queries selected by a boolean mask, gathered if they are few."""
     most = int(chosen.sum(dim=1).max()) if chosen.numel() else 0
     if most * GATHER_THRESHOLD > chosen.shape[1]:
         return QueryRows(chosen.float())
-    # A stable sort brings the chosen to the front and keeps their order.
+    # A stable sort moves the selected queries to the front in their order.
     index = torch.argsort(~chosen, dim=1, stable=True)[:, : max(most, 1)]
     return QueryRows(chosen.gather(1, index).float(), index)
 
 
 def select_queries(call: AttentionCall, index: Int[Tensor, "batch n"] | None) -> AttentionCall:
-    """The attention of some queries alone."""
+    """Returns the attention of the queries at ``index`` only."""
     if index is None:
         return call
     batch, heads, _, keys = call.sizes

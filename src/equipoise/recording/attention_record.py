@@ -119,7 +119,7 @@ class AttentionRecord:
 
     @property
     def layers(self) -> list[str]:
-        """Layers with attention over several modalities, in calling order; all layers if there are only unimodal ones."""
+        """Layers with attention over several modalities, in calling order; all layers if all are unimodal."""
         joint = [name for name, record in self._layers.items() if not record.unimodal]
         return joint or list(self._layers)
 
@@ -197,7 +197,7 @@ class AttentionRecord:
         return _concatenate([b.by_query / b.query_count[:, None, :, None] for b in blocks])  # type: ignore[operator, index]
 
     def tokens(self, layer: str) -> Float[Tensor, "sample head key"]:
-        """Returns the attention on each key, averaged over the recorded queries; NaN after the end of shorter samples.
+        """Returns the attention on each key, averaged over the recorded queries; NaN past the end of a sample.
 
         Raises:
             ConfigError: recorded without ``tokens=True``.

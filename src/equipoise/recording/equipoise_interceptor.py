@@ -1,4 +1,4 @@
-"""The way into our own attention layers: they say themselves which key belongs to whom."""
+"""Intercepts equipoise's own attention layers, which label their keys themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way into Hugging Face models: their attention interface, whatever backend stands behind it."""
+"""Intercepts the attention interface of Hugging Face models, with any backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way into ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, their fused fast path included."""
+"""Intercepts ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, including the fused fast path."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NESTED = "its inputs are nested tensors"
 
 @contextmanager
 def intercept_multihead(session: RecordingSession) -> Iterator[None]:
-    """Stands around the forward functions: hooks would be noticed, and turn the fast path off.
+    """Wraps the forward functions, because hooks would disable the fast path.
 
-    Scores are computed once more from the layer's inputs, so the model takes the path that it always takes, bit for
-    bit. Where outputs are changed, the fast path is off.
+    Scores are recomputed from the layer's inputs, so that the outputs of the model do not change by a single bit. The
+    fast path is disabled if the handler replaces outputs.
     """
     ran = _Ran()
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""While a model is watched: every way into its attention open, and all of them closed again whatever happens."""
+"""``RecordingSession``: intercepts the attention of a model and restores the model afterwards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .thread_sessions import Threads
 from .token_labels import LabeledKeys, TokenLabeler
 
 Run = Callable[[], tuple[Any, Tensor | None]]
-"""Lets the model compute its attention: the output in the form of its own, and the matrix where it was written out."""
+"""Computes the attention of the model: its output, and the attention matrix if the model builds one."""
 
 
 class AttentionHandler(Protocol):
-    """What is done at every attention.
+    """Handler that is called for each intercepted attention.
 
     Attributes:
         changes: whether ``change`` may return anything.
@@ -34,38 +34,38 @@ class AttentionHandler(Protocol):
     replaces_output: bool
 
     def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
-        """Looks at an attention that ran."""
+        """Called after an attention ran."""
         ...
 
     def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
-        """(batch, head, query, dim) in place of the attention's output; None leaves it."""
+        """Returns a replacement (batch, head, query, dim) of the output, or None to keep it."""
         ...
 
     def on_missing(self, layer: str, reason: str) -> None:
-        """Is told of an attention that cannot be seen, and why."""
+        """Called for an attention that cannot be attributed, with the reason."""
         ...
 
 
 class RecordingSession:
-    """One model, one handler, and where the model is at this moment.
+    """Tracks the running modules of a model and passes its attention calls to a handler.
 
     Args:
         model: any module.
-        labeler: knows the modality of keys.
-        handler: is shown every attention.
-        layers: patterns of names, as in a shell; others are not shown. None shows all.
+        labeler: labels the keys of each call.
+        handler: receives each call.
+        layers: shell-style patterns of module names to record; None records all.
     """
 
     def __init__(
         self, model: nn.Module, labeler: TokenLabeler, handler: AttentionHandler, *, layers: Sequence[str] | None = None
     ) -> None:
         check_open(model)
-        # A compiled model is called like the one inside.
+        # Compiled models have the names of the wrapped model.
         self.names = {id(part): _plain(name) for name, part in model.named_modules()}
         self._check_sites(model, layers)
         self.model, self.labeler, self.handler, self._patterns = model, labeler, handler, layers
         self.suspended = 0
-        """Above 0 while an attention that was announced runs, so that its insides are not seen once more."""
+        """Re-entrancy counter: > 0 while an intercepted attention runs, so that nested calls are not recorded twice."""
         self.called = 0
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
@@ -74,7 +74,7 @@ class RecordingSession:
         self.threads = Threads(self)
 
     def in_recorded_thread(self) -> bool:
-        """Whether the thread that runs is watched. Hooks and patches are called in all threads."""
+        """Whether the current thread is recorded; hooks and patches are called in all threads."""
         return self.threads.watched()
 
     def follows(self, model: nn.Module) -> bool:
@@ -95,7 +95,7 @@ class RecordingSession:
 
     @contextmanager
     def open(self, *interceptors: Callable[[RecordingSession], Any]) -> Iterator[RecordingSession]:
-        """Opens the ways; closes them in the opposite order."""
+        """Enters the interceptors, and exits them in reverse order."""
         with ExitStack() as stack:
             stack.enter_context(self.threads.open())
             stack.enter_context(uncompiled())
@@ -106,22 +106,22 @@ class RecordingSession:
             yield self
 
     def current_module(self) -> nn.Module | None:
-        """The innermost of the model's modules that runs."""
+        """Returns the innermost running module of the model."""
         return self._stack[-1] if self._stack and self.in_recorded_thread() else None
 
     def attention_module(self) -> nn.Module | None:
-        """The innermost module that runs, but for a softmax that is a module itself."""
+        """Returns the innermost running module, ignoring ``nn.Softmax``."""
         inside = [module for module in self._stack[-2:] if not isinstance(module, nn.Softmax)]
         return inside[-1] if inside else self.current_module()
 
     def report_unobservable(self, module: nn.Module | None, reason: str) -> None:
-        """Tells the handler of an attention that cannot be looked into."""
+        """Reports an attention that cannot be intercepted to the handler."""
         module = module if module is not None else self.attention_module()
         if module is not None and id(module) in self.names and not self.suspended and self.in_recorded_thread():
             self.handler.on_missing(self._site(module), reason)
 
     def begin_pass(self) -> None:
-        """A pass through the model begins, in which every module attends for the first time again."""
+        """Starts a forward pass: resets the call counts of the modules."""
         self._times = {}
 
     @property
@@ -163,7 +163,7 @@ class RecordingSession:
             settle(loop, chosen, rows)
 
     def intercept(self, call: AttentionCall, module: nn.Module | None, backend: str, run: Run) -> Any:
-        """Lets an attention happen, shows it, and returns its output or what the handler makes of it."""
+        """Runs an attention, passes it to the handler, and returns its output or the handler's replacement."""
         module = module if module is not None else self.attention_module()
         if self.suspended or module is None or id(module) not in self.names or not self.in_recorded_thread():
             return run()[0]
@@ -189,7 +189,7 @@ class RecordingSession:
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
-        """What runs now was announced; its insides are not seen once more."""
+        """Suspends interception while an intercepted attention runs."""
         self.suspended += 1
         try:
             yield
@@ -197,14 +197,14 @@ class RecordingSession:
             self.suspended -= 1
 
     def _shown(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
-        # In a backward pass it happens once more for gradient checkpointing, and was seen already.
+        # Gradient checkpointing repeats the forward pass during backward; it was recorded the first time.
         again = torch._C._current_graph_task_id() != -1
         with self._silence():
             output, attention = run()
             if attention is not None and attention.shape[-1] == call.sizes[3]:
                 call = replace(call, attention=attention)
             if not again:
-                # What is watched is not asked for its own insides.
+                # Do not intercept the measurement itself.
                 with torch._C.DisableTorchFunction(), torch.autocast(call.query.device.type, enabled=False):
                     for part in self._assigned(layer, call, known):
                         self.handler.on_attention(layer, backend, call, part)
@@ -226,7 +226,7 @@ class RecordingSession:
         return self.names[id(module)] or type(module).__name__
 
     def _numbered(self, layer: str) -> str:
-        """A module that attends several times in one pass has several layers."""
+        """Returns the layer name with "#2", "#3", ... for repeated calls of a module in one pass."""
         self._times[layer] = self._times.get(layer, 0) + 1
         return layer if self._times[layer] == 1 else f"{layer}#{self._times[layer]}"
 
@@ -248,7 +248,7 @@ class RecordingSession:
             self._loops[-1].running = False
         if id(module) not in self.names or not self.in_recorded_thread():
             return
-        # An exception may have skipped some; they are over too.
+        # After an exception inner modules may not have been popped; unwind to this one.
         while self._stack and self._stack.pop() is not module:
             pass
         self._pause()

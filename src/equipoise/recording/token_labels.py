@@ -1,4 +1,4 @@
-"""Which modality every key of a call belongs to, and which of its queries are watched."""
+"""Labels of the keys of an attention call, and the selection of its queries."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LabeledKeys:
 
 
 class TokenLabeler(Protocol):
-    """Tells the labels of a call; why, where they cannot be known; None where the call is none of our business."""
+    """Labels the keys of a call; returns the reason if they are unknown, and None for calls to ignore."""
 
     names: tuple[str, ...]
 
@@ -182,16 +182,16 @@ def check_names(modality: Tensor | None, names: Sequence[str] | None) -> tuple[s
 
 
 def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys) -> QueryRows | str | None:
-    """The queries of a call that count, or why that cannot be told; None where a mask ended before them.
+    """Returns the queries of a call to record, or the reason if they are unknown; None if none is selected.
 
     Raises:
-        ConfigError: a word or name that nobody knows.
+        ConfigError: an unknown word or modality name.
         ShapeError: a mask that fits neither this call nor a part of it.
     """
     batch, _, rows, _ = call.sizes
     device = call.query.device
-    everybody = torch.ones(batch, rows, dtype=torch.bool, device=device)
-    valid = everybody if known.valid is None else known.valid.to(device)
+    all_queries = torch.ones(batch, rows, dtype=torch.bool, device=device)
+    valid = all_queries if known.valid is None else known.valid.to(device)
     encoder = known.unimodal and known.constant is not None
     if encoder and isinstance(queries, Tensor) and queries.shape != (batch, rows):
         # A mask of the joint sequence chooses none of the queries of an encoder.

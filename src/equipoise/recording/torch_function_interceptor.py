@@ -1,4 +1,4 @@
-"""The way into any code that calls torch's attention, or writes attention out with a softmax."""
+"""Intercepts torch's attention functions, and attention written with a softmax over keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 
 @contextmanager
 def intercept_torch_functions(session: RecordingSession) -> Iterator[None]:
-    """Sees ``F.scaled_dot_product_attention`` under whatever name it was imported, and softmax over keys."""
+    """Intercepts ``F.scaled_dot_product_attention``, regardless of how it was imported, and softmax over keys."""
     session.threads.local.append(lambda: _InterceptionMode(session))
     with _InterceptionMode(session):
         yield
@@ -69,7 +69,7 @@ class _InterceptionMode(TorchFunctionMode):
             scale=given.get("scale"), reads_itself=query.shape[2] == key.shape[2],
         )  # fmt: skip
         output = self._session.intercept(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
-        # The model's own output is handed on as it is; another one comes in our form.
+        # Return the model's own output unchanged; a replaced output is in (batch, head, query, dim) layout.
         return output.reshape(*shape[:-1], output.shape[-1])
 
     def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
