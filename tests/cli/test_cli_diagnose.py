@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equipoise.cli import run
-from equipoise.diagnostics.suite import QUESTIONS, Diagnosis
+from equipoise.diagnostics.suite import TESTS, Diagnosis
 from equipoise.results import result_rows
 from equipoise.results.significance import unpack_outcomes
 from equipoise.training import compare
@@ -165,7 +165,7 @@ def test_an_unfinished_run(seed0, tmp_path, capsys):
     ("options", "message"),
     [
         (["--tests", "noise,maskin"], "expected a known test, got 'maskin'. Did you mean 'masking'"),
-        (["--tests", ","], f"expected some of {', '.join(QUESTIONS)} after --tests, got ','"),
+        (["--tests", ","], f"expected some of {', '.join(TESTS)} after --tests, got ','"),
         (["--modality", "imag"], "expected a known modality, got 'imag'. Did you mean 'image'?"),
     ],
 )

@@ -474,4 +474,4 @@ def test_nothing_warns_and_even_maps_name_no_contradiction():
     assert layer["score"] == pytest.approx(layer["even"])
     assert layer["score"] == pytest.approx(0.6)
     text = diagnosis_page([found.to_dict()])
-    assert "No way that leads astray gets 3 times what even attention would give it." in text
+    assert "No inconsistent cycle has 3 times its strength under uniform attention." in text

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import equipoise as eq
 from equipoise.diagnostics import mask_modality, modality_shapley, noise_response, ood
 from equipoise.diagnostics.noise_test import input_statistics
-from equipoise.diagnostics.suite import QUESTIONS, diagnose
+from equipoise.diagnostics.suite import TESTS, diagnose
 from equipoise.errors import ConfigError, EquipoiseError, NonFiniteError, ShapeError
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
 from helpers.model_state import Broken, state
@@ -146,7 +146,7 @@ def test_residuals_of_the_blocks_against_loops(deep):
 def test_every_test_has_run_where_every_test_applies(deep):
     found = deep[3]
     assert found.skipped == {}
-    assert set(found.details) == set(QUESTIONS)
+    assert set(found.details) == set(TESTS)
     assert found.samples == 20
     assert all(isinstance(value, float | int) for value in found.metrics.values())
     assert (found.name, found.names, found.task) == ("joint", NAMES[2], "classification")
@@ -162,7 +162,7 @@ def test_any_number_of_modalities(count, depth):
     assert {f"accuracy_noise/{name}" for name in names} <= set(found.metrics)
     assert ("masking" in found.skipped) == ("response" in found.skipped) == (count == 1)
     assert ("collapse" in found.details) == (depth == 2)
-    assert set(found.skipped) | set(found.details) == set(QUESTIONS)
+    assert set(found.skipped) | set(found.details) == set(TESTS)
     if count == 1:
         assert found.skipped["masking"] == "the model has one modality: without it nothing is left"
     else:
@@ -186,7 +186,7 @@ def test_any_number_of_modalities(count, depth):
 )
 def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
     found = diagnose(fused(fusion(DIM)), batches())
-    assert set(found.skipped) | set(found.details) == set(QUESTIONS)
+    assert set(found.skipped) | set(found.details) == set(TESTS)
     assert {"score", "noise", "masking", "shapley", "corruption", "gradients", "cost"} <= set(found.details)
     assert found.skipped["ood"] == "no inputs of unknown kind were given; see outside"
     assert all(len(reason) > 20 for reason in found.skipped.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose, results
+from equipoise.diagnostics.suite import TESTS, Diagnosis, diagnose, results
 from equipoise.errors import DataError, SchemaError
 from equipoise.results import result_rows
 from helpers.fusion import batch, model
@@ -100,7 +100,7 @@ def test_the_page_names_every_figure_and_every_verdict(found):
         assert f"{kind}/<{PLACES.get(kind, 'm')}>" in named if slash else kind in named, metric
     for verdict in found.verdicts:
         assert re.sub(r"/.*", "/<m>", verdict.key) in named
-    assert all(re.search(rf"\| {test} \|", text) for test in QUESTIONS)
+    assert all(re.search(rf"\| {test} \|", text) for test in TESTS)
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):

@@ -134,7 +134,9 @@ def test_keys_are_drawn_with_the_noise_that_moved_them():
     state["noise"]["audio"] = part([2, 2])
     assert readings.replaced("joint", "after") == "audio"
     state["noise"]["audio"] = part([1, 3])
-    assert "As noise, image stands at +0.50 (+0.75)" in comparison_text.keys_text(readings, "joint", "after")
+    assert "With noise, image has a mean cosine of +0.50 (+0.75)" in comparison_text.keys_text(
+        readings, "joint", "after"
+    )
 
 
 def test_names_at_the_ends_of_curves_do_not_stand_on_one_another():

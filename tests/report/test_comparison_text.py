@@ -25,7 +25,7 @@ def test_verdict_on_a_rise():
     assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
     # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
     effect = "attention–noise correlation r rises from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
-    assert text.startswith(f"Largest significant effect, joint+x against joint: {effect}.")
+    assert text.startswith(f"The largest significant effect is that of joint+x compared with joint: {effect}.")
     assert text.count(effect) == 1
 
 
@@ -41,7 +41,7 @@ def test_what_follows_where_the_sign_depends_on_the_level_of_noise():
 def test_verdict_on_a_fall():
     head, text = story([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
     assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
-    assert "r falls from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
+    assert "r decreases from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
 
 
 def test_verdict_on_weak_evidence():
@@ -49,7 +49,7 @@ def test_verdict_on_weak_evidence():
     assert head == "No significant difference between joint and joint+x"
     assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
     assert "rises" not in text
-    assert "Largest" not in text
+    assert "largest" not in text
 
 
 def test_verdict_on_one_seed():
@@ -145,9 +145,9 @@ def test_errors_are_read_as_errors():
     readings = compared(errors, "negative_error")
     assert comparison_text.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
     text = " ".join(comparison_text.verdict(readings))
-    assert "mean absolute error falls from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
+    assert "mean absolute error decreases from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
     assert "joint has the lowest mean absolute error: 0.507 ± 0.012, 3 seeds" in text
-    assert "The best single modality is image with 0.713 ± 0.015" in text
+    assert "The best unimodal baseline is image with 0.713 ± 0.015" in text
     assert "significantly better: concat (−0.10, on 3 of 3 seeds" in text
     assert comparison_text.scores_text(readings, "negative_error").startswith(
         "Mean absolute error: joint 0.507, concat 0.610"
@@ -190,17 +190,16 @@ def test_verdict_compares_fusions_with_the_best_single_modality():
         "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second, image, is" in text
     )
     assert (
-        "The best single modality is image with 65.5 ± 0.7 %, 2 seeds. Against it, significantly worse: joint" in text
+        "The best unimodal baseline is image with 65.5 ± 0.7 %, 2 seeds. Compared with it, significantly worse: joint"
+        in text
     )
     assert "significantly better: concat (+10.1 points, on 2 of 2 seeds, p = 0.0" in text
 
 
 def test_verdict_with_nothing_to_say():
-    assert comparison_text.verdict(read([])) == ["No run has finished yet, so there is nothing to say."]
+    assert comparison_text.verdict(read([])) == ["No run has finished yet."]
     assert comparison_text.headline(read([])) == "No run yet"
-    assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == [
-        "No figure is defined for any run, so there is nothing to say."
-    ]
+    assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == ["No metric is defined for any run."]
     assert comparison_text.headline(read([one("m", 0)])) == "m alone"
 
 
@@ -213,9 +212,9 @@ def test_sentences_say_which_way_attention_went():
     assert "rotated after epoch 3 (in 5 of 5 runs)" in comparison_text.share_text(readings, "joint+rollingq")
     assert "rotated" not in comparison_text.share_text(readings, "joint")
     before = comparison_text.keys_text(readings, "joint+rollingq", "before")
-    assert "just before the first rotation: the query stands closest to the keys of audio" in before
+    assert "just before the first rotation: the query is closest to the keys of audio" in before
     after = comparison_text.keys_text(readings, "joint+rollingq", "after")
-    assert "at the end of training: the query stands closest to the keys of image" in after
+    assert "at the end of training: the query is closest to the keys of image" in after
     assert comparison_text.rotations_text(readings).endswith("joint+rollingq 1.")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.diagnostics.suite import QUESTIONS, Diagnosis, diagnose
+from equipoise.diagnostics.suite import TESTS, Diagnosis, diagnose
 from equipoise.errors import ConfigError
 from equipoise.report.diagnosis_html import diagnosis_page
 from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
@@ -52,9 +52,9 @@ def page(*found):
 
 
 def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
-    assert set(WORDS) == set(QUESTIONS)
+    assert set(WORDS) == set(TESTS)
     for metric in {**deep.metrics, **static.metrics}:
-        assert source_of(metric) in QUESTIONS, metric
+        assert source_of(metric) in TESTS, metric
         assert label(metric)[0].isupper()
     assert ordered(["flops", "loss", "accuracy", "share/audio"], WORDS) == ["accuracy", "share/audio", "flops", "loss"]
 
@@ -85,7 +85,7 @@ def test_the_verdict_comes_first_and_every_link_leads_somewhere(deep):
         assert f'href="#test-{verdict.test}"' in text
     anchors = set(re.findall(r'href="#([^"]+)"', text))
     assert anchors <= set(re.findall(r'\bid="([^"]+)"', text))
-    assert {f"test-{test}" for test in QUESTIONS} <= anchors
+    assert {f"test-{test}" for test in TESTS} <= anchors
 
 
 def test_identifiers_are_unique(deep, static, three):
@@ -146,7 +146,7 @@ def test_little_makes_a_page():
     text = page(bare)
     assert "<h1>bare, examined</h1>" in text
     assert "No test gave a verdict" in text
-    nothing = dataclasses.replace(bare, details={test: {} for test in QUESTIONS}, metrics={"accuracy": float("nan")})
+    nothing = dataclasses.replace(bare, details={test: {} for test in TESTS}, metrics={"accuracy": float("nan")})
     text = page(nothing, bare)
     assert "<h1>bare (1) and bare (2), side by side</h1>" in text
     assert text.count("<svg") == 0

@@ -57,9 +57,9 @@ def test_the_sentence_has_the_figures_of_the_look(seen, content):
     view = seen.views["answer"]
     part, even = float(view.share[..., 1].mean()), float(view.uniform[:, 1].mean())
     assert f"In the answer, {percent(part)} of attention goes to the image" in lead
-    assert f"{part / even:.{1 if part > even else 2}f} times what its number of tokens (9 of " in lead
+    assert f"{part / even:.{1 if part > even else 2}f} times its uniform share (9 of " in lead
     hidden = next(effect for effect in seen.effects if effect.change == "image hidden")
-    way = "falls" if hidden.difference < 0 else "rises"
+    way = "decreases" if hidden.difference < 0 else "increases"
     assert f"Without the image, the answer’s log-likelihood {way} by {abs(hidden.difference):.2f} a token." in lead
 
 

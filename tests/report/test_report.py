@@ -7,7 +7,7 @@ import pytest
 
 from equipoise.errors import DataError, SchemaError
 from equipoise.report import page, report
-from equipoise.report.comparison_page import embedded
+from equipoise.report.html_page import embedded
 from equipoise.results import result_rows
 from helpers.fake_results import fake_results
 from helpers.pages import CONTRAST, EVIL

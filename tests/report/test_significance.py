@@ -179,7 +179,7 @@ def test_verdicts_obey_the_tests(task, samples, levels, seed):
         left = found.compare(f"{score}_noise/{name}", f"{score}_constant")
         other = {"audio": "image", "image": "audio"}[name]
         gap = found.compare(f"{score}_noise/{name}", f"{score}_alone/{other}")
-        verdict = said[f"fallback/{name}"]
+        verdict = said[f"robustness/{name}"]
         if verdict.ok == "good":
             assert left.p < SURE
             assert left.difference > 0
@@ -188,8 +188,8 @@ def test_verdicts_obey_the_tests(task, samples, levels, seed):
             assert gap.difference < 0
     best = max(found.names, key=lambda name: made["metrics"][f"{score}_alone/{name}"])
     gap = found.compare(score, f"{score}_alone/{best}")
-    assert (said["golden"].ok == "good") == (gap.better and "chance" not in said)
-    assert (said["golden"].ok == "bad") == gap.worse
+    assert (said["unimodal_baseline"].ok == "good") == (gap.better and "chance" not in said)
+    assert (said["unimodal_baseline"].ok == "bad") == gap.worse
     turned = {**made["details"]["score"]["outcomes"]}
     turned = {metric: pack_outcomes(unpack_outcomes(packed)[::-1]) for metric, packed in turned.items()}
     again = verdicts({**made, "details": {"score": {"outcomes": turned}}})
@@ -204,7 +204,7 @@ def test_what_equals_the_constant_answer_is_never_a_success(task, samples, level
     found = verdicts(made)
     assert found[0].key == "chance"
     assert headline("mine", found) == "mine is no better than a constant answer"
-    assert all(verdict.ok != "good" for verdict in found if verdict.key != "fallback/audio")
+    assert all(verdict.ok != "good" for verdict in found if verdict.key != "robustness/audio")
     assert not any("uses" in verdict.claim for verdict in found)
 
 
@@ -212,8 +212,8 @@ def test_what_equals_the_constant_answer_is_never_a_success(task, samples, level
 def test_falling_back_on_the_constant_answer_is_not_called_a_success(task):
     levels = dict.fromkeys(("_constant", "_noise/audio", "_alone/image"), 0.5) | {"": 0.9, "_alone/audio": 0.9}
     made, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
-    verdict = {verdict.key: verdict for verdict in verdicts(made)}["fallback/audio"]
-    assert (verdict.claim, verdict.ok) == ("has nothing to fall back on without audio", "neutral")
+    verdict = {verdict.key: verdict for verdict in verdicts(made)}["robustness/audio"]
+    assert (verdict.claim, verdict.ok) == ("has no informative alternative to audio", "neutral")
     assert "constant answer" in verdict.text
 
 
@@ -263,8 +263,8 @@ def test_alone_is_scored_on_the_samples_that_have_the_modality():
     found = diagnose(model, loader, tests=["noise"], alone=alone)
     assert found.metrics["accuracy_alone/audio"] == 1.0
     assert found.metrics["accuracy_with/audio"] == 1.0
-    golden = {verdict.key: verdict for verdict in found.verdicts}["golden"]
-    assert golden.claim == "is no better than its best single modality"
+    golden = {verdict.key: verdict for verdict in found.verdicts}["unimodal_baseline"]
+    assert golden.claim == "is no better than its best unimodal baseline"
     assert f"on the {samples // 2} samples with both" in golden.text
     compared = VerdictEvidence(found.to_dict()).compare("accuracy_alone/audio", "accuracy_noise/image")
     kept = unpack_outcomes(found.details["noise"]["outcomes"]["accuracy_noise/image"])[1::2]

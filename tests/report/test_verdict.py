@@ -66,7 +66,7 @@ def test_both_sides_of_the_level_of_significance():
     assert (inside.claim, inside.ok) == ("shows no significant effect of audio", "neutral")
     assert (outside.claim, outside.ok) == ("uses audio", "good")
     assert inside.text == (
-        "No significant effect of audio: 50.0 % as it is, 45.2 % without it (−4.8 points, p = 0.055, unpaired)."
+        "No significant effect of audio: 50.0 % unmodified, 45.2 % without it (−4.8 points, p = 0.055, unpaired)."
     )
     assert outside.figures == {"accuracy": 0.5, "accuracy_mask/audio": 0.449}
     assert outside.test == "masking"
@@ -103,7 +103,7 @@ def test_leaning():
     metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.7, "accuracy_mask__image": 0.4}
     at = {"shapley__audio": 0.25, "shapley__image": 0.75}
     found = said(**metrics, **at)["use"]
-    assert (found.claim, found.test) == ("leans on image", "shapley")
+    assert (found.claim, found.test) == ("relies mostly on image", "shapley")
     assert "contributes 75 %" in found.text
     assert said(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
     # The same parts of a difference that may be luck.
@@ -117,14 +117,14 @@ def test_leaning():
 @pytest.mark.parametrize(
     ("r", "p", "claim", "ok"),
     [
-        (FOLLOWS, 0.0, "follows quality", "good"),
-        (FOLLOWS - 0.01, 0.0, "hardly follows quality", "neutral"),
-        (BLIND, 0.0, "hardly follows quality", "neutral"),
-        (BLIND - 0.01, 0.0, "is blind to quality", "bad"),
-        (-BLIND + 0.01, 0.0, "is blind to quality", "bad"),
-        (-BLIND, 0.0, "is drawn to noise", "bad"),
-        (0.01, 0.4, "is blind to quality", "bad"),
-        (math.nan, math.nan, "is blind to quality", "bad"),
+        (FOLLOWS, 0.0, "responds to input quality", "good"),
+        (FOLLOWS - 0.01, 0.0, "responds weakly to input quality", "neutral"),
+        (BLIND, 0.0, "responds weakly to input quality", "neutral"),
+        (BLIND - 0.01, 0.0, "does not respond to input quality", "bad"),
+        (-BLIND + 0.01, 0.0, "does not respond to input quality", "bad"),
+        (-BLIND, 0.0, "attends more to noise", "bad"),
+        (0.01, 0.4, "does not respond to input quality", "bad"),
+        (math.nan, math.nan, "does not respond to input quality", "bad"),
     ],
 )
 def test_quality(r, p, claim, ok):
@@ -154,31 +154,33 @@ def test_few_samples_do_not_call_attention_blind():
 )
 def test_fall_back_on_what_the_other_alone_reaches(left, samples, ok):
     metrics = {"accuracy": 0.8, "accuracy_noise__audio": left, "accuracy_alone__image": 0.65}
-    found = said(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)["fallback/audio"]
+    found = said(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)["robustness/audio"]
     assert found.ok == ok
     assert "image alone reaches 65.0 %" in found.text
     assert found.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
 
 
 def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
-    found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["fallback/audio"]
+    found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["robustness/audio"]
     assert found.text == (
-        "Does not fall back: with audio replaced by noise the accuracy is 30.0 %, without audio it reaches 60.0 % "
+        "Not robust to noise: with audio replaced by noise the accuracy is 30.0 %, masking audio gives 60.0 % "
         "(−30.0 points, p < 0.001, unpaired)."
     )
-    assert "fallback/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)
+    assert "robustness/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)
 
 
-def test_golden_rule():
-    worse = said(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["golden"]
-    assert (worse.claim, worse.ok) == ("is worse than its best single modality", "bad")
+def test_unimodal_baseline():
+    worse = said(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["unimodal_baseline"]
+    assert (worse.claim, worse.ok) == ("is worse than its best unimodal baseline", "bad")
     assert "60.0 % against 70.0 % of image alone (its own head, a floor" in worse.text
-    models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})["golden"]
+    models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})[
+        "unimodal_baseline"
+    ]
     assert models.ok == "good"
     assert "(a model of it alone; " in models.text
-    same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["golden"]
-    assert (same.ok, same.claim) == ("neutral", "is no better than its best single modality")
-    assert "golden" not in said(accuracy=0.6)
+    same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["unimodal_baseline"]
+    assert (same.ok, same.claim) == ("neutral", "is no better than its best unimodal baseline")
+    assert "unimodal_baseline" not in said(accuracy=0.6)
 
 
 def test_a_model_that_has_learnt_nothing_is_told_first():
@@ -196,13 +198,13 @@ def test_attention_and_confidence_at_their_thresholds():
     assert "collapse" not in said(residual_last=FLAT)
     details = {"ood": {"outside": MANY}}
     given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
-    found = [said(auroc=value, details=details)["outside"] for value in given]
+    found = [said(auroc=value, details=details)["ood"] for value in given]
     assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
     assert "does not significantly tell" in found[4].text
     # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
     few = {"samples": 30, "details": {"ood": {"outside": 30}}}
-    assert said(auroc=0.64, **few)["outside"].claim == "does not notice unknown inputs"
-    assert said(auroc=0.66, **few)["outside"].claim == "tells unknown inputs in part"
+    assert said(auroc=0.64, **few)["ood"].claim == "does not notice unknown inputs"
+    assert said(auroc=0.66, **few)["ood"].claim == "detects out-of-distribution inputs partly"
 
 
 def test_quag_speaks_only_where_something_was_averaged():
@@ -219,7 +221,7 @@ def test_regression_has_the_error_of_its_samples():
     assert said(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
     found = said(**regression, negative_error_mask__audio=-1.11)["use/audio"]
     # An error grows; it is no negative number that falls.
-    assert found.text == "Uses audio: 1.00 as it is, 1.11 without it (+0.11, p = 0.028, unpaired)."
+    assert found.text == "Uses audio: 1.00 unmodified, 1.11 without it (+0.11, p = 0.028, unpaired)."
     # Without the samples' errors nothing is measurable, and nothing is ignored either.
     blank = said(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
     assert blank.ok == "neutral"
@@ -251,7 +253,7 @@ def test_a_model_with_zero_weights_ignores_the_modality():
     assert by_key["use/image"].figures["changed_noise/image"] == 0.0
     assert by_key["use/image"].ok == "bad"
     # It has nothing to lose by noise in what it ignores.
-    assert by_key["fallback/image"].ok == "good"
+    assert by_key["robustness/image"].ok == "good"
 
 
 def test_a_model_that_weighs_both_uses_both():
@@ -265,7 +267,11 @@ def test_a_model_that_weighs_both_uses_both():
 
 @pytest.mark.parametrize(
     ("sharpness", "mean", "claim"),
-    [(6.0, -1.0, "follows quality"), (6.0, 3.0, "is drawn to noise"), (0.0, -1.0, "is blind to quality")],
+    [
+        (6.0, -1.0, "responds to input quality"),
+        (6.0, 3.0, "attends more to noise"),
+        (0.0, -1.0, "does not respond to input quality"),
+    ],
 )
 def test_attention_that_follows_noise_or_is_blind_to_it(sharpness, mean, claim):
     model = looking(sharpness)

@@ -94,14 +94,14 @@ def diagnose_parser() -> Parser:
 
 def diagnose(options: Namespace) -> int:
     """Diagnoses every run on its test split, writes the results, and prints the verdicts."""
-    from ..diagnostics.suite import QUESTIONS, results
+    from ..diagnostics.suite import TESTS, results
     from ..report import diagnosis_html  # noqa: F401  (a missing package is reported before the tests run)
     from .console import out
     from .progress_bars import DiagnosisProgress
 
     tests = None if options.tests is None else [name.strip() for name in options.tests.split(",") if name.strip()]
     if tests == []:
-        raise ConfigError("diagnose", expected=f"some of {', '.join(QUESTIONS)} after --tests", got=repr(options.tests))
+        raise ConfigError("diagnose", expected=f"some of {', '.join(TESTS)} after --tests", got=repr(options.tests))
     alone = len(options.runs) == 1
     folder = options.out or (options.runs[0] / "diagnosis" if alone else Path("runs") / "diagnosis")
     check_folder(folder, "diagnose")

@@ -1,4 +1,4 @@
-"""Diagnostics: what a model does with its modalities, and what it costs."""
+"""Diagnostics of modality use, attention, robustness and cost."""
 
 from .answer_likelihood import answer_effects as answer_effects
 from .attention_gap_test import attention_gap as attention_gap

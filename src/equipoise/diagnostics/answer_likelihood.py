@@ -1,4 +1,4 @@
-"""How likely a language model finds an answer when it cannot see a modality, or reads it averaged."""
+"""Log-likelihood of an answer of a language model with modalities hidden or attention averaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .interventions import Intervention, Labels, apply_intervention
 from .quag_operators import ClsRows, chosen_operators
 
 IGNORED = -100
-"""Label of a token that is no part of the answer."""
+"""Label of tokens that are not part of the answer."""
 
 
 def answer_effects(
@@ -29,52 +29,53 @@ def answer_effects(
     names: Sequence[str] | None = None,
     cls_rows: ClsRows = "keys",
 ) -> list[dict[str, Any]]:
-    """What each modality and each part of attention does for an answer that is given.
+    """Measures the effect of each modality and of averaged attention on the likelihood of a given answer.
 
-    The mean of log p(token | what comes before) over the answer's tokens: untouched, with each modality hidden from
-    every query (``without_modality``), and under operators of QUAG (``with_quag``).
+    The log-likelihood is the mean of log p(token | previous tokens) over the tokens of the answer: without intervention,
+    with each modality hidden from all queries (``without_modality``), and under QUAG operators (``with_quag``).
 
     Args:
         model: a Hugging Face causal or encoder-decoder model, on the device of the inputs.
-        inputs: what its processor made, the answer among them for a causal model.
-        labels: (batch, token) the answer, -100 for tokens that are none; in the place of the inputs' tokens for a
-            causal model, which predicts each from the place before.
-        operators: of QUAG; by default all, ``()`` for none.
-        modality, names: labels of the keys, where the model's inputs do not tell them; as in ``watch``.
+        inputs: output of its processor; for a causal model it includes the answer.
+        labels: (batch, token) token ids of the answer, -100 for all other tokens; aligned with the input tokens for a
+            causal model, which predicts each token from the previous position.
+        operators: QUAG operators; by default all, ``()`` for none.
+        modality, names: labels of the keys, if they cannot be derived from the inputs; as in ``watch``.
         cls_rows: as in ``with_quag``.
 
     Returns:
-        Rows {"change", "of", "log_likelihood", "drop", "tokens", "sites"}: change is "none", "mask" or "quag", of the
-        modality or operator, log_likelihood in nats per token, drop the untouched one minus it, tokens how many the
-        answer has, sites how many attention layers were changed. A change that finds nothing to act on has no row.
+        Rows {"change", "of", "log_likelihood", "drop", "tokens", "sites"}: "change" is "none", "mask" or "quag", "of" the
+        modality or operator, "log_likelihood" in nats per token, "drop" the value without intervention minus it,
+        "tokens" the number of answer tokens, "sites" the number of changed attention layers. Interventions without any
+        layer to change are omitted.
 
     Raises:
-        ConfigError: nothing but the untouched row, an unknown operator, a model without logits. ShapeError: labels that
-            do not fit, or hold no answer. NonFiniteError: logits that are NaN.
+        ConfigError: no intervention could be applied, an unknown operator, or a model without logits. ShapeError:
+            labels that do not fit or contain no answer. NonFiniteError: a logit is NaN.
 
-    A drop is evidence of use, unlike a share of attention. An answer that was likely from its words alone has none; and
-    hiding text hides the answer's own beginning too.
+    Unlike an attention share, a drop is evidence of use. There is no drop if the answer is likely from the text alone;
+    hiding text also hides the beginning of the answer.
 
     Reference: spec 8.5 and 8.6.
     """
     known = tuple(labels_for(model, modality, names)[0].names)
-    made: list[tuple[str, str, Intervention]] = [
+    interventions: list[tuple[str, str, Intervention]] = [
         ("mask", name, Intervention("answer_effects", MaskModality((name,)))) for name in known
     ]
     for name in chosen_operators(known, operators, cls_rows):
-        made.append(("quag", name, Intervention("answer_effects", QuagAveraging(name, cls_rows))))
+        interventions.append(("quag", name, Intervention("answer_effects", QuagAveraging(name, cls_rows))))
     with eval_mode_no_grad(model):
         full, tokens = log_likelihood(model, inputs, labels)
         rows = [_row("none", None, full, full, tokens, 0)]
-        for change, name, one in made:
+        for change, name, one in interventions:
             with apply_intervention(model, one, modality=modality, names=names):
                 left, _ = log_likelihood(model, inputs, labels)
             if one.changed:
                 rows.append(_row(change, name, full, left, tokens, len(one.changed)))
     if len(rows) == 1:
-        raise next((one.nothing(ran=True) for *_, one in made), None) or ConfigError(
+        raise next((one.nothing(ran=True) for *_, one in interventions), None) or ConfigError(
             "answer_effects", expected="attention over known modalities", got="none",
-            fix="Give one label for every key: modality=labels, names=names.",
+            fix="Give one label for each key: modality=labels, names=names.",
         )  # fmt: skip
     return rows
 
@@ -82,27 +83,27 @@ def answer_effects(
 def log_likelihood(
     model: nn.Module, inputs: Mapping[str, Any], labels: Int[Tensor, "batch token"]
 ) -> tuple[float, int]:
-    """(mean log-likelihood of the answer's tokens in nats, how many there are).
+    """Returns the mean log-likelihood of the answer tokens in nats, and their number.
 
     Raises:
-        ConfigError: a model without logits. ShapeError: labels that do not fit, or hold no answer. NonFiniteError:
-            logits that are NaN.
+        ConfigError: a model without logits. ShapeError: labels that do not fit or contain no answer. NonFiniteError: a
+            logit is NaN.
     """
     if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
         logits, target = _logits(model(**{**inputs, "labels": labels}), labels), labels
     else:
-        # The token at a place is predicted one place before.
+        # The token at a position is predicted from the previous position.
         logits, target = _logits(model(**inputs), labels)[:, :-1], labels[:, 1:]
     answer = target != IGNORED
     if not bool(answer.any()):
         raise ShapeError(
-            "answer_effects labels", expected=f"at least one token of the answer that is not {IGNORED}", got="none",
-            fix="Of a causal model the first token has nothing that predicts it.",
+            "answer_effects labels", expected=f"at least one answer token with a label other than {IGNORED}", got="none",
+            fix="The first token of a causal model cannot be predicted.",
         )  # fmt: skip
     chosen = logits[answer].float()
     if bool(chosen.isnan().any()):
         raise NonFiniteError(
-            "answer_effects", expected="logits that are numbers", got="NaN at tokens of the answer",
+            "answer_effects", expected="logits without NaN", got="NaN at answer tokens",
             fix="Look for NaN in the inputs, then in the model's weights.",
         )  # fmt: skip
     likely = chosen.log_softmax(dim=-1).gather(1, target[answer][:, None])
@@ -119,7 +120,7 @@ def _logits(output: Any, labels: Tensor) -> Float[Tensor, "batch token word"]:
     if logits.shape[:2] != labels.shape:
         raise ShapeError(
             "answer_effects labels", expected=f"(batch, token) = {tuple(logits.shape[:2])} as the logits have",
-            got=f"{tuple(labels.shape)}", fix=f"Give one label for every token of the inputs, {IGNORED} for no answer.",
+            got=f"{tuple(labels.shape)}", fix=f"Give one label for each input token, {IGNORED} for tokens outside the answer.",
         )  # fmt: skip
     return logits
 

@@ -1,4 +1,4 @@
-"""What can be done to an attention while a block runs: a modality hidden, or quadrants averaged."""
+"""Changes of a single attention call: masking a modality, or averaging quadrants (QUAG)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from .quag_operators import ClsRows, averaged_attention, operators, quag_attenti
 
 
 class AttentionChange(Protocol):
-    """What is done to an attention."""
+    """A change of attention calls."""
 
     @property
     def what(self) -> str:
-        """In words, after "attention"."""
+        """Description that follows "attention" in error messages."""
         ...
 
     def check(self, names: Sequence[str], who: str) -> None:
-        """Raises ConfigError where it means nothing for these modalities."""
+        """Raises ConfigError if the change does not apply to these modalities."""
         ...
 
     def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
-        """The output instead; why there can be none; None where there is nothing to change.
+        """Returns the changed output, the reason why it cannot be computed, or None if there is nothing to change.
 
-        For attention that the model has written out itself, the attention instead.
+        If the model computes its attention matrix explicitly, the changed matrix is returned instead.
         """
         ...
 
 
 @dataclass(frozen=True)
 class MaskModality:
-    """softmax over the keys of all other modalities alone.
+    """Takes the softmax over the keys of all other modalities.
 
     Attributes:
-        gone: names of the hidden ones.
+        gone: names of the masked modalities.
     """
 
     gone: tuple[str, ...]
@@ -63,7 +63,7 @@ class MaskModality:
         if call.attention is not None:
             kept = call.attention.masked_fill(hidden[:, None, None], 0.0)
             return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
-        # Zeros in place of what may be NaN, which no weight of 0 would stop.
+        # Replace masked keys and values by zeros: a NaN would propagate even with weight 0.
         blank = hidden[:, None, :, None]
         seen = call.with_mask(~hidden[:, None, None])
         return attention_output(
@@ -73,11 +73,11 @@ class MaskModality:
 
 @dataclass(frozen=True)
 class QuagAveraging:
-    """QUAG.
+    """Averages attention inside the quadrants of a QUAG operator.
 
     Attributes:
-        operator: a name out of ``operators``.
-        cls_rows: what special tokens do that read.
+        operator: a name of ``operators``.
+        cls_rows: treatment of queries that are special tokens.
     """
 
     operator: str

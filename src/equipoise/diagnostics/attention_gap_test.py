@@ -1,4 +1,4 @@
-"""Do tokens look at their own modality or across? The attention gap of each modality (spec 5.6)."""
+"""Attention gap: difference between the attention of a modality to itself and to the other modalities."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..errors import ConfigError, ShapeError
 from ..geometry import membership
 from .model_inputs import Layers, attention_of, key_mask, labels_of
 
-Normalise = Literal["mass", "per_token"]
+Normalize = Literal["mass", "per_token"]
 
 
 class GroupShares(NamedTuple):
-    """What the queries of each modality give to the keys of each modality.
+    """Attention between modalities.
 
     Attributes:
         share: (layer, sample, head, modality of query, modality of key) mean over the queries; NaN without any.
-        rows: (sample, modality of query) over how many queries.
+        rows: (sample, modality of query) number of queries.
     """
 
     share: Float[Tensor, "layer sample head query key"]
@@ -31,41 +31,41 @@ def attention_gap(
     share: Float[Tensor, "*layer_sample_head query key"],
     *,
     weights: Tensor | None = None,
-    normalize: Normalise = "mass",
+    normalize: Normalize = "mass",
     counts: Tensor | None = None,
 ) -> Float[Tensor, " query"]:
-    """How unevenly the queries of each modality look at their own modality and at the others, in percent.
+    """Computes the imbalance between attention to the own modality and to the others, in percent.
 
     ::
 
         gap_m = 100 |S_m - X_m| / (S_m + X_m)     S_m: attention m -> m,  X_m: m -> all other modalities
 
-    S and X are means over heads and samples, in each layer; gap is the mean over layers. 0 says that both get the same,
-    100 that one of them gets everything; which one, the share itself says. What special tokens get is in neither.
+    S and X are means over heads and samples in each layer; the gap is the mean over layers. 0 means equal attention, 100
+    that one of them receives all attention; the share shows which one. Attention to special tokens is excluded.
 
     Args:
-        share: (layer, sample, head, modality of query, modality of key). Leading dimensions may be left out, the layer
-            first: (sample, head, query, key), (head, query, key) and (query, key) are one layer's.
-        weights: of the rows in their mean, of a shape that broadcasts to share's without its last dimension; the number
-            of queries behind each row makes it a mean over queries, and 0 leaves a row out. Without weights all rows
-            count alike, but for those of which every share is NaN.
-        normalize: "mass" compares what both parts get, so a modality of many tokens gets much; "per_token" what each
-            key gets on average.
-        counts: number of keys that were allowed, of a shape that broadcasts to share's. Rows without keys of one of
-            the two kinds do not count. Needed for "per_token".
+        share: (layer, sample, head, modality of query, modality of key). Leading dimensions may be omitted, starting
+            with the layer: (sample, head, query, key), (head, query, key) and (query, key) describe one layer.
+        weights: weights of the rows, broadcastable to the shape of ``share`` without its last dimension. The number of
+            queries of each row gives a mean over queries; 0 excludes a row. Without weights all rows have the same
+            weight, except rows with only NaN.
+        normalize: "mass" compares the total attention, which favors modalities with many tokens; "per_token" compares
+            the average attention per key.
+        counts: number of visible keys, broadcastable to the shape of ``share``. Rows without keys of one of the two
+            kinds are excluded. Required for "per_token".
 
     Returns:
-        (modality of query,), in at least float32. NaN for a single modality, and where nothing counts.
+        (modality of query,), in at least float32. NaN for a single modality, and without any valid row.
 
     Raises:
         ConfigError: an unknown normalization, or "per_token" without counts.
-        ShapeError: a share that is no such table, weights or counts that do not fit.
+        ShapeError: ``share``, ``weights`` or ``counts`` have another shape.
 
-    A gap may be right: where one modality has nothing to say, a model should not look at it.
+    A gap may be appropriate if one modality is not informative.
 
-    Reference: MODA (ICML 2025), attention discrepancy of modalities; spec 5.6.
-    Differs from the paper in: the paper does not say whether it averages mass or attention for each token; both are
-    given.
+    Reference: MODA (ICML 2025), attention discrepancy of modalities.
+    Differs from the paper in: the paper does not specify whether total attention or attention per token is compared; both are
+    available.
 
     Example:
         >>> attention_gap(torch.tensor([[0.75, 0.25], [0.25, 0.25]]))
@@ -74,7 +74,7 @@ def attention_gap(
     if normalize not in ("mass", "per_token"):
         raise ConfigError("attention_gap", expected="normalize 'mass' or 'per_token'", got=repr(normalize))
     if normalize == "per_token" and counts is None:
-        fix = "Give counts, the number of allowed keys, or use gap_from_attention, which counts them."
+        fix = "Give counts, the number of visible keys, or use gap_from_attention, which computes them."
         raise ConfigError("attention_gap", expected="counts for normalize 'per_token'", got="none", fix=fix)
     table = share[(None,) * max(0, 5 - share.ndim)]
     if not share.is_floating_point() or table.ndim != 5 or table.shape[-1] != table.shape[-2] or share.ndim < 2:
@@ -102,24 +102,24 @@ def gap_from_attention(
     num_modalities: int | None = None,
     mask: Bool[Tensor, "batch *query key"] | None = None,
     *,
-    normalize: Normalise = "mass",
+    normalize: Normalize = "mass",
 ) -> Float[Tensor, " modality"]:
-    """``attention_gap`` of explicit self-attention, over all queries that may see both kinds of keys.
+    """Computes ``attention_gap`` from explicit self-attention, over all queries that see both kinds of keys.
 
     Args:
         attention: (batch, head, query, key) after softmax, query = key, or one for each layer, such as the
             ``attentions`` of a Hugging Face model.
-        modality: labels (token,) or (batch, token), -1 = special or padding: neither a query nor a key then.
+        modality: labels (token,) or (batch, token), -1 = special or padding, excluded as query and key.
         num_modalities: entries of the result; by default the highest label + 1.
-        mask: (batch, key) or (batch, query, key), True = may be seen. A causal mask must be given: without it the first
-            queries count, although they cannot look across.
-        normalize: "mass" or "per_token"; then each query's parts are divided by the number of keys that it may see.
+        mask: (batch, key) or (batch, query, key), True = visible. A causal mask must be given: without it the first
+            queries are included although they cannot attend to the other modalities.
+        normalize: "mass" or "per_token", which divides by the number of visible keys of each query.
 
     Returns:
-        (modality,) in percent, every query alike; NaN where no query sees both kinds.
+        (modality,) in percent, with the same weight for all queries; NaN if no query sees both kinds.
 
     Raises:
-        ConfigError, ShapeError: as ``attention_gap``; attention that is not square.
+        ConfigError, ShapeError: as in ``attention_gap``; attention that is not square.
 
     Example:
         >>> attention = torch.tensor([[[[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.2, 0.3, 0.5]]]])
@@ -151,10 +151,10 @@ def share_table(
     num_modalities: int | None = None,
     mask: Bool[Tensor, "batch *query key"] | None = None,
 ) -> GroupShares:
-    """What the queries of each modality give to the keys of each, out of explicit self-attention.
+    """Computes the attention between modalities from explicit self-attention.
 
-    Only queries that may see their own modality and another one count. Args and Raises as ``gap_from_attention``, whose
-    result is ``attention_gap(table.share, weights=table.rows[:, None])``.
+    Only queries that see their own and another modality are included. Arguments and errors as in ``gap_from_attention``,
+    whose result is ``attention_gap(table.share, weights=table.rows[:, None])``.
 
     Example:
         >>> attention = torch.tensor([[[[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.2, 0.3, 0.5]]]])
@@ -184,14 +184,14 @@ class _Links(NamedTuple):
 
 
 def _links(attention: Tensor, modality: Tensor, num_modalities: int | None, mask: Tensor | None, who: str) -> _Links:
-    """Which keys are a query's own and which another's, and the queries that may see both, by their modality."""
+    """Masks of the keys of the own and of other modalities, and of the queries that see both, by modality."""
     batch, _, queries, keys = attention.shape
     if queries != keys:
         raise ShapeError(
             f"{who} attention",
             expected="self-attention, query = key",
             got=f"query = {queries}, key = {keys}",
-            fix="Run the whole sequence at once, not token by token with a cache.",
+            fix="Run the whole sequence in one forward pass instead of token by token with a cache.",
         )
     labels, count = labels_of(modality, num_modalities, batch, keys, who)
     seen = key_mask(mask, attention, who)
@@ -199,8 +199,8 @@ def _links(attention: Tensor, modality: Tensor, num_modalities: int | None, mask
     if mask is not None and mask.ndim == 2:
         labels = labels.masked_fill(~seen[:, 0], -1)
     member = membership(labels, count, batch)
-    ours = member.any(dim=1)
-    seen = seen & ours[:, None, :] & ours[:, :, None]
+    labeled = member.any(dim=1)
+    seen = seen & labeled[:, None, :] & labeled[:, :, None]
     same = labels[:, :, None] == labels[:, None, :]
     own, cross = seen & same, seen & ~same
     both = own.any(dim=-1) & cross.any(dim=-1)
@@ -208,25 +208,25 @@ def _links(attention: Tensor, modality: Tensor, num_modalities: int | None, mask
 
 
 def _own_and_cross(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The diagonal, and the sum of the rest of each row."""
+    """The diagonal, and the sum of the other entries of each row."""
     own = torch.eye(table.shape[-1], dtype=torch.bool, device=table.device)
     return table.diagonal(dim1=-2, dim2=-1), table.masked_fill(own, 0.0).sum(dim=-1)
 
 
-def _expanded(given: Tensor, shape: torch.Size, what: str) -> Tensor:
+def _expanded(values: Tensor, shape: torch.Size, what: str) -> Tensor:
     try:
-        return given.expand(shape)
+        return values.expand(shape)
     except RuntimeError:
         raise ShapeError(
             f"attention_gap {what}",
             expected=f"a shape that broadcasts to {tuple(shape)}",
-            got=f"shape {tuple(given.shape)}",
+            got=f"shape {tuple(values.shape)}",
         ) from None
 
 
 def _gap(own: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
-    """(layer, sample, head, modality) three times -> (modality,); layers in which nothing counts are left out."""
-    # The number of rows would be divided out again, so sums do.
+    """(layer, sample, head, modality) three times -> (modality,); layers without valid rows are excluded."""
+    # Sums suffice, since the number of rows cancels.
     own, cross = (torch.where(weight > 0, part * weight, 0.0).sum(dim=(1, 2)) for part in (own, cross))
     gap = 100.0 * (own - cross).abs() / (own + cross)
     counts = own + cross != 0

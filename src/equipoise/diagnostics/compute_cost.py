@@ -1,4 +1,4 @@
-"""What a model costs: parameters and operations of one forward pass, counted in full or as published tables count."""
+"""Parameters and FLOPs of one forward pass, counted in full or with the rules of thop."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..nn.eval_mode import eval_mode_no_grad
 
 Convention = Literal["full", "thop"]
 TABLE_BATCH = 64
-"""Samples of one forward pass for which the published tables give their GFLOPs."""
+"""Batch size of the GFLOPs in published tables."""
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
-# Fused kernels that the counter of some torch versions takes for free.
+# Fused kernels that the counter of some torch versions does not count.
 UNCOUNTED = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass costs.
+    """Cost of one forward pass.
 
     Attributes:
-        convention: how it was counted.
+        convention: counting rule.
         parameters: number of parameters.
-        flops: floating point operations of one sample; a multiplication and an addition are two.
-        batch_size: samples for which ``gflops`` is meant.
+        flops: floating-point operations of one sample; a multiplication and an addition count as two.
+        batch_size: number of samples for ``gflops``.
     """
 
     convention: Convention
@@ -45,44 +45,44 @@ class Cost:
 
     @property
     def gflops(self) -> float:
-        """10^9 floating point operations of ``batch_size`` samples."""
+        """Floating-point operations of ``batch_size`` samples in units of 10^9."""
         return self.flops * self.batch_size / 1e9
 
 
 def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch_size: int | None = None) -> Cost:
-    """Counts parameters and operations of ``model(batch)``, forward, in evaluation mode.
+    """Counts parameters and FLOPs of the forward pass ``model(batch)`` in evaluation mode.
 
-    ``"full"`` is the one to compare models by: all parameters, and all matrix products and convolutions that are run,
-    those of attention included, whatever kernel runs them. Norms, activations and softmax are not counted.
+    ``"full"`` is recommended for comparisons: all parameters, and all matrix products and convolutions, including those
+    of attention with any kernel. Norms, activations and softmax are not counted.
 
-    ``"thop"`` repeats published tables. Only modules with a rule count, with their parameters and, for each call::
+    ``"thop"`` reproduces published tables. Only modules with a rule are counted, with their parameters and, per call::
 
         Linear  in * out per token      Conv  kernel * in / groups * out      norms  4 per element (2 without weights)
 
-    Biases cost nothing; tokens and position tables have no parameters; the products Q K^T and A V, softmax and
-    ``nn.MultiheadAttention`` are free. A module with a floating buffer ``rotation`` (RollingQ) counts as the paper
-    counts it: the buffer as parameters, and one product with it for each sample.
+    Biases, class tokens, position tables, the products Q K^T and A V, softmax and ``nn.MultiheadAttention`` are not
+    counted. A module with a floating-point buffer ``rotation`` (RollingQ) is counted as in the paper: the buffer as
+    parameters, and one product with it per sample.
 
     Args:
-        model: any module that is called with one batch.
-        batch: what it is called with; the first dimension of its first tensor is the number of samples.
+        model: any module that takes one batch.
+        batch: argument of the model; the first dimension of its first tensor is the number of samples.
         convention: "full" or "thop".
-        batch_size: for ``gflops``; 1 by default in full, 64 as in the tables in thop.
+        batch_size: for ``gflops``; by default 1 for "full" and 64, as in the tables, for "thop".
 
     Returns:
-        Cost. Operations are an average over the batch, so padding counts. They say little about time: a fused kernel
-        may be many times faster than its parts.
+        Cost. FLOPs are averaged over the batch, including padding. They are a weak predictor of run time: a fused kernel
+        may be several times faster than separate operations.
 
     Raises:
         ConfigError: an unknown convention.
         ShapeError: a batch without tensors or without samples.
 
-    Reference: RollingQ (ICML 2025), Table 4; spec 8.9.
+    Reference: RollingQ (ICML 2025), Table 4.
     Differs from the paper in: attention and all parameters are counted by default.
 
     Example:
-        >>> found = cost(nn.Linear(3, 5), torch.zeros(2, 7, 3))
-        >>> found.parameters, found.macs
+        >>> result = cost(nn.Linear(3, 5), torch.zeros(2, 7, 3))
+        >>> result.parameters, result.macs
         (20, 105.0)
     """
     if convention not in ("full", "thop"):
@@ -97,13 +97,13 @@ def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch
 def _full(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    # These modules' fast path is one kernel that no counter can look into.
+    # The fast path of nn.MultiheadAttention and the encoder layers is a single kernel that is not counted.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     kernels = [getattr(torch.ops.aten, name) for name in UNCOUNTED if hasattr(torch.ops.aten, name)]
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention_flops))
     try:
-        with _untrained(model), counter:
+        with _frozen_parameters(model), counter:
             model(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -111,11 +111,11 @@ def _full(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _untrained(model: nn.Module) -> Iterator[None]:
-    """Parameters that require no gradient, for a while.
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Temporarily sets requires_grad=False on all parameters, with gradients enabled.
 
-    The counter looks for the gradient's function of whatever a module is given and requires one. A view that was taken
-    under no_grad has none, so gradients are on, and nothing of the model is recorded for them.
+    The counter accesses the grad_fn of the inputs of every module. A view created under no_grad has none, so gradients
+    are enabled; without trainable parameters no graph is recorded.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -129,7 +129,7 @@ def _untrained(model: nn.Module) -> Iterator[None]:
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Q K^T and A V, without regard to masks, as torch counts its other attention kernels."""
+    """FLOPs of Q K^T and A V, ignoring masks, as torch counts its other attention kernels."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
@@ -162,7 +162,7 @@ def _thop(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
 
 
 def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
-    """Multiply-accumulates of one call, out of the module, its input and its output; None for modules that are free."""
+    """Function (module, input, output) -> multiply-accumulates of a call; None for modules that are not counted."""
     if isinstance(module, nn.Linear):
         return lambda m, x, y: y.numel() * m.in_features
     if isinstance(module, nn.modules.conv._ConvNd):

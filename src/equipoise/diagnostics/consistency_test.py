@@ -1,4 +1,4 @@
-"""Does a model's attention agree with itself: who goes round the modalities, does he come home? (spec 6)"""
+"""Cycle consistency of the attention maps between modalities."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WHO = "attention_consistency"
 
 @dataclass(frozen=True)
 class CycleError:
-    """A way round that comes back to another token.
+    """An inconsistent cycle, which ends at another token than it started from.
 
     Attributes:
-        way: its stations in words, such as ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'silence'").
-        strength: the product of the maps' entries on it, in [0, 1].
-        even: what attention that tells no token from another would give it.
+        way: names of its tokens, such as ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'silence'").
+        strength: product of the map entries along the cycle, in [0, 1].
+        even: its strength under uniform attention.
     """
 
     way: tuple[str, ...]
@@ -42,19 +42,19 @@ class CycleError:
 
 @dataclass(frozen=True, eq=False)
 class LayerConsistency:
-    """How far the maps of one layer agree; figures are means over samples.
+    """Consistency of the maps of one layer; values are means over samples.
 
     Attributes:
         site: name of the layer.
-        samples: how many had all modalities.
-        score: 1 for hard maps that agree, 0 for none; ``spread`` is its deviation over samples, and ``even`` what
-            attention that tells no token from another would score.
+        samples: number of samples with all modalities.
+        score: 1 for consistent one-to-one maps, 0 for inconsistent ones; ``spread`` is its standard deviation over
+            samples, and ``even`` the score of uniform attention.
         effective_rank, contradiction_excess, top_energy: see ``consistency.rank``.
-        cycle_error, pair_error: see ``consistency.cycle``; with two modalities both are the error of pairs.
-        matrix: mean maps, rows to columns, of ``sizes`` stretches of tokens for each modality.
+        cycle_error, pair_error: see ``consistency.cycle``; with two modalities both are the pair error.
+        matrix: mean maps from rows to columns, with ``sizes`` groups of tokens for each modality.
         tokens: name of each row.
-        spectrum: singular values of its symmetric part; ``ideal`` those of hard maps that agree.
-        cycles: the worst contradictions of ``matrix``, the strongest first.
+        spectrum: singular values of its symmetric part; ``ideal`` those of consistent one-to-one maps.
+        cycles: inconsistent cycles of ``matrix``, strongest first.
     """
 
     site: str
@@ -77,12 +77,12 @@ class LayerConsistency:
 
 @dataclass(frozen=True, eq=False)
 class AttentionConsistency:
-    """What ``attention_consistency`` found.
+    """Result of ``attention_consistency``.
 
     Attributes:
         names: of the modalities.
-        layers: those in which tokens of all modalities read one another, in calling order.
-        skipped: site -> why it has no maps.
+        layers: layers with attention between the tokens of all modalities, in calling order.
+        skipped: layer -> reason why it has no maps.
     """
 
     names: tuple[str, ...]
@@ -91,20 +91,20 @@ class AttentionConsistency:
 
     @property
     def worst(self) -> LayerConsistency:
-        """The layer that contradicts itself most."""
+        """The layer with the largest cycle error."""
         return max(self.layers, key=lambda layer: layer.cycle_error)
 
     def __str__(self) -> str:
-        """A line for each layer, and the worst contradictions of the worst."""
+        """One line for each layer, and the inconsistent cycles of the worst layer."""
         lines = [
-            f"{layer.site}: score {layer.score:.2f} (even attention {layer.even:.2f}), "
+            f"{layer.site}: score {layer.score:.2f} (uniform attention {layer.even:.2f}), "
             f"cycle error {layer.cycle_error:.2f}, pair error {layer.pair_error:.2f}"
             for layer in self.layers
         ]
         return "\n".join([*lines, *(f"{cycle} ({cycle.strength:.2f})" for cycle in self.worst.cycles)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as lists and numbers."""
+        """Returns the values in JSON-able form."""
         rows = []
         for layer in self.layers:
             row = {**vars(layer), "matrix": [[round(value, 5) for value in line] for line in layer.matrix.tolist()]}
@@ -123,37 +123,37 @@ def attention_consistency(
     worst: int = 5,
     temperature: float = 0.1,
 ) -> AttentionConsistency:
-    """Do the maps between modalities agree: where a sound goes to a picture and that to a word, does it go to the word?
+    """Measures the cycle consistency of the attention maps between modalities.
 
-    Of each layer in which tokens of the modalities read one another, block (i, j) of P is the attention of i to j,
-    mean over heads, divided by what i gives to j in all; I stands on the diagonal::
+    For each layer with attention between the modalities, block (i, j) of P is the attention of modality i to modality j,
+    averaged over heads and normalized to rows that sum to 1; the diagonal blocks are I::
 
-        score = (T - r*) / (T - K),  r* = |P|_*^2 / |P|_F^2      of (P + P^T) / 2, T tokens, K those of the fewest
+        score = (T - r*) / (T - K),  r* = |P|_*^2 / |P|_F^2      of (P + P^T) / 2, T tokens, K = min_i M_i
         cycle = mean |P_ij P_jk - P_ik|_F^2 / 2 M_i,  pair = mean |P_ij P_ji - I|_F^2 / 2 M_i      of P itself
 
-    in each sample, its padding left out, and then as a mean. Fused kernels build no attention matrix, so it is written
-    out here, for the first ``samples`` alone.
+    computed for each sample without padding and averaged. The attention matrix is recomputed explicitly for the first
+    ``samples`` samples, since fused kernels do not return it.
 
     Args:
-        model: a FusionModel, or a module with the modalities' names and layers of equipoise that returns Output.
+        model: a FusionModel, or a module with ``names`` and attention layers of equipoise that returns Output.
         loader: batches, dicts with every modality.
-        source: ``"tokens"`` compares the encoders' tokens by cosine instead, for fusions without such a layer.
-        tokens: modality -> a name for each of its tokens; "audio token 3" without.
-        samples: how many are looked at.
-        parts: most stretches of tokens of a modality in the mean matrix.
-        worst: how many contradictions are named.
+        source: ``"tokens"`` compares the tokens of the encoders by cosine instead, for fusions without such layers.
+        tokens: modality -> names of its tokens; by default "audio token 3".
+        samples: number of samples.
+        parts: maximum number of token groups of a modality in the mean matrix.
+        worst: number of inconsistent cycles to return.
         temperature: of the softmax of cosines.
 
     Returns:
-        AttentionConsistency. Modes, ``.grad``, hooks and random state are as they were.
+        AttentionConsistency. Training modes, ``.grad``, hooks and the RNG state are restored.
 
     Raises:
-        ConfigError: no layer in which tokens of all modalities read one another, with the reason; a single modality, no
-            sample that has them all, an option that does not exist. ShapeError: an empty loader, names that do not fit.
+        ConfigError: no layer with attention between the tokens of all modalities, a single modality, no sample with all
+            modalities, or an invalid option. ShapeError: an empty loader, or names that do not fit.
 
-    Two modalities have no cycles: the score then says how hard their maps are, and the error of pairs alone whether
-    they contradict each other. Soft maps hide contradictions, and maps of unequal numbers of tokens cannot reach 1. The
-    mean matrix is one of places: where a place means something else in each sample, it is even.
+    Two modalities have no cycles: the score then measures how close the maps are to one-to-one maps, and only the pair
+    error measures inconsistency. Soft maps hide inconsistencies, and maps with unequal numbers of tokens cannot reach 1.
+    The mean matrix is taken by position: if positions have a different meaning in each sample, it is uniform.
 
     Reference: spec 6.
     """
@@ -174,13 +174,13 @@ def attention_consistency(
 def _maps(
     model: nn.Module, loader: Iterable[Mapping[str, Any]], source: Source, samples: int, temperature: float
 ) -> tuple[tuple[str, ...], dict[str, list[TokenMaps]], dict[str, str]]:
-    """Names, layer -> the maps of its samples, and why others have none."""
-    reader, given = MapReader(samples), []
+    """Returns names, layer -> maps of its samples, and layer -> reason for layers without maps."""
+    reader, maps = MapReader(samples), []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, Output):
             if source == "tokens":
-                given.extend(token_maps(output.tokens, reader.left(len(output.features)), temperature))
+                maps.extend(token_maps(output.tokens, reader.left(len(output.features)), temperature))
             reader.passed(len(output.features))
 
     labeler, ways, follow = labels_for(model, None, None)
@@ -193,14 +193,14 @@ def _maps(
     if len(names) < 2:
         raise ConfigError(WHO, expected="two or more modalities", got=f"one, '{next(iter(names))}'")
     if source == "tokens":
-        if not given:
+        if not maps:
             raise ConfigError(WHO, expected="samples with tokens of all modalities", got="none")
-        return names, {"tokens": given}, {}
+        return names, {"tokens": maps}, {}
     layers = reader.layers()
     if not layers:
         raise ConfigError(
-            WHO, expected="a layer in which tokens of all modalities read one another", got=reader.nothing(),
-            fix="source='tokens' compares the encoders' tokens instead.",
+            WHO, expected="a layer with attention between the tokens of all modalities", got=reader.nothing(),
+            fix="Use source='tokens' to compare the tokens of the encoders instead.",
         )  # fmt: skip
     return reader.names, layers, {site: why for site, why in reader.reasons.items() if site not in layers}
 
@@ -209,7 +209,7 @@ def _layer(
     site: str, mapped: Sequence[TokenMaps], names: tuple[str, ...], tokens: Mapping[str, Sequence[str]], parts: int,
     worst: int,
 ) -> LayerConsistency:  # fmt: skip
-    """Figures of each sample, those of equal sizes together, and their means."""
+    """Computes the values of each sample, batched by size, and their means."""
     groups: dict[tuple[int, ...], list[Tensor]] = {}
     for sample in mapped:
         groups.setdefault(sample.sizes, []).append(sample.matrix)
@@ -220,12 +220,12 @@ def _layer(
         rows.append(_figures(stack, own))
         mean += pool_to_slots(stack, sizes=own, parts=sizes).sum(dim=0) / len(mapped)
     figures = torch.cat(rows, dim=1)
-    said = dict(zip(FIGURES, figures.mean(dim=1).tolist(), strict=True))
-    called = _called(names, sizes, list(groups), tokens)
-    places = {place: number for number, place in enumerate((i, k) for i, few in enumerate(sizes) for k in range(few))}
+    values = dict(zip(FIGURES, figures.mean(dim=1).tolist(), strict=True))
+    row_names = _row_names(names, sizes, list(groups), tokens)
+    rows_of = {slot: number for number, slot in enumerate((i, k) for i, few in enumerate(sizes) for k in range(few))}
     cycles = [
         CycleError(
-            tuple(called[places[station]] for station in cycle.path),
+            tuple(row_names[rows_of[station]] for station in cycle.path),
             cycle.strength,
             math.prod(1 / sizes[modality] for modality, _ in cycle.path[1:]),
         )
@@ -234,8 +234,8 @@ def _layer(
     spectrum = torch.linalg.svdvals((mean + mean.mT) / 2)
     return LayerConsistency(
         site=site, samples=len(mapped), spread=float(figures[0].std(correction=0)), matrix=mean, sizes=sizes,
-        tokens=tuple(called), spectrum=tuple(spectrum.tolist()), ideal=tuple(ideal_spectrum(sizes)),
-        cycles=tuple(cycles), **said,
+        tokens=tuple(row_names), spectrum=tuple(spectrum.tolist()), ideal=tuple(ideal_spectrum(sizes)),
+        cycles=tuple(cycles), **values,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ FIGURES = (
 
 
 def _figures(matrix: Float[Tensor, "sample size size"], sizes: tuple[int, ...]) -> Float[Tensor, "figure sample"]:
-    """A row for each of ``FIGURES``."""
+    """Returns one row for each of ``FIGURES``."""
     blocks = [[torch.full((a, b), 1 / b, dtype=matrix.dtype) for b in sizes] for a in sizes]
     found, even = (spectral((part + part.mT) / 2, sizes=sizes) for part in (matrix, supermatrix(blocks)))
     return torch.stack(
@@ -257,27 +257,27 @@ def _figures(matrix: Float[Tensor, "sample size size"], sizes: tuple[int, ...]) 
     )  # fmt: skip
 
 
-def _called(
+def _row_names(
     names: tuple[str, ...], sizes: tuple[int, ...], each: Sequence[tuple[int, ...]],
     tokens: Mapping[str, Sequence[str]],
 ) -> list[str]:  # fmt: skip
-    """A name for each row: the user's, else the number of its token or of its stretch."""
-    found = []
-    for place, (name, few) in enumerate(zip(names, sizes, strict=True)):
-        most = max(own[place] for own in each)
-        alike = all(own[place] == most for own in each)
-        said = [f"'{word}'" for word in tokens[name]] if name in tokens else None
-        if said is not None and len(said) < most:
+    """Name of each row: that of the user, or the index of its token or group."""
+    rows = []
+    for index, (name, few) in enumerate(zip(names, sizes, strict=True)):
+        most = max(own[index] for own in each)
+        alike = all(own[index] == most for own in each)
+        labels = [f"'{word}'" for word in tokens[name]] if name in tokens else None
+        if labels is not None and len(labels) < most:
             raise ShapeError(
-                f"{WHO} tokens '{name}'", expected=f"a name for each of its {most} tokens", got=f"{len(said)}"
+                f"{WHO} tokens '{name}'", expected=f"a name for each of its {most} tokens", got=f"{len(labels)}"
             )
         for part in range(few):
             first, last = part * most // few, -(-(part + 1) * most // few) - 1
             if few == most or (alike and first == last):
-                found.append(f"{name} token {first + 1}" if said is None else f"{name} {said[first]}")
+                rows.append(f"{name} token {first + 1}" if labels is None else f"{name} {labels[first]}")
             elif alike:
-                found.append(f"{name} tokens {first + 1} to {last + 1}" if said is None else
-                             f"{name} {said[first]} to {said[last]}")  # fmt: skip
+                rows.append(f"{name} tokens {first + 1} to {last + 1}" if labels is None else
+                             f"{name} {labels[first]} to {labels[last]}")  # fmt: skip
             else:
-                found.append(f"{name} part {part + 1} of {few}")
-    return found
+                rows.append(f"{name} part {part + 1} of {few}")
+    return rows

@@ -1,4 +1,4 @@
-"""How the score falls as one modality is damaged by degrees, and whether attention follows (spec 8.4)."""
+"""Score and attention under increasing corruption of one modality."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Batches = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class CorruptionCurve:
-    """The score at every level of damage.
+    """The score at each level of corruption.
 
     Attributes:
-        modality: the one that was damaged.
-        kind: of the noise.
+        modality: the corrupted modality.
+        kind: of the corruption.
         levels: from 0 to 1.
         accuracy: score at each level: accuracy, or minus the mean absolute error of a regression.
-        drop: score without damage minus the score at each level.
+        drop: score without corruption minus the score at each level.
         area: mean score over the levels; higher is more robust.
-        share: mean attention to the damaged modality at each level; None for a model without attention.
+        share: mean attention to the corrupted modality at each level; None for a model without attention.
     """
 
     modality: str
@@ -51,33 +51,32 @@ def corruption_curve(
     seed: int = 0,
     std: float | None = None,
 ) -> CorruptionCurve:
-    """Damages one modality's inputs more and more, at test time alone, and measures the score.
+    """Corrupts the inputs of one modality at increasing levels at test time and measures the score.
 
-    A model that uses its modalities well falls to what the others say, and its attention leaves the damaged one. All
-    levels have the same random numbers, so a curve is smoother than its points are sure; for its spread take several
-    seeds.
+    The score of a robust model decreases to that of the other modalities, and its attention moves away from the
+    corrupted one. All levels use the same random numbers, so the curve is smoother than the uncertainty of its points;
+    use several seeds to estimate it.
 
     Args:
         model: a FusionModel.
-        loader: batches, dicts with every modality and targets, that can be gone through several times and come in the
-            same order.
-        modality: the one that is damaged.
-        kind: of the noise, see ``corrupt``.
-        levels: how much; 0 leaves the inputs as they are, bit for bit.
-        seed: of the noise; that of a batch hangs on the seed and the batch's number alone.
-        std: deviation that ``additive``, ``mix`` and ``prob`` scale their noise with; by default that of the loader's
-            own inputs.
+        loader: batches, dicts with every modality and targets, that can be iterated several times in the same order.
+        modality: the modality to corrupt.
+        kind: of the corruption, see ``corrupt``.
+        levels: from 0 to 1; level 0 returns the inputs unchanged, bit for bit.
+        seed: of the noise, which depends only on the seed and the index of the batch.
+        std: standard deviation that scales the noise of ``additive``, ``mix`` and ``prob``; by default that of the
+            inputs of the loader.
 
     Returns:
         CorruptionCurve.
 
     Raises:
-        ConfigError: an unknown modality or kind, no level or one outside [0, 1], a model without task. ShapeError: no
-            batch, no targets, batches that lack the modality. NonFiniteError: answers that are NaN.
+        ConfigError: an unknown modality or kind, no level, a level outside [0, 1], or a model without task. ShapeError:
+            no batch, no targets, or a batch without the modality. NonFiniteError: a prediction is NaN.
 
-    Reference: RollingQ (ICML 2025), Table 3; spec 8.4.
-    Differs from the paper in: it says "Gaussian, following MultiBench", which has two other models; all are here, and
-    the default is the plain one.
+    Reference: RollingQ (ICML 2025), Table 3.
+    Differs from the paper in: the paper says "Gaussian, following MultiBench", which defines two other kinds; all are
+    available, and the default is additive Gaussian noise.
     """
     names = tuple(getattr(model, "names", ()))
     if names and modality not in names:
@@ -88,26 +87,30 @@ def corruption_curve(
         check_corruption(kind, level, "corruption_curve")
     batches: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     if std is None and not kind.startswith("multibench"):
-        std = input_statistics(_damaged(batches(), modality, 0.0, kind, seed, 1.0), modality, who="corruption_curve")[1]
-    found = {}
+        std = input_statistics(
+            _corrupted_batches(batches(), modality, 0.0, kind, seed, 1.0), modality, who="corruption_curve"
+        )[1]
+    results = {}
     for level in dict.fromkeys((0.0, *levels)):
-        seen = collect_predictions(model, _damaged(batches(), modality, level, kind, seed, 1.0 if std is None else std))
+        seen = collect_predictions(
+            model, _corrupted_batches(batches(), modality, level, kind, seed, 1.0 if std is None else std)
+        )
         score = score_name(model, seen.logits, seen.target, "corruption_curve")
-        found[level] = score, None if seen.share is None else float(seen.share[..., names.index(modality)].mean())
-    scores = tuple(found[level][0] for level in levels)
-    shares = tuple(found[level][1] for level in levels)
+        results[level] = score, None if seen.share is None else float(seen.share[..., names.index(modality)].mean())
+    scores = tuple(results[level][0] for level in levels)
+    shares = tuple(results[level][1] for level in levels)
     return CorruptionCurve(
         modality=modality,
         kind=kind,
         levels=tuple(float(level) for level in levels),
         accuracy=scores,
-        drop=tuple(found[0.0][0] - score for score in scores),
+        drop=tuple(results[0.0][0] - score for score in scores),
         area=sum(scores) / len(scores),
         share=None if None in shares else shares,  # type: ignore[arg-type]
     )
 
 
-def _damaged(
+def _corrupted_batches(
     batches: Batches, modality: str, level: float, kind: Kind, seed: int, std: float
 ) -> Iterator[Mapping[str, Any]]:
     for number, batch in enumerate(batches):

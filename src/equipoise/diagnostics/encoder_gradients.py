@@ -1,4 +1,4 @@
-"""How much the fused loss teaches each encoder: norms of its gradients (spec 8.8)."""
+"""Norms of the gradients of the fused loss for each encoder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .prediction_collection import collect_predictions
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """Mean over batches of the norms of the task loss's gradients.
+    """Norms of the gradients of the task loss, averaged over batches.
 
     Attributes:
         parameters: name -> norm over all parameters of the encoder; NaN for one that is frozen.
-        outputs: name -> norm at the encoder's output, over all tokens of a batch.
-        ratio: name -> its ``parameters`` over the mean of the others'; NaN without others.
-        output_ratio: the same of ``outputs``.
-        batches: how many were seen.
+        outputs: name -> norm at the output of the encoder, over all tokens of a batch.
+        ratio: name -> value of ``parameters`` divided by the mean of the others; NaN without others.
+        output_ratio: the same for ``outputs``.
+        batches: number of batches.
     """
 
     parameters: dict[str, float]
@@ -40,30 +40,30 @@ class GradientNorms:
 def gradient_norms(
     model: nn.Module, loader: Iterable[Mapping[str, Any]], *, max_batches: int | None = None
 ) -> GradientNorms:
-    """Norms of the gradients that the fused answer's loss, and nothing else, sends to each encoder::
+    """Computes the norms of the gradients of the fused loss with respect to each encoder::
 
         g_m = mean over batches of sqrt(sum over parameters of encoder m of |dL/dtheta|^2)
 
-    Nothing is changed: no ``.grad`` is written, modes and random state come back. Losses of unimodal heads, penalties,
-    clipping and modulation by balancers have no part in it, and there is no dropout.
+    The model is not changed: no ``.grad`` is written, and training modes and the RNG state are restored. Losses of
+    unimodal heads, penalties, clipping and modulation by balancers are not included, and dropout is off.
 
     Args:
         model: a FusionModel.
         loader: batches, dicts with every modality and targets.
-        max_batches: stop after so many.
+        max_batches: maximum number of batches.
 
     Returns:
-        GradientNorms. A batch in which no sample has a modality does not count for it; NaN where no batch does. Norms
-        of parameters grow with the encoder's size and with what it is fed, so across encoders of different kinds
-        ``outputs`` says more. A small norm may also mean that there is nothing left to learn. Norms of a mean over a
-        batch shrink as batches grow: compare at one batch size.
+        GradientNorms. Batches without any sample of a modality are excluded for it; NaN without any batch. Parameter
+        norms depend on the size of the encoder and the scale of its inputs, so ``outputs`` is better suited to compare
+        different encoders. A small norm may also mean that the loss has converged. Norms decrease with the batch size:
+        compare at the same batch size.
 
     Raises:
-        ConfigError: a model that is no FusionModel, max_batches below 1. ShapeError: no batch, no targets.
-        NonFiniteError: a loss that is NaN or infinite.
+        ConfigError: the model is not a FusionModel, or max_batches < 1. ShapeError: no batch, or no targets.
+        NonFiniteError: the loss is NaN or infinite.
 
-    Reference: RollingQ (ICML 2025), Figure 7; spec 8.8.
-    Differs from the paper in: evaluation mode, on any data, instead of along the training; norms at the outputs too.
+    Reference: RollingQ (ICML 2025), Figure 7.
+    Differs from the paper in: evaluation mode on any data instead of during training; norms at the outputs as well.
     """
     if max_batches is not None and max_batches < 1:
         raise ConfigError("gradient_norms", expected="max_batches >= 1 or None", got=str(max_batches))
@@ -75,7 +75,7 @@ def gradient_norms(
 
 
 def ratios(norms: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
-    """Each norm over the mean of the others; those that are NaN do not count.
+    """Divides each norm by the mean of the others, ignoring NaN.
 
     Example:
         >>> ratios(torch.tensor([6.0, 2.0, 4.0]))
@@ -86,7 +86,7 @@ def ratios(norms: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
 
 
 class _Differentiated(nn.Module):
-    """A model whose logits are (1, modality, 2): of one batch, the norms at each encoder's parameters and output."""
+    """Wraps a model; the logits are (1, modality, 2), the gradient norms at parameters and output for one batch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ class _Differentiated(nn.Module):
             loss = model.loss(model.fuse(tokens).logits, batch["target"])  # type: ignore[arg-type]
         if not bool(loss.isfinite()):
             raise NonFiniteError("gradient_norms", expected="a finite loss", got=f"{float(loss.detach())}")
-        wanted = [*(part.values for part in tokens.values()), *trained]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        outputs, of = found[: len(tokens)], dict(zip(trained, found[len(tokens) :], strict=True))
+        inputs = [*(part.values for part in tokens.values()), *trained]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        outputs, by_parameter = gradients[: len(tokens)], dict(zip(trained, gradients[len(tokens) :], strict=True))
         rows = []
         for (name, part), output in zip(tokens.items(), outputs, strict=True):
-            own = [of[parameter] for parameter in model.encoders[name].parameters() if parameter in of]
+            own = [by_parameter[p] for p in model.encoders[name].parameters() if p in by_parameter]
             has = len(part) > 0 and bool(part.present().any())
             rows.append([_norm(own, name) if has and own else math.nan, _norm([output], name) if has else math.nan])
         norms = torch.tensor([rows], dtype=torch.float64)
@@ -120,7 +120,7 @@ class _Differentiated(nn.Module):
 
 
 def _norm(gradients: Sequence[Tensor | None], name: str) -> float:
-    """Of all together, in float32 at least; what the loss does not hang on counts as 0."""
+    """Joint norm in at least float32; tensors that the loss does not depend on count as 0."""
     known = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in gradients if part is not None]
     norm = math.hypot(*(float(part.norm()) for part in known))
     if not math.isfinite(norm):

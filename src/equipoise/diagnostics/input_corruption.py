@@ -1,4 +1,4 @@
-"""What noise of a given level does to the inputs of one modality (spec 8.4)."""
+"""Corruption of the inputs of one modality at a given level."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import ConfigError, ShapeError, unknown_name
 
 Kind = Literal["additive", "mix", "prob", "multibench_audio", "multibench_timeseries"]
 AUDIO_RUN, TIMESERIES_RUN = 10, 3
-"""Steps that MultiBench drops in a row."""
+"""Number of consecutive steps that MultiBench drops."""
 
 
 def corrupt(
     values: Float[Tensor, "sample ..."], level: float, kind: Kind, generator: torch.Generator, std: float = 1.0
 ) -> Float[Tensor, "sample ..."]:
-    """Inputs as they are after noise of level p, with e standard normal and sigma = ``std``::
+    """Corrupts inputs at level p, with e standard normal and sigma = ``std``::
 
         additive                x + p sigma e
         mix                     (1 - p) x + p sigma e
@@ -31,21 +31,21 @@ def corrupt(
                                 probability p; then runs of 3 steps that start at a step with probability p
 
     Args:
-        values: (sample, ...); the MultiBench kinds take (sample, step, ...). What is dropped is 0.
-        level: p, from 0 to 1. At 0 the values come back as they are, bit for bit.
+        values: (sample, ...); the MultiBench kinds take (sample, step, ...). Dropped values are 0.
+        level: p, from 0 to 1. Level 0 returns the values unchanged, bit for bit.
         kind: one of the above.
         generator: on the CPU, whatever the device of the values. From the same state, another level has the same
             numbers: what a low level drops, a higher one drops too.
         std: of the data as the model sees them; the MultiBench kinds take p itself.
 
     Raises:
-        ConfigError: an unknown kind, a level outside [0, 1]. ShapeError: values that are no floating numbers, or have
-            no steps.
+        ConfigError: an unknown kind, a level outside [0, 1]. ShapeError: values that are not floating-point, or have
+            no step dimension.
 
     Reference: Liang et al., "MultiBench: Multiscale Benchmarks for Multimodal Representation Learning" (NeurIPS
-    2021); RollingQ (ICML 2025), Table 3; spec 8.4.
-    Differs from the released code in: samples that chance spares keep their values (MultiBench's audio code sets them
-    to 0), runs may begin anywhere and overlap, and hang on no other sample of the batch.
+    2021); RollingQ (ICML 2025), Table 3.
+    Differs from the released code in: samples that are not selected keep their values (the audio code of MultiBench sets them
+    to 0); runs may start anywhere and overlap, and do not depend on other samples of the batch.
 
     Example:
         >>> values = torch.ones(2, 3)
@@ -65,7 +65,7 @@ def corrupt(
 
 
 def check_corruption(kind: str, level: float, who: str) -> None:
-    """Raises ConfigError for an unknown kind, or a level that is no part of 1."""
+    """Raises ConfigError for an unknown kind or a level outside [0, 1]."""
     if kind not in KINDS:
         raise unknown_name(who, "kind", str(kind), KINDS)
     if not 0 <= level <= 1:
@@ -86,13 +86,13 @@ def _prob(values: Tensor, level: float, generator: torch.Generator, std: float) 
 
 
 def _audio(values: Tensor, level: float, generator: torch.Generator, std: float) -> Tensor:
-    hit = _chance(values, level, generator, 1)
-    way = _spread(torch.randint(3, values.shape[:1], generator=generator).to(values.device), values)
+    selected = _chance(values, level, generator, 1)
+    choice = _spread(torch.randint(3, values.shape[:1], generator=generator).to(values.device), values)
     noisy = values + level * _normal(values, generator, values.ndim)
     dropped = _chance(values, level, generator, 2)
     runs = _runs(_chance(values, level, generator, 2), AUDIO_RUN)
-    gone = (way == 1) & dropped | (way == 2) & runs
-    return torch.where(hit, torch.where(way == 0, noisy, values.masked_fill(gone, 0.0)), values)
+    gone = (choice == 1) & dropped | (choice == 2) & runs
+    return torch.where(selected, torch.where(choice == 0, noisy, values.masked_fill(gone, 0.0)), values)
 
 
 def _timeseries(values: Tensor, level: float, generator: torch.Generator, std: float) -> Tensor:
@@ -111,7 +111,7 @@ KINDS: dict[str, Callable[[Tensor, float, torch.Generator, float], Tensor]] = {
 
 
 def _normal(values: Tensor, generator: torch.Generator, axes: int) -> Tensor:
-    """Standard normal numbers for the first axes of the values, the same along the others."""
+    """Standard normal numbers for the first axes of the values, broadcast along the others."""
     return _spread(torch.randn(values.shape[:axes], generator=generator).to(values), values)
 
 

@@ -1,4 +1,4 @@
-"""Another attention while a block runs: a modality hidden from every query, or averaged by QUAG, in any model."""
+"""Context managers that change the attention of any model: hide a modality, or average attention with QUAG."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Labels = Int[Tensor, " key"] | Int[Tensor, "batch key"]
 
 
 class Intervention:
-    """What is changed in a model while a block runs, and where.
+    """A change of attention inside a block, and the layers where it was applied.
 
     Args:
-        who: the function that complains.
-        change: what is done.
+        who: name of the public function, for error messages.
+        change: the change of each attention call.
     """
 
     replaces_output = True
@@ -34,31 +34,29 @@ class Intervention:
         self._unknown: dict[str, str] = {}
         self._unable: dict[str, str] = {}
         self.met, self._towers = False, False
-        """Whether there was any attention over known modalities."""
+        """``met``: whether there was any attention over known modalities."""
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Sites whose output is another one, in calling order."""
+        """Layers whose output was changed, in calling order."""
         return tuple(self._changed)
 
     @property
     def missing(self) -> dict[str, str]:
-        """site -> why it could not be changed, in some of its calls at least."""
+        """layer -> reason why at least some of its calls could not be changed."""
         return self._unable | self._unknown
-
-    # What the session tells.
 
     def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
     def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
-        # An encoder of one modality is left to itself: nobody reads another one there.
+        # Unimodal encoders are not changed: they have no attention to another modality.
         if known.unimodal:
             self._towers = True
             return None
         self.check(known.names)
         self.met = True
-        # What is computed here is no attention of the model's.
+        # Do not intercept the attention that is computed here.
         with torch._C.DisableTorchFunction():
             output = self._change.output(call, known)
         if isinstance(output, str):
@@ -71,37 +69,41 @@ class Intervention:
     def on_missing(self, site: str, reason: str) -> None:
         self._unknown.setdefault(site, reason)
 
-    # What the block asks.
-
     def check(self, names: Sequence[str]) -> None:
         self._change.check(names, self.who)
 
     def nothing(self, *, ran: bool) -> ConfigError:
-        """The error for a block in which nothing was changed."""
+        """The error for a block in which no attention was changed."""
         if not ran:
-            got, fix = "a model that did not run", "Call the model inside the block."
+            got, fix = "a model that was not called", "Call the model inside the block."
         elif self._unable:
-            got, fix = _first(self._unable), "Choose what does not ask who reads: 'avg-<name>' or 'all'."
+            got, fix = (
+                _first(self._unable),
+                "Use an operator that does not depend on the modality of the queries: 'avg-<name>' or 'all'.",
+            )
         elif self.met:
-            got, fix = "none", "Does the batch hold the modality, and are there tokens of any modality that read?"
+            got, fix = "none", "Check that the batch contains the modality and that tokens of a modality are queries."
         elif self._unknown:
             got, fix = _first(self._unknown), "Give one label for every key: modality=labels, names=names."
         elif self._towers:
-            got, fix = "encoders of one modality alone", "Nobody reads several modalities there; take away their input."
+            got, fix = (
+                "unimodal encoders only",
+                "They do not attend to several modalities; remove the input of the modality instead.",
+            )
         else:
             got = "no attention whose keys have known modalities"
-            fix = "Static fusions have no attention; models of other libraries need modality=, one label for every key."
+            fix = "Static fusions have no attention; models of other libraries need modality= with one label for each key."
         return ConfigError(self.who, expected=f"attention {self._change.what}", got=got, fix=fix)
 
     def partly(self) -> str:
-        """A warning about sites that were changed in some of their calls alone; nothing where there are none."""
-        found = {site: reason for site, reason in self.missing.items() if site in self._changed}
-        return f"{self.who} changed only a part of the calls of {_first(found)}." if found else ""
+        """A warning about layers that were changed in only some of their calls; "" without any."""
+        partial = {site: reason for site, reason in self.missing.items() if site in self._changed}
+        return f"{self.who} changed only some of the calls of {_first(partial)}." if partial else ""
 
 
 def _first(reasons: dict[str, str]) -> str:
     site, reason = next(iter(reasons.items()))
-    more = f" ({len(reasons) - 1} others alike)" if len(reasons) > 1 else ""
+    more = f" ({len(reasons) - 1} more layers)" if len(reasons) > 1 else ""
     return f"'{site}', but {reason}{more}"
 
 
@@ -109,28 +111,27 @@ def _first(reasons: dict[str, str]) -> str:
 def without_modality(
     model: nn.Module, name: str | Collection[str], *, modality: Labels | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Intervention]:  # fmt: skip
-    """Hides a modality from every query of every attention while the block runs.
+    """Masks the keys of a modality in every attention layer inside the block.
 
-    softmax over the other keys alone, wherever the labels of the keys are known: queries read what they would read if
-    the tokens were not there, at the positions that they have. A query that then sees nothing gets 0. Encoders of one
-    modality are left to themselves.
+    The softmax is taken over the remaining keys wherever the labels of the keys are known; positions do not change. The
+    output of a query without any visible key is 0. Unimodal encoders are not changed.
 
     Args:
         model: a FusionModel, a Hugging Face model, or any module with ``modality``; in evaluation mode, since attention
-            dropout is left out. ``generate`` works, its cache included.
-        name: of the modality, or of several.
-        modality, names: labels of the keys, as ``watch`` takes them.
+            dropout is not applied. ``generate`` is supported, with its cache.
+        name: one or more names of modalities.
+        modality, names: labels of the keys, as in ``watch``.
 
     Yields:
-        Intervention, whose ``changed`` and ``missing`` say where it acted.
+        Intervention; its ``changed`` and ``missing`` list the layers where it was and was not applied.
 
     Raises:
-        ConfigError: an unknown modality; a model inside another such block; at the end of the block, nothing changed.
+        ConfigError: an unknown modality; a model inside another such block; no attention was changed in the block.
 
-    A model that never saw the modality missing is put before something new. ``watch`` and ``Output.share`` go on to
-    tell of the attention that the model itself computes.
+    For a model trained without missing modalities the masked input is out of distribution. ``watch`` and
+    ``Output.share`` still report the attention that the model itself computes.
 
-    Reference: RollingQ (ICML 2025), Table 8; spec 8.5.
+    Reference: RollingQ (ICML 2025), Table 8.
 
     Example:
         >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
@@ -141,8 +142,8 @@ def without_modality(
         ('MultiheadAttention',)
     """
     change = MaskModality((name,) if isinstance(name, str) else tuple(name))
-    with _complaining(model, Intervention("without_modality", change), modality, names) as made:
-        yield made
+    with _checked(model, Intervention("without_modality", change), modality, names) as intervention:
+        yield intervention
 
 
 @contextmanager
@@ -150,28 +151,28 @@ def with_quag(
     model: nn.Module, operator: str, *, modality: Labels | None = None, names: Sequence[str] | None = None,
     cls_rows: ClsRows = "keys",
 ) -> Iterator[Intervention]:  # fmt: skip
-    """Averages attention inside quadrants of (modality that reads, modality that is read) while the block runs.
+    """Averages attention inside quadrants (modality of the query, modality of the key) inside the block.
 
-    Within a quadrant every key that a query sees gets the same attention, and their sum stays what it is: the modality
-    is read as much as before, but no token of it is told from another. In every attention whose labels are known, in
-    every head.
+    Within a quadrant all visible keys of a query receive the same attention, with an unchanged sum: the share of the
+    modality stays the same, but its tokens are no longer distinguished. This is applied to every head of every attention
+    layer with known labels.
 
     Args:
         model, modality, names: as in ``without_modality``.
         operator: "unimodal", "crossmodal", "avg-<name>" or "all"; ``quag.operators`` lists their quadrants.
-        cls_rows: what class tokens and other special ones do that read: ``"keys"`` take part where everybody does
-            ("avg-..." and "all"), ``"skip"`` nowhere, ``"all"`` in all that an operator averages.
+        cls_rows: treatment of queries that are class or other special tokens: ``"keys"`` averages them for operators
+            that do not depend on the query ("avg-..." and "all"), ``"skip"`` never, ``"all"`` for every operator.
 
     Yields:
-        Intervention, whose ``changed`` and ``missing`` say where it acted. Where the modality of the queries is not
-        known, only operators act that do not ask for it.
+        Intervention; its ``changed`` and ``missing`` list the layers where it was and was not applied.
+        If the modality of the queries is unknown, only operators that do not depend on it are applied.
 
     Raises:
-        ConfigError: an unknown operator or cls_rows; a model inside another such block; at the end of the block,
-            nothing changed, as by "unimodal" where a class token alone reads.
+        ConfigError: an unknown operator or cls_rows; a model inside another such block; no attention was changed in
+            the block, for example "unimodal" if only a class token attends.
 
-    Reference: RollingQ (ICML 2025), Table 9; spec 8.6.
-    Differs from the paper in: any number of modalities and any model; no attention matrix is built.
+    Reference: RollingQ (ICML 2025), Table 9.
+    Differs from the paper in: any number of modalities and any model; the attention matrix is not materialized.
 
     Example:
         >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
@@ -182,50 +183,50 @@ def with_quag(
         ('MultiheadAttention',)
     """
     operators((), cls_rows=cls_rows)
-    with _complaining(model, Intervention("with_quag", QuagAveraging(operator, cls_rows)), modality, names) as made:
-        yield made
+    with _checked(model, Intervention("with_quag", QuagAveraging(operator, cls_rows)), modality, names) as intervention:
+        yield intervention
 
 
 @contextmanager
-def _complaining(
-    model: nn.Module, made: Intervention, modality: Labels | None, names: Sequence[str] | None
+def _checked(
+    model: nn.Module, intervention: Intervention, modality: Labels | None, names: Sequence[str] | None
 ) -> Iterator[Intervention]:
-    with apply_intervention(model, made, modality=modality, names=names) as session:
-        yield made
-    if not made.changed:
-        raise made.nothing(ran=session.called > 0)
-    if found := made.partly():
+    with apply_intervention(model, intervention, modality=modality, names=names) as session:
+        yield intervention
+    if not intervention.changed:
+        raise intervention.nothing(ran=session.called > 0)
+    if found := intervention.partly():
         warnings.warn(found, stacklevel=5)
 
 
 @contextmanager
 def apply_intervention(
-    model: nn.Module, made: Intervention, *, modality: Labels | None = None, names: Sequence[str] | None = None
+    model: nn.Module, intervention: Intervention, *, modality: Labels | None = None, names: Sequence[str] | None = None
 ) -> Iterator[RecordingSession]:
-    """The block of an intervention, which may well change nothing.
+    """Applies an intervention inside the block, without an error if nothing was changed.
 
     Raises:
-        ConfigError: what cannot be changed or means nothing; a model that is being changed already.
+        ConfigError: the intervention does not apply to these modalities, or the model is already inside such a block.
     """
     labeler, ways, follow = labels_for(model, modality, names)
     if labeler.names:
-        made.check(labeler.names)
+        intervention.check(labeler.names)
     parts = set(model.modules())
     for root, other in _CHANGED:
         if root in parts or model in set(root.modules()):
             raise ConfigError(
-                made.who, expected="a model that nothing else changes", got=f"one inside a block of {other}",
-                fix="The inner block would undo the outer one. Hide several by one: name=('audio', 'image').",
+                intervention.who, expected="a model without another active intervention", got=f"one inside a block of {other}",
+                fix="The inner block would override the outer one. Hide several modalities at once: name=('audio', 'image').",
             )  # fmt: skip
-    entry = (model, made.who)
+    entry = (model, intervention.who)
     _CHANGED.append(entry)
     try:
-        with open_session(model, labeler, ways, follow, made) as session:
+        with open_session(model, labeler, ways, follow, intervention) as session:
             yield session
     finally:
-        # Blocks of several threads end in any order.
+        # Blocks in several threads may end in any order.
         _CHANGED.remove(entry)
 
 
 _CHANGED: list[tuple[nn.Module, str]] = []
-"""Models that are changed at this moment, and by whom."""
+"""Models with an active intervention, and the function that started it."""

@@ -1,4 +1,4 @@
-"""How far apart the keys of two modalities lie, seen from the query, and what noise does to them (spec 2.8, 8.2)."""
+"""Query–key geometry: cosines of the query with the mean key of each modality, their gaps, and the effect of noise."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .prediction_collection import NoiseSource, collect_predictions
 
 @dataclass(frozen=True)
 class KeyGap:
-    """How far the cosines of two modalities lie apart.
+    """Distance between the cosine distributions of two modalities.
 
     Attributes:
-        first, second: the modalities.
-        wasserstein: how far, on average, a cosine of one must move to make both distributions the same, in [0, 2].
-        overlap: part of the histograms that they have in common, in [0, 1].
+        first, second: names of the modalities.
+        wasserstein: Wasserstein distance of the distributions, in [0, 2].
+        overlap: overlap coefficient of the histograms, in [0, 1].
     """
 
     first: str
@@ -37,16 +37,16 @@ class KeyGap:
 
 @dataclass(frozen=True)
 class KeyGeometry:
-    """How the keys of each modality lie to the query; None where no sample has what is asked for.
+    """Query–key geometry of each modality; values are None without any sample.
 
     Attributes:
-        distribution: name -> what ``key_distribution`` gives: histogram of the cosines, mean and standard deviation of
-            cosine and key length.
-        air: name -> AIR_m, the mean cosine less the mean of the other modalities' mean cosines.
-        range: largest less smallest mean cosine; RollingQ rotates where it reaches beta.
-        gaps: of every two modalities.
-        replaced: the modality that noise replaced.
-        shift: name -> mean cosine with noise less mean cosine without; empty without ``replaced``.
+        distribution: name -> result of ``key_distribution``: histogram of the cosines, mean and standard deviation of
+            cosine and key norm.
+        air: name -> AIR_m, the mean cosine minus the average of the mean cosines of the other modalities.
+        range: largest minus smallest mean cosine; RollingQ rotates when it reaches beta.
+        gaps: one for each pair of modalities.
+        replaced: the modality that was replaced by noise.
+        shift: name -> mean cosine with noise minus without; empty without ``replaced``.
     """
 
     distribution: dict[str, dict[str, Any]]
@@ -57,7 +57,7 @@ class KeyGeometry:
     shift: dict[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same, JSON-able."""
+        """Returns the values in JSON-able form."""
         modalities = {
             name: {**own, "air": self.air[name], "shift": self.shift.get(name)}
             for name, own in self.distribution.items()
@@ -69,7 +69,7 @@ class KeyGeometry:
 def wasserstein(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
     """1-D Wasserstein distance: the area between the two cumulative distributions.
 
-    NaN among the values are left out; NaN where nothing is left.
+    NaN values are excluded; the result is NaN if no value remains.
 
     Example:
         >>> wasserstein(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 2.5]))
@@ -85,11 +85,11 @@ def wasserstein(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
 def overlap(hist_a: Sequence[float] | Tensor, hist_b: Sequence[float] | Tensor) -> float:
     """Overlap coefficient of two histograms over the same bins: sum_i min(a_i / sum(a), b_i / sum(b)).
 
-    1 for the same distribution, 0 for none in common; NaN where one is empty. It falls with finer bins and fewer
-    samples, so compare figures of one size alone.
+    1 for equal distributions, 0 for disjoint ones; NaN if one is empty. It decreases with finer bins and fewer samples,
+    so compare only values with the same number of both.
 
     Raises:
-        ShapeError: histograms that differ in their bins.
+        ShapeError: the histograms have different bins.
 
     Example:
         >>> overlap([2, 2, 0], [0, 1, 3])
@@ -104,21 +104,21 @@ def overlap(hist_a: Sequence[float] | Tensor, hist_b: Sequence[float] | Tensor) 
 
 
 def imbalance(means: Mapping[str, float | None]) -> dict[str, float | None]:
-    """AIR_m = c_m - mean of c_n over the other modalities; None are left out, and None where there is no other.
+    """Computes AIR_m = c_m - mean of c_n over the other modalities; None is ignored, and the result without others.
 
-    They sum to 0; for two modalities AIR_1 = -AIR_2 is the paper's AIR.
+    The values sum to 0; for two modalities AIR_1 = -AIR_2 is the AIR of the paper.
 
-    Reference: RollingQ (ICML 2025), eq. 9; spec 2.8.
+    Reference: RollingQ (ICML 2025), eq. 9.
 
     Example:
         >>> imbalance({"audio": 0.5, "image": 0.25, "text": None})
         {'audio': 0.25, 'image': -0.25, 'text': None}
     """
-    found: dict[str, float | None] = {}
+    rates: dict[str, float | None] = {}
     for name, own in means.items():
         others = [mean for other, mean in means.items() if other != name and mean is not None]
-        found[name] = own - sum(others) / len(others) if own is not None and others else None
-    return found
+        rates[name] = own - sum(others) / len(others) if own is not None and others else None
+    return rates
 
 
 def key_geometry(
@@ -129,47 +129,47 @@ def key_geometry(
     noise: Mapping[str, tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> KeyGeometry:
-    """Where the mean key of each modality lies to the query, in every sample: angle, length, gaps, shift by noise.
+    """Measures angle and norm of the mean key of each modality relative to the query, their gaps, and the effect of noise.
 
-    A softmax prefers the modality whose keys lie closer to the query, whatever they say. Modalities whose cosines do
-    not overlap are told apart by where they lie alone; if noise in place of one leaves its mean cosine where it was,
-    the query does not tell its content from noise, as far as the mean key shows.
+    A modality whose keys have a larger cosine with the query receives more attention regardless of its content. If the
+    cosines of two modalities do not overlap, the query separates them by position alone; if noise does not change the
+    mean cosine of a modality, the query does not distinguish its content from noise, as measured by the mean key.
 
     Args:
         model: a FusionModel with attention.
-        loader: batches, dicts with every modality; with ``replaced`` they are gone through again, in the same order.
-        replaced: modality that noise replaces in a second pass.
-        noise: name -> (mean, std) of the noise; by default those of the loader's own inputs.
+        loader: batches, dicts with every modality; iterated a second time in the same order if ``replaced`` is given.
+        replaced: modality to replace by noise in a second pass.
+        noise: name -> (mean, std) of the noise; by default those of the inputs of the loader.
         seed: of the noise.
 
     Returns:
-        KeyGeometry over all samples and heads alike; samples that lack a modality do not count for it.
+        KeyGeometry over all samples and heads; samples without a modality are excluded for it.
 
     Raises:
-        ConfigError: a model without attention or without names, an unknown modality. ShapeError: no batch, batches that
-            are no dicts, or lack the modality that is replaced.
+        ConfigError: a model without attention or without names, an unknown modality. ShapeError: no batch, or a batch
+            that is not a dict or lacks the replaced modality.
 
-    Cosine and length of a mean key say nothing of single keys: one key close to the query may get all attention while
-    the mean points away. Read it beside the share.
+    The mean key does not describe single keys: one key close to the query may receive all attention although the mean
+    key is far from it. Compare with the attention share.
 
-    Reference: RollingQ (ICML 2025), Figures 1d, 2, 5 and 6; spec 2.8 and 8.2.
-    Differs from the paper in: the figures are given as numbers, for any number of modalities.
+    Reference: RollingQ (ICML 2025), Figures 1d, 2, 5 and 6.
+    Differs from the paper in: the plots are summarized as numbers, for any number of modalities.
     """
     batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     clean = collect_predictions(model, batches())
     if clean.cosine is None:
-        fix = "Static fusions have no keys; compare accuracies under noise instead."
+        fix = "Static fusions have no keys; compare the scores under noise instead."
         raise ConfigError(
             "key_geometry", expected="a model with attention over its modalities", got="a static fusion", fix=fix
         )
-    found = key_distribution(clean)
-    means = {name: own["cosine_mean"] for name, own in found.items()}
-    there = [mean for mean in means.values() if mean is not None]
+    distribution = key_distribution(clean)
+    means = {name: own["cosine_mean"] for name, own in distribution.items()}
+    known = [mean for mean in means.values() if mean is not None]
     cosines = dict(zip(clean.names, clean.cosine.clamp(-1.0, 1.0).unbind(dim=-1), strict=True))
     gaps = []
     for first, second in combinations(clean.names, 2):
-        common = overlap(*(found[name]["cosine"]["counts"] for name in (first, second)))
-        gaps.append(KeyGap(first, second, _known(wasserstein(cosines[first], cosines[second])), _known(common)))
+        common = overlap(*(distribution[name]["cosine"]["counts"] for name in (first, second)))
+        gaps.append(KeyGap(first, second, _finite(wasserstein(cosines[first], cosines[second])), _finite(common)))
     shift: dict[str, float | None] = {}
     if replaced is not None:
         if replaced not in clean.names:
@@ -180,11 +180,11 @@ def key_geometry(
         after = key_distribution(collect_predictions(model, batches(), noise=NoiseSource(replaced, mean, std, seed)))
         shift = {name: _difference(after[name]["cosine_mean"], means[name]) for name in means}
     return KeyGeometry(
-        found, imbalance(means), max(there) - min(there) if there else None, tuple(gaps), replaced, shift
+        distribution, imbalance(means), max(known) - min(known) if known else None, tuple(gaps), replaced, shift
     )
 
 
-def _known(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 

@@ -1,4 +1,4 @@
-"""How the keys of each modality lie to the query: angle and length, before and after noise (spec 8.2)."""
+"""Distribution of the cosines and norms of the mean keys of each modality."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ EDGES = np.linspace(-1.0, 1.0, 41)
 """Bins of the cosine histograms."""
 
 
-def key_distribution(reading: CollectedPredictions) -> dict[str, dict[str, Any]]:
-    """name -> histogram of cos(q, mean key), and mean and deviation of cosine and key length; JSON-able.
+def key_distribution(predictions: CollectedPredictions) -> dict[str, dict[str, Any]]:
+    """Returns name -> histogram of cos(q, mean key), and mean and standard deviation of cosine and key norm; JSON-able.
 
-    Values of all samples and heads count alike; samples that lack the modality do not count.
+    All samples and heads have the same weight; samples without the modality are excluded.
 
     Raises:
-        ConfigError: a reading of a model without attention.
+        ConfigError: the model has no attention.
 
-    Reference: RollingQ (ICML 2025), Figures 1d and 5; spec 8.2.
+    Reference: RollingQ (ICML 2025), Figures 1d and 5.
     """
-    if reading.cosine is None or reading.key_norm is None:
+    if predictions.cosine is None or predictions.key_norm is None:
         raise ConfigError("key_distribution", expected="a model with attention over its modalities", got="none")
-    found = {}
-    for index, name in enumerate(reading.names):
-        cosine = reading.cosine[..., index].flatten().numpy()
-        length = reading.key_norm[..., index].flatten().numpy()
-        # Rounding may take a cosine beyond 1, and the histogram would lose it.
+    distribution = {}
+    for index, name in enumerate(predictions.names):
+        cosine = predictions.cosine[..., index].flatten().numpy()
+        length = predictions.key_norm[..., index].flatten().numpy()
+        # Clip to [-1, 1], since rounding may move a cosine outside the bins.
         cosine, length = cosine[~np.isnan(cosine)].clip(-1.0, 1.0), length[~np.isnan(length)]
         counts, edges = np.histogram(cosine, EDGES)
-        found[name] = {
+        distribution[name] = {
             "cosine": {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()},
             "cosine_mean": _mean(cosine),
             "cosine_std": _std(cosine),
             "norm_mean": _mean(length),
             "norm_std": _std(length),
         }
-    return found
+    return distribution
 
 
 def _mean(values: np.ndarray) -> float | None:

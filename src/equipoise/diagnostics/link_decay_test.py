@@ -1,4 +1,4 @@
-"""Do links between modalities fade with depth, and what do they carry? (spec 5.6)"""
+"""Decay of the attention between modalities with depth, and alignment error of their mean tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LinkDecay(NamedTuple):
     """log alpha^l = intercept + l log gamma, over the layers l = 1, 2, ...
 
     Attributes:
-        gamma: factor from layer to layer; below 1 the link fades.
-        intercept: natural logarithm of the line at layer 0.
-        r2: part of the variance of log alpha that the line explains; NaN where alpha never changes.
+        gamma: decay factor per layer; the attention decreases with depth if it is below 1.
+        intercept: natural logarithm of the fit at layer 0.
+        r2: coefficient of determination; NaN if alpha is constant.
     """
 
     gamma: float
@@ -29,11 +29,11 @@ class LinkDecay(NamedTuple):
 
 
 class DecayedError(NamedTuple):
-    """The alignment errors of all layers in one number.
+    """Summary of the alignment errors of all layers.
 
     Attributes:
-        log_product: sum_l (l log gamma + log error_l), since the product itself is too small for a float; -inf where a
-            layer has no error at all.
+        log_product: sum_l (l log gamma + log error_l), since the product itself underflows; -inf if the error of a layer
+            is 0.
         weighted_sum: sum_l gamma^l error_l.
     """
 
@@ -42,20 +42,20 @@ class DecayedError(NamedTuple):
 
 
 def link_decay(alpha: Float[Tensor, " layer"]) -> LinkDecay:
-    """How fast a link between modalities fades with depth: least squares of log alpha^l = a + l log gamma.
+    """Fits log alpha^l = a + l log gamma by least squares.
 
     Args:
-        alpha: (layer,) mean attention from one modality to another, in [0, 1], layers in their order.
+        alpha: (layer,) mean attention from one modality to another, in [0, 1], in the order of the layers.
 
     Returns:
-        LinkDecay. All NaN where a layer has alpha = 0 or NaN: a link that is not there has no logarithm.
+        LinkDecay; all values are NaN if alpha of a layer is 0 or NaN.
 
     Raises:
-        ShapeError: fewer than two layers, or not one number for each. ConfigError: negative attention.
+        ShapeError: alpha is not a vector of two or more layers. ConfigError: negative attention.
 
-    A line through few layers always fits well; look at r2 and at the layers themselves before you believe in gamma.
+    A line through few layers always fits well; check r2 and the values of the layers before interpreting gamma.
 
-    Reference: MODA (ICML 2025); spec 5.6.
+    Reference: MODA (ICML 2025).
 
     Example:
         >>> decay = link_decay(torch.tensor([0.4, 0.2, 0.1]))
@@ -86,25 +86,25 @@ def alignment_error(
     num_modalities: int | None = None,
     mask: Bool[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, " layer"]:
-    """How far apart the modalities lie in each layer: error^l = 1 - cos(mean token of m, mean token of n).
+    """Computes error^l = 1 - cos(mean token of m, mean token of n) for each layer, averaged over pairs of modalities.
 
     Args:
         hidden: (batch, token, dim), or one for each layer.
         modality: labels (token,) or (batch, token), -1 = special or padding.
         num_modalities: by default the highest label + 1.
-        mask: (batch, token), True = takes part.
+        mask: (batch, token), True = valid.
 
     Returns:
-        (layer,) in [0, 2] on the CPU, in float64: 0 where the means point the same way. The mean is over all tokens of
-        the batch alike, and over the pairs of modalities that are there; NaN without any pair.
+        (layer,) in [0, 2] on the CPU, in float64; 0 if the means have the same direction. The mean tokens are computed
+        over the whole batch; NaN without any pair of modalities.
 
     Raises:
-        ShapeError: hidden states, labels or mask that do not fit.
+        ShapeError: hidden states, labels or mask do not fit.
 
-    One common direction of all tokens, which language models have, makes it small whatever the modalities do.
+    A common direction of all tokens, as in many language models, makes the error small regardless of the modalities.
 
-    Reference: MODA (ICML 2025); spec 5.6.
-    Differs from the paper in: the paper leaves the error undefined.
+    Reference: MODA (ICML 2025).
+    Differs from the paper in: the paper does not define the error.
 
     Example:
         >>> hidden = torch.tensor([[[2.0, 0.0], [4.0, 0.0], [0.0, 1.0]]])
@@ -117,36 +117,36 @@ def alignment_error(
     member = membership(labels.cpu(), count, len(valid), valid)
     tokens = member.sum(dim=(0, 2))
     first, second = torch.triu_indices(count, count, offset=1)
-    there = (tokens[first] > 0) & (tokens[second] > 0)
+    present = (tokens[first] > 0) & (tokens[second] > 0)
     errors = []
     for layer in layers:
         kept = layer.cpu().double().masked_fill(~member.any(dim=1)[..., None], 0.0)
         centroid = torch.einsum("bmt,btd->md", member.double(), kept) / tokens.clamp(min=1)[:, None]
-        errors.append((1.0 - cosine(centroid[first], centroid[second]))[there].mean())
+        errors.append((1.0 - cosine(centroid[first], centroid[second]))[present].mean())
     return torch.stack(errors)
 
 
 def e_dda(gamma: float, errors: Float[Tensor, " layer"]) -> DecayedError:
-    """Decay and alignment errors of all layers together, as the logarithm of their product and as a weighted sum.
+    """Combines decay and alignment errors of all layers as the logarithm of their product and as a weighted sum.
 
     ::
 
         log_product = sum_l (l log gamma + log error_l)      weighted_sum = sum_l gamma^l error_l       l = 1, 2, ...
 
     Args:
-        gamma: of ``link_decay``.
-        errors: (layer,) of ``alignment_error``.
+        gamma: result of ``link_decay``.
+        errors: (layer,) result of ``alignment_error``.
 
     Returns:
-        DecayedError; NaN in gives NaN, an error of 0 gives -inf and adds nothing to the sum.
+        DecayedError; NaN propagates, and an error of 0 gives a log_product of -inf.
 
     Raises:
-        ShapeError: no layer, or not one number for each. ConfigError: a negative or infinite gamma or error.
+        ShapeError: errors is not a vector of one or more layers. ConfigError: a negative or infinite gamma or error.
 
-    The product falls with every layer whose factor is below 1, so compare models of the same depth alone.
+    The product decreases with every layer whose factor is below 1, so compare only models of the same depth.
 
-    Reference: MODA (ICML 2025); spec 5.6.
-    Differs from the paper in: the product itself underflows; its logarithm is given.
+    Reference: MODA (ICML 2025).
+    Differs from the paper in: the logarithm of the product is returned, since the product underflows.
 
     Example:
         >>> e_dda(0.5, torch.tensor([0.5, 1.0]))
@@ -157,7 +157,7 @@ def e_dda(gamma: float, errors: Float[Tensor, " layer"]) -> DecayedError:
     errors = errors.detach().cpu().double()
     for name, values in (("gamma", torch.tensor(gamma, dtype=torch.float64)), ("errors", errors)):
         if bool((values < 0).any() | values.isinf().any()):
-            raise ConfigError("e_dda", expected=f"{name} of at least 0, finite", got=str(values.tolist()))
+            raise ConfigError("e_dda", expected=f"finite {name} >= 0", got=str(values.tolist()))
     layer = torch.arange(1, len(errors) + 1, dtype=torch.float64)
     log_gamma = torch.tensor(gamma, dtype=torch.float64).log()
     product = float((layer * log_gamma + errors.log()).sum())

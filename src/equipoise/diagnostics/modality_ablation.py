@@ -1,4 +1,4 @@
-"""Answers without some of the modalities, by the parts of a FusionModel: encoders once, fusion as often as needed."""
+"""Predictions without some of the modalities; the encoders run once and the fusion once for each subset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Semantics = Literal["mask", "zero"]
 
 
 class FusedLogits(Protocol):
-    """What is asked of a model; ``FusionModel`` has it all."""
+    """Interface of the models that can be ablated; ``FusionModel`` implements it."""
 
     names: tuple[str, ...]
     encoders: nn.ModuleDict
@@ -30,15 +30,15 @@ class FusedLogits(Protocol):
 
 
 def remove_modality(tokens: Mapping[str, Tokens], names: Collection[str]) -> dict[str, Tokens]:
-    """Tokens of which some modalities have none, as in a batch that lacks them: nothing reads them in any layer."""
+    """Removes the tokens of some modalities, as in a batch that lacks them."""
     return keep_modalities(tokens, [name for name in tokens if name not in names])
 
 
 def zero_modality(tokens: Mapping[str, Tokens], names: Collection[str]) -> dict[str, Tokens]:
-    """Tokens of which some modalities are zeros that take part all the same; their pooled vectors are zero.
+    """Replaces the tokens of some modalities by zeros that remain valid tokens.
 
     Example:
-        >>> zeroed({"audio": Tokens(torch.ones(2, 3, 1))}, ["audio"])["audio"].pooled().tolist()
+        >>> zero_modality({"audio": Tokens(torch.ones(2, 3, 1))}, ["audio"])["audio"].pooled().tolist()
         [[0.0], [0.0]]
     """
     return {
@@ -47,9 +47,9 @@ def zero_modality(tokens: Mapping[str, Tokens], names: Collection[str]) -> dict[
     }
 
 
-Taking = Callable[[Mapping[str, Tokens], Collection[str]], dict[str, Tokens]]
-TAKING: dict[str, Taking] = {"mask": remove_modality, "zero": zero_modality}
-"""Semantics -> how a modality is taken away."""
+Ablation = Callable[[Mapping[str, Tokens], Collection[str]], dict[str, Tokens]]
+ABLATIONS: dict[str, Ablation] = {"mask": remove_modality, "zero": zero_modality}
+"""Semantics -> function that removes modalities."""
 
 
 def ablated_logits(
@@ -59,18 +59,18 @@ def ablated_logits(
     *,
     semantics: Semantics = "mask",
 ) -> CollectedPredictions:
-    """A reading whose logits are (sample, set, output): a FusionModel's answers without each set of modalities in turn.
+    """Collects logits (sample, subset, output) of a FusionModel without each subset of modalities.
 
     The encoders run once for each batch.
     """
-    return collect_predictions(_Ablated(model, [(TAKING[semantics], names) for names in without]), loader)
+    return collect_predictions(_Ablated(model, [(ABLATIONS[semantics], names) for names in without]), loader)
 
 
 def record_fusion(model: nn.Module, who: str) -> FusedLogits:
-    """The model, where it is a FusionModel or has the same parts.
+    """Returns the model if it has the interface of a FusionModel.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it does not.
     """
     lacking = [part for part in ("names", "encoders", "encode", "fuse", "loss", "task") if not hasattr(model, part)]
     if lacking:
@@ -83,14 +83,14 @@ def record_fusion(model: nn.Module, who: str) -> FusedLogits:
 
 
 class _Ablated(nn.Module):
-    """Encodes a batch once and fuses it several times."""
+    """Encodes a batch once and fuses it once for each ablation."""
 
-    def __init__(self, model: nn.Module, ways: Sequence[tuple[Taking, Collection[str]]]) -> None:
+    def __init__(self, model: nn.Module, ablations: Sequence[tuple[Ablation, Collection[str]]]) -> None:
         super().__init__()
-        self.model, self.ways, self.names = model, ways, model.names
+        self.model, self.ablations, self.names = model, ablations, model.names
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
         tokens = self.model.encode(batch)  # type: ignore[operator]
-        outputs = [self.model.fuse(take(tokens, names)) for take, names in self.ways]  # type: ignore[operator]
+        outputs = [self.model.fuse(take(tokens, names)) for take, names in self.ablations]  # type: ignore[operator]
         logits = torch.stack([output.logits for output in outputs], dim=1)
         return Output(features=logits, logits=logits)

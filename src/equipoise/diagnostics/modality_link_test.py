@@ -1,4 +1,4 @@
-"""How modalities read one another along the layers of one self-attention, in one look (spec 5.6)."""
+"""Attention between modalities along the layers of a self-attention model: gaps, decay and alignment errors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ WHO = "modality_links"
 
 @dataclass(frozen=True, eq=False)
 class ModalityLinks:
-    """What the layers of a model do with its modalities; on the CPU, NaN where there is nothing to measure.
+    """Attention between modalities in the layers of a model, on the CPU; NaN if undefined.
 
     Attributes:
         gap: (modality,) attention gap in percent, mean over layers.
-        share: (layer, modality of query, modality of key) mean attention over queries that may see both kinds of keys.
-        last: (layer, modality) what the last token, which writes the answer, gives to each modality.
-        gamma: (modality of query, modality of key) factor from layer to layer of the link; NaN on the diagonal.
-        r2: the same, of the line's fit.
+        share: (layer, modality of query, modality of key) mean attention of queries that see both kinds of keys.
+        last: (layer, modality) attention of the last token, which generates the answer, to each modality.
+        gamma: (modality of query, modality of key) decay factor per layer; NaN on the diagonal.
+        r2: (modality of query, modality of key) coefficient of determination of the fit.
         errors: (layer,) alignment error of the modalities' mean tokens.
         e_dda: (modality of query, modality of key) logarithm of the product of decay and error over all layers.
-        residual: (layer,) part of the tokens that is not their mean.
+        residual: (layer,) relative residual of the tokens.
     """
 
     gap: Float[Tensor, " modality"]
@@ -46,24 +46,24 @@ class ModalityLinks:
     residual: Float[Tensor, " layer"]
 
     def rows(self, names: Sequence[str]) -> dict[str, float]:
-        """The figures of all layers together, in words.
+        """Returns label -> value, summarized over layers.
 
         Raises:
-            ConfigError: not one name for each modality.
+            ConfigError: the number of names differs from the number of modalities.
         """
         if len(names) != len(self.gap):
             raise ConfigError(WHO, expected=f"names of {len(self.gap)} modalities", got=f"{', '.join(names)}")
         pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
-        made = {f"gap of {name}, %": self.gap[i] for i, name in enumerate(names)}
+        rows = {f"gap of {name}, %": self.gap[i] for i, name in enumerate(names)}
         for i, j in pairs:
-            made |= {
+            rows |= {
                 f"{names[i]} to {names[j]}, share": self.share[:, i, j].nanmean(),
                 f"{names[i]} to {names[j]}, gamma": self.gamma[i, j],
                 f"{names[i]} to {names[j]}, log E": self.e_dda[i, j],
             }
-        made |= {f"last token to {name}, share": self.last[:, i].nanmean() for i, name in enumerate(names)}
-        made |= {"alignment error": self.errors.nanmean(), "residual, last layer": self.residual[-1]}
-        return {words: float(value) for words, value in made.items()}
+        rows |= {f"last token to {name}, share": self.last[:, i].nanmean() for i, name in enumerate(names)}
+        rows |= {"alignment error": self.errors.nanmean(), "residual, last layer": self.residual[-1]}
+        return {label: float(value) for label, value in rows.items()}
 
 
 def modality_links(
@@ -73,48 +73,48 @@ def modality_links(
     num_modalities: int | None = None,
     mask: Bool[Tensor, "batch *query key"] | None = None,
 ) -> ModalityLinks:
-    """Attention gap, shares of each layer, decay of links, alignment errors, E_DDA and rank collapse of one model.
+    """Computes attention gap, layer shares, link decay, alignment errors, E_DDA and rank collapse of a model.
 
-    Of each link m -> n: gamma by least squares of log share^l = a + l log gamma, and
+    For each link m -> n: gamma by least squares of log share^l = a + l log gamma, and
     log E = sum_l (l log gamma + log error_l), error_l = 1 - cos of the modalities' mean tokens.
 
     Args:
         attentions: (batch, head, token, token) of each layer, such as the ``attentions`` of a Hugging Face model.
-        hidden: (batch, token, dim) of each layer, what it gives on: ``hidden_states[1:]``.
+        hidden: (batch, token, dim) output of each layer: ``hidden_states[1:]``.
         modality: labels (token,) or (batch, token), -1 = special or padding.
         num_modalities: by default the highest label + 1.
-        mask: (batch, key) or (batch, query, key), True = may be seen; a causal mask must be given.
+        mask: (batch, key) or (batch, query, key), True = visible; a causal mask must be given.
 
     Returns:
         ModalityLinks.
 
     Raises:
-        ShapeError: a number of layers that differs, fewer than two, tensors that do not fit.
+        ShapeError: different numbers of layers, fewer than two layers, or tensors that do not fit.
 
-    Read it before and after a change to one model, on the same inputs. log E adds up over layers and knows no scale, so
-    compare models of one depth; a line through few layers always fits.
+    Compare values of one model before and after a change, on the same inputs. log E accumulates over layers, so compare
+    only models of the same depth; a line through few layers always fits well.
 
-    Reference: MODA (ICML 2025); spec 5.6.
-    Differs from the paper in: what the paper leaves open is said at ``attention_gap``, ``alignment_error`` and
-    ``e_dda``.
+    Reference: MODA (ICML 2025).
+    Differs from the paper in: see ``attention_gap``, ``alignment_error`` and ``e_dda`` for definitions that the paper leaves
+    open.
 
     Example:
         >>> attention = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]]]])
         >>> tokens = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
-        >>> found = modality_links([attention] * 2, [tokens] * 2, torch.tensor([0, 1]))
-        >>> found.gap, found.gamma[1, 0]
+        >>> links = modality_links([attention] * 2, [tokens] * 2, torch.tensor([0, 1]))
+        >>> links.gap, links.gamma[1, 0]
         (tensor([ 0., 50.]), tensor(1., dtype=torch.float64))
     """
     layers, states = attention_of(attentions, WHO), hidden_of(hidden, WHO)
     if len(layers) != len(states) or len(layers) < 2:
         raise ShapeError(
-            WHO, expected="attention and hidden states of the same two or more layers",
+            WHO, expected="attention and hidden states of the same layers, at least two",
             got=f"{len(layers)} and {len(states)}",
-            fix="Hugging Face's hidden_states begin with the embeddings; leave them out.",
+            fix="The hidden_states of Hugging Face models start with the embeddings; pass hidden_states[1:].",
         )  # fmt: skip
     seen = key_mask(mask, layers[0], WHO)
     labels, count = labels_of(modality, num_modalities, *layers[0].shape[::2], who=WHO)
-    # A token sees itself, unless it is padding.
+    # Each token except padding sees itself.
     real = seen.diagonal(dim1=1, dim2=2) if mask is not None else torch.ones_like(seen[:, 0])
     labels = labels.to(seen.device).masked_fill(~real, -1)
     table = share_table(layers, labels, count, seen)
@@ -138,15 +138,15 @@ def modality_links(
 def read_modality_links(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], modality: Int[Tensor, "batch token"]
 ) -> ModalityLinks:
-    """``modality_links`` of a Hugging Face model; keys at which attention is 0 in all layers count as hidden.
+    """Computes ``modality_links`` of a Hugging Face model; keys without attention in all layers count as masked.
 
     Args:
-        model: with its attention written out, ``model.set_attn_implementation("eager")``.
-        batches: its inputs by name, of one number of tokens.
+        model: with eager attention, ``model.set_attn_implementation("eager")``.
+        batches: keyword arguments of the model, all with the same number of tokens.
         modality: labels of the tokens of all batches.
 
     Raises:
-        ConfigError: a model that returns no attention. ShapeError: as ``modality_links``.
+        ConfigError: the model does not return its attention. ShapeError: as ``modality_links``.
     """
     attentions, states = [], []
     with eval_mode_no_grad(model):
@@ -154,28 +154,28 @@ def read_modality_links(
             output = model(**inputs, output_attentions=True, output_hidden_states=True)
             if not output.attentions or any(layer is None for layer in output.attentions):
                 raise ConfigError(
-                    "read_links", expected="a model that returns its attention", got=f"none of {type(model).__name__}",
+                    "read_modality_links", expected="a model that returns its attention", got=f"none of {type(model).__name__}",
                     fix="Use model.set_attn_implementation('eager'), and MODA with merge='mass'.",
                 )  # fmt: skip
             attentions.append([layer.float().cpu() for layer in output.attentions])
             states.append([layer.float().cpu() for layer in output.hidden_states[1:]])
     if not attentions:
-        raise ShapeError("read_links", expected="at least one batch", got="none")
+        raise ShapeError("read_modality_links", expected="at least one batch", got="none")
     layers = [torch.cat(parts) for parts in zip(*attentions, strict=True)]
     hidden = [torch.cat(parts) for parts in zip(*states, strict=True)]
     return modality_links(layers, hidden, modality.cpu(), mask=torch.stack([x.amax(dim=1) for x in layers]).amax(0) > 0)
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Over samples, each as often as it has queries; NaN without any."""
+    """Mean over samples, weighted by their number of queries; NaN without any."""
     return torch.where(weight > 0, values * weight, 0.0).sum(dim=0) / weight.sum(dim=0)
 
 
 def _last(layers: Sequence[Tensor], labels: Tensor, count: int, real: Tensor) -> Tensor:
-    place = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(dim=1)
+    index = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(dim=1)
     member = membership(labels, count, len(labels))
-    found = []
+    shares = []
     for layer in layers:
-        row = layer.mean(dim=1)[torch.arange(len(place)), place.to(layer.device)]
-        found.append((member.to(row) @ row[..., None])[..., 0].mean(dim=0).cpu())
-    return torch.stack(found)
+        row = layer.mean(dim=1)[torch.arange(len(index)), index.to(layer.device)]
+        shares.append((member.to(row) @ row[..., None])[..., 0].mean(dim=0).cpu())
+    return torch.stack(shares)

@@ -1,4 +1,4 @@
-"""What is left of the score when a modality is taken away, with the weights as they are (spec 8.5)."""
+"""Score with modalities masked or zeroed, without retraining."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import unknown_name
-from .modality_ablation import TAKING, Semantics, ablated_logits, record_fusion
+from .modality_ablation import ABLATIONS, Semantics, ablated_logits, record_fusion
 from .task_scores import outcomes, score_name
 
 
 @dataclass(frozen=True)
 class Masking:
-    """The score with every modality, and with one of them taken away.
+    """The score with all modalities and without each of them.
 
     Attributes:
         semantics: "mask" or "zero".
-        full: score of the model as it is: accuracy, or minus the mean absolute error of a regression.
+        full: score with all modalities: accuracy, or minus the mean absolute error of a regression.
         without: name -> score without that modality.
         drop: name -> full minus without.
-        outcomes: name -> (sample,) the outcome of every sample without that modality, whose mean is the score.
+        outcomes: name -> (sample,) outcome of each sample without that modality; the mean is the score.
     """
 
     semantics: Semantics
@@ -39,32 +39,33 @@ def mask_modality(
     modality: str | None = None,
     semantics: Semantics = "mask",
 ) -> Masking:
-    """Takes a modality away from a trained model and measures the score that is left.
+    """Removes a modality from the input of the fusion of a trained model and measures the score.
 
-    ``"mask"``: none of its tokens is a key of any query in any layer of the fusion, and static fusions pool nothing of
-    it; the same as a batch that lacks it. ``"zero"``: its tokens are zeros that still take part: a static fusion reads
-    a zero vector, and attention goes on spending a share on them. A model that was trained with neither has never seen
-    such inputs.
+    ``"mask"``: the tokens of the modality are masked in every layer of the fusion and excluded from pooling, as in a
+    batch that lacks it. ``"zero"``: the tokens are replaced by zeros and still take part: a static fusion receives a
+    zero vector, and attention still assigns a share to them. Both inputs are out of distribution for a model that was
+    not trained with them.
 
     Args:
         model: a FusionModel.
         loader: batches, dicts with every modality and targets. The encoders run once for each batch.
-        modality: the one that is taken away; by default each in turn.
+        modality: the modality to remove; by default each in turn.
         semantics: "mask" or "zero".
 
     Returns:
-        Masking. A drop near 0 says that the model does without the modality, not that the modality says nothing: two
-        that say the same can each be spared (``modality_shapley`` divides that fairly).
+        Masking. A drop near 0 means that the model does not need the modality given the others, not that the modality
+        is uninformative: either of two redundant modalities can be removed (``modality_shapley`` divides their
+        contribution).
 
     Raises:
-        ConfigError: a model that is no FusionModel, an unknown modality or semantics. ShapeError: no batch, no targets.
-        NonFiniteError: answers that are NaN.
+        ConfigError: the model is not a FusionModel, or an unknown modality or semantics. ShapeError: no batch, or no
+        targets. NonFiniteError: a prediction is NaN.
 
-    Reference: RollingQ (ICML 2025), Table 8; spec 8.5.
-    Differs from the paper in: any number of modalities; zeroing has a name of its own.
+    Reference: RollingQ (ICML 2025), Table 8.
+    Differs from the paper in: any number of modalities; zeroing is a separate option.
     """
-    if semantics not in TAKING:
-        raise unknown_name("mask_modality", "semantics", str(semantics), TAKING)
+    if semantics not in ABLATIONS:
+        raise unknown_name("mask_modality", "semantics", str(semantics), ABLATIONS)
     names = record_fusion(model, "mask_modality").names
     if modality is not None and modality not in names:
         raise unknown_name("mask_modality", "modality", modality, names)

@@ -1,4 +1,4 @@
-"""What the pure diagnostics are given, checked: hidden states and attention of one or more layers, labels, masks."""
+"""Checks the inputs of the functional diagnostics: hidden states and attention of layers, labels and masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ShapeError
 from ..tokens.token_batch import SPECIAL
 
 Layers = Tensor | Sequence[Tensor]
-"""One layer's tensor, or one for each layer."""
+"""The tensor of one layer, or one tensor for each layer."""
 
 
 def hidden_of(hidden: Layers, who: str) -> list[Float[Tensor, "batch token dim"]]:
@@ -28,7 +28,7 @@ def attention_of(attention: Layers, who: str) -> list[Float[Tensor, "batch head 
 def labels_of(
     modality: Int[Tensor, "... token"], num_modalities: int | None, batch: int, tokens: int, who: str
 ) -> tuple[Int[Tensor, "batch token"], int]:
-    """The labels of every sample, and how many modalities there are: by default the highest label + 1."""
+    """Labels of each sample, and the number of modalities, by default the highest label + 1."""
     tensor = isinstance(modality, Tensor)
     whole_numbers = tensor and not (modality.is_floating_point() or modality.dtype == torch.bool)
     if not whole_numbers or modality.shape not in ((tokens,), (batch, tokens)):
@@ -36,7 +36,7 @@ def labels_of(
             f"{who} modality",
             expected=f"integer labels of shape (token,) = {(tokens,)} or (batch, token) = {(batch, tokens)}",
             got=f"shape {tuple(modality.shape)}, {modality.dtype}" if tensor else type(modality).__name__,
-            fix="Give one label for every token, special tokens included.",
+            fix="Give one label for each token, including special tokens.",
         )
     low, high = int(modality.min()), int(modality.max())
     count = high + 1 if num_modalities is None else num_modalities
@@ -51,7 +51,7 @@ def labels_of(
 
 
 def token_mask(mask: Tensor | None, like: Tensor, who: str) -> Bool[Tensor, "batch token"]:
-    """Which tokens of (batch, token, ...) take part; all without a mask."""
+    """Mask of the valid tokens of (batch, token, ...); all True without a mask."""
     if mask is None:
         return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
     if mask.shape != like.shape[:2] or mask.dtype != torch.bool:
@@ -60,7 +60,7 @@ def token_mask(mask: Tensor | None, like: Tensor, who: str) -> Bool[Tensor, "bat
 
 
 def key_mask(mask: Tensor | None, like: Tensor, who: str) -> Bool[Tensor, "batch query key"]:
-    """Which keys each query of (batch, head, query, key) may see; all without a mask."""
+    """Mask of the visible keys of each query of (batch, head, query, key); all True without a mask."""
     batch, _, queries, keys = like.shape
     if mask is None:
         return torch.ones(batch, queries, keys, dtype=torch.bool, device=like.device)
@@ -70,9 +70,9 @@ def key_mask(mask: Tensor | None, like: Tensor, who: str) -> Bool[Tensor, "batch
     return (mask if mask.ndim == 3 else mask[:, None]).to(like.device).expand(batch, queries, keys)
 
 
-def _layers(given: Layers, form: str, who: str, *, shared: int) -> list[Tensor]:
-    """One tensor of ``form`` for each layer, alike in their first ``shared`` sizes."""
-    layers = [given] if isinstance(given, Tensor) else list(given)
+def _layers(value: Layers, form: str, who: str, *, shared: int) -> list[Tensor]:
+    """One tensor of shape ``form`` for each layer, with the same first ``shared`` sizes."""
+    layers = [value] if isinstance(value, Tensor) else list(value)
     for layer in layers:
         if not isinstance(layer, Tensor) or layer.ndim != form.count(",") + 1 or not layer.is_floating_point():
             got = f"shape {tuple(layer.shape)}, {layer.dtype}" if isinstance(layer, Tensor) else type(layer).__name__
@@ -80,7 +80,7 @@ def _layers(given: Layers, form: str, who: str, *, shared: int) -> list[Tensor]:
         if layer.shape[:shared] != layers[0].shape[:shared] or 0 in layer.shape:
             raise ShapeError(
                 who,
-                expected=f"{form} without a size of 0, and all layers alike in the first {shared} sizes",
+                expected=f"{form} without a size of 0, and the same first {shared} sizes in all layers",
                 got=" and ".join(str(tuple(layer.shape)) for layer in (layers[0], layer)),
             )
     if not layers:
@@ -91,7 +91,7 @@ def _layers(given: Layers, form: str, who: str, *, shared: int) -> list[Tensor]:
 def _mask_error(mask: Tensor, shape: str, who: str) -> ShapeError:
     return ShapeError(
         f"{who} mask",
-        expected=f"dtype torch.bool and {shape}, True = takes part",
+        expected=f"dtype torch.bool and {shape}, True = valid",
         got=f"shape {tuple(mask.shape)}, {mask.dtype}",
         fix="Use mask.bool() for 0/1 masks; an additive mask is mask == 0.",
     )

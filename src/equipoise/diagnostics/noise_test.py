@@ -1,4 +1,4 @@
-"""Does attention leave a modality that has been destroyed? Pearson's r of noise and attention."""
+"""Response of attention to noise: Pearson correlation of the replacement by noise and the attention."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ Loader = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class NoiseResponse:
-    """How attention answers to noise.
+    """Response of attention to noise in one modality.
 
     Attributes:
-        modality: the one that was replaced.
-        r: Pearson correlation of "was replaced" with the attention that goes to the *other* modalities, over clean and
-            replaced samples together: positive means that attention leaves what is destroyed. NaN when attention never
-            changes at all.
-        r_same: the other sign convention, with the attention to the replaced modality itself.
+        modality: the modality that was replaced.
+        r: Pearson correlation of the replacement (0 or 1) with the attention to the *other* modalities, over clean and
+            replaced samples together; positive if attention moves away from the noise. NaN if attention is constant.
+        r_same: the opposite sign convention, with the attention to the replaced modality itself.
         p: two-sided p-value of r, 2n - 2 degrees of freedom.
-        clean, noise: (sample,) attention to the other modalities before and after, mean over heads.
+        clean, noise: (sample,) attention to the other modalities without and with noise, mean over heads.
     """
 
     modality: str
@@ -42,9 +41,9 @@ class NoiseResponse:
 
 
 def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, float]:
-    """Correlation and its two-sided p-value, t = r sqrt((n - 2) / (1 - r^2)).
+    """Pearson correlation and its two-sided p-value with t = r sqrt((n - 2) / (1 - r^2)).
 
-    NaN for fewer than three points, for NaN among them, and for values that are constant but for rounding.
+    NaN for fewer than three points, if a value is NaN, and for values that are constant up to rounding.
 
     Example:
         >>> r, p = pearson(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -68,37 +67,39 @@ def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, floa
 
 
 def _constant(values: Tensor) -> bool:
-    """Whether the values differ by rounding alone; NaN do not count as constant."""
+    """Whether the values are equal up to rounding; False if one is NaN."""
     eps = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps
     return bool(values.max() - values.min() <= 8 * eps * values.abs().max())
 
 
-def most_attended(reading: CollectedPredictions) -> str:
-    """The modality that the class query lies closest to, on average: where RollingQ's paper looks for bias."""
-    if reading.cosine is None:
+def most_attended(predictions: CollectedPredictions) -> str:
+    """The modality whose mean key has the largest average cosine with the class query."""
+    if predictions.cosine is None:
         raise ConfigError("most_attended", expected="a model with attention over its modalities", got="none")
-    return reading.names[int(reading.cosine.nanmean(dim=(0, 1)).argmax())]
+    return predictions.names[int(predictions.cosine.nanmean(dim=(0, 1)).argmax())]
 
 
 def response_from_shares(clean: CollectedPredictions, noisy: CollectedPredictions, modality: str) -> NoiseResponse:
-    """The response out of two readings of the same samples; those that lack the modality are left out.
+    """Computes the response from two passes over the same samples; samples without the modality are excluded.
 
     Raises:
-        ConfigError: a model without attention.
+        ConfigError: the model has no attention.
     """
     if clean.share is None or noisy.share is None:
         raise _static()
     column = clean.names.index(modality)
     has = slice(None) if clean.cosine is None else ~clean.cosine[..., column].isnan().any(dim=1)
-    shares = [reading.share[has].mean(dim=1) for reading in (clean, noisy)]  # type: ignore[index]
+    shares = [part.share[has].mean(dim=1) for part in (clean, noisy)]  # type: ignore[index]
     own = [share[:, column] for share in shares]
-    # Summed, not subtracted from the whole: what nobody else gets must be 0, not a rounding error.
+    # Sum the other columns instead of subtracting from 1, so that an exact 0 stays 0.
     rest = [index for index in range(len(clean.names)) if index != column]
     others = [share[:, rest].sum(dim=1) for share in shares]
     replaced = torch.cat([torch.zeros(len(own[0])), torch.ones(len(own[1]))])
     r, p = pearson(replaced, torch.cat(others))
     if math.isnan(r):
-        warnings.warn(f"noise_response: attention to the others of '{modality}' never changes; r is NaN.", stacklevel=3)
+        warnings.warn(
+            f"noise_response: the attention to modalities other than '{modality}' is constant; r is NaN.", stacklevel=3
+        )
     return NoiseResponse(modality, r, pearson(replaced, torch.cat(own))[0], p, others[0], others[1])
 
 
@@ -107,7 +108,7 @@ def _static() -> ConfigError:
         "noise_response",
         expected="a model with attention over its modalities",
         got="a static fusion",
-        fix="Static fusions weigh all samples alike; compare accuracies under noise instead.",
+        fix="Static fusions use the same weights for all samples; compare the scores under noise instead.",
     )
 
 
@@ -119,37 +120,36 @@ def noise_response(
     noise: Mapping[str, tuple[float, float]] | Literal["sample"] = "sample",
     seed: int = 0,
 ) -> NoiseResponse:
-    """Replaces a whole modality by Gaussian noise and asks whether attention leaves it.
+    """Replaces a modality by Gaussian noise and measures whether attention moves away from it.
 
     z = 1 for the replaced copy of a sample, 0 for the clean one; s = attention to the other modalities;
-    r = Pearson(z, s) over all 2n. Samples that lack the modality are left out. It speaks of attention, not of use: read
-    it beside the accuracy under noise.
+    r = Pearson(z, s) over all 2n copies. Samples without the modality are excluded. r measures attention, not use, and
+    should be reported together with the score under noise.
 
-    Noise of the training statistics differs from a sample in its level, too, where test data have another level than
-    training data. Where r changes its sign with ``noise="sample"``, attention reacts to the level of its input, not to
-    the loss of content. ``results.json`` has both: ``noise_attention_r`` with training statistics, and
-    ``noise_attention_r_own``.
+    Noise of the training statistics also differs from the samples in its level if the test data have another level than
+    the training data. If r changes its sign with ``noise="sample"``, attention responds to the level of the input
+    rather than to the loss of content. ``results.json`` has both: ``noise_attention_r`` with training statistics and
+    ``noise_attention_r_own`` with the statistics of each sample.
 
     Args:
         model: a FusionModel with attention.
-        loader: batches, dicts with every modality, that can be gone through twice and come in the same order; no
-            target is needed.
-        modality: the one that is replaced; by default the one that the query lies closest to. Choose it on validation
-            data when you report on test data.
-        noise: ``"sample"``: each sample's noise has the mean and standard deviation of its own valid values; or name ->
-            (mean, std) of the training inputs, which ``Dataset.noise`` holds and ``input_statistics`` computes.
+        loader: batches, dicts with every modality, that can be iterated twice in the same order; targets are not needed.
+        modality: the modality to replace; by default the one whose keys are closest to the query. Select it on
+            validation data if results on test data are reported.
+        noise: ``"sample"``: noise with the mean and standard deviation of the valid values of each sample; or name ->
+            (mean, std) of the training inputs, as in ``Dataset.noise`` or computed by ``input_statistics``.
         seed: of the noise.
 
     Returns:
         NoiseResponse.
 
     Raises:
-        ConfigError: a model without attention or without names, an unknown modality. ShapeError: batches that are no
-            dicts, or lack the modality.
+        ConfigError: a model without attention or without names, or an unknown modality. ShapeError: a batch that is not
+            a dict or lacks the modality.
 
     Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d.
-    Differs from the paper in: the paper says neither which attention it correlates, so that both signs are given, nor
-    the statistics of its noise.
+    Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned) nor the
+    statistics of its noise.
     """
     batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     clean = collect_predictions(model, batches())
@@ -167,19 +167,21 @@ def noise_response(
     else:
         raise ConfigError(
             "noise_response", expected="noise = 'sample', or a dict: modality name -> (mean, std)", got=repr(noise),
-            fix="For the training statistics give noise=dataset.noise.",
+            fix="For the training statistics pass noise=dataset.noise.",
         )  # fmt: skip
-    return response_from_shares(clean, collect_predictions(model, _having(batches(), modality), noise=drawn), modality)
+    return response_from_shares(
+        clean, collect_predictions(model, _require_modality(batches(), modality), noise=drawn), modality
+    )
 
 
-def _having(batches: Loader, modality: str) -> Iterator[Mapping[str, Any]]:
+def _require_modality(batches: Loader, modality: str) -> Iterator[Mapping[str, Any]]:
     for batch in batches:
         input_of(batch, modality, "noise_response")
         yield batch
 
 
 def input_statistics(batches: Loader, modality: str, *, who: str) -> tuple[float, float]:
-    """(mean, standard deviation) over all valid values of one modality's inputs; ``who`` begins the errors."""
+    """(mean, standard deviation) over all valid values of the inputs of a modality; ``who`` is used in errors."""
     count, total, squares = 0, 0.0, 0.0
     for batch in batches:
         values = input_of(batch, modality, who)

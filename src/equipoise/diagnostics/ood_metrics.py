@@ -1,4 +1,4 @@
-"""How well one number tells two kinds of samples apart: AUROC and FPR95 (spec 8.7)."""
+"""AUROC and FPR95 for out-of-distribution detection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Positive = Literal["ood", "id"]
 
 
 def auroc(inside: Float[Tensor, " inside"], outside: Float[Tensor, " outside"]) -> float:
-    """Probability that a random score from inside exceeds a random one from outside; equal ones count half.
+    """Computes the probability that a random score of ``inside`` exceeds one of ``outside``; ties count half.
 
-    Exact, by sorting: O(n log n). 0.5 is chance.
+    Exact, by sorting in O(n log n). 0.5 is chance.
 
     Args:
         inside, outside: (sample,) scores, higher means more in-distribution.
 
     Raises:
-        ShapeError: scores that are no row of numbers, or none. NonFiniteError: NaN among them.
+        ShapeError: scores are not a vector with at least one entry. NonFiniteError: a score is NaN.
 
     Example:
         >>> auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
@@ -35,25 +35,24 @@ def auroc(inside: Float[Tensor, " inside"], outside: Float[Tensor, " outside"]) 
 
 
 def fpr95(inside: Float[Tensor, " inside"], outside: Float[Tensor, " outside"], *, positive: Positive = "ood") -> float:
-    """What it costs to recognize 95 % of the positives: the part of the negatives that is taken for one.
+    """Computes the false positive rate at a true positive rate of at least 95 %.
 
-    ``"ood"``: unknown samples are the positives, found by low scores. The threshold is the first, from below, that
-    finds at least 95 % of them; the figure is the part of the known that lies at or below it. ``"id"``: known samples
-    are the positives, found by high scores, and the figure is the part of the unknown at or above the threshold. Both
-    are in use, and differ; say which.
+    ``"ood"``: out-of-distribution samples are the positives and have low scores. The threshold is the lowest one that
+    detects at least 95 % of them; the result is the fraction of in-distribution samples at or below it. ``"id"``:
+    in-distribution samples are the positives and have high scores; the result is the fraction of out-of-distribution
+    samples at or above the threshold. Both conventions are in use and differ, so report which one was used.
 
     Args:
         inside, outside: (sample,) scores, higher means more in-distribution.
         positive: "ood", as in MultiOOD's tables, or "id", as in most others.
 
     Returns:
-        A fraction; less is better. One threshold decides, so with few samples it jumps.
+        A fraction; lower is better. It depends on a single threshold and is noisy with few samples.
 
     Raises:
-        ConfigError: an unknown convention; others as ``auroc``.
+        ConfigError: an unknown convention; other errors as in ``auroc``.
 
-    Reference: Dong et al., "MultiOOD: Scaling Out-of-Distribution Detection for Multiple Modalities" (NeurIPS 2024);
-    spec 8.7.
+    Reference: Dong et al., "MultiOOD: Scaling Out-of-Distribution Detection for Multiple Modalities" (NeurIPS 2024).
 
     Example:
         >>> inside, outside = torch.tensor([1.0, 3.0, 4.0, 5.0]), torch.tensor([0.0, 2.0])
@@ -64,21 +63,19 @@ def fpr95(inside: Float[Tensor, " inside"], outside: Float[Tensor, " outside"], 
         raise ConfigError("fpr95", expected="positive 'ood' or 'id'", got=repr(positive))
     inside, outside = _rows(inside, outside, "fpr95")
     positives, negatives = (outside, inside) if positive == "ood" else (-inside, -outside)
-    # In whole numbers: 0.95 n is no float, and the least count that is no less must not depend on how it is rounded.
-    wanted = -(-95 * len(positives) // 100)
-    threshold = positives.sort().values[wanted - 1]
+    # Integer arithmetic: ceil(0.95 n) must not depend on the rounding of 0.95.
+    count = -(-95 * len(positives) // 100)
+    threshold = positives.sort().values[count - 1]
     return int((negatives <= threshold).sum()) / len(negatives)
 
 
 def _rows(inside: Tensor, outside: Tensor, who: str) -> tuple[Tensor, Tensor]:
-    """Two rows of scores of one type."""
+    """Checks both vectors of scores and returns them in float64."""
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.ndim != 1 or len(scores) == 0:
             raise ShapeError(
                 f"{who} {name}", expected="scores (sample,) of one or more samples", got=f"shape {tuple(scores.shape)}"
             )
         if bool(scores.isnan().any()):
-            raise NonFiniteError(
-                f"{who} {name}", expected="scores that are numbers", got=f"NaN for {int(scores.isnan().sum())} of them"
-            )
+            raise NonFiniteError(f"{who} {name}", expected="scores without NaN", got=f"{int(scores.isnan().sum())} NaN")
     return inside.double(), outside.double()

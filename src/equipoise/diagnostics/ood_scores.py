@@ -1,4 +1,4 @@
-"""How sure a classifier is: one number for each sample, out of its logits (spec 8.7)."""
+"""Confidence scores of a classifier, computed from its logits."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ Confidence = Callable[[Tensor], Tensor]
 def gen_score(
     logits: Float[Tensor, "sample class"], *, gamma: float = 0.1, top: int | None = None
 ) -> Float[Tensor, " sample"]:
-    """Generalised entropy, with its sign turned: 0 for a certain answer, least for a uniform one::
+    """Computes the negative generalized entropy: 0 for a certain prediction, lowest for a uniform one::
 
         s = -sum_{c in the top M} p_c^gamma (1 - p_c)^gamma,    p = softmax(logits)
 
     Args:
         logits: (sample, class).
-        gamma: the smaller, the more small probabilities count.
-        top: M, of how many of the most probable classes; all by default, 100 where there are many.
+        gamma: lower values increase the weight of small probabilities.
+        top: M, number of the most probable classes; all by default; use 100 for many classes.
 
     Returns:
-        (sample,) in float64; higher means more in-distribution. 1 - p of the first class is the sum of the others, so
-        confident answers are told apart where p itself is rounded to 1.
+        (sample,) in float64; higher means more in-distribution. 1 - p of the first class is computed as the sum
+        of the others, so that confident predictions differ even if p is rounded to 1.
 
     Raises:
-        ConfigError: gamma that is not positive, a top beyond the classes. ShapeError: fewer than two classes, no
-            samples. NonFiniteError: NaN or infinite logits; -inf for a class that is ruled out is fine.
+        ConfigError: gamma <= 0, or top larger than the number of classes. ShapeError: fewer than two classes, or no
+            samples. NonFiniteError: NaN or infinite logits; -inf for excluded classes is allowed.
 
-    Reference: Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection" (CVPR 2023);
-    spec 8.7.
+    Reference: Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection" (CVPR 2023).
 
     Example:
         >>> round(gen_score(torch.zeros(1, 4)).item(), 6)
@@ -55,28 +54,28 @@ def gen_score(
 
 
 def msp(logits: Float[Tensor, "sample class"]) -> Float[Tensor, " sample"]:
-    """The greatest probability, max softmax(logits). Rounding makes equals of all answers that are almost certain.
+    """Computes the maximum softmax probability. In finite precision, near-certain predictions tie.
 
-    Shapes and errors as ``gen_score``.
+    Shapes and errors as in ``gen_score``.
 
     Reference: Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples" (ICLR
-    2017); spec 8.7.
+    2017).
     """
     return _checked(logits, "msp").softmax(dim=1).amax(dim=1)
 
 
 def max_logit(logits: Float[Tensor, "sample class"]) -> Float[Tensor, " sample"]:
-    """The greatest logit, which unlike ``msp`` knows how strong the evidence is. Shapes and errors as ``gen_score``.
+    """Computes the maximum logit, which unlike ``msp`` depends on its magnitude. Shapes and errors as in ``gen_score``.
 
-    Reference: Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings" (ICML 2022); spec 8.7.
+    Reference: Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings" (ICML 2022).
     """
     return _checked(logits, "max_logit").amax(dim=1)
 
 
 def energy(logits: Float[Tensor, "sample class"]) -> Float[Tensor, " sample"]:
-    """Minus the free energy, log sum exp(logits). Shapes and errors as ``gen_score``.
+    """Computes the negative free energy, log sum exp(logits). Shapes and errors as in ``gen_score``.
 
-    Reference: Liu et al., "Energy-based Out-of-distribution Detection" (NeurIPS 2020); spec 8.7.
+    Reference: Liu et al., "Energy-based Out-of-distribution Detection" (NeurIPS 2020).
     """
     return _checked(logits, "energy").logsumexp(dim=1)
 
@@ -85,7 +84,7 @@ CONFIDENCES: dict[str, Confidence] = {"gen": gen_score, "msp": msp, "max_logit":
 
 
 def _checked(logits: Tensor, who: str) -> Tensor:
-    """Logits in float64, none of them NaN or infinite but for classes that are ruled out."""
+    """Returns the logits in float64; -inf is allowed for excluded classes."""
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
         raise ShapeError(
             who,
@@ -99,6 +98,6 @@ def _checked(logits: Tensor, who: str) -> Tensor:
             who,
             expected="finite logits",
             got=f"NaN or infinity for {len(bad)} of {len(logits)} samples, the first is number {bad[0]}",
-            fix="Look for NaN in that sample's input, then in the model's weights.",
+            fix="Check the input of that sample and the weights of the model for NaN.",
         )
     return logits

@@ -1,4 +1,4 @@
-"""Does a classifier notice what it has never been taught? (spec 8.7)"""
+"""Out-of-distribution detection by the confidence of a classifier."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .task_scores import score_name
 
 @dataclass(frozen=True, eq=False)
 class OOD:
-    """How well confidence tells known classes from unknown ones.
+    """Separation of in-distribution and out-of-distribution samples by confidence.
 
     Attributes:
-        score: name of the confidence.
-        accuracy: on the known classes alone; NaN where they came without targets.
-        auroc: probability that a sample of a known class has more confidence than one of an unknown class.
-        fpr95: part of the known that is rejected when 95 % of the unknown are (``positive="ood"``).
-        fpr95_id: part of the unknown that is accepted when 95 % of the known are (``positive="id"``).
-        inside, outside: (sample,) confidence of the known and of the unknown.
+        score: name of the confidence score.
+        accuracy: on the in-distribution samples; NaN without targets.
+        auroc: probability that an in-distribution sample has a higher confidence than an out-of-distribution sample.
+        fpr95: fraction of in-distribution samples rejected when 95 % of the others are (``positive="ood"``).
+        fpr95_id: fraction of out-of-distribution samples accepted when 95 % of the others are (``positive="id"``).
+        inside, outside: (sample,) confidence of in-distribution and out-of-distribution samples.
     """
 
     score: str
@@ -46,26 +46,26 @@ def ood(
     *,
     score: str | Confidence = "gen",
 ) -> OOD:
-    """Shows a classifier samples of classes that it knows and of others, and compares its confidence.
+    """Compares the confidence of a classifier on in-distribution and out-of-distribution samples.
 
     Args:
         model: a FusionModel for classification.
-        inside_loader: batches, dicts with every modality, of known classes, with targets.
-        outside_loader: batches of unknown classes; their targets are not read.
+        inside_loader: in-distribution batches, dicts with every modality and targets.
+        outside_loader: out-of-distribution batches; targets are ignored.
         score: "gen", "msp", "max_logit", "energy", or a function logits (sample, class) -> (sample,) that is higher for
-            what is known, such as ``functools.partial(gen_score, top=100)``.
+            in-distribution samples, such as ``functools.partial(gen_score, top=100)``.
 
     Returns:
         OOD.
 
     Raises:
-        ConfigError: an unknown score, a model that is no classifier. ShapeError: an empty loader, fewer than two
-            classes. NonFiniteError: logits that are no numbers.
+        ConfigError: an unknown score, or the model is not a classifier. ShapeError: an empty loader, or fewer than two
+            classes. NonFiniteError: NaN or infinite logits.
 
-    A good figure says that confidence is lower on *these* unknown classes. It says nothing of others, and a difference
-    of recording (another camera, another noise) is found as easily as a difference of content.
+    The result holds for *these* out-of-distribution samples only, and differences in recording conditions (another
+    camera, another noise level) are detected as easily as differences in content.
 
-    Reference: RollingQ (ICML 2025), Table 10, after MultiOOD (NeurIPS 2024); spec 8.7.
+    Reference: RollingQ (ICML 2025), Table 10, after MultiOOD (NeurIPS 2024).
     """
     if isinstance(score, str) and score not in CONFIDENCES:
         raise unknown_name("ood", "score", score, CONFIDENCES)

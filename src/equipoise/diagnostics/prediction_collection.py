@@ -1,4 +1,4 @@
-"""One pass over a loader: what a model says, and where it looks, for every sample."""
+"""Collects predictions and attention of a model over a loader, optionally with one modality replaced by noise."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Distribution = Literal["dataset", "standard", "per_sample"]
 
 @dataclass(frozen=True, eq=False)
 class CollectedPredictions:
-    """What one pass saw, on the CPU.
+    """Predictions and attention of one pass, on the CPU.
 
     Attributes:
         logits: (sample, output).
-        target: (sample, ...); no sample where the batches have none.
+        target: (sample, ...); empty if the batches have no targets.
         names: modality names, in the order of ``share``.
-        share: (sample, head, modality) attention of the fusion's class row; None without attention.
-        cosine: (sample, head, modality) of the class query and the mean key; None without attention; NaN where a sample
-            lacks the modality.
+        share: (sample, head, modality) attention of the class query of the fusion; None without attention.
+        cosine: (sample, head, modality) cosine of the class query and the mean key; None without attention; NaN if a
+            sample lacks the modality.
         key_norm: (sample, head, modality) length of the mean key.
     """
 
@@ -43,14 +43,14 @@ class CollectedPredictions:
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Noise in place of a whole modality.
+    """Gaussian noise that replaces a modality.
 
     Args:
-        modality: whose input is replaced.
-        mean, std: of the noise; those of the training inputs as the model sees them.
+        modality: name of the modality to replace.
+        mean, std: of the noise; usually those of the training inputs after preprocessing.
         seed: the same seed gives the same noise for the same batches.
-        distribution: ``"dataset"`` takes ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
-            standard deviation of each sample's own valid values.
+        distribution: ``"dataset"`` uses ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
+            standard deviation of the valid values of each sample.
     """
 
     modality: str
@@ -60,7 +60,7 @@ class NoiseSource:
     distribution: Distribution = "dataset"
 
     def of(self, values: Tensor, batch_number: int, valid: Tensor | None = None) -> Tensor:
-        """Noise of the shape of ``values``; ``valid``, which broadcasts to it, says which of them count."""
+        """Returns noise of the shape of ``values``; ``valid`` (broadcastable) selects the values for the statistics."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch_number)
         drawn = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
         if self.distribution == "standard":
@@ -74,17 +74,17 @@ class NoiseSource:
 def collect_predictions(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, noise: NoiseSource | None = None
 ) -> CollectedPredictions:
-    """Runs a FusionModel over batches in evaluation mode; modes, hooks and random state are left as they were.
+    """Runs a FusionModel over batches in evaluation mode; training modes, hooks and the RNG state are restored.
 
     Args:
         model: a FusionModel, or a module that returns ``Output``.
         batches: dicts with every modality, and ``"target"`` where there is one.
-        noise: replaces one modality of every batch.
+        noise: noise that replaces one modality in every batch.
 
     Raises:
-        ConfigError: a module that is none of these, noise for a modality that the model does not have.
-        ShapeError: no batch at all, batches that are no dicts, noise for a modality that a batch lacks, targets in some
-            batches alone.
+        ConfigError: the module is neither of these, or the model does not have the modality of ``noise``.
+        ShapeError: no batch, a batch that is not a dict or lacks the modality of ``noise``, or targets in only some of
+            the batches.
     """
     names = _names(model)
     if noise is not None and noise.modality not in names:
@@ -93,7 +93,7 @@ def collect_predictions(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with eval_mode_no_grad(model), collect_with_attention(model, kept):
         for number, batch in enumerate(batches):
-            inputs = {key: _moved(value, device) for key, value in check_batch(batch, "read").items()}
+            inputs = {key: _to_device(value, device) for key, value in check_batch(batch, "read").items()}
             if noise is not None:
                 values = input_of(inputs, noise.modality, "read")
                 inputs[noise.modality] = noise.of(values, number, valid_of(inputs, noise.modality, values))
@@ -121,7 +121,7 @@ def collect_predictions(
 
 
 def check_batch(batch: Any, who: str) -> Mapping[str, Any]:
-    """The batch, where it is a dict."""
+    """Returns the batch if it is a dict; raises ShapeError otherwise."""
     if isinstance(batch, Mapping):
         return batch
     raise ShapeError(
@@ -133,7 +133,7 @@ def check_batch(batch: Any, who: str) -> Mapping[str, Any]:
 
 
 def input_of(batch: Any, modality: str, who: str) -> Tensor:
-    """The floating input of one modality of a batch, which noise can replace."""
+    """Returns the input of a modality; raises ShapeError if it is not a floating-point tensor."""
     value = check_batch(batch, who).get(modality)
     if isinstance(value, Tensor) and value.is_floating_point():
         return value
@@ -146,10 +146,10 @@ def input_of(batch: Any, modality: str, who: str) -> Tensor:
 
 
 def valid_of(batch: Mapping[str, Any], modality: str, values: Tensor) -> Bool[Tensor, "batch ..."]:
-    """Which values of a modality's input count, broadcastable to it: not those that the batch's mask hides.
+    """The valid values of the input of a modality according to the mask of the batch, broadcastable to the input.
 
-    A mask of tokens hides the rows of inputs (batch, token, ...) of its size. A mask of tokens that the encoder makes
-    hides only samples without any token.
+    A token mask applies to inputs (batch, token, ...) of the same size. If the tokens are created by the encoder, the
+    mask only excludes samples without any token.
     """
     masks = batch.get("mask")
     mask = masks.get(modality) if isinstance(masks, Mapping) else None
@@ -195,22 +195,22 @@ def _no_fusion_model(got: str) -> ConfigError:
     )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    # The masks of a batch, or what an encoder takes by name.
-    return {key: _moved(part, device) for key, part in value.items()} if isinstance(value, dict) else value
+    # The masks of a batch, or inputs that an encoder takes by name.
+    return {key: _to_device(part, device) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager
 def collect_with_attention(model: nn.Module, kept: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collects "cosine" and "key_norm", (batch, head, modality), at the attention that pools, where there is one."""
+    """Collects "cosine" and "key_norm" (batch, head, modality) at the pooling attention, if there is one."""
     layer = getattr(getattr(model, "fusion", None), "attention", None)
     if layer is None:
         yield
         return
 
-    def look(core: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record(core: nn.Module, args: tuple, kwargs: dict) -> None:
         query, key, _ = args
         mask = kwargs.get("mask")
         member = membership(kwargs["modality"], kwargs["num_modalities"], len(query), mask)
@@ -221,8 +221,8 @@ def collect_with_attention(model: nn.Module, kept: dict[str, list[Tensor]]) -> I
         kept["cosine"].append(cosine.masked_fill(absent, torch.nan).cpu())
         kept["key_norm"].append(means.norm(dim=-1).masked_fill(absent, torch.nan).cpu())
 
-    # After RollingQ's own hook, so that what is read is the rotated query.
-    handle = layer.core.register_forward_pre_hook(look, with_kwargs=True)
+    # Registered after the hook of RollingQ, so that the query is already rotated.
+    handle = layer.core.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""QUAG: attention averaged inside quadrants of who reads and who is read, as a matrix or without one (spec 8.6)."""
+"""QUAG: averages attention inside quadrants of (modality of the query, modality of the key)."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from ..tokens.token_batch import SPECIAL
 from .model_inputs import labels_of
 
 Pair = tuple[int, int]
-"""Labels of who reads and who is read; -1 reads for class and other special tokens."""
+"""Labels of query and key; query label -1 stands for class and other special tokens."""
 
 ClsRows = Literal["keys", "skip", "all"]
 CLS_ROWS = ("keys", "skip", "all")
 
 BY_READER = ("unimodal", "crossmodal")
-"""Operators that ask of what modality the reader is."""
+"""Operators that depend on the modality of the query."""
 
 CHUNK = 256
-"""Queries whose masks are written out as numbers at once."""
+"""Number of queries whose masks are materialized at once."""
 
 
 def operators(names: Sequence[str], *, cls_rows: ClsRows = "keys") -> dict[str, tuple[Pair, ...]]:
-    """The operators of QUAG for some modalities: name -> quadrants that are averaged.
+    """Returns the QUAG operators for some modalities: name -> averaged quadrants.
 
-    ``"unimodal"``: who reads its own modality. ``"crossmodal"``: who reads another one. ``"avg-<name>"``: that modality
-    as it is read by all. ``"all"``: every quadrant.
+    ``"unimodal"``: queries and keys of the same modality. ``"crossmodal"``: of different modalities. ``"avg-<name>"``:
+    all queries and the keys of that modality. ``"all"``: every quadrant.
 
     Args:
         names: of the modalities.
-        cls_rows: what special tokens do that read, such as a class token: ``"keys"`` take part where everybody does
-            ("avg-..." and "all"), ``"skip"`` nowhere, ``"all"`` in every modality that an operator averages.
+        cls_rows: treatment of queries that are special tokens, such as a class token: ``"keys"`` averages them for
+            operators that do not depend on the query ("avg-..." and "all"), ``"skip"`` never, ``"all"`` for every
+            operator.
 
     Raises:
         ConfigError: an unknown cls_rows.
 
-    Reference: RollingQ (ICML 2025), Table 9; spec 8.6.
+    Reference: RollingQ (ICML 2025), Table 9.
 
     Example:
         >>> operators(("audio", "image"))["avg-image"]
@@ -52,23 +53,24 @@ def operators(names: Sequence[str], *, cls_rows: ClsRows = "keys") -> dict[str, 
     """
     if cls_rows not in CLS_ROWS:
         raise unknown_name("quag", "cls_rows", str(cls_rows), CLS_ROWS)
-    every = range(len(names))
-    found = {
-        "unimodal": [(m, m) for m in every],
-        "crossmodal": [(m, n) for m in every for n in every if m != n],
-        **{f"avg-{name}": [(m, n) for m in every] for n, name in enumerate(names)},
-        "all": [(m, n) for m in every for n in every],
+    indices = range(len(names))
+    quadrants = {
+        "unimodal": [(m, m) for m in indices],
+        "crossmodal": [(m, n) for m in indices for n in indices if m != n],
+        **{f"avg-{name}": [(m, n) for m in indices] for n, name in enumerate(names)},
+        "all": [(m, n) for m in indices for n in indices],
     }
-    for name, pairs in found.items():
+    for name, pairs in quadrants.items():
         if cls_rows == "all" or (cls_rows == "keys" and name not in BY_READER):
             pairs += [(SPECIAL, n) for n in sorted({n for _, n in pairs})]
-    return {name: tuple(pairs) for name, pairs in found.items()}
+    return {name: tuple(pairs) for name, pairs in quadrants.items()}
 
 
-def chosen_operators(names: Sequence[str], wanted: Sequence[str] | None, cls_rows: ClsRows) -> tuple[str, ...]:
-    """The operators that are wanted; by default all that have a quadrant."""
-    found = operators(names, cls_rows=cls_rows)
-    return tuple(name for name, pairs in found.items() if pairs) if wanted is None else tuple(wanted)
+def chosen_operators(names: Sequence[str], requested: Sequence[str] | None, cls_rows: ClsRows) -> tuple[str, ...]:
+    """The requested operators; by default all with at least one quadrant."""
+    if requested is not None:
+        return tuple(requested)
+    return tuple(name for name, pairs in operators(names, cls_rows=cls_rows).items() if pairs)
 
 
 def quag_attention(
@@ -78,22 +80,20 @@ def quag_attention(
     pairs: Collection[Pair],
     visible: Bool[Tensor, "#batch #head #query #key"] | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """A'_ij = mean of A_ij' over the visible keys j' of j's modality, where i reads it in one of the quadrants.
+    """Computes A'_ij = mean of A_ij' over the visible keys j' of the modality of j, for all (i, j) in the quadrants.
 
     Args:
         attention: (batch, head, query, key), after softmax.
-        rows: (query,) or (batch, query) label of who reads, -1 = special.
-        columns: (key,) or (batch, key) label of who is read; keys of -1 stay as they are.
-        pairs: quadrants (label of the row, label of the column); ``operators`` makes them.
-        visible: True = the query may see the key; others stay as they are. None: all.
+        rows: (query,) or (batch, query) labels of the queries, -1 = special.
+        columns: (key,) or (batch, key) labels of the keys; keys with -1 are not changed.
+        pairs: quadrants (label of the row, label of the column); see ``operators``.
+        visible: True = the query sees the key; other entries are not changed. None: all.
 
     Returns:
-        Attention with the same sums over each modality's keys, and so over each row.
+        Attention with unchanged sums over the keys of each modality, and therefore over each row.
 
     Raises:
-        ShapeError: labels that do not fit. ConfigError: a quadrant without a column.
-
-    Reference: spec 8.6.
+        ShapeError: labels do not fit. ConfigError: a quadrant without a column.
 
     Example:
         >>> attention = torch.tensor([[[[0.5, 0.25, 0.25]]]])
@@ -103,7 +103,7 @@ def quag_attention(
     batch, _, queries, keys = attention.shape
     columns, count = labels_of(columns, None, batch, keys, "quag_attention columns")
     rows, readers = labels_of(rows, None, batch, queries, "quag_attention rows")
-    # A modality may be absent.
+    # A modality may have no token.
     count = max(count, readers, *(1 + label for pair in pairs for label in pair))
     taken = averaged_attention(pairs, count, rows)
     columns = columns.to(attention.device)
@@ -124,26 +124,26 @@ def quag_output(
     num_modalities: int,
     pairs: Collection[Pair],
 ) -> Float[Tensor, "batch head query dim"]:
-    """The output of an attention under QUAG, without its matrix.
+    """Computes the attention output under QUAG without materializing the attention matrix.
 
-    out_i = sum over modalities c that i reads averaged of share_ic mean_ic + sum over all other keys j of A_ij v_j
+    out_i = sum over averaged modalities c of share_ic mean_ic + sum over all other keys j of A_ij v_j
 
-    mean_ic is the mean of v_j over the keys j of c that i sees. Shares and the rest come from fused kernels; causality
-    alone makes prefix means of the values, other masks means by a product of mask and values, some queries at a time.
+    mean_ic is the mean of v_j over the visible keys j of c. Shares and the second sum are computed with fused kernels;
+    the means are prefix means for causal attention, and products of mask and values in chunks for other masks.
 
     Args:
-        call: the attention; dropout has no part in it.
+        call: the attention call; dropout is not applied.
         labels: (key,) or (batch, key), -1 = special or padding.
         query_labels: (query,) or (batch, query).
-        num_modalities: of the labels.
+        num_modalities: number of modalities.
         pairs: quadrants (label of the row, label of the column).
 
     Raises:
         ConfigError: a quadrant without a column.
 
     Reference: spec 8.6.
-    Differs from the released code in: no matrix; their efficient variant, a mean token with log n times its logit, is
-    another thing.
+    Differs from the released code in: no matrix; the efficient variant of that code, a mean token with log n added to its logit,
+    is not equivalent.
     """
     batch, heads, queries, keys = call.sizes
     taken = averaged_attention(pairs, num_modalities, query_labels.to(call.value.device).expand(batch, queries))
@@ -161,10 +161,10 @@ def quag_output(
 def averaged_attention(
     pairs: Collection[Pair], num_modalities: int, rows: Int[Tensor, "batch query"]
 ) -> Bool[Tensor, "batch query modality"]:
-    """Which modalities every query reads averaged.
+    """Mask of the modalities that are averaged for each query.
 
     Raises:
-        ConfigError: a quadrant whose column is no modality, or whose row is neither that nor -1.
+        ConfigError: the column of a quadrant is not a modality, or its row is neither a modality nor -1.
     """
     table = torch.zeros(num_modalities + 1, num_modalities, dtype=torch.bool)
     for row, column in pairs:
@@ -180,7 +180,7 @@ def averaged_attention(
 
 
 def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "batch head query dim"]:
-    """What the keys outside the averaged quadrants give: queries that read the same ones averaged at a time."""
+    """Output of the keys outside the averaged quadrants, computed for groups of queries with the same quadrants."""
     exact = torch.promote_types(call.value.dtype, torch.float32)
     total = call.value.new_zeros(*call.sizes[:3], call.value.shape[-1], dtype=exact)
     for chosen in taken.flatten(0, 1).unique(dim=0):
@@ -189,7 +189,7 @@ def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "
             continue
         part = replace(call, value=call.value.masked_fill(gone[:, None, :, None], 0.0))
         rows = (taken == chosen).all(dim=-1)
-        # Queries that are picked out need a mask for their causality, which would be large.
+        # Selected queries would need an explicit causal mask, which is large.
         if call.is_causal or bool(rows.all()):
             total = torch.where(rows[:, None, :, None], attention_output(part).to(exact), total)
             continue
@@ -201,7 +201,7 @@ def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "
 
 
 def _visible_mean(call: AttentionCall, member: Bool[Tensor, "batch key"]) -> Float[Tensor, "batch somehead #query dim"]:
-    """Mean of the values of the member keys that each query sees; 0 where it sees none."""
+    """Mean of the values of the visible member keys of each query; 0 without any."""
     value = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
     mask, members = replace(call, is_causal=False).visible(), member[:, None, None]
     if mask is not None and mask.shape[1] > 1:
@@ -221,12 +221,12 @@ def _visible_mean(call: AttentionCall, member: Bool[Tensor, "batch key"]) -> Flo
 
 
 def _pieces(mask: Tensor, is_causal: bool, keys: int) -> Iterator[Bool[Tensor, "#batch #head some #key"]]:
-    """The mask of some queries after the other, causality in it."""
+    """The mask in chunks of queries, combined with the causal mask."""
     for start in range(0, mask.shape[2], CHUNK):
         part = mask[:, :, start : start + CHUNK]
         if is_causal:
-            places = torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
-            part = part & (torch.arange(keys, device=mask.device) <= places)
+            positions = torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
+            part = part & (torch.arange(keys, device=mask.device) <= positions)
         yield part
 
 
@@ -235,6 +235,6 @@ def _mean(members: Bool[Tensor, "#batch #head some key"], value: Float[Tensor, "
     counts = weight.sum(dim=-1, keepdim=True).clamp(min=1)
     if weight.shape[1] > 1:
         return weight @ value / counts
-    # One product for all heads, so that the weights are not copied for each.
+    # One product for all heads avoids copying the weights.
     sums = weight[:, 0] @ value.transpose(1, 2).flatten(2)
     return sums.unflatten(-1, (value.shape[1], -1)).transpose(1, 2) / counts

@@ -1,4 +1,4 @@
-"""What is left of the score when attention no longer tells one token of a modality from another (spec 8.6)."""
+"""Score with attention averaged within quadrants of modalities (QUAG)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from .task_scores import outcomes, score_name
 
 @dataclass(frozen=True)
 class Quag:
-    """The score as it is, and under each operator.
+    """The score without averaging and under each operator.
 
     Attributes:
-        origin: score of the model as it is: accuracy, or minus the mean absolute error of a regression.
+        origin: score without averaging: accuracy, or minus the mean absolute error of a regression.
         scores: operator -> score.
         drops: operator -> origin minus score.
-        changed: operator -> the attention layers in which it averaged anything; where there is none the score is the
-            origin.
-        outcomes: operator -> (sample,) the outcome of every sample, whose mean is the score.
+        changed: operator -> attention layers in which it was applied; without any, the score equals the origin.
+        outcomes: operator -> (sample,) outcome of each sample; the mean is the score.
     """
 
     origin: float
@@ -46,56 +45,55 @@ def quag(
     operators: Sequence[str] | None = None,
     cls_rows: ClsRows = "keys",
 ) -> Quag:
-    """Averages attention inside quadrants and measures the score that is left; nothing is trained again.
+    """Averages attention inside quadrants and measures the score, without retraining.
 
-    A'_ij = mean of A_ij' over the keys j' of j's modality that i sees, where (modality of i, modality of j) is a
-    quadrant of the operator; in every attention layer of the fusion that knows its keys, every head.
+    A'_ij = mean of A_ij' over the keys j' of j's modality visible to i, if (modality of i, modality of j) is a
+    quadrant of the operator; in every head of every attention layer of the fusion with known key labels.
 
     Args:
         model: a FusionModel with attention.
         loader: batches, dicts with every modality and targets. The encoders run once for each batch.
-        operators: some of "unimodal", "crossmodal", "avg-<name>", "all"; by default all that have a quadrant.
-        cls_rows: what a class token does that reads: ``"keys"`` it takes part in "avg-..." and "all", ``"skip"`` in
-            nothing, ``"all"`` in everything.
+        operators: some of "unimodal", "crossmodal", "avg-<name>", "all"; by default all with a quadrant.
+        cls_rows: treatment of a class token as query: ``"keys"`` averages it for "avg-..." and "all", ``"skip"`` never,
+            ``"all"`` for every operator.
 
     Returns:
-        Quag. A small drop says that the model does not need to tell apart the tokens that it reads there: it would do
-        with their mean. Where a class token alone reads, as in joint attention of depth 1, "unimodal" and "crossmodal"
-        change nothing.
+        Quag. A small drop means that the mean of the tokens in the quadrant is sufficient. If only a class token
+        attends, as in joint attention of depth 1, "unimodal" and "crossmodal" have no effect.
 
     Raises:
-        ConfigError: a model that is no FusionModel, a static fusion, an unknown operator or cls_rows. ShapeError: no
-            batch, no targets. NonFiniteError: answers that are NaN.
+        ConfigError: the model is not a FusionModel, a static fusion, or an unknown operator or cls_rows. ShapeError: no
+            batch, or no targets. NonFiniteError: a prediction is NaN.
 
     Reference: RollingQ (ICML 2025), Table 9; Rawal et al., *Dissecting Multimodality in VideoQA Transformer Models by
-    Impairing Modality Fusion* (ICML 2024); spec 8.6.
-    Differs from the paper in: any number of modalities; the class token's part has a name.
+    Impairing Modality Fusion* (ICML 2024).
+    Differs from the paper in: any number of modalities; the treatment of the class token is an option.
     """
     names = record_fusion(model, "quag").names
     chosen = chosen_operators(names, operators, cls_rows)
-    made = [Intervention("quag", QuagAveraging(name, cls_rows)) for name in chosen]
-    for one in made:
+    interventions = [Intervention("quag", QuagAveraging(name, cls_rows)) for name in chosen]
+    for one in interventions:
         one.check(names)
-    seen = collect_predictions(_Averaged(model, made), loader)
+    seen = collect_predictions(_Averaged(model, interventions), loader)
     origin, *rest = (score_name(model, part, seen.target, "quag") for part in seen.logits.unbind(dim=1))
     scores = dict(zip(chosen, rest, strict=True))
     drops = {name: origin - score for name, score in scores.items()}
     kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
-    changed = {name: one.changed for name, one in zip(chosen, made, strict=True)}
+    changed = {name: one.changed for name, one in zip(chosen, interventions, strict=True)}
     return Quag(origin, scores, drops, changed, dict(zip(chosen, kept, strict=True)))
 
 
 class _Averaged(nn.Module):
-    """Encodes a batch once and fuses it as it is, then under each intervention."""
+    """Encodes a batch once and fuses it without averaging and under each intervention."""
 
-    def __init__(self, model: nn.Module, made: Sequence[Intervention]) -> None:
+    def __init__(self, model: nn.Module, interventions: Sequence[Intervention]) -> None:
         super().__init__()
-        self.model, self.made, self.names = model, made, model.names
+        self.model, self.interventions, self.names = model, interventions, model.names
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
         tokens = self.model.encode(batch)  # type: ignore[operator]
         outputs = [self.model.fuse(tokens)]  # type: ignore[operator]
-        for one in self.made:
+        for one in self.interventions:
             with apply_intervention(self.model, one):
                 outputs.append(self.model.fuse(tokens))  # type: ignore[operator]
             if not one.met:
@@ -109,5 +107,5 @@ def _static(model: nn.Module) -> ConfigError:
         "quag",
         expected="a fusion with attention over keys whose modalities are known",
         got=f"{type(getattr(model, 'fusion', model)).__name__}, which has none",
-        fix="Static fusions have no attention to average; mask_modality asks what they owe to a modality.",
+        fix="Static fusions have no attention to average; use mask_modality instead.",
     )

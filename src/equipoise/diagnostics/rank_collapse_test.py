@@ -1,4 +1,4 @@
-"""Do the tokens become alike with depth? The part of a layer that is not the mean token (spec 5.6)."""
+"""Rank collapse: relative norm of the tokens of each layer after subtracting their mean."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Norm = Literal["frobenius", "composite"]
 
 @dataclass(frozen=True, eq=False)
 class RankCollapse:
-    """How far the tokens of each layer are from being one and the same, on the CPU.
+    """Relative residuals of the tokens of each layer, on the CPU.
 
     Attributes:
-        whole: (layer, sample) residual over all tokens that the mask leaves, special ones too.
-        per_modality: (layer, sample, modality) the same over the tokens of one modality, special ones and padding left
-            out; NaN where a sample has none of them. None without labels.
+        whole: (layer, sample) residual over all valid tokens, including special tokens.
+        per_modality: (layer, sample, modality) residual over the tokens of one modality, without special tokens and
+            padding; NaN if a sample has none. None without labels.
     """
 
     whole: Float[Tensor, "layer sample"]
@@ -33,17 +33,17 @@ class RankCollapse:
 def residual(
     tokens: Float[Tensor, "*batch token dim"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch token dim"]:
-    """res(X) = X - 1 x, with x the mean of the tokens that take part: what makes the tokens different.
+    """Subtracts the mean token: res(X) = X - 1 x, with x the mean of the valid tokens.
 
     Args:
         tokens: (..., token, dim).
-        mask: (..., token), True = takes part; all without it.
+        mask: (..., token), True = valid; all without it.
 
     Returns:
-        (..., token, dim) in at least float32; zeros for tokens that do not take part, and exactly zero for equal ones.
+        (..., token, dim) in at least float32; zeros for invalid tokens, and exactly zero if all tokens are equal.
 
     Raises:
-        ShapeError: no token at all, integers, a mask that does not fit.
+        ShapeError: no token, an integer tensor, or a mask that does not fit.
 
     Example:
         >>> residual(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
@@ -64,7 +64,7 @@ def residual(
             got=f"shape {tuple(valid.shape)}, {valid.dtype}",
         )
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    # Measured from one of the tokens, so that rounding of the mean leaves nothing where all are equal.
+    # Subtract one of the tokens first, so that the result is exactly zero if all tokens are equal.
     first = valid.int().argmax(dim=-1)[..., None, None].expand(*tokens.shape[:-2], 1, tokens.shape[-1])
     moved = (tokens - tokens.gather(-2, first)).masked_fill(~valid[..., None], 0.0)
     mean = moved.sum(dim=-2, keepdim=True) / valid.sum(dim=-1).clamp(min=1)[..., None, None]
@@ -79,32 +79,32 @@ def rank_collapse(
     num_modalities: int | None = None,
     norm: Norm = "frobenius",
 ) -> RankCollapse:
-    """The relative residual ||res(X)|| / ||X|| of each layer: 0 where all tokens are the same vector.
+    """Computes the relative residual ||res(X)|| / ||X|| of each layer: 0 if all tokens are equal.
 
     ::
 
-        "frobenius"   ||Y|| = sqrt(sum_ij Y_ij^2)                     then it lies in [0, 1]
-        "composite"   ||Y|| = sqrt(max_j sum_i |Y_ij|  max_i sum_j |Y_ij|)   the norm of the theorem
+        "frobenius"   ||Y|| = sqrt(sum_ij Y_ij^2)                     values in [0, 1]
+        "composite"   ||Y|| = sqrt(max_j sum_i |Y_ij|  max_i sum_j |Y_ij|)   norm of the theorem in the paper
 
-    Attention without shortcuts and hidden layers drives it to 0 doubly exponentially. Read it along the layers: a fall
-    to nearly 0 says that depth has made the tokens one. It says nothing of rank beyond one, and it is small, too, where
-    all tokens carry one large common vector beside different small ones, as language models do.
+    Attention without skip connections and MLPs drives it to 0 doubly exponentially with depth. A decrease to nearly 0
+    along the layers means that the tokens have collapsed to one vector. It does not measure ranks above one, and it is
+    also small if all tokens share one large common component, as in many language models.
 
     Args:
         hidden: (batch, token, dim), or one for each layer; widths may differ between layers.
-        mask: (batch, token), True = takes part.
-        modality: labels (token,) or (batch, token), -1 = special or padding; asks for each modality alone, too.
-        num_modalities: columns of that; by default the highest label + 1.
-        norm: "frobenius" or "composite". The mean is taken off in both, though only the first is smallest there.
+        mask: (batch, token), True = valid.
+        modality: labels (token,) or (batch, token), -1 = special or padding; adds the residuals of each modality.
+        num_modalities: by default the highest label + 1.
+        norm: "frobenius" or "composite". Both subtract the mean, which minimizes only the Frobenius norm.
 
     Returns:
-        RankCollapse. Zeros have residual 0. A sample without any token, and an empty modality, give NaN.
+        RankCollapse. A zero tensor has residual 0; a sample without tokens and an empty modality have NaN.
 
     Raises:
-        ConfigError: an unknown norm. ShapeError: hidden states, mask or labels that do not fit.
+        ConfigError: an unknown norm. ShapeError: hidden states, mask or labels do not fit.
 
-    Reference: Dong et al., "Attention Is Not All You Need" (ICML 2021); spec 5.6.
-    Differs from the paper in: the residual is relative to the layer's own size, and also given for each modality.
+    Reference: Dong et al., "Attention Is Not All You Need" (ICML 2021).
+    Differs from the paper in: the residual is relative to the norm of the layer, and also computed for each modality.
 
     Example:
         >>> hidden = torch.tensor([[[3.0, 0.0], [3.0, 0.0], [0.0, 4.0]]])

@@ -1,4 +1,4 @@
-"""The share of every modality in one table: layer by layer, head by head (spec 8.1)."""
+"""Table of attention shares by layer and head."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def share_statistics(
     share: Float[Tensor, "*layer sample head modality"] | Mapping[str, Float[Tensor, "sample head modality"]],
     names: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What each head of each layer gives to each modality: mean, spread, least and most over samples.
+    """Computes mean, standard deviation, minimum and maximum over samples of the attention shares of each head.
 
     Args:
-        share: (sample, head, modality), (layer, sample, head, modality), or name of the layer -> (sample, head,
-            modality), where layers may differ in heads. NaN where a sample lacks the modality, which leaves it out.
+        share: (sample, head, modality), (layer, sample, head, modality), or layer name -> (sample, head,
+            modality), with a number of heads that may differ between layers. NaN marks samples without the modality,
+            which are excluded.
         names: of the modalities, in the order of the last dimension.
 
     Returns:
-        Rows {"layer", "head", "modality", "samples", "mean", "std", "min", "max"}, JSON-able: "layer" is its number or
-        its name, "samples" how many have the modality, "std" over n samples. None where there are none.
+        Rows {"layer", "head", "modality", "samples", "mean", "std", "min", "max"}, JSON-able: "layer" is its index or
+        name, "samples" the number of samples with the modality, "std" the population standard deviation. Values are
+        None without any sample.
 
     Raises:
-        ShapeError: no sample, no such shape, or not one name for each modality.
+        ShapeError: no sample, another shape, or a number of names that differs from the modalities.
 
-    A mean share says where attention goes, not whether the prediction needs it.
-
-    Reference: spec 8.1.
+    A mean share is the amount of attention, not evidence that the prediction depends on it.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ def _rows(layer: Any, share: Tensor, names: Sequence[str]) -> list[dict[str, Any
     if share.shape[-1] != len(names):
         raise ShapeError(
             "share_statistics names",
-            expected=f"one for each modality = {share.shape[-1]}",
+            expected=f"one name for each modality = {share.shape[-1]}",
             got=f"{len(names)}: {', '.join(names)}",
         )
     absent = share.isnan()

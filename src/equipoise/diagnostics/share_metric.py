@@ -1,4 +1,4 @@
-"""The share of every modality as a torchmetrics metric: summed over batches and processes."""
+"""Attention share of each modality as a torchmetrics metric, accumulated over batches and processes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from ..errors import ConfigError, ShapeError
 
 
 class ModalityShare(Metric):
-    """Mean share of each head and modality over all samples seen, on all processes.
+    """Mean attention share of each head and modality over all samples and processes.
 
     Args:
-        num_modalities: columns of the share.
-        heads: heads of the share.
+        num_modalities: number of modalities of the share.
+        heads: number of heads of the share.
         **options: of ``torchmetrics.Metric``.
 
-    ``update(share)`` takes (sample, head, modality), such as ``Output.share``; NaN, where a sample lacks the modality,
-    is left out. ``compute()`` gives (head, modality), NaN where nothing was seen. Sums are in float32;
+    ``update(share)`` takes (sample, head, modality), such as ``Output.share``; NaN marks samples without the
+    modality, which are excluded. ``compute()`` returns (head, modality), NaN without any sample. Sums are in float32;
     ``metric.set_dtype(torch.float64)`` keeps more digits over many millions of samples.
 
     Raises:
         ConfigError: no modality or no head. ShapeError: a share of another shape.
 
-    A missing modality that is given as share 0, not NaN, counts as attention that it did not get.
-
-    Reference: spec 8.1.
+    A missing modality must be NaN: a share of 0 is included in the mean.
 
     Example:
         >>> metric = ModalityShare(2)
@@ -54,7 +52,7 @@ class ModalityShare(Metric):
         self.add_state("samples", torch.zeros(heads, num_modalities, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, share: Float[Tensor, "sample head modality"]) -> None:
-        """Adds the samples of one batch; there may be none."""
+        """Adds the samples of one batch, which may be empty."""
         if share.ndim != 3 or share.shape[1:] != self.total.shape or not share.is_floating_point():
             raise ShapeError(
                 "ModalityShare",
@@ -66,5 +64,5 @@ class ModalityShare(Metric):
         self.samples += (~share.isnan()).sum(dim=0)
 
     def compute(self) -> Float[Tensor, "head modality"]:
-        """The means so far."""
+        """Returns the mean shares."""
         return self.total / self.samples

@@ -1,4 +1,4 @@
-"""How attention is spread: over keys, over modalities, over samples, and with the quality of the input (spec 8.10)."""
+"""Entropy of attention, variation of shares over samples, and their correlation with input quality."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .noise_test import pearson
 
 @dataclass(frozen=True, eq=False)
 class ShareSpread:
-    """How much the share of each modality changes from sample to sample.
+    """Standard deviation of the attention shares over samples.
 
     Attributes:
-        spread: (modality,) standard deviation of the share, mean over heads; NaN where no sample has the modality.
-        per_head: (head, modality) the same for each head alone.
-        samples: (modality,) how many samples have the modality.
+        spread: (modality,) of the share averaged over heads; NaN without any sample with the modality.
+        per_head: (head, modality) of the share of each head.
+        samples: (modality,) number of samples with the modality.
     """
 
     spread: Float[Tensor, " modality"]
@@ -30,12 +30,12 @@ class ShareSpread:
 
 @dataclass(frozen=True, eq=False)
 class ShareQuality:
-    """Whether the share of each modality goes with the quality of its input.
+    """Correlation of the attention share of each modality with the quality of its input.
 
     Attributes:
-        r: (modality,) Pearson correlation of share and quality; NaN where it is not defined.
+        r: (modality,) Pearson correlation of share and quality; NaN if undefined.
         p: (modality,) its two-sided p-value.
-        samples: (modality,) how many samples count.
+        samples: (modality,) number of samples.
     """
 
     r: Float[Tensor, " modality"]
@@ -49,27 +49,25 @@ def attention_entropy(
     mask: Bool[Tensor, "batch *query key"] | None = None,
     normalized: bool = False,
 ) -> Float[Tensor, "batch head query"]:
-    """Entropy of each query's attention in nats: -sum_j A_ij log A_ij.
+    """Computes the entropy of the attention of each query in nats: -sum_j A_ij log A_ij.
 
-    0 where one key gets everything, log(number of keys) where all get the same; exp of it is the number of keys that
-    the query really looks at.
+    0 if one key has all attention, log(number of keys) for uniform attention; the exponential is the effective number
+    of keys.
 
     Args:
         attention: (batch, head, query, key) after softmax.
-        mask: (batch, key) or (batch, query, key), True = may be seen; all without it.
-        normalized: divided by log(number of keys that the query may see), so that it lies in [0, 1]. A causal mask must
-            be given then.
+        mask: (batch, key) or (batch, query, key), True = visible; all without it.
+        normalized: divide by log(number of visible keys of the query), with values in [0, 1]. A causal mask must be
+            given in this case.
 
     Returns:
-        (batch, head, query), in at least float32. NaN for a query without attention, and normalized also for one that
-        may see a single key, which has no choice.
+        (batch, head, query), in at least float32. NaN for a query without attention and, if normalized, for a query with a
+        single visible key.
 
     Raises:
-        ShapeError: attention or mask that do not fit.
+        ShapeError: attention or mask do not fit.
 
-    Low entropy on a class token or a comma says nothing of modalities; ``share_entropy`` does.
-
-    Reference: spec 8.10.
+    Low entropy may be due to a class token or punctuation; see ``share_entropy`` for modalities.
 
     Example:
         >>> attention_entropy(torch.tensor([[[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]]))
@@ -83,23 +81,21 @@ def attention_entropy(
 
 
 def share_entropy(share: Float[Tensor, "*batch modality"], *, normalized: bool = False) -> Float[Tensor, "*batch"]:
-    """Entropy in nats of how attention is divided among modalities: -sum_m p_m log p_m with p = share / sum(share).
+    """Computes the entropy of the shares in nats: -sum_m p_m log p_m with p = share / sum(share).
 
-    What special tokens get is left out. 0 where one modality gets everything, log N where all N get the same.
+    Attention to special tokens is excluded. 0 if one modality has all attention, log N for uniform shares.
 
     Args:
         share: (..., modality).
-        normalized: divided by log N, so that it lies in [0, 1]; NaN for N = 1.
+        normalized: divide by log N, with values in [0, 1]; NaN for N = 1.
 
     Returns:
-        (...), in at least float32. NaN where no modality gets anything.
+        (...), in at least float32. NaN if the shares of all modalities are 0.
 
     Raises:
         ShapeError: a share without modalities.
 
-    An even division is no aim in itself: it may be a model that does not look at its input.
-
-    Reference: spec 8.10.
+    Uniform shares are not a goal in themselves: they may not depend on the input at all.
 
     Example:
         >>> share_entropy(torch.tensor([[0.4, 0.4], [0.0, 0.7]]))
@@ -117,23 +113,19 @@ def share_entropy(share: Float[Tensor, "*batch modality"], *, normalized: bool =
 
 
 def share_spread(share: Float[Tensor, "sample head modality"]) -> ShareSpread:
-    """Dynamic adaptivity: std_i share_i^m, the standard deviation over samples of each modality's share.
+    """Computes std_i share_i^m, the standard deviation over samples of the share of each modality.
 
     Args:
-        share: (sample, head, modality); NaN where a sample lacks the modality, which leaves it out.
+        share: (sample, head, modality); NaN marks samples without the modality, which are excluded.
 
     Returns:
-        ShareSpread, over n and not n - 1 samples, so 0 for a single one. 0 says that attention divides all samples
-        alike and fusion is static in all but name. Heads that move against each other cancel in the mean; look at
-        ``per_head`` then.
+        ShareSpread with population standard deviations, 0 for a single sample. A value of 0 means that the shares are
+        constant and the fusion is effectively static. Opposite changes of heads cancel in the mean; see ``per_head``.
 
     Raises:
-        ShapeError: no sample, or no such shape.
+        ShapeError: no sample, or another shape.
 
-    A spread may come from chance alone. Whether it follows the input, ``share_quality_correlation`` and
-    ``noise_response`` tell.
-
-    Reference: spec 8.10.
+    The variation may be unrelated to the input; ``share_quality_correlation`` and ``noise_response`` test this.
 
     Example:
         >>> share_spread(torch.tensor([[[0.25, 0.75]], [[0.75, 0.25]]])).spread
@@ -147,23 +139,21 @@ def share_spread(share: Float[Tensor, "sample head modality"]) -> ShareSpread:
 def share_quality_correlation(
     share: Float[Tensor, "sample head modality"], quality: Float[Tensor, "sample modality"]
 ) -> ShareQuality:
-    """Does a modality get more attention in the samples in which it is better? Pearson's r for each modality.
+    """Computes the Pearson correlation of the share of each modality with the quality of its input.
 
     Args:
-        share: (sample, head, modality), of which the mean over heads counts.
-        quality: (sample, modality) anything that is larger for better input: a signal-to-noise ratio, the probability
-            that the modality's own head gives to the truth.
+        share: (sample, head, modality); the mean over heads is used.
+        quality: (sample, modality) any measure that is larger for better input: a signal-to-noise ratio, or the
+            probability of the target according to the unimodal head.
 
     Returns:
-        ShareQuality. Samples in which share or quality of the modality is NaN do not count for it. r is NaN for fewer
-        than three samples, and where one of the two never changes.
+        ShareQuality. Samples whose share or quality is NaN are excluded. r is NaN for fewer than three samples, and if
+        share or quality is constant.
 
     Raises:
         ShapeError: no sample, or shapes that do not fit.
 
-    Shares of two modalities add up, so a modality that never changes may seem to follow the other's quality.
-
-    Reference: spec 8.10.
+    Shares sum to at most 1, so the share of one modality also correlates with the quality of the others.
 
     Example:
         >>> share = torch.tensor([[[0.2, 0.8]], [[0.4, 0.6]], [[0.9, 0.1]]])
@@ -177,17 +167,17 @@ def share_quality_correlation(
             expected=f"shape (sample, modality) = {tuple(mean.shape)}",
             got=f"shape {tuple(quality.shape)}",
         )
-    found, samples = [], []
-    for own, better in zip(mean.unbind(dim=1), quality.detach().to(mean).unbind(dim=1), strict=True):
-        counts = ~(own.isnan() | better.isnan())
-        samples.append(int(counts.sum()))
-        found.append(pearson(own[counts], better[counts]))
-    r, p = torch.tensor(found, dtype=mean.dtype).reshape(-1, 2).unbind(dim=1)
+    correlations, samples = [], []
+    for values, quality_values in zip(mean.unbind(dim=1), quality.detach().to(mean).unbind(dim=1), strict=True):
+        valid = ~(values.isnan() | quality_values.isnan())
+        samples.append(int(valid.sum()))
+        correlations.append(pearson(values[valid], quality_values[valid]))
+    r, p = torch.tensor(correlations, dtype=mean.dtype).reshape(-1, 2).unbind(dim=1)
     return ShareQuality(r, p, torch.tensor(samples))
 
 
 def checked_share(share: Tensor, who: str) -> Float[Tensor, "sample head modality"]:
-    """The share, detached, in at least float32."""
+    """Returns the share, detached, in at least float32."""
     if share.ndim != 3 or 0 in share.shape[:2] or not share.is_floating_point():
         raise ShapeError(
             f"{who} share",
@@ -199,5 +189,5 @@ def checked_share(share: Tensor, who: str) -> Float[Tensor, "sample head modalit
 
 
 def deviation(values: Float[Tensor, "sample ..."]) -> Tensor:
-    """Standard deviation over the n samples that are not NaN; NaN where all are."""
+    """Population standard deviation over samples, ignoring NaN; NaN if all are."""
     return (values - values.nanmean(dim=0)).square().nanmean(dim=0).sqrt()

@@ -1,4 +1,4 @@
-"""How good answers are, by the model's task, and how good one answer for everybody would be."""
+"""Scores of predictions by task, and the best constant prediction."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.nn import functional as F
 from ..errors import ConfigError, NonFiniteError, ShapeError
 
 SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
-"""Task -> what its score is called in results."""
+"""Task -> name of its score in results."""
 
 
 def correct(
     logits: Float[Tensor, "*batch choice"], target: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:  # fmt: skip
-    """The probability that the target is chosen, where the largest logit is and equal ones are drawn from at random.
+    """Accuracy of each sample, with ties of the largest logit broken at random in expectation.
 
-    1 or 0 where one logit is largest, and 1 / n where n share the maximum and the target is among them: argmax would
-    choose the first of them, and a constant model would be right about class 0. NaN where a logit is NaN.
+    1 or 0 if one logit is largest, and 1 / n if n logits share the maximum and the target is among them; argmax would
+    select the first, so a constant model would be correct on class 0. NaN if a logit is NaN.
 
     Example:
         >>> correct(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([0, 1]))
@@ -31,22 +31,22 @@ def correct(
 
 
 def task_score(logits: Tensor, target: Tensor, task: str) -> Tensor:
-    """How good answers are, higher is better, as a mean over samples; ``SCORES`` has its name.
+    """Mean score of predictions, higher is better; ``SCORES`` has its name.
 
-    Classification: the share of correct answers, see ``correct``. Multilabel: the share of labels for which the logit
-    has the right sign. Regression: minus the mean absolute error.
+    Classification: accuracy, see ``correct``. Multilabel: fraction of labels whose logit has the correct sign.
+    Regression: negative mean absolute error.
 
     Example:
-        >>> score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
+        >>> task_score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         tensor(0.5000)
     """
     return outcomes(logits, target, task).mean()
 
 
 def outcomes(logits: Tensor, target: Tensor, task: str) -> Float[Tensor, " sample"]:
-    """How good the answer to each sample is; ``score`` is the mean.
+    """Score of each sample; ``task_score`` is the mean.
 
-    1 or 0 for classes, the part of its labels that are right for multilabel, minus the mean absolute error of its
+    1 or 0 for classification, the fraction of correct labels for multilabel, the negative mean absolute error over
     outputs for regression.
 
     Example:
@@ -62,17 +62,16 @@ def outcomes(logits: Tensor, target: Tensor, task: str) -> Float[Tensor, " sampl
 
 
 def score_name(model: nn.Module, logits: Float[Tensor, "sample output"], target: Tensor, who: str) -> float:
-    """The score of a model's answers, as a number.
+    """Returns the score of the predictions of a model.
 
     Raises:
-        ConfigError: a model that does not say its task. ShapeError: samples without targets. NonFiniteError: an answer
-            that is NaN.
+        ConfigError: the model has no ``task``. ShapeError: samples without targets. NonFiniteError: a prediction is NaN.
     """
     task = getattr(model, "task", None)
     if task not in SCORES:
         raise ConfigError(
             who,
-            expected=f"a model whose task is {', '.join(SCORES)}",
+            expected=f"a model with task = {', '.join(SCORES)}",
             got=f"{type(model).__name__} with task = {task!r}",
             fix="Set model.task, as FusionModel(..., task=...) does.",
         )
@@ -88,22 +87,22 @@ def score_name(model: nn.Module, logits: Float[Tensor, "sample output"], target:
 
 
 def check_answers(logits: Float[Tensor, "sample ..."], who: str) -> None:
-    """Raises NonFiniteError where an answer is NaN: it would count as some class, and the score as a figure."""
+    """Raises NonFiniteError if a prediction is NaN, since argmax would return some class for it."""
     bad = logits.isnan().flatten(1).any(dim=1).nonzero()[:, 0].tolist()
     if bad:
         raise NonFiniteError(
             who,
-            expected="logits that are numbers",
+            expected="logits without NaN",
             got=f"NaN for {len(bad)} of {len(logits)} samples, the first is number {bad[0]}",
             fix="Look for NaN in that sample's input, then in the model's weights.",
         )
 
 
 def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
-    """The same logits for every sample, of a model that knows the targets and looks at no input.
+    """Returns the logits of the constant prediction with the best score on the given targets.
 
-    Classification: the most frequent class. Multilabel: each label's more frequent value. Regression: the median
-    target, which has the least mean absolute error. No constant answer has a better score on these targets.
+    Classification: the most frequent class. Multilabel: the more frequent value of each label. Regression: the median
+    target, which minimizes the mean absolute error.
 
     Example:
         >>> constant_answer(torch.tensor([2, 0, 2, 1]), "classification")

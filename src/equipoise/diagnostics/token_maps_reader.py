@@ -1,4 +1,4 @@
-"""Maps between modalities, out of the attention of a model that runs: who of one goes to whom of another (spec 6.4)."""
+"""Records attention maps between the tokens of different modalities during forward passes."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ..recording.share_measurement import explicit_attention
 from ..tokens.token_batch import SPECIAL, Tokens
 
 Blocks = dict[tuple[int, int], Tensor]
-"""(modality that reads, modality that is read) -> (token, token) map of one sample, whose rows sum to 1."""
+"""(modality of the queries, modality of the keys) -> (token, token) map of one sample with rows that sum to 1."""
 
-CLASS_ALONE = "no token of a modality reads, only special ones such as a class token"
-OWN_ALONE = "tokens read their own modality and special ones alone"
-UNKNOWN = "nothing tells the modality of those who read"
-OTHER_TOKENS = "the tokens that are read are not those that read"
-NOT_ALL = "no sample has a map from every modality to every other"
+CLASS_ALONE = "all queries are special tokens such as a class token"
+OWN_ALONE = "tokens attend only to their own modality and to special tokens"
+UNKNOWN = "the modality of the queries is unknown"
+OTHER_TOKENS = "the keys are not the same tokens as the queries"
+NOT_ALL = "no sample has maps between all modalities"
 REASONS = (NOT_ALL, OTHER_TOKENS, OWN_ALONE, UNKNOWN, CLASS_ALONE)
-"""The one that says most first."""
+"""In order of priority."""
 
 
 class TokenMaps(NamedTuple):
-    """One sample's supermatrix, on the CPU in double precision, and how many tokens each modality has."""
+    """Supermatrix of one sample, on the CPU in double precision, and the number of tokens of each modality."""
 
     matrix: Float[Tensor, "size size"]
     sizes: tuple[int, ...]
 
 
 class MapReader:
-    """What ``opened`` shows every attention to; it keeps the maps of the first samples.
+    """Attention handler that stores the maps of the first samples.
 
     Args:
-        samples: how many.
+        samples: maximum number of samples.
 
     Attributes:
-        names: of the modalities, once an attention was seen.
-        reasons: site -> why there is no map.
+        names: of the modalities, after the first attention call.
+        reasons: layer -> reason why it has no map.
     """
 
     replaces_output = False
@@ -55,18 +55,18 @@ class MapReader:
         self._samples, self._done = samples, 0
 
     def enough(self, loader: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """Batches, until there are enough samples."""
+        """Yields batches until there are enough samples."""
         for batch in loader:
             yield batch
             if self._done >= self._samples:
                 return
 
     def left(self, batch: int) -> int:
-        """How many samples of this batch count."""
+        """Number of samples of a batch that are still needed."""
         return min(batch, self._samples - self._done)
 
     def passed(self, batch: int) -> None:
-        """A batch has gone through the whole model."""
+        """Called after the forward pass of a batch."""
         self._done += batch
 
     def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
@@ -93,7 +93,7 @@ class MapReader:
         self.reasons.setdefault(site, reason)
 
     def nothing(self) -> str:
-        """Why there is no layer: of what was seen rather than of what stayed hidden."""
+        """The reason why there is no layer with maps."""
         for reason in REASONS:
             for site, why in self.reasons.items():
                 if why == reason:
@@ -101,10 +101,10 @@ class MapReader:
         return "no attention over tokens of known modalities"
 
     def layers(self) -> dict[str, list[TokenMaps]]:
-        """Layer -> the supermatrix, not symmetric, of every sample that has all modalities.
+        """Returns layer -> supermatrix (not symmetric) of each sample with all modalities.
 
-        Where each modality has a layer of its own that reads the others, those that come equally early are one, and
-        "*" stands for what their names do not share.
+        If each modality has its own layer that attends to the others, the layers at the same depth are combined, and
+        "*" replaces the parts in which their names differ.
         """
         found = {}
         for sites in self._together():
@@ -121,7 +121,7 @@ class MapReader:
         return found
 
     def _together(self) -> list[list[str]]:
-        """Sites that make up one layer."""
+        """Groups of modules that form one layer."""
         earlier: Counter[frozenset[int]] = Counter()
         groups: dict[str | int, list[str]] = {}
         for site, samples in self._sites.items():
@@ -137,9 +137,9 @@ class MapReader:
 def blocks_of(
     attention: Float[Tensor, "query key"], queries: Int[Tensor, " query"], keys: Int[Tensor, " key"]
 ) -> Blocks:
-    """Attention cut into maps: what the tokens of one modality give to each of another's, as parts of 1.
+    """Splits attention into maps between modalities, with rows normalized to 1.
 
-    A token that gives another modality nothing at all maps to nothing there.
+    A token without attention to another modality has a row of zeros there.
     """
     found = {}
     for reader in queries[queries != SPECIAL].unique().tolist():
@@ -153,7 +153,7 @@ def blocks_of(
 
 
 def token_maps(tokens: Mapping[str, Tokens], take: int, temperature: float) -> list[TokenMaps]:
-    """The supermatrix of each of the first samples that has all modalities, by the cosines of its tokens."""
+    """Supermatrices of the first samples with all modalities, from the cosines of their tokens."""
     found = []
     for number in range(take):
         parts = [part.values[number][part.valid()[number]].double().cpu() for part in tokens.values()]
@@ -170,7 +170,7 @@ def _mapped(blocks: Blocks) -> TokenMaps:
 
 
 def _few(call: AttentionCall, take: int) -> AttentionCall:
-    """The first samples of a call, in double precision, so that what is hardly looked at is divided exactly too."""
+    """The first samples of a call, in double precision, so that small attention values can be normalized."""
     mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[:take]
     attention = None if call.attention is None else call.attention[:take]
     query, key = (part[:take].double() for part in (call.query, call.key))
@@ -189,18 +189,18 @@ def _labels(call: AttentionCall, known: LabeledKeys) -> tuple[Tensor, Tensor]:
 
 
 def _each(labels: Int[Tensor, "... token"], batch: int, tokens: int) -> Int[Tensor, "batch token"]:
-    """Labels of each of the first samples, on the CPU."""
+    """Labels of the first samples, on the CPU."""
     return (labels[:batch] if labels.ndim == 2 else labels).cpu().expand(batch, tokens)
 
 
 def _fit(blocks: Blocks) -> bool:
-    """Whether all maps of a modality have as many tokens of it."""
+    """Whether all maps of a modality have the same number of its tokens."""
     sizes = {(modality, size) for pair, part in blocks.items() for modality, size in zip(pair, part.shape, strict=True)}
     return len(sizes) == len({modality for modality, _ in sizes})
 
 
 def _common(sites: list[str]) -> str:
-    """One name for several, "*" where they differ.
+    """Combines several module names, with "*" where they differ.
 
     Example:
         >>> _common(["blocks.audio.0", "blocks.image.0"])

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of results: values, figures, sentences, and the page that holds them."""
+"""Reports as self-contained HTML pages, with figures, tables and findings in sentences."""
 
 from __future__ import annotations
 

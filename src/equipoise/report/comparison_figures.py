@@ -1,4 +1,4 @@
-"""One function a figure: readings in, an SVG element out, or None where the runs hold nothing to draw."""
+"""Figures of the comparison report as SVG elements; each function returns None if the runs have no data for it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from .text_format import as_read, format_delta, format_signed, format_value, is_
 
 
 def scores(readings: ResultsView, metric: str = "") -> str | None:
-    """Methods over a metric: a dot for each run, a bar for the mean, a line for one standard deviation.
+    """Scores of all methods: a dot for each run, a bar for the mean, a line for one standard deviation.
 
-    A dashed line marks the best single modality, which no fusion should be below.
+    A dashed line marks the best unimodal baseline.
     """
     metric = metric or readings.score
     methods = [method for method in readings.methods if readings.values(method, metric)]
@@ -56,7 +56,7 @@ def scores(readings: ResultsView, metric: str = "") -> str | None:
 
 
 def attention_share(readings: ResultsView, method: str) -> str | None:
-    """Share of attention on each modality over the epochs: mean over runs, and the band from lowest to highest."""
+    """Attention share of each modality over the epochs: mean over runs, and a band from the lowest to the highest."""
     curves = {name: readings.curve(method, "share", name) for name in readings.modalities}
     curves = {name: curve for name, curve in curves.items() if curve is not None}
     if not curves:
@@ -77,7 +77,7 @@ def attention_share(readings: ResultsView, method: str) -> str | None:
 
 
 def share_on_noise(readings: ResultsView, method: str) -> str | None:
-    """Attention that goes to the other modalities, over test samples: one modality whole, then replaced by noise."""
+    """Histogram over test samples of the attention to the other modalities, clean and with one replaced by noise."""
     clean, noise = (readings.histogram(method, "shares", state) for state in ("clean", "noise"))
     if clean is None or noise is None:
         return None
@@ -85,17 +85,17 @@ def share_on_noise(readings: ResultsView, method: str) -> str | None:
         figure, axes = new_axes(height=2.6)
         _clean_and_noise(axes, clean, noise)
         set_title(figure, _with_r(readings, method))
-        axes.set_xlabel(f"attention that does not go to {readings.disturbed(method) or 'the modality'}")
+        axes.set_xlabel(f"attention not on {readings.disturbed(method) or 'the modality'}")
         means = f"{100 * clean.mean:.0f} % clean, {100 * noise.mean:.0f} % noise"
-        label = f"Histograms for {method}: mean attention to the others {means}."
+        label = f"Histograms for {method}: mean attention to the other modalities {means}."
         return to_svg(figure, _name("noise", readings, method), label)
 
 
 def key_cosines(readings: ResultsView, method: str, moment: str) -> str | None:
-    """Cosine between the query and the mean key of each modality, over test samples; noise drawn as an outline.
+    """Histogram over test samples of the cosine of the query and the mean key of each modality; noise as an outline.
 
     Args:
-        moment: "before" or "after" the first rotation; "after" alone is the end of training.
+        moment: "before" or "after" the first rotation; "after" is the end of training.
     """
     clean = {name: readings.histogram(method, "keys", moment, "clean", name, "cosine") for name in readings.modalities}
     clean = {name: part for name, part in clean.items() if part is not None}
@@ -108,7 +108,7 @@ def key_cosines(readings: ResultsView, method: str, moment: str) -> str | None:
         for name, part in clean.items():
             plot_filled(axes, part, color(readings, name), name)
         if noise is not None:
-            plot_outline(axes, noise, NOISE, f"{disturbed} as noise")
+            plot_outline(axes, noise, NOISE, f"{disturbed} replaced by noise")
         when = f", {moment} rotation" if len(readings.moments(method)) > 1 else ""
         axes.set(
             xlabel="cosine of query and mean key",
@@ -122,7 +122,7 @@ def key_cosines(readings: ResultsView, method: str, moment: str) -> str | None:
 
 
 def imbalance(readings: ResultsView) -> str | None:
-    """Attention imbalance rate (AIR) of every method with attention over the epochs; rotations as upright lines."""
+    """Attention imbalance rate (AIR) of every attention-based method over the epochs; rotations as vertical lines."""
     curves = {method: readings.curve(method, "air") for method in readings.dynamic}
     curves = {method: curve for method, curve in curves.items() if curve is not None}
     if not curves:
@@ -141,7 +141,7 @@ def imbalance(readings: ResultsView) -> str | None:
 
 
 def rotations(readings: ResultsView) -> str | None:
-    """How often the query has been rotated so far, for every method that rotates."""
+    """Cumulative number of rotations of the query over the epochs."""
     curves = {method: readings.curve(method, "rotations") for method in readings.dynamic}
     curves = {method: curve for method, curve in curves.items() if curve is not None and np.nanmax(curve.values) > 0}
     if not curves:
@@ -151,16 +151,16 @@ def rotations(readings: ResultsView) -> str | None:
         for method, curve in curves.items():
             _line(axes, curve, color(readings, method), drawstyle="steps-post")
         axes.set(xlabel="epoch")
-        set_title(figure, "Rotations so far")
+        set_title(figure, "Cumulative rotations")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylim(bottom=0)
         _ends(axes, readings, curves)
         ends = ", ".join(f"{method} {curve.mean[-1]:.1f}" for method, curve in curves.items())
-        return to_svg(figure, "rotations", f"Rotations at the end: {ends} a run.")
+        return to_svg(figure, "rotations", f"Rotations per run at the end of training: {ends}.")
 
 
 def paired_differences(readings: ResultsView, metric: str = "") -> str | None:
-    """Difference of each method to its reference on the same seeds: dots, mean, and its 95 % interval."""
+    """Differences of each method to its reference on the same seeds: dots, mean, and its 95 % interval."""
     metric = metric or readings.score
     rows = [row for m in readings.methods if (row := readings.row(m, metric)) and row["difference"] is not None]
     if not rows:
@@ -187,21 +187,23 @@ def paired_differences(readings: ResultsView, metric: str = "") -> str | None:
             axes.xaxis.set_major_formatter(lambda value, _: format_signed(100 * value, 0) if value else "0")
             axes.set_xlabel("points")
         elif is_error(metric):
-            axes.set_xlabel("below 0 is better")
+            axes.set_xlabel("negative values are better")
         means = ", ".join(f"{row['method']} {format_delta(metric, row['difference'])}" for row in rows)
         return to_svg(figure, _name("difference", metric), f"Paired differences of {method_title(metric)}: {means}.")
 
 
 def summary_svg(readings: ResultsView) -> str | None:
-    """The whole story in one picture: does attention leave a destroyed modality, and what that is worth."""
+    """Summary figure: response of attention to noise in one modality, and the scores under that noise."""
     with style_context():
         figure = _summary(readings)
-        label = "Left: attention to the other modalities, clean and noise. Right: scores with a modality destroyed."
+        label = (
+            "Left: attention to the other modalities, clean and noise. Right: scores with a modality replaced by noise."
+        )
         return None if figure is None else to_svg(figure, "summary", label)
 
 
 def summary_png(readings: ResultsView) -> bytes | None:
-    """``summary_svg`` on white, for a README."""
+    """``summary_svg`` as a PNG on white."""
     with style_context():
         figure = _summary(readings)
         return None if figure is None else to_png(figure)
@@ -222,7 +224,7 @@ def _summary(readings: ResultsView) -> Figure | None:
         if clean is not None and noise is not None:
             _clean_and_noise(axes, clean, noise)
         axes.set_title(_with_r(readings, method))
-    panels[-1].set_xlabel(f"attention that does not go to {readings.noise_modality}")
+    panels[-1].set_xlabel(f"attention not on {readings.noise_modality}")
     axes = right.subplots()
     only_grid(axes, "x")
     _dots(axes, readings, scored, metric)
@@ -238,7 +240,7 @@ def color(readings: ResultsView, name: str) -> str:
 
 
 def _name(kind: str, *parts: ResultsView | str) -> str:
-    """An identifier safe in HTML: methods are numbered, since their names are the user's."""
+    """An identifier that is safe in HTML: methods are numbered, since the user chooses their names."""
     if len(parts) == 2 and isinstance(parts[0], ResultsView):
         return f"{kind}-{parts[0].methods.index(str(parts[1]))}"
     return f"{kind}-{''.join(c if c.isalnum() and c.isascii() else '-' for c in str(parts[0]))}"
@@ -273,13 +275,13 @@ def _line(axes: Axes, curve: MetricCurve, shade: str, linestyle: str = "-", draw
 
 
 def _ends(axes: Axes, readings: ResultsView, curves: Mapping[str, MetricCurve]) -> None:
-    """Each curve's name at its end, pushed apart where two would stand on one another."""
+    """Labels each curve at its end, and moves overlapping labels apart."""
     low, high = axes.get_ylim()
     gap, last = 0.075 * (high - low), -np.inf
     for name, curve in sorted(curves.items(), key=lambda item: item[1].mean[-1]):
         last = max(curve.mean[-1], last + gap)
-        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(shorten(name, 18), (curve.epochs[-1], last), color=color(readings, name), **place)
+        offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(shorten(name, 18), (curve.epochs[-1], last), color=color(readings, name), **offset)
 
 
 def _rotations(axes: Axes, readings: ResultsView, method: str) -> None:

@@ -1,4 +1,4 @@
-"""Plain sentences that say what the numbers say, and how sure they are: the verdict and one text a figure."""
+"""Text of the comparison report: main findings with their statistical evidence, and figure captions."""
 
 from __future__ import annotations
 
@@ -28,69 +28,71 @@ from .text_format import (
 
 
 def verdict(readings: ResultsView) -> list[str]:
-    """What the comparison shows, most important first; always at least one sentence.
+    """The main findings, most important first; at least one sentence.
 
     Example:
         >>> runs = [{"method": "joint", "seed": seed, "fold": None, "metrics": {"accuracy": 0.5}} for seed in (0, 1)]
-        >>> verdict(Readings({"protocol": {}, "runs": runs, "summary": []}))
+        >>> verdict(ResultsView({"protocol": {}, "runs": runs, "summary": []}))
         ['joint has an accuracy of 50.0 ± 0.0 %, 2 seeds.']
     """
     if not readings.runs:
-        return ["No run has finished yet, so there is nothing to say."]
+        return ["No run has finished yet."]
     once = bool(readings.rows) and all(row["n"] < 2 for row in readings.rows.values())
-    said = [_once(readings)] if once else []
+    sentences = [_single_run_text(readings)] if once else []
     first = largest(readings)
     if first is not None:
-        said.append(f"Largest significant effect, {first.method} against {first.reference}: {first.sentence}.")
+        sentences.append(
+            f"The largest significant effect is that of {first.method} compared with {first.reference}: {first.sentence}."
+        )
     for method in readings.methods:
-        said.append(_response_sentence(readings, method))
+        sentences.append(_response_sentence(readings, method))
         if method not in readings.single:
-            said.append(_effects(readings, method, first))
-    said = [sentence for sentence in [*said, *_ranking(readings)] if sentence]
-    return said or ["No figure is defined for any run, so there is nothing to say."]
+            sentences.append(_effects_text(readings, method, first))
+    sentences = [sentence for sentence in [*sentences, *_ranking_text(readings)] if sentence]
+    return sentences or ["No metric is defined for any run."]
 
 
-def _once(readings: ResultsView) -> str:
-    """What one run of each method allows to say."""
-    said = f"Every method was run on one {readings.unit} only, so "
+def _single_run_text(readings: ResultsView) -> str:
+    """The limits of a comparison with a single run of each method."""
+    text = f"Every method was run on one {readings.unit} only, so "
     if not _tested(readings):
-        return f"{said}no difference can be tested."
+        return f"{text}no difference can be tested."
     return (
-        f"{said}scores are compared over the test samples: a significant difference holds for these trained models, "
-        f"and another {readings.unit} may give another one."
+        f"{text}scores are compared over the test samples: a significant difference holds for these trained models and "
+        f"may change with another {readings.unit}."
     )
 
 
 def _tested(readings: ResultsView) -> bool:
     """Whether any difference to a reference has a p-value."""
     effects = (effect(readings, method, metric) for method, metric in readings.rows)
-    return any(found is not None and found.p is not None for found in effects)
+    return any(one is not None and one.p is not None for one in effects)
 
 
 def notices(results: Mapping[str, Any]) -> list[str]:
-    """What keeps the comparison from being whole: runs that are still to come, runs that failed, missing references.
+    """Notices on an incomplete comparison: pending runs, failed runs and missing references.
 
     Example:
         >>> notices({"complete": False, "runs": []})
-        ['Not all planned runs are in yet: the figures may still change.']
+        ['Not all planned runs have finished: the results may still change.']
     """
     failures = results.get("failures") or []
-    said = [
+    notes = [
         f"{run.get('method')}, seed {run.get('seed')}" + (f", fold {run['fold']}" if run.get("fold") else "")
-        + f" failed and is missing below: {run.get('error')}"
+        + f" failed and is not included: {run.get('error')}"
         for run in failures
     ]  # fmt: skip
     if results.get("complete") is False and not failures:
-        said.append("Not all planned runs are in yet: the figures may still change.")
+        notes.append("Not all planned runs have finished: the results may still change.")
     done = {run["method"] for run in results["runs"]}
     for method, reference in ((results.get("protocol") or {}).get("references") or {}).items():
         if method in done and reference not in done:
-            said.append(f"{method} has no difference: its reference {reference} was not run.")
-    return said
+            notes.append(f"{method} is not compared: its reference {reference} was not run.")
+    return notes
 
 
 def headline(readings: ResultsView) -> str:
-    """The page's title in a few words: the largest significant effect, or that there is none."""
+    """Title of the page: the largest significant effect, or that there is no significant difference."""
     found, names = largest(readings), readings.methods
     if found is not None:
         course = "higher" if found.more else "lower"
@@ -98,14 +100,14 @@ def headline(readings: ResultsView) -> str:
         much = format_delta(found.metric, found.difference) + ("" if found.pairs > 1 else f", one {found.unit} only")
         return f"{found.method} has a {course} {words} than {found.reference} ({much})"
     if len(names) < 2:
-        return f"{names[0]} alone" if names else "No run yet"
+        return f"Results of {names[0]}" if names else "No run yet"
     if _tested(readings):
         return f"No significant difference between {join_and(names)}"
-    return f"{join_and(names)} compared, without a test"
+    return f"Comparison of {join_and(names)} without a statistical test"
 
 
 def _response(readings: ResultsView, method: str) -> str:
-    """What replacing a modality by noise does to attention, in words; "" where it is not known."""
+    """The response of attention to noise in words; "" if unknown."""
     row = readings.row(method, "noise_attention_r")
     if row is None:
         return ""
@@ -130,46 +132,46 @@ def _response_sentence(readings: ResultsView, method: str) -> str:
 
 
 def _own_level(readings: ResultsView, method: str, r: float) -> str:
-    """The response to noise of each sample's own mean and deviation, and what follows where the signs differ."""
+    """The response to noise of the mean and standard deviation of each sample, and a warning if the signs differ."""
     row = readings.row(method, "noise_attention_r_own")
     if row is None:
         return ""
-    text = f" With noise of each sample's own mean and deviation {_spread(readings, row, 'r = ')}."
+    text = f" With noise of the mean and standard deviation of each sample, {_spread(readings, row, 'r = ')}."
     return f"{text} {LEVEL}" if r * row["mean"] < 0 else text
 
 
-def _effects(readings: ResultsView, method: str, told: Effect | None) -> str:
-    """What a method changes compared with its reference, metric by metric, but for what has been told."""
+def _effects_text(readings: ResultsView, method: str, reported: Effect | None) -> str:
+    """The differences of a method to its reference, without the effect that was already reported."""
     disturbed = readings.noise_modality
     score = readings.score
-    wanted = ["noise_attention_r", score, *([f"{score}_noise/{disturbed}"] if disturbed else [])]
-    found = [one for metric in wanted if (one := effect(readings, method, metric)) is not None]
+    metrics = ["noise_attention_r", score, *([f"{score}_noise/{disturbed}"] if disturbed else [])]
+    found = [one for metric in metrics if (one := effect(readings, method, metric)) is not None]
     if not found:
         return ""
-    parts, reference = [one.sentence for one in found if one != told], found[0].reference
+    parts, reference = [one.sentence for one in found if one != reported], found[0].reference
     own, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
     if own and its and own["difference"] is None:
-        parts.append("r is not compared, since no pair of runs destroyed the same modality")
+        parts.append("r is not compared, since no pair of runs replaced the same modality")
     return f"Compared with {reference}, {method}: {'; '.join(parts)}." if parts else ""
 
 
-def _ranking(readings: ResultsView) -> list[str]:
-    """Who is ahead, and whether every fusion is at least as good as the best single modality."""
+def _ranking_text(readings: ResultsView) -> list[str]:
+    """The best methods, and the comparison of every fusion with the best unimodal baseline."""
     score, words = readings.score, metric_label(readings.score)
     means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, score))}
     ranked = sorted(means, key=lambda m: -means[m])
-    said = []
+    sentences = []
     if len(ranked) > 1:
         best, second = ranked[:2]
         most = f"lowest {words}" if is_error(score) else f"highest mean {words}"
-        said.append(f"{best} has the {most}: {_mean(readings, best)}")
+        sentences.append(f"{best} has the {most}: {_mean(readings, best)}")
         if (gap := between(readings, best, second, score)) is not None:
             verb = "is significant" if gap.sure else "is not significant" if gap.p is not None else "is not tested"
-            said[-1] += f"; the difference to the second, {second}, {verb} ({gap.proof})"
-        said[-1] += "."
+            sentences[-1] += f"; the difference to the second best, {second}, {verb} ({gap.proof})"
+        sentences[-1] += "."
     elif ranked:
         alone, article = ranked[0], "an" if words[0] in "aeiou" else "a"
-        said.append(f"{alone} has {article} {words} of {_mean(readings, alone)}.")
+        sentences.append(f"{alone} has {article} {words} of {_mean(readings, alone)}.")
     best = next((m for m in ranked if m in readings.single), None)
     fusions = [m for m in means if m not in readings.single]
     if best is not None and fusions:
@@ -184,13 +186,13 @@ def _ranking(readings: ResultsView) -> list[str]:
             for group, found in groups.items()
             if found
         ]
-        rule = f"The best single modality is {best} with {_mean(readings, best)}"
-        said.append(f"{rule}. Against it, {'; '.join(parts)}." if parts else f"{rule}.")
-    return said
+        baseline = f"The best unimodal baseline is {best} with {_mean(readings, best)}"
+        sentences.append(f"{baseline}. Compared with it, {'; '.join(parts)}." if parts else f"{baseline}.")
+    return sentences
 
 
 def scores_text(readings: ResultsView, metric: str) -> str:
-    """What ``figures.scores`` shows."""
+    """Caption of ``comparison_figures.scores``."""
     means = {m: fmean(values) for m in readings.methods if (values := readings.values(m, metric))}
     ranked = sorted(means, key=lambda m: -means[m])
     order = join_and([f"{m} {format_value(metric, means[m])}" for m in ranked])
@@ -198,79 +200,82 @@ def scores_text(readings: ResultsView, metric: str) -> str:
 
 
 def share_text(readings: ResultsView, method: str) -> str:
-    """What ``figures.attention_share`` shows."""
+    """Caption of ``comparison_figures.attention_share``."""
     curves = {name: readings.curve(method, "share", name) for name in readings.modalities}
     moves = [
-        f"{name} goes from {100 * curve.mean[0]:.0f} % (epoch {curve.epochs[0]}) "
+        f"{name} changes from {100 * curve.mean[0]:.0f} % (epoch {curve.epochs[0]}) "
         f"to {100 * curve.mean[-1]:.0f} % (epoch {curve.epochs[-1]})"
         for name, curve in curves.items()
         if curve is not None
     ]
-    turned, runs = readings.rotation_epochs(method), len(readings.of(method))
-    text = f"Attention in {method}: {join_and(moves)}."
-    if turned:
-        when = join_and([f"{epoch} (in {n} of {pluralize(runs, 'run')})" for epoch, n in sorted(turned.items())])
-        text += f" Dotted: the query was rotated after epoch {when}."
+    rotated, runs = readings.rotation_epochs(method), len(readings.of(method))
+    text = f"Attention shares of {method}: {join_and(moves)}."
+    if rotated:
+        when = join_and([f"{epoch} (in {n} of {pluralize(runs, 'run')})" for epoch, n in sorted(rotated.items())])
+        text += f" Dotted lines: rotation of the query after epoch {when}."
     elif readings.curve(method, "rotations") is not None and "+" in method:
         text += " The query was never rotated."
     return text
 
 
 def noise_text(readings: ResultsView, method: str) -> str:
-    """What ``figures.share_on_noise`` shows."""
+    """Caption of ``comparison_figures.share_on_noise``."""
     clean, noise = (readings.histogram(method, "shares", state) for state in ("clean", "noise"))
     if clean is None or noise is None:
         return ""
     away = readings.disturbed(method) or "the modality"
     row, found = readings.row(method, "noise_attention_r"), _response(readings, method)
-    end = "" if row is None else f": this {found} ({_spread(readings, row, 'r = ')})"
+    end = "" if row is None else f"; noise {found} ({_spread(readings, row, 'r = ')})"
     return (
-        f"{method}: about {100 * clean.mean:.0f} % of attention goes to the other modalities on clean input, and "
+        f"{method}: the other modalities receive about {100 * clean.mean:.0f} % of attention on clean input and "
         f"{100 * noise.mean:.0f} % with {away} replaced by noise{end}."
     )
 
 
 def keys_text(readings: ResultsView, method: str, moment: str) -> str:
-    """What ``figures.key_cosines`` shows."""
+    """Caption of ``comparison_figures.key_cosines``."""
     parts = {name: readings.histogram(method, "keys", moment, "clean", name, "cosine") for name in readings.modalities}
     means = {name: part.mean for name, part in parts.items() if part is not None}
     ahead = max(means, key=lambda name: means[name])
     when = "just before the first rotation" if moment == "before" else "at the end of training"
     gap = max(means.values()) - min(means.values())
-    text = f"{method}, {when}: the query stands closest to the keys of {ahead}; mean cosines "
-    text += f"{join_and([f'{name} {format_signed(mean)}' for name, mean in means.items()])}, {gap:.2f} apart."
+    text = f"{method}, {when}: the query is closest to the keys of {ahead}; mean cosines "
+    text += f"{join_and([f'{name} {format_signed(mean)}' for name, mean in means.items()])}, a range of {gap:.2f}."
     disturbed = readings.replaced(method, moment) or ""
     noise = readings.histogram(method, "keys", moment, "noise", disturbed, "cosine")
     if noise is not None and disturbed in means:
-        text += f" As noise, {disturbed} stands at {format_signed(noise.mean)} ({format_signed(noise.mean - means[disturbed])})."
+        text += (
+            f" With noise, {disturbed} has a mean cosine of {format_signed(noise.mean)} "
+            f"({format_signed(noise.mean - means[disturbed])})."
+        )
     return text
 
 
 def imbalance_text(readings: ResultsView) -> str:
-    """What ``figures.imbalance`` shows."""
+    """Caption of ``comparison_figures.imbalance``."""
     curves = {method: readings.curve(method, "air") for method in readings.dynamic}
     parts = []
     for method, curve in curves.items():
         if curve is not None:
             peak = int(np.nanargmax(np.abs(curve.mean)))
             widest = f"{format_signed(curve.mean[peak])} at epoch {curve.epochs[peak]}"
-            parts.append(f"{method} ends at {format_signed(curve.mean[-1])} (furthest from zero: {widest})")
-    meaning = "The attention imbalance rate tells how much closer the query stands to one modality's keys; 0 is even."
+            parts.append(f"{method} ends at {format_signed(curve.mean[-1])} (largest magnitude: {widest})")
+    meaning = "The attention imbalance rate (AIR) is the difference of the mean query–key cosines of the modalities; 0 is balanced."
     return f"{meaning} {'. '.join(parts)}."
 
 
 def rotations_text(readings: ResultsView) -> str:
-    """What ``figures.rotations`` shows."""
+    """Caption of ``comparison_figures.rotations``."""
     curves = {method: readings.curve(method, "rotations") for method in readings.dynamic}
     ends = {method: curve.mean[-1] for method, curve in curves.items() if curve is not None}
     counts = [f"{method} {mean:.3g}" for method, mean in ends.items() if mean > 0]
-    return f"Rotations of the query in all, mean over runs: {join_and(counts)}."
+    return f"Total number of rotations of the query, mean over runs: {join_and(counts)}."
 
 
 def differences_text(readings: ResultsView, metric: str) -> str:
-    """What ``figures.paired_differences`` shows."""
+    """Caption of ``comparison_figures.paired_differences``."""
     found = [one for method in readings.methods if (one := effect(readings, method, metric)) is not None]
-    return f"{'; '.join(f'{one.method} against {one.reference}: {one.proof}' for one in found)}."
+    return f"{'; '.join(f'{one.method} compared with {one.reference}: {one.proof}' for one in found)}."
 
 
 def _mean(readings: ResultsView, method: str) -> str:
@@ -286,7 +291,7 @@ def _spread(readings: ResultsView, row: Mapping[str, Any], prefix: str) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Interval of a mean at the level of significance; the mean itself where there is one run."""
+    """Confidence interval of a mean; the mean itself for a single run."""
     if row["n"] < 2 or not row["sd"]:
         return row["mean"], row["mean"]
     from scipy import stats

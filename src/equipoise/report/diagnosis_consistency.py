@@ -1,4 +1,4 @@
-"""Pictures of maps between modalities: the block matrix of all of them, its spectrum, and the ways that go astray."""
+"""Figures of the consistency test: block matrix of the attention maps between modalities, and its spectrum."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from .diagnosis_subject import DiagnosisFigure, ReportColumn
+from .diagnosis_subject import ReportColumn
+from .html_page import FigureBlock
 from .plot_style import ACCENT, GRID, INK, MUTED, new_axes, shorten, style_context
 
 FAINT = 0.02
-"""A part of the strongest cell below which a cell is not drawn."""
+"""Cells below this fraction of the largest value are not drawn."""
 CLEAR = 3
-"""A way round is named where it gets so many times what even attention would give it."""
+"""Inconsistent cycles are listed if they have at least this multiple of their strength under uniform attention."""
 NAMED = 24
-"""Most tokens that get their names at the edge."""
+"""Maximum number of tokens whose names are drawn."""
 
 
-def consistency(of: ReportColumn) -> DiagnosisFigure | None:
-    """The block matrix of the layer that contradicts itself most, and its worst ways round."""
-    layer = _worst(of)
+def consistency(column: ReportColumn) -> FigureBlock | None:
+    """Block matrix of the layer with the largest cycle error, and its most inconsistent cycles."""
+    layer = _worst(column)
     if layer is None:
         return None
     matrix, sizes = np.asarray(layer["matrix"], dtype=float), [int(size) for size in layer["sizes"]]
@@ -37,36 +38,38 @@ def consistency(of: ReportColumn) -> DiagnosisFigure | None:
         _cells(axes, np.where(own, 0.0, matrix / top if top else 0.0), ACCENT)
         _cells(axes, np.where(own, matrix, 0.0), GRID)
         _borders(axes, sizes)
-        _names(axes, of, sizes, layer["tokens"])
-        return of.picture(figure, "consistency", f"{_where(layer)}. Strongest: {100 * top:.0f} %. {_ways(layer)}")
+        _names(axes, column, sizes, layer["tokens"])
+        return column.render(
+            figure, "consistency", f"{_where(layer)}. Maximum: {100 * top:.0f} %. {_cycles_text(layer)}"
+        )
 
 
-def spectrum(of: ReportColumn) -> DiagnosisFigure | None:
-    """The singular values of that matrix, beside those of hard maps that agree."""
-    layer = _worst(of)
+def spectrum(column: ReportColumn) -> FigureBlock | None:
+    """Singular values of that matrix, compared with those of consistent one-to-one maps."""
+    layer = _worst(column)
     if layer is None:
         return None
-    found, ideal = layer["spectrum"], layer["ideal"]
+    observed, ideal = layer["spectrum"], layer["ideal"]
     with style_context():
         figure, axes = new_axes(height=2.6)
-        places = np.arange(len(found))
-        axes.bar(places, found, width=0.7, color=ACCENT, alpha=0.75, linewidth=0, label="found")
+        positions = np.arange(len(observed))
+        axes.bar(positions, observed, width=0.7, color=ACCENT, alpha=0.75, linewidth=0, label="observed")
         edges = np.arange(len(ideal) + 1) - 0.5
-        axes.stairs(ideal, edges, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), label="hard maps that agree")
-        axes.set(xlabel="singular value, largest first", xticks=[], ylim=(0, 1.05 * max(*found, *ideal)))
+        axes.stairs(ideal, edges, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), label="consistent one-to-one maps")
+        axes.set(xlabel="singular value, largest first", xticks=[], ylim=(0, 1.05 * max(*observed, *ideal)))
         axes.legend(frameon=False, fontsize=9, loc="upper right")
         shared = min(layer["sizes"])
-        part = sum(found[:shared]) / max(sum(found), 1e-12)
-        return of.picture(
+        part = sum(observed[:shared]) / max(sum(observed), 1e-12)
+        return column.render(
             figure, "spectrum",
-            f"{_where(layer)}: the first {shared}, one for each concept that all could share, hold {100 * part:.0f} % "
-            f"of the sum; maps that agree have {100 * sum(ideal[:shared]) / sum(ideal):.0f} % there. Score of the "
-            f"samples {layer['score']:.2f}, of even attention {layer['even']:.2f}.",
+            f"{_where(layer)}: the first {shared} singular values (one for each concept that all modalities can share) are "
+            f"{100 * part:.0f} % of the sum; {100 * sum(ideal[:shared]) / sum(ideal):.0f} % for consistent maps. Mean "
+            f"score {layer['score']:.2f}, of uniform attention {layer['even']:.2f}.",
         )  # fmt: skip
 
 
-def _worst(of: ReportColumn) -> Mapping[str, Any] | None:
-    layers = of.details("consistency").get("layers") or []
+def _worst(column: ReportColumn) -> Mapping[str, Any] | None:
+    layers = column.details("consistency").get("layers") or []
     return max(layers, key=lambda layer: layer["cycle_error"]) if layers else None
 
 
@@ -74,25 +77,25 @@ def _where(layer: Mapping[str, Any]) -> str:
     return f"{layer['site']}, mean of {layer['samples']} sample{'' if layer['samples'] == 1 else 's'}"
 
 
-def _ways(layer: Mapping[str, Any]) -> str:
-    """The worst contradictions in a sentence."""
+def _cycles_text(layer: Mapping[str, Any]) -> str:
+    """The most inconsistent cycles in a sentence."""
     if not layer["cycles"]:
-        return "Every way round leads back to where it began."
+        return "All cycles are consistent."
     clear = [cycle for cycle in layer["cycles"] if cycle["strength"] >= CLEAR * cycle["even"]]
-    ways = [f"{' → '.join(cycle['way'])} ({100 * cycle['strength']:.0f} %)" for cycle in clear]
-    if not ways:
-        return f"No way that leads astray gets {CLEAR} times what even attention would give it."
-    return f"Ways that do not lead back, and how much attention takes them: {'; '.join(ways)}."
+    paths = [f"{' → '.join(cycle['way'])} ({100 * cycle['strength']:.0f} %)" for cycle in clear]
+    if not paths:
+        return f"No inconsistent cycle has {CLEAR} times its strength under uniform attention."
+    return f"Inconsistent cycles and their strength: {'; '.join(paths)}."
 
 
 def _own(sizes: Sequence[int]) -> np.ndarray:
-    """True inside the blocks of a modality with itself."""
+    """True inside the diagonal blocks."""
     numbers = np.repeat(np.arange(len(sizes)), sizes)
     return numbers[:, None] == numbers[None, :]
 
 
 def _cells(axes: Axes, strength: np.ndarray, shade: str) -> None:
-    """A square for each cell, the more opaque the stronger, so that the page's ground shows through."""
+    """Draws one square for each cell with an opacity proportional to its value."""
     rows, columns = np.nonzero(strength > FAINT)
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
     squares = np.stack([columns, rows], axis=1)[:, None] + corners
@@ -111,19 +114,19 @@ def _borders(axes: Axes, sizes: Sequence[int]) -> None:
         spine.set_visible(False)
 
 
-def _names(axes: Axes, of: ReportColumn, sizes: Sequence[int], tokens: Sequence[str]) -> None:
-    """Modalities along the top and, where there is room, tokens along the left."""
+def _names(axes: Axes, column: ReportColumn, sizes: Sequence[int], tokens: Sequence[str]) -> None:
+    """Labels modalities at the top and, if there is room, tokens at the left."""
     starts = [0, *accumulate(sizes)]
     middles = [(start + end) / 2 for start, end in pairwise(starts)]
-    names = [shorten(name, 14) for name in of.names]
+    names = [shorten(name, 14) for name in column.names]
     axes.xaxis.tick_top()
     axes.set_xticks(middles, names)
     named = len(tokens) <= NAMED
-    places = [place + 0.5 for place in range(len(tokens))] if named else middles
-    axes.set_yticks(places, [shorten(token, 22) for token in tokens] if named else names)
+    ticks = [index + 0.5 for index in range(len(tokens))] if named else middles
+    axes.set_yticks(ticks, [shorten(token, 22) for token in tokens] if named else names)
     axes.tick_params(axis="y", labelsize=7.5 if named else 9.5)
-    for label, name in zip(axes.get_xticklabels(), of.names, strict=True):
-        label.set_color(of.color(name))
+    for label, name in zip(axes.get_xticklabels(), column.names, strict=True):
+        label.set_color(column.color(name))
     if not named:
-        for label, name in zip(axes.get_yticklabels(), of.names, strict=True):
-            label.set_color(of.color(name))
+        for label, name in zip(axes.get_yticklabels(), column.names, strict=True):
+            label.set_color(column.color(name))

@@ -1,49 +1,46 @@
-"""Diagnoses in, one self-contained HTML page out: the verdict first, then a section for each test that shows it."""
+"""Renders one or more diagnoses as one self-contained HTML page: findings first, then one section for each test."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..results.significance import SURE
-from . import plot_style
-from .comparison_page import asset, bound, embedded, flat, template
 from .diagnosis_figures import FIGURES
 from .diagnosis_metrics import is_score, label, ordered, shown, source_of
-from .diagnosis_subject import DiagnosisFigure, ReportColumn
+from .diagnosis_subject import ReportColumn
 from .diagnosis_words import WORDS
+from .html_page import FigureBlock, flatten_settings, render_page
 from .text_format import join_and, pluralize
 from .verdict_list import Verdict, headline
 
-MARKS = {"good": ("✓", "good"), "bad": ("✗", "bad"), "neutral": ("○", "open")}
-"""Judgment -> the sign before a verdict, and what a screen reader says for it."""
+MARKS = {"good": ("✓", "good"), "bad": ("✗", "bad"), "neutral": ("○", "inconclusive or neutral")}
+"""``Verdict.ok`` -> mark before the finding, and its text for screen readers."""
 
 
 class DiagnosedModel(NamedTuple):
-    """One column of the page: its verdicts, and the tests that did not run."""
+    """Findings of one model, and the tests that were skipped."""
 
     name: str
     headline: str
-    verdicts: list[tuple[str, str, str, str]]
+    verdicts: list[tuple[str, str, str, str, str]]
     skipped: list[tuple[str, str]]
 
 
 class DiagnosisSection(NamedTuple):
-    """One test, of all models."""
+    """Results of one test for all models."""
 
     test: str
-    question: str
+    title: str
     shows: str
     misleads: str
-    pictures: list[DiagnosisFigure]
+    figures: list[FigureBlock]
     rows: list[tuple[str, list[DiagnosisCell]]]
 
 
 class DiagnosisCell(NamedTuple):
-    """One figure of one model, its difference to the first model's, and whether that is significant."""
+    """One metric of one model, its difference to the first model, and whether the difference is significant."""
 
     text: str
     note: str
@@ -51,46 +48,41 @@ class DiagnosisCell(NamedTuple):
 
 
 def diagnosis_page(contents: Sequence[Mapping[str, Any]]) -> str:
-    """The page as a text; nothing in it asks for anything outside it.
+    """Renders the page as HTML; it loads no external resources.
 
     Args:
-        contents: of one or more models, as ``Diagnosis.to_dict`` gives them.
+        contents: one ``Diagnosis.to_dict()`` for each model.
 
     Raises:
-        ConfigError: no diagnosis at all.
+        ConfigError: ``contents`` is empty.
     """
     if not contents:
         raise ConfigError("diagnosis_page", expected="one or more diagnoses", got="none")
     names = tuple(dict.fromkeys(name for content in contents for name in content["names"]))
-    contents = _told_apart(contents)
-    subjects = [ReportColumn(content, place, names) for place, content in enumerate(contents)]
+    contents = _unique_names(contents)
+    subjects = [ReportColumn(content, index, names) for index, content in enumerate(contents)]
     models = [_model(subject) for subject in subjects]
-    script = asset("diagnosis.js")
-    return template("diagnosis.html.j2", bound=bound).render(
-        title=models[0].headline if len(models) == 1 else f"{join_and([model.name for model in models])}, side by side",
+    return render_page(
+        "diagnosis",
+        data={"diagnoses": list(contents), "names": list(names)},
+        title=models[0].headline if len(models) == 1 else f"Comparison of {join_and([model.name for model in models])}",
         subtitle=_subtitle(contents),
         models=models,
         sections=[section for test in WORDS if (section := _section(test, subjects)) is not None],
         explorer=_explorer(subjects),
         level=SURE,
         missing=_missing(subjects),
-        protocol=flat(contents[0]["protocol"]),
-        environment=flat(contents[0]["environment"]),
-        style=asset("report.css") + asset("diagnosis.css"),
-        light={variable: shade for shade, (variable, _) in plot_style.THEME.items()},
-        dark=dict(plot_style.THEME.values()),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=embedded({"diagnoses": list(contents), "names": list(names)}),
+        protocol=flatten_settings(contents[0]["protocol"]),
+        environment=flatten_settings(contents[0]["environment"]),
     )
 
 
-def _told_apart(contents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Models of one name get a number, so that columns can be told apart."""
+def _unique_names(contents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Appends a number to names that occur more than once."""
     names = [content["name"] for content in contents]
     return [
-        {**content, "name": f"{name} ({names[: place + 1].count(name)})"} if names.count(name) > 1 else content
-        for place, (content, name) in enumerate(zip(contents, names, strict=True))
+        {**content, "name": f"{name} ({names[: index + 1].count(name)})"} if names.count(name) > 1 else content
+        for index, (content, name) in enumerate(zip(contents, names, strict=True))
     ]
 
 
@@ -105,23 +97,24 @@ def _subtitle(contents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _model(subject: ReportColumn) -> DiagnosedModel:
-    said = [Verdict(**verdict) for verdict in subject.content["verdicts"]]
-    lines = [(verdict.text, verdict.ok, *MARKS[verdict.ok], verdict.test) for verdict in said]
-    return DiagnosedModel(subject.name, headline(subject.name, said), lines, list(subject.content["skipped"].items()))  # type: ignore[arg-type]
+    verdicts = [Verdict(**verdict) for verdict in subject.content["verdicts"]]
+    lines = [(verdict.text, verdict.ok, *MARKS[verdict.ok], verdict.test) for verdict in verdicts]
+    return DiagnosedModel(
+        subject.name, headline(subject.name, verdicts), lines, list(subject.content["skipped"].items())
+    )
 
 
 def _section(test: str, subjects: Sequence[ReportColumn]) -> DiagnosisSection | None:
-    """What all models show in one test; None where none of them has run it."""
+    """The section of one test, or None if no model has a result for it."""
     ran = [subject for subject in subjects if test in subject.content["details"]]
     if not ran:
         return None
-    drawn = [draw(subject) for subject in ran for draw in FIGURES.get(test, ())]
-    pictures = [picture for picture in drawn if picture is not None]
-    return DiagnosisSection(test, *WORDS[test], pictures, _rows(test, subjects))
+    figures = [figure for subject in ran for draw in FIGURES.get(test, ()) if (figure := draw(subject)) is not None]
+    return DiagnosisSection(test, *WORDS[test], figures, _rows(test, subjects))
 
 
 def _rows(test: str, subjects: Sequence[ReportColumn]) -> list[tuple[str, list[DiagnosisCell]]]:
-    """The figures of a test, a column for each model."""
+    """The metrics of a test, with one column for each model."""
     every = dict.fromkeys(metric for subject in subjects for metric in subject.found.metrics)
     metrics = [metric for metric in ordered(every, WORDS) if source_of(metric) == test]
     return [(label(metric), [_cell(metric, subject, subjects[0]) for subject in subjects]) for metric in metrics]
@@ -143,7 +136,7 @@ def _cell(metric: str, subject: ReportColumn, first: ReportColumn) -> DiagnosisC
 
 
 def _missing(subjects: Sequence[ReportColumn]) -> list[str]:
-    """The layers whose attention could not be shown, each with its reason."""
+    """Layers without recorded attention, each with the reason."""
     return [
         f"{subject.name}: {site}: {reason}"
         for subject in subjects
@@ -152,10 +145,10 @@ def _missing(subjects: Sequence[ReportColumn]) -> list[str]:
 
 
 def _explorer(subjects: Sequence[ReportColumn]) -> list[tuple[int, str]]:
-    """The models whose attention has more than one layer or head to look at."""
-    found = []
+    """Index and name of the models with more than one layer or head of attention."""
+    models = []
     for subject in subjects:
         layers = subject.details("attention").get("layers") or []
         if len(layers) > 1 or any(len(row["share"]) > 1 for row in layers):
-            found.append((subject.place, subject.name))
-    return found
+            models.append((subject.index, subject.name))
+    return models

@@ -1,4 +1,4 @@
-"""What the page of a diagnosis says of each test: the question, what the picture shows, when it misleads."""
+"""Fixed text of the page of a diagnosis: title, description and limitations of each test."""
 
 from __future__ import annotations
 
@@ -6,126 +6,141 @@ from typing import NamedTuple
 
 
 class TestTexts(NamedTuple):
-    """The fixed text of one test."""
+    """The fixed text of one test.
 
-    question: str
+    Attributes:
+        title: heading of the section.
+        shows: what is measured and shown in the figure.
+        misleads: limitations of the measurement.
+    """
+
+    title: str
     shows: str
     misleads: str
 
 
 WORDS: dict[str, TestTexts] = {
     "score": TestTexts(
-        "How good is it, and what does each modality alone reach?",
-        "The score on these samples, beside what each modality reaches alone. Lines are 95 % intervals; the "
-        "dotted line is the best constant answer. No multimodal model should be worse than "
-        "its best single modality.",
-        "Alone means a model of that modality where one was given, and otherwise the model's own unimodal head. A "
-        "head that only watches (a probe) reads features made for the fusion, so it is a floor: a model trained for "
-        "that modality may reach more.",
+        "Score and unimodal baselines",
+        "Score on the evaluated samples, compared with the score of each modality alone. Error bars are 95 % "
+        "confidence intervals; the dotted line is the best constant prediction. A multimodal model should not be worse "
+        "than its best unimodal baseline.",
+        "The unimodal baseline is a separate unimodal model if one was provided, and otherwise the unimodal head of the "
+        "model. A linear probe uses features that were trained for the fusion, so it is a lower bound: a model trained "
+        "on that modality alone may reach more.",
     ),
     "noise": TestTexts(
-        "What is left when a modality is replaced by noise?",
-        "Every sample again, with one modality as Gaussian noise of the data's own mean and spread. A model that "
-        "uses a modality loses something; one that falls back gracefully keeps what the others are worth.",
-        "A model that has never met noise may be thrown by its strangeness and not by the loss of information, so a "
-        "fall proves dependence, not benefit.",
+        "Score with a modality replaced by noise",
+        "Score with one modality replaced by Gaussian noise of the mean and standard deviation of the data. The score "
+        "of a model that uses the modality drops; a robust model keeps the score that the other modalities reach.",
+        "The noise is out of distribution for a model trained without it, so part of a drop may be due to the "
+        "distribution shift rather than to the missing information. A drop shows dependence, not benefit.",
     ),
     "masking": TestTexts(
-        "What is left when a modality is taken away?",
-        "The tokens of one modality are gone from every layer of the fusion, as in a batch that lacks it. The drop "
-        "is what the model owes to it, given that it has the others.",
-        "Two modalities that say the same can each be spared without a drop: the Shapley values below divide what "
-        "they share. A model that never met a missing modality is surprised, and part of the drop is its surprise.",
+        "Score with a modality masked",
+        "Score with the tokens of one modality masked in every layer of the fusion, as in a batch that lacks it. The "
+        "drop is the contribution of the modality given the others.",
+        "Masking one of two redundant modalities causes no drop; the Shapley values below divide the shared "
+        "contribution. If the model was trained without missing modalities, part of the drop is due to the distribution "
+        "shift.",
     ),
     "response": TestTexts(
-        "Does attention leave a modality that is destroyed?",
-        "The same samples twice, whole and with one modality as noise. Attention that looks at quality moves to the "
-        "right. r is the correlation of “was replaced” with the attention that goes to the others: +1 leaves "
-        "always, 0 does not notice, below 0 is drawn to the noise.",
-        "It speaks of attention, not of use. Attention may leave while the answer still suffers, and r hangs on how "
-        "alike samples are: a tiny shift of very even attention gives a large r. Look at the distance as well. The "
-        "modality should be chosen on validation data.",
+        "Response of attention to noise",
+        "Attention on the same samples, clean and with one modality replaced by noise. Attention that responds to input "
+        "quality moves to the right. r is the correlation between the replacement (0 or 1) and the attention to the "
+        "other modalities: at +1 attention always leaves the noise, at 0 it does not respond, below 0 it moves toward "
+        "the noise.",
+        "The test measures attention, not use: attention may change while the prediction still suffers. r depends on the "
+        "variation between samples: if attention is nearly constant, a very small shift gives a large r, so the size of "
+        "the shift should be reported as well. The modality should be selected on validation data.",
     ),
     "attention": TestTexts(
-        "Where does attention go?",
-        "Attention of each layer, as a mean over queries, heads and samples; what is missing to 100 % goes to "
-        "special tokens such as the class token. A share that never changes from sample to sample is static fusion "
-        "in all but name.",
-        "Attention is not proof of use. It tells how much of a mixture comes from a modality's tokens, not what "
-        "they say: values may be small, cancel, or carry what earlier layers mixed into them. An even division is "
-        "no aim in itself.",
+        "Attention shares",
+        "Attention share of each modality by layer, averaged over queries, heads and samples; the remainder goes to "
+        "special tokens such as the class token. A share that is constant across samples indicates a fusion that is "
+        "effectively static.",
+        "Attention is not evidence of use. A share is the weight of the tokens of a modality, not the information that "
+        "they carry: values may be small, cancel, or contain content that earlier layers mixed in. Uniform shares are not "
+        "a goal in themselves.",
     ),
     "corruption": TestTexts(
-        "How does it fall as a modality is damaged by degrees?",
-        "Noise is added to one modality, from none to as much as the data's own spread, at test time alone. A good "
-        "model falls slowly and ends at what the others are worth; attention that looks at quality falls with it.",
-        "All levels share the same random numbers, so the curve is smoother than its points are sure. At full level "
-        "the input is still in there, under noise of its own size: this is milder than replacing it.",
+        "Score under increasing corruption",
+        "Score with noise added to one modality at test time, from none to the standard deviation of the data. The score "
+        "of a robust model decreases slowly and stays at the level of the other modalities; attention that responds to "
+        "input quality decreases as well.",
+        "All levels use the same random numbers, so the curve is smoother than the uncertainty of its points. The input "
+        "is still present at the highest level, with noise of the same magnitude: this is a milder corruption than "
+        "replacement.",
     ),
     "shapley": TestTexts(
-        "What is each modality owed?",
-        "What each adds to the score, as a mean over all orders in which they may come. The values sum to the score "
-        "minus that of a constant answer. A negative one says that the model would be better without.",
-        "Sets of modalities that the model was never trained on are in the mean: one may get credit for what the "
-        "others, alone, make wrong.",
+        "Contribution of each modality (Shapley values)",
+        "Contribution of each modality to the score, averaged over all orders in which the modalities can be added. The "
+        "values sum to the score minus that of a constant prediction. A negative value means that the modality reduces "
+        "the score.",
+        "The average includes subsets of modalities on which the model was never trained: a modality may receive credit "
+        "for errors that the model makes on the others alone.",
     ),
     "quag": TestTexts(
-        "Does it need which token reads which?",
-        "Attention is averaged inside blocks of modalities, so that each still gets as much and only the choice "
-        "among its tokens is lost. Crossmodal: tokens of one modality that read another. A modality's name: "
-        "everybody who reads it.",
-        "No drop says that the mean of a modality's tokens does as well, not that the modality is not used. In a "
-        "fusion of one layer where only a class token reads, unimodal and crossmodal have nothing to average.",
+        "Score with averaged attention (QUAG)",
+        "Score with attention averaged within blocks of modalities, so that the attention share of each modality is "
+        "preserved and only the selection among its tokens is lost. Crossmodal: queries of one modality and keys of "
+        "another. Name of a modality: all queries and the keys of that modality.",
+        "If there is no drop, the mean of the tokens of a modality is sufficient; this does not mean that the modality is "
+        "unused. In a fusion of one layer in which only a class token attends, the unimodal and crossmodal operators have "
+        "no effect.",
     ),
     "keys": TestTexts(
-        "Why does attention prefer a modality?",
-        "Attention follows the angle between the query and the keys. A modality whose keys lie closer is preferred "
-        "whatever it says; if noise leaves its cosines where they were, the query cannot tell content from noise.",
-        "A mean key says nothing of single keys: one close to the query may get everything while the mean points away.",
+        "Query–key geometry",
+        "Attention logits depend on the angle between the query and the keys. A modality whose keys have a larger cosine "
+        "with the query receives more attention regardless of its content; if noise does not change its cosines, the "
+        "query does not distinguish content from noise.",
+        "The mean key does not describe single keys: one key close to the query may receive all attention although the "
+        "mean key is far from it.",
     ),
     "gap": TestTexts(
-        "Do tokens read their own modality or the others?",
-        "0 % says that tokens of a modality give as much to their own as to all others, 100 % that one side gets "
-        "everything. Which one, the explorer of attention tells.",
-        "A gap may be right: where one modality has nothing to say, no one should read it. Modalities of many "
-        "tokens get much by their number alone.",
+        "Attention within and between modalities",
+        "At 0 %, the tokens of a modality attend equally to their own and to all other modalities; at 100 %, all "
+        "attention goes to one of the two. The attention explorer shows to which one.",
+        "A gap may be appropriate if one modality is not informative. Modalities with many tokens receive more attention "
+        "because of their number of tokens.",
     ),
     "consistency": TestTexts(
-        "Does attention between modalities agree with itself?",
-        "If a sound goes to a picture and that to a word, the sound should go to the word. Each block holds what the "
-        "tokens of one modality (rows) give to those of another (columns), as parts of 1; the layer that contradicts "
-        "itself most is drawn, as a mean over samples. The score is 1 for hard maps that agree and 0 for none. Maps "
-        "that agree have one large singular value for each shared concept, as large as there are modalities.",
-        "Soft maps hide contradictions: even attention contradicts nothing, and what it scores stands beside the "
-        "score. Two modalities have no way round, and only the error of going there and back tells. Unequal numbers of "
-        "tokens cannot reach 1. A mean over samples is one of places: where a place means something else in each "
-        "sample, the picture is even. Agreement is not truth: maps may agree on the wrong concepts.",
+        "Consistency of attention between modalities",
+        "If an audio token attends to an image token and that one to a text token, the audio token should attend to the "
+        "text token. Each block contains the attention of the tokens of one modality (rows) to those of another "
+        "(columns), with rows that sum to 1. The figure shows the layer with the largest cycle error, averaged over "
+        "samples. The score is 1 for consistent one-to-one maps and 0 for inconsistent ones. Consistent maps have one "
+        "large singular value for each shared concept, equal to the number of modalities.",
+        "Soft maps hide inconsistencies: uniform attention has none, and its score is listed for comparison. Two "
+        "modalities have no cycles, only the error of a round trip. With unequal numbers of tokens the score cannot "
+        "reach 1. The average over samples is taken by position: if positions have a different meaning in each sample, "
+        "the average is uniform. Consistent maps may still be wrong.",
     ),
     "collapse": TestTexts(
-        "Do the tokens become alike with depth?",
-        "The part of a layer that is not its mean token. A fall to nearly 0 says that depth has made all tokens the "
-        "same.",
-        "It is small, too, where all tokens carry one large common vector beside small different ones, as language "
-        "models do, and nothing is wrong.",
+        "Rank collapse of the token representations",
+        "Norm of each layer after subtracting the mean token, relative to its full norm. A value near 0 means that all "
+        "tokens of the layer are nearly identical.",
+        "The value is also small if all tokens share one large common component, as in many language models, without any "
+        "loss of information.",
     ),
     "gradients": TestTexts(
-        "Whom does the loss still teach?",
-        "Norm of the gradient of the fused loss at the output of each encoder, without balancers or heads. A "
-        "modality with hardly any is hardly trained by the fusion.",
-        "A small norm may also mean that nothing is left to learn. Norms shrink as batches grow, so compare at one "
-        "batch size.",
+        "Gradient norms of the encoders",
+        "Norm of the gradient of the fused loss at the output of each encoder, without balancing methods and auxiliary "
+        "heads. The fusion loss hardly trains a modality with a small norm.",
+        "A small norm may also mean that the loss of this modality has converged. Norms decrease with the batch size and "
+        "should be compared at the same batch size.",
     ),
     "ood": TestTexts(
-        "Does it notice inputs of an unknown kind?",
-        "Confidence (generalized entropy) of known and of unknown inputs. AUROC is the probability that a known one "
-        "is met with more confidence: 0.5 is chance.",
-        "It speaks of these unknown inputs alone. A difference of recording is found as easily as one of content, "
-        "and pure noise is the easiest of all.",
+        "Out-of-distribution detection",
+        "Confidence (generalized entropy) on in-distribution and out-of-distribution inputs. The AUROC is the probability "
+        "that an in-distribution input has the higher confidence; 0.5 is chance.",
+        "The result holds for this set of out-of-distribution inputs only. Differences in recording conditions are "
+        "detected as easily as differences in content, and pure noise is the easiest case.",
     ),
     "cost": TestTexts(
-        "What does it cost?",
-        "Parameters and operations of one sample. In full: everything, attention included. As tables count: modules "
-        "with a rule alone, as published tables have it.",
-        "Operations say little about time: a fused kernel may be many times faster than its parts.",
+        "Computational cost",
+        "Parameters and floating-point operations (FLOPs) for one sample. The full count includes attention; the thop "
+        "count includes only modules with a counting rule, as in published tables.",
+        "FLOPs are a weak predictor of run time: fused kernels may be several times faster than separate operations.",
     ),
 }

@@ -1,4 +1,4 @@
-"""The paired difference of two methods on one metric: one value for headline, sentences, tables and figures."""
+"""Paired difference of two methods on one metric, shared by titles, sentences, tables and figures."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .text_format import (
 
 @dataclass(frozen=True)
 class Effect:
-    """What a method changes in a metric, compared with its reference on the same seeds.
+    """Difference of a method to its reference in one metric, on the same seeds.
 
     Attributes:
-        method, reference, metric: of what.
+        method, reference, metric: names.
         before, after: means of the reference and of the method over the pairs, as stored.
-        p: two-sided, of a paired t-test over the pairs, None where all differences are the same; for one pair of a
-            test over the test samples that both models answered, None where their outcomes are not known.
-        pairs: how many seeds and folds both have.
-        agree: how many of them have the sign of the mean.
-        unit: what a pair is, "seed" or "run".
+        p: two-sided p-value of a paired t-test over the pairs, None if all differences are equal; for a single pair,
+            of a paired test over the test samples, None if their outcomes are unknown.
+        pairs: number of seeds and folds that both have.
+        agree: number of pairs whose difference has the sign of the mean.
+        unit: name of a pair, "seed" or "run".
     """
 
     method: str
@@ -59,7 +59,7 @@ class Effect:
 
     @property
     def size(self) -> float:
-        """The difference as a part of the metric's range: 1 for fractions, 2 for a correlation, else the reference."""
+        """The difference relative to the range of the metric: 1 for fractions, 2 for r, otherwise the reference."""
         if self.metric == "noise_attention_r":
             return abs(self.difference) / 2
         scale = 1.0 if is_fraction(self.metric) else abs(self.before)
@@ -71,10 +71,10 @@ class Effect:
 
     @property
     def proof(self) -> str:
-        """The difference, how many pairs agree, and the p-value where there is one."""
+        """The difference, the number of pairs that agree, and the p-value if there is one."""
         parts = [format_delta(self.metric, self.difference)]
         if self.pairs < 2:
-            tested = [] if self.p is None else [f"{format_p(self.p)} over its test samples"]
+            tested = [] if self.p is None else [f"{format_p(self.p)} over the test samples"]
             return ", ".join([*parts, f"one {self.unit} only", *tested])
         if self.agree is not None:
             parts.append(f"on {self.agree} of {pluralize(self.pairs, self.unit)}")
@@ -84,28 +84,28 @@ class Effect:
 
     @property
     def more(self) -> bool:
-        """Whether a reader sees the figure grow: an error grows where the stored score falls."""
+        """Whether the displayed value increases; an error increases if the stored score decreases."""
         return as_read(self.metric, self.difference) > 0
 
     @property
     def sentence(self) -> str:
-        """What happens to the metric, no stronger than its evidence."""
+        """The effect in words, no stronger than its evidence."""
         words = describe_effect(self.metric)
         if self.difference == 0:
-            return f"{words} stays at {format_value(self.metric, self.after)}"
+            return f"{words} remains at {format_value(self.metric, self.after)}"
         if self.sure:
-            return f"{words} {'rises' if self.more else 'falls'} {self.course} ({self.proof})"
+            return f"{words} {'increases' if self.more else 'decreases'} {self.course} ({self.proof})"
         if self.p is None and self.pairs < 2:
-            return f"{words} goes {self.course} ({self.proof})"
+            return f"{words} changes {self.course} ({self.proof})"
         return f"{words} does not change significantly, {self.course} ({self.proof})"
 
 
 def describe_effect(metric: str) -> str:
-    """A metric in the middle of a sentence.
+    """The name of a metric inside a sentence.
 
     Example:
-        >>> described("accuracy_noise/audio"), described("negative_error"), described("noise_attention_r")
-        ('accuracy with audio replaced by noise', 'mean absolute error', 'attention–noise correlation r')
+        >>> describe_effect("accuracy_noise/audio"), describe_effect("noise_attention_r")
+        ('accuracy with audio replaced by noise', 'attention–noise correlation r')
     """
     kind, _, name = metric.partition("/")
     if name and kind.endswith("_noise"):
@@ -118,31 +118,31 @@ def describe_effect(metric: str) -> str:
 
 
 def effect(readings: ResultsView, method: str, metric: str) -> Effect | None:
-    """A method against its reference; None where they have no pair of runs with this metric."""
+    """A method compared with its reference; None without a pair of runs with this metric."""
     row = readings.row(method, metric)
     if row is None or row["difference"] is None:
         return None
     reference = row.get("reference")
-    found = readings.pairs(method, reference, metric)
-    if found:
-        after, before = (fmean(side) for side in zip(*found, strict=True))
+    pairs = readings.pairs(method, reference, metric)
+    if pairs:
+        after, before = (fmean(side) for side in zip(*pairs, strict=True))
     else:
         after, before = row["mean"], row["mean"] - row["difference"]
-    return _made(readings, row, str(reference or "its reference"), before, after, [a - b for a, b in found])
+    return _build(readings, row, str(reference or "its reference"), before, after, [a - b for a, b in pairs])
 
 
 def between(readings: ResultsView, method: str, other: str, metric: str) -> Effect | None:
-    """A method against any other one."""
-    found = readings.pairs(method, other, metric)
-    if not found:
+    """A method compared with any other one; None without a pair of runs."""
+    pairs = readings.pairs(method, other, metric)
+    if not pairs:
         return None
-    after, before = (fmean(side) for side in zip(*found, strict=True))
-    differences = [a - b for a, b in found]
-    row = {"method": method, "metric": metric, "n": len(found), **paired(differences)}
-    return _made(readings, row, other, before, after, differences)
+    after, before = (fmean(side) for side in zip(*pairs, strict=True))
+    differences = [a - b for a, b in pairs]
+    row = {"method": method, "metric": metric, "n": len(pairs), **paired(differences)}
+    return _build(readings, row, other, before, after, differences)
 
 
-def _made(
+def _build(
     readings: ResultsView, row: Mapping[str, Any], reference: str, before: float, after: float, differences: list[float]
 ) -> Effect:
     difference = row["difference"]
@@ -155,10 +155,10 @@ def _made(
 
 
 def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: str) -> float | None:
-    """p-value of the paired test over test samples; None without one pair of runs that stored the outcomes."""
-    found = run_pairs(readings.runs, method, reference, metric)
-    stored = [run.get("outcomes", {}).get(metric) for pair in found for run in pair]
-    if len(found) != 1 or None in stored:
+    """p-value of the paired test over test samples; None without a single pair of runs with stored outcomes."""
+    pairs = run_pairs(readings.runs, method, reference, metric)
+    stored = [run.get("outcomes", {}).get(metric) for pair in pairs for run in pair]
+    if len(pairs) != 1 or None in stored:
         return None
     first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
     if len(first) != len(second):
@@ -170,10 +170,12 @@ def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: 
 def largest(readings: ResultsView) -> Effect | None:
     """The largest significant effect on the score, the score under noise, or the response of attention.
 
-    Models of one modality are baselines: they count where nothing else was compared.
+    Unimodal baselines are only included if there are no other methods.
     """
     score = readings.score
     metrics = [m for m in readings.metrics if m in (score, "noise_attention_r") or m.startswith(f"{score}_noise/")]
     methods = [m for m in readings.methods if m not in readings.single] or readings.methods
-    found = [one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure]
-    return max(found, key=lambda one: one.size) if found else None
+    effects = [
+        one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure
+    ]
+    return max(effects, key=lambda one: one.size) if effects else None

@@ -1,4 +1,4 @@
-"""Figures of a look: heat maps of layers, modalities and heads, and the curve of a modality over the layers."""
+"""Figures of an inspection: attention by layer, modality and head, and the share of a modality over the layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from matplotlib.ticker import MaxNLocator
 from .plot_style import ACCENT, INK, MODALITY, MUTED, new_axes, only_grid, percent, set_title, style_context, to_svg
 
 DEEPEST = 0.45
-"""Opacity of the largest value: ink still stands out on it."""
+"""Opacity of the largest value, low enough for readable text on top."""
 
 
 def by_layer(
     shares: dict[str, Float[np.ndarray, "layer modality"]], names: Sequence[str], layers: Sequence[int]
 ) -> str:
-    """Layer x modality, in the prompt and in the answer, each cell with its figure."""
+    """Heat map of layer and modality with values, for the prompt and the answer."""
     values = np.concatenate(list(shares.values()), axis=1)
     columns = [f"{name}\nin the {view}" for view in shares for name in names]
     with style_context():
@@ -36,11 +36,11 @@ def by_layer(
         axes.xaxis.tick_top()
         _rows(axes, layers, every=1)
         axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
-        return to_svg(figure, "by-layer", _told(shares, names))
+        return to_svg(figure, "by-layer", _alt_text(shares, names))
 
 
 def by_head(values: Float[np.ndarray, "layer head"], title: str, name: str, shade: int, layers: Sequence[int]) -> str:
-    """Layer x head: the share of one modality."""
+    """Heat map of the attention share of one modality by layer and head."""
     top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     with style_context():
         figure, axes = new_axes(4.4, max(1.9, min(6.0, 1.0 + 0.17 * len(layers))), grid="")
@@ -56,12 +56,12 @@ def by_head(values: Float[np.ndarray, "layer head"], title: str, name: str, shad
 
 
 def over_layers(
-    whole: Float[np.ndarray, " layer"], without: Float[np.ndarray, " layer"], even: Float[np.ndarray, " layer"],
+    whole: Float[np.ndarray, " layer"], without: Float[np.ndarray, " layer"], uniform: Float[np.ndarray, " layer"],
     title: str, layers: Sequence[int],
 ) -> str:  # fmt: skip
-    """The share of one modality over the layers, with and without sinks, and what an even attention would give."""
+    """Attention share of one modality over the layers, with and without sinks, and the uniform share."""
     curves = (
-        ("all tokens", whole, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("even", even, MUTED, ":"),
+        ("all tokens", whole, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("uniform share", uniform, MUTED, ":"),
     )  # fmt: skip
     with style_context():
         figure, axes = new_axes(height=2.9)
@@ -71,7 +71,7 @@ def over_layers(
         top = max([0.02, *(float(np.nanmax(v)) for _, v, _, _ in curves if np.isfinite(v).any())])
         axes.set(xlabel="layer", ylim=(0, 1.28 * top))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        # No tick stands in the strip of the legend.
+        # Keep the ticks below the legend.
         axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.05 * top])
         percent(axes.yaxis, decimals=0 if top > 0.04 else 1)
         axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=3, handlelength=1.8, columnspacing=1.1)
@@ -81,7 +81,7 @@ def over_layers(
 
 
 def _cells(axes: Axes, values: Float[np.ndarray, "row column"], shade: str, top: float, left: int = 0) -> None:
-    """One square a value, the deeper the larger."""
+    """One rectangle for each value; the opacity increases with the value."""
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
             opacity = round(DEEPEST * min(1.0, value / top), 3)
@@ -95,7 +95,7 @@ def _rows(axes: Axes, layers: Sequence[int], every: int) -> None:
     only_grid(axes, "")
 
 
-def _told(shares: dict[str, Float[np.ndarray, "layer modality"]], names: Sequence[str]) -> str:
+def _alt_text(shares: dict[str, Float[np.ndarray, "layer modality"]], names: Sequence[str]) -> str:
     parts = [
         f"{name} in the {view} {100 * np.nanmean(values[:, m]):.1f} %"
         for view, values in shares.items() for m, name in enumerate(names)

@@ -1,4 +1,4 @@
-"""Matplotlib as a quiet printer: blank axes in one style, and SVG whose colors the page decides."""
+"""Matplotlib style of the reports, and SVG export with colors as CSS variables."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ THEME = {
         )
     },
 }
-"""Color on white -> (CSS variable, color on a dark page): all of them stand 4.5 to 1 against their ground."""
+"""Color in the light theme -> (CSS variable, color in the dark theme); all have a contrast of at least 4.5 : 1."""
 
 STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # names are the user's, and may hold a $
+    "text.parse_math": False,  # names come from the user and may contain a $
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -80,15 +80,15 @@ FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-se
 
 @contextmanager
 def style_context() -> Iterator[None]:
-    """Our style while artists are made and drawn; the user's own settings come back afterward."""
+    """Applies the report style; restores the settings of the user on exit."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The page's fonts have the glyphs that the measuring font lacks.
+        # Matplotlib's font lacks some glyphs, but those of the page have them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
 def new_axes(width: float = 4.4, height: float = 3.0, *, grid: str = "y") -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; sizes in inches, ``grid`` the axis that has lines."""
+    """A figure with one axes object; sizes in inches, ``grid`` is the axis with grid lines."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     only_grid(axes, grid)
@@ -103,12 +103,12 @@ def only_grid(axes: Axes, grid: str) -> None:
 
 
 def set_title(figure: Figure, text: str) -> None:
-    """The title, at the left edge of the picture, where the text below it begins too."""
+    """Sets the title at the left edge, aligned with the caption."""
     figure.suptitle(text, x=0.012, ha="left", fontsize=10.5, color=INK)
 
 
 def percent(axis, *, decimals: int = 0) -> None:
-    """Fractions on this axis are printed as per cent."""
+    """Formats the fractions of an axis in percent."""
     axis.set_major_formatter(lambda value, _: f"{100 * value:.{decimals}f} %".replace("-", "\N{MINUS SIGN}"))
 
 
@@ -132,13 +132,13 @@ def plot_filled(axes: Axes, part: BinnedCounts, shade: str, name: str) -> None:
 
 def plot_outline(axes: Axes, part: BinnedCounts, shade: str, name: str) -> None:
     used = np.flatnonzero(part.fraction)
-    here = slice(used[0], used[-1] + 1)
+    occupied = slice(used[0], used[-1] + 1)
     edges = part.edges[used[0] : used[-1] + 2]
-    axes.stairs(part.fraction[here], edges, color=shade, linewidth=1.7, linestyle=(0, (4, 1.5)), label=name)
+    axes.stairs(part.fraction[occupied], edges, color=shade, linewidth=1.7, linestyle=(0, (4, 1.5)), label=name)
 
 
 def add_legend(axes: Axes) -> None:
-    """In a free strip above the histograms."""
+    """Adds a legend above the histograms."""
     axes.set_ylim(0, 1.24 * axes.dataLim.y1)
     axes.legend(
         frameon=False, fontsize=9, loc="upper right", borderaxespad=0, ncols=3, handlelength=1.3, columnspacing=1.1
@@ -146,7 +146,7 @@ def add_legend(axes: Axes) -> None:
 
 
 def plot_span(parts: list[BinnedCounts | None]) -> tuple[float, float]:
-    """The stretch of the axis where there are samples, with a little air."""
+    """The range of the bins with samples, with a margin."""
     ends = []
     for part in parts:
         if part is not None:
@@ -156,28 +156,28 @@ def plot_span(parts: list[BinnedCounts | None]) -> tuple[float, float]:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an SVG element to put into a page.
+    """Renders a figure as an SVG element for a page.
 
-    The same figure gives the same text: no date, identifiers from ``name``, which also keeps them apart from those of
-    other figures in the page. Colors are CSS variables with the light color as fallback; text stays text.
+    The output is deterministic: it has no date, and its identifiers are derived from ``name``, so they do not collide
+    with those of other figures. Colors are CSS variables with the light color as fallback; text is kept as text.
 
     Args:
-        figure: drawn inside ``themed()``.
-        name: unique in the page, letters and hyphens.
-        label: what a screen reader says.
+        figure: created inside ``style_context()``.
+        name: unique in the page; letters and hyphens.
+        label: text for screen readers.
     """
     sheet = io.StringIO()
     figure.dpi = 72
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        # Not savefig, which would draw everything once more to learn its size.
+        # savefig would render the figure twice to compute its bounding box.
         FigureCanvasSVG(figure).print_svg(sheet, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = sheet.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
-    # The whole page would obey a style sheet inside one picture.
+    # A style sheet inside an inline SVG applies to the whole page.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), name), svg)
-    # Only the head's own size: the page scales the picture by its viewBox.
+    # Remove the size of the root element: the page scales the SVG by its viewBox.
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)
     head += f' role="img" aria-label="{escape(label)}" class="figure" stroke-linejoin="round"'
@@ -185,7 +185,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _tag(tag: str, name: str) -> str:
-    """One tag with its own identifiers, the page's font and the page's colors; text between tags is the user's."""
+    """Replaces identifiers, fonts and colors inside a tag; the text between tags comes from the user and is kept."""
     tag = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag).replace("'DejaVu Sans'", FONT)
     for light, (variable, _) in THEME.items():
         tag = tag.replace(light, f"var({variable},{light})")
@@ -193,7 +193,7 @@ def _tag(tag: str, name: str) -> str:
 
 
 def to_png(figure: Figure, *, dpi: int = 200) -> bytes:
-    """The figure on white, for places that take no SVG."""
+    """Renders a figure as PNG on a white background."""
     FigureCanvasAgg(figure)
     sheet = io.BytesIO()
     figure.savefig(sheet, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What figures and sentences read from results, computed once and in one way, whatever is missing in them."""
+"""Read access to complete or partial results for figures and sentences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .text_format import SCORES, main_score
 
 @dataclass(frozen=True, eq=False)
 class MetricCurve:
-    """A figure over the epochs: ``values`` is (run, epoch), NaN where a run has none."""
+    """A metric over the epochs: ``values`` is (run, epoch), NaN where a run has no value."""
 
     epochs: np.ndarray
     values: np.ndarray
@@ -36,7 +36,7 @@ class BinnedCounts:
 
     @property
     def mean(self) -> float:
-        """Mean of the samples, known up to half a bin."""
+        """Mean of the samples, up to half a bin width."""
         return float(((self.edges[1:] + self.edges[:-1]) / 2) @ self.fraction)
 
 
@@ -44,19 +44,19 @@ class ResultsView:
     """Read access to the content of ``results.json``, complete or partial.
 
     Args:
-        results: what ``record.results`` builds or ``record.read`` returns.
+        results: content of a ``results.json``.
 
     Attributes:
         methods: in the order of the runs.
-        score: the metric that tells how good a method is; the higher the better.
+        score: main metric; higher is better.
         modalities: every modality named by a metric or a history.
-        single: methods that are one modality alone.
+        single: unimodal baselines.
         dynamic: methods with attention between modalities.
-        noise_modality: the one that was replaced by noise for ``noise_attention_r``; None where nothing tells.
+        noise_modality: modality that was replaced by noise for ``noise_attention_r``; None if unknown.
 
     Example:
         >>> run = {"method": "joint", "seed": 0, "fold": None, "metrics": {"accuracy": 0.5, "share/image": 1.0}}
-        >>> readings = Readings({"protocol": {}, "runs": [run], "summary": []})
+        >>> readings = ResultsView({"protocol": {}, "runs": [run], "summary": []})
         >>> readings.dynamic, readings.modalities
         (['joint'], ('image',))
     """
@@ -64,11 +64,11 @@ class ResultsView:
     def __init__(self, results: Mapping[str, Any]) -> None:
         self.runs: list[RunResult] = list(results["runs"])
         self.protocol = results["protocol"]
-        # An interrupted comparison may not have come to its summary.
+        # An interrupted comparison has no summary yet.
         rows = results["summary"] or results_of(self.runs, self.protocol)["summary"]
         self.rows = {(row["method"], row["metric"]): row for row in rows}
         self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
-        self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_place)
+        self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_order_index)
         self.score = main_score(self.protocol, self.metrics)
         self.modalities = self._modalities()
         self.single = [method for method in self.methods if method in self.modalities]
@@ -80,26 +80,26 @@ class ResultsView:
         return [run for run in self.runs if run["method"] == method]
 
     def row(self, method: str, metric: str) -> Mapping[str, Any] | None:
-        """The summary row, or None where its mean is undefined."""
+        """The summary row; None if its mean is undefined."""
         row = self.rows.get((method, metric))
         return row if row is not None and row["mean"] is not None else None
 
     def values(self, method: str, metric: str) -> list[float]:
-        """One figure for each run that has it."""
+        """The values of a metric, one for each run that has it."""
         kind, _, replaced = metric.partition("/")
         found = [value for run in self.of(method) if (value := finite_or_none(run["metrics"].get(metric))) is not None]
         if not found and kind == f"{self.score}_noise" and method in self.modalities and method != replaced:
-            # A model of one modality alone does not notice what happens to another.
+            # A unimodal model is unaffected by noise in another modality.
             return self.values(method, self.score)
         return found
 
     def pairs(self, method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
-        """(method's, reference's) figure for every seed and fold that both have."""
+        """(method, reference) values for every seed and fold that both have."""
         return paired_values(self.runs, method, reference, metric)
 
     def differences(self, method: str, reference: str | None, metric: str) -> list[float]:
         """method - reference, on the same seeds and folds."""
-        return [here - other for here, other in self.pairs(method, reference, metric)]
+        return [value - base for value, base in self.pairs(method, reference, metric)]
 
     def curve(self, method: str, *path: str) -> MetricCurve | None:
         """One entry of the history over the epochs, as in ``curve("joint", "share", "audio")``."""
@@ -115,7 +115,7 @@ class ResultsView:
         return MetricCurve(np.array(epochs), np.array(values))
 
     def rotation_epochs(self, method: str) -> Counter[int]:
-        """epoch -> in how many runs the query was rotated at its end."""
+        """epoch -> number of runs in which the query was rotated at its end."""
         curve = self.curve(method, "rotations")
         if curve is None:
             return Counter()
@@ -135,13 +135,13 @@ class ResultsView:
         return BinnedCounts(parts[0].edges, np.mean([part.fraction for part in parts], axis=0))
 
     def moments(self, method: str) -> list[str]:
-        """Which of "before" and "after" the first rotation have key figures."""
+        """Which of "before" and "after" the first rotation have key distributions."""
         return [m for m in ("before", "after") if any(_dig(run, ("keys", m, "clean")) for run in self.of(method))]
 
     def replaced(self, method: str, moment: str) -> str | None:
-        """The modality whose keys are drawn as noise: the method's, unless noise left those as they were.
+        """The modality whose keys are shown under noise: that of the method, unless its keys did not change.
 
-        Before a rotation another modality may have been attended most, and destroyed, than at the end.
+        The most attended modality, which is replaced, may differ before and after a rotation.
         """
         moved = {}
         for name in self.modalities:
@@ -167,18 +167,18 @@ class ResultsView:
 
     def _noise_modality(self) -> str | None:
         named = self.protocol.get("noise_modality")
-        # A protocol may also say in words how each run chooses its own.
+        # The protocol may also describe in words how each run selects its modality.
         if isinstance(named, str) and (named in self.modalities or not self.modalities):
             return named
         return _only(self.runs)
 
     def disturbed(self, method: str) -> str | None:
-        """The modality that this method's runs replace by noise; None where they differ or do not say."""
+        """The modality that all runs of a method replace by noise; None if they differ or it is unknown."""
         return _only(self.of(method)) or self.noise_modality
 
 
 def _only(runs: Sequence[RunResult]) -> str | None:
-    """The modality that all runs with attention replaced by noise."""
+    """The modality that all runs replaced by noise; None if they differ."""
     named = {str(name) for run in runs if (name := run.get("noise_modality"))}
     return named.pop() if len(named) == 1 else None
 
@@ -195,10 +195,10 @@ ORDER = (
     "flops",
     "seconds_per_epoch",
 )
-"""How metrics stand in tables: what the model can do, where it looks, what it costs; unknown ones at the gap."""
+"""Order of metrics in tables: scores, attention, cost; unknown metrics take the position of ""."""
 
 
-def _place(metric: str) -> int:
+def _order_index(metric: str) -> int:
     kind = metric.partition("/")[0]
     return ORDER.index(kind if kind in ORDER else "")
 
@@ -210,7 +210,7 @@ def _dig(part: Any, path: tuple[str, ...]) -> Any:
 
 
 def as_histogram(part: Any) -> BinnedCounts | None:
-    """A part of a results file as a histogram; None where it is none, or holds no sample."""
+    """A part of a results file as a histogram; None if it is not a histogram or is empty."""
     if not isinstance(part, Mapping) or len(part.get("edges") or ()) != len(part.get("counts") or ()) + 1:
         return None
     counts = np.asarray(part["counts"], dtype=float)

@@ -1,9 +1,7 @@
-"""What a search found in, one self-contained HTML page out: a gallery to look through by mouse or by keyboard."""
+"""Renders the results of a search as one self-contained HTML page: a gallery with mouse and keyboard navigation."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,69 +9,63 @@ from typing import Any
 
 from ..errors import SchemaError
 from ..io.atomic_files import atomic_write
-from . import plot_style
-from .comparison_page import asset, template
+from .html_page import render_page
 from .text_format import MINUS, join_and, pluralize
 
 SCHEMA = 1
 
 
 def search_report(content: Mapping[str, Any], out: str | os.PathLike[str]) -> Path:
-    """Writes the page; nothing in it asks for anything outside it.
+    """Writes the page of a search; it loads no external resources.
 
     Args:
-        content: what ``search.gallery.told`` gives.
-        out: the file to write, or a folder, which gets ``gallery.html``.
+        content: search results as a dict of schema 1.
+        out: the file to write, or a folder, in which ``gallery.html`` is written.
 
     Raises:
-        SchemaError: something else.
+        SchemaError: ``content`` is not the result of a search, or has another schema.
     """
     out = Path(out)
     return atomic_write(out / "gallery.html" if out.is_dir() else out, search_page(content))
 
 
 def search_page(content: Mapping[str, Any]) -> str:
-    """The page as a text."""
+    """Renders the page as HTML."""
     if not isinstance(content, Mapping) or (content.get("kind"), content.get("schema")) != ("search", SCHEMA):
         raise SchemaError("search_report", expected=f"a search of schema {SCHEMA}", got=_kind(content))
-    script = asset("search.js")
-    return template("search.html.j2", cosine=cosine, trained=trained).render(
+    return render_page(
+        "search",
+        filters={"cosine": cosine, "trained": trained},
         search=content,
         title=headline(content),
         summary=summary(content),
         notes=[*content["notes"], *unseen(content)],
         best=max([hit["score"] for hit in content["hits"]], default=0.0),
-        style=asset("report.css") + asset("search.css"),
-        light={variable: light for light, (variable, _) in plot_style.THEME.items()},
-        dark=dict(plot_style.THEME.values()),
-        script=script,
-        # The page runs this one script and loads nothing, whatever a file name or a question may contain.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 def headline(content: Mapping[str, Any]) -> str:
-    """The question."""
+    """The query."""
     return f"What is {content['question']}?" if content["image"] else f"“{content['question']}”"
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """How many were found among how many, and what is cut off."""
-    kind = "caption" if content["image"] else "picture"
-    said = f"The {pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
-    return said + (f"; {content['tied']} more are as near as the last." if content["tied"] else ".")
+    """The number of results, of entries, and of ties that were cut off."""
+    kind = "caption" if content["image"] else "image"
+    text = f"{pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
+    return text + (f"; {content['tied']} more have the same score as the last one." if content["tied"] else ".")
 
 
 def unseen(content: Mapping[str, Any]) -> list[str]:
-    """What the model cannot know of the question."""
+    """A notice on words of the query that are not in the vocabulary of the training captions."""
     if not content["unseen"]:
         return []
     words = join_and([f"“{word}”" for word in content["unseen"]])
-    return [f"No caption of the training has {words}: read by its letters alone."]
+    return [f"Not in the training captions: {words}. The model encodes such words by their characters only."]
 
 
 def cosine(value: float) -> str:
-    """A cosine as it is read.
+    """A cosine with three decimals and a true minus sign.
 
     Example:
         >>> cosine(0.4567), cosine(-0.2)
@@ -83,8 +75,8 @@ def cosine(value: float) -> str:
 
 
 def trained(seen: bool | None) -> str:
-    """Whether the model knows it from its training."""
-    return {True: "seen in training", False: "not seen in training", None: "your picture"}[seen]
+    """Whether an entry was in the training data."""
+    return {True: "seen in training", False: "not seen in training", None: "user image"}[seen]
 
 
 def _kind(content: Any) -> str:

@@ -1,4 +1,4 @@
-"""Several searches side by side, as one picture for a page of documentation."""
+"""Renders several searches as one image for the documentation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .search_html import cosine
 
 
 class SheetRow(NamedTuple):
-    """A question and what was found.
+    """A query and its results.
 
     Attributes:
-        question: in words.
-        found: (name, cosine, picture, whether it was in the training), nearest first.
+        question: text of the query.
+        found: (name, cosine, image, whether it was in the training data), nearest first.
     """
 
     question: str
@@ -27,7 +27,7 @@ class SheetRow(NamedTuple):
 
 
 def contact_sheet(rows: Sequence[SheetRow]) -> bytes:
-    """A PNG: one line for each question, pictures with names and cosines; names of what is new stand in color."""
+    """Renders a PNG with one row for each query; names of entries outside the training data are colored."""
     columns = max(len(row.found) for row in rows)
     with style_context():
         figure = Figure(figsize=(1.9 + 1.15 * columns, 1.45 * len(rows)), layout="constrained")

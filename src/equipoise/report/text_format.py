@@ -1,4 +1,4 @@
-"""How numbers and names are written, in figures, tables and sentences alike."""
+"""Formats numbers and names for figures, tables and sentences."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 MINUS = "\N{MINUS SIGN}"
 
 SCORES = {"accuracy": "accuracy", "negative_error": "mean absolute error", "recall@1": "recall at 1"}
-"""What tells how good a method is -> in words. Higher is better; a protocol names its ``score``, or it is the first of
-these that a results file has. A negative error is stored, and read as the error itself, whose sign is turned."""
+"""Score -> label. Higher is better; the protocol names the ``score``, otherwise the first of these in a results file is
+used. Negative errors are stored, and displayed as errors."""
 
 FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
-"""Beginnings of metrics, or of their last part, that are fractions in [0, 1] and printed as per cent."""
+"""Prefixes of metric names, or of their last part, that are fractions in [0, 1] and displayed in percent."""
 
 TITLES = {
     "noise_attention_r": "Attention–noise correlation r",
-    "noise_attention_r_own": "The same r, noise of each sample's own level",
+    "noise_attention_r_own": "Attention–noise correlation r, per-sample noise",
     "air": "AIR",
     "flops": "FLOPs",
-    "seconds_per_epoch": "Seconds an epoch",
+    "seconds_per_epoch": "Seconds per epoch",
     **{name: words.capitalize() for name, words in SCORES.items()},
     **{f"val_{name}": f"Validation {words}" for name, words in SCORES.items()},
 }
 
 
 LEVEL = (
-    "The signs differ: attention reacts to the level of the noise, not to the loss of content, and the first r does "
-    "not say whether it looks at quality."
+    "The signs differ: attention responds to the level of the noise rather than to the loss of content, so the first r "
+    "does not measure the response to input quality."
 )
-"""What follows where noise of the training statistics and of each sample's own turn attention in opposite ways."""
+"""Sentence for opposite responses to noise of the training statistics and of the statistics of each sample."""
 
 
 def method_title(metric: str) -> str:
-    """A metric's name as a reader says it.
+    """The display name of a metric.
 
     Example:
-        >>> title("accuracy_noise/audio"), title("image_to_text/recall@1"), title("accuracy_shuffled/color")
-        ('Accuracy, audio replaced by noise', 'Image to text: recall at 1', 'Accuracy shuffled: color')
+        >>> [method_title(m) for m in ("accuracy_noise/audio", "image_to_text/recall@1", "accuracy_shuffled/color")]
+        ['Accuracy, audio replaced by noise', 'Image to text: recall at 1', 'Accuracy shuffled: color']
     """
     kind, _, modality = metric.partition("/")
     if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in SCORES:
@@ -52,10 +52,10 @@ def method_title(metric: str) -> str:
 
 
 def main_score(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
-    """The metric that tells how good a method is: the one that the protocol names, else the first of ``SCORES``.
+    """The main metric: the one that the protocol names, otherwise the first of ``SCORES`` among the metrics.
 
     Example:
-        >>> score_of({}, ["parameters", "negative_error"]), score_of({"score": "transfer"}, ["accuracy", "transfer"])
+        >>> main_score({}, ["parameters", "negative_error"]), main_score({"score": "transfer"}, ["accuracy", "transfer"])
         ('negative_error', 'transfer')
     """
     named = protocol.get("score")
@@ -63,17 +63,17 @@ def main_score(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
 
 
 def metric_label(score: str) -> str:
-    """A score in the middle of a sentence.
+    """The name of a metric inside a sentence.
 
     Example:
-        >>> called("negative_error"), called("recall@1"), called("transfer")
+        >>> metric_label("negative_error"), metric_label("recall@1"), metric_label("transfer")
         ('mean absolute error', 'recall at 1', 'transfer')
     """
     return SCORES.get(score, method_title(score)[:1].lower() + method_title(score)[1:])
 
 
 def is_error(metric: str) -> bool:
-    """Whether it is stored as a negative error, and read as an error, of which less is better.
+    """Whether a metric is stored as a negative error and displayed as an error (lower is better).
 
     Example:
         >>> is_error("negative_error_noise/audio"), is_error("val_negative_mse"), is_error("accuracy")
@@ -83,7 +83,7 @@ def is_error(metric: str) -> bool:
 
 
 def as_read(metric: str, value: float) -> float:
-    """A stored figure, or a difference of two, with the sign that a reader sees.
+    """A stored value, or a difference of two, with its displayed sign.
 
     Example:
         >>> as_read("negative_error", -0.5), as_read("accuracy", 0.5)
@@ -93,7 +93,7 @@ def as_read(metric: str, value: float) -> float:
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether it is a fraction in [0, 1], printed as per cent.
+    """Whether a metric is a fraction in [0, 1], displayed in percent.
 
     Example:
         >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
@@ -104,10 +104,10 @@ def is_fraction(metric: str) -> bool:
 
 
 def format_signed(value: float, decimals: int = 2) -> str:
-    """A number with its sign, and a true minus.
+    """A number with its sign (U+2212 for minus).
 
     Example:
-        >>> signed(0.516), signed(-0.2, 1), signed(-0.001)
+        >>> format_signed(0.516), format_signed(-0.2, 1), format_signed(-0.001)
         ('+0.52', '−0.2', '0.00')
     """
     text = f"{value:+.{decimals}f}"
@@ -115,12 +115,12 @@ def format_signed(value: float, decimals: int = 2) -> str:
 
 
 def format_value(metric: str, value: float, *, unit: bool = True) -> str:
-    """A figure with the decimals its metric deserves; an error has three significant digits and no minus.
+    """A value with the decimals of its metric; errors have three significant digits and no minus.
 
     Example:
-        >>> amount("accuracy", 0.7512), amount("parameters", 123456), amount("noise_attention_r", -0.2)
+        >>> format_value("accuracy", 0.7512), format_value("parameters", 123456), format_value("noise_attention_r", -0.2)
         ('75.1 %', '123 k', '−0.20')
-        >>> amount("negative_error", -0.01234), amount("negative_error", -2.0)
+        >>> format_value("negative_error", -0.01234), format_value("negative_error", -2.0)
         ('0.0123', '2.00')
     """
     if is_fraction(metric):
@@ -135,7 +135,7 @@ def format_value(metric: str, value: float, *, unit: bool = True) -> str:
 
 
 def with_spread(metric: str, mean: float, sd: float | None) -> str:
-    """A mean and its standard deviation, without a unit.
+    """A mean and its standard deviation without unit.
 
     Example:
         >>> with_spread("accuracy", 0.5, 0.01), with_spread("negative_error", -0.5, 0.0125)
@@ -145,17 +145,19 @@ def with_spread(metric: str, mean: float, sd: float | None) -> str:
     if sd is None:
         return text
     if is_error(metric) and text.replace(".", "").isdigit():
-        # As many decimals as the mean.
+        # Use the number of decimals of the mean.
         return f"{text} ± {sd:.{len(text.partition('.')[2])}f}"
     return f"{text} ± {format_value(metric, as_read(metric, sd), unit=False)}"
 
 
 def format_delta(metric: str, value: float) -> str:
-    """A difference between two figures of one metric, in points where they are fractions.
+    """A difference of two values of a metric, in percentage points for fractions.
 
     Example:
-        >>> change("accuracy", 0.021), change("air", -0.3), change("parameters", 2048), change("negative_error", 0.0012)
-        ('+2.1 points', '−0.30', '+2.05 k', '−0.0012')
+        >>> [format_delta("accuracy", 0.021), format_delta("air", -0.3), format_delta("parameters", 2048)]
+        ['+2.1 points', '−0.30', '+2.05 k']
+        >>> format_delta("negative_error", 0.0012)
+        '−0.0012'
     """
     if is_fraction(metric):
         return format_signed(100 * value, 1) + " points"
@@ -166,30 +168,30 @@ def format_delta(metric: str, value: float) -> str:
 
 
 def format_p(p: float) -> str:
-    """A p-value, never more exact than it is worth.
+    """A p-value with two or three decimals.
 
     Example:
-        >>> probability(0.00004), probability(0.0312), probability(0.4)
+        >>> format_p(0.00004), format_p(0.0312), format_p(0.4)
         ('p < 0.001', 'p = 0.031', 'p = 0.40')
     """
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def join_and(parts: list[str]) -> str:
-    """A list as it is spoken.
+    """Joins items with commas and "and".
 
     Example:
-        >>> listed(["a", "b", "c"])
+        >>> join_and(["a", "b", "c"])
         'a, b and c'
     """
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def pluralize(number: int, noun: str) -> str:
-    """A number with its noun.
+    """A number and its noun in singular or plural.
 
     Example:
-        >>> counted(1, "seed"), counted(5, "seed")
+        >>> pluralize(1, "seed"), pluralize(5, "seed")
         ('1 seed', '5 seeds')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"

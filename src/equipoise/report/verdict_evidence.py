@@ -1,4 +1,4 @@
-"""The figures of a diagnosis, the paired tests between them, and what a sentence about them looks like."""
+"""Metrics of a diagnosis, statistical tests between them, and the type of a finding."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .text_format import FRACTIONS, SCORES, format_delta, format_p, format_value
 Judgment = Literal["good", "bad", "neutral"]
 
 ERRORS = NormalDist().inv_cdf(1 - SURE / 2)
-"""Standard errors to both sides of a score that make its 95 % interval."""
+"""Half width of the 95 % interval in standard errors."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence, and what it stands on.
+    """One finding and its evidence.
 
     Attributes:
-        key: the rule, and the modality it speaks of, as in "use/audio".
-        claim: the sentence in a few words, for a headline.
-        text: the whole sentence, with its figures.
+        key: the rule, and the modality where there is one, as in "use/audio".
+        claim: short form for a headline.
+        text: sentence with the values.
         figures: metric name -> value.
-        test: name of the test that shows it.
-        ok: "good", "bad", or "neutral" where it is a matter of taste or cannot be told.
+        test: name of the test with the evidence.
+        ok: "good", "bad", or "neutral" if it is inconclusive or neither.
     """
 
     key: str
@@ -43,15 +43,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two scores of the same samples, and the test of their difference.
+    """Two scores and the test of their difference.
 
     Attributes:
         value, base: both scores, over the samples for which both are known.
-        p: two-sided; None where nothing is known of the samples.
-        samples: how many.
+        p: two-sided p-value; None if it cannot be computed.
+        samples: number of samples.
         paired: whether the outcomes of single samples were compared.
-        partial: whether ``samples`` are only some of the diagnosis.
-        reach: half of the 95 % interval of the difference; NaN where it is not known.
+        partial: whether the samples are a subset of those of the diagnosis.
+        reach: half width of the 95 % interval of the difference; NaN if unknown.
     """
 
     value: float
@@ -85,22 +85,22 @@ class Comparison:
 
 
 class VerdictEvidence:
-    """Read access to the figures of one diagnosis, and the tests that compare them.
+    """Metrics of one diagnosis and statistical tests between them.
 
     Args:
-        content: what ``Diagnosis.to_dict`` gives: names, task, samples, metrics and details.
+        content: a ``Diagnosis.to_dict()`` with names, task, samples, metrics and details.
 
     Scores are compared on the same samples: classes by McNemar's test, labels and errors by a bootstrap over samples
-    (``equipoise.results.significance``). Where the outcomes of single samples are not known, as for the score of another model
-    that was given as a number, a normal test takes the two as scores of different samples, which is rather too careful.
+    (``equipoise.results.significance``). If the outcomes of single samples are unknown, for example if the score of another
+    model was provided as a number, a conservative normal test treats the two as scores of different samples.
 
     Example:
         >>> each = {"accuracy": "1" * 60 + "0" * 40, "accuracy_mask/a": "0" * 10 + "1" * 50 + "0" * 40}
         >>> metrics = {"accuracy": 0.6, "accuracy_mask/a": 0.5}
         >>> content = {"names": ["a"], "samples": 100, "metrics": metrics, "details": {"score": {"outcomes": each}}}
-        >>> round(Evidence(content).compare("accuracy_mask/a", "accuracy").p, 4)
+        >>> round(VerdictEvidence(content).compare("accuracy_mask/a", "accuracy").p, 4)
         0.001
-        >>> round(Evidence({**content, "details": {}}).compare("accuracy_mask/a", "accuracy").p, 2)
+        >>> round(VerdictEvidence({**content, "details": {}}).compare("accuracy_mask/a", "accuracy").p, 2)
         0.16
     """
 
@@ -122,22 +122,22 @@ class VerdictEvidence:
         self._compared: dict[tuple, Comparison | None] = {}
 
     def get(self, metric: str) -> float | None:
-        """The figure, or None where it is missing or no number."""
+        """The value of a metric; None if it is missing or not finite."""
         return finite_or_none(self.metrics.get(metric))
 
     def of(self, kind: str, name: str) -> float | None:
-        """The score under a condition: ``of("noise", "audio")``."""
+        """The score under a condition, such as ``of("noise", "audio")``."""
         return self.get(self.named(kind, name))
 
     def named(self, kind: str, name: str) -> str:
-        """The metric of a condition."""
+        """Name of the metric of a condition."""
         return f"{self.score}_{kind}/{name}"
 
     def compare(self, metric: str, base: str, other: VerdictEvidence | None = None) -> Comparison | None:
-        """``metric`` minus ``base``, with the test; None where one of them is missing.
+        """Compares ``metric`` with ``base``; None if one of them is missing.
 
         Args:
-            other: whose ``base`` it is; by default that of this diagnosis.
+            other: the diagnosis that ``base`` belongs to; by default this one.
         """
         key = metric, base, id(other)
         if key not in self._compared:
@@ -151,9 +151,9 @@ class VerdictEvidence:
         first, second = self._outcomes.get(metric), other._outcomes.get(base)
         if first is None or second is None or len(first) != len(second) or not self._same_samples(other):
             variances = self._variance(metric, value), other._variance(base, against)
-            # Fractions near 0 and 1 are drawn to the middle: a binomial error of 0 would make any difference sure.
-            drawn = (self._drawn(value), other._drawn(against)) if self.fraction else (value, against)
-            p = 1.0 if value == against else unpaired_p(*drawn, *variances)
+            # Shrink fractions toward 1/2: a standard error of 0 would make every difference significant.
+            shrunk = (self._shrink(value), other._shrink(against)) if self.fraction else (value, against)
+            p = 1.0 if value == against else unpaired_p(*shrunk, *variances)
             reach = ERRORS * math.sqrt(sum(variances))
             return Comparison(value, against, p, min(self.samples, other.samples), reach=reach)
         both = ~(np.isnan(first) | np.isnan(second))
@@ -168,37 +168,37 @@ class VerdictEvidence:
         )
 
     def _same_samples(self, other: VerdictEvidence) -> bool:
-        """Whether outcomes are of the same samples in the same order, as those of the constant answer tell."""
+        """Whether both have the same samples in the same order, by the outcomes of the constant prediction."""
         if self is other:
             return True
         own, its = self._outcomes.get(self.constant), other._outcomes.get(other.constant)
         return own is not None and its is not None and np.array_equal(own, its)
 
-    def _drawn(self, value: float) -> float:
+    def _shrink(self, value: float) -> float:
         return (value * self.samples + 1) / (self.samples + 2)
 
     def _variance(self, metric: str, value: float) -> float:
-        """Squared standard error of one score; NaN where nothing tells."""
+        """Squared standard error of a score; NaN if unknown."""
         each = self._outcomes.get(metric)
         if not self.fraction and each is not None:
             known = each[~np.isnan(each)]
             return float(known.var(ddof=1)) / len(known) if len(known) > 1 else math.nan
         if self.fraction:
             count = self.samples if each is None else int((~np.isnan(each)).sum())
-            drawn = (value * count + 1) / (count + 2)
-            return max(drawn * (1 - drawn), 0.0) / (count + 2)
+            shrunk = (value * count + 1) / (count + 2)
+            return max(shrunk * (1 - shrunk), 0.0) / (count + 2)
         return math.nan if self._deviation is None else self._deviation**2 / max(self.samples, 1)
 
     def reach(self, metric: str) -> float:
-        """Half of the 95 % interval of a score; NaN where nothing tells."""
+        """Half width of the 95 % interval of a score; NaN if unknown."""
         value = self.get(metric)
         return math.nan if value is None else ERRORS * math.sqrt(self._variance(metric, value))
 
     @property
     def informed(self) -> bool | None:
-        """Whether the score is significantly above that of the constant answer; None where that is not known."""
-        found = self.compare(self.score, self.constant)
-        return None if found is None else found.better
+        """Whether the score is significantly above that of the constant prediction; None if unknown."""
+        compared = self.compare(self.score, self.constant)
+        return None if compared is None else compared.better
 
     def say(self, value: float) -> str:
         return format_value(self.score, value)
@@ -207,7 +207,7 @@ class VerdictEvidence:
         return format_delta(self.score, value)
 
     def proof(self, found: Comparison) -> str:
-        """The difference and its p-value, as they stand in parentheses."""
+        """The difference and its p-value as text."""
         parts = [self.differ(found.difference)]
         parts += [] if found.p is None else [format_p(found.p)]
         parts += [] if found.paired or found.p is None else ["unpaired"]
@@ -216,9 +216,9 @@ class VerdictEvidence:
 
 
 def _reach(differences: np.ndarray, fraction: bool) -> float:
-    """Half of the 95 % interval of the mean of paired differences.
+    """Half width of the 95 % interval of the mean of paired differences.
 
-    Differences of fractions get two more, +1 and -1, so that samples that all agree do not prove that others will
+    For fractions, two pseudo-observations +1 and -1 are added, so that the interval is not empty if all samples agree
     (Bonett, Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data",
     J. Educ. Behav. Stat. 2012).
     """

@@ -1,4 +1,4 @@
-"""From the figures of a diagnosis to plain sentences: what a model uses, and whether it looks at quality."""
+"""Findings of a diagnosis in sentences: modality use, response to input quality, robustness."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .verdict_use import chance, modality_use, robustness_fallback, vs_best_unim
 
 
 def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
-    """What the figures of a diagnosis say, most important first; what was not measured is not spoken of.
+    """The findings that the metrics of a diagnosis support, most important first.
 
     Example:
         >>> metrics = {"accuracy": 0.9, "accuracy_mask/a": 0.5, "accuracy_mask/b": 0.6}
@@ -37,16 +37,16 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
     return [verdict for rule in rules for verdict in rule(found)]
 
 
-def headline(name: str, said: Sequence[Verdict]) -> str:
-    """The title of a page: the name, and the claims on use and on quality.
+def headline(name: str, findings: Sequence[Verdict]) -> str:
+    """The title of a page: the name of the model and the claims on use and on input quality.
 
     Example:
-        >>> said = [Verdict("use", "uses both modalities", ""), Verdict("quality", "is blind to quality", "")]
-        >>> headline("joint", said)
-        'joint uses both modalities and is blind to quality'
+        >>> findings = [Verdict("use", "uses both modalities", ""), Verdict("quality", "responds to input quality", "")]
+        >>> headline("joint", findings)
+        'joint uses both modalities and responds to input quality'
     """
-    by_key = {verdict.key: verdict.claim for verdict in said}
+    by_key = {verdict.key: verdict.claim for verdict in findings}
     if "chance" in by_key:
         return f"{name} {by_key['chance']}"
     claims = [by_key[key] for key in ("use", "quality") if key in by_key]
-    return f"{name} {join_and(claims)}" if claims else f"{name}, examined"
+    return f"{name} {join_and(claims)}" if claims else f"Diagnosis of {name}"

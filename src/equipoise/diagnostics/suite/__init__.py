@@ -1,6 +1,6 @@
-"""A whole diagnosis: every test that applies to a model, as figures, verdicts and a page."""
+"""Diagnosis of a model: runs all applicable tests and summarizes them as metrics, findings and a report."""
 
 from .diagnosis_result import Diagnosis as Diagnosis
 from .diagnosis_result import results as results
 from .run_suite import diagnose as diagnose
-from .test_registry import QUESTIONS as QUESTIONS
+from .test_registry import TESTS as TESTS

@@ -1,4 +1,4 @@
-"""``Diagnosis``: what a model was found to do, as a value that can be read, saved, compared and drawn."""
+"""``Diagnosis``: results of a diagnosis, which can be saved, loaded, compared and reported."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def _environment() -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What a model does with its modalities.
+    """Results of the diagnosis of a model.
 
     Attributes:
-        name: what the model is called.
-        names: its modalities.
-        task: "classification", "multilabel", "regression"; None for a model that does not say.
-        samples: on how many samples it was tested.
-        metrics: metric name -> figure; docs/diagnose.md has the names.
-        verdicts: what the figures say, most important first.
-        details: test -> what its figure is drawn from, JSON-able.
-        skipped: test -> why it was not run.
-        protocol: how it was tested.
-        seed, fold: of the training, where they are known.
-        environment: what it was computed with.
+        name: of the model.
+        names: of its modalities.
+        task: "classification", "multilabel" or "regression"; None for a model without task.
+        samples: number of samples.
+        metrics: metric name -> value; see docs/diagnose.md for the names.
+        verdicts: findings, most important first.
+        details: test -> data of its figures, JSON-able.
+        skipped: test -> reason why it was not run.
+        protocol: settings of the diagnosis.
+        seed, fold: of the training, if known.
+        environment: versions and hardware.
     """
 
     name: str
@@ -66,19 +66,19 @@ class Diagnosis:
     environment: dict[str, Any] = field(default_factory=_environment)
 
     def __str__(self) -> str:
-        """The headline, and a line for each verdict."""
+        """The headline, and one line for each finding."""
         from ...report.verdict_list import headline
 
         lines = [headline(self.name, list(self.verdicts))]
         return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``diagnosis.json``: JSON-able, figures that are no numbers are None."""
-        content = {"schema": SCHEMA, "kind": "diagnosis", **{name: getattr(self, name) for name in KEPT}}
+        """Returns the content of ``diagnosis.json``; NaN and infinite values are None."""
+        content = {"schema": SCHEMA, "kind": "diagnosis", **{name: getattr(self, name) for name in FIELDS}}
         return to_jsonable({**content, "verdicts": [asdict(verdict) for verdict in self.verdicts]}, FILE)
 
     def to_run(self) -> RunResult:
-        """The same as one run of ``results.json``."""
+        """Returns the diagnosis as one run of a ``results.json``."""
         run: dict[str, Any] = {"method": self.name, "seed": self.seed, "fold": self.fold, "metrics": self.metrics}
         response, keys = self.details.get("response"), self.details.get("keys")
         if response is not None:
@@ -88,9 +88,9 @@ class Diagnosis:
         return run  # type: ignore[return-value]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``diagnosis.json`` and ``results.json``, each whole or not at all; gives the path of the former.
+        """Writes ``diagnosis.json`` and ``results.json`` atomically and returns the path of the former.
 
-        ``results.json`` has one run, in the layout of ``equipoise compare``, so that other tools read it.
+        ``results.json`` has one run in the format of ``equipoise compare``.
         """
         from ...results.result_rows import write_results
 
@@ -102,28 +102,29 @@ class Diagnosis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
-        """Reads what ``save`` wrote, given the file or its folder. Nothing in it is executed.
+        """Loads a saved diagnosis from its file or folder. No code in the file is executed.
 
         Raises:
-            DataError: no such file. SchemaError: not JSON, cut short, of another schema, or with parts missing.
+            DataError: the file does not exist. SchemaError: the file is not JSON, truncated, of another schema, or
+                incomplete.
         """
         from ...report.verdict_list import Verdict
 
         content = _read(Path(path, FILE) if Path(path).is_dir() else Path(path))
         metrics = {name: math.nan if value is None else float(value) for name, value in content["metrics"].items()}
         verdicts = tuple(Verdict(**verdict) for verdict in content["verdicts"])
-        given = {name: content.get(name) for name in KEPT}
-        return cls(**{**given, "names": tuple(content["names"]), "metrics": metrics, "verdicts": verdicts})
+        stored = {name: content.get(name) for name in FIELDS}
+        return cls(**{**stored, "names": tuple(content["names"]), "metrics": metrics, "verdicts": verdicts})
 
     def report(self, path: str | os.PathLike[str], *others: Diagnosis) -> Path:
-        """Writes one page that needs nothing else, of this model or, side by side, of several.
+        """Writes a self-contained HTML report of this model, or of several in comparison.
 
         Args:
-            path: the file, or a folder, which gets ``report.html``.
-            others: further models, on the same data.
+            path: the file, or a folder, in which ``report.html`` is written.
+            others: diagnoses of further models on the same data.
 
         Returns:
-            the path of the page.
+            The path of the page.
         """
         with require_extra("Diagnosis.report"):
             from ...report.diagnosis_html import diagnosis_page
@@ -133,12 +134,12 @@ class Diagnosis:
         return atomic_write(path / PAGE if path.is_dir() else path, page)
 
 
-KEPT = tuple(name for name in Diagnosis.__dataclass_fields__ if name != "verdicts")
+FIELDS = tuple(name for name in Diagnosis.__dataclass_fields__ if name != "verdicts")
 MARKS = {"good": "+", "bad": "-", "neutral": "."}
 
 
 def results(diagnoses: list[Diagnosis]) -> dict[str, Any]:
-    """The content of a ``results.json`` with one run for each diagnosis; others are compared with the first."""
+    """Returns the content of a ``results.json`` with one run for each diagnosis; the first one is the reference."""
     from ...results.result_rows import build_results as collected
 
     runs = [diagnosis.to_run() for diagnosis in diagnoses]
@@ -158,11 +159,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path)
     except OSError as error:
-        fix = "equipoise diagnose writes one; give it or its folder."
+        fix = "equipoise diagnose writes one; pass its path or folder."
         got = "no such file" if isinstance(error, FileNotFoundError) else f"'{path}' ({error.strerror})"
         raise DataError(who, expected="a diagnosis", got=got, fix=fix) from None
     except ValueError as error:
-        got = f"a file cut short or of another kind ({error})"
+        got = f"a truncated file or another format ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
     known = content if isinstance(content, dict) else {"kind": type(content).__name__}
     if known.get("kind") != "diagnosis" or known.get("schema") != SCHEMA:

@@ -1,4 +1,4 @@
-"""What the tests of one diagnosis share: the batches, the noise, and the passes that several of them read."""
+"""Shared state of the tests of one diagnosis: model, batches, noise settings and cached forward passes."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ Loader = Iterable[Mapping[str, Any]]
 
 
 class SkippedTest(Exception):
-    """A test that does not apply to this model, and why."""
+    """Raised by a test that does not apply to the model, with the reason."""
 
 
 @dataclass(eq=False)
 class DiagnosticContext:
-    """One model before its tests.
+    """Shared state of one diagnosis.
 
     Args:
         model: a FusionModel.
-        batches: gives the same batches again and again.
-        noise: name -> (mean, std) of the noise; empty for those of the loader's own inputs.
-        outside: batches of what the model was never taught, or None.
-        modality: the one that noise replaces for the response of attention; None for the one attended most.
+        batches: function that returns the same batches on each call.
+        noise: name -> (mean, std) of the noise; empty for those of the inputs of the loader.
+        outside: out-of-distribution batches, or None.
+        modality: modality that is replaced by noise for the response of attention; None for the most attended one.
         seed: of all noise.
-        alone: name -> score of a model of that modality alone, or the outcome of every sample; empty where the model's
-            own heads have to do.
-        tokens: name -> what each of its tokens is called.
+        alone: name -> score of a unimodal model, or the outcome of each sample; empty to use the unimodal heads.
+        tokens: name -> names of its tokens.
     """
 
     model: nn.Module
@@ -59,8 +58,8 @@ class DiagnosticContext:
         self._noisy: dict[str, CollectedPredictions] = {}
         self._statistics: dict[str, tuple[float, float]] = {}
 
-    def look(self) -> None:
-        """The pass on the inputs as they are, with everything watched that can be."""
+    def run_clean_pass(self) -> None:
+        """Runs the model on the unmodified inputs and records attention, unimodal logits and residuals."""
         fusion = getattr(self.model, "fusion", None)
         with warnings.catch_warnings(), ExitStack() as stack:
             # Some fusions have attention over keys that mix modalities (the joint stream of JMT, for example). The test
@@ -72,11 +71,11 @@ class DiagnosticContext:
                 self.residuals = stack.enter_context(residuals(fusion))
             self.clean = collect_predictions(self.model, self.batches())
         self.names = self.clean.names
-        # Models that are not ours may lack the task; then only attention can be looked at.
+        # Other models may have no task; then only attention can be tested.
         self.task = getattr(self.model, "task", None)
 
     def _keep(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """What the unimodal heads say, and which samples have the modality."""
+        """Stores the logits of the unimodal heads, and which samples have the modality."""
         if isinstance(output, Output):
             for name, logits in output.unimodal_logits.items():
                 self.heads.setdefault(name, []).append(logits.detach().float().cpu())
@@ -84,7 +83,7 @@ class DiagnosticContext:
 
     @property
     def score(self) -> str:
-        """Name of the metric that tells how good the answers are."""
+        """Name of the score of the task."""
         return SCORES.get(str(self.task), "accuracy")
 
     @property
@@ -93,33 +92,33 @@ class DiagnosticContext:
 
     @property
     def replaced(self) -> str:
-        """The modality whose noise attention should notice."""
+        """The modality that is replaced by noise for the response of attention."""
         return self.modality or most_attended(self.clean)
 
     def worth(self, logits: Tensor, target: Tensor | None = None) -> float:
-        """The score of answers to these samples."""
+        """Score of predictions on the samples of the diagnosis."""
         return score_name(self.model, logits, self.clean.target if target is None else target, "diagnose")
 
     def noisy(self, name: str) -> CollectedPredictions:
-        """The pass with one modality replaced by noise."""
+        """Predictions with one modality replaced by noise."""
         if name not in self._noisy:
             noise = NoiseSource(name, *self.statistics(name), seed=self.seed)
-            found = self._noisy[name] = collect_predictions(self.model, self.batches(), noise=noise)
-            if found.target.shape != self.clean.target.shape or not torch.equal(found.target, self.clean.target):
+            noisy = self._noisy[name] = collect_predictions(self.model, self.batches(), noise=noise)
+            if noisy.target.shape != self.clean.target.shape or not torch.equal(noisy.target, self.clean.target):
                 raise ConfigError(
-                    "diagnose", expected="the same batches in the same order each time", got="other targets",
-                    fix="Turn shuffling off: DataLoader(..., shuffle=False).",
+                    "diagnose", expected="the same batches in the same order each time", got="different targets",
+                    fix="Disable shuffling: DataLoader(..., shuffle=False).",
                 )  # fmt: skip
         return self._noisy[name]
 
     def noisy_own(self, name: str) -> CollectedPredictions:
-        """The pass with one modality replaced by noise of each sample's own mean and standard deviation."""
+        """Predictions with one modality replaced by noise of the mean and standard deviation of each sample."""
         return collect_predictions(
             self.model, self.batches(), noise=NoiseSource(name, seed=self.seed, distribution="per_sample")
         )
 
     def statistics(self, name: str) -> tuple[float, float]:
-        """(mean, standard deviation) of the noise in place of a modality."""
+        """(mean, standard deviation) of the noise that replaces a modality."""
         if name in self.noise:
             return self.noise[name]
         if name not in self._statistics:
@@ -128,7 +127,7 @@ class DiagnosticContext:
 
     def needs_targets(self) -> None:
         if self.task not in SCORES:
-            raise SkippedTest(f"the model has no task, one of {', '.join(SCORES)}, so its answers have no score")
+            raise SkippedTest(f"the model has no task ({', '.join(SCORES)}), so its predictions have no score")
         if not len(self.clean.target):
             raise SkippedTest("the batches have no target")
 
@@ -140,37 +139,37 @@ class DiagnosticContext:
         if self.clean.share is None or self.clean.cosine is None:
             fusion = getattr(self.model, "fusion", None)
             kind = "the model" if fusion is None else type(fusion).__name__
-            raise SkippedTest(f"{kind} has no attention that reads all modalities out")
+            raise SkippedTest(f"{kind} has no attention over all modalities")
 
     def needs_parts(self) -> None:
         lacking = [part for part in ("encoders", "encode", "fuse", "loss") if not hasattr(self.model, part)]
         if lacking:
-            raise SkippedTest(f"{type(self.model).__name__} is no FusionModel: it has no {', '.join(lacking)}")
+            raise SkippedTest(f"{type(self.model).__name__} is not a FusionModel: it has no {', '.join(lacking)}")
 
 
-def check_data(names: tuple[str, ...], **given: Any) -> None:
-    """Raises ConfigError where an option names a modality that the model does not have."""
-    modality = given.pop("modality")
+def check_data(names: tuple[str, ...], **options: Any) -> None:
+    """Raises ConfigError if an option names a modality that the model does not have."""
+    modality = options.pop("modality")
     if modality is not None and modality not in names:
         raise unknown_name("diagnose", "modality", modality, names)
-    for option, named in given.items():
+    for option, named in options.items():
         for name in named or ():
             if name not in names:
                 raise unknown_name(f"diagnose {option}", "modality", name, names)
 
 
 def is_repeatable(loader: Loader | Callable[[], Loader], seed: int) -> Callable[[], Loader]:
-    """A function that gives the batches from the start, in the same order, each time it is called.
+    """Returns a function that iterates over the batches in the same order on each call.
 
-    It moves the global generator, from which a DataLoader that shuffles takes its order.
+    It seeds the global RNG, which determines the order of a shuffling DataLoader.
 
     Raises:
-        ConfigError: an iterator, which would be empty after the first test.
+        ConfigError: an iterator, which would be exhausted after the first test.
     """
     if isinstance(loader, Iterator) or not (callable(loader) or isinstance(loader, Iterable)):
         raise ConfigError(
-            "diagnose", expected="batches that can be gone through many times: a DataLoader, a list, a function",
-            got=f"a {type(loader).__name__}", fix="Give list(loader), or a function that makes a new one.",
+            "diagnose", expected="batches that can be iterated several times: a DataLoader, a list or a function",
+            got=f"a {type(loader).__name__}", fix="Pass list(loader), or a function that returns a new loader.",
         )  # fmt: skip
 
     def again() -> Loader:
@@ -181,10 +180,11 @@ def is_repeatable(loader: Loader | Callable[[], Loader], seed: int) -> Callable[
 
 
 def outputs_differ(one: Tensor, other: Tensor, task: str | None) -> float:
-    """Part of the samples whose answer is another one: class, set of labels, or number but for rounding.
+    """Fraction of samples with different predictions: class, set of labels, or value up to rounding.
 
     Example:
-        >>> different(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]), "classification")
+        >>> one, other = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]])
+        >>> outputs_differ(one, other, "classification")
         0.5
     """
     if task == "classification":

@@ -1,4 +1,4 @@
-"""``diagnose``: every test that applies to a model, in one call."""
+"""``diagnose``: runs all applicable tests on a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...errors import ConfigError, EquipoiseError, unknown_name
 from ...nn.eval_mode import eval_mode_no_grad
 from .diagnosis_result import Diagnosis
 from .diagnostic_context import DiagnosticContext, Loader, SkippedTest, check_data, is_repeatable
-from .test_registry import QUESTIONS
+from .test_registry import TESTS
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a test, how many are done, and how many there are."""
+"""Called with the name of a test, the number of finished tests, and the number of tests."""
 
 
 def diagnose(
@@ -31,39 +31,39 @@ def diagnose(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Puts every question of the library to a trained model, and says in plain words whether it uses what it is given.
+    """Runs all applicable diagnostics on a trained model and summarizes which modalities it uses.
 
-    Attention is not proof of use: modalities are replaced by noise, taken away, damaged by degrees, and the score, the
-    answers and attention are looked at together. Nothing of the model is changed: weights, ``.grad``, modes, hooks and
-    random state are afterward as they were.
+    Attention is not evidence of use: modalities are also replaced by noise, masked and corrupted, and the effects on
+    score, predictions and attention are reported together. The model is not changed: weights, ``.grad``, training modes,
+    hooks and the RNG state are restored.
 
     Args:
-        model: a FusionModel, or a module with the modalities' names that returns Output; then fewer tests apply.
-        loader: batches of held-out data, dicts with every modality and ``"target"``, that can be gone through many
-            times in the same order; or a function that gives them.
-        tests: names of ``QUESTIONS``; all by default. The score is always measured.
-        noise: name -> (mean, std) of the noise in place of a modality, such as ``Dataset.noise``; by default those of
-            the loader's own inputs.
-        outside: batches of what the model was never taught, for the test of confidence.
-        modality: the one that noise replaces when attention is asked whether it leaves; by default the one that is
-            attended most, which is better chosen on validation data.
-        alone: name -> score of a model of that modality alone on the same samples; or, for a paired test, the outcome
-            of every sample in the loader's order: 1 for a right class and 0 for a wrong one, the part of right labels,
-            or minus the absolute error, NaN for a sample without the modality. Without it the model's own unimodal
-            heads have to do, where it has any.
-        tokens: modality -> a name for each of its tokens, for the contradictions of its attention.
-        name: what the model is called; by default its fusion's name.
+        model: a FusionModel, or a module with ``names`` that returns Output, to which fewer tests apply.
+        loader: batches of held-out data, dicts with every modality and ``"target"``, that can be iterated several times
+            in the same order; or a function that returns them.
+        tests: names of ``TESTS``; all by default. The score is always measured.
+        noise: name -> (mean, std) of the noise that replaces a modality, such as ``Dataset.noise``; by default those of
+            the inputs of the loader.
+        outside: out-of-distribution batches for the test of confidence.
+        modality: modality that is replaced by noise for the response of attention; by default the most attended one.
+            Select it on validation data.
+        alone: name -> score of a unimodal model on the same samples; or, for a paired test, the outcome of each sample
+            in the order of the loader: 1 for a correct class and 0 for a wrong one, the fraction of correct labels, or
+            the negative absolute error, NaN for a sample without the modality. By default the unimodal heads of the
+            model are used, if it has any.
+        tokens: modality -> names of its tokens, for the consistency test.
+        name: of the model; by default that of its fusion.
         seed: of all noise.
-        progress: called before every test, and at the end.
+        progress: called before each test, and at the end.
 
     Returns:
-        Diagnosis. ``skipped`` has the tests that do not apply and those that failed, each with its reason.
+        Diagnosis. ``skipped`` lists the tests that do not apply or failed, with the reason.
 
     Raises:
-        ConfigError: an unknown test or modality, batches that cannot be gone through twice, a module that is no model.
-        ShapeError: an empty loader, or batches that the model does not take. NonFiniteError: answers that are NaN.
+        ConfigError: an unknown test or modality, batches that can be iterated only once, or a module without ``names``.
+        ShapeError: an empty loader, or batches that do not fit the model. NonFiniteError: a prediction is NaN.
 
-    Reference: RollingQ (ICML 2025), section 4; spec 8.
+    Reference: RollingQ (ICML 2025), section 4.
     """
     from ...report.verdict_list import verdicts
 
@@ -71,38 +71,44 @@ def diagnose(
     names = tuple(getattr(model, "names", ()))
     if names:
         check_data(names, modality=modality, noise=noise, alone=alone, tokens=tokens)
-    of = DiagnosticContext(
+    context = DiagnosticContext(
         model, is_repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {}, tokens or {}
     )
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     with eval_mode_no_grad(model):
-        of.look()
+        context.run_clean_pass()
         for done, test in enumerate(chosen):
             if progress is not None:
                 progress(test, done, len(chosen))
             try:
-                found = QUESTIONS[test](of)
+                result = TESTS[test](context)
             except SkippedTest as reason:
                 skipped[test] = str(reason)
                 continue
             except EquipoiseError as error:
-                # Without a score there is nothing to diagnose; one of the other tests may fail alone.
+                # The score is required; failures of other tests are reported as skipped.
                 if test == "score":
                     raise
                 skipped[test] = str(error)
                 continue
-            metrics |= found.metrics
-            details[test] = found.details
+            metrics |= result.metrics
+            details[test] = result.details
     if progress is not None:
         progress("", len(chosen), len(chosen))
-    content = {"names": of.names, "task": of.task, "samples": of.samples, "metrics": metrics, "details": details}
+    content = {
+        "names": context.names,
+        "task": context.task,
+        "samples": context.samples,
+        "metrics": metrics,
+        "details": details,
+    }
     return Diagnosis(
-        name=name or _called(model),
-        names=of.names,
-        task=of.task,
-        samples=of.samples,
+        name=name or _default_name(model),
+        names=context.names,
+        task=context.task,
+        samples=context.samples,
         metrics=metrics,
         verdicts=tuple(verdicts(content)),
         details=details,
@@ -112,16 +118,16 @@ def diagnose(
 
 
 def _chosen(tests: Sequence[str] | None) -> list[str]:
-    """The tests in their order, the score among them."""
+    """The selected tests in their order, including the score."""
     if isinstance(tests, str):
-        raise ConfigError("diagnose", expected="a list of tests", got=repr(tests), fix=f"Give [{tests!r}].")
+        raise ConfigError("diagnose", expected="a list of tests", got=repr(tests), fix=f"Pass [{tests!r}].")
     for test in tests or ():
-        if test not in QUESTIONS:
-            raise unknown_name("diagnose", "test", str(test), QUESTIONS)
-    return [test for test in QUESTIONS if tests is None or test in tests or test == "score"]
+        if test not in TESTS:
+            raise unknown_name("diagnose", "test", str(test), TESTS)
+    return [test for test in TESTS if tests is None or test in tests or test == "score"]
 
 
-def _called(model: nn.Module) -> str:
-    """A name for a model that has none: its fusion's."""
+def _default_name(model: nn.Module) -> str:
+    """Default name of a model: that of its fusion."""
     cls = type(getattr(model, "fusion", model))
     return vars(cls).get("name", cls.__name__.lower())

@@ -1,4 +1,4 @@
-"""The tests of a diagnosis, one function each: an examination in, figures and details out."""
+"""Tests of a diagnosis: functions from a DiagnosticContext to metrics and details."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class TestResult(NamedTuple):
-    """What a test found: figures by metric name, and what is drawn, JSON-able."""
+    """Result of a test: metrics by name, and the data of its figures, JSON-able."""
 
     metrics: dict[str, float]
     details: dict[str, Any]
 
 
-def score(of: DiagnosticContext) -> TestResult:
-    """How good the answers are, what a constant answer would reach, and what each modality's own head reaches."""
-    of.needs_targets()
-    clean, named = of.clean, of.score
-    metrics, each = {named: of.worth(clean.logits)}, {named: _each(of, clean.logits)}
-    constant = constant_answer(clean.target, str(of.task))
-    if of.task == "classification" or constant.shape == clean.logits.shape[1:]:
-        same = constant.expand(of.samples, -1)
-        metrics[f"{named}_constant"], each[f"{named}_constant"] = of.worth(same), _each(of, same)
-    for name in of.names if len(of.names) > 1 else ():
-        known = _given(of, name) if of.alone else _head(of, name)
+def score(context: DiagnosticContext) -> TestResult:
+    """Score of the model, of the best constant prediction, and of each modality alone."""
+    context.needs_targets()
+    clean, named = context.clean, context.score
+    metrics, each = {named: context.worth(clean.logits)}, {named: _each(context, clean.logits)}
+    constant = constant_answer(clean.target, str(context.task))
+    if context.task == "classification" or constant.shape == clean.logits.shape[1:]:
+        same = constant.expand(context.samples, -1)
+        metrics[f"{named}_constant"], each[f"{named}_constant"] = context.worth(same), _each(context, same)
+    for name in context.names if len(context.names) > 1 else ():
+        known = _given_outcomes(context, name) if context.alone else _head_outcomes(context, name)
         if known is None or bool(known.isnan().all()):
             continue
         metric, has = f"{named}_alone/{name}", ~known.isnan()
@@ -59,187 +59,194 @@ def score(of: DiagnosticContext) -> TestResult:
         if known.ndim:
             each[metric] = pack_outcomes(known)
         if not bool(has.all()):
-            metrics[f"{named}_with/{name}"] = of.worth(clean.logits[has], clean.target[has])
-    details: dict[str, Any] = {"alone_from": "models" if of.alone else "heads", "outcomes": each}
-    if of.task == "regression":
+            metrics[f"{named}_with/{name}"] = context.worth(clean.logits[has], clean.target[has])
+    details: dict[str, Any] = {"alone_from": "models" if context.alone else "heads", "outcomes": each}
+    if context.task == "regression":
         details["deviation"] = float(outcomes(clean.logits, clean.target, "regression").double().std(correction=0))
     return TestResult(metrics, details)
 
 
-def _given(of: DiagnosticContext, name: str) -> Tensor | None:
-    """The score of a model of this modality alone, or the outcome of every sample."""
-    if name not in of.alone:
+def _given_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
+    """The given score of a unimodal model, or its outcome for each sample."""
+    if name not in context.alone:
         return None
-    known = torch.as_tensor(of.alone[name], dtype=torch.float64)
-    if known.ndim and known.shape != (of.samples,):
+    known = torch.as_tensor(context.alone[name], dtype=torch.float64)
+    if known.ndim and known.shape != (context.samples,):
         raise ShapeError(
-            f"diagnose alone '{name}'", expected=f"a score, or the outcome of each of {of.samples} samples",
+            f"diagnose alone '{name}'", expected=f"a score, or the outcomes of {context.samples} samples",
             got=f"shape {tuple(known.shape)}",
         )  # fmt: skip
     return known
 
 
-def _each(of: DiagnosticContext, logits: Tensor) -> Outcomes:
-    """The outcome of every sample, for tests that compare conditions on the same samples."""
-    return pack_outcomes(outcomes(logits, of.clean.target, str(of.task)))
+def _each(context: DiagnosticContext, logits: Tensor) -> Outcomes:
+    """The outcome of each sample, for paired tests."""
+    return pack_outcomes(outcomes(logits, context.clean.target, str(context.task)))
 
 
-def _head(of: DiagnosticContext, name: str) -> Tensor | None:
-    """The outcomes of a modality's own head; NaN for samples that lack the modality."""
-    if name not in of.heads:
+def _head_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
+    """The outcomes of a unimodal head; NaN for samples without the modality."""
+    if name not in context.heads:
         return None
-    has = torch.cat(of.has[name])
-    logits = torch.cat(of.heads[name])
+    has = torch.cat(context.has[name])
+    logits = torch.cat(context.heads[name])
     check_answers(logits[has], "diagnose")
-    return outcomes(logits, of.clean.target, str(of.task)).masked_fill(~has, math.nan)
+    return outcomes(logits, context.clean.target, str(context.task)).masked_fill(~has, math.nan)
 
 
-def noise(of: DiagnosticContext) -> TestResult:
-    """The score with each modality replaced by noise, and how many answers change."""
-    of.needs_targets()
+def noise(context: DiagnosticContext) -> TestResult:
+    """Score with each modality replaced by noise, and the fraction of changed predictions."""
+    context.needs_targets()
     metrics: dict[str, float] = {}
     each: dict[str, Outcomes] = {}
-    for name in of.names:
-        noisy = of.noisy(name)
-        metric = f"{of.score}_noise/{name}"
-        metrics[metric], each[metric] = of.worth(noisy.logits), _each(of, noisy.logits)
-        metrics[f"changed_noise/{name}"] = outputs_differ(of.clean.logits, noisy.logits, of.task)
-    return TestResult(metrics, {"statistics": {name: list(of.statistics(name)) for name in of.names}, "outcomes": each})
+    for name in context.names:
+        noisy = context.noisy(name)
+        metric = f"{context.score}_noise/{name}"
+        metrics[metric], each[metric] = context.worth(noisy.logits), _each(context, noisy.logits)
+        metrics[f"changed_noise/{name}"] = outputs_differ(context.clean.logits, noisy.logits, context.task)
+    return TestResult(
+        metrics, {"statistics": {name: list(context.statistics(name)) for name in context.names}, "outcomes": each}
+    )
 
 
-def response(of: DiagnosticContext) -> TestResult:
-    """Does attention leave a modality that is replaced by noise?"""
-    of.needs_attention()
-    of.needs_several("attention has nowhere else to go")
-    target = of.replaced
+def response(context: DiagnosticContext) -> TestResult:
+    """Response of attention to noise in one modality."""
+    context.needs_attention()
+    context.needs_several("attention cannot move to another modality")
+    target = context.replaced
     with warnings.catch_warnings():
-        # A constant attention has no correlation; the verdict says so.
+        # r is NaN for constant attention, which is reported as a finding.
         warnings.simplefilter("ignore", UserWarning)
-        answers = {name: response_of(of.clean, of.noisy(name), name) for name in of.names}
-        own_level = response_of(of.clean, of.noisy_own(target), target)
+        answers = {name: response_of(context.clean, context.noisy(name), name) for name in context.names}
+        own_level = response_of(context.clean, context.noisy_own(target), target)
     answer = answers[target]
     metrics = {"noise_attention_r": answer.r, "noise_attention_r_same": answer.r_same, "noise_attention_p": answer.p}
     metrics["noise_attention_r_own"] = own_level.r
     each = {name: {"r": own.r, "r_same": own.r_same, "p": own.p} for name, own in answers.items()}
     shares = {"clean": _histogram(answer.clean, 0, 1), "noise": _histogram(answer.noise, 0, 1)}
-    return TestResult(metrics, {"modality": target, "chosen": of.modality is not None, "each": each, "shares": shares})
+    return TestResult(
+        metrics, {"modality": target, "chosen": context.modality is not None, "each": each, "shares": shares}
+    )
 
 
-def corruption(of: DiagnosticContext) -> TestResult:
-    """The score, and attention, as each modality is damaged by degrees."""
-    of.needs_targets()
+def corruption(context: DiagnosticContext) -> TestResult:
+    """Score and attention under increasing corruption of each modality."""
+    context.needs_targets()
     curves = {
-        name: corruption_curve(of.model, of.batches, modality=name, levels=LEVELS, seed=of.seed) for name in of.names
+        name: corruption_curve(context.model, context.batches, modality=name, levels=LEVELS, seed=context.seed)
+        for name in context.names
     }
     metrics = {f"area/{name}": curve.area for name, curve in curves.items()}
     return TestResult(metrics, {"curves": {name: asdict(curve) for name, curve in curves.items()}})
 
 
-def masking(of: DiagnosticContext) -> TestResult:
-    """The score without each modality."""
-    of.needs_targets()
-    of.needs_parts()
-    of.needs_several("without it nothing is left")
-    found = mask_modality(of.model, of.batches())
-    each = {f"{of.score}_mask/{name}": pack_outcomes(part) for name, part in found.outcomes.items()}
+def masking(context: DiagnosticContext) -> TestResult:
+    """Score with each modality masked."""
+    context.needs_targets()
+    context.needs_parts()
+    context.needs_several("no modality remains without it")
+    found = mask_modality(context.model, context.batches())
+    each = {f"{context.score}_mask/{name}": pack_outcomes(part) for name, part in found.outcomes.items()}
     details = {"semantics": found.semantics, "full": found.full, "without": found.without, "drop": found.drop}
-    metrics = {f"{of.score}_mask/{name}": left for name, left in found.without.items()}
+    metrics = {f"{context.score}_mask/{name}": left for name, left in found.without.items()}
     return TestResult(metrics, {**details, "outcomes": each})
 
 
-def shapley(of: DiagnosticContext) -> TestResult:
-    """What each modality adds to the score, over all orders in which they may come."""
-    of.needs_targets()
-    of.needs_parts()
-    of.needs_several("it is owed everything")
-    worth = modality_shapley(of.model, of.batches())
+def shapley(context: DiagnosticContext) -> TestResult:
+    """Shapley values of the modalities."""
+    context.needs_targets()
+    context.needs_parts()
+    context.needs_several("its Shapley value is the whole score")
+    worth = modality_shapley(context.model, context.batches())
     return TestResult({f"shapley/{name}": value for name, value in worth.items()}, {"values": worth})
 
 
-def quag(of: DiagnosticContext) -> TestResult:
-    """The score with parts of the fusion's attention averaged."""
-    of.needs_targets()
-    of.needs_several("there are no quadrants")
-    found = quag_of(of.model, of.batches())
+def quag(context: DiagnosticContext) -> TestResult:
+    """Score with the attention of the fusion averaged in quadrants."""
+    context.needs_targets()
+    context.needs_several("there are no quadrants")
+    found = quag_of(context.model, context.batches())
     metrics = {f"quag/{operator}": value for operator, value in found.scores.items()}
     each = {f"quag/{operator}": pack_outcomes(part) for operator, part in found.outcomes.items()}
     details = {"origin": found.origin, "drops": dict(found.drops), "changed": dict(found.changed)}
     return TestResult(metrics, {**details, "outcomes": each})
 
 
-def gradients(of: DiagnosticContext) -> TestResult:
-    """How much the fused loss teaches each encoder."""
-    of.needs_targets()
-    of.needs_parts()
-    found = gradient_norms(of.model, of.batches())
+def gradients(context: DiagnosticContext) -> TestResult:
+    """Gradient norms of the encoders."""
+    context.needs_targets()
+    context.needs_parts()
+    found = gradient_norms(context.model, context.batches())
     metrics = {f"gradient/{name}": norm for name, norm in found.parameters.items()}
     return TestResult(metrics | {f"gradient_output/{name}": n for name, n in found.outputs.items()}, asdict(found))
 
 
-def keys(of: DiagnosticContext) -> TestResult:
-    """Where the keys of each modality lie to the query, and what noise does to them."""
-    of.needs_attention()
-    of.needs_several("there is nothing to compare its keys with")
-    given = {of.replaced: of.statistics(of.replaced)}
-    found = key_geometry(of.model, of.batches, replaced=of.replaced, noise=given, seed=of.seed)
+def keys(context: DiagnosticContext) -> TestResult:
+    """Query–key geometry of each modality, with and without noise."""
+    context.needs_attention()
+    context.needs_several("its keys cannot be compared with others")
+    given = {context.replaced: context.statistics(context.replaced)}
+    found = key_geometry(context.model, context.batches, replaced=context.replaced, noise=given, seed=context.seed)
     airs = {name: value for name, value in found.air.items() if value is not None}
     metrics = {f"air/{name}": value for name, value in airs.items()}
-    if of.names[0] in airs:
-        metrics = {"air": airs[of.names[0]], **metrics}
+    if context.names[0] in airs:
+        metrics = {"air": airs[context.names[0]], **metrics}
     metrics |= {f"key_shift/{name}": shift for name, shift in found.shift.items() if shift is not None}
     metrics |= {} if found.range is None else {"key_range": found.range}
-    noisy = key_distribution(of.noisy(of.replaced))
+    noisy = key_distribution(context.noisy(context.replaced))
     return TestResult(metrics, {**found.to_dict(), "noise": noisy})
 
 
-def attention(of: DiagnosticContext) -> TestResult:
-    """Where attention goes, by layer and head, how it is divided, and how it changes from sample to sample."""
-    layers = [] if of.seen is None or not of.seen.layers else attention_rows(of.seen)
-    if of.clean.share is None and not layers:
-        raise SkippedTest("the model has no attention over several modalities that can be seen")
+def attention(context: DiagnosticContext) -> TestResult:
+    """Attention shares by layer and head, their entropy, and their variation over samples."""
+    layers = [] if context.seen is None or not context.seen.layers else attention_rows(context.seen)
+    if context.clean.share is None and not layers:
+        raise SkippedTest("the model has no recorded attention over several modalities")
     details: dict[str, Any] = {"layers": layers}
-    if of.seen is not None and of.seen.missing:
-        details["missing"] = of.seen.missing
-    share = of.clean.share
+    if context.seen is not None and context.seen.missing:
+        details["missing"] = context.seen.missing
+    share = context.clean.share
     if share is None:
         return TestResult({}, details)
     spread = share_spread(share)
-    metrics = {f"share/{name}": float(share[..., place].nanmean()) for place, name in enumerate(of.names)}
-    metrics |= {f"share_spread/{name}": float(value) for name, value in zip(of.names, spread.spread, strict=True)}
-    if len(of.names) > 1:
+    metrics = {f"share/{name}": float(share[..., place].nanmean()) for place, name in enumerate(context.names)}
+    metrics |= {f"share_spread/{name}": float(value) for name, value in zip(context.names, spread.spread, strict=True)}
+    if len(context.names) > 1:
         metrics["share_entropy"] = float(share_entropy(share, normalized=True).nanmean())
-        metrics |= _follows(of, share)
-    details["readout"] = share_statistics(share, of.names)
+        metrics |= _quality_correlation(context, share)
+    details["readout"] = share_statistics(share, context.names)
     return TestResult(metrics, details)
 
 
-def _follows(of: DiagnosticContext, share: Tensor) -> dict[str, float]:
-    """Correlation of share and quality, where heads tell how good each modality of each sample is."""
-    if of.task != "classification" or set(of.heads) != set(of.names) or not len(of.clean.target):
+def _quality_correlation(context: DiagnosticContext, share: Tensor) -> dict[str, float]:
+    """Correlation of shares with input quality, measured by the unimodal heads."""
+    if context.task != "classification" or set(context.heads) != set(context.names) or not len(context.clean.target):
         return {}
     sure = []
-    for name in of.names:
-        right = torch.cat(of.heads[name]).softmax(dim=1).gather(1, of.clean.target.long()[:, None])[:, 0]
-        sure.append(right.masked_fill(~torch.cat(of.has[name]), math.nan))
+    for name in context.names:
+        right = torch.cat(context.heads[name]).softmax(dim=1).gather(1, context.clean.target.long()[:, None])[:, 0]
+        sure.append(right.masked_fill(~torch.cat(context.has[name]), math.nan))
     found = share_quality_correlation(share, torch.stack(sure, dim=1))
-    return {f"share_quality_r/{name}": float(r) for name, r in zip(of.names, found.r, strict=True)}
+    return {f"share_quality_r/{name}": float(r) for name, r in zip(context.names, found.r, strict=True)}
 
 
-def gap(of: DiagnosticContext) -> TestResult:
-    """Do the tokens of each modality look at their own or across?"""
-    found = None if of.seen is None else gaps(of.seen)
+def gap(context: DiagnosticContext) -> TestResult:
+    """Attention gap of each modality."""
+    found = None if context.seen is None else gaps(context.seen)
     if found is None:
-        raise SkippedTest("no layer of the fusion has tokens of several modalities that read both kinds")
+        raise SkippedTest(
+            "no layer of the fusion has queries of several modalities that attend within and between modalities"
+        )
     return TestResult({f"attention_gap/{name}": value for name, value in found.items()}, {"gap": found})
 
 
-def consistency(of: DiagnosticContext) -> TestResult:
-    """Do the maps between modalities agree, so that going round leads back?"""
-    of.needs_several("there is nobody to agree with")
+def consistency(context: DiagnosticContext) -> TestResult:
+    """Cycle consistency of the attention between modalities."""
+    context.needs_several("consistency needs at least two")
     try:
-        found = attention_consistency(of.model, of.batches(), tokens=of.tokens)
+        found = attention_consistency(context.model, context.batches(), tokens=context.tokens)
     except ConfigError as error:
-        raise SkippedTest(f"it takes {error.expected}; here is {error.got}") from error
+        raise SkippedTest(f"requires {error.expected}; got {error.got}") from error
     metrics = {f"consistency/{layer.site}": layer.score for layer in found.layers}
     metrics |= {f"pair_error/{layer.site}": layer.pair_error for layer in found.layers}
     if len(found.names) > 2:
@@ -247,21 +254,21 @@ def consistency(of: DiagnosticContext) -> TestResult:
     return TestResult(metrics, found.to_dict())
 
 
-def collapse(of: DiagnosticContext) -> TestResult:
-    """Do the tokens become alike with depth?"""
-    rows = collapse_rows(of.residuals)
+def collapse(context: DiagnosticContext) -> TestResult:
+    """Rank collapse of the token representations."""
+    rows = collapse_rows(context.residuals)
     if len(rows) < 2:
-        raise SkippedTest("the fusion has no blocks behind one another that pass on several tokens")
+        raise SkippedTest("the fusion has no consecutive blocks with several output tokens")
     return TestResult({"residual_first": rows[0]["mean"], "residual_last": rows[-1]["mean"]}, {"layers": rows})
 
 
-def ood(of: DiagnosticContext) -> TestResult:
-    """Does confidence tell known inputs from those of ``outside``?"""
-    if of.outside is None:
-        raise SkippedTest("no inputs of unknown kind were given; see outside")
-    if of.task != "classification":
-        raise SkippedTest(f"confidence is that of a classifier, and the task is {of.task}")
-    found = ood_of(of.model, of.batches(), of.outside)
+def ood(context: DiagnosticContext) -> TestResult:
+    """Out-of-distribution detection by confidence."""
+    if context.outside is None:
+        raise SkippedTest("no out-of-distribution inputs were given; see outside")
+    if context.task != "classification":
+        raise SkippedTest(f"requires a classifier, and the task is {context.task}")
+    found = ood_of(context.model, context.batches(), context.outside)
     both = torch.cat([found.inside, found.outside])
     low, high = float(both.min()), float(both.max())
     shown = {name: _histogram(part, low, high) for name, part in (("in", found.inside), ("out", found.outside))}
@@ -269,12 +276,12 @@ def ood(of: DiagnosticContext) -> TestResult:
     return TestResult(metrics, {"score": found.score, "outside": len(found.outside), "confidence": shown})
 
 
-def cost(of: DiagnosticContext) -> TestResult:
-    """Parameters and operations of one sample, counted in full and as published tables count."""
-    batch = {name: value for name, value in next(iter(of.batches())).items() if name != "target"}
-    device = next((parameter.device for parameter in of.model.parameters()), torch.device("cpu"))
+def cost(context: DiagnosticContext) -> TestResult:
+    """Parameters and FLOPs per sample, counted in full and with the rules of thop."""
+    batch = {name: value for name, value in next(iter(context.batches())).items() if name != "target"}
+    device = next((parameter.device for parameter in context.model.parameters()), torch.device("cpu"))
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    full, thop = (costs(of.model, batch, convention=convention) for convention in ("full", "thop"))
+    full, thop = (costs(context.model, batch, convention=convention) for convention in ("full", "thop"))
     metrics = {"parameters": full.parameters, "flops": full.flops}
     return TestResult(metrics | {"parameters_thop": thop.parameters, "flops_thop": thop.flops}, {"table": thop.gflops})
 
@@ -285,11 +292,11 @@ def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]
     return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}
 
 
-QUESTIONS: dict[str, Callable[[DiagnosticContext], TestResult]] = {
-    question.__name__: question
-    for question in (
+TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {
+    test.__name__: test
+    for test in (
         score, noise, masking, response, attention, corruption, shapley, quag, keys, gap, consistency, collapse,
         gradients, ood, cost,
     )
 }  # fmt: skip
-"""Name of the test -> the function, in the order in which they run."""
+"""Name -> test, in the order in which they run."""

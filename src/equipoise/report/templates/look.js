@@ -1,35 +1,12 @@
-"use strict";
 (() => {
-  const root = document.documentElement;
-  const at = (id) => document.getElementById(id);
-
-  const theme = at("theme");
-  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
-  const showTheme = () => theme.setAttribute("aria-pressed", String(isDark()));
-  theme.hidden = false;
-  theme.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    showTheme();
-  });
-  prefersDark.addEventListener("change", showTheme);
-  showTheme();
-
-  const look = JSON.parse(at("look").textContent);
-  const download = at("download");
-  download.hidden = false;
-  download.addEventListener("click", () => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([JSON.stringify(look) + "\n"], { type: "application/json" }));
-    link.download = "look.json";
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
+  const { get, parse, offerDownload } = page;
+  const look = parse("look");
+  offerDownload(look, "look.json");
 
   const maps = look.maps;
   if (!maps.layers.length) return;
 
-  // float16, which not every browser has as an array of its own.
+  // Decodes float16, for browsers without Float16Array.
   const half = (bits) => {
     const sign = bits & 0x8000 ? -1 : 1;
     const exponent = (bits >> 10) & 31;
@@ -51,7 +28,7 @@
   const [withHeads, , heads] = single.shape;
   const targets = look.tokens.flatMap((token, place) => (token.modality === look.target ? [place] : []));
 
-  // Attention of one reader on every token. Layer 0 and head 0 stand for the mean over all of them.
+  // Attention of one query to every token. Layer 0 and head 0 select the mean over all layers or heads.
   const row = (reader, layer, head) => {
     const found = new Float32Array(keys);
     const chosen = layer ? [layer - 1] : [...Array(layers).keys()];
@@ -70,13 +47,13 @@
   };
   const visible = (text) => text.trim() || "a space";
 
-  const layer = at("layer");
-  const head = at("head");
-  const told = at("told");
-  const canvas = at("map");
-  const frame = at("frame");
-  const over = at("over");
-  const weak = at("weak");
+  const layer = get("layer");
+  const head = get("head");
+  const status = get("told");
+  const canvas = get("map");
+  const frame = get("frame");
+  const over = get("over");
+  const weak = get("weak");
   const chips = [...document.querySelectorAll(".chip[data-reader]")];
   let chosen = chips.find((chip) => chip.getAttribute("aria-pressed") === "true");
 
@@ -87,10 +64,10 @@
     return STOPS[below].map((from, c) => from + (STOPS[below + 1][c] - from) * (place - below));
   };
 
-  // The brightest place, as a reader of text says it.
-  const placeOf = (index) => {
+  // Description of a position in words.
+  const describePosition = (index) => {
     const { rows, columns, known } = look.grid;
-    if (look.target === "audio") return `at ${Math.round((100 * (index + 0.5)) / columns)}\u00a0% of its length`;
+    if (look.target === "audio") return `at ${Math.round((100 * (index + 0.5)) / columns)}\u00a0% of its duration`;
     if (!known) return `at token ${index + 1} of ${columns}`;
     return `in row ${Math.floor(index / columns) + 1} of ${rows}, column ${(index % columns) + 1} of ${columns}`;
   };
@@ -107,11 +84,11 @@
       image.data.set([...shade(value), alpha], 4 * i);
     });
     context.putImageData(image, 0, 0);
-    at("high").textContent = `${percent(top)} a token`;
+    get("high").textContent = `${percent(top)} per token`;
     const brightest = figures.indexOf(top);
-    const said = top ? `Most goes to the place ${placeOf(brightest)}: ${percent(top)}.` : `Nothing goes to the ${look.target}.`;
-    canvas.setAttribute("aria-label", `Attention of ${whole} over the ${look.target}. ${said}`);
-    return said;
+    const description = top ? `The maximum is ${describePosition(brightest)}: ${percent(top)}.` : `No attention goes to the ${look.target}.`;
+    canvas.setAttribute("aria-label", `Attention of ${whole} over the ${look.target}. ${description}`);
+    return description;
   };
 
   const color = (values, l, h) => {
@@ -127,7 +104,7 @@
     for (const [chip, value] of scored) {
       chip.classList.toggle("read", mode === "read");
       chip.style.setProperty("--part", `${Math.round((44 * (value ?? 0)) / top)}%`);
-      chip.title = value === null ? "" : mode === "looks" ? `${percent(value)} of its attention goes to the ${look.target}` : `gets ${percent(value)}`;
+      chip.title = value === null ? "" : mode === "looks" ? `${percent(value)} of its attention goes to the ${look.target}` : `receives ${percent(value)}`;
     }
   };
 
@@ -136,19 +113,19 @@
     head.disabled = reader >= withHeads;
     const l = Number(layer.value);
     const h = head.disabled ? 0 : Number(head.value);
-    at("layer-said").textContent = l ? String(maps.layers[l - 1]) : "all, mean";
-    at("head-said").textContent = head.disabled ? (withHeads ? "all; single ones for the whole answer" : "all, mean") : h ? String(h - 1) : "all, mean";
+    get("layer-said").textContent = l ? String(maps.layers[l - 1]) : "all, mean";
+    get("head-said").textContent = head.disabled ? (withHeads ? "all; single heads for the whole answer only" : "all, mean") : h ? String(h - 1) : "all, mean";
     const values = row(reader, l, h);
     const { text, place } = maps.readers[reader];
     const who = place === null ? text : `“${visible(text)}”`;
     const where = `in ${l ? `layer ${maps.layers[l - 1]}` : "all layers"}, ${h ? `head ${h - 1}` : "all heads"}`;
     const parts = look.modalities.map((name) => {
       const places = look.tokens.flatMap((token, i) => (token.modality === name ? [i] : []));
-      return places.length ? `${percent(part(values, places))} to ${places.length === 1 ? "the one token" : `the ${places.length} tokens`} of ${name}` : null;
+      return places.length ? `${percent(part(values, places))} to ${places.length === 1 ? "the 1 token" : `the ${places.length} tokens`} of ${name}` : null;
     });
-    let said = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
-    if (canvas) said += ` ${draw(values, `${who} ${where}`)}`;
-    told.textContent = said;
+    let summary = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
+    if (canvas) summary += ` ${draw(values, `${who} ${where}`)}`;
+    status.textContent = summary;
     color(values, l, h);
   };
 
@@ -163,10 +140,10 @@
   chosen.tabIndex = 0;
   for (const chip of chips) {
     chip.addEventListener("click", () => choose(chip));
-    // One stop for the tab key; arrows go from token to token.
+    // The list is one tab stop; arrow keys move between tokens.
     chip.addEventListener("keydown", (event) => {
-      const here = chips.indexOf(chip);
-      const next = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: chips.length - 1 }[event.key];
+      const index = chips.indexOf(chip);
+      const next = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: chips.length - 1 }[event.key];
       if (next === undefined || !chips[next]) return;
       event.preventDefault();
       choose(chips[next]);
