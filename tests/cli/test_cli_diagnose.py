@@ -192,7 +192,7 @@ def test_no_number_in_a_batch(seed0, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Digits, "augment", augment)
     said = failed(capsys, seed0("joint"), "--out", tmp_path / "o")
-    assert "expected logits that are numbers, got NaN for 2 of 497 samples, the first is number 3" in said
+    assert "expected logits without NaN, got NaN for 2 of 497 samples, the first is number 3" in said
     assert not (tmp_path / "o").exists()
 
 

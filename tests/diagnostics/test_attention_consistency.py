@@ -80,7 +80,7 @@ def test_a_planted_swap_is_named_as_a_cycle():
     assert found.worst.cycles[0].strength == pytest.approx(1, abs=1e-5)
     assert found.worst.cycles[0].even == pytest.approx(1 / 27)
     said = str(found).splitlines()
-    assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (even attention 0.60), cycle error 0.67")
+    assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (uniform attention 0.60), cycle error 0.67")
     assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
     # What the swap leaves alone goes round well.
     all_ = only(eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=99)).cycles
@@ -227,9 +227,7 @@ def test_every_layer_whose_tokens_read_one_another(fusion):
     found = eq.diagnostics.attention_consistency(fused(fusion), [batch(THREE)])
     last = len(found.layers)
     assert [layer.site for layer in found.layers] == [f"fusion.blocks.{n}.attention" for n in range(last)]
-    assert found.skipped == {
-        f"fusion.blocks.{last}.attention": "no token of a modality reads, only special ones such as a class token"
-    }
+    assert found.skipped == {f"fusion.blocks.{last}.attention": "all queries are special tokens such as a class token"}
     assert found.worst is max(found.layers, key=lambda layer: layer.cycle_error)
 
 
@@ -325,7 +323,7 @@ REASONS = {
         lambda: eq.fusion.MBT(DIM),
         r"'fusion\.blocks\.audio\.0\.attention' tokens read their own modality",
     ),
-    "streams": (lambda: eq.fusion.MMML(DIM), "nothing tells the modality of those who read"),
+    "streams": (lambda: eq.fusion.MMML(DIM), "the modality of the queries is unknown"),
     "hidden": (lambda: eq.fusion.MulT(DIM), "got no attention over tokens of known modalities"),
     "static": (lambda: eq.fusion.Concat(DIM), "got no attention over tokens of known modalities"),
 }
@@ -335,7 +333,8 @@ REASONS = {
 def test_why_there_are_no_maps(case):
     fusion, reason = REASONS[case]
     with pytest.raises(
-        ConfigError, match=f"expected a layer in which tokens of all modalities .*{reason}.*source='tokens'"
+        ConfigError,
+        match=f"expected a layer with attention between the tokens of all modalities .*{reason}.*source='tokens'",
     ):
         eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)])
     assert eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)], source="tokens").layers[0].samples == 5
@@ -369,7 +368,7 @@ def test_data_that_do_not_fit():
     with pytest.raises(NonFiniteError, match="expected finite numbers, got NaN or infinity"):
         eq.diagnostics.attention_consistency(made, [broken])
     gone = {**batch(THREE), "mask": {"text": torch.zeros(5, dtype=torch.bool)}}
-    with pytest.raises(ConfigError, match="no sample has a map from every modality to every other"):
+    with pytest.raises(ConfigError, match="no sample has maps between all modalities"):
         eq.diagnostics.attention_consistency(made, [gone])
     with pytest.raises(ConfigError, match="expected samples with tokens of all modalities, got none"):
         eq.diagnostics.attention_consistency(made, [gone], source="tokens")
@@ -413,7 +412,7 @@ def test_a_diagnosis_has_the_score_and_keeps_the_maps(swapped, tmp_path):
     assert f"pair_error/{site}" in two.metrics
     assert f"cycle_error/{site}" not in two.metrics
     one = diagnose(model(("audio",), depth=2, dtype=torch.float32), [batch(("audio",), dtype=torch.float32)])
-    assert one.skipped["consistency"] == "the model has one modality: there is nobody to agree with"
+    assert one.skipped["consistency"] == "the model has one modality: consistency needs at least two"
     with pytest.raises(ConfigError, match="diagnose tokens: expected a known modality, got 'sound'"):
         diagnose(planted(), [concepts()], tokens={"sound": ()})
 

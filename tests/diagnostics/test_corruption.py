@@ -233,7 +233,7 @@ def test_errors():
     with pytest.raises(ShapeError, match="corruption_curve: expected a target for each of 5 samples, got 0"):
         corruption_curve(made, [without], modality="image")
     broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
-    with pytest.raises(NonFiniteError, match="corruption_curve: expected logits that are numbers, got NaN for 5 of 5"):
+    with pytest.raises(NonFiniteError, match="corruption_curve: expected logits without NaN, got NaN for 5 of 5"):
         corruption_curve(made, [broken], modality="image")
     nameless = torch.nn.Linear(2, 3)
     with pytest.raises(ConfigError, match=r"read: expected a FusionModel, .* got Linear without names"):

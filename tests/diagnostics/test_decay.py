@@ -121,9 +121,9 @@ def test_errors():
     for wrong in (torch.zeros(0), torch.zeros(2, 3)):
         with pytest.raises(ShapeError, match=r"e_dda: expected errors of shape \(layer,\), got shape"):
             e_dda(0.5, wrong)
-    with pytest.raises(ConfigError, match=r"e_dda: expected gamma of at least 0, finite, got -0.5"):
+    with pytest.raises(ConfigError, match=r"e_dda: expected finite gamma >= 0, got -0.5"):
         e_dda(-0.5, torch.ones(2))
-    with pytest.raises(ConfigError, match=r"e_dda: expected errors of at least 0, finite, got \[1.0, inf\]"):
+    with pytest.raises(ConfigError, match=r"e_dda: expected finite errors >= 0, got \[1.0, inf\]"):
         e_dda(0.5, torch.tensor([1.0, math.inf]))
     hidden, labels = torch.zeros(3, 7, 5), torch.zeros(7).long()
     with pytest.raises(

@@ -164,7 +164,7 @@ def test_any_number_of_modalities(count, depth):
     assert ("collapse" in found.details) == (depth == 2)
     assert set(found.skipped) | set(found.details) == set(TESTS)
     if count == 1:
-        assert found.skipped["masking"] == "the model has one modality: without it nothing is left"
+        assert found.skipped["masking"] == "the model has one modality: no modality remains without it"
     else:
         assert sum(found.metrics[f"air/{name}"] for name in names) == pytest.approx(0, abs=1e-6)
 
@@ -188,10 +188,10 @@ def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
     found = diagnose(fused(fusion(DIM)), batches())
     assert set(found.skipped) | set(found.details) == set(TESTS)
     assert {"score", "noise", "masking", "shapley", "corruption", "gradients", "cost"} <= set(found.details)
-    assert found.skipped["ood"] == "no inputs of unknown kind were given; see outside"
+    assert found.skipped["ood"] == "no out-of-distribution inputs were given; see outside"
     assert all(len(reason) > 20 for reason in found.skipped.values())
     if fusion is not eq.fusion.MidFusion:
-        assert found.skipped["response"] == f"{fusion.__name__} has no attention that reads all modalities out"
+        assert found.skipped["response"] == f"{fusion.__name__} has no attention over all modalities"
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
@@ -217,7 +217,7 @@ def test_other_tasks(task):
         assert found.metrics["negative_error"] == pytest.approx(-mean)
         deviation = math.sqrt(sum((error - mean) ** 2 for error in errors) / len(errors))
         assert found.details["score"]["deviation"] == pytest.approx(deviation, rel=1e-5)
-    assert found.skipped["ood"] == f"confidence is that of a classifier, and the task is {task}"
+    assert found.skipped["ood"] == f"requires a classifier, and the task is {task}"
     assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
 
 
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_ours():
     made = Foreign()
     found = diagnose(made, batches(), name="mine")
     assert found.name == "mine"
-    assert found.skipped["score"].startswith("the model has no task, one of classification")
+    assert found.skipped["score"].startswith("the model has no task (classification")
     made.task = "classification"
     found = diagnose(made, batches())
     assert found.metrics["changed_noise/image"] == 0.0
@@ -312,7 +312,7 @@ def test_a_loader_that_shuffles_gives_what_one_that_does_not_gives():
         assert shuffled.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     own = DataLoader(samples, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1))
     found = diagnose(made, own, tests=["noise"])
-    assert "in the same order each time, got other targets. Turn shuffling off" in found.skipped["noise"]
+    assert "in the same order each time, got different targets. Disable shuffling" in found.skipped["noise"]
 
 
 def test_the_same_again():

@@ -420,7 +420,9 @@ def test_errors():
         with_quag(made, "all", cls_rows="none"),
     ):
         raise AssertionError("never reached")
-    message = r"without_modality: expected attention with keys of 'image', got a model that did not run. Call the model"
+    message = (
+        r"without_modality: expected attention with keys of 'image', got a model that was not called. Call the model"
+    )
     with pytest.raises(ConfigError, match=message), without_modality(made, "image"):
         pass
     words = {"input_ids": prompt["input_ids"].clamp(max=80), "attention_mask": prompt["attention_mask"]}
@@ -442,7 +444,7 @@ def test_what_cannot_be_changed_is_told():
     message = r"got 'Reader', but it has 7 keys, and modality is given for 5. Give one label for every key"
     with pytest.raises(ConfigError, match=message), without_modality(layer, "0", modality=short):
         layer(tokens)
-    message = r"without_modality changed only a part of the calls of 'Reader', but it has 7 keys, and modality is given"
+    message = r"without_modality changed only some of the calls of 'Reader', but it has 7 keys, and modality is given"
     block = contextlib.ExitStack()
     found = block.enter_context(without_modality(layer, "0", modality=short))
     layer(tokens[:, :5])
@@ -452,7 +454,7 @@ def test_what_cannot_be_changed_is_told():
     assert found.changed == ("Reader",)
     assert list(found.missing) == ["Reader"]
     clip, prompt = family("clip")
-    message = "attention with keys of 'image', got encoders of one modality alone. Nobody reads several"
+    message = "attention with keys of 'image', got unimodal encoders only. Nobody reads several"
     with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(clip, "image"):
         clip(**prompt)
 
@@ -460,7 +462,7 @@ def test_what_cannot_be_changed_is_told():
 def test_readers_of_unknown_modality():
     made, inputs = fused(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
     message = (
-        r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 others alike\)"
+        r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 more layers\)"
     )
     with pytest.raises(ConfigError, match=message), with_quag(made, "crossmodal") as found:
         made(inputs)
@@ -475,7 +477,9 @@ def test_readers_of_unknown_modality():
 def test_no_two_blocks_at_once(inner):
     made, inputs = model(depth=2), batch()
     part = made if inner == "the model" else made.fusion
-    message = r"with_quag: expected a model that nothing else changes, got one inside a block of without_modality"
+    message = (
+        r"with_quag: expected a model without another active intervention, got one inside a block of without_modality"
+    )
     with torch.no_grad(), without_modality(made, "image"):
         with pytest.raises(ConfigError, match=message), with_quag(part, "all"):
             raise AssertionError("never reached")

@@ -106,7 +106,7 @@ def test_zero_is_another_thing(kind):
 def test_what_is_taken_may_be_nan_and_masks_stay():
     made, inputs = model(), batch(missing=("image",))
     broken = {**inputs, "audio": torch.full_like(inputs["audio"], math.nan)}
-    with pytest.raises(NonFiniteError, match=r"mask_modality: expected logits that are numbers, got NaN for 5 of 5"):
+    with pytest.raises(NonFiniteError, match=r"mask_modality: expected logits without NaN, got NaN for 5 of 5"):
         mask_modality(made, [broken])
     tokens = made.encode(inputs)
     assert torch.equal(zero_modality(tokens, ["image"])["image"].valid(), tokens["image"].valid())

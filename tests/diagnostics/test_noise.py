@@ -164,7 +164,7 @@ def test_constant_attention_has_no_response():
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
         made.fusion.attention.query.bias.zero_()
-    with pytest.warns(UserWarning, match="attention to the others of 'audio' never changes; r is NaN"):
+    with pytest.warns(UserWarning, match="attention to modalities other than 'audio' is constant; r is NaN"):
         assert math.isnan(noise_response(made, [batch()], modality="audio").r)
 
 

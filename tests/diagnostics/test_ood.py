@@ -196,9 +196,7 @@ def test_what_is_no_score(figure):
             figure(bad, row)
         with pytest.raises(ShapeError, match=rf"{name} outside: expected scores \(sample,\) of one or more"):
             figure(row, bad)
-    with pytest.raises(
-        NonFiniteError, match=f"{name} outside: expected scores that are numbers, got NaN for 1 of them"
-    ):
+    with pytest.raises(NonFiniteError, match=f"{name} outside: expected scores without NaN, got 1 NaN"):
         figure(row, torch.tensor([0.0, math.nan]))
 
 

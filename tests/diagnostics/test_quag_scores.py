@@ -110,7 +110,7 @@ def test_errors():
     with pytest.raises(ShapeError, match="quag: expected a target for each of 5 samples, got 0"):
         quag(made, [without])
     broken = {**batch(), "audio": torch.full((5, 7, 3), torch.nan).double()}
-    with pytest.raises(NonFiniteError, match="quag: expected logits that are numbers, got NaN for 5 of 5"):
+    with pytest.raises(NonFiniteError, match="quag: expected logits without NaN, got NaN for 5 of 5"):
         quag(made, [broken])
 
 

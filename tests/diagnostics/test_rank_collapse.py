@@ -140,7 +140,7 @@ def test_errors():
     for wrong, got in ((hidden[0], r"shape \(7, 5\)"), (hidden.long(), r"shape .*torch.int64"), ([None], "NoneType")):
         with pytest.raises(ShapeError, match=rf"rank_collapse hidden: expected .*\(batch, token, dim\).* got {got}"):
             rank_collapse(wrong)
-    with pytest.raises(ShapeError, match=r"alike in the first 2 sizes, got \(3, 7, 5\) and \(3, 6, 5\)"):
+    with pytest.raises(ShapeError, match=r"the same first 2 sizes in all layers, got \(3, 7, 5\) and \(3, 6, 5\)"):
         rank_collapse([hidden, hidden[:, 1:]])
     with pytest.raises(ShapeError, match=r"without a size of 0, .*, got \(0, 7, 5\) and"):
         rank_collapse(hidden[:0])

@@ -107,5 +107,5 @@ def test_errors():
     with pytest.raises(ShapeError, match="modality_shapley: expected a target for each of 5 samples, got 0"):
         modality_shapley(model(), [without])
     broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
-    with pytest.raises(NonFiniteError, match="modality_shapley: expected logits that are numbers, got NaN for 5 of 5"):
+    with pytest.raises(NonFiniteError, match="modality_shapley: expected logits without NaN, got NaN for 5 of 5"):
         modality_shapley(model(), [broken])

@@ -74,7 +74,7 @@ def test_rows_errors():
     for wrong in (share[0], share[:0], share[None, None], {"a": share[:0]}):
         with pytest.raises(ShapeError, match=r"share_statistics share: expected .*\(sample, head, modality\)"):
             share_statistics(wrong, NAMES)
-    with pytest.raises(ShapeError, match=r"names: expected one for each modality = 3, got 2: audio, image"):
+    with pytest.raises(ShapeError, match=r"names: expected one name for each modality = 3, got 2: audio, image"):
         share_statistics(share, NAMES[:2])
 
 

@@ -24,17 +24,20 @@ def test_verdict_on_a_rise():
     assert f"In joint, {noise} toward it (r = −0.20 ± 0.02, 3 seeds)" in text
     assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
     # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
-    effect = "attention–noise correlation r rises from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
+    effect = "attention–noise correlation r increases from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
     assert text.startswith(f"The largest significant effect is that of joint+x compared with joint: {effect}.")
     assert text.count(effect) == 1
 
 
 def test_what_follows_where_the_sign_depends_on_the_level_of_noise():
     text = story([-0.4], [-0.3], noise_attention_r_own=0.05)[1]
-    own = "With noise of each sample's own mean and deviation r = 0.05."
-    assert f"{own} The signs differ: attention reacts to the level of the noise, not to the loss of content" in text
+    own = "With noise of the mean and standard deviation of each sample, r = 0.05."
+    assert (
+        f"{own} The signs differ: attention responds to the level of the noise rather than to the loss of content"
+        in text
+    )
     text = story([-0.4], [-0.3], noise_attention_r_own=-0.05)[1]
-    assert "own mean and deviation r = \N{MINUS SIGN}0.05." in text
+    assert "of each sample, r = \N{MINUS SIGN}0.05." in text
     assert "The signs differ" not in text
 
 
@@ -48,16 +51,16 @@ def test_verdict_on_weak_evidence():
     head, text = story([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
     assert head == "No significant difference between joint and joint+x"
     assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
-    assert "rises" not in text
+    assert "increases" not in text
     assert "largest" not in text
 
 
 def test_verdict_on_one_seed():
     head, text = story([-0.2], [0.6])
-    assert head == "joint and joint+x compared, without a test"
+    assert head == "Comparison of joint and joint+x without a statistical test"
     assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
     assert "r goes from −0.20 to 0.60 (+0.80, one seed only)" in text
-    assert "rises" not in text
+    assert "increases" not in text
 
 
 def answered(method, right, seed=0, fold=None):
@@ -75,11 +78,11 @@ def test_one_seed_is_tested_over_samples():
     # Mid-p of McNemar's test: 15 samples that only one answers rightly, all of them the same one.
     assert found.p == pytest.approx(2 * 0.5**15 - 0.5**15)
     assert between(readings, "joint", "concat", "accuracy").p == found.p
-    assert found.proof == "+15.0 points, one seed only, p < 0.001 over its test samples"
+    assert found.proof == "+15.0 points, one seed only, p < 0.001 over the test samples"
     assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+15.0 points, one seed only)"
     text = " ".join(comparison_text.verdict(readings))
     assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
-    assert f"accuracy rises from 60.0 % to 75.0 % ({found.proof})" in text
+    assert f"accuracy increases from 60.0 % to 75.0 % ({found.proof})" in text
     assert "the difference to the second, concat, is significant" in text
 
 
@@ -99,7 +102,7 @@ def test_one_seed_whose_outcomes_are_not_those_of_the_same_samples(outcomes):
         del other["outcomes"]
     readings = read([answered("concat", FEW), other])
     assert effect(readings, "joint", "accuracy").p is None
-    assert comparison_text.headline(readings) == "concat and joint compared, without a test"
+    assert comparison_text.headline(readings) == "Comparison of concat and joint without a statistical test"
     assert "no difference can be tested" in comparison_text.verdict(readings)[0]
 
 
@@ -114,7 +117,7 @@ def test_several_seeds_are_tested_over_seeds():
 
 def test_equal_differences_are_not_called_significant_anywhere():
     head, text = story([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
-    assert head == "joint and joint+x compared, without a test"
+    assert head == "Comparison of joint and joint+x without a statistical test"
     assert "r does not change significantly, from 0.25 to 0.50 (+0.25, on 3 of 3 seeds)" in text
 
 
@@ -175,7 +178,7 @@ def test_a_reference_that_was_not_run_is_told():
     protocol = {"references": {"ensemble+x": "heads+x"}}
     content = result_rows.build_results(runs, protocol)
     assert {row["method"]: row["reference"] for row in content["summary"]} == {"concat": None, "ensemble+x": None}
-    assert comparison_text.notices(content) == ["ensemble+x has no difference: its reference heads+x was not run."]
+    assert comparison_text.notices(content) == ["ensemble+x is not compared: its reference heads+x was not run."]
     both = result_rows.build_results([*runs, one("heads+x", 0, accuracy=0.55)], protocol)
     assert {row["method"]: row["reference"] for row in both["summary"]}["ensemble+x"] == "heads+x"
     assert comparison_text.notices(both) == []
@@ -187,7 +190,8 @@ def test_verdict_compares_fusions_with_the_best_single_modality():
     figures_of = {"audio": (0.4, 0.41), "image": (0.65, 0.66), "concat": (0.75, 0.762), "joint": (0.6, 0.611)}
     text = " ".join(comparison_text.verdict(compared(figures_of)))
     assert (
-        "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second, image, is" in text
+        "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second best, image, is"
+        in text
     )
     assert (
         "The best unimodal baseline is image with 65.5 ± 0.7 %, 2 seeds. Compared with it, significantly worse: joint"
@@ -200,12 +204,12 @@ def test_verdict_with_nothing_to_say():
     assert comparison_text.verdict(read([])) == ["No run has finished yet."]
     assert comparison_text.headline(read([])) == "No run yet"
     assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == ["No metric is defined for any run."]
-    assert comparison_text.headline(read([one("m", 0)])) == "m alone"
+    assert comparison_text.headline(read([one("m", 0)])) == "Results of m"
 
 
 def test_sentences_say_which_way_attention_went():
     readings = ResultsView(fake_results())
-    assert "with audio replaced by noise: this moves attention toward it" in comparison_text.noise_text(
+    assert "with audio replaced by noise; noise moves attention toward it" in comparison_text.noise_text(
         readings, "joint"
     )
     assert "this moves attention away from it" in comparison_text.noise_text(readings, "joint+rollingq")
@@ -229,7 +233,7 @@ def test_each_method_is_told_by_the_modality_that_its_runs_destroyed():
     text = " ".join(comparison_text.verdict(readings))
     assert "In joint, replacing audio by noise moves attention away from it" in text
     assert "In joint+x, replacing image by noise moves attention away from it" in text
-    assert comparison_text.headline(readings) == "joint and joint+x compared, without a test"
+    assert comparison_text.headline(readings) == "Comparison of joint and joint+x without a statistical test"
     with_accuracy = [run | {"metrics": run["metrics"] | {"accuracy": 0.5}} for run in runs]
     text = " ".join(comparison_text.verdict(read(with_accuracy)))
     assert "accuracy stays at 50.0 %; r is not compared, since no pair of runs destroyed the same modality" in text
@@ -240,4 +244,4 @@ def test_unfinished_and_failed_runs_are_told():
     assert comparison_text.notices({"runs": [], "complete": True, "failures": []}) == []
     (said,) = comparison_text.notices({"runs": [], "complete": False, "failures": [
         {"method": "joint", "seed": 3, "fold": "A", "error": "loss is NaN", "kind": "NonFiniteError"}]})  # fmt: skip
-    assert said == "joint, seed 3, fold A failed and is missing below: loss is NaN"
+    assert said == "joint, seed 3, fold A failed and is not included: loss is NaN"

@@ -145,10 +145,10 @@ def test_little_makes_a_page():
     bare = Diagnosis("bare", ("a", "b"), None, 0, {})
     text = page(bare)
     assert "<h1>bare, examined</h1>" in text
-    assert "No test gave a verdict" in text
+    assert "No test led to a finding" in text
     nothing = dataclasses.replace(bare, details={test: {} for test in TESTS}, metrics={"accuracy": float("nan")})
     text = page(nothing, bare)
-    assert "<h1>bare (1) and bare (2), side by side</h1>" in text
+    assert "<h1>Comparison of bare (1) and bare (2)</h1>" in text
     assert text.count("<svg") == 0
     assert "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL).replace("dominant", "")
     with pytest.raises(ConfigError, match="diagnosis_page: expected one or more diagnoses, got none"):
@@ -156,7 +156,7 @@ def test_little_makes_a_page():
 
 
 def test_models_of_one_name_are_told_apart(deep):
-    assert "<h1>deep (1) and deep (2), side by side</h1>" in page(deep, deep)
+    assert "<h1>Comparison of deep (1) and deep (2)</h1>" in page(deep, deep)
 
 
 def test_report_writes_a_file_or_into_a_folder(deep, static, tmp_path):

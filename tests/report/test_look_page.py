@@ -60,7 +60,9 @@ def test_the_sentence_has_the_figures_of_the_look(seen, content):
     assert f"{part / even:.{1 if part > even else 2}f} times its uniform share (9 of " in lead
     hidden = next(effect for effect in seen.effects if effect.change == "image hidden")
     way = "decreases" if hidden.difference < 0 else "increases"
-    assert f"Without the image, the answer’s log-likelihood {way} by {abs(hidden.difference):.2f} a token." in lead
+    assert (
+        f"Without the image, the log-likelihood of the answer {way} by {abs(hidden.difference):.2f} per token." in lead
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def hollow(content):
 def test_a_page_of_what_is_there(content):
     assert "none" in look_page(hollow(content))
     strip = content | {"grid": {"rows": 1, "columns": 9, "known": False, "why": "9 tokens are no square"}}
-    assert "The places of the tokens in the picture are not known: 9 tokens are no square." in look_page(strip)
+    assert "The positions of the tokens in the image are unknown: 9 tokens are no square." in look_page(strip)
 
 
 @pytest.mark.parametrize("shade", plot_style.MODALITY)
@@ -191,7 +193,7 @@ def shown(value):
 def test_words_are_colored_by_what_was_asked_for(opened, content):
     view = opened(content)
     looks = colors(view)
-    view.get_by_label("how much the chosen token reads them").check()
+    view.get_by_label("attention of the selected token to them").check()
     read = colors(view)
     assert looks != read
     assert max(int(part.rstrip("%")) for part in read) == 44
@@ -234,9 +236,9 @@ def test_the_picture_lies_under_its_map_and_can_be_seen_alone(opened, content):
     assert canvas["width"] == pytest.approx((right - left) * frame["width"], abs=1)
     assert canvas["height"] == pytest.approx((lower - upper) * frame["height"], abs=1)
     before = pixels(view)
-    view.get_by_label("bring out weak places").check()
+    view.get_by_label("emphasize low attention").check()
     assert pixels(view) != before
-    view.get_by_label("attention over the picture").uncheck()
+    view.get_by_label("overlay on the image").uncheck()
     assert not view.locator("#map").is_visible()
     assert view.locator("#frame img").evaluate("e => e.naturalWidth") == 260
 

@@ -108,9 +108,9 @@ def test_partial_results_make_a_page(content):
 def test_page_says_when_it_is_not_the_whole_comparison():
     content = fake_results(methods=("concat",), seeds=1, epochs=0)
     assert "Not all planned runs" not in page(content | {"complete": True, "failures": []})
-    assert "Not all planned runs are in yet" in page(content | {"complete": False, "failures": []})
+    assert "Not all planned runs have finished" in page(content | {"complete": False, "failures": []})
     failure = {"method": "joint", "seed": 0, "fold": None, "error": "<b>boom</b>", "kind": "X"}
-    assert "joint, seed 0 failed and is missing below: &lt;b&gt;boom" in page(content | {"failures": [failure]})
+    assert "joint, seed 0 failed and is not included: &lt;b&gt;boom" in page(content | {"failures": [failure]})
 
 
 def test_rows_with_the_contract_alone_are_enough():

@@ -47,15 +47,15 @@ def test_the_page_holds_what_was_found_and_nothing_of_it_runs(content, tmp_path)
     assert text.count('src="data:image/png;base64,') == 8
     assert "http" not in text.replace("http-equiv", "")
     assert "“red heart”" in text
-    assert "The 9 nearest pictures of 3\u202f395; 2 more are as near as the last." in text
-    assert "No caption of the training has “hearty”: read by its letters alone." in text
+    assert "9 nearest images of 3\u202f395; 2 more have the same score as the last one." in text
+    assert "Not in the training captions: “hearty”." in text
 
 
 def test_a_picture_asks_for_captions(tmp_path):
     asked = result_to_dict(found("cat.png", colored(1, 2, 3), tied=0), model="")
     text = search_page(asked)
     assert "<h1>What is cat.png?</h1>" in text
-    assert "The 9 nearest captions of 3\u202f395." in text
+    assert "9 nearest captions of 3\u202f395." in text
     assert text.count('src="data:image/png;base64,') == 9
 
 
@@ -127,7 +127,7 @@ def test_a_card_tells_more_by_mouse(opened, content):
     view.locator(".card").nth(1).click()
     assert told_by(view) == "2. name 1: cosine 0.790, not seen in training. Also called: one, two 1."
     view.locator(".card").nth(2).click()
-    assert told_by(view) == f"3. {EVIL}: cosine 0.680, your picture. Also called: {EVIL}."
+    assert told_by(view) == f"3. {EVIL}: cosine 0.680, user image. Also called: {EVIL}."
     assert pressed(view) == [EVIL]
     assert view.locator(".card img").first.evaluate("e => e.naturalWidth") == 32
 

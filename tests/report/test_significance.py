@@ -203,7 +203,7 @@ def test_what_equals_the_constant_answer_is_never_a_success(task, samples, level
     made, _ = content(task, samples, levels, seed, {"": "_constant", "_noise/image": "_constant"})
     found = verdicts(made)
     assert found[0].key == "chance"
-    assert headline("mine", found) == "mine is no better than a constant answer"
+    assert headline("mine", found) == "mine is no better than a constant prediction"
     assert all(verdict.ok != "good" for verdict in found if verdict.key != "robustness/audio")
     assert not any("uses" in verdict.claim for verdict in found)
 
@@ -214,7 +214,7 @@ def test_falling_back_on_the_constant_answer_is_not_called_a_success(task):
     made, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
     verdict = {verdict.key: verdict for verdict in verdicts(made)}["robustness/audio"]
     assert (verdict.claim, verdict.ok) == ("has no informative alternative to audio", "neutral")
-    assert "constant answer" in verdict.text
+    assert "constant prediction" in verdict.text
 
 
 # -- whole diagnoses -----------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_alone_is_scored_on_the_samples_that_have_the_modality():
 
 def test_outcomes_of_another_length_are_refused():
     model = weighing(audio=1.0, image=1.0)
-    with pytest.raises(ShapeError, match=r"diagnose alone 'audio': expected a score, or the outcome of each of 308"):
+    with pytest.raises(ShapeError, match=r"diagnose alone 'audio': expected a score, or the outcomes of 308"):
         diagnose(model, answered(model), alone={"audio": torch.ones(3), "image": 0.5})
 
 

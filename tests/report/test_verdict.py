@@ -80,7 +80,7 @@ def test_a_modality_is_called_ignored_only_where_the_samples_could_have_shown_it
     assert few.ok == "neutral"
     # Where no answer changes at all, even a few samples say so.
     same = said(samples=7, accuracy=0.5, accuracy_noise__audio=0.5, changed_noise__audio=0.0)["use/audio"]
-    assert same.text == "Ignores audio: none of 7 answers changes when it is replaced by noise."
+    assert same.text == "Ignores audio: none of 7 predictions changes when it is replaced by noise."
     assert (same.ok, same.test) == ("bad", "noise")
 
 
@@ -104,7 +104,7 @@ def test_leaning():
     at = {"shapley__audio": 0.25, "shapley__image": 0.75}
     found = said(**metrics, **at)["use"]
     assert (found.claim, found.test) == ("relies mostly on image", "shapley")
-    assert "contributes 75 %" in found.text
+    assert "accounts for 75 %" in found.text
     assert said(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
     # The same parts of a difference that may be luck.
     luck = {**metrics, "accuracy_mask__image": 0.69}
@@ -136,8 +136,8 @@ def test_quality(r, p, claim, ok):
 
 def test_signs_that_differ_are_of_the_level_of_noise():
     found = said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
-    assert (found.claim, found.ok, found.test) == ("reacts to the level of noise", "bad", "response")
-    assert "r = \N{MINUS SIGN}0.39, with noise of each sample's own r = +0.03. The signs differ" in found.text
+    assert (found.claim, found.ok, found.test) == ("responds to the level of the noise", "bad", "response")
+    assert "r = \N{MINUS SIGN}0.39; with those of each sample r = +0.03. The signs differ" in found.text
     assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
     assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
 
@@ -177,7 +177,7 @@ def test_unimodal_baseline():
         "unimodal_baseline"
     ]
     assert models.ok == "good"
-    assert "(a model of it alone; " in models.text
+    assert "(separate unimodal model; " in models.text
     same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["unimodal_baseline"]
     assert (same.ok, same.claim) == ("neutral", "is no better than its best unimodal baseline")
     assert "unimodal_baseline" not in said(accuracy=0.6)
@@ -186,24 +186,24 @@ def test_unimodal_baseline():
 def test_a_model_that_has_learnt_nothing_is_told_first():
     found = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
     assert found[0].key == "chance"
-    assert headline("mine", found) == "mine is no better than a constant answer"
+    assert headline("mine", found) == "mine is no better than a constant prediction"
     assert "chance" not in said(accuracy=0.35, accuracy_constant=0.3)
     assert "chance" in said(accuracy=0.2, accuracy_constant=0.3)
 
 
 def test_attention_and_confidence_at_their_thresholds():
-    assert "still" in said(share_spread__audio=STILL - 1e-6, share_spread__image=0.0)
-    assert "still" not in said(share_spread__audio=STILL, share_spread__image=0.0)
+    assert "constant_attention" in said(share_spread__audio=STILL - 1e-6, share_spread__image=0.0)
+    assert "constant_attention" not in said(share_spread__audio=STILL, share_spread__image=0.0)
     assert said(residual_last=FLAT - 1e-6)["collapse"].ok == "bad"
     assert "collapse" not in said(residual_last=FLAT)
     details = {"ood": {"outside": MANY}}
     given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
     found = [said(auroc=value, details=details)["ood"] for value in given]
     assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
-    assert "does not significantly tell" in found[4].text
+    assert "does not significantly separate" in found[4].text
     # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
     few = {"samples": 30, "details": {"ood": {"outside": 30}}}
-    assert said(auroc=0.64, **few)["ood"].claim == "does not notice unknown inputs"
+    assert said(auroc=0.64, **few)["ood"].claim == "does not detect out-of-distribution inputs"
     assert said(auroc=0.66, **few)["ood"].claim == "detects out-of-distribution inputs partly"
 
 
@@ -279,4 +279,4 @@ def test_attention_that_follows_noise_or_is_blind_to_it(sharpness, mean, claim):
     by_key = {verdict.key: verdict for verdict in found.verdicts}
     assert by_key["quality"].claim == claim
     # With even attention every sample is divided alike.
-    assert ("still" in by_key) == (sharpness == 0.0)
+    assert ("constant_attention" in by_key) == (sharpness == 0.0)
