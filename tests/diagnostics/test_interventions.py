@@ -426,7 +426,7 @@ def test_errors():
     with pytest.raises(ConfigError, match=message), without_modality(made, "image"):
         pass
     words = {"input_ids": prompt["input_ids"].clamp(max=80), "attention_mask": prompt["attention_mask"]}
-    message = r"expected attention with keys of 'image', got none. Does the batch hold"
+    message = r"expected attention with keys of 'image', got none. Check that the batch"
     with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(vlm, "image"):
         vlm(**words)
 
@@ -441,7 +441,7 @@ def test_what_cannot_be_changed_is_told():
         torch.zeros(3, 7, 12),
         torch.tensor([0, 0, 1, 1, 1]),
     )
-    message = r"got 'Reader', but it has 7 keys, and modality is given for 5. Give one label for every key"
+    message = r"got 'Reader', but it has 7 keys, and modality is given for 5. Give one label for each key"
     with pytest.raises(ConfigError, match=message), without_modality(layer, "0", modality=short):
         layer(tokens)
     message = r"without_modality changed only some of the calls of 'Reader', but it has 7 keys, and modality is given"
@@ -454,7 +454,7 @@ def test_what_cannot_be_changed_is_told():
     assert found.changed == ("Reader",)
     assert list(found.missing) == ["Reader"]
     clip, prompt = family("clip")
-    message = "attention with keys of 'image', got unimodal encoders only. Nobody reads several"
+    message = "attention with keys of 'image', got unimodal encoders only. They do not attend"
     with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(clip, "image"):
         clip(**prompt)
 
