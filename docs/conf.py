@@ -37,6 +37,7 @@ napoleon_custom_sections = [("Reference", "notes_style")]
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 default_role = "code"
+highlight_language = "none"
 # Files outside docs/ are linked on the repository's page.
 suppress_warnings = ["myst.xref_missing", "misc.highlighting_failure"]
 
