@@ -1,6 +1,7 @@
 """Tiny configurations of Hugging Face families: the default configuration of a model type, made small."""
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ def shrink(config: Any) -> None:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    try:
+    with suppress(NotImplementedError, AttributeError):
         setattr(config, name, value)
-    except (NotImplementedError, AttributeError):
-        pass
 
 
 def build(kind: str, cls: str | None = None, options: dict[str, Any] | None = None, **changes: Any) -> nn.Module:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from helpers import vlms
 from helpers.tiny_config import AUDIO, IMAGE, VIDEO, build, sharpened
 from helpers.vlms import FAMILIES as KNOWN
-from helpers import vlms
 
 FORMS = ("without padding", "with padding")
 IDS, WORDS = "ids", "words"
@@ -70,6 +70,7 @@ TYPED = ("qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "qwen3_5", "
 
 def vlm(name: str, places: int, images: dict[str, Any], make: Any = None, *rules: Any, **known: Any) -> None:
     """A decoder with placeholders for images: tensors of ``images`` are the same in both forms."""
+
     def inputs(form: int) -> dict[str, Any]:
         given = words(form, places) | {k: v(form) if callable(v) else v for k, v in images.items()}
         if name in TYPED and "image_grid_thw" in images and "mm_token_type_ids" not in images:
@@ -98,7 +99,6 @@ vlm("deepseek_vl", 16, PIXELS)
 vlm("got_ocr2", 1, PIXELS)
 vlm("idefics2", 64, {"pixel_values": noise(2, 1, 3, 16, 16)})
 vlm("janus", 16, PIXELS)
-vlm("llama4", 4, PIXELS, {"vision_config__projector_input_dim": 128, "vision_config__projector_output_dim": 32, "vision_config__vision_output_dim": 32, "vision_config__intermediate_size": 128, "vision_config__projector_output_dim": 32, "vision_config__pixel_shuffle_ratio": 0.5})
 vlm("ovis2", 16, PIXELS)
 vlm("shieldgemma2", 4, PIXELS, {"mm_tokens_per_image": 4})
 vlm("qwen3_vl_moe", 4, GRID, START)
@@ -113,28 +113,53 @@ vlm("qwen3_omni_moe_thinker", 4, GRID, START)
 vlm("paddleocr_vl", 4, {**FLAT, "pixel_values": noise(32, 3, 4, 4)})
 vlm("video_llama_3", 4, {**FLAT, "image_merge_sizes": torch.tensor([2, 2])})
 vlm("lighton_ocr", 4, {**PIXELS, "image_sizes": torch.tensor([[16, 16]] * 2)})
-vlm("lfm2_vl", 4, {
-    "pixel_values": noise(2, 16, 48), "spatial_shapes": torch.tensor([[4, 4]] * 2),
-    "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
-})  # fmt: skip
+vlm(
+    "lfm2_vl",
+    4,
+    {
+        "pixel_values": noise(2, 16, 48),
+        "spatial_shapes": torch.tensor([[4, 4]] * 2),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+    },
+)
 vlm("fuyu", 4, {"image_patches": None})
 vlm("minicpmv4_6", 1, {"pixel_values": noise(1, 3, 4, 128), "target_sizes": torch.tensor([[4, 4]] * 2)})
-vlm("granite_docling", 4, PIXELS | {"pixel_attention_mask": torch.ones(2, 1, dtype=torch.long)})
-vlm("gemma4", 4, {
-    "pixel_values": noise(2, 36, 48), "image_position_ids": torch.cartesian_prod(*[torch.arange(6)] * 2).expand(2, -1, -1),
-}, {"options": {"vision_config": {}}, "text_config__vocab_size_per_layer_input": 200, "text_config__hidden_size_per_layer_input": 8,
-    "text_config__num_kv_shared_layers": 0})  # fmt: skip
-vlm("deepseek_vl_hybrid", 16, {**PIXELS, "high_res_pixel_values": noise(2, 3, 16, 16)}, {"high_res_vision_config__global_attn_indexes": [0, 1]})
+vlm("granite_docling", 1, ONE | {"pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool)})
+vlm(
+    "gemma4",
+    4,
+    {
+        "pixel_values": noise(2, 36, 48),
+        "image_position_ids": torch.cartesian_prod(*[torch.arange(6)] * 2).expand(2, -1, -1),
+    },
+    {
+        "options": {"vision_config": {}},
+        "text_config__vocab_size_per_layer_input": 200,
+        "text_config__hidden_size_per_layer_input": 8,
+        "text_config__num_kv_shared_layers": 0,
+    },
+)
+vlm(
+    "deepseek_vl_hybrid",
+    16,
+    {**PIXELS, "high_res_pixel_values": noise(2, 3, 16, 16)},
+    {"high_res_vision_config__global_attn_indexes": [0, 1]},
+)
 vlm("colpali", 16, PIXELS, {"cls": "ColPaliForRetrieval"}, generates=False)
 vlm("colqwen2", 4, {**GRID, "pixel_values": noise(2, 16, 96)}, {"cls": "ColQwen2ForRetrieval"}, generates=False)
-vlm("nemotron_h_omni", 4, {"pixel_values": noise(32, 768), "image_grid_hw": torch.tensor([[4, 4]] * 2)})
 
 
 def speech(name: str, places: int, features: dict[str, Any], make: Any = None, *rules: Any, **known: Any) -> None:
     """A decoder with placeholders for sounds."""
-    add(name, "decoder, audio", {"cls": "AutoModelForMultimodalLM"} | (make or {}),
-        lambda form: words(form, places, AUDIO) | features, *rules,
-        (r"audio|speech|encoder|projector", "audio"), **known)  # fmt: skip
+    add(
+        name,
+        "decoder, audio",
+        {"cls": "AutoModelForMultimodalLM"} | (make or {}),
+        lambda form: words(form, places, AUDIO) | features,
+        *rules,
+        (r"audio|speech|encoder|projector", "audio"),
+        **known,
+    )
 
 
 MEL = {"input_features": noise(2, 80, 128), "input_features_mask": torch.ones(2, 128, dtype=torch.long)}
@@ -143,16 +168,31 @@ speech("glmasr", 16, MEL)
 speech("granite_speech", 6, {"input_features": noise(2, 30, 160), "input_features_mask": torch.ones(2, 6).bool()})
 speech("qwen3_asr", 13, {"input_features": noise(2, 80, 100), "input_features_mask": torch.ones(2, 100).long()})
 speech("fun_asr_nano", 16, {"input_features": noise(2, 16, 560), "input_features_mask": torch.ones(2, 16).long()})
-add("voxtral_realtime", "decoder, audio", {"cls": "AutoModelForMultimodalLM"},
-    lambda f: words(f, extra=3 - 3 * f) | {"input_features": noise(2, 80, 96)}, ("language_model", None),
-    ("audio", "audio"), generates=False)
+add(
+    "voxtral_realtime",
+    "decoder, audio",
+    {"cls": "AutoModelForMultimodalLM"},
+    lambda f: words(f, extra=3 - 3 * f) | {"input_features": noise(2, 80, 96)},
+    ("language_model", None),
+    ("audio", "audio"),
+    generates=False,
+)
 
 
 def cross(name: str, source: str, given: Callable[[int], dict[str, Any]], make: Any = None, *rules: Any, **known: Any):
     """An encoder-decoder whose encoder reads one modality."""
-    add(name, f"{source} encoder, text decoder", make or {}, given, *rules,
+    add(
+        name,
+        f"{source} encoder, text decoder",
+        make or {},
+        given,
+        *rules,
         (r"encoder_attn(?!_)|encoder_decoder_attention|enc_dec|EncDec|cross|crossattention", source),
-        (r"(^|\.)decoder(\.|_)", "text"), (r"encoder", source), ("", "text"), **known)  # fmt: skip
+        (r"(^|\.)decoder(\.|_)", "text"),
+        (r"encoder", source),
+        ("", "text"),
+        **known,
+    )
 
 
 def decoded(form: int, right: bool = True) -> dict[str, Tensor]:
@@ -182,16 +222,34 @@ cross("speech_to_text", "audio", frames(80), AUTO)
 cross("seamless_m4t", "audio", frames(160), {"cls": "SeamlessM4TForSpeechToText"})
 cross("seamless_m4t_v2", "audio", frames(160), {"cls": "SeamlessM4Tv2ForSpeechToText"})
 cross("canary", "audio", frames(80), AUTO)
-cross("pix2struct", "image", lambda form: {
-    "flattened_patches": noise(2, 9, 770).index_fill(2, torch.tensor([0, 1]), 1.0),
-    "attention_mask": torch.ones(2, 9) - form * torch.tensor([[0.0] * 9, [0.0] * 7 + [1.0] * 2]),
-} | decoded(form))  # fmt: skip
+cross(
+    "pix2struct",
+    "image",
+    lambda form: (
+        {
+            "flattened_patches": noise(2, 9, 770).index_fill(2, torch.tensor([0, 1]), 1.0),
+            "attention_mask": torch.ones(2, 9) - form * torch.tensor([[0.0] * 9, [0.0] * 7 + [1.0] * 2]),
+        }
+        | decoded(form)
+    ),
+)
 
 
-def dual(name: str, cls: str, other: dict[str, Any], make: Any = None, source: str = "image", *rules: Any, **known: Any):
+def dual(
+    name: str, cls: str, other: dict[str, Any], make: Any = None, source: str = "image", *rules: Any, **known: Any
+):
     """Two encoders whose tokens never meet."""
-    add(name, "two encoders", {"cls": cls} | (make or {}), lambda form: words(form, right=True) | other, *rules,
-        (r"vision|visual|image|audio|backbone|mit\.", source), ("", "text"), generates=False, **known)  # fmt: skip
+    add(
+        name,
+        "two encoders",
+        {"cls": cls} | (make or {}),
+        lambda form: words(form, right=True) | other,
+        *rules,
+        (r"vision|visual|image|audio|backbone|mit\.", source),
+        ("", "text"),
+        generates=False,
+        **known,
+    )
 
 
 dual("altclip", "AltCLIPModel", PIXELS)
@@ -199,18 +257,53 @@ dual("chinese_clip", "ChineseCLIPModel", PIXELS)
 dual("clipseg", "CLIPSegModel", PIXELS)
 dual("metaclip_2", "MetaClip2Model", PIXELS)
 dual("siglip", "SiglipModel", PIXELS, {"text_config__projection_size": 32})
-dual("siglip2", "Siglip2Model", {
-    "pixel_values": noise(2, 16, 48), "spatial_shapes": torch.tensor([[4, 4]] * 2),
-    "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
-}, {"text_config__projection_size": 32})  # fmt: skip
+dual(
+    "siglip2",
+    "Siglip2Model",
+    {
+        "pixel_values": noise(2, 16, 48),
+        "spatial_shapes": torch.tensor([[4, 4]] * 2),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+    },
+    {"text_config__projection_size": 32},
+)
 dual("groupvit", "GroupViTModel", PIXELS)
-dual("xclip", "XCLIPModel", {"pixel_values": noise(2, 8, 3, 16, 16)}, {"projection_dim": 32, "prompt_attention_heads": 4, "vision_config__mit_hidden_size": 32, "vision_config__mit_intermediate_size": 32, "vision_config__mit_num_attention_heads": 4}, "video",
-     (r"prompts_generator", "video"))  # fmt: skip
+dual(
+    "xclip",
+    "XCLIPModel",
+    {"pixel_values": noise(2, 8, 3, 16, 16)},
+    {
+        "projection_dim": 32,
+        "prompt_attention_heads": 4,
+        "vision_config__mit_hidden_size": 32,
+        "vision_config__mit_intermediate_size": 32,
+        "vision_config__mit_num_attention_heads": 4,
+    },
+    "image",
+    (r"prompts_generator", "image"),
+)
 dual("owlvit", "OwlViTModel", PIXELS)
 dual("owlv2", "Owlv2Model", PIXELS)
 dual("tipsv2", "Tipsv2Model", PIXELS)
-dual("align", "AlignModel", {"pixel_values": noise(2, 3, 64, 64)}, {"vision_config__hidden_dim": 640, "projection_dim": 640, "text_config__hidden_size": 32})
-dual("clap", "ClapModel", {"input_features": noise(2, 1, 1001, 64), "is_longer": torch.zeros(2, 1).bool()}, {"audio_config__num_mel_bins": 64, "audio_config__hidden_size": 64, "audio_config__patch_embeds_hidden_size": 8, "audio_config__depths": [1, 1, 1, 1], "audio_config__num_attention_heads": [2, 2, 2, 2]}, "audio")
+dual(
+    "align",
+    "AlignModel",
+    {"pixel_values": noise(2, 3, 64, 64)},
+    {"vision_config__hidden_dim": 640, "projection_dim": 640, "text_config__hidden_size": 32},
+)
+dual(
+    "clap",
+    "ClapModel",
+    {"input_features": noise(2, 1, 1001, 64), "is_longer": torch.zeros(2, 1).bool()},
+    {
+        "audio_config__num_mel_bins": 64,
+        "audio_config__hidden_size": 64,
+        "audio_config__patch_embeds_hidden_size": 8,
+        "audio_config__depths": [1, 1, 1, 1],
+        "audio_config__num_attention_heads": [2, 2, 2, 2],
+    },
+    "audio",
+)
 
 
 def boxes(given: dict[str, Tensor], size: int = 4) -> dict[str, Tensor]:
@@ -222,11 +315,13 @@ def boxes(given: dict[str, Tensor], size: int = 4) -> dict[str, Tensor]:
 
 def after(prefix: int, name: str = "image", *, behind: bool = True):
     """Labels of words and tokens of another modality behind them, or in front of them."""
+
     def labels(given: dict[str, Any], keys: int) -> list[str | None]:
         text = given["input_ids"].shape[1]
         other: list[str | None] = [name] * prefix
-        return ["text"] * text + [None] * (keys - text - prefix) + other if behind else \
-            other + ["text"] * (keys - prefix)  # fmt: skip
+        return (
+            ["text"] * text + [None] * (keys - text - prefix) + other if behind else other + ["text"] * (keys - prefix)
+        )
 
     return labels
 
@@ -238,70 +333,179 @@ def merged(given: dict[str, Any], keys: int) -> list[str | None]:
 
 
 def prefixed(given: dict[str, Any], keys: int) -> list[str | None]:
-    """Words, learned or zero tokens, and sounds at the end."""
+    """No melody, which is zeros, then words, then sounds."""
     text, sounds = given["input_ids"].shape[1], given["decoder_input_ids"].shape[1]
-    return ["text"] * text + [None] * (keys - text - sounds) + ["audio"] * sounds
+    return [None] * (keys - text - sounds) + ["text"] * text + ["audio"] * sounds
 
 
-add("layoutlm", "joint encoder", {"cls": "LayoutLMModel"}, lambda f: boxes(words(f, right=True)), ("", "text"),
-    generates=False)  # fmt: skip
-add("layoutlmv3", "joint encoder", {"cls": "LayoutLMv3Model", "input_size": 16, "coordinate_size": 5, "shape_size": 6},
-    lambda f: boxes(words(f, right=True)) | PIXELS, ("", after(16)), generates=False)  # fmt: skip
-add("lilt", "joint encoder", {"cls": "LiltModel", "hidden_size": 48}, lambda f: boxes(words(f, right=True)), ("", "text"),
-    generates=False)  # fmt: skip
-add("bros", "joint encoder", {"cls": "BrosModel", "dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2}, lambda f: boxes(words(f, right=True), 8), ("", "text"),
-    generates=False)  # fmt: skip
-add("udop", "joint encoder, text decoder", {"bos_token_id": 1, "decoder_start_token_id": 1}, lambda f: boxes(words(f, right=True)) | PIXELS | decoded(f),
-    (r"decoder.*layer\.1\.", None), ("decoder", "text"), ("encoder", None))  # fmt: skip
-add("tvp", "joint encoder", {"cls": "TvpModel", "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2}, lambda f: words(f, right=True) | {"pixel_values": noise(2, 2, 3, 64, 64)},
-    (r"vision", "video"), ("", None), generates=False)  # fmt: skip
-add("bridgetower", "joint encoder", {"cls": "BridgeTowerModel", "hidden_size": 64, "text_config__hidden_size": 64, "vision_config__hidden_size": 64, "num_attention_heads": 4},
-    lambda f: words(f, right=True) | PIXELS, (r"text_model", "text"), (r"vision_model", "image"),
-    (r"cross_modal_text_layers.*\.attention", "text"), (r"cross_modal_text_layers.*crossattention", "image"),
-    (r"cross_modal_image_layers.*\.attention", "image"), (r"cross_modal_image_layers.*crossattention", "text"),
-    generates=False)  # fmt: skip
-add("kosmos-2.5", "decoder, images", {"latent_query_num": 4, "vision_config__patch_embed_hidden_size": 48}, lambda f: words(f) | {
-    "flattened_patches": noise(2, 9, 50).index_fill(2, torch.tensor([0, 1]), 1.0),
-    "width": torch.tensor([3, 3]), "height": torch.tensor([3, 3]),
-    "image_embeds_position_mask": (torch.arange(9 + 3 * f) // 4 == 1).long().expand(2, -1),
-})  # fmt: skip
-add("instructblipvideo", "decoder, video", {"video_token_index": VIDEO, "num_query_tokens": 4}, lambda f: words(f, 16, VIDEO) | {
-    "pixel_values": noise(2, 4, 3, 16, 16), "qformer_input_ids": words(0)["input_ids"],
-    "qformer_attention_mask": words(0)["attention_mask"],
-}, (r"qformer.*\.attention\.attention", after(4, "video", behind=False)), (r"qformer|vision", "video"))  # fmt: skip
-add("t5gemma2", "joint encoder, text decoder", {"encoder__mm_tokens_per_image": 4}, lambda f: words(f, 4) | PIXELS | decoded(f),
-    (r"decoder", merged))  # fmt: skip
+add(
+    "layoutlm",
+    "joint encoder",
+    {"cls": "LayoutLMModel"},
+    lambda f: boxes(words(f, right=True)),
+    ("", "text"),
+    generates=False,
+)
+add(
+    "layoutlmv3",
+    "joint encoder",
+    {"cls": "LayoutLMv3Model", "input_size": 16, "coordinate_size": 5, "shape_size": 6},
+    lambda f: boxes(words(f, right=True)) | PIXELS,
+    ("", after(16)),
+    generates=False,
+)
+add(
+    "lilt",
+    "joint encoder",
+    {"cls": "LiltModel", "hidden_size": 48},
+    lambda f: boxes(words(f, right=True)),
+    ("", "text"),
+    generates=False,
+)
+add(
+    "bros",
+    "joint encoder",
+    {"cls": "BrosModel", "dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2},
+    lambda f: boxes(words(f, right=True), 8),
+    ("", "text"),
+    generates=False,
+)
+add(
+    "udop",
+    "joint encoder, text decoder",
+    {"bos_token_id": 1, "decoder_start_token_id": 1},
+    lambda f: boxes(words(f, right=True)) | PIXELS | decoded(f),
+    (r"decoder.*layer\.1\.", None),
+    ("decoder", "text"),
+    ("encoder", None),
+)
+add(
+    "bridgetower",
+    "joint encoder",
+    {
+        "cls": "BridgeTowerModel",
+        "hidden_size": 64,
+        "text_config__hidden_size": 64,
+        "vision_config__hidden_size": 64,
+        "num_attention_heads": 4,
+    },
+    lambda f: words(f, right=True) | PIXELS,
+    (r"text_model", "text"),
+    (r"vision_model", "image"),
+    (r"cross_modal_text_layers.*\.attention", "text"),
+    (r"cross_modal_text_layers.*crossattention", "image"),
+    (r"cross_modal_image_layers.*\.attention", "image"),
+    (r"cross_modal_image_layers.*crossattention", "text"),
+    generates=False,
+)
+add(
+    "kosmos-2.5",
+    "decoder, images",
+    {"latent_query_num": 4, "vision_config__patch_embed_hidden_size": 48},
+    lambda f: (
+        words(f)
+        | {
+            "flattened_patches": noise(2, 9, 50).index_fill(2, torch.tensor([0, 1]), 1.0),
+            "width": torch.tensor([3, 3]),
+            "height": torch.tensor([3, 3]),
+            "image_embeds_position_mask": (torch.arange(9 + 3 * f) // 4 == 1).long().expand(2, -1),
+        }
+    ),
+)
+add(
+    "instructblipvideo",
+    "decoder, video",
+    {"video_token_index": VIDEO, "num_query_tokens": 4},
+    lambda f: (
+        words(f, 16, VIDEO)
+        | {
+            "pixel_values": noise(2, 4, 3, 16, 16),
+            "qformer_input_ids": words(0)["input_ids"],
+            "qformer_attention_mask": words(0)["attention_mask"],
+        }
+    ),
+    (r"qformer.*\.attention\.attention", after(4, "video", behind=False)),
+    (r"qformer|vision", "video"),
+)
+add(
+    "t5gemma2",
+    "joint encoder, text decoder",
+    {"encoder__mm_tokens_per_image": 4},
+    lambda f: words(f, 4) | PIXELS | decoded(f),
+    (r"decoder", merged),
+)
 add("phi4_multimodal", "decoder, images and audio", {"cls": "AutoModelForMultimodalLM"}, lambda f: words(f))
-add("musicgen", "text encoder, audio decoder", {"cls": "MusicgenForConditionalGeneration"},
+add(
+    "musicgen",
+    "text encoder, audio decoder",
+    {"cls": "MusicgenForConditionalGeneration"},
     lambda f: words(f, right=True) | {"decoder_input_ids": torch.randint(0, 100, (8, 6 + f))},
-    (r"encoder_attn", "text"), (r"^decoder", "audio"), (r"text_encoder", "text"), generates=False)  # fmt: skip
-add("musicgen_melody", "text encoder, audio decoder", {"cls": "MusicgenMelodyForConditionalGeneration"},
+    (r"encoder_attn", "text"),
+    (r"^decoder", "audio"),
+    (r"text_encoder", "text"),
+    generates=False,
+)
+add(
+    "musicgen_melody",
+    "text encoder, audio decoder",
+    {"cls": "MusicgenMelodyForConditionalGeneration"},
     lambda f: words(f, right=True) | {"decoder_input_ids": torch.randint(0, 100, (8, 6 + f))},
-    (r"^decoder", prefixed), (r"text_encoder", "text"), generates=False)  # fmt: skip
+    (r"^decoder", prefixed),
+    (r"text_encoder", "text"),
+    generates=False,
+)
 for detector, cls in (("grounding-dino", "GroundingDino"), ("mm-grounding-dino", "MMGroundingDino")):
-    add(detector, "detector with text", {"cls": f"{cls}ForObjectDetection", "num_queries": 5},
-        lambda f: words(f, right=True) | {"pixel_values": noise(2, 3, 64, 64)}, (r"text_backbone", "text"),
-        (r"backbone", "image"), ("encoder_attn_text|fusion_layer.attn#2|text_enhancer", "text"),
-        (r"fusion_layer.attn", "image"), (r"encoder_attn$", "image"), (r"decoder.layers.\d.self_attn", "image"), ("", None), generates=False)  # fmt: skip
-add("oneformer", "detector with text", {"cls": "OneFormerModel", "is_training": False, "task_seq_len": 9}, lambda f: {
-    "pixel_values": noise(2, 3, 64, 64), "task_inputs": words(0)["input_ids"] + f,
-}, (r"pixel_level|multihead_attn", "image"), ("", None), generates=False)  # fmt: skip
-add("vision-text-dual-encoder", "two encoders", lambda: _dual(), lambda f: words(f, right=True) | PIXELS,
-    (r"vision_model", "image"), ("", "text"), generates=False)  # fmt: skip
-add("clvp", "two encoders", {"cls": "ClvpModelForConditionalGeneration"},
-    lambda f: words(f, right=True) | {"input_features": noise(2, 80, 30)}, ("", None), generates=False)  # fmt: skip
+    add(
+        detector,
+        "detector with text",
+        {"cls": f"{cls}ForObjectDetection", "num_queries": 5},
+        lambda f: words(f, right=True) | {"pixel_values": noise(2, 3, 64, 64)},
+        (r"text_backbone", "text"),
+        (r"backbone", "image"),
+        ("encoder_attn_text|fusion_layer.attn#2|text_enhancer", "text"),
+        (r"fusion_layer.attn", "image"),
+        (r"encoder_attn$", "image"),
+        (r"decoder.layers.\d.self_attn", "image"),
+        ("", None),
+        generates=False,
+    )
+add(
+    "oneformer",
+    "detector with text",
+    {"cls": "OneFormerModel", "is_training": False, "task_seq_len": 9},
+    lambda f: {
+        "pixel_values": noise(2, 3, 64, 64),
+        "task_inputs": words(0)["input_ids"] + f,
+    },
+    (r"pixel_level|multihead_attn", "image"),
+    ("", None),
+    generates=False,
+)
+add(
+    "vision-text-dual-encoder",
+    "two encoders",
+    lambda: _dual(),
+    lambda f: words(f, right=True) | PIXELS,
+    (r"vision_model", "image"),
+    ("", "text"),
+    generates=False,
+)
 
 
 def _dual() -> nn.Module:
     import transformers as hf
 
-    vision = hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-                          image_size=16, patch_size=4)  # fmt: skip
-    text = hf.BertConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         intermediate_size=32)  # fmt: skip
-    return sharpened(hf.VisionTextDualEncoderModel(
-        hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
-    )).eval()  # fmt: skip
+    vision = hf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=4
+    )
+    text = hf.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+    )
+    return sharpened(
+        hf.VisionTextDualEncoderModel(
+            hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
+        )
+    ).eval()
 
 
 def _encoder_decoder(kind: str) -> nn.Module:
@@ -310,24 +514,50 @@ def _encoder_decoder(kind: str) -> nn.Module:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     if kind == "trocr":
         front = hf.ViTConfig(**size, image_size=16, patch_size=4)
-        back = hf.TrOCRConfig(vocab_size=200, d_model=32, decoder_layers=2, decoder_attention_heads=4,
-                              decoder_ffn_dim=32, cross_attention_hidden_size=32, pad_token_id=0)  # fmt: skip
+        back = hf.TrOCRConfig(
+            vocab_size=200,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=32,
+            cross_attention_hidden_size=32,
+            pad_token_id=0,
+        )
     else:
-        front = hf.DonutSwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
-        back = hf.MBartConfig(vocab_size=200, d_model=32, decoder_layers=2, decoder_attention_heads=4,
-                              decoder_ffn_dim=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=8,
-                              is_decoder=True, add_cross_attention=True, pad_token_id=0, forced_eos_token_id=None)  # fmt: skip
-    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(front, back, pad_token_id=0,
-                                                                        decoder_start_token_id=1)  # fmt: skip
+        front = hf.DonutSwinConfig(
+            image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+        )
+        back = hf.MBartConfig(
+            vocab_size=200,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=32,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=8,
+            is_decoder=True,
+            add_cross_attention=True,
+            pad_token_id=0,
+            forced_eos_token_id=None,
+        )
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        front, back, pad_token_id=0, decoder_start_token_id=1
+    )
     return sharpened(hf.VisionEncoderDecoderModel(config)).eval()
 
 
 for named, size in (("trocr", 16), ("donut", 32)):
-    cross(named, "image", lambda f, size=size: {"pixel_values": noise(2, 3, size, size)} | decoded(f),
-          partial(_encoder_decoder, named))  # fmt: skip
+    cross(
+        named,
+        "image",
+        lambda f, size=size: {"pixel_values": noise(2, 3, size, size)} | decoded(f),
+        partial(_encoder_decoder, named),
+    )
 
 
 # Families that other tests use, too.
+
 
 def _known(name: str) -> None:
     def inputs(form: int) -> dict[str, Any]:
@@ -341,6 +571,47 @@ def _known(name: str) -> None:
     FOUND[name] = Family("decoder, images or audio", lambda: vlms.family(name)[0], inputs)
 
 
-for name in ("llava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm", "qwen2_vl_first", "qwen2_vl",
-             "qwen3_vl", "blip2", "qwen2_audio", "llava_next", "mistral3", "kosmos2", "voxtral"):  # fmt: skip
+for name in (
+    "llava",
+    "internvl",
+    "gemma3",
+    "paligemma",
+    "idefics3",
+    "smolvlm",
+    "qwen2_vl_first",
+    "qwen2_vl",
+    "qwen3_vl",
+    "blip2",
+    "qwen2_audio",
+    "llava_next",
+    "mistral3",
+    "kosmos2",
+    "voxtral",
+):
     _known(name)
+
+NOT_BUILT = {
+    **dict.fromkeys(("gemma3n", "perception_lm", "fast_vlm", "omdet-turbo"), "needs timm"),
+    **dict.fromkeys(
+        (
+            "chameleon",
+            "emu3",
+            "llama4",
+            "ernie4_5_vl_moe",
+            "hunyuan_vl",
+            "evolla",
+            "kyutai_speech_to_text",
+            "csm",
+            "granite4_vision",
+            "nemotron_h_omni",
+            "tvp",
+            "clvp",
+            "vibevoice_asr",
+            "dia",
+            "pop2piano",
+            "moonshine_streaming",
+        ),
+        "not tried further",
+    ),
+}
+"""Families without a case -> why."""

@@ -78,9 +78,12 @@ class AttentionCall:
         return None if seen is None else seen.any(dim=-1).any(dim=1)
 
     def visible_keys(self) -> Bool[Tensor, "batch key"] | None:
-        """Returns the keys visible to at least one query; None without a mask."""
+        """Returns the keys visible to at least one query; None where no mask is known.
+
+        If the attention matrix is known and its mask is not, a key with weight 0 for all heads and queries is masked.
+        """
         if self.mask is None:
-            return None
+            return None if self.attention is None else (self.attention != 0).any(dim=2).any(dim=1)
         batch, _, _, keys = self.sizes
         seen = self.visible()
         return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)

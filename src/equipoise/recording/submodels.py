@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from typing import Any
@@ -38,8 +39,14 @@ def is_pretrained_model(model: nn.Module) -> list[nn.Module]:
 def modalities_of(root: nn.Module) -> tuple[str, ...]:
     """The names of what a model reads, text first."""
     found = set(placeholders(root.config).values())
-    for part in find_submodels(root):
-        found |= set(submodel_kinds(part))
+    declared = set(submodel_kinds(root))
+    for name, part in root.named_modules():
+        kinds = set(submodel_kinds(part)) if part is root or _is_pretrained(part) else set()
+        # A Q-Former made for images declares images, also where the whole model reads audio.
+        if len(declared) < 2 or not CONNECTOR.search(name):
+            found |= kinds
+    if decodes_text(root):
+        found.add("text")
     ordered = [name for name in ORDER if name in found]
     return (*ordered, *sorted(found - set(ORDER)))
 
@@ -49,6 +56,21 @@ def find_submodels(root: nn.Module) -> list[nn.Module]:
     from transformers import PreTrainedModel
 
     return [part for part in root.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _is_pretrained(part: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(part, PreTrainedModel)
+
+
+def decodes_text(root: nn.Module) -> bool:
+    """Whether it is an encoder-decoder whose decoder is given token ids of text, whatever its encoder reads."""
+    written = getattr(root, "output_modalities", None) or ("text",)
+    written = (written,) if isinstance(written, str) else tuple(written)
+    return "text" in written and _encoder(root) is not None and "decoder_input_ids" in inspect.signature(
+        type(root).forward
+    ).parameters  # fmt: skip
 
 
 def submodel_kinds(part: nn.Module) -> tuple[str, ...]:
@@ -104,6 +126,7 @@ class Submodels:
         self.placeholders = placeholders(root.config)
         self.encoder = _encoder(root)
         self._owners = _owners(root)
+        self._decodes_text = decodes_text(root)
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -122,7 +145,11 @@ class Submodels:
         """The modality of an encoder of one, or of what brings it to a language model; None where several may meet."""
         said = submodel_kinds(self.owner(module))
         if "text" not in said:
-            return next((name for name in self.modalities if name in said), said[0])
+            if self._decodes_text and self._in_decoder(module):
+                # The class of a decoder inherits what the whole model reads; it is given text.
+                return None
+            path = self.paths[id(module)]
+            return next((name for name in self.modalities if name in said), self._among_others(_spoken_of(path)))
         if not self.others:
             return "text"
         for name in self.paths[id(module)].split("."):
@@ -150,6 +177,12 @@ class Submodels:
             return False
         path, encoder = self.paths[id(module)], self.paths[id(self.encoder)]
         return path == encoder or path.startswith(f"{encoder}.")
+
+    def _in_decoder(self, module: nn.Module) -> bool:
+        decoder = self.root.get_decoder()  # type: ignore[operator]
+        path = self.paths.get(id(decoder))
+        holds_encoder = decoder is self.root or any(part is self.encoder for part in decoder.modules())
+        return bool(path) and not holds_encoder and f"{self.paths[id(module)]}.".startswith(f"{path}.")
 
     def source(self) -> str:
         """What cross-attention reads, where nothing else is known."""

@@ -169,6 +169,8 @@ class TokenMap:
         labels = known.keys.to(origin.device)
         if labels.shape[-1] != origin.shape[-1] or (labels.ndim == 2 and len(labels) not in (1, len(origin))):
             return False
+        if known.constant is not None and not set(self.origins.names_in(keys)) <= {*self.names, MANY, READ}:
+            return False
         both = (origin != SPECIAL) & (labels != SPECIAL)
         if known.constant is None:
             # A placeholder that the model does not replace is a word by origin, and an image by the configuration.
@@ -186,6 +188,10 @@ class TokenMap:
     def _traced(self, call: AttentionCall, labels: Tensor, found: list[str]) -> LabeledKeys:
         """Labels by the origin of keys and queries."""
         rows = self.origins.queries(call)
+        keys = self.origins.keys(call)
+        if rows is not None and keys is not None and torch.equal(rows, keys):
+            # Self-attention: a key that is masked for all queries is padding, and so is the query at its position.
+            call = replace(call, reads_itself=True)
         known: dict[str, Any] = {} if rows is None else {"queries": self._numbers(rows)}
         if rows is not None and rows.shape[1] == self._main.rows and self._main.labels is not None:
             own = self._main.labels[:, -rows.shape[1] :].to(rows.device)
@@ -273,7 +279,7 @@ class TokenMap:
 
     def _known(self, call: AttentionCall, keys: Tensor, stream: TokenStream, rows: int, **known: Any) -> LabeledKeys:
         batch = call.sizes[0]
-        if rows == stream.rows and stream.labels is not None:
+        if rows == stream.rows and stream.labels is not None and len(stream.labels) in (1, batch):
             known["queries"] = stream.labels[:, -rows:].expand(batch, -1)
             known |= {key: value for key in ("valid", "answer")
                       if (value := getattr(stream, key)) is not None and value.shape == (batch, rows)}  # fmt: skip
