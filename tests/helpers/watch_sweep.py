@@ -65,8 +65,8 @@ def check_family(family: Family, form: int) -> Outcome:
 
 
 def _compare(family: Family, inputs: dict, seen: Any, written: dict[str, list[Tensor]], outcome: Outcome) -> None:
-    everything = [*seen.sites, *(site for site in seen.towers if site not in seen.sites)]
-    outcome.joint = any(site not in seen.towers for site in seen.sites)
+    everything = [*seen.layers, *(site for site in seen.unimodal_layers if site not in seen.layers)]
+    outcome.joint = any(site not in seen.unimodal_layers for site in seen.layers)
     outcome.refused |= {site: why for site, why in seen.missing.items() if site not in everything}
     for site in everything:
         name, _, number = site.partition("#")
@@ -110,7 +110,7 @@ def _check_generate(family: Family, model: nn.Module, eager: nn.Module, inputs: 
     with EagerAttention(eager) as written:
         eager.generate(**given, **options)
     compared = 0
-    for site in seen.sites if seen.complete else ():
+    for site in seen.layers if seen.complete else ():
         spec = rule(family, site)
         steps = written.found.get(site, [])
         if spec != IDS or len(steps) != 3:
