@@ -28,9 +28,9 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
     picture, or tokens that end its lines, fit neither: they stand in one line, in the order in which the model reads.
 
     Example:
-        >>> grid_of(9, {}, None)[:3], grid_of(7, {}, None)[:3]
+        >>> patch_grid(9, {}, None)[:3], patch_grid(7, {}, None)[:3]
         ((3, 3, True), (1, 7, False))
-        >>> grid_of(6, {"image_grid_thw": [[1, 4, 6]]}, None)[:3]
+        >>> patch_grid(6, {"image_grid_thw": [[1, 4, 6]]}, None)[:3]
         (2, 3, True)
     """
     if kind == "audio":
@@ -59,7 +59,7 @@ def frame_index(processor: Any, size: tuple[int, int]) -> tuple[float, float, fl
     Example:
         >>> from types import SimpleNamespace as Part
         >>> cut = Part(do_center_crop=True, size={"shortest_edge": 6}, crop_size={"height": 6, "width": 6})
-        >>> frame_of(Part(image_processor=cut), (20, 10))
+        >>> frame_index(Part(image_processor=cut), (20, 10))
         (0.25, 0.0, 0.75, 1.0)
     """
     part = getattr(processor, "image_processor", None)

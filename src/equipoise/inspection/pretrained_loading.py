@@ -50,7 +50,7 @@ def load_pretrained(
     Weights are read as safetensors only, and code from the hub is never run.
 
     Example:
-        >>> load_any("nowhere/nothing-here", dtype="float3")  # doctest: +ELLIPSIS
+        >>> load_pretrained("nowhere/nothing-here", dtype="float3")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         equipoise.errors.ConfigError: look dtype: expected auto, float32, bfloat16 or float16, got 'float3'.
     """

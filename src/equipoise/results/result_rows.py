@@ -63,7 +63,7 @@ def describe_environment() -> dict[str, Any]:
     """What the figures were computed with: versions and threads, nothing that tells whose computer it was.
 
     Example:
-        >>> sorted(environment())
+        >>> sorted(describe_environment())
         ['accelerator', 'cpus', 'equipoise', 'numpy', 'platform', 'python', 'threads', 'torch']
     """
     # The version is read from the loaded package, since installed metadata may belong to another copy; the platform
@@ -85,7 +85,7 @@ def merge_results(runs: Iterable[RunResult], *more: Iterable[RunResult]) -> list
 
     Example:
         >>> old = {"method": "joint", "seed": 0, "fold": "A", "metrics": {"accuracy": 0.5}}
-        >>> [run["metrics"]["accuracy"] for run in merge([old], [old | {"metrics": {"accuracy": 0.6}}])]
+        >>> [run["metrics"]["accuracy"] for run in merge_results([old], [old | {"metrics": {"accuracy": 0.6}}])]
         [0.6]
     """
     kept: dict[tuple, RunResult] = {}
@@ -115,7 +115,7 @@ def build_results(
 
     Example:
         >>> runs = [{"method": "joint", "seed": s, "fold": None, "metrics": {"accuracy": 0.5}} for s in (1, 0)]
-        >>> [run["seed"] for run in results(runs, {"data": "digits"})["runs"]]
+        >>> [run["seed"] for run in build_results(runs, {"data": "digits"})["runs"]]
         [0, 1]
     """
     order = list(dict.fromkeys([*(protocol.get("methods") or ()), *(run["method"] for run in runs)]))
@@ -159,7 +159,7 @@ def summarize_runs(
     Example:
         >>> runs = [{"method": m, "seed": s, "fold": None, "metrics": {"accuracy": a}}
         ...         for m, s, a in [("joint", 0, 0.5), ("joint", 1, 0.6), ("joint+x", 0, 0.6), ("joint+x", 1, 0.8)]]
-        >>> row = summarize(runs)[1]
+        >>> row = summarize_runs(runs)[1]
         >>> row["reference"], round(row["difference"], 2), round(row["p"], 3)
         ('joint', 0.15, 0.205)
     """

@@ -75,7 +75,7 @@ def misspell(ids: Int[Tensor, "batch length"], slips: float, draw: CounterRNG) -
 
     Example:
         >>> word = letter_ids(["seven"])
-        >>> torch.equal(misspelled(word, 0.0, Draw(0, 0, torch.tensor([0]))), word)
+        >>> torch.equal(misspell(word, 0.0, CounterRNG(0, 0, torch.tensor([0]))), word)
         True
     """
     length = ids.shape[1]

@@ -31,7 +31,7 @@ def photo_patches(count: int, side: int) -> Float[Tensor, "count side side"]:
         side: in pixels.
 
     Example:
-        >>> patches(2, 8).shape
+        >>> photo_patches(2, 8).shape
         torch.Size([2, 8, 8])
     """
     from sklearn.datasets import load_sample_images
@@ -53,7 +53,7 @@ def synthetic_sounds(count: int) -> Float[Tensor, "count 5120"]:
         count: how many; the first ones of a larger count are the same.
 
     Example:
-        >>> sounds(3).shape
+        >>> synthetic_sounds(3).shape
         torch.Size([3, 5120])
     """
     draw, seconds = _draw(count), SAMPLES / RATE

@@ -81,7 +81,7 @@ def plain_question(words: str) -> tuple[Word, ...]:
     """Words that speak of no thing.
 
     Example:
-        >>> plain("is there")
+        >>> plain_question("is there")
         (('is', ()), ('there', ()))
     """
     return tuple((word, ()) for word in words.split())

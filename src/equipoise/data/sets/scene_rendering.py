@@ -124,7 +124,7 @@ def render_scene(
         The picture, and the position in ``things`` of what covers at least half of the pixel, -1 where nothing does.
 
     Example:
-        >>> picture, owner = drawn([Thing("red", "square", x=2, y=2, side=4)], 8)
+        >>> picture, owner = render_scene([SceneObject("red", "square", x=2, y=2, side=4)], 8)
         >>> picture[:, 4, 4].tolist(), int(owner[4, 4]), int(owner[0, 0])
         ([214, 44, 44], 0, -1)
     """

@@ -192,8 +192,8 @@ def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
     """The ids of a text and its labels, both padded to ``LONGEST``; a caption has to find its end too.
 
     Example:
-        >>> asked = Asked((), (("what", ()), ("is", ()), ("red", (0,))), (("car", (0,)),))
-        >>> [WORDS[number] for number in written(asked, "object")[0][:6]]
+        >>> asked = Question((), (("what", ()), ("is", ()), ("red", (0,))), (("car", (0,)),))
+        >>> [WORDS[number] for number in format_samples(asked, "object")[0][:6]]
         ['<image>', 'what', 'is', 'red', 'car', '<pad>']
     """
     question = [IDS[IMAGE], *(IDS[word] for word, _ in asked.question)]

@@ -24,7 +24,7 @@ def encode_text(text: str) -> list[int]:
         ConfigError: no word at all, or one that the scenes do not have; the closest is given.
 
     Example:
-        >>> [WORDS[number] for number in encoded("The red car is parked.")]
+        >>> [WORDS[number] for number in encode_text("The red car is parked.")]
         ['the', 'red', 'car', 'is', 'parked']
     """
     words = text.lower().replace("?", " ").replace(".", " ").split()
@@ -40,7 +40,7 @@ def decode_text(ids: Iterable[int]) -> str:
     """The text of ids, up to the end; padding and the picture's place are left out.
 
     Example:
-        >>> decoded([IDS["a"], IDS["car"], IDS[END], IDS["red"]])
+        >>> decode_text([IDS["a"], IDS["car"], IDS[END], IDS["red"]])
         'a car'
     """
     words = []

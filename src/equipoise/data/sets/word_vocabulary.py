@@ -27,7 +27,7 @@ class WordVocabulary:
         ConfigError: a length below 1, or captions without any word.
 
     Example:
-        >>> words = Words(["red heart", "blue book"], length=5)
+        >>> words = WordVocabulary(["red heart", "blue book"], length=5)
         >>> words.encode(["Red book!"])
         tensor([[4, 2, 0, 0, 0]])
         >>> words.unseen("two red hearts")
@@ -90,7 +90,7 @@ def pad_sequences(rows: Sequence[Sequence[int]], length: int) -> Int[Tensor, "ro
     """Rows of numbers, cut to a length and filled up with 0.
 
     Example:
-        >>> padded([[5, 7], [3, 4, 6, 8]], 3)
+        >>> pad_sequences([[5, 7], [3, 4, 6, 8]], 3)
         tensor([[5, 7, 0],
                 [3, 4, 6]])
     """
@@ -101,7 +101,7 @@ def split_words(text: str) -> list[str]:
     """The words of a text in lower case, without signs.
 
     Example:
-        >>> split("Kiss: WOMAN, man")
+        >>> split_words("Kiss: WOMAN, man")
         ['kiss', 'woman', 'man']
     """
     return re.findall(r"\w+", text.casefold())
