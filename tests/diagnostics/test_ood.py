@@ -176,7 +176,7 @@ def test_what_is_no_answer(confidence):
     for bad in (math.nan, math.inf):
         values = torch.zeros(5, 3)
         values[2, 1] = values[4, 0] = bad
-        with pytest.raises(NonFiniteError, match=rf"{name}: .* for 2 of 5 samples, the first is number 2\. Look for"):
+        with pytest.raises(NonFiniteError, match=rf"{name}: .* for 2 of 5 samples, the first is number 2\. Check the"):
             confidence(values)
     with pytest.raises(NonFiniteError, match=f"{name}: expected finite logits"):
         confidence(torch.full((1, 3), -math.inf))

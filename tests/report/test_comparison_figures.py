@@ -130,7 +130,7 @@ def test_keys_are_drawn_with_the_noise_that_moved_them():
     }
     readings = read([attending("joint", 0, "audio") | {"keys": {"after": state}}])
     assert readings.replaced("joint", "after") == "image"
-    assert "image as noise" in texts(comparison_figures.key_cosines(readings, "joint", "after"))
+    assert "image replaced by noise" in texts(comparison_figures.key_cosines(readings, "joint", "after"))
     state["noise"]["audio"] = part([2, 2])
     assert readings.replaced("joint", "after") == "audio"
     state["noise"]["audio"] = part([1, 3])

@@ -144,7 +144,7 @@ def test_names_of_the_user_stay_text(evil):
 def test_little_makes_a_page():
     bare = Diagnosis("bare", ("a", "b"), None, 0, {})
     text = page(bare)
-    assert "<h1>bare, examined</h1>" in text
+    assert "<h1>Diagnosis of bare</h1>" in text
     assert "No test led to a finding" in text
     nothing = dataclasses.replace(bare, details={test: {} for test in TESTS}, metrics={"accuracy": float("nan")})
     text = page(nothing, bare)

@@ -68,11 +68,11 @@ def test_the_sentence_has_the_figures_of_the_look(seen, content):
 @pytest.mark.parametrize(
     ("effects", "said"),
     [
-        ([{"change": "blank image", "log_likelihood": -2.0, "difference": -0.5}], "With a blank image instead, the"),
-        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "is as likely as before"),
-        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.25}], "rises by 0.25 a token"),
-        ([{"change": "image hidden", "log_likelihood": None, "difference": None}], "would give."),
-        ([], "would give."),
+        ([{"change": "blank image", "log_likelihood": -2.0, "difference": -0.5}], "With a blank image, the"),
+        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "the likelihood of the answer does not change"),
+        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.25}], "increases by 0.25 per token"),
+        ([{"change": "image hidden", "log_likelihood": None, "difference": None}], "tokens)."),
+        ([], "tokens)."),
     ],
 )  # fmt: skip
 def test_the_sentence_says_what_the_answer_loses(content, effects, said):

@@ -172,7 +172,7 @@ def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
 def test_unimodal_baseline():
     worse = said(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["unimodal_baseline"]
     assert (worse.claim, worse.ok) == ("is worse than its best unimodal baseline", "bad")
-    assert "60.0 % against 70.0 % of image alone (its own head, a floor" in worse.text
+    assert "60.0 % compared with 70.0 % of image alone (unimodal head, a lower bound" in worse.text
     models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})[
         "unimodal_baseline"
     ]
@@ -241,7 +241,7 @@ def test_the_order_of_modalities_changes_no_judgement(order, left):
 def test_nothing_measured_nothing_said():
     assert verdicts(content()) == []
     assert verdicts(content(accuracy=None, accuracy_mask__audio=None)) == []
-    assert headline("mine", []) == "mine, examined"
+    assert headline("mine", []) == "Diagnosis of mine"
     assert headline("mine", [Verdict("use", "ignores audio", "")]) == "mine ignores audio"
 
 

@@ -84,7 +84,7 @@ class Intervention:
         elif self.met:
             got, fix = "none", "Check that the batch contains the modality and that tokens of a modality are queries."
         elif self._unknown:
-            got, fix = _first(self._unknown), "Give one label for every key: modality=labels, names=names."
+            got, fix = _first(self._unknown), "Give one label for each key: modality=labels, names=names."
         elif self._towers:
             got, fix = (
                 "unimodal encoders only",

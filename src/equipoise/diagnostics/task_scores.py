@@ -94,7 +94,7 @@ def check_answers(logits: Float[Tensor, "sample ..."], who: str) -> None:
             who,
             expected="logits without NaN",
             got=f"NaN for {len(bad)} of {len(logits)} samples, the first is number {bad[0]}",
-            fix="Look for NaN in that sample's input, then in the model's weights.",
+            fix="Check the input of that sample and the weights of the model for NaN.",
         )
 
 

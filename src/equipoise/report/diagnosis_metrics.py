@@ -9,9 +9,13 @@ from .text_format import MINUS, SCORES, format_delta, format_p, format_value, me
 KINDS: dict[str, tuple[str, str, str]] = {
     "changed_noise": ("noise", "Changed predictions, {} replaced by noise", "part"),
     "noise_attention_r": ("response", "Attention–noise correlation r", "number"),
-    "noise_attention_r_own": ("response", "r with noise of the mean and standard deviation of each sample", "number"),
-    "noise_attention_r_same": ("response", "r with attention to the replaced modality", "number"),
-    "noise_attention_p": ("response", "p-value of r", "p"),
+    "noise_attention_r_own": ("response", "Attention–noise correlation r with per-sample noise", "number"),
+    "noise_attention_r_same": (
+        "response",
+        "Attention–noise correlation r with attention to the replaced modality",
+        "number",
+    ),
+    "noise_attention_p": ("response", "Attention–noise correlation, p-value", "p"),
     "area": ("corruption", "Mean score over the noise levels in {}", "score"),
     "shapley": ("shapley", "Shapley value of {}", "effect"),
     "quag": ("quag", "Attention averaged, {}", "score"),
