@@ -46,10 +46,10 @@ class Intervention:
         """layer -> reason why at least some of its calls could not be changed."""
         return self._unable | self._unknown
 
-    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
         # Unimodal encoders are not changed: they have no attention to another modality.
         if known.unimodal:
             self._towers = True
@@ -60,14 +60,14 @@ class Intervention:
         with torch._C.DisableTorchFunction():
             output = self._change.output(call, known)
         if isinstance(output, str):
-            self._unable.setdefault(site, output)
+            self._unable.setdefault(layer, output)
             return None
         if output is not None:
-            self._changed[site] = None
+            self._changed[layer] = None
         return output
 
-    def on_missing(self, site: str, reason: str) -> None:
-        self._unknown.setdefault(site, reason)
+    def on_missing(self, layer: str, reason: str) -> None:
+        self._unknown.setdefault(layer, reason)
 
     def check(self, names: Sequence[str]) -> None:
         self._change.check(names, self.who)

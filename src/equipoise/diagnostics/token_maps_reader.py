@@ -69,28 +69,28 @@ class MapReader:
         """Called after the forward pass of a batch."""
         self._done += batch
 
-    def on_attention(self, site: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         if known.unimodal:
             return None
         self.names = self.names or known.names
         if known.queries is None:
-            return self.on_missing(site, UNKNOWN)
+            return self.on_missing(layer, UNKNOWN)
         few = _few(call, self.left(call.sizes[0]))
         queries, keys = _labels(few, known)
         if not bool((queries != SPECIAL).any()):
-            return self.on_missing(site, CLASS_ALONE)
+            return self.on_missing(layer, CLASS_ALONE)
         attention = torch.cat([part.double() for part in explicit_attention(few)], dim=2).mean(dim=1).cpu()
-        kept = self._sites.setdefault(site, {})
+        kept = self._sites.setdefault(layer, {})
         for number in range(len(attention)):
             kept[self._done + number] = blocks_of(attention[number], queries[number], keys[number])
         if not any(kept.values()):
-            self.on_missing(site, OWN_ALONE)
+            self.on_missing(layer, OWN_ALONE)
 
-    def replace_output(self, site: str, call: AttentionCall, known: LabeledKeys) -> None:
+    def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> None:
         return None
 
-    def on_missing(self, site: str, reason: str) -> None:
-        self.reasons.setdefault(site, reason)
+    def on_missing(self, layer: str, reason: str) -> None:
+        self.reasons.setdefault(layer, reason)
 
     def nothing(self) -> str:
         """The reason why there is no layer with maps."""

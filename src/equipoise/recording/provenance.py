@@ -166,7 +166,7 @@ class Provenance:
             keywords = {k: _coded(v, book) if k in ("source", "src", "other", "values") else v
                         for k, v in kwargs.items() if k != "value" and k != "out"}  # fmt: skip
             if name in ("masked_fill", "masked_fill_", "index_fill", "tril", "triu"):
-                book[outputs[0]] = given[0]
+                book[outputs[0]] = given[0]  # pyright: ignore[reportGeneralTypeIssues]
                 continue
             if in_place:
                 if (base := args[0]._base) is not None and base in book:

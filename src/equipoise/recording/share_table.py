@@ -86,7 +86,7 @@ def to_pandas(rows: Sequence[dict[str, Any]], who: str) -> Any:
         ConfigError: pandas is not installed.
     """
     try:
-        import pandas
+        import pandas  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"{who}.to_pandas", expected="pandas", got="no such package", fix="Install it: pip install pandas."
