@@ -132,7 +132,7 @@ def test_several_runs_side_by_side(seed0, tmp_path, capsys):
     assert [one["method"] for one in result_rows.load_results(tmp_path)["runs"]] == ["joint", "concat", "audio"]
     for name in ("joint", "concat", "audio"):
         assert Diagnosis.load(tmp_path / name).name == name
-    assert "joint, concat and audio, side by side" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Comparison of joint, concat and audio" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_same_again(seed0, joint, tmp_path):

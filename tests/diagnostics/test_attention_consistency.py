@@ -317,11 +317,11 @@ def test_ideals_of_unequal_numbers():
 REASONS = {
     "a class token alone": (
         lambda: eq.fusion.JointAttention(DIM),
-        r"in 'fusion\.attention' no token of a modality reads",
+        r"in 'fusion\.attention' all queries are special tokens",
     ),
     "bottlenecks": (
         lambda: eq.fusion.MBT(DIM),
-        r"'fusion\.blocks\.audio\.0\.attention' tokens read their own modality",
+        r"'fusion\.blocks\.audio\.0\.attention' tokens attend only to their own modality",
     ),
     "streams": (lambda: eq.fusion.MMML(DIM), "the modality of the queries is unknown"),
     "hidden": (lambda: eq.fusion.MulT(DIM), "got no attention over tokens of known modalities"),
@@ -334,7 +334,7 @@ def test_why_there_are_no_maps(case):
     fusion, reason = REASONS[case]
     with pytest.raises(
         ConfigError,
-        match=f"expected a layer with attention between the tokens of all modalities .*{reason}.*source='tokens'",
+        match=f"expected a layer with attention between the tokens of all modalities.*{reason}.*compare the tokens of the encoders",
     ):
         eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)])
     assert eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)], source="tokens").layers[0].samples == 5
@@ -423,11 +423,11 @@ def test_the_page_draws_the_maps_and_says_the_worst(swapped):
     assert shown.count("<svg") == 2
     way = ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'noise'")
     assert f"{' → '.join(way)} (100\N{NO-BREAK SPACE}%)".replace("'", "&#39;") in shown
-    assert "hold 73\N{NO-BREAK SPACE}% of the sum; maps that agree have 100\N{NO-BREAK SPACE}% there" in shown
+    assert "are 73\N{NO-BREAK SPACE}% of the sum; 100\N{NO-BREAK SPACE}% for consistent maps" in shown
     # A cell for each 1 of the nine blocks, and each of them a path.
     assert len(re.findall(r"<path[^>]*clip-path[^>]*fill: var\(--fig-(?:accent|grid)", shown)) >= 27
     well = diagnosis_page([diagnose(planted(), [concepts()], tests=["consistency"]).to_dict()])
-    assert "Every way round leads back to where it began." in well
+    assert "All cycles are consistent." in well
 
 
 @pytest.mark.parametrize("evil", EVIL)

@@ -280,7 +280,7 @@ def test_a_model_that_is_not_ours():
     found = diagnose(made, batches())
     assert found.metrics["changed_noise/image"] == 0.0
     assert found.name == "foreign"
-    assert found.skipped["masking"] == "Foreign is no FusionModel: it has no encoders, encode, fuse, loss"
+    assert found.skipped["masking"] == "Foreign is not a FusionModel: it has no encoders, encode, fuse, loss"
     assert {verdict.key: verdict.claim for verdict in found.verdicts}["use/image"] == "ignores image"
 
 
@@ -326,7 +326,7 @@ ERRORS = {
     "an unknown test": (
         {"tests": ["maskin"]}, ConfigError, r"diagnose: expected a known test, got 'maskin'\. Did you mean 'masking'",
     ),
-    "a test that is no list": ({"tests": "noise"}, ConfigError, r"a list of tests, got 'noise'\. Give \['noise'"),
+    "a test that is no list": ({"tests": "noise"}, ConfigError, r"a list of tests, got 'noise'\. Pass \['noise'"),
     "an unknown modality": ({"modality": "imag"}, ConfigError, r"diagnose: expected a known modality, got 'imag'"),
     "noise of another": ({"noise": {"text": (0.0, 1.0)}}, ConfigError, r"diagnose noise: .* got 'text'"),
     "another alone": ({"alone": {"text": 0.5}}, ConfigError, r"diagnose alone: expected a known modality, got 'text'"),
@@ -342,7 +342,7 @@ def test_wrong_options(what):
 
 def test_what_cannot_be_diagnosed():
     made, loader = model(dtype=torch.float32), batches()
-    with pytest.raises(ConfigError, match=r"gone through many times: .*, got a list_iterator\. Give list\(loader\)"):
+    with pytest.raises(ConfigError, match=r"iterated several times: .*, got a list_iterator\. Pass list\(loader\)"):
         diagnose(made, iter(loader))
     with pytest.raises(ConfigError, match="got a int"):
         diagnose(made, 3)

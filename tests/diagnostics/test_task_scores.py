@@ -96,7 +96,7 @@ def test_errors():
     with pytest.raises(ShapeError, match=r"who: expected a target for each of 3 samples, got 0\. Give every batch"):
         score_name(made, logits, torch.zeros(0), "who")
     logits[1, 1] = math.nan
-    message = r"who: expected logits that are numbers, got NaN for 1 of 3 samples, the first is number 1\. Look for"
+    message = r"who: expected logits without NaN, got NaN for 1 of 3 samples, the first is number 1\. Check the input"
     with pytest.raises(NonFiniteError, match=message):
         score_name(made, logits, torch.tensor([0, 0, 1]), "who")
     check_answers(torch.tensor([[0.0, -math.inf]]), "who")
