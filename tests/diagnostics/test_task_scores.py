@@ -91,7 +91,7 @@ def test_equal_logits_count_as_a_draw_among_them():
 def test_errors():
     made, logits = model(), torch.tensor([[1.0, 0.0]] * 3)
     assert score_name(made, logits, torch.tensor([0, 0, 1]), "who") == pytest.approx(2 / 3)
-    with pytest.raises(ConfigError, match=r"who: expected a model whose task is classification, .* task = None\. Set"):
+    with pytest.raises(ConfigError, match=r"who: expected a model with task = classification, .* task = None\. Set"):
         score_name(torch.nn.Linear(2, 3), logits, torch.zeros(3), "who")
     with pytest.raises(ShapeError, match=r"who: expected a target for each of 3 samples, got 0\. Give every batch"):
         score_name(made, logits, torch.zeros(0), "who")
