@@ -16,7 +16,7 @@ RULES = {
     r"\b(optim|normal|standard|summar|minim|maxim|initial|regular|synchron|orthogonal|general|recogn)is(?!m)\w+": (
         "use American spelling (-ize)"
     ),
-    r"\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
+    r"(?<!aria-)\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
     r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving ground|dice)\b": "no metaphors",
     r"\bvot(e|es|ing)\b(?! of)": "heads do not vote: logits are added (ensemble)",
     r"\b(nobody|somebody|everybody|anybody)\b": "name the object: module, user, process",

@@ -47,7 +47,7 @@ def fused(fusion, names=THREE):
     return eq.FusionModel({name: nn.Linear(FEATURES[name], DIM) for name in names}, fusion, OUTPUTS).double()
 
 
-# Maps as they are planted -> score of spec 6.2, cycle error.
+# Maps as they are planted -> consistency score, cycle error.
 PLANTED = {
     "all agree": ((EYE, EYE, EYE), 1.0, 0.0),
     "other permutations that agree": ((SWAP, SWAP @ ROUND, ROUND), 1.0, 0.0),

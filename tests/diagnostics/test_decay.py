@@ -74,7 +74,7 @@ def test_alignment_against_loops(count):
     hidden = [layer.masked_fill(~mask[..., None], math.nan) for layer in layers]
     found = alignment_error(hidden, labels, count, mask)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True, **EXACT)
-    # A modality that nobody has adds no pair.
+    # A modality without samples adds no pair.
     torch.testing.assert_close(alignment_error(hidden, labels, count + 1, mask), found, equal_nan=True, **EXACT)
 
 

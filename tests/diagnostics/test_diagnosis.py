@@ -258,7 +258,7 @@ def test_without_targets_attention_is_still_looked_at():
 
 
 class Foreign(nn.Module):
-    """Somebody's model: names, Output, and nothing else."""
+    """A model with names and Output only."""
 
     names = NAMES[2]
 

@@ -27,7 +27,7 @@ def length(gradients):
 
 
 def slow_norms(made, batches):
-    """name -> (parameters, outputs) by backward on a copy in evaluation mode; NaN for a modality that nobody has."""
+    """name -> (parameters, outputs) by backward on a copy in evaluation mode; NaN for a modality without samples."""
     found = {name: [] for name in made.names}
     for inputs in batches:
         twin = copy.deepcopy(made).eval()

@@ -119,7 +119,7 @@ def test_one_modality_and_batches_that_lack_one(semantics):
     alone, inputs = model(("audio",)).eval(), batch(("audio",))
     tokens = alone.encode(inputs)["audio"].values
     left = {"mask": tokens[:, :0], "zero": torch.zeros_like(tokens)}[semantics]
-    # One answer for everybody, from the class token and biases alone.
+    # The same prediction for all samples, from the class token and biases alone.
     logits = alone.fuse({"audio": eq.Tokens(left)}).logits.tolist()
     assert logits[0] == pytest.approx(logits[4])
     expected = slow_score(logits, inputs["target"].tolist(), "classification")

@@ -110,9 +110,9 @@ def test_spread_by_hand():
     assert float(found.spread[0]) == 0.0
     assert found.per_head.tolist() == [[pytest.approx(0.3)], [pytest.approx(0.3)]]
     assert share_spread(against[:1]).per_head.tolist() == [[0.0], [0.0]]
-    nobody = share_spread(torch.tensor([[[0.5, math.nan]], [[0.25, math.nan]]]))
-    assert nobody.samples.tolist() == [2, 0]
-    assert nobody.spread.isnan().tolist() == [False, True]
+    absent = share_spread(torch.tensor([[[0.5, math.nan]], [[0.25, math.nan]]]))
+    assert absent.samples.tolist() == [2, 0]
+    assert absent.spread.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -56,7 +56,7 @@ def answer_effects(
     Unlike an attention share, a drop is evidence of use. There is no drop if the answer is likely from the text alone;
     hiding text also hides the beginning of the answer.
 
-    Reference: spec 8.5 and 8.6.
+    Reference: RollingQ (ICML 2025), Tables 8 and 9.
     """
     known = tuple(labels_for(model, modality, names)[0].names)
     interventions: list[tuple[str, str, Intervention]] = [

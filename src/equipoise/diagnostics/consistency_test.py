@@ -155,7 +155,6 @@ def attention_consistency(
     error measures inconsistency. Soft maps hide inconsistencies, and maps with unequal numbers of tokens cannot reach 1.
     The mean matrix is taken by position: if positions have a different meaning in each sample, it is uniform.
 
-    Reference: spec 6.
     """
     if source not in ("attention", "tokens") or min(samples, parts, worst + 1) < 1 or temperature <= 0:
         raise ConfigError(

@@ -141,7 +141,7 @@ def quag_output(
     Raises:
         ConfigError: a quadrant without a column.
 
-    Reference: spec 8.6.
+    Reference: RollingQ (ICML 2025), Table 9.
     Differs from the released code in: no matrix; the efficient variant of that code, a mean token with log n added to its logit,
     is not equivalent.
     """
