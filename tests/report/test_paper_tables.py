@@ -109,7 +109,7 @@ def test_quag_is_asked_of_two_layers(script, runs):
 
 
 def gen(logits):
-    """FPR95 computed with a loop over samples."""
+    """Negative generalized entropy, computed with a loop over samples."""
     rows = logits.double().softmax(dim=1).tolist()
     return torch.tensor([-sum((p * (1 - p)) ** 0.1 for p in row) for row in rows], dtype=torch.float64)
 
