@@ -44,7 +44,7 @@ everywhere = pytest.mark.parametrize(
 
 ADDS = {
     "AMCo": "a linear map behind the head",
-    "Consistency": "the concepts",
+    "ConsistencyBalancer": "the concepts",
     "Greedy": "the gates between modalities",
     "MLA": "a head that modalities share",
     "MMCosine": "class vectors in place of a linear head",

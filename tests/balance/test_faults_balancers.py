@@ -38,7 +38,7 @@ def test_losses_that_are_added_up_before_backward_are_refused():
     made = static()
     balancing = eq.BalancerList(made, [eq.balance.ModalityDropout(made)])
     losses = [balancing.loss(made(batch(seed=seed)), batch(seed=seed)["target"]) for seed in range(2)]
-    with pytest.raises(EquipoiseError, match=r"a backward pass for each batch .* losses of several batches .*same"):
+    with pytest.raises(EquipoiseError, match=r"a backward pass for each batch .*losses of several batches"):
         sum(losses).backward()
 
 

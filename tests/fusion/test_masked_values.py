@@ -114,7 +114,7 @@ class TestModel:
     @pytest.mark.parametrize("tokens", [False, True])
     def test_additive_masks_are_refused(self, mask, got, tokens):
         mask = mask[:, None].expand(-1, LENGTHS["audio"]) if tokens else mask
-        with pytest.raises(ShapeError, match=rf"mask of 'audio': expected .* all 0 and 1, .*got {got}\. True = takes"):
+        with pytest.raises(ShapeError, match=rf"mask of 'audio': expected .* all 0 and 1, .*got {got}\. True = valid"):
             self.model()({**self.batch(), "mask": {"audio": mask}})
 
     def test_whole_numbers_of_zero_say_that_nothing_is_there(self):
