@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from equipoise.cli import run, search_command
+from equipoise.cli import run
 from equipoise.data import load_dataset
 from equipoise.evaluation.search.embedding_cache import NAME
 from equipoise.evaluation.search.terminal_image import HALF
@@ -65,12 +65,12 @@ def test_a_folder_of_ones_own(folder, capsys, tmp_path):
 
 def test_what_was_never_seen_is_said(folder, capsys):
     assert run(["search", "--model", str(folder), "bluish heart", "--top", "2"]) == 0
-    assert "No caption of the training has “bluish”: read by its letters alone." in capsys.readouterr().out
+    assert "Not in the training captions: “bluish”." in capsys.readouterr().out
 
 
 def test_pictures_where_the_terminal_has_colors(folder, monkeypatch):
     console = Console(force_terminal=True, color_system="truecolor", width=60, legacy_windows=False)
-    monkeypatch.setattr(search_command, "out", console)
+    monkeypatch.setattr("equipoise.cli.console.out", console)
     with console.capture() as seen:
         assert run(["search", "--model", str(folder), "dog", "--top", "4"]) == 0
     said = seen.get()
@@ -103,7 +103,7 @@ def test_pictures_and_folders_that_are_none(folder, capsys, tmp_path):
     model = ("--model", folder)
     assert "expected an image, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
     Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
-    assert "got mode F, whose range is not known" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
+    assert "got mode F, of unknown range" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
     assert "which is not a folder" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
 
 

@@ -568,7 +568,7 @@ def test_wrong_values(words, said, tmp_path, capfd):
 
 def test_a_fault_of_the_program_is_told_as_one(capfd, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_TRACEBACK", raising=False)
-    monkeypatch.setattr(recipes, "names", lambda: 1 / 0)
+    monkeypatch.setattr(recipes, "recipe_names", lambda: 1 / 0)
     assert "a fault of the program itself: ZeroDivisionError" in told(capfd, "recipes", "ls")
     monkeypatch.setenv("EQUIPOISE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):

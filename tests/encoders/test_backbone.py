@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import equipoise as eq
-from equipoise.errors import ConfigError, ShapeError
+from equipoise.errors import ConfigError, MissingExtraError, ShapeError
 from helpers.tolerance import TOL
 
 SMALL = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
@@ -173,16 +173,16 @@ def test_errors(call, kind, message):
         (
             "transformers",
             lambda: eq.encoders.Backbone("folder"),
-            r"Backbone: expected transformers.*pip install 'equipoise\[hf\]'",
+            r"Backbone: expected the package 'transformers'.*pip install 'equipoise\[hf\]'",
         ),
         (
             "peft",
             lambda: eq.encoders.Backbone(bert(), lora=2),
-            r"Backbone: expected peft.*pip install 'equipoise\[lora\]'",
+            r"Backbone, lora: expected the package 'peft'.*pip install 'equipoise\[lora\]'",
         ),
     ],
 )
 def test_packages_that_are_not_installed(package, call, fix, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=fix):
+    with pytest.raises(MissingExtraError, match=fix):
         call()

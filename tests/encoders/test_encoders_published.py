@@ -11,7 +11,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.encoders.pretrained_weights import for_channels
 from equipoise.encoders.vit import interpolated
-from equipoise.errors import ConfigError, DataError, ShapeError
+from equipoise.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from equipoise.training import method_factory
 from helpers.tolerance import TOL
 from oracles.fusion import doubles, transformer
@@ -281,13 +281,13 @@ def test_weights_of_another_resnet(tmp_path):
 @pytest.mark.parametrize(
     ("call", "fix"),
     [
-        (vit, r"ViTEncoder: expected transformers, .*pip install 'equipoise\[hf\]'"),
-        (lambda: eq.encoders.ResNetEncoder(3), r"ResNetEncoder: expected transformers"),
+        (vit, r"ViTEncoder: expected the package 'transformers', .*pip install 'equipoise\[hf\]'"),
+        (lambda: eq.encoders.ResNetEncoder(3), r"ResNetEncoder: expected the package 'transformers'"),
     ],
 )
 def test_without_transformers(call, fix, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=fix):
+    with pytest.raises(MissingExtraError, match=fix):
         call()
 
 

@@ -190,7 +190,7 @@ def test_a_model_of_text_alone(tmp_path):
     assert (alone.target, alone.grid, alone.image, alone.names) == (None, None, None, ("text",))
     assert torch.allclose(alone.views["answer"].share, torch.ones(2, 4, 1), **TOL[torch.float32])
     assert [effect.change for effect in alone.effects if effect.change.startswith("blank")] == []
-    assert alone.report(tmp_path / "a.html").read_text().count("This model reads text alone") == 2
+    assert alone.report(tmp_path / "a.html").read_text().count("The input contains text only") == 1
 
 
 def hooks(model):

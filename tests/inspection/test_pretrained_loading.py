@@ -205,7 +205,7 @@ def test_missing_transformers_raises(monkeypatch, folder):
 
 
 def run(*arguments):
-    return command(look_parser(None).parse_args([str(argument) for argument in arguments]))
+    return command(look_parser().parse_args([str(argument) for argument in arguments]))
 
 
 def test_the_command_writes_numbers_and_page(folder, tmp_path, capsys):
@@ -241,7 +241,7 @@ def test_the_command_looks_at_the_picture_before_it_loads_a_model(tmp_path):
 
 def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "look.md").read_text(encoding="utf-8")
-    for heading in ("What the figures mean", "When they mislead", "What it can look at"):
+    for heading in ("What the results mean", "When the results mislead", "Supported models"):
         assert f"\n## {heading}\n" in text
     monkeypatch.chdir(tmp_path)
     shutil.copy(folder / "cat.png", tmp_path)
@@ -253,7 +253,7 @@ def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "look.html").is_file()
     assert re.search(r"mean +\d", capsys.readouterr().out)
     for option in re.findall(r"(--\w+)", text):
-        assert option in look_parser(None).format_help()
+        assert option in look_parser().format_help()
 
 
 def test_the_processor_of_the_test_is_saved_whole(folder):
