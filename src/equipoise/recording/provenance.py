@@ -166,10 +166,11 @@ class Provenance:
             keywords = {k: _coded(v, book) if k in ("source", "src", "other", "values") else v
                         for k, v in kwargs.items() if k != "value" and k != "out"}  # fmt: skip
             if name in ("masked_fill", "masked_fill_", "index_fill", "tril", "triu"):
-                book[outputs[0]] = given[0]  # pyright: ignore[reportGeneralTypeIssues]
+                book[outputs[0]] = given[0]
                 continue
             if in_place:
-                if (base := args[0]._base) is not None and base in book:
+                written: Any = args[0]  # pyright: ignore[reportGeneralTypeIssues]
+                if (base := written._base) is not None and base in book:
                     # Writing into a view changes the whole.
                     book[base] = _full(base, MIXED)
                 given[0] = given[0].clone(memory_format=torch.contiguous_format)
