@@ -225,7 +225,7 @@ def test_table_sorts_by_mouse_and_by_keyboard(opened, whole):
 @pytest.mark.browser
 def test_methods_without_a_figure_stay_below(opened, whole):
     view = opened(whole)
-    button = view.get_by_role("button", name="Attention–noise correlation r", exact=True)
+    button = view.locator("#figures thead button").filter(has_text="Attention–noise correlation r").first
     button.click()
     assert column(view, 1)[:2] == ["joint+rollingq", "joint"]
     button.click()
