@@ -55,3 +55,40 @@ def browser():
         chromium = driver.chromium.launch(executable_path=path, args=list(QUIET), timeout=1000 * DEADLOCK)
         yield chromium
         chromium.close()
+
+
+ACTION_SECONDS = 120
+"""Seconds after which an action on a page fails, for example a click on a button that does not exist."""
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens HTML files in new browser contexts; fails afterward on console messages, errors, dialogs and requests.
+
+    ``data_urls`` allows the page to load images that it holds as data URLs.
+    """
+    contexts, problems = [], []
+
+    def visit(path, *, width=1180, scheme="light", data_urls=False):
+        address = path.as_uri()
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        context.set_default_timeout(1000 * ACTION_SECONDS)
+        view = context.new_page()
+
+        def check_request(request):
+            allowed = request.url.split("#")[0] in (address, "data:,")
+            if not (allowed or (data_urls and request.url.startswith("data:"))):
+                problems.append(f"request: {request.url}")
+
+        view.on("console", lambda message: problems.append(f"console: {message.text}"))
+        view.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        view.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        view.on("request", check_request)
+        view.goto(address)
+        return view
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert problems == []

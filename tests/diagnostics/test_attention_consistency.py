@@ -29,7 +29,6 @@ from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
 from helpers.model_state import Broken, state
 from helpers.pages import CONTRAST, EVIL
 from helpers.tolerance import TOL
-from helpers.waiting import DEADLOCK
 from oracles import consistency as slow
 
 EXACT = TOL[torch.float64]
@@ -441,14 +440,11 @@ def test_names_of_tokens_stay_text(evil):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_picture_can_be_read_on_a_small_screen(swapped, browser, tmp_path, scheme):
+def test_the_picture_can_be_read_on_a_small_screen(swapped, open_page, tmp_path, scheme):
     long = {name: tuple(f"{word} without a place to break" * 3 for word in words) for name, words in TOKENS.items()}
     other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
     (tmp_path / "page.html").write_text(diagnosis_page([swapped.to_dict(), other.to_dict()]), encoding="utf-8")
-    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
-    context.set_default_timeout(1000 * DEADLOCK)
-    view = context.new_page()
-    view.goto((tmp_path / "page.html").as_uri())
+    view = open_page(tmp_path / "page.html", width=390, scheme=scheme)
     assert view.evaluate("document.documentElement.scrollWidth") <= 390
     shown = view.locator("#test-consistency")
     assert shown.locator("svg[role=img]").count() == shown.locator("figcaption").count() == 4
@@ -461,7 +457,6 @@ def test_the_picture_can_be_read_on_a_small_screen(swapped, browser, tmp_path, s
     )
     accent = {"light": "rgb(0, 112, 90)", "dark": "rgb(79, 207, 174)"}[scheme]
     assert fills.count(accent) == 18
-    context.close()
 
 
 def test_nothing_warns_and_even_maps_name_no_contradiction():

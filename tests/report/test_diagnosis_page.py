@@ -15,7 +15,6 @@ from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
 from equipoise.report.diagnosis_words import WORDS
 from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
 from helpers.pages import CONTRAST, EVIL
-from helpers.waiting import DEADLOCK
 
 LONG = "a-name-that-has-no-place-to-break-" * 3
 
@@ -166,28 +165,15 @@ def test_report_writes_a_file_or_into_a_folder(deep, static, tmp_path):
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page; afterward nothing may have complained or asked for anything else."""
-    contexts, troubles = [], []
+def opened(open_page, tmp_path):
+    """Writes the page of diagnoses and opens it."""
 
-    def visit(*found, width=1180, scheme="light"):
+    def visit(*diagnoses, **options):
         path = tmp_path / "page.html"
-        path.write_text(page(*found), encoding="utf-8")
-        address = path.as_uri()
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        context.set_default_timeout(1000 * DEADLOCK)
-        view = context.new_page()
-        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
-        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        view.on("request", lambda r: r.url.split("#")[0] in (address, "data:,") or troubles.append(f"request: {r.url}"))
-        view.goto(address)
-        return view
+        path.write_text(page(*diagnoses), encoding="utf-8")
+        return open_page(path, **options)
 
-    yield visit
-    for context in contexts:
-        context.close()
-    assert troubles == []
+    return visit
 
 
 @pytest.mark.browser

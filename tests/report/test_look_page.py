@@ -15,7 +15,6 @@ from equipoise.report.look_html import look_page, look_report
 from equipoise.report.look_sentences import MeanShares, percent, verdict
 from helpers.look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
 from helpers.pages import CONTRAST
-from helpers.waiting import DEADLOCK
 
 ASKED = f"{QUESTION} {EVIL} a cat"
 
@@ -122,27 +121,9 @@ def test_what_is_no_look_is_refused(content, tmp_path):
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page; afterward nothing may have complained or asked for anything else."""
-    contexts, troubles = [], []
-
-    def visit(content, *, width=1180, scheme="light"):
-        address = look_report(content, tmp_path / "page.html").as_uri()
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        context.set_default_timeout(1000 * DEADLOCK)
-        view = context.new_page()
-        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
-        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        view.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        view.on("request", lambda r: r.url == address or r.url.startswith("data:") or troubles.append(r.url))
-        view.goto(address)
-        return view
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert troubles == []
+def opened(open_page, tmp_path):
+    """Writes the page of an inspection and opens it."""
+    return lambda content, **options: open_page(look_report(content, tmp_path / "page.html"), data_urls=True, **options)
 
 
 def told(view):

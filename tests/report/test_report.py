@@ -11,7 +11,6 @@ from equipoise.report.html_page import embedded
 from equipoise.results import result_rows
 from helpers.fake_results import fake_results
 from helpers.pages import CONTRAST, EVIL
-from helpers.waiting import DEADLOCK
 
 HOLLOW = {
     "history": [{"epoch": 1, "loss": None}, {}],
@@ -153,27 +152,9 @@ def long_names():
 
 
 @pytest.fixture
-def opened(browser, written):
-    """Opens results in a fresh page; afterward nothing may have complained or asked for anything else."""
-    contexts, troubles = [], []
-
-    def visit(content, *, width=1180, scheme="light"):
-        address = written(content).as_uri()
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        context.set_default_timeout(1000 * DEADLOCK)
-        view = context.new_page()
-        view.on("console", lambda message: troubles.append(f"console: {message.text}"))
-        view.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        view.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        view.on("request", lambda r: r.url in (address, "data:,") or troubles.append(f"request: {r.url}"))
-        view.goto(address)
-        return view
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert troubles == []
+def opened(open_page, written):
+    """Writes the page of results and opens it."""
+    return lambda content, **options: open_page(written(content), **options)
 
 
 @pytest.mark.browser
