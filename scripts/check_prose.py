@@ -13,10 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RULES = {
     r"\bspec \d": "cite the paper's equation instead of a document that is not in the repository",
-    r"\b(optim|normal|standard|summar|minim|maxim|initial|regular|synchron|orthogonal|general|recogn)is(?!m)\w+": (
+    r"\b(optim|normal|standard|summar|minim|maxim|initial|regular|synchron|orthogonal|general|recogn)is(?!m|tic)\w+": (
         "use American spelling (-ize)"
     ),
-    r"(?<!aria-)\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
+    # A quoted word is a value of stored data, such as the family "colour" in emoji.npz.
+    r"(?<!aria-)(?<!\")\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
     r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving ground|dice)\b": "no metaphors",
     r"\bvot(e|es|ing)\b(?! of)": "heads do not vote: logits are added (ensemble)",
     r"\b(nobody|somebody|everybody|anybody)\b": "name the object: module, user, process",

@@ -1,4 +1,4 @@
-"""Makes src/equipoise/data/emoji.npz: emoji pictures with their names, keywords, parts and splits.
+"""Builds src/equipoise/data/sets/emoji.npz: emoji images with names, keywords, parts and splits.
 
 Reads three Debian packages (bookworm), installed or unpacked with dpkg -x into one folder:
 
@@ -6,7 +6,7 @@ Reads three Debian packages (bookworm), installed or unpacked with dpkg -x into 
     for package in *.deb; do dpkg -x $package emoji; done
     python scripts/make_emoji.py emoji
 
-Needs Pillow with raqm, which joins sequences of characters to one picture. The same versions of the packages, Pillow
+Needs Pillow with raqm, which renders character sequences as one glyph. The same versions of the packages, Pillow
 and zlib give the same file, byte for byte; the test compares its SHA-256 with ATLAS_SHA256 in
 src/equipoise/data/sets/emoji.py.
 """
@@ -29,22 +29,22 @@ from PIL import Image, ImageDraw, ImageFont, features
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 LIST = "usr/share/unicode/emoji/emoji-test.txt"
 KEYWORDS = "usr/share/unicode/cldr/common/annotations/en.xml", "usr/share/unicode/cldr/common/annotationsDerived/en.xml"
-TARGET = Path(__file__).parents[1] / "src/equipoise/data/emoji.npz"
+TARGET = Path(__file__).parents[1] / "src/equipoise/data/sets/emoji.npz"
 STRIKE = 109
-"""Pixels of the one size that the font's pictures have."""
+"""Size of the bitmaps in the font, in pixels."""
 SIDE = 32
 TONE = re.compile(r"(?P<base>[^:]+): (?:(?P<tone>[\w-]+ skin tone)(?:, )?)?(?P<rest>.*)")
-COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|gray|pink"
-COLOURED = re.compile(rf"(?P<color>{COLOURS}) (?P<shape>heart|circle|square|book|apple)")
+COLORS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|gray|pink"
+COLORED = re.compile(rf"(?P<color>{COLORS}) (?P<shape>heart|circle|square|book|apple)")
 SIZED = re.compile(
-    rf"(?:(?P<a>{COLOURS}) (?P<b>large|medium|medium-small|small)|(?P<c>large|small) (?P<d>{COLOURS})) "
+    rf"(?:(?P<a>{COLORS}) (?P<b>large|medium|medium-small|small)|(?P<c>large|small) (?P<d>{COLORS})) "
     r"(?P<shape>square|diamond)"
 )
 CLOCK = re.compile(
     r"(?P<hour>one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?: |-)(?P<half>o’clock|thirty)"
 )
 HELD = {"test": 0.15, "val": 0.10}
-"""Part of each family's combinations."""
+"""Fraction of the combinations of each family."""
 
 
 class Emoji(NamedTuple):
@@ -59,7 +59,7 @@ class Emoji(NamedTuple):
 
 def main(folder: Path) -> None:
     if not features.check("raqm"):
-        raise SystemExit("Pillow has no raqm here, and would draw sequences as several pictures.")
+        raise SystemExit("This Pillow has no raqm, and would draw sequences as several glyphs.")
     named = listed(folder / LIST)
     told = keywords([folder / path for path in KEYWORDS])
     font = ImageFont.truetype(str(folder / FONT), STRIKE, layout_engine=ImageFont.Layout.RAQM)
@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
 
 
 def listed(path: Path) -> dict[str, str]:
-    """Character or sequence -> name, as Unicode lists them."""
+    """Parses emoji-test.txt: character or sequence -> name."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"(.+?)\s*; fully-qualified\s*# \S+ E\S+ (.+)", line):
@@ -98,7 +98,7 @@ def listed(path: Path) -> dict[str, str]:
 
 
 def keywords(paths: list[Path]) -> dict[str, list[str]]:
-    """Character or sequence, without variation selectors -> English keywords."""
+    """Parses CLDR annotations: character or sequence, without variation selectors -> English keywords."""
     found = {}
     for path in paths:
         for entry in ElementTree.parse(path).iter("annotation"):
@@ -108,7 +108,7 @@ def keywords(paths: list[Path]) -> dict[str, list[str]]:
 
 
 def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The picture on white; None where the font has no single picture for it."""
+    """Renders an emoji on white; None if the font has no single glyph for it."""
     left, top, right, bottom = font.getbbox(text)
     if right - left > 1.4 * STRIKE or right - left < 0.5 * STRIKE:
         return None
@@ -120,7 +120,7 @@ def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """(256, 3) colors that all pictures share, and each picture as (picture, row, column) of numbers of colors."""
+    """Returns a shared palette of (256, 3) colors, and the (image, row, column) palette indices of all images."""
     atlas = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     made = atlas.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     palette = np.array(made.getpalette(), dtype=np.uint8).reshape(-1, 3)
@@ -128,8 +128,8 @@ def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parts_of(name: str, names: set[str]) -> tuple[tuple[str, ...], str]:
-    """What a name is put together of, and the family of such names; one part and "" where it is not."""
-    if (match := COLOURED.fullmatch(name)) is not None:
+    """Parts of a name and its family of combinations; the name itself and "" if it is not a combination."""
+    if (match := COLORED.fullmatch(name)) is not None:
         return (match["color"], match["shape"]), "colour"
     if (match := SIZED.fullmatch(name)) is not None:
         return tuple(part for part in match.groups() if part), "colour"
@@ -155,7 +155,7 @@ PEOPLE = ("man", "woman", "person", "men", "women", "people")
 
 
 def person(base: str, names: set[str]) -> tuple[str | None, str | None]:
-    """("woman", "running") of "woman running"; (None, base) of what has no such brothers."""
+    """("woman", "running") for "woman running"; (None, base) if no other person has this name."""
     who, _, what = base.partition(" ")
     if who in PEOPLE and what:
         brothers = [other for other in PEOPLE if other != who]
@@ -167,11 +167,11 @@ def person(base: str, names: set[str]) -> tuple[str | None, str | None]:
 
 
 def divided(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
-    """0 = train, 1 = val, 2 = test: combinations are held out, and every part of them stays in training.
+    """Assigns splits (0 = train, 1 = val, 2 = test): combinations are held out, all of their parts stay in training.
 
-    Twins, two names of one picture, stay in training. The order in which combinations are tried is that of a hash of
-    their names. One is held out where each of its parts keeps half of its pictures or more, and each of its words is in
-    the name of another picture that stays.
+    Emoji with the same image stay in training. Combinations are tried in the order of a hash of their names. A
+    combination is held out if at least half of the images of each of its parts stay in training, and each of its words
+    is in another name that stays in training.
     """
     twins = {picture for picture, count in Counter(pictures).items() if count > 1}
     total: Counter[str] = Counter(part for row in rows for part in set(row.parts))
@@ -198,7 +198,7 @@ def divided(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """An npz file whose bytes do not depend on the clock."""
+    """Writes an npz file with fixed timestamps, so that its bytes are reproducible."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             buffer = io.BytesIO()

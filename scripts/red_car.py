@@ -1,4 +1,4 @@
-"""Draws docs/pictures/red_car.png: where the words of "The red car is parked" look, in a trained scenes_vlm.
+"""Draws docs/pictures/red_car.png: attention maps of the words of "The red car is parked" in a trained scenes_vlm.
 
 equipoise compare --config scenes_vlm --methods mlp --seeds 1 --out runs
 python scripts/red_car.py runs/runs/all/mlp/seed0
@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 import equipoise as eq
-from equipoise.data.sets.scene_rendering import COLOURS, SceneObject, patches_of, render_scene
+from equipoise.data.sets.scene_rendering import COLORS, SceneObject, patches_of, render_scene
 from equipoise.data.sets.scenes import PATCH, SIZE, Scenes
 from equipoise.data.sets.text_codes import IDS, IMAGE, encode_text
 from equipoise.models.vision_language import VisionLanguageModel, attention_map, pointing
@@ -33,7 +33,7 @@ THINGS = (
 )
 WORDS = (("red", "color"), ("car", "shape"))
 LEAST = 0.05
-"""Attention of a patch that is written on it."""
+"""Smallest attention of a patch that is labeled with its value."""
 OUT = Path(__file__).parents[1] / "docs" / "pictures" / "red_car.png"
 
 
@@ -61,7 +61,7 @@ def inputs(source: Scenes, picture: np.ndarray, text: str) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def look(model: VisionLanguageModel, source: Scenes, picture: np.ndarray, word: str) -> np.ndarray:
-    """(layer, head, patch) attention of a word of the sentence."""
+    """Returns the (layer, head, patch) attention of a word of the sentence."""
     image, text = inputs(source, picture, SENTENCE)
     place = (text[0] == IDS[word]).nonzero()[0]
     return attention_map(model, image, text, place)[0].numpy()
@@ -69,13 +69,13 @@ def look(model: VisionLanguageModel, source: Scenes, picture: np.ndarray, word: 
 
 @torch.no_grad()
 def said(model: VisionLanguageModel, source: Scenes, picture: np.ndarray) -> str:
-    """How the model ends the sentence."""
+    """Returns the word with which the model completes the sentence."""
     image, text = inputs(source, picture, SENTENCE.rsplit(" ", 1)[0])
     return model.words[int(model.answer({"image": image, "text": text}))]
 
 
 def shares(attention: np.ndarray, owner: np.ndarray) -> list[tuple[str, float]]:
-    """What falls on each thing and on the ground; a patch that two share counts for the one with more of it."""
+    """Attention to each object and to the background; a patch is assigned to the object that covers most of it."""
     count = SIZE // PATCH
     blocks = owner.reshape(count, PATCH, count, PATCH).transpose(0, 2, 1, 3).reshape(count * count, -1)
     most = np.array([np.bincount(block[block >= 0], minlength=1).argmax() if (block >= 0).any() else -1
@@ -122,7 +122,7 @@ def bare(axes: Axes, title: str) -> Axes:
 
 
 def lit(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The picture, pale where nobody looks, in its own colors where attention is strongest."""
+    """Blends the image with white: pale without attention, full color at the strongest attention."""
     side = SIZE // PATCH
     weight = np.kron(np.sqrt(strength).reshape(side, side), np.ones((PATCH, PATCH)))[..., None]
     pale = 255 - 0.22 * (255 - shown.astype(float))
@@ -130,7 +130,7 @@ def lit(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 
 def outline(axes: Axes, true: np.ndarray) -> None:
-    """A dashed line around the true patches."""
+    """Draws a dashed line around the true patches."""
     side = SIZE // PATCH
     padded = np.pad(true.reshape(side, side), 1)
     lines = []
@@ -143,11 +143,11 @@ def outline(axes: Axes, true: np.ndarray) -> None:
 
 
 def divided(axes: Axes, parts: list[tuple[str, float]], where: str) -> None:
-    """One bar of all the attention that goes to the picture, and the words for it."""
+    """Draws a stacked bar of the attention to each object, with labels."""
     axes.axis("off")
     start, words = 0.0, []
     for name, share in parts:
-        shade = "#cfd3d8" if name == "ground" else matplotlib.colors.to_hex([c / 255 for c in COLOURS[name.split()[0]]])
+        shade = "#cfd3d8" if name == "ground" else matplotlib.colors.to_hex([c / 255 for c in COLORS[name.split()[0]]])
         axes.barh(0, share, left=start, color=shade, height=1)
         start += share
         words += [f"{name.split()[-1]} {100 * share:.0f} %"] if share >= 0.005 else []

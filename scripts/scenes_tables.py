@@ -28,7 +28,7 @@ PICTURES = ("", "_shuffled", "_blank")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--untrained", action="store_true", help="also how well the recipe's models point at the start")
+    parser.add_argument("--untrained", action="store_true", help="also print the pointing metrics of untrained models")
     chosen = parser.parse_args()
     results = json.loads(chosen.results.read_text(encoding="utf-8"))
     rows = {(row["method"], row["metric"]): row for row in results["summary"]}
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def by_type(rows: dict, methods: Sequence[str]) -> str:
-    """Question type x connector, each with the picture of another sample and a blank one behind it."""
+    """Table of question type x connector: accuracy with the matching image, another sample's image, and a blank image."""
 
     def cell(method: str, kind: str) -> str:
         values = [rows[method, f"accuracy{picture}{kind}"]["mean"] for picture in PICTURES]
@@ -52,7 +52,7 @@ def by_type(rows: dict, methods: Sequence[str]) -> str:
 
 
 def compared(rows: dict, methods: Sequence[str]) -> str:
-    """Connector x figure, mean and spread over seeds, and the difference in accuracy to the reference."""
+    """Table of connector x metric: mean and standard deviation over seeds, and the accuracy difference to the reference."""
     wanted = ("accuracy", "accuracy_known", "accuracy_new", "caption_exact", "caption_f1")
     lines = []
     for method in methods:
@@ -66,19 +66,19 @@ def compared(rows: dict, methods: Sequence[str]) -> str:
 
 
 def pointed(rows: dict, methods: Sequence[str]) -> str:
-    """Connector x figure of pointing."""
+    """Table of connector x pointing metric."""
     wanted = ("pointing", "chance", "pointing_mean", "pointing_choice", "chance_choice", "share_picture")
     lines = [
         [method, kind, *(spread(rows[method, f"{name}/{kind}"]) for name in wanted)]
         for method in methods for kind in ("color", "shape") if (method, f"pointing/{kind}") in rows
     ]  # fmt: skip
-    head = ["connector", "words", "best head", "chance", "all heads", "among things", "chance", "to picture"]
+    head = ["connector", "words", "best head", "chance", "all heads", "among objects", "chance", "to image"]
     return table(head, lines)
 
 
 @torch.no_grad()
 def untrained(methods: Sequence[str], seeds: int = 3) -> dict:
-    """Pointing of models as they are made, before any step."""
+    """Pointing metrics of randomly initialized models."""
     recipe = load_recipe("scenes_vlm")
     source, rows = Scenes(level=recipe.data["level"]), {}
     for method in methods:

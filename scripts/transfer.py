@@ -3,7 +3,7 @@
     equipoise compare --config transfer --out runs/transfer
     python scripts/transfer.py runs/transfer/results.json
 
-A variant with MODA is compared with the same blocks and ordinary attention, everything else with ``plain``.
+Variants with MODA are compared with the same blocks and ordinary attention, all other variants with ``plain``.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from equipoise.training import recipes
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "transfer.png"
 METRICS = {
-    "transfer": "never taught", "transfer_composed": "composed", "transfer_synchronized": "synchronized",
-    "matching": "taught", "accuracy": "accuracy", "consistency": "score", "cycle_error": "cycle error",
+    "transfer": "unsupervised", "transfer_composed": "composed", "transfer_synchronized": "synchronized",
+    "matching": "supervised pairs", "accuracy": "accuracy", "consistency": "score", "cycle_error": "cycle error",
 }  # fmt: skip
-"""Metric -> the head of its column."""
+"""Metric -> column header."""
 PLAIN_NUMBERS = ("consistency", "cycle_error")
 AGAINST = {"moda": "attention", "moda_consistency": "attention_consistency"}
 
 ROUTES = {
     "plain, composed": ("plain", "transfer_composed"),
-    "consistency, as mapped": ("consistency", "transfer"),
-    "supervised, as mapped": ("supervised", "transfer"),
+    "consistency, direct": ("consistency", "transfer"),
+    "supervised, direct": ("supervised", "transfer"),
     "plain, synchronized": ("plain", "transfer_synchronized"),
     "consistency, synchronized": ("consistency", "transfer_synchronized"),
     "supervised, synchronized": ("supervised", "transfer_synchronized"),
 }
-"""Ways to the pair that was never taught -> the variant and the metric that has it."""
+"""Method to match the unsupervised pair -> variant and metric."""
 
 
 def routes(runs: Sequence[Any]) -> str:
-    """Every way to the pair that was never taught, against composing the maps that were."""
+    """Table of the methods to match the unsupervised pair, compared with composing the supervised maps."""
     ways = [
         {**run, "method": name, "metrics": {"found": run["metrics"][metric]}}
         for name, (method, metric) in ROUTES.items()
         for run in runs
         if run["method"] == method
     ]
-    return table(ways, {"found": "found"}, "found", default="plain, composed")
+    return table(ways, {"found": "matched"}, "found", default="plain, composed")
 
 
 def table(runs: Sequence[Any], metrics: Mapping[str, str], score: str, default: str = "plain") -> str:
-    """The figures as Markdown: mean and spread over seeds, and the score's paired difference."""
+    """Markdown table of mean and standard deviation over seeds, and the paired difference of ``score``."""
     rows = {(row["method"], row["metric"]): row for row in summarize_runs(runs, AGAINST, default=default)}
     methods = list(dict.fromkeys(method for method, _ in rows))
     shown = [name for name in metrics if any(metric == name for _, metric in rows)]
@@ -81,7 +81,7 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 
 def figure(runs: Sequence[Any]) -> Figure:
-    """For every variant the pair that was never taught, seed by seed, with its composition out of those that were."""
+    """Plots the unsupervised pair for every variant and seed, and the composition of the supervised maps."""
     methods = list(dict.fromkeys(run["method"] for run in runs))
     drawn, axes = plot_style.new_axes(6.6, 0.36 * len(methods) + 1.15, grid="x")
     for row, method in enumerate(methods):
@@ -100,15 +100,15 @@ def figure(runs: Sequence[Any]) -> Figure:
     axes.text(chance, -0.62, " chance", color=plot_style.MUTED, fontsize=8.5, va="bottom")
     plot_style.name_rows(axes, [method.replace("_", " + ") for method in methods])
     axes.set_xlim(0.15, 0.9)
-    axes.set_xlabel("items whose partner is found", color=plot_style.INK)
+    axes.set_xlabel("items matched correctly", color=plot_style.INK)
     plot_style.percent(axes.xaxis)
     for shade, mark, words in (
-        (plot_style.ACCENT, "o", "sound to word, as mapped"),
-        (plot_style.MODALITY[1], "D", "by way of the picture"),
+        (plot_style.ACCENT, "o", "audio to text, direct"),
+        (plot_style.MODALITY[1], "D", "composed through the image"),
     ):
         axes.scatter([], [], s=22, color=shade, marker=mark, linewidths=0, label=words)
     axes.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.35, 0.8))
-    plot_style.set_title(drawn, "Sounds and words, a pair that was never taught (but in “supervised”)")
+    plot_style.set_title(drawn, "Audio and text, a pair without supervision (except in “supervised”)")
     return drawn
 
 

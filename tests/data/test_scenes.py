@@ -21,7 +21,7 @@ from equipoise.data.sets.scene_questions import (
     SceneSampler,
     placed_objects,
 )
-from equipoise.data.sets.scene_rendering import COLOURS, PARTS, VEHICLES, SceneObject, patches_of, render_scene
+from equipoise.data.sets.scene_rendering import COLORS, PARTS, VEHICLES, SceneObject, patches_of, render_scene
 from equipoise.data.sets.scenes import IGNORED, LEVELS, LONGEST, PATCH, SIZE
 from equipoise.data.sets.text_codes import WORDS, decode_text, encode_text
 from equipoise.errors import ConfigError
@@ -103,13 +103,13 @@ def test_things_are_inside_and_apart(level):
 
 
 def test_held_out_combinations_are_in_the_test_split_alone():
-    assert len(KNOWN) + len(HELD_OUT) == len(COLOURS) * len(PARTS)
+    assert len(KNOWN) + len(HELD_OUT) == len(COLORS) * len(PARTS)
     data = scenes()
     for split in ("train", "val"):
         pairs = {(t.color, t.shape) for i in range(len(data.split(split))) for t in data.things(split, i)}
         assert pairs <= set(KNOWN)
         assert not data.new(split).any()
-    assert {color for color, _ in KNOWN} == set(COLOURS)
+    assert {color for color, _ in KNOWN} == set(COLORS)
     assert Counter(shape for _, shape in HELD_OUT) == dict.fromkeys(PARTS, 1)
     new = data.new("test")
     assert 0 < int(new.sum()) < len(new)
@@ -189,7 +189,7 @@ def test_regions_are_the_patches_of_the_pixels_that_differ():
             found = region.numpy()
             assert not (found & ~touched).any()
             # Between the patches with a pixel that is all its own, and those with one that it touches.
-            pure = (render_scene(things, SIZE)[0].transpose(1, 2, 0) == COLOURS[things[named[0]].color]).all(
+            pure = (render_scene(things, SIZE)[0].transpose(1, 2, 0) == COLORS[things[named[0]].color]).all(
                 axis=2
             ) & changed
             assert not (patches_of(np.where(pure, 0, -1), [0], PATCH) & ~found).any()
@@ -215,14 +215,14 @@ def test_what_stands_in_front_owns_its_pixels():
     picture, owner = render_scene([SceneObject("red", "square", 2, 2, 10), SceneObject("blue", "square", 6, 2, 10)], 24)
     assert owner[6, 4] == 0
     assert owner[6, 9] == 1
-    assert picture[:, 6, 9].tolist() == list(COLOURS["blue"])
+    assert picture[:, 6, 9].tolist() == list(COLORS["blue"])
     assert patches_of(owner, [0], 6).tolist() == [True, True] + [False] * 2 + [True, True] + [False] * 10
 
 
 @pytest.mark.parametrize("shape", PARTS)
 def test_every_shape_shows_its_color(shape):
     picture, owner = render_scene([SceneObject("purple", shape, 4, 4, 16)], 24)
-    own = (picture.transpose(1, 2, 0) == COLOURS["purple"]).all(axis=2)
+    own = (picture.transpose(1, 2, 0) == COLORS["purple"]).all(axis=2)
     assert own[owner == 0].mean() > 0.25
     assert not own[owner != 0].any()
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scene_rendering import COLOURS, PARTS, VEHICLES, SceneObject
+from .scene_rendering import COLORS, PARTS, VEHICLES, SceneObject
 
 SHAPES = tuple(PARTS)
 PLURALS = {shape: f"{shape}s" for shape in SHAPES}
 NUMBERS = ("zero", "one", "two", "three")
 SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 """Word -> axis, and which end of it."""
-HELD_OUT = tuple((list(COLOURS)[(place + 4) % len(COLOURS)], shape) for place, shape in enumerate(SHAPES))
+HELD_OUT = tuple((list(COLORS)[(place + 4) % len(COLORS)], shape) for place, shape in enumerate(SHAPES))
 """(color, shape) that are in the test split alone: one color of each shape."""
-KNOWN = tuple((color, shape) for color in COLOURS for shape in SHAPES if (color, shape) not in HELD_OUT)
+KNOWN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
 
 Word = tuple[str, tuple[int, ...]]
 """A word, and the positions of the things that it speaks of."""

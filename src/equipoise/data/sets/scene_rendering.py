@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (214, 44, 44),
     "green": (46, 160, 67),
     "blue": (45, 98, 208),
@@ -85,7 +85,7 @@ class SceneObject:
     """One thing of a picture.
 
     Args:
-        color: one of ``COLOURS``.
+        color: one of ``COLORS``.
         shape: one of ``PARTS``.
         x, y: upper left corner of its square, in pixels.
         side: of the square, in pixels.
@@ -163,5 +163,5 @@ def _scaled(thing: SceneObject, points: tuple[float, ...]) -> list[float]:
 def _mixed(color: str, paint: tuple[int, int, int] | float) -> tuple[int, int, int]:
     if isinstance(paint, tuple):
         return paint
-    red, green, blue = (round(paint * part) for part in COLOURS[color])
+    red, green, blue = (round(paint * part) for part in COLORS[color])
     return red, green, blue

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from ...errors import ConfigError, unknown_name
 from .scene_questions import NUMBERS, PLURALS
-from .scene_rendering import COLOURS
+from .scene_rendering import COLORS
 
 PAD, END, IMAGE = "<pad>", "<end>", "<image>"
 WORDS = (
-    PAD, END, IMAGE, *COLOURS, *PLURALS, *PLURALS.values(), *NUMBERS, "yes", "no", "parked", "moving", "describe",
+    PAD, END, IMAGE, *COLORS, *PLURALS, *PLURALS.values(), *NUMBERS, "yes", "no", "parked", "moving", "describe",
     "what", "color", "is", "there", "a", "and", "the", "how", "many", "left", "right", "of", "above", "below",
 )  # fmt: skip
 """id -> word."""

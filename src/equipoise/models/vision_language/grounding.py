@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...data.sets.scene_questions import PLURALS
-from ...data.sets.scene_rendering import COLOURS
+from ...data.sets.scene_rendering import COLORS
 from ...data.sets.scenes import IGNORED, Scenes
 from ...errors import ConfigError, unknown_name
 from ...recording import AttentionRecord, watch
 from .image_conditioned_lm import ImageConditionedLM, InputSequence
 
-KINDS = {"color": tuple(COLOURS), "shape": (*PLURALS, *PLURALS.values())}
+KINDS = {"color": tuple(COLORS), "shape": (*PLURALS, *PLURALS.values())}
 OBJECT, OTHER, GROUND, TEXT = range(4)
 NAMES = ("object", "other", "ground", "text")
 """Labels of the keys passed to ``watch``: the named object, other objects, background, and text."""
