@@ -454,13 +454,13 @@ def test_the_page_of_the_recipe():
          "metrics": {"transfer": value, "transfer_composed": 0.4 + seed / 10, **shared}}
         for method, values in figures.items() for seed, value in enumerate(values)
     ]  # fmt: skip
-    lines = page.table(runs, {"transfer": "never taught", "consistency": "score"}, "transfer").splitlines()
-    assert lines[0] == "| variant | never taught | score | against | difference |"
+    lines = page.table(runs, {"transfer": "unsupervised", "consistency": "score"}, "transfer").splitlines()
+    assert lines[0] == "| variant | unsupervised | score | against | difference |"
     assert lines[2] == "| plain | 25.0 \u00b1 7.1 | 0.62 \u00b1 0.00 |  |  |"
     assert lines[5].startswith("| moda | 55.0 \u00b1 7.1 | 0.62 \u00b1 0.00 | attention | +25.0 (2 of 2, p = ")
     ways = page.routes(runs).splitlines()
     assert ways[2] == "| plain, composed | 45.0 \u00b1 7.1 |  |  |"
-    assert ways[3].startswith("| consistency, as mapped | 80.0 \u00b1 14.1 | plain, composed | +35.0 (2 of 2, p = ")
+    assert ways[3].startswith("| consistency, direct | 80.0 \u00b1 14.1 | plain, composed | +35.0 (2 of 2, p = ")
     with plot_style.style_context():
         assert plot_style.to_png(page.figure(runs)).startswith(b"\x89PNG")
 
