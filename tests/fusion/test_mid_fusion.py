@@ -96,7 +96,7 @@ def test_gradients():
             lambda: MidFusion(DIM, depth=2).start_from(Transformer(DIM, 1)),
             r"start_from: expected 2 blocks with \(dim, heads, hidden\) = \(10, 1, 40\), got 1 with \(10, 1, 40\)",
         ),
-        (lambda: MidFusion(DIM).start_from(Transformer(DIM, 2, 2)), r"got 2 with \(10, 2, 40\)\. Give the fusion"),
+        (lambda: MidFusion(DIM).start_from(Transformer(DIM, 2, 2)), r"got 2 with \(10, 2, 40\)\. Use the encoder"),
         (lambda: MidFusion(DIM).start_from(Transformer(DIM, 0)), r"got 0 with nothing"),
     ],
 )

@@ -18,37 +18,37 @@ Joining = Literal["fc", "attention"]
 
 
 class JMT(Fusion):
-    """A joint stream J is made at each place, and every stream reads every other one::
+    """Joint Multimodal Transformer (JMT): cross-attention between all streams, including a joint stream J::
 
-        J = W_j [x_1; ...; x_N]                    at each place, sequences brought to the length of the longest
+        J = W_j [x_1; ...; x_N]                    at each position; sequences are resampled to the longest length
         s <- PostNormEncoder_s(s)                  for the N modalities and J
-        z_st = Attention_s(s reads t)              for all (N + 1) N ordered pairs; N = 2: the six of the paper
+        z_st = Attention_s(queries s, keys t)      for all (N + 1) N ordered pairs; N = 2: the six of the paper
         "fc":         features = [z_st over all pairs]
-        "attention":  features = the last pair's row of Attention(PostNormEncoder(the pairs as a sequence))
+        "attention":  features = Attention(PostNormEncoder(sequence of z_st over all pairs))[last pair]
 
-    Features are read at the class token where all modalities have one, else averaged over places. Modalities are taken
-    in alphabetical order, J last, so that the declared order means nothing.
+    Features are those of the class token if all modalities have one, else the mean over positions. Streams are in
+    alphabetical order with J last, so the declared order has no effect.
 
     Args:
         dim: width of the encoders' tokens and of all streams.
         heads: attention heads.
         depth: layers of each encoder.
-        ratio: width of the encoders' hidden layers over ``dim``.
-        output: ``"fc"`` or ``"attention"``.
-        dropout: in training only.
+        ratio: width of the encoders' hidden layers divided by ``dim``.
+        output: ``"fc"`` or ``"attention"``, as above.
+        dropout: dropout probability, in training only.
 
     Raises:
-        ConfigError: a depth below 1, an unknown output.
+        ConfigError: depth is below 1, or output is unknown.
 
     Returns (forward): Output with features (batch, (N + 1) N dim) for "fc", (batch, dim) for "attention".
 
-    It helps where sequences run side by side in time, since one place of J is one moment. Tokens in no common order,
-    such as patches and words, are joined at places that have nothing to do with each other.
+    Suitable for sequences that are synchronous in time, since each position of J represents one moment. For tokens
+    without a common order, such as patches and words, the joined positions are unrelated.
 
     Reference: Waligora et al., "Joint Multimodal Transformer for Emotion Recognition in the Wild" (CVPR workshops
     2024).
     Differs from the released code in: batch first throughout (the release mixes axes), any number of modalities,
-    unequal lengths by linear interpolation, and a width that is the encoders' (512 there).
+    linear interpolation of unequal lengths, and the width of the encoders (512 in the release).
 
     Example:
         >>> fusion = JMT(8, heads=2).build(("audio", "image")).eval()
@@ -71,7 +71,7 @@ class JMT(Fusion):
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(who reads, who is read) of the N + 1 streams, the joint one last."""
+        """All (query stream, key stream) pairs of the N + 1 streams; the joint stream is last."""
         return list(permutations(range(len(self.names) + 1), 2))
 
     @property
@@ -100,20 +100,20 @@ class JMT(Fusion):
         ordered = [tokens[name] for name in sorted(tokens)]
         classes = all(part.cls for part in ordered)
         streams = self._streams(equal_lengths(ordered))
-        # With class tokens nothing but their place is read in the end, so nothing else is asked.
+        # With class tokens only the first row is used, so only this row is computed.
         rows = 1 if classes else None
-        read = torch.stack([self._cross(streams[s], streams[t], s, rows) for s, t in self.pairs], dim=2)
-        asking = torch.stack([streams[s].present() for s, _ in self.pairs], dim=1)
+        crossed = torch.stack([self._cross(streams[s], streams[t], s, rows) for s, t in self.pairs], dim=2)
+        query_present = torch.stack([streams[s].present() for s, _ in self.pairs], dim=1)
         if self.output == "fc":
-            features = read.masked_fill(~asking[:, None, :, None], 0.0).flatten(2)
+            features = crossed.masked_fill(~query_present[:, None, :, None], 0.0).flatten(2)
         else:
-            features = self._attend_over_pairs(read, asking)
+            features = self._attend_over_pairs(crossed, query_present)
         joint = streams[-1]
         mask = None if joint.mask is None else joint.mask[:, :rows]
         return Output(features=Tokens(features, mask=mask).pooled(), tokens=tokens, names=self.names)
 
     def _streams(self, parts: list[Tokens]) -> list[Tokens]:
-        """The modalities' streams and the joint one, encoded."""
+        """Returns the encoded streams of the modalities and the joint stream."""
         mask = None
         if parts[0].mask is not None:
             mask = torch.stack([part.valid() for part in parts]).any(dim=0)
@@ -126,16 +126,16 @@ class JMT(Fusion):
             encoded.append(Tokens(values, mask=part.mask))
         return encoded
 
-    def _cross(self, reader: Tokens, source: Tokens, number: int, rows: int | None) -> Tensor:
-        return self.cross[number](reader.values[:, :rows], source.values, mask=source.mask).output
+    def _cross(self, target: Tokens, source: Tokens, number: int, rows: int | None) -> Tensor:
+        return self.cross[number](target.values[:, :rows], source.values, mask=source.mask).output
 
-    def _attend_over_pairs(self, read: Tensor, asking: Tensor) -> Tensor:
-        """(batch, place, dim) out of (batch, place, pair, dim): each place is a sequence of pairs."""
-        batch, places = read.shape[:2]
-        sequence = read.flatten(0, 1)
-        mask = asking.repeat_interleave(places, dim=0)
+    def _attend_over_pairs(self, crossed: Tensor, query_present: Tensor) -> Tensor:
+        """Attends over the pairs at each position: (batch, position, pair, dim) to (batch, position, dim)."""
+        batch, positions = crossed.shape[:2]
+        sequence = crossed.flatten(0, 1)
+        mask = query_present.repeat_interleave(positions, dim=0)
         for block in self.pair_encoder:
             sequence = block(sequence, mask=mask)
-        # Only the last row is read.
+        # Only the last row is used.
         last = self.pair_attention(sequence[:, -1:], sequence, mask=mask).output[:, 0]
-        return last.unflatten(0, (batch, places))
+        return last.unflatten(0, (batch, positions))

@@ -19,33 +19,34 @@ Exchange = Literal["bottleneck", "cross"]
 
 
 class MBT(Fusion):
-    """Each modality keeps its own blocks, and a few tokens F that all of them share carry what crosses over::
+    """Multimodal Bottleneck Transformer (MBT): separate blocks per modality that exchange information through shared tokens F::
 
         [x_m ; F_m] <- Block_ml([x_m ; F])   for each modality m of layer l,      F <- mean_m F_m
-        y = mean_m (W f_m + b),   f_m = norm_m(x_m) pooled: its class token, or the mean
+        y = mean_m (W f_m + b),   f_m = norm_m(x_m) pooled: class token or mean
 
-    One head scores all modalities; both means are over those that a sample has. ``exchange="cross"`` is mid fusion
-    without bottleneck: each block reads [x_m ; all other modalities' tokens] and keeps the rows of x_m.
+    All modalities share one head; both means are over the modalities that a sample has. ``exchange="cross"`` is mid
+    fusion without bottleneck: each block attends to [x_m ; tokens of all other modalities] and keeps the rows of x_m.
 
     Args:
         dim: width of the encoders' tokens.
-        depth: fusion layers. In the first one nothing has crossed over yet.
+        depth: number of fusion layers. In the first one, the shared tokens contain no information about the input yet.
         heads: attention heads.
-        bottlenecks: number of shared tokens; with 0 the modalities do not know of each other.
+        bottlenecks: number of shared tokens; with 0 the modalities exchange no information.
         exchange: ``"bottleneck"`` or ``"cross"``.
-        dropout: in training only.
+        dropout: dropout probability, in training only.
 
     Raises:
-        ConfigError: a depth below 1, a negative number of bottlenecks, an unknown exchange.
+        ConfigError: depth is below 1, bottlenecks is negative, or exchange is unknown.
 
-    Returns (forward): Output with features (batch, N dim): each f_m over the number of modalities that the sample has.
+    Returns (forward): Output with features (batch, N dim): each f_m divided by the number of modalities of the sample.
 
-    It helps where sequences are long and little has to cross, at nearly the cost of unimodal encoders. Its logits are a
-    sum of one part for each modality, but from the second layer on a part also says what the others have told it.
+    Suitable for long sequences that need to exchange little information; the cost is close to that of unimodal encoders.
+    The logits are a sum of one part per modality, but from the second layer on a part also depends on the other
+    modalities.
 
     Reference: Nagrani et al., "Attention Bottlenecks for Multimodal Fusion" (NeurIPS 2021).
-    Differs from the released code in: any number of modalities, of which one that a sample lacks counts in neither
-    mean; those without a class token are pooled by their mean.
+    Differs from the released code in: any number of modalities; missing modalities are excluded from both means;
+    modalities without a class token are pooled by their mean.
 
     Example:
         >>> fusion = MBT(8, heads=2).build(("audio", "image")).eval()
@@ -101,8 +102,8 @@ class MBT(Fusion):
         found, bottlenecks = {}, []
         for number, (name, part) in enumerate(streams.items()):
             parts = [part, Tokens(shared)]
-            read, labels = concatenate_streams(parts), labels_of(parts, [number, SPECIAL])
-            values = self._block(name, layer)(read.values, mask=read.mask, **self._watched(labels)).output
+            joined, labels = concatenate_streams(parts), labels_of(parts, [number, SPECIAL])
+            values = self._block(name, layer)(joined.values, mask=joined.mask, **self._label_arguments(labels)).output
             found[name] = replace(part, values=values[:, : len(part)])
             bottlenecks.append(values[:, len(part) :])
         return found, torch.stack(mean_over_present(bottlenecks, list(streams.values()))).sum(dim=0)
@@ -110,18 +111,18 @@ class MBT(Fusion):
     def _cross(self, streams: dict[str, Tokens], layer: int) -> dict[str, Tokens]:
         found = {}
         for name, part in streams.items():
-            # Its own tokens first, so that the block can compute their rows alone.
+            # Own tokens first, so that the block computes only their rows.
             order = [name, *(other for other in streams if other != name)]
             parts = [streams[key] for key in order]
-            read, labels = concatenate_streams(parts), labels_of(parts, [self.names.index(key) for key in order])
+            joined, labels = concatenate_streams(parts), labels_of(parts, [self.names.index(key) for key in order])
             values = self._block(name, layer)(
-                read.values, rows=len(part), mask=read.mask, **self._watched(labels)
+                joined.values, rows=len(part), mask=joined.mask, **self._label_arguments(labels)
             ).output
             found[name] = replace(part, values=values)
         return found
 
-    def _watched(self, labels: Tensor) -> dict[str, Any]:
-        """Labels for whoever watches; no share is computed for them here."""
+    def _label_arguments(self, labels: Tensor) -> dict[str, Any]:
+        """Returns labels for ``eq.watch``; the blocks do not compute a share."""
         return {"modality": labels, "num_modalities": len(self.names), "share": False}
 
     def _block(self, name: str, layer: int) -> nn.Module:
@@ -131,23 +132,23 @@ class MBT(Fusion):
         return AveragedHead(len(self.names), self.dim, num_outputs)
 
     def contributions(self, output: Output, head: nn.Module) -> dict[str, Tensor] | None:
-        """W f_m over the number of modalities that the sample has, + b / N."""
+        """Computes W f_m / (number of modalities of the sample) + b / N."""
         if not isinstance(head, AveragedHead):
             return None
-        # Features of autocast may be narrower than the head's weights, and autocast over.
+        # Features computed under autocast may have lower precision than the weights of the head.
         pieces = head.pieces(output.features.to(head.linear.weight.dtype))
         return dict(zip(self.names, pieces, strict=True))
 
 
 class AveragedHead(nn.Module):
-    """One linear layer for all modalities' parts of the features; the logits are added, the bias counts once."""
+    """Applies one shared linear layer to the features of each modality and adds the logits; the bias is added once."""
 
     def __init__(self, num_modalities: int, dim: int, num_outputs: int) -> None:
         super().__init__()
         self.num_modalities, self.linear = num_modalities, nn.Linear(dim, num_outputs)
 
     def pieces(self, features: Float[Tensor, "batch feature"]) -> list[Float[Tensor, "batch output"]]:
-        """Each modality's part of the logits."""
+        """Computes the part of each modality in the logits."""
         bias = self.linear.bias / self.num_modalities
         pieces = features.chunk(self.num_modalities, dim=-1)
         return [nn.functional.linear(piece, self.linear.weight, bias) for piece in pieces]

@@ -14,35 +14,36 @@ from .token_streams import pooled_by_cls
 
 
 class MidFusion(Fusion):
-    """The first blocks are the encoders' own, the last ones are shared by all modalities::
+    """Mid fusion: transformer blocks over the tokens of all modalities, on top of separate encoders::
 
         X = [c; T_1; ...; T_N],    X <- Block_l(X)  for l = 1 ... depth,    features = norm(X)[class]
 
-    "Fused from the k-th of L blocks" is encoders with k - 1 blocks and depth = L - k + 1: early fusion is k = 1.
+    Fusion from block k of L on corresponds to encoders with k - 1 blocks and depth = L - k + 1; k = 1 is early fusion.
 
     Args:
         dim: width of the encoders' tokens.
-        depth: fused blocks.
-        heads: attention heads; those of the encoders, where their blocks are to be continued.
-        ratio: width of the blocks' hidden layers over ``dim``.
-        dropout: in training only.
+        depth: number of fused blocks.
+        heads: attention heads; as in the encoders if their blocks are copied with ``start_from``.
+        ratio: width of the blocks' hidden layers divided by ``dim``.
+        dropout: dropout probability, in training only.
         shortcut: compute only the class row of the last block, with equal results.
 
     Attributes:
-        attention: the last block's layer, whose class row pools: where RollingQ attaches.
+        attention: the attention layer of the last block, whose class-token row is pooled; RollingQ attaches to it.
 
     Raises:
-        ConfigError: a depth below 1.
+        ConfigError: depth is below 1.
 
-    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the last class row.
+    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the last
+    block.
 
-    It helps with encoders that were trained before: their last blocks go on as fused ones (``start_from``). From the
-    second fused block on, a token has already read the other modalities, so a share of attention on its place is no
-    longer a share of its modality alone.
+    Suitable for trained encoders, whose last blocks can initialize the fused blocks (``start_from``). From the second
+    fused block on, tokens contain information from the other modalities, so the share of a modality's positions is no
+    longer the share of this modality alone.
 
     Reference: RollingQ (ICML 2025), Table 11.
-    Differs from the released code in: there is none; the paper does not say what reads the fused tokens, here it is a
-    class token of their own.
+    Differs from the paper in: the paper does not specify how the fused tokens are pooled; here a separate class token
+    attends to them. There is no released code.
 
     Example:
         >>> import torch
@@ -72,14 +73,14 @@ class MidFusion(Fusion):
         return cast(Block, self.blocks[-1]).attention
 
     def start_from(self, encoder: Transformer) -> None:
-        """Copies the last blocks and the norm of a trained encoder, which then keeps only what comes before::
+        """Copies the last blocks and the norm of a trained encoder, from which these blocks are then removed::
 
             fusion.start_from(image.transformer)
             for trained in (audio.transformer, image.transformer):
                 del trained.blocks[-fusion.depth:]
 
         Raises:
-            ConfigError: fewer blocks than fused ones, or blocks of other sizes.
+            ConfigError: the encoder has fewer blocks than the fusion, or blocks of other sizes.
         """
         blocks = list(encoder.blocks)[-self.depth :]
         mine, theirs = ([_sizes(block) for block in stack] for stack in (self.blocks, blocks))
@@ -88,7 +89,7 @@ class MidFusion(Fusion):
                 "MidFusion.start_from",
                 expected=f"{self.depth} blocks with (dim, heads, hidden) = {mine[0]}",
                 got=f"{len(blocks)} with {theirs[0] if theirs else 'nothing'}",
-                fix="Give the fusion the encoder's dim, heads and ratio, and no more depth than it has blocks.",
+                fix="Use the encoder's dim, heads and ratio, and a depth of at most its number of blocks.",
             )
         for block, trained in zip(self.blocks, blocks, strict=True):
             block.load_state_dict(trained.state_dict())

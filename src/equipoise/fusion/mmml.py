@@ -16,39 +16,39 @@ from .readout_attention import Readout, ReadoutFusion
 from .token_streams import concatenate_streams, labels_of
 
 EPS = 1e-12
-"""Of the norms, as in the language models that the release starts from."""
+"""Epsilon of the norms, as in the language models on which the released code builds."""
 
 
 class MMML(ReadoutFusion):
-    """Layers in which every modality reads all tokens of the others, then its own::
+    """Multimodal multi-loss fusion network (MMML): attention to the other modalities, then self-attention::
 
-        x_m <- norm(x_m + attention(x_m, [x_n over n != m]))      for all m at once, from the layer's inputs
+        x_m <- norm(x_m + attention(x_m, [x_n over n != m]))      for all m, from the inputs of the layer
         x_m <- norm(x_m + attention(x_m, x_m))
-        x_m <- norm(x_m + mlp(x_m))                               mlp with ReLU, 4 dim wide
-        y = head([f_m over m]),  f_m = x_m pooled: its class token, or the mean
+        x_m <- norm(x_m + mlp(x_m))                               mlp with ReLU, width 4 dim
+        y = head([f_m over m]),  f_m = x_m pooled: class token or mean
 
-    The head is dropout and three linear layers with ReLU: N dim -> dim -> hidden -> outputs. A modality alone reads
-    itself. The paper's loss also scores each modality alone: ``FusionModel(..., unimodal="train")``.
+    The head is dropout and three linear layers with ReLU: N dim -> dim -> hidden -> outputs. A single
+    modality attends to itself. The paper also trains unimodal losses: use ``FusionModel(..., unimodal="train")``.
 
     Args:
         dim: width of the encoders' tokens.
-        depth: layers.
+        depth: number of layers.
         heads: attention heads.
-        dropout: on attention, residual branches and the head's input, in training only.
+        dropout: dropout probability of attention, residual branches and the input of the head, in training only.
         hidden: width of the head's second hidden layer.
-        readout, readout_heads: ``"attention"`` puts joint attention on top; see ``ReadoutFusion``.
+        readout, readout_heads: ``"attention"`` adds joint attention over the final streams; see ``ReadoutFusion``.
 
     Raises:
-        ConfigError: depth or hidden below 1, an unknown readout.
+        ConfigError: depth or hidden is below 1, or the readout is unknown.
 
-    Returns (forward): Output with features (batch, N dim), and the readout's dim before them.
+    Returns (forward): Output with features (batch, N dim), preceded by the dim features of the readout, if any.
 
-    It helps where modalities have to be compared token by token, as words with frames. It is the widest of the layers
-    here, 16 dim^2 parameters for each modality, and overfits small data.
+    Suitable if modalities have to be compared token by token, such as words with frames. Of the fusions in this package
+    its layers have the most parameters, 16 dim^2 per modality, and it overfits small data sets.
 
     Reference: Wu et al., "Multimodal Multi-loss Fusion Network for Sentiment Analysis" (NAACL 2024).
-    Differs from the released code in: one layer and one head by default (five and twelve there), and any number of
-    modalities, where a modality's keys are the tokens of all others.
+    Differs from the released code in: one layer and one head by default (five and twelve in the release), and any number
+    of modalities; the keys of each modality are the tokens of all others.
 
     Example:
         >>> fusion = MMML(8, heads=2).build(("audio", "text")).eval()
@@ -82,21 +82,21 @@ class MMML(ReadoutFusion):
         return self._read(streams, torch.cat([part.pooled() for part in streams.values()], dim=-1), tokens)
 
     def head(self, num_outputs: int) -> nn.Module:
-        made = nn.Sequential(
+        head = nn.Sequential(
             nn.Dropout(self.dropout),
             nn.Linear(self.out_dim, self.dim), nn.ReLU(),
             nn.Linear(self.dim, self.hidden), nn.ReLU(),
             nn.Linear(self.hidden, num_outputs),
         )  # fmt: skip
-        initialize_weights(made)
-        return made
+        initialize_weights(head)
+        return head
 
 
 class CrossModalLayer(nn.Module):
-    """One layer of ``MMML``: 16 dim^2 + 19 dim parameters for each modality.
+    """One layer of ``MMML``: 16 dim^2 + 19 dim parameters per modality.
 
     Args:
-        names: of the modalities.
+        names: names of the modalities.
         dim, heads, dropout: as in ``MMML``.
     """
 
@@ -105,8 +105,8 @@ class CrossModalLayer(nn.Module):
         options = {"dropout": dropout, "eps": EPS}
         self.cross = nn.ModuleDict({name: PostNormAttention(dim, heads, **options) for name in names})
         self.own = nn.ModuleDict({name: PostNormBlock(dim, heads, **options) for name in names})
-        for reading in self.cross.values():
-            layer = cast(PostNormAttention, reading).attention
+        for module in self.cross.values():
+            layer = cast(PostNormAttention, module).attention
             layer.names, layer.reads_itself = tuple(names), False
         for name, block in self.own.items():
             cast(PostNormBlock, block).reading.attention.names = (name,)

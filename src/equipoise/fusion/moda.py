@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
 from ..nn.attention import Attended
 from ..nn.attention.modular import Merge, PseudoAttention, modular_attention
 from ..nn.duplex import DuplexAligner
-from ..nn.transformer import Attention, Block, learned_token, without_hidden
+from ..nn.transformer import Attention, Block, learned_token
 from ..tokens.token_batch import Output, Tokens
 from .fusion_base import Fusion
 from .token_streams import pooled_by_cls
 
 
 class DuplexAttention(Attention):
-    """An `Attention` that aligns its keys, and joins self and cross attention as ``merge`` says.
+    """`Attention` with aligned keys and a ``merge`` of the self-modality and cross-modality parts.
 
-    Whoever watches the core sees aligned keys. A merge other than "mass", and pseudo-attention, go past the core, but
-    where only the first row is read: a class token has no modality, so all keys are one part for it.
+    Hooks on ``core`` receive aligned keys. Merges other than "mass" and pseudo-attention bypass the core, except if only
+    the class token is a query: it has no modality, so all keys form one part.
     """
 
     def __init__(
@@ -35,83 +34,66 @@ class DuplexAttention(Attention):
         self.merge: Merge = merge
         self.aligner = DuplexAligner(self.head_dim, num_modalities, **aligner)
         self.gate = nn.Parameter(torch.zeros(heads, 1)) if merge == "gate" else None
-        halves = torch.eye(self.head_dim).repeat(2, 1) / 2
-        self.join = nn.Parameter(halves) if merge == "concat" else None
+        mean = torch.eye(self.head_dim).repeat(2, 1) / 2
+        self.join = nn.Parameter(mean) if merge == "concat" else None
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch query dim"],
-        source: Float[Tensor, "batch key dim"] | None = None,
-        *,
-        modality: Int[Tensor, "... key"] | None = None,
-        num_modalities: int | None = None,
-        mask: Bool[Tensor, "... key"] | None = None,
-        is_causal: bool = False,
-        share: bool = True,
-    ) -> Attended:
-        """As in `Attention`; ``modality`` is needed, and the queries are the first of the tokens that are read."""
-        tokens, source = without_hidden(tokens, source, mask, "DuplexAttention")
-        source = tokens if source is None else source
-        labels = cast(Tensor, modality)
-        query, key, value = (
-            self._split(part(x)) for part, x in ((self.query, tokens), (self.key, source), (self.value, source))
-        )
-        key = self.aligner(key, value, modality=labels, mask=mask, is_causal=is_causal).key
-        dropout = self.dropout if self.training else 0.0
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Attended:
+        """Aligns the keys and computes the attention; ``modality`` is required, and the queries are the first keys."""
+        common = {name: options[name] for name in ("modality", "mask", "is_causal")}
+        key = self.aligner(key, value, **common).key
         if self.readout or (self.merge == "mass" and self.pseudo is None):
-            attended = self.core(
-                query, key, value, modality=labels, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
-                dropout=dropout, share=share,
-            )  # fmt: skip
-        else:
-            found = modular_attention(
-                query, key, value, modality=labels, mask=mask, is_causal=is_causal, merge=self.merge, gate=self.gate,
-                pseudo=self.pseudo, dropout=dropout,
-            )  # fmt: skip
-            output = found.output if self.join is None else found.output @ self.join.to(found.output.dtype)
-            attended = Attended(output, None)
-        merged = attended.output.transpose(1, 2).flatten(2)
-        return Attended(self.output_dropout(self.out(merged)), attended.share)
+            return self.core(query, key, value, **options)
+        output = modular_attention(
+            query,
+            key,
+            value,
+            merge=self.merge,
+            gate=self.gate,
+            pseudo=self.pseudo,
+            dropout=options["dropout"],
+            **common,
+        ).output
+        return Attended(output if self.join is None else output @ self.join.to(output.dtype), None)
 
 
 class MODA(Fusion):
-    """Blocks over all tokens, in which each modality's keys are mapped with the others' bases, and self and cross
-    attention are two parts::
+    """Modular duplex attention (MODA): blocks over all tokens with aligned keys and separate self and cross attention::
 
         X = [c; T_1; ...; T_N],    X <- Block_l(X)  for l = 1 ... depth,    features = norm(X)[class]
         in each block:  K^m <- [K^m, K^m sum_n w_mn ||K^n^T K^n||] W_m     for the keys of modality m, n != m
                         O = merge(O_self, O_cross)
 
-    As it starts, with ``merge="mass"`` and without pseudo-attention, it is `MidFusion` exactly.
+    At initialization, with ``merge="mass"`` and without pseudo-attention, it is identical to `MidFusion`.
 
     Args:
         dim: width of the encoders' tokens.
-        depth: fused blocks.
+        depth: number of fused blocks.
         heads: attention heads.
-        ratio: width of the blocks' hidden layers over ``dim``.
-        dropout: in training only.
-        merge: ``"mass"``, ``"gate"`` (one learned gate a head, 1/2 at the start), ``"sum"`` or ``"concat"`` (a learned
-            map of both, their mean at the start).
-        pseudo: ``"none"``, or ``"all_masked"``: hidden keys, those of missing modalities and padding, take attention.
-            No key is hidden by causality here, and so with neither nothing changes where all tokens are there.
+        ratio: width of the blocks' hidden layers divided by ``dim``.
+        dropout: dropout probability, in training only.
+        merge: ``"mass"``, ``"gate"`` (one learned gate per head, initialized to 1/2), ``"sum"`` or ``"concat"``
+            (a learned linear map of both, initialized to their mean).
+        pseudo: ``"none"``, or ``"all_masked"``: masked keys, those of missing modalities and padding, receive attention.
+            There is no causal mask here, so both are equal if all tokens are valid.
         basis, norm, normalize_keys, fuse, mix: see `DuplexAligner`.
-        directions: names of the modalities whose keys change; None = all.
+        directions: names of the modalities with aligned keys; None = all.
 
     Attributes:
-        attention: the last block's layer, whose class row pools: where RollingQ attaches.
+        attention: the attention layer of the last block, whose class-token row is pooled; RollingQ attaches to it.
 
     Raises:
-        ConfigError: a depth below 1, an option that does not exist, directions that are no modalities.
+        ConfigError: depth is below 1, an option is unknown, or directions are not names of modalities.
 
-    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the last class row.
+    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the last
+    block.
 
-    It helps where modalities' keys lie apart, so that a query meets one of them alone. The class token belongs to no
-    modality: its attention is over all aligned keys at once, under every merge.
+    Suitable if the keys of the modalities are far apart, so that a query attends to one of them only. The class token
+    belongs to no modality: it attends to all aligned keys at once, for every merge.
 
     Reference: Zhang et al., "MODA: MOdular Duplex Attention for Multimodal Perception, Cognition, and Emotion
     Understanding" (ICML 2025).
-    Differs from the released code in: that changes the keys of one modality only, with a key-value matrix, by a loop
-    over samples, and has no modular mask; here is what the paper says, for encoders and any number of modalities.
+    Differs from the released code in: the release aligns the keys of one modality only, with a key-value matrix, in a
+    loop over samples, and has no modular mask; this implementation follows the paper, for any number of modalities.
 
     Example:
         >>> fusion = MODA(8, heads=2).build(("audio", "image")).eval()
@@ -160,7 +142,7 @@ class MODA(Fusion):
             )  # fmt: skip
             block.attention.names = self.names
             blocks.append(block)
-        # In the last block only the class token reads, and it has no two parts to join.
+        # In the last block the class token is the only query, and all keys form one part for it.
         last = blocks[-1].attention
         last.readout, last.gate, last.join = True, None, None
         self.blocks = nn.ModuleList(blocks)

@@ -16,42 +16,46 @@ from .readout_attention import Readout, ReadoutFusion
 from .token_streams import last_valid, ranks
 
 MEMORY_DEPTH = 3
-"""The memory encoders have at least so many layers."""
+"""Minimum number of layers of a memory encoder."""
 
 
 class MulT(ReadoutFusion):
-    """Pairwise cross-modal attention for sequences that are not aligned::
+    """Multimodal Transformer (MulT): pairwise cross-modal attention for unaligned sequences::
 
         P_m = T_m W_m                                                       (no bias)
-        Z_nm = CrossEncoder(P_m reads P_n)      for every target m and source n != m
-        H_m = MemoryEncoder([Z_nm over n, joined on the feature axis])
+        Z_nm = CrossEncoder(queries P_m, keys P_n)      for every target m and source n != m
+        H_m = MemoryEncoder([Z_nm over n, concatenated on the feature axis])
         h = [H_m at the last valid token, over m],    y = W_o (h + W_2 dropout(relu(W_1 h)))
 
-    In every layer the source is the embedded sequence, as it entered, under the target's norm. A modality alone reads
-    itself. Sources are in alphabetical order, so that the declared order decides the order of h and nothing else.
+    Every layer attends to the embedded source sequence, normalized by the target's norm; the source is not updated. A
+    single modality attends to itself. Sources are in alphabetical order, so the declared order affects only the order
+    of h.
 
     Args:
         dim: width of the encoders' tokens.
-        width: w, of the streams; a memory encoder has (N - 1) w.
+        width: width w of the cross encoders; the memory encoders have width (N - 1) w.
         heads: attention heads of all encoders.
         depth: layers of a cross encoder; a memory encoder has max(depth, 3).
-        dropout: on attention, hidden layers and residual branches, in training only.
-        embed_dropout: on embedded sequences. out_dropout: inside the head.
-        causal: a token reads no key more than the difference in length ahead of it. For sequences in time.
-        readout, readout_heads: ``"attention"`` puts joint attention on top; see ``ReadoutFusion``.
+        dropout: dropout probability of attention, hidden layers and residual branches, in training only.
+        embed_dropout: dropout probability of the embedded sequences.
+        out_dropout: dropout probability inside the head.
+        causal: mask keys that are further ahead of the query than the difference between the sequence lengths. For
+            time series.
+        readout, readout_heads: ``"attention"`` adds joint attention over the final streams; see ``ReadoutFusion``.
 
     Raises:
-        ConfigError: width or depth below 1, a width that the heads do not divide, an unknown readout.
+        ConfigError: width or depth is below 1, width is not divisible by heads, or the readout is unknown.
 
-    Returns (forward): Output with features (batch, N (N - 1) w), and the readout's (N - 1) w before them.
+    Returns (forward): Output with features (batch, N (N - 1) w), preceded by the (N - 1) w features of the readout, if any.
 
-    It helps where modalities complement each other at different times and sequences are short: it has N (N - 1) cross
-    encoders. One token pools each modality, so a sequence whose end says little is read badly.
+    Suitable if modalities complement each other at different times and sequences are short: there are N (N - 1) cross
+    encoders. Each modality is represented by its last token, which is a poor summary if the end of a sequence carries
+    little information.
 
     Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019).
-    Differs from the released code in: padding is masked and does not count as time (the release attends to it and reads
-    the last, possibly padded, step, and takes tokens whose first number is 0 for padding), ``causal`` is off and one
-    layer is the default (on, and five, there).
+    Differs from the released code in: padding is masked and excluded from positions (the release attends to it, uses the
+    last step even if it is padding, and treats tokens whose first value is 0 as padding); by default ``causal`` is off
+    and there is one layer (on and five in the release).
 
     Example:
         >>> fusion = MulT(8, width=10).build(("audio", "text")).eval()
@@ -70,18 +74,18 @@ class MulT(ReadoutFusion):
         if heads < 1 or width % heads:
             raise ConfigError(
                 "MulT", expected=f"width = {width} divisible by heads", got=f"heads = {heads}",
-                fix="Its streams have a width of their own, whatever the encoders' is; change width or heads.",
+                fix="The width of the streams is independent of dim; change width or heads.",
             )  # fmt: skip
         self.width, self.heads, self.depth, self.causal = width, heads, depth, causal
         self.dropout, self.embed_dropout, self.out_dropout = dropout, embed_dropout, out_dropout
 
     def sources(self, target: str) -> list[str]:
-        """Whom a modality reads."""
+        """Returns the modalities to which ``target`` attends."""
         return sorted(name for name in self.names if name != target) or [target]
 
     @property
     def stream_dim(self) -> int:
-        """Width of a memory encoder."""
+        """Width of the memory encoders."""
         return max(len(self.names) - 1, 1) * self.width
 
     @property
@@ -106,8 +110,8 @@ class MulT(ReadoutFusion):
         streams = {}
         for name, target in narrow.items():
             encoders: nn.ModuleDict = self.cross[name]  # type: ignore[assignment]
-            read = [encoder(target, narrow[source], causal=self.causal) for source, encoder in encoders.items()]
-            joined = replace(target, values=torch.cat(read, dim=-1))
+            crossed = [encoder(target, narrow[source], causal=self.causal) for source, encoder in encoders.items()]
+            joined = replace(target, values=torch.cat(crossed, dim=-1))
             streams[name] = replace(joined, values=self.memory[name](joined, joined, causal=self.causal))
         return self._read(streams, torch.cat([last_valid(stream) for stream in streams.values()], dim=-1), tokens)
 
@@ -116,11 +120,11 @@ class MulT(ReadoutFusion):
 
 
 class CrossEncoder(nn.Module):
-    """Pre-norm layers in which one sequence reads another, or, when both are the same, itself.
+    """Pre-norm layers of attention from one sequence to another, or of self-attention if both are the same object.
 
     Args:
-        width: of both sequences.
-        depth: layers.
+        width: width of both sequences.
+        depth: number of layers.
         heads: attention heads.
         dropout, embed_dropout: as in ``MulT``.
     """
@@ -130,13 +134,13 @@ class CrossEncoder(nn.Module):
         self.scale, self.embed_dropout = math.sqrt(width), nn.Dropout(embed_dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout, activation=nn.ReLU) for _ in range(depth))
         for block in self.blocks:
-            # Hidden units are dropped too.
+            # Add dropout to the hidden layer.
             block.mlp.insert(2, nn.Dropout(dropout))  # type: ignore[operator, union-attr]
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, target: Tokens, source: Tokens, *, causal: bool = False) -> Float[Tensor, "batch token width"]:
         values = self._embed(target)
-        # Another sequence stays as it entered; the target itself is read as it is by now.
+        # For cross-attention all layers attend to the embedded source; for self-attention, to the current values.
         memory = None if source is target else self._embed(source)
         mask = band(target, source) if causal else source.mask
         for block in self.blocks:
@@ -160,7 +164,7 @@ class ResidualHead(nn.Module):
 
 
 def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token width"]:
-    """Sines in the first half of the features, cosines in the second; an odd last one is 0."""
+    """Computes sinusoidal positions: sines in the first half of the features, cosines in the second; an odd last one is 0."""
     half = like.shape[-1] // 2
     exact = torch.promote_types(like.dtype, torch.float32)
     steps = torch.arange(half, device=positions.device, dtype=exact)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -108,13 +110,17 @@ class Attention(nn.Module):
         """
         tokens, source = without_hidden(tokens, source, mask, type(self).__name__)
         source = self._source(tokens, source)
-        attended = self.core(
+        attended = self._attend(
             self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
             dropout=self.dropout if self.training else 0.0, share=share,
         )  # fmt: skip
         merged = attended.output.transpose(1, 2).flatten(2)
         return Attended(self.output_dropout(self.out(merged)), attended.share)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Attended:
+        """Computes the attention of projected heads; subclasses may override it. Options as for ``AttentionCore``."""
+        return self.core(query, key, value, **options)
 
     def _source(self, tokens: Tensor, source: Tensor | None) -> Tensor:
         """Returns the source after checking its width."""
