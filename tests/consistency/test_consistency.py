@@ -268,7 +268,7 @@ def test_synchronize_overrules_one_wrong_map(size):
         (lambda: eq.consistency.supermatrix({}), ShapeError, "at least one map"),
         (lambda: eq.consistency.supermatrix([[None, I], [None]]), ShapeError, "2 rows of 2 blocks"),
         (lambda: eq.consistency.supermatrix({(0, 1): I}, diagonal="self"), ConfigError, "'identity' or 'given'"),
-        (lambda: supermatrix_from_tokens([I[None], torch.ones(1, 3, 2)]), ShapeError, "one width"),
+        (lambda: supermatrix_from_tokens([I[None], torch.ones(1, 3, 2)]), ShapeError, "equal width"),
         (
             lambda: supermatrix_from_tokens([I[None]] * 2, masks=[torch.zeros(1, 3, dtype=torch.bool)] * 2),
             ShapeError, "a sample of padding alone",

@@ -285,7 +285,8 @@ def test_pooling_against_loops():
             )
     assert torch.equal(found[:2, :2], torch.eye(2, dtype=torch.float64))
     with pytest.raises(
-        ShapeError, match=r"pooled parts: expected one for each of \(5, 3\), from 1 to it, got \(2, 4\)"
+        ShapeError,
+        match=r"pool_to_slots parts: expected one number for each of \(5, 3\), from 1 to this size, got \(2, 4\)",
     ):
         pool_to_slots(matrix, sizes=sizes, parts=(2, 4))
 

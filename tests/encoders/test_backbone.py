@@ -158,7 +158,7 @@ def test_a_model_without_one_width():
                 {"pixel_values": torch.zeros(2, 3, 32, 32), "attention_mask": torch.ones(2, 5)}
             ),
             ShapeError,
-            r"Backbone: expected an attention_mask for each of 16 tokens, got shape \(2, 5\)\. Leave it out, and mask",
+            r"Backbone: expected an attention_mask for each of 16 tokens, got shape \(2, 5\)\. Omit it, and mask",
         ),
     ],
 )

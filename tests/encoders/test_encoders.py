@@ -85,7 +85,7 @@ def test_masked_frames_do_not_change_anything():
         (
             lambda: SequenceEncoder(5, max_length=7, dim=8)(torch.zeros(2, 5, 5), torch.ones(2, 5)),
             ShapeError,
-            r"torch\.float32.*True = real",
+            r"torch\.float32.*True = valid",
         ),
     ],
 )

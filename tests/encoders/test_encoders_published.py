@@ -10,7 +10,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.encoders.pretrained_weights import for_channels
-from equipoise.encoders.vit import interpolated
+from equipoise.encoders.vit import interpolate_positions
 from equipoise.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from equipoise.training import method_factory
 from helpers.tolerance import TOL
@@ -136,7 +136,7 @@ def bilinear(grid, rows, columns):
 @pytest.mark.parametrize(("rows", "columns"), [(2, 7), (5, 3), (3, 5)])
 def test_interpolation_of_positions(rows, columns):
     grid = normal(0, 3, 5, 2)
-    found = interpolated(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
+    found = interpolate_positions(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
     torch.testing.assert_close(found[0].unflatten(0, (rows, columns)), bilinear(grid, rows, columns), **EXACT)
 
 
@@ -261,7 +261,7 @@ def test_errors(call, kind, message):
     ("options", "message"),
     [
         ({"dim": 16, "heads": 4}, r"expected pretrained weights with hidden_size = 16, got hidden_size = 12\."),
-        ({"heads": 2}, "num_attention_heads = 2, got num_attention_heads = 3. Build the encoder as its weights are"),
+        ({"heads": 2}, "num_attention_heads = 2, got num_attention_heads = 3. Create the encoder with"),
         ({"patch": 4}, "patch_size = 4, got patch_size = 2"),
         ({"depth": 4}, r"expected pretrained weights of depth = 4 blocks or more, got 3 blocks"),
     ],

@@ -194,7 +194,10 @@ def test_recipes(name):
     [
         (lambda: MulT(DIM, width=0), r"MulT: expected width >= 1 and depth >= 1, got width = 0, depth = 1"),
         (lambda: MulT(DIM, depth=0), r"MulT: expected width >= 1 and depth >= 1, got width = 30, depth = 0"),
-        (lambda: MulT(DIM, width=7), r"MulT: expected width = 7 divisible by heads, got heads = 5\. Its streams"),
+        (
+            lambda: MulT(DIM, width=7),
+            r"MulT: expected width = 7 divisible by heads, got heads = 5\. The width of the streams",
+        ),
         (lambda: MulT(DIM, heads=0), r"MulT: expected width = 30 divisible by heads, got heads = 0"),
         (
             lambda: MulT(DIM, readout="atention"),

@@ -47,9 +47,9 @@ def route(request, monkeypatch):
         monkeypatch.setattr(attention, functions[other], _must_not_run)
     if chosen == "two passes":
         monkeypatch.setattr(kernels, "CPU", kernels.Kernel(_operator_is_gone, _operator_is_gone))
-    kernels._tried.cache_clear()
+    kernels._tested_kernel.cache_clear()
     yield chosen
-    kernels._tried.cache_clear()
+    kernels._tested_kernel.cache_clear()
 
 
 def _heads(dtype=torch.float64, *, queries=Q, keys=K, key_heads=H, dim=D, seed=0, grad=False):
@@ -368,11 +368,11 @@ def test_a_kernel_that_answers_wrongly_is_not_used(monkeypatch):
         return output / 2, lse
 
     monkeypatch.setattr(kernels, "CPU", kernels.Kernel(halved, kernels._cpu_backward))
-    kernels._tried.cache_clear()
+    kernels._tested_kernel.cache_clear()
     try:
         assert kernels.kernel_for(torch.device("cpu"), torch.float32) is None
     finally:
-        kernels._tried.cache_clear()
+        kernels._tested_kernel.cache_clear()
     assert kernels.kernel_for(torch.device("meta"), torch.float32) is None
 
 

@@ -254,7 +254,10 @@ class TestBasis:
         (lambda: DuplexAligner(5, fuse="ad"), r"expected a known fuse, got 'ad'\. Did you mean 'add'"),
         (lambda: DuplexAligner(5, mix="x"), r"expected a known mix, got 'x'"),
         (lambda: DuplexAligner(5, basis_scope="x"), r"expected a known basis_scope, got 'x'"),
-        (lambda: DuplexAligner(5, basis="key_value", norm="trace"), r"expected a norm that every matrix has"),
+        (
+            lambda: DuplexAligner(5, basis="key_value", norm="trace"),
+            r"expected a norm that is defined for every matrix",
+        ),
         (lambda: DuplexAligner(5, directions=(2,)), r"expected different directions from 0 to 1, or None for all"),
         (lambda: DuplexAligner(5, directions=(0, 0)), r"expected different directions.*got \(0, 0\)"),
         (lambda: DuplexAligner(5, directions=()), r"expected different directions.*got \(\)"),
@@ -273,7 +276,7 @@ def test_errors_of_options(call, message):
         ({"modality": torch.full((17,), 3)}, r"expected labels from -1 to num_modalities - 1 = 2, got 3"),
         ({"mask": torch.ones(2, 17)}, r"mask: expected a boolean tensor.*got torch.float32"),
         ({"mask": torch.ones(17).bool()}, r"mask: expected a boolean tensor of shape \(batch, key\) = \(2, 17\)"),
-        ({"value": torch.zeros(2, 3, 17, 4)}, r"value: expected the keys' shape, \(2, 3, 17, 5\), got.*take 'gram'"),
+        ({"value": torch.zeros(2, 3, 17, 4)}, r"value: expected the shape of the keys, \(2, 3, 17, 5\), got.*use basis='gram'"),
     ],
 )  # fmt: skip
 def test_errors_of_shapes(call, message):

@@ -355,10 +355,12 @@ def test_errors(call, error, message):
 def test_errors_of_queries_and_pseudo_attention():
     query, key, value = heads(SHORT)
     with pytest.raises(
-        ShapeError, match=r"expected labels of the queries, which are 1 to 11 keys, got None\. With a cache"
+        ShapeError, match=r"expected labels of the queries: 1 queries and 11 keys, got None\. With a cache"
     ):
         modular_attention(query[:, :, :1], key, value, modality=labels("blocks", SHORT))
-    with pytest.raises(ConfigError, match="Pseudo: expected a finite decay >= 0, got decay = -1"):
+    with pytest.raises(ConfigError, match="PseudoAttention: expected a finite decay >= 0, got decay = -1"):
         PseudoAttention(-1)
-    with pytest.raises(ConfigError, match=r"Pseudo: expected a known count, got 'all'\. Choose one of: all_masked"):
+    with pytest.raises(
+        ConfigError, match=r"PseudoAttention: expected a known count, got 'all'\. Choose one of: all_masked"
+    ):
         PseudoAttention(count="all")

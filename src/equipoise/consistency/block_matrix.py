@@ -14,7 +14,7 @@ SquareMatrix = Float[Tensor, "... size size"]
 
 
 def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[int] | None, who: str) -> list[int]:
-    """Returns the numbers of tokens of the modalities: ``sizes``, or ``num_modalities`` equal parts.
+    """Returns the number of tokens of each modality: ``sizes``, or ``num_modalities`` equal parts.
 
     Raises:
         ShapeError: the matrix is not square, or the sizes do not add up to its size.
@@ -23,7 +23,7 @@ def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[i
     size = check_square(matrix, who)
     if (num_modalities is None) == (sizes is None):
         raise ConfigError(
-            who, expected="num_modalities, or sizes where modalities differ", got="both" if sizes else "neither"
+            who, expected="num_modalities, or sizes if modalities differ", got="both" if sizes else "neither"
         )
     if sizes is not None:
         if sum(sizes) != size or min(sizes, default=0) < 1:
@@ -33,7 +33,7 @@ def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[i
     if count < 1 or size % count:
         raise ShapeError(
             who, expected=f"a matrix of num_modalities = {count} equal blocks", got=f"size {size}",
-            fix="Give sizes=(tokens of the first modality, of the second, ...) where they differ.",
+            fix="Pass sizes=(tokens of the first modality, of the second, ...) if they differ.",
         )  # fmt: skip
     return [size // count] * count
 
@@ -47,7 +47,7 @@ def check_square(matrix: SquareMatrix, who: str) -> int:
     if not isinstance(matrix, Tensor) or matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         got = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ShapeError(
-            who, expected="a square matrix (..., N M, N M)", got=got, fix="eq.consistency.supermatrix makes one."
+            who, expected="a square matrix (..., N M, N M)", got=got, fix="Create one with eq.consistency.supermatrix."
         )
     if not matrix.is_floating_point():
         raise ShapeError(who, expected="a floating matrix", got=f"{matrix.dtype}", fix="Use P.float().")

@@ -23,37 +23,36 @@ KINDS = ("rank", "nuclear", "cycle")
 
 
 class ConsistencyLoss(nn.Module):
-    """Rewards cross-modal attention that agrees with itself: small when i -> j -> k leads where i -> k leads.
+    """Loss that is small if composed maps i -> j -> k between modalities agree with the direct maps i -> k.
 
-    Tokens of each modality are pooled to ``slots`` concepts by shared learned queries, the same for all modalities,
-    so that any numbers of tokens can be compared; maps between the concepts of two modalities are softmaxes of their
-    cosines, and P holds them all::
+    The tokens of each modality are pooled to ``slots`` concepts by learned queries that all modalities share, so that
+    modalities with different numbers of tokens can be compared. The maps between the concepts of two modalities are
+    softmaxes of their cosine similarities, and P is the matrix of all maps::
 
-        c_i = softmax(concepts tokens_i^T / sqrt(d)) tokens_i,  less their mean over the concepts
+        c_i = softmax(concepts tokens_i^T / sqrt(d)) tokens_i,  minus the mean over the concepts
         P_ij = softmax(cos(c_i, c_j) / temperature)
-        rank     log(r*(P) / M)         0 for hard maps that agree, log N for none; the default
-        nuclear  |P|_* / (N M) - 1      contradiction alone
-        cycle    cycle_error(P)         no singular values
+        rank     log(r*(P) / M)         0 for consistent hard maps, log N for P = I; the default
+        nuclear  |P|_* / (N M) - 1      contradictions only
+        cycle    cycle_error(P)         without singular values
 
-    Differs from plain minimization of the nuclear norm, which collapses: with I on the diagonal it is N M on all maps
-    without contradiction, P = I and uniform maps included, so nothing keeps maps from becoming uniform. ``"rank"``
-    is smallest for hard maps alone; the low temperature keeps soft ones from hiding what they contradict. What all
-    concepts of a modality have in common is taken out, since it makes every map uniform, where the loss has next to no
-    slope.
+    Minimizing the nuclear norm alone collapses: with I on the diagonal it is N M for all maps without contradiction,
+    including P = I and uniform maps, so nothing prevents uniform maps. ``"rank"`` is minimal for hard maps only; with
+    the low temperature, soft maps cannot hide contradictions. The mean over the concepts of a modality is subtracted,
+    since a common component makes every map uniform, where the gradient of the loss almost vanishes.
 
     Args:
-        dim: width of the tokens; needed for slots.
-        slots: M concepts; None compares tokens as they are, which must be equally many in all modalities.
-        kind: ``"rank"``, ``"nuclear"`` (warns of nothing, collapses as said) or ``"cycle"``.
-        temperature: of the maps; hard at 0.
+        dim: width of the tokens; required with slots.
+        slots: number M of concepts; None compares the tokens directly, with equal numbers of tokens in all modalities.
+        kind: ``"rank"``, ``"nuclear"`` (collapses, as described above) or ``"cycle"``.
+        temperature: softmax temperature of the maps; maps become hard as it approaches 0.
         weight: factor of the loss.
-        sinkhorn: alternations that make maps doubly stochastic; 0 leaves softmax over rows.
+        sinkhorn: number of Sinkhorn iterations, which make maps doubly stochastic; 0 uses a softmax over rows.
 
     Raises:
-        ConfigError: slots without dim, an unknown kind, slots < 2. In ``forward``: fewer than two modalities.
-        ShapeError: in ``forward``, tokens of another width, or unequal numbers without slots.
+        ConfigError: slots are given without dim, slots < 2, or kind is unknown; in ``forward``, fewer than two modalities.
+        ShapeError: in ``forward``, tokens have another width, or unequal numbers without slots.
 
-    r* is used instead of the nuclear norm alone: see docs/methods/consistency.md.
+    Why r* is used instead of the nuclear norm: see docs/methods/consistency.md.
 
     Example:
         >>> loss = ConsistencyLoss(8, slots=3)
@@ -79,10 +78,10 @@ class ConsistencyLoss(nn.Module):
         self.concepts = None if slots is None else nn.Parameter(torch.randn(slots, dim) / dim**0.5)  # type: ignore[arg-type, operator]
 
     def forward(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> Float[Tensor, ""]:
-        """name -> Tokens or (batch, token, dim), or an Output that holds them: the mean loss over the batch.
+        """Computes the mean loss over the batch from name -> Tokens or (batch, token, dim), or from an Output.
 
-        Samples that lack a modality do not count; where none is left the loss is 0 with gradient 0. In float32 or
-        better, whatever the tokens and the module are, and under autocast.
+        Samples with a missing modality are excluded; if no sample remains, loss and gradient are 0. Computed in float32
+        or higher precision for all input types, also under autocast.
         """
         parts = self._parts(tokens)
         if len(parts) > 1 and any(len(part) == 0 for part in parts):
@@ -94,18 +93,18 @@ class ConsistencyLoss(nn.Module):
         return zero_loss([*(part.values for part in parts), *self.parameters()])
 
     def of(self, matrix: SquareMatrix, num_modalities: int) -> Float[Tensor, ""]:
-        """The loss of maps that are there already, such as a model's own attention.
+        """Computes the loss of existing maps, such as the attention of a model; ``temperature`` is not applied.
 
         Args:
-            matrix: (batch, N M, N M), as ``eq.consistency.supermatrix`` makes it; their ``temperature`` is the maker's matter.
+            matrix: (batch, N M, N M), as returned by ``eq.consistency.supermatrix``.
             num_modalities: N.
 
-        Samples whose matrix is zero, of padding alone, do not count.
+        Samples with a zero matrix (padding only) are excluded.
         """
         return self.weight * self._loss(matrix, num_modalities)
 
     def supermatrix(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> Float[Tensor, "batch size size"]:
-        """P of every sample that has all modalities."""
+        """Returns P for each sample that has all modalities."""
         parts = self._parts(tokens)
         if len(parts) < 2:
             raise ConfigError("ConsistencyLoss", expected="two or more modalities", got=f"{len(parts)}")
@@ -116,22 +115,22 @@ class ConsistencyLoss(nn.Module):
             if len({part.shape[1] for part in pooled}) != 1:
                 raise ShapeError(
                     "ConsistencyLoss", expected="equally many tokens in all modalities",
-                    got=f"{[part.shape[1] for part in pooled]}", fix="Give slots=8 and dim, which pools them.",
+                    got=f"{[part.shape[1] for part in pooled]}", fix="Pass slots=8 and dim, to pool them.",
                 )  # fmt: skip
             masks = [_mask(part, whole) for part in parts]
-        # Singular values want single precision, or better where it is there.
+        # Singular values require single precision or higher.
         units = [nn.functional.normalize(exact(part), dim=-1) for part in pooled]
         return supermatrix_from_tokens(units, temperature=self.temperature, masks=masks, sinkhorn=self.sinkhorn)
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:
-        """The same of a model's output, in the form that training loops ask for."""
+        """Computes the loss of a model's output, with the signature that training loops expect."""
         return self(output)
 
     def _loss(self, matrix: Tensor, count: int) -> Tensor:
         if len(matrix) == 0:
             return zero_loss([matrix])
         size = matrix.shape[-1]
-        # A sample without any token has a matrix of zeros, which says nothing.
+        # Samples without tokens have a zero matrix and are excluded.
         counts = matrix.detach().any(dim=-1).any(dim=-1)
         if self.kind == "cycle":
             losses = cycle_error(matrix, num_modalities=count)

@@ -19,18 +19,18 @@ from .block_matrix import SquareMatrix, sizes_of, split_blocks
 def cycle_error(
     matrix: SquareMatrix, *, num_modalities: int | None = None, sizes: Sequence[int] | None = None
 ) -> Float[Tensor, ...]:
-    """Mean over ordered triples i, j, k of |P_ij P_jk - P_ik|_F^2 / (2 M), in [0, 1] for maps; differentiable.
+    """Computes the mean over ordered triples i, j, k of |P_ij P_jk - P_ik|_F^2 / (2 M), in [0, 1] for maps.
 
-    For two modalities there is no triple, and the error of pairs is given, |P_ij P_ji - I|_F^2 / (2 M). In float32 or
-    better.
+    For two modalities there are no triples, and the pair error |P_ij P_ji - I|_F^2 / (2 M) is returned. Differentiable;
+    in float32 or higher precision.
 
     Args:
         matrix: (..., N M, N M).
-        num_modalities: N, or ``sizes`` where modalities have different numbers of tokens; M is then that of i.
+        num_modalities: number N of modalities of equal size.
+        sizes: tokens of each modality, instead of ``num_modalities``; M is then the size of modality i.
 
     Raises:
-        ShapeError: blocks that do not fit. ConfigError: a single modality.
-
+        ShapeError: the sizes do not match the matrix. ConfigError: there is a single modality.
 
     Example:
         >>> cycle_error(torch.eye(2).repeat(3, 3), num_modalities=3)
@@ -53,7 +53,7 @@ def cycle_error(
 def pair_error(
     matrix: SquareMatrix, *, num_modalities: int | None = None, sizes: Sequence[int] | None = None
 ) -> Float[Tensor, ...]:
-    """Mean over ordered pairs of |P_ij P_ji - I|_F^2 / (2 M): there and back."""
+    """Computes the mean over ordered pairs of the round-trip error |P_ij P_ji - I|_F^2 / (2 M)."""
     parts = sizes_of(matrix, num_modalities, sizes, "pair_error")
     if len(parts) < 2:
         raise ConfigError("pair_error", expected="two or more modalities", got=f"{len(parts)}")
@@ -62,18 +62,18 @@ def pair_error(
     for i, j in permutations(range(len(parts)), 2):
         with full_precision(matrix):
             back = blocks[i][j] @ blocks[j][i]
-        # Padding is zero on the diagonal too, and leads nowhere.
+        # Rows of padding are zero, also on the diagonal.
         eye = torch.diag_embed((blocks[i][i].diagonal(dim1=-2, dim2=-1) != 0).to(back.dtype))
         errors.append((back - eye).square().sum(dim=(-1, -2)) / (2 * parts[i]))
     return torch.stack(errors).mean(dim=0)
 
 
 class Contradiction(NamedTuple):
-    """A way round that does not lead back.
+    """Path through the maps that contradicts another one.
 
     Attributes:
-        path: (modality, token) of every station: i, j, k, and where i itself maps to in k.
-        strength: the product of the three maps' entries, in [0, 1].
+        path: (modality, token) of each step: i, j, k, and the token of k to which i maps directly.
+        strength: product of the entries of the three maps, in [0, 1].
     """
 
     path: tuple[tuple[int, int], ...]
@@ -84,57 +84,59 @@ def worst_contradictions(
     matrix: Float[Tensor, "size size"], *, num_modalities: int | None = None, sizes: Sequence[int] | None = None,
     most: int = 5,
 ) -> list[Contradiction]:  # fmt: skip
-    """The strongest ways i -> j -> k that end elsewhere than i -> k: "bark -> dog -> man, but bark -> dog".
+    """Finds the strongest paths i -> j -> k whose end differs from i -> k, as "bark -> dog -> man, but bark -> dog".
 
     Args:
         matrix: one supermatrix.
-        most: how many at most.
+        num_modalities, sizes: as for ``cycle_error``.
+        most: maximum number of results.
     """
     parts = sizes_of(matrix, num_modalities, sizes, "worst_contradictions")
     blocks = split_blocks(exact(matrix).detach().cpu(), parts)
     found = []
     for i, j, k in permutations(range(len(parts)), 3):
         for token in range(parts[i]):
-            there, first = blocks[i][j][token].max(dim=0)
-            on, second = blocks[j][k][int(first)].max(dim=0)
-            straight, third = blocks[i][k][token].max(dim=0)
+            to_j, first = blocks[i][j][token].max(dim=0)
+            to_k, second = blocks[j][k][int(first)].max(dim=0)
+            direct, third = blocks[i][k][token].max(dim=0)
             if int(second) != int(third):
                 path = ((i, token), (j, int(first)), (k, int(second)), (k, int(third)))
-                found.append(Contradiction(path, float(there * on * straight)))
-    return sorted(found, key=lambda one: -one.strength)[:most]
+                found.append(Contradiction(path, float(to_j * to_k * direct)))
+    return sorted(found, key=lambda contradiction: -contradiction.strength)[:most]
 
 
 def worst_cycles(
     matrix: Float[Tensor, "size size"], *, num_modalities: int | None = None, sizes: Sequence[int] | None = None,
     most: int = 5,
 ) -> list[Contradiction]:  # fmt: skip
-    """The strongest ways round that come back to another token: "bark -> dog -> man -> silence".
+    """Finds the strongest cycles that end at another token than they start from, as "bark -> dog -> man -> silence".
 
-    Each step goes to the token that the map gives most. Two modalities have only ways there and back. A way counts
-    once, wherever it begins.
+    Each step follows the largest entry of the row. With two modalities, cycles are round trips. A cycle is reported
+    once, regardless of its starting point.
 
     Args:
         matrix: one supermatrix, rows map to columns.
-        most: how many at most.
+        num_modalities, sizes: as for ``cycle_error``.
+        most: maximum number of results.
 
     Returns:
-        Contradictions whose path is i, j, k and i again, or i, j, i, and whose strength is the product of the maps'
-        entries. Where j has fewer tokens than i, some must come back elsewhere, though with little strength.
+        Contradictions with path i, j, k, i (or i, j, i) and the product of the entries as strength. If j has fewer
+        tokens than i, some cycles necessarily end at another token, though with low strength.
     """
     parts = sizes_of(matrix, num_modalities, sizes, "worst_cycles")
     blocks = split_blocks(exact(matrix).detach().cpu(), parts)
     found: dict[frozenset[tuple[int, int]], Contradiction] = {}
-    for round_ in permutations(range(len(parts)), min(len(parts), 3)):
-        for token in range(parts[round_[0]]):
-            path, strength = [(round_[0], token)], 1.0
-            for modality in (*round_[1:], round_[0]):
-                value, place = blocks[path[-1][0]][modality][path[-1][1]].max(dim=0)
-                path.append((modality, int(place)))
+    for cycle in permutations(range(len(parts)), min(len(parts), 3)):
+        for token in range(parts[cycle[0]]):
+            path, strength = [(cycle[0], token)], 1.0
+            for modality in (*cycle[1:], cycle[0]):
+                value, index = blocks[path[-1][0]][modality][path[-1][1]].max(dim=0)
+                path.append((modality, int(index)))
                 strength *= float(value)
-            # A row without any attention maps to nothing.
+            # A row of zeros maps to no token.
             if path[-1] != path[0] and strength > 0:
-                way = frozenset(path[:-1])
-                if way not in found or found[way].strength < strength:
-                    found[way] = Contradiction(tuple(path), strength)
-    # Rounding must not decide which of two equals comes first.
+                steps = frozenset(path[:-1])
+                if steps not in found or found[steps].strength < strength:
+                    found[steps] = Contradiction(tuple(path), strength)
+    # Round, so that the order of equal strengths does not depend on rounding errors.
     return sorted(found.values(), key=lambda one: (-round(one.strength, 6), one.path))[:most]

@@ -30,11 +30,11 @@ def soft_matching(
             then sum to at most 1.
 
     Returns:
-        rows that sum to 1 (without a dustbin), 0 for padding.
+        (..., row, column); rows sum to 1 (without a dustbin), and are 0 for padding.
     """
     for name, mask, dim in (("rows", rows, -1), ("columns", columns, -2)):
         if mask is not None:
-            bool_mask(mask, f"match {name}", "a boolean mask (..., row) or (..., column)")
+            bool_mask(mask, f"soft_matching {name}", "a boolean mask (..., row) or (..., column)")
             scores = scores.masked_fill(~mask.unsqueeze(dim), -math.inf)
     if dustbin is not None:
         scores = F.pad(scores, (0, 1, 0, 1), value=dustbin)

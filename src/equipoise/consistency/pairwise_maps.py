@@ -21,21 +21,20 @@ Blocks = Sequence[Sequence[Tensor | None]] | Mapping[tuple[int, int], Tensor] | 
 def supermatrix(
     blocks: Blocks, *, names: Sequence[str] | None = None, diagonal: Diagonal = "identity", symmetrize: bool = False
 ) -> Float[Tensor, "... size size"]:
-    """P with block (i, j) the map from modality i to j: row = token of i, column = token of j.
+    """Builds the supermatrix P, whose block (i, j) maps tokens of modality i (rows) to tokens of modality j (columns).
 
-    Maps agree when P_ij P_jk = P_ik for all i, j, k; for permutations that is rank P = M, the number of concepts.
+    Maps are consistent if P_ij P_jk = P_ik for all i, j, k; for permutations, if rank P = M, the number of concepts.
 
     Args:
-        blocks: (..., M_i, M_j) maps, as rows of blocks or as {(i, j): map} by number or name. One that is missing is
-            the transpose of its opposite.
-        names: order of the modalities, where blocks are given by name; by default as they first come.
-        diagonal: ``"identity"`` puts I there, ``"given"`` takes the blocks (i, i).
-        symmetrize: gives (P + P^T) / 2, which the spectral scores want.
+        blocks: (..., M_i, M_j) maps, as rows of blocks or as {(i, j): map} with indices or names. A missing map (i, j) is
+            the transpose of (j, i).
+        names: order of the modalities if blocks are given by name; default is the order of first occurrence.
+        diagonal: ``"identity"`` for I, or ``"given"`` for the blocks (i, i).
+        symmetrize: return (P + P^T) / 2, as required by the spectral scores.
 
     Raises:
-        ConfigError: a pair that is missing both ways, unknown names. ShapeError: maps whose sizes do not fit, no map.
-        NonFiniteError: NaN or infinity.
-
+        ConfigError: both maps of a pair are missing, or a name is unknown. ShapeError: the sizes of maps do not match, or
+            there is no map. NonFiniteError: a map contains NaN or infinity.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -67,9 +66,9 @@ def supermatrix(
                 row.append(found[i, j])
             else:
                 raise ConfigError(
-                    "supermatrix", expected="a map for every pair, one way at least",
+                    "supermatrix", expected="a map in at least one direction for every pair",
                     got=f"none between '{order[i]}' and '{order[j]}'",
-                    fix="Without a shared concept there is nothing to compare; leave one of the two out.",
+                    fix="Add a map between them, or omit one of the two modalities.",
                 )  # fmt: skip
         rows.append(row)
     lead = torch.broadcast_shapes(*(part.shape[:-2] for row in rows for part in row))
@@ -86,23 +85,24 @@ def supermatrix_from_tokens(
     dustbin: float | None = None,
     symmetrize: bool = True,
 ) -> Float[Tensor, "... size size"]:
-    """Maps from the likeness of tokens: P_ij = softmax over the tokens of j of t_i t_j^T / temperature.
+    """Builds the supermatrix from token similarities: P_ij = softmax over the tokens of j of t_i t_j^T / temperature.
 
     Args:
-        tokens: one (..., M_i, d) for each modality.
-        temperature: by default sqrt(d), attention's.
-        masks: True for real tokens, one for each modality; rows and columns of others are 0, the diagonal included, and
+        tokens: one (..., M_i, d) per modality.
+        temperature: default is sqrt(d), as in attention.
+        masks: one per modality, True for valid tokens; rows and columns of others are 0, including the diagonal, and
             their values have no influence, even if they are NaN.
-        sinkhorn: so many alternations make maps doubly stochastic (equal numbers of tokens), 0 is softmax over rows.
-        dustbin: logit of an additional row and column for tokens without a partner, which are then cut off.
-        symmetrize: (P + P^T) / 2.
+        sinkhorn: number of Sinkhorn iterations, which make maps doubly stochastic (for equal numbers of tokens); 0 uses
+            a softmax over rows.
+        dustbin: logit of an additional row and column for unmatched tokens, which are removed from the result.
+        symmetrize: return (P + P^T) / 2.
 
     Raises:
-        ShapeError: widths that differ, a sample all of whose tokens are padding in every modality.
+        ShapeError: the widths differ, or all tokens of a sample are padding in every modality.
     """
     if len({part.shape[-1] for part in tokens}) != 1:
         raise ShapeError(
-            "supermatrix_from_tokens", expected="tokens of one width",
+            "supermatrix_from_tokens", expected="tokens of equal width",
             got=f"widths {[part.shape[-1] for part in tokens]}", fix="Project them to a shared space first.",
         )  # fmt: skip
     scale = tokens[0].shape[-1] ** 0.5 if temperature is None else temperature
@@ -116,7 +116,7 @@ def supermatrix_from_tokens(
         some = torch.stack([mask.any(dim=-1) for mask in masks if mask is not None]).any(dim=0)
         if not bool(some.all()):
             raise ShapeError(
-                "supermatrix_from_tokens", expected="a real token in every sample", got="a sample of padding alone"
+                "supermatrix_from_tokens", expected="a valid token in every sample", got="a sample of padding alone"
             )
     blocks = {}
     for i, (one, rows) in enumerate(zip(tokens, masks, strict=True)):
@@ -138,12 +138,12 @@ def supermatrix_from_attention(
     *,
     symmetrize: bool = True,
 ) -> Float[Tensor, "... size size"]:
-    """Maps out of joint attention: each block (i, j) divided by the sums of its rows, I on the diagonal.
+    """Builds the supermatrix from joint attention: rows of each block (i, j) are normalized; I on the diagonal.
 
-    Special tokens (-1) are left out. A token that does not look at a modality at all maps to nothing there.
+    Special tokens (-1) are excluded. Rows of tokens without attention to a modality are zero.
 
     Raises:
-        ShapeError: attention that is not square, labels that do not fit.
+        ShapeError: attention is not square, or the labels do not match it.
     """
     if attention.ndim < 2 or attention.shape[-1] != attention.shape[-2] or modality.shape != attention.shape[-1:]:
         raise ShapeError(
@@ -203,7 +203,7 @@ def _sizes(found: Mapping[tuple[int, int], Tensor], order: Sequence[str]) -> lis
             if sizes.setdefault(number, size) != size:
                 raise ShapeError(
                     f"supermatrix block ({order[i]}, {order[j]})",
-                    expected=f"{sizes[number]} tokens of '{order[number]}', as its other maps have", got=f"{size}",
+                    expected=f"{sizes[number]} tokens of '{order[number]}', as in its other maps", got=f"{size}",
                 )  # fmt: skip
     missing = [order[number] for number in range(len(order)) if number not in sizes]
     if missing:

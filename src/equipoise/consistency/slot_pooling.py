@@ -52,10 +52,12 @@ def pool_to_slots(
                 [1., 0., 1., 0.],
                 [0., 1., 0., 1.]])
     """
-    sizes = sizes_of(matrix, None, sizes, "pooled")
+    sizes = sizes_of(matrix, None, sizes, "pool_to_slots")
     if len(parts) != len(sizes) or any(not 1 <= few <= many for few, many in zip(parts, sizes, strict=True)):
         raise ShapeError(
-            "pooled parts", expected=f"one for each of {tuple(sizes)}, from 1 to it", got=f"{tuple(parts)}"
+            "pool_to_slots parts",
+            expected=f"one number for each of {tuple(sizes)}, from 1 to this size",
+            got=f"{tuple(parts)}",
         )
     values = exact(matrix)
     into = torch.block_diag(*(overlaps(many, few) for many, few in zip(sizes, parts, strict=True))).to(values)

@@ -18,29 +18,28 @@ from .block_matrix import SquareMatrix, check_square, sizes_of, split_blocks
 Method = Literal["auto", "gram", "svd", "polar"]
 METHODS = ("auto", "gram", "svd", "polar")
 SMALLEST = 1e-6
-"""Singular values below this part of the largest have no direction worth a gradient."""
+"""Singular values below this fraction of the largest are excluded from the gradient."""
 POLAR_STEPS = 30
+"""Number of Newton-Schulz steps."""
 
 
 def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """The sum of the singular values, differentiable: its gradient is U V^T over those that are not zero.
+    """Computes the sum of the singular values; differentiable, with gradient U V^T over nonzero singular values.
 
-    tr P <= norm, with equality for symmetric positive semidefinite P alone. With I on the diagonal that makes it
-    constant, N M, on all maps without contradiction, none at all (P = I) and uniform ones included: it measures
-    contradiction, not alignment.
+    tr P <= norm, with equality only for symmetric positive semidefinite P. With I on the diagonal it is therefore N M
+    for all maps without contradiction, including P = I and uniform maps: it measures contradiction, not alignment.
 
     Args:
         matrix: (..., size, size).
-        method: ``"gram"`` from the eigenvectors of P P^T, the fastest on a CPU; ``"polar"`` by Newton-Schulz steps,
-            matrix products alone, for an accelerator; ``"svd"`` the reference; ``"auto"`` gram on a CPU, else polar.
+        method: ``"gram"``: eigenvectors of P P^T, fastest on CPUs; ``"polar"``: Newton-Schulz iteration, which consists of
+            matrix products only, for GPUs; ``"svd"``: the reference; ``"auto"``: gram on CPUs, else polar.
 
     Returns:
-        (...,), in float32 or better. Relative error in float32, size 192 to 768: gram 2e-5, polar and svd below 1e-6;
-        polar leaves out singular values below about 1e-5 of the norm.
+        (...,), in float32 or higher precision. Relative error in float32, size 192 to 768: gram 2e-5, polar and svd below 1e-6;
+        polar ignores singular values below about 1e-5 of the norm.
 
     Raises:
-        ShapeError, NonFiniteError: no square matrix of finite numbers. ConfigError: an unknown method.
-
+        ShapeError: the matrix is not square. NonFiniteError: it contains NaN or infinity. ConfigError: unknown method.
 
     Example:
         >>> nuclear_norm(torch.diag(torch.tensor([3.0, -4.0])))
@@ -56,7 +55,7 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """Value and U V^T together; neither U nor V is differentiated, since repeated values would make that infinite."""
+    """Computes the norm and U V^T; U and V are not differentiated, since repeated singular values give infinite gradients."""
 
     @staticmethod
     def forward(matrix, method):
@@ -85,7 +84,7 @@ def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of P P^T; lengths of u^T P, not roots of eigenvalues, keep small singular values exact."""
+    """Uses eigenvectors of P P^T; small singular values are exact as norms of u^T P, unlike square roots of eigenvalues."""
     _, left = torch.linalg.eigh(matrix @ matrix.transpose(-1, -2))
     rows = left.transpose(-1, -2) @ matrix
     values = torch.linalg.vector_norm(rows, dim=-1)
@@ -95,7 +94,7 @@ def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton-Schulz, Y <- 1.5 Y - 0.5 Y Y^T Y: every singular value grows to 1, zeros stay zero."""
+    """Iterates Y <- 1.5 Y - 0.5 Y Y^T Y (Newton-Schulz): nonzero singular values converge to 1, zeros stay zero."""
     norm = torch.linalg.matrix_norm(matrix)[..., None, None]
     polar = matrix / norm.masked_fill(norm == 0, 1.0)
     for _ in range(POLAR_STEPS):
@@ -104,10 +103,9 @@ def _by_polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """r* = |P|_*^2 / |P|_F^2, differentiable: M for hard maps that agree, N M where all singular values are equal.
+    """Computes r* = |P|_*^2 / |P|_F^2: M for consistent hard maps, N M if all singular values are equal.
 
-    For an identity diagonal and rows that sum to 1, M <= r* <= N M. 0 for a matrix of zeros.
-
+    For an identity diagonal and rows that sum to 1, M <= r* <= N M. 0 for a zero matrix. Differentiable.
 
     Example:
         >>> effective_rank(torch.eye(3))
@@ -122,19 +120,19 @@ def consistency_score(
     matrix: SquareMatrix, *, num_modalities: int | None = None, sizes: Sequence[int] | None = None,
     method: Method = "auto",
 ) -> Float[Tensor, ...]:  # fmt: skip
-    """(T - r*) / (T - M) in [0, 1]: 1 for hard maps that agree, 0 for none at all; T = N M rows, M concepts.
+    """Computes (T - r*) / (T - M) in [0, 1]: 1 for consistent hard maps, 0 for P = I; T = N M rows, M concepts.
 
-    With unequal ``sizes`` T is their sum and M the smallest; many-to-one maps then cannot reach 1.
+    With unequal ``sizes``, T is their sum and M the smallest; many-to-one maps then cannot reach 1.
 
     Returns:
-        (...,). Soft maps hide contradictions: half a swap scores as half an alignment. Read it beside ``cycle_error``.
+        (...,). Soft maps can hide contradictions: half a swap has the score of half an alignment. Use with ``cycle_error``.
 
     Raises:
-        ConfigError, ShapeError: neither num_modalities nor sizes, blocks that do not fit, a single modality.
+        ConfigError: neither num_modalities nor sizes is given, or there is a single modality. ShapeError: the sizes do
+            not match the matrix.
 
     Warns:
-        where the diagonal is not the identity, since the lower bound of r* then fails; the score is clamped.
-
+        if the diagonal is not the identity, since r* may then be below its lower bound; the score is clamped.
 
     Example:
         >>> consistency_score(torch.eye(6), num_modalities=3)
@@ -149,9 +147,9 @@ def consistency_score(
 
 
 def contradiction_excess(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """(|P|_* - tr P) / tr P >= 0; 0 exactly for symmetric positive semidefinite P: nothing contradicts itself.
+    """Computes (|P|_* - tr P) / tr P >= 0, which is 0 for symmetric positive semidefinite P: maps without contradiction.
 
-    0 for a matrix of zeros, the maps of a sample without any token.
+    Also 0 for a zero matrix, the maps of a sample without tokens.
     """
     trace = exact(matrix).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     return (nuclear_norm(matrix, method=method) - trace) / trace.masked_fill(trace == 0, 1.0)
@@ -160,26 +158,26 @@ def contradiction_excess(matrix: SquareMatrix, *, method: Method = "auto") -> Fl
 def contradiction_free_score(
     matrix: SquareMatrix, *, num_modalities: int, method: Method = "auto"
 ) -> Float[Tensor, ...]:
-    """C = 1 - (|P|_* / (N M) - 1) / (sqrt(N) - 1), in [0, 1]; 1 also for no alignment at all."""
-    size = check_square(matrix, "freedom_from_contradiction")
+    """Computes C = 1 - (|P|_* / (N M) - 1) / (sqrt(N) - 1), in [0, 1]; 1 also for P = I (no alignment)."""
+    size = check_square(matrix, "contradiction_free_score")
     if num_modalities < 2:
-        raise ConfigError("freedom_from_contradiction", expected="two or more modalities", got=f"{num_modalities}")
+        raise ConfigError("contradiction_free_score", expected="two or more modalities", got=f"{num_modalities}")
     return 1 - (nuclear_norm(matrix, method=method) / size - 1) / (math.sqrt(num_modalities) - 1)
 
 
 def top_energy(
     matrix: SquareMatrix, *, num_modalities: int | None = None, sizes: Sequence[int] | None = None
 ) -> Float[Tensor, ...]:
-    """Sum of the M largest singular values over T = N M rows, in (0, 1]; 1 for hard maps that agree.
+    """Computes the sum of the M largest singular values divided by T = N M, in (0, 1]; 1 for consistent hard maps.
 
-    With unequal ``sizes`` T is their sum and M the smallest.
+    With unequal ``sizes``, T is their sum and M the smallest.
     """
     parts = sizes_of(matrix, num_modalities, sizes, "top_energy")
     return torch.linalg.svdvals(exact(matrix))[..., : min(parts)].sum(dim=-1) / sum(parts)
 
 
 class Spectral(NamedTuple):
-    """All that the singular values say of one supermatrix, or of a batch; see the functions of these names."""
+    """Spectral measures of one supermatrix or of a batch; see the functions of the same names."""
 
     consistency_score: Float[Tensor, ...]
     effective_rank: Float[Tensor, ...]
@@ -188,7 +186,9 @@ class Spectral(NamedTuple):
 
 
 def spectral(matrix: SquareMatrix, *, sizes: Sequence[int]) -> Spectral:
-    """The figures of a symmetric supermatrix with I on the diagonal, out of one set of eigenvalues; no gradient.
+    """Computes all spectral measures of a symmetric supermatrix with I on the diagonal from one eigendecomposition.
+
+    No gradient.
 
     Example:
         >>> spectral(torch.eye(2).repeat(3, 3), sizes=(2, 2, 2)).effective_rank.round(decimals=4)
@@ -196,7 +196,7 @@ def spectral(matrix: SquareMatrix, *, sizes: Sequence[int]) -> Spectral:
     """
     parts = sizes_of(matrix, None, sizes, "spectral")
     total, concepts = sum(parts), min(parts)
-    # Singular values of what is symmetric.
+    # The matrix is symmetric, so |eigenvalues| are its singular values.
     values = torch.linalg.eigvalsh(exact(matrix).detach()).abs().sort(dim=-1, descending=True).values
     norm = values.sum(dim=-1)
     squared = values.square().sum(dim=-1)
@@ -208,7 +208,7 @@ def spectral(matrix: SquareMatrix, *, sizes: Sequence[int]) -> Spectral:
 
 
 def ideal_spectrum(sizes: Sequence[int]) -> list[float]:
-    """Singular values of hard maps that agree: N for each shared concept, 1 for tokens without a partner, then 0.
+    """Returns the singular values of consistent hard maps: N per shared concept, 1 per unmatched token, then 0.
 
     Example:
         >>> ideal_spectrum((2, 3))
@@ -227,7 +227,7 @@ def _check_diagonal(matrix: Tensor, sizes: Sequence[int]) -> None:
         for number, size in enumerate(sizes):
             block = exact(blocks[number][number])
             eye = torch.eye(size, dtype=block.dtype, device=block.device)
-            # Padding is zero on the diagonal too.
+            # Rows of padding are zero, also on the diagonal.
             if not bool(((block - eye * (block.diagonal(dim1=-2, dim2=-1)[..., None] != 0)).abs() < 1e-3).all()):
                 warnings.warn(
                     "consistency_score: the diagonal blocks are not the identity; r* may fall below the number of "

@@ -21,23 +21,24 @@ KINDS = ("hard", "soft", "orthogonal")
 def synchronize(
     matrix: SquareMatrix, *, num_modalities: int, kind: Kind = "hard", temperature: float = 0.1, rounds: int = 50
 ) -> Float[Tensor, "... size size"]:
-    """P* = [Q_i Q_j^T] from the M leading eigenvectors of (P + P^T) / 2; a few wrong maps among many are overruled.
+    """Computes consistent maps P* = [Q_i Q_j^T] from the M leading eigenvectors U of (P + P^T) / 2.
 
-    Q_i = X_i X_1^T with X = sqrt(N) U, made a permutation by linear assignment.
+    Q_i is the permutation nearest to X_i X_1^T with X = sqrt(N) U, by linear assignment. A few wrong maps among many are
+    corrected.
 
     Args:
         matrix: (..., N M, N M).
-        num_modalities: N; all have M tokens.
-        kind: ``"hard"`` permutations; ``"soft"`` doubly stochastic ones by Sinkhorn, at ``temperature``;
-            ``"orthogonal"`` the nearest orthogonal ones.
-        temperature, rounds: of Sinkhorn.
+        num_modalities: number N of modalities, with M tokens each.
+        kind: ``"hard"``: permutations; ``"soft"``: doubly stochastic maps by Sinkhorn iterations;
+            ``"orthogonal"``: the nearest orthogonal maps.
+        temperature: temperature of the soft maps.
+        rounds: number of Sinkhorn iterations.
 
     Returns:
-        the same shape; rank M and without contradiction for hard and orthogonal. No gradient flows through it.
+        (..., N M, N M), detached; rank M and without contradiction for hard and orthogonal maps.
 
     Raises:
-        ShapeError: blocks that do not fit. ConfigError: an unknown kind, a single modality.
-
+        ShapeError: the blocks do not match the matrix. ConfigError: unknown kind, or a single modality.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -57,14 +58,14 @@ def synchronize(
         stack = num_modalities**0.5 * vectors[..., -size:].unflatten(-2, (num_modalities, size))
         free = stack @ stack[..., :1, :, :].transpose(-1, -2)
         made = {"hard": _permutations, "soft": _soft, "orthogonal": _orthogonal}[kind](free, temperature, rounds)
-        # The first is the reference itself.
+        # The first modality is the reference.
         made[..., 0, :, :] = torch.eye(size, dtype=made.dtype, device=made.device)
         found = made.flatten(-3, -2)
         return (found @ found.transpose(-1, -2)).to(matrix.dtype)
 
 
 def eigengap(matrix: SquareMatrix, *, num_modalities: int) -> Float[Tensor, ...]:
-    """lambda_M - lambda_(M+1) of (P + P^T) / 2: how sure ``synchronize`` is; N for maps that agree, 0 for noise."""
+    """Computes lambda_M - lambda_(M+1) of (P + P^T) / 2, the confidence of ``synchronize``: N if consistent, 0 for noise."""
     size = sizes_of(matrix, num_modalities, None, "eigengap")[0]
     whole = exact(matrix)
     values = torch.linalg.eigvalsh((whole + whole.transpose(-1, -2)) / 2)

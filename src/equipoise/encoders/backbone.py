@@ -24,7 +24,7 @@ class Backbone(Encoder):
     ::
 
         H = model(input)                  (batch, token, hidden); feature maps are flattened
-        tokens = H A + a                  without A where dim is the model's own width
+        tokens = H A + a                  without A if dim is the width of the model
 
     For encoder-decoder models, the encoder is used.
 
@@ -102,8 +102,8 @@ class Backbone(Encoder):
         Args:
             inputs: the model's main input (``input_ids``, ``pixel_values``, ``input_values``), or all its inputs by
                 name.
-            mask: True for real tokens; an ``attention_mask`` among the inputs, boolean or all 0 and 1, holds beside it.
-                What both hide is not read: padding ids and zeros stand in its place.
+            mask: True for valid tokens; combined with the ``attention_mask`` in the inputs, if any (boolean or 0/1).
+                Masked ids are replaced by padding and masked values by zeros.
         """
         given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
         attention = given.get("attention_mask")
@@ -151,7 +151,7 @@ class Backbone(Encoder):
         if coarser is None:
             raise ShapeError(
                 "Backbone", expected=f"an attention_mask for each of {length} tokens",
-                got=f"shape {tuple(attention.shape)}", fix="Leave it out, and mask whole samples with batch['mask'].",
+                got=f"shape {tuple(attention.shape)}", fix="Omit it, and mask whole samples with batch['mask'].",
             )  # fmt: skip
         return coarser(length, attention.long()).bool() & attention.bool().any(dim=1, keepdim=True)
 
@@ -159,7 +159,7 @@ class Backbone(Encoder):
 def _width(model: Any) -> int:
     config = model.config
     sizes = getattr(config, "hidden_sizes", None)
-    # Networks of stages end with their widest; transformers have one width.
+    # The last stage of multi-stage networks is the output; transformers have one width.
     width = sizes[-1] if sizes else getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ConfigError(
@@ -174,7 +174,7 @@ def _with_lora(model: Any, rank: int) -> Any:
         import peft
     if rank < 1:
         raise ConfigError("Backbone", expected="a LoRA rank of 1 or more", got=f"lora = {rank}")
-    # The scale alpha / rank is 2, as is usual; the model stays of its own class.
+    # alpha = 2 rank is a common choice; unlike get_peft_model, this keeps the class of the model.
     return peft.inject_adapter_in_model(
         peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model
     )

@@ -29,7 +29,7 @@ def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **optio
 
     Args:
         cls: a class with ``from_pretrained``.
-        source: a folder with ``config.json`` and ``model.safetensors``, or a name on the hub.
+        source: a folder with ``config.json`` and ``model.safetensors``, or a name on the Hub.
         who: first part of the error messages.
         pooled: whether the pooler is used; if not, its weights, which are often not stored, may be missing.
         options: overrides of the configuration.

@@ -1,4 +1,4 @@
-"""ResNet18's last feature map as tokens."""
+"""ResNet18 encoder: positions of the last feature map are tokens."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from .encoder import Encoder
 from .pretrained_weights import for_channels, import_transformers, load_model
 
 WIDTHS, DEPTHS = [64, 128, 256, 512], [2, 2, 2, 2]
-"""Channels and blocks of ResNet18's four stages."""
+"""Channels and blocks of the four stages of ResNet18."""
 
 
 class ResNetEncoder(Encoder):
-    """ResNet18 without its pool: every place of the last feature map, in every frame, is a token.
+    """ResNet18 without pooling: each position of the last feature map of each frame is a token.
 
     ::
 
         M_t = ResNet18(frame t)                              512 x ceil(height / 32) x ceil(width / 32)
-        tokens = [M_1 ; ... ; M_T] A + a                     without A where dim = 512; no class token
+        tokens = [M_1 ; ... ; M_T] A + a                     without A if dim = 512; no class token
 
-    ``pooled`` is the mean over time and space, what the static fusions of the older papers read.
+    ``pooled`` is the mean over time and space, the input of static fusions in earlier papers.
 
     Args:
         channels: image channels: 3 for RGB, 1 for a spectrogram, 2 for optical flow.
         frames: images per sample; with several, the input is (batch, frame, channel, height, width).
         dim: token width.
-        pretrained: a folder or a name on the hub of a ResNet18 with safetensors; a first kernel for other channels is
-            the mean over colors.
+        pretrained: a folder or a name on the Hub of a ResNet18 with safetensors; for other numbers of channels, the first
+            kernel is the mean over colors.
 
     Raises:
-        ConfigError: weights of another network, or transformers is missing. DataError: weights that are not there.
+        ConfigError: the weights are of another network, or transformers is missing. DataError: the weights are not found.
         ShapeError: the number of channels or frames does not match.
 
-    It has batch norms: in training a sample's tokens depend on its batch, so accumulated small batches are not one
-    large batch, and processes that train together keep statistics of their own.
+    Because of batch norm, the tokens of a sample depend on its batch in training: accumulated small batches are not
+    equivalent to one large batch, and distributed processes have separate running statistics.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016); RollingQ (ICML 2025), Table 7.
-    Differs from the released code in: nothing known; it holds no ResNet.
+    Differs from the released code in: unknown; the release contains no ResNet.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class ResNetEncoder(Encoder):
         self.project = nn.Identity() if dim == WIDTHS[-1] else nn.Linear(WIDTHS[-1], dim)
         initialize_weights(self.project)
         if pretrained is not None:
-            self._take(load_model(transformers.ResNetModel, pretrained, "ResNetEncoder"))
+            self._load_pretrained(load_model(transformers.ResNetModel, pretrained, "ResNetEncoder"))
 
     @classmethod
     def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
@@ -90,13 +90,13 @@ class ResNetEncoder(Encoder):
         maps = self.resnet(pixels).last_hidden_state.flatten(2).transpose(1, 2)
         return Tokens(self.project(maps.unflatten(0, (batch, self.frames)).flatten(1, 2)))
 
-    def _take(self, trained: Any) -> None:
-        """Copies the weights of another ResNet18, fitted to these channels."""
-        theirs = trained.config
-        if (list(theirs.hidden_sizes), list(theirs.depths), theirs.layer_type) != (WIDTHS, DEPTHS, "basic"):
+    def _load_pretrained(self, trained: Any) -> None:
+        """Copies the weights of another ResNet18, adapted to these channels."""
+        config = trained.config
+        if (list(config.hidden_sizes), list(config.depths), config.layer_type) != (WIDTHS, DEPTHS, "basic"):
             raise ConfigError(
                 "ResNetEncoder", expected=f"a ResNet18: hidden_sizes = {WIDTHS}, depths = {DEPTHS}, layer_type = basic",
-                got=f"{list(theirs.hidden_sizes)}, {list(theirs.depths)}, {theirs.layer_type}",
+                got=f"{list(config.hidden_sizes)}, {list(config.depths)}, {config.layer_type}",
             )  # fmt: skip
         state, kernel = trained.state_dict(), "embedder.embedder.convolution.weight"
         state[kernel] = for_channels(state[kernel], self.channels)

@@ -19,7 +19,7 @@ class PatchEncoder(Encoder):
     """A small ViT: patches, class token, learned positions, pre-norm blocks, final LayerNorm.
 
     With ``dim=768, depth=4, heads=12, patch=16`` it has the blocks of the RollingQ paper; ``ViTEncoder`` is the paper's
-    encoder whole, with frames and pretrained weights.
+    complete encoder, with frames and pretrained weights.
 
     Args:
         channels: image channels (1 for a spectrogram).
@@ -28,10 +28,10 @@ class PatchEncoder(Encoder):
         dim: token width.
         depth: number of blocks.
         heads: attention heads.
-        dropout: in training only.
+        dropout: dropout probability, in training only.
 
     Raises:
-        ConfigError: a size that the patch does not divide.
+        ConfigError: the size is not a multiple of the patch.
         ShapeError: the shape of the images does not match ``size``.
 
     Example:
@@ -74,21 +74,21 @@ class PatchEncoder(Encoder):
 
 
 class SequenceEncoder(Encoder):
-    """A transformer over feature frames: frames are joined by ``stride``, projected, given a class token and positions.
+    """Transformer over feature frames: groups of ``stride`` frames are projected; class token and positions are added.
 
     Args:
         features: features of one frame (mel bands, word-vector width, sensor channels).
-        max_length: longest sequence in frames.
+        max_length: maximum sequence length in frames.
         dim: token width.
-        stride: frames that make one token; the last, incomplete group is padded with zeros.
+        stride: frames per token; an incomplete last group is padded with zeros.
         depth: number of blocks.
         heads: attention heads.
-        bias: of the projection. Without it, ``dim=120, depth=4, heads=5, bias=False`` is the encoder of the published
-            CMU-MOSEI setting, where a convolution of kernel 1 projects.
-        dropout: in training only.
+        bias: whether the projection has a bias. ``dim=120, depth=4, heads=5, bias=False`` is the encoder of the
+            published CMU-MOSEI setting, whose projection is a convolution with kernel size 1.
+        dropout: dropout probability, in training only.
 
     Raises:
-        ShapeError: sequences of another width, or longer than ``max_length``.
+        ShapeError: the sequences have another width, or are longer than ``max_length``.
 
     Example:
         >>> encoder = SequenceEncoder(40, max_length=60, dim=16, stride=4, depth=1, heads=2)
@@ -121,7 +121,7 @@ class SequenceEncoder(Encoder):
     def forward(
         self, frames: Float[Tensor, "batch frame feature"], mask: Bool[Tensor, "batch frame"] | None = None
     ) -> Tokens:
-        """``mask`` is True for real frames; a token takes part when one of its frames does."""
+        """Encodes a batch. ``mask`` is True for valid frames; a token is valid if any of its frames is."""
         if frames.ndim != 3 or frames.shape[2] != self.features or not 1 <= frames.shape[1] <= self.max_length:
             raise ShapeError(
                 "SequenceEncoder",
@@ -133,7 +133,7 @@ class SequenceEncoder(Encoder):
         if mask is not None:
             bool_mask(
                 mask, "SequenceEncoder mask", f"(batch, frame) = {tuple(frames.shape[:2])}, torch.bool",
-                shape=frames.shape[:2], fix="Give one value for each frame, True = real.",
+                shape=frames.shape[:2], fix="Pass one value per frame, True = valid.",
             )  # fmt: skip
             frames = zero_masked(frames, mask)
             mask = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, self.stride)).any(dim=2)

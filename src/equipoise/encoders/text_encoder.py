@@ -1,4 +1,4 @@
-"""Words to tokens: numbers of words in, one token for each, padding masked."""
+"""Text encoder: word indices to tokens, with padding masked."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .encoder import Encoder
 
 
 class TextEncoder(Encoder):
-    """A small transformer over words: a learned vector for each, positions, pre-norm blocks, final LayerNorm.
+    """Small transformer over words: word embeddings, positions, pre-norm blocks, final LayerNorm.
 
-    Number 0 is padding: its tokens are masked, and cut off where all texts of a batch are shorter. ``pooled`` is the
-    mean over words. A text without any word is a missing modality: a row of False.
+    Index 0 is padding: its tokens are masked, and columns of padding at the end are removed. ``pooled`` is the mean over
+    words. An empty text is a missing modality: its mask is a row of False.
 
     Args:
-        vocabulary: numbers are 0 to vocabulary - 1.
-        max_length: longest text.
+        vocabulary: vocabulary size; indices are 0 to vocabulary - 1.
+        max_length: maximum number of words.
         dim: token width.
-        depth: number of blocks; 0 leaves words as they are, and their order has no part.
+        depth: number of blocks; 0 uses word embeddings without positions, so the order of words has no effect.
         heads: attention heads.
-        dropout: in training only.
+        dropout: dropout probability, in training only.
 
     Raises:
-        ConfigError: a vocabulary or length below 1.
-        ShapeError: texts that are no whole numbers, longer than ``max_length``, or with numbers out of the vocabulary.
+        ConfigError: vocabulary or max_length is below 1.
+        ShapeError: texts are not integers, are longer than ``max_length``, or contain indices outside the vocabulary.
 
     Example:
         >>> encoder = TextEncoder(10, max_length=6, dim=16, depth=1, heads=2)
@@ -41,7 +41,7 @@ class TextEncoder(Encoder):
     """
 
     name = "TextEncoder"
-    reads = "(word,) whole numbers"
+    reads = "(word,) integers"
 
     def __init__(
         self, vocabulary: int, *, max_length: int, dim: int, depth: int = 2, heads: int = 4, dropout: float = 0.0
@@ -62,28 +62,28 @@ class TextEncoder(Encoder):
         return {"max_length": shape[0]} if len(shape) == 1 else None
 
     def forward(self, words: Int[Tensor, "batch word"], mask: Bool[Tensor, "batch word"] | None = None) -> Tokens:
-        """``mask`` is True for words that are read; the others are padding, whatever their number."""
+        """Encodes a batch. ``mask`` is True for valid words; other words are padding, whatever their index."""
         if words.ndim != 2 or words.is_floating_point() or words.dtype == torch.bool:
             raise ShapeError(
-                "TextEncoder", expected="whole numbers of shape (batch, word)",
-                got=f"shape {tuple(words.shape)}, {words.dtype}", fix="Words.encode(texts) makes them.",
+                "TextEncoder", expected="integers of shape (batch, word)",
+                got=f"shape {tuple(words.shape)}, {words.dtype}", fix="Encode texts with WordVocabulary.encode(texts).",
             )  # fmt: skip
         if not 1 <= words.shape[1] <= self.max_length:
             raise ShapeError(
                 "TextEncoder", expected=f"1 to {self.max_length} words", got=f"{words.shape[1]}",
-                fix="Cut the texts, or build the encoder with a larger max_length.",
+                fix="Truncate the texts, or build the encoder with a larger max_length.",
             )  # fmt: skip
         if mask is not None:
             expected = f"a boolean mask (batch, word) = {tuple(words.shape)}"
             words = words.masked_fill(~bool_mask(mask, "TextEncoder mask", expected, shape=words.shape), 0)
         if words.numel() and not 0 <= int(words.min()) <= int(words.max()) < self.vocabulary:
             raise ShapeError(
-                "TextEncoder", expected=f"numbers of words in 0 to {self.vocabulary - 1}",
+                "TextEncoder", expected=f"word indices from 0 to {self.vocabulary - 1}",
                 got=f"{int(words.min())} to {int(words.max())}",
                 fix="Build the encoder with vocabulary = the number of words of the data set.",
             )  # fmt: skip
         mask = words > 0
-        # What is padding for all needs no work.
+        # Remove columns that are padding for all samples.
         used = mask.any(dim=0).nonzero()
         longest = int(used[-1]) + 1 if len(used) else 1
         words, mask = words[:, :longest], mask[:, :longest]

@@ -1,4 +1,4 @@
-"""ViT-B/16 cut to its first blocks: the encoder of RollingQ's published experiments."""
+"""ViT-B/16 truncated to its first blocks: the encoder of the RollingQ experiments."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ViTEncoder(Encoder):
 
         x = [c ; patches of frame 1 ; ... ; patches of frame T] + P      one table P over all frames
         x <- x + Attention(LN(x)),  x <- x + MLP(LN(x))                  depth times
-        tokens = LN(x)                                                   the first one is the class token c
+        tokens = LN(x)                                                   token 0 is the class token c
 
-    Frames share the projection of patches. What no whole patch covers at the right and lower edge is not read.
+    Frames share the patch projection. Pixels at the right and bottom edges that do not fill a patch are ignored.
 
     Args:
         channels: image channels: 3 for RGB, 1 for a spectrogram, 2 for optical flow.
@@ -35,23 +35,23 @@ class ViTEncoder(Encoder):
         dim: token width.
         depth: number of blocks.
         heads: attention heads.
-        axes: what the stored height and width are, and what they become before patches are cut, such as
-            ``"frequency time -> time frequency"``; by default nothing is exchanged.
-        pretrained: a folder or a name on the hub of a ViT with safetensors. Its first ``depth`` blocks, class token and
-            last norm are taken as they are. A patch kernel for other channels is the mean over colors; positions are
-            interpolated bilinearly from the trained grid, the same ones for every frame.
+        axes: names of the stored axes and their order in the patches, such as ``"frequency time -> time frequency"``,
+            which transposes the input; by default the input is not transposed.
+        pretrained: a folder or a name on the Hub of a ViT with safetensors. Its first ``depth`` blocks, class token and
+            final norm are copied. For other numbers of channels, the patch kernel is the mean over colors; positions are
+            interpolated bilinearly from the trained grid and repeated for each frame.
 
     Raises:
-        ConfigError: a size smaller than a patch, heads that do not divide dim, axes that are not understood, weights of
-            another shape, or transformers is missing. DataError: weights that are not there. ShapeError: other pictures
-            than built for.
+        ConfigError: the size is smaller than a patch, dim is not divisible by heads, axes are invalid, the weights have
+            another shape, or transformers is missing. DataError: the weights are not found. ShapeError: the shape of the
+            images does not match.
 
-    With its defaults a block has 12 d^2 + 13 d = 7,087,872 parameters. From random weights it needs far more data than
-    the small sets of this field have: use ``PatchEncoder`` with a small width, or ``pretrained``.
+    By default a block has 12 d^2 + 13 d = 7,087,872 parameters. Training from scratch requires far more data than common
+    multimodal benchmarks contain: use ``PatchEncoder`` with a small width, or ``pretrained``.
 
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); RollingQ (ICML 2025).
-    Differs from the released code in: which blocks are taken and how audio weights are derived, as neither it nor the
-    paper says so; and exchanging axes is asked for by name instead of being done to whatever is stored.
+    Differs from the released code in: the choice of blocks and the derivation of audio weights, which neither the code
+    nor the paper specifies; axes are transposed only if ``axes`` says so (always in the release).
 
     Example:
         >>> encoder = ViTEncoder(1, (12, 9), patch=4, dim=16, depth=1, heads=2, axes="frequency time -> time frequency")
@@ -76,7 +76,7 @@ class ViTEncoder(Encoder):
                 "ViTEncoder", expected="at least one frame, one block and one whole patch",
                 got=f"frames = {frames}, depth = {depth}, patch = {patch} for (height, width) = {(height, width)}",
             )  # fmt: skip
-        # Some versions of transformers would build narrower heads, and say nothing.
+        # Some versions of transformers silently build narrower heads.
         if channels < 1 or dim < 1 or heads < 1 or dim % heads:
             raise ConfigError(
                 "ViTEncoder", expected="channels, dim and heads of 1 or more, and a dim that heads divides",
@@ -85,7 +85,7 @@ class ViTEncoder(Encoder):
         self.channels, self.size, self.frames, self.patch, self.dim = channels, tuple(size), frames, patch, dim
         config = transformers.ViTConfig(
             hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * dim,
-            # Frames stand one above the other: their patches come in the order of the frames, and have one table.
+            # Frames are stacked vertically, so that their patches are in frame order and share one position table.
             image_size=[frames * self.grid[0] * patch, self.grid[1] * patch], patch_size=patch, num_channels=channels,
             layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
@@ -95,7 +95,7 @@ class ViTEncoder(Encoder):
         nn.init.kaiming_normal_(projection.weight, mode="fan_out")
         nn.init.zeros_(projection.bias)
         if pretrained is not None:
-            self._take(load_model(transformers.ViTModel, pretrained, "ViTEncoder", add_pooling_layer=False))
+            self._load_pretrained(load_model(transformers.ViTModel, pretrained, "ViTEncoder", add_pooling_layer=False))
 
     @classmethod
     def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:
@@ -119,41 +119,41 @@ class ViTEncoder(Encoder):
         return Tokens(self.vit(pixels).last_hidden_state, cls=True)
 
     @torch.no_grad()
-    def _take(self, trained: Any) -> None:
-        """Copies the weights of another ViT, fitted to these channels and this grid."""
-        theirs, mine = trained.config, self.vit.config
+    def _load_pretrained(self, trained: Any) -> None:
+        """Copies the weights of another ViT, adapted to these channels and this grid."""
+        source, target = trained.config, self.vit.config
         for field in ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size"):
-            if getattr(theirs, field) != getattr(mine, field):
+            if getattr(source, field) != getattr(target, field):
                 raise ConfigError(
-                    "ViTEncoder", expected=f"pretrained weights with {field} = {getattr(mine, field)}",
-                    got=f"{field} = {getattr(theirs, field)}", fix="Build the encoder as its weights are.",
+                    "ViTEncoder", expected=f"pretrained weights with {field} = {getattr(target, field)}",
+                    got=f"{field} = {getattr(source, field)}", fix=f"Create the encoder with the {field} of the weights.",
                 )  # fmt: skip
-        if theirs.num_hidden_layers < mine.num_hidden_layers:
+        if source.num_hidden_layers < target.num_hidden_layers:
             raise ConfigError(
-                "ViTEncoder", expected=f"pretrained weights of depth = {mine.num_hidden_layers} blocks or more",
-                got=f"{theirs.num_hidden_layers} blocks",
+                "ViTEncoder", expected=f"pretrained weights of depth = {target.num_hidden_layers} blocks or more",
+                got=f"{source.num_hidden_layers} blocks",
             )  # fmt: skip
         state = {name: value for name, value in trained.state_dict().items() if name in self.vit.state_dict()}
         kernel, table = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
         height, width = trained.embeddings.patch_embeddings.image_size
-        grid = (height // theirs.patch_size, width // theirs.patch_size)
+        grid = (height // source.patch_size, width // source.patch_size)
         state[kernel] = for_channels(state[kernel], self.channels)
         state[table] = torch.cat(
-            [state[table][:, :1], *[interpolated(state[table][:, 1:], grid, self.grid)] * self.frames], dim=1
+            [state[table][:, :1], *[interpolate_positions(state[table][:, 1:], grid, self.grid)] * self.frames], dim=1
         )
         self.vit.load_state_dict(state)
 
 
-def interpolated(
+def interpolate_positions(
     table: Float[Tensor, "1 token dim"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "1 other dim"]:
-    """A table of positions on a grid, bilinear on another grid; the class token's is not among them."""
+    """Interpolates a table of positions (without the class token) bilinearly to another grid."""
     grid = table.unflatten(1, old).permute(0, 3, 1, 2)
     return F.interpolate(grid, size=new, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _swapped(axes: str | None) -> bool:
-    """Whether the two axes are exchanged."""
+    """Returns whether the two axes are transposed."""
     if axes is None:
         return False
     stored, _, wanted = (part.split() for part in axes.partition("->"))

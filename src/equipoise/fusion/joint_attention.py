@@ -83,7 +83,7 @@ class JointAttention(Fusion):
         # exponential moving average would keep the first depth forever.
         self.register_buffer("active", torch.tensor(float(depth)))
         self._active = depth
-        self.register_load_state_dict_post_hook(_read_active)
+        self.register_load_state_dict_post_hook(_update_active)
 
     active: Tensor
 
@@ -162,6 +162,6 @@ class JointAttention(Fusion):
         return self.norm(values[:, 0]), None if share is None else share[:, :, 0]
 
 
-def _read_active(module: nn.Module, keys: object) -> None:
+def _update_active(module: nn.Module, keys: object) -> None:
     if isinstance(module, JointAttention):
         module.read_active()

@@ -1,4 +1,4 @@
-"""Ends the program at once, without a traceback, on Ctrl-C while it is still importing."""
+"""Exits without a traceback if Ctrl-C is pressed while the program is still importing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import PurePath
 from typing import Any
 
 INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 
 def is_program(words: Sequence[str]) -> bool:
-    """Whether a process with these arguments is the program ``equipoise``.
+    """Returns whether a process with these arguments runs the ``equipoise`` command.
 
     Example:
         >>> is_program(["python", "-m", "equipoise", "demo"]), is_program(["python", "mine.py", "equipoise"])
         (True, False)
     """
-    # After -m or -c, or the first file, come the program's own arguments.
+    # The arguments of the program follow -m, -c or the first file.
     for before, word in zip(words, words[1:]):  # noqa: B905, RUF007
         if word == "-c":
             return False
@@ -30,17 +31,17 @@ def is_program(words: Sequence[str]) -> bool:
     return False
 
 
-def _leave(number: int, frame: Any) -> None:
-    # Modules that are half imported could make anything else fail.
+def _exit_at_once(number: int, frame: Any) -> None:
+    # Call only os functions: partially imported modules may fail.
     os.write(2, b"equipoise: Stopped before anything was begun.\n")
     os._exit(INTERRUPTED)
 
 
 def ready() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt as usual."""
-    if signal.getsignal(signal.SIGINT) is _leave:
+    """Restores the default: Ctrl-C raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if is_program(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, _exit_at_once)

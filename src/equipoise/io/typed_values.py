@@ -1,4 +1,4 @@
-"""Checks plain values, as YAML and JSON files hold them, against type annotations; nothing is imported or converted."""
+"""Checks plain values from YAML and JSON files against type annotations, without importing or converting anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NAMES = {
 }  # fmt: skip
 
 LARGEST = 2**63 - 1
-"""Whole numbers beyond this fit into no tensor."""
+"""Largest integer that fits into a tensor."""
 
 
 def is_plain(value: Any) -> bool:
-    """Whether the value consists of numbers, texts, true, false, nothing, lists and mappings with texts as keys."""
+    """Returns whether the value consists of numbers, strings, booleans, None, lists, and mappings with string keys."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and is_plain(key) and is_plain(part) for key, part in value.items())
     if isinstance(value, (list, tuple)):
@@ -31,10 +31,10 @@ def is_plain(value: Any) -> bool:
 
 
 def matches_type(value: Any, hint: Any) -> bool:
-    """Whether a plain value can stand for a parameter with this annotation.
+    """Returns whether a plain value is valid for a parameter with this annotation.
 
-    A whole number fits ``float``; true and false fit ``bool`` alone. No value fits an annotation that a file cannot
-    express, such as a module or a function.
+    Integers match ``float``; booleans match ``bool`` only. No value matches an annotation that a file cannot express,
+    such as a module or a function.
 
     Example:
         >>> matches_type(3, float), matches_type(True, int), matches_type([1, 2], tuple[int, int]), matches_type(None, str | None)
@@ -50,9 +50,11 @@ def matches_type(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind is tuple and parts and parts[-1] is not ...:
         same = isinstance(value, (list, tuple)) and len(value) == len(parts)
-        return same and all(matches_type(one, part) for one, part in zip(value, parts, strict=True))
+        return same and all(matches_type(item, part) for item, part in zip(value, parts, strict=True))
     if kind in (list, tuple, Sequence):
-        return isinstance(value, (list, tuple)) and all(matches_type(one, parts[0] if parts else Any) for one in value)
+        return isinstance(value, (list, tuple)) and all(
+            matches_type(item, parts[0] if parts else Any) for item in value
+        )
     if kind in (dict, Mapping):
         key, part = parts or (str, Any)
         return isinstance(value, Mapping) and all(
@@ -66,7 +68,7 @@ def matches_type(value: Any, hint: Any) -> bool:
 
 
 def type_description(hint: Any) -> str:
-    """The annotation in words, such as "a number or nothing"."""
+    """Describes an annotation in words, such as "a number or nothing"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_description(part) for part in parts))
@@ -77,11 +79,11 @@ def type_description(hint: Any) -> str:
     kind = origin or hint
     if kind in (list, tuple, Sequence):
         return "a list"
-    return NAMES.get(dict if kind is Mapping else str if kind is Path else kind, "an option that a file can hold")
+    return NAMES.get(dict if kind is Mapping else str if kind is Path else kind, "a value that a file can hold")
 
 
 def shorten_repr(value: Any) -> str:
-    """The value in one short line, whatever it is.
+    """Formats any value on one short line.
 
     Example:
         >>> shorten_repr("two"), shorten_repr({"a": [1]}), shorten_repr("a\\nb")
@@ -89,7 +91,7 @@ def shorten_repr(value: Any) -> str:
     """
     try:
         text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists
+    except (ValueError, RecursionError):  # integers with thousands of digits; recursive lists
         text = f"{type(value).__name__} of too many parts to show"
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -162,7 +162,7 @@ def _in_one_pass(
 
 
 def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale) -> Tensor:
-    """Attention with one-hot values."""
+    """Computes the share as attention with one-hot values."""
     exact = torch.promote_types(query.dtype, torch.float32)
     query, key, bias = query.to(exact), key.to(exact), None if bias is None else bias.to(exact)
     hot = modality_one_hot(modality, num_modalities, query).expand(*key.shape[:3], -1)
@@ -172,7 +172,7 @@ def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, sca
 
 
 def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, "batch head query dim"]:
-    """`F.scaled_dot_product_attention` with shared heads, unequal widths, mask and causality, rows that see nothing."""
+    """Calls `F.scaled_dot_product_attention` for grouped heads, unequal widths, masks, and rows without visible keys."""
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -188,7 +188,7 @@ def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, 
     if is_causal:
         bias = bias.masked_fill(~_past(query, key), -math.inf)
     blind = (bias == -math.inf).all(-1, keepdim=True)
-    # Backends differ in what they make of a row without keys: let it see all of them, then forget what it saw.
+    # Backends differ for rows without visible keys: unmask these rows, then set their output to zero.
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias.masked_fill(blind, 0.0), scale=scale, dropout_p=dropout
     )
@@ -196,12 +196,12 @@ def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, 
 
 
 def _explicit(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
-    """The attention matrix written out."""
+    """Materializes the attention matrix."""
     exact = torch.promote_types(query.dtype, torch.float32)
     key_heads, heads = key.shape[1], query.shape[1]
-    # Heads that share keys become rows of one head, so that keys are not copied.
-    folded = query.to(exact).unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
-    scores = scale * folded @ key.to(exact).transpose(-1, -2)
+    # Stack query heads that share a key head as rows, so that keys are not copied.
+    stacked = query.to(exact).unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
+    scores = scale * stacked @ key.to(exact).transpose(-1, -2)
     scores = scores.view(*query.shape[:3], key.shape[2])
     if bias is not None:
         scores = scores + bias

@@ -1,4 +1,4 @@
-"""Layout of the keys of each modality, and its division into few long runs."""
+"""Layout of the keys by modality, divided into few long runs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ class BorderKeys(NamedTuple):
     """Keys at modality borders that are processed in the adjacent run, so that runs end at block boundaries.
 
     The output does not depend on the run boundaries; the shares of these keys are corrected afterward.
+
+    Attributes:
+        keys: indices of the keys.
+        visited: label of the run in which each key is processed.
+        modality: label of each key.
     """
 
     keys: Int[Tensor, " stray"]
@@ -50,7 +55,7 @@ class Group(NamedTuple):
         samples: slice of the batch.
         order: permutation that sorts the keys by `runs`; None if they are sorted.
         runs: segments that cover all keys.
-        strays: keys in the run of another modality.
+        strays: keys processed in the run of another modality; None if there are none.
     """
 
     samples: slice
@@ -97,7 +102,7 @@ def _shared_layout(rows: Int[Tensor, "batch key"], bias: Bias | None) -> Int[Ten
 def _group(samples: slice, row: Int[Tensor, " key"], is_causal: bool, grain: int) -> Group:
     labels, lengths = torch.unique_consecutive(row, return_counts=True)
     order = None
-    # The order of keys is free unless causality gives it a meaning.
+    # Keys may be reordered unless attention is causal.
     if not is_causal and len(labels) > len(labels.unique()):
         row, order = torch.sort(row, stable=True)
         labels, lengths = torch.unique_consecutive(row, return_counts=True)

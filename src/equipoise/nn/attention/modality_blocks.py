@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
         lengths: sizes of the blocks, the maximum over samples.
         order: (place,) or (batch, place), token index of each position; None if tokens are already in blocks.
         back: (token,) or (batch, token), the inverse of ``order``; None with it.
-        real: (batch, place), False where a sample has fewer tokens than others; None where all places are taken.
+        real: (batch, place), False at padding, if a sample has fewer tokens than others; None without padding.
     """
 
     labels: tuple[int, ...]
@@ -99,7 +99,7 @@ def _ragged(rows: Int[Tensor, "batch token"], device: torch.device) -> Blocks:
 def into_blocks(x: HeadTensor, blocks: Blocks) -> tuple[HeadTensor, ...]:
     """Splits (batch, head, token, dim) into one tensor per block. Values at padding positions are arbitrary.
 
-    No gradient may arrive at places that are not real.
+    The gradient at padding positions must be zero.
     """
     if blocks.order is not None:
         x = _Reordered.apply(x, blocks.order, blocks.back, None)  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def into_blocks(x: HeadTensor, blocks: Blocks) -> tuple[HeadTensor, ...]:
 
 
 def out_of_blocks(parts: Sequence[HeadTensor], blocks: Blocks) -> HeadTensor:
-    """The inverse of ``into_blocks``."""
+    """Concatenates blocks and restores the order of the tokens: the inverse of ``into_blocks``."""
     x = torch.cat(list(parts), dim=2)
     if blocks.order is not None:
         x = _Reordered.apply(x, blocks.back, blocks.order, blocks.real)  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def out_of_blocks(parts: Sequence[HeadTensor], blocks: Blocks) -> HeadTensor:
 
 
 class _Reordered(torch.autograd.Function):
-    """Tokens at other places. The gradient is the same the other way round, which is cheaper than adding it up."""
+    """Reorders tokens. The backward pass gathers with the inverse order, which is cheaper than scatter-add."""
 
     @staticmethod
     def forward(ctx, x, there, back, real):

@@ -1,4 +1,4 @@
-"""MODA's attention: a part for the keys of one's own modality, one for all others, and how the two are joined."""
+"""Modular attention (MODA): attention to keys of the same and of other modalities, and merging of both parts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Merge = Literal["mass", "gate", "sum", "concat"]
 
 
 class ModularAttentionResult(NamedTuple):
-    """What `modular_attention` returns.
+    """Result of `modular_attention`.
 
     Attributes:
         output: (batch, head, query, dim); twice as wide, [own; cross], with ``merge="concat"``.
-        own: attention to the keys of the query's modality, (output, lse); pseudo-attention included.
+        own: attention to the keys of the query's modality, (output, lse), including pseudo-attention.
         cross: attention to all other keys.
     """
 
@@ -49,7 +49,7 @@ def modular_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> ModularAttentionResult:
-    """Attention split by a modular mask into self and cross, and joined again::
+    """Computes attention to keys of the same and of other modalities separately and merges both::
 
         O_self  = softmax over the keys j with S_ij,  S_ij = [modality(i) = modality(j) >= 0]
         O_cross = softmax over all others
@@ -58,43 +58,44 @@ def modular_attention(
         "sum":    O = O_self + O_cross
         "concat": O = [O_self; O_cross]
 
-    "mass" without pseudo-attention is ordinary attention. Pseudo-attention is one more key in each part, of value 0 and
-    logit b (see ``Pseudo``): it multiplies a part by Z / (Z + exp(b)) and adds exp(b) to its Z. So no key is appended.
-    The fused kernel runs once for each pair of modalities' queries and part; no attention matrix is built.
+    "mass" without pseudo-attention is ordinary attention. Pseudo-attention corresponds to an additional key in each
+    part with value 0 and logit b (see ``PseudoAttention``): the output is multiplied by Z / (Z + exp(b)), and exp(b) is
+    added to Z, without appending a key. The fused kernel runs twice for the queries of each modality, once per part; no
+    attention matrix is materialized.
 
     Args:
         query: (batch, head, query, width).
-        key: (batch, key head, key, width); fewer heads than the query's are shared.
+        key: (batch, key head, key, width); fewer heads than in the query are shared (grouped-query attention).
         value: (batch, key head, key, dim).
         modality: label of every key, (key,) or (batch, key); -1 = special, a key of the cross part for every query.
-        query_modality: of every query; by default the queries are the tokens that are read. A special query has no
-            modality of its own, so its self part is empty.
+        query_modality: label of every query; by default queries and keys are the same tokens. The self part of special
+            queries (-1) is empty.
         mask: as in ``attend``.
-        is_causal: query i sees keys 0..offset + i, together with the mask.
-        offset: place of the first query among the keys; with a cache, keys - queries.
+        is_causal: query i attends to keys 0..offset + i. Applies together with the mask.
+        offset: position of the first query among the keys; keys - queries with a key-value cache.
         merge: ``"mass"``, ``"gate"``, ``"sum"`` or ``"concat"``.
-        gate: for "gate", logits of l that broadcast to (batch, head, query): one a head is (head, 1).
-        pseudo: decay, base and counting of pseudo-attention; None has none.
+        gate: for "gate", logits of l that broadcast to (batch, head, query); shape (head, 1) for one per head.
+        pseudo: options of pseudo-attention; None disables it.
         scale: factor of the scores; default 1 / sqrt(width).
-        dropout: of attention weights within each part.
+        dropout: dropout probability of the attention weights of each part.
 
     Returns:
-        Modular(output, own, cross), all of it differentiable once. A query without keys in one part uses the other
-        alone; one that sees nothing has output 0 and gradient 0.
+        ModularAttentionResult(output, own, cross), differentiable once. A query without visible keys in one part uses
+        only the other part; output and gradient are 0 if both are empty.
 
     Raises:
-        ShapeError: ranks, sizes or types that do not fit.
-        ConfigError: an unknown merge; a gate that is missing, or given where there is none.
+        ShapeError: ranks, sizes or types are incompatible.
+        ConfigError: merge is unknown; the gate is missing, or given for a merge without gate.
 
     Reference: MODA (ICML 2025), equations 7 and 8; pseudo-attention after StableMask (ICML 2024).
-    Differs from the released code in: that has no modular mask at all. The paper does not say how the parts are joined.
+    Differs from the released code in: the release has no modular mask. The paper does not specify how the parts are merged.
 
     Example:
         >>> x, value = torch.zeros(1, 1, 3, 2), torch.tensor([[[[0.0], [3.0], [6.0]]]])
         >>> modular_attention(x, x, value, modality=torch.tensor([0, 0, 1]), merge="sum").output.flatten()
         tensor([7.5000, 7.5000, 7.5000])
     """
-    with _speaking():
+    with _errors_as_modular_attention():
         query, key, value = apply_autocast_dtype(query, key, value)
         check_heads(query, key, value, dropout)
         check_modality(modality, None, query, key)
@@ -113,7 +114,7 @@ def modular_attention(
 
 
 def with_pseudo(part: Part, logit: Float[Tensor, "#batch #head query"]) -> Part:
-    """A part with one more key of value 0 and that logit."""
+    """Adds a key with value 0 and the given logit to a part."""
     lse = _finite(part.lse)
     kept = (lse - logit).sigmoid()[..., None].to(part.output.dtype)
     return Part(part.output * kept, torch.logaddexp(lse, logit.to(lse.dtype)))
@@ -122,7 +123,7 @@ def with_pseudo(part: Part, logit: Float[Tensor, "#batch #head query"]) -> Part:
 def merge_attention_parts(
     own: Part, cross: Part, merge: Merge, gate: Tensor | None, blind: tuple[Tensor, Tensor]
 ) -> Float[Tensor, "batch head query dim"]:
-    """The two parts as one; ``blind`` says which queries see no key of each."""
+    """Merges the two parts; ``blind`` marks queries without visible keys in (own, cross)."""
     if merge == "sum":
         return own.output + cross.output
     if merge == "concat":
@@ -136,7 +137,7 @@ def merge_attention_parts(
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Two minus infinities must not meet; the lowest number stands for them, with gradient 0."""
+    """Clamps minus infinity to the lowest finite number, with gradient 0, since -inf - (-inf) is NaN."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)
 
 
@@ -145,7 +146,7 @@ def _sides(modality, query_modality, bias, is_causal, offset, query, key) -> Sid
     same = query_modality is None
     if same and rows != keys:
         raise ShapeError(
-            "modular_attention query_modality", expected=f"labels of the queries, which are {rows} to {keys} keys",
+            "modular_attention query_modality", expected=f"labels of the queries: {rows} queries and {keys} keys",
             got="None", fix="With a cache, give the labels of the new tokens, and offset = keys - queries.",
         )  # fmt: skip
     queries = modality if query_modality is None else query_modality
@@ -169,7 +170,7 @@ def _check_merge(merge: str, gate: Tensor | None, query: HeadTensor) -> None:
         raise ConfigError(
             "modular_attention", expected="a gate with merge='gate' and none otherwise",
             got=f"gate = {'None' if gate is None else 'a tensor'} with merge = '{merge}'",
-            fix="Zeros of shape (head, 1) weigh both parts alike.",
+            fix="Zeros of shape (head, 1) weight both parts equally.",
         )  # fmt: skip
     if gate is not None:
         full, shape = tuple(query.shape[:3]), tuple(gate.shape)
@@ -181,8 +182,8 @@ def _check_merge(merge: str, gate: Tensor | None, query: HeadTensor) -> None:
 
 
 @contextmanager
-def _speaking() -> Iterator[None]:
-    """The checks are those of ``attend``; what they say is said of this function."""
+def _errors_as_modular_attention() -> Iterator[None]:
+    """Replaces ``attend`` by ``modular_attention`` in errors of the shared checks."""
     try:
         yield
     except ShapeError as error:

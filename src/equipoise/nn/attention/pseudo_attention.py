@@ -1,4 +1,4 @@
-"""Pseudo-attention: keys that causality hides still take their part of a query's attention, and give nothing."""
+"""Pseudo-attention: masked keys receive part of the attention, with value 0."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Count = Literal["causal", "all_masked"]
 
 @dataclass(frozen=True, eq=False)
 class PseudoAttention:
-    """Fictitious scores of hidden keys::
+    """Options of pseudo-attention, which assigns pseudo scores to masked keys::
 
-        p_ij = base - (j - 1) decay   for the j-th of the n_i hidden keys of query i;    together they weigh exp(b_i):
+        p_ij = base - (j - 1) decay   for the j-th of the n_i masked keys of query i;    sum_j exp(p_ij) = exp(b_i):
         b_i = base + log((1 - exp(-decay n_i)) / (1 - exp(-decay))),   decay = 0: base + log n_i,   n_i = 0: -inf
 
-    n_i is counted in each part alone.
+    n_i is counted separately for each part.
 
     Args:
-        decay: how fast fictitious scores fall; not published.
-        base: the highest fictitious score, a number or a tensor to learn. Minus infinity is the ordinary mask.
-        count: ``"causal"`` counts the part's keys behind the query that it does not see, ``"all_masked"`` all that it
-            does not see. Padding, which no query sees, counts in the latter alone.
-        reference: keys of the longest sequence, those that do not exist yet included; they are taken to be of the last
-            query's modality. Without it n_i depends on how long the sequence is by now, and decoding with a cache
-            differs from one pass over all of it.
+        decay: decrease of the pseudo score from one masked key to the next; the paper gives no value.
+        base: the highest pseudo score, a number or a learnable tensor. Minus infinity is the ordinary mask.
+        count: ``"causal"`` counts masked keys after the query, ``"all_masked"`` all masked keys. Padding is counted by
+            the latter only.
+        reference: number of keys of the complete sequence; future keys are assumed to have the modality of the last
+            query. Without it, n_i depends on the current length, and decoding with a key-value cache differs from one
+            pass over the complete sequence.
 
     Raises:
-        ConfigError: a negative decay, an unknown count.
+        ConfigError: decay is negative or infinite, or count is unknown.
 
     Reference: MODA (ICML 2025); StableMask (ICML 2024).
 
@@ -52,15 +52,15 @@ class PseudoAttention:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < math.inf:
-            raise ConfigError("Pseudo", expected="a finite decay >= 0", got=f"decay = {self.decay}")
+            raise ConfigError("PseudoAttention", expected="a finite decay >= 0", got=f"decay = {self.decay}")
         if self.count not in ("causal", "all_masked"):
-            raise unknown_name("Pseudo", "count", str(self.count), ("causal", "all_masked"))
+            raise unknown_name("PseudoAttention", "count", str(self.count), ("causal", "all_masked"))
 
 
 def pseudo_logit(
     hidden: Int[Tensor, ...], pseudo: PseudoAttention, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, ...]:
-    """b_i of the formula above, of the numbers of hidden keys n_i."""
+    """Computes b_i from the numbers of masked keys n_i; see ``PseudoAttention``."""
     n = hidden.to(dtype)
     if pseudo.decay == 0:
         return n.log() + pseudo.base
@@ -70,7 +70,7 @@ def pseudo_logit(
 def pseudo_logits(
     pseudo: PseudoAttention, sides: Sides, query: HeadTensor, key: HeadTensor
 ) -> tuple[Float[Tensor, "#batch #head query"], Float[Tensor, "#batch #head query"]]:
-    """The logits of the two parts."""
+    """Computes the logits b_i of the own and the cross part."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     own, cross = hidden_keys(pseudo, sides, query, key)
     return pseudo_logit(own, pseudo, dtype), pseudo_logit(cross, pseudo, dtype)
@@ -85,10 +85,10 @@ def hidden_keys(
     cross = all_ - own
     missing = 0 if pseudo.reference is None else max(pseudo.reference - key.shape[2], 0)
     if missing:
-        labels = _two(sides.queries, query.device)
-        goes_on = (labels == labels[:, -1:]) & (labels >= 0)
-        own = own + missing * goes_on[:, None]
-        cross = cross + missing * ~goes_on[:, None]
+        labels = _as_2d(sides.queries, query.device)
+        same = (labels == labels[:, -1:]) & (labels >= 0)
+        own = own + missing * same[:, None]
+        cross = cross + missing * ~same[:, None]
     return own, cross
 
 
@@ -111,7 +111,7 @@ def _by_counting(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
     if key.shape[2] == 0:
         none = torch.zeros(1, 1, query.shape[2], dtype=torch.int64, device=device)
         return none, none
-    keys, queries = _two(sides.keys, device), _two(sides.queries, device)
+    keys, queries = _as_2d(sides.keys, device), _as_2d(sides.queries, device)
     real = torch.ones_like(keys, dtype=torch.bool) if sides.valid is None else sides.valid.to(device)
     batch = max(len(keys), len(queries), len(real))
     counted = torch.ones_like(real) if pseudo.count == "all_masked" else real
@@ -130,5 +130,5 @@ def _by_counting(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
     return own[:, None], hidden[:, None, :, -1]
 
 
-def _two(labels: Tensor, device: torch.device) -> Int[Tensor, "#batch token"]:
+def _as_2d(labels: Tensor, device: torch.device) -> Int[Tensor, "#batch token"]:
     return labels.to(device) if labels.ndim == 2 else labels.to(device)[None]

@@ -38,18 +38,18 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """Returns the kernel for a device and dtype if it passed its test, else None."""
     if torch.compiler.is_compiling():
         return None
-    return _tried(device.type, device.index, dtype)
+    return _tested_kernel(device.type, device.index, dtype)
 
 
 @functools.cache
-def _tried(device_type: str, index: int | None, dtype: torch.dtype) -> Kernel | None:
+def _tested_kernel(device_type: str, index: int | None, dtype: torch.dtype) -> Kernel | None:
     kernel = {"cpu": CPU, "cuda": CUDA}.get(device_type)
     if kernel is None:
         return None
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    # A private operator of another release may fail in any of these ways; all of them mean "do not use it".
+    # Private operators of other releases may raise any of these errors; then they are not used.
     try:
-        return kernel if _answers_rightly(kernel, device, dtype) else None
+        return kernel if _is_correct(kernel, device, dtype) else None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -78,7 +78,7 @@ def _cuda_forward(query, key, value, bias, is_causal, scale):
 def _cuda_backward(grad, query, key, value, output, lse, bias, is_causal, scale):
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    # The operator wants rows of the log-sum-exp in blocks of 32 and a random state, which only dropout would read.
+    # The operator requires a log-sum-exp padded to multiples of 32 and an RNG state, which is used by dropout only.
     lse = F.pad(lse, (0, -lse.shape[2] % 32), value=math.inf).contiguous()
     unused = torch.zeros((), dtype=torch.int64, device=query.device)
     grad_query, *grads, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
@@ -101,7 +101,7 @@ CPU = Kernel(_cpu_forward, _cpu_backward)
 CUDA = Kernel(_cuda_forward, _cuda_backward)
 
 
-def _answers_rightly(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+def _is_correct(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
     """Compares the kernel with the explicit formula on small inputs with grouped heads, a bias and causality."""
     generator = torch.Generator().manual_seed(0)
 

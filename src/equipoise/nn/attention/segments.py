@@ -130,9 +130,9 @@ class SegmentedAttention(torch.autograd.Function):
             sides.append((hot, share, grad_share))
         if not sides:
             return (None,) * 10
-        # The share is float32 at least, and then so is the whole arithmetic.
+        # The share has float32 or higher precision, and so does the computation if its gradient is needed.
         dtype = sides[-1][1].dtype
-        values, outputs, grads = (_beside(parts, dtype) for parts in zip(*sides, strict=True))
+        values, outputs, grads = (_concatenate(parts, dtype) for parts in zip(*sides, strict=True))
         q, k, v = _one_width(query.to(dtype), key.to(dtype), values)
         outputs, grads = _widen(outputs, v.shape[-1]), _widen(grads, v.shape[-1])
         bias = None if bias is None else bias.to(dtype)
@@ -158,7 +158,7 @@ def _attend_group(kernel, group: Group, inputs, results) -> None:
         segments = segment_attention(kernel, *tile, group.runs, part, is_causal, scale)
         _merge(segments, group.runs, *(result[samples, heads] for result in results))
     if group.strays is not None:
-        _bring_home(group.strays, query, key, bias, is_causal, scale, *results[1:])
+        _correct_border_shares(group.strays, query, key, bias, is_causal, scale, *results[1:])
 
 
 def _of_samples(bias: Bias | None, samples: slice) -> Bias | None:
@@ -166,7 +166,7 @@ def _of_samples(bias: Bias | None, samples: slice) -> Bias | None:
 
 
 def _tiles(query: HeadTensor, key: HeadTensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cuts (batch, head) into pieces that keep all threads busy; an accelerator gets everything at once."""
+    """Divides (batch, head) into tiles that keep all threads busy; a single tile on GPUs."""
     batch, heads, rows, _ = query.shape
     key_heads = key.shape[1]
     group = heads // key_heads
@@ -181,9 +181,9 @@ def _tiles(query: HeadTensor, key: HeadTensor) -> Iterator[tuple[slice, slice, s
 
 
 def _merge(segments: Iterator[Segment], runs: tuple[Run, ...], output, share, total) -> None:
-    """Writes the segments' common output, the modalities' shares and the log-sum-exp over all keys.
+    """Merges the segments into the output, the shares and the log-sum-exp over all keys.
 
-    Segments are folded in as they come, in place where the type allows, so that only one of them is in memory.
+    Segments are merged one by one, in place if the dtype allows, so that only one of them is in memory.
     """
     width = output.shape[-1]
     _, part, so_far = next(segments)
@@ -195,22 +195,22 @@ def _merge(segments: Iterator[Segment], runs: tuple[Run, ...], output, share, to
     lowest = torch.finfo(total.dtype).min
     for start, part, lse in segments:
         masses.append(lse)
-        # exp(lse) / (exp(so_far) + exp(lse)); two minus infinities must not meet.
+        # exp(lse) / (exp(so_far) + exp(lse)); clamped, since -inf - (-inf) is NaN.
         weight = lse.sub(so_far.clamp(min=lowest)).sigmoid_()[:, :, start:, None]
         merged[:, :, start:].lerp_(part[..., :width].to(total.dtype), weight)
         so_far = torch.logaddexp(so_far, lse)
         del part
     if merged is not output:
         output.copy_(merged)
-    # A row that sees nothing has no mass to divide; any finite number makes its weights and gradients zero.
+    # For rows without visible keys, any finite number makes weights and gradients zero.
     total.copy_(so_far.masked_fill(so_far == -math.inf, 0.0))
     for run, lse in zip(runs, masses, strict=True):
         if run.label >= 0:
             share[..., run.label] += lse.sub(total).exp_()
 
 
-def _bring_home(strays: BorderKeys, query, key, bias, is_causal, scale, share, total) -> None:
-    """Moves the attention on stray keys from the modality they were visited with to their own."""
+def _correct_border_shares(strays: BorderKeys, query, key, bias, is_causal, scale, share, total) -> None:
+    """Moves the attention to border keys from the modality of their run to their own modality."""
     keys = strays.keys.to(key.device)
     group = query.shape[1] // key.shape[1]
     chosen = scale * key.index_select(2, keys)
@@ -222,16 +222,16 @@ def _bring_home(strays: BorderKeys, query, key, bias, is_causal, scale, share, t
     if is_causal:
         attention.mul_(torch.arange(query.shape[2], device=keys.device)[:, None] >= keys)
     own, other = (modality_one_hot(labels, share.shape[-1], share) for labels in (strays.modality, strays.visited))
-    # A share can be so small that rounding of what leaves it exceeds it.
+    # Rounding errors could make very small shares negative.
     share.add_(attention @ (own - other)).clamp_(min=0.0)
 
 
-def _beside(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts], dim=-1)
 
 
 def _one_width(query: HeadTensor, key: HeadTensor, value: HeadTensor) -> tuple[HeadTensor, HeadTensor, HeadTensor]:
-    """Kernels want one width, a multiple of 8; zeros added to queries and keys change no score, to values no output."""
+    """Pads to a common width that is a multiple of 8, as kernels require; zeros change neither scores nor outputs."""
     width = max(query.shape[-1], value.shape[-1])
     width += -width % 8
     return _widen(query, width), _widen(key, width), _widen(value, width)

@@ -37,8 +37,8 @@ class Sides(NamedTuple):
         same: queries and keys are the same tokens.
         valid: (batch, key) False for keys that are masked for every query; None if all are visible.
         bias: added to the scores.
-        is_causal: query i sees keys 0..offset + i.
-        offset: place of the first query among the keys.
+        is_causal: query i attends to keys 0..offset + i.
+        offset: position of the first query among the keys.
     """
 
     keys: Int[Tensor, "... key"]
@@ -70,10 +70,10 @@ def own_and_cross(
             seen = [n for n in chosen if not _all_later(sides, rows, keys, r, n)]
             triangle = sides.is_causal and sides.same and sides.offset == 0 and seen == [r] and label >= 0
             extra = None if triangle else _causal_bias(sides, rows, keys, r, seen, q)
-            read_k, read_v = _joined(k, seen), _joined(v, seen)
+            part_k, part_v = _joined(k, seen), _joined(v, seen)
             given = None if b is None or not seen else torch.cat([b[r][n] for n in seen], dim=3)
             total = given if extra is None else extra if given is None else given + extra
-            found.append(_part(kernel, q, read_k, read_v, total, triangle, scale))
+            found.append(_part(kernel, q, part_k, part_v, total, triangle, scale))
     return tuple(
         Part(out_of_blocks([part.output for part in parts], rows),
              out_of_blocks([part.lse[..., None] for part in parts], rows)[..., 0])
@@ -131,7 +131,7 @@ class PartAttention(torch.autograd.Function):
             output, v = torch.cat([output, -column], dim=-1), F.pad(value, (0, 1))
         q, k, v = _one_width(query, key, v)
         grad, output = _widen(grad, v.shape[-1]), _widen(output, v.shape[-1])
-        # A row that sees nothing has scores of minus infinity; any finite number makes its weights zero.
+        # Scores of rows without visible keys are minus infinity; any finite number makes their weights zero.
         lse = lse.masked_fill(lse == -math.inf, 0.0)
         found = ctx.kernel.backward(grad, q, k, v, output, lse, bias, ctx.is_causal, ctx.scale)
         sizes = (query.shape[-1], key.shape[-1], dim)
@@ -206,14 +206,14 @@ def _explicit(query, key, value, sides: Sides, scale: float, dropout: float) -> 
         later = torch.arange(key.shape[2], device=query.device) > places[:, None]
         scores = scores.masked_fill(later, -math.inf)
     own = own_keys(sides, query.device)
-    return tuple(_written(scores.masked_fill(~chosen, -math.inf), value, dropout, query.dtype)
+    return tuple(_explicit_part(scores.masked_fill(~chosen, -math.inf), value, dropout, query.dtype)
                  for chosen in (own, ~own))  # type: ignore[return-value]  # fmt: skip
 
 
-def _written(scores: Tensor, value: Tensor, dropout: float, dtype: torch.dtype) -> Part:
+def _explicit_part(scores: Tensor, value: Tensor, dropout: float, dtype: torch.dtype) -> Part:
     blind = (scores == -math.inf).all(-1, keepdim=True)
     open_ = scores.masked_fill(blind, 0.0)
     attention = F.dropout(open_.softmax(-1).masked_fill(blind, 0.0), dropout)
-    # Log-sum-exp over no key at all is minus infinity by itself.
+    # The log-sum-exp over zero keys is already minus infinity.
     lse = open_.logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
     return Part((attention @ value).to(dtype), lse)

@@ -87,8 +87,8 @@ class DuplexAligner(nn.Module):
             raise ConfigError("DuplexAligner", expected="dim >= 1 and num_modalities >= 1", got=got)
         if basis == "key_value" and norm == "trace":
             raise ConfigError(
-                "DuplexAligner", expected="a norm that every matrix has", got="norm='trace' with basis='key_value'",
-                fix="Keys and values may have a trace of zero or below; take 'row', 'fro' or 'spectral'.",
+                "DuplexAligner", expected="a norm that is defined for every matrix", got="norm='trace' with basis='key_value'",
+                fix="The trace of K^T V may be zero or negative; use 'row', 'fro' or 'spectral'.",
             )  # fmt: skip
         changed = tuple(range(num_modalities)) if directions is None else tuple(directions)
         if not changed or len(set(changed)) < len(changed) or not set(changed) <= set(range(num_modalities)):
@@ -128,17 +128,18 @@ class DuplexAligner(nn.Module):
             value: (batch, key head, key, dim), for the basis "key_value".
             modality: label of every key; -1 = special, neither aligned nor part of a basis.
             mask: False for padding, which is not part of a basis.
-            prefix: the number of places in the prefix, or one for each sample; by default it ends with the last key
-                whose label is not that of the sample's last key, such as the last picture before an answer.
-            is_causal: what ``basis_scope=None`` depends on.
-            state: of the keys before these, when decoding. Under "causal" the bases go on from it, else they stay.
+            prefix: length of the prefix, or one per sample; by default it ends with the last key whose label differs
+                from that of the last key of the sample, such as the last image before an answer.
+            is_causal: determines the scope if ``basis_scope`` is None.
+            state: sums over preceding keys, for decoding. With "causal" the bases are updated from it, else they are
+                fixed.
 
         Returns:
-            Aligned(key, state). A modality that a sample lacks has the identity for a basis. Keys under the mask are
-            returned as they came, and have no influence on anything else.
+            Aligned(key, state). The basis of a missing modality is the identity. Masked keys are returned unchanged and
+            have no influence on other keys.
 
         Raises:
-            ShapeError: sizes that do not fit.
+            ShapeError: the sizes do not match.
         """
         self._check(key, value, modality, mask)
         if mask is None:
@@ -208,8 +209,8 @@ class DuplexAligner(nn.Module):
             raise ShapeError("DuplexAligner key", expected=f"width = dim = {self.dim}", got=f"{width}")
         if self.kind.basis == "key_value" and value.shape != key.shape:
             raise ShapeError(
-                "DuplexAligner value", expected=f"the keys' shape, {tuple(key.shape)}", got=f"{tuple(value.shape)}",
-                fix="basis='key_value' maps keys to keys, so values must be as wide; take 'gram'.",
+                "DuplexAligner value", expected=f"the shape of the keys, {tuple(key.shape)}", got=f"{tuple(value.shape)}",
+                fix="With basis='key_value', values must have the width of the keys; use basis='gram'.",
             )  # fmt: skip
         if tuple(modality.shape) not in ((length,), (batch, length)):
             raise ShapeError(
