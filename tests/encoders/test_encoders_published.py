@@ -209,9 +209,7 @@ def test_nothing_to_load(load, tmp_path):
 
 
 def test_weights_of_another_network(vit_folder):
-    with pytest.raises(
-        DataError, match=r"model.safetensors of a ResNetModel, got '.*', which lacks embedder\.embedder"
-    ):
+    with pytest.raises(DataError, match=r"all weights of a ResNetModel, got '.*', which lacks embedder\.embedder"):
         eq.encoders.ResNetEncoder(3, pretrained=str(vit_folder))
 
 

@@ -276,7 +276,7 @@ def test_grids():
     assert patch_grid(15, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (3, 5, True)
     # A grid that does not fit the tokens is not believed.
     assert patch_grid(7, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (1, 7, False)
-    assert "no square" in patch_grid(7, {}, None).why
+    assert "not a square number" in patch_grid(7, {}, None).why
 
 
 def test_words_keep_the_space_before_them():
@@ -293,10 +293,10 @@ def test_words_keep_the_space_before_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"look: expected something to look at beside the text, since LlavaForConditionalGeneration reads text and "
-             r"image, got text alone. Give image=..., or --image FILE."),
-        ({"audio": np.zeros(8)}, "expected what LlavaForConditionalGeneration reads: text and image, got audio"),
-        ({"image": picture(), "text": "  "}, "expected a text, such as a question about the picture, got none"),
+        ({}, r"look: expected an input in addition to the text, since LlavaForConditionalGeneration takes text and "
+             r"image, got text only. Give image=..., or --image FILE."),
+        ({"audio": np.zeros(8)}, "expected inputs of LlavaForConditionalGeneration: text and image, got audio"),
+        ({"image": picture(), "text": "  "}, "expected a text, such as a question about the image, got none"),
         ({"image": picture(), "answer": " "}, "look answer: expected text of at least one token without placeholders"),
         ({"image": picture(), "answer": "cat <image>"}, "look answer: expected text of at least one token without placeholders"),
         ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens >= 1 and exclude_top_k >= 0"),
@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_told(model, options, message):
 
 
 def test_a_picture_for_a_model_of_text_is_told():
-    with pytest.raises(ConfigError, match=r"expected what LlamaForCausalLM reads: text, got image\. Leave image out"):
+    with pytest.raises(ConfigError, match=r"expected inputs of LlamaForCausalLM: text, got image\. Omit image"):
         look(llama(), tokenizer(), image=picture(), text=QUESTION)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **optio
     expected = "a folder or a name on the hub with config.json and model.safetensors"
     try:
         # "auto" would load and train half-precision weights in half precision.
-        model, found = cls.from_pretrained(
+        model, info = cls.from_pretrained(
             source,
             dtype=torch.float32,
             use_safetensors=True,
@@ -50,17 +51,31 @@ def load_model(cls: Any, source: str, who: str, *, pooled: bool = False, **optio
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(
-            who, expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            who, expected=expected, got=f"'{source}' ({summarize_error(error)})",
             fix="Save a model there with save_pretrained(folder); pickled weights and code from the hub are not run.",
         ) from error  # fmt: skip
     # Hugging Face would initialize them randomly with a log message only.
-    missing = sorted(name for name in found["missing_keys"] if pooled or "pooler" not in name)
-    if missing:
-        raise DataError(
-            who, expected=f"{expected} of a {type(model).__name__}", got=f"'{source}', which lacks {missing[0]}",
-            fix="Give the folder of a model of this kind.",
-        )  # fmt: skip
+    check_missing_weights(model, (name for name in info["missing_keys"] if pooled or "pooler" not in name), source, who)
     return model
+
+
+def check_missing_weights(model: Any, missing: Iterable[str], source: str, who: str) -> None:
+    """Checks that no weights are missing from a file.
+
+    Raises:
+        DataError: some are, because the file was written by another architecture.
+    """
+    names = sorted(missing)
+    if names:
+        raise DataError(
+            who, expected=f"all weights of a {type(model).__name__}", got=f"'{source}', which lacks {names[0]}",
+            fix="Give the folder of a model of this architecture.",
+        )  # fmt: skip
+
+
+def summarize_error(error: Exception) -> str:
+    """Returns the message of an error on one line, with at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def for_channels(kernel: Float[Tensor, "out color height width"], channels: int) -> Float[Tensor, "out c height width"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..encoders.pretrained_weights import import_transformers, load_model
+from ..encoders.pretrained_weights import import_transformers, load_model, summarize_error
 from ..errors import DataError
 from ..inspection import LoadedModel, load_pretrained
 from ..inspection.pretrained_loading import pick_device
@@ -59,6 +59,6 @@ def _from_pretrained(cls: Any, source: str | Path, expected: str) -> Any:
         return cls.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            "evaluate", expected=expected, got=f"'{source}' ({' '.join(str(error).split())[:200]})",
+            "evaluate", expected=expected, got=f"'{source}' ({summarize_error(error)})",
             fix="Save a model and its processor there with save_pretrained(folder).",
         ) from error  # fmt: skip

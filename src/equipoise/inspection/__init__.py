@@ -1,4 +1,4 @@
-"""Looking: where a vision-language model looks while it answers, and whether the answer needs it."""
+"""Inspection of vision-language models: where attention goes, and how the answer depends on each input."""
 
 from .inspect_model import Inspection as Inspection
 from .inspect_model import look as look

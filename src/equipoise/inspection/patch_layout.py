@@ -1,4 +1,4 @@
-"""Where the tokens of a picture lie in it."""
+"""Positions of image tokens in the image."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 
 class PatchGrid(NamedTuple):
-    """Rows and columns of the tokens of a picture.
+    """Grid of the tokens of an image.
 
     Attributes:
-        rows, columns: of tokens, from the upper left, line by line.
-        known: False where the places are not known, and the tokens stand in one line.
-        why: how the shape was found.
+        rows, columns: size of the grid; tokens are ordered row by row from the upper left.
+        known: False if the positions are unknown; the grid is then a single row.
+        why: how the shape was determined.
     """
 
     rows: int
@@ -22,10 +22,10 @@ class PatchGrid(NamedTuple):
 
 
 def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "image") -> PatchGrid:
-    """The grid of ``count`` picture tokens.
+    """Returns the grid of ``count`` image tokens.
 
-    What the processor says (``image_grid_thw`` over ``spatial_merge_size``) goes first, then a square. Pieces of a
-    picture, or tokens that end its lines, fit neither: they stand in one line, in the order in which the model reads.
+    The grid of the processor (``image_grid_thw`` divided by ``spatial_merge_size``) takes precedence, then a square.
+    Images split into tiles, and tokens that end image rows, match neither: their grid is a single row in sequence order.
 
     Example:
         >>> patch_grid(9, {}, None)[:3], patch_grid(7, {}, None)[:3]
@@ -34,27 +34,27 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
         (2, 3, True)
     """
     if kind == "audio":
-        return PatchGrid(1, count, True, f"{count} tokens in the order of time")
-    found = inputs.get("image_grid_thw")
-    if found is not None and len(found) == 1:
-        frames, rows, columns = (int(size) for size in found[0])
-        merge = _merge(config) or math.isqrt(max(frames * rows * columns // max(count, 1), 1))
+        return PatchGrid(1, count, True, f"{count} tokens in temporal order")
+    sizes = inputs.get("image_grid_thw")
+    if sizes is not None and len(sizes) == 1:
+        frames, rows, columns = (int(size) for size in sizes[0])
+        merge = _spatial_merge_size(config) or math.isqrt(max(frames * rows * columns // max(count, 1), 1))
         if frames == 1 and (rows // merge) * (columns // merge) == count:
             return PatchGrid(
-                rows // merge, columns // merge, True, f"image_grid_thw, {merge} x {merge} patches a token"
+                rows // merge, columns // merge, True, f"image_grid_thw, {merge} x {merge} patches per token"
             )
     side = math.isqrt(count)
     if count and side * side == count:
         return PatchGrid(
-            side, side, True, f"{count} tokens are a square of {side} x {side}" if count > 1 else "one token"
+            side, side, True, f"{count} tokens form a square of {side} x {side}" if count > 1 else "one token"
         )
-    return PatchGrid(
-        1, count, False, f"{count} tokens are no square, and the processor names no grid: one line of tokens"
-    )
+    return PatchGrid(1, count, False, f"{count} is not a square number, and the processor provides no grid")
 
 
 def frame_index(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, upper, right and lower edge of what is left of a picture (width, height) whose middle is cut out.
+    """Returns the left, upper, right and lower edge of the center crop of an image (width, height), from 0 to 1.
+
+    Without a center crop in the processor, this is the whole image.
 
     Example:
         >>> from types import SimpleNamespace as Part
@@ -62,20 +62,25 @@ def frame_index(processor: Any, size: tuple[int, int]) -> tuple[float, float, fl
         >>> frame_index(Part(image_processor=cut), (20, 10))
         (0.25, 0.0, 0.75, 1.0)
     """
-    part = getattr(processor, "image_processor", None)
-    size_, crop = (getattr(part, name, None) for name in ("size", "crop_size"))
-    if not getattr(part, "do_center_crop", False) or not size_ or not crop or not size_.get("shortest_edge"):
+    image_processor = getattr(processor, "image_processor", None)
+    resize, crop = (getattr(image_processor, name, None) for name in ("size", "crop_size"))
+    if (
+        not getattr(image_processor, "do_center_crop", False)
+        or not resize
+        or not crop
+        or not resize.get("shortest_edge")
+    ):
         return (0.0, 0.0, 1.0, 1.0)
-    scale = size_["shortest_edge"] / min(size)
+    scale = resize["shortest_edge"] / min(size)
     edges = []
-    for given, kept in zip(size, (crop["width"], crop["height"]), strict=True):
-        part_ = min(1.0, kept / (given * scale))
-        edges.append(((1 - part_) / 2, (1 + part_) / 2))
+    for side, cropped in zip(size, (crop["width"], crop["height"]), strict=True):
+        fraction = min(1.0, cropped / (side * scale))
+        edges.append(((1 - fraction) / 2, (1 + fraction) / 2))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
-def _merge(config: Any) -> int | None:
+def _spatial_merge_size(config: Any) -> int | None:
     for part in (config, getattr(config, "vision_config", None)):
-        if isinstance(found := getattr(part, "spatial_merge_size", None), int):
-            return found
+        if isinstance(size := getattr(part, "spatial_merge_size", None), int):
+            return size
     return None

@@ -1,4 +1,4 @@
-"""Any Hugging Face model that writes text, with its processor; from the hub, a folder, or a configuration."""
+"""Loads a decoder-only Hugging Face model with its processor from the hub, a folder, or a configuration."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from ..encoders.pretrained_weights import import_transformers
+from ..encoders.pretrained_weights import check_missing_weights, import_transformers, summarize_error
 from ..errors import ConfigError, DataError
 from .dummy_processor import DummyProcessor
 
-WRITERS = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
-"""Classes of transformers whose models write text; the first that knows a configuration is taken."""
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+"""Auto classes of generative models; the first that supports a configuration is used."""
 
 SEED = 0
-"""Of random weights."""
+"""Seed of random weights."""
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode and its processor, or its tokenizer where it reads text alone."""
+    """A model in evaluation mode and its processor, or its tokenizer for a model of text only."""
 
     model: Any
     processor: Any
@@ -30,24 +30,24 @@ def load_pretrained(
     source: str | Path, *, random: bool = False, revision: str | None = None,
     dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
 ) -> LoadedModel:  # fmt: skip
-    """A model that writes text, and its processor.
+    """Loads a decoder-only model and its processor.
+
+    Weights are loaded from safetensors only, and code from the hub is never run.
 
     Args:
-        source: a name on the hub, or a folder as ``save_pretrained`` writes it.
-        random: random weights, always the same, of the configuration; no file of weights is read, or need be there.
-            Without files of a tokenizer, every byte of a text is a token.
+        source: a name on the hub, or a folder written by ``save_pretrained``.
+        random: initialize the weights randomly from the configuration, with a fixed seed; no weight file is needed.
+            Without tokenizer files, each byte of a text is a token.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights; by default that of the file, and single precision for random ones.
-        device: by default the accelerator where there is one.
+        dtype: dtype of the weights; by default that of the file, and float32 for random weights.
+        device: by default the accelerator if one is available, otherwise the CPU.
 
     Returns:
-        Loaded.
+        LoadedModel.
 
     Raises:
-        ConfigError: transformers is missing, a model of another kind, an unknown dtype or device.
-        DataError: nothing readable under that name; weights that are missing, or pickled.
-
-    Weights are read as safetensors only, and code from the hub is never run.
+        ConfigError: transformers is missing, an unsupported model type, or an unknown dtype or device.
+        DataError: no readable files under that name, or missing or pickled weights.
 
     Example:
         >>> load_pretrained("nowhere/nothing-here", dtype="float3")  # doctest: +ELLIPSIS
@@ -55,32 +55,28 @@ def load_pretrained(
         equipoise.errors.ConfigError: look dtype: expected auto, float32, bfloat16 or float16, got 'float3'.
     """
     hf = import_transformers("look")
-    kind, place = model_dtype(dtype), pick_device(device)
+    weight_dtype, target = model_dtype(dtype), pick_device(device)
     source = str(source)
-    where: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
-        where["revision"] = revision
-    config = _read(lambda: hf.AutoConfig.from_pretrained(source, **where), source, "config.json")
+        options["revision"] = revision
+    config = _load(lambda: hf.AutoConfig.from_pretrained(source, **options), source, "config.json")
     cls = load_generative(hf, config)
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = cls.from_config(config, dtype=torch.float32 if kind == "auto" else kind)
+            model = cls.from_config(config, dtype=torch.float32 if weight_dtype == "auto" else weight_dtype)
     else:
-        model, found = _read(
+        model, info = _load(
             lambda: cls.from_pretrained(
-                source, dtype=kind, use_safetensors=True, output_loading_info=True, **where
+                source, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options
             ), source, "config.json and model.safetensors",
         )  # fmt: skip
-        if missing := sorted(found["missing_keys"]):
-            raise DataError(
-                "look", expected=f"all weights of a {type(model).__name__}",
-                got=f"'{source}', which lacks {missing[0]}", fix="Give the folder of a model of this kind.",
-            )  # fmt: skip
-    model = model.to(place).eval()
+        check_missing_weights(model, info["missing_keys"], source, "look")
+    model = model.to(target).eval()
     try:
-        what = "the files of a tokenizer or processor"
-        return LoadedModel(model, _read(lambda: load_processor(hf, source, config, where), source, what))
+        files = "the files of a tokenizer or processor"
+        return LoadedModel(model, _load(lambda: load_processor(hf, source, config, options), source, files))
     except DataError:
         if not random:
             raise
@@ -88,56 +84,58 @@ def load_pretrained(
 
 
 def load_generative(hf: Any, config: Any) -> Any:
-    """The class of transformers that builds a model which writes text out of this configuration.
+    """Returns the auto class that builds a decoder-only model from a configuration.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no class supports it.
     """
-    for name in WRITERS:
+    for name in AUTO_CLASSES:
         cls = getattr(hf, name, None)
         if cls is not None and type(config) in cls._model_mapping and not config.is_encoder_decoder:
             return cls
     raise ConfigError(
-        "look", expected="a model that reads and writes one sequence of tokens, such as LLaVA, Qwen-VL or Llama",
-        got=f"one of type '{config.model_type}'", fix="Watch any other model with eq.watch(model).",
+        "look", expected="a decoder-only model, such as LLaVA, Qwen-VL or Llama",
+        got=f"model type '{config.model_type}'", fix="Use eq.watch(model) for other models.",
     )  # fmt: skip
 
 
-def load_processor(hf: Any, source: str, config: Any, where: dict[str, Any]) -> Any:
-    """The processor; without its part for videos, where only that needs a package that is not installed."""
+def load_processor(hf: Any, source: str, config: Any, options: dict[str, Any]) -> Any:
+    """Loads the processor, without its video processor if only that requires a package that is not installed."""
     try:
-        return hf.AutoProcessor.from_pretrained(source, **where)
+        return hf.AutoProcessor.from_pretrained(source, **options)
     except ImportError as error:
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
         cls: Any = PROCESSOR_MAPPING.get(type(config), None)
         if cls is None or "video_processor" not in cls.get_attributes():
             raise ConfigError(
-                "look", expected="what the processor of this model needs", got=_line(error), fix="Install it."
-            ) from error
-        return _without_video(hf, cls, source, where)
+                "look", expected="the packages that the processor of this model requires", got=summarize_error(error),
+                fix="Install the missing package.",
+            ) from error  # fmt: skip
+        return _without_video(hf, cls, source, options)
 
 
-def _without_video(hf: Any, cls: Any, source: str, where: dict[str, Any]) -> Any:
-    readers = {
+def _without_video(hf: Any, cls: Any, source: str, options: dict[str, Any]) -> Any:
+    auto_classes = {
         "tokenizer": hf.AutoTokenizer, "image_processor": hf.AutoImageProcessor,
         "feature_extractor": hf.AutoFeatureExtractor,
     }  # fmt: skip
     parts = [
-        readers[name].from_pretrained(source, **where) if name in readers else None for name in cls.get_attributes()
+        auto_classes[name].from_pretrained(source, **options) if name in auto_classes else None
+        for name in cls.get_attributes()
     ]
-    settings, _ = cls.get_processor_dict(source, **where)
+    settings, _ = cls.get_processor_dict(source, **options)
 
-    class Still(cls):
+    class ProcessorWithoutVideo(cls):
         def check_argument_for_proper_class(self, *_: Any) -> None:
-            """The missing part is of no class."""
+            """Skips the check, which the missing video processor would fail."""
 
-    Still.__name__ = cls.__name__
-    return Still.from_args_and_dict(parts, settings)
+    ProcessorWithoutVideo.__name__ = cls.__name__
+    return ProcessorWithoutVideo.from_args_and_dict(parts, settings)
 
 
 def model_dtype(dtype: str | torch.dtype | None) -> Any:
-    """A dtype of torch, or ``"auto"``."""
+    """Converts a name to a torch dtype or ``"auto"``, the default."""
     known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or "auto"
@@ -147,38 +145,34 @@ def model_dtype(dtype: str | torch.dtype | None) -> Any:
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device that is meant; by default the accelerator where there is one."""
+    """Returns the device; by default the accelerator if one is available, otherwise the CPU."""
     if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        target = torch.device(device)
+        torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            "look device", expected="a device of this computer, such as cpu or cuda", got=repr(str(device))
+            "look device", expected="an available device, such as cpu or cuda", got=repr(str(device))
         ) from error
-    return place
+    return target
 
 
-def _read(load: Any, source: str, what: str) -> Any:
-    """What is read from a folder or from the hub, or an error that tells what is missing."""
+def _load(load_files: Any, source: str, files: str) -> Any:
+    """Calls ``load_files`` and converts its errors to DataError."""
     try:
-        return load()
+        return load_files()
     except (ConfigError, DataError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        there = Path(source).is_dir()
+        is_folder = Path(source).is_dir()
         fix = (
             "Save model and processor there with save_pretrained(folder); pickled weights and code from the hub are "
             "not run; a configuration without weights needs random=True, or --random."
-            if there else "Is the name right, and the hub within reach? A folder on this computer does without it."
+            if is_folder else "Check the name and the connection to the hub, or give a local folder."
         )  # fmt: skip
         raise DataError(
-            "look", expected=f"{'a folder' if there else 'a folder or a name on the hub'} with {what}",
-            got=f"'{source}' ({_line(error)})", fix=fix,
+            "look", expected=f"{'a folder' if is_folder else 'a folder or a name on the hub'} with {files}",
+            got=f"'{source}' ({summarize_error(error)})", fix=fix,
         ) from error  # fmt: skip
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
