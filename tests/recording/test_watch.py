@@ -495,7 +495,7 @@ def test_hidden_attention():
         pass
     with pytest.raises(ConfigError, match=r"none, because the model did not run in the block. Call the model inside"):
         idle.table()
-    message = "'MultiheadAttention', but nothing tells the modality of its 7 keys. Give one label for every key"
+    message = "'MultiheadAttention', but the modality of its 7 keys is unknown. Give one label for every key"
     plain, tokens = nn.MultiheadAttention(DIM, HEADS, batch_first=True), values(BATCH, KEYS, DIM)
     with pytest.warns(UserWarning, match=message), eq.watch(plain) as unknown:
         plain(tokens, tokens, tokens)
@@ -516,7 +516,7 @@ def test_models_that_no_hook_can_reach():
 @pytest.mark.parametrize(("labels", "names", "error", "message"), [
     (torch.zeros(7), None, ShapeError, r"expected integer labels of shape \(key,\) or \(batch, key\), got .*float32"),
     (torch.zeros(1, 2, 3).long(), None, ShapeError, r"got shape \(1, 2, 3\)"),
-    (torch.tensor([-2, 0]), None, ShapeError, "expected labels from -1 on, got -2"),
+    (torch.tensor([-2, 0]), None, ShapeError, "expected labels >= -1, got -2"),
     (LABELS, ("audio",), ConfigError, r"expected 2 or more different names, one for each label, got \('audio',\)"),
     (LABELS, ("audio", "audio"), ConfigError, "different names"),
     (LABELS, "audio", ConfigError, r"expected a sequence of names, got 'audio'. Use \('audio',\)"),

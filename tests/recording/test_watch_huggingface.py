@@ -392,7 +392,7 @@ def test_the_users_own_labels_and_words_as_vectors():
         message = "inputs are inputs_embeds without input_ids"
         with pytest.warns(UserWarning, match=message), eq.watch(model) as blind:
             model(inputs_embeds=vectors, attention_mask=inputs["attention_mask"])
-        with pytest.raises(ConfigError, match="which alone tell pictures from text"):
+        with pytest.raises(ConfigError, match="needed to distinguish images from text"):
             blind.table()
         message = "it has 13 keys, and modality is given for 14"
         with pytest.warns(UserWarning, match=message), eq.watch(model, modality=torch.zeros(14).long()) as wrong:
@@ -435,7 +435,7 @@ def test_models_inside_a_model():
     assert record.layers == ["fusion"]
     assert len(record.unimodal_layers) == 4
     torch.testing.assert_close(record.share("fusion").mean(dim=1)[:, 1], attention[:, :, 13:].sum(-1).mean(1), **NEAR)
-    message = "'fusion', but nothing tells the modality of its 18 keys"
+    message = "'fusion', but the modality of its 18 keys is unknown"
     with torch.no_grad(), pytest.warns(UserWarning, match=message), eq.watch(model):
         model(**inputs)
 
@@ -479,6 +479,6 @@ def test_a_cache_from_before():
         first = model(**inputs, use_cache=True)
         cache = first.get("cache", first.get("past_key_values"))
         more = torch.full((2, 3), 5)
-        message = "its cache holds 13 tokens from before, whose modality is not known"
+        message = "its cache contains 13 earlier tokens of unknown modality"
         with pytest.warns(UserWarning, match=message), eq.watch(model):
             model(input_ids=more, past_key_values=cache, attention_mask=torch.ones(2, 16))

@@ -122,7 +122,7 @@ def test_missing_is_told_in_every_form():
 def follow(function, **codes):
     """Codes of what a function returns, given the codes of its arguments."""
     origin = Provenance()
-    with origin.following():
+    with origin.tracing():
         tensors = {name: torch.randn(2, *shape) for name, (shape, _) in codes.items()}
         for name, (_, code) in codes.items():
             if code:
@@ -135,22 +135,22 @@ def follow(function, **codes):
 def test_codes_of_positions():
     words, picture = ((3, 4), 1), ((5, 4), 2)
     origin, joined = follow(lambda a, b: torch.cat([a, b], dim=1).relu(), a=words, b=picture)
-    assert origin.of(joined)[0, :, 0].tolist() == [1] * 3 + [2] * 5
+    assert origin.codes_of(joined)[0, :, 0].tolist() == [1] * 3 + [2] * 5
     # A stream that reads another one stays what it is; the scores know whom they read, also turned around.
     origin, scores = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1), a=words, b=picture)
-    assert origin.of(scores).unique().tolist() == [1]
+    assert origin.codes_of(scores).unique().tolist() == [1]
     assert origin.keys_of_scores(scores).unique().tolist() == [2]
     origin, scores = follow(lambda a, b: (a @ b.transpose(1, 2)).transpose(1, 2).softmax(-1), a=words, b=picture)
     assert origin.keys_of_scores(scores).unique().tolist() == [1]
     origin, read = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1) @ b, a=words, b=picture)
-    assert origin.of(read).unique().tolist() == [1]
+    assert origin.codes_of(read).unique().tolist() == [1]
     # Weights of sampling points are no product of queries and keys.
     layer = torch.nn.Linear(4, 6)
     origin, points = follow(lambda a: layer(a).softmax(-1), a=words)
     assert origin.keys_of_scores(points) is None
     # Values of two inputs at one place are neither.
     origin, added = follow(lambda a, b: a + b.mean(dim=1, keepdim=True), a=words, b=picture)
-    assert origin.of(added).unique().tolist() == [MIXED]
+    assert origin.codes_of(added).unique().tolist() == [MIXED]
 
 
 def test_codes_of_learned_queries():
@@ -163,9 +163,9 @@ def test_codes_of_learned_queries():
         return found
 
     origin, found = follow(lambda b: reads(b), b=((5, 4), 2))
-    assert origin.of(found).unique().tolist() == [2 + QUERY]
+    assert origin.codes_of(found).unique().tolist() == [2 + QUERY]
     origin, found = follow(lambda a, b: reads(a, b), a=((5, 4), 1), b=((5, 4), 2))
-    assert origin.of(found).unique().tolist() == [READER]
+    assert origin.codes_of(found).unique().tolist() == [READER]
     # They stand for what they have read where they join another stream.
     origin, found = follow(lambda a, b: torch.cat([reads(b), a], dim=1), a=((5, 4), 1), b=((5, 4), 2))
-    assert origin.of(found)[0, :, 0].tolist() == [2] * 3 + [1] * 5
+    assert origin.codes_of(found)[0, :, 0].tolist() == [2] * 3 + [1] * 5

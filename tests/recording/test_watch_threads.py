@@ -221,10 +221,12 @@ def test_threads_at_the_same_time_in_one_block():
             inside.wait()
 
     threads = []
-    with pytest.raises(ConfigError, match=r"one thread at a time that runs the model in the block, got '.*' beside"):
+    with pytest.raises(
+        ConfigError, match=r"only one thread at a time that runs the model in the block, got '.*' in parallel"
+    ):
         both_at_once()
     inside.clear(), go.clear()
-    with pytest.raises(ConfigError, match="got one that still runs it after the block"):
+    with pytest.raises(ConfigError, match="got one that is still running after the block"):
         longer_than_the_block()
     go.set()
     threads[0].join()

@@ -268,8 +268,8 @@ class AttentionRecord:
             more = f" ({len(self._missing) - 1} others for similar reasons)" if len(self._missing) > 1 else ""
             got = f"'{layer}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
-        elif self.session is not None and not self.session.called and self.session.threads.elsewhere:
-            got = f"none, because the model ran in another thread, '{self.session.threads.elsewhere}'"
+        elif self.session is not None and not self.session.called and self.session.threads.unrecorded:
+            got = f"none, because the model ran in another thread, '{self.session.threads.unrecorded}'"
             fix = "Open the block in the thread that runs the model, or start that thread in the block."
         elif self.session is not None and not self.session.called:
             got, fix = "none, because the model did not run in the block", "Call the model inside the with block."

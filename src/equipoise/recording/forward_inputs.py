@@ -1,4 +1,4 @@
-"""What the inputs of one pass of a Hugging Face model say of its tokens."""
+"""Token information in the inputs of one forward pass of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from .attention_call import MASKED
 
-PLACES = re.compile(r"(image|video|audio)s?_(embeds_|input_|seq_|position_)*mask")
-"""Inputs that are true where a token stands for something other than text."""
+MEDIA_MASK = re.compile(r"(image|video|audio)s?_(embeds_|input_|seq_|position_)*mask")
+"""Names of boolean inputs that mark the tokens of a modality other than text."""
 
 
 class ForwardInputs(NamedTuple):
     """Attributes:
-    shape: (batch, token) of what is new in this pass; None where nothing tells it.
-    ids: (batch, token) words; None where they were replaced by their vectors.
-    past: tokens that the cache holds already.
-    static: whether the cache has room for more tokens than it holds.
-    types: (batch, token) numbers as ``mm_token_type_ids`` has them.
-    places: modality -> (batch, token) True where a token is of it.
+    shape: (batch, token) of the new tokens of this pass; None if unknown.
+    ids: (batch, token) token ids; None if only embeddings are passed.
+    past: number of tokens in the cache.
+    static: whether the cache has a fixed size, with empty slots.
+    types: (batch, token) ``mm_token_type_ids``.
+    media_masks: modality -> (batch, token) True for its tokens.
     valid: (batch, token) False for padding.
-    answer: (batch, token) True for the queries whose next token is to be learned.
-    text: tokens at the end that ``generate`` added to the prompt.
+    answer: (batch, token) True for the queries whose next token has a label.
+    text: number of tokens at the end that ``generate`` added to the prompt.
     generates: whether it is a pass of ``generate``, which may repeat samples.
-    partial: whether ``generate`` reads a part of the prompt.
+    partial: whether ``generate`` processes a chunk of the prompt.
     """
 
     shape: tuple[int, int] | None = None
@@ -38,7 +38,7 @@ class ForwardInputs(NamedTuple):
     past: int = 0
     static: bool = False
     types: Int[Tensor, "batch token"] | None = None
-    places: Mapping[str, Bool[Tensor, "batch token"]] = {}
+    media_masks: Mapping[str, Bool[Tensor, "batch token"]] = {}
     valid: Bool[Tensor, "batch token"] | None = None
     answer: Bool[Tensor, "batch token"] | None = None
     text: int = 0
@@ -47,7 +47,7 @@ class ForwardInputs(NamedTuple):
 
 
 def bind_arguments(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
+    """Returns the arguments of ``forward`` by name."""
     if not args:
         return kwargs
     names = list(inspect.signature(type(part).forward).parameters)[1:]
@@ -55,53 +55,55 @@ def bind_arguments(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
 
 
 def read_forward_inputs(given: dict[str, Any], *, embedded: Tensor | None = None) -> ForwardInputs:
-    """What a decoder, or an encoder alone, is given.
+    """Reads the inputs of a decoder, or of an encoder.
 
     Args:
-        given: its arguments by name.
-        embedded: the words that were turned into vectors last, for a pass that is given vectors alone.
+        given: arguments by name.
+        embedded: the token ids that were embedded last, for a pass with embeddings only.
     """
-    ids, vectors = given.get("input_ids"), given.get("inputs_embeds")
-    if ids is None and isinstance(vectors, Tensor) and embedded is not None:
-        beams, rest = divmod(len(vectors), max(len(embedded), 1))
-        if beams and not rest and embedded.shape[1] == vectors.shape[1]:
+    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is None and isinstance(embeddings, Tensor) and embedded is not None:
+        beams, rest = divmod(len(embeddings), max(len(embedded), 1))
+        if beams and not rest and embedded.shape[1] == embeddings.shape[1]:
             ids = embedded.repeat_interleave(beams, dim=0)
-    return _of(given, ids, vectors, "attention_mask", shifted=True)
+    return _read_inputs(given, ids, embeddings, "attention_mask", shifted=True)
 
 
 def read_decoder_inputs(given: dict[str, Any]) -> ForwardInputs:
-    """What the decoder of an encoder-decoder is given."""
-    ids, vectors = given.get("decoder_input_ids"), given.get("decoder_inputs_embeds")
-    if ids is None and vectors is None:
-        # Shifted labels, or for some models the encoder's own words, are what the decoder reads.
+    """Reads the inputs of the decoder of an encoder-decoder model."""
+    ids, embeddings = given.get("decoder_input_ids"), given.get("decoder_inputs_embeds")
+    if ids is None and embeddings is None:
+        # The decoder then takes the shifted labels or, in some models, the encoder's token ids.
         ids = given.get("labels") if given.get("labels") is not None else given.get("input_ids")
-    return _of(given, ids, vectors, "decoder_attention_mask", shifted=False)
+    return _read_inputs(given, ids, embeddings, "decoder_attention_mask", shifted=False)
 
 
-def _of(given: dict[str, Any], ids: Any, vectors: Any, mask: str, *, shifted: bool) -> ForwardInputs:
-    seen = ids if ids is not None else vectors
-    if not isinstance(seen, Tensor) or seen.ndim < 2:
+def _read_inputs(given: dict[str, Any], ids: Any, embeddings: Any, mask: str, *, shifted: bool) -> ForwardInputs:
+    tokens = ids if ids is not None else embeddings
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return ForwardInputs()
-    shape = (seen.shape[0], seen.shape[1])
+    shape = (tokens.shape[0], tokens.shape[1])
     cache = given.get("cache", given.get("past_key_values"))
-    past = _past(cache)
+    past = _cache_length(cache)
     types = given.get("mm_token_type_ids")
     return ForwardInputs(
         shape, ids if ids is not None and ids.ndim == 2 else None, past, _is_static(cache),
-        types if isinstance(types, Tensor) and types.shape == shape else None, _places(given, shape),
-        _valid(given.get(mask), shape, past), _answer(given.get("labels"), shape, shifted),
+        types if isinstance(types, Tensor) and types.shape == shape else None, _media_masks(given, shape),
+        _valid_tokens(given.get(mask), shape, past), _answer_queries(given.get("labels"), shape, shifted),
     )  # fmt: skip
 
 
-def _places(given: dict[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
-    found = ((PLACES.fullmatch(name), value) for name, value in given.items())
+def _media_masks(given: dict[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
+    matches = ((MEDIA_MASK.fullmatch(name), value) for name, value in given.items())
     return {
-        name[1]: value.bool() for name, value in found if name and isinstance(value, Tensor) and value.shape == shape
+        match[1]: value.bool()
+        for match, value in matches
+        if match and isinstance(value, Tensor) and value.shape == shape
     }
 
 
-def _past(cache: Any) -> int:
-    """Tokens that a cache holds already."""
+def _cache_length(cache: Any) -> int:
+    """Returns the number of tokens in a cache."""
     if cache is None:
         return 0
     if isinstance(cache, (tuple, list)):
@@ -116,8 +118,11 @@ def _is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False)) or "Static" in type(cache).__name__
 
 
-def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
-    """By a mask (batch, key), or by whether a token sees itself in one written out: (batch, 1, query, key)."""
+def _valid_tokens(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
+    """Returns (batch, token) False for padding.
+
+    The mask is (batch, key), or (batch, 1, query, key), in which a token is valid if it attends to itself.
+    """
     batch, rows = shape
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -131,15 +136,16 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
         return mask[:, -rows:].bool().expand(batch, -1) if mask.shape[1] >= rows else None
     if mask.ndim != 4 or mask.shape[2] != rows or mask.shape[3] < past + rows:
         return None
-    own = torch.arange(rows, device=mask.device)
-    own = mask[:, 0, own, past + own]
-    return (own if own.dtype == torch.bool else own > MASKED).expand(batch, -1)
+    positions = torch.arange(rows, device=mask.device)
+    diagonal = mask[:, 0, positions, past + positions]
+    return (diagonal if diagonal.dtype == torch.bool else diagonal > MASKED).expand(batch, -1)
 
 
-def _answer(labels: Any, shape: tuple[int, int], shifted: bool) -> Tensor | None:
+def _answer_queries(labels: Any, shape: tuple[int, int], shifted: bool) -> Tensor | None:
+    """Returns (batch, token) True for the queries whose prediction has a label."""
     if not isinstance(labels, Tensor) or labels.shape != shape:
         return None
-    learned = labels != -100
+    labeled = labels != -100
     if not shifted:
-        return learned
-    return F.pad(learned[:, 1:], (0, 1), value=False) if shape[1] > 1 else None
+        return labeled
+    return F.pad(labeled[:, 1:], (0, 1), value=False) if shape[1] > 1 else None

@@ -1,4 +1,4 @@
-"""Which input of a model every position of a tensor comes from, followed through the functions that the model calls."""
+"""Traces which model input each position of a tensor comes from, through the functions that the model calls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 NEUTRAL, MIXED, QUERY, READER = 0, 127, 64, 126
-"""Codes of what comes from no input, as parameters do, and of what comes from several inputs at once; ``QUERY`` plus
-the code of an input is a learned query that has read this input alone, ``READER`` one that has read several."""
+"""Codes of elements: ``NEUTRAL`` for elements that depend on no input, such as parameters; ``MIXED`` for several inputs
+at once; ``QUERY`` plus the code of an input for a learned query that has attended to this input only; ``READER`` for a
+learned query that has attended to several inputs."""
 
-# Functions that move elements without computing with them: they are applied to the codes as they are.
-# name -> positions of the arguments that are moved; all others are indices, masks or sizes.
+# Functions that move elements without arithmetic; they are applied to the codes directly.
+# name -> positions of the moved arguments; all others are indices, masks or sizes.
 MOVES: Mapping[str, tuple[int, ...]] = dict.fromkeys(
     [
         "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze",
@@ -48,20 +49,20 @@ SHAPES = (
 )  # fmt: skip
 KEEPS_IDS = ("add", "sub", "mul", "__add__", "__sub__", "__mul__", "__radd__", "__rsub__", "clamp", "to", "long", "int",
              "type", "where", "clip", "remainder", "__mod__", "cuda", "cpu")  # fmt: skip
-"""What makes token ids out of token ids; anything else that is computed from ids is a position, a length or a mask."""
-SCRAMBLES = ("sort", "argsort", "topk", "fft", "rfft", "irfft", "fft2", "fftn", "cumsum", "msort")
+"""Functions that map token ids to token ids; other functions of ids return positions, lengths or masks."""
+REORDERING = ("sort", "argsort", "topk", "fft", "rfft", "irfft", "fft2", "fftn", "cumsum", "msort")
 
 
 class Provenance:
-    """Codes of tensors: for every element the number of the input that its position comes from.
+    """Codes of tensors: for each element, the index of the input that its position comes from.
 
-    A residual stream keeps the code of its positions: attention and matrix products give their result the code of the
-    rows of the left operand, and only where these come from no input, as learned queries do, the code of what they
-    read. Where values from several inputs are added, or a function is not known and its result has no position of its
-    own, the code is ``MIXED``, so that nothing is called by a name that it may not deserve.
+    Residual streams keep the codes of their positions: the result of attention or a matrix product has the codes of the
+    rows of the left operand. Only rows that depend on no input, such as learned queries, get the code of the keys they
+    attend to. Sums of several inputs, and results of unknown functions without a matching position, are ``MIXED``, so
+    that no modality is reported without evidence.
 
     Attributes:
-        active: whether functions are followed at the moment.
+        active: whether functions are currently traced.
     """
 
     def __init__(self) -> None:
@@ -70,32 +71,32 @@ class Provenance:
         self._columns: Any = WeakTensorKeyDictionary()
 
     def mark(self, tensor: Tensor, code: int) -> None:
-        """Gives all elements of an input one code."""
+        """Assigns one code to all elements of an input."""
         if tensor not in self._codes:
             self._codes[tensor] = _full(tensor, code)
 
-    def of(self, tensor: Tensor) -> Int8[Tensor, ...] | None:
-        """Codes of a tensor, of the same shape; None for what comes from no input, or was not followed."""
+    def codes_of(self, tensor: Tensor) -> Int8[Tensor, ...] | None:
+        """Returns the codes of a tensor, of the same shape; None if it depends on no input or was not traced."""
         return self._codes.get(tensor)
 
     def keys_of_scores(self, scores: Tensor) -> Int8[Tensor, "... key"] | None:
-        """Codes of the keys of attention scores; None for scores that are no product of queries and keys."""
+        """Returns the codes of the keys of attention scores; None if they are not a product of queries and keys."""
         return self._columns.get(scores)
 
-    def give(self, tensor: Tensor, source: Tensor | None) -> None:
-        """Codes of an output whose computation could not be followed."""
-        if source is not None and tensor not in self._codes and (codes := self.of(source)) is not None:
-            self._codes[tensor] = _aligned(codes, tensor.shape)
+    def propagate(self, source: Tensor | None, output: Tensor) -> None:
+        """Copies codes to an output whose computation could not be traced."""
+        if source is not None and output not in self._codes and (codes := self.codes_of(source)) is not None:
+            self._codes[output] = _aligned(codes, output.shape)
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def tracing(self) -> Iterator[None]:
+        """Traces the functions called in the block while ``active`` is set."""
         with _ProvenanceMode(self):
             yield
 
     def record(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Codes of what a function has returned or changed."""
+        """Sets the codes of the tensors that a function returned or modified."""
         name = getattr(func, "__name__", "")
-        # The names of functions that work in place, and of those with a dunder, differ in underscores alone.
         if name in SHAPES:
             return
         tensors = [t for t in _tensors((*args, *kwargs.values())) if t in self._codes or t in self._columns]
@@ -105,36 +106,35 @@ class Provenance:
         if not outputs:
             return
         try:
-            self._ruled(func, name, args, kwargs, result, outputs, tensors)
+            self._apply_rule(func, name, args, kwargs, result, outputs, tensors)
         except (RuntimeError, TypeError, IndexError, ValueError, KeyError):
-            # Unusual arguments: nothing is claimed of the result.
+            # Unsupported arguments: the origin of the result is unknown.
             for output in outputs:
                 self._set(output, _full(output, MIXED))
 
-    def _ruled(self, func, name: str, args: tuple, kwargs: dict, result: Any, outputs: list, tensors: list) -> None:
+    def _apply_rule(
+        self, func, name: str, args: tuple, kwargs: dict, result: Any, outputs: list, tensors: list
+    ) -> None:
         if name in MOVES and args:
-            return self._moved(func, name, args, kwargs, outputs)
+            return self._move(func, name, args, kwargs, outputs)
         if name == "embedding":
-            ids = self.of(args[0] if args else kwargs["input"])
+            ids = self.codes_of(args[0] if args else kwargs["input"])
             return None if ids is None else self._set(result, ids[..., None].expand(result.shape))
         if name in PRODUCTS or name == "einsum":
             return self._product(name, args, kwargs, result)
-        if name == "scaled_dot_product_attention":
+        if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             query, key = (args[n] if len(args) > n else kwargs[word] for n, word in enumerate(("query", "key")))
-            return self._attended(query, key, result)
-        if name == "multi_head_attention_forward":
-            query, key = (args[n] if len(args) > n else kwargs[word] for n, word in enumerate(("query", "key")))
-            return self._attended(query, key, outputs[0])
+            return self._attend(query, key, outputs[0])
         floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
         for output in outputs:
             if output.dtype == torch.bool:
                 continue
             if not floats and (output.is_floating_point() or name.rstrip("_") not in KEEPS_IDS):
                 continue
-            codes = [c for t in (floats or tensors) if (c := self.of(t)) is not None]
+            codes = [c for t in (floats or tensors) if (c := self.codes_of(t)) is not None]
             if codes:
-                scrambled = name in SCRAMBLES
-                self._set(output, _combined([_summary(c) if scrambled else c for c in codes], output.shape))
+                reordered = name in REORDERING
+                self._set(output, _combined([_summary(c) if reordered else c for c in codes], output.shape))
             columns = [c for t in tensors if (c := self._columns.get(t)) is not None and c.shape == output.shape]
             if columns and name != "linear":
                 self._columns[output] = _combined(columns, output.shape)
@@ -143,57 +143,57 @@ class Provenance:
     def _set(self, tensor: Tensor, codes: Tensor) -> None:
         self._codes[tensor] = codes if codes.shape == tensor.shape else codes.expand(tensor.shape)
 
-    def _moved(self, func, name: str, args: tuple[Any, ...], kwargs: dict, outputs: list[Tensor]) -> None:
+    def _move(self, func, name: str, args: tuple[Any, ...], kwargs: dict, outputs: list[Tensor]) -> None:
         if name in TURNS and isinstance(args[0], Tensor) and args[0] in self._columns:
             sizes = [2 + dim for dim in range(args[0].ndim)]
             if func(torch.empty(sizes, device="meta"), *args[1:], **kwargs).shape[-1] != sizes[-1]:
-                # Scores whose keys have become rows: the queries of the product are what is read.
+                # The scores are transposed: their rows are the keys now.
                 rows, columns = self._codes[args[0]], self._columns[args[0]]
                 self._codes[outputs[0]] = func(columns, *args[1:], **kwargs)
                 self._columns[outputs[0]] = func(rows, *args[1:], **kwargs)
                 return
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         for book in (self._codes, self._columns):
-            places = MOVES[name]
-            moved = [args[p] for p in places if p < len(args)]
+            positions = MOVES[name]
+            moved = [args[p] for p in positions if p < len(args)]
             if not any(t in book for t in _tensors(moved)):
                 if book is self._codes and name in ("__getitem__", "index_select", "gather"):
-                    self._looked_up(args, outputs)
+                    self._look_up(args, outputs)
                 continue
-            given: list[Any] = [_coded(a, book) if p in places else a for p, a in enumerate(args)]
+            coded: list[Any] = [_coded(a, book) if p in positions else a for p, a in enumerate(args)]
             if name in JOINS and book is self._codes:
-                given = _settled(given, places)
+                coded = _resolve_queries(coded, positions)
             keywords = {k: _coded(v, book) if k in ("source", "src", "other", "values") else v
                         for k, v in kwargs.items() if k != "value" and k != "out"}  # fmt: skip
             if name in ("masked_fill", "masked_fill_", "index_fill", "tril", "triu"):
-                book[outputs[0]] = given[0]
+                book[outputs[0]] = coded[0]
                 continue
             if in_place:
                 written: Any = args[0]  # pyright: ignore[reportGeneralTypeIssues]
                 if (base := written._base) is not None and base in book:
-                    # Writing into a view changes the whole.
+                    # Writing into a view changes its base tensor.
                     book[base] = _full(base, MIXED)
-                given[0] = given[0].clone(memory_format=torch.contiguous_format)
+                coded[0] = coded[0].clone(memory_format=torch.contiguous_format)
             if name == "pad":
-                found = func(*given[:2], **{k: v for k, v in kwargs.items() if k in ("mode", "pad")})
+                moved_codes = func(*coded[:2], **{k: v for k, v in kwargs.items() if k in ("mode", "pad")})
             elif name == "__setitem__":
-                if not isinstance(given[2], Tensor):
-                    given[2] = 0
-                func(*given)
-                found = given[0]
+                if not isinstance(coded[2], Tensor):
+                    coded[2] = 0
+                func(*coded)
+                moved_codes = coded[0]
             elif name == "where" and len(args) < 3:
                 continue
             else:
-                found = func(*(0 if p in places and isinstance(a, float) else a for p, a in enumerate(given)),
-                             **keywords)  # fmt: skip
-            for output, codes in zip(outputs, _tensors((found,)), strict=True):
+                moved_codes = func(*(0 if p in positions and isinstance(a, float) else a for p, a in enumerate(coded)),
+                                   **keywords)  # fmt: skip
+            for output, codes in zip(outputs, _tensors((moved_codes,)), strict=True):
                 if codes.shape != output.shape:
                     raise ValueError("codes have another shape")
                 book[output] = codes.to(torch.int8)
 
-    def _looked_up(self, args: tuple, outputs: list[Tensor]) -> None:
-        """A table that is read at places which come from an input: the places decide."""
-        codes = [c for t in _tensors(args[1:]) if t.dtype != torch.bool and (c := self.of(t)) is not None]
+    def _look_up(self, args: tuple, outputs: list[Tensor]) -> None:
+        """A lookup in a table without codes: the result has the codes of the indices."""
+        codes = [c for t in _tensors(args[1:]) if t.dtype != torch.bool and (c := self.codes_of(t)) is not None]
         for output in outputs if codes else ():
             first = codes[0]
             while first.ndim < output.ndim:
@@ -204,13 +204,13 @@ class Provenance:
         if name == "einsum":
             parts = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
             if len(parts) != 2 or not isinstance(args[0], str) or "->" not in args[0]:
-                codes = [c for part in parts if (c := self.of(part)) is not None]
+                codes = [c for part in parts if (c := self.codes_of(part)) is not None]
                 return self._set(result, _summary(*codes).expand(result.shape)) if codes else None
             equation, left, right = args[0], *parts
         else:
             equation = None
             left, right = (args[n] if n < len(args) else kwargs["other"] for n in PRODUCTS[name])
-        rows, columns = self.of(left), self.of(right)
+        rows, columns = self.codes_of(left), self.codes_of(right)
         learned = any(isinstance(part, nn.Parameter) for part in (left, right))
         if rows is None and columns is None and (learned or not result.is_floating_point()):
             return None
@@ -225,21 +225,23 @@ class Provenance:
             equation = _explicit(equation, left.ndim, right.ndim)
             inputs, output = equation.replace(" ", "").split("->")
             names = inputs.split(",")
-            rows, columns = (_named(c, n, output) for c, n in zip((rows, columns), names, strict=True))
+            rows, columns = (_along_output(c, n, output) for c, n in zip((rows, columns), names, strict=True))
             last = rows if output[-1] in names[0] and output[-1] not in names[1] else columns
-        reading = (
-            torch.where(rows != NEUTRAL, rows, columns) if isinstance(left, nn.Parameter) else _read(rows, columns)
+        codes = (
+            torch.where(rows != NEUTRAL, rows, columns)
+            if isinstance(left, nn.Parameter)
+            else _after_reading(rows, columns)
         )
-        self._set(result, reading.expand(result.shape))
+        self._set(result, codes.expand(result.shape))
         if not learned:
             self._columns[result] = last.expand(result.shape)
         return None
 
-    def _attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
-        rows, read = self.of(query), self.of(key)
+    def _attend(self, query: Tensor, key: Tensor, output: Tensor) -> None:
+        rows, keys = self.codes_of(query), self.codes_of(key)
         rows = _full(query, NEUTRAL) if rows is None else _reduced(rows, -1)
-        read = _full(key, NEUTRAL) if read is None else read
-        self._set(output, _read(rows, _summary(read)).expand(output.shape))
+        keys = _full(key, NEUTRAL) if keys is None else keys
+        self._set(output, _after_reading(rows, _summary(keys)).expand(output.shape))
 
 
 class _ProvenanceMode(TorchFunctionMode):
@@ -256,7 +258,7 @@ class _ProvenanceMode(TorchFunctionMode):
 
 
 def by_key(codes: Int8[Tensor, "batch head key width"]) -> Int8[Tensor, "batch key"]:
-    """One code for each key, of all heads and features."""
+    """Reduces codes to one for each key, over heads and features."""
     return _reduced(_reduced(codes, -1), 1)[:, 0, :, 0]
 
 
@@ -274,27 +276,27 @@ def _full(tensor: Tensor, code: int) -> Tensor:
 
 def _coded(value: Any, book: Any) -> Any:
     if isinstance(value, Tensor):
-        return found if (found := book.get(value)) is not None else _full(value, NEUTRAL)
+        return codes if (codes := book.get(value)) is not None else _full(value, NEUTRAL)
     return [_coded(part, book) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _settled(given: list[Any], places: Sequence[int]) -> list[Any]:
-    """Learned queries that have read one input stand for it from where they join positions of another on."""
-    total = _summary(*_tensors([given[p] for p in places if p < len(given)]))
+def _resolve_queries(coded: list[Any], positions: Sequence[int]) -> list[Any]:
+    """Replaces the code of learned queries by that of their input when they are joined with another input."""
+    total = _summary(*_tensors([coded[p] for p in positions if p < len(coded)]))
 
-    def settled(value: Any) -> Any:
+    def resolve(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [settled(part) for part in value]
+            return [resolve(part) for part in value]
         if not isinstance(value, Tensor):
             return value
         queries = (value >= QUERY) & (value < READER) & (total == MIXED)
         return torch.where(_thin(queries), _thin(value) % QUERY, _thin(value)).expand(value.shape)
 
-    return [settled(value) if p in places else value for p, value in enumerate(given)]
+    return [resolve(value) if p in positions else value for p, value in enumerate(coded)]
 
 
 def _thin(codes: Tensor) -> Tensor:
-    """Dimensions along which codes are the same by construction, at size 1."""
+    """Narrows expanded dimensions, along which all codes are equal, to size 1."""
     for dim, (size, stride) in enumerate(zip(codes.shape, codes.stride(), strict=True)):
         if stride == 0 and size > 1:
             codes = codes.narrow(dim, 0, 1)
@@ -302,22 +304,22 @@ def _thin(codes: Tensor) -> Tensor:
 
 
 def _merged(high: Tensor, low: Tensor) -> Tensor:
-    """Of the highest and the lowest code that is not neutral (127 where all are): the one, or ``MIXED``."""
+    """Merges the highest and the lowest non-neutral code (127 if there is none): the common code, or ``MIXED``."""
     low = torch.where(high == NEUTRAL, high, low)
-    # Learned queries keep apart from the positions that they read.
+    # Learned queries remain distinct from the positions that they attend to.
     other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
     return torch.where(high % QUERY == low % QUERY, low, other)
 
 
-def _read(rows: Tensor, read: Tensor) -> Tensor:
-    """Codes of queries that have read: positions of an input stay what they are, learned queries are what they read."""
-    content = torch.where((read == NEUTRAL) | (read >= QUERY), read, read + QUERY).clamp(max=READER)
+def _after_reading(rows: Tensor, keys: Tensor) -> Tensor:
+    """Returns the codes of queries after attention: input positions keep theirs, learned queries get the keys'."""
+    content = torch.where((keys == NEUTRAL) | (keys >= QUERY), keys, keys + QUERY).clamp(max=READER)
     other = torch.where((content == rows) | (content == NEUTRAL) | (rows == MIXED), rows, torch.full_like(rows, READER))
     return torch.where(rows == NEUTRAL, content, torch.where(rows < QUERY, rows, other))
 
 
 def _reduced(codes: Tensor, dim: int) -> Tensor:
-    """One code along a dimension, which stays with size 1."""
+    """Reduces a dimension to one code, with ``keepdim``."""
     if codes.shape[dim] == 1:
         return codes
     if codes.stride(dim) == 0 and codes.shape[dim] > 0:
@@ -330,14 +332,14 @@ def _reduced(codes: Tensor, dim: int) -> Tensor:
 
 
 def _summary(*codes: Tensor) -> Tensor:
-    """One code for everything."""
+    """Reduces tensors of codes to one code."""
     found = torch.stack([_merged(c.amax(), c.masked_fill(c == NEUTRAL, MIXED).amin()) if c.numel()
                          else c.new_zeros(()) for c in map(_thin, codes)])  # fmt: skip
     return _merged(found.amax(), found.masked_fill(found == NEUTRAL, MIXED).amin())
 
 
 def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Codes of a result of another shape: along a dimension whose size has changed, one code for all."""
+    """Fits codes to a result of another shape; dimensions whose size differs are reduced to one code."""
     if codes.shape == tuple(shape):
         return codes
     if codes.ndim == len(shape):
@@ -364,7 +366,7 @@ def _combined(codes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def _explicit(equation: str, *dims: int) -> str:
-    """An equation of einsum with letters in place of its ellipses."""
+    """Replaces the ellipses of an einsum equation by letters."""
     inputs, output = equation.replace(" ", "").split("->")
     free = [letter for letter in "ZYXWVUTSRQ" if letter not in equation]
     names, most = [], 0
@@ -377,8 +379,8 @@ def _explicit(equation: str, *dims: int) -> str:
     return ",".join(names) + "->" + output.replace("...", "".join(free[:most][::-1]))
 
 
-def _named(codes: Tensor, names: str, output: str) -> Tensor:
-    """Codes of an operand of einsum, along the dimensions of the result."""
+def _along_output(codes: Tensor, names: str, output: str) -> Tensor:
+    """Returns the codes of an einsum operand along the dimensions of the result."""
     for dim, letter in enumerate(names):
         if letter not in output:
             codes = _reduced(codes, dim)

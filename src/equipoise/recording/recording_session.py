@@ -16,7 +16,7 @@ from ..errors import unknown_name
 from .attention_call import AttentionCall
 from .compiled_models import check_open, uncompiled
 from .generation_loops import UNKNOWN, Chosen, Loop, Step
-from .sequence_assignment import assigned
+from .sequence_assignment import assign_queries
 from .thread_sessions import Threads
 from .token_labels import LabeledKeys, TokenLabeler
 
@@ -28,7 +28,7 @@ class AttentionHandler(Protocol):
     """Handler that is called for each intercepted attention.
 
     Attributes:
-        changes: whether ``change`` may return anything.
+        replaces_output: whether ``replace_output`` may return a tensor.
     """
 
     replaces_output: bool
@@ -62,7 +62,7 @@ class RecordingSession:
         check_open(model)
         # Compiled models have the names of the wrapped model.
         self.names = {id(part): _plain(name) for name, part in model.named_modules()}
-        self._check_sites(model, layers)
+        self._check_layers(model, layers)
         self.model, self.labeler, self.handler, self._patterns = model, labeler, handler, layers
         self.suspended = 0
         """Re-entrancy counter: > 0 while an intercepted attention runs, so that nested calls are not recorded twice."""
@@ -75,15 +75,15 @@ class RecordingSession:
 
     def in_recorded_thread(self) -> bool:
         """Whether the current thread is recorded; hooks and patches are called in all threads."""
-        return self.threads.watched()
+        return self.threads.is_recorded()
 
     def follows(self, model: nn.Module) -> bool:
-        """Whether it is a part of the model, or holds it, and runs in a thread that is watched."""
+        """Whether ``model`` is part of the recorded model or contains it, and the current thread is recorded."""
         return self.in_recorded_thread() and (
             id(model) in self.names or any(part is self.model for part in model.modules())
         )
 
-    def _check_sites(self, model: nn.Module, layers: Sequence[str] | None) -> None:
+    def _check_layers(self, model: nn.Module, layers: Sequence[str] | None) -> None:
         names = [name or type(model).__name__ for name in self.names.values()]
         for pattern in layers or ():
             # The second attention of a module in one pass is "name#2".
@@ -118,7 +118,7 @@ class RecordingSession:
         """Reports an attention that cannot be intercepted to the handler."""
         module = module if module is not None else self.attention_module()
         if module is not None and id(module) in self.names and not self.suspended and self.in_recorded_thread():
-            self.handler.on_missing(self._site(module), reason)
+            self.handler.on_missing(self._layer_name(module), reason)
 
     def begin_pass(self) -> None:
         """Starts a forward pass: resets the call counts of the modules."""
@@ -126,23 +126,23 @@ class RecordingSession:
 
     @property
     def aside(self) -> bool:
-        """Whether what runs writes no token of what ``generate`` returns."""
+        """Whether the running pass generates no token of the returned sequences, such as a draft."""
         if self.handler.replaces_output:
             return False
         top = self._loops[-1] if self._loops else None
         return top is not None and (top.aside or any(loop.draft for loop in self._loops))
 
     def loop(self, model: nn.Module) -> Loop | None:
-        """The innermost decoding loop of a model."""
+        """Returns the innermost decoding loop of a model."""
         return next((loop for loop in reversed(self._loops) if loop.model is model), None)
 
     def current(self) -> Loop | None:
-        """The decoding loop of which a forward pass runs."""
+        """Returns the decoding loop whose forward pass is running."""
         return self._loops[-1] if self._loops and self._loops[-1].running else None
 
     @contextmanager
     def generating(self, loop: Loop | None) -> Iterator[None]:
-        """While a model generates, by a decoding loop or around it."""
+        """Marks the block as part of ``generate``, inside a decoding loop or around it."""
         self.threads.enter(self.model)
         self._generating += 1
         if loop is not None:
@@ -158,7 +158,7 @@ class RecordingSession:
             self._pause()
 
     def settle(self, loop: Loop, chosen: Callable[[Step], Chosen | None], rows: int) -> None:
-        """A decoding loop returns so many sequences, made of the steps that are chosen."""
+        """Assigns the steps of a finished decoding loop to the ``rows`` sequences that it returned."""
         if not loop.draft and (settle := getattr(self.handler, "settle", None)):
             settle(loop, chosen, rows)
 
@@ -171,7 +171,7 @@ class RecordingSession:
             with self._silence():
                 return run()[0]
         known = self.labeler.labeled(call, module)
-        layer = self._site(module)
+        layer = self._layer_name(module)
         if isinstance(known, str) or (known is not None and not known.unimodal):
             layer = self._numbered(layer)
         wanted = self._patterns is None or any(fnmatch.fnmatchcase(layer, p) for p in self._patterns)
@@ -183,7 +183,7 @@ class RecordingSession:
                 and (changed := self.handler.replace_output(layer, call, known)) is not None
             ):
                 return changed
-            return self._shown(layer, backend, call, known, run)
+            return self._record(layer, backend, call, known, run)
         with self._silence():
             return run()[0]
 
@@ -196,7 +196,7 @@ class RecordingSession:
         finally:
             self.suspended -= 1
 
-    def _shown(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
+    def _record(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
         # Gradient checkpointing repeats the forward pass during backward; it was recorded the first time.
         again = torch._C._current_graph_task_id() != -1
         with self._silence():
@@ -211,7 +211,7 @@ class RecordingSession:
         return output
 
     def _assigned(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Iterator[LabeledKeys]:
-        """The queries of a call, in groups by where ``generate`` puts what they write."""
+        """Yields the queries of a call in groups by the position of the tokens that they generate."""
         loop = self.current()
         if known.unimodal or not self._generating:
             yield known
@@ -220,9 +220,9 @@ class RecordingSession:
         elif loop.kind == "unknown":
             self.handler.on_missing(layer, UNKNOWN)
         else:
-            yield from assigned(call, known, loop)
+            yield from assign_queries(call, known, loop)
 
-    def _site(self, module: nn.Module) -> str:
+    def _layer_name(self, module: nn.Module) -> str:
         return self.names[id(module)] or type(module).__name__
 
     def _numbered(self, layer: str) -> str:
@@ -259,7 +259,7 @@ class RecordingSession:
 
     @property
     def running(self) -> bool:
-        """Whether the model runs, and not only returns what it has generated."""
+        """Whether the model is running or still generating."""
         return bool(self._stack) or any(not loop.over for loop in self._loops)
 
 

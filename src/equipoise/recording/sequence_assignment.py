@@ -1,4 +1,4 @@
-"""The queries of one attention under ``generate``, by the tokens that they write."""
+"""Assigns the queries of an attention call under ``generate`` to the tokens that they generate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .generation_loops import Columns, Loop
 from .token_labels import LabeledKeys
 
 
-def assigned(call: AttentionCall, known: LabeledKeys, loop: Loop) -> Iterator[LabeledKeys]:
-    """The same call once for each group of queries, in which only that group counts."""
+def assign_queries(call: AttentionCall, known: LabeledKeys, loop: Loop) -> Iterator[LabeledKeys]:
+    """Yields the labels once for each group of queries, with only that group valid."""
     for columns in loop.columns():
         if -columns.last <= call.sizes[2]:
-            yield _group(call, known, loop, columns)
+            yield _select_group(call, known, loop, columns)
 
 
-def _group(call: AttentionCall, known: LabeledKeys, loop: Loop, columns: Columns) -> LabeledKeys:
+def _select_group(call: AttentionCall, known: LabeledKeys, loop: Loop, columns: Columns) -> LabeledKeys:
     batch, _, rows, total = call.sizes
     device = call.query.device
     valid = torch.zeros(batch, rows, dtype=torch.bool, device=device)
@@ -37,9 +37,9 @@ def _group(call: AttentionCall, known: LabeledKeys, loop: Loop, columns: Columns
     writes[:, last] = columns.writes
     keys = known.keys
     if known.own and known.length is not None and columns.last < -1:
-        # These queries come before a draft, which is no part of what they read.
-        places = torch.arange(known.start, known.start + total, device=keys.device)
-        keys = keys.masked_fill(places > known.length + columns.last, SPECIAL)
+        # These queries precede draft tokens, which they do not attend to.
+        positions = torch.arange(known.start, known.start + total, device=keys.device)
+        keys = keys.masked_fill(positions > known.length + columns.last, SPECIAL)
     return replace(
         known, keys=keys, valid=valid, writes=writes, alive=alive, continues=not loop.first, text=loop.text,
         partial=loop.partial, step=columns.step,

@@ -1,4 +1,4 @@
-"""The share of an attention that somebody else computes, without its matrix."""
+"""Computes attention shares from queries and keys without materializing the attention matrix."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..nn.attention import shares
 from .attention_call import AttentionCall
 
 CHUNK = 256
-"""Queries whose attention is written out at once, where no kernel knows the scores."""
+"""Number of queries whose attention matrix is computed at once if no kernel supports the scores."""
 
 
 class MeasuredShare(NamedTuple):
     """Attributes:
     share: (batch, head, query, modality).
-    sink: (batch, head, query) part that went to a virtual key; None where there is none.
+    sink: (batch, head, query) attention on the sink, a virtual key; None without a sink.
     """
 
     share: Float[Tensor, "batch head query modality"]
@@ -30,13 +30,13 @@ class MeasuredShare(NamedTuple):
 
 
 def measure_share(call: AttentionCall, labels: Int[Tensor, "... key"], num_modalities: int) -> MeasuredShare:
-    """share_i^m = sum of A_ij over the keys j of modality m; exact, of the attention before any dropout.
+    """Computes share_i^m = sum of A_ij over the keys j of modality m, exactly, for the attention before dropout.
 
-    Labels of -1 count in no column. A row that sees no key has share 0.
+    Keys with label -1 belong to no modality. A query without visible keys has share 0.
     """
     if call.attention is not None:
         share = _columns(call.attention, labels, num_modalities)
-        # What a row lacks to 1 went to the sink.
+        # The rest of each row is the attention on the sink.
         sink = None if call.sinks is None else (1 - call.attention.to(share.dtype).sum(dim=-1)).clamp(min=0)
         return MeasuredShare(share, sink)
     if call.softcap is not None:
@@ -56,7 +56,7 @@ def measure_share(call: AttentionCall, labels: Int[Tensor, "... key"], num_modal
 
 
 def _with_sink(call: AttentionCall, labels: Tensor, num_modalities: int) -> MeasuredShare:
-    """The sink as a key of its own: one more feature carries its score, one more modality its share."""
+    """Adds the sink as a key: an extra feature contains its score, and an extra modality its share."""
     batch, heads, rows, _ = call.sizes
     width = call.query.shape[-1]
     scale = width**-0.5 if call.scale is None else call.scale
@@ -70,7 +70,7 @@ def _with_sink(call: AttentionCall, labels: Tensor, num_modalities: int) -> Meas
         mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
     first = 0
     if call.is_causal:
-        # One more query in front, so that each still sees its own key and all before, and the sink.
+        # Prepend a query, so that causal masking still includes each query's own key and the sink.
         query, first = torch.cat([query[:, :, :1], query], dim=2), 1
         if mask is not None and mask.shape[2] > 1:
             mask = torch.cat([mask[:, :, :1], mask], dim=2)
@@ -82,7 +82,7 @@ def _with_sink(call: AttentionCall, labels: Tensor, num_modalities: int) -> Meas
 
 
 def key_mass(call: AttentionCall, weight: Float[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
-    """Attention on every key, summed over the queries by their weight; a piece of the matrix at a time."""
+    """Computes the attention on each key, a weighted sum over queries, one chunk of the matrix at a time."""
     if call.attention is not None:
         return torch.einsum("bhqk,bq->bhk", call.attention.float(), weight)
     total, start = call.query.new_zeros(*call.sizes[:2], call.sizes[3], dtype=torch.float32), 0
@@ -94,7 +94,7 @@ def key_mass(call: AttentionCall, weight: Float[Tensor, "batch query"]) -> Float
 
 
 def explicit_attention(call: AttentionCall) -> Iterator[Float[Tensor, "batch head some key"]]:
-    """The attention matrix, some queries at a time; what went to a sink is missing from the sums of its rows."""
+    """Yields the attention matrix in chunks of queries; with a sink, rows sum to less than 1."""
     if call.attention is not None:
         yield call.attention
         return
@@ -104,30 +104,30 @@ def explicit_attention(call: AttentionCall) -> Iterator[Float[Tensor, "batch hea
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     rows, keys = call.sizes[2:]
     for start in range(0, rows, CHUNK):
-        here = slice(start, start + CHUNK)
-        scores = scale * (call.query[:, :, here].to(exact) @ key)
+        chunk = slice(start, start + CHUNK)
+        scores = scale * (call.query[:, :, chunk].to(exact) @ key)
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         mask = call.mask
         if mask is not None:
-            mask = mask[:, :, here] if mask.shape[2] > 1 else mask
+            mask = mask[:, :, chunk] if mask.shape[2] > 1 else mask
             mask = torch.zeros_like(mask, dtype=exact).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else (
                 mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
             )  # fmt: skip
             scores = scores + mask
         if call.is_causal:
-            places = torch.arange(start, start + scores.shape[2], device=scores.device)[:, None]
-            scores = scores.masked_fill(torch.arange(keys, device=scores.device) > places, -math.inf)
+            positions = torch.arange(start, start + scores.shape[2], device=scores.device)[:, None]
+            scores = scores.masked_fill(torch.arange(keys, device=scores.device) > positions, -math.inf)
         yield _softmax(scores, call.sinks)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Over the keys and, where there is one, the sink; rows that see nothing are 0."""
+    """Softmax over the keys and the sink, if there is one; rows without visible keys are 0."""
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
-    blind = (scores == -math.inf).all(dim=-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+    empty = (scores == -math.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
 
 
 def _columns(attention: Tensor, labels: Tensor, num_modalities: int) -> Tensor:
@@ -138,7 +138,7 @@ def _columns(attention: Tensor, labels: Tensor, num_modalities: int) -> Tensor:
 
 
 def attention_output(call: AttentionCall) -> Float[Tensor, "batch head query dim"]:
-    """The attention's output, of a call that was changed."""
+    """Computes the output of an attention call whose arguments were changed."""
     if call.attention is None and call.softcap is None and call.sinks is None:
         from ..nn.attention import attend
 

@@ -1,4 +1,4 @@
-"""Labels of the keys of an attention call, and the selection of its queries."""
+"""Labels the keys of an attention call and selects its queries."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ WORDS = ("all", "last", "answer")
 
 @dataclass(frozen=True, eq=False)
 class LabeledKeys:
-    """What is known of a call's tokens.
+    """Labels of the tokens of an attention call.
 
     Attributes:
         keys: (key,) or (batch, key) labels, -1 = special or padding.
-        names: of the modalities.
-        queries: (query,) or (batch, query) labels of the queries, where they are known.
-        valid: (batch, query) False for queries that are padding; None where all count.
-        answer: (batch, query) True for the queries that write the answer; None where it is the last one.
-        constant: all keys are of this one modality, so that nothing needs to be measured.
-        continues: the call goes on with the samples of the one before, as decoding with a cache does.
-        unimodal: the call belongs to an encoder of one modality.
-        start: place of the first key in the sequence, where a window leaves out those before.
-        length: tokens of the sequence that the queries end, where it is known.
-        own: the keys are those of the sequence itself.
-        writes: (batch, query) True for the queries that write a token under ``generate``; None elsewhere.
-        text: tokens at the end of the sequence that ``generate`` added to the prompt.
-        partial: the pass reads a part of the prompt alone.
-        alive: (batch,) False for samples that ``generate`` has finished; None where there are none.
-        step: of ``generate``, where it is known later which samples go on to be returned.
-        beside: the call runs before the decoding loop of ``generate``, as an encoder does.
-        samples: of the pass; a batch of a multiple of them holds windows or images of each sample in turn.
+        names: modality names.
+        queries: (query,) or (batch, query) labels of the queries, if known.
+        valid: (batch, query) False for padding; None if all queries are valid.
+        answer: (batch, query) True for the queries that predict the answer; None if it is the last query.
+        constant: index of the modality of all keys, whose share is then 1; None for several modalities.
+        continues: the call continues the samples of the previous one, as in decoding with a cache.
+        unimodal: the call belongs to a unimodal encoder.
+        start: position of the first key in the sequence, > 0 for a sliding window.
+        length: number of tokens of the sequence up to the last query, if known.
+        own: the keys are those of the sequence itself, as in self-attention.
+        writes: (batch, query) True for the queries that generate a token under ``generate``; None elsewhere.
+        text: number of tokens at the end of the sequence that ``generate`` added to the prompt.
+        partial: the pass processes a chunk of the prompt.
+        alive: (batch,) False for samples that ``generate`` has finished; None if there are none.
+        step: step of ``generate`` whose samples are assigned to returned sequences later.
+        beside: the call runs before the decoding loop of ``generate``, as in an encoder.
+        samples: number of samples of the pass; a batch of a multiple of it contains the windows or images of each
+            sample in turn.
     """
 
     keys: Int[Tensor, "... key"]
@@ -77,7 +78,7 @@ class UserLabels:
 
     Args:
         modality: (key,) or (batch, key); None uses the labels of the layers.
-        names: of the modalities; numbers where there are none.
+        names: modality names; by default "0", "1", ...
         encoders: id of a module inside a unimodal encoder -> its modality, or None if several share the encoder.
     """
 
@@ -96,10 +97,10 @@ class UserLabels:
             return self._in_encoder(keys, self._encoders[id(module)])
         if self.modality is None:
             if call.modality is None and len(call.names) == 1:
-                # The stream of one modality in a fusion.
+                # A unimodal stream inside a fusion.
                 return self._in_encoder(keys, call.names[0])
             if call.modality is None:
-                return f"nothing tells the modality of its {keys} keys"
+                return f"the modality of its {keys} keys is unknown"
             return self._own(
                 call, call.modality, call.names or check_names(call.modality, self._requested_names or None)
             )
@@ -119,34 +120,34 @@ class UserLabels:
         return LabeledKeys(torch.full((keys,), index), names, constant=index, unimodal=True)
 
     def _own(self, call: AttentionCall, modality: Tensor, names: tuple[str, ...]) -> LabeledKeys:
-        """A layer's own labels, in the order of the names that the user gave."""
+        """Returns the labels of the layer itself, reordered to the names requested by the user."""
         self.names = self.names or names
         if not self._requested_names or self._requested_names == names:
             return label_keys(call, modality, names)
         for name in self._requested_names:
             if name not in names:
                 raise unknown_name("watch names", "modality", name, names)
-        places = [self._requested_names.index(name) if name in self._requested_names else SPECIAL for name in names]
-        order = torch.tensor([*places, SPECIAL], device=modality.device)
+        indices = [self._requested_names.index(name) if name in self._requested_names else SPECIAL for name in names]
+        order = torch.tensor([*indices, SPECIAL], device=modality.device)
         return label_keys(call, order[modality], self._requested_names)
 
 
 def label_keys(call: AttentionCall, keys: Tensor, names: tuple[str, ...], **known: Any) -> LabeledKeys:
-    """Labels of a call whose queries are its first tokens, where they are its own."""
+    """Creates the labels of a call; in self-attention the queries are its first tokens."""
     _, _, rows, total = call.sizes
     keys = keys.to(call.query.device)
     if call.reads_itself and rows <= total:
         known.setdefault("queries", keys[..., :rows])
-        if "valid" not in known and (read := call.visible_keys()) is not None:
-            known["valid"] = read[:, :rows]
+        if "valid" not in known and (visible := call.visible_keys()) is not None:
+            known["valid"] = visible[:, :rows]
     return LabeledKeys(keys, names, **known)
 
 
 def check_labels(modality: Any) -> Int[Tensor, "... key"]:
-    """Labels as they must be.
+    """Converts labels to a tensor and checks them.
 
     Raises:
-        ShapeError: anything but whole numbers of shape (key,) or (batch, key), from -1 on.
+        ShapeError: labels that are not integers >= -1 of shape (key,) or (batch, key).
     """
     if not isinstance(modality, Tensor):
         modality = torch.as_tensor(modality)
@@ -154,31 +155,31 @@ def check_labels(modality: Any) -> Int[Tensor, "... key"]:
         raise ShapeError(
             "watch modality", expected="integer labels of shape (key,) or (batch, key)",
             got=f"shape {tuple(modality.shape)}, {modality.dtype}",
-            fix="Give one label for every token: torch.tensor([0, 0, 1, ...]), -1 for special ones.",
+            fix="Give one label for each token: torch.tensor([0, 0, 1, ...]), with -1 for special tokens.",
         )  # fmt: skip
     if modality.numel() and int(modality.min()) < -1:
-        raise ShapeError("watch modality", expected="labels from -1 on", got=f"{int(modality.min())}")
+        raise ShapeError("watch modality", expected="labels >= -1", got=f"{int(modality.min())}")
     return modality
 
 
 def check_names(modality: Tensor | None, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The names, one for every label.
+    """Returns the names, by default "0", "1", ..., and checks that there is one for each label.
 
     Raises:
-        ConfigError: too few names, or a name twice.
+        ConfigError: too few names, or duplicate names.
     """
     if isinstance(names, str):
         raise ConfigError("watch names", expected="a sequence of names", got=repr(names), fix=f"Use ({names!r},).")
     count = int(modality.max()) + 1 if modality is not None and modality.numel() else 0
     if names is None:
-        return tuple(str(number) for number in range(count))
-    found = tuple(names)
-    if len(found) < count or len(set(found)) < len(found):
+        return tuple(str(index) for index in range(count))
+    result = tuple(names)
+    if len(result) < count or len(set(result)) < len(result):
         raise ConfigError(
-            "watch names", expected=f"{count} or more different names, one for each label", got=str(found),
-            fix="Labels count the names from 0; special tokens have label -1 and no name.",
+            "watch names", expected=f"{count} or more different names, one for each label", got=str(result),
+            fix="Labels are indices into the names, from 0; special tokens have label -1 and no name.",
         )  # fmt: skip
-    return found
+    return result
 
 
 def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys) -> QueryRows | str | None:
@@ -194,14 +195,14 @@ def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys
     valid = all_queries if known.valid is None else known.valid.to(device)
     encoder = known.unimodal and known.constant is not None
     if encoder and isinstance(queries, Tensor) and queries.shape != (batch, rows):
-        # A mask of the joint sequence chooses none of the queries of an encoder.
+        # A mask of the joint sequence selects none of the queries of an encoder.
         return None
     if encoder and isinstance(queries, str) and queries in known.names:
-        # All queries of an encoder are of its modality.
+        # All queries of an encoder have its modality.
         return QueryRows(valid.float()) if known.names[known.constant] == queries else None  # type: ignore[index]
     if isinstance(queries, Tensor):
         if known.writes is not None and known.length is not None:
-            return _of_prompt(queries.to(device), known, valid)
+            return _prompt_queries(queries.to(device), known, valid)
         if queries.shape != (batch, rows) and known.continues:
             return None
         if queries.shape != (batch, rows):
@@ -214,32 +215,34 @@ def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys
     if queries == "answer" and known.answer is not None:
         return query_rows(known.answer.to(device) & valid)
     if queries in ("last", "answer"):
-        place = (valid * torch.arange(1, rows + 1, device=device)).argmax(dim=1, keepdim=True)
-        return QueryRows(valid.gather(1, place).float(), place)
+        position = (valid * torch.arange(1, rows + 1, device=device)).argmax(dim=1, keepdim=True)
+        return QueryRows(valid.gather(1, position).float(), position)
     if queries not in known.names:
         raise unknown_name("watch queries", "word or modality", queries, (*WORDS, *known.names))
     if known.queries is None:
-        return f"the modality of its queries is not known, and queries is {queries!r}"
-    here = (known.queries.to(device) == known.names.index(queries)).expand(batch, rows)
-    return query_rows(here & valid)
+        return f"the modality of its queries is unknown, and queries is {queries!r}"
+    selected = (known.queries.to(device) == known.names.index(queries)).expand(batch, rows)
+    return query_rows(selected & valid)
 
 
-def _of_prompt(queries: Tensor, known: LabeledKeys, valid: Tensor) -> QueryRows | str | None:
-    """The part of a mask of the prompt's queries that a pass of ``generate`` holds."""
+def _prompt_queries(queries: Tensor, known: LabeledKeys, valid: Tensor) -> QueryRows | str | None:
+    """Selects the queries of this pass of ``generate`` from a mask of the prompt's queries."""
     (batch, rows), (given, total) = valid.shape, queries.shape
     prompt: int = known.length - known.text  # type: ignore[operator]
     if batch % given or (prompt > total if known.partial else prompt != total):
         return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(given, total)}"
     first: int = known.length - rows  # type: ignore[operator]
-    here = queries[:, first : first + rows].repeat_interleave(batch // given, dim=0)
-    return query_rows(F.pad(here, (0, rows - here.shape[1]), value=False) & valid) if here.shape[1] else None
+    selected = queries[:, first : first + rows].repeat_interleave(batch // given, dim=0)
+    return (
+        query_rows(F.pad(selected, (0, rows - selected.shape[1]), value=False) & valid) if selected.shape[1] else None
+    )
 
 
 def check_queries(queries: Any, names: Sequence[str]) -> str | Tensor:
-    """What ``watch`` takes as queries.
+    """Checks the ``queries`` argument of ``watch`` and returns it.
 
     Raises:
-        ConfigError: neither a word nor a boolean mask; a word that is none of the names, where these are known.
+        ConfigError: neither a string nor a boolean mask (batch, query), or a string that is not a known modality name.
     """
     if isinstance(queries, str):
         if names and queries not in (*WORDS, *names):

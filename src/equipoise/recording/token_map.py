@@ -1,4 +1,4 @@
-"""Which tokens of a Hugging Face model are pictures, sounds and text, at each of its attentions."""
+"""Labels the keys of each attention of a Hugging Face model as text, image, video or audio."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ from .submodels import ORDER, Submodels, find_submodels, modalities_of, submodel
 from .token_labels import LabeledKeys, UserLabels, check_names, label_keys
 from .token_stream import TokenStream, fit_labels
 
-KEPT = "kept"
+KEEP = "keep"
+"""Verdict: the labels that the inputs determine are used."""
 NO_KEYS = (
-    "its softmax is over scores that are no products of queries and keys, such as those of sampling points, and "
-    "therefore is no attention over tokens"
+    "its softmax is not over products of queries and keys, but over other scores such as those of sampling points, so "
+    "it is not attention over tokens"
 )
-LEARNED = "its keys are learned and come from no input"
+LEARNED = "its keys are learned parameters and depend on no input"
+UNTRACEABLE = "its keys come from several modalities at once, or from functions that cannot be traced"
 Verdict = LabeledKeys | str | None
 
 
 class TokenMap:
-    """Labels of a Hugging Face model's keys.
+    """Labels of the keys of a Hugging Face model.
 
-    Encoders of one modality, and what is read from them, need no map; ``Stream`` tells all others.
+    Keys of unimodal encoders, and those of cross-attention to their outputs, have one modality; all others are labeled
+    by a ``TokenStream``. Labels are checked against the origin of the keys, which ``Origins`` traces.
 
     Args:
         root: a PreTrainedModel.
-        modality: (key,) or (batch, key) labels of the prompt, from the user; tokens that are generated are text.
-        names: of the labels, from the user.
+        modality: (key,) or (batch, key) labels of the prompt, from the user; generated tokens are text.
+        names: modality names of the labels, from the user.
 
     Raises:
-        ConfigError: names that are no modalities of the model, where there are no labels to name.
+        ConfigError: without ``modality``, names that are not modalities of the model.
     """
 
     def __init__(self, root: nn.Module, modality: Tensor | None = None, names: Sequence[str] | None = None) -> None:
@@ -61,20 +64,20 @@ class TokenMap:
         self._verdicts: dict[tuple[int, int], Verdict] = {}
         self._visits: dict[int, int] = {}
         self._samples: int | None = None
-        self._gives_vectors = False
+        self._untraced_embeddings = False
         self._running: list[nn.Module] = []
-        self._reads_vectors: set[int] = set()
+        self._takes_embeddings: set[int] = set()
         self._embedded: Tensor | None = None
 
     @classmethod
     def inside(cls, root: nn.Module, modality: Tensor | None, names: Sequence[str] | None) -> TokenMap:
-        """Of a model that is a part of another, whose modalities may be called otherwise."""
-        own = modalities_of(root)
-        return cls(root, modality, names if modality is not None or set(names or ()) & set(own) else None)
+        """Creates the map of a model inside another module, whose modality names may differ."""
+        known = modalities_of(root)
+        return cls(root, modality, names if modality is not None or set(names or ()) & set(known) else None)
 
     @contextmanager
     def following(self, session: RecordingSession) -> Iterator[None]:
-        """Reads the inputs of every forward pass, those of ``generate`` and of parts that run alone included."""
+        """Reads the inputs of each forward pass, including those of ``generate`` and of submodels called directly."""
 
         def begin(part: nn.Module, args: tuple, kwargs: Any = None) -> None:
             if not session.in_recorded_thread() or session.aside:
@@ -93,7 +96,7 @@ class TokenMap:
             if not session.in_recorded_thread() or session.aside:
                 return
             if not self._running and isinstance(output, Tensor) and "text" in submodel_kinds(self.root):
-                self.origins.words(output)
+                self.origins.mark_text(output)
             self._embedded = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 2 else None
 
         with ExitStack() as stack:
@@ -101,71 +104,71 @@ class TokenMap:
                 stack.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(end, always_call=True).remove)
                 if hasattr(type(part), "get_compiled_call"):
-                    stack.enter_context(wrapped(part, "get_compiled_call", _uncompiled(session, part)))
-            if (words := _word_embedding(self.root)) is not None:
-                stack.callback(words.register_forward_hook(embed).remove)
+                    stack.enter_context(wrapped(part, "get_compiled_call", _without_compilation(session, part)))
+            if (embedding := _token_embedding(self.root)) is not None:
+                stack.callback(embedding.register_forward_hook(embed).remove)
             yield
 
     @contextmanager
     def tracing(self, session: RecordingSession) -> Iterator[None]:
-        """Follows every tensor from the inputs on, where the user gives no labels."""
+        """Traces all tensors from the inputs on, unless the user passes labels."""
         if self.given is not None:
             yield
             return
-        with self.origins.following(self.root):
+        with self.origins.tracing(self.root):
             yield
 
     def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
-        """Labels that the inputs tell, held against where the keys come from."""
+        """Returns the labels that the inputs determine, checked against the origin of the keys."""
         if id(module) not in self.parts.paths:
             return None
-        known = self._told(call, module)
+        known = self._labels_from_inputs(call, module)
         if self.given is not None or torch._C._current_graph_task_id() != -1:
             return known
         visit = self._visits.get(id(module), 0)
         self._visits[id(module)] = visit + 1
         if self.origins.active:
-            verdict = self._verdicts[id(module), visit] = self._held(call, module, known)
+            verdict = self._verdicts[id(module), visit] = self._check_origin(call, known)
         else:
-            verdict = self._verdicts.get((id(module), visit), KEPT)
-            if verdict is not KEPT:
-                verdict = self._continued(call, verdict)
-        known = known if verdict is KEPT else verdict
+            verdict = self._verdicts.get((id(module), visit), KEEP)
+            if verdict is not KEEP:
+                verdict = self._extend_verdict(call, verdict)
+        known = known if verdict is KEEP else verdict
         if isinstance(known, LabeledKeys) and known.constant is not None:
             known = replace(known, samples=self._samples)
         return known
 
-    def _held(self, call: AttentionCall, module: nn.Module, known: LabeledKeys | str | None) -> Verdict:
-        """What is told, unless the keys come from somewhere else; where they come from, where nothing is told."""
+    def _check_origin(self, call: AttentionCall, known: LabeledKeys | str | None) -> Verdict:
+        """Returns ``KEEP`` if the labels agree with the origin of the keys; otherwise labels by origin, or a reason."""
         keys = self.origins.keys(call)
         if keys is None:
             return NO_KEYS
-        found = self.origins.names_in(keys)
-        told = isinstance(known, LabeledKeys)
-        if found == [] and not (told and known.unimodal):
-            # Words that were given as vectors come from no input, too.
-            return KEPT if not told or self._gives_vectors else LEARNED
-        if found == []:
-            return KEPT
-        if MANY in found:
-            agrees = told and known.constant is None and self._agrees(keys, known)
-            return KEPT if agrees else (known if isinstance(known, str) else f"its keys come from {self.origins.said}")
-        if found == [READ] and not (told and known.unimodal):
-            return "its keys are learned queries that have read several modalities"
-        if told and self._agrees(keys, known):
-            return KEPT
-        if len(found) == 1:
-            name = found[0]
+        origins = self.origins.names_in(keys)
+        labeled = isinstance(known, LabeledKeys)
+        if origins == [] and not (labeled and known.unimodal):
+            # Embeddings passed by the caller have no traced origin either.
+            return KEEP if not labeled or self._untraced_embeddings else LEARNED
+        if origins == []:
+            return KEEP
+        if MANY in origins:
+            agrees = labeled and known.constant is None and self._agrees(keys, known)
+            return KEEP if agrees else (known if isinstance(known, str) else UNTRACEABLE)
+        if origins == [READ] and not (labeled and known.unimodal):
+            return "its keys are learned queries that have attended to several modalities"
+        if labeled and self._agrees(keys, known):
+            return KEEP
+        if len(origins) == 1:
+            name = origins[0]
             if name not in self.names:
                 return f"its keys are {name}, and the modalities are {', '.join(self.names)}"
             labels = torch.full((call.sizes[3],), self.names.index(name))
         else:
-            labels = self._numbers(keys)
-        return self._traced(call, labels, found)
+            labels = self._labels_of_codes(keys)
+        return self._labels_from_origin(call, labels, origins)
 
     def _agrees(self, keys: Tensor, known: LabeledKeys) -> bool:
-        """Whether labels are right wherever they and the origin of a key name a modality."""
-        origin = self._numbers(keys)
+        """Whether the labels equal the origins of all keys for which both are known."""
+        origin = self._labels_of_codes(keys)
         labels = known.keys.to(origin.device)
         if labels.shape[-1] != origin.shape[-1] or (labels.ndim == 2 and len(labels) not in (1, len(origin))):
             return False
@@ -173,40 +176,39 @@ class TokenMap:
             return False
         both = (origin != SPECIAL) & (labels != SPECIAL)
         if known.constant is None:
-            # A placeholder that the model does not replace is a word by origin, and an image by the configuration.
+            # A placeholder that the model does not replace has text origin, but an image label by configuration.
             both &= keys != self.origins.code("text")
         return bool(((origin == labels) | ~both).all())
 
-    def _numbers(self, codes: Tensor) -> Tensor:
-        """Codes of origins as labels; ``SPECIAL`` for what comes from no input, and for modalities without a name."""
+    def _labels_of_codes(self, codes: Tensor) -> Tensor:
+        """Converts codes of origins to labels; ``SPECIAL`` for no input and for unnamed modalities."""
         table = torch.full((MIXED + 1,), SPECIAL, device=codes.device)
         for code, name in enumerate(self.origins.names, start=1):
             if name in self.names:
                 table[code] = table[code + QUERY] = self.names.index(name)
         return table[codes.long()]
 
-    def _traced(self, call: AttentionCall, labels: Tensor, found: list[str]) -> LabeledKeys:
-        """Labels by the origin of keys and queries."""
+    def _labels_from_origin(self, call: AttentionCall, labels: Tensor, origins: list[str]) -> LabeledKeys:
+        """Returns labels derived from the origin of keys and queries."""
         rows = self.origins.queries(call)
         keys = self.origins.keys(call)
         if rows is not None and keys is not None and torch.equal(rows, keys):
-            # Self-attention: a key that is masked for all queries is padding, and so is the query at its position.
+            # Self-attention: a key that is masked for all queries is padding, as is the query at its position.
             call = replace(call, reads_itself=True)
-        known: dict[str, Any] = {} if rows is None else {"queries": self._numbers(rows)}
+        known: dict[str, Any] = {} if rows is None else {"queries": self._labels_of_codes(rows)}
         if rows is not None and rows.shape[1] == self._main.rows and self._main.labels is not None:
-            own = self._main.labels[:, -rows.shape[1] :].to(rows.device)
-            words = (rows == self.origins.code("text")).all() and len(own) in (1, len(rows))
-            if words:
+            is_text = bool((rows == self.origins.code("text")).all())
+            if is_text and len(self._main.labels) in (1, len(rows)):
                 known |= {key: value for key in ("valid", "answer")
                           if (value := getattr(self._main, key)) is not None and len(value) == len(rows)}  # fmt: skip
-        constant = int(labels.flatten()[0]) if len(found) == 1 else None
+        constant = int(labels.flatten()[0]) if len(origins) == 1 else None
         unimodal = (
-            rows is not None and found != ["text"] and self.origins.names_in(rows) == found and len(self.names) > 1
+            rows is not None and origins != ["text"] and self.origins.names_in(rows) == origins and len(self.names) > 1
         )
         return label_keys(call, labels, self.names, constant=constant, unimodal=unimodal, **known)
 
-    def _continued(self, call: AttentionCall, verdict: Verdict) -> LabeledKeys | str | None:
-        """What the first pass found of a layer, in the steps that follow it with a cache."""
+    def _extend_verdict(self, call: AttentionCall, verdict: Verdict) -> LabeledKeys | str | None:
+        """Extends the verdict of the first pass to the keys of a decoding step with a cache."""
         if not isinstance(verdict, LabeledKeys):
             return verdict  # type: ignore[return-value]
         batch, _, _, keys = call.sizes
@@ -218,33 +220,34 @@ class TokenMap:
             labels = F.pad(verdict.keys, (0, keys - verdict.keys.shape[-1]), value=self._main.text)
         return LabeledKeys(labels, self.names, constant=verdict.constant, continues=True, unimodal=verdict.unimodal)
 
-    def _told(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
-        name, joint = self.parts.alone(module), "text" in self.parts.modalities and bool(self.parts.others)
+    def _labels_from_inputs(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
+        name, joint = self.parts.unimodal_kind(module), "text" in self.parts.modalities and bool(self.parts.others)
         if name is not None and (joint or self.given is None):
-            return self._alone(call, module, name, unimodal=joint)
+            return self._unimodal_labels(call, module, name, unimodal=joint)
         if self.parts.is_cross(module):
-            return self._of_source(call)
+            return self._source_labels(call)
         stream = self._encoder if self.parts.in_encoder(module) else self._main
         if stream is self._main and not self._running and torch._C._current_graph_task_id() == -1:
-            return f"it runs outside of the forward pass of {type(self.root).__name__}, whose inputs tell its tokens"
+            return (
+                f"it runs outside of the forward pass of {type(self.root).__name__}, whose inputs identify its tokens"
+            )
         if stream.labels is None:
             return stream.why
-        if (why := self._untold(module, stream)) is not None:
+        if (why := self._why_unlabeled(module, stream)) is not None:
             return why
-        return self._fitting(call, stream, unimodal=self._is_text_encoder(module, stream))
+        return self._stream_labels(call, stream, unimodal=self._is_text_encoder(module, stream))
 
     def _begin(self, part: nn.Module, given: dict[str, Any], loop: Loop | None) -> None:
         first = not self._running
         self._running.append(part)
-        (self._reads_vectors.discard if given.get("input_ids") is not None else self._reads_vectors.add)(id(part))
+        (self._takes_embeddings.discard if given.get("input_ids") is not None else self._takes_embeddings.add)(id(part))
         if not first:
             return
         self._visits = {}
-        self._samples = _batch_of(given)
+        self._samples = _batch_size(given)
         past = read_forward_inputs(given).past if self.parts.encoder is None else read_decoder_inputs(given).past
-        self._gives_vectors = given.get("inputs_embeds") is not None and not self.origins.is_known(
-            given["inputs_embeds"]
-        )
+        embeddings = given.get("inputs_embeds")
+        self._untraced_embeddings = embeddings is not None and not self.origins.is_known(embeddings)
         self.origins.active = self.given is None and not past
         if not past:
             self._verdicts = {}
@@ -252,8 +255,8 @@ class TokenMap:
             self.origins.begin(part, given)
         own = self._encoder if self.parts.in_encoder(part) else self._main
         if self.parts.encoder is None or own is self._encoder:
-            if self.given is not None or self.parts.alone(part) not in self.parts.others or part is self.root:
-                # Words become vectors outside of a part that is given these, as parts of `generate` are.
+            if self.given is not None or self.parts.unimodal_kind(part) not in self.parts.others or part is self.root:
+                # `generate` passes embeddings to some submodels; their ids were embedded before.
                 inputs = read_forward_inputs(given, embedded=None if part is self.root else self._embedded)
                 if loop is not None:
                     inputs = inputs._replace(text=loop.text, generates=True, partial=loop.partial)
@@ -263,21 +266,23 @@ class TokenMap:
             if given.get("encoder_outputs") is None:
                 self._encoder.begin(read_forward_inputs(given))
         elif given.get("encoder_outputs") is None:
-            self._encoder.forget()
-        self._main.words(read_decoder_inputs(given))
+            self._encoder.reset()
+        self._main.begin_text(read_decoder_inputs(given))
 
-    def _fitting(self, call: AttentionCall, stream: TokenStream, *, unimodal: bool) -> LabeledKeys | str | None:
+    def _stream_labels(self, call: AttentionCall, stream: TokenStream, *, unimodal: bool) -> LabeledKeys | str | None:
         batch, _, rows, keys = call.sizes
         labels: Tensor = stream.labels  # type: ignore[assignment]
         if labels.shape[0] not in (1, batch):
             return f"it has batch = {batch}, and the modality of {labels.shape[0]} samples is known"
-        found = fit_labels(labels, keys, stream)
-        if found is None:
-            return self._one_of_several(call) or self._other_length(keys, labels.shape[1])
-        keys_here, start = found
-        return self._known(call, keys_here, stream, rows, start=start, own=True, unimodal=unimodal)
+        fitted = fit_labels(labels, keys, stream)
+        if fitted is None:
+            return self._labels_by_count(call) or self._length_mismatch(keys, labels.shape[1])
+        key_labels, start = fitted
+        return self._with_queries(call, key_labels, stream, rows, start=start, own=True, unimodal=unimodal)
 
-    def _known(self, call: AttentionCall, keys: Tensor, stream: TokenStream, rows: int, **known: Any) -> LabeledKeys:
+    def _with_queries(
+        self, call: AttentionCall, keys: Tensor, stream: TokenStream, rows: int, **known: Any
+    ) -> LabeledKeys:
         batch = call.sizes[0]
         if rows == stream.rows and stream.labels is not None and len(stream.labels) in (1, batch):
             known["queries"] = stream.labels[:, -rows:].expand(batch, -1)
@@ -290,38 +295,40 @@ class TokenMap:
             call, keys.expand(batch, -1), self.names, constant=constant, continues=stream.continues, **known
         )
 
-    def _alone(self, call: AttentionCall, module: nn.Module, name: str, *, unimodal: bool) -> LabeledKeys | None:
-        front = self.parts.queries_in_front(module)
-        if front is not None and front < call.sizes[3] and not self.parts.is_cross(module) and name in self.names:
+    def _unimodal_labels(
+        self, call: AttentionCall, module: nn.Module, name: str, *, unimodal: bool
+    ) -> LabeledKeys | None:
+        leading = self.parts.num_leading_queries(module)
+        if leading is not None and leading < call.sizes[3] and not self.parts.is_cross(module) and name in self.names:
             text = self._main.text
             labels = torch.full((call.sizes[3],), text)
-            labels[:front] = self.names.index(name)
+            labels[:leading] = self.names.index(name)
             return label_keys(call, labels, self.names)
         return self._constant(call, name, unimodal=unimodal)
 
-    def _of_source(self, call: AttentionCall) -> LabeledKeys | str | None:
-        """Keys that come from another stream than the queries."""
+    def _source_labels(self, call: AttentionCall) -> LabeledKeys | str | None:
+        """Returns the labels of cross-attention keys."""
         _, _, rows, keys = call.sizes
         if self.parts.encoder is not None:
-            labels = _repeated(self._encoder.labels, call.sizes[0])
+            labels = _repeat_for_beams(self._encoder.labels, call.sizes[0])
             if labels is None:
-                return self._constant(call, self.parts.source())
+                return self._constant(call, self.parts.source_modality())
             if labels.shape[1] != keys:
-                return self._other_length(keys, labels.shape[1])
-            return self._known(call, labels, self._main, rows)
-        words = self._main.labels
-        if words is not None and keys == words.shape[1] and not self._main.told:
+                return self._length_mismatch(keys, labels.shape[1])
+            return self._with_queries(call, labels, self._main, rows)
+        labels = self._main.labels
+        if labels is not None and keys == labels.shape[1] and not self._main.distinguishes:
             if rows != keys:
                 return self._constant(call, "text")
             if not getattr(self.root, "can_generate", bool)():
-                return f"its {keys} keys may be words or something else, of which there are as many"
-        return self._constant(call, self.parts.source())
+                return f"its {keys} keys may be the text tokens or another input of the same length"
+        return self._constant(call, self.parts.source_modality())
 
     def _constant(self, call: AttentionCall, name: str, *, unimodal: bool = False) -> LabeledKeys | None:
-        """Keys that are all of one modality."""
+        """Returns labels for keys that all have one modality."""
         if name not in self.names:
             return None
-        number, (batch, _, rows, keys) = self.names.index(name), call.sizes
+        index, (batch, _, rows, keys) = self.names.index(name), call.sizes
         known: dict[str, Any] = {}
         if self._running and rows == self._main.rows and not unimodal and self._main.labels is not None:
             known = {key: value for key in ("valid", "answer")
@@ -330,49 +337,54 @@ class TokenMap:
             known["queries"] = self._main.labels[:, -rows:].expand(batch, -1) if len(self._main.labels) in (1, batch) \
                 else None  # fmt: skip
         return LabeledKeys(
-            torch.full((keys,), number), self.names, constant=number, unimodal=unimodal,
+            torch.full((keys,), index), self.names, constant=index, unimodal=unimodal,
             continues=self._main.continues and not unimodal, **known,
         )  # fmt: skip
 
-    def _untold(self, module: nn.Module, stream: TokenStream) -> str | None:
-        """Why words cannot be told from pictures, where a part is given vectors and nothing tells whose they are."""
-        if stream.told or self.given is not None or len(self.names) < 2 or self.parts.encoder is not None:
+    def _why_unlabeled(self, module: nn.Module, stream: TokenStream) -> str | None:
+        """Returns why text cannot be distinguished in a submodel that takes embeddings; None if it can."""
+        if stream.distinguishes or self.given is not None or len(self.names) < 2 or self.parts.encoder is not None:
             return None
         owner = self.parts.owner(module)
-        if owner is self.root or id(owner) not in self._reads_vectors or not self.parts.is_submodel(module):
+        if owner is self.root or id(owner) not in self._takes_embeddings or not self.parts.is_submodel(module):
             return None
-        return "neither the configuration nor the inputs tell which of its tokens are text"
+        return "neither the configuration nor the inputs identify which of its tokens are text"
 
     def _is_text_encoder(self, module: nn.Module, stream: TokenStream) -> bool:
-        """Whether these are words that never meet anything else."""
-        if stream.told or self.given is not None or not self.parts.others or not self.parts.is_submodel(module):
+        """Whether the module belongs to an encoder of text only."""
+        if (
+            stream.distinguishes
+            or self.given is not None
+            or not self.parts.others
+            or not self.parts.is_submodel(module)
+        ):
             return False
-        return self.parts.encoder is None and not self.parts.reads_others(self.parts.owner(module))
+        return self.parts.encoder is None and not self.parts.has_cross_attention(self.parts.owner(module))
 
-    def _one_of_several(self, call: AttentionCall) -> LabeledKeys | None:
-        """Where several streams run side by side, as many keys as the user's map has of one modality are those."""
+    def _labels_by_count(self, call: AttentionCall) -> LabeledKeys | None:
+        """Labels the keys of one of several parallel streams by their number, if one modality of the user has as many."""
         if self.given is None or self.parts.placeholders or not self.parts.others:
             return None
         rows = self.given if self.given.ndim == 2 else self.given[None]
-        counts = [(rows == number).sum(dim=1) for number in range(len(self.names))]
+        counts = [(rows == index).sum(dim=1) for index in range(len(self.names))]
         fits = [n for n, count in enumerate(counts) if bool((count == call.sizes[3]).all())]
         return self._constant(call, self.names[fits[0]]) if len(fits) == 1 else None
 
-    def _other_length(self, keys: int, total: int) -> str:
+    def _length_mismatch(self, keys: int, total: int) -> str:
         if self.given is not None:
             return f"it has {keys} keys, and modality is given for {self.given.shape[-1]}"
         return (
-            f"it has {keys} keys, and the inputs tell the modality of {total} tokens; give one label for every key: "
+            f"it has {keys} keys, and the inputs have {total} tokens; give one label for each key: "
             "watch(model, modality=..., names=...)"
         )
 
 
 class CompositeLabeler:
-    """Labels of a model that holds Hugging Face models.
+    """Labeler of a module that contains Hugging Face models.
 
     Args:
-        outside: knows the keys of all other attentions.
-        maps: one for each of them.
+        outside: labeler of the attention outside of them.
+        maps: one token map for each Hugging Face model.
     """
 
     def __init__(self, outside: UserLabels, maps: Sequence[TokenMap]) -> None:
@@ -383,15 +395,15 @@ class CompositeLabeler:
         for part in self._maps:
             if id(module) in part.parts.paths:
                 known = part.labeled(call, module)
-                # Inside a larger model, what is of one modality is an encoder.
+                # A unimodal model inside a larger one is an encoder.
                 if isinstance(known, LabeledKeys) and len(part.parts.modalities) == 1 and part.given is None:
                     return replace(known, unimodal=True, continues=False)
                 return known
         return self._outside.labeled(call, module)
 
 
-def _uncompiled(session: RecordingSession, part: nn.Module) -> Callable[..., Any]:
-    """``generate`` compiles a model by itself where its cache allows it; attention could not be seen there."""
+def _without_compilation(session: RecordingSession, part: nn.Module) -> Callable[..., Any]:
+    """Keeps ``generate`` from compiling the model, as attention cannot be intercepted in compiled code."""
 
     def get_compiled_call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return part.__call__ if session.in_recorded_thread() else inner(*args, **kwargs)
@@ -399,27 +411,27 @@ def _uncompiled(session: RecordingSession, part: nn.Module) -> Callable[..., Any
     return get_compiled_call
 
 
-def _batch_of(given: dict[str, Any]) -> int | None:
-    """Samples of a pass: of the words, or of the first input there is."""
+def _batch_size(given: dict[str, Any]) -> int | None:
+    """Returns the number of samples of a pass: that of the text inputs, or of the first tensor."""
     tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1]
-    words = [given[name] for name in ("input_ids", "decoder_input_ids", "inputs_embeds") if given.get(name) is not None]
-    first = next(iter([*words, *tensors]), None)
+    text = [given[name] for name in ("input_ids", "decoder_input_ids", "inputs_embeds") if given.get(name) is not None]
+    first = next(iter([*text, *tensors]), None)
     return None if first is None else len(first)
 
 
-def _repeated(labels: Tensor | None, batch: int) -> Tensor | None:
-    """Labels of the samples of a source that several beams read each."""
+def _repeat_for_beams(labels: Tensor | None, batch: int) -> Tensor | None:
+    """Repeats the labels of each sample for its beams."""
     if labels is None or len(labels) == 1 or batch % len(labels):
         return labels
     return labels.repeat_interleave(batch // len(labels), dim=0)
 
 
-def _word_embedding(root: nn.Module) -> nn.Module | None:
+def _token_embedding(root: nn.Module) -> nn.Module | None:
     try:
-        found = root.get_input_embeddings()  # type: ignore[operator]
+        embedding = root.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def _constant(labels: Int[Tensor, "batch key"]) -> int | None:

@@ -1,4 +1,4 @@
-"""The labels of a sequence of tokens, which grows while a model decodes."""
+"""Labels of a token sequence that grows while a model decodes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from ..tokens.token_batch import SPECIAL
 from .forward_inputs import ForwardInputs
 from .submodels import ORDER
 
+NO_TOKENS = "its inputs contain neither input_ids nor inputs_embeds"
+
 
 class TokenStream:
-    """Labels of all tokens so far, the last ``rows`` of which are new.
+    """Labels of all tokens so far; the last ``rows`` tokens are new in this pass.
 
-    In this order: what the user gives, ``mm_token_type_ids`` or a mask of places among the inputs, the placeholders of
-    the configuration.
+    Labels come from, in this order: the user, ``mm_token_type_ids`` or a mask of positions among the inputs, and the
+    placeholders of the configuration.
 
     Args:
-        names: of the labels.
-        placeholders: token id -> name.
+        names: modality names of the labels.
+        placeholders: token id -> modality name.
         given: (key,) or (batch, key) labels of the prompt, from the user.
 
     Attributes:
-        labels: (batch, token), or (1, token) for all samples; None where they are not known.
-        why: they are not known.
-        told: whether anything could tell a token that is not text.
-        rows, valid, answer: of the tokens of this pass.
-        continues: the pass goes on with the samples of the one before.
-        static: keys may be more than the tokens so far.
+        labels: (batch, token), or (1, token) for all samples; None if they are unknown.
+        why: reason why they are unknown.
+        distinguishes: whether the inputs or the configuration distinguish other tokens from text.
+        rows, valid, answer: number, padding mask and answer mask of the tokens of this pass.
+        continues: the pass continues the samples of the previous one.
+        static: there may be more keys than tokens so far.
     """
 
     def __init__(self, names: Sequence[str], placeholders: dict[int, str], given: Tensor | None) -> None:
@@ -39,35 +41,35 @@ class TokenStream:
         self.labels: Int[Tensor, "batch token"] | None = None
         self.valid: Bool[Tensor, "batch token"] | None = None
         self.answer: Bool[Tensor, "batch token"] | None = None
-        self.rows, self.continues, self.static, self.told = 0, False, False, False
-        self.why = "nothing has told its tokens"
+        self.rows, self.continues, self.static, self.distinguishes = 0, False, False, False
+        self.why = "its tokens are unknown"
         self._lost = False
 
     @property
     def text(self) -> int:
-        """The label of words."""
+        """Label of text."""
         return self._names.index("text") if "text" in self._names else SPECIAL
 
-    def words(self, inputs: ForwardInputs) -> None:
-        """A pass of words alone."""
+    def begin_text(self, inputs: ForwardInputs) -> None:
+        """Starts a pass of text only."""
         self._lost = self._lost and inputs.past > 0
         self._begin(inputs, None if inputs.shape is None else torch.full(inputs.shape, self.text))
 
     def begin(self, inputs: ForwardInputs) -> None:
-        """A pass whose tokens may be of any modality."""
+        """Starts a pass with tokens of any modality."""
         self._lost = self._lost and inputs.past > 0
         if inputs.shape is None and self._given is None:
-            return self._fail("its inputs hold neither input_ids nor inputs_embeds")
+            return self._fail(NO_TOKENS)
         if self._given is not None and (inputs.past == 0 or (inputs.partial and inputs.past < self._given.shape[-1])):
             return self._begin(inputs, self._prompt(inputs))
         new = self._new(inputs)
         if new is not None and inputs.text:
-            # Whatever it is called, what was generated is text.
+            # Generated tokens are text, even placeholder ids.
             new[:, -min(inputs.text, new.shape[1]) :] = self.text
         self._begin(inputs, new)
 
     def _prompt(self, inputs: ForwardInputs) -> Tensor:
-        """The user's labels, repeated for samples that are returned several times, and text behind them."""
+        """Returns the user's labels, repeated for samples that are returned several times, followed by text."""
         given = self._first()
         if inputs.generates and inputs.shape is not None and inputs.shape[0] % len(given) == 0:
             given = given.repeat_interleave(inputs.shape[0] // len(given), dim=0)
@@ -75,15 +77,16 @@ class TokenStream:
             return given[:, inputs.past : inputs.past + inputs.shape[1]]
         return F.pad(given, (0, inputs.text), value=self.text)
 
-    def forget(self) -> None:
-        self._fail("nothing has told its tokens")
+    def reset(self) -> None:
+        """Marks the tokens as unknown."""
+        self._fail("its tokens are unknown")
 
     def _begin(self, inputs: ForwardInputs, new: Tensor | None) -> None:
         before = self.labels
         self.valid, self.answer, self.static, self.continues = inputs.valid, inputs.answer, inputs.static, False
         if new is None:
             if inputs.shape is None:
-                self._fail("its inputs hold neither input_ids nor inputs_embeds")
+                self._fail(NO_TOKENS)
             return None
         if self.valid is not None and self.valid.shape[1] == new.shape[1]:
             new = new.masked_fill(~self.valid.to(new.device), SPECIAL)
@@ -92,27 +95,27 @@ class TokenStream:
             self.labels = new
             return None
         self.continues = before is not None and before.shape[0] in (1, new.shape[0])
-        past = before if self.continues else self._unseen(inputs.past)
-        if past is None or (why := self._unfit(past.shape[1], inputs)):
-            return self._fail(why if past is not None else f"its cache holds {inputs.past} tokens from before, whose "
-                              "modality is not known")  # fmt: skip
+        past = before if self.continues else self._unobserved(inputs.past)
+        if past is None or (why := self._why_cache_differs(past.shape[1], inputs)):
+            return self._fail(why if past is not None else f"its cache contains {inputs.past} earlier tokens of unknown "
+                              "modality")  # fmt: skip
         batch = max(len(past), len(new))
         parts = [past[:, : inputs.past].to(new.device), new]
         self.labels = torch.cat([part.expand(batch, -1) for part in parts], dim=1)
 
-    def _unseen(self, past: int) -> Tensor | None:
-        """Labels of tokens that went through the model before it was watched."""
+    def _unobserved(self, past: int) -> Tensor | None:
+        """Returns the labels of tokens that were processed before recording started."""
         if self._given is not None:
             return None if self._lost else self._first()
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
-    def _unfit(self, known: int, inputs: ForwardInputs) -> str:
-        """Why labels of so many tokens cannot be those of a cache; a cache may have been cut, but not into a prompt."""
+    def _why_cache_differs(self, known: int, inputs: ForwardInputs) -> str:
+        """Returns why ``known`` labels do not fit the cache; a cache may have been cropped, but not within the prompt."""
         past = inputs.past
         if self._given is not None and not self._given.shape[-1] <= past and not inputs.partial:
             return f"modality is given for {self._given.shape[-1]} tokens, and the prompt has {past}"
         if past > known:
-            return f"its cache holds {past} tokens, and the inputs tell the modality of {known}"
+            return f"its cache contains {past} tokens, and the modality of {known} is known"
         return ""
 
     def _first(self) -> Tensor:
@@ -120,22 +123,24 @@ class TokenStream:
         return given[None] if given.ndim == 1 else given  # type: ignore[union-attr]
 
     def _new(self, inputs: ForwardInputs) -> Tensor | None:
-        """(batch, token) labels by types, places or placeholders."""
+        """Returns (batch, token) labels from token types, position masks or placeholders."""
         if inputs.shape is None:
             return None
         if inputs.types is not None:
-            self.told = True
+            self.distinguishes = True
             numbers = [self._names.index(name) if name in self._names else SPECIAL for name in ORDER]
             return torch.tensor(numbers, device=inputs.types.device)[inputs.types.long().clamp(0, len(ORDER) - 1)]
-        self.told = bool(self._placeholders or inputs.places) or (self.told and inputs.past > 0)
-        # A single token that follows was generated, whatever it is called.
+        self.distinguishes = bool(self._placeholders or inputs.media_masks) or (self.distinguishes and inputs.past > 0)
+        # A single new token after a prompt was generated, so it is text even with a placeholder id.
         ids = inputs.ids if inputs.past == 0 or inputs.shape[1] > 1 else None
         labels = torch.full(inputs.shape, self.text, device=None if ids is None else ids.device)
-        if ids is None and not inputs.places and len(self._names) > 1 and inputs.past == 0:
-            self._fail("its inputs are inputs_embeds without input_ids, which alone tell pictures from text")
+        if ids is None and not inputs.media_masks and len(self._names) > 1 and inputs.past == 0:
+            self._fail(
+                "its inputs are inputs_embeds without input_ids, which are needed to distinguish images from text"
+            )
             return None
         tokens = self._placeholders.items() if ids is not None else ()
-        for name, where in (*((name, ids == token) for token, name in tokens), *inputs.places.items()):
+        for name, where in (*((name, ids == token) for token, name in tokens), *inputs.media_masks.items()):
             label = self._names.index(name) if name in self._names else SPECIAL
             labels = labels.to(where.device).masked_fill(where, label)
         return labels
@@ -147,9 +152,9 @@ class TokenStream:
 
 
 def fit_labels(labels: Int[Tensor, "batch token"], keys: int, stream: TokenStream) -> tuple[Tensor, int] | None:
-    """Labels (batch, key) of what a layer sees of a stream, and the place of the first; None where it sees another.
+    """Returns the labels (batch, key) of a layer's keys and the position of the first; None if the keys do not fit.
 
-    A layer with a sliding window keeps the last keys alone, a cache of fixed size has room behind them.
+    A layer with a sliding window has only the last keys; a cache of fixed size has empty slots after them.
     """
     total = labels.shape[1]
     if keys == total:

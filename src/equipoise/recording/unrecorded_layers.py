@@ -1,4 +1,4 @@
-"""Layers that mix tokens without an attention that ``watch`` can see, by name and reason."""
+"""Finds layers that mix tokens without attention that ``watch`` can intercept."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ RECURRENT = re.compile(
     r"FourierTransform|[ms]LSTM(Layer|Block|Cell))$"
 )
 """Linear attention, state-space layers, gated recurrences and convolutions over tokens."""
-WITHOUT = (
-    "a layer without attention: it mixes tokens by a recurrence or a convolution, which has no weight for each key"
-)
+WITHOUT = "a layer without attention: it mixes tokens by a recurrence or a convolution, which has no attention weights"
 HIDDEN = (
-    "it ran, and no attention of it was seen: neither a softmax over scores of queries and keys, nor a function of "
-    "torch or of Hugging Face's attention interface"
+    "it ran, but no attention was intercepted: no softmax over scores of queries and keys, no attention function of "
+    "torch, and no call of Hugging Face's attention interface"
 )
 
 
-class Noting:
-    """A labeler that notes which modules attended.
+class TrackingLabeler:
+    """Labeler that also collects the modules whose attention was intercepted.
 
     Args:
-        labeler: tells the labels.
+        labeler: labeler that returns the labels.
     """
 
     def __init__(self, labeler: TokenLabeler) -> None:
@@ -50,9 +48,9 @@ class Noting:
 
 @contextmanager
 def find_unrecorded_layers(
-    session: RecordingSession, attended: Noting, handler: AttentionHandler, layers: Sequence[str] | None
+    session: RecordingSession, labeler: TrackingLabeler, handler: AttentionHandler, layers: Sequence[str] | None
 ) -> Iterator[None]:
-    """Tells the handler afterward of every layer that mixed tokens while it was watched, and was not seen."""
+    """Reports layers that mixed tokens in the block without intercepted attention to the handler."""
     encoders = unimodal_encoders(session.model)
     named = {name: part for name, part in session.model.named_modules() if _mixes(part) and id(part) not in encoders}
     candidates = {
@@ -62,18 +60,18 @@ def find_unrecorded_layers(
     }
     ran: dict[int, None] = {}
 
-    def note(module: nn.Module, args: object, output: object) -> None:
+    def on_forward(module: nn.Module, args: object, output: object) -> None:
         if id(module) in candidates and session.in_recorded_thread():
             ran[id(module)] = None
 
-    handle = registry.register_module_forward_hook(note)
+    handle = registry.register_module_forward_hook(on_forward)
     try:
         yield
     finally:
         handle.remove()
-    paths = [session.names[found] for found in attended.modules if found in session.names]
-    for found in ran:
-        path = candidates[found]
+    paths = [session.names[module] for module in labeler.modules if module in session.names]
+    for module in ran:
+        path = candidates[module]
         wanted = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
         if wanted and not any(_holds(path, other) or _holds(other, path) for other in paths):
             part = session.model.get_submodule(path)

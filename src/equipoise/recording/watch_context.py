@@ -1,4 +1,4 @@
-"""``watch``: which share of attention every layer and head of a model gives to every modality."""
+"""``watch``: records the attention of each layer and head of a model on each modality."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .generation_loops import decoding_loops
 from .huggingface_interceptor import intercept_huggingface
 from .multihead_interceptor import intercept_multihead
 from .recording_session import AttentionHandler, RecordingSession
-from .submodels import is_pretrained_model
+from .submodels import outermost_pretrained_models
 from .token_labels import TokenLabeler, UserLabels, check_labels, check_queries
 from .token_map import CompositeLabeler, TokenMap
 from .torch_function_interceptor import intercept_torch_functions
-from .unrecorded_layers import Noting, find_unrecorded_layers
+from .unrecorded_layers import TrackingLabeler, find_unrecorded_layers
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def watch(
     with open_session(model, labeler, interceptors, observers, record, layers) as session:
         record.session = session
         yield record
-    if (session.called or session.threads.elsewhere) and not record.complete:
+    if (session.called or session.threads.unrecorded) and not record.complete:
         warnings.warn(str(record.nothing()), stacklevel=3)
     elif record.missing:
         warnings.warn(f"watch: {record.missing_summary()}.", stacklevel=3)
@@ -110,7 +110,7 @@ def labels_for(
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     given = None if modality is None else check_labels(modality)
-    roots = [] if has_own_layers(model) else is_pretrained_model(model)
+    roots = [] if has_own_layers(model) else outermost_pretrained_models(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
         token_map = TokenMap(roots[0], given, names)
         return token_map, (token_map.tracing, *HUGGING_FACE), [token_map.following]
@@ -138,7 +138,7 @@ def open_session(
 ) -> Iterator[RecordingSession]:  # fmt: skip
     """Opens a recording session for a model while the block runs."""
     patterns = [layers] if isinstance(layers, str) else layers
-    noting = Noting(labeler)
-    session = RecordingSession(model, noting, handler, layers=patterns)
-    with find_unrecorded_layers(session, noting, handler, patterns), session.open(*interceptors, *observers):
+    tracking = TrackingLabeler(labeler)
+    session = RecordingSession(model, tracking, handler, layers=patterns)
+    with find_unrecorded_layers(session, tracking, handler, patterns), session.open(*interceptors, *observers):
         yield session

@@ -17,7 +17,7 @@ from ...nn.attention.modular import Merge, PseudoAttention, modular_attention
 from ...nn.duplex import DuplexAligner, Moments
 from ...recording.attention_call import AttentionCall
 from ...recording.huggingface_interceptor import _call
-from ...recording.submodels import is_pretrained_model
+from ...recording.submodels import outermost_pretrained_models
 from ...recording.token_map import TokenMap
 from .key_hooks import HookFrame
 from .moda_layers import MODALayer, find_moda_targets
@@ -57,7 +57,7 @@ class MODAAdapter:
     ) -> None:  # fmt: skip
         self.model, self.pseudo, self.prefix = model, pseudo, prefix
         self.merge: Merge = merge
-        roots = is_pretrained_model(model)
+        roots = outermost_pretrained_models(model)
         if len(roots) != 1:
             raise ConfigError(
                 "apply_moda", expected="a Hugging Face model, or a module that holds one",

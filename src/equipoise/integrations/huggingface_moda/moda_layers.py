@@ -48,7 +48,7 @@ def find_moda_targets(root: nn.Module, parts: Submodels) -> dict[str, MODATarget
         dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
         if not (ATTENTION.search(type(module).__name__) and isinstance(dim, int)) or parts.is_cross(module):
             continue
-        if parts.encoder is None and (not parts.others or parts.alone(module) is None):
+        if parts.encoder is None and (not parts.others or parts.unimodal_kind(module) is None):
             found[path] = MODATarget(module, dim, _heads(module))
         if hasattr(module, "moda"):
             raise ConfigError(
