@@ -439,8 +439,8 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"balancers": lambda made: [Turns()]}, r"one that takes turns\. Train it with equipoise's own"),
-        ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps in backward. Use DistributedDataParallel"),
+        ({"balancers": lambda made: [Turns()]}, r"one that takes several\. Use equipoise's own"),
+        ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps inside backward. Use DistributedDataParallel"),
         ({"n_gpu": 3}, "one device for each process, got 3 under DataParallel.*torchrun"),
         (
             {"balancers": lambda made: [Partial()], "world_size": 2},
@@ -450,7 +450,7 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
         ({"clip": 0.5, "max_grad_norm": 1.0}, r"max_grad_norm=0 in TrainingArguments .* got 1\.0\. .* clipped twice"),
         ({"fp16": True}, r"expected max_grad_norm=float\('inf'\) under fp16, since Trainer unscales .* got 0\.0\."),
         ({"fp16": True, "max_grad_norm": None}, "got None"),
-        ({"wrapped": False}, r"what the balancers remember, got FusionModel\. Train eq\.hf\.Balanced"),
+        ({"wrapped": False}, r"contain the state of the balancers, got FusionModel\. Train eq\.hf\.Balanced"),
         ({"clip": 0.0}, r"BalancerCallback: expected clip > 0 or None, got clip = 0\.0"),
     ],
 )
@@ -472,7 +472,7 @@ def test_the_balancing_of_another_model():
     made = small()
     callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
     wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
-    with pytest.raises(ConfigError, match=r"expected the balancing of the model that is trained, .* model\.balancing"):
+    with pytest.raises(ConfigError, match=r"expected the balancing of the trained model, .* model\.balancing"):
         callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
 
 

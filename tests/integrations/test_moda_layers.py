@@ -242,7 +242,7 @@ def test_other_merges_learn(merge):
     ("call", "message"),
     [
         (lambda m: eq.hf.apply_moda(torch.nn.Linear(2, 2)), r"expected a Hugging Face model.*got Linear with 0"),
-        (lambda m: eq.hf.apply_moda(family("whisper")[0]), r"tokens of several modalities meet, got Whisper"),
+        (lambda m: eq.hf.apply_moda(family("whisper")[0]), r"attend to several modalities, got Whisper"),
         (lambda m: eq.hf.apply_moda(m, merge="mas"), r"expected a known merge, got 'mas'\. Did you mean 'mass'"),
         (lambda m: eq.hf.apply_moda(m, prefix="x"), r"expected a known prefix, got 'x'"),
         (lambda m: eq.hf.apply_moda(m, norm="x"), r"expected a known norm, got 'x'"),

@@ -236,7 +236,7 @@ def test_a_decoding_loop_of_the_users_own():
         step = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         return torch.cat([input_ids, model(**step).logits[:, -1:].argmax(dim=-1)], dim=1)
 
-    message = "decoding loop of its own .custom_generate., whose steps cannot be told"
+    message = "custom decoding loop .custom_generate., whose steps cannot be distinguished"
     with pytest.warns(UserWarning, match=message), eq.watch(model, queries="last") as record:
         model.generate(**inputs, custom_generate=two_at_once, max_new_tokens=1)
     with pytest.raises(ConfigError, match=message):

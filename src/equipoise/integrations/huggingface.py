@@ -32,13 +32,13 @@ class BalancedModel(nn.Module):
 
     Args:
         model: a FusionModel, or any module with the members of ``Multimodal``.
-        balancing: made for this model.
+        balancing: BalancerList of this model.
 
     Raises:
-        ConfigError: a balancing of another model.
+        ConfigError: a BalancerList of another model.
 
-    Trainer has to be told ``remove_unused_columns=False``, since modalities are not arguments by name; and, for an
-    evaluation of batches whose targets are called ``target``, ``label_names=["target"]``.
+    Set ``remove_unused_columns=False`` in TrainingArguments, because modalities are not named arguments of ``forward``.
+    To evaluate on batches whose targets have the key ``target``, also set ``label_names=["target"]``.
 
     Example:
         >>> import equipoise as eq
@@ -49,7 +49,7 @@ class BalancedModel(nn.Module):
         (['logits', 'loss'], ['balance.0.epoch', 'balance.0.used'])
     """
 
-    # The loss is a mean over each batch, which Trainer divides by the number of batches that it accumulates.
+    # The loss is a mean over the batch, so Trainer divides it by the number of accumulated batches.
     accepts_loss_kwargs = False
 
     def __init__(self, model: nn.Module, balancing: BalancerList) -> None:
@@ -64,15 +64,15 @@ class BalancedModel(nn.Module):
         keep_state(self, balancing)
 
     def forward(self, labels: Tensor | None = None, **batch: Any) -> dict[str, Tensor | None]:
-        """Scores a batch.
+        """Computes logits and, if there are targets, the loss.
 
         Args:
             labels: targets; by default ``batch["target"]``.
             batch: inputs of the model: name -> input, and ``mask``.
 
         Returns:
-            ``logits``, and where there are targets the ``loss``: with heads and penalties in training, the task's alone
-            in evaluation.
+            ``logits``, and ``loss`` if there are targets: with auxiliary losses and penalties in training, only the task
+            loss in evaluation.
         """
         target = batch.pop("target", None) if labels is None else labels
         output = self.model({**batch, "target": target})
@@ -93,14 +93,14 @@ class BalancerCallback(TrainerCallback):
     Args:
         balancing: the BalancerList whose loss the model returns; see ``BalancedModel``.
         clip: maximum norm of all gradients; replaces Trainer's ``max_grad_norm``, which must then be 0 (or infinite).
-        val: batches for balancers that review data; by default those of the last evaluation, and there is none before
-            the end of the first epoch.
+        val: validation batches for balancers that review data; by default those of the last evaluation, if there was
+            one before the end of the epoch.
 
     Attributes:
-        last: what the balancers said of the last epoch.
+        last: metrics of the balancers in the last epoch.
 
     Raises:
-        ConfigError: when training begins, arguments under which balancing would go wrong, each with its remedy.
+        ConfigError: when training begins, if training arguments are incompatible with the balancers.
     """
 
     def __init__(self, balancing: BalancerList, *, clip: float | None = None, val: Iterable[Any] | None = None) -> None:
@@ -108,7 +108,7 @@ class BalancerCallback(TrainerCallback):
             raise ConfigError("BalancerCallback", expected="clip > 0 or None", got=f"clip = {clip}")
         self.balancing, self.clip, self.val = balancing, clip, val
         self.last: dict[str, float] = {}
-        # Steps since the last end of an epoch. A checkpoint of the last step must hold what that end does.
+        # Whether there were steps since the last epoch end, which must run before the checkpoint of the last step.
         self._open = False
 
     def on_train_begin(
@@ -116,7 +116,7 @@ class BalancerCallback(TrainerCallback):
     ) -> None:
         _check(self.balancing, self.clip, args, given["model"])
         self._open = False
-        # Inside accelerate's wrapper, for balancers that reset what the optimizer remembers.
+        # Unwrap accelerate's optimizer, for balancers that reset optimizer state.
         self.balancing.attach_optimizer(getattr(given["optimizer"], "optimizer", given["optimizer"]))
 
     def on_pre_optimizer_step(
@@ -133,7 +133,7 @@ class BalancerCallback(TrainerCallback):
             self._end(state, **given)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        # Data of unknown length end here; an epoch that is broken off does not end.
+        # Iterable data sets end their epoch here; an interrupted epoch is not ended.
         if self._open and not control.should_training_stop:
             self._end(state, **given)
 
@@ -143,15 +143,15 @@ class BalancerCallback(TrainerCallback):
         self._open = False
         device = next(model.parameters()).device
         if hasattr(train_dataloader, "set_epoch"):
-            # A resumed run reads its first epoch from another loader, and this one would still be at its beginning.
+            # A resumed run uses another loader for its first epoch, so this one still has the initial epoch.
             train_dataloader.set_epoch(math.ceil(state.epoch or 1) - 1)
         train = _Batches(train_dataloader, device)
         for rolling in statistics_by_full_pass(self.balancing.balancers):
             rolling.measure(self.balancing.model, train)  # type: ignore[arg-type]
         self.balancing.review(train, _Batches(self.val if self.val is not None else eval_dataloader, device))
         self.last = self.balancing.end_epoch()
-        said = {f"balance/{name}": value for name, value in self.last.items()}
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **said})
+        metrics = {f"balance/{name}": value for name, value in self.last.items()}
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **metrics})
 
 
 def keep_state(module: nn.Module, balancing: BalancerList) -> None:
@@ -161,35 +161,35 @@ def keep_state(module: nn.Module, balancing: BalancerList) -> None:
     balancers do not become submodules, because their sums are per process and data-parallel training would overwrite
     them with those of the first process.
     """
-    module.register_state_dict_post_hook(partial(_give, balancing.balancers))
-    module.register_load_state_dict_pre_hook(partial(_take, balancing.balancers))
+    module.register_state_dict_post_hook(partial(_add_state, balancing.balancers))
+    module.register_load_state_dict_pre_hook(partial(_load_state, balancing.balancers))
 
 
-def _apart(balancers: Sequence[Balancer], module: nn.Module) -> dict[str, Balancer]:
+def _without_submodules(balancers: Sequence[Balancer], module: nn.Module) -> dict[str, Balancer]:
     """Returns prefix -> balancer for balancers that are not submodules, as submodules are saved anyway."""
     inside = set(module.modules())
     return {f"balance.{number}.": b for number, b in enumerate(balancers) if b not in inside}
 
 
-def _give(
+def _add_state(
     balancers: Sequence[Balancer], module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any
 ) -> None:
-    for name, balancer in _apart(balancers, module).items():
+    for name, balancer in _without_submodules(balancers, module).items():
         state.update({prefix + name + key: value.contiguous() for key, value in balancer.state_dict().items()})
-    # Trainer writes safetensors, which refuse a module that the model holds under two names.
+    # Trainer saves safetensors, which reject tensors that occur under two names.
     state.update(unshare_tensors(state))
 
 
-def _take(
+def _load_state(
     balancers: Sequence[Balancer], module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any,
     strict: bool, missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    for name, balancer in _apart(balancers, module).items():
+    for name, balancer in _without_submodules(balancers, module).items():
         start = prefix + name
         own = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
-        found = balancer.load_state_dict(own, strict=False)
-        missing.extend(start + key for key in found.missing_keys)
-        unexpected.extend(start + key for key in found.unexpected_keys)
+        result = balancer.load_state_dict(own, strict=False)
+        missing.extend(start + key for key in result.missing_keys)
+        unexpected.extend(start + key for key in result.unexpected_keys)
 
 
 class _Batches:
@@ -205,8 +205,8 @@ class _Batches:
 
 
 def _check(balancing: BalancerList, clip: float | None, args: TrainingArguments, model: nn.Module) -> None:
-    for is_so, expected, got, fix in _obstacles(balancing, clip, args, model):
-        if is_so:
+    for applies, expected, got, fix in _incompatibilities(balancing, clip, args, model):
+        if applies:
             raise ConfigError("BalancerCallback", expected=expected, got=got, fix=fix)
     changing = [type(b).__name__ for b in balancing.balancers if _changes_gradients(b)]
     if _clips(args) and changing:
@@ -217,52 +217,52 @@ def _check(balancing: BalancerList, clip: float | None, args: TrainingArguments,
         )
 
 
-def _obstacles(
+def _incompatibilities(
     balancing: BalancerList, clip: float | None, args: TrainingArguments, model: nn.Module
 ) -> list[tuple[bool, str, str, str]]:
-    """What balancing cannot go on with: (whether it is so, expected, got, fix)."""
-    told = args.ddp_find_unused_parameters
+    """Returns training arguments that are incompatible with balancing: (whether this applies, expected, got, fix)."""
+    find_unused = args.ddp_find_unused_parameters
     return [
         (
             isinstance(model, BalancedModel) and model.balancing is not balancing,
-            "the balancing of the model that is trained", "another one", "Give it model.balancing.",
+            "the balancing of the trained model", "another BalancerList", "Pass model.balancing.",
         ),
         (
-            balancing.steps_per_batch > 1, "balancers that take one step for each batch", "one that takes turns",
-            "Train it with equipoise's own training, or serve each batch several times in a loop of your own.",
+            balancing.steps_per_batch > 1, "balancers that take one step per batch", "one that takes several",
+            "Use equipoise's own training loop, or repeat each batch in a loop of your own.",
         ),
         (
-            bool(args.deepspeed), "gradients that can be changed before the step", "DeepSpeed, which steps in backward",
+            bool(args.deepspeed), "gradients that can be changed before the step", "DeepSpeed, which steps inside backward",
             "Use DistributedDataParallel.",
         ),
         (
             args.n_gpu > 1, "one device for each process", f"{args.n_gpu} under DataParallel, which copies the model",
-            "Start one process for each: torchrun --nproc-per-node.",
+            "Start one process per device: torchrun --nproc-per-node.",
         ),
         (
-            args.world_size > 1 and balancing.partial_graph and not told,
-            "ddp_find_unused_parameters=True, since some parameters get no gradient in some steps", str(told),
+            args.world_size > 1 and balancing.partial_graph and not find_unused,
+            "ddp_find_unused_parameters=True, since some parameters have no gradient in some steps", str(find_unused),
             "Set it in TrainingArguments.",
         ),
         (
             isinstance(model, BalancedModel) and bool(args.remove_unused_columns),
-            "remove_unused_columns=False, since modalities are not arguments by name", "True",
+            "remove_unused_columns=False, since modalities are not named arguments of forward", "True",
             "Set it in TrainingArguments.",
         ),
         (
             clip is not None and _clips(args),
-            "max_grad_norm=0 in TrainingArguments where the callback clips", f"{args.max_grad_norm}",
+            "max_grad_norm=0 in TrainingArguments if the callback clips", f"{args.max_grad_norm}",
             "Gradients would be clipped twice.",
         ),
         (
             bool(args.fp16) and not args.max_grad_norm,
-            "max_grad_norm=float('inf') under fp16, since Trainer unscales gradients where it takes their norm",
-            str(args.max_grad_norm), "Set it in TrainingArguments; nothing is clipped by it.",
+            "max_grad_norm=float('inf') under fp16, since Trainer unscales gradients when it computes their norm",
+            str(args.max_grad_norm), "Set it in TrainingArguments; it clips nothing.",
         ),
         (
-            args.save_strategy != "no" and not _kept(balancing, model),
-            "a model whose checkpoints hold what the balancers remember", type(model).__name__,
-            "Train eq.hf.BalancedModel(model, balancing), or call eq.hf.keep_state(model, balancing) before.",
+            args.save_strategy != "no" and not _saves_state(balancing, model),
+            "a model whose checkpoints contain the state of the balancers", type(model).__name__,
+            "Train eq.hf.BalancedModel(model, balancing), or call eq.hf.keep_state(model, balancing) first.",
         ),
     ]  # fmt: skip
 
@@ -271,9 +271,9 @@ def _clips(args: TrainingArguments) -> bool:
     return 0 < (args.max_grad_norm or 0) < math.inf
 
 
-def _kept(balancing: BalancerList, model: nn.Module) -> bool:
+def _saves_state(balancing: BalancerList, model: nn.Module) -> bool:
     state: dict[str, Tensor] = {}
-    _give(balancing.balancers, model, state, "", None)
+    _add_state(balancing.balancers, model, state, "", None)
     return state.keys() <= model.state_dict().keys()
 
 

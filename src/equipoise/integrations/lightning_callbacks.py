@@ -94,7 +94,7 @@ class BalancerCallback(pl.Callback):
                 balancer.review(train, val)
         for balancer in self.balancers:
             self.last.update(balancer.end_epoch())
-        # Processes have agreed in end_epoch already; Lightning wants to be told that it may reduce.
+        # end_epoch has already reduced over processes; sync_dist avoids a warning of Lightning.
         for name, value in self.last.items():
             pl_module.log(f"balance/{name}", value, sync_dist=True)
 
@@ -113,13 +113,13 @@ class BalancerCallback(pl.Callback):
 
 
 class _Moved:
-    """A loader's batches on the module's device, as often as they are asked for."""
+    """Re-iterable batches of a loader, or of several, on the module's device."""
 
     def __init__(self, loader: Any, module: pl.LightningModule) -> None:
         self._loader, self._module = loader, module
 
     def __iter__(self) -> Iterator[Any]:
-        # Lightning takes several loaders for validation too.
+        # Lightning supports several validation loaders.
         several = self._loader if isinstance(self._loader, list | tuple) else (self._loader,)
         for batch in chain.from_iterable(loader for loader in several if loader is not None):
             yield self._module.transfer_batch_to_device(batch, self._module.device, 0)

@@ -1,4 +1,4 @@
-"""Decoding loops of ``generate``: which queries of a forward pass write which token of which returned sequence."""
+"""Decoding loops of ``generate``: assigns queries to the tokens of the returned sequences that they generate."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from .shared_patches import wrapped
 
 KINDS = {"_sample": "sample", "_beam_search": "beams", "_assisted_decoding": "assisted"}
-"""The methods of transformers' ``GenerationMixin`` that decode."""
+"""Decoding methods of transformers' ``GenerationMixin``."""
 
 FIRST = ("input_ids", "logits_processor", "stopping_criteria", "generation_config")
-"""Their first arguments."""
+"""Positional arguments of these methods."""
 
-UNKNOWN = "it ran in a decoding loop of its own (custom_generate), whose steps cannot be told from one another"
-KEPT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-"""Options that only matter for a result in the form of a dictionary."""
+UNKNOWN = "it ran in a custom decoding loop (custom_generate), whose steps cannot be distinguished"
+DICT_OPTIONS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+"""Options that only affect results returned as a dictionary."""
 
 
 class Step(NamedTuple):
-    """Queries whose place in the returned sequences is known later.
+    """Queries whose position in the returned sequences is known later.
 
     Attributes:
-        loop: that they belong to.
-        number: of the forward pass.
-        draft: 0 for the query that writes the next token, n for the one behind n tokens of a draft.
+        loop: decoding loop of the queries.
+        number: index of the forward pass.
+        draft: 0 for the query that generates the next token, n for the query after n draft tokens.
     """
 
     loop: Loop
@@ -39,9 +39,11 @@ class Step(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Attributes:
-    index: (row,) sample of the forward pass that each returned sequence continues.
-    keep: (row,) whether the returned sequence holds what the query wrote.
+    """Samples of a forward pass that are part of the returned sequences.
+
+    Attributes:
+        index: (row,) sample of the forward pass for each returned sequence.
+        keep: (row,) whether the returned sequence contains the token that the query generated.
     """
 
     index: Int[Tensor, " row"]
@@ -49,12 +51,12 @@ class Chosen(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Some queries of a forward pass, counted from its end.
+    """A range of queries of a forward pass, counted from its end.
 
     Attributes:
-        first, last: -1 is the last query; None is the first.
-        writes: whether the last of them writes a token, so that it is a ``"last"`` query.
-        step: of queries that are assigned later; None where each sample is a returned sequence.
+        first, last: -1 is the last query; ``first`` = None is the first query of the pass.
+        writes: whether the last query of the range generates a token, which makes it a ``"last"`` query.
+        step: step of queries that are assigned later; None if each sample is a returned sequence.
     """
 
     first: int | None
@@ -64,20 +66,20 @@ class Columns(NamedTuple):
 
 
 class Loop:
-    """A decoding loop that runs.
+    """A running decoding loop.
 
     Args:
-        model: that generates.
-        kind: one of ``KINDS``, or ``"unknown"``.
+        model: the generating model.
+        kind: a value of ``KINDS``, or ``"unknown"``.
         prompt: number of tokens of the prompt.
-        chunks: forward passes that the prompt takes.
-        draft: the loop proposes tokens for another loop of the same model.
+        chunks: number of forward passes over the prompt.
+        draft: whether the loop generates draft tokens for another loop of the same model.
 
     Attributes:
         done: (sample,) which samples have finished; None before the first token.
-        first: no forward pass has been seen before this one.
-        over: all samples have finished.
-        running: a forward pass of the model runs.
+        first: whether this is the first forward pass.
+        over: whether all samples have finished.
+        running: whether a forward pass of the model is running.
     """
 
     def __init__(self, model: nn.Module, kind: str, prompt: int = 0, chunks: int = 1, *, draft: bool = False) -> None:
@@ -85,7 +87,7 @@ class Loop:
         self.done: Bool[Tensor, " sample"] | None = None
         self.number, self.over, self.running = 0, False, False
         self.passes = 0
-        """Forward passes since the last token."""
+        """Number of forward passes since the last token."""
         self._written, self._drafted = 0, 0
         self._accepted: dict[int, int] = {}
 
@@ -95,31 +97,31 @@ class Loop:
 
     @property
     def aside(self) -> bool:
-        """Whether this pass writes nothing itself: a draft, or a second pass as for guidance without the prompt."""
+        """Whether this pass generates no returned token: a draft, or an extra pass as in classifier-free guidance."""
         if self.kind == "unknown":
             return False
         return self.draft or self.passes > (1 if self.number else self._chunks)
 
     @property
     def partial(self) -> bool:
-        """Whether the pass reads a part of the prompt."""
+        """Whether the pass processes a chunk of the prompt."""
         return self._chunks > 1 and self.number == 0
 
     @property
     def text(self) -> int:
-        """Tokens at the end of the sequence that did not come with the prompt."""
+        """Number of tokens after the prompt."""
         return self._written + self._drafted
 
     def begin(self) -> None:
-        """A forward pass begins."""
+        """Called when a forward pass starts."""
         self.passes, self.running = self.passes + 1, True
 
     def drafted(self, count: int) -> None:
-        """So many tokens of a draft will be checked in the next pass."""
+        """Called before a pass that verifies ``count`` draft tokens."""
         self._drafted = count
 
     def wrote(self, length: int, done: Tensor | None) -> None:
-        """The pass has led to tokens: sequences of this length, and whether each is complete and only padded now."""
+        """Called after new tokens, with the length of the sequences and (sample,) True for those that have finished."""
         if done is not None:
             self.done = done if self.done is None else self.done | done
         self._accepted[self.number] = length - self._prompt - self._written
@@ -127,17 +129,19 @@ class Loop:
         self.number, self.passes, self._drafted = self.number + 1, 0, 0
 
     def columns(self) -> list[Columns]:
-        """The queries of this pass that no pass before it has had, in groups."""
+        """Returns the new queries of this pass in groups."""
         first = -1 - self._drafted
         new = None if self.number == 0 else first
         writes = self.number > 0 or self.passes == self._chunks
         if self.kind == "beams":
             return [Columns(new, first, writes, Step(self, self.number))]
-        drafts = [Columns(at, at, True, Step(self, self.number, at - first)) for at in range(first + 1, 0)]
+        drafts = [
+            Columns(column, column, True, Step(self, self.number, column - first)) for column in range(first + 1, 0)
+        ]
         return [Columns(new, first, writes), *drafts]
 
     def accepted(self, step: Step) -> Chosen | None:
-        """What became of a draft; None where it was rejected."""
+        """Returns the samples of an accepted draft token; None if it was rejected."""
         if step.draft >= self._accepted.get(step.number, 0):
             return None
         return Chosen(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool))
@@ -145,12 +149,12 @@ class Loop:
 
 @contextmanager
 def decoding_loops(session: Any) -> Iterator[None]:
-    """Follows the decoding loops of ``generate`` of Hugging Face models."""
+    """Patches ``generate`` of Hugging Face models to track its decoding loops."""
     with ExitStack() as stack:
         done: set[tuple[type, str]] = set()
-        # Besides its own parts, a model that holds the one that is watched may generate.
+        # A model that contains the recorded one may generate, too.
         for kind in (*{type(part) for part in session.model.modules()}, _mixin()):
-            for owner, name, wrapper in _places(session, kind):
+            for owner, name, wrapper in _methods_to_patch(session, kind):
                 if (owner, name) not in done:
                     done.add((owner, name))
                     stack.enter_context(wrapped(owner, name, wrapper))
@@ -163,20 +167,20 @@ def _mixin() -> type:
     return GenerationMixin
 
 
-def _places(session: Any, kind: type) -> Iterator[tuple[type, str, Callable[..., Any]]]:
+def _methods_to_patch(session: Any, kind: type) -> Iterator[tuple[type, str, Callable[..., Any]]]:
     for name in (*KINDS, "_get_candidate_generator", "generate"):
         owners = [owner for owner in kind.__mro__ if name in vars(owner)]
-        # What overrides `generate` may call the method below it with other arguments.
+        # An override of `generate` may call the inherited method with other arguments.
         for owner in owners if name == "generate" else owners[:1]:
             if name == "generate":
-                yield owner, name, _generates(session)
+                yield owner, name, _patch_generate(session)
             elif name == "_get_candidate_generator":
-                yield owner, name, _drafts(session)
+                yield owner, name, _patch_drafts(session)
             else:
-                yield owner, name, _loops(session, KINDS[name])
+                yield owner, name, _patch_loop(session, KINDS[name])
 
 
-def _generates(session: Any) -> Callable[..., Any]:
+def _patch_generate(session: Any) -> Callable[..., Any]:
     def generate(inner: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not session.follows(model):
             return inner(model, *args, **kwargs)
@@ -186,25 +190,25 @@ def _generates(session: Any) -> Callable[..., Any]:
     return generate
 
 
-def _drafts(session: Any) -> Callable[..., Any]:
+def _patch_drafts(session: Any) -> Callable[..., Any]:
     def generator(inner: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = inner(model, *args, **kwargs)
+        candidate_generator = inner(model, *args, **kwargs)
         loop = session.loop(model) if session.follows(model) else None
         if loop is not None:
-            candidates = found.get_candidates
+            original = candidate_generator.get_candidates
 
             def get_candidates(input_ids: Tensor, *rest: Any, **options: Any) -> Any:
-                drafted = candidates(input_ids, *rest, **options)
-                loop.drafted(drafted[0].shape[1] - input_ids.shape[1])
-                return drafted
+                candidates = original(input_ids, *rest, **options)
+                loop.drafted(candidates[0].shape[1] - input_ids.shape[1])
+                return candidates
 
-            found.get_candidates = get_candidates
-        return found
+            candidate_generator.get_candidates = get_candidates
+        return candidate_generator
 
     return generator
 
 
-def _loops(session: Any, kind: str) -> Callable[..., Any]:
+def _patch_loop(session: Any, kind: str) -> Callable[..., Any]:
     def decode(inner: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not session.follows(model):
             return inner(model, *args, **kwargs)
@@ -212,37 +216,37 @@ def _loops(session: Any, kind: str) -> Callable[..., Any]:
         ids, config, outer = known.pop("input_ids"), known["generation_config"], session.loop(model)
         draft = outer is not None and bool(config.is_assistant)
         if outer is not None and outer.kind != "unknown" and not draft:
-            # A class that overrides the loop calls the one below it.
+            # A class that overrides the loop calls the inherited one.
             return inner(model, ids, **known)
-        chunks = 1 if kind == "assisted" else _chunks(known, config, ids.shape[1])
+        chunks = 1 if kind == "assisted" else _num_chunks(known, config, ids.shape[1])
         loop = Loop(model, kind, ids.shape[1], chunks, draft=draft)
-        known["stopping_criteria"] = _recorded(known["stopping_criteria"], loop, session)
+        known["stopping_criteria"] = _recorded_criteria(known["stopping_criteria"], loop, session)
         if kind == "beams":
-            return _with_beams(session, loop, inner, model, ids, known)
+            return _beam_search(session, loop, inner, model, ids, known)
         with session.generating(loop):
-            found = inner(model, ids, **known)
-            session.settle(loop, _none, len(getattr(found, "sequences", found)))
-        return found
+            output = inner(model, ids, **known)
+            session.settle(loop, _nothing_pending, len(getattr(output, "sequences", output)))
+        return output
 
     return decode
 
 
-def _none(step: Step) -> None:
-    """Nothing is left to be assigned."""
+def _nothing_pending(step: Step) -> None:
+    """Returns None, because all queries were assigned when they ran."""
 
 
-def _with_beams(session: Any, loop: Loop, inner: Callable[..., Any], model: Any, ids: Tensor, kwargs: dict) -> Any:
-    """Asks for the beam from which each token came, which does not change the sequences."""
+def _beam_search(session: Any, loop: Loop, inner: Callable[..., Any], model: Any, ids: Tensor, kwargs: dict) -> Any:
+    """Requests the beam indices of each token, which does not change the sequences, to assign the queries."""
     config = kwargs["generation_config"]
-    asked = bool(config.return_dict_in_generate)
-    if not asked:
+    returns_dict = bool(config.return_dict_in_generate)
+    if not returns_dict:
         config = kwargs["generation_config"] = copy.copy(config)
         config.return_dict_in_generate = True
-        for name in KEPT:
+        for name in DICT_OPTIONS:
             setattr(config, name, False)
     with session.generating(loop):
-        found = inner(model, ids, **kwargs)
-        beams = found.beam_indices.long()
+        output = inner(model, ids, **kwargs)
+        beams = output.beam_indices.long()
 
         def chosen(step: Step) -> Chosen | None:
             if step.number >= beams.shape[1]:
@@ -251,30 +255,30 @@ def _with_beams(session: Any, loop: Loop, inner: Callable[..., Any], model: Any,
             return Chosen(slots.clamp(min=0), slots >= 0)
 
         session.settle(loop, chosen, len(beams))
-    return found if asked else found.sequences
+    return output if returns_dict else output.sequences
 
 
-def _chunks(known: dict[str, Any], config: Any, tokens: int) -> int:
-    """Forward passes that read the prompt, as transformers splits it."""
+def _num_chunks(known: dict[str, Any], config: Any, tokens: int) -> int:
+    """Returns the number of forward passes into which transformers splits the prompt."""
     if not (size := getattr(config, "prefill_chunk_size", None)):
         return 1
     cache, mask = known.get("cache", known.get("past_key_values")), known.get("attention_mask")
     past = int(cache.get_seq_length()) if cache is not None else 0
-    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", tokens if not past else -1)
-    tokens -= past if whole == tokens else 0
+    total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", tokens if not past else -1)
+    tokens -= past if total == tokens else 0
     return max(-(-tokens // size), 1)
 
 
-def _recorded(criteria: Any, loop: Loop, session: Any) -> Any:
-    """The same criteria, which tell the loop what they find after each step."""
+def _recorded_criteria(criteria: Any, loop: Loop, session: Any) -> Any:
+    """Wraps stopping criteria to update the loop after each step."""
     from transformers import StoppingCriteriaList
 
-    # Without an end-of-sequence token, samples that have finished go on, and what they write is returned.
+    # Without an end-of-sequence token, finished samples continue, and their tokens are returned.
     ends = loop.kind == "sample" and any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     class Recorded(StoppingCriteriaList):
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-            # Those that were given may tell another loop in turn.
+            # The wrapped criteria may update an outer loop in turn.
             done = criteria(input_ids, scores, **kwargs)
             finished = done if loop.done is None else done | loop.done
             loop.over = loop.kind != "beams" and bool(finished.all())

@@ -17,19 +17,19 @@ from .shared_patches import wrapped
 
 @contextmanager
 def intercept_huggingface(session: RecordingSession) -> Iterator[None]:
-    """Stands where every model looks up its attention function, and hands it on with itself around it.
+    """Wraps the attention functions that models look up in ``AttentionInterface``.
 
-    No backend is registered or chosen, so masks are made for the one that the model has, and it computes what it always
-    does. A name of our own would need a mask function of its own (``AttentionMaskInterface``) under the same name, and
-    models that ask for their backend by name would take another branch.
+    The backend of the model is not changed, so that its masks and outputs remain the same. A backend registered under a
+    new name would need its own mask function (``AttentionMaskInterface``), and models that branch on the name of their
+    backend would take another branch.
     """
     from transformers import AttentionInterface
 
-    def getitem(inner: Callable[..., Any], faces: Any, key: str) -> Any:
-        return _around(session, inner(faces, key), key)
+    def getitem(inner: Callable[..., Any], interface: Any, key: str) -> Any:
+        return _intercepted(session, inner(interface, key), key)
 
-    def get_interface(inner: Callable[..., Any], faces: Any, name: str, default: Any) -> Any:
-        return _around(session, inner(faces, name, default), name)
+    def get_interface(inner: Callable[..., Any], interface: Any, name: str, default: Any) -> Any:
+        return _intercepted(session, inner(interface, name, default), name)
 
     with ExitStack() as stack:
         stack.enter_context(wrapped(AttentionInterface, "__getitem__", getitem))
@@ -38,7 +38,7 @@ def intercept_huggingface(session: RecordingSession) -> Iterator[None]:
         yield
 
 
-def _around(session: RecordingSession, function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+def _intercepted(session: RecordingSession, function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
     if getattr(function, "watched_by", None) is session or not session.in_recorded_thread() or not _is_known(backend):
         return function
 
@@ -47,15 +47,17 @@ def _around(session: RecordingSession, function: Callable[..., Any], backend: st
     ) -> Any:
         if torch.compiler.is_compiling() or id(module) not in session.names:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
-        call = _call(module, query, key, value, attention_mask, backend or "eager", kwargs)
-        found: list[Any] = []
+        call = interface_call(module, query, key, value, attention_mask, backend or "eager", kwargs)
+        outputs: list[Any] = []
 
         def run() -> tuple[Any, Tensor | None]:
-            found.append(function(module, query, key, value, attention_mask, *args, **kwargs))
-            weights = found[0][1] if isinstance(found[0], tuple) and len(found[0]) > 1 else None
-            # Weights of a training pass are thinned out by dropout; flex attention has something else in their place.
-            usable = isinstance(weights, Tensor) and weights.ndim == 4 and not (module.training and _drops(kwargs))
-            return found[0], weights if usable else None
+            outputs.append(function(module, query, key, value, attention_mask, *args, **kwargs))
+            weights = outputs[0][1] if isinstance(outputs[0], tuple) and len(outputs[0]) > 1 else None
+            # Weights after dropout are not used; flex attention returns another tensor in their place.
+            usable = (
+                isinstance(weights, Tensor) and weights.ndim == 4 and not (module.training and kwargs.get("dropout"))
+            )
+            return outputs[0], weights if usable else None
 
         output = session.intercept(call, module, f"transformers, {backend or 'eager'}", run)
         return (output.transpose(1, 2).contiguous(), None) if isinstance(output, Tensor) else output
@@ -65,17 +67,13 @@ def _around(session: RecordingSession, function: Callable[..., Any], backend: st
 
 
 def _is_known(backend: str | None) -> bool:
-    """Whether it is one of transformers' own; what others do with a mask shows in the functions that they call."""
+    """Whether the backend belongs to transformers; others are intercepted in the torch functions that they call."""
     name = (backend or "eager").removeprefix("paged|")
     return name in ("eager", "sdpa", "flex_attention") or "flash" in name or "/" in name
 
 
-def _drops(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("dropout"))
-
-
-def _call(module, query, key, value, mask, backend: str, kwargs: dict[str, Any]) -> AttentionCall:
-    """What the backend will do with what it is given."""
+def interface_call(module, query, key, value, mask, backend: str, kwargs: dict[str, Any]) -> AttentionCall:
+    """Returns the attention call that a backend computes from its arguments."""
     rows, keys = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -90,7 +88,7 @@ def _call(module, query, key, value, mask, backend: str, kwargs: dict[str, Any])
 
         batch, heads = mask.shape[:2]
         return replace(call, mask=create_mask(mask.mask_mod, batch, heads, rows, keys, device=query.device))
-    # An eager mask is added whatever its width; the module's causality is in it.
+    # An eager mask is always added, and it includes causality.
     is_causal = bool(rows > 1 and mask is None and causal and backend == "sdpa")
     mask = mask[..., :keys] if isinstance(mask, Tensor) and mask.ndim == 4 else None
     bias = kwargs.get("position_bias")
@@ -104,7 +102,7 @@ def _call(module, query, key, value, mask, backend: str, kwargs: dict[str, Any])
 
 
 def _flash(call: AttentionCall, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]) -> AttentionCall:
-    """Flash attention: padding by (batch, key), causality from the last key on, windows, packed sequences."""
+    """Adds the masks of flash attention: padding, causality aligned to the last key, windows, packed sequences."""
     rows, keys = call.sizes[2:]
     device = call.query.device
     window, packed = kwargs.get("sliding_window"), kwargs.get("cu_seq_lens_q")
@@ -112,18 +110,18 @@ def _flash(call: AttentionCall, mask: Tensor | None, causal: bool, kwargs: dict[
         call = call.with_mask(mask[:, -keys:].bool()[:, None, None])
     if packed is not None:
         ends = packed[1:].to(device)
-        queries = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
-        others = torch.searchsorted(
+        query_sequence = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
+        key_sequence = torch.searchsorted(
             kwargs.get("cu_seq_lens_k", packed)[1:].to(device), torch.arange(keys, device=device), right=True
         )
-        call = call.with_mask((queries[:, None] == others)[None, None])
+        call = call.with_mask((query_sequence[:, None] == key_sequence)[None, None])
     if causal and rows == keys and window is None and packed is None:
         return replace(call, is_causal=True)
     if causal and (rows > 1 or window is not None):
-        places = torch.arange(keys - rows, keys, device=device)[:, None]
-        others = torch.arange(keys, device=device)
-        seen = others <= places
+        query_positions = torch.arange(keys - rows, keys, device=device)[:, None]
+        key_positions = torch.arange(keys, device=device)
+        visible = key_positions <= query_positions
         if window is not None:
-            seen = seen & (others > places - window)
-        call = call.with_mask(seen[None, None])
+            visible = visible & (key_positions > query_positions - window)
+        call = call.with_mask(visible[None, None])
     return call

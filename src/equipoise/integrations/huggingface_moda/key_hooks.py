@@ -1,4 +1,4 @@
-"""How an attention's keys are reached: before they are cached, and before the model's attention function."""
+"""Hooks that align the keys of an attention layer before caching or before the attention function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class KeyAlignmentHook(Protocol):
-    """Who aligns keys and attends to them."""
+    """Object that aligns keys and computes attention with them."""
 
     def align(self, frame: HookFrame, key: Tensor, value: Tensor) -> Tensor: ...
 
@@ -20,24 +20,24 @@ class KeyAlignmentHook(Protocol):
 
 
 class HookFrame:
-    """One attention that is running: the ways by which its keys pass, open only for as long."""
+    """Patches of the cache and of the attention interface while one attention layer runs."""
 
     def __init__(self, moda: KeyAlignmentHook, module: nn.Module, path: str, cache: Any) -> None:
         self.moda, self.module, self.path, self.cache, self.attended = moda, module, path, cache, False
-        self._ways = ExitStack()
+        self._patches = ExitStack()
 
     def open(self) -> None:
-        self._ways.enter_context(_functions(self))
+        self._patches.enter_context(_patch_functions(self))
         if self.cache is not None:
-            self._ways.enter_context(_updates(self))
+            self._patches.enter_context(_patch_cache(self))
 
     def close(self) -> None:
-        self._ways.close()
+        self._patches.close()
 
 
 @contextmanager
-def _updates(frame: HookFrame) -> Iterator[None]:
-    """Keys are aligned before they are cached, so that no step of decoding has to do it again."""
+def _patch_cache(frame: HookFrame) -> Iterator[None]:
+    """Patches ``cache.update`` to align keys before they are cached, so that each key is aligned once."""
     cache = frame.cache
     original, own = cache.update, vars(cache).get("update")
 
@@ -55,14 +55,14 @@ def _updates(frame: HookFrame) -> Iterator[None]:
 
 
 @contextmanager
-def _functions(frame: HookFrame) -> Iterator[None]:
-    """Outside of whoever watches the attention interface, who then sees aligned keys."""
+def _patch_functions(frame: HookFrame) -> Iterator[None]:
+    """Patches the attention interface outside of the patches of ``eq.watch``, which then records aligned keys."""
     from transformers import AttentionInterface
 
     before = {name: AttentionInterface.__dict__.get(name) for name in ("__getitem__", "get_interface")}
-    item, asked = AttentionInterface.__getitem__, getattr(AttentionInterface, "get_interface", None)
+    getitem, get_interface = AttentionInterface.__getitem__, getattr(AttentionInterface, "get_interface", None)
 
-    def around(function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+    def aligned(function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
         if getattr(function, "aligned_by", None) is frame:
             return function
 
@@ -75,9 +75,11 @@ def _functions(frame: HookFrame) -> Iterator[None]:
         return attend
 
     try:
-        AttentionInterface.__getitem__ = lambda self, key: around(item(self, key), key)  # type: ignore[method-assign]
-        if asked is not None:
-            AttentionInterface.get_interface = lambda self, name, default: around(asked(self, name, default), name)  # type: ignore[method-assign]
+        AttentionInterface.__getitem__ = lambda self, key: aligned(getitem(self, key), key)  # type: ignore[method-assign]
+        if get_interface is not None:
+            AttentionInterface.get_interface = lambda self, name, default: aligned(
+                get_interface(self, name, default), name
+            )  # type: ignore[method-assign]
         yield
     finally:
         for name, method in before.items():

@@ -1,4 +1,4 @@
-"""The attentions of a Hugging Face model in which modalities meet, and what each of them learns."""
+"""Multimodal attention layers of a Hugging Face model, and the parameters that MODA adds to each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTENTION = re.compile(r"Attention\d?$")
 
 
 class MODATarget(NamedTuple):
-    """An attention, the width of a head and the number of them."""
+    """An attention layer with its head width and number of heads."""
 
     module: nn.Module
     dim: int
@@ -25,7 +25,7 @@ class MODATarget(NamedTuple):
 
 
 class MODALayer(nn.Module):
-    """What one attention of a Hugging Face model learns: its aligner, and how self and cross are joined."""
+    """MODA parameters of one attention layer: its aligner, and the merge of self- and cross-attention."""
 
     def __init__(self, dim: int, heads: int, num_modalities: int, merge: Merge, options: dict[str, Any]) -> None:
         super().__init__()
@@ -38,32 +38,34 @@ class MODALayer(nn.Module):
 
 
 def find_moda_targets(root: nn.Module, parts: Submodels) -> dict[str, MODATarget]:
-    """By path, all attentions in which modalities may meet: not those of an image encoder, and no cross-attention.
+    """Returns path -> attention layer for all layers that may attend to several modalities.
+
+    Layers of unimodal encoders and cross-attention are excluded.
 
     Raises:
-        ConfigError: there is none, or the model has MODA already.
+        ConfigError: there is no such layer, or MODA was applied already.
     """
-    found = {}
+    targets = {}
     for path, module in root.named_modules():
         dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
         if not (ATTENTION.search(type(module).__name__) and isinstance(dim, int)) or parts.is_cross(module):
             continue
         if parts.encoder is None and (not parts.others or parts.unimodal_kind(module) is None):
-            found[path] = MODATarget(module, dim, _heads(module))
+            targets[path] = MODATarget(module, dim, _heads(module))
         if hasattr(module, "moda"):
             raise ConfigError(
                 "apply_moda", expected="a model without MODA", got=f"one that has it at {path}",
-                fix="Call remove() of what apply_moda returned first.",
+                fix="Call remove() on the adapter that apply_moda returned first.",
             )  # fmt: skip
-    if not found:
+    if not targets:
         raise ConfigError(
-            "apply_moda", expected="a decoder, or an encoder, in which tokens of several modalities meet",
-            got=f"{type(root).__name__}, which has no such attention",
+            "apply_moda", expected="a model with attention layers that attend to several modalities",
+            got=f"{type(root).__name__}, which has no such layer",
         )  # fmt: skip
-    return found
+    return targets
 
 
 def _heads(module: nn.Module) -> int:
     holders = (module, getattr(module, "config", None))
-    said = (getattr(holder, name, None) for holder in holders for name in ("num_heads", "num_attention_heads"))
-    return next((count for count in said if isinstance(count, int)), 1)
+    counts = (getattr(holder, name, None) for holder in holders for name in ("num_heads", "num_attention_heads"))
+    return next((count for count in counts if isinstance(count, int)), 1)
