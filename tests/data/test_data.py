@@ -124,3 +124,25 @@ def test_loading_leaves_the_global_generator_alone(digits):
 def test_a_loader_survives_pickling(digits):
     served = pickle.loads(pickle.dumps(loader(digits, "val", 64, seed=0, train=False)))
     assert same(next(iter(served)), next(digits.batches("val", 64, seed=0, epoch=0, train=False)))
+
+
+def test_batches_contain_the_masks_and_times_of_a_split():
+    source = load_dataset("generated")
+    size = len(source.train)
+    mask, times = torch.arange(size) % 2 == 0, torch.arange(float(size))[:, None].expand(-1, 3)
+    source.train = Split(source.train.inputs, source.train.target, mask={"audio": mask}, times={"audio": times})
+    batch = source.batch("train", torch.tensor([1, 4]), seed=0, epoch=0, train=True)
+    assert batch["mask"]["audio"].tolist() == [False, True]
+    assert batch["times"]["audio"][:, 0].tolist() == [1.0, 4.0]
+    with pytest.raises(ShapeError, match="Split 'audio' mask: expected as many samples as targets"):
+        Split(source.train.inputs, source.train.target, mask={"audio": mask[:-1]})
+
+
+def test_batches_do_not_depend_on_the_number_of_workers():
+    source = load_dataset("generated")
+    expected = list(loader(source, "train", 64, seed=1, train=True))
+    actual = list(loader(source, "train", 64, seed=1, train=True, workers=2))
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)

@@ -358,3 +358,15 @@ def test_errors_of_a_batch_that_is_no_dict_and_of_masks():
         model(inputs | {"mask": {"imag": torch.ones(BATCH)}})
     with pytest.raises(ShapeError, match=r"mask of 'image': expected a tensor \(batch,\) or .*, got list"):
         model(inputs | {"mask": {"image": [True] * BATCH}})
+
+
+def test_times_reach_the_encoders_that_take_them():
+    class Timed(nn.Module):
+        def forward(self, values, times=None):
+            return Tokens(values, times=times)
+
+    model = FusionModel({"audio": Timed(), "image": nn.Identity()}, JointAttention(8), num_outputs=2)
+    times = torch.tensor([[0.0, 0.5, 1.5]])
+    tokens = model.encode({"audio": torch.zeros(1, 3, 8), "image": torch.zeros(1, 2, 8), "times": {"audio": times}})
+    assert torch.equal(tokens["audio"].times, times)
+    assert tokens["image"].times is None

@@ -33,6 +33,7 @@ class _BatchDataset(TorchDataset):
 def loader(
     dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool,
     drop_last: bool = False, rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
+    workers: int = 0,
 ) -> DataLoader:  # fmt: skip
     """Returns a DataLoader over the batches of a split.
 
@@ -48,7 +49,9 @@ def loader(
         train: shuffle and augment.
         drop_last: drop the last batch if it is incomplete.
         rank, world: this process and the number of processes; by default those of torch.distributed, or 0 and 1.
-        steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see ``Order``.
+        steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see
+            ``ResumableBatchSampler``.
+        workers: processes that read batches in advance; batches are the same for any number.
 
     Returns:
         DataLoader of dicts {name: (batch, ...), "target": (batch,), "index": (batch,)}. Its length is in batches.
@@ -69,4 +72,7 @@ def loader(
     )  # fmt: skip
     served = _BatchDataset(dataset, split, seed, train)
     # DataLoader draws one base seed; use a private generator so that the global RNG is not advanced.
-    return DataLoader(served, batch_size=None, sampler=order, num_workers=0, generator=torch.Generator())
+    return DataLoader(
+        served, batch_size=None, sampler=order, num_workers=workers, persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,9 +26,12 @@ class Split:
     Args:
         inputs: name -> (sample, ...), standardized with the statistics of the training split, before augmentation.
         target: (sample,) long for classes; (sample,) or (sample, output) float for regression and multi-label.
+        mask: name -> (sample,) bool, False for samples that lack the modality, or (sample, token) bool, False for
+            padding; {} if every sample is complete.
+        times: name -> (sample, token) time stamps in seconds, for encoders and fusions that use them.
 
     Raises:
-        ShapeError: inputs and targets differ in length.
+        ShapeError: inputs, masks, times and targets differ in length.
 
     Example:
         >>> len(Split({"audio": torch.zeros(3, 7, 5)}, torch.tensor([0, 1, 1])))
@@ -36,13 +40,17 @@ class Split:
 
     inputs: dict[str, Tensor]
     target: Tensor
+    mask: dict[str, Tensor] = field(default_factory=dict)
+    times: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, values in self.inputs.items():
-            if len(values) != len(self.target):
-                raise ShapeError(
-                    f"Split '{name}'", expected=f"as many samples as targets = {len(self.target)}", got=f"{len(values)}"
-                )
+        for kind, part in (("", self.inputs), (" mask", self.mask), (" times", self.times)):
+            for name, values in part.items():
+                if len(values) != len(self.target):
+                    raise ShapeError(
+                        f"Split '{name}'{kind}", expected=f"as many samples as targets = {len(self.target)}",
+                        got=f"{len(values)}",
+                    )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.target)
@@ -107,9 +115,7 @@ class Dataset(ABC):
             raise unknown_name(type(self).__name__, "split", name, splits)
         return splits[name]
 
-    def batch(
-        self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool
-    ) -> dict[str, Tensor]:
+    def batch(self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool) -> dict[str, Any]:
         """Returns a batch of samples as the input of a model.
 
         Args:
@@ -119,16 +125,19 @@ class Dataset(ABC):
             train: augment; otherwise a sample is the same in every epoch and run.
 
         Returns:
-            dict {name: (batch, ...)} of all modalities, "target" (batch,) and "index" (batch,).
+            dict {name: (batch, ...)} of all modalities, "target" (batch,), "index" (batch,), and "mask" and "times" as
+            ``FusionModel`` reads them, if the split has them.
         """
         samples = self.split(split)
         draw = CounterRNG(seed, epoch, index, split) if train else CounterRNG(EVALUATION_SEED, 0, index, split)
         inputs = self.augment({name: values[index] for name, values in samples.inputs.items()}, draw, train=train)
-        return {**inputs, "target": samples.target[index], "index": index}
+        batch: dict[str, Any] = {**inputs, "target": samples.target[index], "index": index}
+        for key, part in (("mask", samples.mask), ("times", samples.times)):
+            if part:
+                batch[key] = {name: values[index] for name, values in part.items()}
+        return batch
 
-    def batches(
-        self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool
-    ) -> Iterator[dict[str, Tensor]]:
+    def batches(self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool) -> Iterator[dict[str, Any]]:
         """Yields all batches of one epoch; shuffled if ``train``."""
         order = ResumableBatchSampler(len(self.split(split)), batch_size, seed=seed, shuffle=train)
         order.set_epoch(epoch)

@@ -90,6 +90,7 @@ class FusionModel(nn.Module):
         self.transforms: list[Callable[[Mapping[str, Tokens], Tensor | None], Mapping[str, Tokens]]] = []
         self.results: list[Callable[[Output], Output]] = []
         self._takes_mask = {name: "mask" in _parameters(encoder) for name, encoder in encoders.items()}
+        self._takes_times = {name: "times" in _parameters(encoder) for name, encoder in encoders.items()}
 
     def forward(self, batch: Mapping[str, Tensor | Mapping[str, Tensor] | None]) -> Output:
         """Computes the output for a batch.
@@ -97,6 +98,7 @@ class FusionModel(nn.Module):
         Args:
             batch: name -> input of that modality's encoder, or None if the whole batch lacks it. ``"mask"`` is a dict
                 name -> (batch,), True if a sample has the modality, or (batch, token), True for valid tokens.
+                ``"times"`` is a dict name -> (batch, token) in seconds, passed to encoders that take ``times``.
                 ``"target"`` is used by balancers that change tokens in training. Other keys are ignored. Masks are
                 boolean or contain only 0 and 1; additive masks are rejected, and so are floating-point masks of zeros
                 only, which are ambiguous. Masks of modalities that the model does not use are ignored.
@@ -138,10 +140,11 @@ class FusionModel(nn.Module):
                 fix=f"Set batch['{absent[0]}'] = None for a batch without it, or batch['mask'] for some samples.",
             )
         masks = self._masks(batch)
+        times = batch.get("times") or {}
         tokens = {}
         for name in self.names:
             if batch[name] is not None:
-                tokens[name] = self._encode_one(name, batch[name], masks.get(name))
+                tokens[name] = self._encode_one(name, batch[name], masks.get(name), times.get(name))
         if not tokens:
             raise ShapeError(
                 "FusionModel", expected="at least one modality in the batch", got="None for all", fix="Drop the batch."
@@ -263,12 +266,15 @@ class FusionModel(nn.Module):
         """Whether the modality influences the logits or the encoders' gradients."""
         return name in self.fusion.reads or self.unimodal in ("train", "ensemble")
 
-    def _encode_one(self, name: str, value: object, mask: Tensor | None) -> Tokens:
+    def _encode_one(self, name: str, value: object, mask: Tensor | None, times: Tensor | None = None) -> Tokens:
         encoder = self.encoders[name]
         takes_mask = self._takes_mask[name]
         per_token = mask is not None and mask.ndim == 2 and takes_mask
         value = without_masked(value, mask, tokens_too=takes_mask)
-        tokens = as_tokens(encoder(value, mask=mask) if per_token else encoder(value), f"encoder '{name}'")
+        options = {"mask": mask} if per_token else {}
+        if times is not None and self._takes_times[name]:
+            options["times"] = times
+        tokens = as_tokens(encoder(value, **options), f"encoder '{name}'")
         if tokens.dim != self.fusion.dim:
             raise ShapeError(
                 f"encoder '{name}'",

@@ -146,7 +146,7 @@ def _fit(
     balancing = training.balancing
     train = data.loader(
         source, "train", options.batch_size, seed=job.seed, train=True,
-        steps_per_batch=balancing.steps_per_batch, group=options.accumulate,
+        steps_per_batch=balancing.steps_per_batch, group=options.accumulate, workers=options.workers,
     )  # fmt: skip
     val = data.loader(source, "val", 256, seed=job.seed, train=False)
     balance = BalancerCallback(balancing, before_end=journal.look)

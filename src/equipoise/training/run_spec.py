@@ -36,6 +36,7 @@ class RunSpec:
         for name in ("methods", "seeds", "folds", "reference", "references"):
             content.pop(name)
         content["data"].pop("root", None)
+        content["train"].pop("workers")
         if not content["model"]:
             # Keep fingerprints compatible with runs made before `model` and `variants` existed.
             for name in ("model", "variants"):

@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "momentum": (float, "0 <= momentum < 1", lambda value: 0 <= value < 1),
     "clip": (float, "clip > 0, or None", lambda value: value > 0),
     "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
+    "workers": (int, "0 <= workers <= 1024", lambda value: 0 <= value <= 1024),
 }
 """Training option -> its type, the expected values in words, and a check."""
 
@@ -61,6 +62,7 @@ class TrainOptions:
         precision: precision of Lightning, such as ``"32-true"`` or ``"bf16-mixed"``.
         unimodal: unimodal heads: ``"probe"`` (detached from the encoders), ``"train"`` (their losses train the
             encoders), ``"ensemble"`` (their logits are also added to the fused ones), or ``"none"``.
+        workers: processes that read training batches in advance; the result does not depend on it.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or unknown.
@@ -81,6 +83,7 @@ class TrainOptions:
     accumulate: int = 1
     precision: str = "32-true"
     unimodal: Literal["probe", "train", "ensemble", "none"] = "probe"
+    workers: int = 0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
