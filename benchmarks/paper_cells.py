@@ -1,4 +1,4 @@
-"""How a table of the paper is printed: our figures beside theirs, in Markdown."""
+"""Formats a table of the paper in Markdown: our values next to the published ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import equipoise as eq
 from equipoise import data
 
 Values = Mapping[int, float]
-"""Seed -> figure."""
+"""Seed -> value."""
 Figures = dict[str, dict[str, dict[int, float]]]
-"""Method -> name of the figure -> seed -> figure."""
+"""Method -> name of the value -> seed -> value."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Table:
     """One of the paper's tables.
 
     Args:
-        number: in the paper.
-        title: what is asked.
-        theirs: data sets of the paper's figures; with several there are as many figures, in this order.
-        base, rolled: methods, without and with RollingQ.
-        measure: (model, data set) -> name -> figure, fractions.
-        rows: figure -> what it is called.
-        paper: figure -> the paper's without and with RollingQ, for each of its data sets.
-        scale: 100 where figures are printed in per cent.
-        origin: the figure from which drops are counted.
-        alone: figure -> modality whose accuracy alone stands beside it, and the paper's.
-        also: methods that the paper does not have.
+        number: number of the table in the paper.
+        title: title of the table.
+        theirs: data sets of the paper; each published cell has one value per data set, in this order.
+        base, rolled: methods without and with RollingQ.
+        measure: (model, data set) -> name -> value, as a fraction.
+        rows: name of a value -> label of its row.
+        paper: name of a value -> published values without and with RollingQ, for each data set.
+        scale: 100 to print values in percent.
+        origin: name of the value from which drops are computed.
+        alone: name of a value -> unimodal model whose accuracy is printed in the same row, and the published accuracy.
+        also: additional methods that are not in the paper.
     """
 
     number: str
@@ -53,10 +53,10 @@ class Table:
 
 
 def rows(table: Table, figures: Figures) -> list[list[str]]:
-    """Cells of the table: a head, then a row for each figure."""
+    """Returns the cells of the table: a header, then a row per value."""
     head = ["", f"`{table.base}`", "paper", f"`{table.rolled}`", "paper", "difference", "paper"]
     head += [f"`{method}`" for method in table.also] + (["alone", "paper"] if table.alone else [])
-    made = [head]
+    lines = [head]
     for name, label in table.rows.items():
         base, rolled = (figures.get(method, {}).get(name, {}) for method in (table.base, table.rolled))
         theirs = table.paper.get(name, ((), ()))
@@ -71,12 +71,12 @@ def rows(table: Table, figures: Figures) -> list[list[str]]:
             modality, value = table.alone.get(name, ("", math.nan))
             alone = figures.get(modality, {}).get("accuracy", {})
             cells += [spread(alone, table), plain(value, table) if modality else ""]
-        made.append(cells)
-    return made
+        lines.append(cells)
+    return lines
 
 
 def ours(table: Table, own: Mapping[str, Values], name: str) -> str:
-    """Mean ± sample deviation over seeds, and the mean drop from the origin."""
+    """Returns mean ± sample standard deviation over seeds, and the mean drop from ``origin``."""
     cell = spread(own.get(name, {}), table)
     if not cell or table.origin in (None, name):
         return cell
@@ -94,7 +94,7 @@ def paper(table: Table, values: tuple[float, ...], origin: tuple[float, ...], na
 
 
 def difference(table: Table, base: Values, rolled: Values) -> str:
-    """Mean of the differences on the same seeds, and on how many it is above 0."""
+    """Returns the mean difference on the same seeds, and the number of seeds with a positive difference."""
     found = [rolled[seed] - base[seed] for seed in base if seed in rolled]
     found = [value for value in found if math.isfinite(value)]
     if not found:
@@ -120,12 +120,12 @@ def signed(value: float, table: Table) -> str:
 
 
 def markdown(table: Table, figures: Figures, title: str) -> str:
-    """Title, seeds, and the table."""
+    """Returns title, seeds and table."""
     seeds = {method: sorted({s for values in own.values() for s in values}) for method, own in figures.items()}
-    told = "; ".join(f"`{method}` {', '.join(map(str, of))}" for method, of in seeds.items()) or "none is finished"
+    listed = "; ".join(f"`{method}` {', '.join(map(str, of))}" for method, of in seeds.items()) or "none is finished"
     head, *body = rows(table, figures)
     lines = [
-        f"## Table {table.number}. {table.title}", "", f"Ours: {title}. Seeds: {told}. Paper: {table.theirs}.", "",
+        f"## Table {table.number}. {table.title}", "", f"Ours: {title}. Seeds: {listed}. Paper: {table.theirs}.", "",
         f"| {' | '.join(head)} |", f"|{'---|' * len(head)}",
     ]  # fmt: skip
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in body)])

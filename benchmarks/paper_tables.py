@@ -1,11 +1,12 @@
-"""Tables 2, 3, 8, 9 and 10 of the RollingQ paper, from a finished comparison: our figures beside theirs, in Markdown.
+"""Tables 2, 3, 8, 9 and 10 of the RollingQ paper, computed from a finished comparison and printed
+in Markdown next to the published values.
 
     python benchmarks/paper_tables.py RUNS                     # tables 2, 3, 8 and 9
     python benchmarks/paper_tables.py RUNS --ood OODRUNS       # and 10
 
-RUNS is the folder that `equipoise compare --config av_digits --out RUNS` wrote, with the methods joint, joint+rollingq,
-deep, deep+progressive, audio, image and ensemble+corruption; OODRUNS that of `--config av_digits_ood`. Methods and seeds that
-are not finished are left out. Every model is read and asked on the test split; nothing is trained.
+RUNS is the output folder of `equipoise compare --config av_digits --out RUNS` with the methods joint, joint+rollingq,
+deep, deep+progressive, audio, image and ensemble+corruption; OODRUNS is that of `--config av_digits_ood`. Unfinished runs
+are omitted. The models are loaded and evaluated on the test split; nothing is trained.
 """
 
 from __future__ import annotations
@@ -38,41 +39,41 @@ BATCH = 256
 
 @functools.lru_cache(maxsize=3)
 def batches(source: data.Dataset, kind: str | None = None) -> list[dict[str, torch.Tensor]]:
-    """The test split, or what is outside of the classes: ``"near"`` or ``"far"``."""
+    """Returns the batches of the test split, or of the ``"near"`` or ``"far"`` out-of-distribution samples."""
     shown = source if kind is None else data.ood_split(source, kind)
     return list(data.loader(shown, "test", BATCH, seed=0, train=False, rank=0, world=1))
 
 
-def noise(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def correlate_noise(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     with warnings.catch_warnings():
-        # Attention that never changes has no correlation: NaN, an empty cell.
+        # The correlation with constant attention is NaN, which is printed as an empty cell.
         warnings.simplefilter("ignore", UserWarning)
         found = noise_response(model, batches(source), modality=AUDIO, noise=source.noise)
     return {"r": found.r, "sure": float(found.p < 0.01)}
 
 
-def levels(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def measure_levels(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     _, deviation = source.noise[AUDIO]
     curve = corruption_curve(model, batches(source), modality=AUDIO, levels=LEVELS, std=deviation)
     return {f"{level:.2f}": score for level, score in zip(curve.levels, curve.accuracy, strict=True)}
 
 
-def masking(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def measure_masking(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     found = mask_modality(model, batches(source))
     return {"full": found.full, AUDIO: found.without[IMAGE], IMAGE: found.without[AUDIO]}
 
 
-def averaging(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def average_attention(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     found = quag(model, batches(source), operators=["unimodal", "crossmodal", f"avg-{AUDIO}", f"avg-{IMAGE}"])
     return {"origin": found.origin, **found.scores}
 
 
-def evening(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def average_all(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     found = quag(model, batches(source), operators=["all"])
     return {"origin": found.origin, **found.scores}
 
 
-def unknown(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
+def detect_unknown(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
     figures = {}
     for kind in ("near", "far"):
         found = ood(model, batches(source), batches(source, kind))
@@ -82,14 +83,14 @@ def unknown(model: eq.FusionModel, source: data.Dataset) -> dict[str, float]:
 
 TABLES = (
     Table(
-        "2", "Pearson's r of noise in place of the audio and the attention that goes to the image", "CREMA-D / KS",
-        "joint", "joint+rollingq", noise,
-        {"r": "r", "sure": "part of the seeds with p < 0.01"},
+        "2", "Pearson's r between replacing the audio by noise and the attention to the image", "CREMA-D / KS",
+        "joint", "joint+rollingq", correlate_noise,
+        {"r": "r", "sure": "fraction of seeds with p < 0.01"},
         {"r": ((0.52, 0.44), (0.76, 0.78)), "sure": ((1.0, 1.0), (1.0, 1.0))},
         scale=1,
     ),
     Table(
-        "3", "Gaussian noise on the audio: accuracy (drop)", "KS", "joint", "joint+rollingq", levels,
+        "3", "Gaussian noise on the audio: accuracy (drop)", "KS", "joint", "joint+rollingq", measure_levels,
         {f"{level:.2f}": f"level {level:.2f}" for level in LEVELS},
         {
             "0.00": ((67.0,), (69.3,)), "0.25": ((62.7,), (67.2,)), "0.50": ((52.9,), (58.2,)),
@@ -98,15 +99,15 @@ TABLES = (
         origin="0.00",
     ),
     Table(
-        "8", "One modality masked in the fusion: accuracy with what is left", "KS", "joint", "joint+rollingq", masking,
+        "8", "Accuracy with one modality masked in the fusion", "KS", "joint", "joint+rollingq", measure_masking,
         {"full": "both", AUDIO: "audio (image masked)", IMAGE: "image (audio masked)"},
         {"full": ((67.0,), (69.3,)), AUDIO: ((46.6,), (47.4,)), IMAGE: ((40.3,), (42.1,))},
         alone={AUDIO: (AUDIO, 53.9), IMAGE: (IMAGE, 57.0)},
     ),
     Table(
-        "9", "QUAG on two layers: accuracy (drop)", "KS", "deep", "deep+progressive", averaging,
+        "9", "QUAG on two layers: accuracy (drop)", "KS", "deep", "deep+progressive", average_attention,
         {
-            "origin": "as it is", "unimodal": "unimodal", "crossmodal": "crossmodal", f"avg-{AUDIO}": "audio averaged",
+            "origin": "unchanged", "unimodal": "unimodal", "crossmodal": "crossmodal", f"avg-{AUDIO}": "audio averaged",
             f"avg-{IMAGE}": "image averaged",
         },
         {
@@ -116,19 +117,19 @@ TABLES = (
         origin="origin", also=(),
     ),
     Table(
-        "9, text", "Attention of one layer averaged inside both modalities: accuracy (drop)", "CREMA-D / KS",
-        "joint", "joint+rollingq", evening, {"origin": "as it is", "all": "both averaged"},
-        # Of RollingQ the text says only that it changes less than 1 point.
+        "9, text", "Attention of one layer averaged within both modalities: accuracy (drop)", "CREMA-D / KS",
+        "joint", "joint+rollingq", average_all, {"origin": "unchanged", "all": "both averaged"},
+        # For RollingQ, the text only states that the change is less than 1 point.
         {"origin": ((48.8, 67.0), (51.9, 69.3)), "all": ((46.5, 68.2), ())}, origin="origin",
     ),
 )  # fmt: skip
 
 OOD_TABLE = Table(
-    "10", "Unknown classes, by GEN; FPR95 with the unknown as the positives", "HMDB51", "joint", "joint+rollingq",
-    unknown,
+    "10", "Detection of unknown classes by the GEN score; unknown classes are the positives for FPR95", "HMDB51", "joint", "joint+rollingq",
+    detect_unknown,
     {
-        "accuracy": "accuracy on the known classes", "fpr95/near": "near: FPR95 (less is better)",
-        "auroc/near": "near: AUROC", "fpr95/far": "far: FPR95 (less is better)", "auroc/far": "far: AUROC",
+        "accuracy": "accuracy on the known classes", "fpr95/near": "near: FPR95 (lower is better)",
+        "auroc/near": "near: AUROC", "fpr95/far": "far: FPR95 (lower is better)", "auroc/far": "far: AUROC",
     },
     {
         "accuracy": ((51.6, 48.7), (54.0, 51.8)), "fpr95/near": ((77.3,), (74.9,)), "auroc/near": ((64.4,), (68.6,)),
@@ -138,10 +139,10 @@ OOD_TABLE = Table(
 
 
 def fold_of(folder: Path, wanted: str | None) -> str:
-    """The fold that is read: the wanted one, or the only one there is.
+    """Returns the given fold, or the only one of the comparison.
 
     Raises:
-        DataError: no folder of a comparison. ConfigError: several folds and none wanted, or none of that name.
+        DataError: not the folder of a comparison. ConfigError: an unknown fold, or several folds and none is given.
     """
     folds = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir())
     if not folds:
@@ -155,8 +156,8 @@ def fold_of(folder: Path, wanted: str | None) -> str:
     raise ConfigError("paper_tables", expected=f"one of the folds {', '.join(folds)}", got=got)
 
 
-def finished(folder: Path, fold: str, method: str, seeds: int | None) -> dict[int, Path]:
-    """Seed -> folder of every finished run of a method, of the first seeds where there is a limit."""
+def find_finished(folder: Path, fold: str, method: str, seeds: int | None) -> dict[int, Path]:
+    """Returns seed -> folder of the finished runs of a method, limited to the first ``seeds`` seeds if given."""
     found = {
         int(path.parent.name.removeprefix("seed")): path.parent
         for path in (folder / "runs" / fold / method).glob("seed*/run.json")
@@ -164,25 +165,25 @@ def finished(folder: Path, fold: str, method: str, seeds: int | None) -> dict[in
     return {seed: found[seed] for seed in sorted(found) if seeds is None or seed < seeds}
 
 
-def measured(table: Table, folder: Path, fold: str, seeds: int | None) -> Figures:
-    """Every figure of a table's methods, and the accuracy of each modality alone."""
+def measure(table: Table, folder: Path, fold: str, seeds: int | None) -> Figures:
+    """Returns the values of the methods of a table, and the accuracy of the unimodal models."""
     figures: Figures = {}
     for method in table.methods:
-        for seed, run in finished(folder, fold, method, seeds).items():
+        for seed, run in find_finished(folder, fold, method, seeds).items():
             print(f"table {table.number}: {method}, seed {seed}", file=sys.stderr, flush=True)
             stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["run"]
             source = load_run_dataset(recipes.load_recipe(run / "recipe.yaml"), stored["fold"])
             for name, value in table.measure(eq.load(run), source).items():
                 figures.setdefault(method, {}).setdefault(name, {})[seed] = value
     for modality, _ in table.alone.values():
-        for seed, run in finished(folder, fold, modality, seeds).items():
+        for seed, run in find_finished(folder, fold, modality, seeds).items():
             stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["run"]
             figures.setdefault(modality, {}).setdefault("accuracy", {})[seed] = stored["metrics"]["accuracy"]
     return figures
 
 
-def described(folder: Path, fold: str) -> str:
-    """The data set of a comparison, its fold, and what is held out."""
+def describe(folder: Path, fold: str) -> str:
+    """Returns a description of a comparison: data set, fold and held-out classes."""
     recipe = recipes.load_recipe(next(iter(sorted((folder / "runs" / fold).glob("*/seed*/recipe.yaml")))))
     held = ", ".join(map(str, recipe.data.get("held_out", ())))
     without = f", without the classes {held}" if held else ""
@@ -193,17 +194,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of a comparison")
     parser.add_argument("--ood", type=Path, help="folder of a comparison with held-out classes")
-    parser.add_argument("--seeds", type=int, help="the first seeds alone; by default all that are finished")
-    parser.add_argument("--fold", help="where there are several")
+    parser.add_argument("--seeds", type=int, help="number of seeds to use; by default all finished ones")
+    parser.add_argument("--fold", help="fold to evaluate if there are several")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print("Other data than the paper's, and models of another size: directions compare, figures do not.")
+    print("Data and model size differ from the paper: signs of differences are comparable, values are not.")
     print("Mean ± sample standard deviation over seeds; differences on the same seeds; accuracies in %.")
-    asked = [(table, args.runs) for table in TABLES] + ([(OOD_TABLE, args.ood)] if args.ood else [])
-    for table, folder in asked:
+    selected = [(table, args.runs) for table in TABLES] + ([(OOD_TABLE, args.ood)] if args.ood else [])
+    for table, folder in selected:
         fold = fold_of(folder, args.fold)
-        found = measured(table, folder, fold, args.seeds)
-        print(f"\n{markdown(table, found, described(folder, fold))}", flush=True)
+        found = measure(table, folder, fold, args.seeds)
+        print(f"\n{markdown(table, found, describe(folder, fold))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BalancerList under Hugging Face's Trainer, which saves, resumes and evaluates as it always does."""
+"""BalancerList in the Hugging Face Trainer, whose saving, resuming and evaluation work unchanged."""
 
 import sys
 import tempfile
@@ -13,16 +13,16 @@ digits = eq.data.load_dataset("digits")
 
 
 def samples(split: str) -> list[dict[str, torch.Tensor]]:
-    """One dict for each sample, with its target under Trainer's name for it."""
-    whole = digits.split(split)
+    """Returns one dict per sample, with the target under ``"labels"``, as Trainer expects."""
+    data = digits.split(split)
     return [
-        {**{name: value[i] for name, value in whole.inputs.items()}, "labels": whole.target[i]}
-        for i in range(len(whole))
+        {**{name: value[i] for name, value in data.inputs.items()}, "labels": data.target[i]}
+        for i in range(len(data))
     ]
 
 
-def accuracy(found) -> dict[str, float]:
-    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+def accuracy(result) -> dict[str, float]:
+    return {"accuracy": float((result.predictions.argmax(-1) == result.label_ids).mean())}
 
 
 torch.manual_seed(0)
@@ -43,10 +43,10 @@ with tempfile.TemporaryDirectory() as folder:
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=64,
         learning_rate=0.03,
-        optim="sgd",  # Adam would divide OGM's factors out again
+        optim="sgd",  # Adam normalizes away the factors of OGM
         optim_args="momentum=0.9",
-        max_grad_norm=0.0,  # the callback clips, after the balancers
-        remove_unused_columns=False,  # modalities are no arguments by name
+        max_grad_norm=0.0,  # the callback clips gradients after the balancers
+        remove_unused_columns=False,  # the modalities are not named arguments of forward
         use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     callback = eq.hf.BalancerCallback(model.balancing, clip=5.0)

@@ -1,4 +1,4 @@
-"""RollingQ in a LightningModule of your own: one callback."""
+"""RollingQ in a custom LightningModule: one callback."""
 
 import logging
 import sys
@@ -12,8 +12,8 @@ import equipoise as eq
 digits = eq.data.load_dataset("digits")
 
 
-class Mine(lightning.LightningModule):
-    """Any module with any training step."""
+class DigitClassifier(lightning.LightningModule):
+    """A module with its own training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Mine(lightning.LightningModule):
 lightning.seed_everything(0, verbose=False)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*(LeafSpec|many workers|tensorboardX|GPU available).*")
-mine = Mine()
-balancer = eq.balance.RollingQ(mine.model.fusion.attention, rho=1.0, beta=0.0, max_rotations=1, warmup_epochs=1)
+module = DigitClassifier()
+balancer = eq.balance.RollingQ(module.model.fusion.attention, rho=1.0, beta=0.0, max_rotations=1, warmup_epochs=1)
 trainer = lightning.Trainer(
     max_epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 5,
     callbacks=[eq.lightning.BalancerCallback(balancer)],
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     use_distributed_sampler=False,
 )  # fmt: skip
-trainer.fit(mine, eq.data.loader(digits, "train", 64, seed=0, train=True))
+trainer.fit(module, eq.data.loader(digits, "train", 64, seed=0, train=True))
 print(f"rotations: {int(balancer.rotations)}, imbalance: {float(trainer.callback_metrics['balance/air']):+.3f}")

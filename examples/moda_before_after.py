@@ -1,4 +1,4 @@
-"""MODA in a vision-language model, before and after its parts are trained: moda_before_after.py [FOLDER] [STEPS]."""
+"""Attention of a vision-language model before and after training with MODA: moda_before_after.py [FOLDER] [STEPS]."""
 
 import sys
 
@@ -20,18 +20,18 @@ COLORS = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow"
 torch.manual_seed(0)
 if FOLDER:
     model, processor = load_pretrained(FOLDER)
-else:  # a tiny one, whose weights are random
+else:  # a tiny model with random weights
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    picture = hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
-    words = hf.LlamaConfig(**sizes, vocab_size=300, pad_token_id=0, initializer_range=0.3)
-    config = hf.LlavaConfig(vision_config=picture, text_config=words, image_token_id=299)
+    vision = hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    text = hf.LlamaConfig(**sizes, vocab_size=300, pad_token_id=0, initializer_range=0.3)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=299)
     model = hf.LlavaForConditionalGeneration(config)
     processor = DummyProcessor(model.eval())
 model.set_attn_implementation("eager")
 questions, answers = [], []
 for color in COLORS:
     questions.append(prepare_prompt(model, processor, "What color is it?", Image.new("RGB", (64, 64), color)).inputs)
-    if not FOLDER:  # the stand-in puts the picture first, where it could read no text
+    if not FOLDER:  # DummyProcessor puts the image first, where its tokens cannot attend to text
         questions[-1]["input_ids"] = questions[-1]["input_ids"].roll(5, dims=1)
     answers.append(tokenizer_of(processor)(color, add_special_tokens=False, return_tensors="pt")["input_ids"])
 ids = torch.cat([inputs["input_ids"] for inputs in questions]).cpu()
@@ -41,17 +41,17 @@ before, moda = read_modality_links(model, questions, labels), eq.hf.apply_moda(m
 optimizer = torch.optim.AdamW(moda.parameters(), lr=3e-3)
 for step in range(STEPS):
     inputs, answer = questions[step % 8], answers[step % 8].to(model.device)
-    unread = torch.full_like(inputs["input_ids"], -100)
-    whole = complete_inputs(inputs, answer, model.config.model_type)
-    loss = model(**whole, labels=torch.cat([unread, answer], dim=1)).loss
+    ignored = torch.full_like(inputs["input_ids"], -100)
+    full_inputs = complete_inputs(inputs, answer, model.config.model_type)
+    loss = model(**full_inputs, labels=torch.cat([ignored, answer], dim=1)).loss
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 after = read_modality_links(model, questions, labels)
-for what, was in before.rows(("text", "image")).items():
-    print(f"{what:24s} before {was:9.3f}   after {after.rows(('text', 'image'))[what]:9.3f}")
+for metric, value in before.rows(("text", "image")).items():
+    print(f"{metric:24s} before {value:9.3f}   after {after.rows(('text', 'image'))[metric]:9.3f}")
 for links, name in ((before, "before"), (after, "after MODA")):
     plt.plot(range(1, len(links.share) + 1), links.share[:, 0, 1], label=name)
-plt.gca().set(xlabel="layer", ylabel="attention of text to the picture")
+plt.gca().set(xlabel="layer", ylabel="attention of text to the image")
 plt.legend()
 plt.savefig("moda_before_after.png", dpi=150)

@@ -1,4 +1,4 @@
-"""RollingQ in a plain PyTorch loop: does attention leave audio that is noise, with and without it?"""
+"""RollingQ in a plain PyTorch loop: measures whether attention moves away from noise, with and without RollingQ."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Two balancers at once in a plain PyTorch loop: OGM slows the encoder that is ahead, RollingQ turns the query."""
+"""Two balancers in a plain PyTorch loop: OGM scales the gradients of an encoder, RollingQ rotates the query."""
 
 import sys
 
@@ -21,7 +21,7 @@ balancing = eq.BalancerList(
         eq.balance.RollingQ(model.fusion.attention, beta=0.0, warmup_epochs=EPOCHS // 2),
     ],
 )
-# SGD, since Adam would divide OGM's factors out again; attach_optimizer warns of that.
+# SGD, since Adam normalizes away the factors of OGM; attach_optimizer warns about Adam.
 optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
 balancing.attach_optimizer(optimizer)
 
@@ -32,11 +32,11 @@ for epoch in range(EPOCHS):
         loss.backward()
         balancing.before_step()
         optimizer.step()
-    said = balancing.end_epoch()
-    print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in said.items()))
+    log = balancing.end_epoch()
+    print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in log.items()))
 
 model.eval()
 batches = list(digits.batches("test", 256, seed=0, epoch=0, train=False))
 with torch.no_grad():
-    right = sum(int((model(batch).logits.argmax(dim=1) == batch["target"]).sum()) for batch in batches)
-print(f"accuracy: {right / sum(len(batch['target']) for batch in batches):.3f}")
+    correct = sum(int((model(batch).logits.argmax(dim=1) == batch["target"]).sum()) for batch in batches)
+print(f"accuracy: {correct / sum(len(batch['target']) for batch in batches):.3f}")

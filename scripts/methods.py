@@ -30,11 +30,11 @@ TESTS = {"static_fusion": "fusion", "joint_attention": "fusion"}
 
 REPRODUCED = [
     ("JointAttention", "parameters of Vanilla MT on CREMA-D", "59,871,762, exactly", "test_cost.py"),
-    ("JointAttention", "GFLOPs of it, by thop's way of counting", "1489.1288, to all digits", "test_cost.py"),
-    ("RollingQ", "parameters and GFLOPs of it with a rotation", "60,461,586 and 1489.2043, exactly", "test_cost.py"),
+    ("JointAttention", "GFLOPs, counted as by thop", "1489.1288, to all digits", "test_cost.py"),
+    ("RollingQ", "parameters and GFLOPs with a rotation", "60,461,586 and 1489.2043, exactly", "test_cost.py"),
     ("RollingQ", "a worked example: AIR, weights, anchor, rotation", "all digits", "test_rolling_step.py"),
     ("MBT", "parameters and GFLOPs with two bottleneck tokens", "114.21 M and 2746.90, all digits", "test_cost.py"),
-    ("MMML", "parameters and GFLOPs", "77.88 M and 1828.29, with a head 384 wide", "test_cost.py"),
+    ("MMML", "parameters and GFLOPs", "77.88 M and 1828.29, with a head of width 384", "test_cost.py"),
     ("JMT", "parameters and GFLOPs", "within 0.06 % and 0.04 %", "test_cost.py"),
 ]  # fmt: skip
 """Class, published figure, our figure, and the test."""

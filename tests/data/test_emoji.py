@@ -182,7 +182,7 @@ def test_the_card_says_what_its_code_finds():
     found = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         exec(block, found)
-    for way, words in ((found["there"], "nearest training picture's name"), (found["back"], "name to picture")):
+    for way, words in ((found["there"], "nearest training image's name"), (found["back"], "name to image")):
         assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
         assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
 

@@ -60,7 +60,7 @@ def table(script, number):
 
 
 def test_noise_is_that_of_the_runs(script, runs):
-    found = script.measured(table(script, "2"), runs[0], "all", None)
+    found = script.measure(table(script, "2"), runs[0], "all", None)
     assert {method: sorted(own["r"]) for method, own in found.items()} == {"joint": [0, 1], "joint+rollingq": [0]}
     for method, own in found.items():
         for seed, r in own["r"].items():
@@ -71,7 +71,7 @@ def test_noise_is_that_of_the_runs(script, runs):
 
 
 def test_levels_begin_with_the_accuracy_and_damage_the_audio(script, runs):
-    found = script.measured(table(script, "3"), runs[0], "all", 1)["joint"]
+    found = script.measure(table(script, "3"), runs[0], "all", 1)["joint"]
     assert list(found) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
     assert found["0.00"] == {0: pytest.approx(stored(runs[0], "joint")["accuracy"])}
     source = data.load_dataset("digits")
@@ -82,7 +82,7 @@ def test_levels_begin_with_the_accuracy_and_damage_the_audio(script, runs):
 
 
 def test_masking_names_what_is_left(script, runs):
-    found = script.measured(table(script, "8"), runs[0], "all", None)
+    found = script.measure(table(script, "8"), runs[0], "all", None)
     source, model = data.load_dataset("digits"), eq.load(runs[0] / "runs/all/joint/seed1")
     batch = source.batch("test", torch.arange(497), seed=0, epoch=0, train=False)
     for kept in (["audio", "image"], ["audio"], ["image"]):
@@ -95,7 +95,7 @@ def test_masking_names_what_is_left(script, runs):
 
 
 def test_quag_is_asked_of_two_layers(script, runs):
-    found = script.measured(table(script, "9"), runs[0], "all", None)
+    found = script.measure(table(script, "9"), runs[0], "all", None)
     assert set(found) == {"deep", "deep+progressive"}
     for method, own in found.items():
         served = data.loader(data.load_dataset("digits"), "test", 256, seed=0, train=False)
@@ -103,7 +103,7 @@ def test_quag_is_asked_of_two_layers(script, runs):
         assert own["origin"][0] == direct.origin == pytest.approx(stored(runs[0], method)["accuracy"])
         for name in ("unimodal", "crossmodal", "avg-audio", "avg-image"):
             assert own[name][0] == direct.scores[name]
-    text = script.measured(table(script, "9, text"), runs[0], "all", 1)
+    text = script.measure(table(script, "9, text"), runs[0], "all", 1)
     assert set(text) == {"joint", "joint+rollingq"}
     assert set(text["joint"]) == {"origin", "all"}
 
@@ -115,7 +115,7 @@ def gen(logits):
 
 
 def test_unknown_classes_are_those_held_out(script, runs):
-    found = script.measured(table(script, "10"), runs[1], "all", None)["joint"]
+    found = script.measure(table(script, "10"), runs[1], "all", None)["joint"]
     assert found["accuracy"][0] == pytest.approx(stored(runs[1], "joint")["accuracy"])
     source, model = data.load_dataset("digits", held_out=HELD), eq.load(runs[1] / "runs/all/joint/seed0")
     seen = {}
@@ -188,7 +188,7 @@ def test_the_program_prints_tables_alone_and_tells_how_far_it_is(script, cells, 
     ]
     assert "Ours: digits. Seeds: `joint` 0; `joint+rollingq` 0. Paper: KS." in out
     assert "Ours: digits, without the classes 7, 8, 9. Seeds: `joint` 0. Paper: HMDB51." in out
-    assert "Other data than the paper's" in out.splitlines()[0]
+    assert "Data and model size differ from the paper" in out.splitlines()[0]
     assert err.splitlines()[:2] == ["table 2: joint, seed 0", "table 2: joint+rollingq, seed 0"]
     for block in out.split("## ")[1:]:
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
