@@ -16,8 +16,7 @@ def samples(split: str) -> list[dict[str, torch.Tensor]]:
     """Returns one dict per sample, with the target under ``"labels"``, as Trainer expects."""
     data = digits.split(split)
     return [
-        {**{name: value[i] for name, value in data.inputs.items()}, "labels": data.target[i]}
-        for i in range(len(data))
+        {**{name: value[i] for name, value in data.inputs.items()}, "labels": data.target[i]} for i in range(len(data))
     ]
 
 
