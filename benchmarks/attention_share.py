@@ -1,12 +1,12 @@
-"""What the exact attention share costs, relative to plain fused attention and to the attention matrix written out.
+"""Cost of the exact attention share, relative to plain fused attention and to materializing the attention matrix.
 
     python benchmarks/attention_share.py            # lengths 2048 and 4096, about five minutes on two cores
     python benchmarks/attention_share.py --quick    # length 512, seconds
 
-Batch 2, 8 heads of width 64, three modalities of unequal length, float32. The variants take turns within each round and
-the table gives medians over the rounds of the ratio to plain attention in the same round, so that a busy machine
-disturbs all of them alike. Peak memory is what the allocator had given out at most, inputs and the
-kernels' own buffers included.
+Batch 2, 8 heads of width 64, three modalities of unequal length, float32. The variants alternate within each round, and
+the table contains the median over rounds of the ratio to plain attention in the same round, so that other load on the
+machine affects all variants. Peak memory is the maximum allocated memory, including inputs and the buffers of the
+kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH, HEADS, DIM, MODALITIES = 2, 8, 64, 3
 
 
 def layout(length: int) -> torch.Tensor:
-    """Labels of three blocks whose borders fall where no kernel would like them."""
+    """Returns labels of three blocks whose borders are not aligned with the tiles of the kernels."""
     first, second = length // 2 + 3, length // 3
     return torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([first, second, length - first - second]))
 
@@ -44,11 +44,11 @@ def two_passes(query, key, value, modality):
     return _two_passes(query, key, value, modality, MODALITIES, None, False, DIM**-0.5, 0.0)
 
 
-def materialised(query, key, value, modality):
+def materialized(query, key, value, modality):
     return _explicit(query, key, value, modality, MODALITIES, None, False, DIM**-0.5, 0.0)
 
 
-VARIANTS = {f.__name__: f for f in (plain, share, two_passes, materialised)}
+VARIANTS = {f.__name__: f for f in (plain, share, two_passes, materialized)}
 
 
 def inputs(length: int, backward: bool):
@@ -78,7 +78,7 @@ def seconds(length: int, backward: bool, rounds: int) -> dict[str, list[float]]:
 
 
 def peak(variant: str, length: int, backward: bool) -> int:
-    """Most bytes alive at once, from the inputs to the result, by the allocator's own account."""
+    """Returns the peak number of allocated bytes, from the inputs to the result, as recorded by the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         once(variant, *inputs(length, backward), backward)
     changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -93,7 +93,7 @@ def compare(length: int, backward: bool, rounds: int) -> None:
     for variant in VARIANTS:
         ratios = [
             statistics.median(a / b for a, b in zip(times[variant], times[other], strict=True))
-            for other in ("plain", "materialised")
+            for other in ("plain", "materialized")
         ]
         print(
             f"{variant:14}{1e3 * statistics.median(times[variant]):9.1f}{ratios[0]:9.3f}{ratios[1]:10.3f}"

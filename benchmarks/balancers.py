@@ -25,30 +25,30 @@ import equipoise as eq
 from equipoise import balance
 from equipoise.errors import ConfigError
 
-AIM = 1.15
+TARGET = 1.15
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 """Balancers of attention -> depth of the joint attention to measure them with; others use Concat."""
 EXTRA = {
-    "AGM": "fuses every subset of the modalities again, without gradient",
-    "CML": "fuses again without each modality",
-    "LFM": "two more backward passes while its weight is learned",
-    "MLA": "every batch once for each modality",
-    "MMPareto": "a backward pass for each loss",
-    "DiagnoseRelearn": "one pass over the data at each re-learning",
-    "SampleValuation": "fuses every subset of the modalities again",
-    "UMT": "a teacher's forward pass for each encoder",
+    "AGM": "fuses every subset of the modalities, without gradient",
+    "CML": "fuses the other modalities once without each modality",
+    "LFM": "two additional backward passes while its weight is learned",
+    "MLA": "processes every batch once per modality",
+    "MMPareto": "one backward pass per loss",
+    "DiagnoseRelearn": "one pass over the data at each reset",
+    "SampleValuation": "fuses every subset of the modalities",
+    "UMT": "forward pass of a teacher for each encoder",
 }
 """Balancers with additional computation by definition -> description."""
 
 
 def model_for(name: str, joint: bool) -> eq.FusionModel:
     """Returns the encoders of benchmarks/rollingq.py with a suitable fusion for the balancer, or joint attention."""
-    made = build(64, 1)
+    base = build(64, 1)
     heads = "train" if getattr(balance, name).needs_heads else "probe"
     torch.manual_seed(0)
     depth = ATTENTION.get(name, 1 if joint else None)
     fusion = eq.fusion.Concat(64) if depth is None else eq.fusion.JointAttention(64, depth=depth)
-    return eq.FusionModel(dict(made.encoders.items()), fusion, 10, unimodal=heads)
+    return eq.FusionModel(dict(base.encoders.items()), fusion, 10, unimodal=heads)
 
 
 def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.balance.Balancer:
@@ -62,7 +62,7 @@ def balancer_for(name: str, model: eq.FusionModel, epochs: int) -> eq.balance.Ba
 
 
 def training(model: eq.FusionModel, balancing: eq.BalancerList) -> Callable[[Batch], object]:
-    """One batch as a function: an optimizer step for every turn."""
+    """Returns a function that trains on one batch, with ``steps_per_batch`` optimizer steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     balancing.attach_optimizer(optimizer)
 
@@ -127,7 +127,7 @@ def balancers() -> list[str]:
 
 def report(args: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), batch {args.batch}, {args.steps} steps\n")
-    print("| balancer | epoch, relative to plain | of it once an epoch | by definition |")
+    print("| balancer | epoch | part that runs once per epoch | additional computation of the method |")
     print("|---|---|---|---|")
     missed = []
     for name in args.only.split(",") if args.only else balancers():
@@ -137,16 +137,16 @@ def report(args: argparse.Namespace) -> None:
             print(f"| `{name}` | | | not with this fusion |", flush=True)
             continue
         print(f"| `{name}` | {ratio:.2f} | {end:.2f} | {EXTRA.get(name, '')} |", flush=True)
-        if ratio > AIM and name not in EXTRA:
+        if ratio > TARGET and name not in EXTRA:
             missed.append(name)
-    print(f"\nAim: {AIM} for those that add nothing by definition; missed by {', '.join(missed) or 'none'}.")
+    print(f"\nTarget: {TARGET} for methods without additional computation; missed by {', '.join(missed) or 'none'}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and epochs")
-    parser.add_argument("--only", default="", help="names of classes, with commas between them; all by default")
-    parser.add_argument("--joint", action="store_true", help="joint attention in place of Concat")
+    parser.add_argument("--only", default="", help="comma-separated class names; all by default")
+    parser.add_argument("--joint", action="store_true", help="joint attention instead of Concat")
     parser.add_argument("--steps", type=int, default=20, help="steps of an epoch")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each balancer")
     parser.add_argument("--batch", type=int, default=64)
@@ -155,7 +155,7 @@ def main() -> None:
     if args.quick:
         args.steps, args.epochs = 10, 2
     torch.set_num_threads(args.threads)
-    # On noise rather than data there may be nothing to rotate.
+    # The inputs are noise, so RollingQ may have nothing to rotate.
     warnings.filterwarnings("ignore", message="RollingQ skipped")
     report(args)
 

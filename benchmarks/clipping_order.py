@@ -1,7 +1,7 @@
-"""What the order of clipping and balancing does to OGM: python benchmarks/clipping_order.py [epochs].
+"""Effect of the order of clipping and balancing on OGM: python benchmarks/clipping_order.py [epochs].
 
-One model is trained on the bundled digits with OGM and without clipping. At every step in which OGM slows an encoder
-and the clip would bind, gradients are clipped in both orders, and compared with clipping alone.
+A model is trained on the bundled digits with OGM and without clipping. In every step in which OGM scales an encoder
+and the gradient norm exceeds the clipping threshold, the gradients of both orders are compared with clipping alone.
 """
 
 import sys
@@ -16,8 +16,8 @@ def norm(parameters: list[nn.Parameter]) -> float:
     return float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm())
 
 
-def compared(norms: tuple[float, float], factor: float, clip: float) -> tuple[float, ...]:
-    """Factors on the slowed encoder and on the others, and the norm of all over the clip: clipped first, then last."""
+def compare_orders(norms: tuple[float, float], factor: float, clip: float) -> tuple[float, ...]:
+    """Returns the factors of the scaled encoder and of the others, and norm / clip: for clipping first, then last."""
     before, after = norms
     first, last = clip / before, min(1.0, clip / after)
     return factor, 1.0, after * first / clip, factor * last / first, last / first, after * last / clip
@@ -45,10 +45,10 @@ def main(epochs: int, clips: tuple[float, ...] = (1.0, 2.0)) -> None:
             factor = min(norm([weight]) / part for weight, part in zip(weights, parts, strict=True))
             for clip in clips:
                 if factor < 1 and before > clip:
-                    rows[clip].append(compared((before, norm(parameters)), factor, clip))
+                    rows[clip].append(compare_orders((before, norm(parameters)), factor, clip))
             optimizer.step()
-    print("              clipped first                    clipped last")
-    print("clip  steps   slowed  others  norm / clip      slowed  others  norm / clip")
+    print("              clipping first                   clipping last")
+    print("clip  steps   scaled  others  norm / clip      scaled  others  norm / clip")
     for clip, found in rows.items():
         means = [f"{mean:6.2f}" for mean in torch.tensor(found).mean(dim=0).tolist()]
         print(f"{clip:4.1f}  {len(found):5d}   {'  '.join(means[:3])}           {'  '.join(means[3:])}")

@@ -1,9 +1,9 @@
-"""What consistency costs: nuclear norm and its gradient, relative to singular values with autograd through them.
+"""Cost of the nuclear norm and its gradient, relative to singular values with autograd.
 
-    python benchmarks/consistency.py            # a minute on two cores; on a GPU where there is one
+    python benchmarks/consistency.py            # a minute on two cores; uses a GPU if available
 
-Batches of (8, 192), (4, 384) and (2, 768) supermatrices of row-stochastic maps, float32. Variants take turns within
-each round; the ratio is the median over rounds of svd's time over the variant's in the same round. The error is that of
+Batches of (8, 192), (4, 384) and (2, 768) supermatrices of row-stochastic maps, float32. The variants alternate within
+each round; the ratio is the median over rounds of the time of svd divided by that of the variant. The error is that of
 the value, relative to float64 singular values.
 """
 

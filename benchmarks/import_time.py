@@ -1,4 +1,4 @@
-"""What `import equipoise` costs next to `import torch`: whole processes, run in turns, medians."""
+"""Time of `import equipoise` relative to `import torch`: medians over separate processes that alternate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIMIT = 1.15
 
 
 def seconds(statement: str) -> float:
-    """Wall time of a fresh interpreter that runs one statement."""
+    """Returns the wall-clock time of a new interpreter that runs one statement."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - start
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=11, help="processes of each kind (default: 11)")
     runs = parser.parse_args().runs
     statements = ("import torch", "import equipoise")
-    # The first of each fills the disk cache and does not count.
+    # The first run of each statement fills the disk cache and is not counted.
     for statement in statements:
         seconds(statement)
     times: dict[str, list[float]] = {statement: [] for statement in statements}

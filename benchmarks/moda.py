@@ -1,14 +1,14 @@
-"""What a MODA layer costs: aligned keys and modular attention, relative to plain fused attention.
+"""Cost of a MODA layer: aligned keys and modular attention, relative to plain fused attention.
 
     python benchmarks/moda.py            # length 2048, about two minutes on two cores
     python benchmarks/moda.py --quick    # length 512, seconds
 
-Batch 2, 8 heads of width 64, two modalities of unequal length, float32. "duplex" is `DuplexAligner` and plain
-attention, what `eq.fusion.MODA` and `eq.hf.apply_moda` do by default; "modular" adds the split into self and cross, merged by
-mass; "gate" merges by a learned gate, "pseudo" adds pseudo-attention; "ragged" has other labels for each sample, so
-that tokens are gathered. The variants take turns within each round; the table gives medians over the rounds of the
-ratio to plain attention in the same round, in processor time, which other programs disturb less than the clock. The
-projections, of which all have the same, are left out.
+Batch 2, 8 heads of width 64, two modalities of unequal length, float32. "duplex" is `DuplexAligner` with plain
+attention, the default of `eq.fusion.MODA` and `eq.hf.apply_moda`. "modular" adds the split into self- and
+cross-attention, merged by mass; "gate" merges by a learned gate, "pseudo" adds pseudo-attention; "ragged" has different
+labels for each sample, so that tokens are gathered. The variants alternate within each round; the table contains the
+median over rounds of the ratio to plain attention in the same round, in CPU time, which depends less on other load than
+wall-clock time. Projections, which are the same for all variants, are excluded.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Step = Callable[[Batch], object]
 
 
 def build(dim: int, heads: int) -> eq.FusionModel:
-    """Two encoders of two layers, 60 frames of 40 bands and images of 28 x 28, and one layer of joint attention."""
+    """Returns a model with two encoders of two layers (60 frames of 40 bands, 28 x 28 images) and joint attention."""
     torch.manual_seed(0)
     encoders = {
         "audio": eq.encoders.SequenceEncoder(40, max_length=60, dim=dim, stride=4, depth=2),
@@ -48,7 +48,7 @@ def batches(number: int, size: int) -> list[Batch]:
 
 
 def training(model: eq.FusionModel) -> Step:
-    """One optimizer step as a function of the batch."""
+    """Returns a function that runs one optimizer step on a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(batch: Batch) -> None:
@@ -84,7 +84,7 @@ def ratio_of(first: list[float], second: list[float]) -> float:
 
 
 def epoch_cost(dim: int, heads: int, steps: int, epochs: int, size: int) -> tuple[float, float, float, float]:
-    """Median seconds of an epoch without and with RollingQ and of the decision at its end, and the epochs' ratio."""
+    """Returns the median seconds of an epoch without and with RollingQ and of ``end_epoch``, and the ratio of epochs."""
     plain, rolled = build(dim, heads), build(dim, heads)
     balancer = eq.balance.RollingQ(rolled.fusion.attention, rho=1.0, beta=0.0, max_rotations=None)
     one, other = training(plain), training(rolled)
@@ -105,7 +105,7 @@ def epoch_cost(dim: int, heads: int, steps: int, epochs: int, size: int) -> tupl
 
 
 def rotation_cost(dim: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of the minimal rotation and of the one by SVD."""
+    """Returns the median seconds of the minimal rotation and of the rotation by SVD."""
     generator = torch.Generator().manual_seed(2)
     source, target = (torch.randn(dim, generator=generator) for _ in range(2))
     minimal = [seconds(lambda: rotation_between(source, target)) for _ in range(10 * repeats)]
@@ -114,22 +114,23 @@ def rotation_cost(dim: int, repeats: int) -> tuple[float, float]:
 
 
 def inference_cost(dim: int, heads: int, calls: int, size: int) -> tuple[float, float, float, bool, int, int]:
-    """Median seconds of a forward pass without RollingQ and folded, their ratio; equal keys; both parameter counts."""
+    """Returns the median seconds of a forward pass without RollingQ and after merging, their ratio, whether the state
+    dict keys are equal, and both parameter counts."""
     plain = build(dim, heads)
-    folded = copy.deepcopy(plain)
-    balancer = eq.balance.RollingQ(folded.fusion.attention, rho=1.0, beta=0.0)
+    merged = copy.deepcopy(plain)
+    balancer = eq.balance.RollingQ(merged.fusion.attention, rho=1.0, beta=0.0)
     data = batches(1, size)[0]
-    folded(data)
+    merged(data)
     if not balancer.end_epoch()["rotated"]:
         raise SystemExit("no rotation to merge")
-    eq.merge_rotations(folded)
-    same = list(plain.state_dict()) == list(folded.state_dict())
+    eq.merge_rotations(merged)
+    same = list(plain.state_dict()) == list(merged.state_dict())
     plain.eval()
-    folded.eval()
+    merged.eval()
     with torch.inference_mode():
-        interleaved(lambda: plain(data), lambda: folded(data), 5)
-        a, b = interleaved(lambda: plain(data), lambda: folded(data), calls)
-    return statistics.median(a), statistics.median(b), ratio_of(a, b), same, parameters(plain), parameters(folded)
+        interleaved(lambda: plain(data), lambda: merged(data), 5)
+        a, b = interleaved(lambda: plain(data), lambda: merged(data), calls)
+    return statistics.median(a), statistics.median(b), ratio_of(a, b), same, parameters(plain), parameters(merged)
 
 
 def parameters(model: nn.Module) -> int:
@@ -148,7 +149,7 @@ def report(args: argparse.Namespace) -> None:
         fast, slow = rotation_cost(dim, args.repeats)
         target = ">= 50" if dim == 768 else ""
         print(f"{f'd = {dim}':<34}{fast * 1e3:>9.2f} ms{slow * 1e3:>9.2f} ms{slow / fast:>9.1f}   {target}", flush=True)
-    print(f"\n{'inference after fold':<34}{'vanilla':>12}{'folded':>12}{'ratio':>9}   target")
+    print(f"\n{'inference after merging':<34}{'vanilla':>12}{'merged':>12}{'ratio':>9}   target")
     for dim, heads in ((64, 1), (256, 4)):
         a, b, ratio, same, before, after = inference_cost(dim, heads, args.calls, args.batch)
         keys = "same keys" if same else "OTHER KEYS"

@@ -1,10 +1,10 @@
-"""What SigLIP's pairs take in memory while the batch grows 16-fold, in tiles and as one (batch, batch) matrix.
+"""Memory of the pairs of SigLIP for batch sizes 512 to 8192, in tiles and as one (batch, batch) matrix.
 
-    python benchmarks/siglip_memory.py            # half a minute on two cores; on a GPU where there is one
+    python benchmarks/siglip_memory.py            # half a minute on two cores; uses a GPU if available
 
-Value and gradients, float32, width 16. The figures are peaks above the inputs, less what is (batch, width): two
-gradients that are summed up, two that are kept, two that are handed out. Each case has a process of its own; on a CPU
-the peak is the process's resident memory, of which a megabyte is noise.
+Value and gradients, float32, width 16. The values are peaks above the inputs, minus six buffers of (batch, width): two
+accumulated, two saved and two returned gradients. Each case runs in a separate process. On a CPU
+the peak is the resident memory of the process, with an uncertainty of about one megabyte.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from equipoise.alignment.losses.sigmoid_loss import TILE, siglip
 SIZES, WIDTH = (512, 1024, 2048, 4096, 8192), 16
 
 
-def whole(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The plain form, of one matrix."""
+def full(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Computes the loss from the full matrix of pairs."""
     sign = 2 * torch.eye(len(a), device=a.device) - 1
     return F.softplus(-sign * (10 * a @ b.T - 10)).sum() / len(a)
 
@@ -34,16 +34,16 @@ def tiles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def resident(what: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the most so far)."""
+    """Returns VmRSS (current memory) or VmHWM (peak memory) in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def peak(form: str, size: int, device: str) -> float:
-    """Megabytes that one loss and its gradients need above the inputs."""
+    """Returns the megabytes that the loss and its gradients need in addition to the inputs."""
     torch.manual_seed(0)
-    loss = {"tiles": tiles, "whole": whole}[form]
-    # Whatever is loaded at the first call is loaded before.
+    loss = {"tiles": tiles, "full": full}[form]
+    # Warm up, so that code loaded by the first call is not counted.
     loss(*(torch.randn(2 * TILE, WIDTH, device=device, requires_grad=True) for _ in range(2))).backward()
     a, b = (F.normalize(torch.randn(size, WIDTH, device=device), dim=1).requires_grad_() for _ in range(2))
     if device == "cuda":
@@ -66,16 +66,16 @@ def main() -> None:
         print(peak(options.case[0], int(options.case[1]), options.device))
         return
     print(f"torch {torch.__version__}, {options.device}, tiles of {TILE} x {TILE}, megabytes")
-    print(f"{'batch':>6}{'tiles':>10}{'whole':>10}")
+    print(f"{'batch':>6}{'tiles':>10}{'full':>10}")
     for size in SIZES:
-        found = []
-        for form in ("tiles", "whole"):
+        row = []
+        for form in ("tiles", "full"):
             case = [sys.executable, __file__, "--device", options.device, "--case", form, str(size)]
-            # Freed memory is given back at once, or the heap's holes would be counted.
+            # Return freed memory to the system immediately, so that heap fragmentation is not counted.
             settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(case, check=True, capture_output=True, text=True, env=settings)
-            found.append(float(done.stdout))
-        print(f"{size:6}{found[0]:10.1f}{found[1]:10.1f}")
+            row.append(float(done.stdout))
+        print(f"{size:6}{row[0]:10.1f}{row[1]:10.1f}")
 
 
 if __name__ == "__main__":

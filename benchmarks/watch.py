@@ -1,13 +1,13 @@
-"""What watching costs, relative to the same model unwatched and to ``output_attentions=True`` with eager attention.
+"""Cost of ``eq.watch``, relative to the model without it and to ``output_attentions=True`` with eager attention.
 
     python benchmarks/watch.py            # layers as in a 28-layer, 28-head model, context 4096; some minutes, 8 GB
     python benchmarks/watch.py --quick    # the same layers at 1/8 of the width and context 512, seconds
 
 The layers have 28 heads of width 128, 4 key heads and an MLP of 18944 (a language model of seven billion parameters),
-random weights, float32, batch 1. Half of the context is a picture. One of the 28 layers is run: each costs the same, so
-the ratio of times is that of 28, and what is kept or passes by is said for one and for 28. Variants take turns within
-each round; ratios are medians over rounds. Memory is the most that the allocator had given out, without weights and
-inputs. Eager attention at the full context is measured at half of it and multiplied by four, as its matrix grows.
+random weights, float32, batch 1. Half of the context is an image. Only one of the 28 layers is run: all layers cost the
+same, so the ratio of times holds for 28 layers, and memory is printed for one and for 28. The variants alternate within
+each round; ratios are medians over rounds. Memory is the peak allocated memory without weights and inputs. The memory of
+eager attention at the full context is measured at half of it and multiplied by four, like the size of its matrix.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def model(head_dim: int, hidden: int, layers: int) -> transformers.PreTrainedMod
 
 
 def labels(length: int) -> torch.Tensor:
-    found = torch.zeros(length, dtype=torch.int64)
-    found[35 : 35 + length // 2] = 1
-    return found
+    modality = torch.zeros(length, dtype=torch.int64)
+    modality[35 : 35 + length // 2] = 1
+    return modality
 
 
 Variant = Callable[[transformers.PreTrainedModel, torch.Tensor], object]
@@ -51,15 +51,15 @@ def unwatched(net, ids):
 
 
 def watched(net, ids):
-    with eq.watch(net, modality=labels(ids.shape[1]), names=NAMES) as seen:
+    with eq.watch(net, modality=labels(ids.shape[1]), names=NAMES) as record:
         net(input_ids=ids, use_cache=False)
-    return seen
+    return record
 
 
 def watched_last(net, ids):
-    with eq.watch(net, modality=labels(ids.shape[1]), names=NAMES, queries="last") as seen:
+    with eq.watch(net, modality=labels(ids.shape[1]), names=NAMES, queries="last") as record:
         net(input_ids=ids, use_cache=False)
-    return seen
+    return record
 
 
 def eager(net, ids):
@@ -114,7 +114,7 @@ def report(net, length: int, rounds: int, *, whole: bool) -> None:
     print(f"{'':14}{'seconds':>9}{'/ unwatched':>13}{'extra MB, 1 layer':>19}{f'extra MB, {LAYERS} layers':>21}")
     for name, most in peaks.items():
         extra = most - peaks["unwatched"]
-        # Eager attention keeps the matrix of every layer; watching keeps sums of a few numbers.
+        # Eager attention stores the matrix of every layer; eq.watch stores a few sums.
         all_layers = extra + (LAYERS - 1) * kept if name == "eager" else extra
         took = statistics.median(times[name]) if name in times else float("nan")
         ratio = (
@@ -124,7 +124,7 @@ def report(net, length: int, rounds: int, *, whole: bool) -> None:
         )
         print(f"{name:14}{took:9.2f}{ratio:13.3f}{extra / 2**20:19.1f}{all_layers / 2**20:21.1f}")
     of_eager = (peaks["watched"] - peaks["unwatched"]) / (peaks["eager"] - peaks["unwatched"] + (LAYERS - 1) * kept)
-    print(f"extra memory of watching, of eager's over {LAYERS} layers: {100 * of_eager:.2f} %")
+    print(f"extra memory of eq.watch relative to eager attention, {LAYERS} layers: {100 * of_eager:.2f} %")
 
 
 def main() -> None:

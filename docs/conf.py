@@ -25,7 +25,9 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "equipoise"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+pygments_dark_style = "github-dark"
 exclude_patterns = ["_build", "pictures"]
 # Code blocks of the pages are run by the test suite, notebooks by nbclient; the build itself runs nothing.
 nb_execution_mode = "off"

@@ -18,18 +18,18 @@ from equipoise.report.search_sheet import SheetRow, contact_sheet
 from equipoise.training import load as load_run
 
 TARGET = Path(__file__).parents[1] / "docs/pictures/emoji_searches.png"
-QUESTIONS = ("red heart", "blue heart", "woman firefighter", "kissing cat", "dark skin hand")
-"""A name that training has, three that are held out, and words that are no name."""
+QUERIES = ("red heart", "blue heart", "woman firefighter", "kissing cat", "dark skin hand")
+"""A name in the training split, three held-out names, and words that are not a name."""
 
 
 def main(folder: Path) -> None:
     index = image_entries(load_run(folder), load_dataset("emoji"))
     rows = []
-    for question in QUESTIONS:
-        hits = index.search_by_text(question, top=6).hits
-        rows.append(SheetRow(question, [(h.entry.name, h.score, h.entry.image, bool(h.entry.seen)) for h in hits]))
-    drawn = Image.open(io.BytesIO(contact_sheet(rows)))
-    drawn.quantize(256, dither=Image.Dither.NONE).save(TARGET, optimize=True)
+    for query in QUERIES:
+        hits = index.search_by_text(query, top=6).hits
+        rows.append(SheetRow(query, [(h.entry.name, h.score, h.entry.image, bool(h.entry.seen)) for h in hits]))
+    sheet = Image.open(io.BytesIO(contact_sheet(rows)))
+    sheet.quantize(256, dither=Image.Dither.NONE).save(TARGET, optimize=True)
     print(TARGET)  # noqa: T201
 
 

@@ -59,36 +59,36 @@ class Emoji(NamedTuple):
 
 def main(folder: Path) -> None:
     if not features.check("raqm"):
-        raise SystemExit("This Pillow has no raqm, and would draw sequences as several glyphs.")
-    named = listed(folder / LIST)
-    told = keywords([folder / path for path in KEYWORDS])
+        raise SystemExit("Pillow was built without raqm, and would draw sequences as several glyphs.")
+    named = parse_names(folder / LIST)
+    annotations = parse_keywords([folder / path for path in KEYWORDS])
     font = ImageFont.truetype(str(folder / FONT), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     names = set(named.values())
     rows, pictures = [], []
     for text, name in named.items():
-        picture = drawn(text, font)
+        picture = render(text, font)
         if picture is None or name.count("skin tone") > 1:
             continue
         parts, family = parts_of(name, names)
-        said = [word for word in told.get(text.replace("\N{VARIATION SELECTOR-16}", ""), []) if word != name]
-        rows.append(Emoji(text, name, tuple(said), parts, family))
+        words = [word for word in annotations.get(text.replace("\N{VARIATION SELECTOR-16}", ""), []) if word != name]
+        rows.append(Emoji(text, name, tuple(words), parts, family))
         pictures.append(picture)
-    palette, levels = indexed(pictures)
-    split = divided(rows, [level.tobytes() for level in levels])
+    palette, levels = quantize(pictures)
+    split = assign_splits(rows, [level.tobytes() for level in levels])
     write(
         TARGET, palette=palette, levels=levels, split=split,
         text=np.array([row.text for row in rows]), name=np.array([row.name for row in rows]),
         keywords=np.array(["|".join(row.keywords) for row in rows]),
         parts=np.array(["|".join(row.parts) for row in rows]), family=np.array([row.family for row in rows]),
     )  # fmt: skip
-    print(f"{TARGET.name}: {len(rows)} pictures, {TARGET.stat().st_size} bytes")  # noqa: T201
+    print(f"{TARGET.name}: {len(rows)} images, {TARGET.stat().st_size} bytes")  # noqa: T201
     print(f"SHA-256 {hashlib.sha256(TARGET.read_bytes()).hexdigest()}")  # noqa: T201
-    for place, which in enumerate(("train", "val", "test")):
-        count = Counter(row.family or "single" for row, own in zip(rows, split, strict=True) if own == place)
-        print(which, int((split == place).sum()), dict(count))  # noqa: T201
+    for number, which in enumerate(("train", "val", "test")):
+        count = Counter(row.family or "single" for row, own in zip(rows, split, strict=True) if own == number)
+        print(which, int((split == number).sum()), dict(count))  # noqa: T201
 
 
-def listed(path: Path) -> dict[str, str]:
+def parse_names(path: Path) -> dict[str, str]:
     """Parses emoji-test.txt: character or sequence -> name."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -97,7 +97,7 @@ def listed(path: Path) -> dict[str, str]:
     return found
 
 
-def keywords(paths: list[Path]) -> dict[str, list[str]]:
+def parse_keywords(paths: list[Path]) -> dict[str, list[str]]:
     """Parses CLDR annotations: character or sequence, without variation selectors -> English keywords."""
     found = {}
     for path in paths:
@@ -107,24 +107,24 @@ def keywords(paths: list[Path]) -> dict[str, list[str]]:
     return found
 
 
-def drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+def render(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
     """Renders an emoji on white; None if the font has no single glyph for it."""
     left, top, right, bottom = font.getbbox(text)
     if right - left > 1.4 * STRIKE or right - left < 0.5 * STRIKE:
         return None
     side = int(max(right - left, bottom - top)) + 4
     canvas = Image.new("RGB", (side, side), "white")
-    place = (side - (right - left)) / 2 - left, (side - (bottom - top)) / 2 - top
-    ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
+    position = (side - (right - left)) / 2 - left, (side - (bottom - top)) / 2 - top
+    ImageDraw.Draw(canvas).text(position, text, font=font, embedded_color=True)
     return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def indexed(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+def quantize(pictures: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     """Returns a shared palette of (256, 3) colors, and the (image, row, column) palette indices of all images."""
     atlas = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
-    made = atlas.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-    palette = np.array(made.getpalette(), dtype=np.uint8).reshape(-1, 3)
-    return palette, np.asarray(made, dtype=np.uint8).reshape(len(pictures), SIDE, SIDE)
+    image = atlas.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+    palette = np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    return palette, np.asarray(image, dtype=np.uint8).reshape(len(pictures), SIDE, SIDE)
 
 
 def parts_of(name: str, names: set[str]) -> tuple[tuple[str, ...], str]:
@@ -158,15 +158,15 @@ def person(base: str, names: set[str]) -> tuple[str | None, str | None]:
     """("woman", "running") for "woman running"; (None, base) if no other person has this name."""
     who, _, what = base.partition(" ")
     if who in PEOPLE and what:
-        brothers = [other for other in PEOPLE if other != who]
-        if any(f"{other} {what}" in names for other in brothers) or what in names:
+        others = [other for other in PEOPLE if other != who]
+        if any(f"{other} {what}" in names for other in others) or what in names:
             return who, what
     if base in ("man", "woman", "person"):
         return base, None
     return None, base
 
 
-def divided(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
+def assign_splits(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
     """Assigns splits (0 = train, 1 = val, 2 = test): combinations are held out, all of their parts stay in training.
 
     Emoji with the same image stay in training. Combinations are tried in the order of a hash of their names. A
@@ -178,22 +178,22 @@ def divided(rows: list[Emoji], pictures: list[bytes]) -> np.ndarray:
     left, words = total.copy(), Counter(word for row in rows for word in set(re.findall(r"\w+", row.name.lower())))
     split = np.zeros(len(rows), dtype=np.uint8)
     families = defaultdict(list)
-    for place, row in enumerate(rows):
-        if row.family and pictures[place] not in twins:
-            families[row.family].append(place)
+    for index, row in enumerate(rows):
+        if row.family and pictures[index] not in twins:
+            families[row.family].append(index)
     for members in families.values():
-        members.sort(key=lambda place: hashlib.sha256(rows[place].name.encode()).digest())
+        members.sort(key=lambda index: hashlib.sha256(rows[index].name.encode()).digest())
         wanted = {2: round(HELD["test"] * len(members)), 1: round(HELD["val"] * len(members))}
-        for place in members:
+        for index in members:
             which = next((number for number, count in wanted.items() if count), None)
-            parts, said = set(rows[place].parts), set(re.findall(r"\w+", rows[place].name.lower()))
+            parts, name = set(rows[index].parts), set(re.findall(r"\w+", rows[index].name.lower()))
             if which is None:
                 break
-            if any(left[part] - 1 < total[part] / 2 for part in parts) or any(words[word] < 2 for word in said):
+            if any(left[part] - 1 < total[part] / 2 for part in parts) or any(words[word] < 2 for word in name):
                 continue
-            split[place], wanted[which] = which, wanted[which] - 1
+            split[index], wanted[which] = which, wanted[which] - 1
             left.subtract(parts)
-            words.subtract(said)
+            words.subtract(name)
     return split
 
 

@@ -1,12 +1,11 @@
-"""Makes src/equipoise/data/voices.npz: ten spoken digits by 24 synthetic voices, four renderings each.
+"""Generates src/equipoise/data/sets/voices.npz: ten spoken digits by 24 synthetic voices, four renderings each.
 
 Needs espeak-ng 1.51 (Debian: apt-get install espeak-ng) and scipy. Run it from the repository root:
 
     python scripts/make_voices.py
 
-The same versions of espeak-ng, torch and zlib give the same file, byte for byte; the test compares
-its SHA-256 with VOICES_SHA256 in src/equipoise/data/sets/digits.py, so a new version of
-the voices is a change that one has to mean.
+The same versions of espeak-ng, torch and zlib produce the same file, byte for byte. A test compares its SHA-256 with
+VOICES_SHA256 in src/equipoise/data/sets/digits.py, so that the file cannot change accidentally.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ TEST_VOICES = (
     "en-029+Andrea", "en-us-nyc+john",
 )  # fmt: skip
 RENDERINGS = ((30, 150), (45, 170), (60, 190), (50, 160))
-"""(pitch, words a minute) of the renderings 0 to 3."""
+"""(pitch, words per minute) of the renderings 0 to 3."""
 FLOOR = 1e-6
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TARGET = Path(__file__).parents[1] / "src/equipoise/data/voices.npz"
+TARGET = Path(__file__).parents[1] / "src/equipoise/data/sets/voices.npz"
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         for digit in range(10)
     ]
     names = TRAIN_VOICES + TEST_VOICES
-    spoken = torch.stack([framed(trimmed(speak(WORDS[d], names[v], *RENDERINGS[r]))) for d, v, r in rows])
+    spoken = torch.stack([framed(trim_silence(speak(WORDS[d], names[v], *RENDERINGS[r]))) for d, v, r in rows])
     levels = ((log_mel(spoken, FLOOR) - QUIETEST) / STEP).round().clamp(0, 255).to(torch.uint8).numpy()
     digit, voice, rendering = (np.array(column, dtype=np.uint8) for column in zip(*rows, strict=True))
     held_out = voice >= len(TRAIN_VOICES)
@@ -60,12 +59,12 @@ def main() -> None:
 
 
 def speak(word: str, voice: str, pitch: int, speed: int) -> torch.Tensor:
-    """The word as espeak-ng says it, at 8 kHz, with its peak at 0.5."""
+    """Synthesizes a word with espeak-ng and returns it at 8 kHz with a peak of 0.5."""
     command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(speed), "-b", "1", "--stdout", word]
     done = subprocess.run(command, check=True, capture_output=True)
     if done.stderr:
         raise RuntimeError(f"espeak-ng -v {voice}: {done.stderr.decode()}")
-    # On a pipe espeak-ng cannot go back to write the length, so the length it wrote is a placeholder.
+    # On a pipe espeak-ng cannot seek back to write the length, so the length in the header is a placeholder.
     header, samples = done.stdout[:44], done.stdout[44:]
     rate = int.from_bytes(header[24:28], "little")
     values = np.frombuffer(samples[: len(samples) // 2 * 2], dtype="<i2").astype(np.float64) / 2**15
@@ -73,14 +72,14 @@ def speak(word: str, voice: str, pitch: int, speed: int) -> torch.Tensor:
     return torch.from_numpy(0.5 * resampled / np.abs(resampled).max()).float()
 
 
-def trimmed(recording: torch.Tensor) -> torch.Tensor:
-    """The part between the first and the last sample that reaches 2 % of the peak."""
+def trim_silence(recording: torch.Tensor) -> torch.Tensor:
+    """Returns the part between the first and the last sample that reach 2 % of the peak."""
     loud = (recording.abs() >= 0.02 * recording.abs().max()).nonzero()[:, 0]
     return recording[loud[0] : loud[-1] + 1]
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """An npz file whose bytes do not depend on the clock."""
+    """Writes an npz file with fixed timestamps, so that its bytes are reproducible."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             buffer = io.BytesIO()

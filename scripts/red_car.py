@@ -26,7 +26,7 @@ from equipoise.models.vision_language import VisionLanguageModel, attention_map,
 from equipoise.report.plot_style import GRID, INK, MUTED, STYLE
 
 SENTENCE = "The red car is parked"
-THINGS = (
+OBJECTS = (
     SceneObject("red", "car", 8, 24, 24),
     SceneObject("blue", "truck", 16, 0, 24),
     SceneObject("green", "tree", 32, 24, 16),
@@ -44,15 +44,15 @@ def main() -> None:
     chosen = parser.parse_args()
     model, source = eq.load(chosen.run), Scenes()
     if not isinstance(model, VisionLanguageModel):
-        raise SystemExit(f"{chosen.run} holds a {type(model).__name__}, no run of scenes_vlm.")
-    picture, owner = render_scene(THINGS, SIZE)
+        raise SystemExit(f"{chosen.run} contains a {type(model).__name__}, not a run of scenes_vlm.")
+    picture, owner = render_scene(OBJECTS, SIZE)
     maps = {}
     for word, kind in WORDS:
         layer, head = pointing(model, source, "val", kind).best
-        maps[word] = (look(model, source, picture, word)[layer, head], f"layer {layer + 1}, head {head + 1}")
+        maps[word] = (word_attention(model, source, picture, word)[layer, head], f"layer {layer + 1}, head {head + 1}")
     chosen.out.parent.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        paint(picture, owner, maps, said(model, source, picture)).savefig(chosen.out, dpi=200, facecolor="white")
+        paint(picture, owner, maps, complete(model, source, picture)).savefig(chosen.out, dpi=200, facecolor="white")
 
 
 def inputs(source: Scenes, picture: np.ndarray, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,28 +60,28 @@ def inputs(source: Scenes, picture: np.ndarray, text: str) -> tuple[torch.Tensor
 
 
 @torch.no_grad()
-def look(model: VisionLanguageModel, source: Scenes, picture: np.ndarray, word: str) -> np.ndarray:
+def word_attention(model: VisionLanguageModel, source: Scenes, picture: np.ndarray, word: str) -> np.ndarray:
     """Returns the (layer, head, patch) attention of a word of the sentence."""
     image, text = inputs(source, picture, SENTENCE)
-    place = (text[0] == IDS[word]).nonzero()[0]
-    return attention_map(model, image, text, place)[0].numpy()
+    position = (text[0] == IDS[word]).nonzero()[0]
+    return attention_map(model, image, text, position)[0].numpy()
 
 
 @torch.no_grad()
-def said(model: VisionLanguageModel, source: Scenes, picture: np.ndarray) -> str:
+def complete(model: VisionLanguageModel, source: Scenes, picture: np.ndarray) -> str:
     """Returns the word with which the model completes the sentence."""
     image, text = inputs(source, picture, SENTENCE.rsplit(" ", 1)[0])
     return model.words[int(model.answer({"image": image, "text": text}))]
 
 
 def shares(attention: np.ndarray, owner: np.ndarray) -> list[tuple[str, float]]:
-    """Attention to each object and to the background; a patch is assigned to the object that covers most of it."""
+    """Returns the attention to each object and to the background; a patch is assigned to the object that covers most of it."""
     count = SIZE // PATCH
     blocks = owner.reshape(count, PATCH, count, PATCH).transpose(0, 2, 1, 3).reshape(count * count, -1)
     most = np.array([np.bincount(block[block >= 0], minlength=1).argmax() if (block >= 0).any() else -1
                      for block in blocks])  # fmt: skip
-    found = [(f"{thing.color} {thing.shape}", attention[most == n].sum()) for n, thing in enumerate(THINGS)]
-    return [*found, ("ground", attention[most < 0].sum())]
+    found = [(f"{thing.color} {thing.shape}", attention[most == n].sum()) for n, thing in enumerate(OBJECTS)]
+    return [*found, ("background", attention[most < 0].sum())]
 
 
 def paint(picture: np.ndarray, owner: np.ndarray, maps: dict, ending: str) -> Figure:
@@ -91,26 +91,26 @@ def paint(picture: np.ndarray, owner: np.ndarray, maps: dict, ending: str) -> Fi
         2, 3, height_ratios=(1, 0.045), hspace=0.08, wspace=0.07, left=0.012, right=0.988, top=0.9, bottom=0.135
     )
     shown = picture.transpose(1, 2, 0)
-    axes = bare(figure.add_subplot(grid[0, 0]), "The scene")
+    axes = clear_axes(figure.add_subplot(grid[0, 0]), "Image")
     axes.imshow(shown, interpolation="nearest", extent=(0, SIZE, SIZE, 0))
     below = figure.add_subplot(grid[1, 0])
     below.axis("off")
-    below.text(0, -0.4, f"“The red car is …”   the model says: {ending}", fontsize=9.5, color=MUTED, va="center")
+    below.text(0, -0.4, f"“The red car is …”   model output: {ending}", fontsize=9.5, color=MUTED, va="center")
     top = max(attention.max() for attention, _ in maps.values())
-    for place, (word, (attention, where)) in enumerate(maps.items(), start=1):
-        axes = bare(figure.add_subplot(grid[0, place]), f"Where “{word}” looks")
-        axes.imshow(lit(shown, attention / top), interpolation="nearest", extent=(0, SIZE, SIZE, 0))
+    for column, (word, (attention, where)) in enumerate(maps.items(), start=1):
+        axes = clear_axes(figure.add_subplot(grid[0, column]), f"Attention of “{word}”")
+        axes.imshow(overlay(shown, attention / top), interpolation="nearest", extent=(0, SIZE, SIZE, 0))
         outline(axes, patches_of(owner, [0], PATCH))
         for patch, share in enumerate(attention):
             if share >= LEAST:
                 y, x = np.array(divmod(patch, SIZE // PATCH)) * PATCH + PATCH / 2
                 text = axes.text(x, y, f"{100 * share:.0f} %", ha="center", va="center", fontsize=8, color="white")
                 text.set_path_effects([patheffects.withStroke(linewidth=1.6, foreground=INK)])
-        divided(figure.add_subplot(grid[1, place]), shares(attention, owner), where)
+        stacked_bar(figure.add_subplot(grid[1, column]), shares(attention, owner), where)
     return figure
 
 
-def bare(axes: Axes, title: str) -> Axes:
+def clear_axes(axes: Axes, title: str) -> Axes:
     axes.set_title(title, fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -121,7 +121,7 @@ def bare(axes: Axes, title: str) -> Axes:
     return axes
 
 
-def lit(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
+def overlay(shown: np.ndarray, strength: np.ndarray) -> np.ndarray:
     """Blends the image with white: pale without attention, full color at the strongest attention."""
     side = SIZE // PATCH
     weight = np.kron(np.sqrt(strength).reshape(side, side), np.ones((PATCH, PATCH)))[..., None]
@@ -142,12 +142,14 @@ def outline(axes: Axes, true: np.ndarray) -> None:
     axes.add_collection(LineCollection(lines, colors=INK, linewidths=1.3, linestyles=[(0, (3, 2))], clip_on=False))
 
 
-def divided(axes: Axes, parts: list[tuple[str, float]], where: str) -> None:
+def stacked_bar(axes: Axes, parts: list[tuple[str, float]], where: str) -> None:
     """Draws a stacked bar of the attention to each object, with labels."""
     axes.axis("off")
     start, words = 0.0, []
     for name, share in parts:
-        shade = "#cfd3d8" if name == "ground" else matplotlib.colors.to_hex([c / 255 for c in COLORS[name.split()[0]]])
+        shade = (
+            "#cfd3d8" if name == "background" else matplotlib.colors.to_hex([c / 255 for c in COLORS[name.split()[0]]])
+        )
         axes.barh(0, share, left=start, color=shade, height=1)
         start += share
         words += [f"{name.split()[-1]} {100 * share:.0f} %"] if share >= 0.005 else []

@@ -1,4 +1,4 @@
-"""Prints the counted figures of docs/data/scenes.md, and draws docs/pictures/scenes.png."""
+"""Prints the question-only baseline of docs/data/scenes.md, and draws docs/pictures/scenes.png."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ ACROSS, TIMES = 12, 2
 
 def main() -> None:
     data = Scenes()
-    taught = asked(data, "train")
-    test = asked(data, "test")
-    right = {kind: guessed(taught, test, kind) for kind in QUESTIONS}
-    for kind, part in {**right, "mean": float(np.mean(list(right.values())))}.items():
-        sys.stdout.write(f"{kind:10} {100 * part:.1f} %\n")
+    train, test = count_answers(data, "train"), count_answers(data, "test")
+    accuracies = {kind: question_only_accuracy(train, test, kind) for kind in QUESTIONS}
+    for kind, accuracy in {**accuracies, "mean": float(np.mean(list(accuracies.values())))}.items():
+        sys.stdout.write(f"{kind:10} {100 * accuracy:.1f} %\n")
     rows = []
     for level in LEVELS:
         pictures = render_split("train", ACROSS, level, 0).pictures.permute(0, 2, 3, 1).numpy()
@@ -34,23 +33,23 @@ def main() -> None:
     sheet.resize((TIMES * sheet.width, TIMES * sheet.height), Image.Resampling.NEAREST).save(PICTURE)
 
 
-def asked(data: Scenes, split: str) -> dict[str, dict[str, Counter[str]]]:
-    """Type -> question -> how often each answer is the true one."""
+def count_answers(data: Scenes, split: str) -> dict[str, dict[str, Counter[str]]]:
+    """Returns type -> question -> number of occurrences of each correct answer."""
     found: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for place, kind in enumerate(data.kinds(split)):
+    for index, kind in enumerate(data.kinds(split)):
         if kind != "caption":
-            *question, answer = data.words(split, place)
+            *question, answer = data.words(split, index)
             found[kind][" ".join(question)][answer] += 1
     return found
 
 
-def guessed(taught: dict, test: dict, kind: str) -> float:
-    """Accuracy of the answer that the question had most often in training, or all questions of its type."""
-    usual = Counter(answer for answers in taught[kind].values() for answer in answers.elements())
-    right = sum(
-        answers[(taught[kind].get(question) or usual).most_common(1)[0][0]] for question, answers in test[kind].items()
+def question_only_accuracy(train: dict, test: dict, kind: str) -> float:
+    """Returns the accuracy of the most frequent training answer to the question, or to all questions of its type."""
+    overall = Counter(answer for answers in train[kind].values() for answer in answers.elements())
+    correct = sum(
+        answers[(train[kind].get(question) or overall).most_common(1)[0][0]] for question, answers in test[kind].items()
     )
-    return right / sum(answers.total() for answers in test[kind].values())
+    return correct / sum(answers.total() for answers in test[kind].values())
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from helpers.watch_sweep import Outcome, check_family  # noqa: E402
 HEAD = """# Families on which `eq.watch` is checked
 
 Written by `scripts/watch_families.py` with transformers {version}; the same cases are the slow tests of
-`tests/recording/test_watch_families.py`. Every family is a tiny random model of its own classes. Shares are compared
-with attention matrices taken by hooks that do not belong to the library, and with labels written for each family. Each
-family has two forms of inputs: {forms}. *Right* counts the layers whose shares agree in both forms; *refused* counts
-the layers that `record.missing` lists with a reason instead of a share. Where `generate` is compared, it is so for
-decoders that read a joint sequence.
+`tests/recording/test_watch_families.py`. For every family, a tiny model with random weights is created from its classes
+in transformers. The recorded shares are compared with attention matrices from separate hooks and with modality labels
+written by hand for each family. Each family is tested with two kinds of inputs: {forms}. *Right* counts the layers whose
+shares agree for both; *refused* counts the layers that `record.missing` lists with a reason instead of a share.
+`generate` is compared for decoders that process text and media in one sequence.
 
 {families} families, {cases} cases: {right} right with every layer in the table, {partly} right with some layers
 refused, {refused} in which all layers where modalities meet are refused, {wrong} wrong.
@@ -56,7 +56,7 @@ def main() -> None:
         right=verdicts.count("right"), partly=verdicts.count("right, in part refused"),
         refused=verdicts.count("refused"), wrong=verdicts.count("WRONG"),
     )  # fmt: skip
-    tail = "\nNot checked, because no tiny model or inputs could be made: " + "; ".join(
+    tail = "\nNot checked, because a tiny model or its inputs could not be created: " + "; ".join(
         f"{name} ({why})" for name, why in NOT_BUILT.items()
     )
     (ROOT / "docs" / "watch_families.md").write_text(head + "\n".join(rows) + "\n" + tail + ".\n")

@@ -145,3 +145,14 @@ def test_names_at_the_ends_of_curves_do_not_stand_on_one_another():
     heights = sorted(float(t.attrib["y"]) for t in root.iter(f"{SVG}text") if t.text in ("audio", "image", "text"))
     assert len(heights) == 3
     assert min(np.diff(heights)) > 9
+
+
+@pytest.mark.parametrize("span", [1.0, 0.05, 0.004, 0.0003])
+@pytest.mark.parametrize("draw", [comparison_figures.scores, comparison_figures.paired_differences])
+def test_tick_labels_of_small_ranges_differ(draw, span):
+    result = fake_results()
+    for number, run in enumerate(result["runs"]):
+        run["metrics"]["accuracy"] = 0.5 + span * number / 100
+    labels = re.findall(r"^[+−]?[\d.]+(?: %)?$", "\n".join(texts(draw(read(result["runs"]), "accuracy"))), re.MULTILINE)
+    assert len(labels) >= 3
+    assert len(labels) == len(set(labels))

@@ -17,6 +17,7 @@ from .plot_style import (
     MODALITY,
     MUTED,
     NOISE,
+    FractionTicks,
     add_legend,
     jitter,
     name_rows,
@@ -184,7 +185,9 @@ def paired_differences(readings: ResultsView, metric: str = "") -> str | None:
         set_title(figure, f"{method_title(metric)}, difference")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         if is_fraction(metric):
-            axes.xaxis.set_major_formatter(lambda value, _: format_signed(100 * value, 0) if value else "0")
+            axes.xaxis.set_major_formatter(
+                FractionTicks(lambda value, digits: format_signed(value, digits) if value else "0")
+            )
             axes.set_xlabel("points")
         elif is_error(metric):
             axes.set_xlabel("negative values are better")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import Formatter
 
 from .results_view import BinnedCounts
 
@@ -107,9 +109,31 @@ def set_title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.012, ha="left", fontsize=10.5, color=INK)
 
 
+class FractionTicks(Formatter):
+    """Formats fractions in percentage points, with as many decimals as the spacing of the ticks requires.
+
+    Args:
+        text: (percentage points, decimals) -> label.
+        decimals: minimum number of decimals.
+    """
+
+    def __init__(self, text: Callable[[float, int], str], decimals: int = 0) -> None:
+        self._text, self._decimals = text, decimals
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return self._text(100 * x, self._decimals)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        spacing = 100 * min(np.diff(values), default=1)
+        needed = math.ceil(-math.log10(spacing) - 1e-6) if spacing > 0 else 0
+        return [self._text(100 * value, max(self._decimals, needed)) for value in values]
+
+
 def percent(axis, *, decimals: int = 0) -> None:
     """Formats the fractions of an axis in percent."""
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.{decimals}f} %".replace("-", "\N{MINUS SIGN}"))
+    axis.set_major_formatter(
+        FractionTicks(lambda value, digits: f"{value:.{digits}f} %".replace("-", "\N{MINUS SIGN}"), decimals)
+    )
 
 
 def shorten(name: str, length: int = 26) -> str:
