@@ -1,4 +1,4 @@
-"""What every connector and every loss must do: masked values, types, autocast; and what losses are of nothing."""
+"""Requirements on every connector and loss: masked values, dtypes, autocast; losses without valid terms."""
 
 import math
 import warnings
@@ -130,7 +130,7 @@ def calls(mask, square):
 
 
 @pytest.mark.parametrize("name", calls(ADDITIVE, SQUARE))
-def test_additive_masks_are_refused(name):
+def test_additive_masks_raise(name):
     square = SQUARE.masked_fill(~torch.eye(3, dtype=torch.bool), -math.inf)
     with pytest.raises(ShapeError, match=r"mask|valid|media_at|positives|ignored|present|relevant"):
         calls(ADDITIVE, square)[name]()
@@ -183,7 +183,7 @@ class TestNothingLeft:
             self.zero(alignment.matching_loss(scores, pairs.label), scores)
 
     @pytest.mark.parametrize("logit", [-math.inf, -3e38, 0.0, 3e38, math.inf])
-    def test_a_partner_is_never_drawn(self, logit):
+    def test_positives_are_never_sampled(self, logit):
         """Also where all wrong ones are as unlikely as can be, or only one is left."""
         positives = torch.tensor([[True, True, False], [False, True, True], [True, True, True]])
         logits = torch.full((3, 3), logit).masked_fill(positives, 5.0)
@@ -216,13 +216,13 @@ class TestNothingLeft:
         (slope,) = torch.autograd.grad(loss.of(blank, 2), blank)
         assert not slope.any()
 
-    def test_maps_of_padding_alone(self):
+    def test_maps_of_padding_only(self):
         blank = torch.zeros(2, 6, 6)
         assert not consistency.effective_rank(blank).any()
         assert not consistency.contradiction_excess(blank).any()
         assert not consistency.spectral(blank, sizes=(3, 3)).effective_rank.any()
 
-    def test_padding_is_no_contradiction(self):
+    def test_padding_does_not_affect_consistency(self):
         """Two tokens that find each other, and one of padding."""
         mask = torch.tensor([[True, True, False]])
         part = torch.eye(3)[None] * 100
@@ -233,7 +233,7 @@ class TestNothingLeft:
         lambda: alignment.Resampler(4, latents=2, depth=1, heads=2),
         lambda: alignment.QFormer(4, dim=4, depth=1, heads=2, queries=2, vocabulary=None),
     ])  # fmt: skip
-    def test_media_without_a_token_say_what_no_media_say(self, made):
+    def test_empty_media_equal_missing_media(self, made):
         torch.manual_seed(0)
         module = made().double()
         result = module(Tokens(normal(3, 5, 4, keep=KEEP, fill=math.nan), mask=KEEP))

@@ -1,4 +1,4 @@
-"""Alignment in two processes: value and gradients of one process that has the whole batch."""
+"""Alignment losses in two processes: value and gradients of a single process on the whole batch."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_two_processes_equal_one_on_the_whole_batch(found, name):
             torch.testing.assert_close(process[name][key], value, **EXACT, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_a_scale_that_no_wrapper_knows_stays_alike(found):
+def test_scale_stays_synchronized_without_a_wrapper(found):
     """Its gradient is that of all samples in both processes, also where nothing averages it."""
     alone = scene("siglip", None)
     for process in found:
@@ -130,7 +130,7 @@ def test_a_scale_that_no_wrapper_knows_stays_alike(found):
             torch.testing.assert_close(process["alone"][key], alone[key], **EXACT)
 
 
-def test_each_half_alone_would_be_another_loss():
+def test_halves_of_the_batch_have_a_different_loss():
     """The equality above is worth something."""
     whole = scene("siglip", None)["loss"]
     for rank in range(WORLD):
@@ -141,11 +141,11 @@ def test_each_half_alone_would_be_another_loss():
         assert abs(float(half.detach() - whole)) > 1e-3
 
 
-def test_what_nobody_has_is_left_out(found):
+def test_modality_absent_in_all_processes_is_excluded(found):
     for process in found:
         assert float(process["nobody"]["loss"]) == 0.0
         assert float(process["nobody"]["grad"].abs().max()) == 0.0
 
 
-def test_one_process_may_evaluate_by_itself(found):
+def test_one_process_can_evaluate_without_gathering(found):
     assert float(found[0]["by_itself"]["loss"]) == float(by_itself(None)["loss"]) > 1.0

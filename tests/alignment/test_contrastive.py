@@ -1,4 +1,4 @@
-"""InfoNCE, SigLIP and hard negatives, against double loops in float64."""
+"""InfoNCE, SigLIP and hard negatives against double loops in float64."""
 
 import math
 
@@ -44,7 +44,7 @@ def close(found, wanted, tolerance=EXACT):
     assert number(found) == pytest.approx(number(wanted), rel=tolerance["rtol"], abs=tolerance["atol"])
 
 
-def test_values_of_the_specification():
+def test_reference_values():
     eye = torch.eye(2, dtype=torch.float64)
     assert float(info_nce(eye, eye, scale=1.0)) == pytest.approx(0.313262, abs=1e-6)
     assert float(siglip(eye, eye, scale=10.0, bias=-10.0)) == pytest.approx(0.693193, abs=1e-6)
@@ -116,7 +116,7 @@ def test_gradients_of_siglip(tile):
     close(part / BATCH, siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
 
 
-def test_one_hot_vectors_of_another_sample_are_not_reached():
+def test_one_hot_vectors():
     """Gradients of a sum of tiles add up; one that was forgotten would show here in single rows."""
     a, b = leaves(A, B)
     siglip(a, b, scale=3.0, bias=-2.0, tile=3).backward()
@@ -129,7 +129,7 @@ def test_one_hot_vectors_of_another_sample_are_not_reached():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_has_logits_in_single(dtype):
+def test_half_precision_logits_are_float32(dtype):
     a, b = A.to(dtype).requires_grad_(), B.to(dtype)
     for loss in (lambda x: info_nce(x, b, scale=100.0), lambda x: siglip(x, b, scale=100.0, bias=-10.0)):
         found = loss(a)
@@ -144,7 +144,7 @@ def test_half_precision_has_logits_in_single(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"smoothing": 0.2}])
-def test_masks_that_say_nothing_change_nothing(options):
+def test_full_masks_change_nothing(options):
     eye, none = torch.eye(BATCH, dtype=torch.bool), torch.zeros(BATCH, BATCH, dtype=torch.bool)
     plain = info_nce(A, B, scale=3.0, **options)
     for masks in ({"positives": eye}, {"ignored": none}, {"top_k": BATCH}):
@@ -153,7 +153,7 @@ def test_masks_that_say_nothing_change_nothing(options):
         close(InfoNCE(scale=3.0, **options).double()(A, B, ids=ids), plain, SINGLE)
 
 
-def test_duplicates_are_no_false_negatives():
+def test_duplicates_are_not_negatives():
     texts = B.clone()
     texts[2], texts[5], texts[4] = texts[0], texts[0], texts[1]
     plain = info_nce(texts, texts, scale=50.0)
@@ -169,7 +169,7 @@ def test_duplicates_are_no_false_negatives():
     close(partners, slow.info_nce(A.numpy(), B.numpy(), 3.0, twins.numpy()))
 
 
-def test_three_modalities_are_pairs():
+def test_three_modalities_form_pairs():
     parts = {"audio": A, "image": B, "text": C}
     pairs = {("audio", "image"): (A, B), ("audio", "text"): (A, C), ("image", "text"): (B, C)}
     loss = InfoNCE(scale=3.0).double()
@@ -188,7 +188,7 @@ def test_three_modalities_are_pairs():
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-def test_samples_that_lack_a_modality_are_left_out_of_its_pairs(made):
+def test_missing_modality_is_excluded_from_its_pairs(made):
     here = torch.tensor([True, False, True, True, False, True, True])
     parts, loss = {"audio": A, "image": B, "text": C}, made().double()
     terms = loss.terms(parts, present={"image": here})
@@ -209,7 +209,7 @@ def test_samples_that_lack_a_modality_are_left_out_of_its_pairs(made):
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
 @pytest.mark.parametrize("there", [0.0, math.nan])
-def test_what_stands_where_a_modality_is_missing_reaches_no_gradient(made, there):
+def test_values_of_missing_modalities_affect_no_gradient(made, there):
     here = torch.arange(BATCH) != 2
     values = B.clone().index_fill(0, torch.tensor([2]), there).requires_grad_()
     loss = made(widths={"a": DIM, "b": DIM}, dim=3).double()
@@ -222,7 +222,7 @@ def test_what_stands_where_a_modality_is_missing_reaches_no_gradient(made, there
     assert loss.terms({"a": A, "b": empty}) == {}
 
 
-def test_a_gradient_scaler_saves_what_half_precision_would_lose():
+def test_gradient_scaler_prevents_underflow_in_half_precision():
     """Gradients of 1e-8 are nothing in half precision, unless they are scaled before they are rounded."""
     a, b = A.half().requires_grad_(), B.half()
     (siglip(a, b, scale=1e-6, bias=-10.0) * 2.0**20).backward()
@@ -233,7 +233,7 @@ def test_a_gradient_scaler_saves_what_half_precision_would_lose():
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-def test_lengths_do_not_matter_and_heads_bring_widths_together(made):
+def test_norms_have_no_effect_and_heads_project_to_a_common_width(made):
     loss = made().double()
     close(loss(3 * A, B), loss(A, 0.1 * B))
     torch.manual_seed(0)
@@ -243,7 +243,7 @@ def test_lengths_do_not_matter_and_heads_bring_widths_together(made):
     close(loss({"audio": audio, "image": B}), wanted)
 
 
-def test_the_scale_is_learned_and_held():
+def test_scale_is_learned_and_clamped():
     loss = InfoNCE()
     assert number(loss.log_scale.exp()) == pytest.approx(1 / 0.07)
     sigmoid = SigLIP()
@@ -265,7 +265,7 @@ def test_the_scale_is_learned_and_held():
     close(other(A, B), loss(A, B))
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_propagated():
     broken = A.clone()
     broken[1, 1] = math.nan
     assert info_nce(broken, B, scale=2.0).isnan()
@@ -285,7 +285,7 @@ def test_weights_of_hard_negatives():
     close(info_nce(A[:1], B[:1], scale=2.0, hard=1.0, top_k=3), 0.0)
 
 
-def test_nearest_negatives_keep_ties():
+def test_nearest_negatives_include_ties():
     logits = torch.tensor([[5.0, 2.0, 2.0, 1.0, 0.0]])
     negatives = torch.tensor([[False, True, True, True, True]])
     assert nearest_negatives(logits, negatives, 1)[0].tolist() == [False, True, True, False, False]
@@ -293,7 +293,7 @@ def test_nearest_negatives_keep_ties():
     assert nearest_negatives(logits, negatives, 9)[0].tolist() == negatives[0].tolist()
 
 
-def test_negatives_are_drawn_by_their_likeness():
+def test_negatives_are_sampled_by_similarity():
     logits = torch.tensor([[9.0, 1.0, 0.0, 2.0], [0.0, 9.0, 0.0, 0.0]])
     positives = torch.tensor([[True, False, False, False], [False, True, True, False]])
     random = torch.Generator().manual_seed(0)
@@ -316,7 +316,7 @@ def test_a_batch_of_one_has_no_negatives():
     assert float(triplet_loss(torch.ones(1, 1))) == 0.0
 
 
-def test_drawing_leaves_the_global_state():
+def test_sampling_does_not_advance_the_global_rng():
     state = torch.random.get_rng_state()
     sample_negatives(torch.zeros(5, 5), generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -334,7 +334,7 @@ def test_triplets(masked):
     assert torch.autograd.gradcheck(lambda s: triplet_loss(s, positives), leaves(similarity))
 
 
-def test_rows_without_partner_do_not_count():
+def test_rows_without_positive_are_excluded():
     logits, positives = (3 * A @ B.T).requires_grad_(), torch.eye(BATCH, dtype=torch.bool)
     positives[2] = False
     losses, counted = row_losses(logits, positives, ignored=(~positives).clone().index_fill(0, torch.tensor([2]), True))

@@ -1,4 +1,4 @@
-"""Several losses as one."""
+"""Weighted sums of several losses."""
 
 import math
 
@@ -52,13 +52,13 @@ def test_learned_weights_become_the_inverse_losses():
     )
 
 
-def test_a_loss_that_a_step_lacks_trains_nothing():
+def test_missing_loss_updates_no_weight():
     made = UncertaintyWeights(LOSSES)
     made({"audio": LOSSES["audio"]}).total.backward()
     assert made.log_variances["image"].grad is None
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_propagated():
     broken = {**LOSSES, "image": torch.tensor(math.nan)}
     assert FixedWeights({})(broken).total.isnan()
     assert UncertaintyWeights(broken)(broken).total.isnan()

@@ -1,4 +1,4 @@
-"""Perceiver resampler and gated cross-attention: against formulas, by perturbation, identity at the start."""
+"""Perceiver resampler and gated cross-attention: formulas, perturbations, identity at initialization."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def norm(x, layer):
 
 
 @torch.no_grad()
-def test_resampler_by_its_formula():
+def test_resampler_formula():
     made = resampler()
     frames = torch.randn(2, 3, 5, DIM, dtype=torch.float64)
     for sample in range(2):
@@ -57,7 +57,7 @@ def test_projections_have_no_bias():
         assert all("bias" not in name or "norm" in name or "ffn.0" in name for name, _ in module.named_parameters())
 
 
-def test_any_number_of_tokens_becomes_the_same_number():
+def test_output_has_a_fixed_number_of_tokens():
     made = resampler()
     for count in (0, 1, 2, 7):
         assert made(torch.randn(2, count, DIM, dtype=torch.float64)).shape == (2, LATENTS, DIM)
@@ -65,7 +65,7 @@ def test_any_number_of_tokens_becomes_the_same_number():
     assert not torch.allclose(one, other)
 
 
-def test_frames_know_their_time_and_padding_changes_nothing():
+def test_frame_embeddings_and_padding():
     made = resampler()
     frames = torch.randn(2, 3, 5, DIM, dtype=torch.float64)
     assert not torch.allclose(made(frames), made(frames.flip(1)), **EXACT)
@@ -79,7 +79,7 @@ def test_frames_know_their_time_and_padding_changes_nothing():
 
 
 @pytest.mark.parametrize("names", [("image",), ("image", "audio"), ("image", "audio", "depth")])
-def test_several_modalities_are_read_together(names):
+def test_several_modalities_together(names):
     made = resampler(names=names)
     parts = {name: torch.randn(2, 2 + i, DIM, dtype=torch.float64) for i, name in enumerate(names)}
     torch.testing.assert_close(made(parts), made(torch.cat(list(parts.values()), dim=1)), **EXACT)
@@ -108,7 +108,7 @@ MEDIA = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(2), dtyp
 AT = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]]).bool()
 
 
-def test_identity_at_the_start_bit_by_bit():
+def test_exact_identity_at_initialization():
     made = gated(opened=False)
     assert torch.equal(made(TEXT, MEDIA, media_at=AT), TEXT)
     assert torch.equal(made.float()(TEXT.float(), MEDIA.float()), TEXT.float())
@@ -118,7 +118,7 @@ def test_identity_at_the_start_bit_by_bit():
     assert float(made.ffn_gate.grad.abs()) > 0
 
 
-def test_words_read_the_last_medium_before_them():
+def test_words_attend_to_the_last_medium_before_them():
     made = gated()
     index = AT.cumsum(dim=1) - 1
     whole = made(TEXT, MEDIA, media_at=AT)
@@ -129,7 +129,7 @@ def test_words_read_the_last_medium_before_them():
         assert torch.equal(moved, index == medium)
 
 
-def test_words_before_any_medium_read_nothing():
+def test_words_before_any_medium_attend_to_nothing():
     made = gated()
     with torch.no_grad():
         made.ffn_gate.zero_()
@@ -156,7 +156,7 @@ def test_against_one_word_at_a_time():
     )
 
 
-def test_media_mask_keeps_media_apart():
+def test_media_mask_separates_media():
     mask = media_mask(AT, 3, 5)
     for sample in range(2):
         for word in range(7):
@@ -170,7 +170,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda t, m: made(t, m, media_at=AT[:, :4]), leaves)
 
 
-def test_watch_names_no_words():
+def test_watch_does_not_label_words():
     made = gated()
     labels = torch.tensor([0] * 7 + [1] * 8)
     with watch(made, modality=labels, names=("image", "audio")) as seen:

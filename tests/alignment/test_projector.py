@@ -41,7 +41,7 @@ def test_identity():
     assert not list(Projector(5, 5, kind="identity").parameters())
 
 
-def test_one_placeholder_becomes_a_medium_by_hand():
+def test_one_placeholder_for_a_medium():
     text = torch.arange(4.0)[None, :, None].expand(1, 4, DIM)
     image = torch.tensor([10.0, 11.0])[None, :, None].expand(1, 2, DIM)
     made = splice(text, torch.tensor([[5, IMAGE, 6, 7]]), IMAGE, image)
@@ -99,7 +99,7 @@ def test_against_a_loop(seed, side):
         assert set(made.modality[i][~made.mask[i]].tolist()) <= {-1}
 
 
-def test_rows_without_medium_are_plain_text():
+def test_rows_without_media_are_unchanged():
     text, image = torch.ones(2, 3, DIM), torch.zeros(1, 2, DIM)
     made = splice(text, torch.tensor([[5, 6, 7], [5, IMAGE, 7]]), IMAGE, image)
     assert made.modality.tolist() == [[0, 0, 0, -1], [0, 1, 1, 0]]
@@ -121,7 +121,7 @@ def test_gradients_reach_text_and_media():
     assert float(text.grad[ids != IMAGE].abs().min()) > 0.0
 
 
-def test_types():
+def test_dtypes():
     made = splice(
         torch.zeros(1, 2, DIM, dtype=torch.bfloat16), torch.tensor([[IMAGE, 5]]), IMAGE, torch.ones(1, 2, DIM)
     )

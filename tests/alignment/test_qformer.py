@@ -1,4 +1,4 @@
-"""Q-Former: who sees whom by perturbation, transformers' own as reference, its heads and losses."""
+"""Q-Former: attention masks by perturbation, the implementation of transformers as reference, heads and losses."""
 
 import math
 from copy import deepcopy
@@ -60,7 +60,7 @@ def same(one, other):
     return torch.allclose(one, other, **EXACT)
 
 
-def test_masks_by_hand():
+def test_attention_masks():
     words = torch.tensor([[True, True, False]])
     wanted = {
         "contrastive": ["11000", "11000", "00110", "00110", "00110"],
@@ -85,7 +85,7 @@ def test_text_reaches_queries_only_in_matching(objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_media_reach_text_but_for_the_contrastive_mask(objective):
+def test_media_reach_text_except_in_the_contrastive_task(objective):
     model = made()
     one, other = (model(media(seed=seed), IDS, objective=objective) for seed in (1, 3))
     assert same(one.text, other.text) == (objective == "contrastive")
@@ -93,7 +93,7 @@ def test_media_reach_text_but_for_the_contrastive_mask(objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_later_words_reach_earlier_ones_but_in_captioning(objective):
+def test_later_words_reach_earlier_words_except_in_captioning(objective):
     model = made()
     for place in range(1, WORDS):
         changed = IDS.clone()
@@ -113,7 +113,7 @@ def test_padding_changes_nothing(objective):
     torch.testing.assert_close(other.text[:, :WORDS], one.text, **EXACT)
 
 
-def test_layers_that_read():
+def test_cross_attention_layers():
     for every, wanted in ((1, [1, 1, 1, 1]), (2, [1, 0, 1, 0]), (3, [1, 0, 0, 1])):
         model = made(depth=4, every=every)
         assert [len(layer.reading) for layer in model.layers] == wanted
@@ -122,7 +122,7 @@ def test_layers_that_read():
         ]
 
 
-def test_query_ffns_start_as_the_text_ffns():
+def test_query_mlps_are_initialized_with_the_text_mlps():
     torch.manual_seed(0)
     model = QFormer(5, dim=DIM, depth=2, heads=2, vocabulary=VOCABULARY)
     assert QFormer(5, dim=DIM, depth=2, heads=2, vocabulary=None).words is None
@@ -147,7 +147,7 @@ def test_any_number_of_modalities(combine, count):
 
 
 @pytest.mark.parametrize("combine", ["sum", "concat"])
-def test_a_missing_modality_says_nothing(combine):
+def test_missing_modality_has_no_effect(combine):
     names = ("image", "audio")
     model, parts = made(names, combine=combine), media(names)
     gone = torch.ones(BATCH, LENGTHS["audio"], dtype=torch.bool)
@@ -169,7 +169,7 @@ def test_a_missing_modality_says_nothing(combine):
         assert blind.isfinite().all()
 
 
-def test_watch_sees_how_reading_divides_itself():
+def test_watch_records_the_cross_attention_shares():
     names = ("image", "audio")
     model = made(names, combine="concat", depth=1)
     # The keys of the self-attention are the learned queries, which belong to no modality.
@@ -231,7 +231,7 @@ def test_against_transformers():
             torch.testing.assert_close(found.text, wanted[:, QUERIES:], rtol=EXACT["rtol"], atol=EXACT["rtol"])
 
 
-def test_reading_is_attention_over_a_source():
+def test_cross_attention_against_attend():
     torch.manual_seed(0)
     layer = CrossWidthAttention(4, 3, heads=1).double()
     tokens, source = torch.randn(1, 2, 4).double(), torch.randn(1, 5, 3).double()
@@ -246,7 +246,7 @@ def test_reading_is_attention_over_a_source():
         layer(tokens, tokens)
 
 
-def test_similarity_is_that_of_the_best_query():
+def test_similarity_is_the_maximum_over_queries():
     queries, text = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4, 5), (2, 5)))
     for i in range(3):
         for j in range(2):
@@ -279,7 +279,7 @@ def test_the_three_losses():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in losses.parameters())
 
 
-def test_losses_of_one_pair_and_of_twins():
+def test_losses_of_one_pair_and_of_duplicates():
     losses = objectives(smoothing=0.0)
     one = losses({"image": Tokens(media()["image"].values[:1])}, IDS[:1])
     assert float(one["contrastive"].detach()) == pytest.approx(0.0, abs=EXACT["rtol"])
@@ -291,7 +291,7 @@ def test_losses_of_one_pair_and_of_twins():
     assert float(masked["captioning"].detach()) == 0.0
 
 
-def test_captions_see_no_later_word():
+def test_captions_are_causal():
     losses = objectives()
     changed = IDS.clone()
     changed[:, 3:] = OTHER[:, 3:]
@@ -300,7 +300,7 @@ def test_captions_see_no_later_word():
     assert not same(one[:, 3:], other[:, 3:])
 
 
-def test_learning_brings_all_three_down():
+def test_training_decreases_all_losses():
     losses = objectives()
     parts, random = media(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(losses.parameters(), lr=0.02)
@@ -317,7 +317,7 @@ def test_learning_brings_all_three_down():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_of_activations_changes_nothing(dropout):
+def test_activation_checkpointing_changes_nothing(dropout):
     model, found = made(dropout=dropout), []
     for checkpointed in (False, True):
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""Ranks and what is made of them, compositionality, and how two spaces lie to each other: loops in float64."""
+"""Retrieval metrics, compositionality and embedding metrics against loops in float64."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ def test_all_metrics_are_means_over_all_orders_of_ties(seed, ties, levels, queri
 
 
 @pytest.mark.parametrize(("items", "k"), [(4, 1), (4, 3), (10, 5), (10, 6), (19, 10)])
-def test_a_constant_model_is_at_chance(items, k):
+def test_constant_model_is_at_chance(items, k):
     same = torch.zeros(items, items)
     assert recall_at_k(same, k) == pytest.approx(k / items)
     assert (recall_at_k(same, 1, ties="optimistic"), recall_at_k(same, items - 1, ties="pessimistic")) == (1.0, 0.0)
@@ -88,7 +88,7 @@ def test_a_constant_model_is_at_chance(items, k):
     assert found.recall == pytest.approx(found.chance)
 
 
-def test_two_equal_captions_share_the_first_place():
+def test_equal_captions_share_the_first_rank():
     scores = torch.eye(4)
     scores[:2, :2] = 1.0
     assert recall_at_k(scores, 1) == pytest.approx(0.75)
@@ -127,7 +127,7 @@ def test_one_relevant_item_makes_precision_the_reciprocal_rank():
     assert mean_average_precision(similarity) == pytest.approx(mean_reciprocal_rank(similarity))
 
 
-def test_precision_is_scikit_learns_without_ties():
+def test_average_precision_equals_scikit_learn_without_ties():
     from sklearn.metrics import average_precision_score
 
     relevant = scene(3, 7, 11)[1][:-1]
@@ -245,7 +245,7 @@ def test_mutual_neighbors():
     assert mutual_knn(a, 5 * a, k=2) == 1.0
 
 
-def test_tied_neighbors_are_drawn_at_random():
+def test_tied_neighbors_are_expectations():
     collapsed, (a, _) = torch.ones(11, 3), clouds(count=11)
     for other in (collapsed, a):
         assert mutual_knn(collapsed, other, k=3) == pytest.approx(3 / 10)

@@ -1,4 +1,4 @@
-"""Patterns of sparse attention against loops over pairs, and linear attention against its formula."""
+"""Sparse attention patterns against loops over pairs, and linear attention against its formula."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_random_keys():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 9))
-def test_top_k_keeps_ties(seed, k):
+def test_top_k_includes_ties(seed, k):
     logits = torch.randint(5, (2, 3, 7), generator=torch.Generator().manual_seed(seed)).double()
     logits[0, 0, 2] = -torch.inf
     found = sparse_patterns.top_k(logits, k=k)
@@ -84,7 +84,7 @@ def test_patterns_combine():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_attention_over_a_pattern_is_dense_softmax_with_minus_infinity(name):
+def test_attention_with_a_pattern_equals_masked_softmax(name):
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 1, n, 4, generator=random, dtype=torch.float64) for n in (5, 11, 11))
     pattern = RULES[name][0](5, 11)

@@ -1,4 +1,4 @@
-"""Time: windows, biases, rotations and lags, and warping, against loops in float64."""
+"""Time windows, biases, rotations, lags and time warping against loops in float64."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_windows(empty, valid, lag):
         assert torch.equal(found, wanted)
 
 
-def test_an_empty_window_gives_zero_or_the_nearest():
+def test_empty_window_gives_zero_or_the_nearest_token():
     query, key, value = torch.randn(1, 1, 1, 3), torch.randn(1, 1, 2, 3), torch.randn(1, 1, 2, 3)
     times = torch.tensor([[9.0]]), torch.tensor([[0.0, 1.0]])
     nothing = time_window(*times, width=1.0, empty="zero")
@@ -119,7 +119,7 @@ def test_only_differences_of_times_matter(shift, unit):
     assert not torch.allclose(logits(0.0), query @ key.mT)
 
 
-def test_rotation_pair_by_pair():
+def test_rotation_by_pairs_of_features():
     x = heads(0, 5)
     found = rotate_by_time(x, QUERY, theta=100.0, unit=2.0)
     for b in range(2):
@@ -134,7 +134,7 @@ def test_rotation_pair_by_pair():
     assert torch.equal(rotate_by_time(x, torch.full((2, 5), math.nan)), x)
 
 
-def test_seconds_since_1970_are_fine_in_single_precision():
+def test_unix_times_in_single_precision():
     """Times themselves need double precision, values do not."""
     query, key = heads(0, 5, torch.float32), heads(1, 7, torch.float32)
     found = [
@@ -170,7 +170,7 @@ def test_lags_of_pairs(kind):
     assert whole.shape == (2, 13, 13)
 
 
-def test_a_lag_is_found():
+def test_lag_is_learned():
     """Sound follows the picture by 0.4 seconds; attention over time alone learns it."""
     torch.manual_seed(0)
     times = torch.arange(12.0, dtype=torch.float64)[None] * 0.5
@@ -189,7 +189,7 @@ def test_a_lag_is_found():
     assert float(bias.lag("picture", "sound").detach()) == pytest.approx(-0.4, abs=0.1)
 
 
-def test_learning_can_be_turned_off():
+def test_learning_can_be_disabled():
     assert not any(parameter.requires_grad for parameter in TimeBias(("a",), learn=False).parameters())
 
 

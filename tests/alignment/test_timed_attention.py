@@ -1,4 +1,4 @@
-"""Attention that knows times: against its formula, by perturbation, and shifted as a whole."""
+"""Time-aware attention: formula, perturbations, shifts of all times."""
 
 import math
 
@@ -38,7 +38,7 @@ def layer(names=NAMES[:2], seed=0, **options):
     return made
 
 
-def test_without_time_it_is_attention():
+def test_without_times_equals_attention():
     made, (sound, picture) = layer(bias=None), parts().values()
     plain = Attention(DIM, 2).double()
     plain.load_state_dict(made.state_dict())
@@ -52,7 +52,7 @@ def test_without_time_it_is_attention():
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
-def test_by_its_formula(rotate, causal):
+def test_formula(rotate, causal):
     made = layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
     sound, picture = parts(masks=("picture",)).values()
     found = made(sound, picture, "sound", "picture").output
@@ -96,7 +96,7 @@ def test_only_differences_of_times_matter(options):
 
 
 @torch.no_grad()
-def test_what_lies_ahead_is_not_read():
+def test_causal_by_time():
     sound, picture = parts().values()
     for options in ({}, {"window": 0.1}):
         made = layer(bias=None, causal=True, **options)

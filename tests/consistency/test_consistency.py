@@ -1,4 +1,4 @@
-"""Maps that agree and contradict: the worked example, closed forms, gradients, invariances, the loss."""
+"""Consistent and contradicting maps: the worked example, closed forms, gradients, invariances, the loss."""
 
 import math
 import warnings
@@ -150,7 +150,7 @@ def test_gradients(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_where_singular_values_vanish_the_gradient_is_finite(method):
+def test_gradient_is_finite_if_singular_values_vanish(method):
     matrix = TABLE["all correct"][0].clone().requires_grad_()
     eq.consistency.nuclear_norm(matrix, method=method).backward()
     # U V^T over the three values that are not zero: P / N.
@@ -161,7 +161,7 @@ def test_where_singular_values_vanish_the_gradient_is_finite(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_single_precision_and_less(dtype):
+def test_single_and_half_precision(dtype):
     matrix = TABLE["a cycle of three"][0]
     found = eq.consistency.nuclear_norm(matrix.to(dtype))
     assert found.dtype == torch.float32
@@ -170,7 +170,7 @@ def test_single_precision_and_less(dtype):
         assert eq.consistency.nuclear_norm(matrix.float()).dtype == torch.float32
 
 
-def test_a_diagonal_that_is_not_the_identity_is_said():
+def test_diagonal_other_than_the_identity_raises():
     with pytest.warns(UserWarning, match=r"diagonal blocks are not the identity"):
         assert float(eq.consistency.consistency_score(torch.ones(4, 4) / 2, num_modalities=2)) == 1
 
@@ -231,7 +231,7 @@ def test_sinkhorn_and_dustbin():
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_synchronize_overrules_one_wrong_map(size):
+def test_synchronize_corrects_one_wrong_map(size):
     random = np.random.default_rng(size)
     right = torch.from_numpy(slow.consistent(5, size, random))
     wrong = right.clone()
@@ -277,7 +277,7 @@ def test_synchronize_overrules_one_wrong_map(size):
         (lambda: supermatrix_from_attention(I, torch.tensor([0, 1])), ShapeError, r"\(3, 3\) and \(2,\)"),
     ],
 )  # fmt: skip
-def test_what_is_refused(call, error, message):
+def test_invalid_maps_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -291,7 +291,7 @@ def tokens(*lengths, dim=5, batch=3, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["rank", "nuclear", "cycle"])
-def test_the_loss_falls_to_maps_that_agree(kind):
+def test_minimizing_the_loss_makes_maps_consistent(kind):
     torch.manual_seed(0)
     parts = {name: torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True) for name in ("a", "b", "c")}
     loss = eq.consistency.ConsistencyLoss(slots=None, kind=kind, temperature=0.2)
@@ -310,13 +310,13 @@ def test_the_loss_falls_to_maps_that_agree(kind):
         assert float(eq.consistency.consistency_score(matrix, num_modalities=3).mean()) > 0.9
 
 
-def test_the_plain_norm_cannot_tell_agreement_from_nothing():
+def test_nuclear_norm_is_constant_on_consistent_maps():
     nothing, agreeing = TABLE["uniform"][0], TABLE["all correct"][0]
     assert float(eq.consistency.nuclear_norm(nothing)) == pytest.approx(float(eq.consistency.nuclear_norm(agreeing)))
     assert float(eq.consistency.effective_rank(nothing)) > float(eq.consistency.effective_rank(agreeing)) + 1
 
 
-def test_slots_compare_any_numbers_of_tokens():
+def test_slots_accept_any_number_of_tokens():
     loss = eq.consistency.ConsistencyLoss(5, slots=3).double()
     parts = tokens(7, 2, 11)
     matrix = loss.supermatrix(parts)
@@ -336,7 +336,7 @@ def test_slots_compare_any_numbers_of_tokens():
     torch.testing.assert_close(loss(padded), value, **SINGLE)
 
 
-def test_the_loss_of_a_model_and_of_samples_that_lack_a_modality():
+def test_loss_of_a_model_and_of_samples_with_missing_modalities():
     from helpers.fusion import batch, model
 
     made = model()
@@ -363,6 +363,6 @@ def test_the_loss_of_a_model_and_of_samples_that_lack_a_modality():
         (lambda: eq.consistency.ConsistencyLoss(5, slots=2).double()(tokens(3)), ConfigError, "two or more modalities"),
     ],
 )  # fmt: skip
-def test_what_the_loss_refuses(call, error, message):
+def test_invalid_inputs_of_the_loss_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Any Hugging Face model as an encoder: its mask, frozen, with LoRA, in a fusion model."""
+"""Hugging Face models as encoders: mask, frozen, LoRA, in a fusion model."""
 
 import sys
 
@@ -32,7 +32,7 @@ IDS = torch.tensor([[1, 5, 7, 2], [1, 6, 2, 0], [0, 0, 0, 0]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 
 
-def test_backbone_hands_on_its_attention_mask(tmp_path):
+def test_backbone_returns_its_attention_mask(tmp_path):
     bert().save_pretrained(tmp_path)
     encoder = eq.encoders.Backbone(str(tmp_path), dim=7, cls=True).eval()
     tokens = encoder(TEXT)
@@ -49,7 +49,7 @@ def test_backbone_hands_on_its_attention_mask(tmp_path):
     assert encoder(IDS).mask is None
 
 
-def test_backbone_in_a_fusion_model_learns_nothing_from_a_missing_text():
+def test_backbone_gets_no_gradient_from_missing_text():
     torch.manual_seed(0)
     encoders = {"text": eq.encoders.Backbone(bert(), dim=8), "image": nn.Linear(5, 8)}
     model = eq.FusionModel(encoders, eq.fusion.JointAttention(8, dropout=0.0), 2, unimodal="train").eval()
@@ -76,7 +76,7 @@ def test_frozen():
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == learns
 
 
-def test_lora_trains_small_matrices_alone():
+def test_lora_trains_only_its_matrices():
     plain = eq.encoders.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
     encoder = eq.encoders.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), lora=2)
     torch.testing.assert_close(encoder(TEXT).values, plain(TEXT).values, **TOL[torch.float32])
@@ -88,7 +88,7 @@ def test_lora_trains_small_matrices_alone():
     assert encoder.model.encoder.layer[0].attention.self.query.lora_A.default.weight.shape == (2, 12)
 
 
-def test_sound_has_fewer_tokens_than_samples():
+def test_audio_has_fewer_tokens_than_samples():
     config = transformers.Wav2Vec2Config(
         conv_dim=[8, 8], conv_stride=[3, 2], conv_kernel=[5, 3], num_feat_extract_layers=2, vocab_size=5,
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer", **SMALL,
@@ -107,7 +107,7 @@ def resnet():
     return transformers.ResNetModel(config)
 
 
-def test_pictures_and_encoder_decoders():
+def test_images_and_encoder_decoders():
     vit = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL))
     assert eq.encoders.Backbone(vit, cls=True)(torch.zeros(2, 3, 8, 8)).values.shape == (2, 5, 12)
     stages, pixels = resnet().eval(), normal(6, 2, 3, 16, 24)
@@ -182,7 +182,7 @@ def test_errors(call, kind, message):
         ),
     ],
 )
-def test_packages_that_are_not_installed(package, call, fix, monkeypatch):
+def test_missing_packages_raise(package, call, fix, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=fix):
         call()

@@ -190,7 +190,7 @@ def test_pretrained_resnet(tmp_path):
     torch.testing.assert_close(tokens.values, wanted, **TOL[torch.float32])
 
 
-def test_kernels_for_other_channels():
+def test_kernels_for_other_numbers_of_channels():
     kernel = normal(3, 2, 3, 2, 2)
     assert for_channels(kernel, 3) is kernel
     assert for_channels(kernel, 2).shape == (2, 2, 2, 2)
@@ -199,7 +199,7 @@ def test_kernels_for_other_channels():
 @pytest.mark.parametrize(
     "load", [eq.encoders.Backbone, lambda name: eq.encoders.ViTEncoder(3, (16, 16), pretrained=name)]
 )
-def test_nothing_to_load(load, tmp_path):
+def test_missing_weights_raise(load, tmp_path):
     with pytest.raises(DataError, match=r"expected a folder or a name on the hub .* got '.*nowhere' \("):
         load(str(tmp_path / "nowhere"))
     transformers.ViTConfig(**SMALL).save_pretrained(tmp_path)
@@ -293,7 +293,7 @@ def made(name, options, shape):
     return method_factory.build_encoder(name, options, SimpleNamespace(shapes={name: shape}, vocabulary={}))
 
 
-def test_recipes_know_them_by_name(vit_folder):
+def test_recipes_accept_their_names(vit_folder):
     small = {"patch": 2, "dim": 12, "depth": 1, "heads": 3}
     encoder = made("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
     assert (encoder.frames, encoder.channels, encoder.size) == (2, 3, (8, 8))

@@ -1,4 +1,4 @@
-"""The encoders of words and of small pictures against loops, and words as numbers."""
+"""TextEncoder and ConvEncoder against loops, and the vocabulary."""
 
 import hypothesis.strategies as st
 import pytest
@@ -17,7 +17,7 @@ CAPTIONS = ["red heart", "blue heart", "Kiss: woman, man", "o’clock"]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_word_is_its_vector_and_its_place(depth):
+def test_word_embedding_plus_position_embedding(depth):
     torch.manual_seed(0)
     encoder = TextEncoder(11, max_length=7, dim=6, depth=depth, heads=3).double()
     ids = torch.tensor([[4, 2, 0, 0, 0], [7, 7, 10, 0, 0], [0, 0, 0, 0, 0]])
@@ -47,7 +47,7 @@ def test_padding_changes_nothing(more):
     torch.testing.assert_close(encoder(beside).pooled()[:2], encoder(ids).pooled(), **EXACT)
 
 
-def test_order_counts_unless_there_is_no_block():
+def test_order_matters_only_with_transformer_blocks():
     torch.manual_seed(0)
     there, back = torch.tensor([[4, 2, 5]]), torch.tensor([[5, 2, 4]])
     bag, chain = (TextEncoder(11, max_length=5, dim=6, depth=depth, heads=2).double() for depth in (0, 1))
@@ -55,7 +55,7 @@ def test_order_counts_unless_there_is_no_block():
     assert (chain(there).pooled() - chain(back).pooled()).abs().max() > 1e-3
 
 
-def test_no_gradient_to_words_that_are_not_there():
+def test_no_gradient_for_absent_words():
     torch.manual_seed(0)
     encoder = TextEncoder(11, max_length=5, dim=6, depth=1, heads=2)
     encoder(torch.tensor([[4, 2, 0], [4, 0, 0]])).pooled().square().sum().backward()
@@ -87,7 +87,7 @@ def group_norm(x, weight, bias, groups=8, eps=1e-5):
     return torch.cat(parts) * weight[:, None, None] + bias[:, None, None]
 
 
-def test_conv_encoder_is_what_it_says():
+def test_conv_encoder_against_loops():
     torch.manual_seed(0)
     encoder = ConvEncoder(3, (6, 10), dim=5, widths=(8, 16)).double().eval()
     pixels = torch.randn(2, 3, 6, 10, dtype=torch.float64)
@@ -149,7 +149,7 @@ def words():
     return WordVocabulary(CAPTIONS, length=5)
 
 
-def test_words_are_numbered_by_the_alphabet():
+def test_words_are_numbered_alphabetically():
     known = words()
     assert list(known.words) == ["blue", "clock", "heart", "kiss", "man", "o", "red", "woman"]
     assert known.encode(["BLUE heart!", "kiss woman man"]).tolist() == [[1, 3, 0, 0, 0], [4, 8, 5, 0, 0]]
@@ -159,7 +159,7 @@ def test_words_are_numbered_by_the_alphabet():
     assert numbers == list(range(1, len(known)))
 
 
-def test_a_new_word_is_read_by_its_letters():
+def test_unknown_word_is_encoded_by_its_trigrams():
     known = words()
     assert known.unseen("two red Hearts") == ["two", "hearts"]
     (row,) = known.encode(["hearts"]).tolist()
@@ -169,7 +169,7 @@ def test_a_new_word_is_read_by_its_letters():
 
 @given(st.text(max_size=30))
 @settings(max_examples=40, deadline=None)
-def test_any_text_is_encoded_or_refused(text):
+def test_any_text_is_encoded_or_raises(text):
     known = WordVocabulary(CAPTIONS, length=64)
     expected = [number for word in known.numbers(text) for number in word]
     if 0 < len(expected) <= 64:
@@ -187,7 +187,7 @@ def test_parts_of_words():
     assert pad_sequences([], 4).shape == (0, 4)
 
 
-def test_recipes_find_them_by_the_shape_of_a_sample():
+def test_recipes_select_encoders_by_sample_shape():
     assert TextEncoder.for_data((24,)) == {"max_length": 24}
     assert TextEncoder.for_data((3, 8, 8)) is None
     assert ConvEncoder.for_data((3, 8, 9)) == {"channels": 3, "size": (8, 9)}

@@ -1,4 +1,4 @@
-"""Static and joint fusion against their loop forms, and every error."""
+"""Static and joint fusion against loops, and all of their errors."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def test_deep_joint_attention(depth, masked, shortcut):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_shortcut_equals_the_whole_with_gradients(depth):
+def test_shortcut_equals_the_full_computation_with_gradients(depth):
     tokens, results = sequences(NAMES[:2], masked=True), []
     for shortcut in (True, False):
         fusion = built(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
@@ -108,7 +108,7 @@ def test_shortcut_equals_the_whole_with_gradients(depth):
         torch.testing.assert_close(short, whole, **(EXACT if short.dtype == torch.float64 else SINGLE))
 
 
-def test_depth_in_use_is_the_oracle_of_that_depth_and_survives_saving():
+def test_active_depth_equals_a_shallower_model_and_is_saved():
     tokens = sequences(NAMES[:2])
     fusion = built(JointAttention, NAMES[:2], depth=3)
     whole = fusion(tokens).features
@@ -135,7 +135,7 @@ def test_modality_embedding_is_added_to_the_tokens_of_its_modality():
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
-def test_permuting_the_declared_order_permutes_shares_and_leaves_features(depth, order):
+def test_permuting_modalities_permutes_shares_but_not_features(depth, order):
     tokens = sequences(NAMES[:3], masked=True)
     permuted = tuple(NAMES[m] for m in order)
     one = built(JointAttention, NAMES[:3], heads=2, depth=depth)
@@ -182,5 +182,5 @@ def test_errors(call, kind, message):
         call()
 
 
-def test_public_names_are_the_packages():
+def test_public_names_match_the_package():
     assert all(getattr(eq, name) is kind for name, kind in FUSIONS.items() if hasattr(eq, name))

@@ -1,4 +1,4 @@
-"""What every fusion of the package must do: sizes, padding, missing modalities, precision, saving, gradients."""
+"""Requirements on every fusion: sizes, padding, missing modalities, precision, saving, gradients."""
 
 import copy
 
@@ -73,7 +73,7 @@ def test_padding_anywhere_changes_nothing(kind, places, name):
 
 @every
 @pytest.mark.parametrize("name", NAMES[:3])
-def test_a_modality_that_the_batch_lacks_is_one_that_every_sample_lacks(kind, name):
+def test_modality_absent_from_the_batch_equals_absent_in_every_sample(kind, name):
     fusion, tokens = built(kind, NAMES[:3]), sequences(NAMES[:3])
     empty = Tokens(torch.zeros(BATCH, 0, DIM, dtype=torch.float64))
     masked = Tokens(tokens[name].values, mask=torch.zeros(BATCH, LENGTHS[name], dtype=torch.bool))
@@ -86,7 +86,7 @@ def test_a_modality_that_the_batch_lacks_is_one_that_every_sample_lacks(kind, na
 
 
 @every
-def test_a_missing_modality_concerns_its_sample_alone(kind):
+def test_missing_modality_affects_only_its_sample(kind):
     fusion, tokens = built(kind, NAMES[:2]), sequences(NAMES[:2])
     present = torch.tensor([True, False, True])
     for name in NAMES[:2]:
@@ -99,7 +99,7 @@ def test_a_missing_modality_concerns_its_sample_alone(kind):
 
 
 @every
-def test_nothing_at_all_is_finite_with_finite_gradients(kind):
+def test_empty_samples_have_finite_outputs_and_gradients(kind):
     fusion, tokens = built(kind, NAMES[:2]), sequences(NAMES[:2])
     for name, part in tokens.items():
         values = part.values.requires_grad_()
@@ -153,7 +153,7 @@ def test_a_deep_copy_is_equal_and_separate(kind):
 
 @every
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_gradients_reach_what_takes_part_and_every_parameter(kind, count):
+def test_gradients_reach_used_inputs_and_every_parameter(kind, count):
     names = NAMES[:count]
     tokens, fusion = sequences(names), built(kind, names)
     for part in tokens.values():

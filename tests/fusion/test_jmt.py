@@ -1,4 +1,4 @@
-"""JMT: loops, sequences brought to one length, order, errors."""
+"""JMT: loops, interpolation to equal lengths, order of modalities, errors."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_a_missing_modality(output, missing):
 
 @pytest.mark.parametrize("output", ["fc", "attention"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
-def test_order_means_nothing(output, order):
+def test_order_of_modalities_has_no_effect(output, order):
     tokens = sequences(NAMES[:3], masked=True)
     one = built(JMT, NAMES[:3], output=output)
     other = JMT(DIM, output=output).build(tuple(NAMES[m] for m in order)).double().eval()
@@ -67,7 +67,7 @@ def test_equal_lengths_by_hand():
     assert stretched.mask.tolist() == kept.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
-def test_equal_lengths_leaves_equal_ones_and_fills_absent_ones():
+def test_equal_lengths_keeps_equal_sequences_and_fills_missing_ones():
     part = Tokens(torch.ones(2, 3, 1))
     assert equal_lengths([part, part])[0] is part
     empty, same = equal_lengths([Tokens(torch.ones(2, 0, 1)), part])

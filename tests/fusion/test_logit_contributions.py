@@ -1,4 +1,4 @@
-"""Whose logits these are: parts against loops, exact sums, no trace, and reasons where there are none."""
+"""Contributions of modalities to logits: loops, exact sums, no side effects, and errors."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_joint_attention(options, count, missing):
     torch.testing.assert_close(sum(parts.values()), made.eval()(inputs).logits.detach(), **EXACT)
 
 
-def test_a_whole_modality_missing_has_its_share_of_the_rest_alone():
+def test_missing_modality_contributes_only_the_remainder():
     made, inputs = model(NAMES[:3]), batch(NAMES[:3])
     parts = eq.fusion.modality_contributions(made, inputs | {"image": None})
     torch.testing.assert_close(sum(parts.values()), made.eval()(inputs | {"image": None}).logits.detach(), **EXACT)
@@ -57,7 +57,7 @@ def test_a_whole_modality_missing_has_its_share_of_the_rest_alone():
     torch.testing.assert_close(parts["image"], rest.detach().expand(5, -1), **EXACT)
 
 
-def test_a_rotated_query_counts():
+def test_rotated_query_is_used():
     made, inputs = model(), batch()
     balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0, rho=2.0)
     before = eq.fusion.modality_contributions(made, inputs)
@@ -79,7 +79,7 @@ def test_static_sums(kind):
     torch.testing.assert_close(sum(parts.values()), output.logits.detach(), **EXACT)
 
 
-def test_tokens_do_as_well_as_a_batch():
+def test_tokens_instead_of_a_batch():
     made, inputs = model(), batch()
     from_tokens = eq.fusion.modality_contributions(made, made.encode(inputs))
     for name, part in eq.fusion.modality_contributions(made, inputs).items():
@@ -115,12 +115,12 @@ def test_leaves_no_trace(crash):
         (lambda: other(eq.fusion.FiLM(DIM)), r"got FiLM\."),
     ],
 )
-def test_logits_that_are_no_sum(made, message):
+def test_logits_that_are_not_a_sum_raise(made, message):
     with pytest.raises(ConfigError, match=message):
         eq.fusion.modality_contributions(made(), batch())
 
 
-def test_a_head_that_is_not_linear():
+def test_nonlinear_head_raises():
     made = model()
     made.head = nn.Sequential(made.head, nn.Tanh())
     with pytest.raises(ConfigError, match=r"got JointAttention with a head Sequential\. The head must be linear"):

@@ -1,4 +1,4 @@
-"""What a mask hides has no influence on outputs and gradients of models, fusions, encoders; which masks are valid."""
+"""Masked values do not affect outputs and gradients of models, fusions and encoders; valid masks."""
 
 import inspect
 import math
@@ -94,7 +94,7 @@ class TestModel:
         }
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16])
-    def test_boolean_and_0_1_masks_are_one(self, dtype):
+    def test_boolean_and_0_1_masks_are_equivalent(self, dtype):
         model, batch = self.model(), self.batch()
         mask = torch.rand(BATCH, LENGTHS["audio"], generator=torch.Generator().manual_seed(1)) < 0.6
         wanted = model({**batch, "mask": {"audio": mask}}).logits
@@ -112,17 +112,17 @@ class TestModel:
         ],
     )
     @pytest.mark.parametrize("tokens", [False, True])
-    def test_additive_masks_are_refused(self, mask, got, tokens):
+    def test_additive_masks_raise(self, mask, got, tokens):
         mask = mask[:, None].expand(-1, LENGTHS["audio"]) if tokens else mask
         with pytest.raises(ShapeError, match=rf"mask of 'audio': expected .* all 0 and 1, .*got {got}\. True = valid"):
             self.model()({**self.batch(), "mask": {"audio": mask}})
 
-    def test_whole_numbers_of_zero_say_that_nothing_is_there(self):
+    def test_integer_zeros_mask_everything(self):
         output = self.model()({**self.batch(), "mask": {"audio": torch.zeros(BATCH, dtype=torch.int64)}})
         assert not output.tokens["audio"].present().any()
 
     @pytest.mark.parametrize("mask", [torch.zeros(5, 5), torch.full((BATCH, 2), -math.inf), torch.ones(2), "rubbish"])
-    def test_masks_of_what_is_not_read_are_ignored(self, mask):
+    def test_masks_of_unused_modalities_are_ignored(self, mask):
         batch = self.batch()
         alone = self.model(("audio",))
         wanted = alone({"audio": batch["audio"]}).logits
@@ -132,7 +132,7 @@ class TestModel:
         wanted = both(batch).logits
         assert torch.equal(both({**batch, "mask": {"image": mask}}).logits, wanted)
 
-    def test_masks_of_what_is_read_are_not(self):
+    def test_invalid_masks_of_used_modalities_raise(self):
         model, batch = self.model(), self.batch()
         model({**batch, "touch": torch.zeros(3), "mask": {"touch": torch.full((1,), -math.inf)}})
         with pytest.raises(ConfigError, match="FusionModel mask: expected a known modality, got 'touch'"):
@@ -146,7 +146,7 @@ class TestModel:
         with pytest.raises(ShapeError, match="mask of 'image'"):
             taught({**batch, "mask": {"image": torch.zeros(BATCH)}})
 
-    def test_a_unimodal_fusion_takes_others_of_any_size(self):
+    def test_unimodal_fusion_accepts_other_modalities_of_any_size(self):
         fusion = eq.fusion.Unimodal(DIM, modality="image").build(("audio", "image"))
         tokens = sequences(("image",), dtype=torch.float32)
         output = fusion({"audio": Tokens(torch.full((7, 2, 5), math.nan)), **tokens})
@@ -154,7 +154,7 @@ class TestModel:
 
     @pytest.mark.parametrize("fill", [math.nan, math.inf])
     @pytest.mark.parametrize("encoder", [nn.Conv2d(3, DIM, 2), nn.LSTM(5, DIM, batch_first=True)])
-    def test_whole_samples_that_are_missing(self, encoder, fill):
+    def test_missing_samples(self, encoder, fill):
         """An encoder that mixes tokens is given zeros in place of a missing sample."""
 
         class Encoder(nn.Module):
@@ -177,7 +177,7 @@ class TestModel:
             found.append(derived((model(batch).logits,), [p for p in model.parameters() if p.requires_grad]))
         assert_equal_and_finite(found[1], found[0])
 
-    def test_channels_are_no_tokens(self):
+    def test_channels_are_not_tokens(self):
         """As many tokens come out as channels go in: a mask of tokens leaves the picture whole."""
         encoder = nn.Sequential(nn.Conv2d(2, DIM, 2, stride=2), nn.Flatten(2))
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ class TestModel:
         output = model({"image": picture, "mask": {"image": mask}})
         torch.testing.assert_close(output.features, encoder(picture)[..., 0])
 
-    def test_an_encoder_that_takes_masks_and_returns_none(self):
+    def test_encoder_that_accepts_but_does_not_return_masks(self):
         class Inner(nn.Linear):
             def forward(self, input, mask=None):
                 return super().forward(input)
@@ -214,7 +214,7 @@ class _Transposed(nn.Module):
 
 
 class TestEncoders:
-    def test_every_encoder_with_a_mask_is_here(self):
+    def test_every_encoder_with_a_mask_is_tested(self):
         import equipoise.encoders as package
 
         kinds = inspect.getmembers(package, inspect.isclass)
@@ -259,7 +259,7 @@ class TestEncoders:
             given = {"inputs_embeds": vectors.masked_fill(mask[..., None] == 0, value), "attention_mask": mask}
             assert encoder(given).values.isfinite().all()
 
-    def test_backbone_of_sound(self):
+    def test_audio_backbone(self):
         """The time of mel spectrograms comes last."""
         encoder = Backbone.__new__(Backbone)
         mask = torch.tensor([[True, True, False], [True, False, False]])
@@ -269,7 +269,7 @@ class TestEncoders:
 
 
 class TestHelpers:
-    def test_types_that_are_no_masks(self):
+    def test_invalid_mask_dtypes_raise(self):
         for mask, got in (([True], "list"), (torch.ones(2, dtype=torch.complex64), "torch.complex64")):
             with pytest.raises(ShapeError, match=f"here: expected a mask, got {got}"):
                 bool_mask(mask, "here", "a mask", numbers=True)
@@ -277,7 +277,7 @@ class TestHelpers:
             bool_mask(torch.ones(2).bool(), "here", "a mask", shape=(3,))
         assert bool_mask(torch.zeros(0), "here", "a mask", numbers=True).dtype == torch.bool
 
-    def test_a_loss_of_nothing_is_exactly_0(self):
+    def test_loss_without_terms_is_exactly_0(self):
         values = [torch.full((2, 3), math.nan), torch.tensor(math.inf).half(), torch.zeros(0, 5, dtype=torch.float64)]
         loss = zero_loss([value.requires_grad_() for value in values])
         assert (float(loss.detach()), loss.dtype) == (0.0, torch.float64)

@@ -1,4 +1,4 @@
-"""MBT: loops, what crosses the bottleneck and when, whose logits, errors."""
+"""MBT: loops, information flow through the bottleneck, contributions to logits, errors."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_forward(exchange, masked, cls, count):
     assert fusion.contributions(output, torch.nn.Linear(fusion.out_dim, OUTPUTS)) is None
 
 
-def test_parts_after_autocast():
+def test_contributions_after_autocast():
     fusion, tokens = built(MBT, NAMES[:2], dtype=torch.float32), sequences(NAMES[:2], dtype=torch.float32)
     head = fusion.head(OUTPUTS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -72,7 +72,7 @@ def test_without_bottleneck_tokens_modalities_are_independent(depth):
     ("depth", "options", "crosses"),
     [(1, {}, False), (2, {}, True), (3, {}, True), (1, {"exchange": "cross"}, True), (2, {"bottlenecks": 1}, True)],
 )
-def test_what_crosses_from_one_modality_to_the_other_needs_a_second_layer(depth, options, crosses):
+def test_exchange_between_modalities_needs_a_second_layer(depth, options, crosses):
     fusion, tokens = built(MBT, NAMES[:2], depth=depth, **options), sequences(NAMES[:2])
     for part in tokens.values():
         part.values.requires_grad_()
@@ -85,7 +85,7 @@ def test_what_crosses_from_one_modality_to_the_other_needs_a_second_layer(depth,
     assert crosses or perturbed(fusion) == 0
 
 
-def test_a_sample_that_lacks_a_modality_is_scored_by_the_others_alone():
+def test_missing_modality_is_excluded_from_the_logits():
     both, alone = built(MBT, NAMES[:2]), MBT(DIM).build(NAMES[:1]).double().eval()
     own = {name: value for name, value in both.state_dict().items() if "image" not in name}
     alone.load_state_dict(own)
@@ -98,7 +98,7 @@ def test_a_sample_that_lacks_a_modality_is_scored_by_the_others_alone():
 
 @pytest.mark.parametrize("exchange", ["bottleneck", "cross"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
-def test_order_leaves_logits(exchange, order):
+def test_order_of_modalities_does_not_change_logits(exchange, order):
     tokens = sequences(NAMES[:3], masked=True)
     one = built(MBT, NAMES[:3], exchange=exchange)
     other = MBT(DIM, exchange=exchange).build(tuple(NAMES[m] for m in order)).double().eval()

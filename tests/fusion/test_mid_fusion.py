@@ -1,4 +1,4 @@
-"""Mid fusion: loops, trained blocks that go on as fused ones, RollingQ in the last of them, order, errors."""
+"""Mid fusion: loops, initialization with trained blocks, RollingQ in the last block, order, errors."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def test_forward(masked, shortcut, count, depth):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
-def test_order_permutes_shares_and_leaves_features(order):
+def test_order_permutes_shares_but_not_features(order):
     tokens = sequences(NAMES[:3], masked=True)
     one = built(MidFusion, NAMES[:3])
     other = MidFusion(DIM).build(tuple(NAMES[m] for m in order)).double().eval()
@@ -40,7 +40,7 @@ def test_order_permutes_shares_and_leaves_features(order):
     torch.testing.assert_close(other(tokens).share, one(tokens).share[..., list(order)], **SINGLE)
 
 
-def test_a_trained_encoder_goes_on_in_the_fusion():
+def test_start_from_reuses_trained_blocks():
     torch.manual_seed(0)
     encoder = eq.encoders.SequenceEncoder(3, max_length=5, dim=DIM, depth=3, heads=2).double().eval()
     fusion = MidFusion(DIM, depth=2, heads=2).build(("audio",)).double().eval()
@@ -62,7 +62,7 @@ def test_a_trained_encoder_goes_on_in_the_fusion():
     assert not {id(p) for p in fusion.parameters()} & {id(p) for p in encoder.parameters()}
 
 
-def test_rollingq_turns_the_last_block():
+def test_rollingq_rotates_the_last_block():
     torch.manual_seed(0)
     encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
     model = eq.FusionModel(encoders, MidFusion(DIM, heads=2), OUTPUTS)

@@ -1,4 +1,4 @@
-"""MMML: loops, the size of a layer, head, readout, order, errors; RollingQ on its readout is in test_mult."""
+"""MMML: loops, size of a layer, head, readout, order, errors; test_mult tests RollingQ on its readout."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_parameters_of_a_layer():
     assert sum(p.numel() for p in layer.parameters()) == 2 * (16 * 14**2 + 19 * 14)
 
 
-def test_both_streams_read_the_layers_inputs():
+def test_both_streams_attend_to_the_inputs_of_the_layer():
     # Were they updated one after the other, the second would see what the first has become.
     fusion, tokens = built(MMML, NAMES[:2]), sequences(NAMES[:2])
     layer = fusion.layers[0]

@@ -1,4 +1,4 @@
-"""MODA: the identity with MidFusion at the start, loops over merges, what the class token sees, options, errors."""
+"""MODA: equal to MidFusion at initialization, loops over merges, attention of the class token, options, errors."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ MERGES = ("mass", "gate", "sum", "concat")
 @pytest.mark.parametrize(
     "options", [{}, {"fuse": "add"}, {"basis": "covariance", "norm": "spectral", "mix": "learned"}]
 )
-def test_as_it_starts_it_is_mid_fusion(count, dtype, options):
+def test_equals_mid_fusion_at_initialization(count, dtype, options):
     names = NAMES[:count]
     tokens = sequences(names, masked=True, dtype=dtype)
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def by_hand(fusion, tokens):
 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_by_hand_out_of_its_parts(merge, count):
+def test_equals_its_components(merge, count):
     names = NAMES[:count]
     fusion, tokens = built(MODA, names, merge=merge, heads=2, depth=3), sequences(names)
     features = fusion(tokens).features
@@ -69,7 +69,7 @@ def test_by_hand_out_of_its_parts(merge, count):
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_every_merge_learns_and_ignores_padding(merge):
+def test_every_merge_is_trainable_and_ignores_padding(merge):
     names = NAMES[:2]
     fusion, tokens = built(MODA, names, merge=merge, fuse="add"), sequences(names, masked=True)
     features = fusion(tokens).features
@@ -84,7 +84,7 @@ def test_gradients():
     assert right_gradients(built(MODA, NAMES[:2], heads=2, merge="gate"))
 
 
-def test_order_permutes_shares_and_leaves_features():
+def test_order_permutes_shares_but_not_features():
     tokens, order = sequences(NAMES[:3], masked=True), (2, 0, 1)
     one = built(MODA, NAMES[:3])
     other = MODA(DIM).build(tuple(NAMES[m] for m in order)).double().eval()
@@ -94,7 +94,7 @@ def test_order_permutes_shares_and_leaves_features():
     torch.testing.assert_close(other(tokens).share, one(tokens).share[..., list(order)], **SINGLE)
 
 
-def test_hidden_keys_take_attention_where_they_are_asked_to():
+def test_pseudo_attention_of_hidden_keys():
     tokens = sequences(NAMES[:2], masked=True)
     plain, soaked = (built(MODA, NAMES[:2], pseudo=pseudo) for pseudo in ("none", "all_masked"))
     assert not torch.allclose(plain(tokens).features, soaked(tokens).features)
@@ -108,7 +108,7 @@ def test_directions_by_name():
     assert [part.directions for part in aligners] == [(2,), (2,)]
 
 
-def test_the_watch_sees_aligned_keys_and_the_share_is_theirs():
+def test_watch_records_aligned_keys_and_their_share():
     fusion, tokens = built(MODA, NAMES[:2], heads=2), sequences(NAMES[:2])
     model = eq.FusionModel({n: torch.nn.Identity() for n in NAMES[:2]}, fusion, 3).double().eval()
     with eq.watch(model) as seen:

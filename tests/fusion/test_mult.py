@@ -1,4 +1,4 @@
-"""MulT and the readout on top of it: loops, order, causality, what RollingQ finds there, errors."""
+"""MulT and its readout attention: loops, order, causality, RollingQ on the readout, errors."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def test_forward(count, depth, causal, masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_readout_reads_the_final_streams(count, masked):
+def test_readout_attends_to_the_final_streams(count, masked):
     tokens = sequences(NAMES[:count], masked=masked)
     fusion = built(MulT, NAMES[:count], readout="attention", readout_heads=2, **SMALL)
     pooled, streams = mult(doubles(fusion), tokens, heads=3, depth=1)
@@ -54,7 +54,7 @@ def test_head_is_a_residual_layer_and_a_linear_one():
     torch.testing.assert_close(head(h), residual_head(doubles(head), h), **EXACT)
 
 
-def test_a_missing_source_says_the_same_whatever_stands_in_its_place():
+def test_missing_source_does_not_depend_on_its_values():
     fusion = built(MulT, NAMES[:2], causal=True, **SMALL)
     tokens = sequences(NAMES[:2])
     absent = Tokens(tokens["image"].values, mask=torch.zeros(3, 2, dtype=torch.bool))
@@ -89,7 +89,7 @@ def test_order_permutes_shares_and_parts_of_the_features(order):
     torch.testing.assert_close(moved(after.features), head(before.features), **EXACT)
 
 
-def test_causal_rows_do_not_see_what_comes_later():
+def test_causal_attention():
     torch.manual_seed(0)
     encoder = CrossEncoder(6, 2, 3).double().eval()
     target, source = torch.randn(2, 1, 5, 6, dtype=torch.float64)
@@ -144,7 +144,7 @@ def small_model(kind, **options):
 
 
 @pytest.mark.parametrize("kind", [eq.fusion.MulT, eq.fusion.MMML])
-def test_rollingq_turns_the_readout(kind):
+def test_rollingq_rotates_the_readout(kind):
     model = small_model(kind, readout="attention")
     with torch.no_grad():
         # At its start the class token is short; made longer, there is an imbalance to see.
@@ -162,7 +162,7 @@ def test_rollingq_turns_the_readout(kind):
 
 
 @pytest.mark.parametrize("kind", [eq.fusion.MulT, eq.fusion.MMML])
-def test_without_readout_there_is_no_attention_for_rollingq(kind):
+def test_rollingq_without_readout_raises(kind):
     model = small_model(kind)
     assert not hasattr(model.fusion, "attention")
     with pytest.raises(AttributeError, match="no attribute 'attention'"):

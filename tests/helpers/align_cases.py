@@ -1,4 +1,4 @@
-"""Every connector and every loss of the package, small, with values under its masks that the tests choose.
+"""Small cases of every connector and every loss of the package, with chosen values under their masks.
 
 A case takes a type and a number to stand under every mask, and returns its module (or None), the tensors whose
 gradients are compared, and a function that returns the outputs. The tests demand a case for every module and function

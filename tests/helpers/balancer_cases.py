@@ -1,4 +1,4 @@
-"""How the batteries make each balancer, and a training loop as users write it."""
+"""Constructors of every balancer for the shared tests, and a typical training loop."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Training loops that are disturbed in some way, and the same loops left alone: both must end with the same weights."""
+"""Training loops with a disturbance, and the same loops without it: both must end with equal weights."""
 
 import inspect
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Attention whose maps between modalities are known, because queries and keys were set by hand."""
+"""Attention with known maps between modalities, from queries and keys that are set by hand."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Models whose use of their modalities is known because their weights were set by hand, and data that they answer."""
+"""Models with known use of their modalities, from weights that are set by hand, and matching data."""
 
 import torch
 from torch import nn

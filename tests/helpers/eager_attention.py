@@ -1,4 +1,4 @@
-"""Every attention matrix that a model computes, taken by hooks of the tests' own, module by module."""
+"""Collects every attention matrix of a model with independent hooks, module by module."""
 
 import math
 from typing import Any

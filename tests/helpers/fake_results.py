@@ -1,4 +1,4 @@
-"""Results as a comparison on AV digits writes them, drawn from a fixed generator: for tests of figures and report."""
+"""Results in the format of a comparison on AV digits, drawn from a fixed generator: for tests of figures and report."""
 
 import numpy as np
 

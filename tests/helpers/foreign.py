@@ -1,4 +1,4 @@
-"""Attention modules as other libraries write them, with projections that have names of their own."""
+"""Attention modules in the style of other libraries, with other names of the projections."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Small fusions and token sequences that the tests of the fusions share."""
+"""Small fusions and token sequences for the tests of the fusions."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Damaged files and random command lines, seeded; run as a script it prints what they do, by kind.
+"""Damaged files and random command lines, seeded; as a script it prints the outcomes by kind.
 
 ``python tests/helpers/fuzzing.py 500`` damages 500 files and runs 500 command lines.
 """

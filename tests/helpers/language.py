@@ -1,4 +1,4 @@
-"""Small vision-language models over few scenes."""
+"""Small vision-language models on a few scenes."""
 
 from functools import lru_cache
 

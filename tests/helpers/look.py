@@ -1,4 +1,4 @@
-"""A tiny random LLaVA and a tiny Llama, as folders that hold everything a published model's folder holds."""
+"""A tiny random LLaVA and a tiny Llama, as folders with the files of a published model."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What the tests of masked values share: numbers to stand under masks, and what is compared."""
+"""Common parts of the tests of masked values: the values under masks, and the comparison."""
 
 import math
 

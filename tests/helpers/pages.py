@@ -1,4 +1,4 @@
-"""What tests of HTML pages share: texts that try to inject markup, and a script that measures contrast."""
+"""Common parts of the tests of HTML pages: texts that try to inject markup, and a script that measures contrast."""
 
 EVIL = (
     "<img src=x onerror=alert(1)>",

@@ -1,4 +1,4 @@
-"""The processes of a test: they meet over a file, wait for each other, and leave at once."""
+"""Processes for a test: they rendezvous through a file, synchronize, and exit together."""
 
 import os
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Tiny random CLIP, SigLIP and BLIP-2 with processors, as folders that hold what a published model's folder holds."""
+"""Tiny random CLIP, SigLIP and BLIP-2 with processors, as folders with the files of a published model."""
 
 import torch
 import transformers as hf

@@ -1,4 +1,4 @@
-"""A shared space of a few emoji whose vectors are known, and the folder of a run that has it."""
+"""A shared embedding space of a few emoji with known vectors, and the folder of a run that contains it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small models of any fusion, and single optimizer steps on them, for the tests of methods that change gradients."""
+"""Small models with any fusion, and single optimizer steps, for the tests of methods that change gradients."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The one table of tolerances: what rounding may cost in each type."""
+"""Tolerances of all tests: the rounding error allowed for each dtype."""
 
 import torch
 

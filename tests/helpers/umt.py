@@ -1,4 +1,4 @@
-"""Teachers for UMT: encoders with dropout, so that a teacher in training mode would be noticed."""
+"""Teachers for UMT: encoders with dropout, so that the tests notice a teacher in training mode."""
 
 import torch
 from torch import nn

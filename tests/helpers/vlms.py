@@ -1,4 +1,4 @@
-"""Tiny random models of Hugging Face families, with inputs; made in the test, nothing is loaded."""
+"""Tiny random models of Hugging Face families with inputs, created without downloads."""
 
 import torch
 import transformers as hf

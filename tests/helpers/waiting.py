@@ -1,4 +1,4 @@
-"""Waiting for events: a condition, or the end of processes. No test waits for a number of seconds."""
+"""Waiting for events, such as a condition or the end of processes, without fixed delays."""
 
 import os
 import select

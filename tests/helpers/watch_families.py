@@ -1,4 +1,4 @@
-"""Multimodal families of transformers for the sweep of ``eq.watch``: tiny models, inputs in two forms, own labels."""
+"""Multimodal families of transformers for the tests of ``eq.watch``: tiny models, two kinds of inputs, labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Compares ``eq.watch`` with matrices and labels that come from elsewhere."""
+"""Compares ``eq.watch`` with matrices and labels from independent code."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""look: shares, maps and effects against written-out attention, in models of many families; what users get wrong."""
+"""``eq.look``: shares, maps and effects against explicit attention, in models of many families; user errors."""
 
 import base64
 import io
@@ -71,7 +71,7 @@ def test_shares_are_sums_of_the_matrix(seen, written_out, part):
             close(view.uniform[layer, m], sum(even) / len(even))
 
 
-def test_sinks_are_the_tokens_that_get_most_over_all_layers(seen, written_out):
+def test_sinks_are_the_most_attended_tokens_over_all_layers(seen, written_out):
     attentions, _, ids, length = written_out
     rows = queries("answer", length, len(ids))
     mean = sum(attention[:, rows].mean(dim=(0, 1)) for attention in attentions) / len(attentions)
@@ -100,7 +100,7 @@ def test_maps_are_rows_of_the_matrix(seen, written_out):
             torch.testing.assert_close(maps.mean[number, layer].double(), wanted.mean(dim=0), **half)
 
 
-def test_maps_come_out_of_json_as_they_went_in(seen):
+def test_maps_survive_the_json_round_trip(seen):
     for name in ("mean", "by_head"):
         packed = json.loads(json.dumps(seen.to_dict()))["maps"][name]
         values = np.frombuffer(base64.b64decode(packed["float16"]), dtype="<f2").reshape(packed["shape"])
@@ -131,7 +131,7 @@ def approx():
     return {"rel": TOL[torch.float32]["rtol"], "abs": TOL[torch.float32]["atol"]}
 
 
-def test_a_given_answer_is_read_as_a_written_one(model, seen):
+def test_given_answer_equals_generated_answer(model, seen):
     again = look(model, processor(), image=picture(), text=QUESTION, answer=seen.answer, exclude_top_k=TOP)
     assert (seen.given, again.given, again.answer) == (False, True, seen.answer)
     assert [token.text for token in again.tokens] == [token.text for token in seen.tokens]
@@ -163,13 +163,13 @@ def test_rows_table_and_file_agree(seen, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_the_model_sees_of_the_picture_is_framed(seen):
+def test_cropped_image_area_is_reported(seen):
     assert seen.grid[:3] == (3, 3, True)
     assert seen.frame == pytest.approx(((26 - 18) / 2 / 26, 0, (26 + 18) / 2 / 26, 1))
     assert Image.open(io.BytesIO(seen.image)).size == (26, 18)
 
 
-def test_chosen_layers_alone(model):
+def test_selected_layers_only(model):
     some = look(model, processor(), image=picture(), text=QUESTION, answer="cat", layers="*layers.1.*")
     assert some.layers == ("model.language_model.layers.1.self_attn",)
     assert some.maps.layers == (0,)
@@ -185,7 +185,7 @@ def test_the_chat_template_is_used_unless_the_text_has_a_placeholder(model):
     assert [token.modality for token in own.tokens] == ["text", *["image"] * 9, "text", "text"]
 
 
-def test_a_model_of_text_alone(tmp_path):
+def test_text_only_model(tmp_path):
     alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
     assert (alone.target, alone.grid, alone.image, alone.names) == (None, None, None, ("text",))
     assert torch.allclose(alone.views["answer"].share, torch.ones(2, 4, 1), **TOL[torch.float32])
@@ -198,7 +198,7 @@ def hooks(model):
     return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()]
 
 
-def test_nothing_of_the_model_is_changed(model):
+def test_model_is_not_changed(model):
     torch.manual_seed(3)
     model.train()
     before, modes = torch.get_rng_state(), [part.training for part in model.modules()]
@@ -259,7 +259,7 @@ def test_families(name, tmp_path):
     close(long[:, : short.shape[1]], short)
 
 
-def test_layers_that_read_another_stream_have_shares_and_no_maps(tmp_path):
+def test_cross_attention_layers_have_shares_but_no_maps(tmp_path):
     model, inputs = family("mllama")
     found = look(model, Given(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
     assert [site.split(".")[-1] for site in found.layers] == ["self_attn", "cross_attn"]
@@ -279,7 +279,7 @@ def test_grids():
     assert "not a square number" in patch_grid(7, {}, None).why
 
 
-def test_words_keep_the_space_before_them():
+def test_tokens_keep_their_leading_space():
     class Pieces:
         def convert_ids_to_tokens(self, number):
             return ["\u2581mat", "s", "\u0120on", "<0xE2>"][number]
@@ -303,12 +303,12 @@ def test_words_keep_the_space_before_them():
         ({"image": picture(), "layers": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told(model, options, message):
+def test_mismatched_inputs_raise(model, options, message):
     with pytest.raises(ConfigError, match=message):
         look(model, processor(), **{"text": QUESTION, **options})
 
 
-def test_a_picture_for_a_model_of_text_is_told():
+def test_image_for_a_text_model_raises():
     with pytest.raises(ConfigError, match=r"expected inputs of LlamaForCausalLM: text, got image\. Omit image"):
         look(llama(), tokenizer(), image=picture(), text=QUESTION)
 
@@ -321,7 +321,7 @@ def test_a_picture_for_a_model_of_text_is_told():
         ("cut", "expected a complete image, as PNG, JPEG or WebP.* Is the file truncated"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_told(model, content, message, tmp_path):
+def test_unreadable_image_raises(model, content, message, tmp_path):
     path = tmp_path / "cat.png"
     if content == "cut":
         picture(200, 100).save(path)
@@ -332,7 +332,7 @@ def test_a_picture_that_cannot_be_read_is_told(model, content, message, tmp_path
         look(model, processor(), image=path, text=QUESTION)
 
 
-def test_a_sound_is_read_at_the_models_rate(tmp_path):
+def test_audio_is_resampled_to_the_rate_of_the_model(tmp_path):
     import soundfile
 
     from equipoise.data.media_files import read_audio

@@ -1,4 +1,4 @@
-"""load_any: hub, folders with and without weights, processors with parts missing; and the command around it."""
+"""``load_pretrained``: Hub, folders with and without weights, incomplete processors; and the command ``look``."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def weights(model):
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
-def test_a_folder_is_loaded_as_it_was_saved(folder):
+def test_loading_restores_the_saved_folder(folder):
     model, made = load_pretrained(folder, device="cpu")
     assert type(model) is hf.LlavaForConditionalGeneration
     assert torch.equal(weights(model), weights(llava()))
@@ -48,7 +48,7 @@ def test_a_folder_is_loaded_as_it_was_saved(folder):
     assert made(images=picture(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
 
 
-def test_random_weights_need_a_configuration_alone_and_are_always_the_same(folder, bare):
+def test_random_weights_need_only_a_configuration_and_are_deterministic(folder, bare):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, second, third = (load_pretrained(place, random=True).model for place in (bare, bare, folder))
@@ -62,7 +62,7 @@ def test_random_weights_need_a_configuration_alone_and_are_always_the_same(folde
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "blip2"])
-def test_a_configuration_and_nothing_else(name, tmp_path, capsys):
+def test_folder_with_only_a_configuration(name, tmp_path, capsys):
     config = family(name)[0].config
     config.get_text_config().vocab_size = 300
     config.save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_a_configuration_and_nothing_else(name, tmp_path, capsys):
         ("qwen2_vl", 300, "images of any size"),
     ],
 )
-def test_what_needs_a_processor_is_told(name, words, got, tmp_path):
+def test_missing_processor_raises(name, words, got, tmp_path):
     config = family(name)[0].config
     config.get_text_config().vocab_size = words
     config.save_pretrained(tmp_path)
@@ -96,14 +96,14 @@ def test_what_needs_a_processor_is_told(name, words, got, tmp_path):
         look(*load_pretrained(tmp_path, random=True), image=picture(), text="what?", answer="cat")
 
 
-def test_a_dtype_can_be_chosen(folder):
+def test_dtype_option(folder):
     model, made = load_pretrained(folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     found = look(model, made, image=picture(), text=QUESTION, answer="cat")
     assert found.views["answer"].share.dtype == torch.float32
 
 
-def test_a_model_of_text_has_a_tokenizer_for_a_processor(tmp_path):
+def test_text_model_uses_a_tokenizer(tmp_path):
     llama().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     model, made = load_pretrained(tmp_path)
@@ -111,7 +111,7 @@ def test_a_model_of_text_has_a_tokenizer_for_a_processor(tmp_path):
     assert look(model, made, text=QUESTION, answer="a cat").answer == "a cat"
 
 
-def test_a_processor_whose_part_for_videos_cannot_be_had(tmp_path):
+def test_processor_without_its_video_part(tmp_path):
     """Without torchvision transformers has no video processors, and its Qwen-VL processors cannot be built whole."""
     model, _ = family("qwen2_vl")
     model.config.text_config.vocab_size = 97
@@ -139,7 +139,7 @@ def qwen_words():
     return inner
 
 
-def test_what_cannot_be_loaded_is_told(tmp_path, folder, monkeypatch):
+def test_unloadable_models_raise(tmp_path, folder, monkeypatch):
     with pytest.raises(DataError, match=r"look: expected a folder with config.json, got"):
         load_pretrained(tmp_path)
     shutil.copytree(folder, tmp_path / "pickled")
@@ -168,13 +168,13 @@ def test_what_cannot_be_loaded_is_told(tmp_path, folder, monkeypatch):
         load_pretrained(tmp_path / "whisper")
 
 
-def test_a_name_that_the_hub_does_not_give_is_told(monkeypatch):
+def test_unknown_hub_name_raises(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"a folder or a name on the hub with config.json.*the connection to the hub"):
         load_pretrained("nobody/nothing-of-this-name")
 
 
-def test_weights_that_are_missing_are_told(folder, tmp_path):
+def test_missing_weights_raise(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, tmp_path / "less")
@@ -193,7 +193,7 @@ def test_weights_that_are_missing_are_told(folder, tmp_path):
         ({"device": "abacus"}, "look device: expected an available device"),
     ],
 )
-def test_options_that_do_not_exist_are_told(folder, options, message):
+def test_unknown_options_raise(folder, options, message):
     with pytest.raises(ConfigError, match=message):
         load_pretrained(folder, **options)
 
@@ -208,7 +208,7 @@ def run(*arguments):
     return command(look_parser().parse_args([str(argument) for argument in arguments]))
 
 
-def test_the_command_writes_numbers_and_page(folder, tmp_path, capsys):
+def test_command_writes_results_and_page(folder, tmp_path, capsys):
     arguments = (folder, "--image", folder / "cat.png", "--text", QUESTION, "--max_new_tokens", 2, "--out", tmp_path)
     assert run(*arguments, "--device", "cpu", "--layers", "*layers.0.*, *layers.2.*", "--exclude_top_k", 1) == 0
     said = capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_the_command_writes_numbers_and_page(folder, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"look.json", "report.html"}
 
 
-def test_the_command_says_that_weights_are_random(bare, folder, tmp_path, capsys):
+def test_command_reports_random_weights(bare, folder, tmp_path, capsys):
     assert (
         run(bare, "--random", "--image", folder / "cat.png", "--text", QUESTION, "--answer", "cat", "--out", tmp_path)
         == 0
@@ -233,13 +233,13 @@ def test_the_command_says_that_weights_are_random(bare, folder, tmp_path, capsys
     assert "The weights are random" in (tmp_path / "report.html").read_text()
 
 
-def test_the_command_looks_at_the_picture_before_it_loads_a_model(tmp_path):
+def test_command_checks_the_image_before_loading_the_model(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"nothing")
     with pytest.raises(EquipoiseError, match=r"look image '.*cat\.png': expected an image"):
         run("nobody/nothing", "--image", tmp_path / "cat.png", "--text", QUESTION)
 
 
-def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
+def test_documentation_page_runs(folder, tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "look.md").read_text(encoding="utf-8")
     for heading in ("What the results mean", "When the results mislead", "Supported models"):
         assert f"\n## {heading}\n" in text
@@ -256,5 +256,5 @@ def test_the_page_of_the_docs_runs(folder, tmp_path, monkeypatch, capsys):
         assert option in look_parser().format_help()
 
 
-def test_the_processor_of_the_test_is_saved_whole(folder):
+def test_test_processor_is_saved_completely(folder):
     assert type(load_pretrained(folder).processor) is type(processor())

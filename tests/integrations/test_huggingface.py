@@ -1,4 +1,4 @@
-"""BalancerList under transformers' Trainer: as in a plain loop, accumulated, resumed, clipped after the balancers."""
+"""BalancerList in the Trainer of transformers: equal to a plain loop; accumulation, resuming, order of clipping."""
 
 import copy
 import json
@@ -92,7 +92,7 @@ def same(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_trainer_does_what_a_plain_loop_does(tmp_path):
+def test_trainer_equals_a_plain_loop(tmp_path):
     net = small()
     made = train(tmp_path, net, both(net), in_order=True)
     plain = small()
@@ -118,7 +118,7 @@ def test_trainer_does_what_a_plain_loop_does(tmp_path):
     assert [entry["step"] for entry in logged] == [5, 10, 15]
 
 
-def test_accumulated_batches_are_one_large_batch(tmp_path):
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
     options = {"num_train_epochs": 2, "in_order": True}
     large, parts = small(), small()
     train(tmp_path, large, both(large), **options)
@@ -157,7 +157,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         ),
     ],
 )
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(balancers, step, options, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_run(balancers, step, options, tmp_path):
     options = {name: value(12) if name == "fusion" else value for name, value in options.items()}
     val = torch.utils.data.DataLoader(samples(7, seed=1), 7)
 
@@ -177,7 +177,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(balancers, step, optio
     assert logs[0] == logs[1]
 
 
-def test_an_epoch_that_is_broken_off_does_not_end(tmp_path):
+def test_incomplete_epoch_does_not_call_end_epoch(tmp_path):
     made = small()
     balancers = both(made)
     train(tmp_path, made, balancers, max_steps=7)
@@ -198,7 +198,7 @@ def test_data_of_unknown_length(tmp_path):
     assert int(balancers[0].epoch) == 2
 
 
-def test_evaluation_is_the_tasks_loss_and_teaches_nobody(tmp_path):
+def test_evaluation_uses_the_task_loss_and_updates_no_balancer(tmp_path):
     made = small()
     balancers = both(made)
     run = trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
@@ -214,7 +214,7 @@ def test_evaluation_is_the_tasks_loss_and_teaches_nobody(tmp_path):
     assert set(run.model(**{name: whole[name] for name in ("audio", "image")})) == {"logits"}
 
 
-def test_the_best_model_comes_back_with_its_balancers(tmp_path):
+def test_best_model_is_loaded_with_its_balancers(tmp_path):
     made = small()
     balancers = both(made)
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
@@ -235,7 +235,7 @@ def test_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("page", ["hugging_face.md", "methods/encoders.md"])
-def test_the_pages_run(page, tmp_path, monkeypatch):
+def test_documentation_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -293,7 +293,7 @@ class Lit(pl.LightningModule):
         return torch.optim.SGD(self.made.parameters(), lr=0.1)
 
 
-def test_lightning_clips_where_the_callback_does(tmp_path):
+def test_lightning_clips_in_the_same_order(tmp_path):
     ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": 0.1})
     made = small(eq.fusion.Concat(12))
     before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
@@ -339,7 +339,7 @@ class Own(transformers.PreTrainedModel):
         return {"loss": self.balancing.loss(output, labels), "logits": output.logits}
 
 
-def test_a_model_of_ones_own_keeps_the_state_too(tmp_path):
+def test_custom_model_keeps_the_balancer_state(tmp_path):
     def run(folder, resume=None):
         made = Own(transformers.PreTrainedConfig())
         args = arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
@@ -355,7 +355,7 @@ def test_a_model_of_ones_own_keeps_the_state_too(tmp_path):
     same(run(tmp_path / "other", resume=str(tmp_path / "checkpoint-7")), straight)
 
 
-def test_the_state_dict_says_what_is_missing_and_what_is_too_much():
+def test_state_dict_reports_missing_and_unexpected_keys():
     def balanced(balancers):
         made = small()
         return eq.hf.BalancedModel(made, eq.BalancerList(made, balancers(made)))
@@ -406,7 +406,7 @@ def worker(rank, folder):
 
 
 @pytest.mark.distributed
-def test_two_processes_are_one_on_the_doubled_batch(tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
     made = small()
     alone = train(tmp_path / "alone", made, both(made), in_order=True, num_train_epochs=2)
@@ -459,7 +459,7 @@ def test_errors_before_training(options, message):
         begin(**options)
 
 
-def test_what_is_allowed():
+def test_allowed_configurations():
     begin()
     begin(clip=0.5, max_grad_norm=None)
     begin(clip=0.5, max_grad_norm=float("inf"), fp16=True)
@@ -468,7 +468,7 @@ def test_what_is_allowed():
     begin(balancers=lambda made: [eq.balance.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)
 
 
-def test_the_balancing_of_another_model():
+def test_balancer_list_of_another_model_raises():
     made = small()
     callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
     wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
@@ -476,7 +476,7 @@ def test_the_balancing_of_another_model():
         callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
 
 
-def test_adam_and_foreign_balancings_are_told():
+def test_adam_and_other_balancer_lists_warn():
     made = small()
     callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
     args = SimpleNamespace(**ARGUMENTS)

@@ -1,4 +1,4 @@
-"""BalancerList in anybody's LightningModule, and balancers of one's own in Training."""
+"""BalancerList in a custom LightningModule, and custom balancers in Training."""
 
 import runpy
 import sys
@@ -54,7 +54,7 @@ def fit(module, source, *callbacks, epochs=2, **options):
 
 
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
-def test_balance_in_a_module_of_ones_own(statistics):
+def test_callback_in_a_custom_module(statistics):
     source = Made()
     mine = Mine(source)
     if statistics == "full_pass":
@@ -69,7 +69,7 @@ def test_balance_in_a_module_of_ones_own(statistics):
     assert int(balancer.epochs) == 3
 
 
-def test_balance_keeps_its_balancers_state():
+def test_callback_saves_the_balancer_state():
     one, other, third = (eq.balance.RollingQ(built(Made()).fusion.attention) for _ in range(3))
     one.epochs += 5
     state = eq.lightning.BalancerCallback(one).state_dict()
@@ -81,7 +81,7 @@ def test_balance_keeps_its_balancers_state():
         eq.lightning.BalancerCallback(other, third).load_state_dict(state)
 
 
-def test_a_balancer_that_would_be_left_idle_is_refused():
+def test_unused_balancer_raises():
     made = built(Made())
     with pytest.raises(
         ConfigError, match=r"the BalancerList of OGM, which acts in training steps, got OGM alone\. Return"
@@ -90,7 +90,7 @@ def test_a_balancer_that_would_be_left_idle_is_refused():
     assert len(eq.lightning.BalancerCallback(eq.BalancerList(made, [eq.balance.OGM(made)])).balancers) == 1
 
 
-def test_data_of_unknown_length_are_reviewed():
+def test_data_of_unknown_length_is_reviewed():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter([torch.ones(2)])
@@ -131,7 +131,7 @@ def gradients(balancer, fusion=None):
 
 
 @pytest.mark.parametrize("fusion", [None, lambda: eq.fusion.Concat(8)])
-def test_gradient_scale_is_a_factor_on_the_encoders_weights_alone(fusion):
+def test_gradient_scale_affects_only_encoder_weights(fusion):
     plain, scaled = (
         gradients(Probe(factors), fusion and fusion())
         for factors in (None, {"audio": torch.tensor(0.25), "image": 3.0})
@@ -142,7 +142,7 @@ def test_gradient_scale_is_a_factor_on_the_encoders_weights_alone(fusion):
     assert float(plain["model.encoders.audio.weight"].abs().max()) > 1e-4
 
 
-def test_penalty_is_added_to_the_loss_and_observe_sees_every_batch():
+def test_penalty_is_added_and_observe_gets_every_batch():
     probe = Probe(weight=2.0)
     with_penalty, without = gradients(probe), gradients(Probe())
     source = Made()
@@ -179,7 +179,7 @@ def test_tasks_with_three_modalities(task):
     assert found["metrics"][score] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_target_that_is_not_finite():
+def test_non_finite_target_raises():
     source = Made(task="regression")
     source.train.target[5] = torch.inf
     with pytest.raises(NonFiniteError, match=r"training, epoch 1, batch \d, target: expected finite values.*index 5\."):
@@ -213,7 +213,7 @@ def without_tokens(values):
 
 @pytest.mark.parametrize("encoder", [nn.Linear, Encoder])
 @pytest.mark.parametrize("mask_of", [without_sample, without_tokens])
-def test_values_under_a_mask_are_not_checked(mask_of, encoder):
+def test_masked_values_are_not_checked(mask_of, encoder):
     source = Made()
     options = TrainOptions(epochs=1, optimizer="sgd", learning_rate=0.1)
     batch = masked(source, mask_of=mask_of)
@@ -243,7 +243,7 @@ def fit_batches(module, batches):
         trainer.fit(module, loader, loader)
 
 
-def test_a_loss_that_explodes():
+def test_non_finite_loss_raises():
     source = Made()
     options = TrainOptions(epochs=9, optimizer="sgd", learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteError, match=r"although all inputs are finite\. Lower train\.learning_rate"):

@@ -1,4 +1,4 @@
-"""MODA in Hugging Face models: exact at the start, no leak, decoding as in one pass, files, LoRA, no trace, errors."""
+"""MODA in Hugging Face models: identity at initialization, causality, decoding, files, LoRA, removal, errors."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def logits(model, inputs, **more):
 
 @pytest.mark.parametrize("name", ["llama", "llava", "qwen2_vl", "gemma3", "blip2", "qwen2_audio"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_untrained_it_changes_nothing_and_leaves_no_trace(name, backend):
+def test_untrained_moda_is_the_identity_and_can_be_removed(name, backend):
     model, inputs = family(name)
     model.set_attn_implementation(backend)
     before, state, others = logits(model, inputs), set(model.state_dict()), hooks(model)
@@ -93,7 +93,7 @@ def test_decoding_equals_one_pass(name, scope, how):
 
 
 @pytest.mark.parametrize("scope", ["prefix", "causal"])
-def test_beams_keep_their_own_past(scope):
+def test_beam_search_reorders_the_cache(scope):
     model, inputs = whole("llava")
     trained(model, basis_scope=scope)
     given = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3, "do_sample": False,
@@ -105,7 +105,7 @@ def test_beams_keep_their_own_past(scope):
 
 @pytest.mark.parametrize(("scope", "first"), [("causal", 1), ("prefix", 8), ("all", None)])
 @pytest.mark.parametrize("name", ["llava", "llama"])
-def test_no_token_knows_the_future(name, scope, first):
+def test_no_information_from_later_tokens(name, scope, first):
     model, inputs = whole(name)
     given = {"modality": LABELS, "names": ("text", "image")} if name == "llama" else {}
     trained(model, basis_scope=scope, **given)
@@ -120,7 +120,7 @@ def test_no_token_knows_the_future(name, scope, first):
         assert not torch.equal(after[:, place:], before[:, place:])
 
 
-def test_the_prompt_is_the_prefix_where_it_is_told():
+def test_prompt_length_sets_the_prefix():
     model, inputs = whole("llava")
     trained(model, prefix="prompt")
     labels = inputs["input_ids"].clone()
@@ -133,7 +133,7 @@ def test_the_prompt_is_the_prefix_where_it_is_told():
     assert not torch.equal(logits(model, {**inputs, "input_ids": last}, labels=labels)[:, :10], before[:, :10])
 
 
-def test_files_hold_moda_alone(tmp_path):
+def test_files_contain_only_moda(tmp_path):
     model, inputs = whole("llava")
     moda = trained(model)
     moda.save(tmp_path / "moda.safetensors")
@@ -152,7 +152,7 @@ def test_files_hold_moda_alone(tmp_path):
         moda.load(tmp_path / "moda.safetensors")
 
 
-def test_only_moda_trains_also_with_checkpointed_gradients():
+def test_only_moda_is_trained_with_gradient_checkpointing():
     gradients = []
     for checkpointed in (False, True):
         model, inputs = whole("llava")
@@ -188,7 +188,7 @@ def test_lora(first):
     assert all("lora_" in name or ".moda." in name for name in learning)
 
 
-def test_the_watch_sees_aligned_keys():
+def test_watch_records_aligned_keys():
     model, inputs = whole("llava")
     with eq.watch(model) as before:
         logits(model, inputs)
@@ -214,7 +214,7 @@ def test_labels_of_every_batch():
     assert not torch.equal(other, before)
 
 
-def test_a_model_that_fails_leaves_the_interface_as_it_was(monkeypatch):
+def test_interface_is_restored_after_an_error(monkeypatch):
     from transformers import AttentionInterface
 
     model, inputs = whole("llava")
@@ -231,7 +231,7 @@ def test_a_model_that_fails_leaves_the_interface_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("merge", ["gate", "sum", "concat"])
-def test_other_merges_learn(merge):
+def test_other_merges_are_trainable(merge):
     model, inputs = family("llava")
     moda = trained(model, merge=merge, pseudo=PseudoAttention())
     model(**inputs, labels=inputs["input_ids"].clamp(max=79)).loss.backward()

@@ -1,4 +1,4 @@
-"""attend against the loops of oracles_attention, on every route, and what it promises about masks, types and errors."""
+"""attend on every code path against oracles.attention; masks, dtypes and errors."""
 
 import doctest
 import importlib
@@ -144,7 +144,7 @@ def test_shared_heads_under_a_mask(route, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_types(route, dtype):
+def test_dtypes(route, dtype):
     """The share of half precision inputs is as exact as that of float32."""
     inputs = _heads(dtype, grad=True)
     twins = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -174,7 +174,7 @@ def test_gradcheck(route, mask, is_causal):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-def test_a_row_without_keys_is_zero_and_so_are_its_gradients(route):
+def test_row_without_keys_is_zero_with_zero_gradient(route):
     inputs = _heads(torch.float32, grad=True)
     mask = torch.ones(B, Q, K, dtype=torch.bool)
     mask[1, 3] = False
@@ -188,7 +188,7 @@ def test_a_row_without_keys_is_zero_and_so_are_its_gradients(route):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_without_modality_rows_without_keys_are_zero_too(is_causal):
+def test_row_without_keys_is_zero_without_modality(is_causal):
     inputs = _heads(grad=True)
     for passed, plain in (MASKS["sample without keys"], MASKS["additive"]):
         output, share = attend(*inputs, mask=passed, is_causal=is_causal)
@@ -200,7 +200,7 @@ def test_without_modality_rows_without_keys_are_zero_too(is_causal):
             torch.testing.assert_close(got, right, **TOL[torch.float64])
 
 
-def test_without_modality_it_is_the_public_function():
+def test_without_modality_equals_torch():
     query, key, value = _heads(torch.float32, key_heads=H)
     for is_causal in (False, True):
         wanted = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
@@ -209,7 +209,7 @@ def test_without_modality_it_is_the_public_function():
 
 @pytest.mark.parametrize("shape", [(B, 0, K), (0, Q, K), (B, Q, 0)])
 @pytest.mark.parametrize("with_modality", [False, True])
-def test_nothing_to_attend(shape, with_modality):
+def test_no_keys(shape, with_modality):
     batch, queries, keys = shape
     query = torch.ones(batch, H, queries, D, requires_grad=True)
     key = torch.ones(batch, H, keys, D)
@@ -222,7 +222,7 @@ def test_nothing_to_attend(shape, with_modality):
     assert not grad.any()
 
 
-def test_dropout_touches_the_output_alone():
+def test_dropout_affects_only_the_output():
     inputs = _heads(torch.float32, queries=211, keys=K)
     still = attend(*inputs, modality=BLOCKS)
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_dropout_touches_the_output_alone():
 
 @pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_share_alone(route, modality, is_causal):
+def test_share_only(route, modality, is_causal):
     query, key, value = _heads(queries=37, key_heads=1)
     labels = MODALITIES[modality]
     options = {"modality": labels, "num_modalities": 3, "is_causal": is_causal, "scale": 0.3}
@@ -246,7 +246,7 @@ def test_the_share_alone(route, modality, is_causal):
     )
 
 
-def test_dropout_of_the_public_route():
+def test_dropout_without_modality():
     query, key, value = _heads(torch.float32)
     calm = attention._two_passes(query, key, value, BLOCKS, 3, None, False, 0.3, 0.0)
     shaken = attention._two_passes(query, key, value, BLOCKS, 3, None, False, 0.3, 0.9)
@@ -254,7 +254,7 @@ def test_dropout_of_the_public_route():
     assert not torch.allclose(shaken.output, calm.output)
 
 
-def test_a_learned_mask_gets_its_gradient():
+def test_learned_mask_has_a_gradient():
     query, key, value = _heads(queries=37)
     learned = torch.zeros(1, H, 37, K, dtype=torch.float64, requires_grad=True)
 
@@ -265,7 +265,7 @@ def test_a_learned_mask_gets_its_gradient():
     assert learned.grad is None
 
 
-def test_more_modalities_than_the_head_is_wide(route):
+def test_more_modalities_than_head_width(route):
     modality = torch.arange(K)
     query, key, value = _heads()
     share = attend(query, key, value, modality=modality).share
@@ -273,7 +273,7 @@ def test_more_modalities_than_the_head_is_wide(route):
     torch.testing.assert_close(share, attention_matrix, **TOL[torch.float64])
 
 
-def test_tiles_change_nothing(monkeypatch):
+def test_tiling_does_not_change_results(monkeypatch):
     monkeypatch.setattr(attention, "FEW_QUERIES", 0)
     inputs = _heads(key_heads=2)
     whole = attend(*inputs, modality=MIXED, mask=MASKS["additive"][0])
@@ -286,7 +286,7 @@ def test_tiles_change_nothing(monkeypatch):
     torch.testing.assert_close(pieces.share, whole.share, **TOL[torch.float64])
 
 
-def test_segments_alone_are_attention_within_a_modality():
+def test_segments_are_attention_within_a_modality():
     query, key, value = _heads()
     kernel = kernels.kernel_for(query.device, query.dtype)
     (group,) = layout.plan_segments(BLOCKS, None, is_causal=False, sample_work=0)
@@ -309,7 +309,7 @@ def test_padded_samples_share_one_layout():
     assert len(layout.plan_segments(packed, None, is_causal=False, sample_work=layout.SAMPLE_WORK)) == B
 
 
-def test_fragments_under_causality_go_another_way():
+def test_causal_fragments_use_another_path():
     assert layout.plan_segments(MIXED, None, is_causal=True, sample_work=0) is None
     assert layout.plan_segments(MIXED, None, is_causal=False, sample_work=0) is not None
 
@@ -362,7 +362,7 @@ def test_strided_inputs(route):
     torch.testing.assert_close(grad, torch.stack([g.transpose(1, 2) for g in right], dim=2), **TOL[torch.float64])
 
 
-def test_a_kernel_that_answers_wrongly_is_not_used(monkeypatch):
+def test_kernel_with_wrong_results_is_not_used(monkeypatch):
     def halved(*args):
         output, lse = kernels._cpu_forward(*args)
         return output / 2, lse
@@ -467,7 +467,7 @@ def test_errors(changes, message):
         attend(query, key, value, **options)
 
 
-def test_masks_that_hide_with_the_lowest_number():
+def test_masks_with_the_lowest_finite_value():
     """Some callers write the lowest finite number for minus infinity; a row full of it sees nothing."""
     inputs = _heads(torch.float32, queries=37)
     hidden = MASKS["key"][0] & torch.tensor([[True], [False]])

@@ -1,4 +1,4 @@
-"""Duplex alignment: loops in float64, the basis's properties, the identity at the start, no leak, decoding, errors."""
+"""Duplex alignment: loops in float64, properties of the basis, identity at initialization, causality, decoding, errors."""
 
 import itertools
 
@@ -89,7 +89,7 @@ def test_loops_for_any_number_of_modalities(scope, count, normalize):
 @pytest.mark.parametrize("fuse", ["concat", "add"])
 @scopes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_untrained_it_returns_what_it_is_given(basis, norm, fuse, scope, dtype):
+def test_identity_at_initialization(basis, norm, fuse, scope, dtype):
     key, value, modality, mask = inputs(dtype=dtype)
     aligner = DuplexAligner(DIM, 3, basis=basis, norm=norm, fuse=fuse, basis_scope=scope, mix="learned")
     assert torch.equal(aligner(key, value, modality=modality, mask=mask).key, key)
@@ -97,7 +97,7 @@ def test_untrained_it_returns_what_it_is_given(basis, norm, fuse, scope, dtype):
 
 @pytest.mark.parametrize("directions", [(0,), (2, 1)])
 @scopes
-def test_directions_leave_other_keys_alone(directions, scope):
+def test_directions_change_only_selected_keys(directions, scope):
     key, value, modality, _ = inputs()
     aligner = trained(directions=directions, basis_scope=scope)
     assert aligner.weight.shape == (len(directions), 2 * DIM, DIM)
@@ -108,7 +108,7 @@ def test_directions_leave_other_keys_alone(directions, scope):
 
 @scopes
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_modality_that_is_missing_has_the_identity_for_a_basis(scope, gone):
+def test_missing_modality_has_the_identity_basis(scope, gone):
     key, value, modality, _ = inputs(2, ragged=False)
     modality = modality.masked_fill(modality == gone, -1)
     aligner = trained(2, basis_scope=scope)
@@ -138,7 +138,7 @@ def test_the_scope_depends_on_causality(is_causal):
 @kinds
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 99), place=st.integers(1, LENGTH - 1))
-def test_no_key_knows_the_future(basis, norm, seed, place):
+def test_no_information_from_later_keys(basis, norm, seed, place):
     key, value, modality, mask = inputs(seed=seed)
     future = [torch.cat([x[:, :, :place], x[:, :, place:] + 3.0], dim=2) for x in (key, value)]
     for scope, told in (("causal", None), ("prefix", place)):
@@ -148,7 +148,7 @@ def test_no_key_knows_the_future(basis, norm, seed, place):
         torch.testing.assert_close(after, before, **EXACT)
 
 
-def test_all_keys_know_the_future_as_published():
+def test_scope_all_uses_later_keys_as_published():
     key, value, _, _ = inputs(2)
     modality = torch.tensor([0] * 9 + [1] * 8)
     aligner = trained(2, basis_scope="all")
@@ -219,7 +219,7 @@ class TestBasis:
         torch.testing.assert_close(after, before, **EXACT)
 
     @pytest.mark.parametrize("norm", NORMS)
-    def test_turns_with_the_keys(self, norm):
+    def test_basis_rotates_with_the_keys(self, norm):
         turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(6), dtype=torch.float64))[
             0
         ]
@@ -228,13 +228,13 @@ class TestBasis:
         assert same == (norm != "row")
 
     @kinds
-    def test_twice_the_tokens_are_the_same_map(self, basis, norm):
+    def test_duplicated_tokens_give_the_same_map(self, basis, norm):
         before, after = (basis_of(k, k + 1, basis=basis, norm=norm) for k in (self.keys, self.keys.repeat(2, 1)))
         torch.testing.assert_close(after, 2 * before if norm == "none" else before, **EXACT)
 
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 999), tokens=st.integers(1, 13))
-    def test_the_spectral_norm_never_lengthens_a_key(self, seed, tokens):
+    def test_spectral_norm_does_not_increase_key_norms(self, seed, tokens):
         random = torch.Generator().manual_seed(seed)
         keys, others = (torch.randn(n, DIM, generator=random, dtype=torch.float64) for n in (tokens, 11))
         mapped = others @ basis_of(keys, norm="spectral", normalize_keys=False)
@@ -286,5 +286,5 @@ def test_errors_of_shapes(call, message):
         trained(basis="key_value")(**given)
 
 
-def test_says_what_it_is():
+def test_repr_lists_options():
     assert repr(DuplexAligner(5, 3, norm="fro")) == "DuplexAligner(5, 3, basis='gram', norm='fro', fuse='concat')"

@@ -1,4 +1,4 @@
-"""What a mask hides has no influence on outputs and gradients, in attention and the layers over it."""
+"""Masked values do not affect outputs and gradients of attention and of the layers built on it."""
 
 import math
 
@@ -56,7 +56,7 @@ class TestAttention:
             assert_equal_and_finite(made, found[0])
 
     @pytest.mark.parametrize("mask", [None, "some"])
-    def test_keys_behind_the_last_query(self, mask):
+    def test_keys_after_the_last_query(self, mask):
         hidden = None if mask is None else torch.ones(2, 5, dtype=torch.bool)
         found = []
         for fill in (0.0, math.nan):
@@ -125,7 +125,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("name", ["attention", "block", "post_norm"])
     @pytest.mark.parametrize("by_row", [False, True])
-    def test_layers_that_read_another_sequence(self, name, by_row):
+    def test_cross_attention_layers(self, name, by_row):
         torch.manual_seed(0)
         layer = LAYERS[name]().double()
         mask, found = torch.tensor([[True, False, True, True, False], [False] * 5]), []

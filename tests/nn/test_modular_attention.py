@@ -91,7 +91,7 @@ def test_mass_without_pseudo_attention_is_ordinary_attention(kind, masked, is_ca
         torch.testing.assert_close(one, other, **EXACT)
 
 
-def test_single_precision_differs_from_the_kernel_by_rounding_alone():
+def test_single_precision_equals_the_kernel_up_to_rounding():
     query, key, value = heads(dtype=torch.float32, dim=8)
     plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     found = modular_attention(query, key, value, modality=labels("blocks")).output
@@ -104,7 +104,7 @@ def test_single_precision_differs_from_the_kernel_by_rounding_alone():
 @pytest.mark.parametrize("masked", [None, "padding", "rows"])
 @pytest.mark.parametrize("decay", [0.0, 0.7])
 @pytest.mark.parametrize("kind", ["blocks", "ragged"])
-def test_pseudo_attention_is_the_masked_positions_one_by_one(length, count, masked, decay, kind):
+def test_pseudo_attention_equals_explicit_masked_positions(length, count, masked, decay, kind):
     query, key, value = heads(length)
     modality, (mask, seen) = labels(kind, length), masks(masked, length)
     padding = ~seen.any(1)
@@ -129,7 +129,7 @@ def test_pseudo_attention_is_the_masked_positions_one_by_one(length, count, mask
         torch.testing.assert_close(found.output, wanted, **EXACT)
 
 
-def test_logit_of_the_specification():
+def test_pseudo_attention_logit():
     found = pseudo_logit(torch.tensor(6), PseudoAttention(0.7), torch.float64)
     torch.testing.assert_close(found, torch.tensor(0.6712318555, dtype=torch.float64), rtol=1e-9, atol=0)
     for decay in (0.0, 0.3, 2.0):
@@ -139,7 +139,7 @@ def test_logit_of_the_specification():
             )
 
 
-def test_mass_with_pseudo_attention_is_one_more_key():
+def test_mass_with_pseudo_attention_is_an_additional_key():
     query, key, value = heads()
     modality = labels("blocks")
     found = modular_attention(query, key, value, modality=modality, is_causal=True, pseudo=PseudoAttention(0.7))
@@ -153,7 +153,7 @@ def test_mass_with_pseudo_attention_is_one_more_key():
     torch.testing.assert_close(found.output, plain * (z / (z + b.exp().sum(0)))[..., None], **EXACT)
 
 
-def test_a_base_of_minus_infinity_is_the_ordinary_mask():
+def test_base_of_minus_infinity_equals_masking():
     query, key, value = heads()
     given = {"modality": labels("mixed"), "is_causal": True}
     plain = modular_attention(query, key, value, **given).output
@@ -180,7 +180,7 @@ def test_decoding_equals_one_pass(merge, pseudo):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), merge=st.sampled_from(["mass", "gate", "sum", "concat"]))
-def test_no_query_knows_the_future(seed, merge):
+def test_no_information_from_later_keys(seed, merge):
     query, key, value = heads(seed=seed)
     modality = labels("ragged", seed=seed)
     place = int(torch.randint(1, LONG, (), generator=torch.Generator().manual_seed(seed)))
@@ -241,7 +241,7 @@ def test_gradients(merge, kind, is_causal):
 @pytest.mark.parametrize("length", [SHORT, LONG])
 @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
 @pytest.mark.parametrize("pseudo", [None, PseudoAttention()])
-def test_who_sees_nothing_is_zero_with_gradient_zero(length, merge, pseudo):
+def test_query_without_keys_is_zero_with_zero_gradient(length, merge, pseudo):
     inputs = [x.requires_grad_() for x in heads(length)]
     mask = torch.ones(BATCH, length, length, dtype=torch.bool)
     mask[0, 3], mask[1] = False, False
@@ -269,7 +269,7 @@ def test_few_keys(keys):
     torch.testing.assert_close(found.output, wanted.expand_as(found.output), **EXACT)
 
 
-def test_another_route_where_there_is_no_kernel(monkeypatch):
+def test_fallback_without_a_kernel(monkeypatch):
     query, key, value = heads()
     given = {"modality": labels("ragged"), "is_causal": True, "mask": masks("rows")[0], "pseudo": PseudoAttention()}
     fused = modular_attention(query, key, value, **given)
@@ -290,7 +290,7 @@ def test_half_precision_is_close(dtype):
     torch.testing.assert_close(found.double(), exact, **{k: 2 * v for k, v in TOL[dtype].items()})
 
 
-def test_autocast_computes_in_its_type():
+def test_autocast_dtype():
     query, key, value = heads(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = modular_attention(query, key, value, modality=labels("blocks"))
@@ -298,7 +298,7 @@ def test_autocast_computes_in_its_type():
     assert found.own.lse.dtype == torch.float32
 
 
-def test_dropout_forgets_weights_within_parts():
+def test_dropout_drops_weights_within_parts():
     query, key, value = heads()
     ones = torch.ones_like(value)
     torch.manual_seed(0)
@@ -309,7 +309,7 @@ def test_dropout_forgets_weights_within_parts():
 
 @layout
 @pytest.mark.parametrize("valid", [False, True])
-def test_blocks_there_and_back(kind, valid):
+def test_block_layout_round_trip(kind, valid):
     modality = labels(kind)
     mask = masks("padding")[0] if valid else None
     x = heads()[0].requires_grad_()

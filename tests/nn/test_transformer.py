@@ -20,7 +20,7 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize("heads", [1, 2, HEADS])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_reads_another_sequence(heads, masked):
+def test_cross_attention(heads, masked):
     torch.manual_seed(0)
     layer = Attention(DIM, heads).double()
     rows, source = normal(1, BATCH, QUERIES, DIM), normal(2, BATCH, KEYS, DIM)
@@ -33,7 +33,7 @@ def test_attention_reads_another_sequence(heads, masked):
         torch.testing.assert_close(attended.share[sample].double(), share, **TOL[torch.float32])
 
 
-def test_attention_reads_itself_by_default_and_gives_no_share_unasked():
+def test_self_attention_by_default_without_share():
     torch.manual_seed(0)
     layer, rows = Attention(DIM, 2), normal(3, BATCH, KEYS, DIM).float()
     attended = layer(rows)
@@ -41,7 +41,7 @@ def test_attention_reads_itself_by_default_and_gives_no_share_unasked():
     assert attended.share is None
 
 
-def test_causal_rows_do_not_see_what_follows():
+def test_causal_attention():
     torch.manual_seed(0)
     layer, rows = Attention(DIM, 2).double(), normal(4, 1, KEYS, DIM)
     attended = layer(rows, is_causal=True)
@@ -51,7 +51,7 @@ def test_causal_rows_do_not_see_what_follows():
         torch.testing.assert_close(attended.output[0, row], output[row], **TOL[torch.float64])
 
 
-def test_rows_with_a_mask_of_their_own():
+def test_per_query_masks():
     torch.manual_seed(0)
     layer, rows, source = Attention(DIM, 2).double(), normal(5, 1, QUERIES, DIM), normal(6, 1, KEYS, DIM)
     mask = torch.tensor([[[True, False, True, False, True], [False, True, True, True, True], [True] * 5]])
@@ -61,7 +61,7 @@ def test_rows_with_a_mask_of_their_own():
         torch.testing.assert_close(attended.output[0, row], output[row], **TOL[torch.float64])
 
 
-def test_dropout_only_while_training():
+def test_dropout_in_training_only():
     torch.manual_seed(0)
     layer, rows = Attention(DIM, 1, dropout=0.5), normal(7, BATCH, KEYS, DIM).float()
     torch.manual_seed(1)
@@ -92,7 +92,7 @@ def test_block(masked):
         torch.testing.assert_close(attended.share[sample].double(), share, **TOL[torch.float32])
 
 
-def test_block_computes_the_first_rows_alone():
+def test_block_on_the_first_rows_only():
     torch.manual_seed(0)
     layer, rows = Block(DIM, 2).double(), normal(9, BATCH, KEYS, DIM)
     whole = layer(rows, mask=VALID, modality=LABELS, num_modalities=2)
@@ -101,7 +101,7 @@ def test_block_computes_the_first_rows_alone():
     torch.testing.assert_close(part.share, whole.share[:, :, :2], **TOL[torch.float32])
 
 
-def test_block_reads_another_sequence_under_the_same_norm_with_another_activation():
+def test_block_with_cross_attention_shared_norm_and_activation():
     torch.manual_seed(0)
     layer = Block(DIM, 2, activation=torch.nn.ReLU).double()
     with torch.no_grad():

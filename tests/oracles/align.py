@@ -1,4 +1,4 @@
-"""Alignment by double loops in float64."""
+"""Alignment losses and metrics by double loops in float64."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Attention, its shares and its masks, slow and obvious, in float64."""
+"""Reference attention, shares and masks: slow and simple, in float64."""
 
 import math
 

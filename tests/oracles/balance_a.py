@@ -1,4 +1,4 @@
-"""Slow and obvious forms of OGM, AGM, OPM, MMCosine and MBSD, in loops over plain numbers."""
+"""Reference OGM, AGM, OPM, MMCosine and MBSD: slow and simple, in loops over plain numbers."""
 
 import itertools
 import math

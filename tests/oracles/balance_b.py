@@ -1,4 +1,4 @@
-"""Slow and obvious forms of PMR, CML, LFM, AMCo, sample valuation and re-learning, in loops."""
+"""Reference PMR, CML, LFM, AMCo, sample valuation and re-learning: slow and simple, in loops."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Slow and obvious forms of MMPareto, gradient blending, Greedy, MLA, ReconBoost and UMT, in loops."""
+"""Reference MMPareto, gradient blending, Greedy, MLA, ReconBoost and UMT: slow and simple, in loops."""
 
 import math
 

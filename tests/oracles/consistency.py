@@ -1,4 +1,4 @@
-"""Consistency of maps by loops and by numpy in float64."""
+"""Reference consistency metrics, by loops and numpy in float64."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Slow, obvious forms of what the data sets compute, in float64 or plain integers."""
+"""Reference computations of the data sets: slow and simple, in float64 or plain integers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The slow, obvious, float64 form of basic parts: rotation, attention, static and joint fusion."""
+"""Reference rotation, attention, static and joint fusion: slow and simple, in float64."""
 
 import math
 

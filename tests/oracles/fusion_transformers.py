@@ -1,4 +1,4 @@
-"""The slow, obvious, float64 form of the fusion transformers, one sample at a time, without its padding."""
+"""Reference fusion transformers: slow and simple, in float64, one sample at a time without padding."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""MODA, slow and obvious, in float64, one sample, head and query at a time."""
+"""Reference MODA: slow and simple, in float64, one sample, head and query at a time."""
 
 import math
 

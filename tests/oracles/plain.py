@@ -1,4 +1,4 @@
-"""Arithmetic on plain numbers that the oracles of the balancers share."""
+"""Arithmetic on plain numbers for the reference balancers."""
 
 import math
 

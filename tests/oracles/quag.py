@@ -1,4 +1,4 @@
-"""QUAG and hidden modalities, slow and obvious, in float64."""
+"""Reference QUAG and masked modalities: slow and simple, in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""RollingQ the slow way: loops over samples, heads, queries and keys in float64."""
+"""Reference RollingQ: loops over samples, heads, queries and keys in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Scores of every task, with loops over samples."""
+"""Reference scores of every task, with loops over samples."""
 
 
 def slow_score(logits, target, task):

@@ -1,4 +1,4 @@
-"""Watching PyTorch models: every backend in against attention written out; queries, layers, and what Seen tells."""
+"""``eq.watch`` on PyTorch models: every attention implementation against explicit attention; queries, layers, records."""
 
 import math
 import sys
@@ -98,7 +98,7 @@ def hides(kind):
 
 @pytest.mark.parametrize("backend", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
 @pytest.mark.parametrize("kind", ["none", "padding", "causal"])
-def test_written_attention(backend, kind):
+def test_explicit_attention(backend, kind):
     made, tokens = nn.ModuleDict({"attn": Written(backend)}), values(BATCH, KEYS, DIM)
     made.forward = lambda tokens, mask: made["attn"](tokens, mask)
     mask, rows = hides(kind)
@@ -147,7 +147,7 @@ def test_multihead(options, first, kind):
             torch.testing.assert_close(record.special("MultiheadAttention"), added, **NEAR)
 
 
-def test_without_a_batch_and_as_a_function():
+def test_unbatched_inputs_and_functional_calls():
     made, tokens = multihead(), values(KEYS, DIM)
     with eq.watch(made, modality=LABELS, names=NAMES) as record:
         _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
@@ -210,7 +210,7 @@ def test_transformer_encoder(nested, norm_first, mode):
     torch.testing.assert_close(record.share(record.layers[0]), share_of(attention, rows=(~padding).float()), **NEAR)
 
 
-def test_transformer_decoder_reads_a_memory():
+def test_transformer_decoder_with_memory():
     torch.manual_seed(0)
     made = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
     words, memory = values(BATCH, 5, DIM), values(BATCH, KEYS, DIM, seed=1)
@@ -225,7 +225,7 @@ def test_transformer_decoder_reads_a_memory():
 
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
-def test_own_layers(names):
+def test_equipoise_layers(names):
     made, inputs = model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
     with torch.no_grad():
         plain = made(inputs)
@@ -285,7 +285,7 @@ def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
             assert turned.share(unimodal[0])[..., 1].eq(1).all()
 
 
-def test_an_encoder_that_modalities_share_is_left_out():
+def test_shared_encoders_are_excluded():
     encoder = TransformerEncoder(own=True)
     made = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
     with torch.no_grad(), eq.watch(made) as record:
@@ -317,7 +317,7 @@ def test_queries(queries):
     torch.testing.assert_close(record.share("attn"), share_of(attention, rows=rows.float()), **NEAR)
 
 
-def test_queries_that_nobody_knows():
+def test_unknown_query_labels_raise():
     made, tokens = sdpa(), values(BATCH, KEYS, DIM)
     for unknown, message in (
         ("imag", r"watch queries: expected a known word or modality, got 'imag'. Did you mean 'image'"),
@@ -352,7 +352,7 @@ class Twice(nn.Module):
             self.blocks[number](tokens)
 
 
-def test_sites():
+def test_layer_patterns():
     made, tokens = Twice(), values(BATCH, KEYS, DIM)
     with eq.watch(made, modality=LABELS) as record:
         made(tokens)
@@ -392,7 +392,7 @@ def test_nested_watches_agree():
         assert all(torch.equal(outer.share(layer), inner.share(layer)) for layer in outer.layers)
 
 
-def test_what_seen_tells():
+def test_record_contents():
     made, tokens = sdpa(), values(BATCH, KEYS, DIM)
     attention = made["attn"].scores(tokens).softmax(dim=-1)
     with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as record:
@@ -483,7 +483,7 @@ class Linear(nn.Module):
         return tokens.relu() @ (tokens.transpose(1, 2) @ tokens)
 
 
-def test_hidden_attention():
+def test_attention_in_custom_code():
     made = nn.Sequential(Linear())
     message = "got none. watch records equipoise's layers"
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as record:
@@ -504,7 +504,7 @@ def test_hidden_attention():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_models_that_no_hook_can_reach():
+def test_models_without_hooks_raise():
     for made, message in (
         (torch.jit.trace(Linear(), values(2, 3, 5)), "got a scripted one. Watch the model that was scripted"),
         ("model", r"watch: expected a torch.nn.Module, got str"),
@@ -521,13 +521,13 @@ def test_models_that_no_hook_can_reach():
     (LABELS, ("audio", "audio"), ConfigError, "different names"),
     (LABELS, "audio", ConfigError, r"expected a sequence of names, got 'audio'. Use \('audio',\)"),
 ])  # fmt: skip
-def test_labels_that_do_not_fit(labels, names, error, message):
+def test_mismatched_labels_raise(labels, names, error, message):
     with pytest.raises(error, match=message), eq.watch(sdpa(), modality=labels, names=names):
         pytest.fail("watched")
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
-def test_checkpointed_layers_are_seen_once():
+def test_checkpointed_layers_are_recorded_once():
     from torch.utils.checkpoint import checkpoint
 
     made, tokens = nn.ModuleList([Written("sdpa"), Written("softmax")]), values(BATCH, KEYS, DIM).requires_grad_()
@@ -550,7 +550,7 @@ def test_checkpointed_layers_are_seen_once():
     st.sampled_from([None, "padding", "whole", "floating"]), st.booleans(), st.booleans(),
     st.sampled_from([None, 2.0]), st.integers(0, 99),
 )  # fmt: skip
-def test_measure(size, heads, queries, keys, mask, causal, sinks, softcap, seed):
+def test_share_measurement(size, heads, queries, keys, mask, causal, sinks, softcap, seed):
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

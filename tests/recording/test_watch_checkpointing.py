@@ -1,4 +1,4 @@
-"""Activation checkpointing while a model is watched: what backward computes once more is not counted again."""
+"""``eq.watch`` with activation checkpointing: recomputation in the backward pass is not recorded twice."""
 
 import warnings
 
@@ -29,7 +29,7 @@ def encoder():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_layers_of_torch(reentrant, whole):
+def test_torch_layers(reentrant, whole):
     made, tokens = encoder()
     with eq.watch(made, modality=LABELS) as plain:
         made(tokens).sum().backward()
@@ -49,7 +49,7 @@ def test_layers_of_torch(reentrant, whole):
         torch.testing.assert_close(weight.grad, before)
 
 
-def test_a_model_of_equipoise():
+def test_equipoise_model():
     made = model(dropout=0.0).train()
     inputs = batch()
     with eq.watch(made) as plain:
@@ -61,7 +61,7 @@ def test_a_model_of_equipoise():
         assert torch.equal(record.share(layer), plain.share(layer).repeat(2, 1, 1))
 
 
-def test_backward_after_the_block():
+def test_backward_after_the_context():
     made, tokens = encoder()
     with eq.watch(made, modality=LABELS) as record:
         output = checkpoint(made, tokens, use_reentrant=False)
@@ -71,7 +71,7 @@ def test_backward_after_the_block():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "florence2", "whisper"])
-def test_gradient_checkpointing_of_hugging_face_models(name, reentrant):
+def test_huggingface_gradient_checkpointing(name, reentrant):
     family = pytest.importorskip("small_vlms").family
     made, inputs = family(name)
     inputs["labels"] = inputs.get("decoder_input_ids", inputs.get("input_ids"))

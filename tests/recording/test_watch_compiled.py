@@ -1,4 +1,4 @@
-"""Compiled models are measured as if they were not; models whose attention cannot be reached are refused."""
+"""``eq.watch`` on compiled models: equal shares, and errors for models whose attention cannot be intercepted."""
 
 import copy
 import warnings
@@ -112,7 +112,7 @@ def test_compiled_models(compile_model, ran):
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_compiled_code_is_kept():
+def test_compiled_code_is_reused():
     counter = torch._dynamo.testing.CompileCounter()
     made = torch.compile(Model().eval(), backend=counter)
     tokens = torch.randn(3, 5, 6)
@@ -125,14 +125,14 @@ def test_compiled_code_is_kept():
     assert counter.frame_count == count > 0
 
 
-def test_compiled_inside_the_block():
+def test_compilation_inside_the_context():
     made = Model().eval()
     with torch.no_grad(), eq.watch(made, modality=LABELS) as record:
         torch.compile(made, backend="eager")(torch.randn(3, 5, 6))
     assert len(record.layers) == 3
 
 
-def test_the_users_stance_comes_back():
+def test_compiler_stance_is_restored():
     made = Model().eval()
     with torch.compiler.set_stance("fail_on_recompile"):
         with torch.no_grad(), eq.watch(made, modality=LABELS), eq.watch(made, modality=LABELS):
@@ -164,7 +164,7 @@ def parallel():
     (forward_traced, "got 'own.forward', a scripted one"),
     (parallel, "got nn.DataParallel over several devices, .*Watch the model inside: .module"),
 ])  # fmt: skip
-def test_what_cannot_be_reached(make, message):
+def test_unreachable_attention_raises(make, message):
     with pytest.raises(ConfigError, match=message), eq.watch(make(), modality=LABELS):
         pytest.fail("watched")
 

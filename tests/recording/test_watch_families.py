@@ -1,4 +1,4 @@
-"""``eq.watch`` on many multimodal families, against matrices and labels that are taken without the recording code."""
+"""``eq.watch`` on many multimodal families, compared with matrices and labels from independent code."""
 
 import pytest
 

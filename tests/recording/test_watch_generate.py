@@ -1,4 +1,4 @@
-"""Shares under ``generate``, against a plain pass of an eager model over each returned sequence."""
+"""``eq.watch`` with ``generate``, compared with an eager forward pass over each returned sequence."""
 
 import warnings
 
@@ -165,7 +165,7 @@ def expect(model, inputs, options, queries="last"):
     return record, found
 
 
-def test_several_calls_in_one_block():
+def test_several_calls_in_one_context():
     model, inputs = family("llava")
     one = {**STOPS, "eos_token_id": stop_word(model, inputs), "pad_token_id": 0}
     several = [one, {**GREEDY, "num_beams": 3, "num_return_sequences": 2}, {**GREEDY, "prefill_chunk_size": 4}]
@@ -184,7 +184,7 @@ def test_several_calls_in_one_block():
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_criterion_of_the_users_own(ends):
+def test_custom_stopping_criterion(ends):
     model, inputs = family("llava")
 
     class First(transformers.StoppingCriteria):
@@ -209,7 +209,7 @@ def test_a_criterion_of_the_users_own(ends):
 
 
 @pytest.mark.parametrize("name", ["beams returned", "chunks", "no cache and beams", "looked up", "chunks with beams"])
-def test_the_users_own_labels_and_masks(name):
+def test_custom_labels_and_masks(name):
     model, inputs, options = case(name)
     own = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
     mask = own == 1
@@ -228,7 +228,7 @@ def test_the_users_own_labels_and_masks(name):
         model.generate(**inputs, **options)
 
 
-def test_a_decoding_loop_of_the_users_own():
+def test_custom_decoding_loop():
     model, inputs = family("llava")
 
     def two_at_once(model, input_ids, generation_config=None, **kwargs):
@@ -307,7 +307,7 @@ def test_families(name, options):
             torch.testing.assert_close(everything, torch.ones_like(everything), **NEAR)
 
 
-def test_nested_and_doubled():
+def test_nested_and_repeated_contexts():
     model, inputs = family("llava")
     options = {**GREEDY, "num_beams": 3}
     with eq.watch(model, queries="last") as outer, eq.watch(model, queries="all") as inner:
@@ -325,7 +325,7 @@ def test_nested_and_doubled():
         assert torch.equal(record.share(layer), outer.share(LAYER))
 
 
-def test_an_error_within_generate():
+def test_error_inside_generate():
     model, inputs = family("llava")
 
     class Breaks(transformers.LogitsProcessor):

@@ -1,4 +1,4 @@
-"""Shares of Hugging Face models without a matrix, against the eager attentions of the same models."""
+"""``eq.watch`` on Hugging Face models, compared with the eager attention matrices of the same models."""
 
 import copy
 import warnings
@@ -197,7 +197,7 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
     ("whisper", "encoder_attn", 1), ("mllama", "cross_attn", 1), ("idefics", "cross_attn", 1),
     ("blip", "crossattention", 1), ("bart", "encoder_attn", 0), ("t5", "EncDecAttention", 0),
 ])  # fmt: skip
-def test_what_is_read_from_another_stream(name, cross, other):
+def test_cross_attention_to_another_stream(name, cross, other):
     model, inputs = family(name)
     with torch.no_grad():
         plain = model(**inputs)
@@ -217,7 +217,7 @@ def test_what_is_read_from_another_stream(name, cross, other):
     assert all(len(record.share(layer)) == 2 for layer in record.layers)
 
 
-def test_two_towers():
+def test_two_tower_models():
     model, inputs = family("clip")
     with torch.no_grad(), eq.watch(model) as record:
         model(**inputs)
@@ -238,7 +238,7 @@ PICTURE, WORDS = [1] * 5, [0] * 13
     ("visual_bert", WORDS + PICTURE, "encoder.layer.1.attention.self", 0),
     ("flava", [-1, *PICTURE, *WORDS], "multimodal_model.encoder.layer.1.attention.attention", 6),
 ])  # fmt: skip
-def test_sequences_that_the_model_puts_together(name, labels, layer, first):
+def test_sequences_assembled_by_the_model(name, labels, layer, first):
     model, inputs = family(name)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -264,7 +264,7 @@ def test_sequences_that_the_model_puts_together(name, labels, layer, first):
     )
 
 
-def test_generate_behind_pictures_that_only_the_user_knows():
+def test_generate_with_user_labeled_image_tokens():
     model, inputs = family("git")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with eq.watch(model, modality=torch.tensor(PICTURE + WORDS), names=("text", "image"), queries="last") as record:
@@ -277,7 +277,7 @@ def test_generate_behind_pictures_that_only_the_user_knows():
     torch.testing.assert_close(record.share("git.encoder.layer.1.attention.self"), total / 4, **NEAR)
 
 
-def test_streams_side_by_side():
+def test_parallel_streams():
     model, inputs = family("lxmert")
     with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         model(**inputs)
@@ -334,7 +334,7 @@ def test_half_precision(dtype, backend):
         torch.testing.assert_close(half.share(layer), single.share(layer), **TOL[dtype])
 
 
-def test_text_alone_pictures_between_and_video_beside_them():
+def test_text_interleaved_images_and_video():
     model, _ = family("qwen2_vl")
     words = ids(0)
     with torch.no_grad(), eq.watch(model) as record:
@@ -378,7 +378,7 @@ def test_last_query_of_padded_batches(left):
     torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
 
 
-def test_the_users_own_labels_and_words_as_vectors():
+def test_custom_labels_and_input_embeddings():
     model, inputs = family("llava")
     labels = torch.tensor([0] * 4 + [1] * 3 + [-1] + [2] * 5)
     with torch.no_grad():
@@ -401,7 +401,7 @@ def test_the_users_own_labels_and_words_as_vectors():
             wrong.share(record.layers[0])
 
 
-def test_segments_of_an_encoder_and_patches_of_a_picture():
+def test_encoder_segments_and_image_patches():
     for name, labels in (("roberta", [0] * 6 + [1] * 7), ("vit", [-1, 0, 0, 1, 1])):
         model, inputs = family(name)
         with torch.no_grad():
@@ -427,7 +427,7 @@ class Joined(nn.Module):
         return self.fusion(both, both, both)[1]
 
 
-def test_models_inside_a_model():
+def test_nested_models():
     model = Joined().eval()
     inputs = {"input_ids": ids(0)["input_ids"].clamp(3), "pixel_values": pictures(2, 3, 8, 8)}
     with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
@@ -473,7 +473,7 @@ def test_unknown_names():
             pytest.fail("watched")
 
 
-def test_a_cache_from_before():
+def test_existing_cache():
     model, inputs = family("llava")
     with torch.no_grad():
         first = model(**inputs, use_cache=True)

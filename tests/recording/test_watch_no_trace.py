@@ -1,4 +1,4 @@
-"""Watching leaves a model as it was: after it ran, after a user's error, and after an error of the model's own."""
+"""``eq.watch`` restores the model: after a forward pass, after an error of the user, and after an error of the model."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def state(made):
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error", "with an error beside it"])
-def test_everything_is_as_it_was(name, ends):
+def test_model_is_restored(name, ends):
     made, breaks, run, options = MADE[name]()
     # Some gradients are there already, as in the middle of an accumulation.
     first = next(made.parameters())
@@ -132,7 +132,7 @@ def test_everything_is_as_it_was(name, ends):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_it_can_be_watched_after_it_broke(name):
+def test_recording_works_after_an_error(name):
     made, breaks, run, options = MADE[name]()
     made.eval()
     with eq.watch(made, **options) as whole:

@@ -1,4 +1,4 @@
-"""Attention whose keys no placeholder tells: encoder-decoders, joined streams, sampling points, recurrences."""
+"""Attention whose keys are not placeholders: encoder-decoders, joint streams, sampling points, recurrences."""
 
 import re
 import warnings
@@ -41,7 +41,7 @@ def only(record, layer):
 
 
 @pytest.mark.parametrize("patches", [12, 9])
-def test_pix2struct_reads_patches_however_many_there_are(patches):
+def test_pix2struct_patches_of_any_number(patches):
     vision = {"hidden_size": 16, "d_kv": 4, "d_ff": 20, "num_hidden_layers": 1, "num_attention_heads": 4,
               "patch_embed_hidden_size": 48}  # fmt: skip
     text = {"vocab_size": 97, "hidden_size": 16, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 4,
@@ -58,7 +58,7 @@ def test_pix2struct_reads_patches_however_many_there_are(patches):
 
 
 @pytest.mark.parametrize("words", [9, 6])
-def test_groundingdino_sampling_points_are_no_words(words):
+def test_groundingdino_sampling_points_are_missing(words):
     bert = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
             "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
     swin = hf.SwinConfig(
@@ -96,7 +96,7 @@ def test_groundingdino_sampling_points_are_no_words(words):
     assert all(len(record.share(layer)) == 2 for layer in windows)
 
 
-def test_missing_is_told_in_every_form():
+def test_missing_layers_are_reported_everywhere():
     pytest.importorskip("rich")
     from rich.console import Console
 
@@ -132,7 +132,7 @@ def follow(function, **codes):
     return origin, result
 
 
-def test_codes_of_positions():
+def test_traced_codes_of_positions():
     words, picture = ((3, 4), 1), ((5, 4), 2)
     origin, joined = follow(lambda a, b: torch.cat([a, b], dim=1).relu(), a=words, b=picture)
     assert origin.codes_of(joined)[0, :, 0].tolist() == [1] * 3 + [2] * 5
@@ -153,7 +153,7 @@ def test_codes_of_positions():
     assert origin.codes_of(added).unique().tolist() == [MIXED]
 
 
-def test_codes_of_learned_queries():
+def test_traced_codes_of_learned_queries():
     queries = torch.randn(2, 3, 4)
 
     def reads(*sources):

@@ -1,4 +1,4 @@
-"""Models that are watched in several threads, one after another and at the same time."""
+"""``eq.watch`` in several threads, consecutively and concurrently."""
 
 import threading
 import warnings
@@ -69,7 +69,7 @@ def together(*works):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_one_model_watched_in_several_threads(name):
+def test_one_model_recorded_in_several_threads(name):
     made, run, options = MADE[name]()
     before, forwards = patched(), [part.__dict__.get("forward") for part in made.modules()]
     with torch.no_grad(), eq.watch(made, **options) as record:
@@ -89,7 +89,7 @@ def test_one_model_watched_in_several_threads(name):
     assert [part.__dict__.get("forward") for part in made.modules()] == forwards
 
 
-def test_blocks_that_end_in_any_order():
+def test_contexts_that_end_in_any_order():
     made, run, options = encoder()
     before = patched()
     first, second = threading.Event(), threading.Event()
@@ -119,7 +119,7 @@ def test_blocks_that_end_in_any_order():
     assert all("forward" not in part.__dict__ for part in made.modules())
 
 
-def test_two_models_and_an_unwatched_run():
+def test_two_models_and_an_unrecorded_run():
     one, run_one, options = encoder()
     two, run_two, _ = fusion()
 
@@ -138,7 +138,7 @@ def test_two_models_and_an_unwatched_run():
         assert sizes == [watched(one, run_one, **options), watched(two, run_two)]
 
 
-def test_an_error_in_one_thread_leaves_the_others():
+def test_error_in_one_thread_does_not_affect_others():
     made, run, options = encoder()
     before = patched()
 
@@ -158,7 +158,7 @@ def test_an_error_in_one_thread_leaves_the_others():
     assert patched() == before
 
 
-def test_a_stream_of_words_from_a_thread():
+def test_text_streamer_in_a_thread():
     made, _, _ = vision_language()
     transformers = pytest.importorskip("transformers")
     _, inputs = pytest.importorskip("small_vlms").family("llava")
@@ -181,7 +181,7 @@ def test_a_stream_of_words_from_a_thread():
         assert torch.equal(record.share(layer), alone.share(layer))
 
 
-def test_a_thread_from_before_is_not_watched():
+def test_earlier_threads_are_not_recorded():
     made, run, options = encoder()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
@@ -192,7 +192,7 @@ def test_a_thread_from_before_is_not_watched():
             record.table()
 
 
-def test_threads_at_the_same_time_in_one_block():
+def test_concurrent_threads_in_one_context():
     made, _, options = encoder()
     inside, go = threading.Event(), threading.Event()
 
