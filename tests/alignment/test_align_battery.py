@@ -21,7 +21,7 @@ LOSSES = {name for name in CASES if "nce" in name.lower() or "loss" in name.lowe
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Padding is no identity on the diagonal of ``given`` maps, of which scores warn."""
+    """Ignores the warning that padded maps do not have the identity on the diagonal."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(diagonal|identity).*")
         yield
@@ -57,7 +57,7 @@ def test_masked_values_have_no_influence(name, number, fill):
 
 @every
 def test_gradients(name, number):
-    """Of every loss and connector by its floating inputs, in double precision."""
+    """Gradients of every loss and connector with respect to its floating-point inputs, in float64."""
     case = CASES[name][number](torch.float64, 0.0)
     free = [x for x in case.leaves if x.requires_grad] or list(case.module.parameters())
 
@@ -70,7 +70,7 @@ def test_gradients(name, number):
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, number, dtype):
-    """The whole module and its inputs; losses and statistics come in single precision."""
+    """Module and inputs in half precision; losses and statistics are float32."""
     wanted, _ = derived(CASES[name][number](torch.float64, 0.0))
     made, slopes = derived(CASES[name][number](dtype, 0.0))
     for part, other in zip(made, wanted, strict=True):
@@ -89,7 +89,7 @@ def test_autocast(name, number):
         made, slopes = derived(case)
     for part, other in zip(made, wanted, strict=True):
         error = (part.double() - other.double()).norm() / other.double().norm().clamp(min=0.1)
-        # What has no layers of its own is not rounded at all.
+        # Modules without layers introduce no rounding.
         assert error < (1e-5 if case.module is None and name != "splice" else 4 * TOL[torch.bfloat16]["rtol"])
         if name in LOSSES:
             assert part.dtype == torch.float32
@@ -101,7 +101,7 @@ X, ONES, SQUARE = torch.zeros(2, 3, 4), torch.ones(2, 3), torch.zeros(3, 3)
 
 
 def calls(mask, square):
-    """Every function and module that takes a mask, with that mask."""
+    """Calls every function and module that takes a mask with the given mask."""
     ids, two = torch.ones(2, 3, dtype=torch.long), {"a": torch.ones(2, 4), "b": torch.ones(2, 4)}
     gate = alignment.GatedCrossAttention(4, heads=2)
     return {
@@ -134,14 +134,14 @@ def test_additive_masks_raise(name):
     square = SQUARE.masked_fill(~torch.eye(3, dtype=torch.bool), -math.inf)
     with pytest.raises(ShapeError, match=r"mask|valid|media_at|positives|ignored|present|relevant"):
         calls(ADDITIVE, square)[name]()
-    # Where numbers are accepted at all, these are all 0 and 1.
+    # If numeric masks are accepted, they must contain only 0 and 1.
     if "present" not in name:
         with pytest.raises(ShapeError):
             calls(ONES, torch.ones(3, 3))[name]()
 
 
 class TestNothingLeft:
-    """An exact 0 with gradient 0, never NaN, and no partner among the negatives."""
+    """Losses without valid terms are an exact 0 with gradient 0, never NaN; positives are never negatives."""
 
     def zero(self, loss, *leaves):
         assert float(loss.detach()) == 0.0
@@ -184,7 +184,7 @@ class TestNothingLeft:
 
     @pytest.mark.parametrize("logit", [-math.inf, -3e38, 0.0, 3e38, math.inf])
     def test_positives_are_never_sampled(self, logit):
-        """Also where all wrong ones are as unlikely as can be, or only one is left."""
+        """Also if all negatives have minimal probability, or only one remains."""
         positives = torch.tensor([[True, True, False], [False, True, True], [True, True, True]])
         logits = torch.full((3, 3), logit).masked_fill(positives, 5.0)
         for seed in range(20):
@@ -223,7 +223,7 @@ class TestNothingLeft:
         assert not consistency.spectral(blank, sizes=(3, 3)).effective_rank.any()
 
     def test_padding_does_not_affect_consistency(self):
-        """Two tokens that find each other, and one of padding."""
+        """Two tokens that match each other, and one padding token."""
         mask = torch.tensor([[True, True, False]])
         part = torch.eye(3)[None] * 100
         matrix = consistency.supermatrix_from_tokens([part, part], masks=[mask, mask], temperature=1.0)

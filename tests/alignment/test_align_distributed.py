@@ -22,12 +22,12 @@ HERE = {"image": torch.tensor([True, False, True, True, False, True, True])}
 
 
 def part(rank, values):
-    """What one process has of seven samples, or all of them."""
+    """Returns the part of the seven samples in one process, or all of them."""
     return values if rank is None else values[: SIZES[0]] if rank == 0 else values[SIZES[0] :]
 
 
 class Model(nn.Module):
-    """Encoders and a loss, as one module that returns the loss."""
+    """A module of encoders and a loss that returns the loss."""
 
     def __init__(self, loss):
         super().__init__()
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def scene(name, rank, wrapped=True):
-    """The loss and every gradient."""
+    """Returns the loss and every gradient."""
     random = torch.Generator().manual_seed(1)
     total = sum(SIZES)
     batch = {n: torch.randn(total, w, generator=random, dtype=torch.float64) for n, w in WIDTHS.items()}
@@ -57,7 +57,7 @@ def scene(name, rank, wrapped=True):
 
 
 def nobody(rank):
-    """No sample at all has the image: its pairs are left out by both, and nobody waits."""
+    """No sample has an image: both processes skip its pairs without deadlock."""
     parts = {name: torch.eye(3, dtype=torch.float64).requires_grad_() for name in ("audio", "image")}
     loss = InfoNCE().double()(parts, present={"image": torch.zeros(3, dtype=torch.bool)})
     loss.backward()
@@ -65,7 +65,7 @@ def nobody(rank):
 
 
 def queries(rank):
-    """The contrastive loss of a Q-Former; the others are of each process's own samples."""
+    """Returns the contrastive loss of a Q-Former; its other losses use only the samples of the process."""
     torch.manual_seed(0)
     qformer = QFormer(5, dim=8, depth=1, heads=2, queries=3, vocabulary=11, positions=4)
     losses = QFormerLosses(qformer, embed=4).double()
@@ -87,7 +87,7 @@ def queries(rank):
 
 
 def by_itself(rank):
-    """One process evaluates while the other does something else."""
+    """Evaluates in one process while the other does something else."""
     vectors = torch.eye(3, dtype=torch.float64)
     loss = (
         InfoNCE(gather=False).double()(vectors, vectors.roll(1, 0)).detach() if rank in (None, 0) else torch.zeros(())
@@ -107,7 +107,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found."""
+    """The results of each of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
@@ -123,7 +123,7 @@ def test_two_processes_equal_one_on_the_whole_batch(found, name):
 
 
 def test_scale_stays_synchronized_without_a_wrapper(found):
-    """Its gradient is that of all samples in both processes, also where nothing averages it."""
+    """The gradient of the scale is that of all samples in both processes, also without gradient averaging."""
     alone = scene("siglip", None)
     for process in found:
         for key in ("loss", "loss.log_scale", "loss.bias"):
@@ -131,7 +131,7 @@ def test_scale_stays_synchronized_without_a_wrapper(found):
 
 
 def test_halves_of_the_batch_have_a_different_loss():
-    """The equality above is worth something."""
+    """Otherwise, the equality above would be trivial."""
     whole = scene("siglip", None)["loss"]
     for rank in range(WORLD):
         model = Model(MADE["siglip"]()).double()

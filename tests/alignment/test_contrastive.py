@@ -50,7 +50,7 @@ def test_reference_values():
     assert float(siglip(eye, eye, scale=10.0, bias=-10.0)) == pytest.approx(0.693193, abs=1e-6)
     same = units(1, DIM).expand(BATCH, DIM)
     close(info_nce(same, same, scale=37.0), math.log(BATCH))
-    # At the start: one right answer each, and each of the wrong ones almost certain.
+    # Initial values: one positive per row, and each negative classified with near certainty.
     close(SigLIP().double()(eye, eye), math.log(2) + math.log1p(math.exp(-10)), SINGLE)
 
 
@@ -111,13 +111,13 @@ def test_gradients_of_siglip(tile):
     assert torch.autograd.gradcheck(loss, leaves(A, B, *numbers))
     with torch.no_grad():
         close(loss(A, B, *numbers), siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
-    # A rectangle of rows of one process against those of all.
+    # A rectangular matrix: the rows of one process against those of all.
     part = sum_over_pairs(A[:3], B, 2.0, -1.0, IDS[:3], IDS, 2) + sum_over_pairs(A[3:], B, 2.0, -1.0, IDS[3:], IDS, 5)
     close(part / BATCH, siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
 
 
 def test_one_hot_vectors():
-    """Gradients of a sum of tiles add up; one that was forgotten would show here in single rows."""
+    """Gradients are summed over tiles; a missing tile would change single rows here."""
     a, b = leaves(A, B)
     siglip(a, b, scale=3.0, bias=-2.0, tile=3).backward()
     p, q = leaves(A, B)
@@ -157,7 +157,7 @@ def test_duplicates_are_not_negatives():
     texts = B.clone()
     texts[2], texts[5], texts[4] = texts[0], texts[0], texts[1]
     plain = info_nce(texts, texts, scale=50.0)
-    assert float(plain) > 0.3  # the twins of a row are as near as the row itself
+    assert float(plain) > 0.3  # duplicates of a row are as similar as the row itself
     twins = same_ids(IDS)
     for loss in (
         info_nce(texts, texts, scale=50.0, ignored=twins),
@@ -223,7 +223,7 @@ def test_values_of_missing_modalities_affect_no_gradient(made, there):
 
 
 def test_gradient_scaler_prevents_underflow_in_half_precision():
-    """Gradients of 1e-8 are nothing in half precision, unless they are scaled before they are rounded."""
+    """Gradients of 1e-8 underflow in half precision unless the loss is scaled."""
     a, b = A.half().requires_grad_(), B.half()
     (siglip(a, b, scale=1e-6, bias=-10.0) * 2.0**20).backward()
     reference = A.half().float().requires_grad_()
@@ -258,7 +258,7 @@ def test_scale_is_learned_and_clamped():
         far = made(A, B)
         assert number(made.log_scale.exp()) == pytest.approx(100.0)
         far.backward()
-        assert float(made.log_scale.grad.abs()) > 0  # held, not stuck
+        assert float(made.log_scale.grad.abs()) > 0  # clamped, but still trainable
     assert not any(parameter.requires_grad for parameter in InfoNCE(learn=False).parameters())
     other = InfoNCE(scale=2.0)
     other.load_state_dict(loss.state_dict())
@@ -302,7 +302,7 @@ def test_negatives_are_sampled_by_similarity():
     total = math.exp(1) + 1 + math.exp(2)
     wanted = [[0.0, math.exp(1) / total, 1 / total, math.exp(2) / total], [0.5, 0.0, 0.0, 0.5]]
     for one, other in zip(counts, wanted, strict=True):
-        assert one == pytest.approx(other, abs=0.03)  # four standard errors of 4000 draws
+        assert one == pytest.approx(other, abs=0.03)  # four standard errors of 4000 samples
     for i in range(2):
         assert not positives[i][draws[:, i]].any()
 

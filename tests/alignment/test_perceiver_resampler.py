@@ -87,7 +87,7 @@ def test_several_modalities_together(names):
         made(dict(reversed(parts.items())))
     share = seen.share(seen.layers[0])
     assert share.shape == (2, 1, len(names))
-    assert float(share.sum(dim=-1).max()) < 1  # the rest goes to the latents themselves
+    assert float(share.sum(dim=-1).max()) < 1  # the remaining attention goes to the latents
     with watch(made) as ordered:
         made(parts)
     torch.testing.assert_close(share, ordered.share(ordered.layers[0]), **SINGLE)

@@ -79,7 +79,7 @@ def test_against_a_loop(seed, side):
         count, length = int(((ids == place) & mask).sum()), 4
         values = torch.randn(count, length, DIM, generator=random, dtype=torch.float64)
         valid = torch.rand(count, length, generator=random) < 0.7
-        # Two tokens at least, so that a placeholder cannot be taken for that of a single one.
+        # At least two tokens, so that a placeholder for a medium differs from one for a token.
         valid[:, :2] = True
         media[name] = Tokens(values, mask=valid)
         lists[name] = [part[keep].tolist() for part, keep in zip(values, valid, strict=True)]

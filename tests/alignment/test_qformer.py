@@ -182,7 +182,7 @@ def test_watch_records_the_cross_attention_shares():
 
 
 def test_against_transformers():
-    """The released model's own code in transformers, weight by weight."""
+    """Equals the implementation in transformers with the same weights."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
@@ -341,7 +341,7 @@ def test_matching_pairs():
     assert ((ids[pairs.a] == ids[pairs.b]) == pairs.label.bool()).all()
     alone = matching_pairs(torch.zeros(1, 1))
     assert (alone.a.tolist(), alone.b.tolist(), alone.label.tolist()) == ([0], [0], [1])
-    # Almost surely the nearest: p = 1 - 3e-9.
+    # The nearest one almost surely: p = 1 - 3e-9.
     near = torch.full((3, 3), 0.0).index_put((torch.tensor([0]), torch.tensor([2])), torch.tensor(20.0))
     assert int(matching_pairs(near).b[3]) == 2
     assert int(matching_pairs(near).a[8]) == 0

@@ -33,7 +33,7 @@ EXACT = TOL[torch.float64]
 
 
 def scene(seed, queries=4, items=5, levels=3):
-    """Similarities with many ties, and who is relevant; the last query has nothing relevant."""
+    """Returns similarities with many ties and the relevant items; the last query has no relevant item."""
     random = torch.Generator().manual_seed(seed)
     similarity = torch.randint(levels, (queries, items), generator=random).double()
     relevant = torch.rand(queries, items, generator=random) < 0.3
@@ -64,7 +64,7 @@ def test_all_metrics_are_means_over_all_orders_of_ties(seed, ties, levels, queri
     assert mean_reciprocal_rank(similarity, **options) == mean(np.mean([1 / r for r in each]) for each in first)
     precision = [np.mean([slow.average_precision(order) for order in each]) for each in orders]
     assert mean_average_precision(similarity, **options) == mean(precision)
-    # Every query's order is independent of the others: all combinations of ranks, each as often as it occurs.
+    # The orders of the queries are independent: enumerate all combinations of ranks with their frequencies.
     counts = [Counter(each) for each in first]
     medians = [
         (np.median(chosen), math.prod(count[rank] / count.total() for count, rank in zip(counts, chosen, strict=True)))
@@ -92,7 +92,7 @@ def test_equal_captions_share_the_first_rank():
     scores = torch.eye(4)
     scores[:2, :2] = 1.0
     assert recall_at_k(scores, 1) == pytest.approx(0.75)
-    # The next number of float32 is another one.
+    # Adjacent float32 numbers are not ties.
     scores[0, 1] = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
     assert found_within(scores, 1).tolist() == [1.0, 0.5, 1.0, 1.0]
 
@@ -171,7 +171,7 @@ def test_winoground(ties):
     found = winoground(scores.float(), ties=ties)
     assert found._asdict() == pytest.approx({name: np.mean(each) for name, each in solved.items()})
     assert 0 < found.group < 1
-    # All orders of four different scores: chance itself.
+    # All orders of four different scores: the chance level.
     every = torch.tensor(list(itertools.permutations([1.0, 2.0, 3.0, 4.0]))).view(-1, 2, 2)
     assert winoground(every, ties=ties)._asdict() == pytest.approx(CHANCE)
 
@@ -249,7 +249,7 @@ def test_tied_neighbors_are_expectations():
     collapsed, (a, _) = torch.ones(11, 3), clouds(count=11)
     for other in (collapsed, a):
         assert mutual_knn(collapsed, other, k=3) == pytest.approx(3 / 10)
-    # Two directions, three and four vectors each: enumerate who fills the neighborhoods.
+    # Two directions with three and four vectors: enumerate all neighborhoods.
     labels = [0, 0, 0, 1, 1, 1, 1]
     two = torch.eye(2)[labels]
     for k in (1, 2, 3, 4):

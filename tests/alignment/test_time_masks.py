@@ -29,7 +29,7 @@ VALID = torch.tensor([[True] * 5 + [False] * 2, [False, True, True, False, True,
 
 
 def loop(allowed, empty, valid=None):
-    """Rows of the mask, written out."""
+    """Computes the rows of the mask in loops."""
     rows = []
     for b in range(2):
         for i in range(5):
@@ -135,7 +135,7 @@ def test_rotation_by_pairs_of_features():
 
 
 def test_unix_times_in_single_precision():
-    """Times themselves need double precision, values do not."""
+    """Times need float64, values do not."""
     query, key = heads(0, 5, torch.float32), heads(1, 7, torch.float32)
     found = [
         torch.einsum("bhqd,bhkd->bhqk", rotate_by_time(query, QUERY + by), rotate_by_time(key, KEY + by))
@@ -171,7 +171,7 @@ def test_lags_of_pairs(kind):
 
 
 def test_lag_is_learned():
-    """Sound follows the picture by 0.4 seconds; attention over time alone learns it."""
+    """The audio lags behind the image by 0.4 seconds; attention by time only learns the lag."""
     torch.manual_seed(0)
     times = torch.arange(12.0, dtype=torch.float64)[None] * 0.5
     code = torch.randn(1, 12, 4, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_soft_warping():
     assert (dtw_cost(cost, softness=1.0) < hard).all()
     torch.testing.assert_close(dtw_cost(cost, softness=1e-3), hard, rtol=1e-2, atol=1e-2)
     assert torch.autograd.gradcheck(lambda c: dtw_cost(c, softness=0.5), cost.requires_grad_())
-    # Two ways of the same cost: -g log 2 less.
+    # Two paths with equal cost: lower by g log 2.
     square = torch.zeros(1, 2, dtype=torch.float64)
     assert float(dtw_cost(square, softness=0.5)) == 0.0
     assert float(dtw_cost(torch.zeros(2, 2, dtype=torch.float64), softness=0.5)) == pytest.approx(-0.5 * math.log(3))

@@ -131,7 +131,7 @@ def test_packed_tokens_of_any_number_of_modalities(count):
     with watch(made) as seen:
         made(packed)
     torch.testing.assert_close(seen.share(seen.layers[0]), found.share.mean(dim=2).to(torch.float32), **SINGLE)
-    # The class token sees all, at whatever time pack put it.
+    # The class token attends to all tokens, regardless of its time.
     far = pack(parts(names, shift=100.0), cls=torch.ones(DIM, dtype=torch.float64))
     torch.testing.assert_close(made(far).output, found.output, rtol=1e-8, atol=1e-8)
     masked = pack(parts(names, masks=names))

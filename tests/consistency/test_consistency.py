@@ -74,7 +74,7 @@ def test_other_scores_of_the_example():
     wanted = 1 - (11 / 9 - 1) / (math.sqrt(3) - 1)
     assert float(contradiction_free_score(swapped, num_modalities=3)) == pytest.approx(wanted)
     assert float(top_energy(swapped, num_modalities=3)) == pytest.approx(8 / 9)
-    # Two of three tokens go astray in every triple, and each costs two entries.
+    # Two of three tokens are mapped wrongly in every triple, and each changes two entries.
     assert float(eq.consistency.cycle_error(swapped, num_modalities=3)) == pytest.approx(2 / 3)
     worst = worst_contradictions(swapped, num_modalities=3)
     assert worst[0].strength == 1
@@ -153,7 +153,7 @@ def test_gradients(method):
 def test_gradient_is_finite_if_singular_values_vanish(method):
     matrix = TABLE["all correct"][0].clone().requires_grad_()
     eq.consistency.nuclear_norm(matrix, method=method).backward()
-    # U V^T over the three values that are not zero: P / N.
+    # U V^T over the three nonzero singular values: P / N.
     torch.testing.assert_close(matrix.grad, matrix.detach() / 3, rtol=1e-6, atol=1e-6)
     nothing = torch.zeros(4, 4, requires_grad=True)
     eq.consistency.nuclear_norm(nothing, method=method).backward()
@@ -305,7 +305,7 @@ def test_minimizing_the_loss_makes_maps_consistent(kind):
         optimizer.step()
     assert float(value.detach()) < 0.3 * first
     if kind == "rank":
-        # Not by making maps uniform: agreement is hard.
+        # The maps are not uniform: they become hard.
         matrix = loss.supermatrix(parts).detach()
         assert float(eq.consistency.consistency_score(matrix, num_modalities=3).mean()) > 0.9
 

@@ -23,7 +23,7 @@ def bert(**options):
     made = transformers.BertModel(transformers.BertConfig(vocab_size=13, **SMALL, **options))
     with torch.no_grad():
         for parameter in made.parameters():
-            # Zeros and ones would hide a mistake.
+            # Parameters of exactly 0 and 1 would hide errors.
             parameter += 0.1 * torch.randn_like(parameter)
     return made
 
@@ -57,7 +57,7 @@ def test_backbone_gets_no_gradient_from_missing_text():
     output = model(batch)
     assert not bool(output.share[2, :, 0].any())
     model.loss(output.logits, torch.tensor([0, 1, 1])).backward()
-    # Token 0 stands in the empty text alone.
+    # Token 0 occurs only in the empty text.
     gradient = encoders["text"].model.embeddings.word_embeddings.weight.grad
     assert float(gradient[0].abs().max()) == 0.0
     assert float(gradient[5].abs().max()) > 0.0

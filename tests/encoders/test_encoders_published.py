@@ -18,7 +18,7 @@ from oracles.fusion import doubles, transformer
 
 EXACT = TOL[torch.float64]
 SMALL = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
-# Names in transformers' ViT, of all its versions since 5.0, and in our stack; tried from the first to the last.
+# Parameter names in the ViT of all transformers versions since 5.0, and in our stack; the first match is used.
 OURS = {
     "encoder.layer.": "blocks.", "layers.": "blocks.", "attention.attention.": "attention.", "q_proj": "query",
     "k_proj": "key", "v_proj": "value", "attention.output.dense": "attention.out", "o_proj": "out",
@@ -32,7 +32,7 @@ def normal(seed, *shape):
 
 
 def shaken(module):
-    """Every parameter moved a little, so that zeros and ones cannot hide a mistake."""
+    """Perturbs every parameter, so that values of exactly 0 and 1 cannot hide errors."""
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
             parameter += 0.1 * normal(seed, *parameter.shape).to(parameter)
@@ -40,7 +40,7 @@ def shaken(module):
 
 
 def vit_oracle(encoder, videos, patch, depth, heads, swap):
-    """Frame after frame, patch after patch (rows first), a table of positions over all of them, blocks, norm."""
+    """Computes patches of each frame in row-major order, position embeddings over all of them, blocks and norm."""
     state = {}
     for name, value in doubles(encoder.vit).items():
         for theirs, ours in OURS.items():
@@ -100,7 +100,7 @@ def test_the_published_sizes():
 
 
 def test_the_published_cost():
-    """Parameters and operations of the paper's Table 4, as it counts them; one LayerNorm of the release is unused."""
+    """Parameters and operations as counted in the paper's Table 4; one LayerNorm of the release is unused."""
     with torch.device("meta"):
         audio = eq.encoders.ViTEncoder(1, (257, 188), axes="frequency time -> time frequency")
         encoders = {"audio": audio, "image": eq.encoders.ViTEncoder(3, (224, 224))}
@@ -115,7 +115,7 @@ def test_the_published_cost():
 
 
 def bilinear(grid, rows, columns):
-    """Another size of a grid (row, column, dim), half a pixel from its edges, written out."""
+    """Resizes a grid (row, column, dim) bilinearly with half-pixel centers, in loops."""
 
     def place(index, new, old):
         at = min(max((index + 0.5) * old / new - 0.5, 0.0), old - 1.0)
@@ -142,7 +142,7 @@ def test_interpolation_of_positions(rows, columns):
 
 @pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory):
-    """A ViT of three blocks for colors on a grid of 4 x 4, its weights in half precision."""
+    """A folder with a ViT of three blocks for color images with a 4 x 4 grid, in half precision."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vit")
     config = transformers.ViTConfig(image_size=8, patch_size=2, layer_norm_eps=1e-6, **SMALL)

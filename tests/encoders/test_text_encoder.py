@@ -65,7 +65,7 @@ def test_no_gradient_for_absent_words():
 
 
 def convolution(x, weight, bias, stride):
-    """3 x 3 with a border of zeros, pixel by pixel."""
+    """Computes a 3 x 3 convolution with zero padding, pixel by pixel."""
     channels, height, width = x.shape
     border = torch.zeros(channels, height + 2, width + 2, dtype=x.dtype)
     border[:, 1:-1, 1:-1] = x

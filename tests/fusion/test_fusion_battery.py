@@ -20,7 +20,7 @@ def logits(fusion, tokens, head=None):
 
 
 def padded(part, places):
-    """The same tokens with masked rubbish put in, one after the other, at the given places."""
+    """Returns the tokens with masked random values inserted at the given positions."""
     real = [True] * len(part)
     for place in places:
         real.insert(place, False)
@@ -32,7 +32,7 @@ def padded(part, places):
 
 
 def takes_part(fusion):
-    """Names of the modalities that a fusion reads: all, but for one that is made to read a single one."""
+    """Returns the modalities that a fusion uses: all, except for unimodal fusions."""
     return (fusion.modality,) if isinstance(fusion, Unimodal) else fusion.names
 
 
@@ -122,7 +122,7 @@ def test_half_precision_is_close(kind, dtype):
     output = built(kind, NAMES[:3])(tokens)
     rounded = built(kind, NAMES[:3]).to(dtype)(low)
     assert rounded.features.dtype == dtype
-    # Several roundings follow each other, so the error is measured against the size of all features.
+    # Rounding errors accumulate, so the error is relative to the largest feature.
     error = (rounded.features.double() - output.features).norm() / output.features.norm()
     assert error < 2 * TOL[torch.bfloat16]["rtol"]
 
@@ -162,7 +162,7 @@ def test_gradients_reach_used_inputs_and_every_parameter(kind, count):
     for name in names:
         gradient = tokens[name].values.grad
         assert (gradient is not None and bool(gradient.any())) == (name in takes_part(fusion))
-    # A bias added to all keys alike does not change a softmax.
+    # A bias added to all keys does not change a softmax.
     learning = {n: p.grad for n, p in fusion.named_parameters() if not n.endswith("key.bias")}
     assert all(gradient is not None and gradient.any() for gradient in learning.values())
 

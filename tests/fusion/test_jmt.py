@@ -61,7 +61,7 @@ def test_equal_lengths_by_hand():
     ))  # fmt: skip
     long = Tokens(torch.arange(8.0).view(2, 4, 1), mask=torch.tensor([[True] * 4, [False, True, True, False]]))
     stretched, kept = equal_lengths([short, long])
-    # The first sample's longest has 4 tokens, the second's has 2, one step apart.
+    # The longest sequence of the first sample has 4 tokens, that of the second 2.
     assert stretched.values[..., 0].tolist() == [[0.0, 1.0, 2.0, 3.0], [7.0, 7.0, 0.0, 0.0]]
     assert kept.values[..., 0].tolist() == [[0.0, 1.0, 2.0, 3.0], [5.0, 6.0, 0.0, 0.0]]
     assert stretched.mask.tolist() == kept.mask.tolist() == [[True] * 4, [True, True, False, False]]

@@ -14,7 +14,7 @@ from oracles.fusion_transformers import joint_contributions
 
 
 def model(*args, **options):
-    """Joint attention whose biases are not the zeros that they start with."""
+    """Returns a model with joint attention and nonzero biases."""
     made = fresh(*args, **options)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -52,7 +52,7 @@ def test_missing_modality_contributes_only_the_remainder():
     without_class = model(NAMES[:3], include_cls_key=False)
     without_class.load_state_dict(made.state_dict())
     parts = eq.fusion.modality_contributions(without_class, inputs | {"image": None})
-    # What is no modality's is the biases alone, where the class token is no key: a third each.
+    # If the class token is not a key, only the biases belong to no modality: a third each.
     rest = (made.fusion.attention.out.bias @ made.head.weight.mT + made.head.bias) / 3
     torch.testing.assert_close(parts["image"], rest.detach().expand(5, -1), **EXACT)
 

@@ -16,7 +16,7 @@ from helpers.fusion_cases import BATCH, DIM, FUSIONS, LENGTHS, NAMES, built, seq
 from helpers.masked_cases import FILLS, assert_equal_and_finite, derived
 
 FEATURES = {"audio": 3, "image": 7, "text": 11}
-# Every fusion with its defaults, and what else goes another way through the masks.
+# Every fusion with its defaults, and options with other code paths for masks.
 OPTIONS = {
     "JointAttention": ({"depth": 2}, {"include_cls_key": False}, {"shortcut": False}),
     "MulT": ({"causal": True}, {"readout": "attention"}),
@@ -30,7 +30,7 @@ fusions = pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda part: s
 
 
 def padding(names, *, seed=0):
-    """(batch, token) masks with padding in the middle, at the end, and a sample that lacks the last modality."""
+    """Returns (batch, token) masks with padding in the middle and at the end, and a sample without the last modality."""
     random = torch.Generator().manual_seed(seed)
     masks = {name: torch.rand(BATCH, LENGTHS[name], generator=random) < 0.6 for name in names}
     masks[names[-1]][1] = False
@@ -57,7 +57,7 @@ class TestFusions:
 
     @fusions
     def test_inputs_of_encoders(self, kind, options):
-        """Gradients of the encoders' weights too, which 0 times NaN would reach."""
+        """Also compares gradients of the encoder weights, since 0 times NaN is NaN."""
         names, found = NAMES[:3], []
         masks = padding(names)
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ class TestModel:
     @pytest.mark.parametrize("fill", [math.nan, math.inf])
     @pytest.mark.parametrize("encoder", [nn.Conv2d(3, DIM, 2), nn.LSTM(5, DIM, batch_first=True)])
     def test_missing_samples(self, encoder, fill):
-        """An encoder that mixes tokens is given zeros in place of a missing sample."""
+        """An encoder that mixes tokens receives zeros instead of a missing sample."""
 
         class Encoder(nn.Module):
             def __init__(self):
@@ -178,7 +178,7 @@ class TestModel:
         assert_equal_and_finite(found[1], found[0])
 
     def test_channels_are_not_tokens(self):
-        """As many tokens come out as channels go in: a mask of tokens leaves the picture whole."""
+        """The number of tokens equals the number of channels: a mask of tokens must not be applied to the image."""
         encoder = nn.Sequential(nn.Conv2d(2, DIM, 2, stride=2), nn.Flatten(2))
         torch.manual_seed(0)
         model = eq.FusionModel({"image": _Transposed(encoder)}, eq.fusion.Concat(DIM), 2)
@@ -260,7 +260,7 @@ class TestEncoders:
             assert encoder(given).values.isfinite().all()
 
     def test_audio_backbone(self):
-        """The time of mel spectrograms comes last."""
+        """The last axis of mel spectrograms is time."""
         encoder = Backbone.__new__(Backbone)
         mask = torch.tensor([[True, True, False], [True, False, False]])
         mel = torch.full((2, 5, 3), math.nan).masked_fill(mask[:, None], 1.0)

@@ -24,7 +24,7 @@ def test_forward(exchange, masked, cls, count):
     torch.testing.assert_close(output.features, vectors.flatten(1), **EXACT)
     head = fusion.head(OUTPUTS).double()
     state = doubles(head)
-    # One head for all: the mean of the modalities' logits, where every sample has all of them.
+    # A shared head: the mean of the logits of the modalities if every sample has all of them.
     if not masked:
         scores = [[linear(state, "linear.", count * v) for v in sample] for sample in vectors]
         expected = torch.stack([sum(sample) / count for sample in scores])
@@ -50,9 +50,9 @@ def test_contributions_after_autocast():
 
 
 def perturbed(fusion):
-    """Largest change of audio's part of the features when image is changed."""
+    """Returns the largest change of the audio features when the image changes."""
     tokens = sequences(NAMES[:2])
-    # A constant would not do: norms take it out.
+    # Not a constant, which the norms would remove.
     changed = tokens | {"image": Tokens(-tokens["image"].values)}
     parts = [fusion(t).features[:, :DIM] for t in (tokens, changed)]
     return float((parts[0] - parts[1]).detach().abs().max())
@@ -76,7 +76,7 @@ def test_exchange_between_modalities_needs_a_second_layer(depth, options, crosse
     fusion, tokens = built(MBT, NAMES[:2], depth=depth, **options), sequences(NAMES[:2])
     for part in tokens.values():
         part.values.requires_grad_()
-    # The loss of audio alone: its own part of the features.
+    # A loss of the audio features only.
     fusion(tokens).features[:, :DIM].square().sum().backward()
     assert bool(tokens["audio"].values.grad.any())
     grad = tokens["image"].values.grad

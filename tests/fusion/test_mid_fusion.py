@@ -50,7 +50,7 @@ def test_start_from_reuses_trained_blocks():
     for fused, trained in zip(fusion.blocks, whole.blocks[1:], strict=True):
         for name, value in trained.state_dict().items():
             assert torch.equal(fused.state_dict()[name], value)
-    # Blocks 2 and 3 on the tokens after block 1, without the fusion's class token, are the encoder as it was.
+    # Blocks 2 and 3 on the tokens after block 1, without the class token of the fusion, equal the original encoder.
     expected = encoder(frames).values[:, 0]
     del whole.blocks[-2:]
     whole.norm = torch.nn.Identity()
@@ -58,7 +58,7 @@ def test_start_from_reuses_trained_blocks():
     for block in fusion.blocks:
         values = block(values).output
     torch.testing.assert_close(fusion.norm(values[:, 0]), expected, **EXACT)
-    # A copy, not the same weights.
+    # The weights are copied, not shared.
     assert not {id(p) for p in fusion.parameters()} & {id(p) for p in encoder.parameters()}
 
 

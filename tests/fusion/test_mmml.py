@@ -48,7 +48,7 @@ def test_parameters_of_a_layer():
 
 
 def test_both_streams_attend_to_the_inputs_of_the_layer():
-    # Were they updated one after the other, the second would see what the first has become.
+    # With sequential updates, the second stream would attend to the updated first one.
     fusion, tokens = built(MMML, NAMES[:2]), sequences(NAMES[:2])
     layer = fusion.layers[0]
     backwards = layer(dict(reversed(tokens.items())))

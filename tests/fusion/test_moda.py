@@ -36,7 +36,7 @@ def test_equals_mid_fusion_at_initialization(count, dtype, options):
 
 
 def by_hand(fusion, tokens):
-    """Features of one sample without padding, out of the parts that have tests of their own."""
+    """Computes the features of one sample without padding from separately tested components."""
     values = torch.cat([fusion.cls[None, None], *(part.values for part in tokens.values())], dim=1)
     labels = torch.tensor([-1] + [n for n, part in enumerate(tokens.values()) for _ in range(len(part))])
     for number, block in enumerate(fusion.blocks):

@@ -73,7 +73,7 @@ def test_order_permutes_shares_and_parts_of_the_features(order):
     other.load_state_dict(one.state_dict())
     before, after = one(tokens), other(tokens)
     torch.testing.assert_close(after.share, before.share[..., list(order)], **SINGLE)
-    # The readout stands first, then one part for each modality; the head's weights are permuted as they are.
+    # The readout comes first, then one part per modality; the weights of the head are permuted accordingly.
     w = one.stream_dim
     places = torch.cat([torch.arange(w), *(w + m * w + torch.arange(w) for m in order)])
     torch.testing.assert_close(after.features, before.features[:, places], **EXACT)
@@ -99,7 +99,7 @@ def test_causal_attention():
     after = encoder(Tokens(target), Tokens(changed), causal=True)
     torch.testing.assert_close(after[:, :3], before[:, :3], **EXACT)
     assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=-1).gt(1e-3).all()
-    # A source that is 2 longer may be read 2 ahead.
+    # In a source that is 2 tokens longer, keys up to 2 positions ahead are visible.
     longer = torch.cat([changed, torch.randn(1, 2, 6, dtype=torch.float64)], dim=1)
     moved = longer.clone()
     moved[:, 3] *= -1
@@ -110,7 +110,7 @@ def test_causal_attention():
 
 
 def test_positions_by_hand():
-    # Width 5: two sines, two cosines with rates 1 and 1/10000, a zero.
+    # Width 5: two sines and two cosines with rates 1 and 1/10000, and a zero.
     fusion_table = eq.fusion.mult.sinusoids(torch.tensor([[1, 2]]), torch.zeros(1, 2, 5, dtype=torch.float64))
     expected = [0.8414709848078965, 1e-4, 0.5403023058681398, 1.0, 0.0]
     assert fusion_table[0, 0].tolist() == pytest.approx(expected, abs=1e-8)
@@ -147,7 +147,7 @@ def small_model(kind, **options):
 def test_rollingq_rotates_the_readout(kind):
     model = small_model(kind, readout="attention")
     with torch.no_grad():
-        # At its start the class token is short; made longer, there is an imbalance to see.
+        # The initial class token is small; scaling it creates an imbalance.
         model.fusion.joint.cls.mul_(50)
     balancer = eq.balance.RollingQ(model.fusion.attention, rho=1.0, beta=0.0)
     batch = {"audio": torch.randn(4, 7, 3), "image": torch.randn(4, 2, 5)}

@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def normal(*shape, dtype=torch.float64, seed=0, keep=None, fill=0.0):
-    """A leaf with ``fill`` where ``keep`` is False."""
+    """Returns a leaf tensor with ``fill`` where ``keep`` is False."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     if keep is not None:
         values = values.masked_fill(~keep.reshape(*keep.shape, *[1] * (values.ndim - keep.ndim)), fill)
@@ -51,7 +51,7 @@ def prepared(module, dtype):
 
 
 def module_case(make, inputs, call):
-    """A case of a module: ``inputs`` of (dtype, fill) are leaves, ``call`` of (module, *leaves) gives outputs."""
+    """Returns the case of a module: ``inputs(dtype, fill)`` returns leaves, ``call(module, *leaves)`` the outputs."""
 
     def case(dtype, fill):
         module, leaves = prepared(make, dtype), inputs(dtype, fill)
@@ -76,7 +76,7 @@ def media(width=4, names=1):
 
 
 def words(dtype, fill):
-    """Numbers under the masks of words cannot be NaN: one that no vocabulary has stands there where fill is not 0."""
+    """Returns word ids with an id outside of the vocabulary under the mask if ``fill`` is not 0 (ids cannot be NaN)."""
     return IDS.masked_fill(~TEXT, 0 if fill == 0 else -100)
 
 
@@ -175,7 +175,7 @@ def token_loss(slots=3, **options):
 
 
 def some(dtype, fill):
-    """Tokens with at least one valid in each sample, which a supermatrix needs."""
+    """Returns tokens with at least one valid token per sample, as required by a supermatrix."""
     return [normal(BATCH, KEYS, 4, dtype=dtype, seed=n, keep=SOME, fill=fill) for n in range(3)]
 
 
@@ -184,14 +184,14 @@ SOME[1, 2] = True
 
 
 def maps(call):
-    """A measure of the supermatrix of tokens, with padding."""
+    """Returns the case of a metric of the supermatrix of padded tokens."""
     return function_case(
         some, lambda *x: [call(consistency.supermatrix_from_tokens(x, masks=[SOME] * 3, temperature=0.5))]
     )
 
 
 def ignoring(dtype, fill):
-    """Similarities of which one column is ignored in the first row."""
+    """Returns similarities with one ignored column in the first row."""
     values = normal(4, 4, dtype=dtype, seed=0)
     return [
         values.detach().index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(fill, dtype=dtype)).requires_grad_()
@@ -388,7 +388,7 @@ CASES = {
     "top_energy": [maps(lambda p: consistency.top_energy(p, num_modalities=3))],
     "pooled": [maps(lambda p: consistency.pool_to_slots(p, sizes=(5, 5, 5), parts=(2, 2, 2)))],
 }
-# What takes a mask and still has no case, by the reason.
+# Functions with a mask argument but without a case, and the reason.
 WITHOUT = {
     "made of masks and whole numbers alone": {"caption_labels", "matching_pairs", "media_mask", "objective_mask"},
     "draws, figures and masks, without a gradient": {
@@ -401,7 +401,7 @@ MASKS = {"mask", "masks", "valid", "present", "positives", "ignored", "relevant"
 
 
 def found(*packages):
-    """Names of the modules, of the losses, and of the functions that take a mask, in what packages offer."""
+    """Returns the names of all public modules, losses and functions with a mask argument."""
     names = set()
     for name, value in [pair for package in packages for pair in vars(package).items() if pair[0][0] != "_"]:
         if inspect.isclass(value) and issubclass(value, nn.Module):

@@ -20,7 +20,7 @@ BALANCERS = {
     for _, kind in inspect.getmembers(package, inspect.isclass)
     if issubclass(kind, Balancer) and kind is not Balancer and not inspect.isabstract(kind)
 }
-"""Every balancer of the package: whoever adds one meets every test of the batteries."""
+"""Every balancer of the package; the shared tests run each of them."""
 
 ALWAYS = {"beta": 0.0, "tail": None, "max_rotations": None}
 SMALL = {
@@ -31,13 +31,13 @@ SMALL = {
     "DiagnoseRelearn": {"every": 1},
     "RollingQ": ALWAYS,
 }
-"""Options with which a balancer does within a few small epochs what it is there for."""
+"""Options with which a balancer has an effect within a few small epochs."""
 
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
-"""Balancers of attention, which are tried on joint attention of that depth; the others on Concat."""
+"""Balancers of attention -> depth of the joint attention to test them with; the others use Concat."""
 
 SIDE_BY_SIDE = {"AMCo", "MLA", "MMCosine", "ReconBoost"}
-"""Balancers whose idea needs vectors that stand side by side, or logits that add up, so they refuse joint attention."""
+"""Balancers that need concatenated features or additive logits, and reject joint attention."""
 
 
 def joint(depth=1):
@@ -45,16 +45,16 @@ def joint(depth=1):
 
 
 def teachers(names, dtype):
-    """Encoders that know something else."""
+    """Returns encoders with other weights."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return {name: nn.Linear(FEATURES[name], DIM).to(dtype) for name in names}
 
 
 def plain(name, names=("audio", "image"), *, fusion=None, **options):
-    """The model that a balancer is tried on, without the balancer.
+    """Returns the model to test a balancer with, without the balancer.
 
-    ``fusion`` is called for one; by default it is joint attention for balancers of attention, else Concat.
+    ``fusion()`` creates the fusion; by default joint attention for balancers of attention, otherwise Concat.
     """
     torch.manual_seed(options.get("seed", 0))
     if fusion is None:
@@ -64,7 +64,7 @@ def plain(name, names=("audio", "image"), *, fusion=None, **options):
 
 
 def made_for(model, name):
-    """The balancer, given what its constructor asks for by name."""
+    """Returns the balancer, created with the arguments that its constructor accepts."""
     kind, fusion = BALANCERS[name], model.fusion
     given = {
         "model": model, "fusion": fusion, "layer": getattr(fusion, "attention", None), "epochs": EPOCHS,
@@ -75,7 +75,7 @@ def made_for(model, name):
 
 
 def attached(name, names=("audio", "image"), **options):
-    """A model, and the balancing around it."""
+    """Returns a model and its BalancerList."""
     model = plain(name, names, **options)
     return model, eq.BalancerList(model, [made_for(model, name)])
 
@@ -87,8 +87,8 @@ def sgd(model, balancing):
 
 
 class Loss(nn.Module):
-    """A module that returns the loss, as Lightning's training step does: what data-parallel training is wrapped around,
-    so that parameters that take no part in the loss are found."""
+    """A module that returns the loss, like the training step in Lightning. DistributedDataParallel wraps it, so that
+    parameters without gradient are detected."""
 
     def __init__(self, model, balancing):
         super().__init__()
@@ -99,7 +99,7 @@ class Loss(nn.Module):
 
 
 def step(loss, balancing, optimizer, *batches):
-    """One optimizer step over several batches, of which each weighs by its samples, for every turn."""
+    """Runs ``steps_per_batch`` optimizer steps over several batches, each weighted by its number of samples."""
     total = sum(len(inputs["target"]) for inputs in batches)
     for _ in range(balancing.steps_per_batch):
         optimizer.zero_grad()
@@ -112,7 +112,7 @@ def step(loss, balancing, optimizer, *batches):
 
 
 def epoch(model, balancing, optimizer, batches, val, *, loss=None):
-    """What the balancers say of an epoch; a list among the batches is accumulated into one step."""
+    """Trains for an epoch and returns the logs of the balancers; a list of batches is accumulated into one step."""
     loss = loss or Loss(model, balancing)
     steps = [inputs if isinstance(inputs, list) else [inputs] for inputs in batches]
     model.train()
@@ -124,7 +124,7 @@ def epoch(model, balancing, optimizer, batches, val, *, loss=None):
 
 
 def train(model, balancing, optimizer, epochs, *, task="classification", first=0, **options):
-    """Several epochs of small batches, which depend on the number of the epoch alone."""
+    """Trains for several epochs of small batches that depend only on the epoch number."""
     logs = []
     for number in range(first, first + epochs):
         batches = [batch_for(task, model.names, seed=10 * number + place, **options) for place in range(STEPS)]
@@ -134,13 +134,13 @@ def train(model, balancing, optimizer, epochs, *, task="classification", first=0
 
 
 def answers(model, task="classification", **options):
-    """Logits in evaluation."""
+    """Returns the logits in evaluation mode."""
     with torch.no_grad():
         return model.eval()(batch_for(task, model.names, seed=77, **options)).logits
 
 
 def finite(model, logs):
-    """Whether everything that an epoch left behind is a finite number."""
+    """Returns True if all values of a log are finite."""
     values = [value for log in logs for value in log.values()]
     return all(isinstance(value, float) and math.isfinite(value) for value in values) and all(
         bool(p.isfinite().all()) and (p.grad is None or bool(p.grad.isfinite().all())) for p in model.parameters()

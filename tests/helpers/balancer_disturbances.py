@@ -19,7 +19,7 @@ EPOCHS, STEPS = 2, 3
 
 
 class Loop:
-    """A loop as users write it; a disturbance overrides one of its parts. ``reference`` is what it is compared with."""
+    """A typical training loop; a disturbance overrides one of its methods. It is compared with ``reference``."""
 
     clean = "Loop"
     scaled = False
@@ -27,7 +27,7 @@ class Loop:
     def __init__(self, name, **options):
         self.model, self.balancing = attached(name, **options)
         self.optimizer = sgd(self.model, self.balancing)
-        # Without momentum a gradient times s and a learning rate over s are the same step.
+        # Without momentum, gradients times s and the learning rate divided by s give the same step.
         self.optimizer.param_groups[0]["momentum"] = 0.0
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=10**6, enabled=self.scaled)
         self.factor = 1.0
@@ -49,7 +49,7 @@ class Loop:
         self.scaler.update()
 
     def before(self, number):
-        """What happens before a step."""
+        """Runs before a step."""
 
     def step(self, inputs, number):
         self.optimizer.zero_grad()
@@ -57,7 +57,7 @@ class Loop:
         self.update()
 
     def run(self):
-        """The weights in the end, and what was logged."""
+        """Returns the final weights and the logs."""
         logs = []
         for epoch in range(EPOCHS):
             batches = [batch_for("classification", self.model.names, seed=10 * epoch + n) for n in range(STEPS)]
@@ -263,7 +263,7 @@ class Tenth(Loop):
 
 
 class Accumulated(Loop):
-    """Two batches for each step."""
+    """Two batches per step."""
 
     def step(self, inputs, number):
         other = batch_for("classification", self.model.names, seed=100 + number)
@@ -341,20 +341,20 @@ REFUSED = {
     "CheckpointReentrant": ("LFM", "MMPareto"),
     "CheckpointFusionReentrant": ("LFM",),
 }
-"""Loops that these balancers refuse, with an error that says what to do."""
+"""Loop -> balancers that raise an error in it."""
 
 _weights = {}
 
 
 def undisturbed(name, clean):
-    """Of one balancer and loop, computed once."""
+    """Returns the reference result of a balancer and a loop; cached."""
     if (name, clean) not in _weights:
         _weights[name, clean] = CLEAN[clean](name).run()
     return _weights[name, clean]
 
 
 def outcome(name, disturbance):
-    """ "equal", or the error's message where the loop is refused; raises AssertionError where weights differ."""
+    """Returns "equal", or the message of an expected error; raises AssertionError if weights differ."""
     kind = DISTURBANCES[disturbance]
     expected, logs = undisturbed(name, kind.clean)
     try:
@@ -370,7 +370,7 @@ def outcome(name, disturbance):
 
 
 def shared(name):
-    """A model of which two modalities share an encoder, the balancing around it and a batch; or the error."""
+    """Returns a model with an encoder shared by two modalities, its BalancerList and a batch; or the error."""
     torch.manual_seed(0)
     one = torch.nn.Linear(3, 12)
     encoders = {"left": one, "right": one, "image": torch.nn.Linear(5, 12)}

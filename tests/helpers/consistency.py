@@ -13,9 +13,9 @@ SWAP = EYE[[1, 0, 2]]
 
 
 def planted(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40.0, dtype=torch.float32):
-    """A fusion whose first block maps audio to video, audio to text and video to text in this way.
+    """Returns a fusion whose first block has the given maps audio-video, audio-text and video-text.
 
-    Every token is a direction of its own; query times key is ``sharpness`` where the map has 1, else 0.
+    Tokens are orthogonal; query times key is ``sharpness`` where the map is 1, otherwise 0.
     """
     matrix = eq.consistency.supermatrix(
         {(0, 1): there, (0, 2): straight, (1, 2): on} if len(names) == 3 else {(0, 1): there}
@@ -35,7 +35,7 @@ def planted(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40.0, dty
 
 
 def concepts(names=NAMES, *, size=5, dtype=torch.float32):
-    """The tokens themselves, alike in every sample."""
+    """Returns the tokens, equal in every sample."""
     all_ = torch.eye(len(names) * CONCEPTS, dtype=dtype)
     made = {n: all_[i * CONCEPTS : (i + 1) * CONCEPTS].expand(size, -1, -1) for i, n in enumerate(names)}
     return {**made, "target": torch.arange(size) % 2}

@@ -9,7 +9,7 @@ CLASSES = 3
 
 
 def linear(weight):
-    """A layer without bias and with the given weights."""
+    """Returns a linear layer without bias and with the given weights."""
     weight = torch.as_tensor(weight, dtype=torch.float32)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():
@@ -18,7 +18,7 @@ def linear(weight):
 
 
 def weighing(**weights):
-    """Logits = sum over modalities of weight x the mean of its tokens: a static model whose use is its weights."""
+    """Returns a static model with logits = sum over modalities of weight x mean token."""
     model = eq.FusionModel(
         {name: nn.Identity() for name in weights}, eq.fusion.Concat(CLASSES), CLASSES, unimodal="none"
     )
@@ -29,7 +29,7 @@ def weighing(**weights):
 
 
 def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
-    """Batches of random inputs whose targets are what the model answers, but for a part of them."""
+    """Returns batches of random inputs whose targets are the predictions of the model, except for a fraction of them."""
     random = torch.Generator().manual_seed(seed)
     batches = []
     for size in sizes:
@@ -44,9 +44,9 @@ def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
 
 
 def looking(sharpness):
-    """Joint attention whose class token prefers tokens by their first feature: quality, where data put it there.
+    """Returns joint attention whose class token prefers tokens with a large first feature (the quality).
 
-    Values are the tokens themselves, so the answer is read from what attention picks.
+    Values equal the tokens, so the prediction depends on the selected tokens.
     """
     model = eq.FusionModel(
         {"audio": nn.Identity(), "image": nn.Identity()}, eq.fusion.JointAttention(CLASSES, dropout=0.0), CLASSES,
@@ -66,7 +66,7 @@ def looking(sharpness):
 
 
 def marked(model, *, sizes=(211, 97), seed=0):
-    """Batches whose tokens carry their quality in the first feature, about 1, and the answer in the others."""
+    """Returns batches whose tokens have their quality, about 1, in the first feature and the class in the others."""
     batches = answered(model, sizes=sizes, seed=seed)
     random = torch.Generator().manual_seed(seed + 1)
     for batch in batches:

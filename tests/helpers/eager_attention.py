@@ -67,7 +67,7 @@ class EagerAttention(TorchFunctionMode):
 
 
 def written_out(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The matrix of ``F.scaled_dot_product_attention``."""
+    """Returns the attention matrix of ``F.scaled_dot_product_attention``."""
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)

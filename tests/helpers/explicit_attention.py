@@ -11,7 +11,7 @@ from oracles import quag as slow
 
 
 def changed_by(attention, columns, rows, seen, change):
-    """Applies a change to attention: ("hide", names' numbers) or ("quag", operator, how many modalities, cls_rows)."""
+    """Applies an intervention: ("hide", modality indices) or ("quag", operator, number of modalities, cls_rows)."""
     kind, *rest = change
     if kind == "hide":
         return slow.hidden(attention, columns, rest[0])
@@ -39,7 +39,7 @@ class WrittenOut(AttentionCore):
 
 
 def written_out(model, change):
-    """A copy of a model in which every attention is computed by `WrittenOut`."""
+    """Returns a copy of a model in which every attention is computed by `WrittenOut`."""
     copied = copy.deepcopy(model)
     for part in copied.modules():
         if isinstance(part, eq.nn.Attention):

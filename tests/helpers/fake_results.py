@@ -18,7 +18,7 @@ LEVEL = {
 
 
 def fake_results(methods=METHODS, seeds=5, fold="A", epochs=15, history=True, rename=None):
-    """``rename`` maps a method's name to the one that is written."""
+    """Returns fake results; ``rename`` maps the name of a method to the stored one."""
     names = rename or {}
     runs = [_run(method, seed, fold, epochs if history else 0, names) for method in methods for seed in range(seeds)]
     protocol = {
@@ -34,7 +34,7 @@ def fake_results(methods=METHODS, seeds=5, fold="A", epochs=15, history=True, re
 
 def _run(method, seed, fold, epochs, names):
     accuracy, audio, image, r, share, air = LEVEL[method]
-    # One stream a seed, so that methods on the same seed go together and pairs are worth something.
+    # Methods with the same seed share a random offset, so that their results are correlated.
     luck = np.random.default_rng(seed).normal(0, 0.018)
     rng = np.random.default_rng([seed, len(method)])
 

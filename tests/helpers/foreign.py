@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def labels(tokens):
-    """A class token, then two modalities."""
+    """Returns labels of a class token and two modalities."""
     return torch.tensor([-1] + [0] * 2 + [1] * (tokens - 3))
 
 

@@ -12,7 +12,7 @@ DIM, OUTPUTS = 12, 3
 
 
 def model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float64, seed=0, **options):
-    """Linear encoders and joint attention; biases apart, so that the modalities lie apart and there is imbalance."""
+    """Returns linear encoders and joint attention; different biases separate the modalities and create an imbalance."""
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
     options = {"dropout": 0.0, **options}
@@ -25,7 +25,7 @@ def model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float64, se
 
 
 def batch(names=("audio", "image"), *, size=5, seed=0, dtype=torch.float64, missing=()):
-    """Inputs and targets; each of ``missing`` lacks in some samples, and every one of these has another modality."""
+    """Returns inputs and targets; each of ``missing`` is absent in some samples, which have another modality."""
     random = torch.Generator().manual_seed(seed)
     made = {
         name: torch.randn(size, LENGTHS[name], FEATURES[name], generator=random, dtype=torch.float64).to(dtype)
@@ -39,7 +39,7 @@ def batch(names=("audio", "image"), *, size=5, seed=0, dtype=torch.float64, miss
 
 
 def slices(whole, *sizes):
-    """A batch cut into smaller ones."""
+    """Splits a batch into smaller ones."""
     start, parts = 0, []
     for size in sizes:
         here = slice(start, start + size)
@@ -52,7 +52,7 @@ def slices(whole, *sizes):
 
 
 def samples(model, batches, rotation=None):
-    """What the oracle reads: each sample's query rows, keys, labels, valid keys and rows, from the parameters alone."""
+    """Returns the inputs of the oracle: query rows, keys, labels, valid keys and rows of each sample."""
     layer, found = model.fusion.attention, []
     heads = (layer.heads, layer.head_dim)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def samples(model, batches, rotation=None):
 
 
 def forward(model, batches):
-    """A training pass without optimizer."""
+    """Runs a forward pass in training mode."""
     model.train()
     for inputs in batches:
         model(inputs)

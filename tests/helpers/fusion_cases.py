@@ -32,7 +32,7 @@ def sequences(names, *, seed=0, dtype=torch.float64, masked=False, cls=False):
 
 
 def built(kind, names, *, dtype=torch.float64, **options):
-    """A fusion in evaluation mode, parameters far enough from their start to tell them apart."""
+    """Returns a fusion in evaluation mode with perturbed parameters."""
     torch.manual_seed(0)
     fusion = kind(DIM, **options).build(names).eval().to(dtype)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def built(kind, names, *, dtype=torch.float64, **options):
 
 
 def right_gradients(fusion):
-    """``gradcheck`` of the features of a fusion of the first two modalities, by all values of one sample's tokens."""
+    """Runs ``gradcheck`` on the features of a fusion of two modalities with respect to the tokens of one sample."""
     inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
 
     def features(*values):

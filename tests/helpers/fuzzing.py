@@ -86,7 +86,7 @@ WRONG = (
     None, True, -1, 0, 7, 2.5, 10**30, -(10**30), float("nan"), float("inf"), "", "x", "../../x", "/x", "\ud800", "[]",
     "$(id)", [], [1], [[]], {}, {"class_path": "this.x"}, {"name": "digits"}, "joint", "1e-3", "a\nb", "\x00",
 )  # fmt: skip
-"""Values of the wrong type, or of the right one and without sense."""
+"""Values of a wrong type, or invalid values of the right type."""
 
 
 def nodes(content, where=()):
@@ -97,7 +97,7 @@ def nodes(content, where=()):
 
 
 def changed(rng, content):
-    """The content with one part that is replaced, removed, renamed or added."""
+    """Returns the content with one part replaced, removed, renamed or added."""
     place = rng.choice(list(nodes(content)))
     if not place:
         return rng.choice(WRONG)
@@ -164,7 +164,7 @@ def ways(kind):
 
 
 class World:
-    """One of each kind of file, small and whole."""
+    """A folder with a small valid file of each kind."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -192,12 +192,12 @@ def quietly():
 
 
 def outcome(action):
-    """ "ok", "told", "usage", or what went wrong and where."""
+    """Returns "ok", "told", "usage", or the unexpected error and its location."""
     with quietly() as (said, errors):
         try:
             status = action()
         except OSError as error:
-            # What the program tells in one sentence; a function may raise it, as long as it names the file.
+            # Errors that the program reports in one sentence; functions may raise them if they name the file.
             return "told" if error.filename else "OSError without a file"
         except EquipoiseError as error:
             return "told" if len(str(error)) < 2000 else f"a message of {len(str(error))} characters"
@@ -220,7 +220,7 @@ def outcome(action):
 
 
 def damaged(world, seed):
-    """(kind of file, damage, outcome) of one damaged file."""
+    """Returns (kind of file, damage, outcome) for one damaged file."""
     rng = random.Random(seed)
     subject = rng.choices(list(SUBJECTS), [weight for _, weight in SUBJECTS.values()])[0]
     act, _ = SUBJECTS[subject]
@@ -330,7 +330,7 @@ SUBJECTS = {
     "a searched run.json": (searched("run.json"), 2), "searched weights": (searched("model.safetensors"), 1),
     "search.safetensors": (searched("search.safetensors"), 1), "picture": (picture, 3), "sound": (sound, 3),
 }  # fmt: skip
-"""Kind of file -> what is done with it, and how often."""
+"""Kind of file -> function that uses it, and number of cases."""
 
 
 VALUES = ("", "-1", "0", "2", "x", "1e400", "nan", "null", "[]", "{}", "{a: {b: 1}}", "[1", "{class_path: this.x}",
@@ -352,11 +352,11 @@ OWN = {
     "look": ("--image", "--audio", "--exclude_top_k", "--layers", "--dtype", "--device", "--answer", "--random"),
     "evaluate": ("--data", "--level", "--split", "--samples", "--template", "--dtype"),
 }
-"""Options of each command, and some that none has."""
+"""Options of each command, and unknown options."""
 
 
 def random_line(world, rng, here):
-    """A command line that ends soon; what it writes it writes in the folder ``here``."""
+    """Returns a command line of a short run that writes only into the folder ``here``."""
     (here / "file").write_text("x")
     (here / "dangling").symlink_to(here / "nowhere")
     places = [here / "o", here / "file", here / "dangling", Path("/dev/null"), here / "file" / "x", here / "\udcff"]
@@ -391,7 +391,7 @@ def random_line(world, rng, here):
 
 
 def random_command(world, seed):
-    """(command, words, outcome) of one random command line."""
+    """Returns (command, arguments, outcome) of one random command line."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)

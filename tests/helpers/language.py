@@ -15,7 +15,7 @@ def scenes():
 
 
 def language(connector="mlp", seed=0, **options):
-    """Of width 20 and encoder's width 12, two blocks, five latents."""
+    """Returns a model of width 20 with an encoder of width 12, two blocks and five latents."""
     torch.manual_seed(seed)
     encoder = PatchEncoder(3, (48, 48), patch=8, dim=12, depth=1, heads=2)
     options = {"dim": 20, "depth": 2, "heads": 2, "latents": 5, **options}

@@ -45,7 +45,7 @@ def processor(size=12, patch=4, chat_template=None):
 
 
 def llava(size=12, patch=4, seed=0):
-    """Attention that is far from even, as random weights of the usual size would not give it."""
+    """Returns a model with clearly nonuniform attention, which default initialization would not give."""
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**{**VISION, "image_size": size, "patch_size": patch}),
         text_config=hf.LlamaConfig(**{**TEXT, "vocab_size": len(WORDS), "num_hidden_layers": 3}),
@@ -75,6 +75,6 @@ def saved_llava(folder, **options):
 
 
 def picture(width=26, height=18):
-    """Broader than high, so that its middle is cut out."""
+    """Returns an image that is wider than high, so that it is center-cropped."""
     rows, columns = np.indices((height, width))
     return Image.fromarray(np.stack([9 * columns, 13 * rows, 7 * (rows + columns)], axis=-1).astype("uint8"))

@@ -8,7 +8,7 @@ FILLS = (math.nan, math.inf, -math.inf, 3e38)
 
 
 def derived(result, leaves):
-    """The result's parts and the gradients of their sum of squares by the leaves."""
+    """Returns the outputs and the gradients of their sum of squares with respect to the leaves."""
     parts = [part for part in result if part is not None]
     total = sum(part.square().sum() for part in parts if part.requires_grad)
     found = torch.autograd.grad(total, leaves, allow_unused=True)

@@ -18,14 +18,14 @@ class Broken(torch.nn.Module):
 
 
 def hooks(model):
-    """Numbers of hooks on every module and parameter of a model."""
+    """Returns the number of hooks of every module and parameter of a model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
     return modules, [len(parameter._backward_hooks or ()) for parameter in model.parameters()]
 
 
 def state(model, batches):
-    """Everything of a model, its batches and the global state that a diagnostic must leave unchanged."""
+    """Returns all state of a model, its batches and the process that a diagnostic must not change."""
     return {
         "modes": [module.training for module in model.modules()],
         "hooks": hooks(model),

@@ -12,7 +12,7 @@ from helpers.waiting import DEADLOCK
 
 @contextmanager
 def together(rank, folder, world=2):
-    """A gloo group for the block, after which the process ends.
+    """Context manager of a gloo process group; the process exits at its end.
 
     It ends without destructors: that of DistributedDataParallel's reducer waits for gloo's thread while it holds the
     interpreter's lock, which that thread may want for its last tensor, and then neither goes on.

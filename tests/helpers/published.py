@@ -58,7 +58,7 @@ def saved_clip(folder):
 
 
 class Processor:
-    """The two parts of a processor, as every one of them has."""
+    """A processor with its two parts."""
 
     def __init__(self):
         self.image_processor, self.tokenizer = pictures(), tokenizer()

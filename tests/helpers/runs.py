@@ -28,7 +28,7 @@ BALANCERS = {"rollingq": ROLLING, "progressive": {"balancer": "progressive_rolli
 
 
 def recipe(*, balancers=None, **train):
-    """Encoders of width 8, batches of 250; options of training as given."""
+    """Returns a recipe with encoders of width 8, a batch size of 250 and the given training options."""
     made = recipes.Recipe(
         data={"name": "digits"},
         encoders=ENCODERS,
@@ -42,19 +42,19 @@ def recipe(*, balancers=None, **train):
 
 
 def write_recipe(path, made=None, **changes):
-    """A recipe's file, and its name."""
+    """Writes a recipe and returns its path."""
     path.write_text(recipes.dump_recipe(replace(made or recipe(), **changes)), encoding="utf-8")
     return str(path)
 
 
 def figures(run):
-    """Everything of a run that must repeat: all but the time that it took."""
+    """Returns the reproducible metrics of a run: all except times."""
     metrics = {name: value for name, value in run["metrics"].items() if name != "seconds_per_epoch"}
     return {**run, "metrics": metrics}
 
 
 def table(content):
-    """Every run's figures, without time."""
+    """Returns the reproducible metrics of every run."""
     return [figures(run) for run in content["runs"]]
 
 
@@ -71,11 +71,11 @@ def assert_same_weights(one, other):
 
 
 class Interruption(Exception):
-    """What stands for a crash."""
+    """Simulates a crash."""
 
 
 def interrupted(job, folder, *moments):
-    """A run that crashes when so many epochs are done, once for each moment, and is then begun again."""
+    """Runs training, interrupts it at the given points, and resumes it."""
     for moment in moments:
 
         def crash(done, epochs, moment=moment):
@@ -92,7 +92,7 @@ def job(method="joint", *, seed=0, balancers=None, **train):
 
 
 def program(*arguments, **options):
-    """The program, in a process of its own."""
+    """Runs the program in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-W", "error::DeprecationWarning", "-m", "equipoise", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -101,19 +101,19 @@ def program(*arguments, **options):
 
 
 class Forked:
-    """The program in a copy of this process, which has imported everything already; its words go to a file."""
+    """The program in a fork of this process, which has imported everything already; its output goes to a file."""
 
     def __init__(self, *arguments, said):
         self._said, self.returncode = said, None
         with warnings.catch_warnings():
-            # Of forking where there are other threads; torch's pool is idle here.
+            # A warning about forking with several threads; torch's thread pool is idle here.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
             status = 99
             try:
                 os.setsid()
-                # As from a terminal, also where the tests run in the background, deaf to Ctrl-C.
+                # Restore the default handler, in case the tests run in the background with SIGINT ignored.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(stream, 1)
@@ -144,7 +144,7 @@ class Forked:
 
 
 def children(pid):
-    """Processes that descend from one, as /proc tells."""
+    """Returns the descendants of a process, from /proc."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -162,7 +162,7 @@ def children(pid):
 
 
 def workers_of(pid):
-    """Its worker processes; not the resource tracker, which a copy of this process may share with it."""
+    """Returns the worker processes without the resource tracker, which forks may share."""
     return {child for child in children(pid) if b"spawn_main" in command_line(child)}
 
 
@@ -174,7 +174,7 @@ def command_line(pid):
 
 
 class Made(Dataset):
-    """Random data with any names and task; a third of what it must learn lies in each modality."""
+    """Random data with any names and task; each modality contains a third of the information on the target."""
 
     def __init__(self, names=("audio", "image"), task="classification", outputs=3, sizes=(61, 17, 23), seed=0):
         random = torch.Generator().manual_seed(seed)

@@ -17,13 +17,13 @@ EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
 
 def recipe():
-    """The packaged recipe with the smallest towers."""
+    """Returns the packaged recipe with the smallest encoders."""
     content = yaml.safe_load(recipes.dump_recipe(recipes.load_recipe("emoji_clip")))
     return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "dual_encoder", "dim": 6}})
 
 
 def space(made=None):
-    """An untrained space; it finds, though not what is meant."""
+    """Returns an untrained dual encoder; its search results are arbitrary."""
     torch.manual_seed(0)
     model, _ = method_factory.build_model(
         method_factory.parse_method("info_nce", recipe()), recipe(), made or load_dataset("emoji")
@@ -32,7 +32,7 @@ def space(made=None):
 
 
 def write_run(folder, model):
-    """What a finished training leaves behind."""
+    """Writes the files of a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "recipe.yaml").write_text(recipes.dump_recipe(recipe()), encoding="utf-8")

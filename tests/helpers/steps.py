@@ -8,7 +8,7 @@ from helpers.fusion import DIM, FEATURES, OUTPUTS
 
 
 def fused(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64, outputs=OUTPUTS, **options):
-    """Linear encoders; joint attention with teaching heads where nothing else is said."""
+    """Returns a model with linear encoders; by default with joint attention and heads that train the encoders."""
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
     fusion = fusion or eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0)
@@ -16,7 +16,7 @@ def fused(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64,
 
 
 def step(made, balancing, *batches):
-    """Gradients of one optimizer step over several batches; each weighs by its samples. Nothing is stepped."""
+    """Computes the gradients of one step over several batches, weighted by their samples, without ``optimizer.step``."""
     made.train().zero_grad()
     total = sum(len(inputs["target"]) for inputs in batches)
     for inputs in batches:

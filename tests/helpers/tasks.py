@@ -11,7 +11,7 @@ TASKS = ("classification", "multilabel", "regression")
 
 
 def batch_for(task, *args, **options):
-    """As ``small_fusion.batch``, with a target of the task."""
+    """Returns a batch as ``fusion.batch``, with a target of the task."""
     made = batch(*args, **options)
     random = torch.Generator().manual_seed(options.get("seed", 0) + 1000)
     scores = torch.randn(len(made["target"]), OUTPUTS, generator=random, dtype=torch.float64)
@@ -21,22 +21,22 @@ def batch_for(task, *args, **options):
 
 
 def static(names=("audio", "image"), **options):
-    """A model whose logits are a sum over modalities."""
+    """Returns a model whose logits are a sum over modalities."""
     return fused(names, fusion=options.pop("fusion", None) or eq.fusion.Concat(DIM), **options)
 
 
 def rows(tensor):
-    """Nested lists of numbers, as the oracles read them."""
+    """Converts to nested lists of numbers for the oracles."""
     return tensor.detach().tolist()
 
 
 def loss_of(balancing, made, inputs):
-    """The loss of one batch in training mode, as a number."""
+    """Returns the loss of one batch in training mode as a float."""
     return float(balancing.loss(made.train()(inputs), inputs["target"]).detach())
 
 
 def penalty_of(balancer, made, inputs):
-    """A balancer's own term for one batch in training mode, and a step; a tensor without gradient, or None."""
+    """Returns the penalty of a balancer for one batch in training mode after a step, detached; or None."""
     output = made.train()(inputs)
     balancer.observe(output, inputs["target"])
     penalty = balancer.penalty(output, inputs["target"])
@@ -45,7 +45,7 @@ def penalty_of(balancer, made, inputs):
 
 
 def assert_like_single_precision(balancer, made, inputs):
-    """Under autocast a balancer's own term is computed in single precision, and is that of single precision."""
+    """Asserts that the penalty of a balancer under autocast equals that in float32."""
     exact = penalty_of(balancer, made, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         found = penalty_of(balancer, made, inputs)

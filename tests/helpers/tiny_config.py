@@ -34,7 +34,7 @@ FIXED = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id"
 
 
 def sub_configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
-    """A configuration and all in it, by dotted name."""
+    """Yields a configuration and its nested configurations by dotted name."""
     inner = [(name, part) for name, part in vars(config).items() if isinstance(part, hf.PreTrainedConfig)]
     return [(path, config), *(deep for name, part in inner for deep in sub_configs(part, f"{path}.{name}".strip(".")))]
 
@@ -53,7 +53,7 @@ def shrink(config: Any) -> None:
             elif name in FIXED and name != "tie_word_embeddings" and FIXED[name] is None:
                 _set(part, name, None)
             elif name in ("layer_types", "mlp_layer_types") and value:
-                # One layer of each kind, the last one included, which some models want to be a full one.
+                # One layer of each kind, including the last one, which must be full attention in some models.
                 _set(part, name, [value[0], value[-1]])
             for modality, token in TOKENS.items():
                 if name in (f"{modality}_token_id", f"{modality}_token_index"):
@@ -70,7 +70,7 @@ def _set(config: Any, name: str, value: Any) -> None:
 
 
 def build(kind: str, cls: str | None = None, options: dict[str, Any] | None = None, **changes: Any) -> nn.Module:
-    """A tiny random model.
+    """Returns a tiny model with random weights.
 
     Args:
         kind: the model type.
@@ -92,7 +92,7 @@ def build(kind: str, cls: str | None = None, options: dict[str, Any] | None = No
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """The same model, whose attention is far from even."""
+    """Returns the same model with clearly nonuniform attention."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and any(

@@ -16,7 +16,7 @@ IMAGE, VIDEO, AUDIO = 90, 91, 92
 
 
 def ids(places, length=13, batch=2, token=IMAGE, seed=0):
-    """Random words with ``places`` of placeholders, the second sample padded by two on the left, and its mask."""
+    """Returns random ids with placeholders at ``places``, the second sample left-padded by two, and the mask."""
     random = torch.Generator().manual_seed(seed)
     found = torch.randint(3, 80, (batch, length), generator=random)
     found[:, 4 : 4 + places] = token
@@ -368,7 +368,7 @@ FAMILIES["qwen2_vl_first"] = lambda: qwen2_vl("Qwen2VL")
 
 
 def family(name, seed=0):
-    """A model whose attention is far from even, in evaluation mode, and its inputs."""
+    """Returns a model with clearly nonuniform attention in evaluation mode, and its inputs."""
     torch.manual_seed(seed)
     model, inputs = FAMILIES[name]()
     with torch.no_grad():

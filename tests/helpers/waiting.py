@@ -5,11 +5,11 @@ import select
 import time
 
 DEADLOCK = 1200
-"""Seconds after which a wait is given up; only ends a test that would hang, on however busy a machine."""
+"""Timeout in seconds for tests that would hang; far longer than needed on a busy machine."""
 
 
 def wait_until(condition, process, meanwhile=lambda: None):
-    """Waits until something is so; False if the process ended first. ``meanwhile`` must hold at every moment."""
+    """Waits until a condition is True; returns False if the process ended first. ``meanwhile`` must hold all the time."""
     give_up = time.monotonic() + DEADLOCK
     while not condition():
         if process.poll() is not None:
@@ -23,7 +23,7 @@ def wait_until(condition, process, meanwhile=lambda: None):
 
 
 def wait_for_end(pids):
-    """Waits until all these processes, whoever started them, have ended; returns those that have not."""
+    """Waits until the processes have ended; returns those still running at the timeout."""
     left = set()
     for pid in pids:
         try:

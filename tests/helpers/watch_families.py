@@ -14,7 +14,7 @@ from helpers.vlms import FAMILIES as KNOWN
 
 FORMS = ("without padding", "with padding")
 IDS, WORDS = "ids", "words"
-"""Labels of a sequence by its placeholders; the same where words follow a prefix of another modality."""
+"""Labels of a sequence by its placeholders; also for words after a prefix of another modality."""
 Rules = tuple[tuple[str, Any], ...]
 VISION = (r"vision|visual|image|img|navit|vpm|projector|connector|resampler|perceiver|q_?former|merger", "image")
 AUDITORY = (r"audio|speech", "audio")
@@ -48,7 +48,7 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def words(form: int, places: int = 0, token: int = IMAGE, *, right: bool = False, extra: int = 0) -> dict[str, Tensor]:
-    """Two samples of words with placeholders at 4; the second form is longer, and its second sample is padded."""
+    """Returns two samples of word ids with placeholders at 4; the second form is longer, with padding."""
     length = 9 + places + 3 * form + extra
     ids = torch.randint(100, 180, (2, length), generator=torch.Generator().manual_seed(form))
     ids[:, 4 : 4 + places] = token
@@ -69,7 +69,7 @@ TYPED = ("qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "qwen3_5", "
 
 
 def vlm(name: str, places: int, images: dict[str, Any], make: Any = None, *rules: Any, **known: Any) -> None:
-    """A decoder with placeholders for images: tensors of ``images`` are the same in both forms."""
+    """Returns a decoder with placeholders for images; the tensors ``images`` are the same in both forms."""
 
     def inputs(form: int) -> dict[str, Any]:
         given = words(form, places) | {k: v(form) if callable(v) else v for k, v in images.items()}
@@ -150,7 +150,7 @@ vlm("colqwen2", 4, {**GRID, "pixel_values": noise(2, 16, 96)}, {"cls": "ColQwen2
 
 
 def speech(name: str, places: int, features: dict[str, Any], make: Any = None, *rules: Any, **known: Any) -> None:
-    """A decoder with placeholders for sounds."""
+    """Returns a decoder with placeholders for audio."""
     add(
         name,
         "decoder, audio",
@@ -180,7 +180,7 @@ add(
 
 
 def cross(name: str, source: str, given: Callable[[int], dict[str, Any]], make: Any = None, *rules: Any, **known: Any):
-    """An encoder-decoder whose encoder reads one modality."""
+    """Returns an encoder-decoder whose encoder has a single modality."""
     add(
         name,
         f"{source} encoder, text decoder",
@@ -238,7 +238,7 @@ cross(
 def dual(
     name: str, cls: str, other: dict[str, Any], make: Any = None, source: str = "image", *rules: Any, **known: Any
 ):
-    """Two encoders whose tokens never meet."""
+    """Returns a model of two separate encoders."""
     add(
         name,
         "two encoders",
@@ -314,7 +314,7 @@ def boxes(given: dict[str, Tensor], size: int = 4) -> dict[str, Tensor]:
 
 
 def after(prefix: int, name: str = "image", *, behind: bool = True):
-    """Labels of words and tokens of another modality behind them, or in front of them."""
+    """Returns the labels of words and of tokens of another modality after or before them."""
 
     def labels(given: dict[str, Any], keys: int) -> list[str | None]:
         text = given["input_ids"].shape[1]
@@ -327,13 +327,13 @@ def after(prefix: int, name: str = "image", *, behind: bool = True):
 
 
 def merged(given: dict[str, Any], keys: int) -> list[str | None]:
-    """The decoder's words, and behind them the encoder's sequence."""
+    """Returns labels of the words of the decoder, followed by the sequence of the encoder."""
     source = ["image" if token == IMAGE else "text" for token in given["input_ids"][0].tolist()]
     return ["text"] * (keys - len(source)) + source
 
 
 def prefixed(given: dict[str, Any], keys: int) -> list[str | None]:
-    """No melody, which is zeros, then words, then sounds."""
+    """Returns labels of an empty melody, then words, then audio."""
     text, sounds = given["input_ids"].shape[1], given["decoder_input_ids"].shape[1]
     return [None] * (keys - text - sounds) + ["text"] * text + ["audio"] * sounds
 
@@ -556,7 +556,7 @@ for named, size in (("trocr", 16), ("donut", 32)):
     )
 
 
-# Families that other tests use, too.
+# Families that other tests also use.
 
 
 def _known(name: str) -> None:

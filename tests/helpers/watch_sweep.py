@@ -24,7 +24,7 @@ PLACES = {IMAGE: "image", OTHER_IMAGE: "image", VIDEO: "video", OTHER_VIDEO: "vi
 
 @dataclass
 class Outcome:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
         right: layers whose shares are as expected.
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def check_family(family: Family, form: int) -> Outcome:
-    """Watches a forward pass, and ``generate`` where there is one, and compares both."""
+    """Records a forward pass, and ``generate`` if supported, and compares both."""
     torch.manual_seed(0)
     model, inputs = family.make(), family.inputs(form)
     outcome, eager = Outcome(), copy.deepcopy(model)
@@ -52,7 +52,7 @@ def check_family(family: Family, form: int) -> Outcome:
         with EagerAttention(eager) as written:
             first = eager(**inputs)[0]
         if not agree(first, model(**inputs)[0], inputs):
-            # The model itself masks otherwise with its own backend, whose matrices are written out then.
+            # The model builds other masks with its own backend, so compute explicit matrices for it.
             eager = model
             with EagerAttention(eager) as written:
                 eager(**inputs)
@@ -131,7 +131,7 @@ def rule(family: Family, name: str) -> Any:
 
 
 def labels_of(spec: Any, inputs: dict, keys: int, *, grown: bool = False) -> list[list[str | None]]:
-    """Names of the modalities of every key of every sample; None for what has none."""
+    """Returns the modality of every key of every sample; None for keys without one."""
     if callable(spec):
         return [spec(inputs, keys)] * 64
     found = []
@@ -165,7 +165,7 @@ def rows_of(inputs: dict, matrix: Tensor) -> Tensor:
 
 
 def expected_share(matrix: Tensor, labels: list, rows: Tensor, names: tuple[str, ...]) -> Tensor:
-    """The definition, in loops over samples and modalities."""
+    """Computes the definition in loops over samples and modalities."""
     found = torch.zeros(*matrix.shape[:2], len(names), dtype=torch.float64)
     for sample, attention in enumerate(matrix):
         mean = attention[:, rows[sample]].double().mean(dim=1)
@@ -176,7 +176,7 @@ def expected_share(matrix: Tensor, labels: list, rows: Tensor, names: tuple[str,
 
 
 def agree(one: Tensor, other: Tensor, inputs: dict) -> bool:
-    """Whether two backends give the same outputs, where they are not those of padding."""
+    """Returns True if two backends give equal outputs, except for padding."""
     mask = inputs.get("attention_mask")
     if mask is not None and one.ndim == 3 and mask.shape == one.shape[:2]:
         one, other = one[mask.bool()], other[mask.bool()]
@@ -184,7 +184,7 @@ def agree(one: Tensor, other: Tensor, inputs: dict) -> bool:
 
 
 def after_first(matrices: list[Tensor], number: str) -> Tensor:
-    """The attention on all keys but the first, a class token that is learned."""
+    """Returns the attention to all keys except the first, a learned class token."""
     return matrices[int(number or 1) - 1][..., 1:].sum(dim=-1).mean(dim=-1)
 
 

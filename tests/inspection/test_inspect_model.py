@@ -32,7 +32,7 @@ def seen(model):
 
 @pytest.fixture(scope="module")
 def written_out(model, seen):
-    """layer x (head, query, key) of prompt and answer, as the model writes it out, and its logits."""
+    """Returns the (head, query, key) attention of each layer for prompt and answer with eager attention, and the logits."""
     inputs = processor()(images=picture(), text=seen.prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     ids = torch.tensor([[WORDS.index(token.text) for token in seen.tokens]])
@@ -89,7 +89,7 @@ def test_maps_are_rows_of_the_matrix(seen, written_out):
     assert [reader.place for reader in maps.readers[2:]] == words_only
     assert maps.left_out == 0
     for number, reader in enumerate(maps.readers):
-        # A token of the answer is written by the one before it.
+        # A token of the answer is predicted at the position before it.
         rows = queries(reader.part, length, len(ids)) if reader.place is None else [
             reader.place - (reader.place >= length)
         ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_text_only_model(tmp_path):
 
 
 def hooks(model):
-    """How many there are; transformers has some of its own."""
+    """Returns the number of hooks; transformers registers some itself."""
     return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()]
 
 
@@ -213,7 +213,7 @@ def test_model_is_not_changed(model):
 
 
 class Given:
-    """In place of the processor of a family: the first sample of its inputs, whatever is asked."""
+    """A processor that always returns the first sample of the inputs of a family."""
 
     image_token, audio_token, chat_template = "<image>", "<audio>", None
     feature_extractor = type("Rate", (), {"sampling_rate": 8000})
@@ -251,7 +251,7 @@ def test_families(name, tmp_path):
         close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
         close(view.uniform.sum(dim=-1), torch.ones(len(view.uniform)))
     assert f"goes to the {kind}" in found.report(tmp_path / "page.html").read_text()
-    # The answer that follows changes nothing of what came before it.
+    # The answer does not change the attention of the tokens before it.
     answer = torch.tensor([[7, 8, 9]])
     short, long = (model(**given, use_cache=False).logits for given in (
         made(None, "pt"), complete_inputs(made(None, "pt"), answer, model.config.model_type)
@@ -274,7 +274,7 @@ def test_grids():
     assert patch_grid(6, {"image_grid_thw": torch.tensor([[1, 4, 6]])}, None)[:3] == (2, 3, True)
     merged = type("Config", (), {"vision_config": type("Vision", (), {"spatial_merge_size": 2})})
     assert patch_grid(15, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (3, 5, True)
-    # A grid that does not fit the tokens is not believed.
+    # A grid that does not match the number of tokens is ignored.
     assert patch_grid(7, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (1, 7, False)
     assert "not a square number" in patch_grid(7, {}, None).why
 

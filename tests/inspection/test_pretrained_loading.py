@@ -20,7 +20,7 @@ from helpers.vlms import family
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole LLaVA, its picture beside it."""
+    """A folder with a complete LLaVA and an image."""
     place = saved_llava(tmp_path_factory.mktemp("llava"))
     picture().save(place / "cat.png")
     return place
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(folder, tmp_path_factory):
-    """The same without weights."""
+    """A folder like ``folder``, without weights."""
     place = tmp_path_factory.mktemp("bare")
     for path in folder.iterdir():
         if path.suffix not in (".safetensors", ".png"):
@@ -112,7 +112,7 @@ def test_text_model_uses_a_tokenizer(tmp_path):
 
 
 def test_processor_without_its_video_part(tmp_path):
-    """Without torchvision transformers has no video processors, and its Qwen-VL processors cannot be built whole."""
+    """Without torchvision, transformers has no video processors, so its Qwen-VL processors are incomplete."""
     model, _ = family("qwen2_vl")
     model.config.text_config.vocab_size = 97
     model.save_pretrained(tmp_path)

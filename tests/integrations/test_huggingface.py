@@ -27,7 +27,7 @@ SIZE, PER_STEP, EPOCHS = 20, 4, 3
 
 
 def samples(size=SIZE, seed=0):
-    """One dict for each sample, as datasets have them."""
+    """Returns one dict per sample, as data sets do."""
     whole = batch(size=size, seed=seed, dtype=torch.float32)
     whole["labels"] = whole.pop("target")
     return [{name: value[i] for name, value in whole.items()} for i in range(size)]
@@ -62,7 +62,7 @@ def arguments(folder, **options):
 
 
 class InOrder(transformers.Trainer):
-    """Without shuffling, for comparison with plain loops."""
+    """A Trainer without shuffling, for comparison with plain loops."""
 
     def _get_train_sampler(self, *given):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -79,7 +79,7 @@ def trainer(folder, made, balancers, *, callback=None, data=None, evaluation=Non
 def train(*given, resume=None, **options):
     made = trainer(*given, **options)
     with warnings.catch_warnings():
-        # Of torch's loaders, about memory that no accelerator reads.
+        # A warning of torch's loaders about pinned memory without an accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         made.train(resume_from_checkpoint=resume)
     return made
@@ -166,7 +166,7 @@ def test_resumed_run_equals_an_uninterrupted_run(balancers, step, options, tmp_p
         return train(folder, made, balancers(made), callback={"val": val}, **given)
 
     saved = run(tmp_path, save_strategy="steps", save_steps=step)
-    # Into another folder: what is remembered comes from where the weights come from.
+    # Another output folder: the balancer state is loaded together with the weights.
     resumed = run(tmp_path / "other", resume=str(tmp_path / f"checkpoint-{step}"))
     same(resumed, saved)
     logs = [
@@ -185,7 +185,7 @@ def test_incomplete_epoch_does_not_call_end_epoch(tmp_path):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Data of which nobody knows how many there are."""
+    """An iterable data set without a length."""
 
     def __iter__(self):
         return iter(samples(8))
@@ -218,7 +218,7 @@ def test_best_model_is_loaded_with_its_balancers(tmp_path):
     made = small()
     balancers = both(made)
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
-    # The worst is asked for, so that it is not the last.
+    # Select the worst model as the best, so that it is not the last one.
     run = train(tmp_path, made, balancers, evaluation=samples(), greater_is_better=True, **options)
     assert run.state.best_global_step < EPOCHS * SIZE // PER_STEP
     assert int(balancers[0].epoch) == run.state.best_global_step // (SIZE // PER_STEP)
@@ -245,7 +245,7 @@ def test_documentation_pages_run(page, tmp_path, monkeypatch):
 
 
 def slowed(tmp_path, balancers, **options):
-    """Norms of one step of every encoder's matrix under Trainer."""
+    """Returns the gradient norms of every encoder's matrix in one step with Trainer."""
     made = small(eq.fusion.Concat(12))
     before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
     train(tmp_path, made, balancers(made), max_steps=1, in_order=True, **options)
@@ -253,7 +253,7 @@ def slowed(tmp_path, balancers, **options):
 
 
 class Slower(eq.balance.Balancer):
-    """A factor on one encoder."""
+    """A balancer that scales the gradient of one encoder."""
 
     def gradient_scale(self, output, target):
         return {"audio": 0.25}
@@ -280,7 +280,7 @@ def test_clipping_after_the_balancers(tmp_path):
 
 
 class Lit(pl.LightningModule):
-    """The same step under Lightning, which clips after the balancers."""
+    """The same step in Lightning, which clips after the balancers."""
 
     def __init__(self, made, balancing):
         super().__init__()
@@ -396,7 +396,7 @@ ARGUMENTS = {
 def worker(rank, folder):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
-    # Met before the Trainer looks for a port, which another program may have taken meanwhile.
+    # Initialize the process group first, so that Trainer does not search for a free port.
     with together(rank, folder):
         made = small()
         options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}

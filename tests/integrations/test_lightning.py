@@ -102,7 +102,7 @@ def test_data_of_unknown_length_is_reviewed():
 
 
 class Probe(eq.balance.Balancer):
-    """Every moment, with what it was asked."""
+    """A balancer that records the calls of all hooks."""
 
     def __init__(self, factors=None, weight=None):
         super().__init__()
@@ -187,7 +187,7 @@ def test_non_finite_target_raises():
 
 
 def masked(source, *, mask_of):
-    """One batch of the training data; the audio of sample 5 is NaN where ``mask_of`` hides it."""
+    """Returns a training batch in which the audio of sample 5 is NaN where ``mask_of`` masks it."""
     values = dict(source.train.inputs)
     mask = mask_of(values["audio"])
     hidden = ~mask.reshape(*mask.shape, *[1] * (3 - mask.ndim)).expand(values["audio"].shape)
@@ -197,7 +197,7 @@ def masked(source, *, mask_of):
 
 
 class Encoder(nn.Linear):
-    """Reads the mask of its tokens."""
+    """An encoder that uses the mask of its tokens."""
 
     def forward(self, x, mask=None):
         return super().forward(x)
@@ -225,7 +225,7 @@ def test_masked_values_are_not_checked(mask_of, encoder):
         fit_batches(BalancedTraining(model, options), [batch])
 
     train(batch)
-    # What is wrong is named, and not what the mask hides.
+    # The error names the invalid values, not the masked ones.
     image = batch["image"].clone()
     image[7] = torch.inf
     with pytest.raises(NonFiniteError, match=r"modality 'image': .* in 1 of 61 samples, the first has index 7"):

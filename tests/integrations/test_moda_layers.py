@@ -17,7 +17,7 @@ LABELS = torch.tensor([-1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 
 
 def whole(name):
-    """A tiny model and inputs without padding, behind whose prompt a pass and decoding have equal positions."""
+    """Returns a tiny model and inputs without padding, so that positions in a forward pass and in decoding are equal."""
     model, inputs = family(name)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     return model, inputs
@@ -33,12 +33,12 @@ def trained(model, **options):
 
 
 def names_of(moda):
-    """MODA's parameters, as the model calls them."""
+    """Returns the names of MODA's parameters in the model."""
     return {f"{path}.moda.{name}" for path, layer in moda.layers.items() for name, _ in layer.named_parameters()}
 
 
 def hooks(model):
-    """Whatever waits for a forward pass; some models have hooks of their own."""
+    """Returns the forward hooks; some models register hooks themselves."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
 
 
@@ -68,7 +68,7 @@ def test_untrained_moda_is_the_identity_and_can_be_removed(name, backend):
     assert hooks(model) == others
 
 
-# Ways to merge do not depend on the family.
+# The merges do not depend on the family, so one family is enough.
 DECODERS = [(name, {}) for name in ("llava", "qwen2_vl", "gemma3", "idefics3", "llama")]
 DECODERS += [("llava", {"merge": "gate"}), ("llava", {"pseudo": PseudoAttention(reference=40)})]
 

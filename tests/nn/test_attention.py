@@ -18,7 +18,7 @@ from equipoise.nn.attention import attend
 from helpers.tolerance import TOL
 from oracles import attention as oracles
 
-# The module, which has the name of its function.
+# The module and its function have the same name.
 attention = importlib.import_module("equipoise.nn.attention.fused_share")
 
 B, H, Q, K, D = 2, 6, 5, 13, 8
@@ -36,7 +36,7 @@ def _operator_is_gone(*_args, **_kwargs):
 
 @pytest.fixture(params=[*GRAINS, *ROUTES[1:]])
 def route(request, monkeypatch):
-    """Forces one of the routes, whatever the sizes; the private operator is taken away for the public one."""
+    """Forces one code path for all sizes; the private operator is removed to test the public one."""
     chosen = ROUTES[0] if request.param in GRAINS else request.param
     monkeypatch.setattr(attention, "GRAIN", GRAINS.get(request.param, 1))
     monkeypatch.setattr(attention, "FEW_QUERIES", 10**9 if chosen == "explicit" else 0)
@@ -97,7 +97,7 @@ MASKS = _masks()
 
 
 def _compare(modality, mask, *, is_causal=False, queries=Q, key_heads=H, dim=D, scale=None):
-    """Output, share, special mass and the gradients of a mixed loss against the oracle in float64."""
+    """Compares output, share, special mass and the gradients of a mixed loss with the oracle in float64."""
     passed, plain = mask
     inputs = _heads(queries=queries, key_heads=key_heads, dim=dim, grad=True)
     twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
@@ -145,7 +145,7 @@ def test_shared_heads_under_a_mask(route, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(route, dtype):
-    """The share of half precision inputs is as exact as that of float32."""
+    """The share of half-precision inputs is as accurate as that of float32 inputs."""
     inputs = _heads(dtype, grad=True)
     twins = [tensor.detach().double().requires_grad_() for tensor in inputs]
     output, share = attend(*inputs, modality=MIXED, num_modalities=3, mask=MASKS["key"][0])
@@ -300,7 +300,7 @@ def test_segments_are_attention_within_a_modality():
 
 
 def test_padded_samples_share_one_layout():
-    """What pack returns: rows that differ in padding alone are one group, others a group for each sample."""
+    """Rows of ``pack`` that differ only in padding form one group; other rows form one group per sample."""
     kept = MASKS["key"][0]
     bias = torch.zeros(B, 1, 1, K).masked_fill(~kept[:, None, None], -math.inf)
     packed = torch.stack([BLOCKS, BLOCKS]).masked_fill(~kept, -1)
@@ -350,7 +350,7 @@ def test_functional_gradients(route):
 
 
 def test_strided_inputs(route):
-    """Heads split from one projection, as layers make them, and an expanded gradient, as a mean sends back."""
+    """Heads that are split from one projection, and an expanded gradient, as from a mean."""
     packed = torch.randn(B, K, 3, H, D, dtype=torch.float64, requires_grad=True)
     query, key, value = packed.unbind(2)
     output, share = attend(*(t.transpose(1, 2) for t in (query, key, value)), modality=BLOCKS)
@@ -421,7 +421,7 @@ def test_shares_and_special_mass_sum_to_one(modality, seed):
 
 
 def test_two_keys_by_hand():
-    """Scores 0 and log 3: the second key gets three quarters."""
+    """With scores 0 and log 3, the second key receives three quarters."""
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
     output, share = attend(query, key, torch.tensor([4.0, 8.0]).view(1, 1, 2, 1), modality=torch.tensor([0, 1]))
     torch.testing.assert_close(share.flatten(), torch.tensor([0.25, 0.75]))
@@ -468,7 +468,7 @@ def test_errors(changes, message):
 
 
 def test_masks_with_the_lowest_finite_value():
-    """Some callers write the lowest finite number for minus infinity; a row full of it sees nothing."""
+    """Some callers use the lowest finite number instead of minus infinity; a row of it has no visible keys."""
     inputs = _heads(torch.float32, queries=37)
     hidden = MASKS["key"][0] & torch.tensor([[True], [False]])
     lowest = torch.zeros(B, K).masked_fill(~hidden, torch.finfo(torch.float32).min)

@@ -39,7 +39,7 @@ def trained(count=3, *, seed=0, **options):
 
 
 def until(scope, modality, mask, prefix=None):
-    """How many places a key may know."""
+    """Returns the number of positions that a key may depend on."""
     rows = modality.expand(BATCH, -1)
 
     def upto(b, j):

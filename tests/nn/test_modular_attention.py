@@ -39,7 +39,7 @@ def labels(kind, length=LONG, seed=1):
 
 
 def masks(kind, length=LONG, seed=2):
-    """A mask as ``modular_attention`` takes it, and who sees whom."""
+    """Returns a mask for ``modular_attention``, and the visible (query, key) pairs."""
     random = torch.Generator().manual_seed(seed)
     if kind is None:
         return None, torch.ones(BATCH, length, length, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_single_precision_equals_the_kernel_up_to_rounding():
     query, key, value = heads(dtype=torch.float32, dim=8)
     plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     found = modular_attention(query, key, value, modality=labels("blocks")).output
-    # The specification's figure.
+    # Reference value.
     assert (found - plain).norm() / plain.norm() < 2e-7
 
 

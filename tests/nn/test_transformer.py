@@ -29,7 +29,7 @@ def test_cross_attention(heads, masked):
         valid = VALID[sample] if masked else [True] * KEYS
         output, share = attention(doubles(layer), "", rows[sample], source[sample], LABELS, valid, heads, 2)
         torch.testing.assert_close(attended.output[sample], output, **TOL[torch.float64])
-        # Shares are kept in single precision at least.
+        # Shares are computed in float32 or higher precision.
         torch.testing.assert_close(attended.share[sample].double(), share, **TOL[torch.float32])
 
 

@@ -12,7 +12,7 @@ def cosine_logits(a, b, scale, bias=0.0):
 
 
 def directed_info_nce(z, positives, ignored=None, smoothing=0.0, beta=0.0, top_k=None):
-    """Mean over rows with a partner of -sum_j t_j log p_j."""
+    """Mean over rows with a positive of -sum_j t_j log p_j."""
     losses = []
     for i, row in enumerate(z):
         own = [j for j in range(len(row)) if positives[i][j]]
@@ -95,7 +95,7 @@ def neighbors(order):
 
 
 def orders(row, relevant, ties):
-    """Relevance in the order of the ranking, for every order that equal items may have, by trying all permutations."""
+    """Yields the relevance in ranking order, for every order of tied items, by trying all permutations."""
     everything = itertools.permutations(range(len(row)))
     sorted_ = [order for order in everything if all(row[a] >= row[b] for a, b in neighbors(order))]
     if ties != "average":
@@ -118,7 +118,7 @@ def average_precision(ranking):
 
 
 def warping(cost):
-    """The cheapest of all monotone ways, by walking every one of them."""
+    """Returns the minimum cost over all monotone paths, by enumeration."""
     rows, columns = len(cost), len(cost[0])
 
     def onward(i, j):

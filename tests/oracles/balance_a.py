@@ -9,7 +9,7 @@ FLOOR = 1e-8
 
 
 def true_score(row, target, task):
-    """How right one sample's answer is."""
+    """Score of the prediction for one sample."""
     if task == "classification":
         return softmax(row)[target]
     if task == "multilabel":
@@ -22,7 +22,7 @@ def true_score(row, target, task):
 
 
 def mean_scores(answers, targets, present, task="classification"):
-    """answers[m][i] are rows of logits, present[m][i] says who has what; None for a modality missing from the batch."""
+    """answers[m][i] are rows of logits, present[m][i] is the presence; None for a modality missing from the batch."""
     found = []
     for rows, has in zip(answers, present, strict=True):
         kept = [true_score(row, t, task) for row, t, yes in zip(rows, targets, has, strict=True) if yes]
@@ -48,7 +48,7 @@ def opm(scores, q_base, alpha):
 
 
 def shapley(answer, count):
-    """phi_m: what modality m adds when it comes, mean over all orders; ``answer`` maps a frozenset to a number."""
+    """phi_m: the marginal contribution of modality m, mean over all orders; ``answer`` maps a frozenset to a number."""
     orders = list(itertools.permutations(range(count)))
     found = [0.0] * count
     for order in orders:
@@ -59,7 +59,7 @@ def shapley(answer, count):
 
 
 def agm_error(rows, targets, present, task="classification"):
-    """e_m over the samples that have the modality; None where there are none."""
+    """e_m over the samples that have the modality; None if there are none."""
     found = [
         -math.log(max(true_score(row, t, task), FLOOR))
         for row, t, yes in zip(rows, targets, present, strict=True)
@@ -69,7 +69,7 @@ def agm_error(rows, targets, present, task="classification"):
 
 
 def agm(errors, usual, alpha):
-    """kappa_m; errors are None where a modality is not known, usual where it never was before."""
+    """kappa_m; errors are None for a missing modality, usual is None for one that was never present."""
     known = [m for m in range(len(errors)) if errors[m] is not None and usual[m] is not None]
     factors = [1.0] * len(errors)
     for m in known:
@@ -92,7 +92,7 @@ def cosine(one, other):
 
 
 def cosine_logits(features, weights, scale):
-    """Of one sample: features[m] and weights[m][c]; a modality of zeros adds nothing."""
+    """Logits of one sample from features[m] and weights[m][c]; a modality of zeros contributes nothing."""
     return [
         scale * sum(cosine(f, weight[c]) for f, weight in zip(features, weights, strict=True))
         for c in range(len(weights[0]))
@@ -106,12 +106,12 @@ def right(row, target, task):
 
 
 def coins(p, q):
-    """KL of two coins."""
+    """KL divergence of two Bernoulli distributions."""
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 def mbsd_pair(one, other, target, task="classification"):
-    """Of one sample and two modalities' rows of logits."""
+    """Term of one sample and the rows of logits of two modalities."""
     p, q = true_score(one, target, task), true_score(other, target, task)
     if not right(one, target, task) and not right(other, target, task):
         return 0.0

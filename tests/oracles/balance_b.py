@@ -15,13 +15,13 @@ def entropy(probabilities):
 
 
 def class_mean(features, labels, wanted):
-    """Mean of the rows with that label; None where there are none."""
+    """Mean of the rows with a label; None if there are none."""
     members = [row for row, label in zip(features, labels, strict=True) if label == wanted]
     return [mean(column) for column in zip(*members, strict=True)] if members else None
 
 
 def prototype_probabilities(feature, prototypes):
-    """Softmax over the prototypes that there are; class -> probability."""
+    """Softmax over the existing prototypes; class -> probability."""
     known = [c for c, prototype in enumerate(prototypes) if prototype is not None]
     return dict(zip(known, softmax([-distance(feature, prototypes[c]) for c in known]), strict=True))
 
@@ -56,7 +56,7 @@ def cml(chain, labels, strength):
 
 
 def jensen_shannon(one, other):
-    """Of two lists of probabilities, none of them 0."""
+    """Divergence of two lists of nonzero probabilities."""
     middle = [(p + q) / 2 for p, q in zip(one, other, strict=True)]
     left = sum(p * math.log(p / m) for p, m in zip(one, middle, strict=True))
     right = sum(q * math.log(q / m) for q, m in zip(other, middle, strict=True))
@@ -81,7 +81,7 @@ def mass_of(parts):
 
 
 def amco(parts, labels, hidden, mix, bias, sigma):
-    """AMCo's loss: parts[m][i] is a row of scores, ``hidden`` the classes in hiding, ``mix`` the rows of M."""
+    """AMCo's loss: parts[m][i] is a row of scores, ``hidden`` are the masked classes, ``mix`` the rows of M."""
     samples = range(len(labels))
     masses = [mean(mass_of([part[i] for part in parts])[m] for i in samples) for m in range(len(parts))]
     total = sum(mean(cross_entropy(part[i], labels[i]) for i in samples) for part in parts)
@@ -97,7 +97,7 @@ def amco(parts, labels, hidden, mix, bias, sigma):
 
 
 def shapley(worth, count):
-    """Values by all orders in which modalities may come: worth[frozenset of places]."""
+    """Shapley values from all orders of the modalities: worth[frozenset of indices]."""
     values = [0.0] * count
     orders = list(itertools.permutations(range(count)))
     for order in orders:
@@ -109,14 +109,14 @@ def shapley(worth, count):
 
 
 def copies_of(value):
-    """How often a sample comes again for the sake of a modality of that value."""
+    """Number of copies of a sample for a modality with the given value."""
     if value >= 1:
         return 0
     return 1 if value >= 0.4 else 2 if value >= -0.1 else 3
 
 
 def purity(clusters, labels):
-    """Part of the samples that are of the most frequent class of their cluster."""
+    """Fraction of samples in the most frequent class of their cluster."""
     hits = 0
     for cluster in set(clusters):
         members = [label for c, label in zip(clusters, labels, strict=True) if c == cluster]

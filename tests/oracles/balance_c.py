@@ -18,7 +18,7 @@ def cross_entropy(scores, target):
 
 
 def min_norm(joint, alone):
-    """The two weights of MMPareto, the conflicting case by search over the segment's quadratic."""
+    """The two weights of MMPareto; in case of conflict, from the minimum of the quadratic on the segment."""
     if dot(joint, alone) >= 0:
         return 0.5, 0.5
     # |w a + (1 - w) b|^2 = w^2 |a|^2 + 2 w (1 - w) a.b + (1 - w)^2 |b|^2; its derivative in w vanishes here.
@@ -52,7 +52,7 @@ def blending(start, end, floor):
 
 
 def learning_speed(gradients, parameters):
-    """One step's part of a speed: |gradient|^2 / |parameter|^2 over lists of flat tensors."""
+    """Contribution of one step to the speed: |gradient|^2 / |parameter|^2 over lists of flat tensors."""
     return sum(dot(g, g) for g in gradients) / sum(dot(p, p) for p in parameters)
 
 
@@ -78,7 +78,7 @@ def entropy(probabilities):
 
 
 def by_entropy(scores):
-    """MLA's test-time answer of one sample: scores of each modality that it has."""
+    """MLA's test-time prediction for one sample, from the scores of each present modality."""
     entropies = [entropy(softmax(row)) for row in scores]
     weights = [math.exp(max(entropies) - h) for h in entropies]
     weights = [w / sum(weights) for w in weights]

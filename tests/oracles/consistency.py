@@ -6,7 +6,7 @@ import numpy as np
 
 
 def supermatrix(blocks, count, size):
-    """P out of {(i, j): (M, M)}: identity on the diagonal, transposes where only one way is given."""
+    """P from {(i, j): (M, M)}: identity on the diagonal, transposes if only one direction is given."""
     whole = np.zeros((count * size, count * size))
     for i in range(count):
         for j in range(count):
@@ -51,6 +51,6 @@ def cycle_error(matrix, count):
 
 
 def consistent(count, size, random):
-    """P of random permutations that agree."""
+    """P of consistent random permutations."""
     stack = np.concatenate([np.eye(size)[random.permutation(size)] for _ in range(count)])
     return stack @ stack.T

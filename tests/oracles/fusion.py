@@ -18,7 +18,7 @@ def rotation_column(source, target):
 
 
 def linear(state, prefix, x):
-    """x W^T + b for one vector, out of a state dict of doubles."""
+    """x W^T + b for one vector, from a state dict in float64."""
     return x @ state[prefix + "weight"].mT + state.get(prefix + "bias", 0.0)
 
 
@@ -34,7 +34,7 @@ def gelu(x):
 
 
 def read(query, keys, values, labels, valid, num_modalities):
-    """One query row of one head: softmax over the valid keys; zeros where there is none. Returns output and share."""
+    """One query row of one head: softmax over the valid keys; zeros if there are none. Returns output and share."""
     share, output = torch.zeros(num_modalities, dtype=torch.float64), torch.zeros(values.shape[-1], dtype=torch.float64)
     allowed = [j for j in range(len(keys)) if valid[j]]
     if not allowed:
@@ -110,7 +110,7 @@ def joint(state, tokens, *, heads, depth=1, include_cls_key=True):
 
 
 def pooled(values, mask, cls=False):
-    """The class token, or the mean over valid tokens; zeros where a sample has none."""
+    """The class token, or the mean over valid tokens; zeros for a sample without tokens."""
     result = torch.zeros(values.shape[0], values.shape[2], dtype=torch.float64)
     for sample in range(values.shape[0]):
         rows = [j for j in range(values.shape[1]) if mask is None or mask[sample, j]]
@@ -121,7 +121,7 @@ def pooled(values, mask, cls=False):
 
 
 def static(kind, fusion, head, vectors, source=0):
-    """Logits of a static fusion out of pooled vectors, a list of (batch, dim); the source is the first."""
+    """Logits of a static fusion from pooled vectors, a list of (batch, dim); the source is the first."""
     others = [f for m, f in enumerate(vectors) if m != source] or [vectors[source]]
     logits = []
     for sample in range(len(vectors[0])):

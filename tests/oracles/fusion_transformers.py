@@ -8,7 +8,7 @@ from oracles.fusion import attention, block, joint, layer_norm, linear
 
 
 def samples(tokens):
-    """For every sample: name -> its valid rows, and nothing of what is masked."""
+    """Returns name -> valid rows for every sample."""
     batch = len(next(iter(tokens.values())).values)
     return [
         {name: part.values[b][part.valid()[b]].detach().double() for name, part in tokens.items()} for b in range(batch)
@@ -20,7 +20,7 @@ def norms(state, prefix, rows, eps=1e-6):
 
 
 def reads(state, prefix, rows, source, heads):
-    """What each row reads in a source; where that is empty, the projection of nothing."""
+    """Attention output of each row over a source; for an empty source, the projection of zero."""
     if not len(rows):
         return rows
     if not len(source):
@@ -56,7 +56,7 @@ def positions(length, width):
 
 
 def cross_encoder(state, prefix, rows, source, *, depth, heads, causal):
-    """``source`` None: the rows read themselves."""
+    """``source`` None: self-attention."""
 
     def embedded(values):
         return math.sqrt(values.shape[1]) * values + positions(*values.shape)
@@ -127,7 +127,7 @@ def readout(state, streams, heads=1):
 
 
 def mbt(state, tokens, *, depth, heads, exchange="bottleneck"):
-    """(sample, modality, dim): each modality's pooled vector over the number of modalities that are there."""
+    """(sample, modality, dim): pooled vector of each modality divided by the number of present modalities."""
     cls = {name: part.cls for name, part in tokens.items()}
     result = []
     for sample in samples(tokens):
@@ -162,7 +162,7 @@ def post_attention(state, prefix, rows, source, heads, eps=1e-6):
 
 
 def post_block(state, prefix, rows, source, heads, eps=1e-6):
-    """``source`` is the rows themselves, or what of them may be read."""
+    """``source`` is the rows, or the part of them that is visible."""
     rows = post_attention(state, prefix + "reading.", rows, source, heads, eps)
     hidden = [relu(linear(state, prefix + "mlp.0.", row)) for row in rows]
     rows = rows + torch.stack([linear(state, prefix + "mlp.2.", h) for h in hidden]) if hidden else rows
@@ -173,7 +173,7 @@ def post_block(state, prefix, rows, source, heads, eps=1e-6):
 
 
 def stretched(rows, length):
-    """Linear interpolation with both ends in place."""
+    """Linear interpolation that keeps both ends."""
     if not len(rows):
         return torch.zeros(length, rows.shape[1], dtype=torch.float64)
     made = []

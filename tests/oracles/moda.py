@@ -6,7 +6,7 @@ import torch
 
 
 def logit(hidden, decay, base=0.0):
-    """The log of the summed weights of so many fictitious scores."""
+    """Log of the summed weights of the pseudo-attention scores."""
     if not hidden:
         return -math.inf
     return math.log(sum(math.exp(base - j * decay) for j in range(hidden)))
@@ -67,7 +67,7 @@ def norm(matrix, kind):
 
 
 def basis(keys, values, kind, norm_kind, normalize):
-    """Out of the keys (key, width) of one modality; the identity where there are none."""
+    """Basis from the keys (key, width) of one modality; the identity if there are none."""
     if not len(keys):
         return torch.eye(keys.shape[-1], dtype=torch.float64)
     unit = torch.stack([k / k.norm() for k in keys]) if normalize else keys
@@ -78,7 +78,7 @@ def basis(keys, values, kind, norm_kind, normalize):
 
 
 def aligned(key, value, modality, valid, state, *, count, kind="gram", norm_kind="row", normalize=True, upto=None):
-    """Keys after alignment. ``upto(b, j)`` is the number of places whose keys key j may know; None = all."""
+    """Keys after alignment. ``upto(b, j)`` is the number of positions that key j may depend on; None: all."""
     found = key.double().clone()
     batch, heads, length, width = key.shape
     for b in range(batch):

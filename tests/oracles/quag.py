@@ -6,7 +6,7 @@ import torch
 
 
 def pairs_of(operator, count, cls_rows):
-    """Quadrants (row, column) as the specification lists them; -1 is the row of a class token."""
+    """Quadrants (row, column) of an operator; -1 is the row of a class token."""
     every = range(count)
     if operator == "unimodal":
         pairs = {(m, m) for m in every}
@@ -32,7 +32,7 @@ def averaged(row, reader, labels, seen, pairs):
 
 
 def quag(attention, rows, columns, pairs, visible):
-    """The matrix (batch, head, query, key) under QUAG; every argument is written out."""
+    """The attention matrix (batch, head, query, key) under QUAG."""
     found = torch.empty(attention.shape, dtype=torch.float64)
     for b, sample in enumerate(attention.double().tolist()):
         for h, head in enumerate(sample):
@@ -54,7 +54,7 @@ def visible(mask, is_causal, sizes):
 
 
 def matrix(query, key, *, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
-    """Attention after softmax, (batch, head, query, key); rows that see nothing are 0."""
+    """Attention after softmax, (batch, head, query, key); rows without visible keys are 0."""
     (batch, heads, rows, width), keys = query.shape, key.shape[2]
     group = heads // key.shape[1]
     scale = 1 / math.sqrt(width) if scale is None else scale
@@ -81,14 +81,14 @@ def matrix(query, key, *, mask=None, is_causal=False, scale=None, softcap=None, 
 
 
 def output(attention, value):
-    """(batch, head, query, dim) of an attention written out; heads may share values."""
+    """(batch, head, query, dim) from an explicit attention matrix; heads may share values."""
     group = attention.shape[1] // value.shape[1]
     heads = [attention[:, h] @ value[:, h // group].double() for h in range(attention.shape[1])]
     return torch.stack(heads, dim=1)
 
 
 def hidden(attention, columns, gone):
-    """Attention on the keys of the other modalities alone, divided by its sum; 0 where there is none of it."""
+    """Attention to the keys of the other modalities only, renormalized; 0 if there are none."""
     kept = attention.clone()
     for b, labels in enumerate(columns.tolist()):
         for j, label in enumerate(labels):

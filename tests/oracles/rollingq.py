@@ -28,7 +28,7 @@ def step(query, keys, c, rho):
 
 
 def indicator(kind, query, keys, labels, modality, modalities):
-    """Target shares for one query row and one sample: keys (K, d) and their labels, those that take part alone."""
+    """Target shares for one query row and one sample: valid keys (K, d) and their labels."""
     d = len(query)
     own = [k for k, label in zip(keys, labels, strict=True) if label == modality]
     mean = sum(own) / len(own)

@@ -27,7 +27,7 @@ NEAR = TOL[torch.float32]
 
 
 def share_of(attention, labels=LABELS, rows=None, count=2):
-    """The definition: mean over the counted queries of the sum over the keys of a modality, in loops."""
+    """Computes the definition in loops: mean over the counted queries of the sum over the keys of a modality."""
     size, heads, queries, keys = attention.shape
     labels = labels.expand(size, keys)
     rows = torch.ones(size, queries) if rows is None else rows
@@ -54,7 +54,7 @@ def multihead(seed=0, **options):
 
 
 class Written(nn.Module):
-    """Attention with a fused projection, as vision transformers have it, computed in one of several interceptors."""
+    """Attention with a fused projection, as in vision transformers, computed in one of several ways."""
 
     def __init__(self, backend):
         super().__init__()
@@ -86,7 +86,7 @@ class Written(nn.Module):
 
 
 def hides(kind):
-    """A mask to add, and the queries that count."""
+    """Returns an additive mask, and the queries that count."""
     mask, rows = torch.zeros(1, 1, 1, 1), torch.ones(BATCH, KEYS)
     if kind == "padding":
         mask, rows = torch.zeros(BATCH, 1, 1, KEYS), rows.clone()
@@ -246,7 +246,7 @@ def test_equipoise_layers(names):
 
 
 class TransformerEncoder(nn.Module):
-    """Encodes (batch, token, 3) by one block with our own attention or with ``nn.MultiheadAttention``."""
+    """Encodes (batch, token, 3) by one block with equipoise's attention or with ``nn.MultiheadAttention``."""
 
     def __init__(self, own):
         super().__init__()
@@ -332,7 +332,7 @@ def test_unknown_query_labels_raise():
         made(tokens)
     with pytest.raises(ConfigError, match=message):
         record.table()
-    # A sample without a watched query has no share.
+    # A sample without a recorded query has no share.
     none = torch.zeros(BATCH, KEYS).bool()
     none[0, 3] = True
     with eq.watch(made, modality=LABELS, queries=none) as record:
@@ -341,7 +341,7 @@ def test_unknown_query_labels_raise():
 
 
 class Twice(nn.Module):
-    """One module that attends twice in a pass, and one that does so once."""
+    """A module that attends twice per forward pass, and one that attends once."""
 
     def __init__(self):
         super().__init__()
@@ -590,7 +590,7 @@ def test_share_measurement(size, heads, queries, keys, mask, causal, sinks, soft
 
 
 def slow_row(call, sample, head, row, group):
-    """exp(score - highest) of every key that a query sees, and of the sink."""
+    """Returns exp(score - highest) of every visible key of a query, and of the sink."""
     scores = {}
     for place in range(call.key.shape[2]):
         score = float(call.query[sample, head, row] @ call.key[sample, head // group, place]) / math.sqrt(5)

@@ -16,7 +16,7 @@ NAMES = ("a", "b")
 
 
 class Own(nn.Module):
-    """Attention by torch's function, or written out."""
+    """Attention with torch's function, or with an explicit matrix."""
 
     def __init__(self, written=False):
         super().__init__()

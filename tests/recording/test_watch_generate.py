@@ -19,7 +19,7 @@ NEAR = TOL[torch.float32]
 LAYER = "model.language_model.layers.1.self_attn"
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 STOPS = {"max_new_tokens": 8, "do_sample": False}
-"""Ends at a word that the first sample writes early."""
+"""Stops at a token that the first sample generates early."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +32,13 @@ def calm():
 
 
 def stop_word(model, inputs):
-    """A word that the first sample writes third, and no sample writes earlier."""
+    """Returns a token that the first sample generates third, and no sample generates earlier."""
     found = model.generate(**inputs, **GREEDY)[:, -6:]
     return int(found[0, 2])
 
 
 def lengths(written, options):
-    """How many tokens of each returned sequence were written before it was complete."""
+    """Returns the number of generated tokens of each returned sequence, including its last one."""
     stop, found = options.get("eos_token_id"), []
     for row in written.tolist():
         found.append(row.index(stop) + 1 if stop in row else len(row))
@@ -47,7 +47,7 @@ def lengths(written, options):
 
 
 def truth(model, inputs, sequences, queries="last", **options):
-    """Mean share of the watched queries, one returned sequence at a time."""
+    """Returns the mean share of the recorded queries, one returned sequence at a time."""
     backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
     prompt = inputs["input_ids"].shape[1]
@@ -119,7 +119,7 @@ def case(name):
         options["compile_config"]._compile_all_devices = True
     if any(word in name for word in ("looked", "assist")):
         inputs = {key: value[:1] for key, value in inputs.items()}
-        # A prompt that repeats itself has something to look up.
+        # Prompt lookup needs a prompt with repetitions.
         inputs["input_ids"][:, -2:] = inputs["input_ids"][:, -5:-3]
     if "max_new_tokens" in options and "min_new_tokens" not in options:
         options["eos_token_id"], options["pad_token_id"] = stop_word(model, inputs), 0
@@ -147,7 +147,7 @@ def test_rows_are_the_returned_sequences(name, queries):
     for modality in range(2):
         mass = (tokens * (places == modality)[:, None]).sum(dim=-1)
         torch.testing.assert_close(mass, expected[..., modality], **NEAR)
-    # Every token but the last was read by some query, and no token of a draft or after the end counts.
+    # Every token except the last is a query; draft tokens and tokens after the end are not counted.
     prompt, written = inputs["input_ids"].shape[1], lengths(watched[:, inputs["input_ids"].shape[1] :], options)
     each = len(watched) // len(inputs["input_ids"])
     padding = (inputs["attention_mask"] == 0).sum(dim=1).repeat_interleave(each)
@@ -188,7 +188,7 @@ def test_custom_stopping_criterion(ends):
     model, inputs = family("llava")
 
     class First(transformers.StoppingCriteria):
-        """The first sample ends after three words, whatever they are."""
+        """Stops the first sample after three tokens."""
 
         def __call__(self, input_ids, scores, **kwargs):
             return torch.tensor([input_ids.shape[1] >= 16, False])
@@ -199,7 +199,7 @@ def test_custom_stopping_criterion(ends):
     model.generation_config.eos_token_id = None
     with eq.watch(model, queries="last") as record:
         found = model.generate(**inputs, **options)
-    # With a token that ends sequences, the first is padded from there on; without one, it goes on.
+    # With an end token, the first sequence is padded after it; without one, it continues.
     assert bool((found[0, 16:] == 0).all()) == ends
     expected = truth(model, {key: value[1:] for key, value in inputs.items()}, found[1:], pad_token_id=0)
     torch.testing.assert_close(record.share(LAYER)[1:], expected, **NEAR)
@@ -281,7 +281,7 @@ def test_encoder_decoder(options):
     expected = torch.stack([(mean * (labels == m)[:, None]).sum(dim=-1) for m in (0, 1)], dim=-1)
     share = record.share("model.language_model.decoder.layers.1.encoder_attn")
     torch.testing.assert_close(share, expected, **NEAR)
-    # The encoder ran once for each sample; its rows are those of the returned sequences all the same.
+    # The encoder ran once per sample; its rows are expanded to the returned sequences.
     assert all(len(record.share(layer)) == len(found) for layer in record.layers)
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
         model(**many, decoder_input_ids=found[:, :-1])

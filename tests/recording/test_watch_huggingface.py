@@ -21,7 +21,7 @@ JOINT = (
     "llava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen3_vl", "qwen2_vl_first",
     "qwen2_audio", "llava_next", "mistral3", "kosmos2", "voxtral", "gpt_oss", "gemma2", "llama",
 )  # fmt: skip
-"""One sequence, whose tokens the inputs tell, read by a decoder."""
+"""Decoders of one sequence, whose token labels follow from the inputs."""
 GENERATED = (
     *((name, "dynamic") for name in (
         "llava", "internvl", "gemma3", "qwen2_vl", "mistral3", "kosmos2", "voxtral", "gpt_oss", "gemma2",
@@ -41,7 +41,7 @@ def calm():
 
 
 def labels_of(inputs, names):
-    """(batch, token), told by the placeholders that the tests put there."""
+    """Returns (batch, token) labels from the placeholders of the tests."""
     found = torch.full_like(inputs["input_ids"], names.index("text"))
     for token, name in ((IMAGE, "image"), (VIDEO, "video"), (AUDIO, "audio")):
         if name in names:
@@ -52,7 +52,7 @@ def labels_of(inputs, names):
 
 
 def share_of(attention, labels, rows, count):
-    """The definition, in loops over samples and modalities."""
+    """Computes the definition in loops over samples and modalities."""
     found = torch.zeros(*attention.shape[:2], count, dtype=torch.float64)
     for sample in range(len(attention)):
         mean = attention[sample, :, rows[sample]].double().mean(dim=1)
@@ -126,7 +126,7 @@ def test_generate(name, cache):
             length, keys = prompt.shape[1] + step, attention[number].shape[-1]
             here = nn.functional.pad(labels[:, :length], (0, max(keys - length, 0)), value=-1)[:, -keys:]
             rows = attention[number][:, :, -1:]
-            # A returned sequence goes on with the beam that wrote its token.
+            # A returned sequence continues the beam that generated its token.
             rows = rows if beams is None else rows[beams[:, step].long()]
             total = total + share_of(rows, here, torch.ones(len(labels), 1).bool(), count)
         layer = find_layer(record.layers, number)
@@ -157,7 +157,7 @@ def test_learned_queries_then_a_language_model(name):
         assert not inside
         assert any("qformer" in layer for layer in forward.unimodal_layers)
     else:
-        # The question's words are read beside the learned queries.
+        # The words of the question are in the same sequence as the learned queries.
         share = forward.share(inside[0])
         assert 0.05 < float(share[..., 0].mean()) < 0.95
         torch.testing.assert_close(share.sum(dim=-1), torch.ones_like(share[..., 0]), **NEAR)
@@ -248,7 +248,7 @@ def test_sequences_assembled_by_the_model(name, labels, layer, first):
         with eq.watch(model, modality=torch.tensor(labels), names=("text", "image")) as record:
             model(**inputs)
         torch.manual_seed(0)
-        # Not all give their attentions away; all drop them out.
+        # Not all models return attentions; all apply dropout to them.
         attention, inside = [], model.get_submodule(layer).dropout
         hook = inside.register_forward_hook(lambda part, args, output: attention.append(args[0]))
         model(**inputs)
@@ -257,7 +257,7 @@ def test_sequences_assembled_by_the_model(name, labels, layer, first):
     rows[:, first : first + 13] = inputs["attention_mask"].bool()
     expected = share_of(attention[0], torch.tensor([labels] * 2), rows, 2)
     torch.testing.assert_close(record.share(layer), expected, **NEAR)
-    # Without labels, keys are followed from the inputs. ViLT's class token is a parameter: it belongs to no modality.
+    # Without labels, keys are traced from the inputs. ViLT's class token is a parameter: it belongs to no modality.
     inferred = [-1 if name == "vilt" and index == len(WORDS) else label for index, label in enumerate(labels)]
     torch.testing.assert_close(
         followed.share(layer), share_of(attention[0], torch.tensor([inferred] * 2), rows, 2), **NEAR
@@ -414,7 +414,7 @@ def test_encoder_segments_and_image_patches():
 
 
 class Joined(nn.Module):
-    """Two Hugging Face encoders, and attention of the user's own over both."""
+    """Two Hugging Face encoders with custom attention over both."""
 
     def __init__(self):
         super().__init__()

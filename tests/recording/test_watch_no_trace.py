@@ -19,7 +19,7 @@ GLOBAL = [
 
 
 class Breaks(nn.Module):
-    """Runs what is inside, and then fails when it is told to."""
+    """Runs the inner module, and then raises an error if requested."""
 
     def __init__(self, inside):
         super().__init__()
@@ -63,7 +63,7 @@ def vision_language():
     made.set_attn_implementation({"vision_config": "eager"})
     made.train().model.vision_tower.eval()
     with torch.no_grad():
-        made(**inputs)  # What transformers leaves behind by itself is there before.
+        made(**inputs)  # Run once, so that changes by transformers itself precede the comparison.
     made.model.language_model.norm = Breaks(made.model.language_model.norm)
     options = {"max_new_tokens": 3, "do_sample": False}
     return made, made.model.language_model.norm, lambda: made.generate(**inputs, **options), {}
@@ -73,7 +73,7 @@ MADE = {made.__name__: made for made in (fusion, encoder, inference, vision_lang
 
 
 def attention_functions():
-    """How transformers finds the functions of its backends, and which ones there are."""
+    """Returns the registry of attention functions in transformers and its entries."""
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
@@ -105,7 +105,7 @@ def state(made):
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error", "with an error beside it"])
 def test_model_is_restored(name, ends):
     made, breaks, run, options = MADE[name]()
-    # Some gradients are there already, as in the middle of an accumulation.
+    # Some gradients exist already, as during gradient accumulation.
     first = next(made.parameters())
     first.grad = torch.ones_like(first)
     before = state(made)

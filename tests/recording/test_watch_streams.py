@@ -33,7 +33,7 @@ def watched(model, inputs):
 
 
 def only(record, layer):
-    """The one modality that a layer reads."""
+    """Returns the only modality that a layer attends to."""
     share = record.share(layer)
     at = share[0, 0].argmax()
     assert float(share[..., at].min()) > 1 - 1e-5, layer
@@ -85,14 +85,14 @@ def test_groundingdino_sampling_points_are_missing(words):
     assert len(told) == 1
     assert "not in the table" in told[0]
     for number in (0, 1):
-        # Pictures read words, and words read pictures, in one module.
+        # Images attend to words, and words attend to images, in one module.
         fusion = f"model.encoder.layers.{number}.fusion_layer.attn"
         assert (only(record, fusion), only(record, f"{fusion}#2")) == ("image", "text")
         assert only(record, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
         assert only(record, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
     windows = [layer for layer in record.unimodal_layers if "backbone" in layer and "text" not in layer]
     assert windows
-    # Windows of a picture are no samples.
+    # Image windows are not samples.
     assert all(len(record.share(layer)) == 2 for layer in windows)
 
 
@@ -120,7 +120,7 @@ def test_missing_layers_are_reported_everywhere():
 
 
 def follow(function, **codes):
-    """Codes of what a function returns, given the codes of its arguments."""
+    """Returns the codes of the result of a function, given the codes of its arguments."""
     origin = Provenance()
     with origin.tracing():
         tensors = {name: torch.randn(2, *shape) for name, (shape, _) in codes.items()}
@@ -136,7 +136,7 @@ def test_traced_codes_of_positions():
     words, picture = ((3, 4), 1), ((5, 4), 2)
     origin, joined = follow(lambda a, b: torch.cat([a, b], dim=1).relu(), a=words, b=picture)
     assert origin.codes_of(joined)[0, :, 0].tolist() == [1] * 3 + [2] * 5
-    # A stream that reads another one stays what it is; the scores know whom they read, also turned around.
+    # A stream keeps its codes after cross-attention; the scores have the codes of the keys, also transposed.
     origin, scores = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1), a=words, b=picture)
     assert origin.codes_of(scores).unique().tolist() == [1]
     assert origin.keys_of_scores(scores).unique().tolist() == [2]
@@ -144,11 +144,11 @@ def test_traced_codes_of_positions():
     assert origin.keys_of_scores(scores).unique().tolist() == [1]
     origin, read = follow(lambda a, b: (a @ b.transpose(1, 2)).softmax(-1) @ b, a=words, b=picture)
     assert origin.codes_of(read).unique().tolist() == [1]
-    # Weights of sampling points are no product of queries and keys.
+    # Weights of sampling points are not products of queries and keys.
     layer = torch.nn.Linear(4, 6)
     origin, points = follow(lambda a: layer(a).softmax(-1), a=words)
     assert origin.keys_of_scores(points) is None
-    # Values of two inputs at one place are neither.
+    # A sum of values of two inputs has no code.
     origin, added = follow(lambda a, b: a + b.mean(dim=1, keepdim=True), a=words, b=picture)
     assert origin.codes_of(added).unique().tolist() == [MIXED]
 
@@ -166,6 +166,6 @@ def test_traced_codes_of_learned_queries():
     assert origin.codes_of(found).unique().tolist() == [2 + QUERY]
     origin, found = follow(lambda a, b: reads(a, b), a=((5, 4), 1), b=((5, 4), 2))
     assert origin.codes_of(found).unique().tolist() == [READER]
-    # They stand for what they have read where they join another stream.
+    # Learned queries have the modality that they attended to when they join another stream.
     origin, found = follow(lambda a, b: torch.cat([reads(b), a], dim=1), a=((5, 4), 1), b=((5, 4), 2))
     assert origin.codes_of(found)[0, :, 0].tolist() == [2] * 3 + [1] * 5

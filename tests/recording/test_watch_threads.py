@@ -46,7 +46,7 @@ def calm():
 
 
 def patched():
-    """What watching changes for all threads."""
+    """Returns the global functions that recording replaces."""
     found = [
         threading.Thread.start,
         *(len(getattr(registry, f"_global_forward_{kind}")) for kind in ("hooks", "pre_hooks")),
@@ -56,7 +56,7 @@ def patched():
 
 
 def together(*works):
-    """Runs functions in threads of their own that begin at the same time, and raises what any of them raised."""
+    """Runs functions in threads that start at the same time, and raises the first error of any of them."""
     barrier = threading.Barrier(len(works))
 
     def begin(work):
