@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from helpers.balancer_cases import BALANCERS, answers, attached, sgd, train
+from helpers.balancer_cases import BALANCERS, answers, attached, finite, sgd, train
 
 AVERAGES = {
     "mean of weights and buffers": lambda model: AveragedModel(model, use_buffers=True),
@@ -48,3 +48,25 @@ def test_an_average_beside_training(name, kind):
     fresh, _ = attached(name, seed=9)
     fresh.load_state_dict(average.module.state_dict())
     assert torch.equal(answers(fresh), answers(average.module))
+
+
+class ModelAndBalancers(torch.nn.Module):
+    """A model with its balancers as submodules, as a LightningModule has them."""
+
+    def __init__(self, model, balancing):
+        super().__init__()
+        self.model, self.balancers = model, torch.nn.ModuleList(balancing.balancers)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("name", BALANCERS)
+def test_an_average_of_the_balancers_too(name, use_buffers):
+    model, balancing = attached(name)
+    optimizer, both = sgd(model, balancing), ModelAndBalancers(model, balancing)
+    average = AveragedModel(both, use_buffers=use_buffers)
+    for number in range(2):
+        average.update_parameters(both)
+        train(model, balancing, optimizer, 1, first=number)
+    average.update_parameters(both)
+    both.load_state_dict(average.module.state_dict())
+    assert finite(model, train(model, balancing, optimizer, 1))

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from functools import partial
 from itertools import combinations
 from typing import ClassVar
@@ -368,3 +369,20 @@ def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
     ):
         eq.BalancerList(made, [balancer])
     assert eq.BalancerList(made, [eq.balance.CML(made)]).steps_per_batch == 1
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", [name for name, kind in BALANCERS.items() if kind.reviews])
+def test_a_reviewed_sample_that_is_not_finite_leaves_no_trace(name, split, fill):
+    model, balancing = attached(name)
+    optimizer = sgd(model, balancing)
+    train(model, balancing, optimizer, 1)
+    data = {key: [batch_for("classification", model.names, seed=seed)] for key, seed in (("train", 0), ("val", 500))}
+    odd = batch_for("classification", model.names, seed=5)
+    odd[model.names[0]][0] = fill
+    data[split].insert(0, odd)
+    balancing.review(data["train"], data["val"])
+    logs = [balancing.end_epoch(), *train(model, balancing, optimizer, 2, first=1)]
+    assert finite(model, logs)
+    assert all(bool(state.isfinite().all()) for b in balancing.balancers for state in b.state_dict().values())

@@ -306,3 +306,21 @@ def test_an_average_of_depths_reaches_the_later_one():
     for _ in range(3):
         average.update_parameters(made)
     assert torch.equal(logits(average.module), logits(made))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_rotation_that_no_layer_takes_in_is_refused(depth):
+    state, plain = rotated(depth=depth).state_dict(), model(seed=3, depth=depth)
+    message = r"load_state_dict: expected a model with a RollingQ, got none to load 'fusion\..*rolling\.rotation'"
+    with pytest.raises(RuntimeError, match=message):
+        plain.load_state_dict(state, strict=False)
+    detached, rolling = attached(depth=depth)
+    rolling.detach()
+    with pytest.raises(RuntimeError, match=message):
+        detached.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=message):
+        plain.load_state_dict(state)
+    # The identity changes nothing, so it may be left out.
+    made, _ = attached(depth=depth)
+    plain.load_state_dict(made.state_dict(), strict=False)
+    assert torch.equal(logits(plain), logits(made))

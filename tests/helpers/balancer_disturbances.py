@@ -325,16 +325,42 @@ class TwoPasses(Loop):
         super().step(inputs, number)
 
 
+class RetainedGraph(Loop):
+    """One loss is back-propagated twice, and the gradients are cleared in between."""
+
+    def step(self, inputs, number):
+        self.optimizer.zero_grad()
+        loss = self.loss(inputs)
+        loss.backward(retain_graph=True)
+        self.optimizer.zero_grad()
+        self.backward(loss)
+        self.update()
+
+
+class FrozenHead(Loop):
+    """A model whose head is not trained."""
+
+    def __init__(self, name, **options):
+        super().__init__(name, **options)
+        self.model.head.requires_grad_(False)
+
+
+class ZeroedFrozenHead(FrozenHead, ZeroedStep):
+    """``ZeroedStep`` for a model whose head is not trained."""
+
+    clean = "FrozenHead"
+
+
 DISTURBANCES = {
     kind.__name__: kind
     for kind in (
         SkippedBatch, SkippedNan, SkippedStep, StillScaled, DroppedStep, ZeroedStep, ValidationEval, ValidationTrain,
         ValidationEvalGradient, Checkpoint, CheckpointReentrant, CheckpointLoss, CheckpointLossReentrant,
         CheckpointFusion, CheckpointFusionReentrant, CheckpointEncoders, Tenth, PartialWindow, TwoForwards, TwoLosses,
-        CheckpointTwoForwards, TwoPasses,
+        CheckpointTwoForwards, TwoPasses, RetainedGraph, ZeroedFrozenHead,
     )
 }  # fmt: skip
-CLEAN = {kind.__name__: kind for kind in (Loop, ScaledLoop, Accumulated)}
+CLEAN = {kind.__name__: kind for kind in (Loop, ScaledLoop, Accumulated, FrozenHead)}
 
 REFUSED = {
     "TwoLosses": ("ModalityCorruption", "ModalityDropout", "OPM"),

@@ -110,7 +110,8 @@ class PMR(Balancer):
         self.momentum, self.fraction, self.hard, self.bins = momentum, fraction, hard, bins
         shape = (len(model.names), *category_counts(model, bins))
         self.register_buffer("prototypes", torch.zeros(*shape, model.fusion.dim, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(shape, dtype=torch.bool))
+        # Not bool: torch.optim.swa_utils.AveragedModel cannot subtract it, and an average of integers is rounded to 0.
+        self.register_buffer("seen", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("edges", torch.zeros(shape[1], max(bins - 1, 0), dtype=torch.float64))
         # Training batches of this epoch, reviews so far; sums of the weights, and their number.
         self.register_buffer("batches", torch.tensor(0))
@@ -132,7 +133,7 @@ class PMR(Balancer):
         if int(self.reviewed) == 0:
             return None
         features, present = self._features(output)
-        seen = self.seen.to(features.device)
+        seen = self._seen(features.device)
         log_p = prototype_log_probabilities(features, self.prototypes.to(features), seen)
         index = categories(target, self._model[0].task, self.edges).expand(len(features), -1, -1)[..., None]
         true = log_p.gather(-1, index)[..., 0]
@@ -161,11 +162,15 @@ class PMR(Balancer):
             self.used = self.used.to(weights.device) + weights
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
-        """Updates the prototypes from the first batches of another pass over the training data."""
+        """Updates the prototypes from the first batches of another pass over the training data.
+
+        Features that are not finite are left out.
+        """
         model, parts = self._model[0], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in islice(train, max(1, math.ceil(self.fraction * int(self.batches)))):
-                parts.append((*self._features(model(batch)), batch["target"]))
+                found, there = self._features(model(batch))
+                parts.append((found, there & found.isfinite().all(dim=-1), batch["target"]))
         if not parts:
             raise ConfigError("PMR", expected="training batches to review", got="none")
         features, present, targets = zip(*parts, strict=True)
@@ -174,10 +179,11 @@ class PMR(Balancer):
             self.edges = bin_edges(target, self.bins)
         classes = categories(target, model.task, self.edges)
         new, updated = class_means(torch.cat(features, 1).double(), torch.cat(present, 1), classes, self.seen.shape[-1])
-        old, seen = self.prototypes.to(new), self.seen.to(updated.device)
+        old, seen = self.prototypes.to(new), self._seen(updated.device)
         # A class seen for the first time has no previous prototype to blend with.
         decay = torch.where(updated, self.momentum * seen.to(new), 1.0)[..., None]
-        self.prototypes, self.seen = decay * old + (1 - decay) * new, seen | updated
+        self.prototypes = decay * old + (1 - decay) * new
+        self.seen = (seen | updated).to(self.seen.dtype)
         self.reviewed += 1
         self.batches.zero_()
 
@@ -186,6 +192,10 @@ class PMR(Balancer):
         *sums, count = self.used.tolist()
         self.used.zero_()
         return {f"weight/{name}": s / max(count, 1.0) for name, s in zip(self._model[0].names, sums, strict=True)}
+
+    def _seen(self, device: torch.device) -> Tensor:
+        """Returns (modality, question, class), True for classes with a prototype."""
+        return self.seen.to(device) > 0
 
     def _features(self, output: Output) -> tuple[Tensor, Tensor]:
         """Returns (modality, batch, dim) pooled tokens, and (modality, batch) presence."""

@@ -171,13 +171,17 @@ class DiagnoseRelearn(Balancer):
         return total[:-1] / total[-1]
 
     def _collect(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (modality, batch, dim) pooled tokens, (modality, batch) presence, and the targets."""
+        """Returns (modality, batch, dim) pooled tokens, (modality, batch) presence, and the targets.
+
+        Samples whose tokens are not finite count as missing.
+        """
         model, features, present, targets = self._model[0], [], [], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in batches:
                 output = model(batch)
                 features.append(torch.stack([at_least_single(output.tokens[n].pooled()) for n in model.names]))
-                present.append(torch.stack([has_modality(output, n) for n in model.names]))
+                there = torch.stack([has_modality(output, n) for n in model.names])
+                present.append(there & features[-1].isfinite().all(dim=-1))
                 targets.append(batch["target"])
         if not features:
             raise ConfigError(

@@ -38,6 +38,18 @@ class AttentionCore(nn.Module):
             mask=mask, is_causal=is_causal, dropout=dropout,
         )  # fmt: skip
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        rotation = state_dict.get(f"{prefix}rolling.rotation")
+        if rotation is None or "rolling" in self._modules:
+            return
+        if not torch.equal(rotation, torch.eye(rotation.shape[-1]).to(rotation).expand_as(rotation)):
+            # torch raises these messages with strict=False too, which would otherwise drop the rotation.
+            errors.append(
+                f"load_state_dict: expected a model with a RollingQ, got none to load '{prefix}rolling.rotation'. Create "
+                "the RollingQ on the layer before loading, or save the weights after eq.merge_rotations."
+            )
+
 
 class Attention(nn.Module):
     """Multi-head attention with biases and an output projection: 4 (d^2 + d) parameters.

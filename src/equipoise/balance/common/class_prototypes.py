@@ -45,5 +45,6 @@ def class_means(
         count: number of classes.
     """
     member = F.one_hot(classes, count).to(features)[None] * present[..., None, None]
+    features = features.masked_fill(~present[..., None], 0.0)
     sums, sizes = all_reduce_sum(torch.einsum("mbqc,mbd->mqcd", member, features)), all_reduce_sum(member.sum(dim=1))
     return sums / sizes.clamp(min=1)[..., None], sizes > 0

@@ -45,21 +45,32 @@ class Record:
         self.with_gradient, self.has_loss = torch.is_grad_enabled(), False
         self.outputs: tuple[Output, Tensor] | None = None
         self._notes: dict[tuple[int, str], Tensor] = {}
+        self._backward_notes: dict[tuple[int, str], Tensor] = {}
         self._features: Callable[[], Tensor | None] = lambda: None
         self.reached: set[int] = set()
         self.repeated: set[int] = set()
 
-    def add(self, balancer: object, key: str, value: Tensor) -> None:
-        """Adds to the batch's sum for this key. A value that is not finite counts as zeros; no GPU sync."""
+    def add(self, balancer: object, key: str, value: Tensor, *, backward: bool = False) -> None:
+        """Adds to the batch's sum for this key. A value that is not finite counts as zeros; no GPU sync.
+
+        ``backward`` marks values of a backward pass, which ``discard_backward`` removes.
+        """
         value = value.detach()
         if value.is_floating_point():
             value = torch.where(value.isfinite().all(), value, torch.zeros_like(value))
-        index = (id(balancer), key)
-        self._notes[index] = self._notes[index] + value if index in self._notes else value
+        index, notes = (id(balancer), key), self._backward_notes if backward else self._notes
+        notes[index] = notes[index] + value if index in notes else value
 
     def take(self, balancer: object, key: str) -> Tensor | None:
         """Returns the sum for this key and removes it."""
-        return self._notes.pop((id(balancer), key), None)
+        index = (id(balancer), key)
+        found = [notes.pop(index) for notes in (self._notes, self._backward_notes) if index in notes]
+        return sum(found[1:], found[0]) if found else None
+
+    def discard_backward(self) -> None:
+        """Forgets the backward passes so far, whose gradients the loop has cleared; the loss may be reused."""
+        self.scale = None
+        self._backward_notes.clear()
 
     def sample_offset(self, size: int) -> int:
         """Returns the number of samples of the step before this batch; for balancers that draw numbers per sample."""
@@ -111,6 +122,7 @@ class Pending:
         self._active: Record | None = None
         # Whether to take notes for the current loss; None outside of a loss.
         self._counts: bool | None = None
+        self._watched: list[tuple[nn.Parameter, Any]] = []
         self._parameter: nn.Parameter | None = None
         self._raw: Tensor | None = None
         self._now: Tensor | None = None
@@ -209,7 +221,9 @@ class Pending:
         values = torch.stack([largest, *(tensor.abs().max().to(largest) for tensor in (raw, now))])
         maximum, initial, current = values.tolist()
         # Zeros where backward produced a gradient: the loop has cleared the gradients.
-        return records if math.isfinite(maximum) and (current > 0 or initial == 0) else []
+        changed = self._parameter is not None and now._version != self._version
+        cleared = current == 0 if initial > 0 else changed and maximum == 0
+        return records if math.isfinite(maximum) and not cleared else []
 
     def ratio(self) -> Tensor | float:
         """Returns the ratio of the current gradients to the sum that backward passes produced on all processes.
@@ -247,7 +261,7 @@ class Pending:
         try:
             for balancer, callback in callbacks:
                 for key, value in callback(gradient).items():
-                    record.add(balancer, key, value)
+                    record.add(balancer, key, value, backward=True)
         finally:
             self._active = None
 
@@ -292,17 +306,25 @@ class Pending:
         return self.record()
 
     def _watch_gradients(self) -> None:
-        """Monitors the gradient of one small parameter, to detect changes after backward; see ``ratio``."""
-        if self.model is None or self._parameter is not None:
+        """Monitors the gradient of one parameter, to detect changes after backward; see ``ratio``."""
+        if self.model is None or (self._watched and all(p.requires_grad for p, _ in self._watched)):
             return
+        for _, handle in self._watched:
+            handle.remove()
         trainable = [p for p in self.model.head.parameters() if p.requires_grad and p.is_leaf]
-        if trainable:
-            smallest = self._parameter = min(trainable, key=lambda p: p.numel())
-            smallest.register_post_accumulate_grad_hook(self._note_gradient)
+        watched = [min(trainable, key=lambda p: p.numel())] if trainable else []
+        if not watched:
+            # A frozen head: the first of the other parameters that a backward pass reaches. Probes are not among them,
+            # since an optimizer may leave them out.
+            named = self.model.named_parameters()
+            watched = [p for name, p in named if p.requires_grad and p.is_leaf and "unimodal_heads" not in name]
+        self._watched = [(p, p.register_post_accumulate_grad_hook(self._note_gradient)) for p in watched]
 
-    def _note_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._raw, self._version = parameter.grad.detach().clone(), parameter.grad._version
+    def _note_gradient(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is None or (self._raw is not None and parameter is not self._parameter):
+            return
+        self._parameter = parameter
+        self._raw, self._version = parameter.grad.detach().clone(), parameter.grad._version
 
     def _drop_cleared(self) -> None:
         """Discards batches whose gradients the loop has cleared: an abandoned step, the first pass of SAM."""
@@ -317,9 +339,12 @@ class Pending:
         elif gradient is None:
             cleared = True
         else:
-            changed = gradient._version != self._version
-            cleared = changed and bool(raw.any()) and not bool(gradient.any())
+            # If backward produced zeros here, all other gradients tell.
+            now = [gradient] if bool(raw.any()) else [p.grad for p in self.model.parameters() if p.grad is not None]
+            cleared = gradient._version != self._version and not any(bool(value.any()) for value in now)
         if cleared:
+            for record in self.step:
+                record.discard_backward()
             self.step, self._raw = [], None
 
 

@@ -31,6 +31,10 @@ class RollingQ(Rotation):
     multiplies the current rotation by the one of ``rolling_query``. All state is stored in the layer's own state dict,
     so a reloaded model has the same rotation. ``fold`` merges the rotation into the weights.
 
+    Create the RollingQ before loading such a state dict. Without it, ``load_state_dict`` raises an error, except with
+    ``strict=False`` for a module of another library, where torch drops the rotation: look at the returned
+    ``unexpected_keys``.
+
     Args:
         layer: an ``Attention`` layer of this library (``model.fusion.attention``), or any module, together with
             ``query``, ``key`` and ``num_heads``.
