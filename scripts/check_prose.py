@@ -17,7 +17,7 @@ RULES = {
         "use American spelling (-ize)"
     ),
     # A quoted word is a value of stored data, such as the family "colour" in emoji.npz.
-    r"(?<!aria-)(?<!\")\b(colour|behaviour|favour|neighbour|labell|modell|centred|grey|catalogue)\w*": "use American spelling",
+    r"(?<!aria-)(?<!\")\b(colour|behaviour|favour|neighbour|labell|modell(?=ed|ing)|centred|grey|catalogue)\w*": "use American spelling",
     r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving ground|dice)\b": "no metaphors",
     r"\bvot(e|es|ing)\b(?! of)": "heads do not vote: logits are added (ensemble)",
     r"\b(nobody|somebody|everybody|anybody)\b": "name the object: module, user, process",

@@ -27,7 +27,7 @@ def test_the_old_or_the_new_file_is_there(tmp_path, monkeypatch):
 def test_what_killed_writers_left_is_removed(tmp_path):
     stale = [unfinished(tmp_path, f".r[1].json.{number}.tmp", 2 * STALE) for number in (7, 4294967295)]
     kept = [
-        unfinished(tmp_path, ".r[1].json.8.tmp", STALE / 2),  # somebody may be writing it
+        unfinished(tmp_path, ".r[1].json.8.tmp", STALE / 2),  # may still be in use by its writer
         unfinished(tmp_path, ".other.json.7.tmp", 2 * STALE),
         unfinished(tmp_path, ".r[1].json.mine.tmp", 2 * STALE),
         unfinished(tmp_path, "r[1].json.7.tmp", 2 * STALE),

@@ -228,13 +228,13 @@ def test_wrong_content_is_refused(tmp_path, content, message):
 def test_truncated_file_is_refused(tmp_path, cut):
     path = result_rows.write_results(tmp_path / "results.json", fake_results(methods=("joint",), seeds=1, epochs=1))
     path.write_text(path.read_text()[:cut])
-    with pytest.raises(SchemaError, match=r"expected JSON, got a file cut short .*run the command"):
+    with pytest.raises(SchemaError, match=r"expected JSON, got a file that is truncated .*run the command"):
         result_rows.load_results(path)
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "picture.json").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(SchemaError, match="expected JSON, got a file cut short or of another kind"):
+    with pytest.raises(SchemaError, match="expected JSON, got a file that is truncated or not JSON"):
         result_rows.load_results(tmp_path / "picture.json")
 
 

@@ -199,9 +199,11 @@ def test_missing_modality_is_excluded_from_its_pairs(made):
     close(loss(tokens), loss(parts, present={"image": here}))
     close(loss.penalty(Output(features=A, tokens=tokens, names=tuple(tokens))), loss(tokens))
     values = B.clone().requires_grad_()
-    nobody = loss(A, values) * 0 + loss({"a": A, "b": values}, present={"b": torch.zeros(BATCH, dtype=torch.bool)})
-    assert number(nobody) == 0.0
-    nobody.backward()
+    without_values = loss(A, values) * 0 + loss(
+        {"a": A, "b": values}, present={"b": torch.zeros(BATCH, dtype=torch.bool)}
+    )
+    assert number(without_values) == 0.0
+    without_values.backward()
     assert float(values.grad.abs().max()) == 0.0
     assert loss.terms({"a": A, "b": B}, present={"b": ~here & here}) == {}
     assert number(loss(A[:0], B[:0])) == 0.0

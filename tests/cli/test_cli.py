@@ -8,7 +8,7 @@ import pytest
 from equipoise import __version__
 from equipoise.cli import run
 from equipoise.cli.commands import COMMANDS
-from equipoise.cli.recipe_overrides import changed, taken
+from equipoise.cli.recipe_overrides import load_with_changes, split_recipe_options
 from equipoise.results import result_rows
 from equipoise.training import recipes
 from helpers.runs import program, recipe, weights, write_recipe
@@ -62,7 +62,7 @@ def test_recipes_are_listed_and_copied_once(tmp_path, capsys, monkeypatch):
     )
     capsys.readouterr()
     assert run(["recipes", "cp", "digits"]) == 1
-    assert "recipes cp: expected a file that is not there yet, got 'digits.yaml'" in capsys.readouterr().err
+    assert "recipes cp: expected a file that does not exist yet, got 'digits.yaml'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +89,16 @@ def test_compare_goes_on(compared, capsys):
     before = (folder / "results.json").read_text()
     assert run(arguments) == 0
     said = capsys.readouterr().out
-    assert "2 of 2 runs are already there." in said
+    assert "2 of 2 runs are already finished." in said
     assert json.loads(before)["runs"] == result_rows.load_results(folder)["runs"]
     assert (folder / "report.html").is_file()
 
 
 def test_several_options_of_one_variant_hold_together():
     words = ["train", "--config", "transfer", "--method", "plain", "--variants.plain.width", "8"]
-    rest, changes = taken([*words, "--variants.plain.kind=cycle"], pytest.fail)
+    rest, changes = split_recipe_options([*words, "--variants.plain.kind=cycle"], pytest.fail)
     assert rest == words[:5]
-    assert changed("transfer", changes).variants["plain"] == {"width": 8, "kind": "cycle"}
+    assert load_with_changes("transfer", changes).variants["plain"] == {"width": 8, "kind": "cycle"}
 
 
 def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):
@@ -144,7 +144,7 @@ def test_train_refuses_what_would_be_overwritten(tmp_path, capsys):
     assert result_rows.load_results(tmp_path / "o")["runs"] == first
     capsys.readouterr()
     assert run([*command, "--resume", "--seed", "1"]) == 1
-    assert "expected the recipe, method, seed and fold that the training began with" in capsys.readouterr().err
+    assert "expected the recipe, method, seed and fold of the interrupted run" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -146,7 +146,7 @@ def test_the_same_again(seed0, joint, tmp_path):
 def test_no_such_run(tmp_path, compared, seed0, capsys):
     assert "expected the folder of a finished run, with run.json" in failed(capsys, tmp_path / "nowhere")
     said = failed(capsys, compared.parent.parent)
-    assert "It holds 5 runs of a comparison; give one of them, such as" in said
+    assert "It contains 5 runs of a comparison; give one of them, such as" in said
     # A wrong folder is found before the first model is tested.
     assert "nowhere' without run.json" in failed(capsys, seed0("joint"), tmp_path / "nowhere", "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
@@ -158,7 +158,7 @@ def test_an_unfinished_run(seed0, tmp_path, capsys):
     assert "without model.safetensors. Give --out of equipoise train once it is done." in failed(capsys, copy)
     (copy / "run.json").write_text('{"run": {"meth')
     shutil.copy(seed0("joint") / "model.safetensors", copy)
-    assert "expected a whole run, got JSONDecodeError" in failed(capsys, copy)
+    assert "expected a complete run, got JSONDecodeError" in failed(capsys, copy)
 
 
 @pytest.mark.parametrize(

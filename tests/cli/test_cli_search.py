@@ -59,7 +59,7 @@ def test_a_folder_of_ones_own(folder, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "sky.png" in said
     assert "1 of 1" in said
-    assert "Left out: image" in said
+    assert "Skipped: image" in said
     assert "new" not in said.replace("sky.png", "")
 
 
@@ -87,7 +87,7 @@ def test_the_gallery_is_written(folder, capsys, tmp_path):
 
 def test_a_question_that_is_none(folder, capsys, tmp_path):
     model = ("--model", folder)
-    assert "search: expected a text, or a picture after --image, got neither" in failed(capsys, *model)
+    assert "search: expected a text, or an image after --image, got neither" in failed(capsys, *model)
     assert "got both" in failed(capsys, *model, "dog", "--image", tmp_path / "dog.png")
     assert "search: expected a text with a word in it, got ' '" in failed(capsys, *model, " ")
     assert "search: expected a text with a word in it, got '?!'" in failed(capsys, *model, "?!")

@@ -129,13 +129,13 @@ def test_methods_and_folds_lead_nowhere_else(name, tmp_path):
         ("seeds: .nan", "expected finite numbers of at most 19 digits"),
         ("seeds: " + "9" * 30, "expected finite numbers of at most 19 digits"),
         ("seeds: " + "9" * 5000, "expected YAML, got Exceeds the limit"),
-        ("seeds: !!binary eA==", "got b'x'. Put quotes around what is meant as a text."),
+        ("seeds: !!binary eA==", "got b'x'. Quote values that are strings."),
         ("seeds: 2020-01-01", "expected a whole number under seeds, got 2020-01-01"),
         ("seeds: " + "[" * 3000 + "]" * 3000, "nested at most 30 deep"),
         ("methods: [" + "1, " * 30000 + "1]", "at most 20,000 values, got more than that"),
         ("methods: [1]", "expected a text under methods.0, got 1"),
         ("methods: joint", "expected a list under methods, got joint"),
-        ("1: 2", "got 1. Put quotes around what is meant as a text."),
+        ("1: 2", "got 1. Quote values that are strings."),
         ('reference: "\\ud800"', "expected"),
         ("reference: [a]", "expected a text or nothing under reference, got ['a']"),
         ("train: {learning_rate: 1e-3}", "got 1e-3. YAML parses 1e-3 as a string; write 1.0e-3."),
@@ -235,7 +235,7 @@ def test_own_folders_may_hold_more(copy, capfd):
     out, words, *_ = copy
     (out / "notes.txt").write_text("mine")
     assert run(words) == 0
-    assert "2 of 2 runs are already there." in capfd.readouterr().out
+    assert "2 of 2 runs are already finished." in capfd.readouterr().out
 
 
 def test_results_of_something_else_are_not_written_over(tmp_path):
@@ -279,7 +279,7 @@ def test_weights_of_another_run(copy, capfd):
     state = load_file(one / "model.safetensors")
     save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()},
               one / "model.safetensors")  # fmt: skip
-    said = "model.safetensors: expected the weights of this run, whole, got others: damaged, or copied from another"
+    said = "model.safetensors: expected the weights of this run, got other weights: damaged, or copied from another"
     with pytest.raises(DataError, match=said):
         eq.load(one)
     assert said in told(capfd, "diagnose", one, "--out", out.parent / "d")
@@ -349,11 +349,11 @@ def test_results_that_were_edited(copy, capfd):
     (out / "results.json").write_text(json.dumps(content))
     with pytest.raises(SchemaError, match="expected the content that was written, got one that was changed since"):
         result_rows.load_results(out)
-    assert "changed since. Take it away and run the command" in told(capfd, "report", out)
+    assert "changed since. Delete it and run the command" in told(capfd, "report", out)
     result_rows.write_results(
         out / "results.json", {name: value for name, value in content.items() if name != "checksum"}
     )
-    assert "results.json: expected what '" in told(capfd, "report", out)
+    assert "results.json: expected the content of '" in told(capfd, "report", out)
     # The runs themselves are as they were: the next comparison writes the results anew.
     assert run(words) == 0
     assert run(["report", str(out), "--out", str(out.parent / "page.html")]) == 0
@@ -366,8 +366,8 @@ def test_results_that_were_edited(copy, capfd):
         (lambda run: run.update(history={"epoch": 1}), "history: expected a list"),
         (lambda run: run.update(seed=True), "seed: expected int, got True"),
         (lambda run: run["metrics"].update(accuracy="x"), "metrics: expected a mapping"),
-        (lambda run: run.update(shares={"clean": {"edges": [0, 1], "counts": [1, 2]}}), r"n \+ 1 rising edges"),
-        (lambda run: run.update(shares={"clean": {"edges": [1, 0], "counts": [1]}}), r"n \+ 1 rising edges"),
+        (lambda run: run.update(shares={"clean": {"edges": [0, 1], "counts": [1, 2]}}), r"n \+ 1 increasing edges"),
+        (lambda run: run.update(shares={"clean": {"edges": [1, 0], "counts": [1]}}), r"n \+ 1 increasing edges"),
         (lambda run: run.update(keys={"after": 3}), "keys.after: expected a mapping, got int"),
         (lambda run: run.update(keys={"after": {"clean": {"audio": {}}}}), "expected the entries cosine"),
     ],
@@ -569,7 +569,7 @@ def test_wrong_values(words, said, tmp_path, capfd):
 def test_a_fault_of_the_program_is_told_as_one(capfd, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_TRACEBACK", raising=False)
     monkeypatch.setattr(recipes, "recipe_names", lambda: 1 / 0)
-    assert "a fault of the program itself: ZeroDivisionError" in told(capfd, "recipes", "ls")
+    assert "internal error: ZeroDivisionError" in told(capfd, "recipes", "ls")
     monkeypatch.setenv("EQUIPOISE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run(["recipes", "ls"])

@@ -43,7 +43,7 @@ def test_varied_covers_its_range_and_no_more():
         assert values.abs().max() <= bound + TOL[torch.float32]["atol"]
         assert values.max() > 0.9 * bound
         assert values.min() < -0.9 * bound
-    # Three dice, not one thrown thrice.
+    # The three amounts are independent draws.
     assert torch.corrcoef(torch.stack([shift.float(), middle, slope])).triu(1).abs().max() < 5 / batch**0.5
 
 

@@ -113,10 +113,10 @@ def test_damaged_idx_is_named(tmp_path):
     with pytest.raises(DataError, match="expected a header of 12 bytes, got 7 bytes"):
         read_idx(write_idx(path, (3, 5), cut=20), 2)
     path.write_bytes(write_idx(path, (3, 5)).read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"a\.gz: expected a whole gzip file, got .*Fetch the file again"):
+    with pytest.raises(DataError, match=r"a\.gz: expected a complete gzip file, got .*Fetch the file again"):
         read_idx(path, 2)
     path.write_bytes(b"no gzip at all")
-    with pytest.raises(DataError, match=r"a\.gz: expected a whole gzip file, got Not a gzipped file"):
+    with pytest.raises(DataError, match=r"a\.gz: expected a complete gzip file, got Not a gzipped file"):
         read_idx(path, 2)
 
 

@@ -49,7 +49,7 @@ def test_every_part_of_the_key_changes_the_numbers():
 def test_normal_and_uniform_have_their_moments():
     index = torch.arange(1009)
     normal = CounterRNG(7, 2, index).normal("hiss", 101).double()
-    uniform = CounterRNG(7, 2, index).uniform("dice", 101).double()
+    uniform = CounterRNG(7, 2, index).uniform("values", 101).double()
     # Five standard errors of each estimate over n = 101,909 values.
     error = 5 / normal.numel() ** 0.5
     assert abs(normal.mean()) < error
@@ -65,7 +65,7 @@ def test_odd_counts_and_shapes():
     draw = CounterRNG(0, 0, torch.arange(2))
     assert draw.normal("hiss", 3, 5).shape == (2, 3, 5)
     assert draw.normal("hiss", 1).shape == (2, 1)
-    assert draw.uniform("dice").shape == (2,)
+    assert draw.uniform("values").shape == (2,)
     torch.testing.assert_close(
         draw.normal("hiss", 15).reshape(2, 3, 5), draw.normal("hiss", 3, 5), **TOL[torch.float32]
     )

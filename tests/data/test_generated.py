@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.data import load_dataset
-from equipoise.data.sets.generated import SHAPES, SHOWS
+from equipoise.data.sets.generated import CAUSE_WEIGHTS, SHAPES
 from equipoise.errors import ConfigError
 from helpers.tasks import TASKS
 
@@ -63,7 +63,7 @@ def test_how_much_noise_belongs_to_the_sample():
 def test_a_modality_shows_its_causes_alone():
     """Least squares from the clean input finds every cause that is shown, and none that is not."""
     data = load_dataset("generated", task="regression", samples=300, noise=0.0)
-    for name, shows in SHOWS.items():
+    for name, shows in CAUSE_WEIGHTS.items():
         inputs, causes = data.train.inputs[name].flatten(1).double(), data.train.target.double()
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
         # Of rank 6 at most: the causes shown, and the mean.
@@ -103,6 +103,6 @@ def test_the_card_tells_the_truth():
     assert f"right for {100 * data.test.target.bincount().max() / len(data.test):.1f} %" in card
     causes = load_dataset("generated", task="regression").test.target
     assert f"wrong by {causes.abs().mean():.3f} on" in card
-    for name, shows in SHOWS.items():
+    for name, shows in CAUSE_WEIGHTS.items():
         cells = " |".join(f" {weight:g}" if weight else "" for weight in shows)
         assert f"| **{name}** {SHAPES[name]} |{cells} |".replace("| |", "| |") in card

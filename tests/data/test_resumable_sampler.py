@@ -76,11 +76,13 @@ def test_errors():
         len(ResumableBatchSampler(7, 3, seed=0, shuffle=False, rank=0, world=5))
 
 
-def test_turns_never_meet_in_one_optimiser_step():
-    # 7 batches in groups of 3, each served twice: the seventh is left out, for its turns would share a step.
+def test_repeated_batches_never_share_an_optimizer_step():
+    # 7 batches in groups of 3, each repeated: the seventh is dropped, since its repetitions would share a step.
     got = batches(20, 3, seed=0, shuffle=True, steps_per_batch=2, group=3)
     whole = batches(20, 3, seed=0, shuffle=True)
     assert got == whole[:3] * 2 + whole[3:6] * 2
     assert batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == whole
-    with pytest.raises(ConfigError, match=r"in turns, at least 3 batches in an epoch.*got 2\. Lower train\.accumulate"):
+    with pytest.raises(
+        ConfigError, match=r"with steps_per_batch > 1, at least 3 batches per epoch.*got 2\. Lower train\.accumulate"
+    ):
         len(ResumableBatchSampler(5, 3, seed=0, shuffle=True, steps_per_batch=2, group=3))

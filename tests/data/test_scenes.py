@@ -123,7 +123,7 @@ def test_held_out_combinations_are_in_the_test_split_alone():
 
 
 def test_answers_are_balanced():
-    """Nobody who has not seen the picture can know more than the type of the question tells."""
+    """Without the image, the answer cannot be guessed better than from the type of the question."""
     for kind, most in (("existence", 0.5), ("state", 0.5), ("count", 0.25)):
         counts = Counter(said(KINDS[kind](SceneSampler(np.random.default_rng(seed), 3)).answer) for seed in range(400))
         assert max(counts.values()) / 400 < most + 0.1

@@ -56,15 +56,15 @@ def test_letters_that_do_not_fit():
         letter_ids(["f\u00fcnf"])
 
 
-def slow_slips(ids, slips, dice, letters):
+def slow_slips(ids, slips, uniform, letters):
     """Letter by letter: what is read, and where it stands."""
     placed = []
     for place, number in enumerate(ids):
-        if number == 0 or (place and slips / 3 <= dice[place] < 2 * slips / 3):
+        if number == 0 or (place and slips / 3 <= uniform[place] < 2 * slips / 3):
             continue
-        if dice[place] < slips / 3:
+        if uniform[place] < slips / 3:
             number = 1 + int(letters[place] * len(LETTERS))
-        late = 2 * slips / 3 <= dice[place] < slips
+        late = 2 * slips / 3 <= uniform[place] < slips
         placed.append((place + 1.5 * late, number))
     made = [number for _, number in sorted(placed)]
     return made + [0] * (len(ids) - len(made))
@@ -76,9 +76,9 @@ def test_slips_letter_by_letter(seed, slips):
     ids = spelled_digits().flatten(0, 1)
     draw = CounterRNG(seed, 0, torch.arange(len(ids)))
     made = misspell(ids, slips, draw)
-    dice, letters = draw.uniform("slips", ids.shape[1]), draw.uniform("letters", ids.shape[1])
+    uniform, letters = draw.uniform("slips", ids.shape[1]), draw.uniform("letters", ids.shape[1])
     for row, got in enumerate(made.tolist()):
-        assert got == slow_slips(ids[row].tolist(), slips, dice[row].tolist(), letters[row].tolist())
+        assert got == slow_slips(ids[row].tolist(), slips, uniform[row].tolist(), letters[row].tolist())
         length = sum(number > 0 for number in got)
         assert 1 <= length <= len(word(ids[row]))
         assert got[length:] == [0] * (len(got) - length)
@@ -91,7 +91,7 @@ def test_slips_are_as_frequent_as_said():
     lost = 5 - (made > 0).sum(dim=1).float()
     assert abs(float(lost.mean()) - 4 * slips / 3) < 5 * math.sqrt(4 * 0.1 * 0.9 / count)
     exact = sum(word(ids) == "seven" for ids in made) / count
-    # All letters are right, some of them replaced by themselves; or the last ones are all late, and so nobody is.
+    # All letters are right, some of them replaced by themselves; or the last ones are all late, which restores the word.
     late, right = slips / 3, 1 - slips + slips / 3 / len(LETTERS)
     expected = sum((right + slips / 3) * right ** (4 - behind) * late**behind for behind in range(5)) + late**5
     assert abs(exact - expected) < 5 * math.sqrt(expected * (1 - expected) / count)
@@ -175,7 +175,7 @@ def test_letters_as_vectors(single):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"items": 0}, r"Triples: expected 1 <= items <= 10, different digits all, got items = 0"),
+        ({"items": 0}, r"Triples: expected 1 <= items <= 10, all different, got items = 0"),
         ({"items": 11}, r"got items = 11"),
         ({"slips": 1.5}, r"Triples: expected 0 <= slips <= 1, got slips = 1\.5"),
         ({"slips": math.nan}, r"got slips = nan"),

@@ -157,5 +157,5 @@ def test_mixtures_of_patches_point_nowhere(kind):
 
 
 def test_refuses_other_words():
-    with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'colour'\. Did you mean"):
-        pointing(language(), scenes(), "test", "colour")
+    with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'colors'\. Did you mean"):
+        pointing(language(), scenes(), "test", "colors")

@@ -77,7 +77,7 @@ def test_folder_with_only_a_configuration(name, tmp_path, capsys):
     picture().save(tmp_path / "cat.png")
     asked = ("--random", "--image", tmp_path / "cat.png", "--text", "what?", "--max_new_tokens", 2)
     assert run(tmp_path, *asked, "--out", tmp_path / "out") == 0
-    assert "every byte of the text stands as a token" in capsys.readouterr().out
+    assert "every byte of the text is a token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_unloadable_models_raise(tmp_path, folder, monkeypatch):
 def test_unknown_hub_name_raises(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"a folder or a name on the hub with config.json.*the connection to the hub"):
-        load_pretrained("nobody/nothing-of-this-name")
+        load_pretrained("no-owner/no-such-model")
 
 
 def test_missing_weights_raise(folder, tmp_path):
@@ -236,7 +236,7 @@ def test_command_reports_random_weights(bare, folder, tmp_path, capsys):
 def test_command_checks_the_image_before_loading_the_model(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"nothing")
     with pytest.raises(EquipoiseError, match=r"look image '.*cat\.png': expected an image"):
-        run("nobody/nothing", "--image", tmp_path / "cat.png", "--text", QUESTION)
+        run("no-owner/no-such-model", "--image", tmp_path / "cat.png", "--text", QUESTION)
 
 
 def test_documentation_page_runs(folder, tmp_path, monkeypatch, capsys):

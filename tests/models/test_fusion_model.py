@@ -127,15 +127,15 @@ def test_unimodal_loss_leaves_out_samples_without_the_modality():
     assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
     model.unimodal_loss(output, wanted).backward()
     assert model.encoders["image"].weight.grad.any()
-    nobody = model(batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
+    masked = model(batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
     gone = model(batch() | {"image": None})
-    assert torch.equal(model.unimodal_loss(nobody, wanted), model.unimodal_loss(gone, wanted))
+    assert torch.equal(model.unimodal_loss(masked, wanted), model.unimodal_loss(gone, wanted))
     assert model.unimodal_loss(gone, wanted).isfinite()
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_unimodal_loss_waits_for_no_device(task):
-    """Tensors without values, which nobody can look into."""
+    """Tensors without values, which masked can look into."""
     with torch.device("meta"):
         tokens = Tokens(torch.zeros(BATCH, 3, DIM), mask=torch.ones(BATCH, 3, dtype=torch.bool))
         logits = torch.zeros(BATCH, OUTPUTS)

@@ -1,4 +1,4 @@
-"""The small vision-language model: what it reads, what it predicts, what it says, and how that is judged."""
+"""Vision-language model: inputs, connectors, predictions, generated answers and their evaluation."""
 
 import sys
 
@@ -158,7 +158,7 @@ def test_a_few_steps_teach_and_the_seed_is_everything(kind):
 
 
 class Knows(VisionLanguageModel):
-    """Recognises pictures that it has seen, and knows what was asked of them."""
+    """Returns the stored answers of known images."""
 
     def __init__(self, source, split):
         torch.nn.Module.__init__(self)

@@ -171,11 +171,11 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
         with eq.watch(model) as record:
             model(**inputs)
         written = eager(model)(**inputs, output_attentions=True)
-    everybody = torch.ones(2, 7, dtype=torch.bool)
+    all_tokens = torch.ones(2, 7, dtype=torch.bool)
     for number in range(2):
         for part, attention, rows in (
             ("encoder.layers.{}.self_attn", written.encoder_attentions, valid),
-            ("decoder.layers.{}.encoder_attn", written.cross_attentions, everybody),
+            ("decoder.layers.{}.encoder_attn", written.cross_attentions, all_tokens),
         ):
             share = record.share(f"model.language_model.{part.format(number)}")
             torch.testing.assert_close(share, share_of(attention[number], labels, rows, 2), **NEAR)

@@ -214,7 +214,7 @@ def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, deep, s
 
 
 @pytest.mark.browser
-def test_a_verdict_leads_to_its_test(opened, deep):
+def test_verdict_links_to_its_test(opened, deep):
     view = opened(deep)
     for link in view.locator(".verdict a").all():
         link.click()

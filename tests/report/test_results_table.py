@@ -32,8 +32,8 @@ def test_columns_that_have_no_room_are_left_out_and_named(width, gone):
     assert [name for name in HEADERS if name not in lines[0]] == [name for name in HEADERS if name in gone]
     assert [line.split()[0] for line in lines[2 : 2 + len(METHODS)]] == list(METHODS)
     notes = " ".join(lines[2 + len(METHODS) :])
-    assert ("No room here for:" in notes) == bool(gone)
-    assert all(name in notes.partition("No room here for:")[2] for name in gone)
+    assert ("Not shown for lack of space:" in notes) == bool(gone)
+    assert all(name in notes.partition("Not shown for lack of space:")[2] for name in gone)
     assert max(map(len, lines)) <= width
     assert "…" not in "".join(lines)
 

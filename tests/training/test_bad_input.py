@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong is told in one sentence, with status 1 and without a traceback."""
+"""Invalid user input ends with status 1 and a one-sentence error, without a traceback."""
 
 import gzip
 import wave
@@ -16,7 +16,7 @@ TEXT = recipes.dump_recipe(recipe(epochs=2))
 
 
 def told(capfd, *arguments, status=1):
-    """What the program says on its error stream, as one line."""
+    """Returns stderr of the command as one line."""
     assert run([str(argument) for argument in arguments]) == status
     said = capfd.readouterr()
     assert "Traceback" not in said.out + said.err
@@ -59,7 +59,7 @@ def told(capfd, *arguments, status=1):
         ("references: {}", "references: {joint: conct}", "method 'conct': expected a known fusion or modality"),
         (
             "references: {}", "references: {joint: ' joint'}",
-            "recipe: references: expected another method to compare with, got joint:  joint. Name its fair control",
+            "recipe: references: expected another method to compare with, got joint:  joint. Name its control",
         ),
         ("references: {}", "references: concat", "expected a mapping under references, got concat."),
         ("fusion: joint", "fusion: jont", "expected a known fusion, got 'jont'. Did you mean 'joint'"),
@@ -161,7 +161,7 @@ def test_results_of_another_schema_or_cut_short(tmp_path, capfd):
     (tmp_path / "results.json").write_text('{"schema": 7}')
     assert "read 'results.json': expected schema 1, got schema 7." in told(capfd, "report", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 1, "runs"')
-    assert "expected JSON, got a file cut short" in told(capfd, "report", tmp_path)
+    assert "expected JSON, got a file that is truncated" in told(capfd, "report", tmp_path)
 
 
 def test_data_that_are_not_there(tmp_path, capfd, monkeypatch):
@@ -218,7 +218,7 @@ def test_nan_in_a_batch(spoilt, tmp_path, capfd, monkeypatch):
     line = told(capfd, "train", "--config", path, "--method", "joint", "--out", out, "--accelerator", "cpu")
     assert "training, epoch 2, batch " in line
     assert "modality 'image': expected finite values" in line
-    assert "in 1 of 250 samples, the first has index 421. Mend or drop that sample" in line
+    assert "in 1 of 250 samples, the first has index 421. Fix or drop that sample" in line
     monkeypatch.undo()
     # The checkpoint of the first epoch stays, and leads to what an undisturbed run reaches.
     assert (

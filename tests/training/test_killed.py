@@ -44,7 +44,7 @@ def test_compare_killed_three_times(undisturbed, tmp_path):
     whole, straight = undisturbed
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
-    dice = random.Random(20)
+    rng = random.Random(20)
 
     def whole_results():
         if (out / "results.json").exists():
@@ -60,7 +60,7 @@ def test_compare_killed_three_times(undisturbed, tmp_path):
         workers = children(process.pid)
         assert bool(workers) == (several and running)
         # Any moment will do.
-        time.sleep(dice.uniform(0.0, 0.4))
+        time.sleep(rng.uniform(0.0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert wait_for_end(workers) == set()
@@ -79,11 +79,11 @@ def test_train_killed_three_times(undisturbed, tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["train", "--config", config, "--method", "joint+rollingq", "--seed", 1, "--out", out]
     command += ["--accelerator", "cpu", "--resume"]
-    dice = random.Random(3)
+    rng = random.Random(3)
     for _ in range(3):
         before, process = stamps(out), Forked(*command, said=tmp_path / "said")
         wait_until(lambda before=before: stamps(out) != before, process)
-        time.sleep(dice.uniform(0.0, 0.1))
+        time.sleep(rng.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     process = Forked(*command, said=tmp_path / "said")
@@ -102,7 +102,7 @@ def test_ctrl_c_in_compare(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 130, said
-    assert "Stopped. What is finished is written down" in said
+    assert "Interrupted. Finished runs are saved" in said
     assert "Traceback" not in said
     assert wait_for_end(workers) == set()
     assert result_rows.load_results(out)["complete"] is False
@@ -143,8 +143,6 @@ def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
         for worker in workers_of(os.getpid()) - known:
             os.kill(worker, signal.SIGKILL)
 
-    with pytest.raises(
-        ConfigError, match=r"compare: expected worker processes that live, got one that was killed.*kept"
-    ):
+    with pytest.raises(ConfigError, match=r"compare: expected running worker processes, got one that was killed.*kept"):
         compare(plan, ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
     assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["concat"]

@@ -1,4 +1,4 @@
-"""Recipes: what is packaged reads, what is written reads back, what is wrong is told (test_bad_input)."""
+"""Recipes: loading packaged ones, dump and load round trip, errors (see also test_bad_input)."""
 
 import math
 import warnings

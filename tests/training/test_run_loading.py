@@ -70,7 +70,7 @@ def test_weights_of_another_method(copy, trained):
 @pytest.mark.parametrize("text", ['{"run": {"meth', "[]", '{"run": {"fold": null}}'])
 def test_damaged_run(text, copy):
     (copy / "run.json").write_text(text)
-    with pytest.raises(DataError, match=r"load '.*run\.json': expected a whole run, got .* Remove it and start"):
+    with pytest.raises(DataError, match=r"load '.*run\.json': expected a complete run, got .* Remove it and start"):
         eq.load(str(copy))
 
 
@@ -85,6 +85,6 @@ def test_no_finished_run(copy):
 
 def test_the_folder_of_a_comparison(tmp_path):
     compare(recipe(epochs=1), ["audio", "image"], seeds=1, out=tmp_path, workers=0)
-    with pytest.raises(DataError, match=r"It holds 2 runs of a comparison; give one .*such as '.*all/audio/seed0'"):
+    with pytest.raises(DataError, match=r"It contains 2 runs of a comparison; give one .*such as '.*all/audio/seed0'"):
         eq.load(tmp_path)
     assert eq.load(tmp_path / "runs/all/image/seed0").names == ("image",)

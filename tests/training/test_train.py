@@ -125,7 +125,7 @@ def test_data_do_not_depend_on_threads():
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            experiment._loaded.cache_clear()
+            experiment._load_dataset_cached.cache_clear()
             seen.append(experiment.load_run_dataset(recipe(), None).train.inputs)
             assert torch.get_num_threads() == threads
     finally:

@@ -59,11 +59,11 @@ class Parser(ArgumentParser):
                 self.error(f"argument {word.removesuffix('=--')}: expected one argument")
         changes: list[recipe_overrides.Change] = []
         if self.reads_recipe:
-            words, changes = recipe_overrides.taken(words, self.error)
-        found, rest = super().parse_known_args(words, namespace)
+            words, changes = recipe_overrides.split_recipe_options(words, self.error)
+        options, rest = super().parse_known_args(words, namespace)
         if self.reads_recipe:
-            found.changes = changes
-        return found, rest
+            options.changes = changes
+        return options, rest
 
 
 def described(description: str, *examples: str) -> Parser:

@@ -64,7 +64,10 @@ def compare_parser() -> Parser:
 
 
 def compare(options: Namespace) -> int:
-    recipe, title = recipe_overrides.changed(options.config, options.changes), shorten_repr(Path(options.config).stem)
+    recipe, title = (
+        recipe_overrides.load_with_changes(options.config, options.changes),
+        shorten_repr(Path(options.config).stem),
+    )
     options.out = options.out or Path("runs") / check_path_component(title, "--config")
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
@@ -101,7 +104,10 @@ def train(options: Namespace) -> int:
     from .progress_bars import TrainingProgress
     from .results_table import show
 
-    recipe, title = recipe_overrides.changed(options.config, options.changes), shorten_repr(Path(options.config).stem)
+    recipe, title = (
+        recipe_overrides.load_with_changes(options.config, options.changes),
+        shorten_repr(Path(options.config).stem),
+    )
     method = options.method or recipe.methods[-1]
     fold = options.fold or (recipe.folds[0] if recipe.folds else None)
     folder = options.out or Path("runs") / check_path_component(f"{title}-{method}", "train")
@@ -135,14 +141,14 @@ def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
         return
     if not resume:
         raise ConfigError(
-            "train", expected="a new folder, or --resume", got=f"'{folder}', which holds a training already",
-            fix="Add --resume to go on with it, or choose another --out.",
+            "train", expected="a new folder, or --resume", got=f"'{folder}', which contains a run already",
+            fix="Add --resume to continue it, or choose another --out.",
         )  # fmt: skip
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if checkpoint.exists() and is_resumable(folder, job) is None and is_finished(job, folder) is None:
         raise ConfigError(
-            "train --resume", expected="the recipe, method, seed and fold that the training began with",
-            got=f"others than in '{folder}'", fix="Its recipe is in recipe.yaml there; or choose another --out.",
+            "train --resume", expected="the recipe, method, seed and fold of the interrupted run",
+            got=f"others than in '{folder}'", fix="Its recipe is recipe.yaml in that folder; or choose another --out.",
         )  # fmt: skip
 
 
@@ -199,14 +205,14 @@ def manage_recipes(options: Namespace) -> int:
     target = options.to or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
-        raise ConfigError("recipes cp", expected="a file that is not there yet", got=f"'{target}'", fix="Name another.")
-    if not target.parent.is_dir():
         raise ConfigError(
-            "recipes cp", expected="a folder that is there", got=f"'{target.parent}'", fix="Make it first."
+            "recipes cp", expected="a file that does not exist yet", got=f"'{target}'", fix="Choose another name."
         )
+    if not target.parent.is_dir():
+        raise ConfigError("recipes cp", expected="an existing folder", got=f"'{target.parent}'", fix="Create it first.")
     check_file(target, "recipes cp")
     atomic_write(target, source.read_bytes())
-    out.print(f"{target}: now yours. Run it with --config {target}", soft_wrap=True, highlight=False)
+    out.print(f"Copied to {target}. Run it with --config {target}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -243,11 +249,11 @@ def _with_recipe(parser: Parser) -> Parser:
 
 
 def _split(names: str, option: str) -> list[str]:
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    if not found:
+    parts = [name.strip() for name in names.split(",") if name.strip()]
+    if not parts:
         # An empty list would silently run the defaults.
         raise ConfigError("compare", expected=f"names after {option}, separated by commas", got=f"'{names}'")
-    return found
+    return parts
 
 
 def _compare(
@@ -266,7 +272,7 @@ def _compare(
     plan = plan_runs(recipe, names, seeds, folds)
     done = [job for job in plan if is_finished(job, job.folder(options.out)) is not None]
     if done:
-        out.print(f"{len(done)} of {len(plan)} runs are already there.", highlight=False)
+        out.print(f"{len(done)} of {len(plan)} runs are already finished.", highlight=False)
     with ComparisonProgress(plan, done, out) as progress:
         content = compare(
             recipe, names, seeds=seeds, folds=folds, out=options.out, title=title, workers=options.workers,
@@ -290,9 +296,9 @@ def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
     from .console import out
 
     page = draw(content, path)
-    beside = page.parent.resolve() == results.parent.resolve()
-    picture = summary_png(ResultsView(content)) if beside else None
-    if picture is not None:
-        atomic_write(results.with_name("summary.png"), picture)
+    is_next_to_results = page.parent.resolve() == results.parent.resolve()
+    image = summary_png(ResultsView(content)) if is_next_to_results else None
+    if image is not None:
+        atomic_write(results.with_name("summary.png"), image)
     out.print(f"results: {results}", soft_wrap=True, highlight=False)
     out.print(f"report:  {page}", soft_wrap=True, highlight=False)

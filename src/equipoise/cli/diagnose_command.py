@@ -38,9 +38,9 @@ class Alone:
     """Score of a unimodal model, and the data it was measured on.
 
     Attributes:
-        score: on the test split.
-        each: the outcome of every test sample; None where the run did not store it.
-        data: the recipe's, without the folder that they lie in; None where it cannot be read.
+        score: score on the test split.
+        each: (sample,) outcome of every test sample; None if the run did not store it.
+        data: data options of the recipe, without the location of the data; None if unavailable.
     """
 
     score: float
@@ -48,7 +48,7 @@ class Alone:
     data: dict[str, Any] | None
 
     def on(self, data: dict[str, Any], samples: int) -> float | torch.Tensor:
-        """The outcomes, where they are of the same samples, else the score."""
+        """Returns the outcomes if they belong to the same samples, otherwise the score."""
         if self.each is None or self.data != data or len(self.each) != samples:
             return self.score
         return torch.from_numpy(self.each)
@@ -138,7 +138,7 @@ def read(folder: Path) -> TrainedRun:
         raise ConfigError(
             "diagnose", expected="a run of a fusion, whose attention is shared between modalities",
             got=f"'{folder}', a run of the model '{recipe.model['name']}'",
-            fix="Its own figures are in results.json and run.json; equipoise report draws them.",
+            fix="Its metrics are in results.json and run.json; equipoise report shows them.",
         )  # fmt: skip
     return TrainedRun(folder, recipe, run)
 

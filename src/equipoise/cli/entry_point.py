@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         status = 130
-    except SystemExit as left:
-        status = left.code
+    except SystemExit as exit_:
+        status = exit_.code
     if threading.current_thread() is threading.main_thread():
         # All output is written; ignore further interrupts during shutdown.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -74,21 +74,21 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return fail(f"{shorten_repr(str(error.filename or 'a file'))}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        return fail("Stopped. What is finished is written down; the same command goes on from there.", 130)
+        return fail("Interrupted. Finished runs are saved; repeat the command to resume.", 130)
     except Exception as error:
         if os.environ.get(TRACE):
             raise
-        return fail(f"{FAULT}: {_where(error)}. Set {TRACE}=1 to see all of it, and report it.")
+        return fail(f"{FAULT}: {_where(error)}. Set {TRACE}=1 to see the traceback, and report it.")
 
 
-FAULT = "a fault of the program itself"
+FAULT = "internal error"
 
 
 def _where(error: Exception) -> str:
     """Returns the error in one line, with the source line of this package that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "equipoise" in frame.filename]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {shorten_repr(str(error)).rstrip('.')}{place}"
+    location = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {shorten_repr(str(error)).rstrip('.')}{location}"
 
 
 def _close_output() -> None:

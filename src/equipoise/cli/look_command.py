@@ -58,23 +58,23 @@ def look(options: Namespace) -> int:
             device=options.device,
         )  # fmt: skip
         if options.random:
-            notes.append("The weights are random: the figures show how the page works, not what a model does.")
+            notes.append("The weights are random: the values say nothing about a trained model.")
         if isinstance(loaded.processor, DummyProcessor):
-            notes.append("There are no files of a tokenizer: every byte of the text stands as a token.")
-        found = look(
+            notes.append("Without tokenizer files, every byte of the text is a token.")
+        result = look(
             *loaded, image=image, audio=options.audio, text=options.text, answer=options.answer,
             max_new_tokens=options.max_new_tokens, exclude_top_k=options.exclude_top_k,
             layers=None if options.layers is None else [part.strip() for part in options.layers.split(",")],
             name=options.model, notes=notes, progress=status.update,
         )  # fmt: skip
         status.update("writing the page")
-        path = found.save(options.out)
-        page = found.report(options.out / "report.html")
-    out.print(found.table(), highlight=False, markup=False, soft_wrap=True)
+        path = result.save(options.out)
+        page = result.report(options.out / "report.html")
+    out.print(result.table(), highlight=False, markup=False, soft_wrap=True)
     out.print()
-    for line in (*notes, *_verdict_lines(found.to_dict())):
+    for line in (*notes, *_verdict_lines(result.to_dict())):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"answer:  {found.answer}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"answer:  {result.answer}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"numbers: {path}", highlight=False, soft_wrap=True)
     out.print(f"report:  {page}", highlight=False, soft_wrap=True)
     return 0

@@ -139,7 +139,7 @@ class DiagnosisProgress:
             self._console.print(f"diagnosing {name}", highlight=False, markup=False)
 
     def __call__(self, test: str, done: int, tests: int) -> None:
-        said = f"{self._name}: {test}" if test else self._name
+        description = f"{self._name}: {test}" if test else self._name
         self._bar.update(
-            self._task, description=said, total=tests * self._runs, completed=tests * (self._begun - 1) + done
+            self._task, description=description, total=tests * self._runs, completed=tests * (self._begun - 1) + done
         )

@@ -26,7 +26,7 @@ HELP = """options of the recipe, which replace its values:
                                  momentum, clip, accumulate, precision, unimodal
   --model.OPTION VALUE           of a self-contained model
   --noise_modality NAME, --reference METHOD
-VALUE is written as in a recipe: 0.3, true, null, a text, [1, 2], '{dim: 32, depth: 1}'"""
+VALUE is written as in a recipe: 0.3, true, null, a string, [1, 2], '{dim: 32, depth: 1}'"""
 
 
 class Change(NamedTuple):
@@ -36,22 +36,22 @@ class Change(NamedTuple):
     value: Any
 
 
-def taken(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
+def split_recipe_options(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
     """Splits arguments into those of argparse and changes of the recipe; calls ``error`` for an option without a value."""
-    rest, changes, coming = [], [], iter(words)
-    for word in coming:
+    rest, changes, remaining = [], [], iter(words)
+    for word in remaining:
         option = OPTION.fullmatch(word)
         if option is None:
             rest.append(word)
             continue
-        text = option[2] if option[2] is not None else next(coming, None)
+        text = option[2] if option[2] is not None else next(remaining, None)
         if text is None:
             error(f"argument --{option[1]}: expected one argument")
-        changes.append(Change(tuple(option[1].split(".")), value(str(text), f"--{option[1]}")))
+        changes.append(Change(tuple(option[1].split(".")), parse_value(str(text), f"--{option[1]}")))
     return rest, changes
 
 
-def value(text: str, who: str) -> Any:
+def parse_value(text: str, who: str) -> Any:
     """Parses a value as in a recipe; unlike in YAML, 1e-3 is a number.
 
     Raises:
@@ -64,7 +64,7 @@ def value(text: str, who: str) -> Any:
     return parse(text, who)
 
 
-def changed(name: str, changes: Sequence[Change]) -> Recipe:
+def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
     """Loads a recipe and applies changes of its options.
 
     Raises:
@@ -76,18 +76,18 @@ def changed(name: str, changes: Sequence[Change]) -> Recipe:
         if len(where) > DEEPEST:
             raise ConfigError("command line", expected=f"at most {DEEPEST} names in an option", got=str(len(where)))
         *path, last = where
-        place = content
+        parent = content
         for part in path:
-            if not isinstance(place.get(part), dict):
-                place[part] = {}
-            place = place[part]
+            if not isinstance(parent.get(part), dict):
+                parent[part] = {}
+            parent = parent[part]
         keeps = where[0] == "train" or (where[0] in NAMED and len(where) == 2)
-        if keeps and isinstance(given, dict) and isinstance(place.get(last), dict):
-            given = {**place[last], **given}
+        if keeps and isinstance(given, dict) and isinstance(parent.get(last), dict):
+            given = {**parent[last], **given}
         elif where[0] in NAMED and len(where) == 1 and isinstance(given, dict):
-            former = place[last]
+            former = parent[last]
             given = {
                 key: {**former.get(key, {}), **part} if isinstance(part, dict) else part for key, part in given.items()
             }
-        place[last] = given
+        parent[last] = given
     return recipes.recipe_from_dict(content, f"recipe {Path(name).name if Path(name).suffix else name}")

@@ -25,7 +25,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     score = main_score(content["protocol"], {metric for _, metric in rows})
     target = content["protocol"].get("noise_modality")
     replaced = list(dict.fromkeys(metric for _, metric in rows if metric.startswith(f"{score}_noise/")))
-    # What is least missed goes first; the modality whose noise attention should notice is missed more than others.
+    # Columns at the end are dropped first; keep the noise modality of the attention test longest.
     replaced.sort(key=lambda metric: metric != f"{score}_noise/{target}")
     short = "MAE" if score == "negative_error" else metric_label(score)
     counts = {row["n"] for (_, metric), row in rows.items() if metric == score}
@@ -35,33 +35,35 @@ def show(content: dict[str, Any], console: Console) -> None:
     others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
     columns |= {metric: metric.replace("_", " ") for metric in others}
     columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
-    spare = ["seconds_per_epoch", *reversed(others), *reversed(replaced), "noise_attention_r", SEEDS]
-    kept = {AGAINST, SEEDS, *(metric for _, metric in rows)}
-    columns = {name: words for name, words in columns.items() if name in kept}
-    spare = [name for name in spare if name in columns]
-    left_out = []
-    while spare and _width(table := _table(rows, columns, score), console) > console.width:
-        left_out.append(columns.pop(spare.pop(0)))
+    droppable = ["seconds_per_epoch", *reversed(others), *reversed(replaced), "noise_attention_r", SEEDS]
+    available = {AGAINST, SEEDS, *(metric for _, metric in rows)}
+    columns = {name: words for name, words in columns.items() if name in available}
+    droppable = [name for name in droppable if name in columns]
+    dropped = []
+    while droppable and _width(table := _table(rows, columns, score), console) > console.width:
+        dropped.append(columns.pop(droppable.pop(0)))
     table = _table(rows, columns, score)
     console.print(table if _width(table, console) <= console.width else _table(rows, columns, score, ",\n"))
-    inside, apart = (" in %", " in points") if is_fraction(score) else ("", "")
-    inside += " (lower is better)" if is_error(score) else ""
+    unit, difference_unit = (" in %", " in points") if is_fraction(score) else ("", "")
+    unit += " (lower is better)" if is_error(score) else ""
     noise = ", also with one modality replaced by noise," if any(name in columns for name in replaced) else ""
-    told = f"{metric_label(score)}{inside}{noise} and its paired difference{apart} to the method named beside it"
+    caption = (
+        f"{metric_label(score)}{unit}{noise} and its paired difference{difference_unit} to the named reference method"
+    )
     if len(counts) == 1:
         seeds = counts.pop()
-        told = f"{seeds} {'run' if seeds == 1 else 'runs'} per method; {told}"
+        caption = f"{seeds} {'run' if seeds == 1 else 'runs'} per method; {caption}"
     if "noise_attention_r" in columns:
-        told += "; attention r: correlation of attention with a modality being replaced by noise"
-    console.print(told, style="dim", highlight=False)
-    if left_out:
-        what = ": " + ", ".join(left_out) if len(left_out) < 7 else f" {len(left_out)} more figures"
-        text = f"No room here for{what}. The report has everything."
+        caption += "; attention r: correlation of attention with a modality being replaced by noise"
+    console.print(caption, style="dim", highlight=False)
+    if dropped:
+        what = ": " + ", ".join(dropped) if len(dropped) < 7 else f": {len(dropped)} more metrics"
+        text = f"Not shown for lack of space{what}. The report has all columns."
         console.print(text, style="dim", highlight=False)
 
 
 def _shown(metric: str, score: str) -> bool:
-    """Whether a metric of a model's own judgment is a figure to compare, not one of the training or its cost."""
+    """Returns whether a metric of a self-contained model is an evaluation metric, not one of training or cost."""
     return metric not in (score, "parameters", "flops", "seconds_per_epoch", "air") and not metric.startswith(
         ("val_", "share/", "chance")
     )

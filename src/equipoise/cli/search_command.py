@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     'equipoise search --model runs/emoji "red heart"',
     'equipoise search --model runs/emoji "woman running: dark skin tone" --html gallery.html',
-    "equipoise search --model runs/emoji --image cat.png        what is it called?",
-    'equipoise search --model runs/emoji "red car" --images photographs/       in a folder of your own',
+    "equipoise search --model runs/emoji --image cat.png        caption of an image",
+    'equipoise search --model runs/emoji "red car" --images photographs/       images in a folder',
 )
 WIDTH = 18
 """Width of an image column in the terminal, in characters."""
@@ -47,7 +47,7 @@ def search(options: Namespace) -> int:
 
     if (options.text is None) == (options.image is None):
         raise ConfigError(
-            "search", expected="a text, or a picture after --image",
+            "search", expected="a text, or an image after --image",
             got="neither" if options.text is None else "both",
             fix='Write for example: equipoise search --model runs/emoji "red heart".',
         )  # fmt: skip
@@ -58,21 +58,21 @@ def search(options: Namespace) -> int:
     if options.html is not None and not options.html.is_dir():
         check_file(options.html, "search --html")
     with out.status("loading the model"):
-        index, notes = opened(options)
+        index, notes = build_search_index(options)
     if options.image is not None:
-        found = index.search_by_image(options.image, top=options.top)
+        result = index.search_by_image(options.image, top=options.top)
     else:
-        found = index.search_by_text(str(options.text), top=options.top)
-    show(found, notes, out)
+        result = index.search_by_text(str(options.text), top=options.top)
+    show(result, notes, out)
     if options.html is not None:
         from ..evaluation.search import result_gallery
 
-        page = result_gallery(found, options.html, model=str(options.model), notes=notes)
+        page = result_gallery(result, options.html, model=str(options.model), notes=notes)
         out.print(f"gallery: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
-def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
+def build_search_index(options: Namespace) -> tuple[SearchIndex, list[str]]:
     """Builds the search index, and returns it with notes to print."""
     from ..evaluation.search import cached_embeddings, caption_entries, image_entries, index_folder
     from ..evaluation.search.search_index import check_searchable
@@ -82,20 +82,20 @@ def opened(options: Namespace) -> tuple[SearchIndex, list[str]]:
 
     run = finished_run(options.model)
     source: Any = load_run_dataset(recipes.load_recipe(options.model / "recipe.yaml"), run["fold"])
-    space: Any = load(options.model)
-    check_searchable(space, source)
+    model: Any = load(options.model)
+    check_searchable(model, source)
     if options.images is not None:
-        index, troubles = index_folder(space, source, options.images)
-        return index, [f"Left out: {trouble}" for trouble in troubles]
+        index, errors = index_folder(model, source, options.images)
+        return index, [f"Skipped: {error}" for error in errors]
     vectors = cached_embeddings(
         options.model, options.model / "model.safetensors", source,
-        lambda: {"image": image_entries(space, source).vectors, "text": caption_entries(space, source).vectors},
+        lambda: {"image": image_entries(model, source).vectors, "text": caption_entries(model, source).vectors},
     )  # fmt: skip
-    make = image_entries if options.image is None else caption_entries
-    return make(space, source, vectors["image" if options.image is None else "text"]), []
+    build_index = image_entries if options.image is None else caption_entries
+    return build_index(model, source, vectors["image" if options.image is None else "text"]), []
 
 
-def show(found: SearchResult, notes: list[str], console: Console) -> None:
+def show(result: SearchResult, notes: list[str], console: Console) -> None:
     """Prints the result as a table, below images if the terminal has colors."""
     from rich import box
     from rich.table import Table
@@ -104,23 +104,23 @@ def show(found: SearchResult, notes: list[str], console: Console) -> None:
     from ..report.search_html import unseen
 
     if console.is_terminal and console.color_system in ("256", "truecolor"):
-        console.print(_pictures(found.hits, max(1, console.width // (WIDTH + 1))))
+        console.print(_image_grid(result.hits, max(1, console.width // (WIDTH + 1))))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for header in ("", "cosine", "", "name", ""):
         table.add_column(header, justify="right" if header == "cosine" else "left", overflow="fold")
-    for hit in found.hits:
+    for hit in result.hits:
         new = Text("new", style="green") if hit.entry.seen is False else Text("")
         table.add_row(f"{hit.rank}.", f"{hit.score:.3f}", Text(hit.entry.mark), Text(hit.entry.name), new)
     console.print(table)
-    said = [f"{len(found.hits)} of {found.entries}"]
-    said += [f"{found.tied} more are as near as the last one"] if found.tied else []
-    said += ["new: in no training batch"] if any(hit.entry.seen is False for hit in found.hits) else []
-    console.print("; ".join(said), style="dim", highlight=False)
-    for note in [*unseen({"unseen": found.unseen}), *notes]:
+    summary = [f"{len(result.hits)} of {result.entries}"]
+    summary += [f"{result.tied} more have the same score as the last one"] if result.tied else []
+    summary += ["new: not in the training data"] if any(hit.entry.seen is False for hit in result.hits) else []
+    console.print("; ".join(summary), style="dim", highlight=False)
+    for note in [*unseen({"unseen": result.unseen}), *notes]:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _pictures(hits: list[SearchHit], columns: int) -> Table:
+def _image_grid(hits: list[SearchHit], columns: int) -> Table:
     """Lays the images out in a grid, each with its rank and name below."""
     from rich.console import Group
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Loads image and audio files; truncated or oversized files are errors."""
+"""Loads image and audio files; rejects truncated and oversized ones."""
 
 from __future__ import annotations
 

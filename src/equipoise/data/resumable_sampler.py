@@ -32,12 +32,12 @@ class ResumableBatchSampler(DistributedSampler):
         shuffle: True in training; False keeps the stored order.
         drop_last: drop the last batch if it is incomplete.
         rank, world: this process and the number of processes; by default those of torch.distributed, or 0 and 1.
-        steps_per_batch: how often each batch is served, for methods that train in turns.
-        group: batches that make one optimizer step; a whole group is served before it is served again. With several
-            turns an epoch's last group is dropped where it is not whole, or turns would meet in one step.
+        steps_per_batch: how often each batch is repeated, for methods that train modalities in turn.
+        group: batches per optimizer step; a whole group is repeated, not each of its batches. With repetitions, an
+            incomplete last group is dropped: otherwise two repetitions would share one optimizer step.
 
     Raises:
-        ConfigError: a batch size below 1, or one that does not divide among the processes; with several turns, fewer
+        ConfigError: a batch size below 1, or one that does not divide among the processes; with repetitions, fewer
             batches than a group.
 
     Example:
@@ -102,7 +102,7 @@ class ResumableBatchSampler(DistributedSampler):
             return bounds
         if len(bounds) < self.group:
             raise ConfigError(
-                "ResumableBatchSampler", expected=f"in turns, at least {self.group} batches in an epoch, for one optimizer step",
+                "ResumableBatchSampler", expected=f"with steps_per_batch > 1, at least {self.group} batches per epoch, one optimizer step",
                 got=f"{len(bounds)}", fix="Lower train.accumulate or train.batch_size.",
             )  # fmt: skip
         return bounds[: len(bounds) // self.group * self.group]

@@ -24,7 +24,7 @@ from .results_schema import check_results
 from .significance import SURE, Outcomes
 
 STATIC = ("concat", "sum", "film", "gated")  # without attention: the fair opponents of every dynamic fusion
-AGAIN_WHOLE = "Take it away and run the command that wrote it again."
+AGAIN_WHOLE = "Delete it and run the command that wrote it again."
 
 
 class RunResult(TypedDict):
@@ -60,7 +60,7 @@ Reference = Mapping[str, str] | Callable[[str], str | None]
 
 
 def describe_environment() -> dict[str, Any]:
-    """What the figures were computed with: versions and threads, nothing that tells whose computer it was.
+    """Returns versions and hardware that results depend on; nothing that identifies the computer.
 
     Example:
         >>> sorted(describe_environment())
@@ -81,7 +81,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def merge_results(runs: Iterable[RunResult], *more: Iterable[RunResult]) -> list[RunResult]:
-    """Runs of several sittings as one list, one for each (method, seed, fold); a later one replaces an earlier.
+    """Merges lists of runs, one run per (method, seed, fold); later ones replace earlier ones.
 
     Example:
         >>> old = {"method": "joint", "seed": 0, "fold": "A", "metrics": {"accuracy": 0.5}}
@@ -96,7 +96,7 @@ def merge_results(runs: Iterable[RunResult], *more: Iterable[RunResult]) -> list
 
 
 def run_identity(run: RunResult) -> tuple[str, int, str | None]:
-    """(method, seed, fold): what makes a run the same run."""
+    """Returns (method, seed, fold), which identifies a run."""
     return run["method"], run["seed"], run["fold"]
 
 
@@ -107,11 +107,10 @@ def build_results(
     reference: Reference | None = None,
     default: str | None = None,
 ) -> dict[str, Any]:
-    """The whole content of ``results.json``: runs in a fixed order, environment and summary.
+    """Builds the content of ``results.json``: runs in a fixed order, environment and summary.
 
-    The order does not tell which run ended first: methods as ``protocol["methods"]`` lists them, then folds, then
-    seeds. ``reference`` and ``default`` are those of ``summarize``, by default the protocol's ``references`` and
-    ``reference``.
+    Runs are sorted by method in the order of ``protocol["methods"]``, then fold, then seed. ``reference`` and
+    ``default`` are passed to ``summarize_runs``; by default they are the protocol's ``references`` and ``reference``.
 
     Example:
         >>> runs = [{"method": "joint", "seed": s, "fold": None, "metrics": {"accuracy": 0.5}} for s in (1, 0)]
@@ -132,29 +131,29 @@ def build_results(
 
 
 def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Method -> its fair control, as a recipe's ``references`` states them; None where it states none."""
+    """Returns {method: its control} from the recipe's ``references``; None if there are none."""
     return protocol.get("references") or None
 
 
 def summarize_runs(
     runs: Sequence[RunResult], reference: Reference | None = None, *, default: str | None = None
 ) -> list[dict[str, Any]]:
-    """One row for each method and metric: mean and spread over the runs, and the paired difference to a reference.
+    """Summarizes runs: one row per method and metric with mean, standard deviation and paired difference to a reference.
 
     d_i = metric(method, seed_i, fold_i) - metric(reference, seed_i, fold_i);  t = mean(d) sqrt(n) / sd(d), n-1 degrees
     of freedom, two-sided.
 
     Args:
-        runs: any number of finished runs; missing pairs and undefined (None, NaN) figures are left out.
-        reference: method -> the method it is compared with, or a function that tells; by default ``x+balancer`` is
-            compared with ``x`` where that was run, and everything else with ``default``.
-        default: compared with by methods that have no base; by default the first static fusion that was run.
+        runs: finished runs; missing pairs and undefined (None, NaN) values are skipped.
+        reference: {method: the method it is compared with}, or a function that returns it; by default ``x+balancer`` is
+            compared with ``x`` if that was run, and all others with ``default``.
+        default: reference of methods without a base; by default the first static fusion that was run.
 
     Returns:
         rows with ``method, metric, mean, sd`` (sample, ddof 1; None for one run), ``n`` (runs), ``reference``,
         ``difference`` (mean of d), ``p``, ``low, high`` (95 % interval of the difference), ``pairs`` (how many d) and
         ``higher`` (how many d > 0). ``difference`` is None without a pair, ``p`` with fewer than two or where all d
-        are equal. Seeds of one split share its test samples, so p speaks of new seeds, not of new data.
+        are equal. Seeds of one split share its test samples, so p holds for new seeds, not for new data.
 
     Example:
         >>> runs = [{"method": m, "seed": s, "fold": None, "metrics": {"accuracy": a}}
@@ -173,7 +172,9 @@ def summarize_runs(
             values = [value for metrics in own if (value := finite_or_none(metrics.get(metric))) is not None]
             if values:
                 mean, sd = _mean_sd(values)
-                pair = paired([here - there for here, there in paired_values(runs, method, other, metric)])
+                pair = paired(
+                    [own_value - other_value for own_value, other_value in paired_values(runs, method, other, metric)]
+                )
                 rows.append({"method": method, "metric": metric, "mean": mean, "sd": sd, "n": len(values),
                              "reference": other if pair["pairs"] else None, **pair})  # fmt: skip
     return rows
@@ -182,34 +183,34 @@ def summarize_runs(
 def paired_values(
     runs: Iterable[RunResult], method: str, reference: str | None, metric: str
 ) -> list[tuple[float, float]]:
-    """(method's, reference's) figure for every seed and fold where both have one and mean the same by it."""
-    found = run_pairs(runs, method, reference, metric)
-    return [(float(here["metrics"][metric] or 0), float(there["metrics"][metric] or 0)) for here, there in found]
+    """Returns (value of the method, value of the reference) of every seed and fold where both are comparable."""
+    pairs = run_pairs(runs, method, reference, metric)
+    return [(float(own["metrics"][metric] or 0), float(other["metrics"][metric] or 0)) for own, other in pairs]
 
 
 def run_pairs(
     runs: Iterable[RunResult], method: str, reference: str | None, metric: str
 ) -> list[tuple[RunResult, RunResult]]:
-    """(method's, reference's) run for every seed and fold where both have the figure and mean the same by it.
+    """Returns (run of the method, run of the reference) of every seed and fold where both have a comparable value.
 
-    ``noise_attention_r`` of two runs that destroyed different modalities is not the same figure.
+    ``noise_attention_r`` of two runs is not comparable if they replaced different modalities.
     """
     runs = list(runs)
-    there = {run_identity(run)[1:]: run for run in runs if run["method"] == reference}
-    found = []
+    references = {run_identity(run)[1:]: run for run in runs if run["method"] == reference}
+    pairs = []
     for run in runs:
-        partner = there.get(run_identity(run)[1:])
-        if run["method"] != method or partner is None:
+        other = references.get(run_identity(run)[1:])
+        if run["method"] != method or other is None:
             continue
-        here, other = finite_or_none(run["metrics"].get(metric)), finite_or_none(partner["metrics"].get(metric))
-        same = not metric.startswith("noise_attention_r") or run.get("noise_modality") == partner.get("noise_modality")
-        if here is not None and other is not None and same:
-            found.append((run, partner))
-    return found
+        values = [finite_or_none(one["metrics"].get(metric)) for one in (run, other)]
+        same = not metric.startswith("noise_attention_r") or run.get("noise_modality") == other.get("noise_modality")
+        if None not in values and same:
+            pairs.append((run, other))
+    return pairs
 
 
 def finite_or_none(value: Any) -> float | None:
-    """The value as a float; None for what is no number, or no finite one."""
+    """Converts a finite number to float; returns None for anything else."""
     return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
 
 
@@ -231,31 +232,31 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """The paired columns of a summary row: mean difference, paired t-test, and the interval of its level."""
+    """Returns the paired columns of a summary row: mean difference, paired t-test and confidence interval."""
     n = len(differences)
     row: dict[str, Any] = {"difference": None, "p": None, "low": None, "high": None, "pairs": n, "higher": 0}
     if n == 0:
         return row
     mean, sd = _mean_sd(differences)
     row["difference"], row["higher"] = mean, sum(d > 0 for d in differences)
-    # Differences that are equal but for rounding would give a t of 1e15 and a p of 0.
+    # Differences that are equal up to rounding would give t = 1e15 and p = 0.
     if sd is not None and sd > 1e-12 * max(1.0, abs(mean)):
         from scipy import stats
 
         error = sd / math.sqrt(n)
         row["p"] = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-        reach = float(stats.t.ppf(1 - SURE / 2, n - 1)) * error
-        row["low"], row["high"] = mean - reach, mean + reach
+        half_width = float(stats.t.ppf(1 - SURE / 2, n - 1)) * error
+        row["low"], row["high"] = mean - half_width, mean + half_width
     return row
 
 
 def write_results(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
-    """Writes results as JSON, whole or not at all: an interruption leaves the former file.
+    """Writes results as JSON, atomically.
 
-    NaN and infinities become null, since JSON has none; tensors and arrays become lists.
+    NaN and infinities become null; tensors and arrays become lists.
 
     Raises:
-        SchemaError: content that is not a results dictionary, or holds something JSON cannot.
+        SchemaError: the content is not a results dictionary, or not serializable as JSON.
     """
     name = Path(path).name
     content = to_jsonable(content, name)
@@ -264,11 +265,11 @@ def write_results(path: str | os.PathLike[str], content: Mapping[str, Any]) -> P
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads ``results.json``, given itself or its folder.
+    """Loads ``results.json``, given its path or its folder.
 
     Raises:
         DataError: there is no such file.
-        SchemaError: not JSON, cut short, of another schema, with parts missing, or changed since it was written.
+        SchemaError: the file is not JSON, truncated, incomplete, of another schema, or was changed after it was written.
     """
     path = Path(path, "results.json") if Path(path).is_dir() else Path(path)
     who = f"read '{path.name}'"
@@ -280,13 +281,13 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise DataError(who, expected="a results file", got=f"'{path}' ({error.strerror})") from error
     except ValueError as error:
-        got = f"a file cut short or of another kind ({error})"
+        got = f"a file that is truncated or not JSON ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN_WHOLE) from error
     return verify_checksum(validate_results(content, who), who, AGAIN_WHOLE)
 
 
 def validate_results(content: Any, who: str) -> dict[str, Any]:
-    """The content itself, once it is known to be what ``results`` builds.
+    """Validates and returns the content of ``results.json``.
 
     Raises:
         SchemaError: another schema, missing parts, or a part of the wrong type.

@@ -10,7 +10,7 @@ from ..errors import SchemaError
 from ..io.typed_values import matches_type, shorten_repr, type_description
 from .significance import Outcomes, unpack_outcomes
 
-SCHEMA = 1  # a file of another version is refused
+SCHEMA = 1  # files of another version are rejected
 AGAIN = "Write it again with equipoise compare, or read it with the version that wrote it."
 
 RUN = {"method": str, "seed": int, "fold": str | None, "metrics": dict[str, float | None]}
@@ -66,8 +66,8 @@ def check_run(run: Any, who: str) -> None:
                 _require(keys, ("cosine",), where)
                 _typed(keys, KEYS, where)
                 _histogram(keys["cosine"], f"{where}.cosine")
-    for kind, found in (run.get("shares") or {}).items():
-        _histogram(found, f"{who}, shares.{kind}")
+    for kind, histogram in (run.get("shares") or {}).items():
+        _histogram(histogram, f"{who}, shares.{kind}")
     for metric, packed in run.get("outcomes", {}).items():
         _outcomes(packed, f"{who}, outcomes.{metric}")
 
@@ -86,7 +86,7 @@ def _histogram(part: Any, who: str) -> None:
     rises = numbers and all(low < high for low, high in pairwise(edges))
     empty = numbers and not edges and not counts
     if not (empty or (rises and counts and len(edges) == len(counts) + 1 and min(counts) >= 0)):
-        raise SchemaError(who, expected="n + 1 rising edges and n counts", got=shorten_repr(part), fix=AGAIN)
+        raise SchemaError(who, expected="n + 1 increasing edges and n counts", got=shorten_repr(part), fix=AGAIN)
 
 
 def _outcomes(packed: Outcomes, who: str) -> None:

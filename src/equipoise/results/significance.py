@@ -11,13 +11,13 @@ import numpy as np
 SURE = 0.05
 """Significance level of two-sided p-values in all sentences, tables and figures."""
 RESAMPLES = 1_999
-"""Of the bootstrap; a p-value is a multiple of 1 / 2000."""
+"""Resamples of the bootstrap; p-values are multiples of 1 / 2000."""
 LARGE = 20_000
-"""Samples from which the bootstrap is replaced by the normal distribution that it converges to."""
+"""Number of samples above which the bootstrap is replaced by its limit, the normal distribution."""
 
 Outcomes = str | list[float | None]
-"""How good the answer to every sample is: "1" right, "0" wrong and "-" not scored; or numbers and None, in a list, or
-as one text with a comma after each."""
+"""Outcome of each sample: a string of "1" (correct), "0" (wrong) and "-" (not scored); or numbers and None in a list;
+or numbers and "-" in a string, with a comma after each."""
 
 
 def pack_outcomes(values: Any) -> Outcomes:
@@ -58,10 +58,10 @@ def unpack_outcomes(outcomes: Outcomes) -> np.ndarray:
 
 
 def paired_p(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided p-value of the null hypothesis that two scores, means over the same samples, do not differ.
+    """Returns the two-sided p-value of no difference between two scores, which are means over the same samples.
 
-    Outcomes that are right or wrong are compared by McNemar's test, all others by a bootstrap over samples, so the
-    labels of a sample stay together. The order of the samples does not matter.
+    Binary outcomes are compared by McNemar's test, all others by a bootstrap over samples, which keeps the labels of
+    a sample together. The order of the samples does not matter.
 
     Example:
         >>> round(paired_p(np.array([1, 1, 1, 1, 1, 0.0]), np.array([0, 0, 0, 0, 0, 0.0])), 5)
@@ -74,7 +74,7 @@ def paired_p(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Mid-p value of McNemar's test: binomial over the samples that exactly one of the two answers rightly.
+    """Returns the mid-p value of McNemar's test: binomial over the samples that exactly one of the two has correct.
 
     p = P(at least as extreme) - P(observed) / 2 under Binomial(b + c, 1/2), two-sided.
 
@@ -94,10 +94,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def bootstrap_p(differences: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p-value of a mean of 0 by the symmetric bootstrap-t over samples.
+    """Returns the two-sided p-value of a zero mean by the symmetric bootstrap-t over samples.
 
-    p = part of the resamples with abs(mean* - mean) / se* >= abs(mean) / se. A resample without spread counts as one
-    of them. Differences that all are the same have no spread: then p is that of the sign test, 2^(1 - n).
+    p = fraction of resamples with abs(mean* - mean) / se* >= abs(mean) / se; resamples with zero variance count as
+    extreme. If all differences are equal, p is that of the sign test, 2^(1 - n).
 
     Example:
         >>> bootstrap_p([0.0, 0.0]), bootstrap_p([0.5] * 6), bootstrap_p([0.1, -0.1])
@@ -127,9 +127,9 @@ def bootstrap_p(differences: Sequence[float] | np.ndarray) -> float:
 
 
 def unpaired_p(first: float, second: float, *variances: float) -> float | None:
-    """Two-sided p-value of a normal test of two means of different samples, given the squared standard error of each.
+    """Returns the two-sided p-value of a normal test of two means, given their squared standard errors.
 
-    It is what is left where the outcomes of single samples are not known. None where no variance is.
+    Used if per-sample outcomes are unknown. None if a variance is unknown.
 
     Example:
         >>> round(unpaired_p(0.6, 0.5, 0.001, 0.0016), 3), unpaired_p(0.5, 0.5, 0.0, 0.0)

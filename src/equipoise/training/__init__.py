@@ -1,4 +1,4 @@
-"""Training: one LightningModule, one run, many runs; resumable at every level."""
+"""Training: LightningModules, single runs and comparisons; all are resumable."""
 
 from __future__ import annotations
 

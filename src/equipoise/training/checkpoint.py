@@ -23,12 +23,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with open_atomic(path) as file:
-            held = _ErrorStoringFile(file)
+            wrapper = _ErrorStoringFile(file)
             try:
-                torch.save({**checkpoint, CHECKSUM: checksum(checkpoint)}, held)  # type: ignore[arg-type]
+                torch.save({**checkpoint, CHECKSUM: checksum(checkpoint)}, wrapper)  # type: ignore[arg-type]
             except RuntimeError as error:
                 # The error of torch mentions neither the file nor a full disk.
-                raise held.error or error from error
+                raise wrapper.error or error from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_state_dict(Path(path))
@@ -117,7 +117,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             str(path),
             expected="weights of this model",
             got=" ".join(str(error).split())[:400],
-            fix="Build the model with the recipe and the method that lie beside the weights.",
+            fix="Build the model with the recipe and the method next to the weights.",
         ) from error
 
 

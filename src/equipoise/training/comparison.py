@@ -1,4 +1,4 @@
-"""Many runs: methods x seeds x folds on all cores, written down after each, so that any interruption costs little."""
+"""Runs methods x seeds x folds in parallel and writes the results after each run."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .run_spec import RunSpec, is_finished
 from .variant_factory import evaluation_metric
 
 MOST = 100_000
-"""Runs of one comparison."""
+"""Largest number of runs of one comparison."""
 
 Listener = Callable[[RunSpec, int, int], None]
-"""Called with a job, its epochs done, and its epochs."""
+"""Called with (job, epochs done, epochs)."""
 
 
 def plan_runs(recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str]) -> list[RunSpec]:
-    """Seeds outermost, so that an interrupted comparison has whole pairs.
+    """Returns the runs of a comparison, seed by seed, so that an interrupted comparison has complete pairs.
 
     Raises:
-        ConfigError: unknown methods, none at all, fewer than one seed, a method that is its own reference.
+        ConfigError: unknown methods, no method, fewer than one seed, or a method that is its own reference.
     """
     if len(names) * seeds * max(len(folds), 1) > MOST:
         raise ConfigError("compare", expected=f"at most {MOST:,} runs", got=f"{seeds} seeds of {len(names)} methods")
@@ -56,8 +56,8 @@ def plan_runs(recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[
 
 
 def _references(recipe: Recipe) -> dict[str, str]:
-    """Method -> its fair control, with their names as results have them."""
-    found = {}
+    """Returns {method: its control}, with the names used in results."""
+    result = {}
     for method, reference in recipe.references.items():
         name, other = (
             method_factory.parse_method(method, recipe).name,
@@ -66,10 +66,10 @@ def _references(recipe: Recipe) -> dict[str, str]:
         if name == other:
             raise ConfigError(
                 "recipe: references", expected="another method to compare with", got=f"{method}: {reference}",
-                fix="Name its fair control, or leave the line out.",
+                fix="Name its control, or remove the line.",
             )  # fmt: skip
-        found[name] = other
-    return found
+        result[name] = other
+    return result
 
 
 def compare(
@@ -86,37 +86,37 @@ def compare(
 ) -> dict[str, Any]:
     """Runs every method with every seed on every fold, and writes ``results.json`` after each run.
 
-    Finished runs in ``out`` are not run again, stopped ones go on after their last whole epoch. Each run uses one
-    thread, so its figures do not depend on how many run side by side. A run that fails does not stop the others.
+    Finished runs in ``out`` are not repeated, interrupted ones resume after their last complete epoch. Each run uses
+    one thread, so that its result does not depend on the number of workers. A run that fails does not stop the others.
 
-    Workers are fresh processes that import the script that started them: a script calls this function under
+    Workers are spawned processes that import the calling script: call this function under
     ``if __name__ == "__main__":``, or with ``workers=0``.
 
     Args:
-        recipe: data, encoders, training.
+        recipe: recipe of all runs.
         names: methods, such as ``["concat", "joint", "joint+rollingq"]``.
-        seeds: how many, counted from 0.
-        folds: of the data; empty for data without folds.
-        out: folder of everything.
-        title: of the protocol in ``results.json``; the recipe's name.
-        workers: processes side by side; all cores by default, 0 runs in this process.
-        listener: hears of every epoch.
-        accelerator: as Lightning names it. The default makes results independent of the machine; with ``"gpu"`` each
-            run has one device, and the runs take turns on those there are.
+        seeds: number of seeds, starting at 0.
+        folds: folds of the data; empty for data without folds.
+        out: output folder.
+        title: name of the recipe in the protocol of ``results.json``.
+        workers: number of parallel processes; all cores by default, 0 runs in this process.
+        listener: called after every epoch.
+        accelerator: accelerator of Lightning. The default makes results independent of the machine; with ``"gpu"`` each
+            run uses one device, and runs are distributed over the available ones.
 
     Returns:
-        What ``results.json`` holds; ``failures`` lists the runs that failed, with their errors.
+        Content of ``results.json``; ``failures`` lists the runs that failed, with their errors.
 
     Raises:
-        ConfigError: before anything is run, for names and options that do not exist, or a folder in use.
-        DataError: before anything is run, for data that cannot be read.
+        ConfigError: unknown names or options, or a folder in use; raised before the first run.
+        DataError: data cannot be loaded; raised before the first run.
     """
     plan = plan_runs(recipe, names, seeds, folds)
     if workers is not None and workers < 0:
         raise ConfigError("compare", expected="workers >= 0", got=f"workers = {workers}")
     check_folder(out, "compare")
     _check(plan, accelerator)
-    with _alone(out):
+    with _exclusive_folder(out):
         protocol = _protocol(recipe, plan, title)
         runs = [run for job in plan if (run := is_finished(job, job.folder(out))) is not None]
         failures: list[dict[str, Any]] = []
@@ -130,9 +130,9 @@ def compare(
 
         write()
         todo = [job for job in plan if is_finished(job, job.folder(out)) is None]
-        # Closed at once when this process is interrupted, and its workers with it.
-        with contextlib.closing(_performed(todo, out, workers, listener, accelerator)) as ended:
-            for job, result in ended:
+        # Closing the generator on an interrupt stops its workers.
+        with contextlib.closing(_run_all(todo, out, workers, listener, accelerator)) as results:
+            for job, result in results:
                 if isinstance(result, BaseException):
                     failures.append(
                         {"method": job.method, "seed": job.seed, "fold": job.fold, "error": str(result),
@@ -145,7 +145,7 @@ def compare(
 
 
 def _check(plan: Sequence[RunSpec], accelerator: str) -> None:
-    """Loads the data and builds every model once, so that a wrong option is told before hours of training."""
+    """Loads the data and builds every model once, so that a wrong option raises before hours of training."""
     check_trainer({**device(accelerator, 0), "precision": plan[0].recipe.train.precision})
     with torch.random.fork_rng(devices=[]):
         for method, fold in dict.fromkeys((job.method, job.fold) for job in plan):
@@ -174,44 +174,44 @@ def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, 
     }
 
 
-def _performed(
+def _run_all(
     todo: Sequence[RunSpec], out: Path, workers: int | None, listener: Listener | None, accelerator: str
 ) -> Generator[tuple[RunSpec, Any], None, None]:
-    """(job, run or exception) as they end."""
+    """Yields (job, run or exception) in order of completion."""
     count = min(len(todo), cores()) if workers is None else workers
     if count == 0:
-        yield from _here(todo, out, listener, accelerator)
+        yield from _run_in_process(todo, out, listener, accelerator)
         return
     context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: it ends when it is closed here, or with this process, however that ends.
-    lifeline, held = context.Pipe(duplex=False)
-    news = context.Queue()
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_enter, initargs=(lifeline, news))
+    # This pipe carries no data; it closes when the parent exits, which tells the workers to stop.
+    lifeline, parent_end = context.Pipe(duplex=False)
+    queue_ = context.Queue()
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_initialize_worker, initargs=(lifeline, queue_))
     done = threading.Event()
-    reader = threading.Thread(target=_relay, args=(news, done, todo, listener), daemon=True)
+    reader = threading.Thread(target=_forward_progress, args=(queue_, done, todo, listener), daemon=True)
     try:
-        with _interrupts_held():
+        with _interrupts_blocked():
             reader.start()
             waiting: dict[Future, RunSpec] = {
-                pool.submit(_work, number, job, job.folder(out), device(accelerator, number)): job
+                pool.submit(_execute_in_worker, number, job, job.folder(out), device(accelerator, number)): job
                 for number, job in enumerate(todo)
             }
         while waiting:
-            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            # What was finished before a worker died is handed on first.
-            for future in sorted(ended, key=lambda future: future.exception() is not None):
+            completed, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            # Yield results that finished before a worker died first.
+            for future in sorted(completed, key=lambda future: future.exception() is not None):
                 yield waiting.pop(future), _outcome(future)
         pool.shutdown()
     finally:
-        # Workers that still live end themselves at once; the runs they were in go on next time.
-        held.close()
+        # Remaining workers exit at once; their runs resume on the next call.
+        parent_end.close()
         pool.shutdown(cancel_futures=True)
         done.set()
         reader.join(timeout=1)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -219,65 +219,65 @@ def _outcome(future: Future) -> Any:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise ConfigError(
-            "compare", expected="worker processes that live", got="one that was killed",
-            fix="Was memory short? Start the same command again, with fewer --workers; what is finished is kept.",
+            "compare", expected="running worker processes", got="one that was killed",
+            fix="It may have run out of memory. Repeat the command with fewer --workers; finished runs are kept.",
         ) from error  # fmt: skip
     return error if error is not None else future.result()
 
 
 def device(accelerator: str, number: int) -> dict[str, Any]:
-    """The one device of a run, for Lightning: runs must neither share all of them nor start each other again."""
+    """Returns the Trainer options that select one device for a run, in turn among the available ones."""
     several = accelerator in ("gpu", "cuda") and torch.cuda.device_count() > 1
     return {"accelerator": accelerator, "devices": [number % torch.cuda.device_count()] if several else 1}
 
 
-def _here(
+def _run_in_process(
     todo: Sequence[RunSpec], out: Path, listener: Listener | None, accelerator: str
 ) -> Iterator[tuple[RunSpec, Any]]:
     with single_thread():
         for number, job in enumerate(todo):
-            tell = None if listener is None else functools.partial(listener, job)
-            yield job, _attempt(job, job.folder(out), tell, device(accelerator, number))
+            progress = None if listener is None else functools.partial(listener, job)
+            yield job, _execute(job, job.folder(out), progress, device(accelerator, number))
 
 
-def _attempt(job: RunSpec, folder: Path, tell: Progress | None, options: dict[str, Any]) -> Any:
-    """The run, or the exception that ended it."""
+def _execute(job: RunSpec, folder: Path, progress: Progress | None, options: dict[str, Any]) -> Any:
+    """Executes a run; returns it, or the exception that it raised."""
     try:
-        return execute_run(job, folder, progress=tell, trainer_options=options)
+        return execute_run(job, folder, progress=progress, trainer_options=options)
     except EquipoiseError as error:
         return error
     except OSError as error:
         return file_error(error)
     except Exception as error:
-        # Some exceptions cannot travel between processes; their text can.
+        # Some exceptions cannot be pickled; send their text.
         return RuntimeError("".join(traceback.format_exception(error)))
 
 
-_news: Any = None
+_queue: Any = None
 
 
-def _enter(lifeline: Any, news: Any) -> None:
-    """Sets a worker up: one thread, deaf to Ctrl-C (its parent decides), gone when its parent is."""
-    global _news
-    _news = news
+def _initialize_worker(lifeline: Any, queue_: Any) -> None:
+    """Initializes a worker: uses one thread, ignores Ctrl-C (the parent handles it), exits with its parent."""
+    global _queue
+    _queue = queue_
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
 
 
-def _leave_with_parent(lifeline: Any) -> None:
+def _exit_with_parent(lifeline: Any) -> None:
     multiprocessing.connection.wait([lifeline])
     os._exit(1)
 
 
-def _work(number: int, job: RunSpec, folder: Path, options: dict[str, Any]) -> Any:
-    return _attempt(job, folder, lambda done, epochs: _news.put((number, done, epochs)), options)
+def _execute_in_worker(number: int, job: RunSpec, folder: Path, options: dict[str, Any]) -> Any:
+    return _execute(job, folder, lambda done, epochs: _queue.put((number, done, epochs)), options)
 
 
-def _relay(news: Any, done: threading.Event, todo: Sequence[RunSpec], listener: Listener | None) -> None:
+def _forward_progress(queue_: Any, done: threading.Event, todo: Sequence[RunSpec], listener: Listener | None) -> None:
     while True:
         try:
-            number, epoch, epochs = news.get(timeout=0.2)
+            number, epoch, epochs = queue_.get(timeout=0.2)
         except queue.Empty:
             if done.is_set():
                 return
@@ -287,8 +287,8 @@ def _relay(news: Any, done: threading.Event, todo: Sequence[RunSpec], listener: 
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits; processes that start meanwhile never hear of it, even before they can say so."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Context manager: blocks SIGINT; processes that start meanwhile inherit the block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -300,8 +300,8 @@ def _interrupts_held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two comparisons must not write into one folder; the lock goes with the process, however it ends."""
+def _exclusive_folder(out: Path) -> Iterator[None]:
+    """Context manager: locks the folder against other comparisons; the lock ends with the process."""
     make_folder(out, "compare")
     try:
         import fcntl
@@ -315,7 +315,7 @@ def _alone(out: Path) -> Iterator[None]:
             raise ConfigError(
                 "compare",
                 expected=f"'{out}' for this process alone",
-                got="another process that writes there",
+                got="another process that writes to it",
                 fix="Wait for it, stop it, or choose another --out.",
             ) from error
         yield

@@ -67,15 +67,15 @@ class HistoryCallback(pl.Callback):
             warnings.filterwarnings("ignore", message="RollingQ skipped a rotation")
             return any(rolling.due() for rolling in self._rolling)
 
-    def note(self, trainer: pl.Trainer, said: dict[str, float]) -> None:
+    def note(self, trainer: pl.Trainer, logs: dict[str, float]) -> None:
         """Completes the entry of the epoch with the logs of the balancers."""
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         entry: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
-        entry |= {n: v for n, v in figures.items() if n in ("loss", "air") or n.startswith(("val_", "loss/"))}
-        share = {name.removeprefix("share/"): v for name, v in figures.items() if name.startswith("share/")}
+        entry |= {n: v for n, v in metrics.items() if n in ("loss", "air") or n.startswith(("val_", "loss/"))}
+        share = {name.removeprefix("share/"): v for name, v in metrics.items() if name.startswith("share/")}
         entry |= {"share": share} if share else {}
-        if said:
-            entry |= {"rotations": int(said.get("rotations", 0)), "balance": said}
+        if logs:
+            entry |= {"rotations": int(logs.get("rotations", 0)), "balance": logs}
         self.history.append(entry)
         if self._progress is not None:
             self._progress(len(self.history), int(trainer.max_epochs or 0))

@@ -76,7 +76,7 @@ class TrainingLoop(pl.LightningModule, ABC):
                 return NonFiniteError(
                     f"{where}, " + ("target" if name == "target" else f"modality '{name}'"), expected="finite values",
                     got=f"NaN or infinity in {len(bad)} of {len(values)} samples, the first has index {index}",
-                    fix="Mend or drop that sample; the weights have not been touched by this batch.",
+                    fix="Fix or drop that sample; the weights were not updated with this batch.",
                 )  # fmt: skip
         return NonFiniteError(
             where, expected="a finite loss", got=f"{float(loss.detach())} although all inputs are finite",

@@ -77,8 +77,8 @@ def execute_run(
     teachers = {}
     if method_factory.needs_teachers(method, recipe):
         # Teachers are trained with the training options of the variant.
-        alike = replace(job, recipe=recipe)
-        teachers = {name: _teacher(alike, name, folder, trainer_options) for name in source.names}
+        teacher_job = replace(job, recipe=recipe)
+        teachers = {name: _teacher(teacher_job, name, folder, trainer_options) for name in source.names}
     torch.manual_seed(job.seed)
     model, balancers = method_factory.build_model(method, recipe, source, teachers=teachers)
     journal = HistoryCallback(source, recipe, job.fingerprint(), balancers, progress)
@@ -109,7 +109,7 @@ def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(options: str) -> data.Dataset:
+def _load_dataset_cached(options: str) -> data.Dataset:
     content = json.loads(options)
     name, known = str(content.pop("name")), data.available_datasets()
     if name not in known:
@@ -130,12 +130,12 @@ def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError("recipe", expected=f"a finite number under data.{name}", got=str(value))
-    return _loaded(json.dumps(to_jsonable(options, "recipe: data"), sort_keys=True))
+    return _load_dataset_cached(json.dumps(to_jsonable(options, "recipe: data"), sort_keys=True))
 
 
 def _fit(
     model: FusionModel | SelfContainedModel, balancers: list[Balancer], job: RunSpec, recipe: Recipe, source: data.Dataset,
-    folder: Path, journal: HistoryCallback, given: dict[str, Any],
+    folder: Path, journal: HistoryCallback, trainer_options: dict[str, Any],
 ) -> pl.Trainer:  # fmt: skip
     options = recipe.train
     training = (
@@ -150,7 +150,7 @@ def _fit(
     )  # fmt: skip
     val = data.loader(source, "val", 256, seed=job.seed, train=False)
     balance = BalancerCallback(balancing, before_end=journal.look)
-    keeper = ModelCheckpoint(
+    checkpointing = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="last", save_top_k=1, every_n_epochs=1, monitor=None,
         save_on_train_epoch_end=True, enable_version_counter=False,
     )  # fmt: skip
@@ -159,28 +159,34 @@ def _fit(
         "accumulate_grad_batches": options.accumulate, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder,
         "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
-    } | given  # fmt: skip
-    settings["callbacks"] = [journal, balance, RunHistory(journal, balance), keeper, *given.get("callbacks", ())]
+    } | trainer_options  # fmt: skip
+    settings["callbacks"] = [
+        journal,
+        balance,
+        RunHistory(journal, balance),
+        checkpointing,
+        *trainer_options.get("callbacks", ()),
+    ]
     trainer = _trainer(settings)
     if (
         balancing.partial_graph
         and isinstance(trainer.strategy, DDPStrategy)
-        and given.get("strategy", "auto") in ("auto", "ddp")
+        and trainer_options.get("strategy", "auto") in ("auto", "ddp")
     ):
-        # What a stage or turn leaves out gets no gradient, for which plain DDP waits in vain.
+        # Parameters that a stage does not use get no gradient; plain DDP would wait for them forever.
         trainer = _trainer({**settings, "strategy": "ddp_find_unused_parameters_true"})
-    heard = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     checkpoint = is_resumable(folder, job)
     if checkpoint is not None:
         check_state(training, Path(checkpoint))
     try:
         trainer.fit(training, train, val, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as left:
-        # Lightning makes Ctrl-C the end of the process, and the process deaf to the next one.
-        if not isinstance(left.__context__, KeyboardInterrupt):
+    except SystemExit as exit_:
+        # Lightning turns Ctrl-C into SystemExit and leaves SIGINT ignored; restore the handler.
+        if not isinstance(exit_.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, heard)
-        raise KeyboardInterrupt from left
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from exit_
     return trainer
 
 
@@ -199,12 +205,12 @@ def check_trainer(options: Mapping[str, Any]) -> None:
 
 
 def is_resumable(folder: Path, job: RunSpec) -> str | None:
-    """The checkpoint to go on from; None when there is none, or it is of another recipe."""
+    """Returns the checkpoint to resume from; None if there is none or it belongs to another recipe."""
     path = folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
         return None
-    kept = read_state_dict(path).get("callbacks", {}).get(HistoryCallback.state_key, {})
-    return str(path) if kept.get("fingerprint") == job.fingerprint() else None
+    history = read_state_dict(path).get("callbacks", {}).get(HistoryCallback.state_key, {})
+    return str(path) if history.get("fingerprint") == job.fingerprint() else None
 
 
 def _run(
@@ -214,9 +220,9 @@ def _run(
     recipe: Recipe,
     journal: HistoryCallback,
 ) -> RunResult:
-    found = evaluate_run(model, source, recipe)
-    metrics = found["metrics"]
-    # The first epoch warms caches up; it counts only where it is alone.
+    evaluation = evaluate_run(model, source, recipe)
+    metrics = evaluation["metrics"]
+    # Skip the first (warm-up) epoch unless it is the only one.
     seconds = journal.seconds[1:] or journal.seconds
     metrics["seconds_per_epoch"] = sum(seconds) / max(len(seconds), 1)
     last = journal.history[-1] if journal.history else {}
@@ -224,16 +230,16 @@ def _run(
     run: RunResult = {
         "method": job.method, "seed": job.seed, "fold": job.fold, "metrics": metrics, "history": journal.history,
     }  # fmt: skip
-    run |= {name: value for name, value in found.items() if name not in run}  # type: ignore[typeddict-item]
-    if "keys" in found:
+    run |= {name: value for name, value in evaluation.items() if name not in run}  # type: ignore[typeddict-item]
+    if "keys" in evaluation:
         before = {"before": journal.keys_before} if journal.keys_before else {}
-        run["keys"] = {**before, **found["keys"]}
+        run["keys"] = {**before, **evaluation["keys"]}
     return run
 
 
 @contextlib.contextmanager
 def single_thread() -> Iterator[None]:
-    """Computes with one thread, so that figures do not depend on how many there are."""
+    """Context manager: uses one thread, so that results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -244,7 +250,7 @@ def single_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's greetings and its advice on loaders; errors and other warnings are heard."""
+    """Context manager: suppresses Lightning's log messages and its advice on loaders, but no other warnings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     try:

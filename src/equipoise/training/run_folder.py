@@ -1,4 +1,4 @@
-"""The files in the folder of a run, and the digests that tie them together."""
+"""Files in the folder of a run, and the digests that verify that they belong together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..results.result_rows import RunResult
 from ..results.results_schema import check_run
 
 RUN, RECIPE, WEIGHTS = PARTS = ("run.json", "recipe.yaml", "model.safetensors")
-AGAIN = "Remove it and start the run again; it goes on from its checkpoint."
+AGAIN = "Remove it and start the run again; it resumes from its checkpoint."
 
 
 def write_run(folder: Path, fingerprint: str, run: RunResult) -> None:
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 check_path_component(content["run"][name], f"run.json, {name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {shorten_repr(str(error).rstrip('.'))}"
-        raise DataError(who, expected="a whole run", got=got, fix=AGAIN) from error
+        raise DataError(who, expected="a complete run", got=got, fix=AGAIN) from error
     try:
         content = verify_checksum(content, who, AGAIN)
         if "fingerprint" in content and "weights" not in content:
@@ -66,6 +66,6 @@ def check_weights(folder: Path, content: dict[str, Any]) -> None:
     weights = folder / WEIGHTS
     if "weights" in content and weights.is_file() and digest(weights) != content["weights"]:
         raise DataError(
-            str(weights), expected="the weights of this run, whole", got="others: damaged, or copied from another run",
+            str(weights), expected="the weights of this run", got="other weights: damaged, or copied from another run",
             fix="Put back the file that the training wrote, or remove run.json and start the run again.",
         )  # fmt: skip

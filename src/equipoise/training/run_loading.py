@@ -70,7 +70,7 @@ def _content(folder: Path) -> dict[str, Any]:
         inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("runs/*/*/seed*/run.json"))
         fix = "Give --out of equipoise train once it is done."
         if inside:
-            fix = f"It holds {len(inside)} runs of a comparison; give one of them, such as '{folder / inside[0]}'."
+            fix = f"It contains {len(inside)} runs of a comparison; give one of them, such as '{folder / inside[0]}'."
         raise DataError("load", expected=f"the folder of a finished run, with {', '.join(PARTS)}",
                         got=f"'{folder}' without {', '.join(missing)}", fix=fix)  # fmt: skip
     content = read_run(folder)

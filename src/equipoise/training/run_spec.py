@@ -27,7 +27,7 @@ class RunSpec:
 
     def folder(self, out: Path) -> Path:
         """Returns the folder of the run in the folder of its comparison."""
-        return place(out, self.method, self.seed, self.fold)
+        return run_folder(out, self.method, self.seed, self.fold)
 
     def fingerprint(self) -> str:
         """Returns a string that must match for a finished or interrupted run to be reused."""
@@ -51,7 +51,7 @@ class RunSpec:
         return json.dumps(to_jsonable(job), sort_keys=True)
 
 
-def place(out: Path, method: str, seed: int, fold: str | None) -> Path:
+def run_folder(out: Path, method: str, seed: int, fold: str | None) -> Path:
     """Returns the folder of a run in the folder of its comparison.
 
     Raises:
@@ -117,13 +117,13 @@ def check_against(folder: Path, runs: list[RunResult]) -> None:
         DataError: a run differs from the one in its folder.
     """
     for run in runs:
-        for inside in (place(folder, run["method"], run["seed"], run["fold"]), folder):
+        for inside in (run_folder(folder, run["method"], run["seed"], run["fold"]), folder):
             if not (inside / RUN).is_file():
                 continue
             stored = read_run(inside)["run"]
             same = all(stored[name] == run[name] for name in ("method", "seed", "fold"))
             if same and stored != to_jsonable(run):
                 raise DataError(
-                    str(folder / "results.json"), expected=f"what '{inside / RUN}' holds", got="another run there",
+                    str(folder / "results.json"), expected=f"the content of '{inside / RUN}'", got="a different run there",
                     fix="Run the command that wrote them again; finished runs are not run again.",
                 )  # fmt: skip

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ..data import Dataset
 
 MODEL_PACKAGES = ("dual_encoder", "vision_language", "cross_modal_matcher")
-"""Packages of ``equipoise.models`` that define such models."""
+"""Packages of ``equipoise.models`` that define self-contained models."""
 
 
 def available_variants() -> dict[str, type[SelfContainedModel]]:
     """Returns {name: class} of all self-contained models."""
-    found: dict[str, type[SelfContainedModel]] = {}
+    variants: dict[str, type[SelfContainedModel]] = {}
     for package in MODEL_PACKAGES:
         module = importlib.import_module(f"..models.{package}", __package__)
-        found |= available_classes(module, SelfContainedModel)  # type: ignore[type-abstract]
-    return found
+        variants |= available_classes(module, SelfContainedModel)  # type: ignore[type-abstract]
+    return variants
 
 
 def evaluation_metric(recipe: Recipe) -> dict[str, Any]:

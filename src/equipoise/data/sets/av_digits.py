@@ -22,19 +22,19 @@ from .idx_files import read_idx
 from .spoken_digits_files import Recordings, read_recordings
 
 FOLDS = {"A": ("theo", "yweweler"), "B": ("george", "jackson"), "C": ("lucas", "nicolas")}
-"""Speakers that only the test split hears."""
+"""Fold -> speakers of the test split, absent from training and validation."""
 SPEAKERS = tuple(sorted(speaker for pair in FOLDS.values() for speaker in pair))
 VAL_TAKES = 5
-"""Of every digit and training speaker, takes 0 to 4 are kept for validation."""
+"""Takes 0 to 4 of each digit and training speaker form the validation split."""
 SIZES = {"train": 4000, "val": 1000}
-"""Images; the rest is for the test."""
+"""Number of images per split; the remaining ones form the test split."""
 FLOOR = 1e-6
-"""Of the log-mel energies: far below the softest speech, so that nobody is inaudible."""
+"""Floor of the log-mel energies, far below the quietest speaker."""
 MOST_FRAMES, MOST_GAIN, MOST_TILT = 4, 0.1, 0.1
-"""Little variation: speakers differ by more than this, so audio of unheard speakers is hard, as it is meant to be."""
+"""Small on purpose: speakers differ by more, so generalizing to new speakers stays hard."""
 SOURCE = {
-    "fsdd/recordings": "It holds the Free Spoken Digit Dataset, doi 10.5281/zenodo.1342401.",
-    "mnist": "It holds MNIST's t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz (LeCun, Cortes, Burges).",
+    "fsdd/recordings": "It contains the Free Spoken Digit Dataset, doi 10.5281/zenodo.1342401.",
+    "mnist": "It contains MNIST's t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz (LeCun, Cortes, Burges).",
 }
 
 
@@ -42,16 +42,16 @@ class AVDigits(Dataset):
     """The Free Spoken Digit Dataset with the 10,000 test images of MNIST, paired by label.
 
     Inputs are "audio" (64, 40), a log-mel spectrogram, and "image" (1, 28, 28), a reconstruction from the principal
-    components that hold a quarter of the energy. Two of six speakers are heard in the test split alone. See
+    components that explain a quarter of the variance. Two of the six speakers occur in the test split only. See
     docs/data/av_digits.md.
 
     Args:
-        root: folder that holds ``fsdd/recordings`` and ``mnist``; looked at after the environment's EQUIPOISE_DATA.
-        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A alone.
+        root: folder that contains ``fsdd/recordings`` and ``mnist``; EQUIPOISE_DATA takes precedence.
+        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A only.
         audio_noise: standard deviation of the noise added to the standardized spectrogram, in every split.
-        energy: part of the variance that the image's principal components keep, in (0, 1].
-        held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
-            of the test split are ``near_ood``.
+        energy: fraction of the variance that the principal components of the images explain, in (0, 1].
+        held_out: digits excluded from training and testing, such as [7, 8, 9]; the others are relabeled from 0. The
+            excluded test samples are ``near_ood``.
 
     Raises:
         ConfigError: an unknown fold, negative noise, an energy outside (0, 1], held-out digits that do not exist or
@@ -76,12 +76,12 @@ class AVDigits(Dataset):
         order = permutation(len(labels), "av_digits/images")
         sizes = [*SIZES.values(), len(labels) - sum(SIZES.values())]
         rows = dict(zip(("train", "val", "test"), order.split(sizes), strict=True))
-        taught = rows["train"][torch.isin(labels[rows["train"]], kept)]
-        self._components = fit_pca(images[taught], energy)
+        train_rows = rows["train"][torch.isin(labels[rows["train"]], kept)]
+        self._components = fit_pca(images[train_rows], energy)
         voices = _voices(spoken, fold)
-        heard = voices["train"][torch.isin(spoken.digit[voices["train"]], kept)]
+        train_voices = voices["train"][torch.isin(spoken.digit[voices["train"]], kept)]
         self._reference = {
-            "audio": spoken.spectrograms[heard], "image": self._components.reconstruct(images[taught])
+            "audio": spoken.spectrograms[train_voices], "image": self._components.reconstruct(images[train_rows])
         }  # fmt: skip
         splits, held = {}, {}
         for name, row in rows.items():
@@ -112,7 +112,7 @@ class AVDigits(Dataset):
 
 
 def _mnist(folder: Path) -> tuple[Tensor, Tensor]:
-    """(10000, 784) pixels in [0, 1] and their labels."""
+    """Returns (10000, 784) pixels in [0, 1] and their labels."""
     path = folder / "t10k-labels-idx1-ubyte.gz"
     images, labels = read_idx(folder / "t10k-images-idx3-ubyte.gz", 3), read_idx(path, 1)
     if len(images) != len(labels):
@@ -123,8 +123,8 @@ def _mnist(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _voices(spoken: Recordings, fold: str) -> dict[str, Tensor]:
-    """Positions of the recordings that belong to each split."""
-    unheard = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in spoken.speaker.tolist()])
-    early = spoken.take < VAL_TAKES
-    belongs = {"train": ~unheard & ~early, "val": ~unheard & early, "test": unheard}
-    return {name: member.nonzero()[:, 0] for name, member in belongs.items()}
+    """Returns {split: positions of its recordings}."""
+    is_test_speaker = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in spoken.speaker.tolist()])
+    is_val_take = spoken.take < VAL_TAKES
+    masks = {"train": ~is_test_speaker & ~is_val_take, "val": ~is_test_speaker & is_val_take, "test": is_test_speaker}
+    return {name: mask.nonzero()[:, 0] for name, mask in masks.items()}

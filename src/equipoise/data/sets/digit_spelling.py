@@ -1,4 +1,4 @@
-"""Digits as they are written, in several forms, as letter ids; and slips of the pen."""
+"""Written forms of the digits as letter ids, and random misspelling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..counter_rng import CounterRNG
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-"""The letter at place i has the id i + 1; 0 is padding."""
+"""The letter at position i has id i + 1; 0 is padding."""
 FORMS = {
     "english": "zero one two three four five six seven eight nine",
     "french": "zero un deux trois quatre cinq six sept huit neuf",
@@ -22,15 +22,15 @@ FORMS = {
     "roman": "nulla i ii iii iv v vi vii viii ix",
     "figure": "0 1 2 3 4 5 6 7 8 9",
 }
-"""How the digits 0 to 9 are written."""
+"""Form -> the digits 0 to 9 in it."""
 LONGEST = 6
 
 
 def letter_ids(words: Sequence[str], length: int = LONGEST) -> Int[Tensor, "word length"]:
-    """Words as ids of their letters, padded with 0.
+    """Encodes words as letter ids, padded with 0.
 
     Raises:
-        ConfigError: a word that is longer, or a letter that is not in ``LETTERS``.
+        ConfigError: a word longer than ``length``, or a letter that is not in ``LETTERS``.
 
     Example:
         >>> letter_ids(["cab", "9"], length=4)
@@ -46,12 +46,12 @@ def letter_ids(words: Sequence[str], length: int = LONGEST) -> Int[Tensor, "word
 
 
 def spelled_digits() -> Int[Tensor, "digit form length"]:
-    """Every digit in every form."""
+    """Returns the letter ids of every digit in every form."""
     return torch.stack([letter_ids(words.split()) for words in FORMS.values()], dim=1)
 
 
 def one_hot(ids: Int[Tensor, "*batch length"]) -> Float[Tensor, "*batch length letter"]:
-    """A row for each place, with a 1 for its letter; padding is zeros.
+    """One-hot encodes letter ids; padding becomes zeros.
 
     Example:
         >>> one_hot(letter_ids(["ad"], length=3))[0, :, :4]
@@ -63,15 +63,15 @@ def one_hot(ids: Int[Tensor, "*batch length"]) -> Float[Tensor, "*batch length l
 
 
 def misspell(ids: Int[Tensor, "batch length"], slips: float, draw: CounterRNG) -> Int[Tensor, "batch length"]:
-    """Words with slips: a letter becomes another one, is left out, or changes places with the next, equally likely.
+    """Misspells words: each letter may be replaced, dropped or swapped with the next one, with equal probability.
 
     Args:
         ids: (batch, length) letter ids, 0 = padding at the end.
-        slips: probability for each letter, in [0, 1].
-        draw: the batch's random numbers.
+        slips: probability of an error per letter, in [0, 1].
+        draw: random numbers of the batch.
 
     Returns:
-        the same shape; the first letter is never left out, so that no word vanishes.
+        Letter ids of the same shape. The first letter is never dropped, so that no word becomes empty.
 
     Example:
         >>> word = letter_ids(["seven"])
@@ -79,12 +79,12 @@ def misspell(ids: Int[Tensor, "batch length"], slips: float, draw: CounterRNG) -
         True
     """
     length = ids.shape[1]
-    dice, place = draw.uniform("slips", length), torch.arange(length)
-    other = 1 + (draw.uniform("letters", length) * len(LETTERS)).long()
+    uniform, position = draw.uniform("slips", length), torch.arange(length)
+    substitute = 1 + (draw.uniform("letters", length) * len(LETTERS)).long()
     third, letter = slips / 3, ids > 0
-    changed = torch.where(letter & (dice < third), other, ids)
-    lost = letter & (dice >= third) & (dice < 2 * third) & (place > 0)
-    late = letter & (dice >= 2 * third) & (dice < slips)
-    # A letter that comes late stands behind the next one; what is lost makes room at the end.
-    rank: Float[Tensor, "batch length"] = (place + 1.5 * late).masked_fill(lost | ~letter, math.inf)
-    return changed.masked_fill(lost, 0).gather(1, rank.argsort(dim=1, stable=True))
+    replaced = torch.where(letter & (uniform < third), substitute, ids)
+    dropped = letter & (uniform >= third) & (uniform < 2 * third) & (position > 0)
+    swapped = letter & (uniform >= 2 * third) & (uniform < slips)
+    # Sort by position: swapped letters move behind the next one, dropped ones become padding at the end.
+    rank: Float[Tensor, "batch length"] = (position + 1.5 * swapped).masked_fill(dropped | ~letter, math.inf)
+    return replaced.masked_fill(dropped, 0).gather(1, rank.argsort(dim=1, stable=True))

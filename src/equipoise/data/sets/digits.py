@@ -20,32 +20,32 @@ from ..pca import fit_pca
 
 VOICES = Path(__file__).with_name("voices.npz")
 VOICES_SHA256 = "eda163c045fc3039c9d7ce6858d665fe70a95f9e3be9850340e639cf952df39b"
-"""Of the file that scripts/make_voices.py wrote."""
+"""Checksum of the file written by scripts/make_voices.py."""
 QUIETEST = -14.0
-"""Log energy that level 0 of the stored spectrograms stands for."""
+"""Log energy of level 0 of the stored spectrograms."""
 STEP = 0.1
-"""Log energy between two levels."""
+"""Log energy between two consecutive levels."""
 FLOOR = 1e-6
-"""Of the energies that scripts/make_voices.py took the logarithm of."""
+"""Floor of the energies, as in scripts/make_voices.py."""
 SIZES = {"train": 1000, "val": 300, "test": 497}
 VAL_RENDERING = 3
-"""The rendering of the training voices that validation hears and training does not."""
+"""Rendering of the training voices that is used for validation and not for training."""
 MOST_FRAMES, MOST_GAIN, MOST_TILT = 6, 0.3, 0.3
 
 
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, each with a spoken digit of the same label.
 
-    Inputs are "audio" (64, 40), a log-mel spectrogram of a synthetic voice, and "image" (1, 8, 8). Both are spoilt on
-    purpose, so that each alone is worth something and neither is enough. The eight voices of the test split are heard
-    in no other split. See docs/data/digits.md.
+    Inputs are "audio" (64, 40), a log-mel spectrogram of a synthetic voice, and "image" (1, 8, 8). Both are
+    degraded so that each modality alone is informative but not sufficient. The eight voices of the test split occur in
+    no other split. See docs/data/digits.md.
 
     Args:
         audio_noise: standard deviation of the noise added to the standardized spectrogram, in every split.
         image_noise: the same for the image.
-        energy: part of the variance that the image's principal components keep, in (0, 1].
-        held_out: digits that are neither trained nor tested, such as [7, 8, 9]; the others are renumbered from 0. Those
-            of the test split are ``near_ood``.
+        energy: fraction of the variance that the principal components of the images explain, in (0, 1].
+        held_out: digits excluded from training and testing, such as [7, 8, 9]; the others are relabeled from 0. The
+            excluded test samples are ``near_ood``.
 
     Raises:
         ConfigError: negative noise, an energy outside (0, 1], held-out digits that do not exist or leave fewer than
@@ -74,11 +74,11 @@ class Digits(Dataset):
             name: voices[name][match_by_label(labels[row], spoken[voices[name]], f"digits/{name}")]
             for name, row in rows.items()
         }
-        taught = torch.isin(labels[rows["train"]], kept)
-        self._components = fit_pca(images[rows["train"][taught]], energy)
+        is_trained = torch.isin(labels[rows["train"]], kept)
+        self._components = fit_pca(images[rows["train"][is_trained]], energy)
         self._reference = {
-            "audio": levels[chosen["train"][taught]],
-            "image": self._components.reconstruct(images[rows["train"][taught]]),
+            "audio": levels[chosen["train"][is_trained]],
+            "image": self._components.reconstruct(images[rows["train"][is_trained]]),
         }
         splits, held = {}, {}
         for name, row in rows.items():
@@ -112,7 +112,7 @@ class Digits(Dataset):
 
 
 def _images() -> tuple[Tensor, Tensor]:
-    """(1797, 64) pixels in [0, 1] and their labels."""
+    """Returns (1797, 64) pixels in [0, 1] and their labels."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -120,10 +120,10 @@ def _images() -> tuple[Tensor, Tensor]:
 
 
 def _voices() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(960, 64, 40) log-mel spectrograms, their digits, and the positions that belong to each split."""
+    """Returns (960, 64, 40) log-mel spectrograms, their digits, and {split: positions of its recordings}."""
     with np.load(VOICES) as stored:
         levels = torch.from_numpy(stored["levels"]).float() * STEP + QUIETEST
         digit, held_out = torch.from_numpy(stored["digit"]).long(), torch.from_numpy(stored["held_out"])
         last = torch.from_numpy(stored["rendering"]) == VAL_RENDERING
-    belongs = {"train": ~held_out & ~last, "val": ~held_out & last, "test": held_out}
-    return levels, digit, {name: member.nonzero()[:, 0] for name, member in belongs.items()}
+    masks = {"train": ~held_out & ~last, "val": ~held_out & last, "test": held_out}
+    return levels, digit, {name: mask.nonzero()[:, 0] for name, mask in masks.items()}

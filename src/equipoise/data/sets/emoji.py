@@ -1,4 +1,4 @@
-"""`emoji`: pictures of the Noto Color Emoji font with their Unicode names and keywords, bundled with the package."""
+"""`emoji`: images of the Noto Color Emoji font with their Unicode names and keywords, bundled with the package."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from .word_vocabulary import WordVocabulary, pad_sequences, split_words
 
 ATLAS = Path(__file__).with_name("emoji.npz")
 ATLAS_SHA256 = "e8d2bdff21f7e4cc036e7392c22e12b23200345f8f183e4d0575d247bf74d88f"
-"""Of the file that scripts/make_emoji.py wrote."""
+"""Checksum of the file written by scripts/make_emoji.py."""
 LENGTH = 24
 """Longest caption, in words."""
 MOST_PIXELS, MOST_GAIN, MOST_TINT = 2, 0.05, 0.03
 NAMED, EXTENDED = 0.6, 0.9
-"""A training caption is the name below the first, the name and a keyword below the second, else a keyword alone."""
+"""Thresholds of a uniform number: the name below the first, name and keyword below the second, else a keyword alone."""
 SPELLED = 0.1
-"""Part of the words of training captions that are spelled, so that letters mean something too."""
+"""Probability that a word of a training caption is encoded by its trigrams, so that trigrams are trained too."""
 
 
 class EmojiItem(NamedTuple):
     """One emoji.
 
     Attributes:
-        text: the characters.
-        name: as Unicode has it, the caption in evaluation.
-        keywords: of the Unicode Common Locale Data Repository.
-        parts: what the name is put together of; the name alone where it is not.
-        family: of combinations; empty for single ones.
+        text: characters.
+        name: Unicode name, the caption in evaluation.
+        keywords: from the Unicode Common Locale Data Repository.
+        parts: components of a combined name; the name alone if it is not combined.
+        family: kind of combination; empty if the name is not combined.
         split: "train", "val" or "test".
     """
 
@@ -53,13 +53,13 @@ class EmojiItem(NamedTuple):
 
 
 class Combinations(NamedTuple):
-    """The samples of a split that are put together of parts, and these parts as a model gets them.
+    """Combined emoji of a split, and their components as model inputs.
 
     Attributes:
         rows: (combination,) positions in the split.
-        modality: which one the parts are inputs of.
-        parts: (combination, part, ...) inputs, padded.
-        present: (combination, part), False where a combination has fewer.
+        modality: modality of the components.
+        parts: (combination, part, ...) padded inputs.
+        present: (combination, part) bool, False at padding.
     """
 
     rows: Int[Tensor, " combination"]
@@ -69,12 +69,12 @@ class Combinations(NamedTuple):
 
 
 class Emoji(Dataset):
-    """3,395 emoji with their names; held-out combinations test whether a model puts meanings together.
+    """3,395 emoji with their names; held-out combinations test compositional generalization.
 
-    Inputs are "image" (3, 32, 32), the colors standardized, and "text" (24,), numbers of words padded with 0. The
-    target is what a caption means: samples of one target show the same, so that no pair of them is a wrong one. Of each
-    combination in the validation and test splits, such as "blue heart" or "woman running: dark skin tone", every part
-    is in the training split with other parts. See docs/data/emoji.md.
+    Inputs are "image" (3, 32, 32), standardized colors, and "text" (24,), word ids padded with 0. The target
+    identifies the target of a caption: samples with equal targets are positives of each other. Every component of the
+    combinations in the validation and test splits, such as "blue heart" or "woman running: dark skin tone", occurs in
+    the training split with other components. See docs/data/emoji.md.
 
     Raises:
         DataError: the bundled file is damaged.
@@ -95,56 +95,58 @@ class Emoji(Dataset):
         self.pictures = torch.from_numpy(stored["palette"][stored["levels"]])
         self.items = _items(stored)
         self._rows = {
-            which: torch.tensor([place for place, item in enumerate(self.items) if item.split == which])
+            which: torch.tensor([index for index, item in enumerate(self.items) if item.split == which])
             for which in ("train", "val", "test")
         }
-        taught = self.split_items("train")
-        self.words = WordVocabulary((said for item in taught for said in (item.name, *item.keywords)), length=LENGTH)
+        train_items = self.split_items("train")
+        self.words = WordVocabulary(
+            (caption for item in train_items for caption in (item.name, *item.keywords)), length=LENGTH
+        )
         self._colors = self.pictures[self._rows["train"]].float()
         self.white = float(standardize(torch.tensor(255.0), self._colors))
-        meaning = _meanings(self.items, self.pictures)
-        self.train, self.val, self.test = (self._split(which, meaning) for which in ("train", "val", "test"))
-        self.num_outputs = int(meaning.max()) + 1
-        self._keywords = self._meanings_of_keywords(taught)
+        target = _targets(self.items, self.pictures)
+        self.train, self.val, self.test = (self._split(which, target) for which in ("train", "val", "test"))
+        self.num_outputs = int(target.max()) + 1
+        self._keywords = self._keyword_targets(train_items)
         self.vocabulary = {"text": len(self.words)}
         self.noise = split_statistics({"image": self.train.inputs["image"]})
 
-    def _meanings_of_keywords(self, taught: Sequence[EmojiItem]) -> dict[str, int]:
-        """What a keyword alone means: what is named so, or else itself; all that are called so are partners."""
-        names = [tuple(split_words(item.name)) for item in taught]
+    def _keyword_targets(self, train_items: Sequence[EmojiItem]) -> dict[str, int]:
+        """Returns {keyword: target}: that of the emoji with this name, or else a new one shared by its emoji."""
+        names = [tuple(split_words(item.name)) for item in train_items]
         named = dict(zip(names, self.train.target.tolist(), strict=True))
-        spoken = {tuple(split_words(word)) for item in taught for word in item.keywords}
-        new = {words: self.num_outputs + place for place, words in enumerate(sorted(spoken - set(named)))}
-        meant = {**new, **named}
-        return {word: meant[tuple(split_words(word))] for item in taught for word in item.keywords}
+        keyword_words = {tuple(split_words(word)) for item in train_items for word in item.keywords}
+        new = {words: self.num_outputs + index for index, words in enumerate(sorted(keyword_words - set(named)))}
+        target_of = {**new, **named}
+        return {word: target_of[tuple(split_words(word))] for item in train_items for word in item.keywords}
 
     def split_items(self, split: str) -> list[EmojiItem]:
-        """What the samples of a split are."""
-        return [self.items[place] for place in self._rows[split].tolist()]
+        """Returns the emoji of a split."""
+        return [self.items[index] for index in self._rows[split].tolist()]
 
     def images(self, pictures: UInt8[Tensor, "sample 32 32 3"]) -> Tensor:
-        """(sample, 3, 32, 32): pictures as a model gets them."""
+        """Standardizes images, returns (sample, 3, 32, 32)."""
         return standardize(pictures.float(), self._colors).permute(0, 3, 1, 2).contiguous()
 
     def read(self, picture: str | Path | Image.Image) -> UInt8[Tensor, "32 32 3"]:
-        """Any picture in the size of these; ``pictures.read_picture`` has what is refused."""
+        """Loads any image in the size of this data set; errors as ``load_square_image``."""
         return load_square_image(picture, self.pictures.shape[1])
 
     def combinations(self, split: str) -> Combinations:
-        """The combinations of a split with their parts as texts of their own."""
+        """Returns the combined emoji of a split, with their components as separate texts."""
         items = self.split_items(split)
-        rows = [place for place, item in enumerate(items) if len(item.parts) > 1]
-        most = max((len(items[place].parts) for place in rows), default=0)
+        rows = [index for index, item in enumerate(items) if len(item.parts) > 1]
+        most = max((len(items[index].parts) for index in rows), default=0)
         parts = torch.zeros(len(rows), most, LENGTH, dtype=torch.long)
         present = torch.zeros(len(rows), most, dtype=torch.bool)
-        for number, place in enumerate(rows):
-            own = items[place].parts
+        for number, index in enumerate(rows):
+            own = items[index].parts
             parts[number, : len(own)] = self.words.encode(own)
             present[number, : len(own)] = True
         return Combinations(torch.tensor(rows, dtype=torch.long), "text", parts, present)
 
     def groups(self, split: str) -> list[str]:
-        """The family of every sample of a split; "single" for what is put together of nothing."""
+        """Returns the family of every sample of a split; "single" if its name is not combined."""
         return [item.family or "single" for item in self.split_items(split)]
 
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
@@ -156,40 +158,40 @@ class Emoji(Dataset):
     def batch(
         self, split: str, index: Int[Tensor, " batch"], *, seed: int, epoch: int, train: bool
     ) -> dict[str, Tensor]:
-        made = super().batch(split, index, seed=seed, epoch=epoch, train=train)
+        batch = super().batch(split, index, seed=seed, epoch=epoch, train=train)
         if not train:
-            return made
+            return batch
         draw = CounterRNG(seed, epoch, index, split)
-        items = [self.items[place] for place in self._rows[split][index].tolist()]
-        text, meaning = self._captions(items, made["target"].tolist(), draw)
-        return {**made, "text": text, "target": meaning}
+        items = [self.items[index] for index in self._rows[split][index].tolist()]
+        text, target = self._captions(items, batch["target"].tolist(), draw)
+        return {**batch, "text": text, "target": target}
 
-    def _captions(self, items: Sequence[EmojiItem], meanings: Sequence[int], draw: CounterRNG) -> tuple[Tensor, Tensor]:
-        """(batch, 24) what each is called this time, and (batch,) what that means."""
-        dice, spelling = draw.uniform("caption", 2).tolist(), draw.uniform("spelling", LENGTH) < SPELLED
-        texts, found = [], []
-        for item, meaning, (kind, which) in zip(items, meanings, dice, strict=True):
+    def _captions(self, items: Sequence[EmojiItem], targets: Sequence[int], draw: CounterRNG) -> tuple[Tensor, Tensor]:
+        """Draws captions; returns their ids (batch, 24) and targets (batch,)."""
+        uniform, spelling = draw.uniform("caption", 2).tolist(), draw.uniform("spelling", LENGTH) < SPELLED
+        texts, caption_targets = [], []
+        for item, target, (kind, which) in zip(items, targets, uniform, strict=True):
             caption = item.name
             if item.keywords and kind >= NAMED:
                 keyword = item.keywords[int(which * len(item.keywords))]
                 alone = kind >= EXTENDED
-                caption, meaning = (keyword, self._keywords[keyword]) if alone else (f"{caption} {keyword}", meaning)
+                caption, target = (keyword, self._keywords[keyword]) if alone else (f"{caption} {keyword}", target)
             texts.append(caption)
-            found.append(meaning)
+            caption_targets.append(target)
         rows = [self._spelled(text, by_letter) for text, by_letter in zip(texts, spelling.tolist(), strict=True)]
-        return pad_sequences(rows, LENGTH), torch.tensor(found)
+        return pad_sequences(rows, LENGTH), torch.tensor(caption_targets)
 
     def _spelled(self, text: str, by_letter: Sequence[bool]) -> list[int]:
         row: list[int] = []
-        for place, word in enumerate(split_words(text)):
-            letters = place < LENGTH and by_letter[place]
+        for index, word in enumerate(split_words(text)):
+            letters = index < LENGTH and by_letter[index]
             row += self.words.spelled(word) if letters else self.words.numbers(word)[0]
         return row
 
-    def _split(self, which: str, meaning: Tensor) -> Split:
+    def _split(self, which: str, target: Tensor) -> Split:
         rows = self._rows[which]
-        captions = self.words.encode([self.items[place].name for place in rows.tolist()], f"emoji {which}")
-        return Split({"image": self.images(self.pictures[rows]), "text": captions}, meaning[rows])
+        captions = self.words.encode([self.items[index].name for index in rows.tolist()], f"emoji {which}")
+        return Split({"image": self.images(self.pictures[rows]), "text": captions}, target[rows])
 
 
 def _stored() -> dict[str, Any]:
@@ -207,7 +209,7 @@ def _items(stored: dict[str, Any]) -> list[EmojiItem]:
     splits = ("train", "val", "test")
     columns = (stored[name].tolist() for name in ("text", "name", "keywords", "parts", "family", "split"))
     rows = list(zip(*columns, strict=True))
-    # A keyword such as "?" has no word in it, and one that is a name held out would be learned after all.
+    # Drop keywords without words, such as "?", and those that equal held-out names: they would leak into training.
     refused = {(), *(tuple(split_words(name)) for _, name, _, _, _, which in rows if which)}
     return [
         EmojiItem(
@@ -218,13 +220,13 @@ def _items(stored: dict[str, Any]) -> list[EmojiItem]:
     ]  # fmt: skip
 
 
-def _meanings(items: Sequence[EmojiItem], pictures: Tensor) -> Int[Tensor, " sample"]:
-    """The same number for the same picture, and for names of the same words, such as "keycap: #" and "keycap: *"."""
+def _targets(items: Sequence[EmojiItem], pictures: Tensor) -> Int[Tensor, " sample"]:
+    """Returns targets, equal for equal images and for names of equal words, such as "keycap: #" and "keycap: *"."""
     numbers: dict[Any, int] = {}
-    found = []
+    result = []
     for item, picture in zip(items, pictures, strict=True):
-        shown, said = picture.numpy().tobytes(), tuple(split_words(item.name))
-        number = numbers.get(shown, numbers.get(said, len(found)))
-        numbers[shown] = numbers[said] = number
-        found.append(number)
-    return torch.unique(torch.tensor(found), return_inverse=True)[1]
+        pixels, words = picture.numpy().tobytes(), tuple(split_words(item.name))
+        number = numbers.get(pixels, numbers.get(words, len(result)))
+        numbers[pixels] = numbers[words] = number
+        result.append(number)
+    return torch.unique(torch.tensor(result), return_inverse=True)[1]

@@ -1,4 +1,4 @@
-"""`generated`: three modalities and any task, made from a seed; nothing is stored and nothing is downloaded."""
+"""`generated`: synthetic data with three modalities, for any task; generated from a seed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from ..dataset import Dataset, Split, split_statistics, standardize
 
 TASKS = ("classification", "multilabel", "regression")
 SHAPES = {"audio": (24, 8), "image": (1, 8, 8), "sensor": (32, 3)}
-SHOWS = {
+CAUSE_WEIGHTS = {
     "audio": (1.0, 1.0, 0.5, 0.0, 0.0),
     "image": (0.0, 0.5, 1.0, 1.0, 0.0),
     "sensor": (0.5, 0.0, 0.0, 0.5, 1.0),
 }
-"""How clearly each modality shows each of the five causes; none shows all of them."""
+"""Modality -> its weight for each of the five causes; no modality depends on all of them."""
 
 
 class Generated(Dataset):
-    """Samples with five hidden causes, each a standard normal number, of which every modality shows some::
+    """Synthetic samples of five standard normal causes; each modality depends on some of them::
 
-        input_m = standardized(sum_k shows_mk cause_k pattern_mk)
-        seen_m  = (input_m + d noise) / sqrt(1 + d^2),   d uniform in [0, noise] for each sample and modality
+        clean_m = standardize(sum_k weight_mk cause_k pattern_mk)
+        input_m = (clean_m + d noise) / sqrt(1 + d^2),   d uniform in [0, noise] for each sample and modality
 
-    So one modality may be clear and another worthless in the same sample. Classification asks which cause is largest,
-    multilabel which ones are positive, regression for all five. The noise of training is new in each epoch, how much
-    there is of it belongs to the sample. See docs/data/generated.md.
+    In one sample, one modality may be clean and another almost pure noise. The target is the largest cause in
+    classification, the signs of the causes in multilabel, and the causes in regression. Training noise is drawn anew in
+    each epoch; its standard deviation d is fixed per sample. See docs/data/generated.md.
 
     Args:
         task: ``"classification"``, ``"multilabel"`` or ``"regression"``.
-        samples: of the training split; validation has 3 for every 10 of them, the test 5.
-        noise: the largest deviation d; standardized inputs have deviation 1.
-        seed: of patterns, causes and noise.
+        samples: size of the training split; validation is 0.3 and test 0.5 times as large.
+        noise: largest standard deviation d; that of clean inputs is 1.
+        seed: seed of patterns, causes and noise.
 
     Raises:
-        ConfigError: an unknown task, fewer than 10 samples, noise that is negative.
+        ConfigError: an unknown task, fewer than 10 samples, or negative noise.
 
     Example:
         >>> data = Generated(task="regression", samples=100)
@@ -61,10 +61,10 @@ class Generated(Dataset):
             name: CounterRNG(seed, 0, torch.arange(size), name).normal("causes", self.num_outputs)
             for name, size in sizes.items()
         }
-        shown = {name: {split: self._shown(name, values) for split, values in causes.items()} for name in SHAPES}
+        clean = {name: {split: self._clean_inputs(name, values) for split, values in causes.items()} for name in SHAPES}
         splits = {
             split: Split(
-                {name: standardize(parts[split], parts["train"]) for name, parts in shown.items()},
+                {name: standardize(parts[split], parts["train"]) for name, parts in clean.items()},
                 _target(values, task),
             )
             for split, values in causes.items()
@@ -73,22 +73,22 @@ class Generated(Dataset):
         self.noise = split_statistics(self.train.inputs)
 
     def deviations(self, split: str, index: Tensor) -> Float[Tensor, "batch modality"]:
-        """How much noise there is on these samples of a split, modality by modality in the order of ``names``."""
+        """Returns the standard deviations of the noise, modalities in the order of ``names``."""
         return self._most * CounterRNG(self._seed, 0, index, split).uniform("deviations", len(SHAPES))
 
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
         deviations = self.deviations(draw.salt, draw.index)
-        seen = {}
-        for place, (name, values) in enumerate(inputs.items()):
-            d = deviations[:, place].reshape(-1, *(1 for _ in values.shape[1:]))
-            seen[name] = (values + d * draw.normal(f"noise/{name}", *values.shape[1:])) / (1 + d.square()).sqrt()
-        return seen
+        noisy = {}
+        for column, (name, values) in enumerate(inputs.items()):
+            d = deviations[:, column].reshape(-1, *(1 for _ in values.shape[1:]))
+            noisy[name] = (values + d * draw.normal(f"noise/{name}", *values.shape[1:])) / (1 + d.square()).sqrt()
+        return noisy
 
-    def _shown(self, name: str, causes: Float[Tensor, "sample cause"]) -> Tensor:
-        """What a modality shows of the causes: a pattern for each, all of them added."""
+    def _clean_inputs(self, name: str, causes: Float[Tensor, "sample cause"]) -> Tensor:
+        """Returns the weighted sum of the patterns of one modality."""
         which = torch.arange(self.num_outputs)
         patterns = CounterRNG(self._seed, 0, which, "patterns").normal(name, *SHAPES[name])
-        return torch.einsum("sk,k,k...->s...", causes, torch.tensor(SHOWS[name]), patterns)
+        return torch.einsum("sk,k,k...->s...", causes, torch.tensor(CAUSE_WEIGHTS[name]), patterns)
 
 
 def _target(causes: Tensor, task: str) -> Tensor:

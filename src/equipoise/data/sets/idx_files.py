@@ -1,4 +1,4 @@
-"""Reads the IDX format that MNIST is published in."""
+"""Reads the IDX format of MNIST."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _BYTES = 0x08
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """The array of unsigned bytes that a gzipped IDX file holds.
+    """Reads the array of unsigned bytes in a gzipped IDX file.
 
     Layout: two zero bytes, the type (8 = unsigned byte), the number of dimensions, each size as a big-endian 32-bit
     integer, then the values.
 
     Args:
-        path: of the .gz file.
-        ndim: how many dimensions the array must have.
+        path: a .gz file.
+        ndim: number of dimensions.
 
     Returns:
         The array as torch.uint8.
 
     Raises:
-        DataError: a missing, damaged or truncated file, or one that holds something else.
+        DataError: the file is missing, damaged, truncated, or has another type or number of dimensions.
     """
     who = str(path)
     if not path.is_file():
@@ -37,21 +37,21 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(who, expected="a whole gzip file", got=f"{error}", fix="Fetch the file again.") from error
+        raise DataError(who, expected="a complete gzip file", got=f"{error}", fix="Fetch the file again.") from error
     magic = bytes([0, 0, _BYTES, ndim])
     if content[:4] != magic:
         raise DataError(
             who, expected=f"the IDX magic number {magic.hex()}: unsigned bytes in {ndim} dimensions",
             got=content[:4].hex() or "an empty file",
         )  # fmt: skip
-    start = 4 + 4 * ndim
-    if len(content) < start:
-        raise DataError(who, expected=f"a header of {start} bytes", got=f"{len(content)} bytes")
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if len(content) - start != math.prod(shape):
+    header = 4 + 4 * ndim
+    if len(content) < header:
+        raise DataError(who, expected=f"a header of {header} bytes", got=f"{len(content)} bytes")
+    shape = [int.from_bytes(content[offset : offset + 4], "big") for offset in range(4, header, 4)]
+    if len(content) - header != math.prod(shape):
         raise DataError(
-            who, expected=f"{math.prod(shape)} values for the shape {tuple(shape)}", got=f"{len(content) - start}",
-            fix="The file is truncated or was changed: fetch it again.",
+            who, expected=f"{math.prod(shape)} values for the shape {tuple(shape)}", got=f"{len(content) - header}",
+            fix="The file is truncated or modified: fetch it again.",
         )  # fmt: skip
-    # A bytearray, because torch wants memory that may be written to.
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(shape)
+    # frombuffer needs writable memory.
+    return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)

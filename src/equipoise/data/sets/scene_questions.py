@@ -1,4 +1,4 @@
-"""What is asked and said of a scene: things are chosen for the question, so that its answers are balanced."""
+"""Questions and captions of scenes; objects are sampled for the question so that its answers are balanced."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ SHAPES = tuple(PARTS)
 PLURALS = {shape: f"{shape}s" for shape in SHAPES}
 NUMBERS = ("zero", "one", "two", "three")
 SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
-"""Word -> axis, and which end of it."""
-HELD_OUT = tuple((list(COLORS)[(place + 4) % len(COLORS)], shape) for place, shape in enumerate(SHAPES))
-"""(color, shape) that are in the test split alone: one color of each shape."""
+"""Word -> axis and direction along it."""
+HELD_OUT = tuple((list(COLORS)[(position + 4) % len(COLORS)], shape) for position, shape in enumerate(SHAPES))
+"""(color, shape) combinations of the test split only: one color of each shape."""
 KNOWN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
 
 Word = tuple[str, tuple[int, ...]]
-"""A word, and the positions of the things that it speaks of."""
+"""A word, and the indices of the objects that it refers to."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Things and a text about them; where the things stand is not decided yet.
+    """Objects and a text about them.
 
     Attributes:
-        things: in no order; those that ``answer`` needs in a place of its own are told by ``places``.
+        things: objects; ``placed_objects`` sets their positions.
         question: words before the answer.
         answer: one word, or a caption.
-        order: (axis, positions): the things must stand in this order along axis 0 (to the right) or 1 (down).
+        order: (axis, indices): order of the objects along axis 0 (to the right) or 1 (down); None for any order.
     """
 
     things: tuple[SceneObject, ...]
@@ -40,30 +40,30 @@ class Question:
 
 
 class SceneSampler:
-    """Draws things for one sample.
+    """Samples the objects of one scene.
 
     Args:
-        rng: of the sample.
-        most: things of a picture.
-        new: what is asked about has a combination of ``HELD_OUT``.
+        rng: generator of the sample.
+        most: largest number of objects in an image.
+        new: the object in question has a combination of ``HELD_OUT``.
     """
 
     def __init__(self, rng: np.random.Generator, most: int, new: bool = False) -> None:
         self.rng, self.most, self.new = rng, most, new
 
     def pair(self, allowed: Callable[[str, str], bool] = lambda color, shape: True) -> tuple[str, str]:
-        """What is asked about."""
+        """Samples the color and shape of the object in question."""
         return self._one(HELD_OUT if self.new else KNOWN, allowed)
 
     def other(self, allowed: Callable[[str, str], bool]) -> SceneObject:
-        """What stands beside it."""
+        """Samples another object."""
         return self.thing(*self._one(KNOWN, allowed))
 
     def others(self, allowed: Callable[[str, str], bool]) -> tuple[SceneObject, ...]:
         return tuple(self.other(allowed) for _ in range(self.beside()))
 
     def beside(self) -> int:
-        """How many stand beside the first: none, up to as many as there is room for."""
+        """Samples the number of other objects, from 0 to ``most`` - 1."""
         return int(self.rng.integers(self.most))
 
     def thing(self, color: str, shape: str) -> SceneObject:
@@ -78,7 +78,7 @@ class SceneSampler:
 
 
 def plain_question(words: str) -> tuple[Word, ...]:
-    """Words that speak of no thing.
+    """Splits a text into words that refer to no object.
 
     Example:
         >>> plain_question("is there")
@@ -88,21 +88,21 @@ def plain_question(words: str) -> tuple[Word, ...]:
 
 
 def color_question(chooser: SceneSampler) -> Question:
-    """What color is the car? There is one car."""
+    """Returns "what color is the car" about the only car."""
     shade, shape = chooser.pair()
     things = (chooser.thing(shade, shape), *chooser.others(lambda _, other: other != shape))
     return Question(things, (*plain_question("what color is the"), (shape, (0,))), ((shade, (0,)),))
 
 
 def object_question(chooser: SceneSampler) -> Question:
-    """What is red? One thing is."""
+    """Returns "what is red" about the only red object."""
     shade, shape = chooser.pair()
     things = (chooser.thing(shade, shape), *chooser.others(lambda other, _: other != shade))
     return Question(things, (*plain_question("what is"), (shade, (0,))), ((shape, (0,)),))
 
 
 def existence_question(chooser: SceneSampler) -> Question:
-    """Is there a red car? Where there is none, there is a red thing, or a car, or both."""
+    """Returns "is there a red car"; if the answer is no, there is another red object or another car, or both."""
     shade, shape = chooser.pair()
     if chooser.flip():
         things = (chooser.thing(shade, shape), *chooser.others(lambda *pair: pair != (shade, shape)))
@@ -110,26 +110,28 @@ def existence_question(chooser: SceneSampler) -> Question:
     halves = [lambda c, s: c == shade and s != shape, lambda c, s: c != shade and s == shape]
     first = int(chooser.rng.integers(2))
     things = [chooser.other(halves[first])]
-    for place in range(chooser.beside()):
-        things.append(chooser.other(halves[1 - first] if place == 0 else lambda *pair: pair != (shade, shape)))
+    for position in range(chooser.beside()):
+        things.append(chooser.other(halves[1 - first] if position == 0 else lambda *pair: pair != (shade, shape)))
     return Question(tuple(things), (*plain_question("is there a"), (shade, ()), (shape, ())), plain_question("no"))
 
 
 def count_question(chooser: SceneSampler) -> Question:
-    """How many cars? None to three, equally often."""
+    """Returns "how many cars", with all numbers from 0 to ``most`` equally likely."""
     number = int(chooser.rng.integers(chooser.most + 1))
     _, shape = chooser.pair()
     counted = [chooser.thing(*chooser.pair(lambda _, s: s == shape)) for _ in range(number)]
     total = max(number, 1 + chooser.beside())
     rest = [chooser.other(lambda _, s: s != shape) for _ in range(total - number)]
-    where = tuple(range(number))
+    counted_indices = tuple(range(number))
     return Question(
-        (*counted, *rest), (*plain_question("how many"), (PLURALS[shape], where)), plain_question(NUMBERS[number])
+        (*counted, *rest),
+        (*plain_question("how many"), (PLURALS[shape], counted_indices)),
+        plain_question(NUMBERS[number]),
     )
 
 
 def relation_question(chooser: SceneSampler) -> Question:
-    """What is left of the car? It stands between two others."""
+    """Returns "what is left of the car" about the middle one of three objects."""
     shapes: list[str] = []
     things = []
     for _ in range(3):
@@ -138,14 +140,14 @@ def relation_question(chooser: SceneSampler) -> Question:
         things.append(chooser.thing(*pair))
     word = list(SIDES)[int(chooser.rng.integers(len(SIDES)))]
     axis, end = SIDES[word]
-    said = f"{word} of" if axis == 0 else word
+    words = f"{word} of" if axis == 0 else word
     answer = 0 if end < 0 else 2
-    question = (*plain_question(f"what is {said} the"), (shapes[1], (1,)))
+    question = (*plain_question(f"what is {words} the"), (shapes[1], (1,)))
     return Question(tuple(things), question, ((shapes[answer], (answer,)),), order=(axis, (0, 1, 2)))
 
 
 def state_question(chooser: SceneSampler) -> Question:
-    """The red car is ... parked, or moving, with lines behind it."""
+    """Returns "the red car is" with the answer parked or moving; a moving one has lines behind it."""
     shade, shape = chooser.pair(lambda _, s: s in VEHICLES)
     things = (chooser.thing(shade, shape), *chooser.others(lambda *pair: pair != (shade, shape)))
     question = (*plain_question("the"), (shade, (0,)), (shape, (0,)), *plain_question("is"))
@@ -153,16 +155,16 @@ def state_question(chooser: SceneSampler) -> Question:
 
 
 def scene_caption(chooser: SceneSampler) -> Question:
-    """A red car and a blue truck: all things, from left to right."""
+    """Returns a caption of all objects from left to right, such as "a red car and a blue truck"."""
     things = [chooser.thing(*chooser.pair())]
     for _ in range(chooser.beside()):
         pairs = {(thing.color, thing.shape) for thing in things}
         things.append(chooser.other(lambda *pair, pairs=pairs: pair not in pairs))
     chooser.rng.shuffle(things)  # type: ignore[arg-type]
-    said: list[Word] = []
-    for place, thing in enumerate(things):
-        said += [*plain_question("and a" if place else "a"), (thing.color, (place,)), (thing.shape, (place,))]
-    return Question(tuple(things), plain_question("describe"), tuple(said), order=(0, tuple(range(len(things)))))
+    words: list[Word] = []
+    for position, thing in enumerate(things):
+        words += [*plain_question("and a" if position else "a"), (thing.color, (position,)), (thing.shape, (position,))]
+    return Question(tuple(things), plain_question("describe"), tuple(words), order=(0, tuple(range(len(things)))))
 
 
 KINDS: dict[str, Callable[[SceneSampler], Question]] = {
@@ -176,17 +178,17 @@ QUESTIONS = tuple(kind for kind in KINDS if kind != "caption")
 def placed_objects(
     asked: Question, rng: np.random.Generator, *, size: int, sides: Sequence[int], step: int, overlap: float
 ) -> Question:  # fmt: skip
-    """The same with every thing in its place: inside the picture, in the order that the answer asks for.
+    """Samples positions and sizes of the objects by rejection; the result satisfies ``asked.order``.
 
-    No two centers are closer than ``APART`` along either axis, so that "left of" and "above" are never in doubt.
+    No two centers are closer than ``APART`` along either axis, so that "left of" and "above" are unambiguous.
 
     Args:
-        asked: what is to be placed.
-        rng: of the sample.
-        size: side of the picture.
-        sides: that a thing may have, in pixels.
-        step: things stand at multiples of it, in pixels.
-        overlap: the largest part of a thing's square that another one may cover.
+        asked: question whose objects are placed.
+        rng: generator of the sample.
+        size: side of the image, in pixels.
+        sides: possible sides of an object, in pixels.
+        step: positions are multiples of it, in pixels.
+        overlap: largest fraction of an object's square that another one may cover.
     """
     while True:
         things = []
@@ -196,22 +198,23 @@ def placed_objects(
             things.append(replace(thing, x=x, y=y, side=float(side)))
         if asked.order is not None:
             things = _ordered(things, *asked.order)
-        fits = all(_fit(a, b, overlap) for place, a in enumerate(things) for b in things[:place])
+        fits = all(_fit(a, b, overlap) for position, a in enumerate(things) for b in things[:position])
         if fits and all(thing.box[0] >= 0 for thing in things):
             return replace(asked, things=tuple(things))
 
 
 APART = 3
+"""Smallest distance of two centers along each axis, in pixels."""
 
 
 def _ordered(things: list[SceneObject], axis: int, order: tuple[int, ...]) -> list[SceneObject]:
-    """The places swapped among the things until they stand in order."""
-    places = sorted(range(len(things)), key=lambda place: things[place].center[axis])
-    made = list(things)
-    for thing, place in zip(order, places, strict=True):
-        spot = things[place]
-        made[thing] = replace(things[thing], x=spot.x, y=spot.y, side=spot.side)
-    return made
+    """Permutes positions and sizes among the objects so that they are in order."""
+    positions = sorted(range(len(things)), key=lambda position: things[position].center[axis])
+    result = list(things)
+    for thing, position in zip(order, positions, strict=True):
+        source = things[position]
+        result[thing] = replace(things[thing], x=source.x, y=source.y, side=source.side)
+    return result
 
 
 def _fit(a: SceneObject, b: SceneObject, overlap: float) -> bool:

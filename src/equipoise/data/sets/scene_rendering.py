@@ -1,4 +1,4 @@
-"""Colored shapes and things drawn with Pillow, and which pixel belongs to which of them."""
+"""Renders colored shapes and vehicles with Pillow, with the object index of each pixel."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COLORS = {
 }
 DARK, LIGHT, BROWN, LINES = (84, 84, 92), (222, 236, 246), (122, 84, 52), (120, 120, 128)
 SHADE = 0.72
-"""A roof's brightness over its house's."""
+"""Brightness of a roof relative to its house."""
 FINE = 4
-"""Drawn so many times larger, then averaged."""
+"""Supersampling factor."""
 
 Part = tuple[str, tuple[float, ...], tuple[int, int, int] | float]
 
@@ -69,26 +69,26 @@ PARTS: dict[str, tuple[Part, ...]] = {
         ("rectangle", (0.54, 0.56, 0.76, 0.76), LIGHT),
     ),
 }
-"""Shape -> what it is made of, in a square of side 1 from its upper left corner; a number is a color's brightness."""
+"""Shape -> (Pillow primitive, coordinates in the unit square, RGB color or brightness of the object's color)."""
 
 SPEED: tuple[Part, ...] = tuple(
     ("rectangle", (-0.38, y, -0.08, y + 0.07), LINES) for y in (0.26, 0.46, 0.66)
 )  # fmt: skip
-"""Lines behind what moves; all drive to the right."""
+"""Lines behind moving vehicles, which all drive to the right."""
 VEHICLES = ("car", "truck")
 BEHIND = 0.4
-"""Room that the lines take, over the side."""
+"""Width of the lines, relative to the side."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing of a picture.
+    """One object of an image.
 
     Args:
         color: one of ``COLORS``.
         shape: one of ``PARTS``.
         x, y: upper left corner of its square, in pixels.
-        side: of the square, in pixels.
+        side: side of the square, in pixels.
         moving: a vehicle with lines behind it, to the left of its square.
     """
 
@@ -105,7 +105,7 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, upper, right and lower edge, the lines behind it included."""
+        """Left, upper, right and lower edge, including the lines of a moving vehicle."""
         left = self.x - BEHIND * self.side if self.moving else self.x
         return left, self.y, self.x + self.side, self.y + self.side
 
@@ -113,15 +113,15 @@ class SceneObject:
 def render_scene(
     things: Sequence[SceneObject], size: int, ground: tuple[int, int, int] = (238, 238, 234)
 ) -> tuple[UInt8[np.ndarray, "3 size size"], Int[np.ndarray, "size size"]]:
-    """A picture of things, later ones in front of earlier ones, and the owner of every pixel.
+    """Renders objects, later ones in front of earlier ones.
 
     Args:
-        things: what is drawn.
-        size: side of the picture in pixels.
-        ground: color behind them.
+        things: objects.
+        size: side of the image, in pixels.
+        ground: background color.
 
     Returns:
-        The picture, and the position in ``things`` of what covers at least half of the pixel, -1 where nothing does.
+        The image, and for each pixel the index of the object that covers at least half of it, or -1.
 
     Example:
         >>> picture, owner = render_scene([SceneObject("red", "square", x=2, y=2, side=4)], 8)
@@ -129,14 +129,14 @@ def render_scene(
         ([214, 44, 44], 0, -1)
     """
     large = (size * FINE, size * FINE)
-    picture, who = Image.new("RGB", large, ground), Image.new("L", large, 0)
-    brush, marker = ImageDraw.Draw(picture), ImageDraw.Draw(who)
+    picture, labels = Image.new("RGB", large, ground), Image.new("L", large, 0)
+    brush, marker = ImageDraw.Draw(picture), ImageDraw.Draw(labels)
     for number, thing in enumerate(things, start=1):
         for form, points, paint in PARTS[thing.shape] + (SPEED if thing.moving else ()):
-            scaled = _scaled(thing, points)
-            getattr(brush, form)(scaled, fill=_mixed(thing.color, paint))
+            scaled = _to_pixels(thing, points)
+            getattr(brush, form)(scaled, fill=_rgb(thing.color, paint))
             getattr(marker, form)(scaled, fill=number)
-    fine = np.asarray(who).reshape(size, FINE, size, FINE)
+    fine = np.asarray(labels).reshape(size, FINE, size, FINE)
     covers = [(fine == number).mean(axis=(1, 3)) >= 0.5 for number in range(1, len(things) + 1)]
     owner = np.full((size, size), -1)
     for number, covered in enumerate(covers):
@@ -145,7 +145,7 @@ def render_scene(
 
 
 def patches_of(owner: Int[np.ndarray, "size size"], things: Sequence[int], patch: int) -> np.ndarray:
-    """(patch,) True for the patches, row by row, that hold a pixel of one of these things.
+    """Returns (patch,) bool, row by row: True if a patch contains a pixel of one of the given objects.
 
     Example:
         >>> patches_of(np.array([[-1, -1, 0, -1], [-1, -1, -1, -1], [-1] * 4, [1] * 4]), [0], 2).tolist()
@@ -155,12 +155,12 @@ def patches_of(owner: Int[np.ndarray, "size size"], things: Sequence[int], patch
     return np.isin(owner, list(things)).reshape(count, patch, count, patch).any(axis=(1, 3)).reshape(-1)
 
 
-def _scaled(thing: SceneObject, points: tuple[float, ...]) -> list[float]:
+def _to_pixels(thing: SceneObject, points: tuple[float, ...]) -> list[float]:
     start = (thing.x, thing.y)
-    return [FINE * (start[place % 2] + thing.side * point) for place, point in enumerate(points)]
+    return [FINE * (start[index % 2] + thing.side * point) for index, point in enumerate(points)]
 
 
-def _mixed(color: str, paint: tuple[int, int, int] | float) -> tuple[int, int, int]:
+def _rgb(color: str, paint: tuple[int, int, int] | float) -> tuple[int, int, int]:
     if isinstance(paint, tuple):
         return paint
     red, green, blue = (round(paint * part) for part in COLORS[color])

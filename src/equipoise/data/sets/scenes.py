@@ -1,4 +1,4 @@
-"""`scenes`: pictures of colored shapes and vehicles with captions, questions and the true patches of every word."""
+"""`scenes`: rendered shapes and vehicles with captions, questions, and the patches that each word refers to."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .text_codes import END, IDS, IMAGE, PAD, WORDS
 
 SIZE, PATCH = 48, 8
 LONGEST = 14
-"""Words of the longest text, the picture's place and the end included."""
+"""Length of the longest text in words, with the image token and the end token."""
 GROUND = (222, 250)
-"""Darkest and lightest ground."""
+"""Range of the background's brightness."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """How hard the pictures are.
+    """Difficulty of the images.
 
     Attributes:
-        most: things in a picture.
-        sides: of the things' squares, in pixels.
-        step: things stand at multiples of it, in pixels; at ``PATCH`` a thing meets all patches alike wherever it is.
-        overlap: part of a thing's square that another one may cover.
-        noise: standard deviation of the pixels' noise, that of the pixels being 1.
-        kinds: what the samples are, in turn.
+        most: largest number of objects in an image.
+        sides: possible sides of an object, in pixels.
+        step: positions are multiples of it, in pixels; with ``PATCH`` objects are aligned to the patches.
+        overlap: largest fraction of an object's square that another one may cover.
+        noise: standard deviation of the noise on standardized pixels.
+        kinds: kinds of samples, in turn.
     """
 
     most: int
@@ -48,7 +48,7 @@ class Level:
 
 
 ALL = ("caption", *KINDS)
-"""A caption twice as often as a question of any kind."""
+"""Captions occur twice as often as each kind of question."""
 LEVELS = {
     1: Level(2, (16,), 8, 0.0, 0.1, tuple(kind for kind in ALL if kind not in ("count", "relation"))),
     2: Level(3, (16, 24), 8, 0.0, 0.2, ALL),
@@ -58,16 +58,16 @@ LEVELS = {
 
 @dataclass(frozen=True, eq=False)
 class RenderedSplit:
-    """The samples of a split, as they are drawn and written.
+    """The rendered samples of a split.
 
     Attributes:
-        pictures: (sample, 3, 48, 48).
-        text, labels: (sample, word) ids; what is predicted, and -100.
-        regions: (sample, word, patch) True where a thing is that the word speaks of.
-        covered: (sample, patch) True where any thing is.
-        kinds: of the samples.
-        new: (sample,) True where what is asked about has a held-out combination.
-        things: of the pictures.
+        pictures: (sample, 3, 48, 48) images.
+        text, labels: (sample, word) ids; labels are -100 where nothing is predicted.
+        regions: (sample, word, patch) True for the patches of the objects that a word refers to.
+        covered: (sample, patch) True for the patches of all objects.
+        kinds: kind of each sample.
+        new: (sample,) True if the object in question has a held-out combination.
+        things: objects of each image.
     """
 
     pictures: UInt8[Tensor, "sample 3 size size"]
@@ -81,20 +81,20 @@ class RenderedSplit:
 
 
 class Scenes(Dataset):
-    """Pictures (3, 48, 48) of one to three colored things, each with a question and its answer, or with a caption.
+    """Images (3, 48, 48) of one to three colored objects, each with a question and its answer, or with a caption.
 
-    A text is ``<image> what color is the car | red`` or ``<image> describe | a red car and a blue truck <end>``; what
-    stands behind the bar is to be predicted. Eight combinations, one color of each shape, are in the test split
-    alone, where every second sample asks about one of them. See docs/data/scenes.md.
+    A text is ``<image> what color is the car | red`` or ``<image> describe | a red car and a blue truck <end>``; the
+    model predicts the part after the bar. Eight combinations, one color of each shape, occur in the test split
+    only, where every second sample is about one of them. See docs/data/scenes.md.
 
     Args:
-        level: 1: one or two things of one size, in line with the patches; 2: up to three, small and large, counted and
-            put in relation; 3: of any size anywhere, with overlap and more noise.
-        samples: of the training split; validation has a sixteenth of them, the test an eighth.
-        seed: of everything that is drawn.
+        level: 1: one or two objects of one size, aligned to the patches; 2: up to three in two sizes, also with
+            questions on counts and relations; 3: any sizes and positions, with overlap and more noise.
+        samples: size of the training split; validation has 1/16 and test 1/8 of it.
+        seed: seed of all random numbers.
 
     Raises:
-        ConfigError: an unknown level, fewer than 128 samples.
+        ConfigError: an unknown level, or fewer than 128 samples.
 
     Example:
         >>> data = Scenes(samples=128)
@@ -117,12 +117,12 @@ class Scenes(Dataset):
             raise ConfigError("Scenes", expected="samples >= 128", got=f"samples = {samples}")
         self.level = level
         sizes = {"train": samples, "val": samples // 16, "test": samples // 8}
-        self._made = {split: render_split(split, size, level, seed) for split, size in sizes.items()}
-        pixels = self._made["train"].pictures.float() / 255
+        self._rendered = {split: render_split(split, size, level, seed) for split, size in sizes.items()}
+        pixels = self._rendered["train"].pictures.float() / 255
         self._mean, self._deviation = pixels.mean().item(), pixels.std(correction=0).item()
         self.train, self.val, self.test = (
             Split({"image": part.pictures, "text": part.text, "labels": part.labels}, _answers(part))
-            for part in self._made.values()
+            for part in self._rendered.values()
         )
         self.noise = {"image": (0.0, 1.0)}
 
@@ -131,43 +131,43 @@ class Scenes(Dataset):
         return {**inputs, "image": add_noise(pictures, LEVELS[self.level].noise, draw, "image")}
 
     def standardized(self, pictures: UInt8[Tensor, "*lead 3 size size"]) -> Float[Tensor, "*lead 3 size size"]:
-        """Pixels from 0 to 255 as a model gets them: 0 is the mean of the training pictures, 1 a deviation from it."""
+        """Standardizes pixels from 0 to 255 with the mean and standard deviation of the training images."""
         return (pictures.float() / 255 - self._mean) / self._deviation
 
     def kinds(self, split: str) -> tuple[str, ...]:
-        """What each sample is: "caption", or the type of its question."""
+        """Returns the kind of each sample: "caption", or the type of its question."""
         return self._part(split).kinds
 
     def new(self, split: str) -> Bool[Tensor, " sample"]:
-        """True for the samples that ask about a held-out combination; all are False outside the test split."""
+        """Returns True for samples about a held-out combination, which only the test split has."""
         return self._part(split).new
 
     def regions(self, split: str, index: Int[Tensor, " batch"]) -> Bool[Tensor, "batch word patch"]:
-        """The true patches of every word, row by row from the upper left; none for a word that names no thing there."""
+        """Returns the patches of the objects that each word refers to, row by row; all False for other words."""
         return self._part(split).regions[index]
 
     def covered(self, split: str, index: Int[Tensor, " batch"]) -> Bool[Tensor, "batch patch"]:
-        """The patches where any thing is."""
+        """Returns the patches that contain any object."""
         return self._part(split).covered[index]
 
     def things(self, split: str, index: int) -> tuple[SceneObject, ...]:
-        """What the picture of a sample shows."""
+        """Returns the objects in the image of a sample."""
         return self._part(split).things[index]
 
     def words(self, split: str, index: int) -> list[str]:
-        """The text of a sample, padding left out."""
+        """Returns the words of a sample, without padding."""
         return [WORDS[number] for number in self._part(split).text[index].tolist() if WORDS[number] != PAD]
 
     def _part(self, split: str) -> RenderedSplit:
         self.split(split)
-        return self._made[split]
+        return self._rendered[split]
 
 
 @lru_cache(maxsize=6)
 def render_split(split: str, count: int, level: int, seed: int) -> RenderedSplit:
-    """The samples of a split, each a function of the seed, the split, the level and its position alone."""
-    kinds = tuple(LEVELS[level].kinds[place % len(LEVELS[level].kinds)] for place in range(count))
-    rows = [_sample(split, place, kind, level, seed) for place, kind in enumerate(kinds)]
+    """Renders a split; a sample is a function of seed, split, level and index alone."""
+    kinds = tuple(LEVELS[level].kinds[position % len(LEVELS[level].kinds)] for position in range(count))
+    rows = [_sample(split, position, kind, level, seed) for position, kind in enumerate(kinds)]
     pictures, text, labels, regions, covered, new, things = zip(*rows, strict=True)
     return RenderedSplit(
         torch.from_numpy(np.stack(pictures)), torch.tensor(text), torch.tensor(labels),
@@ -175,9 +175,9 @@ def render_split(split: str, count: int, level: int, seed: int) -> RenderedSplit
     )  # fmt: skip
 
 
-def _sample(split: str, place: int, kind: str, level: int, seed: int) -> tuple:
+def _sample(split: str, position: int, kind: str, level: int, seed: int) -> tuple:
     chosen = LEVELS[level]
-    rng = np.random.default_rng((seed, ("train", "val", "test").index(split), level, place))
+    rng = np.random.default_rng((seed, ("train", "val", "test").index(split), level, position))
     new = split == "test" and bool(rng.integers(2))
     asked = KINDS[kind](SceneSampler(rng, chosen.most, new))
     asked = placed_objects(asked, rng, size=SIZE, sides=chosen.sides, step=chosen.step, overlap=chosen.overlap)
@@ -189,7 +189,7 @@ def _sample(split: str, place: int, kind: str, level: int, seed: int) -> tuple:
 
 
 def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
-    """The ids of a text and its labels, both padded to ``LONGEST``; a caption has to find its end too.
+    """Returns the ids of a text and its labels, both padded to ``LONGEST``; captions end with the end token.
 
     Example:
         >>> asked = Question((), (("what", ()), ("is", ()), ("red", (0,))), (("car", (0,)),))
@@ -203,11 +203,11 @@ def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
 
 
 def regions_of(asked: Question, owner: Int[np.ndarray, "size size"]) -> Bool[np.ndarray, "word patch"]:
-    """The true patches of every word of the text that ``written`` makes."""
+    """Returns the patches of the objects that each word of ``format_samples`` refers to."""
     regions = np.zeros((LONGEST, (SIZE // PATCH) ** 2), dtype=bool)
-    for place, (_, things) in enumerate((*asked.question, *asked.answer), start=1):
+    for position, (_, things) in enumerate((*asked.question, *asked.answer), start=1):
         if things:
-            regions[place] = patches_of(owner, things, PATCH)
+            regions[position] = patches_of(owner, things, PATCH)
     return regions
 
 

@@ -23,9 +23,9 @@ class Recordings:
 
     Attributes:
         spectrograms: (recording, 64, 40) log-mel energies.
-        digit: (recording,) what is said.
-        speaker: (recording,) who says it, index into the speakers asked for.
-        take: (recording,) the number at the end of the file's name.
+        digit: (recording,) spoken digit.
+        speaker: (recording,) index into the requested speakers.
+        take: (recording,) number at the end of the file name.
     """
 
     spectrograms: Float[Tensor, "recording 64 40"]
@@ -35,15 +35,15 @@ class Recordings:
 
 
 def read_recordings(folder: Path, speakers: tuple[str, ...], floor: float) -> Recordings:
-    """All wav files of a folder.
+    """Reads all wav files of a folder.
 
     Args:
-        folder: with files named {digit}_{speaker}_{take}.wav, 8 kHz mono.
-        speakers: names that may occur; each must, with every digit.
-        floor: of the spectrograms' logarithm.
+        folder: contains files named {digit}_{speaker}_{take}.wav, 8 kHz mono.
+        speakers: expected speakers; each must have recordings of all digits.
+        floor: see ``log_mel``.
 
     Raises:
-        DataError: a file whose name or content is wrong, or a digit that a speaker does not say.
+        DataError: an invalid file name or file, or a digit without a recording of some speaker.
     """
     labeled = sorted((_labels(path, speakers), path) for path in folder.glob("*.wav"))
     missing = {(d, s) for d in range(10) for s in range(len(speakers))} - {labels[:2] for labels, _ in labeled}
@@ -54,17 +54,17 @@ def read_recordings(folder: Path, speakers: tuple[str, ...], floor: float) -> Re
             got=f"{len(labeled)} recordings, none of them {digit}_{speakers[speaker]}_*.wav",
         )  # fmt: skip
     waveforms = torch.stack([framed(read_wav(path)) for _, path in labeled])
-    # In chunks, because the frames of all recordings at once would take half a gigabyte.
+    # In chunks: the frames of all recordings at once would take 0.5 GB.
     spectrograms = torch.cat([log_mel(chunk, floor) for chunk in waveforms.split(256)])
     digit, speaker, take = torch.tensor([labels for labels, _ in labeled]).unbind(dim=1)
     return Recordings(spectrograms, digit, speaker, take)
 
 
 def read_wav(path: Path) -> Float[Tensor, " sample"]:
-    """A mono recording at 8 kHz, in [-1, 1].
+    """Reads a mono recording at 8 kHz, in [-1, 1].
 
     Raises:
-        DataError: what ``media.load_sound`` refuses; several channels, or another rate.
+        DataError: as ``load_audio``; several channels, or another rate.
     """
     values, rate = load_audio(path, who="recording")
     who = f"recording '{path}'"

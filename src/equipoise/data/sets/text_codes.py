@@ -1,4 +1,4 @@
-"""The words of the scenes: a text as ids and back, one id a word."""
+"""Tokenizer of the scenes: converts text to word ids and back."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ IDS = {word: number for number, word in enumerate(WORDS)}
 
 
 def encode_text(text: str) -> list[int]:
-    """The ids of a text; question marks and full stops are not words.
+    """Encodes a text as word ids; question marks and periods are ignored.
 
     Raises:
-        ConfigError: no word at all, or one that the scenes do not have; the closest is given.
+        ConfigError: no word, or an unknown word; the message lists the closest ones.
 
     Example:
         >>> [WORDS[number] for number in encode_text("The red car is parked.")]
@@ -37,7 +37,7 @@ def encode_text(text: str) -> list[int]:
 
 
 def decode_text(ids: Iterable[int]) -> str:
-    """The text of ids, up to the end; padding and the picture's place are left out.
+    """Decodes ids up to the end token; padding and image tokens are skipped.
 
     Example:
         >>> decode_text([IDS["a"], IDS["car"], IDS[END], IDS["red"]])

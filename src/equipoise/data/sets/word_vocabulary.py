@@ -1,4 +1,4 @@
-"""Captions as numbers: a word has its own, and a word that was never seen is read by its letters, three at a time."""
+"""Vocabulary of words, with letter trigrams for unknown words."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PADDING = 0
 
 
 class WordVocabulary:
-    """The words of some captions, numbered in the order of the alphabet; a function of the captions alone.
+    """Vocabulary of the words of some captions, in alphabetical order; a function of the captions alone.
 
-    Number 0 is padding, then come the words, then the trigrams of their letters, with a mark at both ends of the word.
+    Id 0 is padding; word ids and then the ids of letter trigrams follow. Trigrams include markers at both word ends.
 
     Args:
-        captions: whose words are known.
-        length: longest text, in numbers.
+        captions: texts whose words form the vocabulary.
+        length: largest number of ids of a text.
 
     Raises:
         ConfigError: a length below 1, or captions without any word.
@@ -49,29 +49,30 @@ class WordVocabulary:
         return 1 + len(self.words) + len(self.pieces)
 
     def unseen(self, text: str) -> list[str]:
-        """The words of a text that no caption had."""
+        """Returns the words of a text that are not in the vocabulary."""
         return [word for word in split_words(text) if word not in self.words]
 
     def spelled(self, word: str) -> list[int]:
-        """A word by its letters: the numbers of those of its trigrams that are known."""
+        """Encodes a word by the ids of its known trigrams."""
         return [self.pieces[piece] for piece in trigrams(word) if piece in self.pieces]
 
     def numbers(self, text: str) -> list[list[int]]:
-        """Word by word: one number, or those of its letters where the word is not known."""
+        """Encodes each word: one id, or those of its trigrams if the word is unknown."""
         return [[self.words[word]] if word in self.words else self.spelled(word) for word in split_words(text)]
 
     def encode(self, texts: Sequence[str], who: str = "Words") -> Int[Tensor, "text length"]:
-        """The texts as rows of numbers, padded with 0.
+        """Encodes texts as rows of ids, padded with 0.
 
         Raises:
-            ShapeError: a text that is empty, or longer than ``length``. ConfigError: one of which nothing is known.
+            ShapeError: a text is empty or longer than ``length``.
+            ConfigError: a text has neither a known word nor a known trigram.
         """
-        rows = [self._checked(text, place, [n for word in self.numbers(text) for n in word], who)
-                for place, text in enumerate(texts)]  # fmt: skip
+        rows = [self._checked(text, index, [n for word in self.numbers(text) for n in word], who)
+                for index, text in enumerate(texts)]  # fmt: skip
         return pad_sequences(rows, self.length)
 
-    def _checked(self, text: str, place: int, row: list[int], who: str) -> list[int]:
-        where = who if place == 0 else f"{who}, text {place}"
+    def _checked(self, text: str, index: int, row: list[int], who: str) -> list[int]:
+        where = who if index == 0 else f"{who}, text {index}"
         if not split_words(text):
             raise ShapeError(where, expected="a text with a word in it", got=repr(text), fix="Say what is meant.")
         if not row:
@@ -87,7 +88,7 @@ class WordVocabulary:
 
 
 def pad_sequences(rows: Sequence[Sequence[int]], length: int) -> Int[Tensor, "row length"]:
-    """Rows of numbers, cut to a length and filled up with 0.
+    """Truncates rows of ids to a length and pads them with 0.
 
     Example:
         >>> pad_sequences([[5, 7], [3, 4, 6, 8]], 3)
@@ -98,7 +99,7 @@ def pad_sequences(rows: Sequence[Sequence[int]], length: int) -> Int[Tensor, "ro
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in lower case, without signs.
+    """Splits a text into lower-case words, without punctuation.
 
     Example:
         >>> split_words("Kiss: WOMAN, man")
@@ -108,11 +109,11 @@ def split_words(text: str) -> list[str]:
 
 
 def trigrams(word: str) -> list[str]:
-    """Three letters at a time, with marks at both ends.
+    """Returns the letter trigrams of a word, with markers at both ends.
 
     Example:
         >>> trigrams("red")
         ['<re', 'red', 'ed>']
     """
     marked = f"<{word}>"
-    return [marked[place : place + 3] for place in range(len(marked) - 2)]
+    return [marked[start : start + 3] for start in range(len(marked) - 2)]

@@ -111,13 +111,13 @@ class Recipe:
         methods: default methods of ``compare``.
         seeds: default number of seeds of ``compare``, starting at 0.
         folds: default folds of ``compare``; empty for data without folds.
-        fusions: name -> options; ``"fusion"`` names the class where the key is a name of your own, ``"train"`` holds
-            training options of this variant alone.
-        balancers: name -> options; ``"balancer"`` names the class where the key is a name of your own.
+        fusions: name -> options; ``"fusion"`` is the class if the key is not one, ``"train"`` the training options of this
+            variant only.
+        balancers: name -> options; ``"balancer"`` is the class if the key is not one.
         train: training options.
-        model: what is trained where that is no fusion of one target: ``{"name": class in equipoise.models.dual_encoder, language or
-            correspondence, option: value, ...}``; methods are then the names under ``variants``.
-        variants: name -> options of the model in this variant; ``"train"`` holds training options of it alone.
+        model: a self-contained model to train instead of fusions: ``{"name": class in equipoise.models, option: value,
+            ...}``; methods are then the names under ``variants``.
+        variants: name -> options of the model in this variant; ``"train"`` is the training options of this variant only.
         noise_modality: modality to replace by noise in the attention test; by default the one with the largest share
             on validation data.
         reference: method that others are compared with; by default the first static fusion.
@@ -259,7 +259,7 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
 
 def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> dict[str, Any]:
     """Checks values against the annotations of a dataclass and returns those to construct it with."""
-    hints, made = typing.get_type_hints(cls), {}
+    hints, result = typing.get_type_hints(cls), {}
     for field_ in fields(cls):
         if field_.name not in content:
             if field_.default is MISSING and field_.default_factory is MISSING:
@@ -275,8 +275,8 @@ def _checked(cls: type, content: dict[str, Any], who: str, prefix: str = "") -> 
                 fix=_advice(value, hint),
             )
         is_float = hint is float or float in typing.get_args(hint)
-        made[field_.name] = float(value) if is_float and isinstance(value, int) else copy.deepcopy(value)
-    return made
+        result[field_.name] = float(value) if is_float and isinstance(value, int) else copy.deepcopy(value)
+    return result
 
 
 def _innermost(where: str, value: Any, hint: Any) -> tuple[str, Any, Any]:

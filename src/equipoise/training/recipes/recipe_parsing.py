@@ -48,7 +48,7 @@ def parse(text: str, who: str) -> Any:
         raise ConfigError(
             who, expected="finite numbers of at most 19 digits, texts, lists, and mappings with texts as keys",
             got=shorten_repr(_culprit(content)),
-            fix="Put quotes around what is meant as a text.",
+            fix="Quote values that are strings.",
         )  # fmt: skip
     return content
 
