@@ -56,7 +56,7 @@ def scene(name, rank, wrapped=True):
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
 
-def nobody(rank):
+def no_samples(rank):
     """No sample has an image: both processes skip its pairs without deadlock."""
     parts = {name: torch.eye(3, dtype=torch.float64).requires_grad_() for name in ("audio", "image")}
     loss = InfoNCE().double()(parts, present={"image": torch.zeros(3, dtype=torch.bool)})
@@ -96,7 +96,7 @@ def by_itself(rank):
 
 
 SCENES = {"by_itself": by_itself} | {name: lambda rank, name=name: scene(name, rank) for name in MADE} | {
-    "alone": lambda rank: scene("siglip", rank, wrapped=False), "nobody": nobody, "queries": queries
+    "alone": lambda rank: scene("siglip", rank, wrapped=False), "no_samples": no_samples, "queries": queries
 }  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def test_halves_of_the_batch_have_a_different_loss():
 
 def test_modality_absent_in_all_processes_is_excluded(found):
     for process in found:
-        assert float(process["nobody"]["loss"]) == 0.0
-        assert float(process["nobody"]["grad"].abs().max()) == 0.0
+        assert float(process["no_samples"]["loss"]) == 0.0
+        assert float(process["no_samples"]["grad"].abs().max()) == 0.0
 
 
 def test_one_process_can_evaluate_without_gathering(found):
