@@ -107,12 +107,12 @@ def instantiate(
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the type hints of the parameters, except types that are imported for type checking only."""
     target: Any = vars(function).get("__init__", function.__init__) if inspect.isclass(function) else function
-    found = {}
+    classes = {}
     for name, hint in getattr(target, "__annotations__", {}).items():
         with contextlib.suppress(NameError):
             one = type("One", (), {"__annotations__": {name: hint}})
-            found |= typing.get_type_hints(one, globalns=getattr(target, "__globals__", {}))
-    return found
+            classes |= typing.get_type_hints(one, globalns=getattr(target, "__globals__", {}))
+    return classes
 
 
 def _quoted(value: Any) -> str:

@@ -141,9 +141,9 @@ class ConsistencyLoss(nn.Module):
         return losses.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
     def _parts(self, tokens: Mapping[str, Tokens | Tensor] | Output) -> list[Tokens]:
-        found = tokens.tokens if isinstance(tokens, Output) else tokens
-        parts = [(part if isinstance(part, Tokens) else Tokens(part)).zero_masked() for part in found.values()]
-        for name, part in zip(found, parts, strict=True):
+        streams = tokens.tokens if isinstance(tokens, Output) else tokens
+        parts = [(part if isinstance(part, Tokens) else Tokens(part)).zero_masked() for part in streams.values()]
+        for name, part in zip(streams, parts, strict=True):
             if self.dim is not None and part.dim != self.dim:
                 raise ShapeError(f"ConsistencyLoss '{name}'", expected=f"width dim = {self.dim}", got=f"{part.dim}")
         return parts

@@ -38,10 +38,10 @@ def soft_matching(
             scores = scores.masked_fill(~mask.unsqueeze(dim), -math.inf)
     if dustbin is not None:
         scores = F.pad(scores, (0, 1, 0, 1), value=dustbin)
-    found = _sinkhorn(scores, sinkhorn, dustbin is not None) if sinkhorn else _softmax(scores)
+    matching = _sinkhorn(scores, sinkhorn, dustbin is not None) if sinkhorn else _softmax(scores)
     if dustbin is not None:
-        found = found[..., :-1, :-1]
-    return found if rows is None else found * rows[..., None]
+        matching = matching[..., :-1, :-1]
+    return matching if rows is None else matching * rows[..., None]
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -53,17 +53,17 @@ def _sinkhorn(scores: Tensor, rounds: int, dustbin: bool) -> Tensor:
     """Runs Sinkhorn iterations in the log domain; the row and column of the dustbin are not normalized."""
     lowest = torch.finfo(scores.dtype).min / 4
     scores = scores.clamp(min=lowest)
-    kept = slice(None, -1) if dustbin else slice(None)
+    inner = slice(None, -1) if dustbin else slice(None)
     for _ in range(rounds):
         for dim in (-2, -1):
             total = scores.logsumexp(dim=dim, keepdim=True)
             # Rows and columns without valid entries are not normalized to a sum of 1.
             total = total.masked_fill(total <= lowest / 2, 0.0)
-            part = total[..., kept, :] if dim == -1 else total[..., kept]
+            part = total[..., inner, :] if dim == -1 else total[..., inner]
             free = torch.zeros_like(total)
             if dim == -1:
-                free[..., kept, :] = part
+                free[..., inner, :] = part
             else:
-                free[..., kept] = part
+                free[..., inner] = part
             scores = scores - free
     return scores.exp().masked_fill(scores <= lowest / 2, 0.0)

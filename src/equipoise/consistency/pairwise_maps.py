@@ -179,11 +179,11 @@ def _numbered(blocks: Blocks, names: Sequence[str] | None) -> tuple[dict[tuple[i
         if all(isinstance(key, int) for key in keys):
             keys = list(range(max(keys, default=-1) + 1))  # type: ignore[type-var]
         order = [str(key) for key in keys] if names is None else list(names)
-        place = {key: number for number, key in enumerate(keys if names is None else names)}
-        unknown = [key for key in keys if key not in place]
+        index = {key: number for number, key in enumerate(keys if names is None else names)}
+        unknown = [key for key in keys if key not in index]
         if unknown:
             raise ConfigError("supermatrix names", expected=f"the modalities {keys}", got=f"none called {unknown[0]!r}")
-        pairs = {(place[i], place[j]): part for (i, j), part in blocks.items()}  # type: ignore[index]
+        pairs = {(index[i], index[j]): part for (i, j), part in blocks.items()}  # type: ignore[index]
     for (i, j), part in pairs.items():
         where = f"supermatrix block ({order[i]}, {order[j]})"
         if not isinstance(part, Tensor) or part.ndim < 2 or not part.is_floating_point():

@@ -79,8 +79,8 @@ class _NuclearNorm(torch.autograd.Function):
 
 def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = (values > SMALLEST * values[..., :1]).to(matrix.dtype)
-    return (left * kept[..., None, :]) @ right, values.sum(dim=-1)
+    nonzero = (values > SMALLEST * values[..., :1]).to(matrix.dtype)
+    return (left * nonzero[..., None, :]) @ right, values.sum(dim=-1)
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +88,8 @@ def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
     _, left = torch.linalg.eigh(matrix @ matrix.transpose(-1, -2))
     rows = left.transpose(-1, -2) @ matrix
     values = torch.linalg.vector_norm(rows, dim=-1)
-    kept = values > SMALLEST * values.amax(dim=-1, keepdim=True)
-    inverse = torch.where(kept, 1 / values.masked_fill(~kept, 1.0), 0.0)
+    nonzero = values > SMALLEST * values.amax(dim=-1, keepdim=True)
+    inverse = torch.where(nonzero, 1 / values.masked_fill(~nonzero, 1.0), 0.0)
     return left @ (rows * inverse[..., None]), values.sum(dim=-1)
 
 

@@ -57,10 +57,10 @@ def synchronize(
         _, vectors = torch.linalg.eigh((whole + whole.transpose(-1, -2)) / 2)
         stack = num_modalities**0.5 * vectors[..., -size:].unflatten(-2, (num_modalities, size))
         free = stack @ stack[..., :1, :, :].transpose(-1, -2)
-        made = {"hard": _permutations, "soft": _soft, "orthogonal": _orthogonal}[kind](free, temperature, rounds)
+        maps = {"hard": _permutations, "soft": _soft, "orthogonal": _orthogonal}[kind](free, temperature, rounds)
         # The first modality is the reference.
-        made[..., 0, :, :] = torch.eye(size, dtype=made.dtype, device=made.device)
-        found = made.flatten(-3, -2)
+        maps[..., 0, :, :] = torch.eye(size, dtype=maps.dtype, device=maps.device)
+        found = maps.flatten(-3, -2)
         return (found @ found.transpose(-1, -2)).to(matrix.dtype)
 
 
@@ -77,11 +77,11 @@ def _permutations(free: Tensor, temperature: float, rounds: int) -> Tensor:
         from scipy.optimize import linear_sum_assignment
 
     flat = free.reshape(-1, *free.shape[-2:])
-    made = torch.zeros_like(flat)
+    result = torch.zeros_like(flat)
     for number, scores in enumerate(flat.cpu().numpy()):
         rows, columns = linear_sum_assignment(scores, maximize=True)
-        made[number, torch.from_numpy(rows), torch.from_numpy(columns)] = 1.0
-    return made.view_as(free)
+        result[number, torch.from_numpy(rows), torch.from_numpy(columns)] = 1.0
+    return result.view_as(free)
 
 
 def _soft(free: Tensor, temperature: float, rounds: int) -> Tensor:

@@ -79,15 +79,15 @@ def _by_values(model: RecordedFusion, tokens: Mapping[str, Tokens]) -> dict[str,
     if not isinstance(head, nn.Linear):
         raise _not_linear(f"JointAttention with a head {type(head).__name__}", "The head must be linear.")
     layer = fusion.attention
-    found = {}
+    contributions = {}
     for number, name in enumerate(fusion.names):
         with _values_of(layer, number):
             attended = fusion(tokens).features - layer.out.bias
-        found[name] = nn.functional.linear(attended, head.weight)
+        contributions[name] = nn.functional.linear(attended, head.weight)
     with _values_of(layer, SPECIAL):
-        rest = head(fusion(tokens).features) / len(found)
+        rest = head(fusion(tokens).features) / len(contributions)
     ensemble_logits = model.ensemble_logits(model.fuse(tokens))
-    return {name: part + rest + ensemble_logits.get(name, 0.0) for name, part in found.items()}
+    return {name: part + rest + ensemble_logits.get(name, 0.0) for name, part in contributions.items()}
 
 
 @contextmanager
@@ -96,8 +96,8 @@ def _values_of(layer: Attention, label: int) -> Iterator[None]:
 
     def only(core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         query, key, value = args
-        kept = (kwargs["modality"] == label).to(value.device)
-        return (query, key, value * kept[:, None].to(value.dtype)), kwargs
+        selected = (kwargs["modality"] == label).to(value.device)
+        return (query, key, value * selected[:, None].to(value.dtype)), kwargs
 
     handle = layer.core.register_forward_pre_hook(only, with_kwargs=True)
     try:

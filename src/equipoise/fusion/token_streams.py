@@ -82,8 +82,8 @@ def last_valid(part: Tokens) -> Float[Tensor, "batch dim"]:
         return part.values.new_zeros(part.values.shape[0], part.dim)
     if part.mask is None:
         return part.values[:, -1]
-    place = (part.mask * torch.arange(len(part), device=part.values.device)).argmax(dim=1)
-    last = part.values.gather(1, place[:, None, None].expand(-1, 1, part.dim))[:, 0]
+    position = (part.mask * torch.arange(len(part), device=part.values.device)).argmax(dim=1)
+    last = part.values.gather(1, position[:, None, None].expand(-1, 1, part.dim))[:, 0]
     return last.masked_fill(~part.present()[:, None], 0.0)
 
 

@@ -200,12 +200,12 @@ def _kind(path: Path) -> str:
 
 def _check_above(path: Path, who: str, what: str) -> None:
     """Raises ConfigError if the path cannot be created because of its parent folders."""
-    place = path.absolute().parent
-    while _kind(place) == "nothing" and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
+    folder = path.absolute().parent
+    while _kind(folder) == "nothing" and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
         raise _no_folder(path, who, os.strerror(errno.ENOTDIR), what)
-    _check_writable(place, path, who, what)
+    _check_writable(folder, path, who, what)
 
 
 def _check_writable(place: Path, path: Path, who: str, what: str) -> None:

@@ -40,9 +40,9 @@ def digest(path: Path) -> str:
 
 def checksum(state: Any) -> str:
     """Computes the SHA-256 hash of all names, values and tensors of a nested state."""
-    found = hashlib.sha256()
-    _add(found, state)
-    return found.hexdigest()
+    digest = hashlib.sha256()
+    _add(digest, state)
+    return digest.hexdigest()
 
 
 def _add(found: Any, part: Any) -> None:

@@ -138,7 +138,7 @@ def select_queries(call: AttentionCall, index: Int[Tensor, "batch n"] | None) ->
     mask = call.mask
     if mask is not None and mask.shape[2] > 1:
         mask = mask.expand(batch, -1, -1, -1).gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    found = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
+    selected = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
     if call.is_causal:
-        found = found.with_mask(torch.arange(keys, device=index.device) <= at)
-    return found
+        selected = selected.with_mask(torch.arange(keys, device=index.device) <= at)
+    return selected

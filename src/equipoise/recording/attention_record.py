@@ -303,10 +303,10 @@ class AttentionRecord:
         tokens, labels = self.tokens(layer).nan_to_num(0.0), self.labels(layer)
         mean = tokens.mean(dim=1)
         top = mean.topk(min(top_k, mean.shape[-1]), dim=-1).indices
-        kept = tokens.scatter(2, top[:, None].expand(-1, tokens.shape[1], -1), 0.0)
+        remaining = tokens.scatter(2, top[:, None].expand(-1, tokens.shape[1], -1), 0.0)
         one_hot = labels[..., None] == torch.arange(len(record.names))
-        share = kept @ one_hot.to(kept.dtype)
-        return share / kept.sum(dim=-1, keepdim=True)
+        share = remaining @ one_hot.to(remaining.dtype)
+        return share / remaining.sum(dim=-1, keepdim=True)
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:

@@ -69,9 +69,9 @@ class BatchRecord:
         end = max(self.tokens.shape[-1], start + tokens.shape[-1])  # type: ignore[union-attr]
         longer = F.pad(self.tokens, (0, end - self.tokens.shape[-1]))  # type: ignore[union-attr, arg-type]
         known = F.pad(self.labels, (0, end - self.labels.shape[-1]), value=SPECIAL)  # type: ignore[union-attr, arg-type]
-        here = slice(start, start + tokens.shape[-1])
-        longer[..., here] += tokens
-        known[..., here] = torch.where(labels == SPECIAL, known[..., here], labels)
+        span = slice(start, start + tokens.shape[-1])
+        longer[..., span] += tokens
+        known[..., span] = torch.where(labels == SPECIAL, known[..., span], labels)
         self.tokens, self.labels = longer, known
 
     def take(self, index: Int[Tensor, " row"], keep: Bool[Tensor, " row"] | None = None) -> BatchRecord:

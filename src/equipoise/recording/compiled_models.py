@@ -26,9 +26,9 @@ def uncompiled() -> Iterator[None]:
         else:
             # Importing dynamo takes seconds, and nothing can be compiled yet.
             def compiles(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                found = inner(*args, **kwargs)
+                result = inner(*args, **kwargs)
                 _enter(stack)
-                return found
+                return result
 
             stack.enter_context(wrapped(torch, "compile", compiles))
         yield

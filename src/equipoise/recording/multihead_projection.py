@@ -54,34 +54,36 @@ def project_heads(
             padding = None if padding is None else padding[None]
         elif not batch_first:
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-        found = [layer.apply(number, part) for number, part in enumerate((query, key, value))]
+        projected = [layer.apply(number, part) for number, part in enumerate((query, key, value))]
         for number, extra in ((1, layer.extra_key), (2, layer.extra_value)):
             if extra is not None:
-                found[number] = torch.cat([found[number], extra.to(found[number]).expand(len(query), -1, -1)], dim=1)
+                projected[number] = torch.cat(
+                    [projected[number], extra.to(projected[number]).expand(len(query), -1, -1)], dim=1
+                )
             if layer.zeros:
-                found[number] = F.pad(found[number], (0, 0, 0, 1))
-        heads = [part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in found]
+                projected[number] = F.pad(projected[number], (0, 0, 0, 1))
+        heads = [part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in projected]
         shown = _masks(layer.heads, padding, mask, heads[0].shape[0], heads[1].shape[2])
     return AttentionCall(*heads, mask=shown, added=layer.added, reads_itself=itself)
 
 
 def _masks(heads: int, padding: Tensor | None, mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
     """torch's masks as one of ours; keys that the layer adds are seen by all."""
-    found = None
+    combined = None
     if mask is not None:
         mask = mask.view(batch, heads, *mask.shape[-2:]) if mask.ndim == 3 else mask[None, None]
-        found = _shown(mask)
+        combined = _shown(mask)
     if padding is not None:
         padding = _shown(padding[:, None, None])
-        if found is None:
-            found = padding
-        elif found.dtype == padding.dtype == torch.bool:
-            found = found & padding
+        if combined is None:
+            combined = padding
+        elif combined.dtype == padding.dtype == torch.bool:
+            combined = combined & padding
         else:
-            found = _added(found) + _added(padding)
-    if found is not None and found.shape[-1] < keys:
-        found = F.pad(found, (0, keys - found.shape[-1]), value=True if found.dtype == torch.bool else 0.0)
-    return found
+            combined = _added(combined) + _added(padding)
+    if combined is not None and combined.shape[-1] < keys:
+        combined = F.pad(combined, (0, keys - combined.shape[-1]), value=True if combined.dtype == torch.bool else 0.0)
+    return combined
 
 
 def _shown(mask: Tensor) -> Tensor:

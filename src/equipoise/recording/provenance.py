@@ -384,11 +384,11 @@ def _along_output(codes: Tensor, names: str, output: str) -> Tensor:
     for dim, letter in enumerate(names):
         if letter not in output:
             codes = _reduced(codes, dim)
-    kept = [letter for letter in names if letter in output]
+    remaining = [letter for letter in names if letter in output]
     for dim in reversed([d for d, letter in enumerate(names) if letter not in output]):
         codes = codes.squeeze(dim)
-    codes = codes.permute([kept.index(letter) for letter in output if letter in kept])
+    codes = codes.permute([remaining.index(letter) for letter in output if letter in remaining])
     for dim, letter in enumerate(output):
-        if letter not in kept:
+        if letter not in remaining:
             codes = codes.unsqueeze(dim)
     return codes

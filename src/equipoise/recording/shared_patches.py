@@ -28,10 +28,10 @@ class _Chain:
 
         @functools.wraps(inner)
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = inner
+            wrapped = inner
             for wrapper in self.wrappers:
-                found = functools.partial(wrapper, found)
-            return found(*args, **kwargs)
+                wrapped = functools.partial(wrapper, wrapped)
+            return wrapped(*args, **kwargs)
 
         self.put(call)
 

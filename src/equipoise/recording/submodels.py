@@ -38,17 +38,17 @@ def outermost_pretrained_models(model: nn.Module) -> list[nn.Module]:
 
 def modalities_of(root: nn.Module) -> tuple[str, ...]:
     """Returns the modality names of a model, text first."""
-    found = set(placeholders(root.config).values())
+    token_ids = set(placeholders(root.config).values())
     declared = set(submodel_kinds(root))
     for name, part in root.named_modules():
         kinds = set(submodel_kinds(part)) if part is root or _is_pretrained(part) else set()
         # A Q-Former class written for images declares images even inside an audio model.
         if len(declared) < 2 or not CONNECTOR.search(name):
-            found |= kinds
+            token_ids |= kinds
     if decodes_text(root):
-        found.add("text")
-    ordered = [name for name in ORDER if name in found]
-    return (*ordered, *sorted(found - set(ORDER)))
+        token_ids.add("text")
+    ordered = [name for name in ORDER if name in token_ids]
+    return (*ordered, *sorted(token_ids - set(ORDER)))
 
 
 def find_submodels(root: nn.Module) -> list[nn.Module]:

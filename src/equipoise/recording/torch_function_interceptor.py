@@ -43,8 +43,13 @@ class _InterceptionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in ATTENTION:
             return func(*args, **kwargs)
-        here = self._session.current_module()
-        if here is None or self._session.suspended or isinstance(here, AttentionCore) or torch.compiler.is_compiling():
+        current = self._session.current_module()
+        if (
+            current is None
+            or self._session.suspended
+            or isinstance(current, AttentionCore)
+            or torch.compiler.is_compiling()
+        ):
             return func(*args, **kwargs)
         if func in FUSED:
             return self._fused(func, args, kwargs)
@@ -115,8 +120,8 @@ class _InterceptionMode(TorchFunctionMode):
         if tensor.ndim != 3:
             return 1
         module: nn.Module | None = self._session.attention_module()
-        found = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), 1)
-        return found if found > 0 and tensor.shape[0] % found == 0 else 1
+        num_heads = next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), 1)
+        return num_heads if num_heads > 0 and tensor.shape[0] % num_heads == 0 else 1
 
 
 def _four(tensor: Tensor, heads: int) -> Tensor:

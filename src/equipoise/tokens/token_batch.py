@@ -234,11 +234,11 @@ def unpack(packed: Tokens) -> dict[str, Tokens]:
 def _blocks(packed: Tokens, lengths: tuple[int, ...]):
     start = lengths[0]
     for length in lengths[1:]:
-        here = slice(start, start + length)
+        span = slice(start, start + length)
         yield Tokens(
-            packed.values[:, here],
-            mask=None if packed.mask is None else packed.mask[:, here],
-            times=None if packed.times is None else packed.times[:, here],
+            packed.values[:, span],
+            mask=None if packed.mask is None else packed.mask[:, span],
+            times=None if packed.times is None else packed.times[:, span],
         )
         start += length
 

@@ -127,12 +127,12 @@ def row_losses(
         logits = logits + hard_negative_log_weights(logits, negatives, hard)
     if top_k is not None:
         negatives = nearest_negatives(logits, negatives, top_k)
-    kept = positives | negatives
+    included = positives | negatives
     # Use the lowest finite number instead of -inf, which would produce NaN gradients in rows without pairs.
-    log_p = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).log_softmax(dim=1).masked_fill(~kept, 0.0)
+    log_p = logits.masked_fill(~included, torch.finfo(logits.dtype).min).log_softmax(dim=1).masked_fill(~included, 0.0)
     target = _uniform(positives, log_p.dtype)
     if smoothing:
-        target = (1 - smoothing) * target + smoothing * _uniform(kept, log_p.dtype)
+        target = (1 - smoothing) * target + smoothing * _uniform(included, log_p.dtype)
     losses = -(target * log_p).sum(dim=1)
     return losses.masked_fill(nothing, 0.0), counted
 

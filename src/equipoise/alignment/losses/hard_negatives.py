@@ -90,8 +90,11 @@ def hard_negative_log_weights(
         tensor([[1.0000, 0.4000, 1.6000]])
     """
     # Rows without negatives get finite values, whose gradient is discarded.
-    kept = (beta * logits).masked_fill(~negatives, torch.finfo(logits.dtype).min)
-    mean = kept.logsumexp(dim=1, keepdim=True) - negatives.sum(dim=1, keepdim=True).clamp(min=1).to(logits.dtype).log()
+    candidates = (beta * logits).masked_fill(~negatives, torch.finfo(logits.dtype).min)
+    mean = (
+        candidates.logsumexp(dim=1, keepdim=True)
+        - negatives.sum(dim=1, keepdim=True).clamp(min=1).to(logits.dtype).log()
+    )
     return torch.where(negatives, beta * logits - mean, 0.0)
 
 

@@ -112,18 +112,18 @@ class PairLoss(nn.Module):
         self._prepare()
         vectors, masks = self._units(as_mapping(a, b, self._who), present)
         first = next(iter(vectors.values()))
-        place = rank_slices(len(first), first.device, alone=not self.gather)
-        rows = place.start + torch.arange(len(first), device=first.device)
+        slices = rank_slices(len(first), first.device, alone=not self.gather)
+        rows = slices.start + torch.arange(len(first), device=first.device)
         if ids is not None and ids.shape != rows.shape:
             raise ShapeError(f"{self._who} ids", expected=f"shape (batch,) = ({len(rows)},)", got=f"{tuple(ids.shape)}")
         unique = ids is None
         ids = rows if ids is None else ids.to(rows.device)
         numbers = torch.stack([ids, rows], dim=1)
-        all_numbers = all_gather_with_grad(numbers, place)
-        all_vectors = {name: all_gather_with_grad(part, place) for name, part in vectors.items()}
-        if masks or len(place.sizes) > 1:
+        all_numbers = all_gather_with_grad(numbers, slices)
+        all_vectors = {name: all_gather_with_grad(part, slices) for name, part in vectors.items()}
+        if masks or len(slices.sizes) > 1:
             masks = {name: masks.get(name, torch.ones_like(rows, dtype=torch.bool)) for name in vectors}
-        all_masks = {name: all_gather_with_grad(mask, place) for name, mask in masks.items()}
+        all_masks = {name: all_gather_with_grad(mask, slices) for name, mask in masks.items()}
         losses = {}
         for one, other in self._pairs(tuple(vectors)):
             local = gathered = slice(None)
@@ -132,10 +132,10 @@ class PairLoss(nn.Module):
             local_ids, all_ids = (part.T.contiguous() for part in (numbers[local], all_numbers[gathered]))
             pair = Pair(
                 vectors[one][local], vectors[other][local], all_vectors[one][gathered], all_vectors[other][gathered],
-                local_ids[0], all_ids[0], local_ids[1], all_ids[1], unique, place,
+                local_ids[0], all_ids[0], local_ids[1], all_ids[1], unique, slices,
             )  # fmt: skip
             if len(pair.all_a):
-                losses[one, other] = global_mean(self._pair(pair) * len(place.sizes), place)
+                losses[one, other] = global_mean(self._pair(pair) * len(slices.sizes), slices)
         return losses
 
     def penalty(self, output: Output, target: Tensor | None = None) -> Float[Tensor, ""]:

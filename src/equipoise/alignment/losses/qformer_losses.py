@@ -103,22 +103,22 @@ class QFormerLosses(nn.Module):
             generator: random generator for sampling negatives.
         """
         queries, text = self.embed(media, input_ids, mask=mask)
-        place = rank_slices(len(queries), queries.device)
-        rows = place.start + torch.arange(len(queries), device=queries.device)
+        slices = rank_slices(len(queries), queries.device)
+        rows = slices.start + torch.arange(len(queries), device=queries.device)
         if ids is not None and ids.shape != rows.shape:
             raise ShapeError("QFormerLosses ids", expected=f"(batch,) = ({len(rows)},)", got=f"{tuple(ids.shape)}")
         ids = rows if ids is None else ids.to(rows.device)
-        positives = same_ids(ids, all_gather_with_grad(ids, place))
+        positives = same_ids(ids, all_gather_with_grad(ids, slices))
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
         # Clone: a second forward pass before the backward pass would modify the parameter in place.
-        temperature = sync_parameter_grad(self.temperature, place).clone()
-        to_text = query_similarity(queries, all_gather_with_grad(text, place)) / temperature
-        to_media = query_similarity(all_gather_with_grad(queries, place), text).T / temperature
+        temperature = sync_parameter_grad(self.temperature, slices).clone()
+        to_text = query_similarity(queries, all_gather_with_grad(text, slices)) / temperature
+        to_media = query_similarity(all_gather_with_grad(queries, slices), text).T / temperature
         both = [row_losses(z, positives, smoothing=self.smoothing)[0] for z in (to_text, to_media)]
         total = torch.stack(both).sum()
-        part = total * len(place.sizes) / (2 * max(sum(place.sizes), 1))
-        own = to_text[:, place.start : place.start + len(rows)]
+        part = total * len(slices.sizes) / (2 * max(sum(slices.sizes), 1))
+        own = to_text[:, slices.start : slices.start + len(rows)]
         pairs = matching_pairs(own, same_ids(ids), generator=generator)
         match_logits = self.match(
             _rows(media, pairs.a), input_ids[pairs.b], mask=None if mask is None else mask[pairs.b]
@@ -126,7 +126,7 @@ class QFormerLosses(nn.Module):
         labels = caption_labels(input_ids, mask)
         words = self.caption(media, input_ids, mask=mask)
         return {
-            "contrastive": global_mean(part, place),
+            "contrastive": global_mean(part, slices),
             "matching": matching_loss(match_logits, pairs.label),
             "captioning": captioning_loss(words, labels, smoothing=self.caption_smoothing),
         }

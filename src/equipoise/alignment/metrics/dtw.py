@@ -67,8 +67,8 @@ def _table(cost: Tensor, softness: float) -> list[Tensor]:
             before = [rows[-1][..., j - 1]] if i and j else []
             before += [rows[-1][..., j]] if i else []
             before += [row[-1]] if j else []
-            here = cost[..., i, j]
-            row.append(here + _smallest(torch.stack(before), softness) if before else here)
+            value = cost[..., i, j]
+            row.append(value + _smallest(torch.stack(before), softness) if before else value)
         rows.append(torch.stack(row, dim=-1))
     return rows
 

@@ -118,17 +118,17 @@ def shares(
     num_modalities = check_modality(modality, num_modalities, query, key)
     with torch.autocast(query.device.type, enabled=False):
         # The kernels require values; pass the keys.
-        found = _in_one_pass(query, key, key, modality, num_modalities, bias, is_causal, scale, 0.0)
-        if found is not None:
-            return found.share  # type: ignore[return-value]
+        result = _in_one_pass(query, key, key, modality, num_modalities, bias, is_causal, scale, 0.0)
+        if result is not None:
+            return result.share  # type: ignore[return-value]
         return _share_by_columns(query, key, modality, num_modalities, bias, is_causal, scale)
 
 
 def _attend(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout) -> Attended:
     """Selects the cheapest of three exact algorithms."""
-    found = _in_one_pass(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
-    if found is not None:
-        return found
+    result = _in_one_pass(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
+    if result is not None:
+        return result
     return _two_passes(query, key, value, modality, num_modalities, bias, is_causal, scale, dropout)
 
 
@@ -214,8 +214,8 @@ def _explicit(query, key, value, modality, num_modalities, bias, is_causal, scal
     if blind is not None:
         attention = attention.masked_fill(blind, 0.0)
     share = attention @ modality_one_hot(modality, num_modalities, attention)
-    kept = F.dropout(attention, dropout).unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
-    output = (kept @ value.to(exact)).view(*query.shape[:3], value.shape[-1])
+    after_dropout = F.dropout(attention, dropout).unflatten(1, (key_heads, heads // key_heads)).flatten(2, 3)
+    output = (after_dropout @ value.to(exact)).view(*query.shape[:3], value.shape[-1])
     return Attended(output.to(query.dtype), share)
 
 

@@ -125,8 +125,8 @@ class _Reordered(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _, back, real = ctx.saved_tensors
-        found = _taken(grad, back)
-        return found if real is None else found.masked_fill(~real[:, None, :, None], 0.0), None, None, None
+        gradient = _taken(grad, back)
+        return gradient if real is None else gradient.masked_fill(~real[:, None, :, None], 0.0), None, None, None
 
 
 def _taken(x: Float[Tensor, "batch head token dim"], places: Int[Tensor, "... place"]) -> HeadTensor:

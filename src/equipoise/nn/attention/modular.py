@@ -116,8 +116,8 @@ def modular_attention(
 def with_pseudo(part: Part, logit: Float[Tensor, "#batch #head query"]) -> Part:
     """Adds a key with value 0 and the given logit to a part."""
     lse = _finite(part.lse)
-    kept = (lse - logit).sigmoid()[..., None].to(part.output.dtype)
-    return Part(part.output * kept, torch.logaddexp(lse, logit.to(lse.dtype)))
+    fraction = (lse - logit).sigmoid()[..., None].to(part.output.dtype)
+    return Part(part.output * fraction, torch.logaddexp(lse, logit.to(lse.dtype)))
 
 
 def merge_attention_parts(

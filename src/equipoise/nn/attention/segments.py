@@ -57,14 +57,14 @@ def segment_attention(
 
 
 def _segment(kernel, query, key, value, run: Run, bias, is_causal, scale) -> Segment:
-    here = slice(run.start, run.stop)
+    span = slice(run.start, run.stop)
     rows = query.shape[2]
     first = min(run.start, rows) if is_causal else 0
     if first == rows:
         return Segment(first, query[:, :, first:], _blank(query, -math.inf))
     if bias is not None:
-        bias = bias[..., first if bias.shape[2] > 1 else 0 :, here]
-    output, lse = kernel.forward(query[:, :, first:], key[:, :, here], value[:, :, here], bias, is_causal, scale)
+        bias = bias[..., first if bias.shape[2] > 1 else 0 :, span]
+    output, lse = kernel.forward(query[:, :, first:], key[:, :, span], value[:, :, span], bias, is_causal, scale)
     if bias is not None:
         blind = ~_seeing(bias, is_causal, rows - first)
         output = output.masked_fill_(blind, 0.0)
@@ -136,10 +136,10 @@ class SegmentedAttention(torch.autograd.Function):
         q, k, v = _one_width(query.to(dtype), key.to(dtype), values)
         outputs, grads = _widen(outputs, v.shape[-1]), _widen(grads, v.shape[-1])
         bias = None if bias is None else bias.to(dtype)
-        found = ctx.kernel.backward(grads, q, k, v, outputs, total, bias, ctx.is_causal, ctx.scale)
+        gradients = ctx.kernel.backward(grads, q, k, v, outputs, total, bias, ctx.is_causal, ctx.scale)
         grad_query, grad_key, grad_value = (
             grad[..., : wanted.shape[-1]].to(wanted.dtype)
-            for grad, wanted in zip(found, (query, key, value), strict=True)
+            for grad, wanted in zip(gradients, (query, key, value), strict=True)
         )
         return grad_query, grad_key, None if grad_output is None else grad_value, *(None,) * 7
 

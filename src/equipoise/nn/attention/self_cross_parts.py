@@ -133,9 +133,9 @@ class PartAttention(torch.autograd.Function):
         grad, output = _widen(grad, v.shape[-1]), _widen(output, v.shape[-1])
         # Scores of rows without visible keys are minus infinity; any finite number makes their weights zero.
         lse = lse.masked_fill(lse == -math.inf, 0.0)
-        found = ctx.kernel.backward(grad, q, k, v, output, lse, bias, ctx.is_causal, ctx.scale)
+        gradients = ctx.kernel.backward(grad, q, k, v, output, lse, bias, ctx.is_causal, ctx.scale)
         sizes = (query.shape[-1], key.shape[-1], dim)
-        return *(g[..., :size] for g, size in zip(found, sizes, strict=True)), *(None,) * 4
+        return *(g[..., :size] for g, size in zip(gradients, sizes, strict=True)), *(None,) * 4
 
 
 def _all_later(sides: Sides, rows: Blocks, keys: Blocks, r: int, n: int) -> bool:

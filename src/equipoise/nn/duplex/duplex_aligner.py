@@ -146,8 +146,8 @@ class DuplexAligner(nn.Module):
             return self._aligned(key, value, modality, None, prefix, is_causal, state)
         valid = mask.to(key.device)[:, None, :, None]
         clean = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
-        found = self._aligned(*clean, modality, mask, prefix, is_causal, state)
-        return found._replace(key=torch.where(valid, found.key, key))
+        aligned = self._aligned(*clean, modality, mask, prefix, is_causal, state)
+        return aligned._replace(key=torch.where(valid, aligned.key, key))
 
     def _aligned(
         self, key: Tensor, value: Tensor, modality: Tensor, mask: Tensor | None, prefix: Tensor | int | None,

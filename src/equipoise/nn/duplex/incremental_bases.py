@@ -34,8 +34,8 @@ def running_bases(
         )
     parts = []
     for start in range(0, length, CHUNK):
-        here = slice(start, start + CHUNK)
-        inputs = (maps_of, kind, key[:, :, here], value[:, :, here], labels[:, here], *state)
+        chunk = slice(start, start + CHUNK)
+        inputs = (maps_of, kind, key[:, :, chunk], value[:, :, chunk], labels[:, chunk], *state)
         if torch.is_grad_enabled():
             part, *sums = checkpoint(_chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -137,11 +137,11 @@ def moments_of(
                 (torch.zeros(*shape, width, **zeros), torch.zeros(shape, **zeros), torch.zeros(batch, **zeros))
             )
             continue
-        place = blocks.labels.index(label)
-        chosen, unit = inside[place], unit_keys(keys[place], kind.normalize_keys)
+        index = blocks.labels.index(label)
+        chosen, unit = inside[index], unit_keys(keys[index], kind.normalize_keys)
         if chosen is not None:
             unit = unit.masked_fill(~chosen[:, None, :, None], 0.0)
-        other = unit if kind.basis != "key_value" else values[place].to(dtype)
+        other = unit if kind.basis != "key_value" else values[index].to(dtype)
         if chosen is not None and kind.basis == "key_value":
             other = other.masked_fill(~chosen[:, None, :, None], 0.0)
         count = (
