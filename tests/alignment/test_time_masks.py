@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.alignment.connectors.time_masks import (
+from equipoise.alignment.metrics.dtw import dtw_cost, dtw_path
+from equipoise.errors import ConfigError, ShapeError
+from equipoise.nn.attention import attend
+from equipoise.nn.attention.time_masks import (
     TimeBias,
     rotate_by_time,
     time_bias,
@@ -15,9 +18,6 @@ from equipoise.alignment.connectors.time_masks import (
     time_differences,
     time_window,
 )
-from equipoise.alignment.metrics.dtw import dtw_cost, dtw_path
-from equipoise.errors import ConfigError, ShapeError
-from equipoise.nn.attention import attend
 from equipoise.tokens.token_batch import Tokens, pack
 from helpers.tolerance import TOL
 from oracles import align as slow

@@ -1,5 +1,10 @@
 """Cross-modal alignment: contrastive losses, connectors between encoders and language models, and metrics."""
 
+from ..nn.attention.time_masks import TimeBias as TimeBias
+from ..nn.attention.time_masks import rotate_by_time as rotate_by_time
+from ..nn.attention.time_masks import time_bias as time_bias
+from ..nn.attention.time_masks import time_causal as time_causal
+from ..nn.attention.time_masks import time_window as time_window
 from .connectors.gated_cross_attention import GatedCrossAttention as GatedCrossAttention
 from .connectors.gated_cross_attention import media_mask as media_mask
 from .connectors.linear_attention import linear_attend as linear_attend
@@ -10,11 +15,6 @@ from .connectors.projector import Projector as Projector
 from .connectors.qformer import QFormer as QFormer
 from .connectors.qformer import objective_mask as objective_mask
 from .connectors.sparse_patterns import Pattern as Pattern
-from .connectors.time_masks import TimeBias as TimeBias
-from .connectors.time_masks import rotate_by_time as rotate_by_time
-from .connectors.time_masks import time_bias as time_bias
-from .connectors.time_masks import time_causal as time_causal
-from .connectors.time_masks import time_window as time_window
 from .connectors.timed_attention import TimedAttention as TimedAttention
 from .losses.contrastive import InfoNCE as InfoNCE
 from .losses.contrastive import info_nce as info_nce

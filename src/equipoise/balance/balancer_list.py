@@ -234,6 +234,8 @@ def _joined_tokens(parts: Sequence[Tokens]) -> Tokens:
     """Concatenates tokens of one modality, padded to the longest sequence."""
     longest = max(len(part) for part in parts)
     unpadded = all(part.mask is None and len(part) == longest for part in parts)
+    empty = parts[0].values.new_zeros
+    times = [empty(len(p.values), 0) if len(p) == 0 else p.times for p in parts if len(p) == 0 or p.times is not None]
 
     def padded(tensor: Tensor) -> Tensor:
         shape = (len(tensor), longest - tensor.shape[1], *tensor.shape[2:])
@@ -242,6 +244,7 @@ def _joined_tokens(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(
         torch.cat([padded(part.values) for part in parts]),
         mask=None if unpadded else torch.cat([padded(part.valid()) for part in parts]),
+        times=torch.cat([padded(t) for t in times]) if len(times) == len(parts) else None,  # type: ignore[arg-type]
         # A batch without the modality has no tokens, so its flag is always False.
         cls=any(part.cls for part in parts),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,8 @@ def labels_of(parts: Sequence[Tokens], numbers: Sequence[int]) -> Int[Tensor, " 
 
 
 def pooled_by_cls(
-    tokens: dict[str, Tokens], cls: Tensor, blocks: Iterable[nn.Module], norm: nn.Module, *, rows: int | None
+    tokens: dict[str, Tokens], cls: Tensor, blocks: Iterable[nn.Module], norm: nn.Module, *, rows: int | None,
+    biases: Sequence[Callable[[Tokens, Tokens], Tensor]] = (),
 ) -> Output:  # fmt: skip
     """Applies a stack of blocks to a class token and all tokens; the features are the output of the class token.
 
@@ -43,13 +44,15 @@ def pooled_by_cls(
         blocks: modules with the interface of ``Block``.
         norm: norm of the features.
         rows: number of rows that the last block computes, from the first token; None for all.
+        biases: for each block but the last, what computes the bias of its attention from the packed tokens.
     """
     packed = pack(tokens, cls=cls)
     values, (*first, last) = packed.values, blocks
     labels = {"modality": segment_labels(packed.lengths or (), values.device), "num_modalities": len(tokens)}
     # Shares are computed for the pooling block only.
-    for block in first:
-        values = block(values, mask=packed.mask, share=False, **labels).output
+    for number, block in enumerate(first):
+        bias = {"bias": biases[number](packed, packed)} if biases else {}
+        values = block(values, mask=packed.mask, share=False, **labels, **bias).output
     attended = last(values, rows=rows, mask=packed.mask, **labels)
     share = attended.share[:, :, 0]
     return Output(features=norm(attended.output[:, 0]), share=share, tokens=tokens, names=tuple(tokens))

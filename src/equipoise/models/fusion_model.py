@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -98,7 +99,8 @@ class FusionModel(nn.Module):
         Args:
             batch: name -> input of that modality's encoder, or None if the whole batch lacks it. ``"mask"`` is a dict
                 name -> (batch,), True if a sample has the modality, or (batch, token), True for valid tokens.
-                ``"times"`` is a dict name -> (batch, token) in seconds, passed to encoders that take ``times``.
+                ``"times"`` is a dict name -> (batch, token) in seconds, passed to encoders that take ``times``;
+                the tokens of other encoders get them if there is one for each token.
                 ``"target"`` is used by balancers that change tokens in training. Other keys are ignored. Masks are
                 boolean or contain only 0 and 1; additive masks are rejected, and so are floating-point masks of zeros
                 only, which are ambiguous. Masks of modalities that the model does not use are ignored.
@@ -140,7 +142,7 @@ class FusionModel(nn.Module):
                 fix=f"Set batch['{absent[0]}'] = None for a batch without it, or batch['mask'] for some samples.",
             )
         masks = self._masks(batch)
-        times = batch.get("times") or {}
+        times: Any = batch.get("times") or {}
         tokens = {}
         for name in self.names:
             if batch[name] is not None:
@@ -275,6 +277,8 @@ class FusionModel(nn.Module):
         if times is not None and self._takes_times[name]:
             options["times"] = times
         tokens = as_tokens(encoder(value, **options), f"encoder '{name}'")
+        if times is not None and tokens.times is None and times.shape == tokens.values.shape[:2]:
+            tokens = replace(tokens, times=times)
         if tokens.dim != self.fusion.dim:
             raise ShapeError(
                 f"encoder '{name}'",

@@ -104,6 +104,7 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "... key"] | None = None,
         is_causal: bool = False,
         share: bool = True,
+        bias: Float[Tensor, "batch query key"] | None = None,
     ) -> Attended:
         """Computes attention from ``tokens`` to ``source`` (self-attention by default).
 
@@ -116,12 +117,15 @@ class Attention(nn.Module):
                 no influence, even if they contain NaN.
             is_causal: as in ``attend``.
             share: False skips the computation of the share; the labels are then used by ``eq.watch`` only.
+            bias: (batch, query, key), added to the scores of all heads, such as a ``TimeBias``.
 
         Returns:
             Attended with output (batch, query, dim) and share (batch, head, query, modality) or None.
         """
         tokens, source = without_hidden(tokens, source, mask, type(self).__name__)
         source = self._source(tokens, source)
+        if bias is not None:
+            mask = _biased(bias.to(tokens.dtype), mask)
         attended = self._attend(
             self._split(self.query(tokens)), self._split(self.key(source)), self._split(self.value(source)),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal,
@@ -179,6 +183,7 @@ class Block(nn.Module):
         mask: Bool[Tensor, "... key"] | None = None,
         is_causal: bool = False,
         share: bool = True,
+        bias: Float[Tensor, "batch query key"] | None = None,
     ) -> Attended:
         """Computes Attended(tokens, share).
 
@@ -190,6 +195,7 @@ class Block(nn.Module):
         attended = self.attention(
             normed[:, :rows], normed if source is None else self.norm_attention(source),
             modality=modality, num_modalities=num_modalities, mask=mask, is_causal=is_causal, share=share,
+            **({} if bias is None else {"bias": bias[:, :rows]}),
         )  # fmt: skip
         tokens = tokens[:, :rows] + attended.output
         return Attended(tokens + self.mlp(self.norm_mlp(tokens)), attended.share)
@@ -300,6 +306,13 @@ def without_hidden(
     while seen.ndim > 2:
         seen = seen.any(dim=1)
     return tokens, zero_masked(source, seen) if _fits(seen, source) else source
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Float[Tensor, "batch 1 query key"]:
+    """Combines a bias with a boolean mask (batch, key) or (batch, query, key)."""
+    if mask is not None:
+        bias = bias.masked_fill(~(mask[:, None] if mask.ndim == 2 else mask), -torch.inf)
+    return bias[:, None]
 
 
 def _fits(mask: Tensor, x: Tensor) -> bool:

@@ -196,8 +196,9 @@ def pack(
         mask = torch.cat(masks, dim=1)
         modality = modality.masked_fill(~mask, SPECIAL)
     times = None
-    if all(part.times is not None for part in parts.values()):
-        stamps = [part.times for part in parts.values() if part.times is not None]
+    # A modality that is missing from the batch has no tokens, hence no times.
+    if all(part.times is not None or len(part) == 0 for part in parts.values()):
+        stamps = [values.new_zeros(batch, 0) if part.times is None else part.times for part in parts.values()]
         if cls is not None:
             stamps.insert(0, stamps[0].new_zeros(batch, 1))
         times = torch.cat(stamps, dim=1)

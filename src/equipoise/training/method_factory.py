@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -65,7 +65,18 @@ def parse_method(name: str, recipe: Recipe) -> Method:
 
 
 def method_recipe(method: Method, recipe: Recipe) -> Recipe:
-    """Returns the recipe with the training options of the variant applied."""
+    """Returns the recipe with the encoder and training options of the variant applied."""
+    if not recipe.model and (added := recipe.fusions.get(method.base, {}).get("encoders")):
+        if not isinstance(added, dict) or not all(isinstance(options, dict) for options in added.values()):
+            raise ConfigError(
+                f"fusion '{method.base}'", expected="a mapping of modalities to options under encoders", got=str(added)
+            )
+        for name in added:
+            if name not in recipe.encoders:
+                raise unknown_name(f"fusion '{method.base}'", "encoder", str(name), recipe.encoders)
+        recipe = replace(
+            recipe, encoders={name: {**own, **added.get(name, {})} for name, own in recipe.encoders.items()}
+        )
     changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
     if not isinstance(changes, dict):
         kind = "variant" if recipe.model else "fusion"
@@ -115,6 +126,7 @@ def build_model(
             )  # fmt: skip
     options = dict(recipe.fusions.get(method.base, {}))
     options.pop("train", None)
+    options.pop("encoders", None)
     cls: type[Fusion] = Unimodal
     if not alone:
         cls = get_class(fusion, Fusion, options.pop("fusion", method.base), kind="fusion")  # type: ignore[type-abstract]

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, ShapeError, unknown_name
 from ...nn.attention import Attended
-from ...nn.transformer import Attention
-from ...tokens.token_batch import Tokens
-from .time_masks import (
+from ...nn.attention.time_masks import (
     Empty,
     Kind,
     TimeBias,
@@ -23,6 +21,8 @@ from .time_masks import (
     time_differences,
     time_window,
 )
+from ...nn.transformer import Attention
+from ...tokens.token_batch import Tokens
 
 
 class TimedAttention(Attention):

@@ -112,7 +112,7 @@ class Recipe:
         seeds: default number of seeds of ``compare``, starting at 0.
         folds: default folds of ``compare``; empty for data without folds.
         fusions: name -> options; ``"fusion"`` is the class if the key is not one, ``"train"`` the training options of this
-            variant only.
+            variant only, ``"encoders"`` options of its encoders, modality -> options.
         balancers: name -> options; ``"balancer"`` is the class if the key is not one.
         train: training options.
         model: a self-contained model to train instead of fusions: ``{"name": class in equipoise.models, option: value,
