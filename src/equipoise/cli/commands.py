@@ -15,6 +15,7 @@ from ..training import recipes
 from ..training.recipes import Recipe
 from . import recipe_overrides
 from .command_line import Command, Parser, described, fail, path, whole
+from .data_command import data_parser, manage_data
 from .diagnose_command import diagnose, diagnose_parser
 from .evaluate_command import evaluate, evaluate_parser
 from .look_command import look, look_parser
@@ -227,6 +228,7 @@ COMMANDS = {
     ),
     "search": Command("text -> images or image -> texts, in a trained dual encoder", search_parser, search),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),
+    "data": Command("list, prepare and verify published data sets", data_parser, manage_data),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }
 

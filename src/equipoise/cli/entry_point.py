@@ -1,4 +1,4 @@
-"""The program ``equipoise``: demo, compare, train, diagnose, look, evaluate, search, report, recipes."""
+"""The program ``equipoise``: demo, compare, train, diagnose, look, evaluate, search, report, data, recipes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ EPILOG = """examples:
   equipoise search --model runs/emoji "red heart"   image search by text, in a model of train --config emoji_clip
   equipoise evaluate openai/clip-vit-base-patch32      a pretrained model on our benchmarks
   equipoise report runs/demo                        results.json -> one self-contained page
+  equipoise data prepare cremad downloads/CREMA-D   a published data set -> a folder to train on
   equipoise recipes cp digits                       copy a recipe to this folder
 
 equipoise COMMAND --help describes each command."""

@@ -29,6 +29,14 @@ def progress_iterator(what: str, console: Console) -> Iterator[Callable[[], None
         yield lambda: bar.advance(task)
 
 
+@contextmanager
+def counted_progress(what: str, unit: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Progress bar of known length; yields a function to call with the steps done and the total."""
+    with _bar(console, unit) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class ComparisonProgress:
     """Progress bar over the epochs of all runs; without a terminal, one line per finished run.
 

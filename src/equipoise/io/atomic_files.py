@@ -228,7 +228,7 @@ def _is_marked(folder: Path) -> bool:
     """Returns whether the folder contains a file that only this package writes."""
     for name, keys in (
         ("results.json", {"schema", "protocol", "runs"}), ("run.json", {"run"}), ("diagnosis.json", {"kind", "schema"}),
-        ("look.json", {"kind", "schema"}),
+        ("look.json", {"kind", "schema"}), ("prepare.json", {"layout", "schema"}),
     ):  # fmt: skip
         with contextlib.suppress(OSError, ValueError):
             content = read_json(folder / name)

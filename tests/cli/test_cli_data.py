@@ -1,0 +1,81 @@
+"""`equipoise data`: lists, prepares and verifies, with errors in one sentence."""
+
+import pytest
+
+from equipoise.cli import run
+from equipoise.data.layouts import available_layouts
+from helpers.raw_layouts import make_raw
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_raw("mosei", tmp_path / "raw")
+
+
+def test_all_data_sets_are_listed(capsys):
+    assert run(["data", "ls"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in available_layouts())
+
+
+@pytest.mark.parametrize("name", available_layouts())
+def test_expected_files_and_options_of_each(name, capsys):
+    assert run(["data", "ls", name]) == 0
+    said = capsys.readouterr().out
+    layout = available_layouts()[name]
+    assert layout.license in said
+    assert all(f"  {place}: " in said for place in layout.places)
+    assert all(f"  --{option} " in said for option in layout.options)
+
+
+def test_prepared_verified_and_damaged(raw, capsys):
+    assert run(["data", "prepare", "mosei", str(raw), "--task", "acc7", "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 12 samples (published: 16,326)" in said
+    assert "manifest: prepared/mosei/manifest.csv" in said
+    assert run(["data", "prepare", "mosei", "raw", "--task", "acc7"]) == 0
+    assert "22 samples were already converted" in capsys.readouterr().out
+    assert run(["data", "verify", "prepared/mosei"]) == 0
+    assert "67 of 67 files as written; 22 samples in the manifest" in capsys.readouterr().out
+    removed = next((raw.parent / "prepared" / "mosei" / "text").glob("*/*.npy"))
+    removed.unlink()
+    assert run(["data", "verify", "prepared/mosei", "--workers", "1"]) == 1
+    captured = capsys.readouterr()
+    assert f"missing: text/{removed.parent.name}/{removed.name}" in captured.out
+    assert "'prepared/mosei' is damaged: 1 files are missing, 0 have changed." in captured.err
+    assert run(["data", "prepare", "mosei", "raw", "--task", "acc7", "--workers", "1"]) == 0
+    assert run(["data", "verify", "prepared/mosei"]) == 0
+
+
+def test_what_was_dropped_is_printed(raw, capsys):
+    make_raw("cremad", raw.parent / "cremad")
+    next((raw.parent / "cremad" / "AudioWAV").iterdir()).write_bytes(b"")
+    assert run(["data", "prepare", "cremad", "cremad", "--size", "8", "--workers", "1", "--split", "disjoint"]) == 0
+    said = capsys.readouterr().out
+    assert "dropped: 1 samples; each with its reason in prepared/cremad/prepare.json" in said
+    assert "  1 x audio ...: expected a sound, got an empty file" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepare"], "expected the name of a data set and the folder of its files, got neither"),
+        (["prepare", "mosei"], "got only 'mosei'"),
+        (["prepare", "mosie", "raw"], "expected a known data set, got 'mosie'. Did you mean 'mosi' or 'mosei'"),
+        (["prepare", "mosei", "raw", "--frames", "3"], "expected a known option, got '--frames'"),
+        (["prepare", "mosei", "raw", "--task", "acc5"], "expected a known value of --task, got 'acc5'"),
+        (["prepare", "mosei", "raw", "--path", "pickle"], "--path: expected PLACE=PATH, got 'pickle'"),
+        (["prepare", "mosei", "nowhere"], "expected the folder of the published files, got no such folder"),
+        (["prepare", "mosei", "raw", "--out", "raw"], "expected another folder than ROOT"),
+        (["ls", "mosie"], "Did you mean 'mosi' or 'mosei'"),
+        (["ls", "mosei", "--workers", "2"], "data ls: expected its own options, got --workers, an option of prepare"),
+        (["verify"], "expected the folder that data prepare wrote, got none"),
+        (["verify", "raw"], "expected a folder of data prepare, with prepare.json, got none"),
+        (["verify", "raw", "--out", "x"], "got --out, an option of prepare"),
+        (["verify", "raw", "more"], "got a third argument, an option of prepare"),
+    ],
+)
+def test_errors_are_one_sentence(raw, capsys, arguments, said):
+    assert run(["data", *arguments]) == 1
+    assert said in capsys.readouterr().err.replace("\n", " ")
