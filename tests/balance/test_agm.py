@@ -63,14 +63,14 @@ def test_coefficients_by_hand():
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_what_strays_far_is_held_at_seven():
+def test_exponent_is_clamped_at_seven():
     found = coefficients(doubles(1, 1), doubles(9, 1), torch.tensor([True, True]), alpha=0.1)
     assert float(found[1]) == pytest.approx(math.exp(0.7))
     found = coefficients(doubles(0, 18), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
     assert float(found[0]) == 0.0
 
 
-def test_a_modality_that_gets_ahead_of_its_usual_lead_is_slowed_down():
+def test_modality_with_larger_lead_than_usual_gets_smaller_gradients():
     found = coefficients(doubles(0.5, 2), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
     assert float(found[0]) < 1 < float(found[1])
 
@@ -109,7 +109,7 @@ def test_steps_equal_the_oracle(number, task, make):
         assert all(torch.equal(found[key], plain[key]) for key in others)
 
 
-def test_where_logits_are_a_sum_a_response_is_the_modalitys_part_without_the_bias():
+def test_shapley_response_of_additive_logits_is_the_contribution_without_bias():
     made = static()
     with torch.no_grad():
         made.head.bias.normal_()
@@ -120,7 +120,7 @@ def test_where_logits_are_a_sum_a_response_is_the_modalitys_part_without_the_bia
         torch.testing.assert_close(torch.tensor(response, dtype=torch.float64), expected.detach(), **EXACT)
 
 
-def test_the_first_step_is_plain():
+def test_first_step_changes_nothing():
     made, _, balancing = attached()
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
     assert all(torch.equal(found[key], plain[key]) for key in plain)
@@ -139,7 +139,7 @@ def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
         torch.testing.assert_close(found[1][key], gradient, **EXACT)
 
 
-def test_a_modality_that_no_sample_has_leaves_no_trace():
+def test_modality_without_samples_has_no_effect():
     made, balancer, balancing = attached(NAMES[:3])
     step(made, balancing, batch(NAMES[:3]))
     before = balancer.usual.clone()
@@ -192,7 +192,7 @@ def test_large_gradients_of_the_head_clip_all():
         assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
-def test_a_head_that_learns_nothing_clips_nothing():
+def test_frozen_head_clips_nothing():
     made, _, balancing = attached(clip=1e-6)
     made.head.requires_grad_(False)
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())

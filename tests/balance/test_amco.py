@@ -48,7 +48,7 @@ def test_worked_curriculum():
     assert hidden_part(0.3, 0.3) == hidden_part(7.0, 0.3) == 1
 
 
-def test_progress_grows_by_the_epoch_in_each_step():
+def test_progress_grows_in_each_step_in_proportion_to_the_epoch():
     balancer, logs = eq.balance.AMCo(static(), rate=0.01), []
     for _ in range(3):
         for _ in range(4):
@@ -124,7 +124,7 @@ def test_the_head_changes_nothing_at_first_and_then_learns(fusion):
     assert loss_of(balancing, made, inputs) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_hidden_modality_is_taught_by_its_own_loss_alone():
+def test_masked_modality_is_trained_by_its_unimodal_loss_only():
     made, inputs = static(unimodal="none"), batch(size=7)
     loud(made, "audio")
     balancer = advanced(made, 0.3)
@@ -135,7 +135,7 @@ def test_a_hidden_modality_is_taught_by_its_own_loss_alone():
     torch.testing.assert_close(found["encoders.audio.weight"], expected, **EXACT)
 
 
-def test_samples_without_a_choice_do_not_decide():
+def test_samples_with_one_modality_do_not_affect_dominance():
     made, whole = static(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
     loud(made, "image")
@@ -166,7 +166,7 @@ def test_every_task(task, number):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_saved_and_loaded_it_goes_on():
+def test_training_resumes_from_saved_state():
     made, inputs = static(), batch(size=7)
     loud(made, "audio")
     balancer = advanced(made, 0.15)
@@ -201,7 +201,7 @@ def test_errors():
         penalty_of(eq.balance.AMCo(made), made, batch())
 
 
-def test_votes_join_the_logits_that_it_trains():
+def test_ensemble_logits_are_added_to_the_trained_logits():
     made, inputs = static(unimodal="ensemble"), batch()
     balancer = eq.balance.AMCo(made)
     output = made.train()(inputs)

@@ -32,7 +32,7 @@ AVERAGES["state dict"] = StateDictAverage
 
 @pytest.mark.parametrize("kind", AVERAGES)
 @pytest.mark.parametrize("name", BALANCERS)
-def test_an_average_beside_training(name, kind):
+def test_weight_average_does_not_change_training(name, kind):
     (alone, first), (model, second) = attached(name), attached(name)
     average = AVERAGES[kind](model)
     optimizers = sgd(alone, first), sgd(model, second)

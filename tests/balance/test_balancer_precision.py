@@ -43,7 +43,7 @@ def test_models_of_other_types(name, dtype):
 
 
 @pytest.mark.parametrize("name", BALANCERS)
-def test_a_model_cast_after_the_balancer_was_made(name):
+def test_model_cast_after_balancer_was_built(name):
     model = plain(name, dtype=torch.float32)
     balancer = made_for(model, name)
     before = {key: buffer.dtype for key, buffer in balancer.named_buffers()}

@@ -63,7 +63,7 @@ MICRO_BATCHES = {
 """Balancers for which accumulated batches are not one large batch, and why."""
 
 
-def test_the_tables_speak_of_balancers():
+def test_test_tables_list_existing_balancers():
     for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL):
         assert set(table) <= set(BALANCERS)
 
@@ -79,7 +79,7 @@ def test_trains_with_any_number_of_modalities(name, number):
 
 
 @every
-def test_a_single_modality_has_nothing_to_balance(name):
+def test_single_modality_raises(name):
     with pytest.raises(ConfigError, match=r"expected .*two or more modalities, got"):
         attached(name, ("audio",))
 
@@ -106,7 +106,7 @@ def test_one_output(name):
 
 @everywhere
 @pytest.mark.parametrize("stop", [1, 2])
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(name, fusion, stop):
+def test_resumed_training_equals_uninterrupted_training(name, fusion, stop):
     made, balancing = attached(name, fusion=fusion)
     optimizer = sgd(made, balancing)
     train(made, balancing, optimizer, stop)
@@ -123,7 +123,7 @@ def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(
 
 
 @every
-def test_what_it_saves_is_tensors_and_it_trains_nothing_of_its_own(name):
+def test_state_contains_tensors_and_no_own_parameters(name):
     made, balancing = attached(name)
     train(made, balancing, sgd(made, balancing), 1)
     for part in (made, *balancing.balancers):
@@ -165,7 +165,7 @@ def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
 
 
 @every
-def test_a_modality_that_no_sample_ever_has(name):
+def test_modality_without_samples_in_any_batch(name):
     made, balancing = attached(name, NAMES[:3])
     optimizer = sgd(made, balancing)
     batches = [{**batch(NAMES[:3], seed=seed), "image": None} for seed in range(3)]
@@ -184,7 +184,7 @@ def test_autocast(name, fusion):
 
 
 @every
-def test_an_encoder_that_learns_nothing(name):
+def test_frozen_encoder(name):
     made, balancing = attached(name)
     made.encoders["audio"].requires_grad_(False)
     before = copy.deepcopy(made.encoders["audio"].state_dict())
@@ -194,7 +194,7 @@ def test_an_encoder_that_learns_nothing(name):
 
 
 @every
-def test_draws_no_random_number_but_its_own(name):
+def test_global_rng_is_not_used(name):
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)
     state = torch.get_rng_state()
@@ -203,7 +203,7 @@ def test_draws_no_random_number_but_its_own(name):
 
 
 @every
-def test_the_end_of_an_epoch_leaves_gradients_alone(name):
+def test_end_epoch_does_not_change_gradients(name):
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)
     train(made, balancing, optimizer, 1)
@@ -236,7 +236,7 @@ def test_evaluation_is_not_observed(name):
 
 
 @every
-def test_a_copy_of_the_model_is_a_model_of_its_own(name):
+def test_deep_copy_of_the_model_is_independent(name):
     """As averaged weights are kept."""
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)
@@ -268,7 +268,7 @@ def refused(made, names):
 
 
 @of_models
-def test_any_fusion_or_a_reason(name):
+def test_any_fusion_trains_or_raises_with_reason(name):
     """A balancer trains with a fusion, or raises an error with the reason."""
     reasons = {}
     for key, kind in FUSIONS.items():
@@ -280,7 +280,7 @@ def test_any_fusion_or_a_reason(name):
 
 
 @every
-def test_any_two_train_together_or_give_the_reason(name):
+def test_any_two_balancers_train_together_or_raise_with_reason(name):
     for other in sorted(BALANCERS):
         if other > name:
             host = next((each for each in (name, other) if each in ATTENTION), name)
@@ -317,12 +317,12 @@ def test_conflicts_give_the_reason(kinds, message):
         eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds])
 
 
-def test_those_that_do_not_conflict_are_combined():
+def test_compatible_balancers_can_be_combined():
     for kinds in combinations((Turning, Replacing), 2):
         assert eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds]).steps_per_batch == 2
 
 
-def test_the_base_does_nothing():
+def test_base_class_changes_nothing():
     balancer, features = Balancer(), {"audio": torch.ones(2, 3)}
     output = eq.Output(features=torch.ones(2, 3))
     target = torch.zeros(2)
@@ -335,7 +335,7 @@ def test_the_base_does_nothing():
     assert balancer.end_epoch() == {}
 
 
-def test_a_task_has_batches_of_its_own():
+def test_batches_of_each_task_differ():
     """Checks that the battery over tasks can fail."""
     kinds = {task: batch_for(task)["target"].dtype for task in TASKS}
     assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
@@ -350,7 +350,7 @@ def test_a_joined_step_keeps_the_class_token_of_a_modality_that_its_first_batch_
     assert torch.equal(output.tokens["audio"].pooled(), torch.cat([torch.zeros(2, 3), whole.values[:, 0]]))
 
 
-def test_the_latest_balancing_takes_the_place_of_earlier_ones():
+def test_new_balancer_list_replaces_earlier_one():
     made = plain("RollingQ")
     made.transforms = mine = [lambda tokens, target: tokens]
     eq.BalancerList(made, [eq.balance.ModalityDropout(made), eq.balance.ModalityCorruption(made)])

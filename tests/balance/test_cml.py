@@ -103,7 +103,7 @@ def test_orders_are_drawn_once_an_epoch_from_the_seed():
 
 
 @pytest.mark.parametrize("include_cls_key", [True, False])
-def test_what_a_sample_lacks_cannot_be_taken_from_it(include_cls_key):
+def test_removing_a_missing_modality_keeps_the_logits(include_cls_key):
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, include_cls_key=include_cls_key)
     made, inputs = fused(fusion=fusion), batch(size=11, missing=("audio", "image"))
     balancer = eq.balance.CML(made, strength=3.0)

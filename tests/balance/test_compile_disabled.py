@@ -19,7 +19,7 @@ class Ledger:
         self.total += number + again
 
 
-def test_copies_count_for_themselves():
+def test_copies_are_bound_to_the_copied_object():
     first = Ledger()
     first.add(2, 3)
     for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):

@@ -70,7 +70,7 @@ def test_concepts_and_encoders_are_trained_by_it():
     assert made.head.weight.grad is None
 
 
-def test_a_weight_of_zero_costs_nothing():
+def test_zero_weight_computes_nothing():
     made, balancer = attached(weight=0.0)
     assert balancer.penalty(made(batch(NAMES)), batch(NAMES)["target"]) is None
 
@@ -96,7 +96,7 @@ def test_refusals(names, options, error):
         attached(names, **options)
 
 
-def test_one_is_enough():
+def test_second_consistency_balancer_raises():
     made, _ = attached()
     with pytest.raises(ConfigError, match="expected a model without concepts, got a second Consistency"):
         eq.balance.ConsistencyBalancer(made)

@@ -75,7 +75,7 @@ def found(tmp_path_factory):
 
 
 @every
-def test_both_processes_end_alike(found, name):
+def test_both_processes_have_equal_weights(found, name):
     one, other = (process[name] for process in found)
     assert "error" not in one, one["error"]
     assert "error" not in other, other["error"]
@@ -104,7 +104,7 @@ def test_a_modality_that_one_process_lacks(found, name):
 
 
 @every
-def test_half_of_the_data_gives_another_result(found, name):
+def test_half_of_the_data_gives_a_different_result(found, name):
     """Checks that the equality above can fail."""
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)

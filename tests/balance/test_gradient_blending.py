@@ -64,7 +64,7 @@ def test_the_floor_keeps_a_loss_that_does_not_overfit_from_taking_all():
     assert float(blending_weights(start, end, floor=1e-3)[0]) > 0.99
 
 
-def test_nothing_moved():
+def test_unchanged_losses_give_equal_weights():
     still = doubles([1, 2, 3], [4, 5, 6])
     torch.testing.assert_close(blending_weights(still, still), doubles(1 / 3, 1 / 3, 1 / 3), **EXACT)
 
@@ -87,7 +87,7 @@ def test_the_loss_is_the_weighted_sum():
     torch.testing.assert_close(balancing.loss(made(inputs), inputs["target"]), expected, **EXACT)
 
 
-def test_heads_that_watch_go_on_learning():
+def test_detached_heads_are_still_trained():
     made, _, balancing = attached(fusion=eq.fusion.Concat(DIM), unimodal="probe")
     inputs = batch()
     output = made(inputs)
@@ -159,14 +159,14 @@ def test_copies_drop_by_their_seed():
     assert found[0] == found[1] != found[2]
 
 
-def test_no_estimate_is_made_for_epochs_that_never_come():
+def test_no_estimate_after_the_last_epoch():
     made, balancer, balancing = attached(every=1, copies=True, epochs=1)
     epoch(made, balancing, 0)
     torch.testing.assert_close(balancer.weights, doubles(1 / 3, 1 / 3, 1 / 3), **EXACT)
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(copies):
+def test_resumed_training_equals_uninterrupted_training(copies):
     made, balancer, balancing = attached(copies=copies)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
     epoch(made, balancing, 0, optimizer=optimizer)
@@ -235,7 +235,7 @@ def test_errors():
         balancing.loss(made(batch()), batch()["target"])
 
 
-def test_copies_see_inputs_as_they_are():
+def test_copies_get_unchanged_inputs():
     made, balancer, _ = attached(copies=True)
     seen = []
     made.preparations = [lambda given: seen.append(1) or given]

@@ -63,7 +63,7 @@ def test_lead_equals_the_oracle(pairs):
         assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_nothing_learned_yet_is_no_lead():
+def test_zero_speeds_give_zero_lead():
     rate, lead = bypass_lead(doubles(0, 0), doubles(0, 0))
     assert rate.tolist() == lead.tolist() == [0.0, 0.0]
 
@@ -121,7 +121,7 @@ def test_a_small_lead_holds_no_gate():
     assert not bool(made.fusion.gate.held.any())
 
 
-def test_a_held_gate_is_its_running_mean_and_learns_nothing():
+def test_held_gate_is_its_running_mean_without_gradient():
     made, balancer, balancing = attached(threshold=0.0)
     balancer.bypass.copy_(doubles(1e6, 0))
     seen = [batch(seed=1, size=5), batch(seed=2, size=3, missing=("audio",))]
@@ -154,7 +154,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(one, other, **EXACT)
 
 
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+def test_resumed_training_equals_uninterrupted_training():
     made, balancer, balancing = attached(window=2)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
 
@@ -175,7 +175,7 @@ def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(resumed[1][name], value) for name, value in straight[1].items())
 
 
-def test_the_fusion_is_still_itself():
+def test_gated_fusion_keeps_the_attributes_of_the_inner_fusion():
     made, _, _ = attached(fusion=eq.fusion.JointAttention(DIM, depth=2))
     assert made.fusion.attention is made.fusion.inner.blocks[1].attention
     made.fusion.use_depth(1)
@@ -239,7 +239,7 @@ def test_gradients_that_overflow_leave_no_speed():
 
 
 @pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
-def test_gates_do_not_go_with_methods_that_train_in_front_of_them(other):
+def test_methods_that_train_before_the_gates_raise(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     first = getattr(eq.balance, other)(made)
     with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors before the gates"):

@@ -152,7 +152,7 @@ def test_every_task(task):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_saved_and_loaded_it_goes_on():
+def test_training_resumes_from_saved_state():
     made, inputs = static(), batch(size=7)
     balancer, other = eq.balance.LFM(made, rate=1e-2), eq.balance.LFM(made, rate=1e-2)
     learned(made, balancer, inputs)

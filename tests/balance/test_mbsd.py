@@ -41,7 +41,7 @@ def test_by_hand():
     assert torch.equal(found, pair([0, 0], [math.log(3), 0], 0))
 
 
-def test_where_both_are_wrong_or_agree_there_is_nothing():
+def test_term_is_zero_if_both_are_wrong_or_equal():
     assert float(pair([2, 0, 1], [5, 1, 0], 1)) == 0.0
     assert float(pair([2, 0, 1], [2, 0, 1], 0)) == 0.0
 
@@ -66,7 +66,7 @@ def test_a_pair_equals_the_oracle(seed, task):
     torch.testing.assert_close(found, doubles(*expected), **EXACT)
 
 
-def test_the_stronger_side_is_taught_by_the_squares_alone():
+def test_stronger_modality_gets_gradient_from_squared_error_only():
     strong, weak = doubles([2.0, 0, 0]).requires_grad_(), doubles([0.5, 0, 0.3]).requires_grad_()
     found = self_distillation(strong, weak, torch.tensor([0]), "classification")
     gradient = torch.autograd.grad(found, strong, torch.ones(1, dtype=torch.float64), retain_graph=True)[0]

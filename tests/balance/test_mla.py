@@ -48,7 +48,7 @@ def test_projector_equals_the_oracle(seed, alpha):
     assert float(found.norm()) == pytest.approx(1.0)
 
 
-def test_a_feature_that_was_seen_is_taken_out():
+def test_projector_removes_seen_features():
     row = doubles(1, 2, 2)
     after = next_projector(torch.eye(3, dtype=torch.float64), row, alpha=1e-9)
     assert float((after @ row).norm()) < 1e-8
@@ -57,7 +57,7 @@ def test_a_feature_that_was_seen_is_taken_out():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_certain_answers_count_more(seed):
+def test_certain_predictions_have_larger_weight(seed):
     logits = 3 * torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     has = torch.ones(7, 3, dtype=torch.bool)
     has[1, 0] = has[2, 1] = has[2, 2] = False
@@ -165,14 +165,14 @@ def test_a_modality_that_no_sample_has_is_skipped_in_its_step():
 
 
 @pytest.mark.parametrize("unimodal", ["probe", "train"])
-def test_heads_only_watch(unimodal):
+def test_unimodal_heads_are_detached(unimodal):
     made, _, balancing = attached(unimodal=unimodal)
     found = step(made, balancing, batch())
     assert "unimodal_heads.image.weight" in found
     assert "encoders.image.weight" not in found
 
 
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+def test_resumed_training_equals_uninterrupted_training():
     made, balancer, balancing = attached()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
 
@@ -225,7 +225,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
-def test_it_silences_the_heads_that_others_need(other):
+def test_methods_that_need_trained_heads_raise(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])

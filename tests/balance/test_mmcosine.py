@@ -60,7 +60,7 @@ def test_parts_add_up_to_the_logits():
 
 @quick
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_lengths_do_not_count(seed, longer, heavier):
+def test_logits_do_not_depend_on_norms(seed, longer, heavier):
     random = torch.Generator().manual_seed(seed)
     features = torch.randn(5, 7, generator=random, dtype=torch.float64)
     weight = torch.randn(3, 7, generator=random, dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_errors():
         eq.BalancerList(made, [eq.balance.MMCosine(made), eq.balance.MLA(made)])
 
 
-def test_a_head_of_somebody_elses_does_not_decompose():
+def test_custom_head_has_no_contributions():
     made = static()
     made.head = nn.Sequential(nn.Linear(2 * DIM, OUTPUTS), nn.Tanh()).double()
     assert made.contributions(made(batch())) is None

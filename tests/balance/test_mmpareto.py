@@ -43,7 +43,7 @@ def test_worked_example():
     assert float(combined @ alone) == pytest.approx(0.2)
 
 
-def test_the_length_of_the_plain_sum_comes_back():
+def test_combined_gradient_has_the_norm_of_the_plain_sum():
     # 2 (0.2, 0.4) points along (1, 2), and the plain sum (0, 1) has length 1.
     (found,) = pareto_gradient([doubles(1, 0)], [doubles(-1, 1)], gamma=1.5)
     torch.testing.assert_close(found, 1.5 * doubles(1, 2) / math.sqrt(5), **EXACT)
@@ -55,7 +55,7 @@ def test_gradients_that_agree_are_added():
 
 
 @pytest.mark.parametrize("zero", [(True, False), (False, True), (True, True)])
-def test_a_gradient_of_zero_divides_nothing(zero):
+def test_zero_gradient_gives_no_nan(zero):
     one, other = (doubles(0, 0) if z else doubles(1, 2) for z in zero)
     (found,) = pareto_gradient([one], [other], gamma=1.0)
     torch.testing.assert_close(found, one + other, **EXACT)
@@ -63,7 +63,7 @@ def test_a_gradient_of_zero_divides_nothing(zero):
 
 @quick
 @given(st.integers(0, 10**6))
-def test_conflicting_gradients_are_served_alike(seed):
+def test_conflicting_gradients_have_equal_inner_products_with_the_result(seed):
     joint, alone = drawn(seed, 7, 7)
     weights = pareto_weights(joint, alone)
     assert weights.tolist() == pytest.approx(min_norm(joint.tolist(), alone.tolist()), abs=1e-12)
@@ -161,7 +161,7 @@ def test_a_frozen_encoder_stays_out():
     assert "encoders.image.weight" in found
 
 
-def test_nothing_to_take_apart():
+def test_detached_heads_raise():
     made, balancing = attached()
     inputs = batch()
     expected = made.loss(made(inputs).logits, inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])
@@ -212,7 +212,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_of_opposite_gradients_nothing_is_left(dtype):
+def test_opposite_gradients_cancel(dtype):
     for joint, alone in ([20.0], [-40.0]), ([0.3, 0.7, -0.1], [-0.9, -2.1, 0.3]):
         found = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
         assert flat(found[0]) == [0.0] * len(joint)

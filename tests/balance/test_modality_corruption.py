@@ -49,7 +49,7 @@ def test_attention_target_loss_against_a_loop():
 
 
 @given(st.integers(2, 5), st.integers(0, 10_000))
-def test_the_least_loss_is_an_even_spread_over_what_is_intact(count, seed):
+def test_loss_is_minimal_for_uniform_shares_of_intact_modalities(count, seed):
     random = torch.Generator().manual_seed(seed)
     intact = torch.rand(1, count, generator=random) < 0.5
     intact[0, 0] = True
@@ -74,7 +74,7 @@ def test_noise_of_every_scale_has_unit_size_and_its_own_smoothness(scale):
     assert smooth_noise((5, 3), 2, torch.Generator().manual_seed(0)).shape == (5, 3)
 
 
-def test_how_often_and_what():
+def test_rates_of_corruption_and_replacement():
     made = model(dtype=torch.float64)
     inputs = batch(size=SIZE)
     balancer = eq.balance.ModalityCorruption(made, probability=0.4, replace_prob=0.5)
@@ -95,7 +95,7 @@ def test_how_often_and_what():
         torch.testing.assert_close(now[~changed[:, place]], was[~changed[:, place]], rtol=0, atol=0)
 
 
-def test_what_it_was_given_stays_as_it_is_and_evaluation_is_clean():
+def test_input_batch_is_not_modified_and_evaluation_is_not_corrupted():
     made = model(dtype=torch.float64)
     balancing = eq.BalancerList(made, [eq.balance.ModalityCorruption(made, probability=1.0)])
     inputs = batch()
@@ -108,7 +108,7 @@ def test_what_it_was_given_stays_as_it_is_and_evaluation_is_clean():
     assert balancing.steps_per_batch == 1
 
 
-def test_the_step_decides_what_is_drawn():
+def test_random_numbers_depend_on_the_step():
     made = model(dtype=torch.float64)
     inputs, draws = batch(size=31), []
     for steps in (0, 1, 1):
@@ -119,7 +119,7 @@ def test_the_step_decides_what_is_drawn():
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_words_are_never_hit_and_a_modality_may_be_missing():
+def test_token_ids_and_missing_modalities_are_not_corrupted():
     made = model(NAMES[:3], dtype=torch.float64)
     inputs = {**batch(NAMES[:3], size=SIZE), "text": torch.ones(SIZE, 3, dtype=torch.int64), "image": None}
     balancer = eq.balance.ModalityCorruption(made, probability=1.0)
@@ -129,7 +129,7 @@ def test_words_are_never_hit_and_a_modality_may_be_missing():
     assert not torch.equal(found["audio"], inputs["audio"])
 
 
-def test_a_sample_keeps_one_of_what_it_has():
+def test_one_modality_of_each_sample_is_kept():
     made = model(NAMES[:3], dtype=torch.float64)
     inputs = batch(NAMES[:3], size=SIZE, missing=("audio", "image"))
     inputs["audio"][~inputs["mask"]["audio"]] = torch.nan
@@ -140,7 +140,7 @@ def test_a_sample_keeps_one_of_what_it_has():
     assert found["audio"][inputs["mask"]["audio"]].isfinite().all()
 
 
-def test_inputs_that_are_mappings_and_batches_that_are_wrong():
+def test_mapping_inputs_and_invalid_batches():
     made = model(dtype=torch.float64)
     balancer = eq.balance.ModalityCorruption(made, probability=1.0)
     words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
@@ -152,7 +152,7 @@ def test_inputs_that_are_mappings_and_batches_that_are_wrong():
         made.train()({"audio": torch.ones(2, 3, 3)})
 
 
-def test_attention_is_taught_and_static_fusion_only_exposed():
+def test_attention_is_trained_and_static_fusion_is_only_corrupted():
     for fusion, taught in ((eq.fusion.JointAttention(12, dropout=0.0), True), (eq.fusion.Concat(12), False)):
         encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
         made = eq.FusionModel(encoders, fusion, 3).double()
@@ -177,7 +177,7 @@ def test_options_out_of_range(options):
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.JointAttention])
-def test_votes_are_added_and_answer_for_themselves(fusion):
+def test_ensemble_logits_are_added_and_have_their_own_loss(fusion):
     torch.manual_seed(0)
     encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
     made = eq.FusionModel(encoders, fusion(12), 3, unimodal="ensemble").double().eval()

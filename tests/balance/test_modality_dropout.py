@@ -48,7 +48,7 @@ def test_missing_modalities_stay_missing_and_no_sample_is_emptied(seed, rates):
         assert keeps == (wanted if any(wanted) else has)
 
 
-def test_rates_are_met():
+def test_measured_rates_match_the_options():
     made, balancer, _ = attached(NAMES[:3], p={"audio": 0.3, "image": 0.6})
     found = kept(balancer.transform(made.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
     # The text is never dropped, so that no sample is emptied.

@@ -55,19 +55,19 @@ def test_equal_scores_change_nothing(number, score):
     assert torch.equal(modulation(doubles(*[score] * number), alpha=0.8), torch.ones(number, dtype=torch.float64))
 
 
-def test_at_balance_the_factor_jumps():
+def test_factor_is_discontinuous_at_ratio_one():
     found = modulation(doubles(1 + 1e-9, 1), alpha=0.3)
     assert float(found[0]) == pytest.approx(1 - 0.2913126, abs=1e-6)
     assert float(found[1]) == 1.0
 
 
-def test_others_are_averaged_and_not_added():
+def test_other_modalities_are_averaged_not_summed():
     torch.testing.assert_close(mean_of_others(doubles(2, 4, 9), torch.ones(3).bool()), doubles(6.5, 5.5, 3), **EXACT)
     # By the sum of the others no ratio would exceed 1 here.
     assert discrepancy_ratio(doubles(3, 2, 2)).tolist() == [1.5, 0.8, 0.8]
 
 
-def test_a_large_score_does_not_swallow_a_small_one():
+def test_large_score_does_not_round_away_a_small_one():
     scores = torch.tensor([1.0, 1e-7, 3e-7])
     torch.testing.assert_close(discrepancy_ratio(scores)[0], torch.tensor(5e6), **TOL[torch.float32])
 
@@ -132,7 +132,7 @@ def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
         torch.testing.assert_close(small[key], gradient, **EXACT)
 
 
-def test_the_unimodal_heads_speak_where_logits_do_not_decompose():
+def test_unimodal_heads_are_used_if_logits_do_not_decompose():
     made = fused(unimodal="probe")
     inputs = batch(size=7)
     found, plain = (
@@ -157,7 +157,7 @@ def test_a_modality_that_no_sample_has_is_not_compared():
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
 
 
-def test_its_season():
+def test_modulation_between_start_and_stop_only():
     made, balancer, balancing = attached(start=1, stop=2)
     plain = step(made, eq.BalancerList(made), batch())["encoders.audio.weight"]
     image = step(made, eq.BalancerList(made), batch())["encoders.image.weight"]
@@ -197,7 +197,7 @@ def test_after_autocast(fusion):
         torch.testing.assert_close(made.encoders[name].weight.grad, expected, **TOL[torch.bfloat16])
 
 
-def test_adam_is_warned_of_and_sgd_is_not():
+def test_adam_warns_and_sgd_does_not():
     made, _, balancing = attached()
     with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes"):
         balancing.check_optimizer(torch.optim.AdamW(made.parameters()))
@@ -220,7 +220,7 @@ def test_refuses_options(options, message):
         eq.balance.OGM(static(), **options)
 
 
-def test_refuses_models_of_which_it_learns_nothing():
+def test_model_without_unimodal_logits_raises():
     with pytest.raises(ConfigError, match="OGM: expected two or more modalities, got audio"):
         eq.balance.OGM(static(("audio",)))
     made = fused(unimodal="none")
@@ -236,7 +236,7 @@ def test_refuses_models_of_which_it_learns_nothing():
         (eq.balance.OGM_GE, "OGM_GE with OGM: OGM-GE includes it"),
     ],
 )
-def test_refuses_company(other, message):
+def test_incompatible_balancers_raise(other, message):
     made = static()
     with pytest.raises(ConfigError, match=message):
         eq.BalancerList(made, [eq.balance.OGM(made), other(made)])

@@ -112,7 +112,7 @@ def test_a_resumed_run_draws_what_it_would_have_drawn():
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
-def test_out_of_season_there_is_none():
+def test_no_noise_outside_start_and_stop():
     made, _, balancing = attached(start=1)
     plain = step(made, eq.BalancerList(made), batch())
     found = step(made, balancing, batch())

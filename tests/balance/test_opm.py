@@ -77,7 +77,7 @@ def test_rates_come_from_the_scores_of_the_step_before(task, make):
     assert max(balancer.rates.tolist()) > 0.3
 
 
-def test_the_first_step_is_plain():
+def test_first_step_changes_nothing():
     made, _, balancing = attached(p_exe=1.0)
     found, twin = step(made, balancing, batch()), static()
     plain = step(twin, eq.BalancerList(twin), batch())
@@ -85,7 +85,7 @@ def test_the_first_step_is_plain():
         torch.testing.assert_close(found[key], gradient, **EXACT)
 
 
-def test_what_is_left_is_scaled():
+def test_kept_modalities_are_rescaled():
     made, balancer, _ = attached(p_exe=1.0)
     whole = made(batch()).features
     with_rates(balancer, 1.0, 0.5)
@@ -97,7 +97,7 @@ def test_what_is_left_is_scaled():
     torch.testing.assert_close(output.features, expected, **EXACT)
 
 
-def test_a_sample_that_would_be_left_with_nothing_keeps_what_it_has():
+def test_sample_that_would_lose_all_modalities_keeps_all():
     made, balancer, _ = attached(p_exe=1.0)
     with_rates(balancer, 1.0, 0.0)
     inputs = batch(size=7, missing=("audio", "image"))
@@ -203,7 +203,7 @@ def test_refuses_options(options, message):
         eq.balance.OPM(static(), **options)
 
 
-def test_refuses_models_of_which_it_learns_nothing():
+def test_model_without_unimodal_logits_raises():
     with pytest.raises(ConfigError, match="OPM: expected two or more modalities, got audio"):
         eq.balance.OPM(static(("audio",)))
     made, _, balancing = attached(make=fused, model={"unimodal": "none"})

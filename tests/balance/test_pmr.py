@@ -62,14 +62,14 @@ def test_a_modality_that_no_sample_has_is_excluded():
     torch.testing.assert_close(leads, doubles(0, 0.5, 0), **EXACT)
 
 
-def test_scores_of_zero_divide_nothing():
+def test_zero_scores_give_no_nan():
     assert [w.tolist() for w in prototype_weights(doubles(0.5, 0))] == [[0, 1], [1, 0]]
     assert [w.tolist() for w in prototype_weights(doubles(0, 0))] == [[0, 0], [0, 0]]
 
 
 @quick
 @given(st.lists(st.floats(1e-6, 1), min_size=2, max_size=5))
-def test_the_best_is_not_pulled_and_the_worst_is_not_held(scores):
+def test_best_has_no_prototype_loss_and_worst_no_entropy(scores):
     lags, leads = prototype_weights(doubles(*scores))
     assert float(lags[scores.index(max(scores))]) == 0
     assert float(leads[scores.index(min(scores))]) == 0
@@ -114,7 +114,7 @@ def test_the_entropy_ends_after_its_epochs():
         balancer.review([inputs], [])
 
 
-def test_prototypes_remember():
+def test_prototypes_are_updated_with_momentum():
     made, first, second = static(), batch(size=11), batch(size=7, seed=1)
     # A class that the second review does not show keeps its prototype.
     second["target"] = second["target"].clamp(max=1)
@@ -150,7 +150,7 @@ def test_a_part_of_the_batches_makes_the_prototypes():
     assert int(balancer.batches) == 0
 
 
-def test_the_first_epoch_is_plain():
+def test_first_epoch_changes_nothing():
     made, inputs = static(), batch()
     balancing = eq.BalancerList(made, [eq.balance.PMR(made)])
     assert loss_of(balancing, made, inputs) == loss_of(eq.BalancerList(made), made, inputs)
@@ -227,7 +227,7 @@ def test_samples_that_lack_a_modality_do_not_count_for_it():
     assert float(penalty_of(balancer, made, whole)) != 0
 
 
-def test_saved_and_loaded_it_goes_on():
+def test_training_resumes_from_saved_state():
     made, inputs = static(), batch(size=11)
     balancer = reviewed(made, [inputs])
     penalty_of(balancer, made, inputs)

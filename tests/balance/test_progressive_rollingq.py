@@ -51,7 +51,7 @@ def test_each_stage_has_its_own_budget():
     assert counts[2::3] == [[2, 0, 0], [2, 2, 0], [2, 2, 2]]
 
 
-def test_a_finished_stage_stays_as_it_is():
+def test_rotation_of_a_finished_stage_is_frozen():
     made, balancer = staged(epochs=6)
     seen = []
     for number in range(6):

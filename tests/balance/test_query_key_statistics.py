@@ -93,7 +93,7 @@ def test_half_precision_is_summed_in_single(dtype):
     compare(total, samples(parts), tolerance=SINGLE)
 
 
-def test_values_a_human_can_check():
+def test_worked_example():
     query = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 2.0]]]])
     key = torch.tensor([[[[1.0, 0.0], [3.0, 0.0], [0.0, 1.0]]], [[[0.0, 1.0], [0.0, 1.0], [5.0, 0.0]]]])
     total = query_key_sums(query, key, torch.tensor([0, 0, 1]), 2)[0]
@@ -132,7 +132,7 @@ def test_masses_of_a_sample_sum_to_one_without_special_tokens():
         torch.testing.assert_close(total[:, :-1, -3].sum(dim=1), torch.ones(3, dtype=torch.float64), **EXACT)
 
 
-def test_nothing_flows_back():
+def test_statistics_have_no_gradient():
     query, key, labels, _, _ = batch(7)
     assert not query_key_sums(query.requires_grad_(), key.requires_grad_(), labels, 3).requires_grad
 

@@ -136,7 +136,7 @@ def test_a_model_made_double_has_a_double_rotation():
     torch.testing.assert_close(product, eye(), **TOL[torch.float64])
 
 
-def test_a_copy_lives_its_own_life():
+def test_copy_is_independent():
     made, rolling = rotated()
     twin = copy.deepcopy(made)
     other = twin.fusion.attention.core.rolling

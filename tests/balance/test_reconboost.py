@@ -37,7 +37,7 @@ def after(balancer, epochs):
         balancer.end_epoch()
 
 
-def test_what_the_others_answer_counts_less():
+def test_samples_predicted_by_others_have_smaller_weight():
     # (5 - 1 * 0.25) * 2 + 0.5 * 1
     one = torch.ones(1, dtype=torch.float64)
     assert float(boosting_losses(2 * one, 0.25 * one, one)) == 10.0
@@ -93,7 +93,7 @@ def test_the_last_term_has_a_gradient():
 
 
 @pytest.mark.parametrize(("epochs", "name"), [(0, "audio"), (2, "image")])
-def test_only_the_learner_learns(epochs, name):
+def test_only_the_trained_modality_gets_gradients(epochs, name):
     made, balancer, balancing = attached()
     after(balancer, epochs)
     place = made.names.index(name)
@@ -153,14 +153,14 @@ def test_accumulated_batches_equal_one_large_batch(epochs):
 
 
 @pytest.mark.parametrize("unimodal", ["probe", "train"])
-def test_heads_only_watch(unimodal):
+def test_unimodal_heads_are_detached(unimodal):
     made, _, balancing = attached(unimodal=unimodal)
     found = step(made, balancing, batch())
     assert "unimodal_heads.image.weight" in found
     assert "encoders.image.weight" not in found
 
 
-def test_saved_and_loaded_in_mid_training_it_goes_on_as_if_nothing_had_happened():
+def test_resumed_training_equals_uninterrupted_training():
     made, balancer, _ = attached()
     after(balancer, 2)
     fresh, other, rebalancing = attached(seed=9)
@@ -212,7 +212,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
-def test_it_silences_the_heads_that_others_need(other):
+def test_methods_that_need_trained_heads_raise(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.ReconBoost(made)])

@@ -99,7 +99,7 @@ def test_encoders_go_back_as_far_as_they_have_overfitted():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_optimiser_forgets_the_encoders_that_went_back(optimizer):
+def test_optimizer_state_of_reset_encoders_is_cleared(optimizer):
     made, balancer, chosen = attached(optimizer=optimizer)
     step(made, eq.BalancerList(made), batch(size=7))
     chosen.step()
@@ -115,7 +115,7 @@ def test_the_optimiser_forgets_the_encoders_that_went_back(optimizer):
     assert not torch.equal(encoder.weight, before)
 
 
-def test_when_it_acts():
+def test_epochs_of_resets():
     made, balancer, _ = attached(every=2, times=2, epochs=9)
     train, val, acted = [separated(apart=5.0)], [separated(apart=0.0, seed=1)], []
     for _ in range(8):
@@ -154,7 +154,7 @@ def test_every_task(task):
     assert all(bool(p.isfinite().all()) for p in made.parameters())
 
 
-def test_modes_and_the_random_state_stay():
+def test_training_modes_and_rng_state_are_restored():
     made, balancer, _ = attached(fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
     made.train()
     state = torch.get_rng_state()

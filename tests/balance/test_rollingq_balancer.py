@@ -450,7 +450,7 @@ def test_options_out_of_range(options, message):
     attached(made)
 
 
-def test_a_line_has_no_rotation():
+def test_width_one_raises():
     with pytest.raises(
         ConfigError, match=r"expected heads of width d >= 2, got d = 1\. There is no rotation in one dimension"
     ):

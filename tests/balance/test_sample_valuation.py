@@ -145,13 +145,13 @@ def test_gaps_are_those_of_the_epoch_before():
 
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
-def test_the_first_epoch_is_plain(level):
+def test_first_epoch_changes_nothing(level):
     made, inputs = fused(), batch(size=7)
     balancer = eq.balance.SampleValuation(made, level=level)
     assert float(penalty_of(balancer, made, inputs)) == float(made.loss(made(inputs).logits, inputs["target"]).detach())
 
 
-def test_modes_and_the_random_state_stay():
+def test_training_modes_and_rng_state_are_restored():
     made = fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5))
     inputs, balancer = batch(size=7), eq.balance.SampleValuation(made)
     output = made.train()(inputs)
@@ -189,7 +189,7 @@ def test_every_task(task, level):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_saved_and_loaded_it_goes_on():
+def test_training_resumes_from_saved_state():
     made, inputs = static(), batch(size=11)
     balancer, other = (eq.balance.SampleValuation(made, level="modality") for _ in range(2))
     penalty_of(balancer, made, inputs)

@@ -1,4 +1,4 @@
-"""The program: help, version, statuses, recipes, report, training on two processes."""
+"""Command line: help, version, exit status, recipes, report, and training on two processes."""
 
 import json
 import re

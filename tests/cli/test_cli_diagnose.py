@@ -1,4 +1,4 @@
-"""``equipoise diagnose`` on tiny runs: the figures of the run itself, what is written, and errors in one sentence."""
+"""``equipoise diagnose`` on tiny runs: metrics, written files, and errors in one sentence."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""``equipoise search``: what it shows, what it writes, how fast it answers, and errors in one sentence."""
+"""``equipoise search``: terminal output, gallery, cached embeddings, and errors in one sentence."""
 
 import json
 import time

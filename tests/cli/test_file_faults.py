@@ -1,4 +1,4 @@
-"""Places that must not be written, files that do not belong together, and terminals that are gone or plain."""
+"""Unsafe output paths, files of different runs, damaged files, full disks, and limited terminals."""
 
 import json
 import os
@@ -566,7 +566,7 @@ def test_wrong_values(words, said, tmp_path, capfd):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_fault_of_the_program_is_told_as_one(capfd, monkeypatch):
+def test_internal_error_message(capfd, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_TRACEBACK", raising=False)
     monkeypatch.setattr(recipes, "recipe_names", lambda: 1 / 0)
     assert "internal error: ZeroDivisionError" in told(capfd, "recipes", "ls")

@@ -1,4 +1,4 @@
-"""Shift, gain, tilt and noise."""
+"""Random shift, gain, spectral tilt and noise."""
 
 import numpy as np
 import torch
@@ -17,20 +17,20 @@ def draw(batch, seed=0):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=5))
-def test_shifted_is_the_loop(frames):
+def test_random_shift_equals_loop(frames):
     spectrogram = torch.randn(len(frames), 7, 3, generator=torch.Generator().manual_seed(0))
     fill = torch.tensor([5.0, 6.0, 7.0])
     expected = oracles_data.shifted(spectrogram.numpy(), frames, fill.numpy())
     np.testing.assert_array_equal(random_shift(spectrogram, torch.tensor(frames), fill).numpy(), expected)
 
 
-def test_tilted_raises_the_high_bands():
+def test_spectral_tilt_raises_high_bands():
     got = spectral_tilt(torch.zeros(2, 3, 5), torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]))
     torch.testing.assert_close(got[0, 1], torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), **TOL[torch.float32])
     torch.testing.assert_close(got[1], torch.ones(3, 5), **TOL[torch.float32])
 
 
-def test_varied_covers_its_range_and_no_more():
+def test_augment_spectrogram_stays_in_range():
     batch, frames, gain, tilt = 997, 3, 0.5, 0.25
     impulse = torch.zeros(batch, 13, 5)
     impulse[:, 6] = 100.0
@@ -47,7 +47,7 @@ def test_varied_covers_its_range_and_no_more():
     assert torch.corrcoef(torch.stack([shift.float(), middle, slope])).triu(1).abs().max() < 5 / batch**0.5
 
 
-def test_noisy_keeps_standardised_values_standardized():
+def test_add_noise_keeps_values_standardized():
     values = torch.randn(997, 101, generator=torch.Generator().manual_seed(0))
     got = add_noise(values, 2.0, draw(997), "hiss")
     error = 5 / got.numel() ** 0.5

@@ -1,4 +1,4 @@
-"""av_digits: what it reads, what it refuses, and the splits of the published data."""
+"""The av_digits data set: file formats, invalid files, and the splits of the published data."""
 
 import gzip
 import os
@@ -81,7 +81,7 @@ def test_wrong_file_name_is_named(tmp_path, name):
         read_recordings(tmp_path, SPEAKERS, 1.0)
 
 
-def test_a_speaker_who_lacks_a_digit(tmp_path):
+def test_missing_digit_of_a_speaker_raises(tmp_path):
     for digit in range(9):
         write_wav(tmp_path / f"{digit}_theo_0.wav")
     with pytest.raises(DataError, match=r"recordings of all digits by theo, got 9 recordings, none of them 9_theo_\*"):
@@ -120,7 +120,7 @@ def test_damaged_idx_is_named(tmp_path):
         read_idx(path, 2)
 
 
-def test_negative_noise_is_told_before_anything_is_read(tmp_path):
+def test_negative_noise_raises_before_files_are_read(tmp_path):
     with pytest.raises(ConfigError, match=r"AVDigits: expected a finite audio_noise >= 0, got audio_noise = -0\.5"):
         AVDigits(tmp_path, audio_noise=-0.5)
 
@@ -185,7 +185,7 @@ def spoken():
 
 @published
 @pytest.mark.parametrize("fold", FOLDS)
-def test_the_splits_hear_whom_the_card_says(fold, spoken):
+def test_speakers_of_splits_match_the_data_card(fold, spoken):
     data = load_dataset("av_digits", fold=fold)
     tests = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in spoken.speaker.tolist()])
     member = {"train": ~tests & (spoken.take >= 5), "val": ~tests & (spoken.take < 5), "test": tests}

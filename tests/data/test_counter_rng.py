@@ -1,4 +1,4 @@
-"""Draw: numbers that depend on seed, epoch, index, salt and purpose alone."""
+"""CounterRNG: numbers depend on seed, epoch, index, salt and purpose only."""
 
 import torch
 from hypothesis import given, settings
@@ -30,7 +30,7 @@ def _unmixed(word: int) -> int:
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(7)), st.integers(0, 2**40), st.integers(0, 1000))
-def test_a_sample_gets_the_same_numbers_in_any_company(order, seed, epoch):
+def test_numbers_of_a_sample_do_not_depend_on_the_batch(order, seed, epoch):
     whole = CounterRNG(seed, epoch, torch.arange(7)).normal("hiss", 3, 5)
     some = torch.tensor(order[:4])
     assert torch.equal(CounterRNG(seed, epoch, some).normal("hiss", 3, 5), whole[some])
@@ -71,7 +71,7 @@ def test_odd_counts_and_shapes():
     )
 
 
-def test_the_global_generator_is_neither_read_nor_moved():
+def test_global_rng_is_not_used():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = CounterRNG(0, 0, torch.arange(3)).normal("hiss", 5)

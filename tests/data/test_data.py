@@ -1,4 +1,4 @@
-"""load, splits, batches and the loader, on the bundled data set."""
+"""load_dataset, splits, batches and the loader, on the bundled data set."""
 
 import pickle
 
@@ -19,7 +19,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_load_finds_data_sets_alone():
+def test_load_dataset_rejects_other_names():
     assert {"digits", "av_digits"} <= set(available_datasets())
     assert not {"base", "loader", "order", "augment"} & set(available_datasets())
     with pytest.raises(ConfigError, match=r"load: expected a known data set, got 'digit'\. Did you mean .*'digits'"):
@@ -57,7 +57,7 @@ def test_batches_are_samples_of_the_split(digits):
             assert together > others + 0.05
 
 
-def test_evaluation_looks_the_same_in_every_epoch_run_and_batch_size(digits):
+def test_evaluation_batches_do_not_depend_on_epoch_seed_or_batch_size(digits):
     first = next(digits.batches("val", 300, seed=0, epoch=0, train=False))
     again = next(digits.batches("val", 300, seed=5, epoch=7, train=False))
     assert same(first, again)
@@ -114,7 +114,7 @@ def test_two_processes_see_the_batches_of_one(digits):
         )
 
 
-def test_loading_leaves_the_global_generator_alone(digits):
+def test_loading_does_not_use_the_global_rng(digits):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     next(iter(loader(digits, "train", 64, seed=0, train=True)))

@@ -1,4 +1,4 @@
-"""The bundled data set: what the data card says."""
+"""The bundled digits: splits, voices and statistics match the data card."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def voices():
         return dict(stored)
 
 
-def test_the_voices_are_those_the_script_made():
+def test_checksum_of_voices():
     assert hashlib.sha256(VOICES.read_bytes()).hexdigest() == VOICES_SHA256
     assert VOICES.stat().st_size < 4e6
 
@@ -70,7 +70,7 @@ def recordings(split, voices, digits):
     return best.indices.numpy()
 
 
-def test_splits_hear_the_voices_they_should(digits, voices):
+def test_voices_of_splits(digits, voices):
     parts = {name: recordings(digits.split(name), voices, digits) for name in ("train", "val", "test")}
     assert not voices["held_out"][parts["train"]].any()
     assert not voices["held_out"][parts["val"]].any()

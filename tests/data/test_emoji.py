@@ -28,7 +28,7 @@ def emoji():
     return load_dataset("emoji")
 
 
-def test_the_file_is_the_one_that_the_script_made():
+def test_checksum_of_emoji():
     assert hashlib.sha256(ATLAS.read_bytes()).hexdigest() == ATLAS_SHA256
     assert ATLAS.stat().st_size < 1e6
     licenses = ATLAS.with_name("emoji_LICENSES.txt").read_text(encoding="utf-8")
@@ -187,7 +187,7 @@ def test_the_card_says_what_its_code_finds():
         assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
 
 
-def test_a_damaged_file_is_told(tmp_path, monkeypatch):
+def test_damaged_file_raises(tmp_path, monkeypatch):
     broken = tmp_path / "emoji.npz"
     broken.write_bytes(ATLAS.read_bytes()[:5000])
     monkeypatch.setattr(module, "ATLAS", broken)
@@ -248,7 +248,7 @@ def test_files_that_are_no_pictures(tmp_path):
         load_square_image(tmp_path / "part.png", 32)
 
 
-def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image, turned = Image.new("RGB", (16, 16), "white"), Image.Exif()
     image.paste("black", (0, 0, 16, 8))
     turned[0x0112] = 6
@@ -258,7 +258,7 @@ def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
     assert made[:, 9:].unique().tolist() == [0]
 
 
-def test_a_picture_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+def test_decompression_bomb_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (16, 16)).save(tmp_path / "bomb.png")
     with pytest.raises(DataError, match=r"expected an image of at most .* pixels, got .*decompression bomb"):

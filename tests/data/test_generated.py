@@ -1,4 +1,4 @@
-"""The generated data set: every task, what each modality shows, noise that belongs to the sample."""
+"""The generated data set: tasks, dependence of modalities on causes, and noise per sample."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_targets_of_every_task_are_of_the_same_causes(task):
     assert torch.equal(target, expected)
 
 
-def test_the_seed_is_everything():
+def test_data_depend_on_the_seed_only():
     state = torch.get_rng_state()
     one, same, other = (load_dataset("generated", samples=20, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -93,7 +93,7 @@ def test_refuses(options, message):
         load_dataset("generated", **options)
 
 
-def test_the_card_tells_the_truth():
+def test_data_card_matches_the_data():
     card = (Path(__file__).parents[2] / "docs/data/generated.md").read_text()
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
     data = load_dataset("generated")

@@ -1,4 +1,4 @@
-"""The one reader of images and sounds: orientation, depth, transparency, rates, and what is refused."""
+"""Loading of images and sounds: orientation, bit depth, transparency, sample rates, and rejected files."""
 
 import io
 import re
@@ -33,7 +33,7 @@ def png(width, height, depth, color, rows, extra=b""):
     )
 
 
-def test_nothing_else_opens_images_and_sounds():
+def test_only_media_files_opens_images_and_sounds():
     package = Path(equipoise.__file__).parent
     found = [
         path.relative_to(package).as_posix()
@@ -190,7 +190,7 @@ def test_decompression_bombs(tmp_path, monkeypatch):
         load_image(tmp_path / "large.png")
 
 
-def test_what_is_no_image(tmp_path):
+def test_not_an_image_raises(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
@@ -246,7 +246,7 @@ def test_truncated_sounds(tmp_path, kind, kept):
         read_audio(tmp_path / "cut", 16000)
 
 
-def test_what_is_no_sound(tmp_path, monkeypatch):
+def test_not_a_sound_raises(tmp_path, monkeypatch):
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.wav").write_bytes(b"nothing")
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)

@@ -1,4 +1,4 @@
-"""What a data set does not teach: held-out classes, and pictures and sounds of another task."""
+"""Out-of-distribution splits: held-out classes (near), photographs and synthetic sounds (far)."""
 
 import os
 import re
@@ -193,7 +193,7 @@ def test_divided_by_hand():
 
 @pytest.mark.parametrize("name", ["digits", "av_digits"])
 @pytest.mark.parametrize("wrong", [[10], [-1, 3], ["7"], [7.0], [True], 7, "789", None])
-def test_what_is_no_class(name, wrong):
+def test_invalid_held_out_classes_raise(name, wrong):
     who = {"digits": "Digits", "av_digits": "AVDigits"}[name]
     expected = rf"{who}: expected held_out, a list of classes among 0 to 9, got held_out = .*Write it as held_out: \["
     with pytest.raises(ConfigError, match=expected):
@@ -201,13 +201,13 @@ def test_what_is_no_class(name, wrong):
 
 
 @pytest.mark.parametrize("name", ["digits", "av_digits"])
-def test_too_few_that_remain(name):
+def test_fewer_than_two_kept_classes_raise(name):
     with pytest.raises(ConfigError, match=r"expected two or more classes that are not held out, got 1 of 10\. Hold"):
         data.load_dataset(name, held_out=list(range(1, 10)))
     assert data.load_dataset("digits", held_out=list(range(2, 10))).num_outputs == 2
 
 
-def test_what_has_no_outside():
+def test_data_without_ood_split_raises():
     whole = data.load_dataset("digits")
     with pytest.raises(ConfigError, match=r"ood_split: expected a known kind, got 'nera'\. Did you mean 'near'"):
         data.ood_split(whole, "nera")
@@ -232,7 +232,7 @@ def test_a_recipe_holds_classes_out():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_cards_say_runs(name):
+def test_code_of_the_data_cards_runs(name):
     card = (Path(__file__).parents[2] / f"docs/data/{name}.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         found = {}

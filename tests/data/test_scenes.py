@@ -1,4 +1,4 @@
-"""The scenes: what is drawn, what is asked, who is held out, and whose patches are true."""
+"""The scenes data set: rendering, questions, held-out combinations, and regions of words."""
 
 import re
 from collections import Counter
@@ -211,7 +211,7 @@ def test_words_without_a_thing_have_no_region():
         assert not (regions & ~covered).any()
 
 
-def test_what_stands_in_front_owns_its_pixels():
+def test_front_object_owns_its_pixels():
     picture, owner = render_scene([SceneObject("red", "square", 2, 2, 10), SceneObject("blue", "square", 6, 2, 10)], 24)
     assert owner[6, 4] == 0
     assert owner[6, 9] == 1
@@ -260,7 +260,7 @@ def test_refuses_what_it_cannot_do():
     assert decode_text(encode_text("What is left of the car?")) == "what is left of the car"
 
 
-def test_the_card_tells_the_truth():
+def test_data_card_matches_the_data():
     card = (Path(__file__).parents[2] / "docs/data/scenes.md").read_text()
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
     for color, shape in HELD_OUT:

@@ -1,4 +1,4 @@
-"""Triples: the written digits and their slips, single items, scenes and their correspondence."""
+"""The triples data set: written digits and misspellings, single items, scenes and their correspondence."""
 
 import math
 import re
@@ -84,7 +84,7 @@ def test_slips_letter_by_letter(seed, slips):
         assert got[length:] == [0] * (len(got) - length)
 
 
-def test_slips_are_as_frequent_as_said():
+def test_rate_of_misspellings():
     """Of "seven": a letter is lost for a third of all slips, but for the first one."""
     count, slips = 6000, 0.3
     made = misspell(letter_ids(["seven"] * count), slips, CounterRNG(0, 0, torch.arange(count)))
@@ -188,7 +188,7 @@ def test_refuses(options, message):
         load_dataset("triples", **options)
 
 
-def test_the_card_tells_the_truth(scenes):
+def test_data_card_matches_the_data(scenes):
     card = (Path(__file__).parents[2] / "docs/data/triples.md").read_text(encoding="utf-8")
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
     for name, words in FORMS.items():

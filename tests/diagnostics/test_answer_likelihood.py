@@ -1,4 +1,4 @@
-"""How likely an answer is to a model that is deprived, against logits read one by one."""
+"""Log-likelihood of answers under interventions, against logits read one by one."""
 
 import math
 

@@ -375,7 +375,7 @@ def test_data_that_do_not_fit():
 
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
-def test_everything_is_as_it_was(ends):
+def test_model_state_is_restored(ends):
     made, loader = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
     made.fusion.eval()
     made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
@@ -460,7 +460,7 @@ def test_the_picture_can_be_read_on_a_small_screen(swapped, open_page, tmp_path,
     assert fills.count(accent) == 18
 
 
-def test_nothing_warns_and_even_maps_name_no_contradiction():
+def test_uniform_maps_have_no_inconsistent_cycles_and_no_warnings():
     even = planted(sharpness=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

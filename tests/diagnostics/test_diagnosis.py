@@ -1,4 +1,4 @@
-"""A whole diagnosis: its figures against loops and each test alone, what it skips, and what it leaves behind."""
+"""A whole diagnosis: metrics against loops and single tests, skipped tests, and restored model state."""
 
 import math
 
@@ -271,7 +271,7 @@ class Foreign(nn.Module):
         return eq.Output(features=features, logits=self.head(features))
 
 
-def test_a_model_that_is_not_ours():
+def test_model_of_another_library():
     made = Foreign()
     found = diagnose(made, batches(), name="mine")
     assert found.name == "mine"
@@ -340,7 +340,7 @@ def test_wrong_options(what):
         diagnose(model(dtype=torch.float32), batches(), **options)
 
 
-def test_what_cannot_be_diagnosed():
+def test_unsupported_models_raise():
     made, loader = model(dtype=torch.float32), batches()
     with pytest.raises(ConfigError, match=r"iterated several times: .*, got a list_iterator\. Pass list\(loader\)"):
         diagnose(made, iter(loader))
@@ -357,7 +357,7 @@ def test_what_cannot_be_diagnosed():
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
-def test_everything_is_as_it_was(depth, ends):
+def test_model_state_is_restored(depth, ends):
     made = model(depth=depth, dropout=0.5, dtype=torch.float32).train()
     made.fusion.eval()
     made.head.weight.requires_grad_(False)

@@ -61,7 +61,7 @@ def test_several_in_one_results_file(found, tmp_path):
 
 
 DAMAGE = {
-    "cut short": (lambda text: text[: len(text) // 2], "expected JSON, got a truncated file"),
+    "truncated": (lambda text: text[: len(text) // 2], "expected JSON, got a truncated file"),
     "another kind": (
         lambda text: '{"schema": 1, "runs": []}',
         "a diagnosis of schema 1, got None of schema 1",

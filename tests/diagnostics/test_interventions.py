@@ -113,7 +113,7 @@ def test_several_at_once():
     torch.testing.assert_close(logits, alone, **EXACT)
 
 
-def test_what_is_hidden_may_be_nan():
+def test_masked_inputs_may_be_nan():
     made, inputs = model(depth=2).eval(), batch()
     broken = {**inputs, "image": torch.full_like(inputs["image"], torch.nan)}
     with torch.no_grad(), without_modality(made, "image"):

@@ -106,7 +106,7 @@ def test_as_a_dict():
     assert sum(own["air"] for own in plain["modalities"].values()) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_modality_that_nobody_has():
+def test_modality_without_samples():
     made, lacking = model(NAMES[:2]), [{**batch(), "image": None}]
     found = key_geometry(made, lacking)
     assert found.air == {"audio": None, "image": None}

@@ -1,4 +1,4 @@
-"""A diagnostic leaves a model as it was: after it ran, after a user's error, and after an error of the model's own."""
+"""Diagnostics restore the state of the model, also after errors of the user or of the model."""
 
 import copy
 
@@ -28,7 +28,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
-def test_everything_is_as_it_was(name, ends):
+def test_model_state_is_restored(name, ends):
     made = model(dropout=0.5).train()
     made.fusion.eval()
     made.head.weight.requires_grad_(False)

@@ -81,7 +81,7 @@ def test_of_a_model(task, names):
     assert math.fsum(found.values()) == pytest.approx(whole, abs=SINGLE["atol"])
 
 
-def test_who_is_not_read_deserves_nothing():
+def test_unused_modality_has_shapley_value_zero():
     made = fused(fusion=eq.fusion.Unimodal(DIM, modality="image"), task="regression", unimodal="none")
     batches = [batch_for("regression", seed=seed) for seed in range(2)]
     found = modality_shapley(made, batches)

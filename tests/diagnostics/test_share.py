@@ -61,7 +61,7 @@ def test_rows_against_loops(count):
     json.dumps(found, allow_nan=False)
 
 
-def test_a_modality_that_nobody_has():
+def test_modality_without_samples():
     share = torch.tensor([[[0.25, math.nan]], [[0.75, math.nan]]])
     first, second = share_statistics(share, NAMES[:2])
     assert (first["mean"], first["std"], first["min"], first["max"]) == (0.5, 0.25, 0.25, 0.75)
@@ -112,7 +112,7 @@ def test_what_another_process_saw_is_added():
     torch.testing.assert_close(gathered["total"] / gathered["samples"], expected.compute(), **TOL[torch.float32])
 
 
-def test_metric_of_half_precision_and_of_nobody():
+def test_metric_of_half_precision_and_of_no_samples():
     metric = ModalityShare(2)
     batch = torch.tensor([[[0.25, math.nan]]], dtype=torch.bfloat16)
     assert metric(batch).isnan().tolist() == [[False, True]]

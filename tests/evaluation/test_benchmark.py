@@ -1,4 +1,4 @@
-"""Published models at our work: their own scores come out, and what they write is read as an answer."""
+"""Benchmarks of pretrained models: metrics, normalized replies, and loading errors."""
 
 import math
 from types import SimpleNamespace
@@ -177,7 +177,7 @@ def test_a_word_points_as_its_attention_written_out(scenes):
     assert chance == pytest.approx(float(region.mean()))
 
 
-def test_a_writer_is_judged_with_and_without_its_picture(scenes):
+def test_generative_model_is_evaluated_with_and_without_its_image(scenes):
     asker = writer()
     found = evaluate(asker.model, asker.processor, scenes, samples=16)
     assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(found)

@@ -1,4 +1,4 @@
-"""Where words look: against attention written out, and on a model that is made to point."""
+"""Pointing metrics: against explicit attention, and on a model constructed to point."""
 
 import pytest
 import torch

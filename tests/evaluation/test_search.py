@@ -1,4 +1,4 @@
-"""The index: order, ranks, ties and what is refused; vectors that are kept; pictures in a terminal."""
+"""The search index: order, ranks, ties and errors; cached embeddings; images in a terminal."""
 
 import os
 

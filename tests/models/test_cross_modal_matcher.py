@@ -1,4 +1,4 @@
-"""CrossModalMatcher: losses by loops, what is trained and what is not, missing items, the figures, recipes."""
+"""CrossModalMatcher: losses against loops, trained parameters, missing items, metrics, recipes."""
 
 import importlib.util
 import math
@@ -407,7 +407,7 @@ class Wide(nn.Sequential):
         super().__init__(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, outputs))
 
 
-def test_judging_leaves_the_model_as_it_was():
+def test_evaluation_does_not_change_the_model():
     model = made(dtype=torch.float32)
     model.encoders["text"].eval()
     model.evaluate_split(Patterns(), "val")

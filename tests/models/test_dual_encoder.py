@@ -1,4 +1,4 @@
-"""The shared space: its losses against double loops, two and three modalities, what is missing, and its figures."""
+"""DualEncoder: losses against double loops, two and three modalities, missing modalities, metrics."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Recipes of a model that brings its own losses: built, trained, resumed, compared, loaded and drawn as any other."""
+"""Recipes of self-contained models: building, training, resuming, comparing and loading."""
 
 from dataclasses import replace
 

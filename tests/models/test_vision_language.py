@@ -176,7 +176,7 @@ class Knows(VisionLanguageModel):
         return torch.nn.utils.rnn.pad_sequence(said, batch_first=True)
 
 
-def test_judgement_of_a_model_that_knows_the_pictures():
+def test_metrics_of_a_model_with_stored_answers():
     source = scenes()
     row = evaluate_vlm(Knows(source, "test"), source)
     found = row["metrics"]

@@ -1,4 +1,4 @@
-"""sentences.py: what is said follows from the numbers, and says how sure they are."""
+"""Sentences of the comparison report follow from the numbers and state their significance."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""report.py: one page, whole and harmless, whatever the results hold; looked at with a real browser."""
+"""The comparison report: content, escaping and partial results, viewed in a real browser."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The table in the terminal: nothing is cut, and what has no room is named."""
+"""The terminal table: numbers are never truncated, and dropped columns are listed."""
 
 import io
 

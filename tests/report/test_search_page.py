@@ -1,4 +1,4 @@
-"""The gallery: whole and harmless whatever a name holds; used with a real browser, by mouse and by keyboard."""
+"""The search gallery: content, escaping, and use in a real browser by mouse and keyboard."""
 
 import io
 import re

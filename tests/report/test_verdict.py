@@ -1,4 +1,4 @@
-"""From figures to sentences: every rule at both sides of its threshold, and nothing said that samples cannot show."""
+"""Verdicts from metrics: every rule on both sides of its threshold, and no claim beyond the evidence."""
 
 import math
 from statistics import NormalDist
@@ -229,7 +229,7 @@ def test_regression_has_the_error_of_its_samples():
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(["audio", "image", "text"]), st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_the_order_of_modalities_changes_no_judgement(order, left):
+def test_verdicts_do_not_depend_on_the_order_of_modalities(order, left):
     metrics = {f"accuracy_mask/{name}": value for name, value in zip(("audio", "image", "text"), left, strict=True)}
     base = {**content(samples=300, names=order, accuracy=0.7), "metrics": {"accuracy": 0.7, **metrics}}
     found = {verdict.key: (verdict.ok, verdict.text) for verdict in verdicts(base)}

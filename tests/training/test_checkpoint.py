@@ -1,4 +1,4 @@
-"""Weights and training states on disk: whole or not at all, and never executed."""
+"""Weights and checkpoints: atomic writes, damaged files, and no code execution."""
 
 import pytest
 import torch
@@ -46,14 +46,14 @@ class Evil:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_states_hold_no_code(tmp_path):
+def test_checkpoint_with_code_is_not_executed(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"callbacks": Evil()}, path)
     with pytest.raises(DataError, match=r"last\.ckpt: expected a whole checkpoint, got .* Remove it to start"):
         read_state_dict(path)
 
 
-def test_states_are_written_whole(tmp_path, monkeypatch):
+def test_checkpoints_are_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "sub" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
     real = torch.save

@@ -1,4 +1,4 @@
-"""Comparisons: what is run and what is not run again, what is written, and that workers change nothing."""
+"""compare: planning, reuse of finished runs, content of the results, failures, and independence of the number of workers."""
 
 import json
 import math
@@ -184,7 +184,7 @@ def test_wrong_options_fail_before_anything_is_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_comparisons_in_one_folder(tmp_path):
+def test_second_comparison_in_the_same_folder_raises(tmp_path):
     def another(job, done, epochs):
         with pytest.raises(ConfigError, match=r"for this process alone, got another process.*choose another --out"):
             compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0)
@@ -208,7 +208,7 @@ def test_impossible_plans(names, seeds, workers, said, tmp_path):
         compare(recipe(), names, seeds=seeds, out=tmp_path, workers=workers)
 
 
-def test_plans_hold_whole_pairs_first():
+def test_plan_is_ordered_by_seed():
     plan = plan_runs(recipe(), ["concat", "joint", "concat"], 2, ["A", "B"])
     order = [(job.seed, job.fold, job.method) for job in plan]
     assert order == [(s, f, m) for s in (0, 1) for f in "AB" for m in ("concat", "joint")]

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment costs time and nothing else; Ctrl-C leaves whole files and no process."""
+"""Runs killed by SIGKILL resume without loss; Ctrl-C leaves complete files and no process."""
 
 import os
 import random
@@ -133,7 +133,7 @@ def test_ctrl_c_in_train(tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_dead_worker_is_told_and_what_is_finished_is_kept(tmp_path):
+def test_killed_worker_raises_and_finished_runs_are_kept(tmp_path):
     # Long enough that the worker still trains when its first epoch is told.
     plan = recipe(epochs=30)
     compare(plan, ["concat"], seeds=1, out=tmp_path, workers=0)

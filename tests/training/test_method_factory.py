@@ -1,4 +1,4 @@
-"""A method's name and what it builds."""
+"""Parsing of method names, and the models and balancers they build."""
 
 from dataclasses import replace
 

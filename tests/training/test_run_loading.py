@@ -1,4 +1,4 @@
-"""A trained model comes back as it was, and what is no trained model is told."""
+"""Loading a trained model from its run folder, and errors for invalid folders."""
 
 import shutil
 

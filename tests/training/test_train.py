@@ -1,4 +1,4 @@
-"""A run that was interrupted, however and whenever, ends as if nothing had happened, bit by bit."""
+"""Training runs: resumed runs are bit-exact, finished runs are reused, interrupts and invalid options raise."""
 
 import warnings
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_is_bit_by_bit_the_same(case, tmp_path):
+def test_resumed_run_is_bit_exact(case, tmp_path):
     method, balancers, train = CASES[case]
     this = job(method, balancers=balancers, **train)
     straight = execute_run(this, tmp_path / "straight")
