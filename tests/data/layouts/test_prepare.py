@@ -19,11 +19,11 @@ SAMPLES = {
     "hmdb51": {"train": 9, "val": 3, "test": 3},
 }  # fmt: skip
 SHAPES = {
-    "cremad": {"audio": (188, 257), "image": (1, 8, 8, 3)},
+    "cremad": {"audio": (188, 257), "image": (8, 8, 3)},
     "kinetics_sounds": {"audio": (1024, 128), "image": (3, 8, 8, 3)},
     "mosei": {"text": (4, 6), "audio": (4, 4), "vision": (4, 3)},
     "mosi": {"text": (4, 6), "audio": (5, 4), "vision": (5, 3)},
-    "av_mnist": {"image": (1, 28, 28, 1), "audio": (1, 112, 112, 1)},
+    "av_mnist": {"image": (28, 28), "audio": (112, 112)},
     "ucf101": {"rgb": (3, 8, 8, 3), "flow": (3, 8, 8, 2)},
     "hmdb51": {"rgb": (3, 8, 8, 3), "flow": (3, 8, 8, 2)},
 }
@@ -233,6 +233,22 @@ def test_report_is_complete(prepared):
     assert report["choice"]["options"] == {"task": "regression", "split": "published"}
     assert report["columns"] == {"text": "sequence", "audio": "sequence", "vision": "sequence"}
     assert report["published"] == {"train": 1284, "val": 229, "test": 686}
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({}, {"audio": "array", "image": "image"}),
+        ({"frames": 2}, {"audio": "array", "image": "frames"}),
+        ({"audio": "wav"}, {"audio": "audio", "image": "image"}),
+    ],
+)
+def test_kinds_of_columns_follow_the_options(prepared, tmp_path, options, kinds):
+    raw, _, _ = prepared("cremad")
+    made = prepare_raw("cremad", raw, tmp_path / "out", **options)
+    assert made.report["columns"] == kinds
+    shape = np.load(tmp_path / "out" / rows(tmp_path / "out")[0]["image"]).shape
+    assert shape == ((2, 8, 8, 3) if "frames" in options else (8, 8, 3))
 
 
 def test_other_options_need_another_folder(prepared):

@@ -28,7 +28,7 @@ class AVMNIST(Layout):
     title = "AV-MNIST"
     source = "https://github.com/pliang279/MultiBench (avmnist)"
     license = "MNIST: CC BY-SA 3.0; FSDD: CC BY-SA 4.0; ESC-50: CC BY-NC 3.0"
-    columns = {"image": "frames", "audio": "frames"}  # noqa: RUF012
+    columns = {"image": "array", "audio": "array"}  # noqa: RUF012
     places = {  # noqa: RUF012
         f"{kind}{split}": Place((f"{folder}{split}_{what}.npy", f"avmnist/{folder}{split}_{what}.npy"), content)
         for kind, folder, what, content in (
@@ -65,8 +65,8 @@ class AVMNIST(Layout):
 
     def convert(self, sample: RawSample, settings: Settings) -> dict[str, Any]:
         row = sample.rows["row"]
-        image = np.array(_images(Path(sample.files["image"][0]))[row], np.float32).reshape(1, SIDE, SIDE, 1)
-        audio = np.array(read_array(Path(sample.files["audio"][0]), 3)[row], np.float32)[None, ..., None]
+        image = np.array(_images(Path(sample.files["image"][0]))[row], np.float32).reshape(SIDE, SIDE)
+        audio = np.array(read_array(Path(sample.files["audio"][0]), 3)[row], np.float32)
         return {"image": image / 255, "audio": audio / 255}
 
 

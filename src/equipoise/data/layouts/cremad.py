@@ -34,7 +34,7 @@ class CREMAD(Layout):
     source = "https://github.com/CheyneyComputerScience/CREMA-D"
     license = "ODbL 1.0"
     groups = "actor"
-    columns = {"audio": "sequence", "image": "frames"}  # noqa: RUF012
+    columns = {"audio": "array", "image": "frames"}  # noqa: RUF012
     places = {  # noqa: RUF012
         "audio": Place(("AudioWAV", "audio"), "{stem}.wav, or {stem}.pt with a spectrogram"),
         "frames": Place(

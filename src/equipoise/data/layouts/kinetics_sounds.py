@@ -45,7 +45,7 @@ class KineticsSounds(Layout):
     source = "Arandjelovic and Zisserman, Look, Listen and Learn (ICCV 2017); clips of Kinetics-400"
     license = "lists CC BY 4.0; the clips belong to their uploaders"
     groups = "source video"
-    columns = {"audio": "sequence", "image": "frames"}  # noqa: RUF012
+    columns = {"audio": "array", "image": "frames"}  # noqa: RUF012
     places = {  # noqa: RUF012
         "train": Place(LISTS["train"], "lines 'clip,10,label' or 'clip ... label'"),
         "test": Place(LISTS["test"], "lines 'clip,10,label' or 'clip ... label'"),

@@ -52,7 +52,8 @@ def write_outputs(
     report = {
         "schema": prepared_files.SCHEMA, "layout": layout.name, "complete": True, "choice": choice,
         "title": layout.title, "license": layout.license, "root": str(raw.root),
-        "columns": {name: kind for name, kind in layout.columns.items() if name in columns}, "classes": list(scan.classes),
+        "columns": {name: layout.kind(name, choice["options"]) for name in layout.columns if name in columns},
+        "classes": list(scan.classes),
         "samples": counts, "published": layout.published if choice["options"]["split"] == "published" else {},
         "groups": _groups(layout, rows), "missing": _missing(layout, rows), "notes": list(scan.notes),
         "dropped": len(all_dropped), "dropped_reasons": drop_reasons(all_dropped), "dropped_samples": all_dropped,

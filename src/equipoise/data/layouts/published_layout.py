@@ -87,7 +87,7 @@ class Layout(ABC):
         name: as on the command line.
         title, source, license: for listings and reports.
         groups: what a group is, such as "actor"; "" where the layout has none.
-        columns: modality -> kind of its column in the manifest.
+        columns: modality -> kind of its column in the manifest; see ``kind``.
         places: name -> folder or file to find.
         options: name -> option besides the split.
         published: split -> number of samples as published.
@@ -121,6 +121,12 @@ class Layout(ABC):
         Raises:
             DataError: a file is missing or damaged; the sample is dropped.
         """
+
+    def kind(self, column: str, options: Mapping[str, Any]) -> str:
+        """Returns the kind of a column in the manifest, which depends on the options."""
+        if column == "audio" and options.get("audio") == "wav":
+            return "audio"
+        return "image" if self.columns[column] == "frames" and options.get("frames") == 1 else self.columns[column]
 
     def finish(self, settings: Settings) -> None:  # noqa: B027
         """Removes intermediate files after the last sample."""

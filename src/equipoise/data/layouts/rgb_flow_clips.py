@@ -34,7 +34,7 @@ class RGBFlowClips(Layout):
     """
 
     groups = "source video"
-    columns = {"rgb": "frames", "flow": "frames"}  # noqa: RUF012
+    columns = {"rgb": "frames", "flow": "array"}  # noqa: RUF012
     options = {  # noqa: RUF012
         "frames": Option(3, None, "frames of each clip, of RGB as of flow"),
         "size": Option(224, None, "height and width of the frames"),

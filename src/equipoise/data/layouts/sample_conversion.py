@@ -125,6 +125,8 @@ def _convert(layout: Layout, sample: RawSample, settings: Settings, out: Path, c
     files: dict[str, tuple[str, int]] = {}
     for column, value in values.items():
         if isinstance(value, np.ndarray):
+            # A single frame is an image.
+            value = value[0] if layout.kind(column, settings.options) == "image" and value.ndim == 4 else value
             problem = _array_problem(value)
             if problem:
                 return JournalEntry(sample.id, signature, dropped=f"{column} of '{sample.id}': {problem}.")
