@@ -70,7 +70,7 @@ class ModalityCorruption(Balancer):
         x <- sqrt(1 - d^2) x + d noise,     d = 1 if destroyed, else d ~ U(0, 1)
         L = L_task + weight * attention_target_loss(share, not destroyed)
 
-    Noise has the mean and standard deviation of the modality in the batch. Noise that replaces an input is white; noise
+    Noise has the mean and standard deviation of the modality's valid values in the batch. Noise that replaces an input is white; noise
     that is mixed in has, with ``multiscale_noise``, a random scale per step: from single values to the whole input,
     which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors (token ids) are
     never corrupted.
@@ -146,7 +146,8 @@ class ModalityCorruption(Balancer):
         result = dict(batch)
         for index, name in enumerate(self.names):
             if corruptible[index]:
-                result[name] = self._mix_noise(batch[name], degree[:, index], present[:, index], random)
+                valid = _valid_values(batch, name, present[:, index])
+                result[name] = self._mix_noise(batch[name], degree[:, index], valid, random)
         return result
 
     def _noise_generator(self, before: int) -> torch.Generator:
@@ -176,7 +177,7 @@ class ModalityCorruption(Balancer):
         return torch.where(corrupted, degree.clamp(0.0, 1.0), 0.0), destroyed
 
     def _mix_noise(
-        self, values: Tensor, degree: Float[Tensor, " batch"], present: Bool[Tensor, " batch"], random: torch.Generator
+        self, values: Tensor, degree: Float[Tensor, " batch"], usable: Bool[Tensor, "batch *token"], random: torch.Generator
     ) -> Tensor:
         white = torch.randn(values.shape, generator=random)
         noise = white
@@ -184,8 +185,8 @@ class ModalityCorruption(Balancer):
             scale = int(torch.randint(SCALES, (1,), generator=random))
             coarse = smooth_noise(tuple(values.shape), scale, random)
             noise = torch.where(_expand_to(degree >= 1, values), white, coarse)
-        # Placeholders of missing modalities are excluded from the noise statistics.
-        valid = values if bool(present.all()) else values[present.to(values.device)]
+        # Placeholders of missing modalities and padding are excluded from the noise statistics.
+        valid = values if bool(usable.all()) else values[usable.to(values.device)]
         if valid.numel() < 2:
             return values
         deviation, mean = torch.std_mean(valid)
@@ -232,4 +233,15 @@ def _present_modalities(batch: Mapping[str, Any], names: tuple[str, ...]) -> Boo
             present[:, index] = (
                 masks[name].bool().flatten(1).any(dim=1).cpu() if masks[name].ndim > 1 else masks[name].cpu()
             )
+    return present
+
+
+def _valid_values(
+    batch: Mapping[str, Any], name: str, present: Bool[Tensor, " batch"]
+) -> Bool[Tensor, "batch *token"]:
+    """Returns which tokens of an input are valid, where ``batch["mask"]`` is a mask of them; otherwise which samples."""
+    masks, values = batch.get("mask"), batch[name]
+    mask = masks.get(name) if isinstance(masks, Mapping) else None
+    if isinstance(mask, Tensor) and values.ndim == 3 and mask.shape == values.shape[:2]:
+        return mask.bool()
     return present

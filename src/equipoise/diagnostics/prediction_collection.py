@@ -50,7 +50,8 @@ class NoiseSource:
         mean, std: of the noise; usually those of the training inputs after preprocessing.
         seed: the same seed gives the same noise for the same batches.
         distribution: ``"dataset"`` uses ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
-            standard deviation of the valid values of each sample.
+            standard deviation of the valid values of each sample; ``mean`` and ``std`` for samples with a single value,
+            which has no deviation.
     """
 
     modality: str
@@ -67,7 +68,8 @@ class NoiseSource:
             return drawn
         if self.distribution == "per_sample":
             mean, std = sample_statistics(values, valid)
-            return drawn * std + mean
+            single = _count(values, valid) < 2
+            return drawn * torch.where(single, self.std, std) + torch.where(single, self.mean, mean)
         return drawn * self.std + self.mean
 
 
@@ -172,11 +174,17 @@ def sample_statistics(
         (tensor([[2.]]), tensor([[1.]]))
     """
     axes = tuple(range(1, values.ndim))
+    count = _count(values, valid).clamp(min=1)
     valid = (torch.ones_like(values, dtype=torch.bool) if valid is None else valid).expand(values.shape)
-    count = valid.sum(axes, keepdim=True).clamp(min=1)
     mean = values.masked_fill(~valid, 0).sum(axes, keepdim=True) / count
     square = (values - mean).masked_fill(~valid, 0).square().sum(axes, keepdim=True) / count
     return mean, square.sqrt()
+
+
+def _count(values: Float[Tensor, "batch ..."], valid: Tensor | None) -> Tensor:
+    """Returns the number of valid values of each sample, (batch, 1, ...)."""
+    valid = (torch.ones_like(values, dtype=torch.bool) if valid is None else valid).expand(values.shape)
+    return valid.sum(tuple(range(1, values.ndim)), keepdim=True)
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:

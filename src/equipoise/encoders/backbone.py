@@ -57,6 +57,7 @@ class Backbone(Encoder):
 
     name = "Backbone"
     reads = "any shape that its model reads"
+    takes_ids = None
 
     def __init__(
         self, model: Any, *, frozen: bool = False, lora: int | None = None, dim: int | None = None, cls: bool = False

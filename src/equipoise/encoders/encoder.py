@@ -15,10 +15,12 @@ class Encoder(nn.Module):
     Attributes:
         dim: token width.
         reads: description of the supported sample shapes, for error messages.
+        takes_ids: True if inputs are integer ids below a ``vocabulary``, False if they are not, None if both are possible.
     """
 
     dim: int
     reads: ClassVar[str] = ""
+    takes_ids: ClassVar[bool | None] = False
 
     @classmethod
     def for_data(cls, shape: tuple[int, ...]) -> dict[str, Any] | None:

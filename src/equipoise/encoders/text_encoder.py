@@ -42,6 +42,7 @@ class TextEncoder(Encoder):
 
     name = "TextEncoder"
     reads = "(word,) integers"
+    takes_ids = True
 
     def __init__(
         self, vocabulary: int, *, max_length: int, dim: int, depth: int = 2, heads: int = 4, dropout: float = 0.0

@@ -155,19 +155,28 @@ def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encod
     """Builds the encoder of a modality; sizes are taken from the data set."""
     shape, words = dataset.shapes[name], dataset.vocabulary.get(name)
     options, known = dict(options), available_classes(encoders, Encoder)
-    usual = {3: "PatchEncoder", 1: "TextEncoder"}.get(len(shape), "SequenceEncoder")
+    vector = "VectorEncoder" if words is None else "TextEncoder"
+    usual = {3: "PatchEncoder", 1: vector}.get(len(shape), "SequenceEncoder")
     wanted = options.pop("name", None) or usual
     if not isinstance(wanted, str) or wanted not in known:
         raise unknown_name(f"encoder '{name}'", "encoder", shorten_repr(wanted), known)
-    follows = known[wanted].for_data(shape)
+    follows = _sizes(known[wanted], shape, words)
     if follows is None:
-        able = [f"{other} for {cls.reads}" for other, cls in known.items() if cls.for_data(shape) is not None]
+        able = [f"{other} for {cls.reads}" for other, cls in known.items() if _sizes(cls, shape, words) is not None]
+        kind = "" if words is None else f", ids below {words}"
         raise ConfigError(
-            f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}",
+            f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}{kind}",
             expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
         )  # fmt: skip
-    given = {} if words is None else {"vocabulary": words}
-    return instantiate(known[wanted], f"encoder '{name}'", {**follows, **given, **options})
+    return instantiate(known[wanted], f"encoder '{name}'", {**follows, **options})
+
+
+def _sizes(cls: type[Encoder], shape: tuple[int, ...], words: int | None) -> dict[str, Any] | None:
+    """Returns the constructor arguments of an encoder for samples of a shape, ids if ``words``; None if it has none."""
+    sizes = cls.for_data(shape)
+    if sizes is None or cls.takes_ids not in (None, words is not None):
+        return None
+    return {**sizes, "vocabulary": words} if cls.takes_ids else sizes
 
 
 def _class(name: str, recipe: Recipe) -> type[Balancer]:

@@ -40,7 +40,7 @@ def collect_test_predictions(
 
 def _per_sample_noise(model: FusionModel, source: data.Dataset, replaced: str) -> CollectedPredictions:
     """Collects predictions with a modality replaced by noise with the mean and standard deviation of each sample."""
-    noise = NoiseSource(replaced, seed=NOISE_SEED, distribution="per_sample")
+    noise = NoiseSource(replaced, *source.noise[replaced], seed=NOISE_SEED, distribution="per_sample")
     return collect_predictions(
         model, data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1), noise=noise
     )

@@ -113,9 +113,8 @@ class DiagnosticContext:
 
     def noisy_own(self, name: str) -> CollectedPredictions:
         """Predictions with one modality replaced by noise of the mean and standard deviation of each sample."""
-        return collect_predictions(
-            self.model, self.batches(), noise=NoiseSource(name, seed=self.seed, distribution="per_sample")
-        )
+        noise = NoiseSource(name, *self.statistics(name), seed=self.seed, distribution="per_sample")
+        return collect_predictions(self.model, self.batches(), noise=noise)
 
     def statistics(self, name: str) -> tuple[float, float]:
         """(mean, standard deviation) of the noise that replaces a modality."""
