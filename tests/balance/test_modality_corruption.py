@@ -191,3 +191,21 @@ def test_ensemble_logits_are_added_and_have_their_own_loss(fusion):
     assert all(p.grad is None for p in made.unimodal_heads.parameters())
     parts = eq.fusion.modality_contributions(made, inputs)
     torch.testing.assert_close(sum(parts.values()), output.logits.detach(), **EXACT)
+
+
+def test_noise_has_the_statistics_of_valid_tokens():
+    torch.manual_seed(0)
+    encoders = {"audio": torch.nn.Linear(3, 8), "image": torch.nn.Linear(5, 8)}
+    model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), 2)
+    balancer = eq.balance.ModalityCorruption(model, probability=1.0, replace_prob=1.0)
+    eq.BalancerList(model, [balancer])
+    mask = torch.arange(40) < torch.randint(1, 8, (300, 1))
+    audio = (20 + 3 * torch.randn(300, 40, 3)).masked_fill(~mask[..., None], 0.0)
+    batch = {"audio": audio, "image": torch.zeros(300, 2, 5), "mask": {"audio": mask}}
+    result = model.train().preparations[0](batch)["audio"]
+    replaced = (result != audio).flatten(1).any(dim=1)
+    assert 50 < replaced.sum() < 250
+    std, mean = torch.std_mean(result[replaced])
+    # With the padding the mean would be about 2, and the standard deviation 6.
+    assert abs(mean - 20) < 0.5
+    assert abs(std - 3) < 0.3

@@ -267,3 +267,15 @@ def test_noise_distributions():
     mean, std = input_statistics([{"audio": values[:1]}, {"audio": values[1:]}], "audio", who="test")
     assert mean == pytest.approx(float(values.double().mean()))
     assert std == pytest.approx(float(values.double().std(correction=0)))
+
+
+def test_noise_of_own_statistics_replaces_single_values():
+    values = torch.full((2000, 1), 7.0)
+    noise = NoiseSource("audio", 3.0, 2.0, distribution="per_sample").of(values, 0)
+    std, mean = torch.std_mean(noise)
+    assert (float(mean), float(std)) == pytest.approx((3.0, 2.0), abs=0.2)
+    pairs = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
+    valid = torch.tensor([[True, True], [True, False]])
+    drawn = NoiseSource("audio", distribution="standard").of(pairs, 0)
+    noise = NoiseSource("audio", 3.0, 2.0, distribution="per_sample").of(pairs, 0, valid)
+    torch.testing.assert_close(noise, drawn * torch.tensor([[1.0], [2.0]]) + torch.tensor([[2.0], [3.0]]))

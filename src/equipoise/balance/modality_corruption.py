@@ -177,7 +177,11 @@ class ModalityCorruption(Balancer):
         return torch.where(corrupted, degree.clamp(0.0, 1.0), 0.0), destroyed
 
     def _mix_noise(
-        self, values: Tensor, degree: Float[Tensor, " batch"], usable: Bool[Tensor, "batch *token"], random: torch.Generator
+        self,
+        values: Tensor,
+        degree: Float[Tensor, " batch"],
+        usable: Bool[Tensor, "batch ..."],
+        random: torch.Generator,
     ) -> Tensor:
         white = torch.randn(values.shape, generator=random)
         noise = white
@@ -236,9 +240,7 @@ def _present_modalities(batch: Mapping[str, Any], names: tuple[str, ...]) -> Boo
     return present
 
 
-def _valid_values(
-    batch: Mapping[str, Any], name: str, present: Bool[Tensor, " batch"]
-) -> Bool[Tensor, "batch *token"]:
+def _valid_values(batch: Mapping[str, Any], name: str, present: Bool[Tensor, " batch"]) -> Bool[Tensor, "batch ..."]:
     """Returns which tokens of an input are valid, where ``batch["mask"]`` is a mask of them; otherwise which samples."""
     masks, values = batch.get("mask"), batch[name]
     mask = masks.get(name) if isinstance(masks, Mapping) else None

@@ -60,7 +60,9 @@ class OccupancyEstimation(Dataset):
     def __init__(self, root: str | Path | None = None, *, window: int = 10, stride: int = 2) -> None:
         if min(window, stride) < 1:
             raise ConfigError(
-                "OccupancyEstimation", expected="window >= 1 and stride >= 1", got=f"window = {window}, stride = {stride}"
+                "OccupancyEstimation",
+                expected="window >= 1 and stride >= 1",
+                got=f"window = {window}, stride = {stride}",
             )
         path = find_data_dir("occupancy", root, SOURCE) / "est.csv"
         table = read_table(path, COLUMNS, rows=ROWS)

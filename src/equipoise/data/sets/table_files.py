@@ -80,9 +80,7 @@ class Table:
         return f"'{self.path}' line {line + self.first_line}, column '{column}'"
 
 
-def read_table(
-    path: Path, columns: Sequence[str], *, rows: int, header: bool = True, row_names: bool = False
-) -> Table:
+def read_table(path: Path, columns: Sequence[str], *, rows: int, header: bool = True, row_names: bool = False) -> Table:
     """Reads a published CSV file.
 
     Args:

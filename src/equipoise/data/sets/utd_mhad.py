@@ -130,7 +130,9 @@ def read_recording(path: Path, name: str) -> Float[Tensor, "time feature"]:
     try:
         array = loadmat(path, variable_names=[variable]).get(variable)
     except Exception as error:  # scipy raises errors of many types for damaged files
-        raise DataError(who, expected="a whole MATLAB file", got=f"{type(error).__name__}: {error}", fix=again) from error
+        raise DataError(
+            who, expected="a whole MATLAB file", got=f"{type(error).__name__}: {error}", fix=again
+        ) from error
     shape = "(time, 6)" if name == "inertial" else f"({JOINTS}, 3, time)"
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise DataError(who, expected=f"an array '{variable}' of shape {shape}", got="none of numbers", fix=again)
@@ -138,10 +140,15 @@ def read_recording(path: Path, name: str) -> Float[Tensor, "time feature"]:
         array = array.transpose(2, 0, 1)
     if array.shape[1:] != ((6,) if name == "inertial" else (JOINTS, 3)) or not 1 <= len(array) <= LONGEST[name]:
         raise DataError(
-            who, expected=f"'{variable}' of shape {shape}, time from 1 to {LONGEST[name]}", got=f"{array.shape}", fix=again
+            who,
+            expected=f"'{variable}' of shape {shape}, time from 1 to {LONGEST[name]}",
+            got=f"{array.shape}",
+            fix=again,
         )
     if not np.isfinite(array).all():
-        raise DataError(who, expected="finite values", got=f"{int((~np.isfinite(array)).sum())} that are not", fix=again)
+        raise DataError(
+            who, expected="finite values", got=f"{int((~np.isfinite(array)).sum())} that are not", fix=again
+        )
     values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
     if name == "skeleton":
         values = (values - values[0, HIP_CENTER]).flatten(1)
