@@ -23,7 +23,6 @@ DRAWN = {
     "imbalance": comparison_figures.imbalance,
     "rotations": comparison_figures.rotations,
     "differences": lambda r: comparison_figures.paired_differences(r, "accuracy"),
-    "summary": comparison_figures.summary_svg,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from equipoise.errors import ConfigError, DataError
 from equipoise.results import result_rows
 from equipoise.results.significance import unpack_outcomes
+from equipoise.training import comparison, run_evaluation
 from equipoise.training import run as experiment
 from equipoise.training.comparison import compare, device, plan_runs
 from helpers.runs import recipe, table
@@ -206,6 +207,28 @@ def test_second_comparison_in_the_same_folder_raises(tmp_path):
 def test_impossible_plans(names, seeds, workers, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         compare(recipe(), names, seeds=seeds, out=tmp_path, workers=workers)
+
+
+def test_state_is_read_once_and_each_input_is_predicted_once(tmp_path, monkeypatch):
+    passes, states = [], []
+    collect, finished = run_evaluation.collect_predictions, comparison.is_finished
+    monkeypatch.setattr(
+        run_evaluation, "collect_predictions",
+        lambda model, batches, *, noise=None: passes.append(noise) or collect(model, batches, noise=noise),
+    )  # fmt: skip
+    monkeypatch.setattr(comparison, "is_finished", lambda *job: states.append(job) or finished(*job))
+    begun = []
+    for _ in range(2):
+        compare(
+            recipe(epochs=1), ["concat", "joint"], seeds=1, out=tmp_path, workers=0,
+            begin=lambda plan, done: begun.append((len(plan), len(done))),
+        )  # fmt: skip
+    # Clean, and noise in each modality, for both; only attention also has noise of each sample's own level.
+    named = [noise and (noise.modality, noise.distribution) for noise in passes]
+    each = [None, ("audio", "dataset"), ("image", "dataset")]
+    assert named == [*each, *each, ("audio", "per_sample")]
+    assert len(states) == 4
+    assert begun == [(2, 0), (2, 2)]
 
 
 def test_plan_is_ordered_by_seed():

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import all_reduce_sum, has_modality
+from .common.unimodal_scores import has_modality
 from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.probe_training import blended_losses, evaluate_losses, trained_copy
-from .common.unimodal_scores import all_reduce_sum
 from .common.unimodal_terms import check_modalities
 
 

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.gradients_by_term import term_gradients
-from .common.unimodal_scores import all_reduce_sum, has_modality, modality_logits
+from .common.unimodal_scores import has_modality, modality_logits
 from .common.unimodal_terms import at_least_single, check_modalities, masked_mean
 
 LEAST, MOST = 0.05, 0.95

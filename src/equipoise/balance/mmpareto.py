@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.gradients_by_term import term_gradients
-from .common.unimodal_scores import all_reduce_sum, heads_train_encoders
+from .common.unimodal_scores import heads_train_encoders
 from .common.unimodal_terms import check_encoders_apart, check_modalities, unimodal_losses
 
 

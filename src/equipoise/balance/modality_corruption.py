@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import rank_and_world
 from ..errors import ConfigError
+from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
 from .common.step_rng import step_generator, uniform_per_sample
@@ -33,7 +35,7 @@ def attention_target_loss(
         >>> attention_target_loss(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[False, True]]))
         tensor(0.2877)
     """
-    share = share.to(torch.promote_types(share.dtype, torch.float32))
+    share = at_least_float32(share)
     normalized = share / share.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     targets = intact.to(share.dtype) / intact.sum(dim=1, keepdim=True).clamp(min=1)
     losses = -(targets[:, None] * normalized.clamp(min=1e-6).log()).sum(dim=-1).mean(dim=1)
@@ -152,8 +154,7 @@ class ModalityCorruption(Balancer):
 
     def _noise_generator(self, before: int) -> torch.Generator:
         """Returns a generator seeded by batch, step, process and seed; ``before`` counts the step's earlier samples."""
-        initialized = distributed.is_available() and distributed.is_initialized()
-        stream = (distributed.get_rank() if initialized else 0) + 4096 * self.seed
+        stream = rank_and_world()[0] + 4096 * self.seed
         number = 1_000_003 + int(self.steps) * 65_537 + before + stream * 2**44
         return torch.Generator().manual_seed(number % 2**63)
 

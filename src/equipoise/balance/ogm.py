@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import all_reduce_sum
 from .common.unimodal_terms import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums
 
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
 from .common.step_rng import step_generator, uniform_per_sample
-from .common.unimodal_scores import all_reduce_sum
 from .common.unimodal_terms import check_modalities, discrepancy_ratio, score_sums
 from .modality_dropout import keep_masks, mask_tokens, presence_mask
 

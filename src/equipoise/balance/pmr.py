@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.class_prototypes import class_means, prototype_log_probabilities
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_scores import all_reduce_sum, has_modality
+from .common.unimodal_scores import has_modality
 from .common.unimodal_terms import at_least_single, check_modalities
 
 

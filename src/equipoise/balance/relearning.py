@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
 from ..optional_packages import require_extra
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts
-from .common.unimodal_scores import all_reduce_sum, has_modality
+from .common.unimodal_scores import has_modality
 from .common.unimodal_terms import at_least_single, check_encoders_apart, check_modalities
 
 

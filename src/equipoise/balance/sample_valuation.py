@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..fusion.subset_tokens import modality_subsets, shapley_values
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.subset_predictions import subset_logits
-from .common.unimodal_scores import all_reduce_sum, has_modality, true_score
+from .common.unimodal_scores import has_modality, true_score
 from .common.unimodal_terms import at_least_single, check_modalities
 
 THRESHOLDS = (1.0, 0.4, -0.1)

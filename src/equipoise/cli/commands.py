@@ -264,21 +264,15 @@ def _compare(
 ) -> int:  # fmt: skip
     # The report is imported before training, so that a missing package is reported at once.
     from ..report import comparison_figures, comparison_page  # noqa: F401
-    from ..training.comparison import compare, plan_runs
-    from ..training.run_spec import is_finished
+    from ..training.comparison import compare
     from .console import out
     from .progress_bars import ComparisonProgress
     from .results_table import show
 
-    check_folder(options.out, "compare")
-    plan = plan_runs(recipe, names, seeds, folds)
-    done = [job for job in plan if is_finished(job, job.folder(options.out)) is not None]
-    if done:
-        out.print(f"{len(done)} of {len(plan)} runs are already finished.", highlight=False)
-    with ComparisonProgress(plan, done, out) as progress:
+    with ComparisonProgress(out) as progress:
         content = compare(
             recipe, names, seeds=seeds, folds=folds, out=options.out, title=title, workers=options.workers,
-            listener=progress, accelerator=accelerator,
+            listener=progress, begin=progress.begin, accelerator=accelerator,
         )  # fmt: skip
     show(content, out)
     results = options.out / "results.json"

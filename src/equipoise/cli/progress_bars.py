@@ -38,33 +38,34 @@ def counted_progress(what: str, unit: str, console: Console) -> Iterator[Callabl
 
 
 class ComparisonProgress:
-    """Progress bar over the epochs of all runs; without a terminal, one line per finished run.
+    """Progress bar over the epochs of all runs; without a terminal, one line per finished run."""
 
-    Args:
-        jobs: all runs.
-        done: runs that are finished already.
-        console: output.
-    """
-
-    def __init__(self, jobs: Sequence[RunSpec], done: Sequence[RunSpec], console: Console) -> None:
-        from ..training import method_factory
-
-        self._epochs = {
-            self._key(job): method_factory.method_recipe(
-                method_factory.parse_method(job.method, job.recipe), job.recipe
-            ).train.epochs
-            for job in jobs
-        }
-        self._reached = {self._key(job): self._epochs[self._key(job)] for job in done}
+    def __init__(self, console: Console) -> None:
+        self._epochs: dict[tuple[str, int, str | None], int] = {}
+        self._reached: dict[tuple[str, int, str | None], int] = {}
         self._console, self._bar = console, _bar(console, "epochs")
 
     def __enter__(self) -> ComparisonProgress:
-        self._bar.start()
-        self._task = self._bar.add_task("training", total=sum(self._epochs.values()), completed=self._total())
         return self
 
+    def begin(self, jobs: Sequence[RunSpec], done: Sequence[RunSpec]) -> None:
+        """Starts the bar, with all runs and those that are finished already."""
+        from ..training import method_factory
+
+        recipes = {
+            job.method: method_factory.method_recipe(method_factory.parse_method(job.method, job.recipe), job.recipe)
+            for job in jobs
+        }
+        self._epochs = {self._key(job): recipes[job.method].train.epochs for job in jobs}
+        self._reached = {self._key(job): self._epochs[self._key(job)] for job in done}
+        if done:
+            self._console.print(f"{len(done)} of {len(jobs)} runs are already finished.", highlight=False)
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=sum(self._epochs.values()), completed=self._total())
+
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        if self._epochs:
+            self._bar.stop()
 
     def __call__(self, job: RunSpec, done: int, epochs: int) -> None:
         self._reached[self._key(job)] = done

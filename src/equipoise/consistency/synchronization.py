@@ -64,14 +64,6 @@ def synchronize(
         return (found @ found.transpose(-1, -2)).to(matrix.dtype)
 
 
-def eigengap(matrix: SquareMatrix, *, num_modalities: int) -> Float[Tensor, ...]:
-    """Computes lambda_M - lambda_(M+1) of (P + P^T) / 2, the confidence of ``synchronize``: N if consistent, 0 for noise."""
-    size = sizes_of(matrix, num_modalities, None, "eigengap")[0]
-    whole = exact(matrix)
-    values = torch.linalg.eigvalsh((whole + whole.transpose(-1, -2)) / 2)
-    return values[..., -size] - values[..., -size - 1]
-
-
 def _permutations(free: Tensor, temperature: float, rounds: int) -> Tensor:
     with require_extra("synchronize"):
         from scipy.optimize import linear_sum_assignment

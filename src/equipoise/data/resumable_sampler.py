@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from ..distributed import rank_and_world
 from ..errors import ConfigError
 from .counter_rng import CounterRNG
 
@@ -65,9 +66,7 @@ class ResumableBatchSampler(DistributedSampler):
         """Returns (rank, world size) of this process."""
         if self._rank is not None and self._world is not None:
             return self._rank, self._world
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return rank_and_world()
 
     def __iter__(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
         rank, world = self.rank_and_world()

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, NonFiniteError, ShapeError
+from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output
 from .modality_ablation import FusedLogits, record_fusion
 from .prediction_collection import collect_predictions
@@ -121,7 +122,7 @@ class _Differentiated(nn.Module):
 
 def _norm(gradients: Sequence[Tensor | None], name: str) -> float:
     """Joint norm in at least float32; tensors that the loss does not depend on count as 0."""
-    known = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in gradients if part is not None]
+    known = [at_least_float32(part) for part in gradients if part is not None]
     norm = math.hypot(*(float(part.norm()) for part in known))
     if not math.isfinite(norm):
         raise NonFiniteError(

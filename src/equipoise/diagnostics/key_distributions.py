@@ -16,7 +16,7 @@ from ..errors import ConfigError, ShapeError, unknown_name
 from ..optional_packages import require_extra
 from .key_plot_data import key_distribution
 from .noise_test import Loader, input_statistics
-from .prediction_collection import NoiseSource, collect_predictions
+from .prediction_collection import CollectedPredictions, NoiseSource, collect_predictions
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,21 @@ def key_geometry(
     """
     batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     clean = collect_predictions(model, batches())
+    if replaced is None or clean.cosine is None:
+        return geometry_of(clean)
+    if replaced not in clean.names:
+        raise unknown_name("key_geometry", "modality", replaced, clean.names)
+    if noise and replaced not in noise:
+        raise unknown_name("key_geometry", "entry of noise", replaced, noise)
+    mean, std = noise[replaced] if noise else input_statistics(batches(), replaced, who="key_geometry")
+    source = NoiseSource(replaced, mean, std, seed)
+    return geometry_of(clean, collect_predictions(model, batches(), noise=source), replaced)
+
+
+def geometry_of(
+    clean: CollectedPredictions, noisy: CollectedPredictions | None = None, replaced: str | None = None
+) -> KeyGeometry:
+    """Computes ``key_geometry`` from collected predictions, without and with noise in a modality."""
     if clean.cosine is None:
         fix = "Static fusions have no keys; compare the scores under noise instead."
         raise ConfigError(
@@ -171,13 +186,8 @@ def key_geometry(
         common = overlap(*(distribution[name]["cosine"]["counts"] for name in (first, second)))
         gaps.append(KeyGap(first, second, _finite(wasserstein(cosines[first], cosines[second])), _finite(common)))
     shift: dict[str, float | None] = {}
-    if replaced is not None:
-        if replaced not in clean.names:
-            raise unknown_name("key_geometry", "modality", replaced, clean.names)
-        if noise and replaced not in noise:
-            raise unknown_name("key_geometry", "entry of noise", replaced, noise)
-        mean, std = noise[replaced] if noise else input_statistics(batches(), replaced, who="key_geometry")
-        after = key_distribution(collect_predictions(model, batches(), noise=NoiseSource(replaced, mean, std, seed)))
+    if noisy is not None:
+        after = key_distribution(noisy)
         shift = {name: _difference(after[name]["cosine_mean"], means[name]) for name in means}
     return KeyGeometry(
         distribution, imbalance(means), max(known) - min(known) if known else None, tuple(gaps), replaced, shift

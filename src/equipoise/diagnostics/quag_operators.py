@@ -14,6 +14,7 @@ from ..errors import ConfigError, unknown_name
 from ..recording import AttentionCall
 from ..recording.attention_call import select_queries
 from ..recording.share_measurement import attention_output, measure_share
+from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import SPECIAL
 from .model_inputs import labels_of
 
@@ -202,7 +203,7 @@ def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "
 
 def _visible_mean(call: AttentionCall, member: Bool[Tensor, "batch key"]) -> Float[Tensor, "batch somehead #query dim"]:
     """Mean of the values of the visible member keys of each query; 0 without any."""
-    value = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
+    value = at_least_float32(call.value)
     mask, members = replace(call, is_causal=False).visible(), member[:, None, None]
     if mask is not None and mask.shape[1] > 1:
         value = value.repeat_interleave(mask.shape[1] // value.shape[1], dim=1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, NonFiniteError, ShapeError
+from ..tokens.masks import at_least_float32
 
 SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
 """Task -> name of its score in results."""
@@ -110,5 +111,5 @@ def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
     """
     if task == "classification":
         return F.one_hot(target.long().mode().values, int(target.max()) + 1).float()
-    known = target.to(torch.promote_types(target.dtype, torch.float32))
+    known = at_least_float32(target)
     return (known.mean(dim=0) - 0.5 if task == "multilabel" else known.median(dim=0).values).reshape(-1)

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +144,10 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of ``look.json`` as JSON types."""
+        return dict(self._content)
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
         return to_jsonable(
             {
                 "schema": SCHEMA, "kind": "look", "model": self.model, "modalities": self.names,

@@ -195,18 +195,8 @@ def paired_differences(readings: ResultsView, metric: str = "") -> str | None:
         return to_svg(figure, _name("difference", metric), f"Paired differences of {method_title(metric)}: {means}.")
 
 
-def summary_svg(readings: ResultsView) -> str | None:
-    """Summary figure: response of attention to noise in one modality, and the scores under that noise."""
-    with style_context():
-        figure = _summary(readings)
-        label = (
-            "Left: attention to the other modalities, clean and noise. Right: scores with a modality replaced by noise."
-        )
-        return None if figure is None else to_svg(figure, "summary", label)
-
-
 def summary_png(readings: ResultsView) -> bytes | None:
-    """``summary_svg`` as a PNG on white."""
+    """Summary figure as a PNG: response of attention to noise in one modality, and the scores under that noise."""
     with style_context():
         figure = _summary(readings)
         return None if figure is None else to_png(figure)

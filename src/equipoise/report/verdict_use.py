@@ -163,29 +163,20 @@ def robustness_fallback(found: VerdictEvidence) -> Iterator[Verdict]:
             f"{found.say(compared.base)} ({found.proof(compared)})"
         )
         left, other = found.compare(noise, found.constant), found.compare(expected, found.constant)
+        at_constant = False
         if left is not None and not left.better:
+            at_constant = True
             figures[found.constant] = left.base
             text += f", the constant prediction {found.say(left.base)}"
-            if other is not None and not other.better:
-                claim, sentence, ok = "has no informative alternative to", "No informative alternative", "neutral"
-            elif compared.worse:
-                claim, sentence, ok = "is not robust to noise in", "Not robust to noise", "bad"
-            else:
-                claim, sentence, ok = (
-                    "has undetermined robustness to noise in",
-                    "Robustness to noise is undetermined",
-                    "neutral",
-                )
-        elif compared.difference >= -_grace(found):
+        if at_constant and other is not None and not other.better:
+            claim, sentence, ok = "has no informative alternative to", "No informative alternative", "neutral"
+        elif not at_constant and compared.difference >= -_grace(found):
             claim, sentence, ok = "is robust to noise in", "Robust to noise", "good"
         elif compared.worse:
             claim, sentence, ok = "is not robust to noise in", "Not robust to noise", "bad"
         else:
-            claim, sentence, ok = (
-                "has undetermined robustness to noise in",
-                "Robustness to noise is undetermined",
-                "neutral",
-            )
+            sentence, ok = "Robustness to noise is undetermined", "neutral"
+            claim = "has undetermined robustness to noise in"
         yield Verdict(f"robustness/{name}", f"{claim} {name}", f"{sentence}: {text}.", figures, "noise", ok)  # type: ignore[arg-type]
 
 

@@ -36,6 +36,9 @@ MOST = 100_000
 Listener = Callable[[RunSpec, int, int], None]
 """Called with (job, epochs done, epochs)."""
 
+Begin = Callable[[Sequence[RunSpec], Sequence[RunSpec]], None]
+"""Called with all jobs and the finished ones."""
+
 
 def plan_runs(recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str]) -> list[RunSpec]:
     """Returns the runs of a comparison, seed by seed, so that an interrupted comparison has complete pairs.
@@ -82,6 +85,7 @@ def compare(
     title: str = "",
     workers: int | None = None,
     listener: Listener | None = None,
+    begin: Begin | None = None,
     accelerator: str = "cpu",
 ) -> dict[str, Any]:
     """Runs every method with every seed on every fold, and writes ``results.json`` after each run.
@@ -101,6 +105,7 @@ def compare(
         title: name of the recipe in the protocol of ``results.json``.
         workers: number of parallel processes; all cores by default, 0 runs in this process.
         listener: called after every epoch.
+        begin: called with all runs and the finished ones, before the others start.
         accelerator: accelerator of Lightning. The default makes results independent of the machine; with ``"gpu"`` each
             run uses one device, and runs are distributed over the available ones.
 
@@ -118,7 +123,9 @@ def compare(
     _check(plan, accelerator)
     with _exclusive_folder(out):
         protocol = _protocol(recipe, plan, title)
-        runs = [run for job in plan if (run := is_finished(job, job.folder(out))) is not None]
+        stored = [(job, is_finished(job, job.folder(out))) for job in plan]
+        runs = [run for _, run in stored if run is not None]
+        todo = [job for job, run in stored if run is None]
         failures: list[dict[str, Any]] = []
 
         def write() -> dict[str, Any]:
@@ -129,7 +136,8 @@ def compare(
             return content
 
         write()
-        todo = [job for job in plan if is_finished(job, job.folder(out)) is None]
+        if begin is not None:
+            begin(plan, [job for job, run in stored if run is not None])
         # Closing the generator on an interrupt stops its workers.
         with contextlib.closing(_run_all(todo, out, workers, listener, accelerator)) as results:
             for job, result in results:

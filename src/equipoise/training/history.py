@@ -14,7 +14,7 @@ from .. import data
 from ..balance import Balancer, ProgressiveRollingQ, RollingQ
 from ..models.fusion_model import FusionModel
 from .recipes import Recipe
-from .run_evaluation import key_metrics, noise_modality
+from .run_evaluation import collect_test_predictions, key_metrics, noise_modality
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +59,9 @@ class HistoryCallback(pl.Callback):
             model = pl_module.model
             if isinstance(model, FusionModel):
                 replaced = noise_modality(model, self._source, self._recipe)
-                self.keys_before = key_metrics(model, self._source, replaced, split="test")
+                self.keys_before = key_metrics(
+                    *(collect_test_predictions(model, self._source, "test", name) for name in (None, replaced))
+                )
 
     def _due(self) -> bool:
         with warnings.catch_warnings():

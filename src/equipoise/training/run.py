@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import data
 from ..balance import Balancer
+from ..distributed import is_distributed
 from ..errors import ConfigError
 from ..integrations.lightning_callbacks import BalancerCallback
 from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonable
@@ -98,7 +99,7 @@ def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str
     """Returns the encoder of a modality trained alone, with the same seed and fold."""
     alone, teacher_folder = replace(job, method=name), folder / "teachers" / name
     execute_run(alone, teacher_folder, trainer_options=trainer_options)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.barrier()
     with torch.random.fork_rng(devices=[]):
         model, _ = method_factory.build_model(

@@ -28,21 +28,19 @@ NOISE_SEED = 0
 
 
 def collect_test_predictions(
-    model: FusionModel, source: data.Dataset, split: str, replaced: str | None = None
+    model: FusionModel, source: data.Dataset, split: str, replaced: str | None = None, *, per_sample: bool = False
 ) -> CollectedPredictions:
-    """Collects predictions on a split; ``replaced`` is a modality to replace by noise with its training statistics."""
-    noise = None if replaced is None else NoiseSource(replaced, *source.noise[replaced], seed=NOISE_SEED)
+    """Collects predictions on a split; ``replaced`` is a modality to replace by noise.
+
+    The noise has the statistics of the training inputs, or with ``per_sample`` those of each sample.
+    """
+    noise = None
+    if replaced is not None:
+        level = "per_sample" if per_sample else "dataset"
+        noise = NoiseSource(replaced, *source.noise[replaced], seed=NOISE_SEED, distribution=level)
     # In distributed training, every process reads the whole split.
     return collect_predictions(
         model, data.loader(source, split, BATCH, seed=0, train=False, rank=0, world=1), noise=noise
-    )
-
-
-def _per_sample_noise(model: FusionModel, source: data.Dataset, replaced: str) -> CollectedPredictions:
-    """Collects predictions with a modality replaced by noise with the mean and standard deviation of each sample."""
-    noise = NoiseSource(replaced, *source.noise[replaced], seed=NOISE_SEED, distribution="per_sample")
-    return collect_predictions(
-        model, data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1), noise=noise
     )
 
 
@@ -69,12 +67,13 @@ def evaluate_run(model: FusionModel | SelfContainedModel, source: data.Dataset, 
             # The correlation of constant attention is undefined: the metric is NaN, stored as null.
             warnings.simplefilter("ignore", UserWarning)
             response = response_from_shares(clean, noisy[target], target)
-            own_response = response_from_shares(clean, _per_sample_noise(model, source, target), target)
+            own_noise = collect_test_predictions(model, source, "test", target, per_sample=True)
+            own_response = response_from_shares(clean, own_noise, target)
         metrics |= {"noise_attention_r": response.r, "noise_attention_r_own": own_response.r}
         metrics |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
         metrics["air"] = imbalance_metrics(clean)
         result["noise_modality"] = target
-        result["keys"] = {"after": key_metrics(model, source, target, split="test")}
+        result["keys"] = {"after": key_metrics(clean, noisy[target])}
         result["shares"] = {"clean": _histogram(response.clean), "noise": _histogram(response.noise)}
     compute = cost(model, source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False))
     metrics["parameters"], metrics["flops"] = compute.parameters, compute.flops
@@ -90,12 +89,9 @@ def evaluate_self_contained(model: SelfContainedModel, source: data.Dataset) -> 
     return {**result, "metrics": metrics}
 
 
-def key_metrics(model: FusionModel, source: data.Dataset, replaced: str, *, split: str) -> dict[str, Any]:
+def key_metrics(clean: CollectedPredictions, noisy: CollectedPredictions) -> dict[str, Any]:
     """Returns the key distributions on clean and on noise input."""
-    return {
-        "clean": key_distribution(collect_test_predictions(model, source, split)),
-        "noise": key_distribution(collect_test_predictions(model, source, split, replaced)),
-    }
+    return {"clean": key_distribution(clean), "noise": key_distribution(noisy)}
 
 
 def imbalance_metrics(predictions: CollectedPredictions) -> float:

@@ -32,15 +32,15 @@ def write_run(folder: Path, fingerprint: str, run: RunResult) -> None:
     atomic_write(folder / RUN, json.dumps(add_checksum(to_jsonable(content)), indent=1))
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Loads ``run.json``.
+def read_run(folder: Path, content: Any = None) -> dict[str, Any]:
+    """Loads ``run.json``, or checks its content if it was read already.
 
     Raises:
         DataError: the file is damaged or was changed after it was written.
     """
     who = f"load '{folder / RUN}'"
     try:
-        content = read_json(folder / RUN)
+        content = read_json(folder / RUN) if content is None else content
         check_run(content["run"], "run.json")
         for name in ("method", "fold"):
             if content["run"][name] is not None:

@@ -79,7 +79,7 @@ def is_finished(job: RunSpec, folder: Path) -> RunResult | None:
         return None
     if not isinstance(stored, dict) or stored.get("fingerprint") != job.fingerprint():
         return None
-    content = read_run(folder)
+    content = read_run(folder, stored)
     check_recipe(folder, content)
     check_weights(folder, content)
     return content["run"]

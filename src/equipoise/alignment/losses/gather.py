@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
+from ...distributed import rank_and_world
+
 
 class RankSlices(NamedTuple):
     """Position of this process's rows among those of all processes.
@@ -27,12 +29,12 @@ class RankSlices(NamedTuple):
 
 def rank_slices(rows: int, device: torch.device, *, alone: bool = False) -> RankSlices:
     """Gathers the number of rows of every process, which may differ; ``alone`` skips communication."""
-    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if alone or not together:
+    rank, world = rank_and_world()
+    if alone or world == 1:
         return RankSlices(0, (rows,))
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(distributed.get_world_size())]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     distributed.all_gather(sizes, torch.tensor([rows], device=device))
-    return RankSlices(distributed.get_rank(), tuple(int(size) for size in sizes))
+    return RankSlices(rank, tuple(int(size) for size in sizes))
 
 
 def all_gather_with_grad(rows: Tensor, place: RankSlices) -> Tensor:

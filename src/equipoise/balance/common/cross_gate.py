@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...distributed import all_reduce_sum
 from ...tokens.token_batch import Output, Tokens
-from .unimodal_scores import all_reduce_sum
 
 
 class CrossGate(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...distributed import all_reduce_sum
 from ...errors import EquipoiseError
 from ...tokens.token_batch import Output, Tokens
 
@@ -351,14 +352,6 @@ class Pending:
 def _task() -> int:
     """Returns the id of the current backward pass; -1 outside of backward passes."""
     return torch._C._current_graph_task_id()
-
-
-def all_reduce_sum(total: Tensor) -> Tensor:
-    """Returns the sum over all processes; the tensor itself if there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total.detach().clone()
-        torch.distributed.all_reduce(total)
-    return total
 
 
 def _signature(inputs: Any) -> Iterable[tuple]:

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...distributed import all_reduce_sum, is_distributed, rank_and_world
 from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
 from ...tokens.token_batch import Output
 from ..balancer import Batch, Multimodal
-from .unimodal_scores import all_reduce_sum
 from .unimodal_terms import unimodal_losses
 
 
@@ -82,8 +82,8 @@ def _single_loss_batch(batch: Batch, names: tuple[str, ...], index: int) -> Batc
 
 def _average_gradients(model: nn.Module) -> None:
     """Averages gradients over processes, as data-parallel training does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     for parameter in model.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = all_reduce_sum(gradient) / torch.distributed.get_world_size()
+        parameter.grad = all_reduce_sum(gradient) / rank_and_world()[1]

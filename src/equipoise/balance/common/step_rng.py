@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed
+from torch import Tensor
+
+from ...distributed import rank_and_world
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -33,7 +35,6 @@ def uniform_per_sample(random: torch.Generator, before: int, size: int, count: i
         >>> torch.equal(uniform_per_sample(step_generator(0, 7), 3, 2, 2), whole[3:])
         True
     """
-    several = distributed.is_available() and distributed.is_initialized()
-    world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
+    rank, world = rank_and_world()
     start = world * before + rank * size
     return torch.rand(world * (before + size), count, generator=random)[start : start + size]

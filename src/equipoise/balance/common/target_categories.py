@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...distributed import all_reduce_sum
 from ..balancer import Multimodal
-from .unimodal_scores import all_reduce_sum
 
 
 def category_counts(model: Multimodal, bins: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from ...errors import ConfigError
 from ...tokens.token_batch import Output
 from ..balancer import Multimodal
-from .pending_state import all_reduce_sum as all_reduce_sum
 
 
 def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:

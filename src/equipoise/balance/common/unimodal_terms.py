@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
+from ...tokens.masks import at_least_float32
 from ...tokens.token_batch import Output, Tokens
 from ..balancer import Multimodal
 from .unimodal_scores import has_modality, heads_train_encoders, modality_logits, true_score
@@ -164,7 +165,7 @@ def split_concatenated(
 
 def at_least_single(values: Tensor) -> Tensor:
     """Converts half precision to float32; wider types are unchanged."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return at_least_float32(values)
 
 
 def masked_mean(values: Float[Tensor, " batch"], mask: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...distributed import all_reduce_sum
 from ...geometry import VANISHING, mean_keys, membership
 
 Indicator = Literal["cosine", "logit", "mass", "mass_per_token"]
@@ -151,10 +152,7 @@ class RunningSums:
 
         ``device`` is the model's, so that a process without batches can take part in the reduction.
         """
-        total = self.window.sum(dim=0).to(device, accumulator(device))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        return total
+        return all_reduce_sum(self.window.sum(dim=0).to(device, accumulator(device)))
 
     def means(self, total: Tensor, head: int) -> Means:
         """Converts the sums of one head to means; modalities that no sample has are left out."""

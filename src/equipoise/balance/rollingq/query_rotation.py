@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...distributed import is_distributed
 from ...geometry import orthogonalize
 from ..balancer import Balancer
 from .compile_disabled import CompileDisabled
@@ -93,7 +94,7 @@ class Rotation(Balancer):
 
     def _synchronize(self) -> None:
         """Broadcasts rotation and counters of rank 0, so that all processes are bit-identical."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             for state in (self.rotation, self.rotations, self.last_epoch, self.air):
                 torch.distributed.broadcast(state, src=0)
 

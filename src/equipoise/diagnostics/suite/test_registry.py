@@ -18,7 +18,7 @@ from ..compute_cost import cost as costs
 from ..consistency_test import attention_consistency
 from ..corruption_test import corruption_curve
 from ..encoder_gradients import gradient_norms
-from ..key_distributions import key_geometry
+from ..key_distributions import geometry_of
 from ..key_plot_data import key_distribution
 from ..modality_masking import mask_modality
 from ..noise_test import response_from_shares as response_of
@@ -185,16 +185,15 @@ def keys(context: DiagnosticContext) -> TestResult:
     """Query–key geometry of each modality, with and without noise."""
     context.needs_attention()
     context.needs_several("its keys cannot be compared with others")
-    given = {context.replaced: context.statistics(context.replaced)}
-    found = key_geometry(context.model, context.batches, replaced=context.replaced, noise=given, seed=context.seed)
+    noisy = context.noisy(context.replaced)
+    found = geometry_of(context.clean, noisy, context.replaced)
     airs = {name: value for name, value in found.air.items() if value is not None}
     metrics = {f"air/{name}": value for name, value in airs.items()}
     if context.names[0] in airs:
         metrics = {"air": airs[context.names[0]], **metrics}
     metrics |= {f"key_shift/{name}": shift for name, shift in found.shift.items() if shift is not None}
     metrics |= {} if found.range is None else {"key_range": found.range}
-    noisy = key_distribution(context.noisy(context.replaced))
-    return TestResult(metrics, {**found.to_dict(), "noise": noisy})
+    return TestResult(metrics, {**found.to_dict(), "noise": key_distribution(noisy)})
 
 
 def attention(context: DiagnosticContext) -> TestResult:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ...tokens.masks import at_least_float32
 from ..attention.modality_blocks import Blocks, into_blocks
 
 Basis = Literal["gram", "key_value", "covariance"]
@@ -69,7 +70,7 @@ def basis_of(
 
 def unit_keys(key: Tensor, normalize: bool) -> Tensor:
     """Normalizes keys to length 1, in float32 or higher: long sums of half-precision products overflow."""
-    key = key.to(torch.promote_types(key.dtype, torch.float32))
+    key = at_least_float32(key)
     return F.normalize(key, dim=-1, eps=1e-6) if normalize else key
 
 
