@@ -8,7 +8,18 @@ from contextlib import contextmanager
 from .errors import MissingExtraError
 
 EXTRAS = {
-    "train": ("lightning", "torchmetrics", "sklearn", "scipy", "soundfile", "PIL", "rich", "yaml"),
+    "train": (
+        "lightning",
+        "torchmetrics",
+        "sklearn",
+        "scipy",
+        "soundfile",
+        "PIL",
+        "rich",
+        "yaml",
+        "datasets",
+        "pandas",
+    ),
     "report": ("matplotlib", "jinja2"),
     "hf": ("transformers", "accelerate", "huggingface_hub"),
     "lora": ("peft",),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..io.atomic_files import atomic_write, check_file, check_folder, check_path_component
-from ..io.typed_values import shorten_repr
 from ..results import result_rows
 from ..training import recipes
 from ..training.recipes import Recipe
 from . import recipe_overrides
 from .command_line import Command, Parser, described, fail, path, whole
 from .data_command import data_parser, manage_data
+from .data_options import add_data_options, chosen_recipe
 from .diagnose_command import diagnose, diagnose_parser
 from .evaluate_command import evaluate, evaluate_parser
 from .look_command import look, look_parser
@@ -49,8 +49,9 @@ def compare_parser() -> Parser:
         "equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5",
         "equipoise compare --config av_digits --folds A,B,C --out runs/folds",
         "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
+        "equipoise compare --data people.csv --target label --group speaker --methods concat,joint --seeds 5",
     )
-    _add_config(parser)
+    add_data_options(parser)
     parser.add_argument("--methods", default=None, help="comma-separated; by default those of the recipe")
     parser.add_argument("--seeds", type=whole, default=None, help="number of seeds, starting at 0")
     parser.add_argument("--folds", default=None, help="comma-separated, for data sets with folds")
@@ -65,10 +66,7 @@ def compare_parser() -> Parser:
 
 
 def compare(options: Namespace) -> int:
-    recipe, title = (
-        recipe_overrides.load_with_changes(options.config, options.changes),
-        shorten_repr(Path(options.config).stem),
-    )
+    recipe, title = chosen_recipe(options)
     options.out = options.out or Path("runs") / check_path_component(title, "--config")
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
@@ -82,8 +80,10 @@ def train_parser() -> Parser:
         "equipoise train --config digits --method joint+rollingq",
         "equipoise train --config digits --method joint+rollingq --resume        after an interruption",
         "equipoise train --config digits --method joint --accelerator gpu --devices 4 --strategy ddp",
+        "equipoise train --data people.csv --target label --group speaker        your own table",
+        "equipoise train --data my_data.py:make        data sets that your own function returns",
     )
-    _add_config(parser)
+    add_data_options(parser)
     parser.add_argument("--method", default=None, help="by default the last one of the recipe")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--fold", default=None, help="fold of the data set; by default the first one of the recipe")
@@ -93,6 +93,10 @@ def train_parser() -> Parser:
     parser.add_argument("--devices", default="auto", help="number of devices, or auto")
     parser.add_argument("--strategy", default="auto", help="strategy of Lightning: auto, ddp, fsdp")
     parser.add_argument("--num_nodes", type=whole, default=1)
+    parser.add_argument(
+        "--diagnose", action=BooleanOptionalAction, default=None,
+        help="run equipoise diagnose on the trained model; by default with --data",
+    )  # fmt: skip
     return _with_recipe(parser)
 
 
@@ -105,10 +109,7 @@ def train(options: Namespace) -> int:
     from .progress_bars import TrainingProgress
     from .results_table import show
 
-    recipe, title = (
-        recipe_overrides.load_with_changes(options.config, options.changes),
-        shorten_repr(Path(options.config).stem),
-    )
+    recipe, title = chosen_recipe(options)
     method = options.method or recipe.methods[-1]
     fold = options.fold or (recipe.folds[0] if recipe.folds else None)
     folder = options.out or Path("runs") / check_path_component(f"{title}-{method}", "train")
@@ -130,6 +131,10 @@ def train(options: Namespace) -> int:
         result_rows.write_results(folder / "results.json", content)
         show(content, out)
         out.print(f"weights: {folder / 'model.safetensors'}", soft_wrap=True, highlight=False)
+        out.print(f"recipe:  {folder / 'recipe.yaml'}", soft_wrap=True, highlight=False)
+        _draw(content, folder / "results.json", folder / "report.html")
+        if (options.data is not None if options.diagnose is None else options.diagnose) and not recipe.model:
+            return diagnose(diagnose_parser().parse_args([str(folder)]))
     return 0
 
 
@@ -231,10 +236,6 @@ COMMANDS = {
     "data": Command("list, prepare and verify published data sets", data_parser, manage_data),
     "recipes": Command("list or copy the packaged recipes", recipes_parser, manage_recipes),
 }
-
-
-def _add_config(parser: Parser) -> None:
-    parser.add_argument("--config", default="digits", help="name of a packaged recipe, or a YAML file")
 
 
 def _add_workers(parser: Parser) -> None:

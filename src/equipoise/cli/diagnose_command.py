@@ -18,6 +18,7 @@ from ..results.significance import unpack_outcomes
 from ..training import recipes
 from ..training.recipes import Recipe
 from .command_line import Parser, described, path, whole
+from .data_options import allow_named_code
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,12 @@ def diagnose_parser() -> Parser:
         type=path,
         default=None,
         help="output folder; RUN/diagnosis by default, runs/diagnosis for several runs",
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="TABLE",
+        help="location of the data, if it was moved since training; FILE.py:FUNCTION for data made by your own code",
     )
     parser.add_argument("--tests", default=None, help="comma-separated test names; all by default")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the noise")
@@ -151,11 +158,12 @@ def diagnose_run(
     from .. import data
     from ..diagnostics.suite import diagnose as ask
     from ..training.run import load_run_dataset
-    from ..training.run_loading import load
+    from ..training.run_loading import load, with_data
 
     run = trained.run
-    model = load(trained.folder)
-    source = load_run_dataset(trained.recipe, run["fold"])
+    location = allow_named_code(options.data)
+    source = load_run_dataset(with_data(trained.recipe, location), run["fold"])
+    model = load(trained.folder, data=source)
     loader = data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1)
     used, samples = _data(trained.recipe), len(source.test)
     known = {
@@ -197,11 +205,14 @@ class _Noise:
         size = len(self.source.test)
         for start in range(0, size, BATCH):
             count = min(BATCH, size - start)
-            yield {
-                name: torch.randn(count, *self.source.shapes[name], generator=generator) * std + mean
-                for name in self.names
-                for mean, std in [self.source.noise[name]]
-            }
+            yield {name: self._draw(name, count, generator) for name in self.names}
+
+    def _draw(self, name: str, count: int, generator: torch.Generator) -> torch.Tensor:
+        shape = (count, *self.source.shapes[name])
+        if name in self.source.vocabulary:
+            return torch.randint(1, self.source.vocabulary[name], shape, generator=generator)
+        mean, std = self.source.noise[name]
+        return torch.randn(shape, generator=generator) * std + mean
 
 
 def _named(trained: Sequence[TrainedRun]) -> list[str]:
@@ -235,7 +246,7 @@ def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
 
 def _data(recipe: Recipe) -> dict[str, Any]:
     """Returns the options of the data set without its location."""
-    return {name: value for name, value in recipe.data.items() if name != "root"}
+    return {name: value for name, value in recipe.data.items() if name not in ("root", "path")}
 
 
 def _data_of(folder: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ HELP = """options of the recipe, which replace its values:
   --data.OPTION VALUE            of the data set; --data.name is its name
   --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
   --train.OPTION VALUE           of the training: epochs, batch_size, learning_rate, weight_decay, warmup, optimizer,
-                                 momentum, clip, accumulate, precision, unimodal
+                                 momentum, clip, accumulate, precision, unimodal, workers
   --model.OPTION VALUE           of a self-contained model
   --noise_modality NAME, --reference METHOD
 VALUE is written as in a recipe: 0.3, true, null, a string, [1, 2], '{dim: 32, depth: 1}'"""
@@ -41,7 +41,7 @@ def split_recipe_options(words: Sequence[str], error: Callable[[str], Any]) -> t
     rest, changes, remaining = [], [], iter(words)
     for word in remaining:
         option = OPTION.fullmatch(word)
-        if option is None:
+        if option is None or option[1] == "data":
             rest.append(word)
             continue
         text = option[2] if option[2] is not None else next(remaining, None)
@@ -70,7 +70,16 @@ def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
     Raises:
         ConfigError: unknown recipe or option, or a value of the wrong type.
     """
-    base = recipes.load_recipe(name)
+    who = f"recipe {Path(name).name if Path(name).suffix else name}"
+    return apply(recipes.load_recipe(name), changes, who)
+
+
+def apply(base: Recipe, changes: Sequence[Change], who: str) -> Recipe:
+    """Applies changes to a recipe; ``who`` begins the error messages.
+
+    Raises:
+        ConfigError: unknown option, or a value of the wrong type.
+    """
     content = asdict(base)
     for where, given in changes:
         if len(where) > DEEPEST:
@@ -90,4 +99,4 @@ def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
                 key: {**former.get(key, {}), **part} if isinstance(part, dict) else part for key, part in given.items()
             }
         parent[last] = given
-    return recipes.recipe_from_dict(content, f"recipe {Path(name).name if Path(name).suffix else name}")
+    return recipes.recipe_from_dict(content, who)

@@ -1,4 +1,4 @@
-"""Built-in data sets by name, and reproducible batches of them."""
+"""Data sets: built-in ones by name, tables, tensors, map-style data sets of torch; reproducible batches of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from . import sets
 from .batch_loader import loader
 from .dataset import Dataset, Split
 from .ood_splits import ood_split
+from .tables import Manifest
+from .user_datasets import MapDataset, TensorDataset
 
-__all__ = ["Dataset", "Split", "available_datasets", "load_dataset", "loader", "ood_split"]
+__all__ = [
+    "Dataset", "Manifest", "MapDataset", "Split", "TensorDataset", "available_datasets", "load_dataset", "loader",
+    "ood_split",
+]  # fmt: skip
 
 
 def available_datasets() -> dict[str, type[Dataset]]:

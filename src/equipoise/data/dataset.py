@@ -69,6 +69,7 @@ class Dataset(ABC):
         noise: name -> (mean, standard deviation) of the standardized training inputs, the statistics of the noise that
             replaces a whole modality.
         vocabulary: name -> number of token ids, for inputs of word or character ids; 0 is padding.
+        sampling_weights: (sample,) weights of the training samples, see ``ResumableBatchSampler``; None for all alike.
         near_ood: test samples of the held-out classes, with their original targets; None without held-out classes.
     """
 
@@ -80,6 +81,7 @@ class Dataset(ABC):
     test: Split
     noise: dict[str, tuple[float, float]]
     vocabulary: dict[str, int] = {}  # noqa: RUF012
+    sampling_weights: Tensor | None = None
     near_ood: Split | None = None
 
     @abstractmethod

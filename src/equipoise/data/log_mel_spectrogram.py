@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -52,16 +55,37 @@ def framed(recording: Float[Tensor, " sample"]) -> Float[Tensor, " 5120"]:
     return torch.nn.functional.pad(recording, (before, spare - before))
 
 
-def mel_bands() -> Float[Tensor, "40 257"]:
-    """Returns the triangular mel filters: 41 equal steps of mel(f) = 2595 log10(1 + f / 700), 0 to 4,000 Hz, height 1.
+def log_mel_frames(
+    waveform: Float[Tensor, " sample"], rate: int, *, bands: int = 64, floor: float = 1e-6
+) -> Float[Tensor, "frame band"]:
+    """Computes the log-mel spectrogram of a recording of any rate and length, one frame for each 10 ms begun.
+
+    As ``log_mel``: frame i is centered on the middle of its hop, Hann window of 32 ms, silence before and after.
+
+    Example:
+        >>> log_mel_frames(torch.zeros(1_700), 16_000).shape
+        torch.Size([11, 64])
+    """
+    hop, window = round(rate * HOP / RATE), round(rate * WINDOW / RATE)
+    fft = 2 ** math.ceil(math.log2(2 * window))
+    count, margin = -(-len(waveform) // hop), (window - hop) // 2
+    padded = torch.nn.functional.pad(waveform, (margin, count * hop - len(waveform) + window - hop - margin))
+    frames = padded.unfold(0, window, hop) * torch.hann_window(window)
+    power = torch.view_as_real(torch.fft.rfft(frames, n=fft)).square().sum(dim=-1)
+    return (power @ mel_bands(rate, fft, bands).T + floor).log()
+
+
+@functools.lru_cache(maxsize=32)
+def mel_bands(rate: int = RATE, fft: int = FFT, bands: int = BANDS) -> Float[Tensor, "band bin"]:
+    """Returns triangular mel filters of height 1: bands + 1 equal steps of mel(f) = 2595 log10(1 + f / 700) to rate / 2.
 
     Example:
         >>> bool((mel_bands().sum(dim=1) > 0).all())
         True
     """
-    top = 2595 * torch.log10(torch.tensor(1 + RATE / 2 / 700, dtype=torch.float64))
-    edges = 700 * (10 ** (torch.linspace(0, 1, BANDS + 2, dtype=torch.float64) * top / 2595) - 1)
-    bins = torch.arange(FFT // 2 + 1, dtype=torch.float64) * RATE / FFT
+    top = 2595 * torch.log10(torch.tensor(1 + rate / 2 / 700, dtype=torch.float64))
+    edges = 700 * (10 ** (torch.linspace(0, 1, bands + 2, dtype=torch.float64) * top / 2595) - 1)
+    bins = torch.arange(fft // 2 + 1, dtype=torch.float64) * rate / fft
     left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rising = (bins - left) / (center - left)
     falling = (right - bins) / (right - center)

@@ -33,14 +33,14 @@ CHUNKS: dict[bytes, tuple[Literal["little", "big"], bytes]] = {
 """Magic bytes of chunked audio files -> byte order, and the chunk with the samples."""
 
 
-def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.Image:
+def load_image(image: str | Path | bytes | Image.Image, *, who: str = "image") -> Image.Image:
     """Loads an image in RGB with 8 bits per channel.
 
     Applies the EXIF orientation, divides 16-bit gray values by 257, and blends transparent areas with white. Only the
     first frame of an animation is loaded.
 
     Args:
-        image: a file, or a Pillow image.
+        image: a file, its content, or a Pillow image.
         who: start of the error messages.
 
     Raises:
@@ -53,7 +53,7 @@ def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.
     """
     content = b""
     if not isinstance(image, Image.Image):
-        who = f"{who} '{image}'"
+        who = who if isinstance(image, bytes) else f"{who} '{image}'"
         content = _content(image, who, "an image")
     try:
         with warnings.catch_warnings():
@@ -83,11 +83,13 @@ def load_image(image: str | Path | Image.Image, *, who: str = "image") -> Image.
         ) from error
 
 
-def read_audio(sound: str | Path | np.ndarray, rate: int, *, who: str = "audio") -> Float[np.ndarray, " sample"]:
+def read_audio(
+    sound: str | Path | bytes | np.ndarray, rate: int, *, who: str = "audio"
+) -> Float[np.ndarray, " sample"]:
     """Loads a sound as mono (mean of the channels), resampled to the given rate.
 
     Args:
-        sound: a file of any rate, or an array (sample,) of this rate.
+        sound: a file of any rate, its content, or an array (sample,) of this rate.
         rate: sample rate of the result, in Hz.
         who: start of the error messages.
 
@@ -110,14 +112,14 @@ def read_audio(sound: str | Path | np.ndarray, rate: int, *, who: str = "audio")
         return values
     if len(values) * rate > MAX_SAMPLES * own:
         raise DataError(
-            f"{who} '{sound}'", expected=f"a sound of at most {MAX_SAMPLES:,} samples at {rate} Hz",
+            who, expected=f"a sound of at most {MAX_SAMPLES:,} samples at {rate} Hz",
             got=f"{len(values):,} at {own} Hz",
         )  # fmt: skip
     divisor = math.gcd(own, rate)
     return resample_poly(values, rate // divisor, own // divisor).astype(np.float32)
 
 
-def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarray, "sample channel"], int]:
+def load_audio(path: str | Path | bytes, *, who: str = "audio") -> tuple[Float[np.ndarray, "sample channel"], int]:
     """Loads the samples of an audio file in float32, and its rate in Hz; integers are scaled to [-1, 1).
 
     Raises:
@@ -126,7 +128,7 @@ def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarra
     """
     import soundfile
 
-    who = f"{who} '{path}'"
+    who = who if isinstance(path, bytes) else f"{who} '{path}'"
     content = _content(path, who, "a sound")
     _require_chunks(content, who)
     _require_last_page(content, who)
@@ -152,7 +154,11 @@ def load_audio(path: str | Path, *, who: str = "audio") -> tuple[Float[np.ndarra
     return values, rate
 
 
-def _content(path: str | Path, who: str, kind: str) -> bytes:
+def _content(path: str | Path | bytes, who: str, kind: str) -> bytes:
+    if isinstance(path, bytes):
+        if not path:
+            raise DataError(who, expected=kind, got="an empty file")
+        return path
     try:
         content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else None
     except FileNotFoundError as error:

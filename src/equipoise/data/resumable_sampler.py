@@ -34,6 +34,8 @@ class ResumableBatchSampler(DistributedSampler):
         drop_last: drop the last batch if it is incomplete.
         rank, world: this process and the number of processes; by default those of torch.distributed, or 0 and 1.
         steps_per_batch: how often each batch is repeated, for methods that train modalities in turn.
+        weights: (size,) sampling weights: with ``shuffle``, an epoch draws ``size`` samples with replacement, each with
+            probability proportional to its weight.
         group: batches per optimizer step; a whole group is repeated, not each of its batches. With repetitions, an
             incomplete last group is dropped: otherwise two repetitions would share one optimizer step.
 
@@ -49,13 +51,14 @@ class ResumableBatchSampler(DistributedSampler):
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool = False,
         rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
+        weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ConfigError("ResumableBatchSampler", expected="batch_size >= 1", got=f"{batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self._rank, self._world = rank, world
-        self.steps_per_batch, self.group = steps_per_batch, group
+        self.steps_per_batch, self.group, self.weights = steps_per_batch, group, weights
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -72,7 +75,14 @@ class ResumableBatchSampler(DistributedSampler):
         rank, world = self.rank_and_world()
         order = torch.arange(self.size)
         if self.shuffle:
-            order = torch.argsort(CounterRNG(self.seed, self.epoch, order).uniform("order", 1)[:, 0], stable=True)
+            draws = CounterRNG(self.seed, self.epoch, order).uniform("order", 2 if self.weights is not None else 1)
+            if self.weights is None:
+                order = torch.argsort(draws[:, 0], stable=True)
+            else:
+                # Two numbers of 24 bits: one alone could not reach every sample of a large data set.
+                fine = draws[:, 0].double() + draws[:, 1].double() * 2**-24
+                total = self.weights.double().cumsum(dim=0)
+                order = torch.searchsorted(total, fine * total[-1], right=True).clamp(max=self.size - 1)
         bounds = self._bounds(world)
         for first in range(0, len(bounds), self.group):
             for start, stop in bounds[first : first + self.group] * self.steps_per_batch:

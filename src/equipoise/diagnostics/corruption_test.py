@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError, unknown_name
 from .input_corruption import Kind, check_corruption, corrupt
 from .noise_test import input_statistics
-from .prediction_collection import collect_predictions, input_of
+from .prediction_collection import collect_predictions, input_of, is_ids, permute_ids, valid_of
 from .task_scores import score_name
 
 Batches = Iterable[Mapping[str, Any]]
@@ -61,7 +61,7 @@ def corruption_curve(
         model: a FusionModel.
         loader: batches, dicts with every modality and targets, that can be iterated several times in the same order.
         modality: the modality to corrupt.
-        kind: of the corruption, see ``corrupt``.
+        kind: of the corruption, see ``corrupt``; word ids are replaced by others of the batch with probability level.
         levels: from 0 to 1; level 0 returns the inputs unchanged, bit for bit.
         seed: of the noise, which depends only on the seed and the index of the batch.
         std: standard deviation that scales the noise of ``additive``, ``mix`` and ``prob``; by default that of the
@@ -116,4 +116,10 @@ def _corrupted_batches(
     for number, batch in enumerate(batches):
         values = input_of(batch, modality, "corruption_curve")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        yield {**batch, modality: corrupt(values, level, kind, generator, std)}
+        if is_ids(values):
+            # A fraction of the words is replaced by other words of the batch, whatever the kind.
+            other = permute_ids(values, generator, valid=valid_of(batch, modality, values))
+            chosen = torch.rand(values.shape, generator=generator) < level
+            yield {**batch, modality: torch.where(chosen.to(values.device), other, values)}
+        else:
+            yield {**batch, modality: corrupt(values, level, kind, generator, std)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError, unknown_name
@@ -43,7 +43,7 @@ class CollectedPredictions:
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Gaussian noise that replaces a modality.
+    """Gaussian noise that replaces a modality; word ids are replaced by other ids of the same batch.
 
     Args:
         modality: name of the modality to replace.
@@ -52,6 +52,9 @@ class NoiseSource:
         distribution: ``"dataset"`` uses ``mean`` and ``std``, ``"standard"`` 0 and 1, ``"per_sample"`` the mean and
             standard deviation of the valid values of each sample; ``mean`` and ``std`` for samples with a single value,
             which has no deviation.
+
+    Integer inputs, such as word ids, have no mean: their valid values are permuted among all samples of the batch, or
+    within each sample for ``"per_sample"``; 0 is padding.
     """
 
     modality: str
@@ -63,6 +66,8 @@ class NoiseSource:
     def of(self, values: Tensor, batch_number: int, valid: Tensor | None = None) -> Tensor:
         """Returns noise of the shape of ``values``; ``valid`` (broadcastable) selects the values for the statistics."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch_number)
+        if not values.is_floating_point():
+            return permute_ids(values, generator, valid=valid, within=self.distribution == "per_sample")
         drawn = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
         if self.distribution == "standard":
             return drawn
@@ -71,6 +76,26 @@ class NoiseSource:
             single = _count(values, valid) < 2
             return drawn * torch.where(single, self.std, std) + torch.where(single, self.mean, mean)
         return drawn * self.std + self.mean
+
+
+def permute_ids(
+    ids: Int[Tensor, "batch token"], generator: torch.Generator, *, valid: Tensor | None = None, within: bool = False
+) -> Int[Tensor, "batch token"]:
+    """Permutes the valid ids of a batch at random, among all samples or ``within`` each; 0 and masked ids stay.
+
+    Example:
+        >>> permute_ids(torch.tensor([[5, 5, 0], [5, 0, 0]]), torch.Generator().manual_seed(0)).tolist()
+        [[5, 5, 0], [5, 0, 0]]
+    """
+    moved = ids.cpu() > 0
+    if valid is not None:
+        moved = moved & valid.cpu().expand(ids.shape)
+    result = ids.cpu().clone()
+    for rows in range(len(ids)) if within else [slice(None)]:
+        chosen, picked = result[rows], moved[rows]
+        words = chosen[picked]
+        chosen[picked] = words[torch.randperm(len(words), generator=generator)]
+    return result.to(ids.device)
 
 
 def collect_predictions(
@@ -135,16 +160,21 @@ def check_batch(batch: Any, who: str) -> Mapping[str, Any]:
 
 
 def input_of(batch: Any, modality: str, who: str) -> Tensor:
-    """Returns the input of a modality; raises ShapeError if it is not a floating-point tensor."""
+    """Returns the input of a modality; raises ShapeError unless it is a floating-point tensor or (batch, token) ids."""
     value = check_batch(batch, who).get(modality)
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor) and (value.is_floating_point() or is_ids(value)):
         return value
     raise ShapeError(
         f"{who} '{modality}'",
-        expected="a floating tensor in every batch, for noise to replace",
+        expected="a floating tensor or word ids in every batch, for noise to replace",
         got=str(value.dtype) if isinstance(value, Tensor) else type(value).__name__,
         fix="Leave out batches that lack the modality, or choose another one.",
     )
+
+
+def is_ids(value: Tensor) -> bool:
+    """Returns whether the tensor holds word ids: integers of shape (batch, token)."""
+    return value.ndim == 2 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
 
 
 def valid_of(batch: Mapping[str, Any], modality: str, values: Tensor) -> Bool[Tensor, "batch ..."]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..data.user_code import allow_code, allowed_code
 from ..errors import ConfigError, EquipoiseError
 from ..io.atomic_files import check_folder, file_error, make_folder
 from ..results import result_rows
@@ -194,7 +195,9 @@ def _run_all(
     # This pipe carries no data; it closes when the parent exits, which tells the workers to stop.
     lifeline, parent_end = context.Pipe(duplex=False)
     queue_ = context.Queue()
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_initialize_worker, initargs=(lifeline, queue_))
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_initialize_worker, initargs=(lifeline, queue_, allowed_code())
+    )
     done = threading.Event()
     reader = threading.Thread(target=_forward_progress, args=(queue_, done, todo, listener), daemon=True)
     try:
@@ -264,10 +267,11 @@ def _execute(job: RunSpec, folder: Path, progress: Progress | None, options: dic
 _queue: Any = None
 
 
-def _initialize_worker(lifeline: Any, queue_: Any) -> None:
+def _initialize_worker(lifeline: Any, queue_: Any, code: tuple[str, ...]) -> None:
     """Initializes a worker: uses one thread, ignores Ctrl-C (the parent handles it), exits with its parent."""
     global _queue
     _queue = queue_
+    allow_code(code)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()

@@ -108,13 +108,6 @@ def build_model(
         return build_self_contained(method.base, recipe, dataset, parts), []
     alone = method.base in recipe.encoders
     names = (method.base,) if alone else dataset.names
-    for name in names:
-        if name in dataset.vocabulary:
-            # Raised here rather than by the evaluation under noise after the last epoch.
-            raise ConfigError(
-                f"method '{method.name}'", expected="modalities that noise can replace",
-                got=f"'{name}', numbers of words or letters", fix="With triples, write letters: vectors under data.",
-            )  # fmt: skip
     parts = {name: build_encoder(name, recipe.encoders.get(name, {}), dataset) for name in names}
     width = parts[names[0]].dim
     for name, part in parts.items():

@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import data
 from ..balance import Balancer
+from ..data.user_code import dataset_from_code
 from ..distributed import is_distributed
 from ..errors import ConfigError
 from ..integrations.lightning_callbacks import BalancerCallback
@@ -42,6 +43,9 @@ from .run_evaluation import evaluate_run
 from .run_folder import write_run
 from .run_spec import RunSpec, is_finished
 
+CODE = "python"
+"""Name of the data set of a recipe whose data a Python file makes; "source" names the function."""
+
 ADVICE = (
     "does not have many workers", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
 )  # fmt: skip
@@ -49,8 +53,9 @@ ADVICE = (
 
 
 def execute_run(
-    job: RunSpec, folder: Path, *, progress: Progress | None = None, trainer_options: Mapping[str, Any] | None = None
-) -> RunResult | None:
+    job: RunSpec, folder: Path, *, progress: Progress | None = None, trainer_options: Mapping[str, Any] | None = None,
+    dataset: data.Dataset | None = None,
+) -> RunResult | None:  # fmt: skip
     """Trains and evaluates a run; loads a finished one, resumes an interrupted one after its last complete epoch.
 
     The folder of the run then contains ``run.json``, ``model.safetensors``, ``recipe.yaml`` and ``checkpoints/last.ckpt``.
@@ -60,6 +65,8 @@ def execute_run(
         folder: folder of this run.
         progress: called with (epochs done, epochs) after every epoch.
         trainer_options: arguments of ``lightning.pytorch.Trainer``, such as ``devices``; callbacks are added.
+        dataset: data to use in place of the recipe's, such as a ``TensorDataset``; ``data.name`` of the recipe is then
+            any name, and ``load`` needs the data set as well.
 
     Returns:
         Run, as in ``results.json``; None in all processes but rank 0.
@@ -74,12 +81,12 @@ def execute_run(
         return stored
     method = method_factory.parse_method(job.method, job.recipe)
     recipe = method_factory.method_recipe(method, job.recipe)
-    source = load_run_dataset(recipe, job.fold)
+    source = load_run_dataset(recipe, job.fold) if dataset is None else dataset
     teachers = {}
     if method_factory.needs_teachers(method, recipe):
         # Teachers are trained with the training options of the variant.
         teacher_job = replace(job, recipe=recipe)
-        teachers = {name: _teacher(teacher_job, name, folder, trainer_options) for name in source.names}
+        teachers = {name: _teacher(teacher_job, name, folder, trainer_options, source) for name in source.names}
     torch.manual_seed(job.seed)
     model, balancers = method_factory.build_model(method, recipe, source, teachers=teachers)
     journal = HistoryCallback(source, recipe, job.fingerprint(), balancers, progress)
@@ -95,16 +102,16 @@ def execute_run(
     return run
 
 
-def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str, Any] | None) -> nn.Module:
+def _teacher(
+    job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str, Any] | None, source: data.Dataset
+) -> nn.Module:
     """Returns the encoder of a modality trained alone, with the same seed and fold."""
     alone, teacher_folder = replace(job, method=name), folder / "teachers" / name
-    execute_run(alone, teacher_folder, trainer_options=trainer_options)
+    execute_run(alone, teacher_folder, trainer_options=trainer_options, dataset=source)
     if is_distributed():
         torch.distributed.barrier()
     with torch.random.fork_rng(devices=[]):
-        model, _ = method_factory.build_model(
-            method_factory.parse_method(name, job.recipe), job.recipe, load_run_dataset(job.recipe, job.fold)
-        )
+        model, _ = method_factory.build_model(method_factory.parse_method(name, job.recipe), job.recipe, source)
     load_weights(model, teacher_folder / "model.safetensors")
     return model.encoders[name]  # type: ignore[index,return-value]
 
@@ -113,6 +120,9 @@ def _teacher(job: RunSpec, name: str, folder: Path, trainer_options: Mapping[str
 def _load_dataset_cached(options: str) -> data.Dataset:
     content = json.loads(options)
     name, known = str(content.pop("name")), data.available_datasets()
+    if name == CODE:
+        with single_thread():
+            return dataset_from_code(str(content.get("source")), content.get("fold"))
     if name not in known:
         return data.load_dataset(name)  # raises with the closest name
     if "fold" in content and "fold" not in inspect.signature(known[name]).parameters:

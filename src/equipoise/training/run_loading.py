@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..data import Dataset
+from ..data.user_code import is_code
+from ..errors import ConfigError, DataError
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from . import method_factory, recipes
 from .checkpoint import load_weights
-from .run import load_run_dataset
+from .run import CODE, load_run_dataset
 from .run_folder import PARTS, WEIGHTS, check_weights, read_run
 from .run_spec import check_recipe
 
 
-def load(folder: str | os.PathLike[str]) -> FusionModel | SelfContainedModel:
+def load(
+    folder: str | os.PathLike[str], *, data: str | os.PathLike[str] | Dataset | None = None
+) -> FusionModel | SelfContainedModel:
     """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
     The data set of the recipe must be available, since it determines the shapes. No code from the folder is executed.
@@ -26,6 +31,7 @@ def load(folder: str | os.PathLike[str]) -> FusionModel | SelfContainedModel:
 
     Args:
         folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
+        data: the data set, if it was moved or is not named by the recipe: the new path of the table, or a ``Dataset``.
 
     Raises:
         DataError: not the folder of a finished run, or a file in it is damaged or belongs to another run.
@@ -45,14 +51,33 @@ def load(folder: str | os.PathLike[str]) -> FusionModel | SelfContainedModel:
     content = _content(folder)
     run = content["run"]
     recipe = recipes.load_recipe(folder / "recipe.yaml")
+    source = data if isinstance(data, Dataset) else load_run_dataset(with_data(recipe, data), run["fold"])
     with torch.random.fork_rng(devices=[]):
-        model, _ = method_factory.build_model(
-            method_factory.parse_method(run["method"], recipe), recipe, load_run_dataset(recipe, run["fold"])
-        )
+        model, _ = method_factory.build_model(method_factory.parse_method(run["method"], recipe), recipe, source)
     load_weights(model, folder / WEIGHTS)
     # The weights of another run can have the same shapes.
     check_weights(folder, content)
     return model.eval()
+
+
+def with_data(recipe: recipes.Recipe, location: str | os.PathLike[str] | None) -> recipes.Recipe:
+    """Returns the recipe with another location of its data: a table, the root of a data set, or Python code.
+
+    Raises:
+        ConfigError: the data set of the recipe has no location, or is of another kind.
+    """
+    if location is None:
+        return recipe
+    text = os.fspath(location)
+    kinds = {"manifest": "path", CODE: "source"}
+    key = kinds.get(recipe.data["name"], "root")
+    if is_code(text) != (recipe.data["name"] == CODE):
+        raise ConfigError(
+            "--data", expected=f"a location of the data set '{recipe.data['name']}' of the run", got=f"'{text}'"
+        )
+    if key == "path" and os.path.exists(text):
+        text = os.path.abspath(text)
+    return replace(recipe, data={**recipe.data, key: text})
 
 
 def finished_run(folder: Path) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class RunSpec:
         for name in ("methods", "seeds", "folds", "reference", "references"):
             content.pop(name)
         content["data"].pop("root", None)
+        if content["data"].get("checksum"):
+            content["data"].pop("path")
         content["train"].pop("workers")
         if not content["model"]:
             # Keep fingerprints compatible with runs made before `model` and `variants` existed.

@@ -8,7 +8,7 @@ from .cremad import CREMAD
 from .hmdb51 import HMDB51
 from .kinetics_sounds import KineticsSounds
 from .mosei_pickle import MOSEI
-from .mosi_pickle import MOSI
+from .mosi_pickle import MOSIPickle
 from .preparation import Preparation, prepare
 from .published_layout import Layout
 from .restricted_pickle import load_restricted_pickle
@@ -28,7 +28,7 @@ def available_layouts() -> dict[str, Layout]:
         >>> sorted(available_layouts())
         ['av_mnist', 'cremad', 'hmdb51', 'kinetics_sounds', 'mosei', 'mosi', 'ucf101']
     """
-    classes = (CREMAD, KineticsSounds, MOSEI, MOSI, AVMNIST, UCF101, HMDB51)
+    classes = (CREMAD, KineticsSounds, MOSEI, MOSIPickle, AVMNIST, UCF101, HMDB51)
     return {cls.name: cls() for cls in classes}
 
 

@@ -7,7 +7,7 @@ from .raw_folder import Place
 from .sentiment_features import TASKS, SentimentPickle
 
 
-class MOSI(SentimentPickle):
+class MOSIPickle(SentimentPickle):
     """CMU-MOSI: text, audio and video features of 2,199 sentences from YouTube, with a sentiment from -3 to 3."""
 
     name = "mosi"

@@ -1,0 +1,130 @@
+"""Options for data of the user: ``--data``, ``--target`` and the other columns; the recipe that follows from them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..io.atomic_files import check_path_component
+from ..io.typed_values import shorten_repr
+from ..training.recipes import Recipe
+from . import recipe_overrides
+from .command_line import Parser
+
+DEFAULT = "digits"
+"""Recipe of train and compare without --config and --data."""
+
+HELP = {
+    "--target": "column of the target; several columns separated by commas are several labels or numbers",
+    "--group": "column of groups, such as the speaker, that are never in two splits",
+    "--split": "column with train, val or test; by default the column split if there is one",
+    "--weight": "column of sampling weights of the training rows",
+    "--task": "classification, multilabel or regression; by default recognized from the target",
+}
+
+
+def add_data_options(parser: Parser) -> None:
+    """Adds ``--config``, ``--data`` and the options that describe a table."""
+    parser.add_argument(
+        "--config", default=None, help=f"name of a packaged recipe, or a YAML file; {DEFAULT} without --data"
+    )
+    parser.add_argument(
+        "--data", default=None, metavar="TABLE",
+        help="your data: a csv, tsv, jsonl or parquet file, a folder or name of Hugging Face datasets, or FILE.py:FUNCTION "
+        "that returns a data set. Without --config, encoders are chosen from the columns",
+    )  # fmt: skip
+    for option, text in HELP.items():
+        parser.add_argument(option, default=None, help=text)
+    parser.add_argument(
+        "--kind", action="append", default=[], metavar="COLUMN=KIND",
+        help="kind of a column: audio, image, video, frames, text, vector, sequence, number, category, ignore; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="leave out rows with files that cannot be read")
+
+
+def chosen_recipe(options: Namespace) -> tuple[Recipe, str]:
+    """Returns the recipe and its title: of ``--config``, or derived from ``--data``.
+
+    Raises:
+        ConfigError: options of a table without one. DataError: the table or its files cannot be read.
+    """
+    given = {name: value for name in ("target", "group", "split", "weight", "task")
+             if (value := getattr(options, name)) is not None}  # fmt: skip
+    if options.data is None or options.config is not None:
+        if given or options.kind or options.skip_bad:
+            raise ConfigError(
+                "command line", expected="--data without --config for options of a table",
+                got=", ".join(f"--{name}" for name in given) or "--kind or --skip-bad",
+                fix="Add --data TABLE; in a recipe, these options are under data.",
+            )  # fmt: skip
+        config = options.config or DEFAULT
+        recipe = recipe_overrides.load_with_changes(config, options.changes)
+        if options.data is not None:
+            recipe = _relocated(recipe, options.data)
+        return recipe, shorten_repr(Path(config).stem)
+    recipe, lines, title = _derived(options, given)
+    _print(lines)
+    return recipe_overrides.apply(recipe, options.changes, f"recipe of '{title}'"), title
+
+
+def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[str], str]:
+    from ..data.user_code import is_code
+
+    if is_code(options.data):
+        if given or options.kind:
+            raise ConfigError("command line", expected="options of a table only with a table", got=options.data)
+        return _from_code(options.data)
+    from ..training.own_data import own_data_recipe
+    from .console import err
+    from .progress_bars import counted_progress
+
+    if "target" in given:
+        names = [name.strip() for name in given["target"].split(",") if name.strip()]
+        given["target"] = names[0] if len(names) == 1 else names
+    kinds = {}
+    for text in options.kind:
+        column, sign, kind = text.rpartition("=")
+        if not sign or not column:
+            raise ConfigError("--kind", expected="COLUMN=KIND", got=f"'{text}'")
+        kinds[column] = kind
+    if kinds:
+        given["kinds"] = kinds
+    with counted_progress("checking files", "rows", err) as progress:
+        recipe, lines = own_data_recipe(options.data, options=given, skip_bad=options.skip_bad, progress=progress)
+    return recipe, lines, check_path_component(Path(options.data.rstrip("/")).stem or "data", "--data")
+
+
+def _from_code(source: str) -> tuple[Recipe, list[str], str]:
+    from ..training.own_data import recipe_for
+
+    absolute = str(allow_named_code(source))
+    file, _, function = absolute.rpartition(":")
+    recipe, lines = recipe_for(absolute)
+    return recipe, lines, check_path_component(f"{Path(file).stem}-{function}", "--data")
+
+
+def allow_named_code(source: str | None) -> str | None:
+    """Allows code that the user named with ``--data``; returns the location of the data, with an absolute path."""
+    from ..data.user_code import allow_code, is_code
+
+    if source is None or not is_code(source):
+        return source
+    file, _, function = source.rpartition(":")
+    absolute = f"{Path(file).resolve()}:{function}"
+    allow_code([absolute])
+    return absolute
+
+
+def _relocated(recipe: Recipe, location: str) -> Recipe:
+    from ..training.run_loading import with_data
+
+    return with_data(recipe, allow_named_code(location))
+
+
+def _print(lines: list[str]) -> None:
+    from .console import out
+
+    for line in lines:
+        out.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)

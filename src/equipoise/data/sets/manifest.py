@@ -1,0 +1,148 @@
+"""`manifest`: the samples of a table, read from its files batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
+from ..counter_rng import CounterRNG
+from ..dataset import Dataset, Split
+from ..tables.modality_readers import make_reader
+from ..tables.table_manifest import Manifest
+
+LISTED = 5
+"""Unreadable files that an error lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowSplit(Split):
+    """A split whose inputs are read on demand.
+
+    Attributes:
+        rows: (sample,) rows of the table.
+    """
+
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+
+
+class ManifestDataset(Dataset):
+    """The samples of a table: a file or folder that ``Manifest`` reads.
+
+    Inputs are read when a batch is needed: audio as log-mel spectrograms, images as squares, sequences with masks and
+    times, numbers and categories as one vector, texts as word ids. All are standardized with statistics of the training
+    split (files: of up to 256 training samples).
+
+    Args:
+        path: the table, see ``Manifest``.
+        target, group, split, weight, kinds, modalities, task, root: see ``Manifest``.
+        folds, fold: the test split is part ``fold`` of ``folds``, unless the table names the splits.
+        seed: seed of the assignment to splits.
+        skip: rows to leave out, such as those with damaged files; see ``check``.
+        checksum: digest of the table that a trained model had; another table is refused.
+
+    Raises:
+        DataError: as ``Manifest``; a table that has changed since training.
+        ConfigError: as ``Manifest``; a fold that is no number.
+    """
+
+    def __init__(
+        self, path: str, *, target: str | list[str], group: str | None = None, split: str | None = None,
+        weight: str | None = None, kinds: dict[str, Any] | None = None, modalities: dict[str, Any] | None = None,
+        task: Literal["classification", "multilabel", "regression"] | None = None, root: str | None = None,
+        folds: int = 5, fold: str | int = 0, seed: int = 0, skip: list[int] | None = None, checksum: str | None = None,
+    ) -> None:  # fmt: skip
+        if not str(fold).isdecimal():
+            raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = {fold!r}")
+        self.manifest = Manifest(
+            path, target=target, group=group, split=split, weight=weight, kinds=kinds, modalities=modalities, task=task,
+            root=root,
+        )  # fmt: skip
+        if checksum is not None and self.manifest.checksum() != checksum:
+            raise DataError(
+                f"table '{path}'", expected="the table that the model was trained with", got="another content",
+                fix="Restore the file, or train again in a new folder.",
+            )  # fmt: skip
+        self.task, self.num_outputs = self.manifest.task, self.manifest.num_outputs
+        self.names = tuple(self.manifest.modalities)
+        rows = self.manifest.split_rows(folds=folds, fold=int(fold), seed=seed)
+        left_out = np.array(skip or [], dtype=int)
+        self.rows = {name: part[~np.isin(part, left_out)] for name, part in rows.items()}
+        for name, part in self.rows.items():
+            if not len(part):
+                raise DataError(f"table '{path}'", expected=f"rows in {name}", got="none besides those left out")
+        splits = {
+            name: RowSplit({}, self.manifest.target[torch.from_numpy(part)], rows=part)
+            for name, part in self.rows.items()
+        }
+        self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
+        weights = self.manifest.weights()
+        self.sampling_weights = None if weights is None else weights[torch.from_numpy(self.rows["train"])]
+        self.readers = {
+            name: make_reader(name, modality, self.manifest.table, self.manifest.root)
+            for name, modality in self.manifest.modalities.items()
+        }
+        self.options: dict[str, dict[str, Any]] = {}
+        for name, reader in self.readers.items():
+            modality = self.manifest.modalities[name]
+            self.options[name] = {**modality.to_dict(), **reader.fit(self.rows["train"])}
+        self.noise = dict.fromkeys(self.names, (0.0, 1.0))
+        self.vocabulary = {name: one.vocabulary for name, one in self.readers.items() if one.vocabulary is not None}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: reader.shape for name, reader in self.readers.items()}
+
+    def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
+        return inputs
+
+    def batch(self, split: str, index: Tensor, *, seed: int, epoch: int, train: bool) -> dict[str, Any]:
+        samples = self.split(split)
+        assert isinstance(samples, RowSplit)
+        rows = samples.rows[index.numpy()]
+        parts = {name: reader.read(rows) for name, reader in self.readers.items()}
+        batch: dict[str, Any] = {name: part.values for name, part in parts.items()}
+        batch |= {"target": samples.target[index], "index": index}
+        mask = {name: part.mask for name, part in parts.items() if part.mask is not None}
+        times = {name: part.times for name, part in parts.items() if part.times is not None}
+        return {**batch, **({"mask": mask} if mask else {}), **({"times": times} if times else {})}
+
+    def check(self, progress: Callable[[int, int], None] | None = None, *, workers: int = 4) -> dict[int, list[str]]:
+        """Reads the files of every row once.
+
+        Args:
+            progress: called with (rows done, rows).
+            workers: threads.
+
+        Returns:
+            row -> reasons, for the rows with a file that cannot be read.
+        """
+        rows = np.sort(np.concatenate(list(self.rows.values())))
+
+        def examine(row: int) -> list[str]:
+            return [reason for reader in self.readers.values() if (reason := reader.check(row)) is not None]
+
+        bad = {}
+        with ThreadPoolExecutor(workers) as pool:
+            for done, (row, reasons) in enumerate(zip(rows.tolist(), pool.map(examine, rows.tolist()), strict=True), 1):
+                if reasons:
+                    bad[row] = reasons
+                if progress is not None:
+                    progress(done, len(rows))
+        return bad
+
+
+def unreadable(bad: Mapping[int, Sequence[str]], rows: int) -> DataError:
+    """Returns the error that lists rows with unreadable files."""
+    listed = " ".join(f"[{row}] {reasons[0]}" for row, reasons in list(bad.items())[:LISTED])
+    more = f" (and {len(bad) - LISTED} more)" if len(bad) > LISTED else ""
+    return DataError(
+        "data", expected=f"readable files in all {rows} rows", got=f"{len(bad)} rows that cannot be read: {listed}{more}",
+        fix="Repair them, or add --skip-bad to leave these rows out.",
+    )  # fmt: skip

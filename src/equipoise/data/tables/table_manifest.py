@@ -1,0 +1,267 @@
+"""A table of samples: its modalities, target, groups and splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError, unknown_name
+from .column_kinds import find_modalities, modalities_from_options
+from .row_splits import split_rows
+from .table_reading import SPLIT, read_table
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+
+Task = Literal["classification", "multilabel", "regression"]
+MOST_CLASSES = 1_000
+FEW_NUMBERS = 20
+"""Whole numbers with at most this many different values are classes."""
+SEPARATOR = ";"
+"""Between the labels of a multi-label cell."""
+
+
+class Manifest:
+    """A table with one row per sample: which columns are inputs, and which are target, group, split and weight.
+
+    An empty cell is a missing modality. Kinds of columns are recognized from their types and contents: paths of audio,
+    image, video and .npy files, folders of frames, texts, numbers and categories; see ``kinds``.
+
+    Args:
+        source: csv, tsv, jsonl or parquet file, data set of Hugging Face ``datasets`` (folder, name or object), or
+            pandas.DataFrame.
+        target: column of the target: classes, or numbers for a regression. Several columns, or cells such as "a;b" or
+            lists, are a multi-label target where they hold labels, and a regression with several outputs where they hold
+            numbers.
+        group: column of groups that must not be in two splits, such as the speaker.
+        split: column with train, val or test in each row; by default the column "split" if there is one.
+        weight: column of sampling weights of training rows.
+        kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "number", "category",
+            "ignore"), or a dict with "kind" and options of the reader; replaces what is recognized.
+        modalities: name -> {"kind", "column" or "columns", options}; replaces the grouping of columns altogether.
+        task: "classification", "multilabel" or "regression"; by default recognized from the target.
+        root: folder that relative paths refer to; by default that of the table.
+
+    Attributes:
+        table: ``datasets.Dataset``, memory-mapped if it is on disk.
+        modalities: name -> Modality.
+        unused: column -> reason.
+        task, num_outputs, classes: of the target; ``classes`` are the names of classes, labels or outputs.
+        target: (row,) class indices, or (row, output).
+
+    Raises:
+        DataError: the table is damaged or empty, or a target is missing or invalid.
+        ConfigError: unknown column, kind or task.
+
+    Example:
+        >>> import pandas
+        >>> rows = {"a_0": [0.1, 0.2, 0.3], "a_1": [1.0, 2.0, 3.0], "note": ["x", "y", None], "y": ["no", "yes", "no"]}
+        >>> manifest = Manifest(pandas.DataFrame(rows), target="y")
+        >>> {name: one.kind for name, one in manifest.modalities.items()}, manifest.classes
+        ({'a': 'vector', 'note': 'category'}, ('no', 'yes'))
+    """
+
+    def __init__(
+        self, source: str | Path | datasets.Dataset | pandas.DataFrame, *, target: str | Sequence[str],
+        group: str | None = None, split: str | None = None, weight: str | None = None,
+        kinds: Mapping[str, Any] | None = None, modalities: Mapping[str, Any] | None = None, task: Task | None = None,
+        root: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.source = source
+        self.table = _undecoded(read_table(source))
+        self.targets = [target] if isinstance(target, str) else list(target)
+        if split is None and SPLIT in self.table.column_names and SPLIT not in self.targets:
+            split = SPLIT
+        self.group, self.split, self.weight = group, split, weight
+        special = [name for name in (*self.targets, group, split, weight) if name is not None]
+        for name in special:
+            if name not in self.table.column_names:
+                raise unknown_name("Manifest", "column", name, self.table.column_names)
+        if not self.targets or len(set(special)) < len(special):
+            raise ConfigError(
+                "Manifest", expected="at least one target, and different columns for target, group, split and weight",
+                got=", ".join(special) or "no target",
+            )  # fmt: skip
+        self.root = _root(source, root)
+        columns = [name for name in self.table.column_names if name not in special]
+        self.unused: dict[str, str] = {}
+        if modalities:
+            self.modalities = modalities_from_options(modalities, columns)
+        else:
+            self.modalities, self.unused = find_modalities(
+                self.table, self.root, exclude=set(special), kinds=kinds or {}
+            )
+        self.task: Task
+        self.classes: tuple[str, ...]
+        self.task, self.classes, self.target = _read_target(self.table, self.targets, task)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def checksum(self) -> str:
+        """Returns a digest of the table, so that a run can tell whether it still has its data."""
+        if isinstance(self.source, (str, Path)) and Path(self.source).is_file():
+            digest = hashlib.sha256()
+            with open(self.source, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            return digest.hexdigest()[:16]
+        text = f"{len(self)} {sorted(map(str, self.table.features.items()))} {self.target.tolist()[:10_000]}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def weights(self) -> Tensor | None:
+        """Returns the sampling weight of each row, or None without weights."""
+        if self.weight is None:
+            return None
+        values = _numbers(self.table, self.weight)
+        if not np.isfinite(values).all() or (values < 0).any() or not values.any():
+            raise DataError(f"column '{self.weight}'", expected="finite weights >= 0, not all 0", got="others")
+        return torch.tensor(values)
+
+    def split_rows(self, *, folds: int = 5, fold: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Returns {"train": rows, "val": rows, "test": rows}; see ``row_splits.split_rows``."""
+        split = None if self.split is None else self.table[self.split][:]
+        group = None if self.group is None else self.table[self.group][:]
+        classes = self.target.numpy() if self.task == "classification" else None
+        return split_rows(len(self), split=split, group=group, classes=classes, folds=folds, fold=fold, seed=seed)
+
+    def describe(self) -> list[str]:
+        """Returns one line per modality and for the target: what was recognized."""
+        lines = []
+        for name, one in self.modalities.items():
+            columns = one.columns[0] if len(one.columns) == 1 else f"{len(one.columns)} columns, {one.columns[0]} ..."
+            lines.append(f"{name}: {one.kind} ({columns})")
+        if self.unused:
+            lines.append(f"not used: {', '.join(self.unused)}")
+        kind = {"classification": "classes", "multilabel": "labels", "regression": "outputs"}[self.task]
+        lines.append(f"target: {', '.join(self.targets)} ({self.task}, {self.num_outputs} {kind})")
+        return lines
+
+
+def _root(source: object, root: str | Path | None) -> Path:
+    if root is not None:
+        if not Path(root).is_dir():
+            raise DataError("Manifest root", expected="a folder", got=f"'{root}'")
+        return Path(root)
+    if not isinstance(source, (str, Path)):
+        return Path()
+    path = Path(source)
+    return path if path.is_dir() else path.parent
+
+
+def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Leaves images, audio and video as files, which the readers of this package check and decode."""
+    import datasets
+
+    for name, feature in list(table.features.items()):
+        if isinstance(feature, (datasets.Image, datasets.Audio)) or type(feature).__name__ == "Video":
+            table = table.cast_column(name, type(feature)(decode=False))
+    return table.with_format(None)
+
+
+def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
+    cells = table.with_format("arrow")[:].column(column)
+    try:
+        return np.asarray(cells.cast("float64").to_numpy(), dtype=np.float64)
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"column '{column}'", expected="numbers", got=f"{cells.type}") from error
+
+
+def _read_target(
+    table: datasets.Dataset, columns: Sequence[str], task: Task | None
+) -> tuple[Task, tuple[str, ...], Tensor]:
+    """Returns task, names of classes or outputs, and the target of every row."""
+    if task not in (None, "classification", "multilabel", "regression"):
+        raise unknown_name("Manifest", "task", str(task), ("classification", "multilabel", "regression"))
+    _require_complete(table, columns)
+    if len(columns) > 1:
+        return _several_columns(table, columns, task)
+    column = columns[0]
+    cells = table[column][:]
+    names = getattr(table.features[column], "names", None)
+    if names is not None and task in (None, "classification"):
+        return "classification", tuple(names), torch.tensor(cells)
+    if isinstance(cells[0], list):
+        if isinstance(next((x for cell in cells for x in cell), ""), (int, float)) and task != "multilabel":
+            return _numbers_target([f"{column}_{i}" for i in range(len(cells[0]))], cells, column)
+        return _labels([[str(label) for label in cell] for cell in cells])
+    strings = isinstance(cells[0], str)
+    if task == "multilabel" or (task is None and strings and any(SEPARATOR in cell for cell in cells)):
+        return _labels([[part.strip() for part in str(cell).split(SEPARATOR) if part.strip()] for cell in cells])
+    if not strings and task != "classification":
+        whole = all(float(cell).is_integer() for cell in cells)
+        if task == "regression" or not whole or len(set(cells)) > FEW_NUMBERS:
+            return _numbers_target([column], [[cell] for cell in cells], column)
+    elif task == "regression":
+        raise DataError(f"target '{column}'", expected="numbers", got=f"{cells[0]!r} in row 0")
+    values = sorted(set(cells))
+    if not 2 <= len(values) <= MOST_CLASSES:
+        raise DataError(
+            f"target '{column}'", expected=f"2 to {MOST_CLASSES:,} classes", got=f"{len(values)}",
+            fix="For numbers, set task: regression.",
+        )  # fmt: skip
+    number = {value: place for place, value in enumerate(values)}
+    return "classification", tuple(map(str, values)), torch.tensor([number[cell] for cell in cells])
+
+
+def _require_complete(table: datasets.Dataset, columns: Sequence[str]) -> None:
+    import pyarrow.compute as pc
+
+    data = table.select_columns(list(columns)).with_format("arrow")[:]
+    for column in columns:
+        cells = data.column(column)
+        empty = pc.is_null(cells, nan_is_null=True).to_numpy()
+        if empty.any():
+            raise DataError(
+                f"target '{column}'", expected="a value in every row",
+                got=f"{int(empty.sum())} empty, the first in row {int(empty.argmax())}",
+                fix="Remove these rows, or fill the cells.",
+            )  # fmt: skip
+
+
+def _several_columns(
+    table: datasets.Dataset, columns: Sequence[str], task: Task | None
+) -> tuple[Task, tuple[str, ...], Tensor]:
+    values = np.stack([_numbers(table, column) for column in columns], axis=1)
+    binary = np.isin(values, (0.0, 1.0)).all()
+    if task == "classification" or (task == "multilabel" and not binary):
+        raise DataError(
+            f"targets {', '.join(columns)}", expected="0 or 1 in every cell of a multi-label target",
+            got=f"task {task} with other values" if not binary else "task classification",
+        )  # fmt: skip
+    if binary and task != "regression":
+        return "multilabel", tuple(columns), torch.from_numpy(values).float()
+    return _numbers_target(columns, values.tolist(), ", ".join(columns))
+
+
+def _numbers_target(names: Sequence[str], cells: Sequence[Any], who: str) -> tuple[Task, tuple[str, ...], Tensor]:
+    try:
+        values = np.array(cells, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"target '{who}'", expected="equally many numbers in every row", got=str(error)) from error
+    if not np.isfinite(values).all():
+        row = int(np.argwhere(~np.isfinite(values))[0][0])
+        raise DataError(f"target '{who}'", expected="finite numbers", got=f"infinity in row {row}")
+    return "regression", tuple(names), torch.from_numpy(values).float()
+
+
+def _labels(cells: Sequence[Sequence[str]]) -> tuple[Task, tuple[str, ...], Tensor]:
+    names = sorted({label for cell in cells for label in cell})
+    if not 1 <= len(names) <= MOST_CLASSES:
+        raise DataError("target", expected=f"1 to {MOST_CLASSES:,} labels", got=f"{len(names)}")
+    number = {name: place for place, name in enumerate(names)}
+    target = torch.zeros(len(cells), len(names))
+    for row, cell in enumerate(cells):
+        target[row, [number[label] for label in cell]] = 1.0
+    return "multilabel", tuple(names), target

@@ -1,0 +1,324 @@
+"""Tables: recognized columns, targets, splits, readers, missing cells, damaged input."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from equipoise.data import Manifest
+from equipoise.data.sets.manifest import ManifestDataset, unreadable
+from equipoise.data.tables.row_splits import split_rows
+from equipoise.errors import ConfigError, DataError
+
+
+def table(folder: Path, rows: int = 30, **columns) -> Path:
+    content = {
+        "x_0": np.arange(rows) / 7,
+        "x_1": np.arange(rows) % 3,
+        "label": ["a", "b", "c"] * (rows // 3),
+        **columns,
+    }
+    path = folder / "table.csv"
+    pd.DataFrame(content).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """A table with audio of several rates and channels, images of several sizes, sequences, texts and categories."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(30):
+        rate = (8_000, 16_000, 22_050)[i % 3]
+        shape = (rate // 4 + 100 * i, 2) if i % 2 else (rate // 4 + 100 * i,)
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * random.standard_normal(shape), rate)
+        Image.fromarray(random.integers(0, 255, (20 + i, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        np.save(tmp_path / f"{i}.npy", random.standard_normal((5 + i, 3)) * 4 + 2)
+        rows.append({
+            "sound": "" if i == 4 else f"{i}.wav", "photo": "" if i == 5 else f"{i}.png", "imu": f"{i}.npy",
+            "note": f"this is the sentence number {i} of a text", "color": ["red", "green", None][i % 3],
+            "age": i if i != 6 else None, "who": f"p{i % 6}", "label": "yes" if i % 2 else "no",
+        })  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "people.csv", index=False)
+    return tmp_path / "people.csv"
+
+
+def test_kinds_of_columns_are_recognized(media):
+    manifest = Manifest(media, target="label", group="who")
+    kinds = {name: one.kind for name, one in manifest.modalities.items()}
+    assert kinds == {"sound": "audio", "photo": "image", "imu": "sequence", "note": "text", "table": "table"}
+    assert manifest.modalities["table"].columns == ("color", "age")
+    assert (manifest.task, manifest.classes, manifest.num_outputs) == ("classification", ("no", "yes"), 2)
+    assert any("photo: image" in line for line in manifest.describe())
+
+
+def test_kinds_can_be_overridden(media):
+    kinds = {"note": "category", "imu": {"kind": "sequence", "rate": 50.0, "length": 8}, "age": "ignore"}
+    manifest = Manifest(media, target="label", kinds=kinds)
+    assert manifest.modalities["imu"].options == {"rate": 50.0, "length": 8}
+    assert "note" in manifest.modalities["table"].columns
+    assert "age" in manifest.unused
+    with pytest.raises(ConfigError, match="column 'note': expected a known kind, got 'sound'"):
+        Manifest(media, target="label", kinds={"note": "sound"})
+    with pytest.raises(ConfigError, match="Manifest kinds: expected a known column, got 'nose'"):
+        Manifest(media, target="label", kinds={"nose": "text"})
+
+
+def test_number_columns_with_a_common_prefix_are_one_vector(tmp_path):
+    manifest = Manifest(table(tmp_path, y2=range(30)), target="label")
+    assert manifest.modalities["x"].columns == ("x_0", "x_1")
+    assert manifest.modalities["y2"].kind == "number"
+
+
+def test_batches_are_standardized_padded_and_masked(media):
+    data = ManifestDataset(str(media), target="label", group="who")
+    batch = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=True)
+    rows = data.rows["train"].tolist()
+    for name, fixed in (("photo", True), ("sound", False), ("imu", False)):
+        missing = [place for place, row in enumerate(rows) if row == {"sound": 4, "photo": 5}.get(name)]
+        if name not in batch["mask"]:
+            assert not missing
+            continue
+        mask = batch["mask"][name]
+        assert [place for place, has in enumerate(mask.reshape(len(rows), -1).any(dim=1)) if not has] == missing
+        valid = batch[name].movedim(1, -1)[mask].reshape(-1, 3) if fixed else batch[name][mask]
+        assert valid.mean(dim=0).abs().max() < 1e-4
+        assert (valid.std(dim=0, correction=0) - 1).abs().max() < 1e-3
+        assert batch[name][~mask].abs().sum() == 0
+    lengths = batch["mask"]["imu"].sum(dim=1)
+    assert lengths.tolist() == [5 + row for row in rows]
+    rate, bands = data.options["sound"]["rate"], data.options["sound"]["bands"]
+    assert (rate, bands) in ((8_000, 40), (16_000, 64))
+    assert batch["sound"].shape[2] == bands
+    # Times of audio frames are the middles of their 10 ms.
+    assert torch.allclose(batch["times"]["sound"][0, :2], torch.tensor([0.005, 0.015]))
+
+
+def test_number_and_category_cells(media):
+    data = ManifestDataset(str(media), target="label", group="who")
+    values = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=False)["table"]
+    rows = data.rows["train"]
+    age = np.where(rows == 6, np.nan, rows.astype(float))
+    expected = np.nan_to_num((age - np.nanmean(age)) / np.nanstd(age))
+    assert np.allclose(values[:, 0], expected, atol=1e-5)
+    colors = [["red", "green", None][row % 3] for row in rows]
+    assert values[:, 1:].tolist() == [[float(c == "green"), float(c == "red")] for c in colors]
+
+
+def test_rows_without_any_value_lack_the_modality(tmp_path):
+    path = table(tmp_path, x_0=[None] * 3 + [1.0] * 27, x_1=[None] * 2 + [2.0] * 28)
+    data = ManifestDataset(str(path), target="label", split=None)
+    reader = data.readers["x"]
+    mask = reader.read(np.arange(5)).mask
+    assert mask is not None
+    assert mask.tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_all_formats_give_the_same_batches(tmp_path, suffix):
+    frame = pd.DataFrame({"a_0": np.arange(12) / 3, "a_1": np.arange(12) * 2.0, "y": list("abab") * 3})
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in frame.to_dict("records")))
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if suffix == "csv" else "\t")
+    data = ManifestDataset(str(path), target="y")
+    whole = {name: data.readers["a"].read(np.arange(12)).values for name in ("once", "again")}
+    expected = ManifestDataset(_csv(tmp_path, frame), target="y").readers["a"].read(np.arange(12)).values
+    assert torch.allclose(whole["once"], expected)
+
+
+def _csv(folder: Path, frame: pd.DataFrame) -> str:
+    frame.to_csv(folder / "expected.csv", index=False)
+    return str(folder / "expected.csv")
+
+
+def test_datasets_folder_with_images_and_split_column(tmp_path):
+    import datasets
+
+    pixels = [Image.fromarray(np.full((9, 9, 3), 20 * i, dtype=np.uint8)) for i in range(8)]
+    parts = {
+        name: datasets.Dataset.from_dict(
+            {"photo": pixels, "vector": [[float(i), 1.0] for i in range(8)], "label": [i % 2 for i in range(8)]},
+            features=datasets.Features(
+                photo=datasets.Image(), vector=datasets.List(datasets.Value("float32")),
+                label=datasets.ClassLabel(names=["cat", "dog"]),
+            ),
+        )
+        for name in ("train", "validation", "test")
+    }  # fmt: skip
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    data = ManifestDataset(str(tmp_path / "saved"), target="label")
+    assert {name: one.kind for name, one in data.manifest.modalities.items()} == {"photo": "image", "vector": "vector"}
+    assert data.manifest.classes == ("cat", "dog")
+    assert [len(data.split(name)) for name in ("train", "val", "test")] == [8, 8, 8]
+    assert data.check() == {}
+
+
+def test_targets():
+    frame = pd.DataFrame({
+        "x_0": [0.1] * 8, "x_1": [0.2] * 8, "score": np.arange(8) + 0.5, "tags": ["a;b", "b", "c", "a", "a", "b;c", "c", "a"],
+        "l1": [0, 1] * 4, "l2": [1, 1, 0, 0] * 2, "count": [0, 1, 2, 3] * 2,
+    })  # fmt: skip
+    score = Manifest(frame, target="score", kinds={"tags": "ignore"})
+    assert (score.task, score.target.shape) == ("regression", (8, 1))
+    tags = Manifest(frame, target="tags")
+    assert (tags.task, tags.classes, tags.target[0].tolist()) == ("multilabel", ("a", "b", "c"), [1.0, 1.0, 0.0])
+    labels = Manifest(frame, target=["l1", "l2"])
+    assert (labels.task, labels.target[1].tolist()) == ("multilabel", [1.0, 1.0])
+    assert Manifest(frame, target=["l1", "score"]).task == "regression"
+    assert Manifest(frame, target="count").task == "classification"
+    assert Manifest(frame, target="count", task="regression").task == "regression"
+
+
+def test_groups_are_never_in_two_splits():
+    random = np.random.default_rng(1)
+    group = random.integers(0, 17, 200).tolist()
+    classes = random.integers(0, 3, 200)
+    seen = []
+    for fold in range(5):
+        rows = split_rows(200, split=None, group=group, classes=classes, folds=5, fold=fold, seed=0)
+        held = {name: {group[row] for row in part} for name, part in rows.items()}
+        assert not held["train"] & held["val"]
+        assert not held["train"] & held["test"]
+        assert not held["val"] & held["test"]
+        assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(200))
+        seen += rows["test"].tolist()
+    assert sorted(seen) == list(range(200))
+
+
+def test_splits_keep_class_frequencies_and_depend_on_the_seed_alone():
+    classes = np.array([0] * 80 + [1] * 20)
+    options = {"split": None, "group": None, "classes": classes, "folds": 5, "fold": 0}
+    rows = split_rows(100, **options, seed=0)
+    assert [int(classes[rows[name]].sum()) for name in ("train", "val", "test")] == [13, 3, 4] or abs(
+        classes[rows["test"]].mean() - 0.2
+    ) < 0.01
+    again, other = split_rows(100, **options, seed=0), split_rows(100, **options, seed=1)
+    assert all(np.array_equal(rows[name], again[name]) for name in rows)
+    assert not np.array_equal(rows["test"], other["test"])
+
+
+def test_a_split_column_decides_and_missing_parts_are_taken_from_train(tmp_path):
+    names = ["train"] * 20 + ["test"] * 10
+    rows = split_rows(30, split=names, group=None, classes=None, folds=5, fold=0, seed=0)
+    assert rows["test"].tolist() == list(range(20, 30))
+    assert len(rows["val"]) == 4
+    assert len(rows["train"]) == 16
+    with pytest.raises(
+        DataError, match="expected train, val or test in every row of the split column, got 'trian' in row 1"
+    ):
+        split_rows(2, split=["train", "trian"], group=None, classes=None, folds=5, fold=0, seed=0)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        split_rows(
+            30, split=["train"] * 10 + ["val"] * 10 + ["test"] * 10, group=["a", "b"] * 15, classes=None, folds=5, fold=0,
+            seed=0,
+        )  # fmt: skip
+    assert "2 groups have rows in train and in val, such as 'a'" in str(found[0].message)
+
+
+def test_sampling_weights(tmp_path):
+    path = table(tmp_path, w=[0.0] * 15 + [1.0] * 15)
+    data = ManifestDataset(str(path), target="label", weight="w")
+    from equipoise.data import loader
+
+    drawn = torch.cat([batch["index"] for batch in loader(data, "train", 8, seed=0, train=True)])
+    assert len(drawn) == len(data.train)
+    assert (data.rows["train"][drawn.numpy()] >= 15).all()
+    whole = torch.cat([batch["index"] for batch in loader(data, "test", 8, seed=0, train=False)])
+    assert whole.tolist() == list(range(len(data.test)))
+
+
+def test_unreadable_files_are_reported_before_training(media):
+    (media.parent / "3.png").write_bytes(b"no image")
+    (media.parent / "7.wav").write_bytes((media.parent / "7.wav").read_bytes()[:500])
+    np.save(media.parent / "8.npy", np.full((4, 3), np.nan))
+    (media.parent / "9.wav").unlink()
+    np.save(media.parent / "11.npy", np.zeros((4, 2)))
+    np.save(media.parent / "12.npy", np.array([{"a": 1}]), allow_pickle=True)
+    data = ManifestDataset(str(media), target="label")
+    bad = data.check()
+    assert sorted(bad) == [3, 7, 8, 9, 11, 12]
+    message = str(unreadable(bad, 30))
+    assert "6 rows that cannot be read: [3] photo, row 3" in message
+    assert "--skip-bad" in message
+    left = ManifestDataset(str(media), target="label", skip=sorted(bad))
+    assert sum(len(left.split(name)) for name in ("train", "val", "test")) == 24
+    assert left.check() == {}
+
+
+def test_a_changed_table_is_refused(tmp_path):
+    path = table(tmp_path)
+    digest = Manifest(path, target="label").checksum()
+    ManifestDataset(str(path), target="label", checksum=digest)
+    path.write_text(path.read_text().replace("a\n", "b\n", 1))
+    with pytest.raises(DataError, match="expected the table that the model was trained with, got another content"):
+        ManifestDataset(str(path), target="label", checksum=digest)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+BAD = {
+    "missing file": (lambda folder: folder / "none.csv", {}, "expected an existing file or folder, got none"),
+    "empty file": (lambda folder: write(folder / "t.csv", ""), {}, "expected a table with a header, got an empty file"),
+    "header only": (lambda folder: write(folder / "t.csv", "a,label\n"), {}, "expected at least one row"),
+    "unknown format": (lambda folder: write(folder / "t.xlsx", "a"), {}, r"a file that ends with \.csv.*got '\.xlsx'"),
+    "binary file": (lambda folder: write(folder / "t.csv", b"\0\1\2\n"), {}, "expected a text file, got a binary file"),
+    "not UTF-8": (lambda folder: write(folder / "t.csv", b"a,label\n\xff\xfe,x\n"), {}, "table in UTF-8"),
+    "long row": (lambda folder: write(folder / "t.csv", "a,label\n1,x\n1,2,x\n"), {}, "a complete csv table.*got.*column"),
+    "repeated column": (lambda folder: write(folder / "t.csv", "a,a,label\n1,2,x\n"), {}, "unique column names"),
+    "truncated jsonl": (lambda folder: write(folder / "t.jsonl", '{"a": 1, "label": "x"}\n{"a": '), {}, "complete jsonl table"),
+    "truncated parquet": (lambda folder: write(folder / "t.parquet", b"PAR1abc"), {}, "complete parquet table"),
+    "unknown target": (table, {"target": "lable"}, "expected a known column, got 'lable'. Did you mean 'label'"),
+    "unknown group": (table, {"group": "who"}, "expected a known column, got 'who'"),
+    "target as group": (table, {"group": "label"}, "different columns for target, group, split and weight"),
+    "one class": (lambda folder: table(folder, label=["a"] * 30), {}, "expected 2 to 1,000 classes, got 1"),
+    "empty target": (lambda folder: table(folder, label=["a", None] * 15), {}, "expected a value in every row, got 15 empty"),
+    "infinite target": (
+        lambda folder: table(folder, label=[0.5, np.inf] * 15), {}, r"expected finite numbers, got infinity in row 1|integer",
+    ),
+    "text as numbers": (table, {"task": "regression"}, "expected numbers, got 'a' in row 0"),
+    "unknown task": (table, {"task": "ranking"}, "expected a known task, got 'ranking'"),
+    "negative weight": (lambda folder: table(folder, w=[-1.0] * 30), {"weight": "w"}, "expected finite weights >= 0"),
+    "infinite cell": (lambda folder: table(folder, x_0=[np.inf] * 30), {}, "expected finite numbers, got infinity in row"),
+    "no input": (lambda folder: write(folder / "t.csv", "id,label\nq,a\nr,b\n"), {}, "at least one column of inputs"),
+    "two rows": (lambda folder: write(folder / "t.csv", "x,label\n1.5,a\n2.5,b\n"), {}, "at least 3 rows"),
+    "two groups": (lambda folder: table(folder, g=["a", "b"] * 15), {"group": "g"}, "at least 3 groups"),
+    "two folds": (table, {"folds": 2}, "expected folds >= 3"),
+    "fold too large": (table, {"fold": 7}, "0 <= fold < folds"),
+    "fold no number": (table, {"fold": "A"}, "expected a fold from 0 to folds - 1, got fold = 'A'"),
+    "no root": (table, {"root": "/nonexistent"}, "Manifest root: expected a folder"),
+    "unknown split": (lambda folder: table(folder, split=["a"] * 30), {}, "train, val or test in every row"),
+    "no training rows": (lambda folder: table(folder, split=["test"] * 30), {}, "expected rows of the split train, got none"),
+    "too many categories": (
+        lambda folder: table(folder, rows=2_100, c=[f"c{i % 1_900}" for i in range(2_100)]), {"kinds": {"c": "category"}},
+        "expected at most 1000 categories",
+    ),
+    "unknown option": (table, {"kinds": {"x_0": {"kind": "text", "size": 3}}}, "expected a known option of text, got 'size'"),
+    "only empty files": (
+        lambda folder: table(folder, wav=[None] * 30), {"kinds": {"wav": "audio"}}, "training rows with audio, got empty cells",
+    ),
+    "missing files": (
+        lambda folder: table(folder, wav=["gone.wav"] * 30), {}, "training rows with audio, got.*no such file",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(tmp_path, case):
+    make, options, message = BAD[case]
+    path = make(tmp_path)
+    with pytest.raises((DataError, ConfigError), match=message):
+        ManifestDataset(str(path), **{"target": "label", **options})

@@ -1,0 +1,113 @@
+"""Data sets made in Python: tensors, map-style data sets, functions of the user's file."""
+
+import pytest
+import torch
+
+from equipoise.data import MapDataset, TensorDataset
+from equipoise.data.user_code import allow_code, dataset_from_code
+from equipoise.errors import ConfigError, DataError, ShapeError
+
+
+def part(size=9, features=4):
+    generator = torch.Generator().manual_seed(size)
+    return {
+        "audio": torch.randn(size, 5, 3, generator=generator), "sensor": torch.randn(size, features, generator=generator),
+        "target": torch.arange(size) % 3, "mask": {"sensor": torch.arange(size) % 4 > 0},
+    }  # fmt: skip
+
+
+def test_tensors_are_a_data_set():
+    data = TensorDataset(part(), part(6), part(7))
+    assert (data.names, data.task, data.num_outputs) == (("audio", "sensor"), "classification", 3)
+    assert data.shapes == {"audio": (5, 3), "sensor": (4,)}
+    batch = data.batch("val", torch.tensor([0, 1]), seed=0, epoch=0, train=False)
+    assert batch["mask"]["sensor"].tolist() == [False, True]
+    assert torch.equal(batch["audio"], part(6)["audio"][:2])
+    valid = part()["sensor"][part()["mask"]["sensor"]]
+    assert data.noise["sensor"] == pytest.approx((valid.mean().item(), valid.std(correction=0).item()))
+
+
+def test_invalid_tensors():
+    with pytest.raises(ShapeError, match="TensorDataset: expected inputs as in train"):
+        TensorDataset(part(), part(6, features=5), part(7))
+    with pytest.raises(ShapeError, match="expected a Split, or a dict with a tensor 'target'"):
+        TensorDataset({"audio": torch.zeros(3, 2)}, part(), part())
+    with pytest.raises(ConfigError, match="whole-number classes from 0 to num_outputs - 1 = 1, got 0 to 2"):
+        TensorDataset(part(), part(), part(), num_outputs=2)
+    with pytest.raises(ConfigError, match="task classification, multilabel or regression, got 'ranking'"):
+        TensorDataset(part(), part(), part(), task="ranking")
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        words = torch.tensor([index + 1] * (1 + index % 3))
+        return {
+            "audio": torch.full((2 + index, 3), float(index)), "image": None if index == 1 else torch.ones(1, 4, 4),
+            "text": words, "target": torch.tensor([index / 2.0]), "times": {"audio": torch.arange(2 + index) / 10},
+        }  # fmt: skip
+
+
+def test_map_style_data_sets_are_padded_and_masked():
+    data = MapDataset(Items(6), Items(3), Items(4), vocabulary={"text": 10})
+    assert (data.task, data.num_outputs) == ("regression", 1)
+    assert data.shapes == {"audio": (7, 3), "image": (1, 4, 4), "text": (3,)}
+    batch = data.batch("train", torch.tensor([0, 1, 3]), seed=0, epoch=0, train=True)
+    assert batch["audio"].shape == (3, 5, 3)
+    assert batch["mask"]["audio"].sum(dim=1).tolist() == [2, 3, 5]
+    assert batch["mask"]["image"].tolist() == [True, False, True]
+    assert batch["text"].dtype == torch.long
+    assert batch["times"]["audio"][2].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert batch["target"].tolist() == [[0.0], [0.5], [1.5]]
+
+
+def test_invalid_items():
+    with pytest.raises(DataError, match="MapDataset val: expected at least one item, got none"):
+        MapDataset(Items(3), Items(0), Items(3))
+    with pytest.raises(DataError, match="MapDataset train, item 0: expected a dict with a target, got keys audio"):
+        MapDataset([{"audio": torch.zeros(2)}], Items(3), Items(3))
+    odd = [{"audio": torch.zeros(2), "target": 0}, {"audio": torch.zeros(3), "target": 1}]
+    data = MapDataset(odd, odd, odd)
+    with pytest.raises(ShapeError, match=r"MapDataset train, item 1, 'audio': expected shape \(2,\) as in training"):
+        data.batch("train", torch.tensor([0, 1]), seed=0, epoch=0, train=True)
+
+
+CODE = """
+import torch
+
+def make(fold="0"):
+    items = [{"a": torch.full((3,), float(i)), "b": torch.ones(4), "target": i % 2} for i in range(8 + int(fold))]
+    return items, items[:4], items[4:]
+
+def broken():
+    raise RuntimeError("no disk")
+
+def nothing():
+    return 3
+"""
+
+
+def test_code_runs_only_if_the_command_line_named_it(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CODE)
+    source = f"{file}:make"
+    with pytest.raises(ConfigError, match="expected the Python file of the data set on the command line"):
+        dataset_from_code(source)
+    allow_code([source, f"{file}:broken", f"{file}:nothing", f"{file}:none", f"{tmp_path}/gone.py:make"])
+    assert len(dataset_from_code(source).train) == 8
+    assert len(dataset_from_code(source, "2").train) == 10
+    with pytest.raises(DataError, match="expected a function that returns a data set, got RuntimeError: no disk"):
+        dataset_from_code(f"{file}:broken")
+    with pytest.raises(DataError, match="expected a Dataset, or three map-style data sets: train, val, test, got int"):
+        dataset_from_code(f"{file}:nothing")
+    with pytest.raises(DataError, match="expected a function 'none' in the file, got functions make, broken, nothing"):
+        dataset_from_code(f"{file}:none")
+    with pytest.raises(DataError, match=r"expected a Python file '.*gone.py', got none"):
+        dataset_from_code(f"{tmp_path}/gone.py:make")
+    with pytest.raises(ConfigError, match="expected no fold, since the function has no parameter fold"):
+        dataset_from_code(f"{file}:nothing", "1")
