@@ -141,7 +141,8 @@ def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError("recipe", expected=f"a finite number under data.{name}", got=str(value))
-    return _load_dataset_cached(json.dumps(to_jsonable(options, "recipe: data"), sort_keys=True))
+    # Unsorted: the order of modalities is that of the recipe.
+    return _load_dataset_cached(json.dumps(to_jsonable(options, "recipe: data")))
 
 
 def _fit(
