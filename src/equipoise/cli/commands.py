@@ -104,7 +104,7 @@ def train(options: Namespace) -> int:
     from ..training import method_factory
     from ..training.run import execute_run
     from ..training.run_spec import RunSpec
-    from ..training.variant_factory import evaluation_metric
+    from ..training.variant_factory import evaluation_metric, named_metrics
     from .console import out
     from .progress_bars import TrainingProgress
     from .results_table import show
@@ -126,7 +126,7 @@ def train(options: Namespace) -> int:
     run = execute_run(job, folder, trainer_options=settings)
     if run is not None:
         protocol = {"recipe": title, "methods": [method], "seeds": [options.seed], "folds": [fold] if fold else []}
-        protocol |= evaluation_metric(recipe)
+        protocol |= evaluation_metric(recipe) | named_metrics(recipe)
         content = result_rows.build_results([run], protocol)
         result_rows.write_results(folder / "results.json", content)
         show(content, out)

@@ -15,6 +15,7 @@ from ..errors import ConfigError, EquipoiseError
 from ..io.atomic_files import check_folder, check_path_component
 from ..results import result_rows
 from ..results.significance import unpack_outcomes
+from ..results.task_metrics import select_metrics
 from ..training import recipes
 from ..training.recipes import Recipe
 from .command_line import Parser, described, path, whole
@@ -96,6 +97,11 @@ def diagnose_parser() -> Parser:
         default=None,
         help="modality to replace by noise in the attention test; by default that of the run",
     )
+    parser.add_argument(
+        "--metric", default=None,
+        help="metric of all tests and verdicts, such as f1_macro; by default the first under metrics in the recipe of "
+        "the run, or the score of the task",
+    )  # fmt: skip
     return parser
 
 
@@ -115,7 +121,9 @@ def diagnose(options: Namespace) -> int:
     # Load all folders first, so that a wrong name is reported before any test runs.
     trained = [read(folder) for folder in options.runs]
     names = _named(trained)
-    scores = _alone(trained)
+    if options.metric is not None:
+        select_metrics([options.metric], None, "diagnose --metric")
+    scores = _alone(trained, options.metric)
     found = []
     with DiagnosisProgress(len(trained), out) as progress:
         for one, name in zip(trained, names, strict=True):
@@ -172,7 +180,7 @@ def diagnose_run(
     diagnosis = ask(
         model, loader, tests=tests, name=name, seed=options.seed,
         noise={one: source.noise[one] for one in model.names},
-        modality=_modality(options, trained, model.names),
+        modality=_modality(options, trained, model.names), metric=_metric(options.metric, trained.recipe),
         outside=_Noise(source, model.names, options.seed) if options.outside == "noise" else None,
         # Unimodal scores are used only if all modalities have one.
         alone=known if len(known) == len(model.names) else None, progress=progress,
@@ -182,6 +190,11 @@ def diagnose_run(
     return replace(
         diagnosis, seed=run["seed"], fold=run["fold"], protocol={**protocol, **outside, **diagnosis.protocol}
     )
+
+
+def _metric(given: str | None, recipe: Recipe) -> str | None:
+    """Returns the metric given as an option, or else the main metric of the recipe; None for the score of the task."""
+    return given or next(iter(recipe.metrics), None)
 
 
 def _modality(options: Namespace, trained: TrainedRun, names: tuple[str, ...]) -> str | None:
@@ -227,7 +240,7 @@ def _named(trained: Sequence[TrainedRun]) -> list[str]:
     return names
 
 
-def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
+def _alone(trained: Sequence[TrainedRun], given: str | None) -> dict[tuple, Alone]:
     """Returns {(modality, fold, seed): unimodal score}, from the given runs and their comparison."""
     from ..diagnostics.task_scores import SCORES
 
@@ -237,7 +250,9 @@ def _alone(trained: Sequence[TrainedRun]) -> dict[tuple, Alone]:
         stored = [(run, _data_of(path.parent)) for path in siblings if (run := _stored(path)) is not None]
         for run, data in [(one.run, _data(one.recipe)), *stored]:
             metrics, each = run["metrics"], run.get("outcomes") or {}
-            metric = next((name for name in SCORES.values() if metrics.get(name) is not None), None)
+            named = _metric(given, one.recipe)
+            known = SCORES.values() if named is None else (named,)
+            metric = next((name for name in known if metrics.get(name) is not None), None)
             if run["method"] in one.recipe.encoders and metric is not None:
                 outcomes = unpack_outcomes(each[metric]) if metric in each else None
                 found[run["method"], run["fold"], run["seed"]] = Alone(float(metrics[metric]), outcomes, data)

@@ -31,11 +31,20 @@ def show(content: dict[str, Any], console: Console) -> None:
     counts = {row["n"] for (_, metric), row in rows.items() if metric == score}
     columns = ({SEEDS: SEEDS} if len(counts) > 1 else {}) | {score: short}
     columns |= {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
+    named = [metric for metric in (content["protocol"].get("metrics") or ())[1:] if isinstance(metric, str)]
+    columns |= {metric: metric_label(metric) for metric in named}
     # Self-contained models report several metrics.
     others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
     columns |= {metric: metric.replace("_", " ") for metric in others}
     columns |= {"noise_attention_r": "attention r", AGAINST: f"{short} against", "seconds_per_epoch": "s/epoch"}
-    droppable = ["seconds_per_epoch", *reversed(others), *reversed(replaced), "noise_attention_r", SEEDS]
+    droppable = [
+        "seconds_per_epoch",
+        *reversed(others),
+        *reversed(named),
+        *reversed(replaced),
+        "noise_attention_r",
+        SEEDS,
+    ]
     available = {AGAINST, SEEDS, *(metric for _, metric in rows)}
     columns = {name: words for name, words in columns.items() if name in available}
     droppable = [name for name in droppable if name in columns]
@@ -56,10 +65,26 @@ def show(content: dict[str, Any], console: Console) -> None:
     if "noise_attention_r" in columns:
         caption += "; attention r: correlation of attention with a modality being replaced by noise"
     console.print(caption, style="dim", highlight=False)
+    if intervals := _intervals(content, score):
+        console.print(intervals, style="dim", highlight=False)
     if dropped:
         what = ": " + ", ".join(dropped) if len(dropped) < 7 else f": {len(dropped)} more metrics"
         text = f"Not shown for lack of space{what}. The report has all columns."
         console.print(text, style="dim", highlight=False)
+
+
+def _intervals(content: Mapping[str, Any], score: str) -> str:
+    """95 % intervals of the score over the test samples; "" without any."""
+    from ..report.results_view import ResultsView
+    from ..report.text_format import as_read, format_value
+
+    view = ResultsView(content)
+    parts = []
+    for method in view.methods:
+        if (over := view.interval(method, score)) is not None:
+            low, high = (format_value(score, end, unit=False) for end in sorted(as_read(score, end) for end in over))
+            parts.append(f"{method} {low} to {high}")
+    return f"95 % intervals over the test samples (bootstrap, mean over runs): {', '.join(parts)}" if parts else ""
 
 
 def _shown(metric: str, score: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, unknown_name
+from ..results.task_metrics import Metric
 from .input_corruption import Kind, check_corruption, corrupt
 from .noise_test import input_statistics
 from .prediction_collection import collect_predictions, input_of, is_ids, permute_ids, valid_of
@@ -26,7 +27,7 @@ class CorruptionCurve:
         modality: the corrupted modality.
         kind: of the corruption.
         levels: from 0 to 1.
-        accuracy: score at each level: accuracy, or minus the mean absolute error of a regression.
+        accuracy: score at each level: accuracy, or minus the mean absolute error of a regression, or ``metric``.
         drop: score without corruption minus the score at each level.
         area: mean score over the levels; higher is more robust.
         share: mean attention to the corrupted modality at each level; None for a model without attention.
@@ -50,6 +51,7 @@ def corruption_curve(
     levels: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
     seed: int = 0,
     std: float | None = None,
+    metric: str | Metric | None = None,
 ) -> CorruptionCurve:
     """Corrupts the inputs of one modality at increasing levels at test time and measures the score.
 
@@ -66,6 +68,7 @@ def corruption_curve(
         seed: of the noise, which depends only on the seed and the index of the batch.
         std: standard deviation that scales the noise of ``additive``, ``mix`` and ``prob``; by default that of the
             inputs of the loader.
+        metric: name of a metric of ``equipoise.results`` that replaces the score of the task.
 
     Returns:
         CorruptionCurve.
@@ -95,7 +98,7 @@ def corruption_curve(
         seen = collect_predictions(
             model, _corrupted_batches(batches(), modality, level, kind, seed, 1.0 if std is None else std)
         )
-        score = score_name(model, seen.logits, seen.target, "corruption_curve")
+        score = score_name(model, seen.logits, seen.target, "corruption_curve", metric)
         results[level] = score, None if seen.share is None else float(seen.share[..., names.index(modality)].mean())
     scores = tuple(results[level][0] for level in levels)
     shares = tuple(results[level][1] for level in levels)

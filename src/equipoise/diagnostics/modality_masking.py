@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import unknown_name
+from ..results.task_metrics import Metric
 from .modality_ablation import ABLATIONS, Semantics, ablated_logits, record_fusion
 from .task_scores import outcomes, score_name
 
@@ -19,10 +20,11 @@ class Masking:
 
     Attributes:
         semantics: "mask" or "zero".
-        full: score with all modalities: accuracy, or minus the mean absolute error of a regression.
+        full: score with all modalities: accuracy, or minus the mean absolute error of a regression, or ``metric``.
         without: name -> score without that modality.
         drop: name -> full minus without.
-        outcomes: name -> (sample,) outcome of each sample without that modality; the mean is the score.
+        outcomes: name -> (sample,) outcome of each sample without that modality; the mean is the score of the task.
+        logits: name -> (sample, output) predictions without that modality.
     """
 
     semantics: Semantics
@@ -30,6 +32,7 @@ class Masking:
     without: dict[str, float]
     drop: dict[str, float]
     outcomes: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    logits: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def mask_modality(
@@ -38,6 +41,7 @@ def mask_modality(
     *,
     modality: str | None = None,
     semantics: Semantics = "mask",
+    metric: str | Metric | None = None,
 ) -> Masking:
     """Removes a modality from the input of the fusion of a trained model and measures the score.
 
@@ -51,6 +55,7 @@ def mask_modality(
         loader: batches, dicts with every modality and targets. The encoders run once for each batch.
         modality: the modality to remove; by default each in turn.
         semantics: "mask" or "zero".
+        metric: name of a metric of ``equipoise.results`` that replaces the score of the task.
 
     Returns:
         Masking. A drop near 0 means that the model does not need the modality given the others, not that the modality
@@ -71,8 +76,9 @@ def mask_modality(
         raise unknown_name("mask_modality", "modality", modality, names)
     chosen = names if modality is None else (modality,)
     seen = ablated_logits(model, loader, [(), *((name,) for name in chosen)], semantics=semantics)
-    full, *rest = (score_name(model, part, seen.target, "mask_modality") for part in seen.logits.unbind(dim=1))
+    full, *rest = (score_name(model, part, seen.target, "mask_modality", metric) for part in seen.logits.unbind(dim=1))
     without = dict(zip(chosen, rest, strict=True))
     drop = {name: full - left for name, left in without.items()}
     kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
-    return Masking(semantics, full, without, drop, dict(zip(chosen, kept, strict=True)))
+    logits = dict(zip(chosen, seen.logits[:, 1:].unbind(dim=1), strict=True))
+    return Masking(semantics, full, without, drop, dict(zip(chosen, kept, strict=True)), logits)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..results.task_metrics import Metric
 from ..tokens.token_batch import Output
 from .attention_changes import QuagAveraging
 from .interventions import Intervention, apply_intervention
@@ -24,11 +25,12 @@ class Quag:
     """The score without averaging and under each operator.
 
     Attributes:
-        origin: score without averaging: accuracy, or minus the mean absolute error of a regression.
+        origin: score without averaging: accuracy, or minus the mean absolute error of a regression, or ``metric``.
         scores: operator -> score.
         drops: operator -> origin minus score.
         changed: operator -> attention layers in which it was applied; without any, the score equals the origin.
-        outcomes: operator -> (sample,) outcome of each sample; the mean is the score.
+        outcomes: operator -> (sample,) outcome of each sample; the mean is the score of the task.
+        logits: operator -> (sample, output) predictions.
     """
 
     origin: float
@@ -36,6 +38,7 @@ class Quag:
     drops: dict[str, float]
     changed: dict[str, tuple[str, ...]]
     outcomes: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    logits: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def quag(
@@ -44,6 +47,7 @@ def quag(
     *,
     operators: Sequence[str] | None = None,
     cls_rows: ClsRows = "keys",
+    metric: str | Metric | None = None,
 ) -> Quag:
     """Averages attention inside quadrants and measures the score, without retraining.
 
@@ -56,6 +60,7 @@ def quag(
         operators: some of "unimodal", "crossmodal", "avg-<name>", "all"; by default all with a quadrant.
         cls_rows: treatment of a class token as query: ``"keys"`` averages it for "avg-..." and "all", ``"skip"`` never,
             ``"all"`` for every operator.
+        metric: name of a metric of ``equipoise.results`` that replaces the score of the task.
 
     Returns:
         Quag. A small drop means that the mean of the tokens in the quadrant is sufficient. If only a class token
@@ -75,12 +80,13 @@ def quag(
     for one in interventions:
         one.check(names)
     seen = collect_predictions(_Averaged(model, interventions), loader)
-    origin, *rest = (score_name(model, part, seen.target, "quag") for part in seen.logits.unbind(dim=1))
+    origin, *rest = (score_name(model, part, seen.target, "quag", metric) for part in seen.logits.unbind(dim=1))
     scores = dict(zip(chosen, rest, strict=True))
     drops = {name: origin - score for name, score in scores.items()}
     kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
     changed = {name: one.changed for name, one in zip(chosen, interventions, strict=True)}
-    return Quag(origin, scores, drops, changed, dict(zip(chosen, kept, strict=True)))
+    logits = dict(zip(chosen, seen.logits[:, 1:].unbind(dim=1), strict=True))
+    return Quag(origin, scores, drops, changed, dict(zip(chosen, kept, strict=True)), logits)
 
 
 class _Averaged(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,25 +11,30 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..fusion.subset_tokens import modality_subsets, shapley_values
+from ..results.task_metrics import Metric, find_metric
 from .modality_ablation import ablated_logits, record_fusion
-from .task_scores import constant_answer, score_name
+from .task_scores import constant_logits, score_name
 
 MOST = 8
 """Maximum number of modalities; each further one doubles the number of forward passes of the fusion."""
 
 
-def modality_shapley(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def modality_shapley(
+    model: nn.Module, loader: Iterable[Mapping[str, Any]], *, metric: str | Metric | None = None
+) -> dict[str, float]:
     """Computes the Shapley value of each modality for the score::
 
         phi_m = sum_{S without m} |S|! (N - |S| - 1)! / N! (v(S + m) - v(S))
 
     v(S) is the score of the model with only the modalities in S, the others masked as in ``mask_modality``. v of the
     empty set is the score of the best constant prediction: the most frequent class of the targets of the loader, the
-    more frequent value of each label, or the median target, which minimizes the mean absolute error.
+    more frequent value of each label, or the median target, which minimizes the mean absolute error; 0 for a metric that
+    is undefined for constant predictions.
 
     Args:
         model: a FusionModel with at most 8 modalities.
         loader: batches, dicts with every modality and targets. The encoders run once and the fusion 2^N - 1 times.
+        metric: name of a metric of ``equipoise.results`` that replaces the score of the task.
 
     Returns:
         name -> value, in units of the score. The values sum to v of all modalities minus v of the empty set. Redundant
@@ -49,7 +55,10 @@ def modality_shapley(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> d
         raise ConfigError("modality_shapley", expected=f"at most {MOST} modalities", got=f"{len(names)}")
     _, *subsets = modality_subsets(names)
     seen = ablated_logits(model, loader, [[name for name in names if name not in subset] for subset in subsets])
-    scores = [score_name(model, part, seen.target, "modality_shapley") for part in seen.logits.unbind(dim=1)]
-    constant = constant_answer(seen.target, model.task).expand(len(seen.target), -1)  # type: ignore[arg-type]
-    scores.insert(0, score_name(model, constant, seen.target, "modality_shapley"))
+    scores = [score_name(model, part, seen.target, "modality_shapley", metric) for part in seen.logits.unbind(dim=1)]
+    chosen = find_metric(metric, model.task, "modality_shapley")  # type: ignore[arg-type]
+    constant = constant_logits(seen.target, model.task, chosen, seen.logits.shape[2])  # type: ignore[arg-type]
+    empty = score_name(model, constant.expand(len(seen.target), -1), seen.target, "modality_shapley", metric)
+    # A correlation with a constant is undefined; no information counts as 0.
+    scores.insert(0, empty if metric is None or not math.isnan(empty) else 0.0)
     return dict(zip(names, shapley_values(torch.tensor(scores, dtype=torch.float64)).tolist(), strict=True))

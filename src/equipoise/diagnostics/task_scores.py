@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, NonFiniteError, ShapeError
+from ..results.sample_outcomes import correct as correct
+from ..results.sample_outcomes import outcomes as outcomes
+from ..results.task_metrics import Metric, find_metric
 from ..tokens.masks import at_least_float32
 
 SCORES = {"classification": "accuracy", "multilabel": "accuracy", "regression": "negative_error"}
 """Task -> name of its score in results."""
-
-
-def correct(
-    logits: Float[Tensor, "*batch choice"], target: Int[Tensor, "*batch"]
-) -> Float[Tensor, "*batch"]:  # fmt: skip
-    """Accuracy of each sample, with ties of the largest logit broken at random in expectation.
-
-    1 or 0 if one logit is largest, and 1 / n if n logits share the maximum and the target is among them; argmax would
-    select the first, so a constant model would be correct on class 0. NaN if a logit is NaN.
-
-    Example:
-        >>> correct(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-        tensor([1.0000, 0.5000])
-    """
-    best = logits == logits.amax(dim=-1, keepdim=True)
-    choices = torch.arange(logits.shape[-1], device=logits.device)
-    return (best & (choices == target[..., None])).any(dim=-1) / best.sum(dim=-1)
 
 
 def task_score(logits: Tensor, target: Tensor, task: str) -> Tensor:
@@ -44,29 +29,18 @@ def task_score(logits: Tensor, target: Tensor, task: str) -> Tensor:
     return outcomes(logits, target, task).mean()
 
 
-def outcomes(logits: Tensor, target: Tensor, task: str) -> Float[Tensor, " sample"]:
-    """Score of each sample; ``task_score`` is the mean.
-
-    1 or 0 for classification, the fraction of correct labels for multilabel, the negative mean absolute error over
-    outputs for regression.
-
-    Example:
-        >>> outcomes(torch.tensor([[1.0, -1.0], [2.0, 3.0]]), torch.tensor([[1, 1], [1, 1]]), "multilabel")
-        tensor([0.5000, 1.0000])
-    """
-    if task == "classification":
-        return correct(logits, target)
-    target = target.reshape(logits.shape)
-    if task == "multilabel":
-        return ((logits > 0) == target.bool()).float().flatten(1).mean(dim=1)
-    return -(logits - target).abs().flatten(1).mean(dim=1)
-
-
-def score_name(model: nn.Module, logits: Float[Tensor, "sample output"], target: Tensor, who: str) -> float:
-    """Returns the score of the predictions of a model.
+def score_name(
+    model: nn.Module,
+    logits: Float[Tensor, "sample output"],
+    target: Tensor,
+    who: str,
+    metric: str | Metric | None = None,
+) -> float:
+    """Returns the score of the predictions of a model, or another metric; NaN where that is undefined.
 
     Raises:
-        ConfigError: the model has no ``task``. ShapeError: samples without targets. NonFiniteError: a prediction is NaN.
+        ConfigError: the model has no ``task``, or the metric is not defined for it. ShapeError: samples without
+            targets. NonFiniteError: a prediction is NaN.
     """
     task = getattr(model, "task", None)
     if task not in SCORES:
@@ -84,6 +58,9 @@ def score_name(model: nn.Module, logits: Float[Tensor, "sample output"], target:
             fix="Give every batch a 'target'.",
         )
     check_answers(logits, who)
+    chosen = find_metric(metric, task, who)
+    if chosen is not None:
+        return chosen.evaluate(logits, target, task).value
     return float(task_score(logits, target, task))
 
 
@@ -97,6 +74,18 @@ def check_answers(logits: Float[Tensor, "sample ..."], who: str) -> None:
             got=f"NaN for {len(bad)} of {len(logits)} samples, the first is number {bad[0]}",
             fix="Check the input of that sample and the weights of the model for NaN.",
         )
+
+
+def constant_logits(target: Tensor, task: str, metric: Metric | None, outputs: int) -> Float[Tensor, " output"]:
+    """Returns the outputs of the best constant prediction by a metric, or by the score of the task for None.
+
+    For a metric, a classifier has as many ``outputs`` as the model, also for classes without targets.
+    """
+    if metric is None:
+        return constant_answer(target, task)
+    constant = constant_answer(target, task) if metric.constant is None else metric.constant(target)
+    missing = outputs - len(constant) if task == "classification" else 0
+    return F.pad(constant, (0, missing)) if missing > 0 else constant
 
 
 def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:

@@ -32,6 +32,16 @@ def verify_checksum(content: Mapping[str, Any], who: str, fix: str) -> dict[str,
     return rest
 
 
+def digest_of(values: Tensor) -> str:
+    """Computes the SHA-256 hash of the values of a tensor, in float64.
+
+    Example:
+        >>> digest_of(torch.tensor([1, 2])) == digest_of(torch.tensor([1.0, 2.0]))
+        True
+    """
+    return hashlib.sha256(values.detach().cpu().double().numpy().tobytes()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """Computes the SHA-256 hash of a file."""
     with open(path, "rb") as file:

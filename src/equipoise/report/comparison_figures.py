@@ -34,7 +34,7 @@ from .plot_style import (
     to_svg,
 )
 from .results_view import BinnedCounts, MetricCurve, ResultsView
-from .text_format import as_read, format_delta, format_signed, format_value, is_error, is_fraction, method_title
+from .text_format import as_read, format_delta, format_signed, format_value, gain, is_error, is_fraction, method_title
 
 
 def scores(readings: ResultsView, metric: str = "") -> str | None:
@@ -249,7 +249,12 @@ def _dots(axes: Axes, readings: ResultsView, methods: list[str], metric: str) ->
             axes.plot([mean - spread, mean + spread], [index, index], color=shade, linewidth=1.2)
         axes.plot(mean, index, "|", color=shade, markersize=14, markeredgewidth=2.8)
     if best := [fmean(v) for m in readings.single if (v := readings.values(m, metric))]:
-        axes.axvline(as_read(metric, max(best)), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(
+            as_read(metric, max(best, key=lambda value: gain(metric, value))),
+            color=MUTED,
+            linewidth=1,
+            linestyle=(0, (4, 3)),
+        )
     name_rows(axes, [shorten(method) for method in methods])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     if is_fraction(metric):

@@ -11,11 +11,23 @@ from markupsafe import Markup
 
 from ..results.result_rows import atomic_write, load_results, validate_results
 from ..results.significance import SURE
+from ..results.task_metrics import METRICS
 from . import comparison_figures, comparison_text
 from .effect_sizes import effect
 from .html_page import FigureBlock, flatten_settings, render_page
 from .results_view import ResultsView
-from .text_format import as_read, format_delta, format_p, is_error, is_fraction, join_and, method_title, with_spread
+from .text_format import (
+    as_read,
+    format_delta,
+    format_p,
+    format_value,
+    is_error,
+    is_fraction,
+    join_and,
+    method_title,
+    named_metric,
+    with_spread,
+)
 
 
 class PageSection(NamedTuple):
@@ -119,6 +131,9 @@ def _cell(readings: ResultsView, method: str, metric: str) -> TableCell:
         return TableCell(None, "–", "", False)
     text = with_spread(metric, row["mean"], row["sd"] or None)
     notes = [f"n = {row['n']}"] if row["n"] != n else []
+    if (over := readings.interval(method, metric)) is not None:
+        low, high = (format_value(metric, end, unit=False) for end in sorted(as_read(metric, e) for e in over))
+        notes.append(f"95 % over samples: {low} to {high}")
     change = effect(readings, method, metric)
     if change is not None and change.difference:
         notes.append(format_delta(metric, change.difference).removesuffix(" points"))
@@ -128,7 +143,7 @@ def _cell(readings: ResultsView, method: str, metric: str) -> TableCell:
 
 
 def _sections(readings: ResultsView) -> list[PageSection]:
-    chosen = [m for m in readings.metrics if m.startswith(readings.score) or m == "noise_attention_r"]
+    chosen = [m for m in readings.metrics if _belongs(m, readings.score) or m == "noise_attention_r"]
     chosen = chosen or readings.metrics[:1]
     dashed = " Dashed line: best unimodal baseline." if readings.single else ""
     return [
@@ -145,6 +160,12 @@ def _sections(readings: ResultsView) -> list[PageSection]:
         ),
         *_attention_sections(readings),
     ]
+
+
+def _belongs(metric: str, score: str) -> bool:
+    """Whether a metric is the main one, under any condition, and not another one whose name begins like it."""
+    found = named_metric(metric)
+    return metric.startswith(score) and (found is None or score not in METRICS or found.name == score)
 
 
 def _attention_sections(readings: ResultsView) -> list[PageSection]:

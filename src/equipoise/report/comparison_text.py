@@ -17,6 +17,7 @@ from .text_format import (
     format_delta,
     format_signed,
     format_value,
+    gain,
     is_error,
     is_fraction,
     join_and,
@@ -159,7 +160,7 @@ def _ranking_text(readings: ResultsView) -> list[str]:
     """The best methods, and the comparison of every fusion with the best unimodal baseline."""
     score, words = readings.score, metric_label(readings.score)
     means = {m: row["mean"] for m in readings.methods if (row := readings.row(m, score))}
-    ranked = sorted(means, key=lambda m: -means[m])
+    ranked = sorted(means, key=lambda m: -gain(score, means[m]))
     sentences = []
     if len(ranked) > 1:
         best, second = ranked[:2]
@@ -177,8 +178,8 @@ def _ranking_text(readings: ResultsView) -> list[str]:
     if best is not None and fusions:
         gaps = [gap for m in fusions if (gap := between(readings, m, best, score)) is not None]
         groups = {
-            "significantly worse": [gap for gap in gaps if gap.sure and gap.difference < 0],
-            "significantly better": [gap for gap in gaps if gap.sure and gap.difference > 0],
+            "significantly worse": [gap for gap in gaps if gap.sure and gain(score, gap.difference) < 0],
+            "significantly better": [gap for gap in gaps if gap.sure and gain(score, gap.difference) > 0],
             "no significant difference": [gap for gap in gaps if not gap.sure],
         }
         parts = [
@@ -194,7 +195,7 @@ def _ranking_text(readings: ResultsView) -> list[str]:
 def scores_text(readings: ResultsView, metric: str) -> str:
     """Caption of ``comparison_figures.scores``."""
     means = {m: fmean(values) for m in readings.methods if (values := readings.values(m, metric))}
-    ranked = sorted(means, key=lambda m: -means[m])
+    ranked = sorted(means, key=lambda m: -gain(metric, means[m]))
     order = join_and([f"{m} {format_value(metric, means[m])}" for m in ranked])
     return f"{method_title(metric)}: {order}."
 

@@ -116,15 +116,16 @@ def _section(test: str, subjects: Sequence[ReportColumn]) -> DiagnosisSection | 
 def _rows(test: str, subjects: Sequence[ReportColumn]) -> list[tuple[str, list[DiagnosisCell]]]:
     """The metrics of a test, with one column for each model."""
     every = dict.fromkeys(metric for subject in subjects for metric in subject.found.metrics)
-    metrics = [metric for metric in ordered(every, WORDS) if source_of(metric) == test]
-    return [(label(metric), [_cell(metric, subject, subjects[0]) for subject in subjects]) for metric in metrics]
+    score = subjects[0].found.score
+    metrics = [metric for metric in ordered(every, WORDS, score) if source_of(metric, score) == test]
+    return [(label(metric, score), [_cell(metric, subject, subjects[0]) for subject in subjects]) for metric in metrics]
 
 
 def _cell(metric: str, subject: ReportColumn, first: ReportColumn) -> DiagnosisCell:
     value = subject.found.get(metric)
     if value is None:
         return DiagnosisCell("–", "", False)
-    text, score = shown(metric, value, subject.found.score), is_score(metric)
+    text, score = shown(metric, value, subject.found.score), is_score(metric, subject.found.score)
     reach = subject.found.reach(metric) if score else 0.0
     if reach == reach and reach > 0:
         size = f"{100 * reach:.1f}" if subject.found.fraction else f"{reach:.2g}"

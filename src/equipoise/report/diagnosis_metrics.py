@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .text_format import MINUS, SCORES, format_delta, format_p, format_value, method_title
+from .text_format import LABELS, MINUS, format_delta, format_p, format_value, method_title
 
 KINDS: dict[str, tuple[str, str, str]] = {
     "changed_noise": ("noise", "Changed predictions, {} replaced by noise", "part"),
@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "gradient": ("gradients", "Gradient norm, parameters of the {} encoder", "size"),
     "gradient_output": ("gradients", "Gradient norm, output of the {} encoder", "size"),
     "auroc": ("ood", "AUROC", "number"),
+    "ood_auroc": ("ood", "AUROC of the confidence", "number"),
     "fpr95": ("ood", "FPR95, out-of-distribution as positives", "part"),
     "fpr95_id": ("ood", "FPR95, in-distribution as positives", "part"),
     "parameters": ("cost", "Parameters", "size"),
@@ -55,32 +56,32 @@ CONDITIONS = {
 """Suffix of a score -> (test, display name)."""
 
 
-def source_of(metric: str) -> str | None:
-    """The test that a metric belongs to; None for a metric of no test.
+def source_of(metric: str, score: str = "accuracy") -> str | None:
+    """The test that a metric belongs to; None for a metric of no test. ``score`` is the main metric.
 
     Example:
         >>> source_of("accuracy_mask/audio"), source_of("quag/crossmodal"), source_of("loss")
         ('masking', 'quag', None)
     """
     kind = metric.partition("/")[0]
-    condition = _condition(kind)
+    condition = _condition(kind, score)
     if condition is not None:
         return CONDITIONS[condition][0]
     return KINDS[kind][0] if kind in KINDS else None
 
 
-def label(metric: str) -> str:
-    """The display name of a metric.
+def label(metric: str, score: str = "accuracy") -> str:
+    """The display name of a metric; ``score`` is the main one.
 
     Example:
         >>> label("accuracy_mask/audio"), label("share/image"), label("air")
         ('Accuracy, audio masked', 'Attention share of image', 'AIR of the first modality')
     """
     kind, _, name = metric.partition("/")
-    condition = _condition(kind)
+    condition = _condition(kind, score)
     if condition is not None:
-        score = kind.removesuffix(f"_{condition}") if condition else kind
-        return CONDITIONS[condition][1].format(score=method_title(score), name=name)
+        base = kind.removesuffix(f"_{condition}") if condition else kind
+        return CONDITIONS[condition][1].format(score=method_title(base), name=name)
     return KINDS[kind][1].format(name or "the first modality") if kind in KINDS else method_title(metric)
 
 
@@ -92,7 +93,7 @@ def shown(metric: str, value: float, score: str = "accuracy") -> str:
         ('50.0 %', '+25.0 points', 'p = 0.20')
     """
     kind = metric.partition("/")[0]
-    style = KINDS[kind][2] if kind in KINDS else "score"
+    style = KINDS[kind][2] if kind in KINDS and _condition(kind, score) is None else "score"
     if style == "part":
         return f"{100 * value:.1f} %"
     if style == "effect":
@@ -106,21 +107,22 @@ def shown(metric: str, value: float, score: str = "accuracy") -> str:
     return format_value(score if metric.startswith(("area", "quag")) else metric, value)
 
 
-def is_score(metric: str) -> bool:
+def is_score(metric: str, score: str = "accuracy") -> bool:
     """Whether a metric is the score under some condition, which can be compared with another one."""
     kind = metric.partition("/")[0]
-    return _condition(kind) is not None or kind == "quag"
+    return _condition(kind, score) is not None or kind == "quag"
 
 
-def ordered(metrics: Iterable[str], tests: Iterable[str]) -> list[str]:
-    """The metrics in the order of their tests; those of no test last."""
+def ordered(metrics: Iterable[str], tests: Iterable[str], score: str = "accuracy") -> list[str]:
+    """The metrics in the order of their tests; those of no test last. ``score`` is the main metric."""
     order = {test: index for index, test in enumerate(tests)}
-    return sorted(metrics, key=lambda metric: order.get(source_of(metric) or "", len(order)))
+    return sorted(metrics, key=lambda metric: order.get(source_of(metric, score) or "", len(order)))
 
 
-def _condition(kind: str) -> str | None:
-    for score in SCORES:
-        if kind == score:
+def _condition(kind: str, main: str) -> str | None:
+    for score in dict.fromkeys((main, *LABELS)):
+        # The detection of out-of-distribution inputs has an AUROC of its own.
+        if kind == score and (kind == main or kind not in KINDS):
             return ""
         if kind.startswith(f"{score}_") and kind.removeprefix(f"{score}_") in CONDITIONS:
             return kind.removeprefix(f"{score}_")

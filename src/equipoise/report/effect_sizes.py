@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..results.result_rows import finite_or_none, paired, run_pairs
-from ..results.significance import SURE, paired_p, unpack_outcomes
+from ..results.result_rows import RunResult, finite_or_none, paired, run_pairs
+from ..results.significance import SURE, paired_p, resampled_p, unpack_outcomes
 from .results_view import ResultsView
 from .text_format import (
     as_read,
@@ -157,14 +157,26 @@ def _build(
 def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: str) -> float | None:
     """p-value of the paired test over test samples; None without a single pair of runs with stored outcomes."""
     pairs = run_pairs(readings.runs, method, reference, metric)
-    stored = [run.get("outcomes", {}).get(metric) for pair in pairs for run in pair]
-    if len(pairs) != 1 or None in stored:
+    if len(pairs) != 1:
         return None
+    stored = [run.get("outcomes", {}).get(metric) for run in pairs[0]]
+    if None in stored:
+        return _p_over_resamples(*pairs[0], metric)
     first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
     if len(first) != len(second):
         return None
     known = ~(np.isnan(first) | np.isnan(second))
     return paired_p(first[known], second[known]) if known.any() else None
+
+
+def _p_over_resamples(run: RunResult, other: RunResult, metric: str) -> float | None:
+    """p-value of the paired bootstrap; None without the metric of the same resamples of the same samples."""
+    first, second = (one.get("resamples", {}).get(metric) for one in (run, other))
+    values = [finite_or_none(one["metrics"].get(metric)) for one in (run, other)]
+    if first is None or second is None or None in values or run.get("bootstrap") != other.get("bootstrap"):
+        return None
+    rows = [unpack_outcomes(packed) for packed in (first, second)]
+    return resampled_p(float(values[0]) - float(values[1]), *rows) if len(rows[0]) == len(rows[1]) else None  # type: ignore[arg-type]
 
 
 def largest(readings: ResultsView) -> Effect | None:

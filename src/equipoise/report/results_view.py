@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from ..results.result_rows import RunResult, finite_or_none, paired_values
 from ..results.result_rows import build_results as results_of
-from .text_format import SCORES, main_score
+from .text_format import LABELS, SCORES, main_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class ResultsView:
 
     Attributes:
         methods: in the order of the runs.
-        score: main metric; higher is better.
+        score: main metric; ``text_format.gain`` tells which sign of a difference is better.
         modalities: every modality named by a metric or a history.
         single: unimodal baselines.
         dynamic: methods with attention between modalities.
@@ -70,6 +71,9 @@ class ResultsView:
         self.methods = list(dict.fromkeys(run["method"] for run in self.runs))
         self.metrics = sorted(dict.fromkeys(metric for _, metric in self.rows), key=_order_index)
         self.score = main_score(self.protocol, self.metrics)
+        if self.protocol.get("metrics"):
+            # The main metric and its noise come before other scores.
+            self.metrics.sort(key=lambda m: m != self.score and not m.startswith(f"{self.score}_noise/"))
         self.modalities = self._modalities()
         self.single = [method for method in self.methods if method in self.modalities]
         self.dynamic = [method for method in self.methods if self._attends(method)]
@@ -92,6 +96,11 @@ class ResultsView:
             # A unimodal model is unaffected by noise in another modality.
             return self.values(method, self.score)
         return found
+
+    def interval(self, method: str, metric: str) -> tuple[float, float] | None:
+        """95 % interval of a metric over the test samples, mean over the runs that have one."""
+        found = [pair for run in self.of(method) if (pair := (run.get("intervals") or {}).get(metric)) is not None]
+        return (fmean(low for low, _ in found), fmean(high for _, high in found)) if found else None
 
     def pairs(self, method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
         """(method, reference) values for every seed and fold that both have."""
@@ -183,9 +192,11 @@ def _only(runs: Sequence[RunResult]) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+ALL_SCORES = (*SCORES, *(name for name in LABELS if name not in SCORES))
+
 ORDER = (
-    *SCORES,
-    *(f"{name}_noise" for name in SCORES),
+    *ALL_SCORES,
+    *(f"{name}_noise" for name in ALL_SCORES),
     "noise_attention_r",
     "noise_attention_r_own",
     "share",

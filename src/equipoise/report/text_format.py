@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..results.task_metrics import METRICS, Metric
+
 MINUS = "\N{MINUS SIGN}"
 
 SCORES = {"accuracy": "accuracy", "negative_error": "mean absolute error", "recall@1": "recall at 1"}
 """Score -> label. Higher is better; the protocol names the ``score``, otherwise the first of these in a results file is
 used. Negative errors are stored, and displayed as errors."""
+
+LABELS = {**{metric.name: metric.title for metric in METRICS.values()}, **SCORES}
+"""Score or named metric -> label."""
+
+CONDITIONS = ("constant", "alone", "with", "noise", "mask")
+"""Last words of the name of a score under a condition, as in ``accuracy_noise/audio``."""
 
 FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
 """Prefixes of metric names, or of their last part, that are fractions in [0, 1] and displayed in percent."""
@@ -20,8 +28,8 @@ TITLES = {
     "air": "AIR",
     "flops": "FLOPs",
     "seconds_per_epoch": "Seconds per epoch",
-    **{name: words.capitalize() for name, words in SCORES.items()},
-    **{f"val_{name}": f"Validation {words}" for name, words in SCORES.items()},
+    **{name: words[:1].upper() + words[1:] for name, words in LABELS.items()},
+    **{f"val_{name}": f"Validation {words}" for name, words in LABELS.items()},
 }
 
 
@@ -40,13 +48,13 @@ def method_title(metric: str) -> str:
         ['Accuracy, audio replaced by noise', 'Image to text: recall at 1', 'Accuracy shuffled: color']
     """
     kind, _, modality = metric.partition("/")
-    if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in SCORES:
+    if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in LABELS:
         return f"{method_title(score)}, {modality} replaced by noise"
     if modality and kind == "share":
         return f"Attention share of {modality}"
     if modality and metric not in TITLES:
         return f"{method_title(kind)}: {SCORES.get(modality, modality.replace('_', ' '))}"
-    if metric not in TITLES and is_error(metric):
+    if metric not in TITLES and is_negated(metric):
         return metric.replace("negative_", "", 1).replace("_", " ").capitalize()
     return TITLES.get(metric, metric.replace("_", " ").capitalize())
 
@@ -66,20 +74,54 @@ def metric_label(score: str) -> str:
     """The name of a metric inside a sentence.
 
     Example:
-        >>> metric_label("negative_error"), metric_label("recall@1"), metric_label("transfer")
-        ('mean absolute error', 'recall at 1', 'transfer')
+        >>> metric_label("negative_error"), metric_label("recall@1"), metric_label("f1_macro"), metric_label("transfer")
+        ('mean absolute error', 'recall at 1', 'macro F1', 'transfer')
     """
-    return SCORES.get(score, method_title(score)[:1].lower() + method_title(score)[1:])
+    return LABELS.get(score, method_title(score)[:1].lower() + method_title(score)[1:])
 
 
-def is_error(metric: str) -> bool:
-    """Whether a metric is stored as a negative error and displayed as an error (lower is better).
+def named_metric(metric: str) -> Metric | None:
+    """The metric of ``METRICS`` that a name in results belongs to, also under a condition.
 
     Example:
-        >>> is_error("negative_error_noise/audio"), is_error("val_negative_mse"), is_error("accuracy")
+        >>> [found and found.name for found in map(named_metric, ("acc2_nonzero", "val_acc2", "mae_noise/audio", "air"))]
+        ['acc2_nonzero', 'acc2', 'mae', None]
+    """
+    kind = metric.partition("/")[0].removeprefix("val_")
+    if kind not in METRICS and kind.rpartition("_")[2] in CONDITIONS:
+        kind = kind.rpartition("_")[0]
+    return METRICS.get(kind)
+
+
+def is_negated(metric: str) -> bool:
+    """Whether a metric is stored as a negative error and displayed without the sign.
+
+    Example:
+        >>> is_negated("negative_error_noise/audio"), is_negated("val_negative_mse"), is_negated("mae")
         (True, True, False)
     """
     return any(part.removeprefix("val_").startswith("negative_") for part in metric.split("/"))
+
+
+def is_error(metric: str) -> bool:
+    """Whether a metric is displayed as an error (lower is better).
+
+    Example:
+        >>> is_error("negative_error_noise/audio"), is_error("rmse_noise/audio"), is_error("accuracy")
+        (True, True, False)
+    """
+    found = named_metric(metric)
+    return is_negated(metric) or (found is not None and not found.higher)
+
+
+def gain(metric: str, value: float) -> float:
+    """A stored value, or a difference of two, with the sign that makes larger values better.
+
+    Example:
+        >>> gain("mae", 0.5), gain("negative_error", -0.5), gain("accuracy", 0.5)
+        (-0.5, -0.5, 0.5)
+    """
+    return -value if is_error(metric) and not is_negated(metric) else value
 
 
 def as_read(metric: str, value: float) -> float:
@@ -89,7 +131,7 @@ def as_read(metric: str, value: float) -> float:
         >>> as_read("negative_error", -0.5), as_read("accuracy", 0.5)
         (0.5, 0.5)
     """
-    return -value if is_error(metric) else value
+    return -value if is_negated(metric) else value
 
 
 def is_fraction(metric: str) -> bool:
@@ -99,6 +141,9 @@ def is_fraction(metric: str) -> bool:
         >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
         (True, True, False)
     """
+    found = named_metric(metric)
+    if found is not None and found.percent:
+        return True
     parts = metric.split("/")
     return any(part.startswith(FRACTIONS) for part in (parts[0], parts[-1])) and not parts[0].startswith("share_")
 

@@ -101,7 +101,8 @@ def needs_cross_modal(found: VerdictEvidence) -> Iterator[Verdict]:
 
 
 def ood_detection(found: VerdictEvidence) -> Iterator[Verdict]:
-    auroc = found.get("auroc")
+    metric = "ood_auroc" if found.score == "auroc" else "auroc"
+    auroc = found.get(metric)
     if auroc is None:
         return
     outside = int((found.details.get("ood") or {}).get("outside") or 1)
@@ -111,7 +112,7 @@ def ood_detection(found: VerdictEvidence) -> Iterator[Verdict]:
     shown = (
         f"AUROC {auroc:.2f}, {format_p(p)}, {found.samples} in-distribution and {outside} out-of-distribution samples"
     )
-    figures = {"auroc": auroc}
+    figures = {metric: auroc}
     if p >= SURE:
         text = f"Confidence does not significantly separate out-of-distribution from in-distribution inputs ({shown})."
         yield Verdict("ood", "does not detect out-of-distribution inputs", text, figures, "ood", "bad")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..results.result_rows import finite_or_none
-from ..results.significance import SURE, paired_p, unpack_outcomes, unpaired_p
-from .text_format import FRACTIONS, SCORES, format_delta, format_p, format_value, pluralize
+from ..results.significance import SURE, paired_p, resampled_p, unpack_outcomes, unpaired_p
+from .text_format import format_delta, format_p, format_value, gain, is_fraction, main_score, pluralize
 
 Judgment = Literal["good", "bad", "neutral"]
 
@@ -52,6 +52,7 @@ class Comparison:
         paired: whether the outcomes of single samples were compared.
         partial: whether the samples are a subset of those of the diagnosis.
         reach: half width of the 95 % interval of the difference; NaN if unknown.
+        lower: whether smaller values are better.
     """
 
     value: float
@@ -61,10 +62,16 @@ class Comparison:
     paired: bool = False
     partial: bool = False
     reach: float = math.nan
+    lower: bool = False
 
     @property
     def difference(self) -> float:
         return self.value - self.base
+
+    @property
+    def gain(self) -> float:
+        """The difference with the sign that is positive where the value is better."""
+        return -self.difference if self.lower else self.difference
 
     @property
     def sure(self) -> bool:
@@ -73,11 +80,11 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        return self.sure and self.difference > 0
+        return self.sure and self.gain > 0
 
     @property
     def worse(self) -> bool:
-        return self.sure and self.difference < 0
+        return self.sure and self.gain < 0
 
     def within(self, size: float) -> bool:
         """Whether the 95 % interval of the difference lies between -size and size."""
@@ -109,17 +116,21 @@ class VerdictEvidence:
         self.samples = int(content["samples"])
         self.metrics: Mapping[str, Any] = content["metrics"]
         self.details: Mapping[str, Any] = content.get("details") or {}
-        self.score = next((name for name in SCORES if name in self.metrics), "accuracy")
+        self.score = main_score(content.get("protocol") or {}, self.metrics)
+        self.lower = gain(self.score, 1.0) < 0
         self.constant = f"{self.score}_constant"
-        self.fraction = self.score.startswith(FRACTIONS)
+        self.fraction = is_fraction(self.score)
         self._deviation = finite_or_none((self.details.get("score") or {}).get("deviation"))
-        self._outcomes = {
+        self._outcomes, self._resamples = self._stored("outcomes"), self._stored("resamples")
+        self._compared: dict[tuple, Comparison | None] = {}
+
+    def _stored(self, kind: str) -> dict[str, np.ndarray]:
+        return {
             metric: unpack_outcomes(packed)
             for part in self.details.values()
             if isinstance(part, Mapping)
-            for metric, packed in (part.get("outcomes") or {}).items()
+            for metric, packed in (part.get(kind) or {}).items()
         }
-        self._compared: dict[tuple, Comparison | None] = {}
 
     def get(self, metric: str) -> float | None:
         """The value of a metric; None if it is missing or not finite."""
@@ -148,6 +159,12 @@ class VerdictEvidence:
         value, against = self.get(metric), other.get(base)
         if value is None or against is None:
             return None
+        lower = self.lower
+        rows, others = self._resamples.get(metric), other._resamples.get(base)
+        if rows is not None and others is not None and len(rows) == len(others) and self._same_samples(other):
+            p = resampled_p(value - against, rows, others)
+            reach = ERRORS * float(np.nanstd(rows - others)) if p is not None else math.nan
+            return Comparison(value, against, p, self.samples, True, reach=reach, lower=lower)
         first, second = self._outcomes.get(metric), other._outcomes.get(base)
         if first is None or second is None or len(first) != len(second) or not self._same_samples(other):
             variances = self._variance(metric, value), other._variance(base, against)
@@ -155,7 +172,7 @@ class VerdictEvidence:
             shrunk = (self._shrink(value), other._shrink(against)) if self.fraction else (value, against)
             p = 1.0 if value == against else unpaired_p(*shrunk, *variances)
             reach = ERRORS * math.sqrt(sum(variances))
-            return Comparison(value, against, p, min(self.samples, other.samples), reach=reach)
+            return Comparison(value, against, p, min(self.samples, other.samples), reach=reach, lower=lower)
         both = ~(np.isnan(first) | np.isnan(second))
         count, partial = int(both.sum()), not bool(both.all())
         if not count:
@@ -163,14 +180,16 @@ class VerdictEvidence:
         first, second = first[both], second[both]
         if partial:
             value, against = float(first.mean()), float(second.mean())
-        return Comparison(
-            value, against, paired_p(first, second), count, True, partial, _reach(first - second, self.fraction)
-        )
+        reach = _reach(first - second, self.fraction)
+        return Comparison(value, against, paired_p(first, second), count, True, partial, reach, lower)
 
     def _same_samples(self, other: VerdictEvidence) -> bool:
-        """Whether both have the same samples in the same order, by the outcomes of the constant prediction."""
+        """Whether both have the same samples in the same order: by their targets, or the outcomes of a constant."""
         if self is other:
             return True
+        mine, theirs = ((one.details.get("score") or {}).get("target") for one in (self, other))
+        if mine is not None or theirs is not None:
+            return mine == theirs
         own, its = self._outcomes.get(self.constant), other._outcomes.get(other.constant)
         return own is not None and its is not None and np.array_equal(own, its)
 
@@ -179,6 +198,9 @@ class VerdictEvidence:
 
     def _variance(self, metric: str, value: float) -> float:
         """Squared standard error of a score; NaN if unknown."""
+        rows = self._resamples.get(metric, self._resamples.get(self.score))
+        if rows is not None:
+            return float(np.nanvar(rows)) if np.isfinite(rows).any() else math.nan
         each = self._outcomes.get(metric)
         if not self.fraction and each is not None:
             known = each[~np.isnan(each)]

@@ -70,7 +70,7 @@ def _one(found: VerdictEvidence, name: str) -> _Use | None:
     words = {"mask": "without it", "noise": "with it replaced by noise"}
     shown = join_and([f"{found.say(one.value)} {words[kind]} ({found.proof(one)})" for kind, one in compared.items()])
     text = f"{found.say(full)} unmodified, {shown}"
-    worst = min(compared, key=lambda kind: (not compared[kind].worse, compared[kind].difference))
+    worst = min(compared, key=lambda kind: (not compared[kind].worse, compared[kind].gain))
     test = {"mask": "masking", "noise": "noise"}[worst]
 
     def finding(kind: Kind, sentence: str, ok: Judgment = "neutral", test: str = test) -> _Use:
@@ -121,7 +121,8 @@ def _drops(found: VerdictEvidence) -> dict[str, float]:
 
 def _dominance(found: VerdictEvidence) -> Verdict | None:
     """A finding on a modality that contributes most of the score, if this is significant."""
-    worth = {name: value for name in found.names if (value := found.get(f"shapley/{name}")) is not None}
+    sign = -1.0 if found.lower else 1.0
+    worth = {name: sign * value for name in found.names if (value := found.get(f"shapley/{name}")) is not None}
     total = sum(max(value, 0.0) for value in worth.values())
     if len(worth) < len(found.names) or total <= 0:
         return None
@@ -129,7 +130,7 @@ def _dominance(found: VerdictEvidence) -> Verdict | None:
     part, compared = worth[first] / total, found.compare(found.named("mask", first), found.named("mask", second))
     if part < dominant_modality(len(worth)) or compared is None or not compared.worse:
         return None
-    figures = {f"shapley/{name}": value for name, value in worth.items()}
+    figures = {f"shapley/{name}": sign * value for name, value in worth.items()}
     text = (
         f"Relies mostly on {first}: it accounts for {100 * part:.0f} % of the contribution of all modalities to the "
         f"score (Shapley values), although every modality is used."
@@ -170,7 +171,7 @@ def robustness_fallback(found: VerdictEvidence) -> Iterator[Verdict]:
             text += f", the constant prediction {found.say(left.base)}"
         if at_constant and other is not None and not other.better:
             claim, sentence, ok = "has no informative alternative to", "No informative alternative", "neutral"
-        elif not at_constant and compared.difference >= -_grace(found):
+        elif not at_constant and compared.gain >= -_grace(found):
             claim, sentence, ok = "is robust to noise in", "Robust to noise", "good"
         elif compared.worse:
             claim, sentence, ok = "is not robust to noise in", "Not robust to noise", "bad"
@@ -189,7 +190,7 @@ def _best_alone(found: VerdictEvidence, metric: str, names: list[str]) -> str:
     gaps: dict[str, Comparison] = {
         name: one for name in names if (one := found.compare(found.named("alone", name), metric)) is not None
     }
-    return max(gaps, key=lambda name: gaps[name].difference) if gaps else ""
+    return max(gaps, key=lambda name: gaps[name].gain) if gaps else ""
 
 
 def vs_best_unimodal(found: VerdictEvidence) -> Iterator[Verdict]:

@@ -10,3 +10,5 @@ from .result_rows import run_identity as run_identity
 from .result_rows import summarize_runs as summarize_runs
 from .result_rows import validate_results as validate_results
 from .result_rows import write_results as write_results
+from .task_metrics import Metric as Metric
+from .task_metrics import MetricValue as MetricValue

@@ -43,6 +43,11 @@ class RunResult(TypedDict):
             other modalities while ``noise_modality`` is whole, or replaced by noise.
         outcomes: metric name -> how good the answer to each test sample is, as ``significance.unpack`` reads it; files
             of earlier versions have none.
+        intervals: metric name -> [low, high], the 95 % interval over the test samples by the bootstrap; for runs whose
+            recipe names ``metrics``, like all that follows.
+        resamples: metric name -> the metric of every resample, as text; for metrics that are no mean of outcomes.
+        undefined: metric name -> why it has no value.
+        bootstrap: ``samples``, ``resamples``, ``seed`` and ``level`` of the intervals.
     """
 
     method: str
@@ -54,6 +59,10 @@ class RunResult(TypedDict):
     shares: NotRequired[dict[str, Any]]
     noise_modality: NotRequired[str]
     outcomes: NotRequired[dict[str, Outcomes]]
+    intervals: NotRequired[dict[str, list[float]]]
+    resamples: NotRequired[dict[str, str]]
+    undefined: NotRequired[dict[str, str]]
+    bootstrap: NotRequired[dict[str, Any]]
 
 
 Reference = Mapping[str, str] | Callable[[str], str | None]

@@ -15,14 +15,16 @@ AGAIN = "Write it again with equipoise compare, or read it with the version that
 
 RUN = {"method": str, "seed": int, "fold": str | None, "metrics": dict[str, float | None]}
 RUN_MAY = {"history": list[Any], "noise_modality": str | None, "keys": dict[str, Any],
-           "shares": dict[str, Any], "outcomes": dict[str, str | list[float | None]]}  # fmt: skip
+           "shares": dict[str, Any], "outcomes": dict[str, str | list[float | None]],
+           "intervals": dict[str, list[float]], "resamples": dict[str, str], "undefined": dict[str, str],
+           "bootstrap": dict[str, Any]}  # fmt: skip
 ENTRY = {"epoch": float, "loss": float | None, "share": dict[str, float | None], "air": float | None,
          "rotations": float | None, "balance": dict[str, Any]}  # fmt: skip
 ROW = {"method": str, "metric": str, "mean": float, "sd": float | None, "n": int, "difference": float | None,
        "p": float | None}  # fmt: skip
 ROW_MAY = {"low": float | None, "high": float | None, "pairs": int, "higher": int, "reference": str | None}
 PROTOCOL = {"recipe": str | None, "data": str | None, "methods": list[str] | None, "modalities": list[str] | None,
-            "noise_modality": str | None, "score": str | None}  # fmt: skip
+            "noise_modality": str | None, "score": str | None, "metrics": list[str] | None}  # fmt: skip
 KEYS = {"cosine_mean": float | None, "cosine_std": float | None, "norm_mean": float | None, "norm_std": float | None}
 
 
@@ -70,6 +72,13 @@ def check_run(run: Any, who: str) -> None:
         _histogram(histogram, f"{who}, shares.{kind}")
     for metric, packed in run.get("outcomes", {}).items():
         _outcomes(packed, f"{who}, outcomes.{metric}")
+    for metric, packed in run.get("resamples", {}).items():
+        _outcomes(packed, f"{who}, resamples.{metric}")
+    for metric, ends in run.get("intervals", {}).items():
+        if len(ends) != 2 or ends[0] > ends[1]:
+            raise SchemaError(
+                f"{who}, intervals.{metric}", expected="a lower and an upper end", got=shorten_repr(ends), fix=AGAIN
+            )
 
 
 def _parts(part: Any, who: str) -> list[tuple[str, Any]]:

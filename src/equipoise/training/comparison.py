@@ -29,7 +29,7 @@ from .history import Progress
 from .recipes import Recipe
 from .run import check_trainer, execute_run, load_run_dataset, single_thread
 from .run_spec import RunSpec, is_finished
-from .variant_factory import evaluation_metric
+from .variant_factory import evaluation_metric, named_metrics
 
 MOST = 100_000
 """Largest number of runs of one comparison."""
@@ -177,6 +177,7 @@ def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, 
         "folds": sorted({job.fold for job in plan if job.fold is not None}),
         "train": asdict(recipe.train),
         **(evaluation_metric(recipe) or fused),
+        **named_metrics(recipe),
         **({"reference": recipe.reference} if recipe.reference else {}),
         **({"references": references} if (references := _references(recipe)) else {}),
         "selection": "none: the last epoch counts",

@@ -13,8 +13,18 @@ from ..diagnostics.prediction_collection import collect_with_attention
 from ..diagnostics.task_scores import SCORES, task_score
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
+from ..results.task_metrics import select_metrics
 from .loop import TrainingLoop
 from .recipes import TrainOptions
+
+
+def gather_predictions(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Predictions and targets of all processes of a distributed training."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return parts
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, parts)
+    return [part for own in every for part in own]
 
 
 class BalancedTraining(TrainingLoop):
@@ -26,17 +36,22 @@ class BalancedTraining(TrainingLoop):
         balancers: called in every step through a ``BalancerList``; pass ``module.balancing`` to ``BalancerCallback``,
             which calls their hooks once per epoch.
         seed: seed of dropout, see ``TrainingLoop``.
+        metrics: names of metrics that validation logs as ``val_<metric>``, over the whole split.
 
     Raises:
-        NonFiniteError: the loss is NaN or infinite; the message names the batch and the modality with the bad input.
+        ConfigError: an unknown metric, or one that is not defined for the task. NonFiniteError: the loss is NaN or
+            infinite; the message names the batch and the modality with the bad input.
     """
 
     model: FusionModel
 
     def __init__(
-        self, model: FusionModel, options: TrainOptions, *, balancers: Sequence[Balancer] = (), seed: int = 0
-    ) -> None:
+        self, model: FusionModel, options: TrainOptions, *, balancers: Sequence[Balancer] = (), seed: int = 0,
+        metrics: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(model, options, seed=seed)
+        # The score of the task is logged in any case.
+        self._metrics = [m for m in select_metrics(metrics, model.task, "train") if m.name != SCORES[model.task]]
         # Not registered as a module: its state is part of the model or of the BalancerCallback.
         self.balancing = BalancerList(model, balancers)
 
@@ -55,11 +70,18 @@ class BalancedTraining(TrainingLoop):
 
     def on_validation_epoch_start(self) -> None:
         self._angles: dict[str, list[Tensor]] = {"cosine": [], "key_norm": []}
+        self._predictions: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_epoch_end(self) -> None:
         if self._angles["cosine"] and len(self.model.names) > 1:
             first, *others = torch.cat(self._angles["cosine"]).nanmean(dim=(0, 1))
             self.log("air", (first - torch.stack(others).mean()).to(self.device), sync_dist=True)
+        if self._metrics and self._predictions:
+            logits, target = (torch.cat(parts) for parts in zip(*gather_predictions(self._predictions), strict=True))
+            for metric in self._metrics:
+                value = metric.evaluate(logits, target, self.model.task).value
+                # Every process has computed it from all samples.
+                self.log(f"val_{metric.name}", torch.tensor(value, device=self.device), sync_dist=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with collect_with_attention(self.model, self._angles):
@@ -67,6 +89,8 @@ class BalancedTraining(TrainingLoop):
         target = batch["target"]
         found, task = task_score(output.logits, target, self.model.task), self.model.task
         self.log(f"val_{SCORES[task]}", found, prog_bar=True, batch_size=len(target), sync_dist=True)
+        if self._metrics:
+            self._predictions.append((output.logits.detach().float().cpu(), target.detach().cpu()))
         if output.share is not None:
             for index, name in enumerate(output.names):
                 self.log(f"share/{name}", output.share[..., index].mean(), batch_size=len(target), sync_dist=True)

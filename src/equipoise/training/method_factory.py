@@ -19,6 +19,7 @@ from ..io.typed_values import shorten_repr
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..registry import available_classes, get_class, instantiate
+from ..results.task_metrics import select_metrics
 from .recipes import Recipe
 from .variant_factory import build_self_contained, variant_options
 
@@ -96,7 +97,7 @@ def build_model(
         teachers: modality -> trained encoder, for balancers with ``needs_teachers``.
 
     Raises:
-        ConfigError: unknown option, modality that the data set lacks, or encoder that does not fit the data.
+        ConfigError: unknown option, modality that the data set lacks, metric of another task, or encoder that does not fit the data.
         ShapeError: encoders of different widths.
     """
     recipe = method_recipe(method, recipe)
@@ -106,6 +107,8 @@ def build_model(
     if recipe.model:
         parts = {name: build_encoder(name, options, dataset) for name, options in recipe.encoders.items()}
         return build_self_contained(method.base, recipe, dataset, parts), []
+    # Checked before training rather than by the evaluation after the last epoch.
+    select_metrics(recipe.metrics, dataset.task, "recipe: metrics")
     alone = method.base in recipe.encoders
     names = (method.base,) if alone else dataset.names
     parts = {name: build_encoder(name, recipe.encoders.get(name, {}), dataset) for name in names}

@@ -153,7 +153,7 @@ def _fit(
     training = (
         SelfContainedTraining(model, options, seed=job.seed)
         if isinstance(model, SelfContainedModel)
-        else BalancedTraining(model, options, balancers=balancers, seed=job.seed)
+        else BalancedTraining(model, options, balancers=balancers, seed=job.seed, metrics=recipe.metrics)
     )
     balancing = training.balancing
     train = data.loader(

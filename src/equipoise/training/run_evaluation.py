@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from ..diagnostics.task_scores import outcomes
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..nn.eval_mode import eval_mode_no_grad
-from ..results.significance import pack_text
+from ..results.bootstrap import mean_of_resamples, percentile_interval, resampled_values
+from ..results.bootstrap import settings as bootstrap_settings
+from ..results.significance import pack_resamples, pack_text, unpack_outcomes
+from ..results.task_metrics import Function, Metric, select_metrics
 from .loss_module import SCORES, task_score
 from .recipes import Recipe
 
@@ -49,8 +53,22 @@ def noise_modality(model: FusionModel, source: data.Dataset, recipe: Recipe) -> 
     return recipe.noise_modality or most_attended(collect_test_predictions(model, source, "val"))
 
 
-def evaluate_run(model: FusionModel | SelfContainedModel, source: data.Dataset, recipe: Recipe) -> dict[str, Any]:
-    """Returns metrics and outcomes as in ``results.json``; for models with attention also keys and shares."""
+def evaluate_run(
+    model: FusionModel | SelfContainedModel,
+    source: data.Dataset,
+    recipe: Recipe,
+    *,
+    metrics: Mapping[str, Function] | None = None,
+) -> dict[str, Any]:
+    """Returns metrics and outcomes as in ``results.json``; for models with attention also keys and shares.
+
+    Args:
+        model: a trained model.
+        source: its data set; the test split is evaluated.
+        recipe: names the metrics beside the score of the task.
+        metrics: name -> function of your own, (predictions, targets) -> number, larger values are better; see
+            ``equipoise.results.task_metrics.own_metric``.
+    """
     if isinstance(model, SelfContainedModel):
         return evaluate_self_contained(model, source)
     clean = collect_test_predictions(model, source, "test")
@@ -58,9 +76,12 @@ def evaluate_run(model: FusionModel | SelfContainedModel, source: data.Dataset, 
     score = SCORES[model.task]
     # Noise in a modality that the model does not use has no effect.
     predictions = {score: clean} | {f"{score}_noise/{name}": noisy.get(name, clean) for name in source.names}
-    metrics = {metric: _score(one, model) for metric, one in predictions.items()}
+    chosen = select_metrics(recipe.metrics, model.task, "recipe: metrics", metrics)
+    values = {metric: _score(one, model) for metric, one in predictions.items()}
     each = {metric: pack_text(outcomes(one.logits, one.target, model.task)) for metric, one in predictions.items()}
-    result: dict[str, Any] = {"metrics": metrics, "outcomes": each}
+    result: dict[str, Any] = {"metrics": values, "outcomes": each}
+    if chosen:
+        add_metrics(result, model.task, clean, {name: noisy.get(name, clean) for name in source.names}, chosen)
     if clean.share is not None and clean.cosine is not None:
         target = noise_modality(model, source, recipe)
         with warnings.catch_warnings():
@@ -69,15 +90,60 @@ def evaluate_run(model: FusionModel | SelfContainedModel, source: data.Dataset, 
             response = response_from_shares(clean, noisy[target], target)
             own_noise = collect_test_predictions(model, source, "test", target, per_sample=True)
             own_response = response_from_shares(clean, own_noise, target)
-        metrics |= {"noise_attention_r": response.r, "noise_attention_r_own": own_response.r}
-        metrics |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
-        metrics["air"] = imbalance_metrics(clean)
+        values |= {"noise_attention_r": response.r, "noise_attention_r_own": own_response.r}
+        values |= {f"share/{name}": float(clean.share[..., i].mean()) for i, name in enumerate(clean.names)}
+        values["air"] = imbalance_metrics(clean)
         result["noise_modality"] = target
         result["keys"] = {"after": key_metrics(clean, noisy[target])}
         result["shares"] = {"clean": _histogram(response.clean), "noise": _histogram(response.noise)}
     compute = cost(model, source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False))
-    metrics["parameters"], metrics["flops"] = compute.parameters, compute.flops
+    values["parameters"], values["flops"] = compute.parameters, compute.flops
     return result
+
+
+def add_metrics(
+    result: dict[str, Any],
+    task: str,
+    clean: CollectedPredictions,
+    noisy: Mapping[str, CollectedPredictions],
+    metrics: Sequence[Metric],
+) -> None:
+    """Adds metrics on clean and noise input to the results of a run, with what intervals and paired tests need.
+
+    Args:
+        result: has ``metrics`` and ``outcomes`` of the score of the task, which gets intervals as well.
+        task: of the model.
+        clean: predictions on the test split.
+        noisy: modality -> predictions with it replaced by noise.
+        metrics: to measure.
+    """
+    score = SCORES[task]
+    result |= {"intervals": {}, "resamples": {}, "undefined": {}, "bootstrap": bootstrap_settings(len(clean.logits))}
+    seen = {"": clean} | {f"_noise/{name}": one for name, one in noisy.items()}
+    for condition, one in seen.items():
+        rows = mean_of_resamples(unpack_outcomes(result["outcomes"][score + condition]))
+        _add_interval(result, score + condition, rows)
+        for metric in metrics:
+            name = metric.name + condition
+            if metric.name == score:
+                continue
+            value, reason = metric.evaluate(one.logits, one.target, task)
+            result["metrics"][name] = value
+            if reason:
+                result["undefined"][name] = reason
+                continue
+            each = metric.each(one.logits, one.target, task)
+            rows = resampled_values(metric, one.logits, one.target, task)
+            if each is not None:
+                result["outcomes"][name] = pack_text(each)
+            else:
+                result["resamples"][name] = pack_resamples(rows)
+            _add_interval(result, name, rows)
+
+
+def _add_interval(result: dict[str, Any], name: str, rows: np.ndarray) -> None:
+    if (interval := percentile_interval(rows)) is not None:
+        result["intervals"][name] = interval
 
 
 def evaluate_self_contained(model: SelfContainedModel, source: data.Dataset) -> dict[str, Any]:

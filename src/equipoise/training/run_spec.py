@@ -39,6 +39,9 @@ class RunSpec:
         if content["data"].get("checksum"):
             content["data"].pop("path")
         content["train"].pop("workers")
+        if not content["metrics"]:
+            # Keep fingerprints compatible with runs made before `metrics` existed.
+            content.pop("metrics")
         if not content["model"]:
             # Keep fingerprints compatible with runs made before `model` and `variants` existed.
             for name in ("model", "variants"):

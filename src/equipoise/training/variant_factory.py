@@ -40,6 +40,11 @@ def evaluation_metric(recipe: Recipe) -> dict[str, Any]:
     return {"model": recipe.model, "variants": recipe.variants, "score": models[wanted].score}
 
 
+def named_metrics(recipe: Recipe) -> dict[str, Any]:
+    """Returns the metrics that the recipe names, and the main one, for the protocol in ``results.json``."""
+    return {"score": recipe.metrics[0], "metrics": recipe.metrics} if recipe.metrics else {}
+
+
 def variant_options(name: str, recipe: Recipe) -> str:
     """Checks and returns the name of a variant; without variants, the only name is that of the model.
 

@@ -8,15 +8,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
 from ...recording import AttentionRecord, watch
+from ...results.bootstrap import percentile_interval, resampled_values
+from ...results.significance import pack_outcomes, pack_resamples
+from ...results.task_metrics import Metric
 from ...tokens.token_batch import Output
 from ..noise_test import input_statistics, most_attended
 from ..prediction_collection import CollectedPredictions, NoiseSource, collect_predictions
-from ..task_scores import SCORES, score_name
+from ..task_scores import SCORES, outcomes, score_name
 from .layer_tests import attends, residuals
 
 Loader = Iterable[Mapping[str, Any]]
@@ -39,6 +43,8 @@ class DiagnosticContext:
         seed: of all noise.
         alone: name -> score of a unimodal model, or the outcome of each sample; empty to use the unimodal heads.
         tokens: name -> names of its tokens.
+        metric: replaces the score of the task; None for that score.
+        others: metrics that are measured beside it.
     """
 
     model: nn.Module
@@ -49,6 +55,8 @@ class DiagnosticContext:
     seed: int = 0
     alone: Mapping[str, float | Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    metric: Metric | None = None
+    others: Sequence[Metric] = ()
 
     def __post_init__(self) -> None:
         self.heads: dict[str, list[Tensor]] = {}
@@ -83,8 +91,8 @@ class DiagnosticContext:
 
     @property
     def score(self) -> str:
-        """Name of the score of the task."""
-        return SCORES.get(str(self.task), "accuracy")
+        """Name of the score of the task, or of the metric that replaces it."""
+        return self.metric.name if self.metric is not None else SCORES.get(str(self.task), "accuracy")
 
     @property
     def samples(self) -> int:
@@ -97,7 +105,28 @@ class DiagnosticContext:
 
     def worth(self, logits: Tensor, target: Tensor | None = None) -> float:
         """Score of predictions on the samples of the diagnosis."""
-        return score_name(self.model, logits, self.clean.target if target is None else target, "diagnose")
+        target = self.clean.target if target is None else target
+        return score_name(self.model, logits, target, "diagnose", self.metric)
+
+    def evidence(self, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Details of a test that later comparisons need, for the predictions behind each score.
+
+        The outcome of every sample, or the metric of every resample for a metric that is no mean of outcomes, with the
+        95 % interval of the metric.
+        """
+        task, target = str(self.task), self.clean.target
+        if self.metric is None:
+            return {"outcomes": {name: pack_outcomes(outcomes(one, target, task)) for name, one in logits.items()}}
+        found: dict[str, Any] = {"outcomes": {}, "resamples": {}, "intervals": {}}
+        for name, one in logits.items():
+            each, values = self.metric.each(one, target, task), resampled_values(self.metric, one, target, task)
+            if each is not None:
+                found["outcomes"][name] = pack_outcomes(each)
+            elif np.isfinite(values).any():
+                found["resamples"][name] = pack_resamples(values)
+            if (interval := percentile_interval(values)) is not None:
+                found["intervals"][name] = interval
+        return found
 
     def noisy(self, name: str) -> CollectedPredictions:
         """Predictions with one modality replaced by noise."""

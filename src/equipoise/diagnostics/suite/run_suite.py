@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, EquipoiseError, unknown_name
 from ...nn.eval_mode import eval_mode_no_grad
+from ...results.bootstrap import settings as bootstrap_settings
+from ...results.task_metrics import Metric, find_metric, select_metrics
 from .diagnosis_result import Diagnosis
 from .diagnostic_context import DiagnosticContext, Loader, SkippedTest, check_data, is_repeatable
 from .test_registry import TESTS
@@ -27,6 +29,8 @@ def diagnose(
     modality: str | None = None,
     alone: Mapping[str, float | Tensor] | None = None,
     tokens: Mapping[str, Sequence[str]] | None = None,
+    metric: str | Metric | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
     name: str = "",
     seed: int = 0,
     progress: Progress | None = None,
@@ -52,6 +56,12 @@ def diagnose(
             the negative absolute error, NaN for a sample without the modality. By default the unimodal heads of the
             model are used, if it has any.
         tokens: modality -> names of its tokens, for the consistency test.
+        metric: name of the metric that replaces the score of the task in every test and verdict, such as
+            ``"f1_macro"``, ``"auroc"`` or ``"concordance"``: see ``equipoise.results.task_metrics.METRICS``; or one of
+            ``metrics``. By default accuracy, or the mean absolute error of a regression.
+        metrics: name -> function of your own, (predictions, targets) -> number, larger values are better. Predictions
+            are probabilities of (sample, class) or (sample, label), or values of (sample, output). Each is measured on
+            clean input and under noise; the first is the ``metric`` if none is given.
         name: of the model; by default that of its fusion.
         seed: of all noise.
         progress: called before each test, and at the end.
@@ -60,7 +70,7 @@ def diagnose(
         Diagnosis. ``skipped`` lists the tests that do not apply or failed, with the reason.
 
     Raises:
-        ConfigError: an unknown test or modality, batches that can be iterated only once, or a module without ``names``.
+        ConfigError: an unknown test, modality or metric, batches that can be iterated only once, or a module without ``names``.
         ShapeError: an empty loader, or batches that do not fit the model. NonFiniteError: a prediction is NaN.
 
     Reference: RollingQ (ICML 2025), section 4.
@@ -71,10 +81,12 @@ def diagnose(
     names = tuple(getattr(model, "names", ()))
     if names:
         check_data(names, modality=modality, noise=noise, alone=alone, tokens=tokens)
+    chosen_metric, others = _chosen_metrics(model, metric, metrics)
     context = DiagnosticContext(
-        model, is_repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {}, tokens or {}
-    )
-    metrics: dict[str, float] = {}
+        model, is_repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {}, tokens or {},
+        chosen_metric, others,
+    )  # fmt: skip
+    measured: dict[str, float] = {}
     details: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     with eval_mode_no_grad(model):
@@ -93,27 +105,34 @@ def diagnose(
                     raise
                 skipped[test] = str(error)
                 continue
-            metrics |= result.metrics
+            measured |= result.metrics
             details[test] = result.details
     if progress is not None:
         progress("", len(chosen), len(chosen))
+    protocol: dict[str, Any] = {
+        "tests": list(chosen), "noise_seed": seed, "noise": {k: list(v) for k, v in (noise or {}).items()}
+    }  # fmt: skip
+    if chosen_metric is not None:
+        protocol |= {"score": chosen_metric.name, "metrics": [m.name for m in (chosen_metric, *others)]}
+        protocol["bootstrap"] = bootstrap_settings(context.samples)
     content = {
         "names": context.names,
         "task": context.task,
         "samples": context.samples,
-        "metrics": metrics,
+        "metrics": measured,
         "details": details,
+        "protocol": protocol,
     }
     return Diagnosis(
         name=name or _default_name(model),
         names=context.names,
         task=context.task,
         samples=context.samples,
-        metrics=metrics,
+        metrics=measured,
         verdicts=tuple(verdicts(content)),
         details=details,
         skipped=skipped,
-        protocol={"tests": list(chosen), "noise_seed": seed, "noise": {k: list(v) for k, v in (noise or {}).items()}},
+        protocol=protocol,
     )
 
 
@@ -125,6 +144,19 @@ def _chosen(tests: Sequence[str] | None) -> list[str]:
         if test not in TESTS:
             raise unknown_name("diagnose", "test", str(test), TESTS)
     return [test for test in TESTS if tests is None or test in tests or test == "score"]
+
+
+def _chosen_metrics(
+    model: nn.Module, metric: str | Metric | None, own: Mapping[str, Callable[[Tensor, Tensor], Any]] | None
+) -> tuple[Metric | None, list[Metric]]:
+    """The main metric, None for the score of the task, and the others."""
+    task = getattr(model, "task", None)
+    mine = {found.name: found for found in select_metrics((), task, "diagnose", own)}
+    if isinstance(metric, str) and metric in mine:
+        main = mine[metric]
+    else:
+        main = find_metric(metric, task, "diagnose") if metric is not None else next(iter(mine.values()), None)
+    return main, [found for found in mine.values() if found is not main]
 
 
 def _default_name(model: nn.Module) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, ShapeError
-from ...results.significance import Outcomes, pack_outcomes
+from ...io.checksums import digest_of
+from ...results.significance import pack_outcomes
 from ..compute_cost import cost as costs
 from ..consistency_test import attention_consistency
 from ..corruption_test import corruption_curve
@@ -27,7 +28,7 @@ from ..quag_test import quag as quag_of
 from ..shapley_test import modality_shapley
 from ..share_accumulation import share_statistics
 from ..share_spread_test import share_entropy, share_quality_correlation, share_spread
-from ..task_scores import check_answers, constant_answer, outcomes
+from ..task_scores import check_answers, constant_logits, outcomes
 from .diagnostic_context import DiagnosticContext, SkippedTest, outputs_differ
 from .layer_tests import attention_rows, collapse_rows, gaps
 
@@ -45,25 +46,53 @@ def score(context: DiagnosticContext) -> TestResult:
     """Score of the model, of the best constant prediction, and of each modality alone."""
     context.needs_targets()
     clean, named = context.clean, context.score
-    metrics, each = {named: context.worth(clean.logits)}, {named: _each(context, clean.logits)}
-    constant = constant_answer(clean.target, str(context.task))
+    metrics, logits = {named: context.worth(clean.logits)}, {named: clean.logits}
+    constant = constant_logits(clean.target, str(context.task), context.metric, clean.logits.shape[1])
     if context.task == "classification" or constant.shape == clean.logits.shape[1:]:
         same = constant.expand(context.samples, -1)
-        metrics[f"{named}_constant"], each[f"{named}_constant"] = context.worth(same), _each(context, same)
+        metrics[f"{named}_constant"], logits[f"{named}_constant"] = context.worth(same), same
+    evidence = context.evidence(logits)
     for name in context.names if len(context.names) > 1 else ():
+        metrics |= _alone(context, name, evidence)
+    details: dict[str, Any] = {"alone_from": "models" if context.alone else "heads", **evidence}
+    if context.task == "regression" and context.metric is None:
+        details["deviation"] = float(outcomes(clean.logits, clean.target, "regression").double().std(correction=0))
+    if context.metric is not None or context.others:
+        measured = [] if context.metric is None else [context.metric]
+        values = {
+            m.name: m.evaluate(clean.logits, clean.target, str(context.task)) for m in (*measured, *context.others)
+        }
+        details["undefined"] = {metric: found.reason for metric, found in values.items() if found.reason}
+        details["target"] = digest_of(clean.target)
+        metrics |= {metric.name: values[metric.name].value for metric in context.others}
+    return TestResult(metrics, details)
+
+
+def _alone(context: DiagnosticContext, name: str, evidence: dict[str, Any]) -> dict[str, float]:
+    """Score of a modality alone, and of the model on the samples that have it; adds the outcomes to the evidence."""
+    metric, metrics = f"{context.score}_alone/{name}", {}
+    if context.alone or context.metric is None or context.metric.outcomes is not None:
         known = _given_outcomes(context, name) if context.alone else _head_outcomes(context, name)
         if known is None or bool(known.isnan().all()):
-            continue
-        metric, has = f"{named}_alone/{name}", ~known.isnan()
+            return {}
+        has = ~known.isnan()
         metrics[metric] = float(known.double().nanmean())
         if known.ndim:
-            each[metric] = pack_outcomes(known)
-        if not bool(has.all()):
-            metrics[f"{named}_with/{name}"] = context.worth(clean.logits[has], clean.target[has])
-    details: dict[str, Any] = {"alone_from": "models" if context.alone else "heads", "outcomes": each}
-    if context.task == "regression":
-        details["deviation"] = float(outcomes(clean.logits, clean.target, "regression").double().std(correction=0))
-    return TestResult(metrics, details)
+            evidence["outcomes"][metric] = pack_outcomes(known)
+    elif name in context.heads:
+        # The metric of the samples that have the modality; only without gaps are the resamples those of the model.
+        logits, has = torch.cat(context.heads[name]), torch.cat(context.has[name])
+        if not bool(has.any()):
+            return {}
+        metrics[metric] = context.worth(logits[has], context.clean.target[has])
+        if bool(has.all()):
+            for part, found in context.evidence({metric: logits}).items():
+                evidence[part] |= found
+    else:
+        return {}
+    if not bool(has.all()):
+        metrics[f"{context.score}_with/{name}"] = context.worth(context.clean.logits[has], context.clean.target[has])
+    return metrics
 
 
 def _given_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
@@ -79,11 +108,6 @@ def _given_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
     return known
 
 
-def _each(context: DiagnosticContext, logits: Tensor) -> Outcomes:
-    """The outcome of each sample, for paired tests."""
-    return pack_outcomes(outcomes(logits, context.clean.target, str(context.task)))
-
-
 def _head_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
     """The outcomes of a unimodal head; NaN for samples without the modality."""
     if name not in context.heads:
@@ -91,22 +115,29 @@ def _head_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
     has = torch.cat(context.has[name])
     logits = torch.cat(context.heads[name])
     check_answers(logits[has], "diagnose")
-    return outcomes(logits, context.clean.target, str(context.task)).masked_fill(~has, math.nan)
+    if context.metric is None:
+        found = outcomes(logits, context.clean.target, str(context.task))
+    else:
+        # Outputs of a head for samples without its modality may be NaN.
+        found = context.metric.each(logits.nan_to_num(0.0), context.clean.target, str(context.task))
+    return None if found is None else found.masked_fill(~has, math.nan)
 
 
 def noise(context: DiagnosticContext) -> TestResult:
     """Score with each modality replaced by noise, and the fraction of changed predictions."""
     context.needs_targets()
     metrics: dict[str, float] = {}
-    each: dict[str, Outcomes] = {}
+    logits: dict[str, Tensor] = {}
     for name in context.names:
         noisy = context.noisy(name)
         metric = f"{context.score}_noise/{name}"
-        metrics[metric], each[metric] = context.worth(noisy.logits), _each(context, noisy.logits)
+        metrics[metric], logits[metric] = context.worth(noisy.logits), noisy.logits
         metrics[f"changed_noise/{name}"] = outputs_differ(context.clean.logits, noisy.logits, context.task)
-    return TestResult(
-        metrics, {"statistics": {name: list(context.statistics(name)) for name in context.names}, "outcomes": each}
-    )
+        for other in context.others:
+            found = other.evaluate(noisy.logits, context.clean.target, str(context.task))
+            metrics[f"{other.name}_noise/{name}"] = found.value
+    statistics = {name: list(context.statistics(name)) for name in context.names}
+    return TestResult(metrics, {"statistics": statistics, **context.evidence(logits)})
 
 
 def response(context: DiagnosticContext) -> TestResult:
@@ -133,7 +164,9 @@ def corruption(context: DiagnosticContext) -> TestResult:
     """Score and attention under increasing corruption of each modality."""
     context.needs_targets()
     curves = {
-        name: corruption_curve(context.model, context.batches, modality=name, levels=LEVELS, seed=context.seed)
+        name: corruption_curve(
+            context.model, context.batches, modality=name, levels=LEVELS, seed=context.seed, metric=context.metric
+        )
         for name in context.names
     }
     metrics = {f"area/{name}": curve.area for name, curve in curves.items()}
@@ -145,11 +178,11 @@ def masking(context: DiagnosticContext) -> TestResult:
     context.needs_targets()
     context.needs_parts()
     context.needs_several("no modality remains without it")
-    found = mask_modality(context.model, context.batches())
-    each = {f"{context.score}_mask/{name}": pack_outcomes(part) for name, part in found.outcomes.items()}
+    found = mask_modality(context.model, context.batches(), metric=context.metric)
+    evidence = context.evidence({f"{context.score}_mask/{name}": part for name, part in found.logits.items()})
     details = {"semantics": found.semantics, "full": found.full, "without": found.without, "drop": found.drop}
     metrics = {f"{context.score}_mask/{name}": left for name, left in found.without.items()}
-    return TestResult(metrics, {**details, "outcomes": each})
+    return TestResult(metrics, {**details, **evidence})
 
 
 def shapley(context: DiagnosticContext) -> TestResult:
@@ -157,7 +190,7 @@ def shapley(context: DiagnosticContext) -> TestResult:
     context.needs_targets()
     context.needs_parts()
     context.needs_several("its Shapley value is the whole score")
-    worth = modality_shapley(context.model, context.batches())
+    worth = modality_shapley(context.model, context.batches(), metric=context.metric)
     return TestResult({f"shapley/{name}": value for name, value in worth.items()}, {"values": worth})
 
 
@@ -165,11 +198,11 @@ def quag(context: DiagnosticContext) -> TestResult:
     """Score with the attention of the fusion averaged in quadrants."""
     context.needs_targets()
     context.needs_several("there are no quadrants")
-    found = quag_of(context.model, context.batches())
+    found = quag_of(context.model, context.batches(), metric=context.metric)
     metrics = {f"quag/{operator}": value for operator, value in found.scores.items()}
-    each = {f"quag/{operator}": pack_outcomes(part) for operator, part in found.outcomes.items()}
+    evidence = context.evidence({f"quag/{operator}": part for operator, part in found.logits.items()})
     details = {"origin": found.origin, "drops": dict(found.drops), "changed": dict(found.changed)}
-    return TestResult(metrics, {**details, "outcomes": each})
+    return TestResult(metrics, {**details, **evidence})
 
 
 def gradients(context: DiagnosticContext) -> TestResult:
@@ -271,7 +304,9 @@ def ood(context: DiagnosticContext) -> TestResult:
     both = torch.cat([found.inside, found.outside])
     low, high = float(both.min()), float(both.max())
     shown = {name: _histogram(part, low, high) for name, part in (("in", found.inside), ("out", found.outside))}
-    metrics = {"auroc": found.auroc, "fpr95": found.fpr95, "fpr95_id": found.fpr95_id}
+    # The name is taken where AUROC is the score of the classifier.
+    named = "auroc" if context.score != "auroc" else "ood_auroc"
+    metrics = {named: found.auroc, "fpr95": found.fpr95, "fpr95_id": found.fpr95_id}
     return TestResult(metrics, {"score": found.score, "outside": len(found.outside), "confidence": shown})
 
 

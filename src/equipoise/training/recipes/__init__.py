@@ -15,6 +15,7 @@ from ...errors import ConfigError, unknown_name
 from ...io.atomic_files import check_path_component
 from ...io.typed_values import matches_type, shorten_repr, type_description
 from ...models.fusion_model import UNIMODAL
+from ...results.task_metrics import select_metrics
 
 YAML_FLOAT = "YAML parses 1e-3 as a string; write 1.0e-3."
 
@@ -123,6 +124,9 @@ class Recipe:
         reference: method that others are compared with; by default the first static fusion.
         references: method -> its control, the method that it is compared with in tables and pages; other methods are
             compared as described in ``summarize_runs``.
+        metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on clean
+            test data and with each modality replaced by noise. The first one is the main metric of tables, verdicts and
+            paired tests.
     """
 
     data: dict[str, Any]
@@ -138,6 +142,7 @@ class Recipe:
     noise_modality: str | None = None
     reference: str | None = None
     references: dict[str, str] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=list)
 
     def with_train(self, **changes: Any) -> Recipe:
         """Returns the recipe with changed training options.
@@ -251,6 +256,13 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
     for part in ("data", "model"):
         if not isinstance(checked.get(part, {}).get("name", ""), str):
             raise ConfigError(who, expected=f"a text under {part}.name", got=shorten_repr(checked[part]["name"]))
+    if checked.get("metrics"):
+        select_metrics(checked["metrics"], None, f"{who}: metrics")
+        if content.get("model"):
+            raise ConfigError(
+                f"{who}: metrics", expected="metrics of a fusion", got=f"the model '{content['model']['name']}'",
+                fix="Leave out metrics: the model defines its own evaluation.",
+            )  # fmt: skip
     for part in ("encoders", "fusions", "balancers", "variants"):
         for name in checked.get(part, ()):
             check_path_component(name, f"{who}, {part}", without="+,")

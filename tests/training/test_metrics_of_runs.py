@@ -1,0 +1,170 @@
+"""Metrics that a recipe names: from the recipe to results, table, page, verdict and diagnosis."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import equipoise as eq
+from equipoise import data
+from equipoise.cli.results_table import show
+from equipoise.errors import ConfigError
+from equipoise.report.comparison_page import page
+from equipoise.report.comparison_text import verdict
+from equipoise.report.results_view import ResultsView
+from equipoise.results.significance import unpack_outcomes
+from equipoise.training import recipes
+from equipoise.training.comparison import compare
+from equipoise.training.run import load_run_dataset
+from equipoise.training.run_evaluation import collect_test_predictions, evaluate_run
+from equipoise.training.run_spec import RunSpec
+from helpers.runs import job, recipe
+from helpers.tolerance import TOL
+
+NAMES = ("audio", "image", "sensor")
+NAMED = {"classification": ["f1_macro", "auroc"], "multilabel": ["map"], "regression": ["rmse", "concordance", "mae"]}
+
+
+def tiny(task):
+    made = recipes.load_recipe("generated").with_train(epochs=1, batch_size=20)
+    small = {"dim": 8, "depth": 1, "heads": 1}
+    encoders = {name: {**options, **small} for name, options in made.encoders.items()}
+    return replace(made, data={**made.data, "task": task, "samples": 60}, encoders=encoders, metrics=NAMED[task])
+
+
+@pytest.fixture(scope="module", params=NAMED)
+def compared(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    made = tiny(request.param)
+    return request.param, made, out, compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
+
+
+def test_results_hold_every_metric_on_clean_input_and_under_noise(compared):
+    task, _, _, content = compared
+    assert content["failures"] == []
+    assert content["protocol"]["score"] == NAMED[task][0]
+    for run in content["runs"]:
+        wanted = [f"{m}{c}" for m in NAMED[task] for c in ("", *(f"_noise/{name}" for name in NAMES))]
+        assert all(math.isfinite(run["metrics"][name]) for name in wanted)
+        assert {f"val_{name}" for name in NAMED[task]} <= set(run["metrics"])
+        for name in wanted:
+            low, high = run["intervals"][name]
+            assert low <= run["metrics"][name] <= high or low == pytest.approx(high)
+        assert (NAMED[task][0] in run["resamples"]) != (NAMED[task][0] in run["outcomes"])
+
+
+def test_values_are_those_of_the_predictions(compared):
+    task, made, out, content = compared
+    spec = RunSpec(made, "joint", 0)
+    model, source = eq.load(spec.folder(out)), load_run_dataset(made, None)
+    seen = collect_test_predictions(model, source, "test")
+    run = next(run for run in content["runs"] if run["method"] == "joint")
+    if task == "regression":
+        error = seen.logits.double() - seen.target.double().reshape(seen.logits.shape)
+        right = {"rmse": float(error.square().mean().sqrt()), "mae": float(error.abs().mean())}
+        assert run["metrics"]["mae"] == pytest.approx(-run["metrics"]["negative_error"], rel=TOL[torch.float32]["rtol"])
+    else:
+        right = {}
+    for name, value in right.items():
+        assert run["metrics"][name] == pytest.approx(value, rel=TOL[torch.float32]["rtol"])
+    mine = evaluate_run(model, source, made, metrics={"largest": lambda scores, target: scores.max()})
+    assert mine["metrics"]["largest"] == pytest.approx(
+        float((seen.logits.double() if task == "regression" else probabilities(seen.logits, task)).max())
+    )
+    assert "largest_noise/audio" in mine["metrics"]
+
+
+def probabilities(logits, task):
+    return logits.double().sigmoid() if task == "multilabel" else logits.double().softmax(dim=1)
+
+
+def test_the_first_metric_is_the_main_one_of_table_page_and_sentences(compared):
+    task, _, _, content = compared
+    words = {
+        "classification": "macro F1",
+        "multilabel": "mean average precision",
+        "regression": "root mean squared error",
+    }
+    console = Console(file=io.StringIO(), width=250)
+    show(content, console)
+    text = console.file.getvalue()
+    assert words[task] in text
+    assert "95 % intervals over the test samples" in text
+    assert ("lower is better" in text) == (task == "regression")
+    view = ResultsView(content)
+    assert view.score == NAMED[task][0]
+    assert words[task] in " ".join(verdict(view))
+    assert "95 % over samples" in page(content)
+
+
+def test_the_best_method_of_an_error_has_the_smallest(compared):
+    task, _, _, content = compared
+    view = ResultsView(content)
+    means = {m: view.row(m, view.score)["mean"] for m in view.methods}
+    best = (min if task == "regression" else max)(means, key=means.get)
+    most = "lowest" if task == "regression" else "highest mean"
+    assert any(sentence.startswith(f"{best} has the {most}") for sentence in verdict(view))
+
+
+def test_one_seed_is_compared_by_the_paired_bootstrap(compared):
+    task, _, _, content = compared
+    from equipoise.report.effect_sizes import effect
+
+    name = NAMED[task][0]
+    found = effect(ResultsView(content), "joint", name)
+    stored = {run["method"]: run for run in content["runs"]}
+    rows = {m: unpack_outcomes(stored[m]["resamples"][name]) for m in ("joint", "concat")}
+    difference = stored["joint"]["metrics"][name] - stored["concat"]["metrics"][name]
+    extreme = np.abs(rows["joint"] - rows["concat"] - difference) >= abs(difference)
+    assert found.p == pytest.approx((extreme.sum() + 1) / (len(extreme) + 1), abs=0.003)
+
+
+def test_a_run_is_found_again(compared):
+    _, made, out, content = compared
+    again = compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
+    assert json.dumps(again["runs"], sort_keys=True) == json.dumps(content["runs"], sort_keys=True)
+
+
+def test_diagnosis_by_a_metric(compared):
+    task, made, out, _ = compared
+    model, source = eq.load(RunSpec(made, "joint", 0).folder(out)), load_run_dataset(made, None)
+    loader = list(data.loader(source, "test", 64, seed=0, train=False))
+    name = NAMED[task][0]
+    found = eq.diagnose(model, loader, metric=name, tests=["noise", "masking", "quag", "shapley", "corruption"])
+    assert not found.skipped
+    assert found.protocol["score"] == name
+    for metric in (name, f"{name}_constant", f"{name}_noise/audio", f"{name}_mask/image", "quag/all", "area/audio"):
+        assert math.isfinite(found.metrics[metric])
+    total = sum(found.metrics[f"shapley/{one}"] for one in NAMES)
+    assert total == pytest.approx(found.metrics[name] - found.metrics[f"{name}_constant"], abs=1e-5)
+    assert found.verdicts
+    assert found.details["noise"]["intervals"][f"{name}_noise/audio"]
+
+
+def test_fingerprint_without_metrics_is_the_former_one():
+    spec = job()
+    assert "metrics" not in json.loads(spec.fingerprint())["recipe"]
+    named = replace(spec, recipe=replace(spec.recipe, metrics=["auroc"]))
+    assert named.fingerprint() != spec.fingerprint()
+
+
+def test_recipes_round_trip_and_name_wrong_metrics():
+    made = replace(recipe(), metrics=["auroc"])
+    content = {"data": {"name": "digits"}, "encoders": {}, "metrics": ["auroc"]}
+    assert recipes.recipe_from_dict(content).metrics == made.metrics
+    with pytest.raises(
+        ConfigError, match=r"recipe: metrics: expected a known metric, got 'aurok'\. Did you mean 'auroc'"
+    ):
+        recipes.recipe_from_dict({**content, "metrics": ["aurok"]})
+    with pytest.raises(ConfigError, match=r"expected metrics of a fusion, got the model 'x'\. Leave out metrics"):
+        recipes.recipe_from_dict({**content, "model": {"name": "x"}})
+
+
+def test_a_metric_of_another_task_is_named_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe: metrics: expected a metric for classification: .*, got 'rmse'"):
+        compare(replace(recipe(), metrics=["rmse"]), ["concat"], seeds=1, out=tmp_path, workers=0)
