@@ -23,6 +23,7 @@ def task_score(logits: Tensor, target: Tensor, task: str) -> Tensor:
     Regression: negative mean absolute error.
 
     Example:
+        >>> import torch
         >>> task_score(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), "classification")
         tensor(0.5000)
     """
@@ -95,6 +96,7 @@ def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
     target, which minimizes the mean absolute error.
 
     Example:
+        >>> import torch
         >>> constant_answer(torch.tensor([2, 0, 2, 1]), "classification")
         tensor([0., 0., 1.])
     """
