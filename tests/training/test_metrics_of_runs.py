@@ -12,6 +12,7 @@ from rich.console import Console
 
 import equipoise as eq
 from equipoise import data
+from equipoise.cli import run as run_command
 from equipoise.cli.results_table import show
 from equipoise.errors import ConfigError
 from equipoise.report.comparison_page import page
@@ -144,6 +145,16 @@ def test_diagnosis_by_a_metric(compared):
     assert total == pytest.approx(found.metrics[name] - found.metrics[f"{name}_constant"], abs=1e-5)
     assert found.verdicts
     assert found.details["noise"]["intervals"][f"{name}_noise/audio"]
+
+
+def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(compared, tmp_path):
+    task, made, out, _ = compared
+    folder, other = RunSpec(made, "concat", 0).folder(out), {"regression": "pearson"}.get(task, "accuracy")
+    for name, more in ((NAMED[task][0], []), (other, ["--metric", other])):
+        assert run_command(["diagnose", str(folder), "--tests", "noise", "--out", str(tmp_path / name), *more]) == 0
+        content = json.loads((tmp_path / name / "diagnosis.json").read_text())
+        assert content["protocol"]["score"] == name
+        assert f"{name}_noise/audio" in content["metrics"]
 
 
 def test_fingerprint_without_metrics_is_the_former_one():
