@@ -137,7 +137,8 @@ def noise_response(
         modality: the modality to replace; by default the one whose keys are closest to the query. Select it on
             validation data if results on test data are reported.
         noise: ``"sample"``: noise with the mean and standard deviation of the valid values of each sample, 0 and 1
-            for samples with a single value; or name -> (mean, std) of the training inputs, as in ``Dataset.noise`` or computed by ``input_statistics``.
+            for samples with a single value; or name -> (mean, std) of the training inputs, as in ``Dataset.noise`` or
+            computed by ``input_statistics``.
         seed: of the noise.
 
     Returns:
