@@ -207,7 +207,7 @@ def test_reads_batches_that_lack_a_modality_but_replaces_none_there():
     lacking = [batch(), {**batch(), "image": None}]
     assert collect_predictions(made, lacking).share[5:, :, 1].abs().max() == 0
     assert collect_predictions(made, lacking, noise=NoiseSource("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
-    message = "read 'image': expected a floating tensor in every batch.*, got NoneType. Leave out batches that lack"
+    message = "read 'image': expected a floating tensor or word ids in every batch.*, got NoneType. Leave out batches that lack"
     with pytest.raises(ShapeError, match=message):
         collect_predictions(made, lacking, noise=NoiseSource("image"))
     with pytest.raises(ShapeError, match=message.replace("read", "noise_response")):
