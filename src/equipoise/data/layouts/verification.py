@@ -64,7 +64,7 @@ def verify(
     if not report["complete"]:
         raise DataError(
             f"{who} '{folder}'", expected="a finished preparation", got="one that was interrupted",
-            fix="Run data prepare again with the same folder and options; it goes on from there.",
+            fix="Run data prepare again with the same folder and options; it continues.",
         )  # fmt: skip
     path = folder / prepared_files.CHECKSUMS
     if path.is_file() and prepared_files.hash_file(path)[0] != report["checksums"]:
