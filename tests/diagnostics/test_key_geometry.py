@@ -172,7 +172,7 @@ def test_errors():
         key_geometry(made, [])
     with pytest.raises(ShapeError, match=r"expected at least one batch, got none. .* or the loader used up"):
         key_geometry(made, iter([batch()]), replaced="image")
-    with pytest.raises(ShapeError, match=r"'image': expected a floating tensor in every batch"):
+    with pytest.raises(ShapeError, match=r"'image': expected a floating tensor or word ids in every batch"):
         key_geometry(made, [batch(), {**batch(), "image": None}], replaced="image")
     with pytest.raises(ShapeError, match=r"overlap: expected two histograms over the same bins, got \(2,\) and \(3,\)"):
         overlap([1, 2], [1, 2, 3])
