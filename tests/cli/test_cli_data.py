@@ -32,7 +32,8 @@ def test_expected_files_and_options_of_each(name, capsys):
 def test_prepared_verified_and_damaged(raw, capsys):
     assert run(["data", "prepare", "mosei", str(raw), "--task", "acc7", "--workers", "1"]) == 0
     said = capsys.readouterr().out
-    assert "train: 12 samples (published: 16,326)" in said
+    assert "train: 12 samples" in said
+    assert "published: 16,326 / 1,871 / 4,659 (train / val / test); here 12 / 4 / 6" in said
     assert "manifest: prepared/mosei/manifest.csv" in said
     assert run(["data", "prepare", "mosei", "raw", "--task", "acc7"]) == 0
     assert "22 samples were already converted" in capsys.readouterr().out

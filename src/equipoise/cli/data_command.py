@@ -162,9 +162,17 @@ def show_preparation(made: Preparation, console: Console) -> None:
 
     report = made.report
     for split, count in report["samples"].items():
-        expected = report["published"].get(split)
-        beside = f" (published: {expected:,})" if expected not in (None, count) else ""
-        say(f"{split}: {count:,} samples{beside}")
+        say(f"{split}: {count:,} samples")
+    published = report["published"]
+    found = {name: report["samples"].get(name, 0) for name in ("train", "val", "test")}
+    if "val" not in published:
+        found["train"] += found.pop("val")
+    if any(found[name] != count for name, count in published.items()):
+        counts = " / ".join(f"{count:,}" for count in published.values())
+        say(
+            f"published: {counts} ({' / '.join(published)}); here {' / '.join(f'{n:,}' for n in found.values())}",
+            "yellow",
+        )
     if made.reused:
         say(f"{made.reused:,} samples were already converted.", "dim")
     groups = report["groups"]

@@ -90,7 +90,7 @@ class Layout(ABC):
         columns: modality -> kind of its column in the manifest; see ``kind``.
         places: name -> folder or file to find.
         options: name -> option besides the split.
-        published: split -> number of samples as published.
+        published: split -> number of samples as published; without "val" where validation is taken from training.
     """
 
     name: ClassVar[str]

@@ -72,7 +72,8 @@ def _converted(
     layout: Layout, todo: Sequence[RawSample], settings: Settings, out: Path, copy: bool, workers: int
 ) -> Iterator[list[JournalEntry]]:
     chunks = [list(todo[start : start + CHUNK]) for start in range(0, len(todo), CHUNK)]
-    if min(workers, len(chunks)) <= 1:
+    workers = min(workers, len(chunks))
+    if workers <= 1:
         for chunk in chunks:
             yield convert_chunk(layout, chunk, settings, out, copy)
         return
