@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
+import os
 import pickle
 import pickletools
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -162,17 +162,23 @@ def load_restricted_pickle(path: str | Path, *, who: str = "pickle") -> Any:
     try:
         if not Path(path).is_file():
             raise DataError(who, expected="a pickle", got="no such file")
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            start, size = file.read(64), os.fstat(file.fileno()).st_size
+            if not start:
+                raise DataError(who, expected=CONTENT, got="an empty file", fix="Fetch the file again.")
+            if start.startswith(b"version https://git-lfs"):
+                raise DataError(
+                    who, expected=CONTENT, got="a pointer of Git LFS", fix="Fetch the file itself: git lfs pull."
+                )
+            file.seek(0)
+            _check_memo(file, size)
+            file.seek(0)
+            # Texts of Python 2 are bytes in any encoding; latin1 keeps them.
+            return _resolve(RestrictedUnpickler(file, encoding="latin1").load(), {})
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(who, expected="a pickle that can be read", got=error.strerror or str(error)) from error
-    if not content:
-        raise DataError(who, expected=CONTENT, got="an empty file", fix="Fetch the file again.")
-    if content.startswith(b"version https://git-lfs"):
-        raise DataError(who, expected=CONTENT, got="a pointer of Git LFS", fix="Fetch the file itself: git lfs pull.")
-    try:
-        _check_memo(content)
-        # Texts of Python 2 are bytes in any encoding; latin1 keeps them.
-        return _resolve(RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load(), {})
     except ForbiddenName as error:
         raise DataError(
             who, expected=CONTENT, got=f"one that refers to '{ascii(str(error))[1:-1][:80]}'",
@@ -204,10 +210,10 @@ def load_restricted_pickle(path: str | Path, *, who: str = "pickle") -> Any:
         ) from error  # fmt: skip
 
 
-def _check_memo(content: bytes) -> None:
+def _check_memo(file: BinaryIO, size: int) -> None:
     """Raises UnpicklingError for an index of the memo that would allocate memory out of proportion to the file."""
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > min(MOST_MEMO, len(content)):
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > min(MOST_MEMO, size):
             raise pickle.UnpicklingError(f"a memo of {argument} entries")
 
 

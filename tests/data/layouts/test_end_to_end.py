@@ -1,0 +1,73 @@
+"""From raw files to a diagnosis: each packaged recipe of a published data set trains on a prepared miniature copy."""
+
+import pytest
+import yaml
+
+from equipoise.cli import run
+from equipoise.data.layouts import verify
+from equipoise.training import method_factory, recipes
+from equipoise.training.run import load_run_dataset
+from helpers.raw_layouts import prepare_raw
+
+RECIPES = {
+    "cremad": "cremad", "cremad_resnet": "cremad", "kinetics_sounds": "kinetics_sounds", "mosei": "mosei", "mosi_multibench": "mosi",
+    "av_mnist": "av_mnist", "ucf101": "ucf101", "hmdb51": "hmdb51",
+}  # fmt: skip
+SMALL = {
+    "ViTEncoder": {"dim": 24, "depth": 1, "heads": 2}, "SequenceEncoder": {"dim": 24, "depth": 1, "heads": 2},
+    "ConvEncoder": {"dim": 24, "widths": [8, 8]}, "ResNetEncoder": {"dim": 24},
+}  # fmt: skip
+
+
+def shrink(name, manifest, path):
+    """Writes the packaged recipe with another manifest, smaller images and encoders, and one epoch."""
+    content = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
+    content["data"]["path"] = str(manifest)
+    for options in content["data"]["modalities"].values():
+        if "size" in options:
+            options["size"] = 16
+    for encoder in content["encoders"].values():
+        encoder |= SMALL[encoder["name"]]
+    content["train"] |= {"epochs": 1, "batch_size": 8, "workers": 0}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Layout -> the manifest of its prepared miniature copy."""
+    made = {}
+
+    def get(layout):
+        if layout not in made:
+            place = tmp_path_factory.mktemp(layout)
+            size = {} if layout in ("mosei", "mosi", "av_mnist") else {"size": 16}
+            prepare_raw(layout, place / "raw", place / "prepared", **size)
+            assert verify(place / "prepared").complete
+            made[layout] = place / "prepared" / "manifest.csv"
+        return made[layout]
+
+    return get
+
+
+# One step of the ResNets takes half a minute on one core.
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "cremad_resnet"])
+def test_raw_files_to_diagnosis(prepared, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    recipe = shrink(name, prepared(RECIPES[name]), tmp_path / "small.yaml")
+    assert (
+        run(["train", "--config", str(recipe), "--method", "joint+rollingq", "--out", "run", "--accelerator", "cpu"])
+        == 0
+    )
+    assert run(["diagnose", "run", "--tests", "noise,masking"]) == 0
+    assert (tmp_path / "run" / "diagnosis" / "report.html").is_file()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_of_the_recipe_fits_the_data(prepared, tmp_path, name):
+    made = recipes.load_recipe(shrink(name, prepared(RECIPES[name]), tmp_path / "small.yaml")).with_train(epochs=2)
+    data = load_run_dataset(made, None)
+    for method in [*made.methods, *made.fusions]:
+        built, _ = method_factory.build_model(method_factory.parse_method(method, made), made, data)
+        assert built.num_outputs == data.num_outputs
