@@ -322,3 +322,41 @@ def test_bad_input_is_one_clear_error(tmp_path, case):
     path = make(tmp_path)
     with pytest.raises((DataError, ConfigError), match=message):
         ManifestDataset(str(path), **{"target": "label", **options})
+
+
+def test_arrays_of_one_shape_are_neither_cropped_nor_resized(tmp_path):
+    random = np.random.default_rng(0)
+    shapes = {"spectrum": (7, 11), "flow": (5, 6, 2), "clip": (3, 4, 6, 2)}
+    expected = {"spectrum": (1, 7, 11), "flow": (2, 5, 6), "clip": (3, 2, 4, 6)}
+    values = {name: random.normal(4, 3, (30, *shape)) for name, shape in shapes.items()}
+    for name, arrays in values.items():
+        for i, array in enumerate(arrays):
+            np.save(tmp_path / f"{name}{i}.npy", array)
+    columns = {name: [f"{name}{i}.npy" for i in range(30)] for name in shapes}
+    path = table(tmp_path, **columns, x_0=[None] * 30, x_1=[None] * 30)
+    data = ManifestDataset(str(path), target="label", kinds=dict.fromkeys(shapes, "array"))
+    batch = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=False)
+    for name, shape in expected.items():
+        assert data.shapes[name] == shape
+        channels = torch.from_numpy(values[name][data.rows["train"]].reshape(len(data.train), *shapes[name])).float()
+        channels = channels[..., None] if name == "spectrum" else channels
+        dims = tuple(range(channels.ndim - 1))
+        standard = (channels - channels.mean(dim=dims)) / channels.std(dim=dims, correction=0)
+        assert torch.allclose(batch[name], standard.movedim(-1, -3), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros(3), r"numbers of shape \(height, width\).*got float64 of shape \(3,\)"),
+        (np.array([["a"]]), "got <U1 of shape"),
+        (np.full((2, 2), np.nan), "finite numbers, got NaN or infinity in 4"),
+        (np.zeros((0, 3)), r"got float64 of shape \(0, 3, 1\)"),
+    ],
+)
+def test_arrays_that_cannot_be_read(tmp_path, array, said):
+    for i in range(30):
+        np.save(tmp_path / f"{i}.npy", array)
+    path = table(tmp_path, a=[f"{i}.npy" for i in range(30)])
+    with pytest.raises(DataError, match=said):
+        ManifestDataset(str(path), target="label", kinds={"a": "array"})

@@ -39,7 +39,7 @@ def add_data_options(parser: Parser) -> None:
         parser.add_argument(option, default=None, help=text)
     parser.add_argument(
         "--kind", action="append", default=[], metavar="COLUMN=KIND",
-        help="kind of a column: audio, image, video, frames, text, vector, sequence, number, category, ignore; repeatable",
+        help="kind of a column: audio, image, video, frames, text, vector, sequence, array, number, category, ignore; repeatable",
     )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows with files that cannot be read")
 

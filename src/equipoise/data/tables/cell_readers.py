@@ -108,6 +108,27 @@ def read_numbers(cell: Cell, root: Path, who: str, *, ndim: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
+def read_channels(cell: Cell, root: Path, who: str) -> Tensor:
+    """Returns an array of an image (channel, height, width) or of frames (frame, channel, height, width).
+
+    The file contains (height, width), (height, width, channel) or (frame, height, width, channel).
+    """
+    values = load_array(cell, root, who)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim not in (3, 4) or not values.size or values.dtype.kind not in "fiub":
+        raise DataError(
+            who, expected="numbers of shape (height, width), (height, width, channel) or (frame, height, width, channel)",
+            got=f"{values.dtype} of shape {values.shape}",
+        )  # fmt: skip
+    if not np.isfinite(values).all():
+        raise DataError(
+            who, expected="finite numbers", got=f"NaN or infinity in {(~np.isfinite(values)).sum()}",
+            fix="Leave the cell empty if the modality is missing.",
+        )  # fmt: skip
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3), dtype=np.float32))
+
+
 def read_frames(cell: Cell, root: Path, who: str, *, frames: int, size: int) -> Tensor:
     """Returns (frames, 3, size, size) equally spaced frames of a video, a folder of images or an array."""
     from PIL import ImageOps

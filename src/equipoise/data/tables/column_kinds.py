@@ -15,7 +15,9 @@ from ...errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["audio", "image", "video", "frames", "text", "vector", "sequence", "number", "category", "ignore"]
+Kind = Literal[
+    "audio", "image", "video", "frames", "text", "vector", "sequence", "array", "number", "category", "ignore"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 EXTENSIONS: dict[str, tuple[str, ...]] = {

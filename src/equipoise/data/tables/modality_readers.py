@@ -17,6 +17,7 @@ from .cell_readers import (
     Cell,
     audio_rate_and_seconds,
     load_array,
+    read_channels,
     read_frames,
     read_image,
     read_numbers,
@@ -289,6 +290,19 @@ class FramesReader(FileReader):
         return read_frames(cell, self.root, who, **self.options)
 
 
+class ArrayReader(FileReader):
+    """Arrays of one shape in .npy files, such as spectrograms and optical flow, neither cropped nor resized.
+
+    (height, width), (height, width, channel) and (frame, height, width, channel) become channels first, and are
+    standardized per channel.
+    """
+
+    feature_dim = -3
+
+    def decode(self, cell: Cell, who: str) -> Tensor:
+        return read_channels(cell, self.root, who)
+
+
 class VectorReader(FileReader):
     """Vectors (feature,) from .npy files or list columns, standardized per feature."""
 
@@ -490,7 +504,7 @@ class TextReader(ModalityReader):
 
 READERS: Mapping[str, type[ModalityReader]] = {
     "audio": AudioReader, "image": ImageReader, "video": FramesReader, "frames": FramesReader, "text": TextReader,
-    "vector": VectorReader, "sequence": SequenceReader, "number": TableReader, "category": TableReader,
+    "vector": VectorReader, "sequence": SequenceReader, "array": ArrayReader, "number": TableReader, "category": TableReader,
     "table": TableReader,
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ class Manifest:
         group: column of groups that must not be in two splits, such as the speaker.
         split: column with train, val or test in each row; by default the column "split" if there is one.
         weight: column of sampling weights of training rows.
-        kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "number", "category",
+        kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "array", "number", "category",
             "ignore"), or a dict with "kind" and options of the reader; replaces what is recognized.
         modalities: name -> {"kind", "column" or "columns", options}; replaces the grouping of columns altogether.
         task: "classification", "multilabel" or "regression"; by default recognized from the target.
