@@ -1,10 +1,13 @@
 """From raw files to a diagnosis: each packaged recipe of a published data set trains on a prepared miniature copy."""
 
 import pytest
+import torch
 import yaml
 
 from equipoise.cli import run
+from equipoise.data import loader, ood_split
 from equipoise.data.layouts import verify
+from equipoise.errors import DataError
 from equipoise.training import method_factory, recipes
 from equipoise.training.run import load_run_dataset
 from helpers.raw_layouts import prepare_raw
@@ -23,6 +26,8 @@ def shrink(name, manifest, path):
     """Writes the packaged recipe with another manifest, smaller images and encoders, and one epoch."""
     content = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
     content["data"]["path"] = str(manifest)
+    if "ood" in content["data"]:
+        content["data"]["ood"] = str(manifest.with_name("ood.csv"))
     for options in content["data"]["modalities"].values():
         if "size" in options:
             options["size"] = 16
@@ -42,7 +47,8 @@ def prepared(tmp_path_factory):
         if layout not in made:
             place = tmp_path_factory.mktemp(layout)
             size = {} if layout in ("mosei", "mosi", "av_mnist") else {"size": 16}
-            prepare_raw(layout, place / "raw", place / "prepared", **size)
+            unknown = {"ood": "far"} if layout == "hmdb51" else {}
+            prepare_raw(layout, place / "raw", place / "prepared", **size, **unknown)
             assert verify(place / "prepared").complete
             made[layout] = place / "prepared" / "manifest.csv"
         return made[layout]
@@ -71,3 +77,26 @@ def test_every_method_of_the_recipe_fits_the_data(prepared, tmp_path, name):
     for method in [*made.methods, *made.fusions]:
         built, _ = method_factory.build_model(method_factory.parse_method(method, made), made, data)
         assert built.num_outputs == data.num_outputs
+
+
+def test_unknown_classes_are_the_near_ood_split(prepared, tmp_path):
+    data = load_run_dataset(recipes.load_recipe(shrink("hmdb51", prepared("hmdb51"), tmp_path / "small.yaml")), None)
+    unknown = ood_split(data, "near")
+    (batch,) = loader(unknown, "test", 64, seed=0, train=False)
+    assert len(batch["target"]) == 5
+    assert set(batch["target"].tolist()) == {-1}
+    known = next(iter(loader(data, "test", 64, seed=0, train=False)))
+    assert batch["rgb"].shape[1:] == known["rgb"].shape[1:]
+    # Source 4 is of the test split, in the same pixels for each of the classes of a raw copy.
+    assert torch.equal(batch["flow"][4], known["flow"][0])
+
+
+def test_unknown_samples_need_the_same_columns(prepared, tmp_path):
+    (tmp_path / "ood.csv").write_text("rgb,label\nx.npy,3\n")
+    made = recipes.load_recipe(shrink("hmdb51", prepared("hmdb51"), tmp_path / "small.yaml"))
+    made.data["ood"] = str(tmp_path / "ood.csv")
+    with pytest.raises(DataError, match=r"ood.csv': expected a column 'flow', as in the training data, got none"):
+        load_run_dataset(made, None)
+    made.data["ood"] = str(tmp_path / "none.csv")
+    with pytest.raises(DataError, match=r"none.csv': expected an existing file"):
+        load_run_dataset(made, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from ..counter_rng import CounterRNG
 from ..dataset import Dataset, Split
 from ..tables.modality_readers import make_reader
 from ..tables.table_manifest import Manifest
+from ..tables.table_reading import read_table
+
+if TYPE_CHECKING:
+    import datasets
 
 LISTED = 5
 """Unreadable files that an error lists."""
@@ -46,6 +50,7 @@ class ManifestDataset(Dataset):
         seed: seed of the assignment to splits.
         skip: rows to leave out, such as those with damaged files; see ``check``.
         checksum: digest of the table that a trained model had; another table is refused.
+        ood: table with the same columns of inputs, whose rows are samples of unknown classes; see ``ood_split``.
 
     Raises:
         DataError: as ``Manifest``; a table that has changed since training.
@@ -57,6 +62,7 @@ class ManifestDataset(Dataset):
         weight: str | None = None, kinds: dict[str, Any] | None = None, modalities: dict[str, Any] | None = None,
         task: Literal["classification", "multilabel", "regression"] | None = None, root: str | None = None,
         folds: int = 5, fold: str | int = 0, seed: int = 0, skip: list[int] | None = None, checksum: str | None = None,
+        ood: str | None = None,
     ) -> None:  # fmt: skip
         if not str(fold).isdecimal():
             raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = {fold!r}")
@@ -84,8 +90,9 @@ class ManifestDataset(Dataset):
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
         weights = self.manifest.weights()
         self.sampling_weights = None if weights is None else weights[torch.from_numpy(self.rows["train"])]
+        table = self.manifest.table if ood is None else self._with_unknown(ood)
         self.readers = {
-            name: make_reader(name, modality, self.manifest.table, self.manifest.root)
+            name: make_reader(name, modality, table, self.manifest.root)
             for name, modality in self.manifest.modalities.items()
         }
         self.options: dict[str, dict[str, Any]] = {}
@@ -94,6 +101,26 @@ class ManifestDataset(Dataset):
             self.options[name] = {**modality.to_dict(), **reader.fit(self.rows["train"])}
         self.noise = dict.fromkeys(self.names, (0.0, 1.0))
         self.vocabulary = {name: one.vocabulary for name, one in self.readers.items() if one.vocabulary is not None}
+
+    def _with_unknown(self, path: str) -> datasets.Dataset:
+        """Returns the table with the rows of another one appended, which become ``near_ood``."""
+        import datasets
+
+        known, other = self.manifest.table, read_table(path)
+        columns = [name for one in self.manifest.modalities.values() for name in one.columns]
+        columns += [str(one.options["times"]) for one in self.manifest.modalities.values() if "times" in one.options]
+        for name in columns:
+            if name not in other.column_names:
+                raise DataError(f"table '{path}'", expected=f"a column '{name}', as in the training data", got="none")
+        rows = np.arange(len(known), len(known) + len(other))
+        self.near_ood = RowSplit({}, torch.full((len(rows),), -1), rows=rows)
+        try:
+            return datasets.concatenate_datasets([known.select_columns(columns), other.select_columns(columns)])
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"table '{path}'", expected="columns of the same types as in the training data",
+                got=" ".join(str(error).split())[:160].rstrip("."),
+            ) from error  # fmt: skip
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
