@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from equipoise.cli import run
-from equipoise.data import loader, ood_split
-from equipoise.data.layouts import verify
+from equipoise.data import Manifest, loader, ood_split
+from equipoise.data.layouts import find_layout, verify
 from equipoise.errors import DataError
 from equipoise.training import method_factory, recipes
 from equipoise.training.run import load_run_dataset
@@ -100,3 +100,10 @@ def test_unknown_samples_need_the_same_columns(prepared, tmp_path):
     made.data["ood"] = str(tmp_path / "none.csv")
     with pytest.raises(DataError, match=r"none.csv': expected an existing file"):
         load_run_dataset(made, None)
+
+
+def test_columns_are_recognized_without_a_recipe_and_none_repeats_the_target(prepared):
+    options = {"target": "target", "group": "group"}
+    for layout in ("cremad", "mosei"):
+        found = Manifest(prepared(layout), **options)
+        assert set(found.modalities) == set(find_layout(layout).columns)

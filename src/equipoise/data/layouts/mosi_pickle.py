@@ -23,8 +23,6 @@ class MOSIPickle(SentimentPickle):
         ),
     }  # fmt: skip
     options = {  # noqa: RUF012
-        "task": Option(
-            "regression", tuple(TASKS), "what the target is; with classes, the score stays in a column of its own"
-        ),
+        "task": Option("regression", tuple(TASKS), "what the target is: classes of the score, or the score"),
     }
     published = {"train": 1284, "val": 229, "test": 686}  # noqa: RUF012

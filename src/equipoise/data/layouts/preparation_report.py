@@ -31,23 +31,23 @@ def write_outputs(
         entry = entries[sample.id]
         if not entry.dropped:
             fixed = {
-                "id": sample.id, "split": sample.split, "group": sample.group, "label": sample.label,
-                "target": _plain(sample.target),
+                "id": sample.id, "split": sample.split, "group": sample.group, "target": _plain(sample.target)
             }  # fmt: skip
+            # The manifest has no second form of the target, which could be taken for an input.
+            fixed |= {"label": sample.label} if sample.split == "ood" else {}
             rows.append({**fixed, **entry.cells, **sample.extra})
     known = [row for row in rows if row["split"] != "ood"]
     if not known:
         raise no_samples(raw, all_dropped, who)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    columns = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
     tables = {prepared_files.MANIFEST: known}
     if len(known) < len(rows):
         tables[prepared_files.OOD] = [row for row in rows if row["split"] == "ood"]
     files = {name: value for entry in entries.values() for name, (value, _) in entry.files.items()}
     for name, part in tables.items():
-        prepared_files.write_table(out / name, columns, part)
+        prepared_files.write_table(out / name, _columns(part), part)
         files[name] = prepared_files.hash_file(out / name)[0]
     prepared_files.write_checksums(out / prepared_files.CHECKSUMS, files)
+    columns = _columns(known)
     counts = dict(Counter(row["split"] for row in rows))
     report = {
         "schema": prepared_files.SCHEMA, "layout": layout.name, "complete": True, "choice": choice,
@@ -64,6 +64,12 @@ def write_outputs(
     with open_atomic(out / prepared_files.JOURNAL) as file:
         file.write("".join(entries[sample.id].line() for sample in samples).encode("utf-8", "backslashreplace"))
     return report
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the columns with a value in any row."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
 
 
 def _groups(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

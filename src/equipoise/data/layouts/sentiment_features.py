@@ -57,7 +57,7 @@ class SentimentPickle(Layout):
     groups = "source video"
     columns = dict.fromkeys(MODALITIES, "sequence")
     options = {  # noqa: RUF012
-        "task": Option("acc3", tuple(TASKS), "what the target is; the score itself stays in a column of its own"),
+        "task": Option("acc3", tuple(TASKS), "what the target is: classes of the score, or the score"),
     }
 
     def scan(self, settings: Settings) -> Scan:
@@ -80,9 +80,7 @@ class SentimentPickle(Layout):
                 if target is None:
                     dropped[identity] = f"label of '{identity}': expected a score other than 0 for acc2_non0, got 0."
                     continue
-                extra = {"score": float(score)} if names else {}
-                if part["transcript"]:
-                    extra["transcript"] = part["transcript"][row]
+                extra = {"transcript": part["transcript"][row]} if part["transcript"] else {}
                 files = {"pickle": [str(path)]}
                 rows = {
                     "row": row,
