@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -60,10 +61,15 @@ class ResumableBatchSampler(DistributedSampler):
         self._rank, self._world = rank, world
         self.steps_per_batch, self.group, self.weights = steps_per_batch, group, weights
         self.epoch = 0
+        self._resume: tuple[int, int] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
         self.epoch = epoch
+
+    def resume_at(self, epoch: int, batches: int) -> None:
+        """Skips the first batches of one epoch, which an interrupted run has already used."""
+        self._resume = epoch, batches
 
     def rank_and_world(self) -> tuple[int, int]:
         """Returns (rank, world size) of this process."""
@@ -72,6 +78,10 @@ class ResumableBatchSampler(DistributedSampler):
         return rank_and_world()
 
     def __iter__(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
+        skipped = self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
+        yield from itertools.islice(self._all(), skipped, None)
+
+    def _all(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
         rank, world = self.rank_and_world()
         order = torch.arange(self.size)
         if self.shuffle:

@@ -128,3 +128,11 @@ def _check_finite(who: str, name: str, weight: Tensor) -> None:
             who, expected="finite weights", got=f"NaN or infinity in '{name}'",
             fix="Train again in a new folder, with a lower train.learning_rate if the training itself diverged.",
         )  # fmt: skip
+
+
+def next_batch(path: Path) -> tuple[int, int]:
+    """Returns the epoch in which a checkpoint continues, and the number of its batches that are already used."""
+    loop = read_state_dict(path)["loops"]["fit_loop"]
+    epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]["current"]
+    unfinished = epoch["ready"] > epoch["processed"]
+    return int(epoch["processed"]), int(batch["ready"]) if unfinished else 0

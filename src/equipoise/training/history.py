@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from .. import data
 from ..balance import Balancer, ProgressiveRollingQ, RollingQ
@@ -46,6 +48,15 @@ class HistoryCallback(pl.Callback):
         self._rolling = [*(b for b in balancers if isinstance(b, RollingQ)), *staged]
         self._progress = progress
         self._started = 0.0
+        self._rng: Tensor | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._rng is not None:
+            # In a resumed epoch, dropout continues with the random numbers that would have come next.
+            torch.set_rng_state(self._rng)
+            self._rng = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -85,11 +96,12 @@ class HistoryCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         # Stored as JSON text, which loads with weights_only=True.
         notes = {"history": self.history, "seconds": self.seconds, "keys_before": self.keys_before}
-        return {"fingerprint": self.fingerprint, "notes": json.dumps(notes)}
+        return {"fingerprint": self.fingerprint, "notes": json.dumps(notes), "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         notes = json.loads(state_dict["notes"])
         self.history, self.seconds, self.keys_before = notes["history"], notes["seconds"], notes["keys_before"]
+        self._rng = state_dict.get("rng")
 
 
 class RunHistory(pl.Callback):

@@ -35,7 +35,7 @@ from ..models.self_contained import SelfContainedModel
 from ..registry import instantiate
 from ..results.result_rows import RunResult
 from . import method_factory, recipes
-from .checkpoint import AtomicCheckpointIO, check_state, load_weights, read_state_dict, save_weights
+from .checkpoint import AtomicCheckpointIO, check_state, load_weights, next_batch, read_state_dict, save_weights
 from .history import HistoryCallback, Progress, RunHistory
 from .loss_module import BalancedTraining, SelfContainedTraining
 from .recipes import Recipe
@@ -47,7 +47,7 @@ CODE = "python"
 """Name of the data set of a recipe whose data a Python file makes; "source" names the function."""
 
 ADVICE = (
-    "does not have many workers", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
+    "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
 )  # fmt: skip
 """Lightning warnings to suppress: advice on user-defined loaders and loggers."""
 
@@ -191,6 +191,10 @@ def _fit(
     checkpoint = is_resumable(folder, job)
     if checkpoint is not None:
         check_state(training, Path(checkpoint))
+        epoch, batches = next_batch(Path(checkpoint))
+        # Worker processes start to read before Lightning sets the epoch.
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        train.sampler.resume_at(epoch, batches)  # type: ignore[attr-defined]
     try:
         trainer.fit(training, train, val, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as exit_:

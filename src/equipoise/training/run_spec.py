@@ -38,7 +38,8 @@ class RunSpec:
         content["data"].pop("root", None)
         if content["data"].get("checksum"):
             content["data"].pop("path")
-        content["train"].pop("workers")
+        for name in ("workers", "checkpoint_steps"):
+            content["train"].pop(name)
         if not content["metrics"]:
             # Keep fingerprints compatible with runs made before `metrics` existed.
             content.pop("metrics")

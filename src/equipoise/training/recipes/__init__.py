@@ -41,6 +41,7 @@ LIMITS: dict[str, tuple[type, str, Callable[[Any], bool]]] = {
     "momentum": (float, "0 <= momentum < 1", lambda value: 0 <= value < 1),
     "clip": (float, "clip > 0, or None", lambda value: value > 0),
     "accumulate": (int, "accumulate >= 1", lambda value: 1 <= value <= MOST),
+    "checkpoint_steps": (int, "checkpoint_steps >= 1, or None", lambda value: 1 <= value <= MOST),
     "workers": (int, "0 <= workers <= 1024", lambda value: 0 <= value <= 1024),
 }
 """Training option -> its type, the expected values in words, and a check."""
@@ -64,6 +65,8 @@ class TrainOptions:
         unimodal: unimodal heads: ``"probe"`` (detached from the encoders), ``"train"`` (their losses train the
             encoders), ``"ensemble"`` (their logits are also added to the fused ones), or ``"none"``.
         workers: processes that read training batches in advance; the result does not depend on it.
+        checkpoint_steps: also save a checkpoint every so many optimizer steps, from which training resumes in the middle
+            of an epoch; None saves after every epoch only.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or unknown.
@@ -85,6 +88,7 @@ class TrainOptions:
     precision: str = "32-true"
     unimodal: Literal["probe", "train", "ensemble", "none"] = "probe"
     workers: int = 0
+    checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -93,7 +97,7 @@ class TrainOptions:
                 raise unknown_name("train", name, shorten_repr(value), known)
         for name, (kind, expected, holds) in LIMITS.items():
             value = getattr(self, name)
-            if value is None and name == "clip":
+            if value is None and name in ("clip", "checkpoint_steps"):
                 continue
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
             if not number or not holds(value):
