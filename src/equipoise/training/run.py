@@ -47,7 +47,8 @@ CODE = "python"
 """Name of the data set of a recipe whose data a Python file makes; "source" names the function."""
 
 ADVICE = (
-    "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory", "tensorboardX", "LeafSpec",
+    "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory",
+    "tensorboardX", "LeafSpec",
 )  # fmt: skip
 """Lightning warnings to suppress: advice on user-defined loaders and loggers."""
 
