@@ -69,7 +69,8 @@ def dataset_from_code(source: str, fold: str | None = None) -> Dataset:
         return made
     parts = [made.get(key) for key in ("train", "val", "test")] if isinstance(made, Mapping) else made
     if isinstance(parts, (tuple, list)) and len(parts) == 3 and all(hasattr(one, "__getitem__") for one in parts):
-        return MapDataset(*parts)
+        train, val, test = parts
+        return MapDataset(train, val, test)  # type: ignore[arg-type]
     raise DataError(
         f"--data '{source}'", expected="a Dataset, or three map-style data sets: train, val, test",
         got=type(made).__name__,

@@ -157,7 +157,7 @@ def _video(file: Path | bytes, who: str) -> tuple[Callable[[int], Any], int]:
     if isinstance(file, Path) and not file.is_file():
         raise DataError(who, expected="a video", got=f"no file '{file}'")
     try:
-        from torchcodec.decoders import VideoDecoder
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
     except (ImportError, RuntimeError, OSError) as error:
         raise DataError(
             who, expected="torchcodec with FFmpeg, which decodes videos", got="none on this computer",

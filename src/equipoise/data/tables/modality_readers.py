@@ -370,7 +370,7 @@ class TableReader(ModalityReader):
         for column in self.modality.columns:
             if column in self._numbers:
                 continue
-            cells = self.table.select(rows.tolist()).with_format("arrow")[:].column(column)
+            cells = self.table.data.column(column).take(rows)
             values = sorted({str(cell) for cell in cells.unique().to_pylist() if cell is not None})
             if len(values) > self.MOST_VALUES:
                 raise ConfigError(

@@ -171,7 +171,7 @@ def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
-    cells = table.with_format("arrow")[:].column(column)
+    cells = table.data.column(column)
     try:
         return np.asarray(cells.cast("float64").to_numpy(), dtype=np.float64)
     except (ValueError, NotImplementedError) as error:
@@ -216,12 +216,9 @@ def _read_target(
 
 
 def _require_complete(table: datasets.Dataset, columns: Sequence[str]) -> None:
-    import pyarrow.compute as pc
-
-    data = table.select_columns(list(columns)).with_format("arrow")[:]
     for column in columns:
-        cells = data.column(column)
-        empty = pc.is_null(cells, nan_is_null=True).to_numpy()
+        cells = table.data.column(column)
+        empty = cells.is_null(nan_is_null=True).to_numpy()
         if empty.any():
             raise DataError(
                 f"target '{column}'", expected="a value in every row",

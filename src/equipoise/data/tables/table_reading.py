@@ -51,7 +51,8 @@ def read_table(source: str | Path | datasets.Dataset | datasets.DatasetDict | pa
         )  # fmt: skip
     if not len(table):
         raise DataError(_who(source), expected="at least one row", got="none")
-    return table
+    # Columns are also read from the Arrow table, which has the order of the rows only without an index mapping.
+    return table.flatten_indices() if table._indices is not None else table
 
 
 def _who(source: Any) -> str:
@@ -81,6 +82,7 @@ def _read_path(source: str | Path) -> datasets.Dataset:
 def _read_file(path: Path, suffix: str, who: str) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
+    from datasets.exceptions import DatasetsError
 
     if not path.stat().st_size:
         raise DataError(who, expected="a table with a header", got="an empty file")
@@ -101,7 +103,7 @@ def _read_file(path: Path, suffix: str, who: str) -> datasets.Dataset:
         import pyarrow.json as pj
 
         return datasets.Dataset(pj.read_json(path))
-    except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError, UnicodeError) as error:
+    except (pa.ArrowException, DatasetsError, ValueError, UnicodeError) as error:
         if isinstance(error, DataError):
             raise
         got = " ".join(str(error).split())[:200] or type(error).__name__
