@@ -43,3 +43,22 @@ class DecoderLayer(nn.Module):
     def forward(self, tokens, memory):
         tokens = tokens + self.cross(self.norm(tokens), memory)
         return tokens + self.mlp(tokens)
+
+
+class TimmAttention(nn.Module):
+    """Attention as in timm: one projection to queries, keys and values, with optional norms of queries and keys."""
+
+    def __init__(self, dim, num_heads, *, qk_norm=False, qkv_bias=True):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None):
+        batch, count, width = x.shape
+        qkv = self.qkv(x).reshape(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=attn_mask)
+        return self.proj(x.transpose(1, 2).reshape(batch, count, width))

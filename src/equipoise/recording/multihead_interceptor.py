@@ -89,7 +89,8 @@ def _packs(encoder: nn.TransformerEncoder, ran: _Ran) -> Callable[..., Any]:
 
     def packs(inner: Callable[..., Any], src: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not src.is_nested and src.ndim == 3:
-            ran.lengths.update({id(layer): src.shape[1] for layer in encoder.layers})
+            parts = (part for layer in encoder.layers for part in (layer, layer.self_attn))
+            ran.lengths.update({id(part): src.shape[1] for part in parts})
         try:
             return _stands_aside(inner, src, *args, **kwargs)
         finally:
@@ -105,8 +106,14 @@ def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran)
         ran.calls += 1
         given = signature.bind(layer, *args, **kwargs).arguments
         if any(given[name].is_nested for name in ("query", "key", "value")):
-            session.report_unobservable(layer, NESTED)
-            return _stands_aside(inner, *args, **kwargs)
+            if not given["query"] is given["key"] is given["value"]:
+                session.report_unobservable(layer, NESTED)
+                return _stands_aside(inner, *args, **kwargs)
+            # Hooks on the layer keep an encoder from its own fast path, but not from packing padded tokens.
+            src, padding = _padded(given["query"], ran.lengths.get(id(layer)))
+            call = project_heads(HeadProjection.of(layer), src, src, src, padding=padding)
+            call = replace(call, sources=(src, src))
+            return session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         call = project_heads(
             HeadProjection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
             padding=given.get("key_padding_mask"), mask=given.get("attn_mask"),
@@ -148,10 +155,7 @@ def _show_fast(
 ) -> None:  # fmt: skip
     """Padded tokens may arrive packed, without a mask; ``length`` is what they were before."""
     if src.is_nested:
-        lengths = torch.tensor([len(part) for part in src.unbind()], device=src.device)
-        whole = None if length is None else (len(lengths), length, src.size(2))
-        src = src.to_padded_tensor(0.0, output_size=whole)
-        src_key_padding_mask = torch.arange(src.shape[1], device=src.device) >= lengths[:, None]
+        src, src_key_padding_mask = _padded(src, length)
     attention = layer.self_attn
     tokens, given = layer.norm1(src) if layer.norm_first else src, src
     call = project_heads(
@@ -161,3 +165,11 @@ def _show_fast(
     batch_dim = 0 if attention.batch_first else 1
     call = replace(call, sources=(given, given), batch_dim=batch_dim)
     session.intercept(call, attention, "multihead, fast path", lambda: (output, None))
+
+
+def _padded(src: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    """A nested tensor as (batch, token, dim), padded to ``length`` tokens, and its padding mask."""
+    lengths = torch.tensor([len(part) for part in src.unbind()], device=src.device)
+    whole = None if length is None else (len(lengths), length, src.size(2))
+    src = src.to_padded_tensor(0.0, output_size=whole)
+    return src, torch.arange(src.shape[1], device=src.device) >= lengths[:, None]

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
 from ..common.pending_state import recomputing
+from .attention_modules import find_rotation_target
 from .compile_disabled import CompileDisabled
 from .query_key_statistics import Indicator, RunningSums, key_mask, query_key_sums
 from .query_rotation import Rotation
 from .rolling_step import RollingStep, rolling_query
 from .rollingq_options import check_options
-from .rotation_target import AttentionRotationTarget, ProjectionRotationTarget, find_rotation_target
+from .rotation_target import AttentionRotationTarget, ForeignTarget
 from .share_weights import weights_for_share
 
 
@@ -36,8 +37,9 @@ class RollingQ(Rotation):
     ``unexpected_keys``.
 
     Args:
-        layer: an ``Attention`` layer of this library (``model.fusion.attention``), or any module, together with
-            ``query``, ``key`` and ``num_heads``.
+        layer: an ``Attention`` layer of this library (``model.fusion.attention``), or any module that contains one
+            attention: ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, attention of timm, or of Hugging Face.
+            Set the labels of its keys with ``layout``. Other projections are named by ``query``, ``key``, ``num_heads``.
         rho: strength; see ``rolling_query``. Tune over 0, 0.5, 1, 2, 5 on validation data.
         beta: minimum difference of the modalities' indicators for a rotation; for cosines in [0, 2]. Tune over 0, 0.1,
             0.2, 0.4.
@@ -48,7 +50,8 @@ class RollingQ(Rotation):
         statistics: ``"tail"`` accumulates them in training; ``"full_pass"`` takes those of the last call of ``measure``
             before ``end_epoch``.
         indicator: similarity that is balanced; see ``query_key_sums``.
-        query_rows: ``"first"`` rotates the first query row (the class token), ``"all"`` every row.
+        query_rows: ``"first"`` rotates the first query row (the class token), ``"all"`` every row. By default
+            ``"first"``, and ``"all"`` for attention that was found in a module of another library.
         heads: ``"per_head"`` rotates each head in its own space, ``"joint"`` all heads together in the model's width.
         rotation: ``"minimal"``, or ``"svd"`` as in the released code, for comparison.
         target_share: name -> target share of attention for two modalities; determines the anchor's weights instead of
@@ -56,9 +59,14 @@ class RollingQ(Rotation):
         names: the modalities, if the layer has no names.
         query, key, num_heads: for modules of other libraries: names of the projections (torch.nn.Linear) and the
             number of heads.
+        module: dotted name of the attention module in ``layer``, if it contains several.
+
+    Where rotary positions or norms change the queries behind their projection, the rotation is applied behind them, at
+    the attention, and cannot be merged.
 
     Raises:
-        ConfigError: a layer without names, an option out of range, a second RollingQ on one layer.
+        ConfigError: a layer without names, an option out of range, a second RollingQ on one layer; none or several
+            attention modules; a projection whose order of queries and keys is unknown.
 
     Reference: RollingQ (ICML 2025), Algorithm 1.
     Differs from the paper in: the minimal rotation, running statistics, any number of modalities and heads; the
@@ -88,7 +96,7 @@ class RollingQ(Rotation):
         tail: int | None = 16,
         statistics: Literal["tail", "full_pass"] = "tail",
         indicator: Indicator = "cosine",
-        query_rows: Literal["first", "all"] = "first",
+        query_rows: Literal["first", "all"] | None = None,
         heads: Literal["per_head", "joint"] = "per_head",
         rotation: Literal["minimal", "svd"] = "minimal",
         target_share: Mapping[str, float] | None = None,
@@ -96,12 +104,12 @@ class RollingQ(Rotation):
         query: str | None = None,
         key: str | None = None,
         num_heads: int | None = None,
+        module: str | None = None,
     ) -> None:
-        target = find_rotation_target(layer, query, key, num_heads, names)
+        target = find_rotation_target(layer, query, key, num_heads, names, module)
+        query_rows = target.default_rows if query_rows is None else query_rows
         groups, width = (target.heads, target.head_dim) if heads == "per_head" else (1, target.heads * target.head_dim)
-        super().__init__(
-            groups, width, target.names, first_row_only=query_rows == "first", like=target.projection.weight
-        )
+        super().__init__(groups, width, target.names, first_row_only=query_rows == "first", like=target.weight)
         self.rho, self.beta, self.max_rotations = rho, beta, max_rotations
         self.warmup_epochs, self.min_epochs_between = warmup_epochs, min_epochs_between
         self.statistics, self.query_rows, self.heads = statistics, query_rows, heads
@@ -109,6 +117,7 @@ class RollingQ(Rotation):
         self.method: Literal["minimal", "svd"] = rotation
         self.target_share = dict(target_share) if target_share else None
         check_options(self, tail)
+        target.check_rows(self.query_rows)
         if width < 2:
             raise ConfigError(
                 "RollingQ",
@@ -119,9 +128,13 @@ class RollingQ(Rotation):
         self._target = target
         self._sums = RunningSums(groups, target.names, width, None if statistics == "full_pass" else tail)
         self._measuring, self._frozen = False, False
+        target.observing = self._observing
         # Not compiled: the changing cursor would trigger a recompilation at each step.
         self._handles: list[Any] = target.register_hooks(self.rotate, CompileDisabled(self._accumulate))
         self._handles.append(self._target.projection.register_load_state_dict_pre_hook(self._on_load))
+        if isinstance(target, ForeignTarget):
+            # Pretrained models are created in evaluation mode, where no statistics are collected.
+            self.train(target.host_module.training)
         target.host_module.add_module("rolling", self)
 
     def due(self) -> bool:
@@ -178,7 +191,7 @@ class RollingQ(Rotation):
 
     def layout(self, modality: Tensor, mask: Tensor | None = None) -> None:
         """Sets the labels (key,) or (batch, key) and the key mask of the next forward passes of an external module."""
-        if not isinstance(self._target, ProjectionRotationTarget):
+        if not isinstance(self._target, ForeignTarget):
             raise ConfigError(
                 "RollingQ.layout", expected="a RollingQ on an external module", got="one on an Attention layer"
             )
@@ -205,6 +218,8 @@ class RollingQ(Rotation):
 
     def check_foldable(self) -> None:
         """Raises ConfigError if ``fold`` would change the output of the layer."""
+        if self.rotates():
+            self._target.check_mergeable()
         if self.query_rows == "first" and self.rotates() and not self._target.only_first_row():
             raise ConfigError(
                 "fold",
@@ -213,10 +228,14 @@ class RollingQ(Rotation):
                 fix='Train with RollingQ(query_rows="all"), or keep the RollingQ in place for inference.',
             )
 
-    def _accumulate(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
+    def _observing(self) -> bool:
+        """Returns whether the statistics of this forward pass are collected."""
         # Skip recomputations of activation checkpointing, whose batch was counted in the first pass.
         active = self._measuring or (self.training and self.statistics == "tail" and not recomputing())
-        if self._frozen or not active:
+        return active and not self._frozen
+
+    def _accumulate(self, query: Tensor, key: Tensor, modality: Tensor | None, mask: Tensor | None) -> None:
+        if not self._observing():
             return
         if modality is None or modality.shape[-1] != key.shape[2]:
             got = "no labels" if modality is None else f"{modality.shape[-1]} labels for {key.shape[2]} keys"

@@ -1,4 +1,4 @@
-"""Layers that RollingQ can rotate: an ``Attention`` layer, or a named query projection of any module."""
+"""Layers that RollingQ can rotate: an ``Attention`` layer, or the query projection of any module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,17 @@ class RotationTarget(ABC):
     names: tuple[str, ...]
     heads: int
     head_dim: int
-    projection: nn.Linear
+    projection: nn.Module
+    """The module with the query weights; they are read from a state dict together with the rotation."""
     host_module: nn.Module
+    default_rows: Literal["first", "all"] = "first"
+    observing: Callable[[], bool]
+    """Whether statistics are collected in this forward pass; set by RollingQ."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The query weight, whose device and type the rotation has."""
+        return self.projection.weight  # type: ignore[return-value]
 
     @abstractmethod
     def register_hooks(self, rotate: Rotate, observe: Observe) -> list[Any]:
@@ -35,16 +44,54 @@ class RotationTarget(ABC):
     def only_first_row(self) -> bool:
         """Returns whether only the first query row is used."""
 
+    def check_rows(self, query_rows: str) -> None:  # noqa: B027
+        """Raises ConfigError if the target cannot rotate these query rows."""
+
+    def check_mergeable(self) -> None:  # noqa: B027
+        """Raises ConfigError if the rotation cannot be merged into the weights."""
+
     def merge(self, rotation: Tensor) -> None:
         """W <- R^T W, b <- b R, for (head, dim, dim) rotations, or one over all heads together."""
-        # Move to CPU first: some devices (MPS) have no float64.
-        linear, blocks = self.projection, rotation.detach().cpu().double()
+        merge_into_outputs(self.projection, slice(None), rotation)
+
+
+class ForeignTarget(RotationTarget):
+    """Attention of another library, whose key labels the user sets with ``RollingQ.layout``."""
+
+    labels: Tensor | None = None
+    valid: Tensor | None = None
+
+    def only_first_row(self) -> bool:
+        return False
+
+
+def merge_into_outputs(linear: nn.Module, outputs: slice | Tensor, rotation: Tensor) -> None:
+    """Rotates the selected outputs of a linear layer: W <- R^T W, b <- b R on those rows, for each block of R.
+
+    An adapter of LoRA adds to the outputs of its base layer, so both are rotated.
+    """
+    for part, transposed in _summands(linear):
         with torch.no_grad():
-            weight = linear.weight.cpu().double().unflatten(0, (len(blocks), -1))
-            linear.weight.copy_((blocks.mT @ weight).flatten(0, 1).to(linear.weight.dtype))
-            if linear.bias is not None:
-                bias = linear.bias.cpu().double().unflatten(0, (len(blocks), 1, -1))
-                linear.bias.copy_((bias @ blocks).flatten().to(linear.bias.dtype))
+            weight = part.weight.T if transposed else part.weight
+            weight[outputs] = rotated_rows(weight[outputs], rotation)
+            if part.bias is not None:
+                part.bias[outputs] = rotated_rows(part.bias[outputs][:, None], rotation)[:, 0]
+
+
+def rotated_rows(rows: Tensor, rotation: Tensor) -> Tensor:
+    """Returns R^T W for the rows of a weight, in blocks; computed in float64."""
+    # Move to CPU first: some devices (MPS) have no float64.
+    blocks = rotation.detach().cpu().double()
+    result = blocks.mT @ rows.detach().cpu().double().unflatten(0, (len(blocks), -1))
+    return result.flatten(0, 1).to(rows.device, rows.dtype)
+
+
+def _summands(linear: nn.Module) -> list[tuple[Any, bool]]:
+    """The linear layers whose outputs are added, and whether their weight is (in, out), as in Hugging Face's Conv1D."""
+    base = getattr(linear, "base_layer", None)
+    if isinstance(base, nn.Module):
+        return [*_summands(base), *((part, False) for part in getattr(linear, "lora_B", nn.ModuleDict()).values())]
+    return [(linear, type(linear).__name__ == "Conv1D")]
 
 
 class AttentionRotationTarget(RotationTarget):
@@ -78,39 +125,35 @@ class AttentionRotationTarget(RotationTarget):
         return (query, key, value), kwargs
 
 
-class ProjectionRotationTarget(RotationTarget):
+class ProjectionRotationTarget(ForeignTarget):
     """A query projection in a module of another library; the user sets its key labels with ``RollingQ.layout``."""
 
     def __init__(
         self, module: nn.Module, query: str, key: str, num_heads: int | None, names: Sequence[str] | None
     ) -> None:
         self.projection = self.host_module = _linear(module, query)
-        self.key = _linear(module, key)
-        if not num_heads or self.projection.out_features % num_heads:
+        self.key, width = _linear(module, key), out_features(self.projection)
+        if not num_heads or width % num_heads:
             raise ConfigError(
                 "RollingQ",
                 got=f"num_heads = {num_heads}",
-                expected=f"num_heads that divides the width {self.projection.out_features} of '{query}'",
+                expected=f"num_heads that divides the width {width} of '{query}'",
             )
         self.names, self.heads = tuple(names or ()), num_heads
-        self.head_dim = self.projection.out_features // num_heads
-        if self.key.out_features % self.head_dim or num_heads % (self.key.out_features // self.head_dim):
+        self.head_dim = width // num_heads
+        key_width = out_features(self.key)
+        if key_width % self.head_dim or num_heads % (key_width // self.head_dim):
             raise ConfigError(
                 "RollingQ",
-                got=f"width {self.key.out_features}",
+                got=f"width {key_width}",
                 expected=f"'{key}' of a width that groups {num_heads} query heads of {self.head_dim}",
             )
-        self.labels: Tensor | None = None
-        self.valid: Tensor | None = None
         if "position_embeddings" in inspect.signature(module.forward).parameters or hasattr(module, "rotary_emb"):
             warnings.warn(
                 f"RollingQ: {type(module).__name__} seems to use rotary position embeddings. The rotation after '{query}' is "
                 "applied before them, so angles to keys are measured without positions.",
                 stacklevel=4,
             )
-
-    def only_first_row(self) -> bool:
-        return False
 
     def register_hooks(self, rotate: Rotate, observe: Observe) -> list[Any]:
         self.rotate, self.observe = rotate, observe
@@ -139,9 +182,9 @@ class ProjectionRotationTarget(RotationTarget):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
+def _linear(module: nn.Module, name: str) -> nn.Module:
     linear = dict(module.named_modules()).get(name)
-    if isinstance(linear, nn.Linear):
+    if linear is not None and is_linear(linear):
         return linear
     known = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
     raise ConfigError(
@@ -152,33 +195,13 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     )
 
 
-def find_rotation_target(
-    layer: nn.Module, query: str | None, key: str | None, num_heads: int | None, names: Sequence[str] | None
-) -> RotationTarget:
-    """Returns the rotation target for the arguments of RollingQ; raises ConfigError if arguments are missing."""
-    if isinstance(layer, Attention):
-        target: RotationTarget = AttentionRotationTarget(layer, names)
-    elif query and key:
-        target = ProjectionRotationTarget(layer, query, key, num_heads, names)
-    else:
-        raise ConfigError(
-            "RollingQ",
-            expected="an equipoise Attention layer, or a module with the names of its projections",
-            got=type(layer).__name__,
-            fix='Pass query="q_proj", key="k_proj", num_heads=..., names=(...).',
-        )
-    if len(target.names) < 2:
-        raise ConfigError(
-            "RollingQ",
-            expected="a layer whose queries attend to two or more modalities",
-            got=f"names = {target.names}",
-            fix="Build the model first (FusionModel sets the names), or pass names=(...).",
-        )
-    if isinstance(getattr(target.host_module, "rolling", None), nn.Module):
-        raise ConfigError(
-            "RollingQ",
-            expected="a layer without a RollingQ",
-            got="a layer that already has one",
-            fix="Call fold or detach on it first.",
-        )
-    return target
+def is_linear(module: nn.Module | None) -> bool:
+    """Returns whether it is a linear layer: torch's, Hugging Face's Conv1D, or a wrapper of one by an adapter (LoRA)."""
+    base = getattr(module, "base_layer", None)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or (base is not None and is_linear(base))
+
+
+def out_features(linear: nn.Module) -> int:
+    """Returns the number of outputs of a linear layer."""
+    part, transposed = _summands(linear)[0]
+    return part.weight.shape[1 if transposed else 0]
