@@ -94,7 +94,8 @@ def test_the_formula_equals_the_oracle(scores, alpha):
 def test_the_best_is_slowed_most_and_the_worst_never(scores, size):
     found = modulation(doubles(*scores), alpha=0.3)
     assert float(found[scores.index(min(scores))]) == 1.0
-    assert float(found.min()) == float(found[scores.index(max(scores))])
+    # Equal scores may differ in the last bit.
+    assert float(found.min()) == pytest.approx(float(found[scores.index(max(scores))]), rel=1e-14)
     again = modulation(doubles(*scores) * 2**3, alpha=0.3)
     torch.testing.assert_close(again, found, **EXACT)
 
