@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .inspection import look as look
     from .integrations import huggingface as hf  # noqa: F401
     from .integrations import lightning_callbacks as lightning  # noqa: F401
+    from .reliability import Reliability as Reliability
     from .training import load as load
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ _LAZY_MODULES = {
 # Names from such modules: attribute -> module that defines it.
 _LAZY_NAMES = {
     "load": ".training.run_loading", "evaluate": ".evaluation", "look": ".inspection", "Inspection": ".inspection",
+    "Reliability": ".reliability",
 }  # fmt: skip
 
 

@@ -73,10 +73,11 @@ def _constant(values: Tensor) -> bool:
 
 
 def most_attended(predictions: CollectedPredictions) -> str:
-    """The modality whose mean key has the largest average cosine with the class query."""
-    if predictions.cosine is None:
+    """The modality whose mean key has the largest average cosine with the class query; without keys, the largest share."""
+    ranked = predictions.share if predictions.cosine is None else predictions.cosine
+    if ranked is None:
         raise ConfigError("most_attended", expected="a model with attention over its modalities", got="none")
-    return predictions.names[int(predictions.cosine.nanmean(dim=(0, 1)).argmax())]
+    return predictions.names[int(ranked.nanmean(dim=(0, 1)).argmax())]
 
 
 def response_from_shares(clean: CollectedPredictions, noisy: CollectedPredictions, modality: str) -> NoiseResponse:

@@ -120,7 +120,7 @@ def collect_predictions(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with eval_mode_no_grad(model), collect_with_attention(model, kept):
         for number, batch in enumerate(batches):
-            inputs = {key: _to_device(value, device) for key, value in check_batch(batch, "read").items()}
+            inputs = {key: to_device(value, device) for key, value in check_batch(batch, "read").items()}
             if noise is not None:
                 values = input_of(inputs, noise.modality, "read")
                 inputs[noise.modality] = noise.of(values, number, valid_of(inputs, noise.modality, values))
@@ -233,11 +233,12 @@ def _no_fusion_model(got: str) -> ConfigError:
     )
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """Moves a tensor, or the tensors of a dict, to a device; other values are unchanged."""
     if isinstance(value, Tensor):
         return value.to(device)
     # The masks of a batch, or inputs that an encoder takes by name.
-    return {key: _to_device(part, device) for key, part in value.items()} if isinstance(value, dict) else value
+    return {key: to_device(part, device) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager

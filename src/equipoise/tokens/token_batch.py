@@ -269,6 +269,8 @@ class Output:
             to 1 is the share of special tokens. None for static fusions, which have no attention.
         names: modality names, in the order of ``share``.
         record: data that balancers stored in the forward pass; used by ``BalancerList``.
+        reliability: name -> (batch,) probability rho that the modality can be used, from ``eq.Reliability``; empty for
+            other models.
     """
 
     features: Float[Tensor, "batch feature"]
@@ -278,6 +280,12 @@ class Output:
     share: Float[Tensor, "batch head modality"] | None = None
     names: tuple[str, ...] = ()
     record: Any = field(default=None, repr=False)
+    reliability: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rho(self) -> Float[Tensor, "batch modality"] | None:
+        """The reliability of all modalities, in the order of ``names``; None without it."""
+        return torch.stack([self.reliability[name] for name in self.names], dim=1) if self.reliability else None
 
     def with_(self, **changes) -> Output:
         """A copy with some fields replaced."""

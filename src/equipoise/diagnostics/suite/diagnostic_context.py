@@ -163,8 +163,8 @@ class DiagnosticContext:
         if len(self.names) < 2:
             raise SkippedTest(f"the model has one modality: {why}")
 
-    def needs_attention(self) -> None:
-        if self.clean.share is None or self.clean.cosine is None:
+    def needs_attention(self, *, keys: bool = True) -> None:
+        if self.clean.share is None or (keys and self.clean.cosine is None):
             fusion = getattr(self.model, "fusion", None)
             kind = "the model" if fusion is None else type(fusion).__name__
             raise SkippedTest(f"{kind} has no attention over all modalities")

@@ -142,7 +142,7 @@ def noise(context: DiagnosticContext) -> TestResult:
 
 def response(context: DiagnosticContext) -> TestResult:
     """Response of attention to noise in one modality."""
-    context.needs_attention()
+    context.needs_attention(keys=False)
     context.needs_several("attention cannot move to another modality")
     target = context.replaced
     with warnings.catch_warnings():

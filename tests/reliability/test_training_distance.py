@@ -1,0 +1,125 @@
+"""Distances to the training data against loops, and the features from which they are computed."""
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.errors import ShapeError
+from equipoise.reliability import training_distance
+from equipoise.reliability.feature_statistics import input_features, token_features
+from equipoise.reliability.training_distance import TrainingDistance, TrainingFeatures
+from helpers.tolerance import TOL
+
+
+def collected(rows, *, seed=0, parts=3):
+    found = TrainingFeatures(torch.Generator().manual_seed(seed))
+    for part in rows.chunk(parts):
+        found.add(part)
+    return found
+
+
+def fitted(rows, *, covariance=False):
+    distance = TrainingDistance()
+    distance.fit(collected(rows), covariance=covariance, who="test")
+    return distance
+
+
+def test_nearest_neighbors_against_a_loop():
+    random = torch.Generator().manual_seed(0)
+    rows = 100 + 7 * torch.randn(97, 11, generator=random, dtype=torch.float64)
+    new = 100 + 7 * torch.randn(13, 11, generator=random, dtype=torch.float64)
+    z = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
+    expected = []
+    for one in (new - rows.mean(dim=0)) / rows.std(dim=0, correction=0):
+        expected.append(sum(sorted(float((one - other).norm()) for other in z)[:5]) / 5)
+    found = fitted(rows)(new)
+    assert torch.allclose(found.exp(), torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    rows, new = torch.randn(97, 11), torch.randn(13, 11)
+    whole = fitted(rows)(new)
+    monkeypatch.setattr(training_distance, "BLOCK", 7)
+    assert torch.allclose(fitted(rows)(new), whole, **TOL[torch.float32])
+
+
+def test_mahalanobis_distance_is_that_of_the_shrunk_covariance():
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(97, 5, generator=random, dtype=torch.float64) @ torch.randn(5, 5, generator=random).double()
+    z = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
+    matrix = 0.9 * z.T @ z / 97 + 0.1 * torch.eye(5, dtype=torch.float64)
+    expected = torch.stack([(one @ matrix.inverse() @ one).sqrt() for one in z])
+    assert torch.allclose(fitted(rows, covariance=True)(rows).exp(), expected, **TOL[torch.float64])
+
+
+def test_prototypes_are_a_random_subset_and_statistics_are_of_all_rows(monkeypatch):
+    monkeypatch.setattr(training_distance, "MOST_REFERENCES", 50)
+    rows = torch.arange(1000.0)[:, None]
+    kept, mean, std = collected(rows, parts=37).result()
+    assert len(kept) == 50
+    assert torch.equal(kept, kept.sort(dim=0).values)
+    assert 300 < float(kept.mean()) < 700
+    assert mean.tolist() == [499.5]
+    assert float(std) == pytest.approx(float(rows.std(correction=0)), rel=1e-6)
+    assert torch.equal(collected(rows, parts=37).result()[0], kept)
+    assert not torch.equal(collected(rows, parts=37, seed=1).result()[0], kept)
+
+
+def test_features_that_are_not_finite_are_infinitely_far():
+    rows = torch.randn(20, 3)
+    rows[3, 1] = torch.nan
+    distance = fitted(rows)
+    assert len(distance.references) == 19
+    found = distance(torch.tensor([[torch.nan, 0, 0], [0.0, 0, 0], [0, torch.inf, 0]]))
+    assert found.isinf().tolist() == [True, False, True]
+
+
+def test_constant_features_and_training_samples_have_finite_distances():
+    rows = torch.cat([torch.randn(20, 2), torch.full((20, 1), 3.0)], dim=1)
+    distance = fitted(rows[:1].expand(6, -1))
+    assert float(distance(rows[:1])) == pytest.approx(-13.8, abs=0.1)
+    assert bool(fitted(rows)(rows + 1).isfinite().all())
+
+
+def test_too_few_training_samples_raise_an_error():
+    with pytest.raises(ShapeError, match=r"two or more training samples .*got 1"):
+        fitted(torch.zeros(1, 3))
+
+
+def test_token_features_are_mean_and_deviation_over_valid_tokens():
+    values = torch.randn(3, 5, 2, dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [False] * 5])
+    values[~mask] = torch.nan
+    found = token_features(eq.Tokens(values, mask=mask))
+    for sample, count in ((0, 5), (1, 2)):
+        part = values[sample, :count]
+        expected = torch.cat([part.mean(dim=0), part.std(dim=0, correction=0)])
+        assert torch.allclose(found[sample], expected, **TOL[torch.float64])
+    assert found[2].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 2, 5, 6), (4, 2, 3, 5, 6)])
+def test_input_features_are_finite_and_ignore_masked_samples(shape):
+    values = torch.randn(shape)
+    mask = torch.tensor([True, True, False, True])
+    found = input_features(values, mask, "test")
+    values[2] = torch.nan
+    assert torch.equal(input_features(values, mask, "test"), found)
+    assert bool(found.isfinite().all())
+    assert found.shape[0] == 4
+
+
+def test_input_features_of_padded_sequences_ids_and_mappings():
+    values = torch.randn(1, 4, 2)
+    mask = torch.tensor([[True, True, True, False]])
+    padded = torch.where(mask[..., None], values, torch.nan)
+    assert torch.allclose(input_features(padded, mask, "test"), input_features(values[:, :3], None, "test"))
+    ids = torch.tensor([[3, 3, 40, 0]])
+    found = input_features(ids, None, "test")[0]
+    assert float(found[0]) == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    assert found[1 + 3] == pytest.approx(2 / 3)
+    assert found[1 + 8] == pytest.approx(1 / 3)
+    both = input_features({"pixels": values, "ids": ids}, None, "test")
+    assert torch.equal(both, torch.cat([input_features(values, None, "test"), found[None]], dim=1))
+    with pytest.raises(ShapeError, match=r"a tensor \(batch, ...\) for distance='input', got str"):
+        input_features("text", None, "test")
