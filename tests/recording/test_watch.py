@@ -483,9 +483,12 @@ class Linear(nn.Module):
         return tokens.relu() @ (tokens.transpose(1, 2) @ tokens)
 
 
-def test_attention_in_custom_code():
-    made = nn.Sequential(Linear())
-    message = "got none. watch records equipoise's layers"
+@pytest.mark.parametrize(("layer", "message"), [
+    (nn.Identity(), "got none. watch records equipoise's layers"),
+    (Linear(), "got '0', but it multiplies queries with keys .* intercepted. watch records equipoise's layers"),
+])  # fmt: skip
+def test_attention_in_custom_code(layer, message):
+    made = nn.Sequential(layer)
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as record:
         made(values(BATCH, KEYS, DIM))
     for ask in (record.table, lambda: record.share("0"), lambda: record.per_token("0"), lambda: record.special("0")):

@@ -20,6 +20,11 @@ from .generation_loops import Chosen, Loop, Step
 from .share_table import ShareTable, to_pandas
 from .token_labels import LabeledKeys, recorded_rows
 
+RECORDABLE = (
+    "watch records equipoise's layers, nn.MultiheadAttention, F.scaled_dot_product_attention, softmax over keys and "
+    "Hugging Face's attention interface; fused extensions and attention without softmax cannot be recorded."
+)
+
 
 @dataclass(eq=False)
 class LayerRecord:
@@ -268,18 +273,15 @@ class AttentionRecord:
             more = f" ({len(self._missing) - 1} others for similar reasons)" if len(self._missing) > 1 else ""
             got = f"'{layer}', but {reason}{more}"
             fix = "Give one label for every key: watch(model, modality=labels, names=('text', 'image'))."
+            if "intercepted" in reason:
+                fix = RECORDABLE
         elif self.session is not None and not self.session.called and self.session.threads.unrecorded:
             got = f"none, because the model ran in another thread, '{self.session.threads.unrecorded}'"
             fix = "Open the block in the thread that runs the model, or start that thread in the block."
         elif self.session is not None and not self.session.called:
             got, fix = "none, because the model did not run in the block", "Call the model inside the with block."
         else:
-            got = "none"
-            fix = (
-                "watch records equipoise's layers, nn.MultiheadAttention, F.scaled_dot_product_attention, softmax over keys "
-                "and Hugging Face's attention interface; fused extensions and attention without softmax cannot be recorded. "
-                "For other models, pass modality= with one label for every key."
-            )
+            got, fix = "none", f"{RECORDABLE} For other models, pass modality= with one label for every key."
         return ConfigError("watch", expected="attention whose keys have known modalities", got=got, fix=fix)
 
     def _layer_record(self, name: str) -> LayerRecord:

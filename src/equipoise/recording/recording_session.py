@@ -15,6 +15,7 @@ from torch.nn.modules import module as registry
 from ..errors import unknown_name
 from .attention_call import AttentionCall
 from .compiled_models import check_open, uncompiled
+from .encoder_submodules import unimodal_encoders
 from .generation_loops import UNKNOWN, Chosen, Loop, Step
 from .sequence_assignment import assign_queries
 from .thread_sessions import Threads
@@ -67,6 +68,7 @@ class RecordingSession:
         self.suspended = 0
         """Re-entrancy counter: > 0 while an intercepted attention runs, so that nested calls are not recorded twice."""
         self.called = 0
+        self._encoders = unimodal_encoders(model)
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
         self._loops: list[Loop] = []
@@ -117,8 +119,11 @@ class RecordingSession:
     def report_unobservable(self, module: nn.Module | None, reason: str) -> None:
         """Reports an attention that cannot be intercepted to the handler."""
         module = module if module is not None else self.attention_module()
-        if module is not None and id(module) in self.names and not self.suspended and self.in_recorded_thread():
-            self.handler.on_missing(self._layer_name(module), reason)
+        if module is None or id(module) not in self.names or self.suspended or not self.in_recorded_thread():
+            return
+        layer = self._layer_name(module)
+        if id(module) not in self._encoders and self._is_wanted(layer):
+            self.handler.on_missing(layer, reason)
 
     def begin_pass(self) -> None:
         """Starts a forward pass: resets the call counts of the modules."""
@@ -174,7 +179,7 @@ class RecordingSession:
         layer = self._layer_name(module)
         if isinstance(known, str) or (known is not None and not known.unimodal):
             layer = self._numbered(layer)
-        wanted = self._patterns is None or any(fnmatch.fnmatchcase(layer, p) for p in self._patterns)
+        wanted = self._is_wanted(layer)
         if isinstance(known, str) and wanted:
             self.handler.on_missing(layer, known)
         if isinstance(known, LabeledKeys) and wanted:
@@ -221,6 +226,9 @@ class RecordingSession:
             self.handler.on_missing(layer, UNKNOWN)
         else:
             yield from assign_queries(call, known, loop)
+
+    def _is_wanted(self, layer: str) -> bool:
+        return self._patterns is None or any(fnmatch.fnmatchcase(layer, pattern) for pattern in self._patterns)
 
     def _layer_name(self, module: nn.Module) -> str:
         return self.names[id(module)] or type(module).__name__

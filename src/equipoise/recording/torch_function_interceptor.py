@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,17 +12,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 from torch.overrides import TorchFunctionMode
 
-from ..nn.transformer import AttentionCore
 from .attention_call import MASKED, AttentionCall
 from .multihead_projection import HeadProjection, project_heads
 from .recording_session import RecordingSession
+from .shared_patches import wrapped
+from .written_attention import REASON, WrittenAttention
 
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-ATTENTION = frozenset((*SOFTMAXES, *FUSED, F.multi_head_attention_forward))
+_ATEN = torch.ops.aten.scaled_dot_product_attention
+FUSED = (F.scaled_dot_product_attention, _ATEN, _ATEN.default)
+KERNEL = re.compile(r"attention|attn")
+"""How kernels are named that compute attention in one call, such as those of flash-attn and xformers."""
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
+OWN = f"{__package__.partition('.')[0]}."
+"""Modules of this package attend by ``nn.transformer.Attention``, which has its own interceptor."""
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
 """How modules name the number of their heads."""
 
@@ -29,25 +36,29 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 @contextmanager
 def intercept_torch_functions(session: RecordingSession) -> Iterator[None]:
     """Intercepts ``F.scaled_dot_product_attention``, regardless of how it was imported, and softmax over keys."""
-    session.threads.local.append(lambda: _InterceptionMode(session))
-    with _InterceptionMode(session):
+    written = WrittenAttention(session.model)
+    session.threads.local.append(lambda: _InterceptionMode(session, written))
+
+    def flex(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        session.report_unobservable(None, "its function 'flex_attention' cannot be intercepted")
+        return inner(*args, **kwargs)
+
+    with _InterceptionMode(session, written), wrapped(FlexAttentionHOP, "__call__", flex):
         yield
 
 
 class _InterceptionMode(TorchFunctionMode):
-    def __init__(self, session: RecordingSession) -> None:
+    def __init__(self, session: RecordingSession, written: WrittenAttention) -> None:
         super().__init__()
-        self._session = session
+        self._session, self._written = session, written
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in ATTENTION:
-            return func(*args, **kwargs)
         current = self._session.current_module()
         if (
             current is None
             or self._session.suspended
-            or isinstance(current, AttentionCore)
+            or type(current).__module__.startswith(OWN)
             or torch.compiler.is_compiling()
         ):
             return func(*args, **kwargs)
@@ -57,7 +68,13 @@ class _InterceptionMode(TorchFunctionMode):
             return self._softmax(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             return self._multihead(func, args, kwargs)
-        return func(*args, **kwargs)
+        if KERNEL.search(getattr(func, "__name__", "")):
+            self._session.report_unobservable(None, f"its function '{func.__name__}' cannot be intercepted")
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._written.follow(func, args, kwargs, result):
+            self._session.report_unobservable(None, REASON)
+        return result
 
     def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -82,6 +99,7 @@ class _InterceptionMode(TorchFunctionMode):
         attention = func(*args, **kwargs)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(dim, int) or scores.ndim < 3 or dim not in (-1, scores.ndim - 1) or scores.is_nested:
+            self._written.follow(func, args, kwargs, attention)
             return attention
         heads = self._heads(attention)
         four, masked = _four(attention, heads), _four(scores, heads) <= MASKED
@@ -92,7 +110,9 @@ class _InterceptionMode(TorchFunctionMode):
             blank, blank, blank, attention=four, mask=~masked if masked.any() else None,
             reads_itself=four.shape[2] == four.shape[3],
         )  # fmt: skip
-        return self._session.intercept(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+        output = self._session.intercept(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+        self._written.set_recorded(output)
+        return output
 
     def _multihead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = MULTIHEAD.bind(*args, **kwargs)

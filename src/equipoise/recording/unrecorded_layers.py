@@ -15,7 +15,7 @@ from .encoder_submodules import unimodal_encoders
 from .recording_session import AttentionHandler, RecordingSession
 from .token_labels import LabeledKeys, TokenLabeler
 
-ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block)?$")
+ATTENTION = re.compile(r"(Attention|Attn|MHA)(\dd|Layer|Block|Module|Fusion|Pool(\dd|ing|er)?)?$")
 RECURRENT = re.compile(
     r"(Mamba\d?(Mixer|Layer)|FalconH1Mixer|BambaMixer|GatedDeltaNet\w*|DeltaNet|DeltaAttention|Rwkv\w*Attention|"
     r"Retention|Linear(Self)?Attention|LightningAttention|Short(Conv|Convolution)|RecurrentBlock|Rglru|Hyena\w*|"

@@ -120,8 +120,7 @@ def labels_for(
         interceptors = (*(part.tracing for part in maps), *HUGGING_FACE)
         return labeler, interceptors, [part.following for part in maps]
     interceptors = (intercept_own_layers,) if has_own_layers(model) else ()
-    if given is not None or not interceptors:
-        interceptors = (*interceptors, intercept_torch_functions, intercept_multihead)
+    interceptors = (*interceptors, intercept_torch_functions, intercept_multihead)
     return UserLabels(given, names, unimodal_encoders(model)), interceptors, []
 
 
