@@ -360,3 +360,55 @@ def test_arrays_that_cannot_be_read(tmp_path, array, said):
     path = table(tmp_path, a=[f"{i}.npy" for i in range(30)])
     with pytest.raises(DataError, match=said):
         ManifestDataset(str(path), target="label", kinds={"a": "array"})
+
+
+IMAGE, SEQUENCE = {"kind": "image", "column": "photo"}, {"kind": "sequence", "column": "steps"}
+AUDIO, TEXT = {"kind": "audio", "column": "sound"}, {"kind": "text", "column": "note"}
+
+
+@pytest.mark.parametrize(("modality", "message"), [
+    ({**IMAGE, "size": -3}, "modality 'a', size: expected 1 to 4,096, got -3"),
+    ({**IMAGE, "size": 10**7}, "size: expected 1 to 4,096"),
+    ({**IMAGE, "size": "x"}, "size: expected a whole number, got x"),
+    ({**IMAGE, "size": True}, "size: expected a whole number"),
+    ({**IMAGE, "size": None}, "size: expected a whole number"),
+    ({**IMAGE, "kind": "frames", "frames": 0}, "frames: expected 1 to 1,024, got 0"),
+    ({**IMAGE, "class_path": "os.system"}, "expected a known option of image, got 'class_path'"),
+    ({**AUDIO, "rate": 0}, "rate: expected 100 to 768,000, got 0"),
+    ({**AUDIO, "seconds": float("nan")}, "seconds: expected a number, got nan"),
+    ({**AUDIO, "seconds": float("inf")}, "seconds: expected 0.01 to 3,600, got inf"),
+    ({**AUDIO, "bands": 10**6}, "bands: expected 1 to 512"),
+    ({**SEQUENCE, "length": 0}, "length: expected 1 to 1,000,000, got 0"),
+    ({**SEQUENCE, "rate": 0}, "rate: expected 1e-06 to 1,000,000,000.0, got 0"),
+    ({**SEQUENCE, "times": "gone"}, "expected a known column, got 'gone'"),
+    ({**SEQUENCE, "times": 3}, "times: expected a text, got 3"),
+    ({**TEXT, "length": 2.5}, "length: expected a whole number, got 2.5"),
+    ({**TEXT, "tokenizer": "../../gone"}, "expected a folder with a tokenizer"),
+    ({**IMAGE, "kind": ["image"]}, "expected a known kind, got .*image"),
+    ({"kind": "vector", "columns": []}, r"expected a list of different columns, got \[\]"),
+    ({"kind": "vector", "columns": "age"}, "expected a list of different columns, got age"),
+    ({"kind": "number", "columns": ["age", "age"]}, "expected a list of different columns"),
+    ({"kind": "image", "columns": ["photo", "sound"]}, "expected one column of image, got 2"),
+    ({"kind": "category", "column": "label"}, "expected a known column, got 'label'"),
+    ({"kind": "number", "column": "note"}, "expected numbers, since its kind is number, got string"),
+    ({"kind": "ignore", "column": "note"}, "expected at least one that is not ignored, got none"),
+])  # fmt: skip
+def test_options_of_modalities(tmp_path, modality, message):
+    columns = {"photo": "0.png", "sound": "0.wav", "steps": "0.npy", "note": "some words of a note", "age": 3}
+    path = table(tmp_path, **{name: [cell] * 30 for name, cell in columns.items()})
+    with pytest.raises(ConfigError, match=message):
+        ManifestDataset(str(path), target="label", modalities={"a": modality})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"modalities": ["a"]}, r"Manifest modalities: expected a kind, or a mapping with a kind, for each name, got \['a'\]"),
+    ({"kinds": "photo"}, "Manifest kinds: expected a kind, or a mapping"),
+    ({"kinds": {"x": "audio"}}, "modality 'x': expected one column of audio, got 2"),
+    ({"fold": "9" * 5_000}, "expected a fold from 0 to folds - 1, got fold = '999"),
+    ({"fold": "\u0663"}, "expected a fold from 0 to folds - 1"),
+    ({"seed": -1}, r"expected a seed from 0 to 2\*\*32 - 1, got -1"),
+    ({"skip": [30]}, "data, skip: expected rows from 0 to 29, got row 30"),
+])  # fmt: skip
+def test_options_of_tables(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        ManifestDataset(str(table(tmp_path)), target="label", **options)

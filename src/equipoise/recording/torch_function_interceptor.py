@@ -27,7 +27,7 @@ FUSED = (F.scaled_dot_product_attention, _ATEN, _ATEN.default)
 KERNEL = re.compile(r"attention|attn")
 """How kernels are named that compute attention in one call, such as those of flash-attn and xformers."""
 MULTIHEAD = inspect.signature(F.multi_head_attention_forward)
-OWN = f"{__package__.partition('.')[0]}."
+OWN = "equipoise."
 """Modules of this package attend by ``nn.transformer.Attention``, which has its own interceptor."""
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
 """How modules name the number of their heads."""

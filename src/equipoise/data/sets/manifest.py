@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
+from ...io.typed_values import shorten_repr
 from ..counter_rng import CounterRNG
 from ..dataset import Dataset, Split
 from ..tables.modality_readers import make_reader
@@ -64,8 +66,8 @@ class ManifestDataset(Dataset):
         folds: int = 5, fold: str | int = 0, seed: int = 0, skip: list[int] | None = None, checksum: str | None = None,
         ood: str | None = None,
     ) -> None:  # fmt: skip
-        if not str(fold).isdecimal():
-            raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = {fold!r}")
+        if not re.fullmatch("[0-9]{1,9}", str(fold)):
+            raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = '{shorten_repr(str(fold))}'")
         self.manifest = Manifest(
             path, target=target, group=group, split=split, weight=weight, kinds=kinds, modalities=modalities, task=task,
             root=root,
@@ -79,6 +81,10 @@ class ManifestDataset(Dataset):
         self.names = tuple(self.manifest.modalities)
         rows = self.manifest.split_rows(folds=folds, fold=int(fold), seed=seed)
         left_out = np.array(skip or [], dtype=int)
+        if len(unknown := left_out[(left_out < 0) | (left_out >= len(self.manifest))]):
+            raise ConfigError(
+                "data, skip", expected=f"rows from 0 to {len(self.manifest) - 1}", got=f"row {unknown[0]}"
+            )
         self.rows = {name: part[~np.isin(part, left_out)] for name, part in rows.items()}
         for name, part in self.rows.items():
             if not len(part):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ...errors import ConfigError, unknown_name
+from ...io.typed_values import shorten_repr
+from .reader_options import check_columns, check_options
 
 if TYPE_CHECKING:
     import datasets
@@ -152,7 +154,7 @@ def find_modalities(
     for column in columns:
         if match := re.fullmatch(r"(.*?[^\d._\- ])[._\- ]?\d+", column):
             prefixes.setdefault(match[1], []).append(column)
-    given = {name: _given(name, value) for name, value in kinds.items()}
+    given = _given("kinds", kinds, columns)
     for name in given:
         if name not in columns and name not in prefixes:
             raise unknown_name("Manifest kinds", "column", str(name), columns)
@@ -169,6 +171,7 @@ def find_modalities(
             grouped |= set(numbers)
         elif len(numbers) > 1:
             kind, options = given.get(prefix, ("vector", {}))
+            check_columns(prefix, kind, numbers, columns)
             result[_name(prefix, result)] = Modality(kind, tuple(numbers), options)
             grouped |= set(numbers)
     for column, kind in kind_of.items():
@@ -199,23 +202,33 @@ def modalities_from_options(content: Mapping[str, Any], columns: Sequence[str]) 
         ConfigError: unknown kind or column.
     """
     result = {}
-    for name, value in content.items():
-        kind, options = _given(name, value)
+    for name, (kind, options) in _given("modalities", content, columns, extra=("column", "columns")).items():
         one, several = options.pop("column", None), options.pop("columns", None)
-        names = [one] if one is not None else several if several is not None else [name]
-        for column in names:
-            if column not in columns:
-                raise unknown_name(f"modality '{name}'", "column", str(column), columns)
-        result[_name(name, result)] = Modality(kind, tuple(names), options)
+        names = check_columns(name, kind, [one] if one is not None else [name] if several is None else several, columns)
+        if kind != "ignore":
+            result[_name(name, result)] = Modality(kind, names, options)
+    if not result:
+        raise ConfigError("Manifest modalities", expected="at least one that is not ignored", got="none")
     return result
 
 
-def _given(name: str, value: Any) -> tuple[str, dict[str, Any]]:
-    options = dict(value) if isinstance(value, Mapping) else {"kind": value}
-    kind = options.pop("kind", None)
-    if kind not in (*KINDS, TABLE):
-        raise unknown_name(f"column '{name}'", "kind", str(kind), KINDS)
-    return kind, options
+def _given(
+    who: str, content: Any, columns: Sequence[str], extra: Sequence[str] = ()
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns name -> (kind, options), with checked options."""
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(
+            f"Manifest {who}", expected="a kind, or a mapping with a kind, for each name", got=shorten_repr(content)
+        )
+    result = {}
+    for name, value in content.items():
+        options = dict(value) if isinstance(value, Mapping) else {"kind": value}
+        kind = options.pop("kind", None)
+        if kind not in (*KINDS, TABLE):
+            raise unknown_name(f"column '{shorten_repr(name)}'", "kind", shorten_repr(kind), KINDS)
+        check_options(name, kind, {key: part for key, part in options.items() if key not in extra}, columns)
+        result[name] = (kind, options)
+    return result
 
 
 RESERVED = {"mask", "times", "target", "index", "weight"}

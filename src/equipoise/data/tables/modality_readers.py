@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...errors import ConfigError, DataError, EquipoiseError, unknown_name
+from ...errors import ConfigError, DataError, EquipoiseError
 from .cell_readers import (
     Cell,
     audio_rate_and_seconds,
@@ -129,14 +129,9 @@ class FileReader(ModalityReader):
     def __init__(self, name: str, modality: Modality, table: datasets.Dataset, root: Path) -> None:
         super().__init__(name, modality, table, root)
         self.options = dict(modality.options)
-        for option in self.options:
-            if option not in self.known:
-                raise unknown_name(f"modality '{name}'", f"option of {modality.kind}", option, self.known)
         self.mean = self.std = torch.zeros(())
         self._cache: dict[int, Item | None] = {}
         self._free = CACHE_BYTES
-
-    known: tuple[str, ...] = ()
 
     @abstractmethod
     def decode(self, cell: Cell, who: str) -> Tensor:
@@ -228,7 +223,6 @@ class AudioReader(FileReader):
     """Recordings as standardized log-mel spectrograms (frame, band), with a time for each frame."""
 
     varying = True
-    known = ("rate", "seconds", "bands")
 
     def infer(self, examined: Sequence[Cell]) -> None:
         if not {"rate", "seconds"} <= self.options.keys():
@@ -257,7 +251,6 @@ class AudioReader(FileReader):
 class ImageReader(FileReader):
     """Images (3, size, size), standardized per channel."""
 
-    known = ("size",)
     feature_dim = 0
 
     def infer(self, examined: Sequence[Cell]) -> None:
@@ -280,7 +273,6 @@ class ImageReader(FileReader):
 class FramesReader(FileReader):
     """Equally spaced frames (frame, 3, size, size) of videos, folders of images or arrays, standardized per channel."""
 
-    known = ("frames", "size")
     feature_dim = 1
 
     def infer(self, examined: Sequence[Cell]) -> None:
@@ -318,7 +310,6 @@ class SequenceReader(FileReader):
     """
 
     varying = True
-    known = ("length", "times", "rate")
 
     def extra_columns(self, modality: Modality) -> list[str]:
         return [modality.options["times"]] if "times" in modality.options else []
@@ -370,6 +361,11 @@ class TableReader(ModalityReader):
         for column in self.modality.columns:
             if column in self._numbers:
                 continue
+            if self.modality.kind in ("number", "vector"):
+                raise ConfigError(
+                    f"column '{column}'", expected=f"numbers, since its kind is {self.modality.kind}",
+                    got=str(features[column].dtype), fix="Give its kind: category, text or ignore.",
+                )  # fmt: skip
             cells = self.table.data.column(column).take(rows)
             values = sorted({str(cell) for cell in cells.unique().to_pylist() if cell is not None})
             if len(values) > self.MOST_VALUES:
@@ -453,9 +449,6 @@ class TextReader(ModalityReader):
 
     def fit(self, rows: np.ndarray) -> dict[str, Any]:
         self.options = dict(self.modality.options)
-        for option in self.options:
-            if option not in ("length", "tokenizer"):
-                raise unknown_name(f"modality '{self.name}'", "option of text", option, ("length", "tokenizer"))
         texts = [text for text in self.cells(self.modality.columns[0], rows) if text]
         self._ids = self._tokenizer() if "tokenizer" in self.options else self._words(texts)
         lengths = [len(self._ids(str(text))) for text in texts[:EXAMINED]]
@@ -483,7 +476,9 @@ class TextReader(ModalityReader):
 
         folder = self.root / str(self.options["tokenizer"])
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"modality '{self.name}'", expected="a folder with a tokenizer of Hugging Face transformers",

@@ -45,6 +45,8 @@ def split_rows(
         raise ConfigError(
             "Manifest", expected="folds >= 3 and 0 <= fold < folds", got=f"folds = {folds}, fold = {fold}"
         )
+    if not 0 <= seed < 2**32:
+        raise ConfigError("Manifest", expected="a seed from 0 to 2**32 - 1", got=f"{seed}")
     labels = np.array(["train"] * size, dtype=object) if split is None else _split_names(split)
     for name in ("test", "val"):
         if not (labels == name).any():
