@@ -42,6 +42,14 @@ def vlm_context() -> dict[str, object]:
     return {"vlm": model, "image": None, "prompt": "", "processor": lambda **_: {**inputs, "max_new_tokens": 2}}
 
 
+def answer_context() -> dict[str, object]:
+    """The names of the blocks that measure an answer: a small model, its inputs, and the labels of two tokens."""
+    model, inputs = vlms.llava()
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    return {"model": model.eval(), "inputs": inputs, "labels": labels}
+
+
 def training_context() -> dict[str, object]:
     """The names of the blocks that train and test a model."""
     model = fusion.model()
@@ -61,6 +69,8 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
         names |= vlm_context() | training_context()
     if page.name == "published.md":
         raw_layouts.make_raw("cremad", Path("downloads/CREMA-D"))
+    if page.name == "steer.md":
+        names |= answer_context()
     for block in code_blocks(page):
         exec(compile(block, page_name(page), "exec"), names)
 

@@ -23,6 +23,7 @@ from . import nn as nn
 from . import results as results
 from .balance import BalancerList as BalancerList
 from .balance import merge_rotations as merge_rotations
+from .diagnostics.steering import steer as steer
 from .diagnostics.suite import Diagnosis as Diagnosis
 from .diagnostics.suite import diagnose as diagnose
 from .errors import EquipoiseError as EquipoiseError

@@ -45,3 +45,6 @@ from .share_spread_test import attention_entropy as attention_entropy
 from .share_spread_test import share_entropy as share_entropy
 from .share_spread_test import share_quality_correlation as share_quality_correlation
 from .share_spread_test import share_spread as share_spread
+from .steering import Steering as Steering
+from .steering import steer as steer
+from .steering_curve import dose_response as dose_response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -16,6 +17,7 @@ from .attention_changes import AttentionChange, MaskModality, QuagAveraging
 from .quag_operators import ClsRows, operators
 
 Labels = Int[Tensor, " key"] | Int[Tensor, "batch key"]
+AnyIntervention = TypeVar("AnyIntervention", bound="Intervention")
 
 
 class Intervention:
@@ -27,6 +29,8 @@ class Intervention:
     """
 
     replaces_output = True
+    is_effective = True
+    """Whether the change differs from none."""
 
     def __init__(self, who: str, change: AttentionChange) -> None:
         self.who, self._change = who, change
@@ -58,13 +62,16 @@ class Intervention:
         self.met = True
         # Do not intercept the attention that is computed here.
         with torch._C.DisableTorchFunction():
-            output = self._change.output(call, known)
+            output = self._output(layer, call, known)
         if isinstance(output, str):
             self._unable.setdefault(layer, output)
             return None
         if output is not None:
             self._changed[layer] = None
         return output
+
+    def _output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        return self._change.output(call, known)
 
     def on_missing(self, layer: str, reason: str) -> None:
         self._unknown.setdefault(layer, reason)
@@ -78,13 +85,13 @@ class Intervention:
             got, fix = "a model that was not called", "Call the model inside the block."
         elif self._unable:
             got, fix = (
-                _first(self._unable),
+                first_reason(self._unable),
                 "Use an operator that does not depend on the modality of the queries: 'avg-<name>' or 'all'.",
             )
         elif self.met:
             got, fix = "none", "Check that the batch contains the modality and that tokens of a modality are queries."
         elif self._unknown:
-            got, fix = _first(self._unknown), "Give one label for each key: modality=labels, names=names."
+            got, fix = first_reason(self._unknown), "Give one label for each key: modality=labels, names=names."
         elif self._towers:
             got, fix = (
                 "unimodal encoders only",
@@ -98,10 +105,10 @@ class Intervention:
     def partly(self) -> str:
         """A warning about layers that were changed in only some of their calls; "" without any."""
         partial = {site: reason for site, reason in self.missing.items() if site in self._changed}
-        return f"{self.who} changed only some of the calls of {_first(partial)}." if partial else ""
+        return f"{self.who} changed only some of the calls of {first_reason(partial)}." if partial else ""
 
 
-def _first(reasons: dict[str, str]) -> str:
+def first_reason(reasons: dict[str, str]) -> str:
     site, reason = next(iter(reasons.items()))
     more = f" ({len(reasons) - 1} more layers)" if len(reasons) > 1 else ""
     return f"'{site}', but {reason}{more}"
@@ -142,7 +149,7 @@ def without_modality(
         ('MultiheadAttention',)
     """
     change = MaskModality((name,) if isinstance(name, str) else tuple(name))
-    with _checked(model, Intervention("without_modality", change), modality, names) as intervention:
+    with checked_intervention(model, Intervention("without_modality", change), modality, names) as intervention:
         yield intervention
 
 
@@ -183,17 +190,21 @@ def with_quag(
         ('MultiheadAttention',)
     """
     operators((), cls_rows=cls_rows)
-    with _checked(model, Intervention("with_quag", QuagAveraging(operator, cls_rows)), modality, names) as intervention:
+    with checked_intervention(
+        model, Intervention("with_quag", QuagAveraging(operator, cls_rows)), modality, names
+    ) as intervention:
         yield intervention
 
 
 @contextmanager
-def _checked(
-    model: nn.Module, intervention: Intervention, modality: Labels | None, names: Sequence[str] | None
-) -> Iterator[Intervention]:
-    with apply_intervention(model, intervention, modality=modality, names=names) as session:
+def checked_intervention(
+    model: nn.Module, intervention: AnyIntervention, modality: Labels | None, names: Sequence[str] | None,
+    layers: Sequence[str] | str | None = None,
+) -> Iterator[AnyIntervention]:  # fmt: skip
+    """Applies an intervention inside the block; raises ConfigError if nothing was changed."""
+    with apply_intervention(model, intervention, modality=modality, names=names, layers=layers) as session:
         yield intervention
-    if not intervention.changed:
+    if not intervention.changed and intervention.is_effective:
         raise intervention.nothing(ran=session.called > 0)
     if found := intervention.partly():
         warnings.warn(found, stacklevel=5)
@@ -201,8 +212,9 @@ def _checked(
 
 @contextmanager
 def apply_intervention(
-    model: nn.Module, intervention: Intervention, *, modality: Labels | None = None, names: Sequence[str] | None = None
-) -> Iterator[RecordingSession]:
+    model: nn.Module, intervention: Intervention, *, modality: Labels | None = None, names: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
+) -> Iterator[RecordingSession]:  # fmt: skip
     """Applies an intervention inside the block, without an error if nothing was changed.
 
     Raises:
@@ -221,7 +233,7 @@ def apply_intervention(
     entry = (model, intervention.who)
     _CHANGED.append(entry)
     try:
-        with open_session(model, labeler, ways, follow, intervention) as session:
+        with open_session(model, labeler, ways, follow, intervention, layers) as session:
             yield session
     finally:
         # Blocks in several threads may end in any order.

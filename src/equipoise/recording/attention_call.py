@@ -14,6 +14,27 @@ MASKED = -5e3
 """A score as low as this comes from a mask: its weight is 0 in every type."""
 
 
+class KeyOffsets(NamedTuple):
+    """Numbers added to the scores of groups of keys.
+
+    Attributes:
+        members: (batch, group, key) True for the keys of each group; a key belongs to at most one group.
+        values: the number for each group, the same for all samples, heads or queries where the size is 1.
+    """
+
+    members: Bool[Tensor, "batch group key"]
+    values: Float[Tensor, "#batch #head #query group"]
+
+    def by_key(self, rows: slice = slice(None)) -> Float[Tensor, "#batch #head #query key"]:
+        """Returns the number for each key, for some of the queries."""
+        values = self.values[:, :, rows] if self.values.shape[2] > 1 else self.values
+        # A product of matrices would be rounded to a lower precision on some devices.
+        total = values.new_zeros(1, 1, 1, 1)
+        for group in range(values.shape[-1]):
+            total = torch.where(self.members[:, group, None, None], values[..., group, None], total)
+        return total
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """The inputs of one attention, in the same form for every interceptor.
@@ -27,6 +48,7 @@ class AttentionCall:
         scale: factor of the scores; None is 1 / sqrt(width).
         sinks: (head,) logits of a virtual key that takes attention and gives nothing.
         softcap: scores s become softcap tanh(s / softcap).
+        offsets: added to the scores after the softcap; only together with one.
         attention: (batch, head, query, key), where the model itself has written it out.
         modality, names: labels of the keys, where the layer itself knows them.
         added: keys at the end that the layer adds by itself, and that belong to no modality.
@@ -43,6 +65,7 @@ class AttentionCall:
     scale: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     softcap: float | None = None
+    offsets: KeyOffsets | None = None
     attention: Float[Tensor, "batch head query key"] | None = None
     modality: Int[Tensor, "... key"] | None = None
     names: tuple[str, ...] = ()
@@ -138,7 +161,12 @@ def select_queries(call: AttentionCall, index: Int[Tensor, "batch n"] | None) ->
     mask = call.mask
     if mask is not None and mask.shape[2] > 1:
         mask = mask.expand(batch, -1, -1, -1).gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    selected = replace(call, query=query, mask=mask, attention=attention, is_causal=False)
+    offsets = call.offsets
+    if offsets is not None and offsets.values.shape[2] > 1:
+        values = offsets.values.expand(batch, -1, -1, -1)
+        values = values.gather(2, at.expand(-1, values.shape[1], -1, values.shape[3]))
+        offsets = offsets._replace(values=values)
+    selected = replace(call, query=query, mask=mask, attention=attention, is_causal=False, offsets=offsets)
     if call.is_causal:
         selected = selected.with_mask(torch.arange(keys, device=index.device) <= at)
     return selected

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..nn.attention import Attended
 from ..nn.transformer import Attention, AttentionCore
 from .attention_call import AttentionCall
 from .recording_session import RecordingSession
+from .share_measurement import measure_share
 
 
 @contextmanager
@@ -37,14 +39,38 @@ def _hook(session: RecordingSession, layer: Attention):
         attended: Attended
         kwargs, attended = rest
         query, key, value = args
-        call = AttentionCall(
+        call = attended.call if isinstance(attended, _Changed) else AttentionCall(
             query, key, value, mask=_four(kwargs.get("mask")), is_causal=kwargs.get("is_causal", False),
             modality=kwargs.get("modality"), names=layer.names, reads_itself=layer.reads_itself,
         )  # fmt: skip
         output = session.intercept(call, layer, "equipoise", lambda: (attended.output, None))
-        return None if output is attended.output else Attended(output, attended.share)
+        if output is attended.output:
+            return None
+        changed = getattr(session.handler, "changed_call", None)
+        return Attended(output, attended.share) if changed is None else _Changed.of(output, attended.share, changed)
 
-    return layer.core.register_forward_hook(seen, with_kwargs=True).remove
+    # Hooks run in the order of registration: a changed output comes before those that record it.
+    first = hasattr(session.handler, "changed_call")
+    return layer.core.register_forward_hook(seen, with_kwargs=True, prepend=first).remove
+
+
+class _Changed(Attended):
+    """The result of a changed attention.
+
+    Attributes:
+        call: the changed call, which sessions record.
+    """
+
+    call: AttentionCall
+
+    @classmethod
+    def of(cls, output: Tensor, share: Tensor | None, call: AttentionCall) -> _Changed:
+        if share is not None and call.modality is not None:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                share = measure_share(call, call.modality, share.shape[-1]).share.to(share.dtype)
+        changed = cls(output, share)
+        changed.call = call
+        return changed
 
 
 def _four(mask):

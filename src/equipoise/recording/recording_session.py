@@ -14,6 +14,7 @@ from torch.nn.modules import module as registry
 
 from ..errors import unknown_name
 from .attention_call import AttentionCall
+from .changed_calls import collect_changes, current_change, report_change, show_change
 from .compiled_models import check_open, uncompiled
 from .encoder_submodules import unimodal_encoders
 from .generation_loops import UNKNOWN, Chosen, Loop, Step
@@ -39,7 +40,10 @@ class AttentionHandler(Protocol):
         ...
 
     def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> Tensor | None:
-        """Returns a replacement (batch, head, query, dim) of the output, or None to keep it."""
+        """Returns a replacement (batch, head, query, dim) of the output, or None to keep it.
+
+        A handler whose changes other sessions record has an attribute ``changed_call``, the call that gives the output.
+        """
         ...
 
     def on_missing(self, layer: str, reason: str) -> None:
@@ -187,10 +191,27 @@ class RecordingSession:
                 self.handler.replaces_output
                 and (changed := self.handler.replace_output(layer, call, known)) is not None
             ):
+                self._show(run)
                 return changed
             return self._record(layer, backend, call, known, run)
         with self._silence():
             return run()[0]
+
+    def _show(self, run: Run) -> None:
+        """Passes a changed call to the other sessions that record this model."""
+        call = getattr(self.handler, "changed_call", None)
+        if call is None:
+            return
+        report_change(call)
+        if self.recorded_inside():
+            # Sessions opened earlier intercept the attention of the model itself, and record the changed call instead.
+            with self._silence(), show_change(call):
+                run()
+
+    def recorded_inside(self) -> bool:
+        """Whether a session that was opened earlier records the model in this thread, inside of this session."""
+        others = self.threads.opened_before()
+        return any(not other.handler.replaces_output and other.follows(self.model) for other in others)
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
@@ -204,9 +225,13 @@ class RecordingSession:
     def _record(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys, run: Run) -> Any:
         # Gradient checkpointing repeats the forward pass during backward; it was recorded the first time.
         again = torch._C._current_graph_task_id() != -1
+        shown = current_change()
         with self._silence():
-            output, attention = run()
-            if attention is not None and attention.shape[-1] == call.sizes[3]:
+            with collect_changes() as changes:
+                output, attention = run()
+            if changed := [*changes, *([] if shown is None else [shown])]:
+                call = changed[-1]
+            elif attention is not None and attention.shape[-1] == call.sizes[3]:
                 call = replace(call, attention=attention)
             if not again:
                 # Do not intercept the measurement itself.

@@ -108,6 +108,8 @@ def explicit_attention(call: AttentionCall) -> Iterator[Float[Tensor, "batch hea
         scores = scale * (call.query[:, :, chunk].to(exact) @ key)
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.offsets is not None:
+            scores = scores + call.offsets.by_key(chunk).to(exact)
         mask = call.mask
         if mask is not None:
             mask = mask[:, :, chunk] if mask.shape[2] > 1 else mask

@@ -61,6 +61,10 @@ class Threads:
                 fix="Open a block in each thread, or join each thread before the next one starts and the block ends.",
             )  # fmt: skip
 
+    def opened_before(self) -> list[Any]:
+        """Returns the open sessions that were opened earlier."""
+        return [other._session for other in _OPEN[: _OPEN.index(self)]] if self in _OPEN else []
+
     def enter(self, module: nn.Module) -> None:
         """Called when the model starts running in the current thread."""
         thread = threading.get_ident()

@@ -238,7 +238,7 @@ def _prompt_queries(queries: Tensor, known: LabeledKeys, valid: Tensor) -> Query
     )
 
 
-def check_queries(queries: Any, names: Sequence[str]) -> str | Tensor:
+def check_queries(queries: Any, names: Sequence[str], who: str = "watch") -> str | Tensor:
     """Checks the ``queries`` argument of ``watch`` and returns it.
 
     Raises:
@@ -246,11 +246,13 @@ def check_queries(queries: Any, names: Sequence[str]) -> str | Tensor:
     """
     if isinstance(queries, str):
         if names and queries not in (*WORDS, *names):
-            raise unknown_name("watch queries", "word or modality", queries, (*WORDS, *names))
+            raise unknown_name(f"{who} queries", "word or modality", queries, (*WORDS, *names))
         return queries
     if isinstance(queries, Tensor) and queries.dtype == torch.bool and queries.ndim == 2:
         return queries
     got = f"{queries.dtype} of shape {tuple(queries.shape)}" if isinstance(queries, Tensor) else repr(queries)
     raise ConfigError(
-        "watch queries", expected="'all', 'last', 'answer', a modality's name or a boolean mask (batch, query)", got=got
+        f"{who} queries",
+        expected="'all', 'last', 'answer', a modality's name or a boolean mask (batch, query)",
+        got=got,
     )

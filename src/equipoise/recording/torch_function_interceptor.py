@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 from torch.overrides import TorchFunctionMode
 
 from .attention_call import MASKED, AttentionCall
+from .changed_calls import calls_hidden, hide_calls
 from .multihead_projection import HeadProjection, project_heads
 from .recording_session import RecordingSession
 from .shared_patches import wrapped
@@ -59,6 +60,7 @@ class _InterceptionMode(TorchFunctionMode):
             current is None
             or self._session.suspended
             or type(current).__module__.startswith(OWN)
+            or calls_hidden()
             or torch.compiler.is_compiling()
         ):
             return func(*args, **kwargs)
@@ -96,7 +98,9 @@ class _InterceptionMode(TorchFunctionMode):
 
     def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         scores = args[0] if args else kwargs["input"]
-        attention = func(*args, **kwargs)
+        nested = self._session.handler.replaces_output and self._session.recorded_inside()
+        with hide_calls() if nested else nullcontext():
+            attention = func(*args, **kwargs)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(dim, int) or scores.ndim < 3 or dim not in (-1, scores.ndim - 1) or scores.is_nested:
             self._written.follow(func, args, kwargs, attention)
@@ -110,7 +114,9 @@ class _InterceptionMode(TorchFunctionMode):
             blank, blank, blank, attention=four, mask=~masked if masked.any() else None,
             reads_itself=four.shape[2] == four.shape[3],
         )  # fmt: skip
-        output = self._session.intercept(call, None, "softmax", lambda: (attention, None)).reshape(attention.shape)
+        # An inner session has not recorded the attention yet.
+        run = (lambda: (func(*args, **kwargs), None)) if nested else (lambda: (attention, None))
+        output = self._session.intercept(call, None, "softmax", run).reshape(attention.shape)
         self._written.set_recorded(output)
         return output
 
