@@ -63,6 +63,24 @@ def test_balancers_once():
         method_factory.parse_method("joint+rollingq+rollingq", recipe())
 
 
+def test_reliability_is_a_suffix():
+    made = recipe(balancers={"reliability": {"distance": "mahalanobis", "form": "conformal", "alpha": 0.1}})
+    method = method_factory.parse_method("joint+reliability+rollingq", made)
+    assert method.name == "joint+rollingq+reliability"
+    assert method.balancers == ("rollingq",)
+    model, balancers = build("joint+rollingq+reliability", made)
+    assert isinstance(model, eq.FusionModel)
+    assert [type(balancer) for balancer in balancers] == [eq.balance.RollingQ]
+    wrapper = method_factory.wrap_reliability(model, method, made)
+    assert (wrapper.distance, wrapper.form, wrapper.alpha) == ("mahalanobis", "conformal", 0.1)
+    with pytest.raises(
+        ConfigError, match=r"'joint\+reliability': .*got distance = 'cosine'\. It has to be one of 'knn'"
+    ):
+        build("joint+reliability", recipe(balancers={"reliability": {"distance": "cosine"}}))
+    with pytest.raises(ConfigError, match="known option of Reliability, got 'distanse'"):
+        build("joint+reliability", recipe(balancers={"reliability": {"distanse": "knn"}}))
+
+
 def test_errors_of_a_class_say_which_one_it_was():
     made = recipe()
     encoders = {**made.encoders, "image": {**made.encoders["image"], "heads": 3}}

@@ -10,9 +10,10 @@ from equipoise.errors import DataError
 from equipoise.training import compare, execute_run
 from equipoise.training import run as experiment
 from equipoise.training.run import load_run_dataset
+from equipoise.training.run_loading import finished_run
 from helpers.runs import job, recipe
 
-METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive"]
+METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive", "joint+corruption+reliability"]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,22 @@ def test_the_same_logits(method, trained):
             # The rotation is part of what is compared.
             rolling.rotation.copy_(torch.eye(rolling.rotation.shape[-1]))
             assert not torch.equal(loaded(batch).logits, wanted)
+
+
+def test_reliability_is_fitted_after_training_as_without_it(trained, tmp_path):
+    folder, _ = trained["joint+corruption+reliability"]
+    loaded = eq.load(folder)
+    assert isinstance(loaded, eq.Reliability)
+    assert loaded.is_fitted
+    assert loaded.names == ("audio", "image")
+    plain = execute_run(job("joint+corruption", epochs=2), tmp_path / "plain")
+    weights = eq.load(tmp_path / "plain").state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in loaded.model.state_dict().items())
+    wrapped = finished_run(folder)
+    assert wrapped["history"] == plain["history"]
+    assert set(wrapped["metrics"]) >= {"accuracy", "accuracy_noise/audio", "accuracy_noise/image"}
+    batch = load_run_dataset(recipe(), None).batch("test", torch.arange(31), seed=0, epoch=0, train=False)
+    assert set(loaded(batch).reliability) == {"audio", "image"}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from ..io.typed_values import shorten_repr
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..registry import available_classes, get_class, instantiate
+from ..reliability import Reliability
 from ..results.task_metrics import select_metrics
 from .recipes import Recipe
 from .variant_factory import build_self_contained, variant_options
@@ -27,16 +28,24 @@ if TYPE_CHECKING:
     from ..data import Dataset
 
 
+RELIABILITY = "reliability"
+"""Part of a method name that wraps the trained model in ``eq.Reliability``."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A fusion or a single modality, with balancers: ``name = base + "+" + "+".join(balancers)``."""
+    """A fusion or a single modality, with balancers: ``name = base + "+" + "+".join(balancers)``.
+
+    With ``reliable``, "+reliability" follows: the model is trained as without it, and wrapped after training.
+    """
 
     base: str
     balancers: tuple[str, ...] = ()
+    reliable: bool = field(default=False, repr=False)
 
     @property
     def name(self) -> str:
-        return "+".join((self.base, *self.balancers))
+        return "+".join((self.base, *self.balancers, *([RELIABILITY] if self.reliable else [])))
 
 
 def parse_method(name: str, recipe: Recipe) -> Method:
@@ -56,13 +65,13 @@ def parse_method(name: str, recipe: Recipe) -> Method:
     bases = {*recipe.encoders, *recipe.fusions, *(set(available_classes(fusion, Fusion)) - {"unimodal"})}  # type: ignore[type-abstract]
     if base not in bases:
         raise unknown_name(f"method '{name}'", "fusion or modality", base, bases)
-    balancers = {*recipe.balancers, *available_classes(balance, Balancer)}
+    balancers = {*recipe.balancers, *available_classes(balance, Balancer), RELIABILITY}
     for part in added:
         if part not in balancers:
             raise unknown_name(f"method '{name}'", "balancer", part, balancers)
     if len(set(added)) != len(added):
         raise ConfigError(f"method '{name}'", expected="each balancer once", got=name)
-    return Method(base, tuple(added))
+    return Method(base, tuple(part for part in added if part != RELIABILITY), RELIABILITY in added)
 
 
 def method_recipe(method: Method, recipe: Recipe) -> Recipe:
@@ -91,6 +100,8 @@ def build_model(
     """Builds the model of a method, with its balancers attached.
 
     Weights are initialized from the global RNG: seed it first.
+
+    The model of a method with ``+reliability`` is the one to train; see ``wrap_reliability``.
 
     Args:
         method, recipe, dataset: method to build, and the recipe and data that define it.
@@ -138,8 +149,22 @@ def build_model(
         task=dataset.task,  # type: ignore[arg-type]
         unimodal=heads,  # type: ignore[arg-type]
     )
+    if method.reliable:
+        # A wrong option is an error before training.
+        wrap_reliability(model, method, recipe)
     given = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
     return model, [_balancer(name, cls, recipe, given, method) for name, cls in classes.items()]
+
+
+def wrap_reliability(model: FusionModel, method: Method, recipe: Recipe) -> Reliability:
+    """Returns the wrapper of a method with ``+reliability``, before it is fitted.
+
+    Its options are those of the recipe under ``balancers: {reliability: ...}``: ``distance``, ``form`` and ``alpha``.
+
+    Raises:
+        ConfigError: unknown option or value.
+    """
+    return instantiate(Reliability, f"method '{method.name}'", recipe.balancers.get(RELIABILITY, {}), model=model)
 
 
 def needs_teachers(method: Method, recipe: Recipe) -> bool:

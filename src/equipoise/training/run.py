@@ -33,6 +33,7 @@ from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonab
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..registry import instantiate
+from ..reliability import Reliability
 from ..results.result_rows import RunResult
 from . import method_factory, recipes
 from .checkpoint import AtomicCheckpointIO, check_state, load_weights, next_batch, read_state_dict, save_weights
@@ -97,10 +98,26 @@ def execute_run(
         trainer = _fit(model, balancers, job, recipe, source, folder, journal, dict(trainer_options or {}))
         if not trainer.is_global_zero:
             return None
-        run = _run(job, model.cpu(), source, recipe, journal)
-    save_weights(model, folder / "model.safetensors")
+        trained: Any = model.cpu()
+        if method.reliable:
+            trained = _fit_reliability(trained, method, recipe, source, job.seed)
+        run = _run(job, trained, source, recipe, journal)
+    save_weights(trained, folder / "model.safetensors")
     write_run(folder, job.fingerprint(), run)
     return run
+
+
+def _fit_reliability(
+    model: FusionModel, method: method_factory.Method, recipe: Recipe, source: data.Dataset, seed: int
+) -> Reliability:
+    """Fits the reliability of the modalities on the training and validation splits, without augmentation."""
+    unfitted = method_factory.wrap_reliability(model, method, recipe)
+    train, val = (
+        data.loader(source, split, 256, seed=seed, train=False, rank=0, world=1) for split in ("train", "val")
+    )
+    return Reliability.fit(
+        model, train, val, distance=unfitted.distance, form=unfitted.form, alpha=unfitted.alpha, seed=seed
+    )
 
 
 def _teacher(

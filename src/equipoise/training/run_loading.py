@@ -14,6 +14,7 @@ from ..data.user_code import is_code
 from ..errors import ConfigError, DataError
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
+from ..reliability import Reliability
 from . import method_factory, recipes
 from .checkpoint import load_weights
 from .run import CODE, load_run_dataset
@@ -23,11 +24,12 @@ from .run_spec import check_recipe
 
 def load(
     folder: str | os.PathLike[str], *, data: str | os.PathLike[str] | Dataset | None = None
-) -> FusionModel | SelfContainedModel:
+) -> FusionModel | SelfContainedModel | Reliability:
     """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
     The data set of the recipe must be available, since it determines the shapes. No code from the folder is executed.
-    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model.
+    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is loaded
+    as ``eq.Reliability``, fitted.
 
     Args:
         folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
@@ -52,8 +54,10 @@ def load(
     run = content["run"]
     recipe = recipes.load_recipe(folder / "recipe.yaml")
     source = data if isinstance(data, Dataset) else load_run_dataset(with_data(recipe, data), run["fold"])
+    method = method_factory.parse_method(run["method"], recipe)
     with torch.random.fork_rng(devices=[]):
-        model, _ = method_factory.build_model(method_factory.parse_method(run["method"], recipe), recipe, source)
+        built, _ = method_factory.build_model(method, recipe, source)
+    model: Any = method_factory.wrap_reliability(built, method, recipe) if method.reliable else built  # type: ignore[arg-type]
     load_weights(model, folder / WEIGHTS)
     # The weights of another run can have the same shapes.
     check_weights(folder, content)
