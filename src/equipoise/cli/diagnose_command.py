@@ -185,7 +185,7 @@ def diagnose_run(
         # Unimodal scores are used only if all modalities have one.
         alone=known if len(known) == len(model.names) else None, progress=progress,
     )  # fmt: skip
-    protocol = {"data": trained.recipe.data["name"], "split": "test", "method": run["method"]}
+    protocol = {"data": trained.recipe.data_title, "split": "test", "method": run["method"]}
     outside = {"outside": options.outside} if options.outside != "none" else {}
     return replace(
         diagnosis, seed=run["seed"], fold=run["fold"], protocol={**protocol, **outside, **diagnosis.protocol}

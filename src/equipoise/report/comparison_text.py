@@ -14,6 +14,7 @@ from .effect_sizes import Effect, between, describe_effect, effect, largest
 from .results_view import ResultsView
 from .text_format import (
     LEVEL,
+    depends_on_level,
     format_delta,
     format_signed,
     format_value,
@@ -138,7 +139,7 @@ def _own_level(readings: ResultsView, method: str, r: float) -> str:
     if row is None:
         return ""
     text = f" With noise of the mean and standard deviation of each sample, {_spread(readings, row, 'r = ')}."
-    return f"{text} {LEVEL}" if r * row["mean"] < 0 else text
+    return f"{text} {LEVEL}" if depends_on_level(r, row["mean"]) else text
 
 
 def _effects_text(readings: ResultsView, method: str, reported: Effect | None) -> str:

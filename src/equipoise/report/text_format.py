@@ -40,6 +40,16 @@ LEVEL = (
 """Sentence for opposite responses to noise of the training statistics and of the statistics of each sample."""
 
 
+def depends_on_level(r: float, own: float) -> bool:
+    """Returns whether the two responses have opposite signs and differ by 0.1 or more: two values near 0 agree.
+
+    Example:
+        >>> depends_on_level(-0.29, 0.19), depends_on_level(0.01, -0.004)
+        (True, False)
+    """
+    return r * own < 0 and abs(r - own) >= 0.1
+
+
 def method_title(metric: str) -> str:
     """The display name of a metric.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..results.significance import SURE
-from .text_format import LEVEL, format_p, format_signed
+from .text_format import LEVEL, depends_on_level, format_p, format_signed
 from .verdict_evidence import ERRORS, Judgment, Verdict, VerdictEvidence
 
 FOLLOWS, BLIND = 0.3, 0.1
@@ -56,7 +56,7 @@ def quality(found: VerdictEvidence) -> Iterator[Verdict]:
 def level(found: VerdictEvidence) -> Iterator[Verdict]:
     """Whether attention responds to the level of the noise rather than to the loss of content."""
     r, own = found.get("noise_attention_r"), found.get("noise_attention_r_own")
-    if r is None or own is None or r * own >= 0:
+    if r is None or own is None or not depends_on_level(r, own):
         return
     text = (
         f"With noise of the mean and standard deviation of the training data r = {format_signed(r)}; with those of each "

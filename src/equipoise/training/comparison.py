@@ -171,7 +171,7 @@ def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, 
     }  # fmt: skip
     return {
         "recipe": title,
-        "data": recipe.data["name"],
+        "data": recipe.data_title,
         "methods": list(dict.fromkeys(job.method for job in plan)),
         "seeds": sorted({job.seed for job in plan}),
         "folds": sorted({job.fold for job in plan if job.fold is not None}),

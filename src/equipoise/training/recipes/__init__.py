@@ -148,6 +148,11 @@ class Recipe:
     references: dict[str, str] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)
 
+    @property
+    def data_title(self) -> str:
+        """Name of the data set; for a table of the user, that of its file."""
+        return Path(str(self.data["path"])).stem if "path" in self.data else str(self.data["name"])
+
     def with_train(self, **changes: Any) -> Recipe:
         """Returns the recipe with changed training options.
 
