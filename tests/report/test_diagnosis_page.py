@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.diagnostics.suite import TESTS, Diagnosis, diagnose
+from equipoise.diagnostics.suite import OPTIONAL_TESTS, TESTS, Diagnosis, diagnose
 from equipoise.errors import ConfigError
 from equipoise.report.diagnosis_html import diagnosis_page
 from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
@@ -51,7 +51,7 @@ def page(*found):
 
 
 def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
-    assert set(WORDS) == set(TESTS)
+    assert set(WORDS) == {*TESTS, *OPTIONAL_TESTS}
     for metric in {**deep.metrics, **static.metrics}:
         assert source_of(metric) in TESTS, metric
         assert label(metric)[0].isupper()

@@ -39,6 +39,8 @@ from .quag_test import Quag as Quag
 from .quag_test import quag as quag
 from .rank_collapse_test import RankCollapse as RankCollapse
 from .rank_collapse_test import rank_collapse as rank_collapse
+from .robustness_test import Robustness as Robustness
+from .robustness_test import robustness as robustness
 from .shapley_test import modality_shapley as modality_shapley
 from .share_accumulation import share_statistics as share_statistics
 from .share_spread_test import attention_entropy as attention_entropy

@@ -28,6 +28,7 @@ from .plot_style import (
     style_context,
 )
 from .results_view import as_histogram
+from .robustness_figure import robustness_figure
 from .text_format import as_read, format_signed, is_error, method_title, metric_label
 
 
@@ -119,6 +120,18 @@ def _levels(
         axes.legend(frameon=False, fontsize=9, loc="best")
         ends = ", ".join(f"{name} {say(curve[part][0])} to {say(curve[part][-1])}" for name, curve in curves.items())
         return column.render(figure, f"{prefix}corruption", f"From noise level 0 to 1: {ends}.")
+
+
+def robustness(column: ReportColumn) -> FigureBlock | None:
+    """The score under each corruption, one panel for each modality."""
+    details = column.details("robustness")
+    if not details.get("rows"):
+        return None
+    figure = robustness_figure(details["rows"], details["clean"], column.names)
+    means = {name: column.found.get(f"robustness/{name}") for name in column.names}
+    text = ", ".join(f"{name} {column.found.say(mean)}" for name, mean in means.items() if mean is not None)
+    with style_context():
+        return column.render(figure, "robustness", f"Mean with damage in {text}.")
 
 
 def shapley(column: ReportColumn) -> FigureBlock | None:
@@ -252,7 +265,8 @@ def ood(column: ReportColumn) -> FigureBlock | None:
 
 FIGURES: dict[str, tuple[Callable[[ReportColumn], FigureBlock | None], ...]] = {
     "score": (score,), "noise": (noise,), "masking": (masking,), "response": (response,), "attention": (attention,),
-    "corruption": (corruption, corruption_share), "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
+    "corruption": (corruption, corruption_share), "robustness": (robustness,),
+    "shapley": (shapley,), "quag": (quag,), "keys": (keys,), "gap": (gap,),
     "consistency": (consistency, spectrum),
     "collapse": (collapse,), "gradients": (gradients,), "ood": (ood,),
 }  # fmt: skip

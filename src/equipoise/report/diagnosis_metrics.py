@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     ),
     "noise_attention_p": ("response", "Attention–noise correlation, p-value", "p"),
     "area": ("corruption", "Mean score over the noise levels in {}", "score"),
+    "robustness": ("robustness", "Mean score over damages of {}", "score"),
     "shapley": ("shapley", "Shapley value of {}", "effect"),
     "quag": ("quag", "Attention averaged, {}", "score"),
     "share": ("attention", "Attention share of {}", "part"),
@@ -104,7 +105,7 @@ def shown(metric: str, value: float, score: str = "accuracy") -> str:
         return format_value("size", value) if abs(value) >= 1e3 or float(value).is_integer() else f"{value:.3g}"
     if style == "number":
         return f"{value:z.2f}".replace("-", MINUS)
-    return format_value(score if metric.startswith(("area", "quag")) else metric, value)
+    return format_value(score if metric.startswith(("area", "quag", "robustness")) else metric, value)
 
 
 def is_score(metric: str, score: str = "accuracy") -> bool:

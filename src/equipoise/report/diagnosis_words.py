@@ -72,6 +72,14 @@ WORDS: dict[str, TestTexts] = {
         "is still present at the highest level, with noise of the same magnitude: this is a milder corruption than "
         "replacement.",
     ),
+    "robustness": TestTexts(
+        "Score under each kind of damage",
+        "Score with one modality damaged in each way of the catalog, mean (dot) and range (bar) over severities 1, 3 and 5. "
+        "The dashed line is the score without damage, the solid line that of the best modality that is still intact: a "
+        "robust fusion does not fall below it.",
+        "Severities of different corruptions are not equally hard. Damage that was part of the training is a test on the "
+        "training condition.",
+    ),
     "shapley": TestTexts(
         "Contribution of each modality (Shapley values)",
         "Contribution of each modality to the score, averaged over all orders in which the modalities can be added. The "

@@ -3,4 +3,5 @@
 from .diagnosis_result import Diagnosis as Diagnosis
 from .diagnosis_result import results as results
 from .run_suite import diagnose as diagnose
+from .test_registry import OPTIONAL_TESTS as OPTIONAL_TESTS
 from .test_registry import TESTS as TESTS

@@ -13,7 +13,9 @@ from ...results.bootstrap import settings as bootstrap_settings
 from ...results.task_metrics import Metric, find_metric, select_metrics
 from .diagnosis_result import Diagnosis
 from .diagnostic_context import DiagnosticContext, Loader, SkippedTest, check_data, is_repeatable
-from .test_registry import TESTS
+from .test_registry import OPTIONAL_TESTS, TESTS
+
+KNOWN_TESTS = {**TESTS, **OPTIONAL_TESTS}
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a test, the number of finished tests, and the number of tests."""
@@ -45,7 +47,8 @@ def diagnose(
         model: a FusionModel, or a module with ``names`` that returns Output, to which fewer tests apply.
         loader: batches of held-out data, dicts with every modality and ``"target"``, that can be iterated several times
             in the same order; or a function that returns them.
-        tests: names of ``TESTS``; all by default. The score is always measured.
+        tests: names of ``TESTS``; all by default. The score is always measured. ``"robustness"`` (scores under all
+            corruptions of the catalog) takes long and runs only if it is named.
         noise: name -> (mean, std) of the noise that replaces a modality, such as ``Dataset.noise``; by default those of
             the inputs of the loader.
         outside: out-of-distribution batches for the test of confidence.
@@ -95,7 +98,7 @@ def diagnose(
             if progress is not None:
                 progress(test, done, len(chosen))
             try:
-                result = TESTS[test](context)
+                result = KNOWN_TESTS[test](context)
             except SkippedTest as reason:
                 skipped[test] = str(reason)
                 continue
@@ -141,9 +144,9 @@ def _chosen(tests: Sequence[str] | None) -> list[str]:
     if isinstance(tests, str):
         raise ConfigError("diagnose", expected="a list of tests", got=repr(tests), fix=f"Pass [{tests!r}].")
     for test in tests or ():
-        if test not in TESTS:
-            raise unknown_name("diagnose", "test", str(test), TESTS)
-    return [test for test in TESTS if tests is None or test in tests or test == "score"]
+        if test not in KNOWN_TESTS:
+            raise unknown_name("diagnose", "test", str(test), KNOWN_TESTS)
+    return [test for test in KNOWN_TESTS if test == "score" or (test in TESTS if tests is None else test in tests)]
 
 
 def _chosen_metrics(

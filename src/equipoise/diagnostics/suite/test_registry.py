@@ -25,6 +25,7 @@ from ..modality_masking import mask_modality
 from ..noise_test import response_from_shares as response_of
 from ..ood_test import ood as ood_of
 from ..quag_test import quag as quag_of
+from ..robustness_test import robustness as robustness_of
 from ..shapley_test import modality_shapley
 from ..share_accumulation import share_statistics
 from ..share_spread_test import share_entropy, share_quality_correlation, share_spread
@@ -33,6 +34,7 @@ from .diagnostic_context import DiagnosticContext, SkippedTest, outputs_differ
 from .layer_tests import attention_rows, collapse_rows, gaps
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ROBUSTNESS_SEVERITIES = (1, 3, 5)
 
 
 class TestResult(NamedTuple):
@@ -320,6 +322,18 @@ def cost(context: DiagnosticContext) -> TestResult:
     return TestResult(metrics | {"parameters_thop": thop.parameters, "flops_thop": thop.flops}, {"table": thop.gflops})
 
 
+def robustness(context: DiagnosticContext) -> TestResult:
+    """Score under the corruptions of the catalog, at three severities."""
+    context.needs_targets()
+    found = robustness_of(
+        context.model, context.batches, severities=ROBUSTNESS_SEVERITIES, seed=context.seed, metric=context.metric,
+        statistics={name: tuple(context.noise[name]) for name in context.names if name in context.noise},  # type: ignore[misc]
+    )  # fmt: skip
+    damaged = dict.fromkeys(name for name, _, _ in found.scores)
+    metrics = {f"robustness/{name}": found.mean(name) for name in damaged}
+    return TestResult(metrics, {"clean": found.clean, "alone": found.alone, "rows": found.rows()})
+
+
 def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]]:
     kept = values[~values.isnan()].clamp(low, high).numpy()
     counts, edges = np.histogram(kept, bins=40, range=(low, high if high > low else low + 1.0))
@@ -334,3 +348,6 @@ TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {
     )
 }  # fmt: skip
 """Name -> test, in the order in which they run."""
+
+OPTIONAL_TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {"robustness": robustness}
+"""Tests that run only where they are named, since they take many times as long as all others."""

@@ -1,0 +1,123 @@
+"""eq.diagnostics.robustness: scores of models with known use of their modalities, and what is derived from them."""
+
+import math
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.diagnostics import corruptions, robustness
+from equipoise.diagnostics.suite import diagnose
+from equipoise.errors import ConfigError, ShapeError
+from helpers import fusion
+from helpers.diagnosis import answered, weighing
+
+
+def test_damage_of_the_only_used_modality():
+    model = weighing(audio=1.0, image=0.0)
+    loader = answered(model)
+    found = robustness(model, loader, corruptions=["white_noise", "missing", "gain"], severities=[1, 5])
+    assert found.clean == 1.0
+    assert found.scores["audio", "white_noise", 5] < 0.6 < 0.8 < found.scores["audio", "white_noise", 1]
+    # The logits are linear: a gain changes no prediction.
+    assert found.scores["audio", "gain", 5] == 1.0
+    assert all(score == 1.0 for (name, _, _), score in found.scores.items() if name == "image")
+    assert found.alone == {"audio": 1.0, "image": pytest.approx(1 / 3, abs=0.1)}
+    assert found.best_intact("image") == 1.0
+    assert found.mean("image") == 1.0
+    expected = [score for (name, kind, _), score in found.scores.items() if (name, kind) == ("audio", "missing")]
+    assert found.mean("audio", "missing") == pytest.approx(sum(expected) / 2)
+    assert found.share_near_intact == 1.0
+
+
+def test_scores_are_those_of_damaged_batches():
+    model = weighing(audio=1.0, image=0.7)
+    loader = answered(model, sizes=(53, 31))
+    statistics = {"audio": (0.5, 2.0)}
+    found = robustness(model, lambda: iter(loader), modalities=["audio"], severities=[3], seed=7, statistics=statistics)
+    assert {kind for _, kind, _ in found.scores} == set(corruptions.corruption_names("sequence"))
+    for (name, kind, severity), score in found.scores.items():
+        right = []
+        for number, batch in enumerate(loader):
+            seed = 7 * 1_000_003 + number
+            damaged = corruptions.corrupt_batch(
+                batch, name, kind, severity=severity, seed=seed, statistics=statistics["audio"]
+            )
+            with torch.no_grad():
+                right.append(model(damaged).logits.argmax(dim=1) == batch["target"])
+        assert score == pytest.approx(float(torch.cat(right).float().mean()))
+    rows = found.rows()
+    assert all(row["drop"] == pytest.approx(found.clean - row["score"]) for row in rows)
+    assert all(row["distance"] == pytest.approx(row["score"] - found.alone["image"]) for row in rows)
+
+
+def test_a_model_below_its_intact_modality():
+    model = weighing(audio=100.0, image=1.0)
+    loader = answered(weighing(audio=0.0, image=1.0))
+    found = robustness(model, loader, corruptions=["swapped"], modalities=["audio"], severities=[5])
+    assert found.rows()[0]["distance"] < -0.3
+    assert found.share_near_intact == 0.0
+
+
+def test_other_inputs_and_models():
+    single = weighing(audio=1.0)
+    found = robustness(single, answered(single), corruptions=["zeros"], severities=[5])
+    assert math.isnan(found.best_intact("audio"))
+    assert math.isnan(found.share_near_intact)
+    assert "nan" not in found.table()
+    model = fusion.model().eval()
+    loader = [fusion.batch(size=11, missing=("image",)), fusion.batch(size=1, seed=2)]
+    found = robustness(model, loader, severities=[5], kinds={"audio": "spectrogram"})
+    assert {kind for name, kind, _ in found.scores if name == "audio"} == set(
+        corruptions.corruption_names("spectrogram")
+    )
+    assert all(math.isfinite(score) for score in found.scores.values())
+
+
+def test_table_frame_and_figure(tmp_path):
+    model = weighing(audio=1.0, image=0.7)
+    found = robustness(model, answered(model), corruptions=["zeros", "frozen"], severities=[1, 5])
+    lines = found.table().splitlines()
+    assert lines[0].split() == ["modality", "corruption", "1", "5", "mean", "best", "intact"]
+    assert len(lines) == 1 + 4 + 2
+    frame = found.to_pandas()
+    assert len(frame) == 8
+    assert frame["score"].mean() == pytest.approx(found.mean())
+    text = found.save_figure(tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert text.startswith("<svg")
+    assert 'xmlns="http://www.w3.org/2000/svg"' in text
+    assert "damaged: audio" in text
+    assert found.save_figure(tmp_path / "again.svg").read_text(encoding="utf-8") == text
+
+
+def test_it_is_an_optional_test_of_a_diagnosis(tmp_path):
+    model = weighing(audio=1.0, image=0.7)
+    loader = answered(model, sizes=(23,))
+    assert "robustness" not in diagnose(model, loader, tests=["score"]).details
+    found = diagnose(model, loader, tests=["robustness"])
+    direct = robustness(model, loader, severities=(1, 3, 5))
+    assert found.metrics["robustness/audio"] == pytest.approx(direct.mean("audio"))
+    page = found.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="test-robustness"' in page
+    assert "Mean score over damages of audio" in page
+    found.save(tmp_path)
+    loaded = eq.Diagnosis.load(tmp_path)
+    assert loaded.metrics["robustness/image"] == found.metrics["robustness/image"]
+    assert 'id="test-robustness"' in loaded.report(tmp_path / "again.html").read_text(encoding="utf-8")
+
+
+def test_errors():
+    model = weighing(audio=1.0, image=0.7)
+    loader = answered(model)
+    with pytest.raises(ConfigError, match="known modality, got 'sound'"):
+        robustness(model, loader, modalities=["sound"])
+    with pytest.raises(ConfigError, match="known corruption, got 'zero'"):
+        robustness(model, loader, corruptions=["zero"])
+    with pytest.raises(ConfigError, match=r"severities from 1 to 5, got \[6\]"):
+        robustness(model, loader, severities=[6])
+    with pytest.raises(ConfigError, match=r"corruptions that fit an input of the model, .* got replaced"):
+        robustness(model, loader, corruptions=["replaced"])
+    with pytest.raises(ShapeError, match="at least one batch"):
+        robustness(model, [])
+    with pytest.raises(ShapeError, match="'audio': expected a floating tensor or word ids"):
+        robustness(fusion.model(), [{**fusion.batch(), "audio": None}])
