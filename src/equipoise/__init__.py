@@ -40,6 +40,7 @@ from .tokens import unpack as unpack
 
 if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
+    from .evaluation.questions import blind as blind
     from .inspection import Inspection as Inspection
     from .inspection import look as look
     from .integrations import huggingface as hf  # noqa: F401
@@ -57,7 +58,7 @@ _LAZY_MODULES = {
 # Names from such modules: attribute -> module that defines it.
 _LAZY_NAMES = {
     "load": ".training.run_loading", "evaluate": ".evaluation", "look": ".inspection", "Inspection": ".inspection",
-    "Reliability": ".reliability",
+    "Reliability": ".reliability", "blind": ".evaluation.questions",
 }  # fmt: skip
 
 

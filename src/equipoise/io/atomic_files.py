@@ -27,8 +27,9 @@ LONGEST = 200
 """Maximum number of characters of a folder name."""
 
 OWN = frozenset({
-    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "look.json", "model.safetensors",
-    "recipe.yaml", "report.html", "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
+    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "journal.jsonl", "look.json",
+    "model.safetensors", "questions.csv", "questions.html", "questions.json", "recipe.yaml", "report.html",
+    "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
 })  # fmt: skip
 """Files and folders that this package writes at the top level of an output folder."""
 

@@ -1,0 +1,52 @@
+"""Renders questions under several conditions as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .html_page import render_page
+
+MOST_ROWS = 200
+"""Number of questions on the page; the csv file has all."""
+
+
+def questions_page(content: Mapping[str, Any]) -> str:
+    """Renders the page; ``content`` is ``QuestionResult.to_dict()``."""
+    order = {"needs it": 0, "answered without it": 1, "not answered": 2, "failed": 3}
+    rows = sorted(content["rows"], key=lambda row: order[row["class"]])
+    # The same number of each class, so that examples of all are shown.
+    quota = max(MOST_ROWS // max(len({row["class"] for row in rows}), 1), 1)
+    counts: dict[str, int] = {}
+    shown = []
+    for row in rows:
+        counts[row["class"]] = counts.get(row["class"], 0) + 1
+        if counts[row["class"]] <= quota:
+            shown.append(row)
+    return render_page(
+        "questions",
+        title=content["name"] or "Questions",
+        result=content,
+        shown=shown,
+        filters={"percent": percent, "interval": interval},
+    )
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent.
+
+    Example:
+        >>> percent(0.5), percent(None)
+        ('50.0 %', '–')
+    """
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(value: list[float] | None) -> str:
+    """An interval of fractions in percent.
+
+    Example:
+        >>> interval([0.25, 0.5])
+        '25.0 to 50.0'
+    """
+    return "–" if value is None else f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
