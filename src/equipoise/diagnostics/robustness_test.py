@@ -104,9 +104,9 @@ class Robustness:
             MissingExtraError: matplotlib is not installed.
         """
         with require_extra("Robustness.figure"):
-            from ..report.robustness_figure import robustness_figure
+            from ..report.robustness_figure import draw_robustness
 
-            return robustness_figure(self.rows(), self.clean, self.names)
+            return draw_robustness(self.rows(), self.clean, self.names)
 
     def save_figure(self, path: str | os.PathLike[str]) -> Path:
         """Writes the figure as an SVG file, atomically.

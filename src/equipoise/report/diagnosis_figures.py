@@ -28,7 +28,7 @@ from .plot_style import (
     style_context,
 )
 from .results_view import as_histogram
-from .robustness_figure import robustness_figure
+from .robustness_figure import draw_robustness
 from .text_format import as_read, format_signed, is_error, method_title, metric_label
 
 
@@ -127,7 +127,7 @@ def robustness(column: ReportColumn) -> FigureBlock | None:
     details = column.details("robustness")
     if not details.get("rows"):
         return None
-    figure = robustness_figure(details["rows"], details["clean"], column.names)
+    figure = draw_robustness(details["rows"], details["clean"], column.names)
     means = {name: column.found.get(f"robustness/{name}") for name in column.names}
     text = ", ".join(f"{name} {column.found.say(mean)}" for name, mean in means.items() if mean is not None)
     with style_context():

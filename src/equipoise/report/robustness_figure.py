@@ -12,7 +12,7 @@ from ..results.result_rows import finite_or_none
 from .plot_style import ACCENT, INK, MODALITY, MUTED, name_rows, only_grid, shorten, style_context
 
 
-def robustness_figure(rows: Sequence[Mapping[str, Any]], clean: float, names: Sequence[str]) -> Figure:
+def draw_robustness(rows: Sequence[Mapping[str, Any]], clean: float, names: Sequence[str]) -> Figure:
     """Draws one panel for each damaged modality, with one line for each corruption.
 
     The dot is the mean score over the severities and the bar their range; the dashed line is the clean score, the solid
