@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
-from .question_set import LETTERS, Question
+from .question_set import LETTERS, MediaQuestion
 
-Scoring = Callable[[str, Question], float]
+Scoring = Callable[[str, MediaQuestion], float]
 METRICS = ("exact", "normalized", "choice")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ARTICLES = {"a", "an", "the"}
@@ -19,7 +19,7 @@ LEAD = re.compile(
 )
 
 
-def scoring_for(metric: Any, questions: list[Question]) -> tuple[str, Scoring]:
+def scoring_for(metric: Any, questions: list[MediaQuestion]) -> tuple[str, Scoring]:
     """Returns the name and the function of a metric.
 
     Args:
@@ -44,12 +44,12 @@ def scoring_for(metric: Any, questions: list[Question]) -> tuple[str, Scoring]:
     return metric, {"exact": exact, "normalized": normalized, "choice": choice}[metric]
 
 
-def exact(reply: str, question: Question) -> float:
+def exact(reply: str, question: MediaQuestion) -> float:
     """1 if the reply is an accepted answer, character by character except for spaces at the ends."""
     return float(reply.strip() in question.answers)
 
 
-def normalized(reply: str, question: Question) -> float:
+def normalized(reply: str, question: MediaQuestion) -> float:
     """1 if the reply is an accepted answer without case, punctuation, articles, a leading "The answer is", and with
     digits for number words; yes and no count at the beginning of a longer reply."""
     accepted = {normalize(answer) for answer in question.answers}
@@ -58,7 +58,7 @@ def normalized(reply: str, question: Question) -> float:
     return float(bool(accepted & {normalize(reply), normalize(LEAD.sub("", reply)), normalize(_first_line(reply))}))
 
 
-def choice(reply: str, question: Question) -> float:
+def choice(reply: str, question: MediaQuestion) -> float:
     """1 if the reply names the right choice."""
     return float(chosen(reply, question.choices) == question.target)
 
@@ -116,7 +116,7 @@ def _first_line(text: str) -> str:
     return lines[0] if lines else ""
 
 
-def _own(metric: Callable[[str, Any], Any], reply: str, question: Question) -> float:
+def _own(metric: Callable[[str, Any], Any], reply: str, question: MediaQuestion) -> float:
     value = float(metric(reply, question.sample))
     if not 0 <= value <= 1:
         raise ConfigError("blind metric", expected="a number from 0 to 1", got=str(value))

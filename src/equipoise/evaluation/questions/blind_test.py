@@ -15,7 +15,7 @@ from .answer_scoring import scoring_for
 from .call_journal import CallJournal, Reply, call_with_retries
 from .media_conditions import CONDITIONS, Media, MediaConditions, digest
 from .question_result import QuestionResult
-from .question_set import Question, check_choice, read_questions
+from .question_set import MediaQuestion, check_choice, read_questions
 
 Target = Callable[[Any, str], str]
 STOP_AFTER = 20
@@ -105,8 +105,8 @@ def blind(
 
 
 def result_of(
-    questions: Sequence[Question], conditions: tuple[str, ...], replies: Mapping[tuple[str, int], Reply],
-    score: Callable[[str, Question], float], *, metric: str, name: str, extra: dict[str, list[float | None]] | None = None,
+    questions: Sequence[MediaQuestion], conditions: tuple[str, ...], replies: Mapping[tuple[str, int], Reply],
+    score: Callable[[str, MediaQuestion], float], *, metric: str, name: str, extra: dict[str, list[float | None]] | None = None,
 ) -> QuestionResult:  # fmt: skip
     """Scores the replies of all questions."""
     texts: dict[str, list[str | None]] = {}
@@ -124,7 +124,7 @@ def result_of(
 
 
 def _ask_all(
-    target: Target, questions: Sequence[Question], conditions: Sequence[str], sources: MediaConditions,
+    target: Target, questions: Sequence[MediaQuestion], conditions: Sequence[str], sources: MediaConditions,
     prompt: Any, journal: CallJournal, progress: Any, workers: int, options: dict[str, Any],
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
     tasks = [(condition, place) for place in range(len(questions)) for condition in conditions]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import ConfigError
-from .question_set import Question
+from .question_set import MediaQuestion
 
 CONDITIONS = ("given", "blank", "other", "none")
 """Conditions of a black box; ``none`` is the question alone."""
@@ -36,12 +36,12 @@ class MediaConditions:
         ConfigError: "other" is needed and all questions have the same media.
     """
 
-    def __init__(self, questions: Sequence[Question], seed: int = 0, *, other: bool = True) -> None:
+    def __init__(self, questions: Sequence[MediaQuestion], seed: int = 0, *, other: bool = True) -> None:
         self._questions = questions
         self._color: np.ndarray | None = None
         self._partners = _partners([_identity(question) for question in questions], seed) if other else []
 
-    def media(self, question: Question, condition: str) -> Media:
+    def media(self, question: MediaQuestion, condition: str) -> Media:
         """Loads the media of a question under a condition."""
         if condition == "none":
             return ()
@@ -71,13 +71,13 @@ class MediaConditions:
         return color
 
 
-def _array_mean(questions: Sequence[Question]) -> float:
+def _array_mean(questions: Sequence[MediaQuestion]) -> float:
     arrays = [np.asarray(value) for question in questions[:MEAN_OF] for name, value in question.load()
               if name == "image" and not isinstance(value, Image.Image)]  # fmt: skip
     return float(np.mean([array.mean() for array in arrays]))
 
 
-def _identity(question: Question) -> str:
+def _identity(question: MediaQuestion) -> str:
     """A digest of the media without loading files, so that questions about the same image are recognized."""
     values = [value.resolve() if isinstance(value, Path) else value for _, value in question.media]
     return digest(tuple((name, value) for (name, _), value in zip(question.media, values, strict=True)))

@@ -18,7 +18,7 @@ from ...results.bootstrap import mean_of_resamples, percentile_interval
 from ...results.result_rows import to_jsonable
 from ...results.significance import paired_p
 from .answer_scoring import normalize, yes_or_no
-from .question_set import Question
+from .question_set import MediaQuestion
 from .question_verdict import verdict_sentences
 
 GIVEN = "given"
@@ -45,7 +45,7 @@ class QuestionResult:
         extra: further values by question, such as the share of attention.
     """
 
-    questions: Sequence[Question]
+    questions: Sequence[MediaQuestion]
     conditions: tuple[str, ...]
     replies: dict[str, list[str | None]]
     scores: dict[str, np.ndarray]

@@ -22,7 +22,7 @@ LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class MediaQuestion:
     """A question, its media and its answer.
 
     Attributes:
@@ -71,7 +71,7 @@ def load_medium(name: str, value: Any, who: str) -> Any:
 def read_questions(
     samples: Iterable[Mapping[str, Any]], *, who: str = "blind", root: str | Path | None = None,
     check_files: bool = True,
-) -> list[Question]:  # fmt: skip
+) -> list[MediaQuestion]:  # fmt: skip
     """Reads samples with "image", "images" or "audio", "question", "answer" and optionally "choices" and "category".
 
     Args:
@@ -98,7 +98,7 @@ def read_questions(
     return questions
 
 
-def _question(index: int, sample: Any, who: str, root: str | Path | None) -> Question:
+def _question(index: int, sample: Any, who: str, root: str | Path | None) -> MediaQuestion:
     place = f"{who} sample {index}"
     if not isinstance(sample, Mapping):
         raise DataError(
@@ -111,7 +111,7 @@ def _question(index: int, sample: Any, who: str, root: str | Path | None) -> Que
     category = sample.get("category")
     choices = _choices(sample.get("choices"), place)
     answers, target = _answer(sample.get("answer"), choices, place)
-    return Question(
+    return MediaQuestion(
         index, sample, media, text.strip(), answers, choices, target, "" if category is None else str(category)
     )
 
