@@ -209,3 +209,85 @@ def test_noise_has_the_statistics_of_valid_tokens():
     # With the padding the mean would be about 2, and the standard deviation 6.
     assert abs(mean - 20) < 0.5
     assert abs(std - 3) < 0.3
+
+
+def from_catalog(made, names, **options):
+    return eq.balance.ModalityCorruption(made, corruptions=names, **{"probability": 1.0, **options})
+
+
+def test_the_catalog_damages_only_what_was_drawn():
+    made = model()
+    inputs = batch(size=SIZE)
+    balancer = from_catalog(made, ["zeros", "gain"], probability=0.5)
+    found = exposed(made, balancer, inputs)
+    gone = destroyed(balancer)
+    for index, name in enumerate(("audio", "image")):
+        changed = (found[name] != inputs[name]).flatten(1).any(dim=1)
+        assert 0.3 < float(changed.double().mean()) < 0.7
+        # Only zeros destroy; at severity 5 they replace the whole input.
+        assert bool((found[name][gone[:, index]] == 0).all())
+        assert bool(changed[gone[:, index]].all())
+        assert 0.1 < float(gone[:, index].double().mean()) < 0.4
+    again = exposed(made, from_catalog(made, ["zeros", "gain"], probability=0.5), inputs)
+    assert all(torch.equal(found[name], again[name]) for name in ("audio", "image"))
+    balancer.before_step()
+    assert not torch.equal(exposed(made, balancer, inputs)["audio"], found["audio"])
+
+
+def test_corruptions_that_leave_information_destroy_nothing():
+    made = model()
+    balancer = from_catalog(made, ["gain", "shuffled"])
+    found = exposed(made, balancer, batch(size=SIZE))
+    assert not bool(destroyed(balancer).any())
+    assert any(not torch.equal(found[name], batch(size=SIZE)[name]) for name in ("audio", "image"))
+
+
+def test_missing_and_swapped_samples_have_their_mask():
+    made = model()
+    inputs = batch(size=SIZE)
+    balancer = from_catalog(made, ["missing"])
+    found = exposed(made, balancer, inputs)
+    gone = destroyed(balancer)
+    assert not bool(gone.all(dim=1).any())
+    for index, name in enumerate(("audio", "image")):
+        assert torch.equal(found["mask"][name], ~gone[:, index])
+    assert "mask" not in inputs
+    lengths = torch.arange(7) < torch.arange(SIZE)[:, None] % 7 + 1
+    padded = {**inputs, "mask": {"audio": lengths}}
+    swapped = from_catalog(made, ["swapped"]).prepare(padded)
+    expected = {tuple(row) for row in inputs["audio"].flatten(1).tolist()}
+    assert {tuple(row) for row in swapped["audio"].flatten(1).tolist()} <= expected
+    assert not torch.equal(swapped["mask"]["audio"], lengths)
+
+
+def test_training_with_the_catalog_has_finite_gradients():
+    made = model().train()
+    names = eq.diagnostics.corruptions.corruption_names("sequence")
+    balancing = eq.BalancerList(made, [from_catalog(made, names)])
+    inputs = batch(size=37, missing=("image",))
+    for _ in range(20):
+        made.zero_grad()
+        balancing.loss(made(inputs), inputs["target"]).backward()
+        balancing.before_step()
+        gradients = [p.grad for p in made.parameters() if p.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_token_ids_are_corrupted_by_the_catalog():
+    made = model()
+    ids = torch.arange(1, 5 * SIZE + 1).view(SIZE, 5)
+    found = from_catalog(made, ["replaced", "gain"]).prepare({"audio": ids, "image": batch(size=SIZE)["image"]})
+    assert not torch.equal(found["audio"], ids)
+    assert found["audio"].dtype == ids.dtype
+
+
+def test_errors_of_the_catalog():
+    made = model()
+    with pytest.raises(ConfigError, match="known corruption, got 'frosen'"):
+        from_catalog(made, ["frosen"])
+    with pytest.raises(ConfigError, match="one or more corruptions, or None"):
+        from_catalog(made, [])
+    with pytest.raises(ConfigError, match="known kind of input, got 'video'"):
+        from_catalog(made, ["zeros"], kinds={"audio": "video"})
+    with pytest.raises(ConfigError, match="known modality, got 'sound'"):
+        from_catalog(made, ["zeros"], kinds={"sound": "image"})

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..corruptions import CORRUPTIONS, InputKind, check_corruptions, corrupt_batch, corruption_names, infer_kind
 from ..distributed import rank_and_world
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
@@ -77,16 +78,22 @@ class ModalityCorruption(Balancer):
     which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors (token ids) are
     never corrupted.
 
+    With ``corruptions``, names of the catalog ``equipoise.diagnostics.corruptions`` replace this noise: in each step one of
+    them, drawn at random for each modality, destroys inputs at severity 5, and another one damages the others at a random
+    severity. Only corruptions after which nothing of the input is left destroy; token ids are corrupted as well.
+
     Args:
         model: any fusion; attention is trained if the fusion has shares, otherwise inputs are only corrupted.
         probability: probability in [0, 1] of corruption for each sample and modality.
         replace_prob: fraction in [0, 1] of the corrupted inputs that are replaced by noise.
         weight: weight of the attention loss; 0 only corrupts inputs.
         multiscale_noise: mix in noise of random scale; False uses white noise.
+        corruptions: names of the catalog to use in place of noise; those that do not fit a modality are skipped for it.
+        kinds: modality -> kind of input for the catalog, where the shape does not determine it (spectrograms).
         seed: seed of all random numbers, together with the step number.
 
     Raises:
-        ConfigError: one modality; numbers out of range.
+        ConfigError: one modality; numbers out of range; an unknown corruption or kind of input.
 
     Attention learns to ignore destroyed modalities, so that the fused model falls back on the others; multi-scale noise
     also regularizes the encoders. It reduces accuracy if inputs are always clean and plentiful. Destroyed inputs are
@@ -111,7 +118,8 @@ class ModalityCorruption(Balancer):
 
     def __init__(
         self, model: Multimodal, *, probability: float = 0.4, replace_prob: float = 0.5, weight: float = 1.0,
-        multiscale_noise: bool = True, seed: int = 0,
+        multiscale_noise: bool = True, seed: int = 0, corruptions: list[str] | None = None,
+        kinds: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_modalities(model, "ModalityCorruption")
@@ -129,6 +137,14 @@ class ModalityCorruption(Balancer):
             seed,
         )
         self.names = model.names
+        self.corruptions, self.kinds = corruptions, kinds or {}
+        check_corruptions(corruptions or (), "ModalityCorruption")
+        for name, kind in self.kinds.items():
+            if name not in self.names:
+                raise unknown_name("ModalityCorruption", "modality", name, self.names)
+            corruption_names(kind)
+        if corruptions is not None and not corruptions:
+            raise ConfigError("ModalityCorruption", expected="one or more corruptions, or None", got="none")
         self.register_buffer("steps", torch.tensor(0))
 
     steps: Tensor
@@ -142,6 +158,8 @@ class ModalityCorruption(Balancer):
             step_generator(self.seed, int(self.steps)), before, len(present), 2 * len(self.names) + 2
         )
         random = self._noise_generator(before)
+        if self.corruptions is not None:
+            return self._prepare_from_catalog(batch, draws, present, random)
         corruptible = torch.tensor([_is_corruptible(batch[name]) for name in self.names])
         degree, destroyed = self._degrees(draws, present, corruptible)
         self.keep("destroyed", destroyed)
@@ -151,6 +169,49 @@ class ModalityCorruption(Balancer):
                 valid = _valid_values(batch, name, present[:, index])
                 result[name] = self._mix_noise(batch[name], degree[:, index], valid, random)
         return result
+
+    def _prepare_from_catalog(
+        self,
+        batch: Mapping[str, Any],
+        draws: Float[Tensor, "batch draw"],
+        present: Bool[Tensor, "batch modality"],
+        random: torch.Generator,
+    ) -> Mapping[str, Any]:
+        """Corrupts a batch with the corruptions of the catalog that fit its inputs."""
+        fitting = [self._fitting(name, batch[name]) for name in self.names]
+        degree, destroyed = self._degrees(draws, present, torch.tensor([bool(names) for _, names in fitting]))
+        result = dict(batch)
+        for index, (name, (kind, names)) in enumerate(zip(self.names, fitting, strict=True)):
+            if not names:
+                continue
+            valid = _valid_values(batch, name, present[:, index])
+            statistics = _statistics(batch[name], valid)
+            destroying = [one for one in names if CORRUPTIONS[one].destroys]
+            if not destroying:
+                destroyed[:, index] = False
+            parts = [(destroying, destroyed[:, index]), (names, (degree[:, index] > 0) & ~destroyed[:, index])]
+            for part, (candidates, hit) in enumerate(parts):
+                if not candidates:
+                    continue
+                chosen = candidates[int(torch.randint(len(candidates), (1,), generator=random))]
+                severity = int(torch.randint(1, 6, (1,), generator=random))
+                # Corruptions of whole samples affect a fraction of them at lower severities; here those that are hit.
+                severity = 5 if part == 0 or CORRUPTIONS[chosen].function is None else severity
+                damaged = corrupt_batch(
+                    batch, name, chosen, severity=severity, kind=kind, statistics=statistics, seed=random
+                )
+                _replace_samples(result, damaged, name, hit)
+                if part == 1 and CORRUPTIONS[chosen].function is None:
+                    destroyed[:, index] |= hit
+        self.keep("destroyed", destroyed)
+        return result
+
+    def _fitting(self, name: str, values: Any) -> tuple[InputKind | None, list[str]]:
+        """Kind of an input, and the chosen corruptions that fit it."""
+        if not isinstance(values, Tensor) or values.ndim < 2 or not len(values):
+            return None, []
+        kind: Any = self.kinds.get(name) or infer_kind(values, f"ModalityCorruption '{name}'")
+        return kind, [one for one in self.corruptions or () if kind in CORRUPTIONS[one].kinds]
 
     def _noise_generator(self, before: int) -> torch.Generator:
         """Returns a generator seeded by batch, step, process and seed; ``before`` counts the step's earlier samples."""
@@ -208,6 +269,28 @@ class ModalityCorruption(Balancer):
 
     def before_step(self) -> None:
         self.steps += 1
+
+
+def _statistics(values: Tensor, valid: Bool[Tensor, "batch ..."]) -> tuple[float, float]:
+    """Mean and standard deviation of the valid values of an input; (0, 1) for token ids and without values."""
+    chosen = values[valid.to(values.device)] if values.is_floating_point() else values[:0]
+    chosen = chosen[chosen.isfinite()]
+    return (float(chosen.mean()), float(chosen.float().std())) if chosen.numel() > 1 else (0.0, 1.0)
+
+
+def _replace_samples(
+    result: dict[str, Any], damaged: Mapping[str, Any], name: str, hit: Bool[Tensor, " batch"]
+) -> None:
+    """Takes input and mask of one modality from a damaged batch for some samples."""
+    values = result[name]
+    result[name] = torch.where(_expand_to(hit.to(values.device), values), damaged[name], values)
+    new = (damaged.get("mask") or {}).get(name)
+    if new is not None:
+        masks = result.get("mask") or {}
+        before = masks.get(name)
+        before = torch.ones_like(new) if before is None else before.to(new.device).bool()
+        mask = torch.where(hit.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, before)
+        result["mask"] = {**masks, name: mask}
 
 
 def _expand_to(per_sample: Tensor, values: Tensor) -> Tensor:
