@@ -412,3 +412,16 @@ def test_options_of_modalities(tmp_path, modality, message):
 def test_options_of_tables(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         ManifestDataset(str(table(tmp_path)), target="label", **options)
+
+
+def test_two_processes_share_every_batch_of_a_table(media):
+    from equipoise.data import loader
+
+    data = ManifestDataset(str(media), target="label")
+    parts = [list(loader(data, "train", 6, seed=0, train=True, rank=rank, world=2)) for rank in (0, 1)]
+    whole = list(loader(data, "train", 6, seed=0, train=True, rank=0, world=1))
+    for one, other, batch in zip(*parts, whole, strict=True):
+        both = torch.cat([one["index"], other["index"]])
+        assert sorted(both.tolist()) == sorted(batch["index"].tolist())
+    seen = torch.cat([batch["index"] for part in parts for batch in part]).tolist()
+    assert len(seen) == len(set(seen))
