@@ -420,8 +420,10 @@ def test_two_processes_share_every_batch_of_a_table(media):
     data = ManifestDataset(str(media), target="label")
     parts = [list(loader(data, "train", 6, seed=0, train=True, rank=rank, world=2)) for rank in (0, 1)]
     whole = list(loader(data, "train", 6, seed=0, train=True, rank=0, world=1))
-    for one, other, batch in zip(*parts, whole, strict=True):
+    # A last batch with fewer samples than processes is not used in training.
+    for one, other, batch in zip(*parts, whole[: len(parts[0])], strict=True):
         both = torch.cat([one["index"], other["index"]])
-        assert sorted(both.tolist()) == sorted(batch["index"].tolist())
+        assert set(both.tolist()) <= set(batch["index"].tolist())
+        assert len(both) == len(batch["index"]) // 2 * 2
     seen = torch.cat([batch["index"] for part in parts for batch in part]).tolist()
     assert len(seen) == len(set(seen))

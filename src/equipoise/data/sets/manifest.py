@@ -16,7 +16,7 @@ from ...errors import ConfigError, DataError
 from ...io.typed_values import shorten_repr
 from ..counter_rng import CounterRNG
 from ..dataset import Dataset, Split
-from ..tables.modality_readers import make_reader
+from ..tables.reader_choice import make_reader
 from ..tables.table_manifest import Manifest
 from ..tables.table_reading import read_table
 

@@ -1,0 +1,167 @@
+"""Readers of values in the table itself: numbers and categories, and texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
+from .modality_readers import EXAMINED, ModalityReader, Read
+
+
+class TableReader(ModalityReader):
+    """Numbers and categories as one vector: standardized numbers, one-hot categories.
+
+    A missing number is replaced by the training mean and a missing or unknown category by zeros; a row without any
+    value lacks the modality.
+    """
+
+    MOST_VALUES = 1_000
+    PRELOADED_BYTES = 2**28
+
+    def fit(self, rows: np.ndarray) -> dict[str, Any]:
+        self._values: dict[str, list[str]] = {}
+        features = self.table.features
+        numbers = [c for c in self.modality.columns if self._is_number(features[c])]
+        self._numbers = numbers if self.modality.kind != "category" else []
+        for column in self.modality.columns:
+            if column in self._numbers:
+                continue
+            if self.modality.kind in ("number", "vector"):
+                raise ConfigError(
+                    f"column '{column}'", expected=f"numbers, since its kind is {self.modality.kind}",
+                    got=str(features[column].dtype), fix="Give its kind: category, text or ignore.",
+                )  # fmt: skip
+            cells = self.table.data.column(column).take(rows)
+            values = sorted({str(cell) for cell in cells.unique().to_pylist() if cell is not None})
+            if len(values) > self.MOST_VALUES:
+                raise ConfigError(
+                    f"column '{column}'", expected=f"at most {self.MOST_VALUES} categories", got=f"{len(values)}",
+                    fix="Give its kind: text or ignore.",
+                )  # fmt: skip
+            self._values[column] = values
+        width = len(self._numbers) + sum(map(len, self._values.values()))
+        if not width:
+            raise DataError(f"modality '{self.name}'", expected="training rows with values", got="empty cells only")
+        self.shape = (width,)
+        # Statistics in blocks of rows: the table may be larger than memory.
+        total, square, count = (np.zeros(len(self._numbers)) for _ in range(3))
+        shift = np.zeros(len(self._numbers))
+        for start in range(0, len(rows), 65_536):
+            block = self._matrix(rows[start : start + 65_536])
+            if start == 0 and block.size:
+                with np.errstate(all="ignore"):
+                    shift = np.nan_to_num(np.nanmax(np.where(np.isnan(block), -np.inf, block), axis=0), neginf=0.0)
+            valid = ~np.isnan(block)
+            centered = np.where(valid, block - shift, 0.0)
+            total, square, count = total + centered.sum(0), square + (centered**2).sum(0), count + valid.sum(0)
+        count = np.maximum(count, 1)
+        self._mean = shift + total / count
+        std = np.sqrt(np.maximum(square / count - (total / count) ** 2, 0.0))
+        self._std = np.where(std > 1e-6 * np.maximum(np.abs(self._mean), 1.0), std, 1.0)
+        self._kept = None
+        if len(self.table) * width * 4 <= self.PRELOADED_BYTES:
+            self._kept = self._standardized(np.arange(len(self.table)))
+        return dict(self.modality.options)
+
+    @staticmethod
+    def _is_number(feature: Any) -> bool:
+        return getattr(feature, "dtype", "string") not in ("string", "large_string")
+
+    def _matrix(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the number columns (row, column) in float64; NaN where empty."""
+        block = self.table[rows.tolist()]
+        columns = [np.asarray(block.column(c).cast("float64").to_numpy(), dtype=np.float64) for c in self._numbers]
+        values = np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
+        bad = np.argwhere(np.isinf(values))
+        if len(bad):
+            raise DataError(
+                f"column '{self._numbers[bad[0][1]]}'", expected="finite numbers",
+                got=f"infinity in row {rows[bad[0][0]]}", fix="Leave the cell empty if the value is unknown.",
+            )  # fmt: skip
+        return values
+
+    def _standardized(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        numbers = self._matrix(rows)
+        parts = [np.nan_to_num((numbers - self._mean) / self._std)]
+        present = (~np.isnan(numbers)).any(axis=1)
+        if self._values:
+            block = self.table[rows.tolist()]
+        for column, values in self._values.items():
+            number = {value: place for place, value in enumerate(values)}
+            cells = block.column(column).to_pylist()
+            present |= np.array([cell is not None for cell in cells], dtype=bool)
+            hot = np.zeros((len(rows), len(values)))
+            for place, cell in enumerate(cells):
+                if cell is not None and str(cell) in number:
+                    hot[place, number[str(cell)]] = 1.0
+            parts.append(hot)
+        values = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
+        return values.masked_fill(~torch.from_numpy(present)[:, None], 0.0), torch.from_numpy(present)
+
+    def read(self, rows: np.ndarray) -> Read:
+        if self._kept is not None:
+            chosen = torch.from_numpy(rows)
+            values, present = self._kept[0][chosen], self._kept[1][chosen]
+        else:
+            values, present = self._standardized(rows)
+        return Read(values, None if bool(present.all()) else present)
+
+
+class TextReader(ModalityReader):
+    """Texts as word ids; 0 is padding. The vocabulary is that of the training rows, or of a tokenizer on disk."""
+
+    MOST_WORDS, LONGEST = 20_000, 256
+
+    def fit(self, rows: np.ndarray) -> dict[str, Any]:
+        self.options = dict(self.modality.options)
+        texts = [text for text in self.cells(self.modality.columns[0], rows) if text]
+        self._ids = self._tokenizer() if "tokenizer" in self.options else self._words(texts)
+        lengths = [len(self._ids(str(text))) for text in texts[:EXAMINED]]
+        self.options.setdefault("length", max(1, min(self.LONGEST, max(lengths, default=1))))
+        self.shape = (self.options["length"],)
+        return self.options
+
+    def _words(self, texts: Sequence[str]) -> Callable[[str], list[int]]:
+
+        from ..sets.word_vocabulary import WordVocabulary, split_words
+
+        counts = Counter(word for text in texts for word in split_words(str(text)))
+        if not counts:
+            raise DataError(
+                f"column '{self.modality.columns[0]}'", expected="training rows with words", got="empty cells only"
+            )
+        known = sorted(counts, key=lambda word: (-counts[word], word))[: self.MOST_WORDS]
+        words = WordVocabulary(known, length=1)
+        self.vocabulary = len(words)
+        return lambda text: [number for word in words.numbers(text) for number in word]
+
+    def _tokenizer(self) -> Callable[[str], list[int]]:
+        import transformers
+
+        folder = self.root / str(self.options["tokenizer"])
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"modality '{self.name}'", expected="a folder with a tokenizer of Hugging Face transformers",
+                got=f"'{folder}'",
+            ) from error  # fmt: skip
+        self.vocabulary = len(tokenizer) + 1
+        # 0 is padding in TextEncoder.
+        return lambda text: [number + 1 for number in tokenizer(text)["input_ids"]]
+
+    def read(self, rows: np.ndarray) -> Read:
+        ids = torch.zeros(len(rows), *self.shape, dtype=torch.long)
+        for place, text in enumerate(self.cells(self.modality.columns[0], rows)):
+            row = self._ids(str(text))[: self.shape[0]] if text else []
+            ids[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+        valid = ids > 0
+        return Read(ids, valid)
