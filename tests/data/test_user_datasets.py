@@ -111,3 +111,72 @@ def test_code_runs_only_if_the_command_line_named_it(tmp_path):
         dataset_from_code(f"{tmp_path}/gone.py:make")
     with pytest.raises(ConfigError, match="expected no fold, since the function has no parameter fold"):
         dataset_from_code(f"{file}:nothing", "1")
+
+
+ADDITIVE = torch.zeros(9).masked_fill(torch.arange(9) % 4 == 0, -torch.inf)
+
+
+@pytest.mark.parametrize(("mask", "error", "message"), [
+    ({"sensor": ADDITIVE}, ShapeError, "Split 'sensor' mask: .*got numbers from -inf to 0.*additive mask"),
+    ({"sensor": torch.full((9,), torch.nan)}, ShapeError, "Split 'sensor' mask"),
+    ({"sensor": torch.zeros(9)}, ShapeError, "floating zeros alone"),
+    ({"sensor": [True] * 9}, ShapeError, "Split 'sensor' mask: .*got list"),
+    ({"sensor": torch.ones(9, 4, 1).bool()}, ShapeError, r"got shape \(9, 4, 1\)"),
+    ({"sound": torch.ones(9).bool()}, ConfigError, "Split mask: expected a known modality, got 'sound'"),
+    ({"sensor": torch.zeros(9).bool()}, DataError, "training samples with this modality, got none besides masked ones"),
+])  # fmt: skip
+def test_invalid_masks(mask, error, message):
+    with pytest.raises(error, match=message):
+        TensorDataset({**part(), "mask": mask}, part(), part())
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float32])
+def test_masks_of_numbers_are_those_of_booleans(dtype):
+    valid = torch.arange(9) % 4 > 0
+    numbers = TensorDataset({**part(), "mask": {"sensor": valid.to(dtype)}}, part(), part())
+    assert numbers.noise == TensorDataset(part(), part(), part()).noise
+    assert torch.equal(numbers.train.mask["sensor"], valid)
+
+
+def test_masked_inputs_may_be_nan_and_others_may_not():
+    content = part()
+    spoiled = {**content, "sensor": content["sensor"].masked_fill(~content["mask"]["sensor"][:, None], torch.nan)}
+    assert TensorDataset(spoiled, part(), part()).noise == TensorDataset(content, part(), part()).noise
+    with pytest.raises(DataError, match="TensorDataset 'sensor': expected finite training inputs, got NaN or infinity"):
+        TensorDataset({**spoiled, "mask": {}}, part(), part())
+    # The tokens of an encoder are not those of its input.
+    encoder_tokens = {**content, "mask": {**content["mask"], "audio": torch.ones(9, 12).bool()}}
+    assert TensorDataset(encoder_tokens, part(), part()).noise == TensorDataset(content, part(), part()).noise
+
+
+def masked_items(mask):
+    def values(i, *shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(i))
+
+    return [
+        {"audio": values(i, 3 + i % 3, 2), "image": values(i + 9, 5), "target": i % 2, "mask": mask(i)}
+        for i in range(6)
+    ]
+
+
+def test_masks_of_items():
+    items = masked_items(lambda i: {"audio": torch.arange(3 + i % 3) != 1, "image": i > 1})
+    batch = MapDataset(items, items, items).batch("train", torch.arange(4), seed=0, epoch=0, train=True)
+    assert batch["mask"]["audio"].int().tolist() == [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1], [1, 0, 1, 0, 0]]
+    assert batch["mask"]["image"].tolist() == [False, False, True, True]
+    valid = torch.cat([item["image"] for item in items[2:]]).double()
+    assert MapDataset(items, items, items).noise["image"] == pytest.approx(
+        (valid.mean().item(), valid.std(correction=0).item())
+    )
+
+
+@pytest.mark.parametrize(("mask", "error", "message"), [
+    ({"sound": True}, ConfigError, "item 0, mask: expected a known modality, got 'sound'"),
+    ({"audio": torch.ones(9).bool()}, ShapeError, r"item 0, mask of 'audio': .*got shape \(9,\)"),
+    ({"audio": torch.tensor([0.0, 0.0, -torch.inf])}, ShapeError, "got numbers from -inf to 0"),
+    ({"image": torch.ones(5).bool()}, ShapeError, r"item 0, mask of 'image': .*got shape \(5,\)"),
+])  # fmt: skip
+def test_invalid_masks_of_items(mask, error, message):
+    items = masked_items(lambda i: mask)
+    with pytest.raises(error, match=message):
+        MapDataset(items, items, items)

@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..tokens.masks import bool_mask
 from .counter_rng import CounterRNG
 from .resumable_sampler import ResumableBatchSampler
 
+MASK = "(sample,) or (sample, token), boolean or all 0 and 1, True = present"
 EVALUATION_SEED = 20_250_000
 """Seed of the noise in evaluation batches, independent of the run: all runs are evaluated on the same samples."""
 
@@ -27,11 +29,12 @@ class Split:
         inputs: name -> (sample, ...), standardized with the statistics of the training split, before augmentation.
         target: (sample,) long for classes; (sample,) or (sample, output) float for regression and multi-label.
         mask: name -> (sample,) bool, False for samples that lack the modality, or (sample, token) bool, False for
-            padding; {} if every sample is complete.
+            padding; {} if every sample is complete. Numbers that are all 0 and 1 become bool.
         times: name -> (sample, token) time stamps in seconds, for encoders and fusions that use them.
 
     Raises:
-        ShapeError: inputs, masks, times and targets differ in length.
+        ShapeError: inputs, masks, times and targets differ in length; an invalid mask.
+        ConfigError: a mask or times of an unknown modality.
 
     Example:
         >>> len(Split({"audio": torch.zeros(3, 7, 5)}, torch.tensor([0, 1, 1])))
@@ -51,6 +54,14 @@ class Split:
                         f"Split '{name}'{kind}", expected=f"as many samples as targets = {len(self.target)}",
                         got=f"{len(values)}",
                     )  # fmt: skip
+                # Data sets that read samples on demand hold no inputs.
+                if self.inputs and name not in self.inputs:
+                    raise unknown_name(f"Split{kind}", "modality", name, self.inputs)
+        masks = {name: bool_mask(mask, f"Split '{name}' mask", MASK, numbers=True) for name, mask in self.mask.items()}
+        for name, mask in masks.items():
+            if mask.ndim not in (1, 2):
+                raise ShapeError(f"Split '{name}' mask", expected=MASK, got=f"shape {tuple(mask.shape)}")
+        object.__setattr__(self, "mask", masks)
 
     def __len__(self) -> int:
         return len(self.target)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import ConfigError, DataError, ShapeError, unknown_name
+from ..tokens.masks import bool_mask
 from .counter_rng import CounterRNG
 from .dataset import Dataset, Split
 from .tables.modality_readers import EXAMINED, Item, collate
 
 Task = Literal["classification", "multilabel", "regression"]
+MASK = "True or False, or (token,) booleans of an input (token, feature) or of ids (token,)"
 KEYS = ("target", "mask", "times", "index")
 """Entries of an item or batch that are no modality."""
 
@@ -61,7 +64,10 @@ class TensorDataset(Dataset):
         targets = [part.target for part in (self.train, self.val, self.test)]
         self.task, self.num_outputs = _task_of(targets, task, num_outputs, "TensorDataset")
         self.vocabulary = dict(vocabulary or {})
-        self.noise = {name: _statistics(x, self.train.mask.get(name)) for name, x in self.train.inputs.items()}
+        self.noise = {
+            name: _statistics(_valid(x, self.train.mask.get(name)), f"TensorDataset '{name}'")
+            for name, x in self.train.inputs.items()
+        }
 
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
         return inputs
@@ -72,7 +78,8 @@ class MapDataset(Dataset):
 
     An item is ``{name: tensor or None, ..., "target": ...}``; None is a missing modality. Tensors of a modality have one
     shape, except that the first size of (token, feature) and of ids (token,) may vary: batches are padded and masked.
-    ``"times"`` may hold {name: (token,)} seconds.
+    ``"times"`` may hold {name: (token,)} seconds, and ``"mask"`` {name: True or False, or (token,) booleans where the first
+    size may vary}; False is missing.
 
     Args:
         train, val, test: map-style data sets, such as ``torch.utils.data.Dataset``.
@@ -110,15 +117,20 @@ class MapDataset(Dataset):
         items = [train[row] for row in rows]
         self._shapes, self._varying, self.noise = {}, {}, {}
         for name in self.names:
-            values = [_tensor(item.get(name), name) for item in items if item.get(name) is not None]
+            values = [_tensor(item[name], name) for item in items if item.get(name) is not None]
             if not values:
                 raise DataError(f"MapDataset '{name}'", expected="training items with this modality", got="None in all")
             varying = values[0].ndim == 2 or (values[0].ndim == 1 and not values[0].is_floating_point())
             self._varying[name] = varying
             longest = max(len(one) for one in values) if varying else 0
             self._shapes[name] = (longest, *values[0].shape[1:]) if varying else tuple(values[0].shape)
-            joined = torch.cat([one.reshape(-1).double() for one in values])
-            self.noise[name] = joined.mean().item(), joined.std(correction=0).item()
+            valid = []
+            for row, item in zip(rows, items, strict=True):
+                if item.get(name) is not None:
+                    one = _tensor(item[name], name)
+                    mask = self._mask(item, name, one, f"MapDataset train, item {row}")
+                    valid.append(one.flatten() if mask is None else one[mask].flatten())
+            self.noise[name] = _statistics(torch.cat(valid) if valid else torch.zeros(0), f"MapDataset '{name}'")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -161,8 +173,29 @@ class MapDataset(Dataset):
                 f"MapDataset {split}, item {row}, '{name}'", expected=f"shape {expected} as in training",
                 got=f"{tuple(values.shape)}",
             )  # fmt: skip
-        times = item.get("times") or {}
-        return Item(values, torch.as_tensor(times[name]).float() if name in times else None)
+        who = f"MapDataset {split}, item {row}"
+        mask, times = self._mask(item, name, values, who), item.get("times") or {}
+        if mask is not None and mask.ndim == 0:
+            return Item(values, _seconds(times, name)) if mask else None
+        return Item(values, _seconds(times, name), mask)
+
+    def _mask(self, item: Mapping[str, Any], name: str, values: Tensor, who: str) -> Tensor | None:
+        """Returns the mask of a modality of an item, () or (token,); None without one."""
+        given = item.get("mask") or {}
+        for kind, part in (("times", item.get("times") or {}), ("mask", given)):
+            if unknown := [key for key in part if key not in self.names]:
+                raise unknown_name(f"{who}, {kind}", "modality", str(unknown[0]), self.names)
+        if name not in given:
+            return None
+        who = f"{who}, mask of '{name}'"
+        mask = bool_mask(torch.as_tensor(given[name]), who, MASK, numbers=True)
+        if mask.ndim and (not self._varying[name] or mask.shape != values.shape[:1]):
+            raise ShapeError(who, expected=MASK, got=f"shape {tuple(mask.shape)}")
+        return mask
+
+
+def _seconds(times: Mapping[str, Any], name: str) -> Tensor | None:
+    return torch.as_tensor(times[name]).float() if name in times else None
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -207,7 +240,24 @@ def _task_of(targets: Sequence[Tensor], task: Task | None, num_outputs: int | No
     return task, classes
 
 
-def _statistics(values: Tensor, mask: Tensor | None) -> tuple[float, float]:
-    valid = values if mask is None else values[mask.bool()]
-    valid = valid.double()
-    return valid.mean().item(), valid.std(correction=0).item()
+def _valid(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns the valid samples or tokens. A mask of the tokens of an encoder selects whole samples."""
+    if mask is None:
+        return values
+    return values[mask if mask.shape == values.shape[: mask.ndim] else mask.any(dim=1)]
+
+
+def _statistics(values: Tensor, who: str) -> tuple[float, float]:
+    """Returns mean and standard deviation of training inputs."""
+    if not values.numel():
+        raise DataError(who, expected="training samples with this modality", got="none besides masked ones")
+    values = values.double()
+    mean, std = values.mean().item(), values.std(correction=0).item()
+    if not math.isfinite(mean) or not math.isfinite(std):
+        raise DataError(
+            who,
+            expected="finite training inputs",
+            got="NaN or infinity",
+            fix="Mask the samples or tokens that are missing.",
+        )
+    return mean, std

@@ -38,10 +38,11 @@ class Read(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One decoded cell: (token, feature) or a fixed shape, and the times of its tokens."""
+    """One decoded cell: (token, feature) or a fixed shape, and the times and mask of its tokens."""
 
     values: Tensor
     times: Tensor | None = None
+    mask: Bool[Tensor, " token"] | None = None
 
 
 class ModalityReader(ABC):
@@ -97,6 +98,7 @@ def collate(items: Sequence[Item | None], shape: tuple[int, ...], *, varying: bo
     lengths = torch.tensor([0 if item is None else min(len(item.values), shape[0]) for item in items])
     longest = max(1, int(lengths.max()))
     values = torch.zeros(len(items), longest, *shape[1:])
+    mask = torch.arange(longest) < lengths[:, None]
     timed = any(item is not None and item.times is not None for item in items)
     times = torch.zeros(len(items), longest) if timed else None
     for place, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
@@ -104,4 +106,6 @@ def collate(items: Sequence[Item | None], shape: tuple[int, ...], *, varying: bo
             values[place, :length] = item.values[:length]
             if times is not None and item.times is not None:
                 times[place, :length] = item.times[:length]
-    return Read(values, torch.arange(longest) < lengths[:, None], times)
+            if item.mask is not None:
+                mask[place, :length] &= item.mask[:length]
+    return Read(values, mask, times)
