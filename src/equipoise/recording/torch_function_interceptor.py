@@ -20,6 +20,7 @@ from .changed_calls import calls_hidden, hide_calls
 from .multihead_projection import HeadProjection, project_heads
 from .recording_session import RecordingSession
 from .shared_patches import wrapped
+from .unrecorded_layers import is_recurrent
 from .written_attention import REASON, WrittenAttention
 
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
@@ -74,7 +75,8 @@ class _InterceptionMode(TorchFunctionMode):
             self._session.report_unobservable(None, f"its function '{func.__name__}' cannot be intercepted")
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if self._written.follow(func, args, kwargs, result):
+        # Recurrent layers are reported as such.
+        if self._written.follow(func, args, kwargs, result) and not is_recurrent(current):
             self._session.report_unobservable(None, REASON)
         return result
 

@@ -75,14 +75,14 @@ def find_unrecorded_layers(
         wanted = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
         if wanted and not any(_holds(path, other) or _holds(other, path) for other in paths):
             part = session.model.get_submodule(path)
-            handler.on_missing(path or type(part).__name__, WITHOUT if _is_recurrent(part) else HIDDEN)
+            handler.on_missing(path or type(part).__name__, WITHOUT if is_recurrent(part) else HIDDEN)
 
 
 def _mixes(part: nn.Module) -> bool:
-    return bool(ATTENTION.search(type(part).__name__)) or _is_recurrent(part)
+    return bool(ATTENTION.search(type(part).__name__)) or is_recurrent(part)
 
 
-def _is_recurrent(part: nn.Module) -> bool:
+def is_recurrent(part: nn.Module) -> bool:
     return bool(RECURRENT.search(type(part).__name__))
 
 
