@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..corruptions import CORRUPTIONS, InputKind, check_corruptions, corrupt_batch, corruption_names, infer_kind
+from ..corruptions import check_corruptions, corruption_names
 from ..distributed import rank_and_world
 from ..errors import ConfigError, unknown_name
 from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
+from .common.catalog_damage import damage_samples, fitting_corruptions
 from .common.step_rng import step_generator, uniform_per_sample
 from .common.unimodal_terms import check_modalities
 from .modality_dropout import presence_mask
@@ -178,40 +179,19 @@ class ModalityCorruption(Balancer):
         random: torch.Generator,
     ) -> Mapping[str, Any]:
         """Corrupts a batch with the corruptions of the catalog that fit its inputs."""
-        fitting = [self._fitting(name, batch[name]) for name in self.names]
+        fitting = [
+            fitting_corruptions(batch[name], self.corruptions or (), self.kinds.get(name), name) for name in self.names
+        ]
         degree, destroyed = self._degrees(draws, present, torch.tensor([bool(names) for _, names in fitting]))
         result = dict(batch)
         for index, (name, (kind, names)) in enumerate(zip(self.names, fitting, strict=True)):
-            if not names:
-                continue
-            valid = _valid_values(batch, name, present[:, index])
-            statistics = _statistics(batch[name], valid)
-            destroying = [one for one in names if CORRUPTIONS[one].destroys]
-            if not destroying:
-                destroyed[:, index] = False
-            parts = [(destroying, destroyed[:, index]), (names, (degree[:, index] > 0) & ~destroyed[:, index])]
-            for part, (candidates, hit) in enumerate(parts):
-                if not candidates:
-                    continue
-                chosen = candidates[int(torch.randint(len(candidates), (1,), generator=random))]
-                severity = int(torch.randint(1, 6, (1,), generator=random))
-                # Corruptions of whole samples affect a fraction of them at lower severities; here those that are hit.
-                severity = 5 if part == 0 or CORRUPTIONS[chosen].function is None else severity
-                damaged = corrupt_batch(
-                    batch, name, chosen, severity=severity, kind=kind, statistics=statistics, seed=random
+            if names:
+                valid = _valid_values(batch, name, present[:, index])
+                destroyed[:, index] = damage_samples(
+                    result, name, kind, names, degree[:, index], destroyed[:, index], valid, random
                 )
-                _replace_samples(result, damaged, name, hit)
-                if part == 1 and CORRUPTIONS[chosen].function is None:
-                    destroyed[:, index] |= hit
         self.keep("destroyed", destroyed)
         return result
-
-    def _fitting(self, name: str, values: Any) -> tuple[InputKind | None, list[str]]:
-        """Kind of an input, and the chosen corruptions that fit it."""
-        if not isinstance(values, Tensor) or values.ndim < 2 or not len(values):
-            return None, []
-        kind: Any = self.kinds.get(name) or infer_kind(values, f"ModalityCorruption '{name}'")
-        return kind, [one for one in self.corruptions or () if kind in CORRUPTIONS[one].kinds]
 
     def _noise_generator(self, before: int) -> torch.Generator:
         """Returns a generator seeded by batch, step, process and seed; ``before`` counts the step's earlier samples."""
@@ -269,28 +249,6 @@ class ModalityCorruption(Balancer):
 
     def before_step(self) -> None:
         self.steps += 1
-
-
-def _statistics(values: Tensor, valid: Bool[Tensor, "batch ..."]) -> tuple[float, float]:
-    """Mean and standard deviation of the valid values of an input; (0, 1) for token ids and without values."""
-    chosen = values[valid.to(values.device)] if values.is_floating_point() else values[:0]
-    chosen = chosen[chosen.isfinite()]
-    return (float(chosen.mean()), float(chosen.float().std())) if chosen.numel() > 1 else (0.0, 1.0)
-
-
-def _replace_samples(
-    result: dict[str, Any], damaged: Mapping[str, Any], name: str, hit: Bool[Tensor, " batch"]
-) -> None:
-    """Takes input and mask of one modality from a damaged batch for some samples."""
-    values = result[name]
-    result[name] = torch.where(_expand_to(hit.to(values.device), values), damaged[name], values)
-    new = (damaged.get("mask") or {}).get(name)
-    if new is not None:
-        masks = result.get("mask") or {}
-        before = masks.get(name)
-        before = torch.ones_like(new) if before is None else before.to(new.device).bool()
-        mask = torch.where(hit.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, before)
-        result["mask"] = {**masks, name: mask}
 
 
 def _expand_to(per_sample: Tensor, values: Tensor) -> Tensor:
