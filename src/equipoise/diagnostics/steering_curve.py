@@ -51,7 +51,7 @@ def dose_response(
             known: dict[str, Any] = {"layers": layers, "modality": modality, "names": names}
             with (
                 watch(model, queries=queries, **known) as record,
-                steer(model, heads=heads, **known, **{name: beta}),
+                steer(model, heads=heads, **known, **{name: beta}),  # type: ignore[arg-type]
             ):
                 likely, tokens = log_likelihood(model, inputs, labels)
             column = record.names.index(name)
