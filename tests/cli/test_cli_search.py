@@ -87,8 +87,10 @@ def test_the_gallery_is_written(folder, capsys, tmp_path):
 
 def test_a_question_that_is_none(folder, capsys, tmp_path):
     model = ("--model", folder)
-    assert "search: expected a text, or an image after --image, got neither" in failed(capsys, *model)
-    assert "got both" in failed(capsys, *model, "dog", "--image", tmp_path / "dog.png")
+    assert "search: expected a text, an image after --image, or a recording after --audio, got none" in failed(
+        capsys, *model
+    )
+    assert "got several" in failed(capsys, *model, "dog", "--image", tmp_path / "dog.png")
     assert "search: expected a text with a word in it, got ' '" in failed(capsys, *model, " ")
     assert "search: expected a text with a word in it, got '?!'" in failed(capsys, *model, "?!")
     assert "search: expected --top of 1 or more, got 0" in failed(capsys, *model, "dog", "--top", "0")

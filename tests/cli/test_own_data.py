@@ -148,7 +148,10 @@ def test_python_data_need_the_command_line_each_time(tmp_path, capfd, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--data", "TABLE"], "--data: expected the column of the target, got none. Add --target COLUMN."),
+        (
+            ["train", "--data", "TABLE"],
+            "--data: expected the column of the target, or a pair of columns, got none. Add --target COLUMN, or --pair",
+        ),
         (["train", "--target", "label"], "expected --data without --config for options of a table, got --target"),
         (
             ["train", "--data", "TABLE", "--target", "lable"],

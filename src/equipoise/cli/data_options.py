@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ DEFAULT = "digits"
 
 HELP = {
     "--target": "column of the target; several columns separated by commas are several labels or numbers",
+    "--pair": "two columns separated by commas, such as image,text, to align for retrieval and search, in place of a target",
     "--group": "column of groups, such as the speaker, that are never in two splits",
     "--split": "column with train, val or test; by default the column split if there is one",
     "--weight": "column of sampling weights of the training rows",
@@ -50,9 +52,9 @@ def chosen_recipe(options: Namespace) -> tuple[Recipe, str]:
     Raises:
         ConfigError: options of a table without one. DataError: the table or its files cannot be read.
     """
-    given = {name: value for name in ("target", "group", "split", "weight", "task")
+    given = {name: value for name in ("target", "pair", "group", "split", "weight", "task")
              if (value := getattr(options, name)) is not None}  # fmt: skip
-    if options.data is None or options.config is not None:
+    if options.data is None or (options.config is not None and "pair" not in given):
         if given or options.kind or options.skip_bad:
             raise ConfigError(
                 "command line", expected="--data without --config for options of a table",
@@ -64,24 +66,32 @@ def chosen_recipe(options: Namespace) -> tuple[Recipe, str]:
         if options.data is not None:
             recipe = _relocated(recipe, options.data)
         return recipe, shorten_repr(Path(config).stem)
-    recipe, lines, title = _derived(options, given)
-    _print(lines)
-    return recipe_overrides.apply(recipe, options.changes, f"recipe of '{title}'"), title
-
-
-def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[str], str]:
     from ..data.user_code import is_code
 
     if is_code(options.data):
         if given or options.kind:
             raise ConfigError("command line", expected="options of a table only with a table", got=options.data)
-        return _from_code(options.data)
+        recipe, lines, title = _from_code(options.data)
+        changes = options.changes
+    else:
+        recipe, lines, title = _derived(options, given)
+        changes = [one for one in options.changes if not any(_is_read(one, part) for part in READ)]
+    _print(lines)
+    return recipe_overrides.apply(recipe, changes, f"recipe of '{title}'"), title
+
+
+def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[str], str]:
+    from ..training import recipes
     from ..training.own_data import own_data_recipe
     from .console import err
     from .progress_bars import counted_progress
 
+    if "pair" in given:
+        if "target" in given:
+            raise ConfigError("command line", expected="--target or --pair", got="both")
+        given["pair"] = _names(given["pair"])
     if "target" in given:
-        names = [name.strip() for name in given["target"].split(",") if name.strip()]
+        names = _names(given["target"])
         given["target"] = names[0] if len(names) == 1 else names
     kinds = {}
     for text in options.kind:
@@ -91,9 +101,34 @@ def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[st
         kinds[column] = kind
     if kinds:
         given["kinds"] = kinds
+    base = None if options.config is None else recipes.load_recipe(options.config)
     with counted_progress("checking files", "rows", err) as progress:
-        recipe, lines = own_data_recipe(options.data, options=given, skip_bad=options.skip_bad, progress=progress)
+        recipe, lines = own_data_recipe(
+            options.data, options=given, skip_bad=options.skip_bad, progress=progress, base=base,
+            encoders=_options_of(options.changes, ENCODERS), readers=_options_of(options.changes, READERS),
+        )  # fmt: skip
     return recipe, lines, check_path_component(Path(options.data.rstrip("/")).stem or "data", "--data")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+ENCODERS, READERS = READ = (("encoders",), ("data", "modalities"))
+"""Parts of a recipe with entry -> option -> value that decide how a table is read."""
+
+
+def _is_read(change: recipe_overrides.Change, part: tuple[str, ...]) -> bool:
+    return change.where[: len(part)] == part and len(change.where) == len(part) + 2
+
+
+def _options_of(changes: Sequence[recipe_overrides.Change], part: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Returns entry -> option -> value of the changes in a part of the recipe."""
+    result: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        if _is_read(change, part):
+            result.setdefault(change.where[-2], {})[change.where[-1]] = change.value
+    return result
 
 
 def _from_code(source: str) -> tuple[Recipe, list[str], str]:

@@ -20,6 +20,7 @@ EXAMPLES = (
     'equipoise search --model runs/emoji "woman running: dark skin tone" --html gallery.html',
     "equipoise search --model runs/emoji --image cat.png        caption of an image",
     'equipoise search --model runs/emoji "red car" --images photographs/       images in a folder',
+    'equipoise search --model runs/products "red shoes"        rows of your own table, see train --pair',
 )
 WIDTH = 18
 """Width of an image column in the terminal, in characters."""
@@ -27,16 +28,20 @@ WIDTH = 18
 
 def search_parser() -> Parser:
     parser = described(
-        "Searches images by text, or texts by image, with a model of `equipoise train --config emoji_clip`.",
+        "Searches images by text, or texts by image, with a model of `equipoise train --config emoji_clip` or one of "
+        "your own table, `train --data TABLE --pair image,text`; there also audio.",
         *EXAMPLES,
     )
     parser.add_argument("text", nargs="?", default=None, help="text query")
     parser.add_argument("--model", type=path, required=True, help="folder of a finished run, of train or compare")
     parser.add_argument("--top", type=whole, default=10, help="number of results")
     parser.add_argument("--image", type=path, default=None, help="image query, instead of a text")
+    parser.add_argument("--audio", type=path, default=None, help="recording as query, for models of tables with audio")
     parser.add_argument(
         "--images", type=path, default=None, help="search this folder of images instead of the data set"
     )
+    parser.add_argument("--split", default=None, help="only rows of train, val or test; all of them by default")
+    parser.add_argument("--data", type=path, default=None, help="new location of the table, if it was moved")
     parser.add_argument("--html", type=path, default=None, help="also write the results as a page")
     return parser
 
@@ -45,10 +50,11 @@ def search(options: Namespace) -> int:
     """Loads the model, searches, and prints the result."""
     from .console import out
 
-    if (options.text is None) == (options.image is None):
+    queries = [one for one in (options.text, options.image, options.audio) if one is not None]
+    if len(queries) != 1:
         raise ConfigError(
-            "search", expected="a text, or an image after --image",
-            got="neither" if options.text is None else "both",
+            "search", expected="a text, an image after --image, or a recording after --audio",
+            got="none" if not queries else "several",
             fix='Write for example: equipoise search --model runs/emoji "red heart".',
         )  # fmt: skip
     if options.top < 1:
@@ -61,6 +67,8 @@ def search(options: Namespace) -> int:
         index, notes = build_search_index(options)
     if options.image is not None:
         result = index.search_by_image(options.image, top=options.top)
+    elif options.audio is not None:
+        result = index.search_by_audio(options.audio, top=options.top)
     else:
         result = index.search_by_text(str(options.text), top=options.top)
     show(result, notes, out)
@@ -74,21 +82,34 @@ def search(options: Namespace) -> int:
 
 def build_search_index(options: Namespace) -> tuple[SearchIndex, list[str]]:
     """Builds the search index, and returns it with notes to print."""
-    from ..evaluation.search import cached_embeddings, caption_entries, image_entries, index_folder
+    from ..data.sets.manifest import ManifestDataset
+    from ..evaluation.search import TableGallery, cached_embeddings, caption_entries, image_entries, index_folder
     from ..evaluation.search.search_index import check_searchable
     from ..training import recipes
     from ..training.run import load_run_dataset
-    from ..training.run_loading import finished_run, load
+    from ..training.run_loading import finished_run, load, with_data
 
     run = finished_run(options.model)
-    source: Any = load_run_dataset(recipes.load_recipe(options.model / "recipe.yaml"), run["fold"])
-    model: Any = load(options.model)
-    check_searchable(model, source)
+    recipe = recipes.load_recipe(options.model / "recipe.yaml")
+    source: Any = load_run_dataset(with_data(recipe, options.data), run["fold"])
+    model: Any = load(options.model, data=source)
+    gallery = TableGallery(source) if isinstance(source, ManifestDataset) and source.task == "retrieval" else None
+    check_searchable(model, gallery or source)
+    if options.split is not None:
+        source.split(options.split)
+        if gallery is None:
+            raise ConfigError("search --split", expected="a model of your own table", got=recipe.data["name"])
     if options.images is not None:
-        index, errors = index_folder(model, source, options.images)
+        index, errors = index_folder(model, gallery or source, options.images)
         return index, [f"Skipped: {error}" for error in errors]
+    weights = options.model / "model.safetensors"
+    if gallery is not None:
+        kind = "text" if options.text is not None else "image" if options.image is not None else "audio"
+        gallery.named(kind)
+        vectors = cached_embeddings(options.model, weights, gallery, lambda: gallery.vectors(model))
+        return gallery.index(model, kind, vectors, options.split), []
     vectors = cached_embeddings(
-        options.model, options.model / "model.safetensors", source,
+        options.model, weights, source,
         lambda: {"image": image_entries(model, source).vectors, "text": caption_entries(model, source).vectors},
     )  # fmt: skip
     build_index = image_entries if options.image is None else caption_entries
@@ -116,7 +137,7 @@ def show(result: SearchResult, notes: list[str], console: Console) -> None:
     summary += [f"{result.tied} more have the same score as the last one"] if result.tied else []
     summary += ["new: not in the training data"] if any(hit.entry.seen is False for hit in result.hits) else []
     console.print("; ".join(summary), style="dim", highlight=False)
-    for note in [*unseen({"unseen": result.unseen}), *notes]:
+    for note in [*unseen({"unseen": result.unseen, "pieces": result.pieces}), *notes]:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 

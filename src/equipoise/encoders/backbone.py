@@ -35,6 +35,8 @@ class Backbone(Encoder):
         lora: rank of LoRA matrices of every linear layer, trained instead of its weights; requires peft.
         dim: token width; by default the hidden size of the model.
         cls: whether token 0 is a class token, as in BERT and ViT, which ``pooled`` returns instead of the mean.
+        shift: what the data set has added to the ids of the tokenizer. If it is not 0, id 0 is padding: data sets with a
+            vocabulary have a shift of 1.
 
     Raises:
         ConfigError: the model is not a transformers model or has no hidden size, frozen is combined with LoRA, or a
@@ -60,8 +62,9 @@ class Backbone(Encoder):
     takes_ids = None
 
     def __init__(
-        self, model: Any, *, frozen: bool = False, lora: int | None = None, dim: int | None = None, cls: bool = False
-    ) -> None:
+        self, model: Any, *, frozen: bool = False, lora: int | None = None, dim: int | None = None, cls: bool = False,
+        shift: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if frozen and lora is not None:
             raise ConfigError(
@@ -77,7 +80,7 @@ class Backbone(Encoder):
             )  # fmt: skip
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
-        self.frozen, self.cls = frozen, cls
+        self.frozen, self.cls, self.shift = frozen, cls, shift
         hidden = _width(model)
         self.model = _with_lora(model, lora) if lora is not None else model
         self.dim = hidden if dim is None else dim
@@ -106,6 +109,9 @@ class Backbone(Encoder):
             mask: True for valid tokens; combined with the ``attention_mask`` in the inputs, if any (boolean or 0/1).
                 Masked ids are replaced by padding and masked values by zeros.
         """
+        if self.shift and isinstance(inputs, Tensor):
+            mask = inputs > 0 if mask is None else mask & (inputs > 0)
+            inputs = (inputs - self.shift).clamp(min=0)
         given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
         attention = given.get("attention_mask")
         if attention is not None:

@@ -51,7 +51,7 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def summary(content: Mapping[str, Any]) -> str:
     """The number of results, of entries, and of ties that were cut off."""
-    kind = "caption" if content["image"] else "image"
+    kind = content.get("found") or ("caption" if content["image"] else "image")
     text = f"{pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
     return text + (f"; {content['tied']} more have the same score as the last one." if content["tied"] else ".")
 
@@ -61,7 +61,8 @@ def unseen(content: Mapping[str, Any]) -> list[str]:
     if not content["unseen"]:
         return []
     words = join_and([f"“{word}”" for word in content["unseen"]])
-    return [f"Not in the training captions: {words}. The model encodes such words by their characters only."]
+    pieces = content.get("pieces", "characters")
+    return [f"Not in the training captions: {words}. The model encodes such words by their {pieces} only."]
 
 
 def cosine(value: float) -> str:

@@ -189,7 +189,17 @@ def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encod
             f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}{kind}",
             expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
         )  # fmt: skip
-    return instantiate(known[wanted], f"encoder '{name}'", {**follows, **options})
+    if known[wanted] is not encoders.Backbone or words is None:
+        return instantiate(known[wanted], f"encoder '{name}'", {**follows, **options})
+    # Data sets reserve 0 for padding.
+    encoder = instantiate(encoders.Backbone, f"encoder '{name}'", {**follows, "shift": 1, **options})
+    known_ids = getattr(encoder.model.config, "vocab_size", None)
+    if isinstance(known_ids, int) and words - encoder.shift > known_ids:
+        raise ConfigError(
+            f"encoder '{name}'", expected=f"ids of the model's {known_ids:,} tokens", got=f"{words - encoder.shift:,} tokens",
+            fix=f"Give the folder of the model's own tokenizer: --data.modalities.{name}.tokenizer FOLDER.",
+        )  # fmt: skip
+    return encoder
 
 
 def _sizes(cls: type[Encoder], shape: tuple[int, ...], words: int | None) -> dict[str, Any] | None:

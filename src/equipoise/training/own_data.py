@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..data import Dataset
 from ..data.sets.manifest import ManifestDataset, unreadable
+from ..data.tables import Manifest
 from ..data.user_code import dataset_from_code
-from ..errors import ConfigError
-from .recipes import Recipe, TrainOptions
+from ..errors import ConfigError, unknown_name
+from .recipes import Recipe, TrainOptions, load_recipe
 from .run import CODE
 
 DIM = 64
 """Token width of inferred encoders."""
 STEPS = 1_500
 """Optimizer steps that the number of epochs aims at."""
+PAIRS = "dual_encoder"
+"""Recipe of pairs of columns."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+"""Files of which the folder of a tokenizer has one."""
 TOKENS = 64
 """Largest number of tokens of an inferred sequence encoder."""
 
@@ -30,7 +37,8 @@ REFERENCES = {"joint+rollingq": "joint", "ensemble+corruption": "concat_aux+corr
 
 def own_data_recipe(
     path: str, *, options: Mapping[str, Any] | None = None, skip_bad: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, base: Recipe | None = None,
+    encoders: Mapping[str, Mapping[str, Any]] | None = None, readers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Recipe, list[str]]:  # fmt: skip
     """Reads a table, checks all of its files, and derives a recipe from it.
 
@@ -39,6 +47,10 @@ def own_data_recipe(
         options: arguments of ``ManifestDataset``, such as ``target`` and ``group``.
         skip_bad: leave out rows with files that cannot be read instead of raising an error.
         progress: called with (rows checked, rows).
+        base: with ``pair``, the recipe with the model and the training options, such as ``dual_encoder``.
+        encoders: modality -> options of its encoder, which replace inferred ones. The images of a ``Backbone`` get its
+            size and statistics and the texts its tokenizer; with ``pair`` it is frozen unless ``frozen`` or ``lora`` is given.
+        readers: modality -> options of its reader, such as ``size`` of images and ``tokenizer`` of texts.
 
     Returns:
         The recipe, with everything that was inferred written out, and sentences that describe it.
@@ -47,10 +59,16 @@ def own_data_recipe(
         DataError: the table or its files cannot be read. ConfigError: unknown column, kind or option.
     """
     given = dict(options or {})
-    if "target" not in given:
-        raise ConfigError("--data", expected="the column of the target", got="none", fix="Add --target COLUMN.")
+    if "target" not in given and "pair" not in given:
+        raise ConfigError(
+            "--data", expected="the column of the target, or a pair of columns", got="none",
+            fix="Add --target COLUMN, or --pair COLUMN,COLUMN to align columns.",
+        )  # fmt: skip
     # A relative path would depend on the folder that a later command is started in.
     location = str(Path(path).resolve()) if Path(path).exists() else path
+    chosen = {name: _absolute(one, "model") for name, one in (encoders or {}).items()}
+    if readers or chosen:
+        given["modalities"] = _reader_options(location, given, chosen, readers or {})
     source = ManifestDataset(location, **given)
     bad = source.check(progress)
     if bad and not skip_bad:
@@ -61,8 +79,88 @@ def own_data_recipe(
     given.pop("kinds", None)
     data = {"name": "manifest", "path": location, **given, "task": source.task, "modalities": source.options,
             "checksum": source.manifest.checksum()}  # fmt: skip
-    recipe = _recipe(source, data)
+    recipe = _recipe(source, data) if "pair" not in given else _pair_recipe(source, data, base or load_recipe(PAIRS))
+    for name, one in chosen.items():
+        own = recipe.encoders[name]
+        replaced = one.get("name", own["name"]) != own["name"]
+        recipe.encoders[name] = {**({} if replaced else own), **one}
+        if replaced and one["name"] == "Backbone" and "pair" in given and not {"frozen", "lora"} & one.keys():
+            recipe.encoders[name]["frozen"] = True
     return recipe, describe(source, recipe, bad)
+
+
+def _absolute(options: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Returns options with the folder under a key as an absolute path."""
+    folder = options.get(key)
+    return {**options, **({key: str(Path(folder).resolve())} if folder and Path(str(folder)).is_dir() else {})}
+
+
+def _reader_options(
+    location: str, given: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]],
+    readers: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the modalities of a table with options for their readers: those given, and those of backbones."""
+    manifest = Manifest(location, **{k: v for k, v in given.items() if k not in ("folds", "fold", "seed", "skip")})
+    for name in (*encoders, *readers):
+        if name not in manifest.modalities:
+            raise unknown_name("--data", "modality", str(name), manifest.modalities)
+    result = {}
+    for name, one in manifest.modalities.items():
+        folder = Path(str(encoders.get(name, {}).get("model", "")))
+        follows: dict[str, Any] = {}
+        if encoders.get(name, {}).get("name") == "Backbone":
+            follows = _backbone_reader(name, one.kind, folder, {**one.options, **readers.get(name, {})})
+        result[name] = {**one.to_dict(), **follows, **_absolute(readers.get(name, {}), "tokenizer")}
+    return result
+
+
+def _backbone_reader(name: str, kind: str, folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options with which a Hugging Face model reads a modality."""
+    if kind == "text" and "tokenizer" not in given:
+        if not any((folder / file).is_file() for file in TOKENIZER):
+            raise ConfigError(
+                f"encoder '{name}'", expected="the tokenizer of its model", got=f"none in '{folder}'",
+                fix=f"Give its folder: --data.modalities.{name}.tokenizer FOLDER.",
+            )  # fmt: skip
+        return {"tokenizer": str(folder)}
+    if kind != "image":
+        return {}
+    size = _json(folder / "config.json").get("image_size")
+    statistics = _json(folder / "preprocessor_config.json")
+    return {
+        **({"size": size} if isinstance(size, int) else {}),
+        **{key: statistics[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in statistics},
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file; {} if there is none, since other models have none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _pair_recipe(source: ManifestDataset, data: dict[str, Any], base: Recipe) -> Recipe:
+    """Returns the recipe of a self-contained model with encoders and training options that fit a table."""
+    if not base.model:
+        raise ConfigError(
+            "--pair", expected="a recipe with a model, such as dual_encoder", got=f"the methods {', '.join(base.methods)}",
+            fix="Add --config dual_encoder, or give --target for a prediction.",
+        )  # fmt: skip
+    train, usual, fitting = base.train, TrainOptions(), pair_training(len(source.train))
+    changes = {
+        key: getattr(fitting, key) for key in ("epochs", "batch_size") if getattr(train, key) == getattr(usual, key)
+    }
+    encoders = {name: base.encoders.get(name, default_encoder(source, name)) for name in source.names}
+    return replace(base, data=data, encoders=encoders, train=replace(train, **changes))
+
+
+def pair_training(samples: int) -> TrainOptions:
+    """Returns the number of epochs and samples per batch for a number of pairs; large batches have more negatives."""
+    batch = next(size for size in (256, 128, 64, 32, 16, 8) if samples >= 4 * size or size == 8)
+    return TrainOptions(epochs=min(60, max(3, round(STEPS / max(1, samples // batch)))), batch_size=batch)
 
 
 def recipe_for(source: str) -> tuple[Recipe, list[str]]:
@@ -121,7 +219,9 @@ def describe(source: ManifestDataset, recipe: Recipe, bad: Mapping[int, Sequence
     by = (
         f"column '{source.manifest.split}'"
         if source.manifest.split
-        else (f"groups of '{source.manifest.group}'" if source.manifest.group else "random rows")
+        else (
+            f"groups of '{by}'" if (by := source.manifest.group or source.manifest.shared_files()[0]) else "random rows"
+        )
     )
     lines.append(f"rows: {sizes} (split by {by})")
     if bad:

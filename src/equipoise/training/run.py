@@ -49,9 +49,9 @@ CODE = "python"
 
 ADVICE = (
     "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory",
-    "tensorboardX", "LeafSpec",
+    "tensorboardX", "LeafSpec", "in eval mode at the start of training",
 )  # fmt: skip
-"""Lightning warnings to suppress: advice on user-defined loaders and loggers."""
+"""Lightning warnings to suppress: advice on user-defined loaders and loggers, and on frozen encoders."""
 
 
 def execute_run(

@@ -19,12 +19,15 @@ from ..dataset import Dataset, Split
 from ..tables.reader_choice import make_reader
 from ..tables.table_manifest import Manifest
 from ..tables.table_reading import read_table
+from ..tables.value_readers import TextReader
 
 if TYPE_CHECKING:
     import datasets
 
 LISTED = 5
 """Unreadable files that an error lists."""
+QUERY_LENGTH = 32
+"""Least length of the texts of pairs, so that a query may be longer than the captions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class ManifestDataset(Dataset):
 
     Args:
         path: the table, see ``Manifest``.
-        target, group, split, weight, kinds, modalities, task, root: see ``Manifest``.
+        target, pair, group, split, weight, kinds, modalities, task, root: see ``Manifest``.
         folds, fold: the test split is part ``fold`` of ``folds``, unless the table names the splits.
         seed: seed of the assignment to splits.
         skip: rows to leave out, such as those with damaged files; see ``check``.
@@ -60,17 +63,23 @@ class ManifestDataset(Dataset):
     """
 
     def __init__(
-        self, path: str, *, target: str | list[str], group: str | None = None, split: str | None = None,
-        weight: str | None = None, kinds: dict[str, Any] | None = None, modalities: dict[str, Any] | None = None,
-        task: Literal["classification", "multilabel", "regression"] | None = None, root: str | None = None,
+        self, path: str | None = None, *, target: str | list[str] | None = None, pair: list[str] | None = None,
+        group: str | None = None, split: str | None = None, weight: str | None = None,
+        kinds: dict[str, Any] | None = None, modalities: dict[str, Any] | None = None,
+        task: Literal["classification", "multilabel", "regression", "retrieval"] | None = None, root: str | None = None,
         folds: int = 5, fold: str | int = 0, seed: int = 0, skip: list[int] | None = None, checksum: str | None = None,
         ood: str | None = None,
     ) -> None:  # fmt: skip
+        if path is None:
+            raise ConfigError(
+                "data", expected="the path of a table", got="none",
+                fix="Name your table: --data TABLE, with --target COLUMN or --pair COLUMN,COLUMN.",
+            )  # fmt: skip
         if not re.fullmatch("[0-9]{1,9}", str(fold)):
             raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = '{shorten_repr(str(fold))}'")
         self.manifest = Manifest(
-            path, target=target, group=group, split=split, weight=weight, kinds=kinds, modalities=modalities, task=task,
-            root=root,
+            path, target=target, pair=pair, group=group, split=split, weight=weight, kinds=kinds,
+            modalities=modalities, task=task, root=root,
         )  # fmt: skip
         if checksum is not None and self.manifest.checksum() != checksum:
             raise DataError(
@@ -89,6 +98,11 @@ class ManifestDataset(Dataset):
         for name, part in self.rows.items():
             if not len(part):
                 raise DataError(f"table '{path}'", expected=f"rows in {name}", got="none besides those left out")
+        if pair and len(self.manifest.target[torch.from_numpy(self.rows["train"])].unique()) < 2:
+            raise DataError(
+                f"table '{path}'", expected="two or more different pairs in the training rows",
+                got="the same text or file in all", fix="Without others, there is nothing to tell a pair from.",
+            )  # fmt: skip
         splits = {
             name: RowSplit({}, self.manifest.target[torch.from_numpy(part)], rows=part)
             for name, part in self.rows.items()
@@ -104,6 +118,8 @@ class ManifestDataset(Dataset):
         self.options: dict[str, dict[str, Any]] = {}
         for name, reader in self.readers.items():
             modality = self.manifest.modalities[name]
+            if isinstance(reader, TextReader) and pair:
+                reader.least_length = QUERY_LENGTH
             self.options[name] = {**modality.to_dict(), **reader.fit(self.rows["train"])}
         self.noise = dict.fromkeys(self.names, (0.0, 1.0))
         self.vocabulary = {name: one.vocabulary for name, one in self.readers.items() if one.vocabulary is not None}

@@ -60,27 +60,30 @@ class WordVocabulary:
         """Encodes each word: one id, or those of its trigrams if the word is unknown."""
         return [[self.words[word]] if word in self.words else self.spelled(word) for word in split_words(text)]
 
-    def encode(self, texts: Sequence[str], who: str = "Words") -> Int[Tensor, "text length"]:
-        """Encodes texts as rows of ids, padded with 0.
+    def encode(
+        self, texts: Sequence[str], who: str = "Words", *, length: int | None = None
+    ) -> Int[Tensor, "text length"]:
+        """Encodes texts as rows of ids, padded with 0 to ``length``, by default that of the vocabulary.
 
         Raises:
             ShapeError: a text is empty or longer than ``length``.
             ConfigError: a text has neither a known word nor a known trigram.
         """
-        rows = [self._checked(text, index, [n for word in self.numbers(text) for n in word], who)
+        length = self.length if length is None else length
+        rows = [self._checked(text, index, [n for word in self.numbers(text) for n in word], who, length)
                 for index, text in enumerate(texts)]  # fmt: skip
-        return pad_sequences(rows, self.length)
+        return pad_sequences(rows, length)
 
-    def _checked(self, text: str, index: int, row: list[int], who: str) -> list[int]:
+    def _checked(self, text: str, index: int, row: list[int], who: str, length: int) -> list[int]:
         where = who if index == 0 else f"{who}, text {index}"
         if not split_words(text):
             raise ShapeError(where, expected="a text with a word in it", got=repr(text), fix="Say what is meant.")
         if not row:
             word = split_words(text)[0]
             raise unknown_name(where, "word", text, self.words, like=word)
-        if len(row) > self.length:
+        if len(row) > length:
             raise ShapeError(
-                where, expected=f"a text of at most {self.length} words",
+                where, expected=f"a text of at most {length} words",
                 got=f"{len(row)} ('{text[:40]}{'...' if len(text) > 40 else ''}')",
                 fix="Shorten it; a word that is not known counts one for each of its letters.",
             )  # fmt: skip

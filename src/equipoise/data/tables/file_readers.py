@@ -83,6 +83,11 @@ class FileReader(ModalityReader):
         self.mean, std = axes.mean(dim=0).float(), axes.std(dim=0, correction=0).float()
         # Constant features stay at 0 instead of growing without bound on other data.
         self.std = torch.where(std > 1e-6 * self.mean.abs().clamp(min=1.0), std, 1.0)
+        # Pretrained encoders have statistics of their own.
+        self.mean, self.std = (
+            torch.as_tensor(self.options.get(name, own)).float()
+            for name, own in (("mean", self.mean), ("std", self.std))
+        )
         return self.options
 
     def _features(self, one: Tensor) -> int:
@@ -106,7 +111,7 @@ class FileReader(ModalityReader):
     def _decode_all(self, rows: list[int]) -> list[Item | None]:
         result = []
         for row, cell in zip(rows, self.cells(self.column, np.array(rows)), strict=True):
-            item = None if cell is None or cell == "" else self._item(row, cell)
+            item = None if cell is None or cell == "" else self._item(cell, self.who(row), row)
             result.append(item)
             size = 0 if item is None else item.values.nbytes
             if size <= self._free:
@@ -114,13 +119,17 @@ class FileReader(ModalityReader):
                 self._free -= size
         return result
 
-    def _item(self, row: int, cell: Cell) -> Item:
-        values = self.decode(cell, self.who(row))
+    def read_file(self, cell: Cell, who: str) -> Read:
+        """Reads a file that is not in the table, as a batch of one sample."""
+        return collate([self._item(cell, who)], self.shape, varying=self.varying)
+
+    def _item(self, cell: Cell, who: str, row: int = -1) -> Item:
+        values = self.decode(cell, who)
         if tuple(values.shape[1:] if self.varying else values.shape) != tuple(
             self.shape[1:] if self.varying else self.shape
         ):
             raise DataError(
-                self.who(row), expected=f"a sample of shape {self.shape} as in training",
+                who, expected=f"a sample of shape {self.shape} as in training",
                 got=f"shape {tuple(values.shape)}",
             )  # fmt: skip
         if self.varying:
@@ -163,7 +172,7 @@ class AudioReader(FileReader):
 
 
 class ImageReader(FileReader):
-    """Images (3, size, size), standardized per channel."""
+    """Images (3, size, size), standardized per channel, by ``mean`` and ``std`` of pixels in [0, 1] if they are given."""
 
     feature_dim = 0
 

@@ -16,7 +16,7 @@ LIMITS: Mapping[str, tuple[type, float, float]] = {
 """Name -> type, smallest and largest value."""
 OPTIONS: Mapping[str, Mapping[str, tuple[type, float, float] | type]] = {
     "audio": {"rate": (int, 100, 768_000), "seconds": LIMITS["seconds"], "bands": LIMITS["bands"]},
-    "image": {"size": LIMITS["size"]},
+    "image": {"size": LIMITS["size"], "mean": list[float], "std": list[float]},
     "video": {"frames": LIMITS["frames"], "size": LIMITS["size"]},
     "frames": {"frames": LIMITS["frames"], "size": LIMITS["size"]},
     "sequence": {"length": LIMITS["length"], "rate": (float, 1e-6, 1e9), "times": str},
@@ -59,7 +59,10 @@ def check_options(name: str, kind: str, options: Mapping[str, Any], columns: Seq
         hint, least, most = rule if isinstance(rule, tuple) else (rule, -math.inf, math.inf)
         if not matches_type(value, hint):
             raise ConfigError(f"{who}, {option}", expected=type_description(hint), got=shorten_repr(value))
-        if hint is not str and not least <= value <= most:
+        if option in ("mean", "std") and (len(value) not in (1, 3) or (option == "std" and min(value) <= 0)):
+            limit = " > 0" if option == "std" else ""
+            raise ConfigError(f"{who}, {option}", expected=f"three numbers{limit}", got=shorten_repr(value))
+        if isinstance(value, (int, float)) and not least <= value <= most:
             raise ConfigError(f"{who}, {option}", expected=f"{least:,} to {most:,}", got=shorten_repr(value))
         if option == "times" and value not in columns:
             raise unknown_name(f"{who}, times", "column", value, columns)

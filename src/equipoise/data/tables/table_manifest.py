@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, DataError, unknown_name
 from .column_kinds import find_modalities, modalities_from_options
+from .column_pairs import complete_rows, matching_rows, pair_modalities, shared_cells
 from .row_splits import split_rows
 from .table_reading import SPLIT, read_table
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
     import pandas
 
-Task = Literal["classification", "multilabel", "regression"]
+Task = Literal["classification", "multilabel", "regression", "retrieval"]
 MOST_CLASSES = 1_000
 FEW_NUMBERS = 20
 """Whole numbers with at most this many different values are classes."""
@@ -39,7 +40,9 @@ class Manifest:
             pandas.DataFrame.
         target: column of the target: classes, or numbers for a regression. Several columns, or cells such as "a;b" or
             lists, are a multi-label target where they hold labels, and a regression with several outputs where they hold
-            numbers.
+            numbers. None with ``pair``.
+        pair: columns to align instead of a target, such as images and their captions. Rows that lack one of them are
+            not used; rows with the same text (case and punctuation aside) or the same file match each other.
         group: column of groups that must not be in two splits, such as the speaker.
         split: column with train, val or test in each row; by default the column "split" if there is one.
         weight: column of sampling weights of training rows.
@@ -53,12 +56,14 @@ class Manifest:
         table: ``datasets.Dataset``, memory-mapped if it is on disk.
         modalities: name -> Modality.
         unused: column -> reason.
-        task, num_outputs, classes: of the target; ``classes`` are the names of classes, labels or outputs.
-        target: (row,) class indices, or (row, output).
+        task, num_outputs, classes: of the target; ``classes`` are the names of classes, labels or outputs. The task of
+            pairs is "retrieval".
+        target: (row,) class indices, or (row, output); of pairs, (row,) numbers that are equal for matching rows.
+        usable: rows that are used: all, or the complete ones of pairs.
 
     Raises:
         DataError: the table is damaged or empty, or a target is missing or invalid.
-        ConfigError: unknown column, kind or task.
+        ConfigError: unknown column, kind or task; neither target nor pair, or both.
 
     Example:
         >>> import pandas
@@ -69,14 +74,21 @@ class Manifest:
     """
 
     def __init__(
-        self, source: str | Path | datasets.Dataset | pandas.DataFrame, *, target: str | Sequence[str],
-        group: str | None = None, split: str | None = None, weight: str | None = None,
+        self, source: str | Path | datasets.Dataset | pandas.DataFrame, *,
+        target: str | Sequence[str] | None = None, pair: Sequence[str] | None = None, group: str | None = None,
+        split: str | None = None, weight: str | None = None,
         kinds: Mapping[str, Any] | None = None, modalities: Mapping[str, Any] | None = None, task: Task | None = None,
         root: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.source = source
         self.table = _undecoded(read_table(source))
-        self.targets = [target] if isinstance(target, str) else list(target)
+        self.targets = [target] if isinstance(target, str) else list(target or ())
+        self.pair = [pair] if isinstance(pair, str) else list(pair or ())
+        if bool(self.targets) == (pair is not None):
+            raise ConfigError(
+                "Manifest", expected="a target, or a pair of columns without one",
+                got="neither" if pair is None else f"both, {', '.join(self.targets)} and {', '.join(self.pair)}",
+            )  # fmt: skip
         if split is None and SPLIT in self.table.column_names and SPLIT not in self.targets:
             split = SPLIT
         self.group, self.split, self.weight = group, split, weight
@@ -84,27 +96,36 @@ class Manifest:
         for name in special:
             if name not in self.table.column_names:
                 raise unknown_name("Manifest", "column", name, self.table.column_names)
-        if not self.targets or len(set(special)) < len(special):
+        if len(set(special)) < len(special):
             raise ConfigError(
-                "Manifest", expected="at least one target, and different columns for target, group, split and weight",
-                got=", ".join(special) or "no target",
-            )  # fmt: skip
+                "Manifest", expected="different columns for target, group, split and weight", got=", ".join(special)
+            )
         self.root = _root(source, root)
         columns = [name for name in self.table.column_names if name not in special]
         self.unused: dict[str, str] = {}
         if modalities:
             self.modalities = modalities_from_options(modalities, columns)
+        elif self.pair:
+            self.modalities, self.unused = pair_modalities(self.table, self.root, self.pair, kinds or {}, set(special))
         else:
             self.modalities, self.unused = find_modalities(
                 self.table, self.root, exclude=set(special), kinds=kinds or {}
             )
         self.task: Task
         self.classes: tuple[str, ...]
-        self.task, self.classes, self.target = _read_target(self.table, self.targets, task)
+        self.usable = np.arange(len(self))
+        if self.pair:
+            if task not in (None, "retrieval"):
+                raise ConfigError("Manifest", expected="a task only with a target", got=f"task = {task!r} with a pair")
+            self.task, self.classes = "retrieval", ()
+            self.usable = complete_rows(self.table, self.modalities)
+            self.target = torch.from_numpy(matching_rows(self.table, self.modalities))
+        else:
+            self.task, self.classes, self.target = _read_target(self.table, self.targets, task)
 
     @property
     def num_outputs(self) -> int:
-        return len(self.classes)
+        return len(self.target[self.usable].unique()) if self.pair else len(self.classes)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -132,9 +153,26 @@ class Manifest:
     def split_rows(self, *, folds: int = 5, fold: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
         """Returns {"train": rows, "val": rows, "test": rows}; see ``row_splits.split_rows``."""
         split = None if self.split is None else self.table[self.split][:]
-        group = None if self.group is None else self.table[self.group][:]
+        group = self.shared_files()[1] if self.group is None else self.table[self.group][:]
         classes = self.target.numpy() if self.task == "classification" else None
-        return split_rows(len(self), split=split, group=group, classes=classes, folds=folds, fold=fold, seed=seed)
+        if self.pair:
+            split, group = ([part[row] for row in self.usable] if part is not None else None for part in (split, group))
+        parts = split_rows(
+            len(self.usable), split=split, group=group, classes=classes, folds=folds, fold=fold, seed=seed
+        )
+        return {name: self.usable[part] for name, part in parts.items()}
+
+    def shared_files(self) -> tuple[str, np.ndarray | None]:
+        """Returns the first modality of pairs with the same file in several rows, and the number of each row's file.
+
+        Without a column of groups or splits, rows of one file stay in one split.
+        """
+        for name, one in self.modalities.items() if self.pair and self.split is None else ():
+            if one.kind != "text" and (codes := shared_cells(self.table, one)) is not None:
+                used = codes[self.usable]
+                if len(np.unique(used)) < len(used):
+                    return name, codes
+        return "", None
 
     def describe(self) -> list[str]:
         """Returns one line per modality and for the target: what was recognized."""
@@ -144,6 +182,18 @@ class Manifest:
             lines.append(f"{name}: {one.kind} ({columns})")
         if self.unused:
             lines.append(f"not used: {', '.join(self.unused)}")
+        if self.pair:
+            lacking = len(self) - len(self.usable)
+            lines.append(
+                f"pairs: {len(self.usable)} of {len(self)} rows"
+                + (f"; {lacking} lack {' or '.join(self.modalities)} and are left out" if lacking else "")
+            )
+            if self.num_outputs < len(self.usable):
+                lines.append(
+                    f"different pairs: {self.num_outputs}; rows with the same text (case and punctuation aside) or the "
+                    "same file match each other"
+                )
+            return lines
         kind = {"classification": "classes", "multilabel": "labels", "regression": "outputs"}[self.task]
         lines.append(f"target: {', '.join(self.targets)} ({self.task}, {self.num_outputs} {kind})")
         return lines

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, ShapeError
 from .modality_readers import EXAMINED, ModalityReader, Read
+
+if TYPE_CHECKING:
+    from ..sets.word_vocabulary import WordVocabulary
 
 
 class TableReader(ModalityReader):
@@ -114,21 +117,26 @@ class TableReader(ModalityReader):
 
 
 class TextReader(ModalityReader):
-    """Texts as word ids; 0 is padding. The vocabulary is that of the training rows, or of a tokenizer on disk."""
+    """Texts as word ids; 0 is padding. The vocabulary is that of the training rows, or of a tokenizer on disk.
+
+    The ids of a tokenizer are raised by 1.
+    """
 
     MOST_WORDS, LONGEST = 20_000, 256
+    least_length = 1
 
     def fit(self, rows: np.ndarray) -> dict[str, Any]:
         self.options = dict(self.modality.options)
         texts = [text for text in self.cells(self.modality.columns[0], rows) if text]
-        self._ids = self._tokenizer() if "tokenizer" in self.options else self._words(texts)
+        self._words = self._known_words(texts)
+        self._ids = self._tokenizer() if "tokenizer" in self.options else self._word_ids
         lengths = [len(self._ids(str(text))) for text in texts[:EXAMINED]]
-        self.options.setdefault("length", max(1, min(self.LONGEST, max(lengths, default=1))))
+        longest = max(self.least_length, 1, max(lengths, default=1))
+        self.options.setdefault("length", min(self.LONGEST, longest))
         self.shape = (self.options["length"],)
         return self.options
 
-    def _words(self, texts: Sequence[str]) -> Callable[[str], list[int]]:
-
+    def _known_words(self, texts: Sequence[str]) -> WordVocabulary:
         from ..sets.word_vocabulary import WordVocabulary, split_words
 
         counts = Counter(word for text in texts for word in split_words(str(text)))
@@ -139,7 +147,10 @@ class TextReader(ModalityReader):
         known = sorted(counts, key=lambda word: (-counts[word], word))[: self.MOST_WORDS]
         words = WordVocabulary(known, length=1)
         self.vocabulary = len(words)
-        return lambda text: [number for word in words.numbers(text) for number in word]
+        return words
+
+    def _word_ids(self, text: str) -> list[int]:
+        return [number for word in self._words.numbers(text) for number in word]
 
     def _tokenizer(self) -> Callable[[str], list[int]]:
         import transformers
@@ -157,6 +168,26 @@ class TextReader(ModalityReader):
         self.vocabulary = len(tokenizer) + 1
         # 0 is padding in TextEncoder.
         return lambda text: [number + 1 for number in tokenizer(text)["input_ids"]]
+
+    def encode(self, text: str, who: str) -> Tensor:
+        """Returns the ids (1, length) of a text that is not in the table.
+
+        Raises:
+            ShapeError: an empty or too long text. ConfigError: no word of the text is known, not even by its letters.
+        """
+        if "tokenizer" not in self.options:
+            return self._words.encode([text], who, length=self.shape[0])
+        ids = self._ids(text)
+        if not text.strip() or len(ids) > self.shape[0]:
+            raise ShapeError(
+                who, expected=f"a text of 1 to {self.shape[0]} tokens", got=f"{len(ids)} ({text[:40]!r})",
+                fix="Shorten it, or set a larger length under data.modalities of the recipe.",
+            )  # fmt: skip
+        return torch.tensor([[*ids, *[0] * (self.shape[0] - len(ids))]])
+
+    def unseen(self, text: str) -> list[str]:
+        """Returns the words of a text that are in no training row."""
+        return self._words.unseen(text)
 
     def read(self, rows: np.ndarray) -> Read:
         ids = torch.zeros(len(rows), *self.shape, dtype=torch.long)

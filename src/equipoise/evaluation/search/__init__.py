@@ -9,3 +9,4 @@ from .search_index import SearchResult as SearchResult
 from .search_index import caption_entries as caption_entries
 from .search_index import image_entries as image_entries
 from .search_index import index_folder as index_folder
+from .table_gallery import TableGallery as TableGallery

@@ -28,7 +28,7 @@ def cached_embeddings(
     Args:
         folder: folder of the run.
         weights: file of the model's weights.
-        source: data set with ``items`` and ``pictures``.
+        source: data set with ``items`` and ``pictures``, or a ``TableGallery``.
         compute: returns the embeddings by name.
     """
     from safetensors import SafetensorError, safe_open
@@ -49,8 +49,11 @@ def cached_embeddings(
 
 
 def embedding_fingerprint(weights: Path, source: Any) -> str:
-    """SHA-256 of everything that the embeddings depend on: weights, images and items."""
+    """SHA-256 of everything that the embeddings depend on: weights, images and items, or a table and its files."""
     digest = hashlib.sha256(weights.read_bytes())
+    if hasattr(source, "fingerprint"):
+        digest.update(source.fingerprint())
+        return digest.hexdigest()
     digest.update(torch.as_tensor(source.pictures).numpy().tobytes())
     for item in source.items:
         digest.update("\0".join((item.name, *item.keywords, item.split)).encode())

@@ -43,6 +43,8 @@ def result_to_dict(result: SearchResult, *, model: str, notes: Sequence[str] = (
             "question": result.question,
             "image": None if result.image is None else data_url(result.image),
             "unseen": result.unseen,
+            "pieces": result.pieces,
+            "found": result.found,
             "entries": result.entries,
             "tied": result.tied,
             "hits": [

@@ -24,6 +24,8 @@ from ...alignment import (  # fmt: skip
 )
 
 BATCH = 256
+MOST = 4_000
+"""Samples of a split that are compared with each other; equally spaced ones of larger splits."""
 RANKS = (1, 5)
 
 Vectors = Mapping[str, Float[Tensor, "sample dim"]]
@@ -37,7 +39,7 @@ class Embedder(Protocol):
         """Modality names."""
         ...
 
-    def embed(self, batch: Mapping[str, Tensor]) -> Vectors:
+    def embed(self, batch: Mapping[str, Any]) -> Vectors:
         """Embeds a batch: name -> (batch, dim) for every modality in the batch."""
         ...
 
@@ -52,17 +54,23 @@ def evaluate_dual_encoder(model: Embedder, source: Any, split: str) -> dict[str,
     * ``<a>_to_<b>/recall@1``, ``recall@5``, ``median_rank``, ``mrr``: retrieval of modality b from modality a among the
       samples of the split; ``chance/...`` is the expected value of random guessing.
     * ``recall@1``, ``recall@5``, ``median_rank``: mean over all directions.
-    * ``<a>_to_<b>_among_all/...``: retrieval among the samples of all splits, including training.
+    * ``<a>_to_<b>_among_all/...``: retrieval among the samples of all splits, including training; not for data sets
+      with more than ``MOST``^2 pairs of a query and a sample.
     * ``recall@1/<group>``: for data sets with ``groups``, see ``retrieval_by_group``.
     * ``composed_to_<b>/recall@1`` and ``compositionality/<b>``: for data sets with ``combinations``, see
       ``composition_metrics``.
     * ``modality_gap``, ``alignment``, ``uniformity``, ``cka``: see `equipoise.alignment`.
     """
     vectors, target = embed_split(model, source, split)
+    if len(target) > MOST:
+        kept = torch.linspace(0, len(target) - 1, MOST).long()
+        vectors, target = {name: own[kept] for name, own in vectors.items()}, target[kept]
     metrics = retrieval_metrics(vectors, target) | embedding_metrics(vectors)
-    parts = [embed_split(model, source, other) for other in ("train", "val", "test") if other != split]
-    gallery = {name: torch.cat([own, *(part[0][name] for part in parts)]) for name, own in vectors.items()}
-    metrics |= full_gallery_metrics(vectors, target, gallery, torch.cat([target, *(part[1] for part in parts)]))
+    others = [other for other in ("train", "val", "test") if other != split]
+    if len(target) * (len(target) + sum(len(source.split(other).target) for other in others)) <= MOST**2:
+        parts = [embed_split(model, source, other) for other in others]
+        gallery = {name: torch.cat([own, *(part[0][name] for part in parts)]) for name, own in vectors.items()}
+        metrics |= full_gallery_metrics(vectors, target, gallery, torch.cat([target, *(part[1] for part in parts)]))
     if hasattr(source, "groups"):
         metrics |= retrieval_by_group(vectors, target, source.groups(split))
     if hasattr(source, "combinations"):
@@ -75,9 +83,18 @@ def embed_split(model: Embedder, source: Any, split: str) -> tuple[dict[str, Ten
     device = next(model.parameters()).device
     embeddings: dict[str, list[Tensor]] = {name: [] for name in model.names}
     for batch in source.batches(split, BATCH, seed=0, epoch=0, train=False):
-        for name, vectors in model.embed({name: batch[name].to(device) for name in model.names}).items():
+        for name, vectors in model.embed(_inputs(batch, model.names, device)).items():
             embeddings[name].append(vectors.detach().float().cpu())
     return {name: torch.cat(parts) for name, parts in embeddings.items()}, source.split(split).target
+
+
+def _inputs(batch: Mapping[str, Any], names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Returns the inputs of a batch with their masks and times, on a device."""
+    inputs: dict[str, Any] = {name: batch[name].to(device) for name in names}
+    for key in ("mask", "times"):
+        if key in batch:
+            inputs[key] = {name: values.to(device) for name, values in batch[key].items() if name in names}
+    return inputs
 
 
 def retrieval_metrics(vectors: Vectors, target: Int[Tensor, " sample"]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from ...alignment import InfoNCE, SigLIP
 from ...errors import ConfigError, NonFiniteError, ShapeError, unknown_name
 from ...nn.eval_mode import eval_mode_no_grad
 from ...registry import instantiate
-from ...tokens.masks import zero_loss
-from ...tokens.token_batch import as_tokens
+from ...tokens.masks import bool_mask, without_masked, zero_loss
+from ...tokens.token_batch import Tokens, as_tokens
 from ..self_contained import SelfContainedModel
 from .dual_encoder_metrics import evaluate_dual_encoder
 
@@ -29,8 +30,8 @@ class DualEncoder(SelfContainedModel):
         loss = mean over pairs of modalities of info_nce(u_m, u_n) or siglip(u_m, u_n)
 
     Samples with the same target are positives of each other and never negatives. A modality is missing if the batch
-    does not contain it, or if a sample has no valid token of it, such as an empty caption; the loss uses the modalities
-    that are present.
+    does not contain it, or if a sample has no valid token of it, such as an empty caption or by ``batch["mask"]``; the
+    loss uses the modalities that are present.
 
     Args:
         encoders: modality -> encoder; each has an attribute ``dim``.
@@ -100,16 +101,21 @@ class DualEncoder(SelfContainedModel):
             raise ConfigError(
                 "model 'dual_encoder'", expected="data with one item per sample and integer targets",
                 got=f"{type(source).__name__} for {source.task}",
-                fix="Use emoji, triples with items: 1, or a classification data set.",
+                fix="Use emoji, triples with items: 1, a classification data set, or your own table with --pair.",
             )  # fmt: skip
         return instantiate(cls, "model 'dual_encoder'", options, encoders=encoders)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Float[Tensor, "batch dim"]]:
         """Alias of ``embed``."""
         return self.embed(batch)
 
-    def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch dim"]]:
-        """Embeds a batch: name -> unit vectors (batch, dim); zeros for samples that lack the modality."""
+    def embed(self, batch: Mapping[str, Any]) -> dict[str, Float[Tensor, "batch dim"]]:
+        """Embeds a batch: name -> unit vectors (batch, dim); zeros for samples that lack the modality.
+
+        Args:
+            batch: name -> input of that modality's encoder. ``"mask"`` and ``"times"`` are those of ``FusionModel``.
+        """
+        masks, times = batch.get("mask") or {}, batch.get("times") or {}
         embeddings: dict[str, Tensor] = {}
         for name in self.names:
             if (values := batch.get(name)) is None:
@@ -122,7 +128,7 @@ class DualEncoder(SelfContainedModel):
                     f"DualEncoder '{name}'", expected=f"as many samples as '{first}' has = {len(embeddings[first])}",
                     got=f"{len(values)}", fix="Omit a modality from the batch only if all samples lack it.",
                 )  # fmt: skip
-            tokens = as_tokens(self.encoders[name](values), f"encoder '{name}'")
+            tokens = self._encode(name, values, masks.get(name), times.get(name))
             vectors = F.normalize(self.heads[name](self.dropout(tokens.pooled())), dim=-1)
             embeddings[name] = vectors.masked_fill(~tokens.present()[:, None], 0.0)
         if not embeddings:
@@ -131,7 +137,26 @@ class DualEncoder(SelfContainedModel):
             )
         return embeddings
 
-    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _encode(self, name: str, values: Tensor, mask: Tensor | None, times: Tensor | None) -> Tokens:
+        takes = inspect.signature(self.encoders[name].forward).parameters
+        options: dict[str, Tensor] = {} if times is None or "times" not in takes else {"times": times}
+        if mask is None:
+            return as_tokens(self.encoders[name](values, **options), f"encoder '{name}'")
+        expected = "a boolean mask (batch,) or (batch, token)"
+        mask = bool_mask(mask, f"DualEncoder mask of '{name}'", expected, numbers=True)
+        per_token = mask.ndim == 2 and "mask" in takes
+        values = without_masked(values, mask, tokens_too="mask" in takes)  # type: ignore[assignment]
+        options |= {"mask": mask} if per_token else {}
+        tokens = as_tokens(self.encoders[name](values, **options), f"encoder '{name}'")
+        # Encoders that do not read the mask, and samples without any valid token.
+        valid = (
+            mask
+            if mask.shape == tokens.values.shape[:2] and not per_token
+            else mask.reshape(len(mask), -1).any(1)[:, None]
+        )
+        return Tokens(tokens.values, mask=tokens.valid() & valid, cls=tokens.cls).zero_masked()
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         embeddings = self.embed(batch)
         if len(embeddings) < 2:
             (only,) = embeddings
