@@ -122,12 +122,13 @@ def matching_rows(table: datasets.Dataset, modalities: Mapping[str, Modality]) -
 
 def shared_cells(table: datasets.Dataset, modality: Modality) -> np.ndarray | None:
     """Returns a number for each row, equal for equal texts or files, -1 for empty cells; None for other kinds."""
-    if len(modality.columns) > 1 or modality.kind not in (*FILES, "text"):
+    column, *others = modality.columns
+    if others or modality.kind not in (*FILES, "text"):
         return None
     key = _text_key if modality.kind == "text" else _file_key
     number: dict[Any, int] = {}
     codes = [number.setdefault(name, len(number)) if (name := key(cell)) is not None else -1
-             for cell in table[modality.columns[0]][:]]  # fmt: skip
+             for cell in table[column][:]]  # fmt: skip
     return np.array(codes, dtype=np.int64)
 
 

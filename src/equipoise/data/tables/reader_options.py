@@ -62,7 +62,7 @@ def check_options(name: str, kind: str, options: Mapping[str, Any], columns: Seq
         if option in ("mean", "std") and (len(value) not in (1, 3) or (option == "std" and min(value) <= 0)):
             limit = " > 0" if option == "std" else ""
             raise ConfigError(f"{who}, {option}", expected=f"three numbers{limit}", got=shorten_repr(value))
-        if isinstance(value, (int, float)) and not least <= value <= most:
+        if hint in (int, float) and not least <= value <= most:
             raise ConfigError(f"{who}, {option}", expected=f"{least:,} to {most:,}", got=shorten_repr(value))
         if option == "times" and value not in columns:
             raise unknown_name(f"{who}, times", "column", value, columns)

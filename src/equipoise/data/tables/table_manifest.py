@@ -156,13 +156,14 @@ class Manifest:
         group = self.shared_files()[1] if self.group is None else self.table[self.group][:]
         classes = self.target.numpy() if self.task == "classification" else None
         if self.pair:
-            split, group = ([part[row] for row in self.usable] if part is not None else None for part in (split, group))
+            split = None if split is None else [split[row] for row in self.usable]
+            group = None if group is None else [group[row] for row in self.usable]
         parts = split_rows(
             len(self.usable), split=split, group=group, classes=classes, folds=folds, fold=fold, seed=seed
         )
         return {name: self.usable[part] for name, part in parts.items()}
 
-    def shared_files(self) -> tuple[str, np.ndarray | None]:
+    def shared_files(self) -> tuple[str, list[int] | None]:
         """Returns the first modality of pairs with the same file in several rows, and the number of each row's file.
 
         Without a column of groups or splits, rows of one file stay in one split.
@@ -171,7 +172,7 @@ class Manifest:
             if one.kind != "text" and (codes := shared_cells(self.table, one)) is not None:
                 used = codes[self.usable]
                 if len(np.unique(used)) < len(used):
-                    return name, codes
+                    return name, codes.tolist()
         return "", None
 
     def describe(self) -> list[str]:
