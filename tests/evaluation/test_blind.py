@@ -158,7 +158,7 @@ def test_failures_are_repeated_and_nothing_is_lost(tmp_path):
     assert result.errors["none", 4] == "expected a text, got int"
     assert math.isnan(result.scores["given"][2])
     assert result.accuracy["given"] == 1.0
-    assert "4 of 12 calls failed and are not scored." in result.verdict
+    assert "4 of 12 calls failed and are not scored; the first: ConnectionError: refused." in result.verdict
     assert result.rows[2]["class"] == "failed"
     # A power failure in the middle of a line.
     journal.write_bytes(journal.read_bytes() + b'{"key": "abc", "te')

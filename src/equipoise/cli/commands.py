@@ -229,7 +229,9 @@ COMMANDS = {
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and an image -> attention, look.json, report.html", look_parser, look),
     "evaluate": Command(
-        "a pretrained model on emoji or scenes -> retrieval, answers, pointing", evaluate_parser, evaluate
+        "a pretrained model on emoji, scenes or your questions -> retrieval, answers, use of the image",
+        evaluate_parser,
+        evaluate,
     ),
     "search": Command("text -> images or image -> texts, in a trained dual encoder", search_parser, search),
     "report": Command("results.json -> one self-contained HTML page", report_parser, report),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..io.atomic_files import check_folder, check_path_component
 from ..results import result_rows
@@ -18,22 +18,42 @@ EXAMPLES = (
     'equipoise evaluate google/siglip-base-patch16-224 --template "an emoji of {}"',
     "equipoise evaluate llava-hf/llava-1.5-7b-hf --samples 200          generative model: scenes",
     "equipoise evaluate Salesforce/blip2-itm-vit-g --data emoji",
+    "equipoise evaluate models/mine --data questions.jsonl --limit 100  your questions, with and without their images",
 )
+
+BENCHMARKS = ("emoji", "scenes")
 
 
 def evaluate_parser() -> Parser:
     parser = described(
         "Evaluates a Hugging Face model on the benchmarks of this library: retrieval of emoji by name, or questions "
-        "about scenes, also with a shuffled and with a blank image.", *EXAMPLES,
+        "about scenes, also with a shuffled and with a blank image; or on your own questions about images or sounds, with "
+        "and without them.", *EXAMPLES,
     )  # fmt: skip
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
     parser.add_argument(
-        "--data", choices=("emoji", "scenes"), default=None, help="benchmark; by default the one that fits the model"
-    )
+        "--data", default=None,
+        help="emoji or scenes (by default the one that fits the model); or a csv, jsonl or parquet file with image, images "
+        "or audio, question, answer, and optionally choices and category",
+    )  # fmt: skip
     parser.add_argument("--level", type=whole, default=2, help="difficulty of scenes: 1, 2 or 3")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--samples", type=whole, default=200, help="number of scenes; each is evaluated three times")
-    parser.add_argument("--template", default="{}", help='caption template, such as "an emoji of {}"')
+    parser.add_argument("--template", default="{}", help='caption or prompt template, such as "an emoji of {}"')
+    parser.add_argument("--limit", type=whole, default=None, help="own questions: number of leading questions")
+    parser.add_argument(
+        "--conditions", default=None, help="own questions: some of given,blank,other,hidden,none; all by default"
+    )
+    parser.add_argument(
+        "--score", choices=("auto", "likelihood", "generated"), default="auto",
+        help="own questions: log-likelihood of choices, or generated answers; auto: by whether there are choices",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", choices=("exact", "normalized", "choice"), default=None, help="own questions: generated answers"
+    )
+    parser.add_argument("--max_new_tokens", type=whole, default=16, help="own questions: length limit of answers")
+    parser.add_argument("--batch_size", type=whole, default=1, help="own questions: choices in one forward pass")
+    parser.add_argument("--seed", type=int, default=0, help="own questions: of the images of other questions")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; an accelerator if available by default")
     parser.add_argument("--dtype", default=None, help="data type of a generative model; auto by default")
     parser.add_argument("--out", type=path, default=None, help="output folder; runs/evaluate-<name> by default")
@@ -51,6 +71,8 @@ def evaluate(options: Namespace) -> int:
     name = model.resolve().name if model.name in ("", "..") else model.name
     folder = options.out or Path("runs") / check_path_component(f"evaluate-{name}", "evaluate")
     check_folder(folder, "evaluate")
+    if options.data not in (None, *BENCHMARKS):
+        return _evaluate_questions(options, name, folder)
     benchmark = options.data or matching_benchmark(options.model)
     source = data.load_dataset(benchmark, **({"level": options.level} if benchmark == "scenes" else {}))
     with out.status("loading the model"):
@@ -68,6 +90,31 @@ def evaluate(options: Namespace) -> int:
     path = result_rows.write_results(folder / "results.json", result_rows.build_results([run], protocol))
     out.print(_table(metrics))
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _evaluate_questions(options: Namespace, name: str, folder: Path) -> int:
+    from ..data.tables.table_reading import read_table
+    from ..evaluation.questions import evaluate_questions
+    from ..evaluation.questions.model_questions import CONDITIONS
+    from ..inspection import load_pretrained
+    from .console import out
+    from .progress_bars import counted_progress
+
+    table = read_table(options.data)
+    rows: Any = table if options.limit is None else table.select(range(min(options.limit, len(table))))
+    source = Path(options.data)
+    with out.status("loading the model"):
+        model, processor = load_pretrained(options.model, dtype=options.dtype, device=options.device)
+    with counted_progress("evaluating", "replies", out) as progress:
+        result = evaluate_questions(
+            model, processor, list(rows), score=options.score, metric=options.metric, template=options.template,
+            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, seed=options.seed, name=name,
+            journal=folder / "journal.jsonl", root=source.parent if source.is_file() else None, progress=progress,
+            conditions=CONDITIONS if options.conditions is None else tuple(options.conditions.split(",")),
+        )  # fmt: skip
+    out.print(result.table(), soft_wrap=True, highlight=False, markup=False)
+    out.print(f"results: {result.save(folder)}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

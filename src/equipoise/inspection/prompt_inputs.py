@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from ..errors import ConfigError
 
 SPACES = ("\u2581", "\u0120")
 """Characters that stand for a leading space in vocabularies."""
+
+Inputs = dict[str, Any]
+"""Inputs of a model by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,23 +45,12 @@ class PreparedPrompt:
 
 def prepare_prompt(model: Any, processor: Any, text: str, image: Any = None, audio: Any = None) -> PreparedPrompt:
     """Prepares the inputs of a question, with the chat template if there is one, else with placeholders and text."""
-    tokenizer = tokenizer_of(processor)
     media: dict[str, Any] = {}
     if image is not None:
         media["images"] = [image]
     if audio is not None:
         media["audio"] = [audio]
-    prompt, add_special = _prompt_text(processor, tokenizer, text, image is not None, audio is not None)
-
-    def process(media: dict[str, Any]) -> dict[str, Any]:
-        options = {} if add_special else {"add_special_tokens": False}
-        encoded = processor(text=[prompt], return_tensors="pt", **media, **options)
-        device, dtype = next(model.parameters()).device, model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
-            for name, value in encoded.items()
-        }
-
+    prompt, process = prompt_encoder(model, processor, text, media)
     blank: dict[str, dict[str, Any]] = {}
     if image is not None:
         color = tuple(np.asarray(image).reshape(-1, 3).mean(axis=0).round().astype(int).tolist())
@@ -68,26 +60,53 @@ def prepare_prompt(model: Any, processor: Any, text: str, image: Any = None, aud
     return PreparedPrompt(prompt, process(media), blank)
 
 
-def _prompt_text(processor: Any, tokenizer: Any, text: str, image: bool, audio: bool) -> tuple[str, bool]:
+def prompt_encoder(
+    model: Any, processor: Any, text: str, media: Mapping[str, Sequence[Any]]
+) -> tuple[str, Callable[[Mapping[str, Sequence[Any]]], Inputs]]:
+    """Returns the prompt of a question about some media, and a function from such media to the model's inputs.
+
+    Args:
+        model, processor: as in ``look``.
+        text: the question.
+        media: "images" and "audio" -> their content; empty for a question alone.
+    """
+    tokenizer = tokenizer_of(processor)
+    counts = (len(media.get("images", ())), len(media.get("audio", ())))
+    prompt, add_special = _prompt_text(processor, tokenizer, text, *counts)
+
+    def process(media: Mapping[str, Sequence[Any]]) -> Inputs:
+        options = {} if add_special else {"add_special_tokens": False}
+        encoded = processor(text=[prompt], return_tensors="pt", **media, **options)
+        device, dtype = next(model.parameters()).device, model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+            for name, value in encoded.items()
+        }
+
+    return prompt, process
+
+
+def _prompt_text(processor: Any, tokenizer: Any, text: str, images: int, sounds: int) -> tuple[str, bool]:
     """Returns the text with placeholders, and whether special tokens must still be added."""
     tokens = [
         str(getattr(token, "content", token))
-        for name, is_given in (("image_token", image), ("audio_token", audio))
-        if is_given and (token := getattr(processor, name, None) or getattr(tokenizer, name, None))
+        for name, count in (("image_token", images), ("audio_token", sounds))
+        for _ in range(count)
+        if (token := getattr(processor, name, None) or getattr(tokenizer, name, None))
     ]
     if tokens and all(token in text for token in tokens):
         return text, True
     if getattr(processor, "chat_template", None):
-        return _apply_template(processor.apply_chat_template, _content(text, image, audio), tokenizer)
-    if not (image or audio) and getattr(tokenizer, "chat_template", None):
+        return _apply_template(processor.apply_chat_template, _content(text, images, sounds), tokenizer)
+    if not (images or sounds) and getattr(tokenizer, "chat_template", None):
         return _apply_template(tokenizer.apply_chat_template, text, tokenizer)
     # Processors with `num_query_tokens` insert the image placeholders themselves.
     tokens = [] if getattr(processor, "num_query_tokens", None) else tokens
     return "\n".join([*tokens, text]), True
 
 
-def _content(text: str, image: bool, audio: bool) -> list[dict[str, str]]:
-    kinds = [kind for kind, is_given in (("image", image), ("audio", audio)) if is_given]
+def _content(text: str, images: int, sounds: int) -> list[dict[str, str]]:
+    kinds = ["image"] * images + ["audio"] * sounds
     return [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
 
 

@@ -53,8 +53,8 @@ def normalized(reply: str, question: MediaQuestion) -> float:
     """1 if the reply is an accepted answer without case, punctuation, articles, a leading "The answer is", and with
     digits for number words; yes and no count at the beginning of a longer reply."""
     accepted = {normalize(answer) for answer in question.answers}
-    if accepted <= {"yes", "no"}:
-        return float(yes_or_no(reply) in accepted)
+    if accepted & {"yes", "no"} and yes_or_no(reply) in accepted:
+        return 1.0
     return float(bool(accepted & {normalize(reply), normalize(LEAD.sub("", reply)), normalize(_first_line(reply))}))
 
 

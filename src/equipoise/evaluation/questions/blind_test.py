@@ -97,9 +97,13 @@ def blind(
     questions = read_questions(samples, root=root)
     metric_name, score = scoring_for(metric, questions)
     sources = MediaConditions(questions, seed, other="other" in chosen)
-    replies = _ask_all(
-        target, questions, chosen, sources, prompt, CallJournal(journal), progress, workers,
-        {"retries": retries, "wait": wait, "timeout": timeout},
+
+    def ask(question: MediaQuestion, condition: str, media: Media, text: str) -> Reply:
+        return call_with_retries(lambda: target(as_argument(media), text), retries=retries, wait=wait, timeout=timeout)
+
+    replies = ask_all(
+        ask, questions, chosen, sources, CallJournal(journal), progress,
+        prompt=prompt and (lambda question: prompt(question.sample)), workers=workers,
     )  # fmt: skip
     return result_of(questions, chosen, replies, score, metric=metric_name, name=name)
 
@@ -123,30 +127,40 @@ def result_of(
     return QuestionResult(questions, conditions, texts, scores, errors, metric, name, extra or {})
 
 
-def _ask_all(
-    target: Target, questions: Sequence[MediaQuestion], conditions: Sequence[str], sources: MediaConditions,
-    prompt: Any, journal: CallJournal, progress: Any, workers: int, options: dict[str, Any],
+def ask_all(
+    ask: Callable[[MediaQuestion, str, Media, str], Reply], questions: Sequence[MediaQuestion],
+    conditions: Sequence[str], sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
+    prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, identity: str = "", who: str = "blind",
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
+    """Asks all questions under all conditions that the journal has no reply to.
+
+    Args:
+        ask: (question, condition, media, prompt) -> reply.
+        identity: of the target; replies of another one in the same journal do not count.
+
+    Raises:
+        DataError: ``STOP_AFTER`` calls failed one after the other.
+    """
     tasks = [(condition, place) for place in range(len(questions)) for condition in conditions]
     failures, done = 0, 0
     error = ""
 
-    def ask(task: tuple[str, int]) -> Reply:
+    def reply_to(task: tuple[str, int]) -> Reply:
         condition, place = task
         question = questions[place]
         media = sources.media(question, condition)
-        text = question.prompt if prompt is None else prompt(question.sample)
-        key = journal_key(place, text, condition, media)
+        text = question.prompt if prompt is None else prompt(question)
+        key = journal_key(place, text, f"{identity}{condition}", media)
         reply = journal.get(key)
         if reply is None:
-            reply = call_with_retries(lambda: target(as_argument(media), text), **options)
+            reply = ask(question, condition, media, text)
             journal.add(key, reply)
         return reply
 
     replies: dict[tuple[str, int], Reply] = {}
     with ThreadPoolExecutor(workers) as pool:
         # Calls run in this thread unless several are wanted, so that a target need not be safe for threads.
-        results = map(ask, tasks) if workers == 1 else pool.map(ask, tasks)
+        results = map(reply_to, tasks) if workers == 1 else pool.map(reply_to, tasks)
         try:
             for task, reply in zip(tasks, results, strict=True):
                 replies[task] = reply
@@ -155,8 +169,8 @@ def _ask_all(
                 progress(done, len(tasks))
                 if failures >= STOP_AFTER:
                     raise DataError(
-                        "blind", expected="a target that replies", got=f"{failures} failed calls in a row, the last: {error}",
-                        fix="Check the target. With journal=FILE nothing is lost: call blind again.",
+                        who, expected="a target that replies", got=f"{failures} failed calls in a row, the last: {error}",
+                        fix="Check the target. A journal keeps all replies: run it again.",
                     )  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import ConfigError
-from .question_set import MediaQuestion
+from .question_set import RATE, MediaQuestion
 
 CONDITIONS = ("given", "blank", "other", "none")
 """Conditions of a black box; ``none`` is the question alone."""
@@ -31,13 +31,16 @@ class MediaConditions:
         questions: all questions.
         seed: of the permutation.
         other: whether the condition "other" is needed.
+        rate: sample rate in Hz of sounds that are loaded from files.
 
     Raises:
         ConfigError: "other" is needed and all questions have the same media.
     """
 
-    def __init__(self, questions: Sequence[MediaQuestion], seed: int = 0, *, other: bool = True) -> None:
-        self._questions = questions
+    def __init__(
+        self, questions: Sequence[MediaQuestion], seed: int = 0, *, other: bool = True, rate: int = RATE
+    ) -> None:
+        self._questions, self._rate = questions, rate
         self._color: np.ndarray | None = None
         self._partners = _partners([_identity(question) for question in questions], seed) if other else []
 
@@ -46,9 +49,13 @@ class MediaConditions:
         if condition == "none":
             return ()
         if condition == "other":
-            return self._questions[self._partners[question.index]].load()
-        media = question.load()
-        return media if condition == "given" else tuple((name, self._blank(name, value)) for name, value in media)
+            return self._questions[self._partners[question.index]].load(self._rate)
+        media = question.load(self._rate)
+        return (
+            media
+            if condition in ("given", "hidden")
+            else tuple((name, self._blank(name, value)) for name, value in media)
+        )
 
     def _blank(self, name: str, value: Any) -> Any:
         if name == "audio":

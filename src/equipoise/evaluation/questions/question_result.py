@@ -107,12 +107,12 @@ class QuestionResult:
 
     @property
     def needing(self) -> list[int]:
-        """Indices of the questions answered as given, and under no condition without the medium."""
+        """Indices of the questions answered as given, and under fewer than half of the conditions without the medium."""
         return self._indices(lambda given, rest: given >= 0.5 and rest < 0.5)
 
     @property
     def answered_without(self) -> list[int]:
-        """Indices of the questions that are also answered under a condition without the medium."""
+        """Indices of the questions that are also answered under at least half of the conditions without the medium."""
         return self._indices(lambda given, rest: given >= 0.5 and rest >= 0.5)
 
     @property
@@ -261,7 +261,11 @@ class QuestionResult:
         found = []
         for place in range(len(self.questions)):
             rest = [self.scores[name][place] for name in known if np.isfinite(self.scores[name][place])]
-            if rest and np.isfinite(self.scores[GIVEN][place]) and rule(self.scores[GIVEN][place], max(rest)):
+            if (
+                rest
+                and np.isfinite(self.scores[GIVEN][place])
+                and rule(self.scores[GIVEN][place], sum(rest) / len(rest))
+            ):
                 found.append(place)
         return found
 

@@ -53,19 +53,19 @@ class MediaQuestion:
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join([self.text, *lines, "Answer with the letter of the right choice."])
 
-    def load(self) -> tuple[tuple[str, Any], ...]:
-        """Loads files: images become RGB images, sounds arrays (sample,) at 16 kHz; other content is returned as it is."""
-        return tuple((name, load_medium(name, value, f"sample {self.index}")) for name, value in self.media)
+    def load(self, rate: int = RATE) -> tuple[tuple[str, Any], ...]:
+        """Loads files: images become RGB images, sounds arrays (sample,) at a sample rate; other content stays."""
+        return tuple((name, load_medium(name, value, f"sample {self.index}", rate)) for name, value in self.media)
 
 
-def load_medium(name: str, value: Any, who: str) -> Any:
+def load_medium(name: str, value: Any, who: str, rate: int = RATE) -> Any:
     """Loads an image or a sound, where it is a file or the content of one."""
     if isinstance(value, Mapping) and ("path" in value or "bytes" in value):
         # As data sets of Hugging Face hold media.
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, (str, Path, bytes)):
         return value
-    return load_image(value, who=f"{who} image") if name == "image" else read_audio(value, RATE, who=f"{who} audio")
+    return load_image(value, who=f"{who} image") if name == "image" else read_audio(value, rate, who=f"{who} audio")
 
 
 def read_questions(
@@ -166,7 +166,7 @@ def _answer(value: Any, choices: Sequence[str], place: str) -> tuple[tuple[str, 
     if not values or missing or not all(isinstance(one, (str, int, float)) for one in values):
         raise DataError(place, expected='an "answer"', got=_shown(value), fix="Remove questions without an answer.")
     if not choices:
-        return tuple(_text(one) for one in values), None
+        return tuple(text for one in values for text in _texts(one)), None
     if len(values) > 1:
         raise DataError(place, expected="a single right choice", got=_shown(value))
     (one,) = values
@@ -184,10 +184,11 @@ def _answer(value: Any, choices: Sequence[str], place: str) -> tuple[tuple[str, 
     return (choices[target],), target
 
 
-def _text(value: Any) -> str:
+def _texts(value: Any) -> tuple[str, ...]:
+    """The accepted texts of an answer; tables turn "true" into a truth value."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value).strip()
+        return ("yes", "true") if value else ("no", "false")
+    return (str(value).strip(),)
 
 
 def _shown(value: Any) -> str:

@@ -33,7 +33,8 @@ def verdict_sentences(result: Any) -> list[str]:
     sentences += _bias(result, medium)
     if result.failed:
         sentences.append(
-            f"{result.failed} of {len(result.questions) * len(result.conditions)} calls failed and are not scored."
+            f"{result.failed} of {len(result.questions) * len(result.conditions)} calls failed and are not scored; the "
+            f"first: {next(iter(result.errors.values()))}."
         )
     return sentences
 

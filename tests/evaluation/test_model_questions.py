@@ -1,0 +1,281 @@
+"""Models on questions with and without their images: three tiny models with planted behavior, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import equipoise as eq
+from equipoise.cli import run
+from equipoise.errors import ConfigError, DataError
+from equipoise.evaluation import evaluate_questions
+from helpers.vlms import TEXT, VISION
+
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
+THINGS = ("banana", "apple", "sky", "leaf", "sun", "sea", "snow", "rose")
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "which",
+    "color",
+    "has",
+    "the",
+    "?",
+    "dark",
+    "yes",
+    "no",
+    *COLORS,
+    *THINGS,
+)
+NAMES = [*COLORS]
+
+
+def processor():
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return hf.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+
+
+def untrained():
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=4, vision_feature_layer=-1,
+        text_config=hf.LlamaConfig(**{**TEXT, "vocab_size": len(WORDS), "hidden_size": 32, "head_dim": 8}),
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config).eval()
+
+
+def samples(count=24):
+    """Questions whose answer the image shows, and is also what the thing of the question usually has."""
+    random = np.random.default_rng(0)
+    found = []
+    for index in range(count):
+        number = int(random.integers(8))
+        color = NAMES[number % 4]
+        shade = tuple(int(np.clip(part + random.integers(-15, 16), 0, 255)) for part in COLORS[color])
+        found.append({
+            "image": Image.new("RGB", (8, 8), shade), "question": f"which color has the {THINGS[number]} ?",
+            "answer": color, "category": "a" if index % 2 else "b",
+        })  # fmt: skip
+    return found
+
+
+def planted(uses):
+    """Trains a model whose answer is the color of the image, or the usual color of the thing."""
+    model, encode = untrained(), processor()
+    random = np.random.default_rng(1)
+    parameters = [*model.model.language_model.parameters(), *model.model.multi_modal_projector.parameters(),
+                  *model.lm_head.parameters()]  # fmt: skip
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    for _ in range(150):
+        things, shown = random.integers(8, size=16), random.integers(4, size=16)
+        images = [Image.new("RGB", (8, 8), COLORS[NAMES[n]]) for n in shown]
+        texts = [f"<image>\nwhich color has the {THINGS[n]} ?" for n in things]
+        if uses == "text":
+            # Without an image too, for half of the steps.
+            images = images if random.random() < 0.5 else None
+            texts = texts if images else [text.removeprefix("<image>\n") for text in texts]
+        inputs = encode(text=texts, images=images, return_tensors="pt")
+        target = torch.tensor([WORDS.index(NAMES[n % 4]) for n in (shown if uses == "image" else things)])
+        loss = torch.nn.functional.cross_entropy(model(**inputs).logits[:, -1], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {"image": planted("image"), "text": planted("text"), "chance": untrained()}
+
+
+def with_choices(rows):
+    return [{**row, "choices": NAMES} for row in rows]
+
+
+@pytest.mark.parametrize("score", ["likelihood", "generated"])
+def test_the_verdict_names_planted_behavior(trained, score):
+    rows = with_choices(samples()) if score == "likelihood" else samples()
+    conditions = ("given", "blank", "other", "hidden", "none") if score == "likelihood" else ("given", "hidden", "none")
+    found = {
+        uses: evaluate_questions(model, processor(), rows, score=score, max_new_tokens=1, conditions=conditions)
+        for uses, model in trained.items()
+    }
+    image, text, chance = found["image"], found["text"], found["chance"]
+    assert image.failed == text.failed == chance.failed == 0
+    assert image.accuracy["given"] > 0.95
+    assert max(image.accuracy[name] for name in conditions if name not in ("given", "other")) < 0.6
+    assert image.difference("hidden")["p"] < 0.001
+    assert len(image.needing) > len(image.answered_without)
+    assert "come from the image" in image.verdict or "come partly from the image" in image.verdict
+    assert text.accuracy["none"] > 0.95
+    assert text.as_well > 0.95
+    assert "The answers come from the text alone" in text.verdict
+    assert "The answers are at random" in chance.verdict
+    shares = image.extra["attention_share"]
+    assert all(0 < share < 1 for share in shares)
+    assert {row["category"] for row in image.rows} == {"a", "b"}
+    assert image.to_dict()["means"]["attention_share"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_shares_and_hidden_tokens_are_those_of_watch_and_without_modality(trained):
+    rows = with_choices(samples(2))
+    model, encode = trained["image"], processor()
+    result = evaluate_questions(model, encode, rows, conditions=("given", "hidden"))
+    prompt = f"<image>\n{rows[0]['question']}"
+    inputs = encode(text=[prompt], images=[rows[0]["image"]], return_tensors="pt")
+    ids = torch.tensor([WORDS.index(name) for name in NAMES])
+    with torch.no_grad(), eq.watch(model, queries="last") as record:
+        model(**inputs)
+    shares = torch.stack([record.share(layer)[0, :, record.names.index("image")].mean() for layer in record.layers])
+    assert result.extra["attention_share"][0] == pytest.approx(float(shares.mean()), rel=1e-5)
+    with torch.no_grad(), eq.diagnostics.without_modality(model, "image"):
+        logits = model(**inputs).logits[0, -1]
+    assert result.replies["hidden"][0] == NAMES[int(logits[ids].argmax())]
+
+
+def test_choices_of_several_tokens_one_by_one_and_in_batches(trained):
+    rows = [{**row, "choices": [f"the {name}" for name in NAMES] + ["no"], "answer": f"the {row['answer']}"}
+            for row in samples(6)]  # fmt: skip
+    one = evaluate_questions(trained["image"], processor(), rows, conditions=("given", "blank", "none"))
+    many = evaluate_questions(trained["image"], processor(), rows, conditions=("given", "blank", "none"), batch_size=3)
+    assert one.rows == many.rows
+
+
+def test_a_second_run_asks_nothing_and_another_model_everything(trained, tmp_path):
+    rows, calls = with_choices(samples(4)), []
+    model = trained["image"]
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    options = {"conditions": ("given", "none"), "journal": tmp_path / "journal.jsonl"}
+    try:
+        first = evaluate_questions(model, processor(), rows[:3], **options)
+        count = len(calls)
+        again = evaluate_questions(model, processor(), rows, **options)
+        assert 0 < len(calls) - count < count
+    finally:
+        hook.remove()
+    assert again.rows[:3] == first.rows
+    other = evaluate_questions(trained["text"], processor(), rows, **options)
+    assert other.replies == evaluate_questions(trained["text"], processor(), rows, conditions=("given", "none")).replies
+
+
+def test_several_images(trained):
+    rows = [{**row, "images": [row.pop("image"), Image.new("RGB", (8, 8))]} for row in samples(3)]
+    result = evaluate_questions(trained["image"], processor(), rows, max_new_tokens=2)
+    assert result.failed == 0
+    assert result.extra["attention_share"][0] > 0
+
+
+def test_sounds():
+    from helpers.vlms import family
+
+    model, _ = family("qwen2_audio")
+    rows = [{"audio": np.zeros(100, np.float32) + n, "question": "which ?", "answer": "yes", "choices": ["yes", "no"]}
+            for n in range(2)]  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"evaluate sample 0: expected inputs of Qwen2Audio.*: text and audio, got image"
+    ):
+        evaluate_questions(model.eval(), processor(), [{**rows[0], "audio": None, "image": Image.new("RGB", (2, 2))}])
+
+
+def test_a_model_that_takes_no_image():
+    from helpers.look import llama
+
+    with pytest.raises(ConfigError, match=r"evaluate: expected a generative model with images or audio.*Llama.*text"):
+        evaluate_questions(llama(), processor(), samples(2))
+
+
+def test_bad_arguments(trained):
+    model, rows = trained["chance"], samples(2)
+    for options, message in (
+        ({"score": "bleu"}, "evaluate: expected a known score, got 'bleu'"),
+        ({"conditions": ("none",)}, "evaluate conditions: expected 'given' among them"),
+        ({"template": "x"}, "evaluate template: expected a text with"),
+        ({"limit": 0}, "evaluate limit: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_questions(model, processor(), rows, **options)
+    with pytest.raises(DataError, match='evaluate sample 0: expected "choices" for score="likelihood", got none'):
+        evaluate_questions(model, processor(), rows, score="likelihood")
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    trained["image"].save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+def write(folder, rows, kind="jsonl"):
+    (folder / "images").mkdir()
+    for index, row in enumerate(rows):
+        row["image"].save(folder / "images" / f"{index}.png")
+        row["image"] = f"images/{index}.png"
+    path = folder / f"questions.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif kind == "csv":
+        lines = [f"{row['image']},{row['question']},{row['answer']},{'|'.join(row['choices'])}" for row in rows]
+        path.write_text("image,question,answer,choices\n" + "\n".join(lines))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_the_command(saved, tmp_path, capsys, kind):
+    path = write(tmp_path, with_choices(samples(12)), kind)
+    out = tmp_path / "out"
+    arguments = ["evaluate", str(saved), "--data", str(path), "--out", str(out), "--device", "cpu", "--limit", "10"]
+    assert run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "as given" in said
+    assert "answered as well without the image" in said
+    content = json.loads((out / "questions.json").read_text())
+    assert content["questions"] == 10
+    assert content["conditions"]["given"]["accuracy"] > 0.9
+    assert len((out / "questions.csv").read_text().splitlines()) == 11
+    assert "hidden from attention" in (out / "questions.html").read_text()
+    assert run(arguments) == 0
+    assert json.loads((out / "questions.json").read_text()) == content
+
+
+def test_errors_of_the_command(saved, tmp_path, capsys):
+    good = {"image": "a.png", "question": "which ?", "answer": "red", "choices": ["red", "blue"]}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for rows, message in (
+        ([good, {**good, "image": "b.png"}], "evaluate sample 1: expected an existing image file, got"),
+        ([good, {**good, "answer": None}], 'evaluate sample 1: expected an "answer", got none'),
+        ([good, {**good, "choices": ["red", 1]}], "questions.jsonl"),
+    ):
+        (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert (
+            run(["evaluate", str(saved), "--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "o")])
+            == 1
+        )
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert run(["evaluate", str(saved), "--data", "emojis", "--out", str(tmp_path / "o")]) == 1
+    assert "table 'emojis': expected an existing file or folder" in capsys.readouterr().err
