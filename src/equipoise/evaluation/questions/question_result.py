@@ -200,7 +200,7 @@ class QuestionResult:
                 change = self.difference(name)
                 if change["difference"] is not None:
                     p = "<.001" if change["p"] < 0.001 else f"{change['p']:.3f}"
-                    line += f"{-100 * change['difference']:>+12.1f}{p:>8}"
+                    line += f"{0.0 - 100 * change['difference']:>+12.1f}{p:>8}"
             lines.append(line.rstrip())
         lines += [f"{'chance':<24}{_percent(self.chance):>10}", "", self.verdict]
         return "\n".join(lines)

@@ -41,6 +41,8 @@ def verdict_sentences(result: Any) -> list[str]:
 
 def _use(result: Any, medium: str, given: float, change: dict[str, Any]) -> str:
     chance, interval = result.chance, result.interval("given")
+    if chance == 1:
+        return "All questions have the same answer, so that these scores say nothing about what is used."
     if interval is None or (interval[0] <= chance and given <= chance + 0.5 * (1 - chance)):
         return (
             f"The answers are at random as far as {len(result.questions)} questions show: an accuracy of {100 * given:.1f} % "
