@@ -182,16 +182,53 @@ def test_several_images(trained):
     assert result.extra["attention_share"][0] > 0
 
 
-def test_sounds():
-    from helpers.vlms import family
+def listener():
+    """A tiny audio-language model with its processor."""
+    words = ("<pad>", "<s>", "</s>", "<unk>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "which", "?", "yes", "no")
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=list(words[4:7]),
+    )  # fmt: skip
+    extractor = hf.WhisperFeatureExtractor(feature_size=5, chunk_length=1, sampling_rate=16000)
+    template = (
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'audio' %}<|audio_bos|> <|AUDIO|> "
+        "<|audio_eos|> {% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    encode = hf.Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer, chat_template=template)
+    audio = hf.Qwen2AudioEncoderConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=20, num_mel_bins=5,
+        max_source_positions=50,
+    )  # fmt: skip
+    text = hf.Qwen2Config(**{**TEXT, "vocab_size": len(words)})
+    torch.manual_seed(0)
+    config = hf.Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=4)
+    return hf.Qwen2AudioForConditionalGeneration(config).eval(), encode
 
-    model, _ = family("qwen2_audio")
-    rows = [{"audio": np.zeros(100, np.float32) + n, "question": "which ?", "answer": "yes", "choices": ["yes", "no"]}
-            for n in range(2)]  # fmt: skip
-    with pytest.raises(
-        ConfigError, match=r"evaluate sample 0: expected inputs of Qwen2Audio.*: text and audio, got image"
-    ):
-        evaluate_questions(model.eval(), processor(), [{**rows[0], "audio": None, "image": Image.new("RGB", (2, 2))}])
+
+def test_sounds(tmp_path):
+    import soundfile
+
+    model, encode = listener()
+    rows = []
+    for number in range(3):
+        sound = np.random.default_rng(number).normal(size=4000 + 1000 * number).astype(np.float32) / 10
+        soundfile.write(tmp_path / f"{number}.wav", sound, 8000)
+        answer = ("yes", "no")[number % 2]
+        rows.append({"audio": f"{number}.wav", "question": "which ?", "answer": answer, "choices": ["yes", "no"]})
+    result = evaluate_questions(model, encode, rows, root=tmp_path)
+    assert result.failed == 0
+    assert result.medium == "audio"
+    assert "without the audio" in result.verdict
+    assert all(0 < share < 1 for share in result.extra["attention_share"])
+    generated = evaluate_questions(
+        model, encode, rows, root=tmp_path, score="generated", conditions=("given", "hidden")
+    )
+    assert generated.failed == 0
+    message = "evaluate sample 0: expected inputs of Qwen2AudioForConditionalGeneration: text and audio, got image"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_questions(model, encode, [{**rows[0], "audio": None, "image": Image.new("RGB", (2, 2))}])
 
 
 def test_a_model_that_takes_no_image():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .html_page import render_page
+from .text_format import format_p
 
 MOST_ROWS = 200
 """Number of questions on the page; the csv file has all."""
@@ -28,7 +29,7 @@ def questions_page(content: Mapping[str, Any]) -> str:
         title=content["name"] or "Questions",
         result=content,
         shown=shown,
-        filters={"percent": percent, "interval": interval},
+        filters={"percent": percent, "interval": interval, "p_value": format_p},
     )
 
 
