@@ -11,6 +11,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError, DataError, EquipoiseError, ShapeError
 from helpers.fusion import FEATURES, OUTPUTS, batch, model
+from helpers.fusion_cases import FUSIONS
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -92,6 +93,19 @@ def test_forced_reliability_of_1_is_the_model_itself(distance, form):
     tempered = reliable(inputs, rho=dict.fromkeys(PAIR, 1.0))
     assert torch.equal(tempered.logits, (plain.logits / reliable.temperature).log_softmax(dim=1))
     assert torch.equal(tempered.share, plain.share)
+
+
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+def test_every_fusion(fusion):
+    names = ("audio", "image", "text")
+    net = trained(names, fusion=FUSIONS[fusion](12))
+    reliable = fit(net, names=names)
+    inputs = batch(names, size=7, seed=9)
+    expected = enumerated(reliable, inputs, names)
+    assert torch.allclose(reliable(inputs).logits.exp(), expected, rtol=1e-6, atol=1e-9)
+    assert torch.equal(reliable(inputs, rho=1).logits, net(inputs).logits)
+    conformal = fit(net, names=names, form="conformal", alpha=0.3)
+    assert bool(conformal(inputs).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
