@@ -28,6 +28,7 @@ from .diagnostics.suite import Diagnosis as Diagnosis
 from .diagnostics.suite import diagnose as diagnose
 from .errors import EquipoiseError as EquipoiseError
 from .models import FusionModel as FusionModel
+from .models import adapt as adapt
 from .nn import Attended as Attended
 from .nn import attend as attend
 from .optional_packages import require_extra as _require_extra

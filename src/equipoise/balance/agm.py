@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from ..fusion.subset_tokens import modality_subsets, shapley_values
+from ..fusion.subset_tokens import derived, modality_subsets, shapley_values
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
@@ -160,6 +160,7 @@ class AGM(Balancer):
         # Tokens may be half precision while the weights are not, and the autocast context may have exited.
         dtype = next(model.head.parameters()).dtype
         tokens = {name: replace(part, values=part.values.to(dtype)) for name, part in output.tokens.items()}
+        tokens = derived(output.tokens, tokens)
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             logits = torch.stack([subset_logits(model, tokens, kept) for kept in modality_subsets(model.names)])
         columns = []

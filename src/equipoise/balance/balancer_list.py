@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..tokens.token_batch import Output, Tokens
+from ..fusion.subset_tokens import derived
+from ..tokens.token_batch import Output, Tokens, as_output
 from .balancer import Balancer, Batch, Multimodal, overrides
 from .common.forward_pass import ForwardPass
 from .common.pending_state import Pending
-from .common.unimodal_terms import check_encoders_apart
+from .common.unimodal_terms import check_encoders_apart, check_interface
 
 ADAPTIVE = ("adam", "adagrad", "adadelta", "adafactor", "rmsprop", "lion")
 """Parts of the class names of optimizers that normalize the gradient."""
@@ -46,7 +47,7 @@ class BalancerList:
     it to the methods that reset optimizer state.
 
     Args:
-        model: a FusionModel, or any module with the members of ``Multimodal``.
+        model: a FusionModel, or any other model after ``eq.adapt``.
         balancers: created for this model. They replace the balancers of an earlier BalancerList on the same model.
 
     Raises:
@@ -55,6 +56,7 @@ class BalancerList:
     """
 
     def __init__(self, model: Multimodal, balancers: Sequence[Balancer] = ()) -> None:
+        check_interface(model, "BalancerList")
         self.model, self.balancers = model, list(balancers)
         _check(self.balancers)
         self._scaling = [b for b in self.balancers if overrides(b, "gradient_scale")]
@@ -75,16 +77,18 @@ class BalancerList:
         """Whether data-parallel training needs ``find_unused_parameters=True``."""
         return any(b.partial_graph for b in self.balancers)
 
-    def loss(self, output: Output, target: Tensor) -> Tensor:
+    def loss(self, output: Any, target: Tensor, *, task_loss: Tensor | None = None) -> Tensor:
         """Returns the total loss of a batch: task loss, losses of the unimodal heads and penalties; a scalar.
 
         Args:
-            output: output of the model for the batch.
+            output: what the model returned for the batch.
             target: targets, in the form that ``FusionModel.loss`` takes.
+            task_loss: the task loss, if your code has computed it; by default that of the model.
         """
+        output = as_output(self.model, output, "BalancerList.loss")
         record = self._pending.enter_loss(output)
         try:
-            total = self._total(output, target)
+            total = self._total(output, target, task_loss)
             if self._scaling and self._pending.noting():
                 record.outputs = _detached(output), target.detach()
         except BaseException:
@@ -93,13 +97,13 @@ class BalancerList:
         self._pending.leave_loss(record, total)
         return total
 
-    def _total(self, output: Output, target: Tensor) -> Tensor:
+    def _total(self, output: Output, target: Tensor, task_loss: Tensor | None) -> Tensor:
         replaced = {term for b in self.balancers for term in b.replaces}
         terms = []
         if "task" not in replaced:
             if output.logits is None:
                 raise ConfigError("BalancerList.loss", expected="an output with logits", got="logits = None")
-            terms.append(self.model.loss(output.logits, target))
+            terms.append(self.model.loss(output.logits, target) if task_loss is None else task_loss)
         if "unimodal" not in replaced:
             terms.append(self.model.unimodal_loss(output, target))
         for balancer in self.balancers:
@@ -134,6 +138,8 @@ class BalancerList:
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
         """Passes data to the balancers that need it; call it before ``end_epoch``."""
+        if callable(convert := getattr(self.model, "to_batch", None)):
+            train, val = (_Converted(loader, convert) for loader in (train, val))
         for balancer in self.balancers:
             if balancer.reviews:
                 balancer.review(train, val)
@@ -166,6 +172,16 @@ class BalancerList:
                 "away: expect almost no effect. Use SGD, as the paper does (train.optimizer=sgd).",
                 stacklevel=2,
             )
+
+
+class _Converted:
+    """Batches of a loader as dicts; can be iterated as often as the loader."""
+
+    def __init__(self, loader: Iterable[Any], convert: Callable[[Any], Batch]) -> None:
+        self._loader, self._convert = loader, convert
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._convert, self._loader)
 
 
 def encoder_weight_matrices(encoder: nn.Module) -> list[nn.Parameter]:
@@ -204,7 +220,7 @@ def _detached(output: Output) -> Output:
         features=output.features.detach(),
         logits=None if output.logits is None else output.logits.detach(),
         unimodal_logits={name: logits.detach() for name, logits in output.unimodal_logits.items()},
-        tokens={name: replace(t, values=t.values.detach()) for name, t in output.tokens.items()},
+        tokens=derived(output.tokens, {n: replace(t, values=t.values.detach()) for n, t in output.tokens.items()}),
         share=None if output.share is None else output.share.detach(),
     )
 

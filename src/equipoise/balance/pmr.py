@@ -13,7 +13,7 @@ from torch import Tensor
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
-from ..tokens.token_batch import Output
+from ..tokens.token_batch import Output, as_output
 from .balancer import Balancer, Batch, Multimodal
 from .common.class_prototypes import class_means, prototype_log_probabilities
 from .common.target_categories import bin_edges, categories, category_counts
@@ -170,7 +170,7 @@ class PMR(Balancer):
         model, parts = self._model[0], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in islice(train, max(1, math.ceil(self.fraction * int(self.batches)))):
-                found, there = self._features(model(batch))
+                found, there = self._features(as_output(model, model(batch), "PMR"))
                 parts.append((found, there & found.isfinite().all(dim=-1), batch["target"]))
         if not parts:
             raise ConfigError("PMR", expected="training batches to review", got="none")

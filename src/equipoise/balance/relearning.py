@@ -12,6 +12,7 @@ from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..nn.eval_mode import eval_mode_no_grad
 from ..optional_packages import require_extra
+from ..tokens.token_batch import as_output
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts
 from .common.unimodal_scores import has_modality
@@ -179,7 +180,7 @@ class DiagnoseRelearn(Balancer):
         model, features, present, targets = self._model[0], [], [], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in batches:
-                output = model(batch)
+                output = as_output(model, model(batch), "DiagnoseRelearn")
                 features.append(torch.stack([at_least_single(output.tokens[n].pooled()) for n in model.names]))
                 there = torch.stack([has_modality(output, n) for n in model.names])
                 present.append(there & features[-1].isfinite().all(dim=-1))

@@ -13,7 +13,7 @@ from ..errors import ConfigError, unknown_name
 from ..results.task_metrics import Metric
 from .input_corruption import Kind, check_corruption, corrupt
 from .noise_test import input_statistics
-from .prediction_collection import collect_predictions, input_of, is_ids, permute_ids, valid_of
+from .prediction_collection import collect_predictions, input_of, is_ids, named_batches, permute_ids, valid_of
 from .task_scores import score_name
 
 Batches = Iterable[Mapping[str, Any]]
@@ -88,7 +88,11 @@ def corruption_curve(
         raise ConfigError("corruption_curve", expected="one or more levels", got="none")
     for level in levels:
         check_corruption(kind, level, "corruption_curve")
-    batches: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+    given: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+
+    def batches() -> Batches:
+        return named_batches(model, given())
+
     if std is None and not kind.startswith("multibench"):
         std = input_statistics(
             _corrupted_batches(batches(), modality, 0.0, kind, seed, 1.0), modality, who="corruption_curve"

@@ -48,7 +48,7 @@ def mask_modality(
     ``"mask"``: the tokens of the modality are masked in every layer of the fusion and excluded from pooling, as in a
     batch that lacks it. ``"zero"``: the tokens are replaced by zeros and still take part: a static fusion receives a
     zero vector, and attention still assigns a share to them. Both inputs are out of distribution for a model that was
-    not trained with them.
+    not trained with them. A model of ``eq.adapt`` takes no masks of tokens: ``"zero"`` is then used for both.
 
     Args:
         model: a FusionModel.
@@ -72,6 +72,8 @@ def mask_modality(
     if semantics not in ABLATIONS:
         raise unknown_name("mask_modality", "semantics", str(semantics), ABLATIONS)
     names = record_fusion(model, "mask_modality").names
+    if not getattr(model, "masks_tokens", True):
+        semantics = "zero"
     if modality is not None and modality not in names:
         raise unknown_name("mask_modality", "modality", modality, names)
     chosen = names if modality is None else (modality,)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
 from ..optional_packages import require_extra
-from .prediction_collection import CollectedPredictions, NoiseSource, collect_predictions, input_of, valid_of
+from .prediction_collection import (
+    CollectedPredictions,
+    NoiseSource,
+    collect_predictions,
+    input_of,
+    named_batches,
+    valid_of,
+)
 
 Loader = Iterable[Mapping[str, Any]]
 
@@ -87,7 +94,7 @@ def response_from_shares(clean: CollectedPredictions, noisy: CollectedPrediction
         ConfigError: the model has no attention.
     """
     if clean.share is None or noisy.share is None:
-        raise _static()
+        raise _static(clean)
     column = clean.names.index(modality)
     has = slice(None) if clean.cosine is None else ~clean.cosine[..., column].isnan().any(dim=1)
     shares = [part.share[has].mean(dim=1) for part in (clean, noisy)]  # type: ignore[index]
@@ -104,7 +111,12 @@ def response_from_shares(clean: CollectedPredictions, noisy: CollectedPrediction
     return NoiseResponse(modality, r, pearson(replaced, torch.cat(own))[0], p, others[0], others[1])
 
 
-def _static() -> ConfigError:
+def _static(clean: CollectedPredictions) -> ConfigError:
+    if clean.missing:
+        return ConfigError(
+            "noise_response", expected="attention over several modalities", got=clean.missing,
+            fix="Name the module with the attention: eq.adapt(fusion=...); compare the scores under noise instead.",
+        )  # fmt: skip
     return ConfigError(
         "noise_response",
         expected="a model with attention over its modalities",
@@ -133,7 +145,7 @@ def noise_response(
     ``noise_attention_r_own`` with the statistics of each sample.
 
     Args:
-        model: a FusionModel with attention.
+        model: a FusionModel with attention, or any other model after ``eq.adapt``.
         loader: batches, dicts with every modality, that can be iterated twice in the same order; targets are not needed.
         modality: the modality to replace; by default the one whose keys are closest to the query. Select it on
             validation data if results on test data are reported.
@@ -153,10 +165,14 @@ def noise_response(
     Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned) nor the
     statistics of its noise.
     """
-    batches: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+    given: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+
+    def batches() -> Loader:
+        return named_batches(model, given())
+
     clean = collect_predictions(model, batches())
     if clean.share is None:
-        raise _static()
+        raise _static(clean)
     modality = modality or most_attended(clean)
     if modality not in clean.names:
         raise unknown_name("noise_response", "modality", modality, clean.names)

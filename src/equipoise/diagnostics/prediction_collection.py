@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..geometry import mean_keys, membership
 from ..nn.eval_mode import eval_mode_no_grad
-from ..tokens.token_batch import Output
+from ..tokens.token_batch import Output, as_output
 
 Distribution = Literal["dataset", "standard", "per_sample"]
 
@@ -31,6 +31,7 @@ class CollectedPredictions:
         cosine: (sample, head, modality) cosine of the class query and the mean key; None without attention; NaN if a
             sample lacks the modality.
         key_norm: (sample, head, modality) length of the mean key.
+        missing: why a model has no share, if it has attention that could not be attributed.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class CollectedPredictions:
     share: Float[Tensor, "sample head modality"] | None = None
     cosine: Float[Tensor, "sample head modality"] | None = None
     key_norm: Float[Tensor, "sample head modality"] | None = None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,19 @@ def collect_predictions(
         raise unknown_name("read", "modality", noise.modality, names)
     kept: dict[str, list[Tensor]] = {"logits": [], "target": [], "share": [], "cosine": [], "key_norm": []}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with eval_mode_no_grad(model), collect_with_attention(model, kept):
-        for number, batch in enumerate(batches):
+    missing: list[str] = []
+    with eval_mode_no_grad(model), collect_with_attention(model, kept, missing):
+        for number, batch in enumerate(named_batches(model, batches)):
             inputs = {key: to_device(value, device) for key, value in check_batch(batch, "read").items()}
             if noise is not None:
                 values = input_of(inputs, noise.modality, "read")
                 inputs[noise.modality] = noise.of(values, number, valid_of(inputs, noise.modality, values))
-            output = model(inputs)
-            if not isinstance(output, Output) or output.logits is None:
-                raise _no_fusion_model(f"{type(model).__name__} that returns {type(output).__name__}")
+            returned = model(inputs)
+            if not isinstance(returned, Output) and not hasattr(model, "output_of"):
+                raise _no_fusion_model(f"{type(model).__name__} that returns {type(returned).__name__}")
+            output = as_output(model, returned, "read")
+            if output.logits is None:
+                raise _no_fusion_model(f"{type(model).__name__} that returns no logits")
             kept["logits"].append(output.logits.float().cpu())
             if batch.get("target") is not None:
                 kept["target"].append(batch["target"].cpu())
@@ -144,7 +150,13 @@ def collect_predictions(
         )
     kept["target"] = kept["target"] or [torch.zeros(0)]
     joined = {key: torch.cat(parts) if parts else None for key, parts in kept.items()}
-    return CollectedPredictions(names=names, **joined)  # type: ignore[arg-type]
+    return CollectedPredictions(names=names, missing="; ".join(missing), **joined)  # type: ignore[arg-type]
+
+
+def named_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches as dicts with the modalities' names; a model of ``eq.adapt`` converts those of its own loader."""
+    convert = getattr(model, "to_batch", None)
+    return iter(batches) if convert is None else map(convert, batches)
 
 
 def check_batch(batch: Any, who: str) -> Mapping[str, Any]:
@@ -229,7 +241,8 @@ def _no_fusion_model(got: str) -> ConfigError:
         "read",
         expected="a FusionModel, or a module with the modalities' names that returns Output",
         got=got,
-        fix="Set model.names = ('audio', 'image') and return equipoise.Output(features, logits=logits).",
+        fix="Adapt it: model = eq.adapt(model, encoders={'audio': model.audio, ...}); or set model.names = ('audio', "
+        "'image') and return equipoise.Output(features, logits=logits).",
     )
 
 
@@ -242,8 +255,23 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def collect_with_attention(model: nn.Module, kept: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collects "cosine" and "key_norm" (batch, head, modality) at the pooling attention, if there is one."""
+def collect_with_attention(
+    model: nn.Module, kept: dict[str, list[Tensor]], missing: list[str] | None = None
+) -> Iterator[None]:
+    """Collects "cosine" and "key_norm" (batch, head, modality) at the pooling attention, if there is one.
+
+    A model of ``eq.adapt`` also adds its "share", or the reason why there is none to ``missing``.
+    """
+    if callable(watched := getattr(model, "attention_readout", None)):
+        with watched() as readout:
+            yield
+        if (name := readout.readout) is None:
+            if missing is not None:
+                missing.append(readout.reason())
+        elif not kept["share"]:
+            cosine, norm = readout.cosine(name)
+            kept["share"], kept["cosine"], kept["key_norm"] = [readout.share(name)], [cosine], [norm]
+        return
     layer = getattr(getattr(model, "fusion", None), "attention", None)
     if layer is None:
         yield

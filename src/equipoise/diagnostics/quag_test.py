@@ -112,6 +112,6 @@ def _static(model: nn.Module) -> ConfigError:
     return ConfigError(
         "quag",
         expected="a fusion with attention over keys whose modalities are known",
-        got=f"{type(getattr(model, 'fusion', model)).__name__}, which has none",
+        got=f"{(getattr(model, 'adapted_class', None) or type(getattr(model, 'fusion', model))).__name__}, which has none",
         fix="Static fusions have no attention to average; use mask_modality instead.",
     )

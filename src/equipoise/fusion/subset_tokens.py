@@ -23,7 +23,15 @@ def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict
         >>> {name: len(part) for name, part in keep_modalities(tokens, ["image"]).items()}
         {'audio': 0, 'image': 7}
     """
-    return {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
+    return derived(
+        tokens, {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
+    )
+
+
+def derived(tokens: Mapping[str, Tokens], changed: dict[str, Tokens]) -> dict[str, Tokens]:
+    """Returns changed tokens with what ``tokens`` carry: those of ``eq.adapt``, the call that computes the rest."""
+    derive = getattr(tokens, "derive", None)
+    return changed if derive is None else derive(changed)
 
 
 def modality_subsets(names: Sequence[str]) -> list[list[str]]:

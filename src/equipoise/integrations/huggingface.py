@@ -17,6 +17,7 @@ from ..balance import Balancer, BalancerList, statistics_by_full_pass
 from ..balance.balancer import overrides
 from ..errors import ConfigError
 from ..io.atomic_files import unshare_tensors
+from ..tokens.token_batch import as_output
 from .huggingface_moda import MODAAdapter as MODAAdapter
 from .huggingface_moda import apply_moda as apply_moda
 
@@ -31,7 +32,7 @@ class BalancedModel(nn.Module):
     ``load_best_model_at_end`` restore it with the weights.
 
     Args:
-        model: a FusionModel, or any module with the members of ``Multimodal``.
+        model: a FusionModel, or any other model after ``eq.adapt``.
         balancing: BalancerList of this model.
 
     Raises:
@@ -75,7 +76,7 @@ class BalancedModel(nn.Module):
             loss in evaluation.
         """
         target = batch.pop("target", None) if labels is None else labels
-        output = self.model({**batch, "target": target})
+        output = as_output(self.model, self.model({**batch, "target": target}), "BalancedModel")
         if target is None:
             return {"logits": output.logits}
         if self.training:

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from .adapted import AdaptedModel as AdaptedModel
+from .adapted import adapt as adapt
 from .cross_modal_matcher import CrossModalMatcher as CrossModalMatcher
 from .dual_encoder import DualEncoder as DualEncoder
 from .fusion_model import FusionModel as FusionModel

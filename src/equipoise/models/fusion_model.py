@@ -8,22 +8,20 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion
-from ..tokens.masks import at_least_float32, bool_mask, without_masked
+from ..tokens.masks import bool_mask, without_masked
 from ..tokens.token_batch import Output, Tokens, as_tokens
+from .task_losses import Task, TaskLosses
 
-Task = Literal["classification", "multilabel", "regression"]
 Unimodal = Literal["probe", "train", "ensemble", "none"]
 MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = present"
 UNIMODAL = ("probe", "train", "ensemble", "none")
 
 
-class FusionModel(nn.Module):
+class FusionModel(TaskLosses, nn.Module):
     """A multimodal model: an encoder per modality, a fusion of their tokens, and a linear head.
 
     Args:
@@ -184,36 +182,6 @@ class FusionModel(nn.Module):
             ensemble_logits[name] = logits.detach() * has
         return ensemble_logits
 
-    def loss(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, ""]:
-        """Loss of the task, mean over the batch, computed in float32 or higher precision.
-
-        Args:
-            logits: (batch, output).
-            target: (batch,) class indices; (batch, output) 0/1 for multilabel; (batch, output) for regression, or
-                (batch,) for a single output.
-
-        Raises:
-            ShapeError: a target of another shape or type, or (on the CPU) class indices out of range.
-        """
-        return self.sample_losses(logits, target).mean()
-
-    def sample_losses(self, logits: Float[Tensor, "batch output"], target: Tensor) -> Float[Tensor, " batch"]:
-        """Loss of every sample; arguments as in ``loss``."""
-        logits = at_least_float32(logits)
-        if self.task == "classification":
-            _check_classes(logits, target)
-            return F.cross_entropy(logits, target.long(), reduction="none")
-        if target.shape not in (logits.shape, logits.squeeze(-1).shape):
-            raise ShapeError(
-                "FusionModel.loss",
-                expected=f"a target of shape (batch, output) = {tuple(logits.shape)}",
-                got=f"shape {tuple(target.shape)}",
-            )
-        target = target.to(logits.dtype).reshape(logits.shape)
-        if self.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
-        return F.mse_loss(logits, target, reduction="none").mean(dim=1)
-
     def contributions(self, output: Output) -> dict[str, Tensor] | None:
         """Additive contributions to the logits: name -> (batch, output); None if the logits are not such a sum."""
         parts = self.fusion.contributions(output, self.head)
@@ -221,22 +189,6 @@ class FusionModel(nn.Module):
         return (
             {name: part + ensemble_logits[name] for name, part in parts.items()} if parts and ensemble_logits else parts
         )
-
-    def unimodal_loss(self, output: Output, target: Tensor) -> Float[Tensor, ""]:
-        """Sum of the losses of the unimodal heads; 0 without heads. Samples without a modality are excluded from it."""
-        total = at_least_float32(output.features).new_zeros(())
-        for name, logits in output.unimodal_logits.items():
-            tokens = output.tokens[name]
-            if len(tokens) == 0:
-                continue
-            if tokens.mask is None:
-                total = total + self.loss(logits, target)
-            else:
-                # Mask with zeros instead of indexing: boolean indexing would force a GPU synchronization.
-                present = tokens.present()
-                losses = self.sample_losses(logits, target).masked_fill(~present, 0.0)
-                total = total + losses.sum() / present.sum().clamp(min=1)
-        return total
 
     def _masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Boolean masks from ``batch["mask"]`` for the modalities of the model."""
@@ -305,27 +257,6 @@ class FusionModel(nn.Module):
             )
         valid = mask if tokens.mask is None else tokens.mask & mask
         return Tokens(tokens.values, mask=valid, times=tokens.times, cls=tokens.cls).zero_masked()
-
-
-def _check_classes(logits: Tensor, target: Tensor) -> None:
-    classes = logits.shape[-1]
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or not whole:
-        raise ShapeError(
-            "FusionModel.loss",
-            expected="logits (batch, output) and a target of class indices (batch,)",
-            got=f"logits {tuple(logits.shape)} and a target {tuple(target.shape)} of {target.dtype}",
-            fix="Convert one-hot rows with target.argmax(dim=1).",
-        )
-    if target.device.type == "cpu" and len(target) and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ShapeError(
-                "FusionModel.loss",
-                expected=f"class indices from 0 to num_outputs - 1 = {classes - 1}",
-                got=f"indices from {low} to {high}",
-                fix="Number classes from 0, and set num_outputs to the number of classes.",
-            )
 
 
 def _parameters(encoder: nn.Module) -> set[str]:

@@ -110,6 +110,11 @@ def labels_for(
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     given = None if modality is None else check_labels(modality)
+    adapted = next((part for part in model.modules() if hasattr(part, "key_labeler")), None)
+    if adapted is not None and given is None:
+        # Foreign models of `eq.adapt`, which measure the labels of their keys.
+        labeler, interceptors = adapted.key_labeler()  # type: ignore[operator]
+        return labeler, interceptors, []
     roots = [] if has_own_layers(model) else outermost_pretrained_models(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
         token_map = TokenMap(roots[0], given, names)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..errors import ShapeError
+from ..errors import ConfigError, ShapeError
 from .masks import at_least_float32, bool_mask, zero_masked
 
 SPECIAL = -1
@@ -290,6 +290,22 @@ class Output:
     def with_(self, **changes) -> Output:
         """A copy with some fields replaced."""
         return replace(self, **changes)
+
+
+def as_output(model: Any, returned: Any, who: str) -> Output:
+    """Returns what a model returned as Output; an adapted model (``eq.adapt``) finds its Output from its own result.
+
+    Raises:
+        ConfigError: the model returns something else, and is not adapted.
+    """
+    if callable(convert := getattr(model, "output_of", None)):
+        return convert(returned)
+    if isinstance(returned, Output):
+        return returned
+    raise ConfigError(
+        who, expected="a model that returns equipoise.Output", got=f"{type(model).__name__} that returns "
+        f"{type(returned).__name__}", fix="Adapt it: model = eq.adapt(model, encoders={'audio': model.audio, ...}).",
+    )  # fmt: skip
 
 
 def has_values(tensor: Tensor) -> bool:

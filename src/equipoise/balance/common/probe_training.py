@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...distributed import all_reduce_sum, is_distributed, rank_and_world
 from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
-from ...tokens.token_batch import Output
+from ...tokens.token_batch import Output, as_output
 from ..balancer import Batch, Multimodal
 from .unimodal_terms import unimodal_losses
 
@@ -39,7 +39,7 @@ def evaluate_losses(model: Multimodal, batches: Iterable[Batch]) -> Float[Tensor
     total = None
     with eval_mode_no_grad(model):  # type: ignore[arg-type]
         for batch in batches:
-            means, counts = blended_losses(model, model(batch), batch["target"])
+            means, counts = blended_losses(model, as_output(model, model(batch), "GradientBlending"), batch["target"])
             part = torch.stack([means * counts, counts]).double()
             total = part if total is None else total + part
     if total is None:

@@ -52,11 +52,14 @@ def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool
     heads = getattr(model, "unimodal", "none")
     if not output.unimodal_logits or (trains and not heads_train_encoders(model)):
         requirement = "that train the encoders" if trains else "for every modality"
+        mode, adapted = "train" if trains else "probe", getattr(model, "adapted_class", None)
         raise ConfigError(
             who,
             expected=f"logits that are a sum over modalities, or unimodal heads {requirement}",
-            got=f"fusion {type(model.fusion).__name__} with unimodal='{heads}'",
-            fix=f"Use Concat or Sum, or FusionModel(..., unimodal='{'train' if trains else 'probe'}').",
+            got=f"fusion {(adapted or type(model.fusion)).__name__} with unimodal='{heads}'",
+            fix=f"Use Concat or Sum, or FusionModel(..., unimodal='{mode}')."
+            if adapted is None
+            else f"Pass eq.adapt(..., unimodal='{mode}').",
         )
     return dict(output.unimodal_logits)
 

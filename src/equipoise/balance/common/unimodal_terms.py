@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,8 +23,23 @@ class UnimodalLoss(NamedTuple):
     count: Tensor
 
 
+MEMBERS = ("names", "task", "encoders", "fusion", "head", "loss", "sample_losses", "unimodal_loss", "contributions")
+
+
+def check_interface(model: Any, who: str) -> None:
+    """Raises ConfigError for a module of another library that was not adapted."""
+    lacking = [name for name in MEMBERS if not hasattr(model, name)]
+    if lacking:
+        raise ConfigError(
+            who, expected="a FusionModel, or another model after eq.adapt",
+            got=f"{type(model).__name__} without {', '.join(lacking)}",
+            fix="Adapt it: model = eq.adapt(model, encoders={'audio': model.audio, ...}).",
+        )  # fmt: skip
+
+
 def check_modalities(model: Multimodal, who: str) -> None:
-    """Raises ConfigError for a model with fewer than two modalities."""
+    """Raises ConfigError for a model with fewer than two modalities, or a foreign one that was not adapted."""
+    check_interface(model, who)
     if len(model.names) < 2:
         raise ConfigError(who, expected="two or more modalities", got=f"{', '.join(model.names) or 'none'}")
 
@@ -126,6 +141,13 @@ def check_concatenated(model: Multimodal, who: str) -> None:
     The width alone does not show this, since other fusions also return concatenated vectors, of mixed modalities. The
     fusion is therefore called with one token per modality, which it must return unchanged.
     """
+    if callable(concatenates := getattr(model.fusion, "concatenates", None)):
+        if not concatenates():
+            raise ConfigError(
+                who, expected="a linear head on the concatenated pooled tokens of all modalities",
+                got="an adapted model with another head", fix="Choose a method that does not replace the head.",
+            )  # fmt: skip
+        return
     # Skip gates before the fusion: they change the pooled vectors, not how they are combined.
     fusion = getattr(model.fusion, "inner", model.fusion)
     like, width = next(model.head.parameters()), len(model.names) * fusion.dim

@@ -17,9 +17,9 @@ from ...recording import AttentionRecord, watch
 from ...results.bootstrap import percentile_interval, resampled_values
 from ...results.significance import pack_outcomes, pack_resamples
 from ...results.task_metrics import Metric
-from ...tokens.token_batch import Output
+from ...tokens.token_batch import Output, as_output
 from ..noise_test import input_statistics, most_attended
-from ..prediction_collection import CollectedPredictions, NoiseSource, collect_predictions
+from ..prediction_collection import CollectedPredictions, NoiseSource, collect_predictions, named_batches
 from ..task_scores import SCORES, outcomes, score_name
 from .layer_tests import attends, residuals
 
@@ -74,7 +74,9 @@ class DiagnosticContext:
             # of attention uses the other layers, and is skipped if there are none.
             warnings.filterwarnings("ignore", message="watch: ", category=UserWarning)
             stack.callback(self.model.register_forward_hook(self._keep).remove)
-            if fusion is not None and attends(fusion):
+            if hasattr(self.model, "key_labeler"):
+                self.seen = stack.enter_context(watch(self.model))
+            elif fusion is not None and attends(fusion):
                 self.seen = stack.enter_context(watch(self.model))
                 self.residuals = stack.enter_context(residuals(fusion))
             self.clean = collect_predictions(self.model, self.batches())
@@ -84,7 +86,8 @@ class DiagnosticContext:
 
     def _keep(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Stores the logits of the unimodal heads, and which samples have the modality."""
-        if isinstance(output, Output):
+        if isinstance(output, Output) or hasattr(model, "output_of"):
+            output = as_output(model, output, "diagnose")
             for name, logits in output.unimodal_logits.items():
                 self.heads.setdefault(name, []).append(logits.detach().float().cpu())
                 self.has.setdefault(name, []).append(output.tokens[name].present().cpu())
@@ -166,8 +169,9 @@ class DiagnosticContext:
     def needs_attention(self, *, keys: bool = True) -> None:
         if self.clean.share is None or (keys and self.clean.cosine is None):
             fusion = getattr(self.model, "fusion", None)
-            kind = "the model" if fusion is None else type(fusion).__name__
-            raise SkippedTest(f"{kind} has no attention over all modalities")
+            kind = "the model" if fusion is None or self.clean.missing else type(fusion).__name__
+            why = f": {self.clean.missing}" if self.clean.missing else ""
+            raise SkippedTest(f"{kind} has no attention over all modalities{why}")
 
     def needs_parts(self) -> None:
         lacking = [part for part in ("encoders", "encode", "fuse", "loss") if not hasattr(self.model, part)]
@@ -186,7 +190,7 @@ def check_data(names: tuple[str, ...], **options: Any) -> None:
                 raise unknown_name(f"diagnose {option}", "modality", name, names)
 
 
-def is_repeatable(loader: Loader | Callable[[], Loader], seed: int) -> Callable[[], Loader]:
+def is_repeatable(loader: Loader | Callable[[], Loader], seed: int, model: nn.Module) -> Callable[[], Loader]:
     """Returns a function that iterates over the batches in the same order on each call.
 
     It seeds the global RNG, which determines the order of a shuffling DataLoader.
@@ -202,7 +206,7 @@ def is_repeatable(loader: Loader | Callable[[], Loader], seed: int) -> Callable[
 
     def again() -> Loader:
         torch.manual_seed(seed)
-        yield from loader() if callable(loader) else loader
+        yield from named_batches(model, loader() if callable(loader) else loader)
 
     return again
 

@@ -44,7 +44,8 @@ def diagnose(
     hooks and the RNG state are restored.
 
     Args:
-        model: a FusionModel, or a module with ``names`` that returns Output, to which fewer tests apply.
+        model: a FusionModel, any other model after ``eq.adapt``, or a module with ``names`` that returns Output, to
+            which fewer tests apply.
         loader: batches of held-out data, dicts with every modality and ``"target"``, that can be iterated several times
             in the same order; or a function that returns them.
         tests: names of ``TESTS``; all by default. The score is always measured. ``"robustness"`` (scores under all
@@ -86,7 +87,7 @@ def diagnose(
         check_data(names, modality=modality, noise=noise, alone=alone, tokens=tokens)
     chosen_metric, others = _chosen_metrics(model, metric, metrics)
     context = DiagnosticContext(
-        model, is_repeatable(loader, seed), noise or {}, outside, modality, seed, alone or {}, tokens or {},
+        model, is_repeatable(loader, seed, model), noise or {}, outside, modality, seed, alone or {}, tokens or {},
         chosen_metric, others,
     )  # fmt: skip
     measured: dict[str, float] = {}
@@ -164,5 +165,5 @@ def _chosen_metrics(
 
 def _default_name(model: nn.Module) -> str:
     """Default name of a model: that of its fusion."""
-    cls = type(getattr(model, "fusion", model))
+    cls = getattr(model, "adapted_class", None) or type(getattr(model, "fusion", model))
     return vars(cls).get("name", cls.__name__.lower())

@@ -1,0 +1,58 @@
+"""Finds the ``Output`` of a forward pass from the value that the model returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...tokens.token_batch import Output
+
+LOGITS = ("logits", "output", "outputs", "prediction", "predictions", "out", "pred", "y_hat", "scores")
+
+
+class OutputMemory:
+    """Outputs of forward passes, kept as long as the logits that the model returned exist.
+
+    The last one is kept longer, since data-parallel wrappers return new tensors with the same memory. A copy is empty.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: Any = WeakTensorKeyDictionary()
+        self._last: tuple[int, Output] | None = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def store(self, logits: Tensor, output: Output) -> None:
+        # Without the logits, which would keep the entry itself alive.
+        output = output.with_(logits=None)
+        self._outputs[logits] = output
+        self._last = (logits.data_ptr(), output)
+
+    def find(self, logits: Tensor) -> Output | None:
+        found = self._outputs.get(logits)
+        if found is None and self._last is not None and self._last[0] == logits.data_ptr():
+            found = self._last[1]
+        if found is not None and self._last is not None and self._last[1] is found:
+            self._last = None
+        return found
+
+
+def find_logits(returned: Any) -> Tensor | None:
+    """Returns the logits in what a model returned: a tensor, a field or key such as ``logits``, or the first tensor
+    (batch, output) of a tuple or dict."""
+    if isinstance(returned, Tensor):
+        return returned
+    if isinstance(returned, Mapping):
+        named: Any = next((returned[key] for key in LOGITS if isinstance(returned.get(key), Tensor)), None)
+        parts: Any = returned.values()
+    else:
+        named = next((v for key in LOGITS if isinstance(v := getattr(returned, key, None), Tensor)), None)
+        parts = returned if isinstance(returned, list | tuple) else ()
+    if named is not None:
+        return named
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    return next((part for part in tensors if part.ndim == 2), next((p for p in tensors if p.ndim > 0), None))

@@ -1,0 +1,74 @@
+"""Models as users write them, without any type of equipoise."""
+
+import torch
+from torch import nn
+
+from helpers.foreign import TimmAttention
+
+NAMES = ("audio", "image")
+OUTPUTS = 3
+
+
+def batch(seed=0, size=6):
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "audio": torch.randn(size, 4, 5, generator=random),
+        "image": torch.randn(size, 3, 7, generator=random),
+        "target": torch.randint(0, OUTPUTS, (size,), generator=random),
+    }
+
+
+class MultiheadNet(nn.Module):
+    """A class token attends to the tokens of both modalities; keyword arguments, a tensor as result."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.audio, self.image = nn.Linear(5, dim), nn.Linear(7, dim)
+        self.cls = nn.Parameter(torch.randn(dim))
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, OUTPUTS)
+
+    def forward(self, audio, image):
+        tokens = torch.cat([self.cls.expand(len(audio), 1, -1), self.audio(audio), self.image(image)], dim=1)
+        tokens = tokens + self.attention(tokens, tokens, tokens)[0]
+        return self.head(self.norm(tokens[:, 0]))
+
+
+class EncoderNet(nn.Module):
+    """Two tensors by position, two encoder layers, modalities in another order in the sequence; a tuple as result."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.wave = nn.Sequential(nn.Linear(5, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.pixels = nn.Linear(7, dim)
+        layer = nn.TransformerEncoderLayer(dim, 2, 16, dropout=0.0, batch_first=True)
+        self.fusion = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.classifier = nn.Linear(dim, OUTPUTS)
+
+    def forward(self, x, y):
+        hidden = self.fusion(torch.cat([self.pixels(y), self.wave(x)], dim=1))
+        return self.classifier(hidden.mean(dim=1)), hidden
+
+
+class Tower(nn.Module):
+    """An encoder as in timm: attention with one projection, and a pooled vector."""
+
+    def __init__(self, inputs, dim):
+        super().__init__()
+        self.embed, self.attn, self.norm = nn.Linear(inputs, dim), TimmAttention(dim, 2), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.norm(x + self.attn(x)).mean(dim=1)
+
+
+class TwoTowers(nn.Module):
+    """One dict as argument and result; the towers meet in the head alone."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.towers = nn.ModuleDict({"audio": Tower(5, dim), "image": Tower(7, dim)})
+        self.head = nn.Linear(2 * dim, OUTPUTS)
+
+    def forward(self, batch):
+        return {"logits": self.head(torch.cat([self.towers[name](batch[name]) for name in NAMES], dim=1)), "aux": None}
