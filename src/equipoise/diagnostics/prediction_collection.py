@@ -241,8 +241,8 @@ def _no_fusion_model(got: str) -> ConfigError:
         "read",
         expected="a FusionModel, or a module with the modalities' names that returns Output",
         got=got,
-        fix="Adapt it: model = eq.adapt(model, encoders={'audio': model.audio, ...}); or set model.names = ('audio', "
-        "'image') and return equipoise.Output(features, logits=logits).",
+        fix="Set model.names = ('audio', 'image') and return equipoise.Output(features, logits=logits); or adapt it: "
+        "model = eq.adapt(model, encoders={'audio': model.audio, ...}).",
     )
 
 
