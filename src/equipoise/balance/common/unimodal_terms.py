@@ -23,7 +23,7 @@ class UnimodalLoss(NamedTuple):
     count: Tensor
 
 
-MEMBERS = ("names", "task", "encoders", "fusion", "head", "loss", "sample_losses", "unimodal_loss", "contributions")
+MEMBERS = ("names", "encoders", "loss")
 
 
 def check_interface(model: Any, who: str) -> None:
