@@ -18,7 +18,6 @@ EXTRAS = {
         "rich",
         "yaml",
         "datasets",
-        "pandas",
     ),
     "report": ("matplotlib", "jinja2"),
     "hf": ("transformers", "accelerate", "huggingface_hub"),
