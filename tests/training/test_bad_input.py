@@ -140,7 +140,10 @@ def test_command_lines(arguments, said, tmp_path, capfd):
         (["compare", "--config", "no/digits.yaml"], "expected an existing file or the name of a packaged recipe"),
         (["compare", "--config", "."], "recipe: expected a file or the name of a packaged recipe, got the folder '.'."),
         (["recipes", "cp", "digts"], "Did you mean 'digits'"),
-        (["recipes", "cp"], "recipes cp: expected a recipe's name, got none. One of: av_digits, av_digits_ood, av_mnist"),
+        (
+            ["recipes", "cp"],
+            "recipes cp: expected a recipe's name, got none. One of: av_digits, av_digits_ood, av_mnist",
+        ),
         (["report", "nowhere"], "read 'nowhere': expected a results file, got no such file."),
     ],
 )
