@@ -72,3 +72,21 @@ class TwoTowers(nn.Module):
 
     def forward(self, batch):
         return {"logits": self.head(torch.cat([self.towers[name](batch[name]) for name in NAMES], dim=1)), "aux": None}
+
+
+class BertNet(nn.Module):
+    """BERT of Hugging Face reads the features of both modalities."""
+
+    def __init__(self, dim=8):
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        config = BertConfig(
+            hidden_size=dim, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=9
+        )
+        self.audio, self.image, self.bert = nn.Linear(5, dim), nn.Linear(7, dim), BertModel(config)
+        self.classifier = nn.Linear(dim, OUTPUTS)
+
+    def forward(self, audio, image):
+        tokens = torch.cat([self.audio(audio), self.image(image)], dim=1)
+        return self.classifier(self.bert(inputs_embeds=tokens).last_hidden_state[:, 0])

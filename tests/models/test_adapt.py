@@ -10,6 +10,7 @@ from torch import nn
 import equipoise as eq
 from equipoise import balance
 from equipoise.errors import ConfigError, ShapeError
+from helpers import vlms
 from helpers.own_models import NAMES, EncoderNet, MultiheadNet, TwoTowers, batch
 
 ENCODERS = {"audio": "audio", "image": "image"}
@@ -354,3 +355,20 @@ def test_a_full_diagnosis():
     assert set(found.skipped) == {"ood", "collapse"}
     assert found.name == "encodernet"
     assert found.details["attention"]["layers"][0]["site"] == "model.fusion.layers.0.self_attn"
+
+
+def test_labels_of_a_vision_language_model():
+    model, inputs = vlms.llava()
+    adapted = eq.adapt(
+        model, encoders={"image": "model.multi_modal_projector", "text": "model.language_model.embed_tokens"},
+        inputs={"image": "pixel_values", "text": "input_ids"}, logits=lambda result: result.logits[:, -1], heads=False,
+    ).eval()  # fmt: skip
+    with eq.watch(adapted) as record:
+        adapted(**inputs)
+    with eq.watch(model) as native:
+        model(**inputs)
+    found = {name.removeprefix("model."): record.share(name) for name in record.layers}
+    assert list(found) == native.layers
+    order = [native.names.index(name) for name in adapted.names]
+    for name, share in found.items():
+        torch.testing.assert_close(share, native.share(name)[..., order])

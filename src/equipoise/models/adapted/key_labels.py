@@ -20,8 +20,10 @@ from ...recording.torch_function_interceptor import intercept_torch_functions
 from ...recording.watch_context import InterceptorFactory, open_session
 from ...tokens.token_batch import SPECIAL, Tokens
 
+MIXED = "its {} keys depend on several modalities, and no earlier layer has as many"
 KeyLabels = dict[int, Tensor | str]
-"""Number of keys -> their labels (key,) or (batch, key), or the reason why they are unknown."""
+"""Number of keys -> their labels (key,) or (batch, key), or the reason why they are unknown; "" for attention that runs
+before the encoders return, and belongs to none of the modalities."""
 
 
 def interceptors() -> tuple[InterceptorFactory, ...]:
@@ -64,7 +66,7 @@ class MeasuredLabels:
             return label_keys(call, call.modality, self.names)
         found = self.labels.get(keys, f"the modality of its {keys} keys is unknown")
         if isinstance(found, str):
-            return found
+            return found or None
         return label_keys(call, torch.nn.functional.pad(found, (0, call.added), value=SPECIAL), self.names)
 
 
@@ -119,11 +121,16 @@ def measure_key_labels(
         depends = torch.stack([(other[call] != keys).flatten(3).any(dim=3).any(dim=1) for other in changed], dim=-1)
         count = keys.shape[2]
         if bool((depends.sum(dim=-1) > 1).any()):
-            result.setdefault(count, f"its {count} keys depend on several modalities, and no earlier layer has as many")
+            result[count] = _first(result.get(count), MIXED.format(count))
             continue
         order = torch.tensor([*known, SPECIAL], device=keys.device)
         labels = order[torch.where(depends.any(dim=-1), depends.int().argmax(dim=-1), len(known))]
         before = result.get(count)
+        if not bool(depends.any()):
+            result.setdefault(count, "")
+            continue
+        if before == "":
+            before = None
         if isinstance(before, Tensor) and not torch.equal(before, labels):
             result[count] = f"several layers have {count} keys of different modalities"
         elif not isinstance(before, str) or "no earlier layer" not in before:
@@ -152,6 +159,11 @@ def _changed(tokens: Tokens, index: int) -> Tokens:
     noise = torch.randn(values.shape, generator=generator).to(values)
     scale = values.detach().float().std().to(values.dtype) if values.numel() > 1 else torch.ones_like(values[0, 0, 0])
     return Tokens(values + noise * scale.clamp(min=1e-3), mask=tokens.mask, times=tokens.times, cls=tokens.cls)
+
+
+def _first(before: Tensor | str | None, reason: str) -> Tensor | str:
+    """What an earlier layer says, else the reason."""
+    return reason if before is None or (isinstance(before, str) and before == "") else before
 
 
 def _shared(labels: Tensor) -> Tensor:

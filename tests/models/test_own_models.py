@@ -1,0 +1,135 @@
+"""The table of docs/own_models.md: each kind of model with each method works, or is refused with the reason shown."""
+
+import copy
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.errors import EquipoiseError
+from helpers.own_models import BertNet, EncoderNet, MultiheadNet, TwoTowers, batch
+
+PAGE = Path(__file__).parents[2] / "docs" / "own_models.md"
+DATA = [batch(seed) for seed in range(2)]
+ENCODERS = {"audio": "audio", "image": "image"}
+# kind of model -> (model, encoders, attention module)
+MODELS = {
+    "own `nn.MultiheadAttention` fusion": (MultiheadNet, ENCODERS, "attention"),
+    "`nn.TransformerEncoder`, positional tensors, tuple output": (
+        EncoderNet, {"audio": "wave", "image": "pixels"}, "fusion.layers.1.self_attn",
+    ),
+    "two towers as in timm, dict output": (TwoTowers, {"audio": "towers.audio", "image": "towers.image"}, None),
+    "BERT of Hugging Face as fusion": (BertNet, ENCODERS, "bert.encoder.layer.1.attention.self"),
+}  # fmt: skip
+
+
+def adapted_of(kind, **options):
+    torch.manual_seed(0)
+    build, encoders, _ = MODELS[kind]
+    return eq.adapt(build(), encoders=encoders, unimodal="train", example=DATA[0], **options)
+
+
+def trained(adapted, balancers, steps=2):
+    balancing = eq.BalancerList(adapted, balancers)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    for step in range(steps):
+        data = DATA[step % len(DATA)]
+        optimizer.zero_grad()
+        balancing.loss(adapted(data), data["target"]).backward()
+        balancing.before_step()
+        optimizer.step()
+    return balancing
+
+
+def watched(kind):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="watch: ")
+        with eq.watch(adapted_of(kind)) as record:
+            adapted_of(kind)
+            record.session.model(DATA[0])
+    if not record.layers or all(layer in record.unimodal_layers for layer in record.layers):
+        raise eq.errors.ConfigError(
+            "watch", expected="attention over several modalities", got="attention inside encoders"
+        )
+    record.table()
+
+
+def rotated(kind):
+    adapted, path = adapted_of(kind), MODELS[kind][2]
+    labels = list(adapted.key_labels(DATA[0]).values())
+    if path is None or not labels:
+        raise eq.errors.ConfigError(
+            "RollingQ", expected="attention over several modalities", got="attention inside encoders"
+        )
+    rolling = eq.balance.RollingQ(adapted.model, module=path, names=adapted.names, beta=0.0)
+    rolling.layout(labels[0])
+    trained(adapted, [rolling])
+    assert rolling.end_epoch()["rotated"] == 1.0
+    output = adapted.eval().output_of(adapted(DATA[0])).logits
+    eq.merge_rotations(adapted)
+    torch.testing.assert_close(adapted.output_of(adapted(DATA[0])).logits, output, rtol=1e-4, atol=1e-5)
+
+
+def resumed(kind):
+    """Two steps, saving and two steps equal four steps."""
+    whole, first = adapted_of(kind), adapted_of(kind)
+    for adapted in (whole, first):
+        adapted.eval().train(False)
+    expected = [eq.balance.OGM(whole)]
+    trained(whole, expected, steps=4)
+    balancers = [eq.balance.OGM(first)]
+    trained(first, balancers)
+    state, kept = copy.deepcopy(first.state_dict()), balancers[0].state_dict()
+    second = adapted_of(kind).eval()
+    second.load_state_dict(state)
+    again = [eq.balance.OGM(second)]
+    again[0].load_state_dict(kept)
+    trained(second, again)
+    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def diagnosed(kind):
+    found = eq.diagnose(adapted_of(kind), DATA, tests=["score", "noise", "masking", "gradients"])
+    assert not found.skipped
+
+
+def responded(kind):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(noise_response|watch): ")
+        eq.diagnostics.noise_response(adapted_of(kind), DATA)
+
+
+METHODS = {
+    "watch": watched,
+    "RollingQ": rotated,
+    "OGM": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.OGM(adapted)]),
+    "MMPareto": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.MMPareto(adapted)]),
+    "ModalityCorruption": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.ModalityCorruption(adapted)]),
+    "noise_response": responded,
+    "diagnose": diagnosed,
+    "save/resume": resumed,
+}
+
+
+def rows():
+    table = re.search(r"<!-- matrix -->\n(.*?)\n\n", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
+
+
+def cell(kind, method):
+    try:
+        METHODS[method](kind)
+    except EquipoiseError:
+        return "refused: no attention over both"
+    return "works"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_table_says_what_happens(kind, method):
+    assert rows()[kind][method] == cell(kind, method)
