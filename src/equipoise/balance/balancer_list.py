@@ -138,7 +138,8 @@ class BalancerList:
 
     def review(self, train: Iterable[Batch], val: Iterable[Batch]) -> None:
         """Passes data to the balancers that need it; call it before ``end_epoch``."""
-        if callable(convert := getattr(self.model, "to_batch", None)):
+        convert: Any = getattr(self.model, "to_batch", None)
+        if convert is not None:
             train, val = (_Converted(loader, convert) for loader in (train, val))
         for balancer in self.balancers:
             if balancer.reviews:

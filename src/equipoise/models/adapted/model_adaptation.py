@@ -95,10 +95,10 @@ def adapt(
     fusion_path = None if fusion is None else _path(model, fusion, "fusion")
     head_path = None if head is False else _head_path(model, head, paths)
     outputs = num_outputs or _outputs(model, head_path)
-    given, unimodal = _given_heads(model, heads, tuple(paths), unimodal)
+    given, mode = _given_heads(model, heads, tuple(paths), unimodal)
     adapted = AdaptedModel(
         model, encoders=paths, head=head_path, checked_head=head is not None, fusion=fusion_path, heads=given, task=task,
-        num_outputs=outputs or 0, unimodal=unimodal, form=form, logits=logits, loss=loss,
+        num_outputs=outputs or 0, unimodal=mode, form=form, logits=logits, loss=loss,
     )  # fmt: skip
     adapted.train(model.training)
     if example is not None:

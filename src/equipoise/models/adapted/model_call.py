@@ -127,7 +127,7 @@ class CallForm:
         return ModelCall(args, kwargs, places, inputs)
 
     def _of_batch(self, batch: Mapping[str, Any]) -> ModelCall:
-        named = {name: batch[self._key(name, batch)] for name in self.names if self._key(name, batch) is not None}
+        named = {name: batch[key] for name in self.names if (key := self._key(name, batch)) is not None}
         inputs = {**named, **{key: batch[key] for key in ("mask", "target") if key in batch}}
         if self.form == "dict":
             places = {name: ("dict", self.keys[name]) for name in named}
@@ -181,9 +181,9 @@ class CallForm:
         """
         if isinstance(batch, Mapping):
             own = {key: name for name, key in self.keys.items() if key in batch}
-            result = {own.get(key, key): value for key, value in batch.items()}
-            target = next((key for key in TARGETS if key in batch), None)
-            return result if "target" in result or target is None else {**result, "target": batch[target]}
+            result: dict[str, Any] = {own.get(key, key): value for key, value in batch.items()}
+            target = next((key for key in TARGETS if key in batch), "")
+            return result if "target" in result or not target else {**result, "target": batch[target]}
         parts = _flat(batch) if isinstance(batch, list | tuple) else []
         if len(parts) not in (len(self.names), len(self.names) + 1):
             got = f"{len(parts)} parts" if parts else type(batch).__name__
@@ -203,6 +203,7 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
     for name in ("_orig_mod", "module"):
         if isinstance(inner := getattr(model, name, None), nn.Module) and len(list(model.children())) == 1:
             return _forward_of(inner)
-    if callable(base := getattr(model, "get_base_model", None)):
+    base: Any = getattr(model, "get_base_model", None)
+    if callable(base):
         return base().forward
     return model.forward
