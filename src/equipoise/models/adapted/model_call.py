@@ -181,7 +181,7 @@ class CallForm:
         """
         if isinstance(batch, Mapping):
             own = {key: name for name, key in self.keys.items() if key in batch}
-            result: dict[str, Any] = {own.get(key, key): value for key, value in batch.items()}
+            result: dict[str, Any] = {str(own.get(key, key)): value for key, value in batch.items()}
             target = next((key for key in TARGETS if key in batch), "")
             return result if "target" in result or not target else {**result, "target": batch[target]}
         parts = _flat(batch) if isinstance(batch, list | tuple) else []
@@ -204,6 +204,6 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
         if isinstance(inner := getattr(model, name, None), nn.Module) and len(list(model.children())) == 1:
             return _forward_of(inner)
     base: Any = getattr(model, "get_base_model", None)
-    if callable(base):
+    if base is not None:
         return base().forward
     return model.forward
