@@ -262,7 +262,8 @@ def collect_with_attention(
 
     A model of ``eq.adapt`` also adds its "share", or the reason why there is none to ``missing``.
     """
-    if callable(watched := getattr(model, "attention_readout", None)):
+    watched: Any = getattr(model, "attention_readout", None)
+    if callable(watched):
         with watched() as readout:
             yield
         if (name := readout.readout) is None:

@@ -82,7 +82,7 @@ class BalancedModel(nn.Module):
         if self.training:
             loss = self.balancing.loss(output, target)
         else:
-            loss = self.balancing.model.loss(output.logits, target)
+            loss = self.balancing.model.loss(output.logits, target)  # type: ignore[arg-type]
         return {"loss": loss, "logits": output.logits}
 
 

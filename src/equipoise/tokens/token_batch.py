@@ -298,7 +298,8 @@ def as_output(model: Any, returned: Any, who: str) -> Output:
     Raises:
         ConfigError: the model returns something else, and is not adapted.
     """
-    if callable(convert := getattr(model, "output_of", None)):
+    convert: Any = getattr(model, "output_of", None)
+    if callable(convert):
         return convert(returned)
     if isinstance(returned, Output):
         return returned
