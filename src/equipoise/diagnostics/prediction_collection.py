@@ -262,9 +262,9 @@ def collect_with_attention(
 
     A model of ``eq.adapt`` also adds its "share", or the reason why there is none to ``missing``.
     """
-    watched: Any = getattr(model, "attention_readout", None)
-    if callable(watched):
-        with watched() as readout:
+    adapted: Any = model
+    if callable(getattr(model, "attention_readout", None)):
+        with adapted.attention_readout() as readout:
             yield
         if (name := readout.readout) is None:
             if missing is not None:

@@ -298,9 +298,8 @@ def as_output(model: Any, returned: Any, who: str) -> Output:
     Raises:
         ConfigError: the model returns something else, and is not adapted.
     """
-    convert: Any = getattr(model, "output_of", None)
-    if callable(convert):
-        return convert(returned)
+    if callable(getattr(model, "output_of", None)):
+        return model.output_of(returned)
     if isinstance(returned, Output):
         return returned
     raise ConfigError(
