@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, ShapeError
+from ...optional_packages import require_extra
 from .modality_readers import EXAMINED, ModalityReader, Read
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class TextReader(ModalityReader):
         return [number for word in self._words.numbers(text) for number in word]
 
     def _tokenizer(self) -> Callable[[str], list[int]]:
-        import transformers
+        with require_extra(f"tokenizer of '{self.name}'"):
+            import transformers
 
         folder = self.root / str(self.options["tokenizer"])
         try:
