@@ -43,8 +43,12 @@ def check(path: Path) -> list[str]:
 def main() -> int:
     named = [Path(name) for name in sys.argv[1:]]
     if not named:
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        named = [ROOT / name for name in listed.splitlines()]
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+        named = [ROOT / name for name in listed.stdout.splitlines()]
+        if listed.returncode:
+            # Not a Git repository, such as an unpacked archive.
+            folders = ("docs", "src", "tests", "scripts", "benchmarks", "examples")
+            named = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
     files = [p for p in named if p.suffix in {".py", ".md", ".j2", ".js", ".yaml", ".toml"} and not SKIP.search(str(p))]
     found = [line for path in files if path.is_file() for line in check(path)]
     print("\n".join(found))  # noqa: T201
