@@ -199,9 +199,8 @@ def test_splits_keep_class_frequencies_and_depend_on_the_seed_alone():
     classes = np.array([0] * 80 + [1] * 20)
     options = {"split": None, "group": None, "classes": classes, "folds": 5, "fold": 0}
     rows = split_rows(100, **options, seed=0)
-    assert [int(classes[rows[name]].sum()) for name in ("train", "val", "test")] == [13, 3, 4] or abs(
-        classes[rows["test"]].mean() - 0.2
-    ) < 0.01
+    assert len(rows["test"]) == 20
+    assert all(abs(classes[part].mean() - 0.2) < 0.02 for part in rows.values())
     again, other = split_rows(100, **options, seed=0), split_rows(100, **options, seed=1)
     assert all(np.array_equal(rows[name], again[name]) for name in rows)
     assert not np.array_equal(rows["test"], other["test"])

@@ -23,6 +23,7 @@ import torch
 from ..data.user_code import allow_code, allowed_code
 from ..errors import ConfigError, EquipoiseError
 from ..io.atomic_files import check_folder, file_error, make_folder
+from ..io.folder_lock import locked_folder
 from ..results import result_rows
 from . import method_factory
 from .history import Progress
@@ -316,19 +317,9 @@ def _interrupts_blocked() -> Iterator[None]:
 def _exclusive_folder(out: Path) -> Iterator[None]:
     """Context manager: locks the folder against other comparisons; the lock ends with the process."""
     make_folder(out, "compare")
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                "compare",
-                expected=f"'{out}' for this process alone",
-                got="another process that writes to it",
-                fix="Wait for it, stop it, or choose another --out.",
-            ) from error
+    error = ConfigError(
+        "compare", expected=f"'{out}' for this process alone", got="another process that writes to it",
+        fix="Wait for it, stop it, or choose another --out.",
+    )  # fmt: skip
+    with locked_folder(out, error):
         yield

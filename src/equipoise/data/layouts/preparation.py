@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError, DataError
 from ...io.atomic_files import check_folder, make_folder, to_jsonable
+from ...io.folder_lock import locked_folder
 from . import prepared_files
 from .preparation_report import no_samples, write_outputs
 from .published_layout import Layout, Settings
@@ -119,19 +120,11 @@ def _check_out(out: Path, raw: RawFolder, layout: Layout, choice: Mapping[str, A
 @contextlib.contextmanager
 def _locked(out: Path, who: str) -> Iterator[None]:
     """Prevents two preparations from writing the same folder."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                who, expected="a folder that no other process prepares", got=f"'{out}', which one does",
-                fix="Wait for it, or choose another --out.",
-            ) from error  # fmt: skip
+    error = ConfigError(
+        who, expected="a folder that no other process prepares", got=f"'{out}', which one does",
+        fix="Wait for it, or choose another --out.",
+    )  # fmt: skip
+    with locked_folder(out, error):
         yield
 
 

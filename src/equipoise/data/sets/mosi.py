@@ -13,7 +13,7 @@ from ..data_root import find_data_dir
 from ..dataset import Dataset, Split
 from ..feature_scaling import FeatureScaling, valid_statistics
 from ..label_pairing import permutation
-from .table_files import read_table
+from .published_csv import read_table
 
 FEATURES = {"text": 100, "audio": 73, "video": 100}
 ROWS = {"train": 1447, "test": 752}

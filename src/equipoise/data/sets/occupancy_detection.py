@@ -12,7 +12,7 @@ from ..counter_rng import CounterRNG
 from ..data_root import find_data_dir
 from ..dataset import Dataset, Split
 from ..feature_scaling import FeatureScaling, valid_statistics
-from .table_files import read_table
+from .published_csv import read_table
 
 SENSORS = {"temperature": "Temperature", "humidity": "Humidity", "light": "Light", "co2": "CO2"}
 COLUMNS = ("date", *SENSORS.values(), "HumidityRatio", "Occupancy")

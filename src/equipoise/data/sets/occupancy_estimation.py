@@ -14,7 +14,7 @@ from ..counter_rng import CounterRNG
 from ..data_root import find_data_dir
 from ..dataset import Dataset, Split
 from ..feature_scaling import FeatureScaling, valid_statistics
-from .table_files import AGAIN, Table, read_table
+from .published_csv import AGAIN, Table, read_table
 
 SENSORS = {
     "temperature": ("S1_Temp", "S2_Temp", "S3_Temp", "S4_Temp"),

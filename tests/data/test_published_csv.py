@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from equipoise.data.sets.table_files import read_table
+from equipoise.data.sets.published_csv import read_table
 from equipoise.errors import DataError
 
 TEXT = 'when,a,b\n1 May,1.5,0\n2 May,,1\n"3, May",-2e3,1\n'
