@@ -19,7 +19,7 @@ from types import ModuleType
 from equipoise import balance, fusion
 from equipoise.balance import Balancer
 from equipoise.fusion import Fusion
-from equipoise.registry import available_classes
+from equipoise.io.class_registry import available_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"

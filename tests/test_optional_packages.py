@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.errors import EquipoiseError, MissingExtraError
-from equipoise.optional_packages import DISTRIBUTIONS, EXTRAS, require_extra
+from equipoise.errors import DISTRIBUTIONS, EXTRAS, EquipoiseError, MissingExtraError, require_extra
 
 PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGES = {module for modules in EXTRAS.values() for module in modules}

@@ -27,11 +27,11 @@ from .diagnostics.steering import steer as steer
 from .diagnostics.suite import Diagnosis as Diagnosis
 from .diagnostics.suite import diagnose as diagnose
 from .errors import EquipoiseError as EquipoiseError
+from .errors import require_extra as _require_extra
 from .models import FusionModel as FusionModel
 from .models import adapt as adapt
 from .nn import Attended as Attended
 from .nn import attend as attend
-from .optional_packages import require_extra as _require_extra
 from .recording import AttentionRecord as AttentionRecord
 from .recording import watch as watch
 from .tokens import Output as Output

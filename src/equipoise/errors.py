@@ -1,9 +1,13 @@
-"""Exceptions of the library. Each message names the source, the expected and actual values, and the fix."""
+"""Exceptions of the library. Each message names the source, the expected and actual values, and the fix.
+
+An import error of an optional package becomes a ``MissingExtraError`` that names the extra to install.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class EquipoiseError(ValueError):
@@ -63,6 +67,58 @@ def unknown_name(who: str, kind: str, name: str, known: Iterable[str], *, like: 
     listed = ", ".join(known if len(known) <= MOST_LISTED else [*known[:20], f"... ({len(known)} in all)"])
     fix = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else f"Choose one of: {listed}."
     return ConfigError(who, expected=f"a known {kind}", got=repr(name), fix=fix)
+
+
+EXTRAS = {
+    "train": (
+        "lightning",
+        "torchmetrics",
+        "sklearn",
+        "scipy",
+        "soundfile",
+        "PIL",
+        "rich",
+        "yaml",
+        "datasets",
+    ),
+    "report": ("matplotlib", "jinja2"),
+    "hf": ("transformers", "accelerate", "huggingface_hub"),
+    "lora": ("peft",),
+}
+"""Extra -> names of the modules that it provides, as they are imported."""
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+"""Module -> name of its package on PyPI where the two differ."""
+
+
+@contextmanager
+def require_extra(who: str) -> Iterator[None]:
+    """Turns the import error of an optional package into one that names the extra to install.
+
+    Args:
+        who: feature that needs the package; begins the error's message.
+
+    Raises:
+        MissingExtraError: an import in the ``with`` block fails because an optional package is not installed.
+
+    Example:
+        >>> with require_extra("eq.lightning"):
+        ...     raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
+        Traceback (most recent call last):
+        equipoise.errors.MissingExtraError: eq.lightning: expected the package 'lightning', got none installed. \
+Install it: pip install 'equipoise[train]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        for extra, modules in EXTRAS.items():
+            if module in modules:
+                raise MissingExtraError(
+                    who, expected=f"the package '{DISTRIBUTIONS.get(module, module)}'", got="none installed",
+                    fix=f"Install it: pip install 'equipoise[{extra}]'",
+                ) from error  # fmt: skip
+        raise
 
 
 def _rebuild(cls, who, expected, got, fix):

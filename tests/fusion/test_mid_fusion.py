@@ -10,8 +10,8 @@ import equipoise as eq
 from equipoise import fusion as package
 from equipoise.errors import ConfigError
 from equipoise.fusion import MidFusion
+from equipoise.io.class_registry import available_classes
 from equipoise.nn.transformer import Transformer
-from equipoise.registry import available_classes
 from equipoise.tokens.token_batch import Tokens
 from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
 from oracles.fusion import doubles

@@ -7,9 +7,9 @@ import equipoise as eq
 from equipoise import fusion as package
 from equipoise.errors import ConfigError
 from equipoise.fusion import MODA, MidFusion
+from equipoise.io.class_registry import available_classes
 from equipoise.nn.attention.modular import modular_attention
 from equipoise.nn.duplex import DuplexAligner
-from equipoise.registry import available_classes
 from equipoise.tokens.token_batch import Tokens
 from helpers.fusion_cases import DIM, EXACT, NAMES, SINGLE, built, right_gradients, sequences
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from equipoise import balance
 from equipoise.balance import Balancer
 from equipoise.cli.results_table import show
-from equipoise.registry import available_classes
+from equipoise.io.class_registry import available_classes
 from equipoise.report import comparison_figures
 from equipoise.report.comparison_text import verdict
 from equipoise.report.results_view import ResultsView

@@ -7,7 +7,7 @@ import torch
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from equipoise.registry import instantiate
+from equipoise.io.class_registry import instantiate
 from equipoise.training import method_factory
 from equipoise.training.run import load_run_dataset
 from helpers.runs import recipe

@@ -9,7 +9,7 @@ import torch
 from equipoise import balance
 from equipoise.balance import Balancer, BalancerList
 from equipoise.cli import run
-from equipoise.registry import available_classes
+from equipoise.io.class_registry import available_classes
 from equipoise.training import method_factory, recipes
 from equipoise.training.run import load_run_dataset
 from helpers.published_data import DATA, needs

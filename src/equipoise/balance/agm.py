@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..fusion.subset_tokens import derived, modality_subsets, shapley_values
+from ..nn.distributed import all_reduce_sum
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal

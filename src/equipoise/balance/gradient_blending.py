@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Batch, Multimodal
 from .common.probe_training import blended_losses, evaluate_losses, trained_copy

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.gradients_by_term import term_gradients

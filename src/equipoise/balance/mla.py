@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distributed import all_reduce_sum
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.unimodal_scores import has_modality

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.gradients_by_term import term_gradients

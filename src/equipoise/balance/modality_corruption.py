@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..corruptions import check_corruptions, corruption_names
-from ..distributed import rank_and_world
+from ..data.corruptions import check_corruptions, corruption_names
 from ..errors import ConfigError, unknown_name
+from ..nn.distributed import rank_and_world
 from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.unimodal_terms import check_encoders_apart, check_modalities, discrepancy_ratio, score_sums

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output, Tokens
 from .balancer import Balancer, Multimodal
 from .common.step_rng import step_generator, uniform_per_sample

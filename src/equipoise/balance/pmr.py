@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
+from ..nn.distributed import all_reduce_sum
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output, as_output
 from .balancer import Balancer, Batch, Multimodal

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_sum
-from ..errors import ConfigError
+from ..errors import ConfigError, require_extra
+from ..nn.distributed import all_reduce_sum
 from ..nn.eval_mode import eval_mode_no_grad
-from ..optional_packages import require_extra
 from ..tokens.token_batch import as_output
 from .balancer import Balancer, Batch, Multimodal
 from .common.target_categories import bin_edges, categories, category_counts

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from ..fusion.subset_tokens import modality_subsets, shapley_values
+from ..nn.distributed import all_reduce_sum
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal

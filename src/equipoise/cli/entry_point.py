@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..errors import EquipoiseError, MissingExtraError
+from ..errors import EquipoiseError, MissingExtraError, require_extra
 from ..io import interrupt_handling
 from ..io.typed_values import shorten_repr
-from ..optional_packages import require_extra
 from .command_line import Parser, fail, replace_unencodable_characters
 from .commands import COMMANDS
 

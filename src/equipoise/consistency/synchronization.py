@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigError, unknown_name
-from ..optional_packages import require_extra
+from ..errors import ConfigError, require_extra, unknown_name
 from ..tokens.masks import at_least_float32 as exact
 from .block_matrix import SquareMatrix, sizes_of
 from .matching_matrix import soft_matching

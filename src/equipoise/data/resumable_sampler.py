@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from ..distributed import rank_and_world
 from ..errors import ConfigError
+from ..nn.distributed import rank_and_world
 from .counter_rng import CounterRNG
 
 

@@ -1,6 +1,6 @@
 """Diagnostics of modality use, attention, robustness and cost."""
 
-from .. import corruptions as corruptions
+from ..data import corruptions as corruptions
 from .answer_likelihood import answer_effects as answer_effects
 from .attention_gap_test import attention_gap as attention_gap
 from .attention_gap_test import gap_from_attention as gap_from_attention

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError, unknown_name
-from ..optional_packages import require_extra
+from ..errors import ConfigError, ShapeError, require_extra, unknown_name
 from .key_plot_data import key_distribution
 from .noise_test import Loader, input_statistics
 from .prediction_collection import CollectedPredictions, NoiseSource, collect_predictions

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, unknown_name
-from ..optional_packages import require_extra
+from ..errors import ConfigError, require_extra, unknown_name
 from .prediction_collection import (
     CollectedPredictions,
     NoiseSource,

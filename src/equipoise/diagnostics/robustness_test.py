@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, corruption_names, infer_kind
-from ..corruptions.catalog import check_corruptions
-from ..errors import ConfigError, unknown_name
+from ..data.corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, corruption_names, infer_kind
+from ..data.corruptions.catalog import check_corruptions
+from ..errors import ConfigError, require_extra, unknown_name
 from ..io.atomic_files import atomic_write
-from ..optional_packages import require_extra
 from ..recording.share_table import to_pandas
 from ..results.task_metrics import Metric
 from .modality_ablation import ablated_logits

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, ShapeError, require_extra
 from ..nn.transformer import initialize_weights
-from ..optional_packages import require_extra
 from ..tokens.masks import bool_mask
 from ..tokens.token_batch import Tokens
 from .encoder import Encoder

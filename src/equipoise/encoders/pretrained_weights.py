@@ -10,8 +10,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import DataError
-from ..optional_packages import require_extra
+from ..errors import DataError, require_extra
 
 
 def import_transformers(who: str) -> Any:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import require_extra
 from ..io.atomic_files import atomic_write, to_jsonable
-from ..optional_packages import require_extra
 from ..recording import AttentionRecord
 from ..recording.share_table import to_pandas
 from .attention_maps import AttentionMaps

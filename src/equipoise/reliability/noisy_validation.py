@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..corruptions import corrupt_input
+from ..data.corruptions import corrupt_input
 from ..diagnostics.prediction_collection import valid_of
 from ..errors import ShapeError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..optional_packages import require_extra
+from ..errors import require_extra
 
 if TYPE_CHECKING:
     from .comparison_page import page as page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..optional_packages import require_extra
+from ..errors import require_extra
 from .sample_outcomes import correct
 
 

@@ -15,10 +15,10 @@ from ..encoders import Encoder
 from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion, Unimodal
 from ..fusion.readout_attention import ReadoutFusion
+from ..io.class_registry import available_classes, get_class, instantiate
 from ..io.typed_values import shorten_repr
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
-from ..registry import available_classes, get_class, instantiate
 from ..reliability import Reliability
 from ..results.task_metrics import select_metrics
 from .recipes import Recipe

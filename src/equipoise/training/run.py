@@ -26,13 +26,13 @@ from torch import nn
 from .. import data
 from ..balance import Balancer
 from ..data.user_code import dataset_from_code
-from ..distributed import is_distributed
 from ..errors import ConfigError
 from ..integrations.lightning_callbacks import BalancerCallback
 from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonable
+from ..io.class_registry import instantiate
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
-from ..registry import instantiate
+from ..nn.distributed import is_distributed
 from ..reliability import Reliability
 from ..results.result_rows import RunResult
 from . import method_factory, recipes

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ConfigError, unknown_name
+from ..io.class_registry import available_classes, instantiate
 from ..models.self_contained import SelfContainedModel
-from ..registry import available_classes, instantiate
 from .recipes import Recipe
 
 if TYPE_CHECKING:

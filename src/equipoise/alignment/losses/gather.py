@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
-from ...distributed import rank_and_world
+from ...nn.distributed import rank_and_world
 
 
 class RankSlices(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, infer_kind
+from ...data.corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, infer_kind
 
 
 def fitting_corruptions(

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...distributed import all_reduce_sum
+from ...nn.distributed import all_reduce_sum
 
 
 def prototype_log_probabilities(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...distributed import all_reduce_sum
+from ...nn.distributed import all_reduce_sum
 from ...tokens.token_batch import Output, Tokens
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...distributed import all_reduce_sum
 from ...errors import EquipoiseError
+from ...nn.distributed import all_reduce_sum
 from ...tokens.token_batch import Output, Tokens
 
 OPEN = 16

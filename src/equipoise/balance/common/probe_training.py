@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...distributed import all_reduce_sum, is_distributed, rank_and_world
 from ...errors import ConfigError
+from ...nn.distributed import all_reduce_sum, is_distributed, rank_and_world
 from ...nn.eval_mode import eval_mode_no_grad
 from ...tokens.token_batch import Output, as_output
 from ..balancer import Batch, Multimodal

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...distributed import all_reduce_sum
+from ...nn.distributed import all_reduce_sum
 from ..balancer import Multimodal
 
 

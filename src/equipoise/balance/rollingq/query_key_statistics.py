@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...distributed import all_reduce_sum
 from ...geometry import VANISHING, mean_keys, membership
+from ...nn.distributed import all_reduce_sum
 
 Indicator = Literal["cosine", "logit", "mass", "mass_per_token"]
 EXTRA = 3

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...distributed import is_distributed
 from ...geometry import orthogonalize
+from ...nn.distributed import is_distributed
 from ..balancer import Balancer
 from .compile_disabled import CompileDisabled
 from .effective_rotation import EffectiveRotation

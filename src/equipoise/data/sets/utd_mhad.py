@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...errors import DataError, unknown_name
-from ...optional_packages import require_extra
+from ...errors import DataError, require_extra, unknown_name
 from ..counter_rng import CounterRNG
 from ..data_root import find_data_dir
 from ..dataset import Dataset, Split

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError, DataError
-from ...optional_packages import require_extra
+from ...errors import ConfigError, DataError, require_extra
 
 if TYPE_CHECKING:
     import datasets

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, DataError, ShapeError
-from ...optional_packages import require_extra
+from ...errors import ConfigError, DataError, ShapeError, require_extra
 from .modality_readers import EXAMINED, ModalityReader, Read
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, SchemaError
+from ...errors import DataError, SchemaError, require_extra
 from ...io.atomic_files import atomic_write, read_json, to_jsonable
 from ...io.checksums import add_checksum, verify_checksum
-from ...optional_packages import require_extra
 
 if TYPE_CHECKING:
     from ...report.verdict_list import Verdict

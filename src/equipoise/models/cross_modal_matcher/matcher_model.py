@@ -15,9 +15,9 @@ from ...consistency import ConsistencyLoss, supermatrix
 from ...consistency.consistency_loss import Kind as Term
 from ...diagnostics.task_scores import correct
 from ...errors import ConfigError, NonFiniteError, ShapeError
+from ...io.class_registry import instantiate
 from ...nn.attention.modular import Merge
 from ...nn.eval_mode import eval_mode_no_grad
-from ...registry import instantiate
 from ...tokens.token_batch import as_tokens
 from ..self_contained import SelfContainedModel
 from .item_maps import PairScores, matched_items, matching_maps

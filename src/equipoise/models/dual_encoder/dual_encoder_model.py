@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ...alignment import InfoNCE, SigLIP
 from ...errors import ConfigError, NonFiniteError, ShapeError, unknown_name
+from ...io.class_registry import instantiate
 from ...nn.eval_mode import eval_mode_no_grad
-from ...registry import instantiate
 from ...tokens.masks import bool_mask, without_masked, zero_loss
 from ...tokens.token_batch import Tokens, as_tokens
 from ..self_contained import SelfContainedModel

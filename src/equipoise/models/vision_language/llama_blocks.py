@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...alignment import GatedCrossAttention
-from ...errors import ConfigError
-from ...optional_packages import require_extra
+from ...errors import ConfigError, require_extra
 
 
 def small_llama(words: int, *, dim: int, depth: int, heads: int, context: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...alignment import captioning_loss
 from ...data.sets.scenes import IGNORED
 from ...errors import ConfigError
-from ...registry import instantiate
+from ...io.class_registry import instantiate
 from ..self_contained import SelfContainedModel
 from .grounding import pointing_metrics
 from .image_conditioned_lm import ImageConditionedLM, select_samples

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.corruptions import (
+from equipoise.data.corruptions import (
     CORRUPTIONS,
     KINDS,
     SEVERITIES,

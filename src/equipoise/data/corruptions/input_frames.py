@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError, unknown_name
+from ...errors import ConfigError, ShapeError, unknown_name
 
 InputKind = Literal["sequence", "spectrogram", "image", "vector", "tokens"]
 KINDS: dict[str, str] = {

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError, unknown_name
-from ..tokens.masks import bool_mask
+from ...errors import ConfigError, ShapeError, unknown_name
+from ...tokens.masks import bool_mask
 from . import distorted_values, frame_order, replaced_values
 from .input_frames import (
     KINDS,

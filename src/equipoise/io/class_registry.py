@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .errors import ConfigError, EquipoiseError, ShapeError, unknown_name
-from .io.typed_values import matches_type, shorten_repr, type_description
+from ..errors import ConfigError, EquipoiseError, ShapeError, unknown_name
+from .typed_values import matches_type, shorten_repr, type_description
 
 T = TypeVar("T")
 
