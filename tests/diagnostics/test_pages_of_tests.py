@@ -11,7 +11,7 @@ from helpers.fusion import batch, model
 
 PAGES = Path(__file__).parents[2] / "docs" / "diagnostics"
 NAMES = sorted(page.stem for page in PAGES.glob("*.md"))
-HEADINGS = ("Formula", "Call", "What the figure means", "When it misleads")
+HEADINGS = ("Formula", "Call", "Interpretation", "When it misleads")
 
 
 @pytest.mark.parametrize("page", NAMES)
