@@ -20,7 +20,7 @@ LOSSES = {name for name in CASES if "nce" in name.lower() or "loss" in name.lowe
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def ignore_diagonal_warning():
     """Ignores the warning that padded maps do not have the identity on the diagonal."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(diagonal|identity).*")
@@ -35,7 +35,7 @@ def test_every_connector_and_loss_has_a_case():
     assert {"QFormer", "Resampler", "InfoNCE", "info_nce", "ConsistencyLoss", "linear_attend", "triplet_loss"} <= FOUND
 
 
-def derived(case):
+def outputs_and_gradients(case):
     outputs = case.run()
     leaves = [x for x in case.leaves if x.requires_grad]
     leaves += [] if case.module is None else [p for p in case.module.parameters() if p.requires_grad]
@@ -45,9 +45,12 @@ def derived(case):
 
 @every
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf, 3e38])
-def test_masked_values_have_no_influence(name, number, fill):
+def test_masked_values_do_not_change_outputs(name, number, fill):
     case = CASES[name][number]
-    (wanted, slopes), (made, found) = derived(case(torch.float64, 0.0)), derived(case(torch.float64, fill))
+    (wanted, slopes), (made, found) = (
+        outputs_and_gradients(case(torch.float64, 0.0)),
+        outputs_and_gradients(case(torch.float64, fill)),
+    )
     for part, other in [*zip(made, wanted, strict=True), *zip(found, slopes, strict=True)]:
         assert (part is None) == (other is None)
         if part is not None:
@@ -71,8 +74,8 @@ def test_gradients(name, number):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, number, dtype):
     """Module and inputs in half precision; losses and statistics are float32."""
-    wanted, _ = derived(CASES[name][number](torch.float64, 0.0))
-    made, slopes = derived(CASES[name][number](dtype, 0.0))
+    wanted, _ = outputs_and_gradients(CASES[name][number](torch.float64, 0.0))
+    made, slopes = outputs_and_gradients(CASES[name][number](dtype, 0.0))
     for part, other in zip(made, wanted, strict=True):
         error = (part.double() - other).norm() / other.norm().clamp(min=0.1)
         assert error < 4 * TOL[torch.bfloat16]["rtol"]
@@ -83,10 +86,10 @@ def test_half_precision(name, number, dtype):
 
 @every
 def test_autocast(name, number):
-    wanted, _ = derived(CASES[name][number](torch.float32, 0.0))
+    wanted, _ = outputs_and_gradients(CASES[name][number](torch.float32, 0.0))
     with torch.autocast("cpu", torch.bfloat16):
         case = CASES[name][number](torch.float32, math.nan)
-        made, slopes = derived(case)
+        made, slopes = outputs_and_gradients(case)
     for part, other in zip(made, wanted, strict=True):
         error = (part.double() - other.double()).norm() / other.double().norm().clamp(min=0.1)
         # Modules without layers introduce no rounding.
@@ -100,7 +103,7 @@ ADDITIVE = torch.zeros(2, 3).masked_fill(torch.tensor([[False, True, False]]), -
 X, ONES, SQUARE = torch.zeros(2, 3, 4), torch.ones(2, 3), torch.zeros(3, 3)
 
 
-def calls(mask, square):
+def masked_calls(mask, square):
     """Calls every function and module that takes a mask with the given mask."""
     ids, two = torch.ones(2, 3, dtype=torch.long), {"a": torch.ones(2, 4), "b": torch.ones(2, 4)}
     gate = alignment.GatedCrossAttention(4, heads=2)
@@ -129,18 +132,18 @@ def calls(mask, square):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", calls(ADDITIVE, SQUARE))
+@pytest.mark.parametrize("name", masked_calls(ADDITIVE, SQUARE))
 def test_additive_masks_raise(name):
     square = SQUARE.masked_fill(~torch.eye(3, dtype=torch.bool), -math.inf)
     with pytest.raises(ShapeError, match=r"mask|valid|media_at|positives|ignored|present|relevant"):
-        calls(ADDITIVE, square)[name]()
+        masked_calls(ADDITIVE, square)[name]()
     # If numeric masks are accepted, they must contain only 0 and 1.
     if "present" not in name:
         with pytest.raises(ShapeError):
-            calls(ONES, torch.ones(3, 3))[name]()
+            masked_calls(ONES, torch.ones(3, 3))[name]()
 
 
-class TestNothingLeft:
+class TestNoValidSamples:
     """Losses without valid terms are an exact 0 with gradient 0, never NaN; positives are never negatives."""
 
     def zero(self, loss, *leaves):

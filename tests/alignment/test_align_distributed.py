@@ -21,7 +21,7 @@ MADE = {
 HERE = {"image": torch.tensor([True, False, True, True, False, True, True])}
 
 
-def part(rank, values):
+def local_part(rank, values):
     """Returns the part of the seven samples in one process, or all of them."""
     return values if rank is None else values[: SIZES[0]] if rank == 0 else values[SIZES[0] :]
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
         return self.loss({name: self.encoders[name](batch[name]) for name in WIDTHS}, ids=ids, present=present)
 
 
-def scene(name, rank, wrapped=True):
+def loss_and_gradients(name, rank, wrapped=True):
     """Returns the loss and every gradient."""
     random = torch.Generator().manual_seed(1)
     total = sum(SIZES)
@@ -48,9 +48,9 @@ def scene(name, rank, wrapped=True):
     model = Model(MADE[name]()).double()
     called = DistributedDataParallel(model) if rank is not None and wrapped else model
     loss = called(
-        {n: part(rank, x) for n, x in batch.items()},
-        None if name == "info_nce" else part(rank, ids),
-        {n: part(rank, x) for n, x in HERE.items()},
+        {n: local_part(rank, x) for n, x in batch.items()},
+        None if name == "info_nce" else local_part(rank, ids),
+        {n: local_part(rank, x) for n, x in HERE.items()},
     )
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
@@ -72,7 +72,7 @@ def queries(rank):
     random = torch.Generator().manual_seed(2)
     media = torch.randn(7, 2, 5, generator=random, dtype=torch.float64)
     words = torch.randint(11, (7, 3), generator=random)
-    found = losses(part(rank, media), part(rank, words), generator=random)
+    found = losses(local_part(rank, media), local_part(rank, words), generator=random)
     if rank is not None:
         (found["contrastive"] / 1).backward()
         grads = {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
@@ -86,7 +86,7 @@ def queries(rank):
     return {"loss": found["contrastive"].detach(), **grads}
 
 
-def by_itself(rank):
+def evaluate_in_one_process(rank):
     """Evaluates in one process while the other does something else."""
     vectors = torch.eye(3, dtype=torch.float64)
     loss = (
@@ -95,8 +95,8 @@ def by_itself(rank):
     return {"loss": loss}
 
 
-SCENES = {"by_itself": by_itself} | {name: lambda rank, name=name: scene(name, rank) for name in MADE} | {
-    "alone": lambda rank: scene("siglip", rank, wrapped=False), "no_samples": no_samples, "queries": queries
+SCENES = {"by_itself": evaluate_in_one_process} | {name: lambda rank, name=name: loss_and_gradients(name, rank) for name in MADE} | {
+    "alone": lambda rank: loss_and_gradients("siglip", rank, wrapped=False), "no_samples": no_samples, "queries": queries
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     """The results of each of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
@@ -114,38 +114,40 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*MADE, "queries"])
-def test_two_processes_equal_one_on_the_whole_batch(found, name):
+def test_two_processes_equal_one_on_the_whole_batch(results, name):
     alone = SCENES[name](None)
-    for process in found:
+    for process in results:
         assert process[name].keys() == alone.keys()
         for key, value in alone.items():
             torch.testing.assert_close(process[name][key], value, **EXACT, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_scale_stays_synchronized_without_a_wrapper(found):
+def test_scale_stays_synchronized_without_a_wrapper(results):
     """The gradient of the scale is that of all samples in both processes, also without gradient averaging."""
-    alone = scene("siglip", None)
-    for process in found:
+    alone = loss_and_gradients("siglip", None)
+    for process in results:
         for key in ("loss", "loss.log_scale", "loss.bias"):
             torch.testing.assert_close(process["alone"][key], alone[key], **EXACT)
 
 
 def test_halves_of_the_batch_have_a_different_loss():
     """Otherwise, the equality above would be trivial."""
-    whole = scene("siglip", None)["loss"]
+    whole = loss_and_gradients("siglip", None)["loss"]
     for rank in range(WORLD):
         model = Model(MADE["siglip"]()).double()
         random = torch.Generator().manual_seed(1)
         batch = {n: torch.randn(7, w, generator=random, dtype=torch.float64) for n, w in WIDTHS.items()}
-        half = model({n: part(rank, x) for n, x in batch.items()}, None, {n: part(rank, x) for n, x in HERE.items()})
+        half = model(
+            {n: local_part(rank, x) for n, x in batch.items()}, None, {n: local_part(rank, x) for n, x in HERE.items()}
+        )
         assert abs(float(half.detach() - whole)) > 1e-3
 
 
-def test_modality_absent_in_all_processes_is_excluded(found):
-    for process in found:
+def test_modality_missing_in_all_processes_is_excluded(results):
+    for process in results:
         assert float(process["no_samples"]["loss"]) == 0.0
         assert float(process["no_samples"]["grad"].abs().max()) == 0.0
 
 
-def test_one_process_can_evaluate_without_gathering(found):
-    assert float(found[0]["by_itself"]["loss"]) == float(by_itself(None)["loss"]) > 1.0
+def test_one_process_can_evaluate_without_gathering(results):
+    assert float(results[0]["by_itself"]["loss"]) == float(evaluate_in_one_process(None)["loss"]) > 1.0

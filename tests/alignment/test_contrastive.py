@@ -28,30 +28,30 @@ BATCH, DIM = 7, 5
 IDS = torch.tensor([4, 9, 4, 1, 9, 4, 2])
 
 
-def units(*shape, seed=0):
+def unit_vectors(*shape, seed=0):
     random = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=random, dtype=torch.float64), dim=-1)
 
 
-A, B, C = (units(BATCH, DIM, seed=seed) for seed in range(3))
+A, B, C = (unit_vectors(BATCH, DIM, seed=seed) for seed in range(3))
 
 
-def number(value):
+def as_float(value):
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
-def close(found, wanted, tolerance=EXACT):
-    assert number(found) == pytest.approx(number(wanted), rel=tolerance["rtol"], abs=tolerance["atol"])
+def assert_close(found, wanted, tolerance=EXACT):
+    assert as_float(found) == pytest.approx(as_float(wanted), rel=tolerance["rtol"], abs=tolerance["atol"])
 
 
 def test_reference_values():
     eye = torch.eye(2, dtype=torch.float64)
     assert float(info_nce(eye, eye, scale=1.0)) == pytest.approx(0.313262, abs=1e-6)
     assert float(siglip(eye, eye, scale=10.0, bias=-10.0)) == pytest.approx(0.693193, abs=1e-6)
-    same = units(1, DIM).expand(BATCH, DIM)
-    close(info_nce(same, same, scale=37.0), math.log(BATCH))
+    same = unit_vectors(1, DIM).expand(BATCH, DIM)
+    assert_close(info_nce(same, same, scale=37.0), math.log(BATCH))
     # Initial values: one positive per row, and each negative classified with near certainty.
-    close(SigLIP().double()(eye, eye), math.log(2) + math.log1p(math.exp(-10)), SINGLE)
+    assert_close(SigLIP().double()(eye, eye), math.log(2) + math.log1p(math.exp(-10)), SINGLE)
 
 
 @pytest.mark.parametrize(
@@ -72,33 +72,33 @@ def test_info_nce(options, masked):
         **{names.get(name, name): value for name, value in options.items()},
         **{name: torch.from_numpy(mask) for name, mask in masks.items()},
     )  # fmt: skip
-    close(found, slow.info_nce(A.numpy(), B.numpy(), 3.0, **masks, **options))
+    assert_close(found, slow.info_nce(A.numpy(), B.numpy(), 3.0, **masks, **options))
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, BATCH, 100])
 @pytest.mark.parametrize("ids", [None, IDS])
 def test_siglip(tile, ids):
     found = siglip(A, B, scale=3.0, bias=-2.0, ids=ids, tile=tile)
-    close(found, slow.siglip(A.numpy(), B.numpy(), 3.0, -2.0, None if ids is None else ids.tolist()))
+    assert_close(found, slow.siglip(A.numpy(), B.numpy(), 3.0, -2.0, None if ids is None else ids.tolist()))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(BATCH)))
-def test_the_order_of_pairs_does_not_matter(order):
+def test_pair_order_does_not_matter(order):
     order = list(order)
-    close(info_nce(A[order], B[order], scale=5.0), info_nce(A, B, scale=5.0))
-    close(info_nce(B, A, scale=5.0), info_nce(A, B, scale=5.0))
-    close(siglip(A[order], B[order], scale=5.0, bias=-1.0, tile=3), siglip(A, B, scale=5.0, bias=-1.0))
+    assert_close(info_nce(A[order], B[order], scale=5.0), info_nce(A, B, scale=5.0))
+    assert_close(info_nce(B, A, scale=5.0), info_nce(A, B, scale=5.0))
+    assert_close(siglip(A[order], B[order], scale=5.0, bias=-1.0, tile=3), siglip(A, B, scale=5.0, bias=-1.0))
 
 
-def leaves(*values):
+def leaf_tensors(*values):
     return [value.clone().requires_grad_() for value in values]
 
 
 @pytest.mark.parametrize("options", [{}, {"smoothing": 0.1, "hard": 0.5}, {"positives": same_ids(IDS)}])
 def test_gradients_of_info_nce(options):
     scale = torch.tensor(2.0, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b, s: info_nce(a, b, scale=s, **options), leaves(A, B, scale))
+    assert torch.autograd.gradcheck(lambda a, b, s: info_nce(a, b, scale=s, **options), leaf_tensors(A, B, scale))
 
 
 @pytest.mark.parametrize("tile", [2, 100])
@@ -108,19 +108,19 @@ def test_gradients_of_siglip(tile):
     def loss(a, b, scale, bias):
         return siglip(a, b, scale=scale, bias=bias, ids=IDS, tile=tile)
 
-    assert torch.autograd.gradcheck(loss, leaves(A, B, *numbers))
+    assert torch.autograd.gradcheck(loss, leaf_tensors(A, B, *numbers))
     with torch.no_grad():
-        close(loss(A, B, *numbers), siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
+        assert_close(loss(A, B, *numbers), siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
     # A rectangular matrix: the rows of one process against those of all.
     part = sum_over_pairs(A[:3], B, 2.0, -1.0, IDS[:3], IDS, 2) + sum_over_pairs(A[3:], B, 2.0, -1.0, IDS[3:], IDS, 5)
-    close(part / BATCH, siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
+    assert_close(part / BATCH, siglip(A, B, scale=2.0, bias=-1.0, ids=IDS))
 
 
 def test_one_hot_vectors():
     """Gradients are summed over tiles; a missing tile would change single rows here."""
-    a, b = leaves(A, B)
+    a, b = leaf_tensors(A, B)
     siglip(a, b, scale=3.0, bias=-2.0, tile=3).backward()
-    p, q = leaves(A, B)
+    p, q = leaf_tensors(A, B)
     logits = 3.0 * p @ q.T - 2.0
     sign = 2 * torch.eye(BATCH, dtype=torch.float64) - 1
     (F.softplus(-sign * logits).sum() / BATCH).backward()
@@ -144,13 +144,13 @@ def test_half_precision_logits_are_float32(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"smoothing": 0.2}])
-def test_full_masks_change_nothing(options):
+def test_full_masks_have_no_effect(options):
     eye, none = torch.eye(BATCH, dtype=torch.bool), torch.zeros(BATCH, BATCH, dtype=torch.bool)
     plain = info_nce(A, B, scale=3.0, **options)
     for masks in ({"positives": eye}, {"ignored": none}, {"top_k": BATCH}):
-        close(info_nce(A, B, scale=3.0, **options, **masks), plain)
+        assert_close(info_nce(A, B, scale=3.0, **options, **masks), plain)
     for ids in (None, torch.arange(BATCH).flip(0)):
-        close(InfoNCE(scale=3.0, **options).double()(A, B, ids=ids), plain, SINGLE)
+        assert_close(InfoNCE(scale=3.0, **options).double()(A, B, ids=ids), plain, SINGLE)
 
 
 def test_duplicates_are_not_negatives():
@@ -163,10 +163,10 @@ def test_duplicates_are_not_negatives():
         info_nce(texts, texts, scale=50.0, ignored=twins),
         InfoNCE(scale=50.0, duplicates="ignore").double()(texts, texts, ids=IDS),
     ):
-        assert number(loss) < 1e-3
+        assert as_float(loss) < 1e-3
     partners = info_nce(A, B, scale=3.0, positives=twins)
-    close(InfoNCE(scale=3.0).double()(A, B, ids=IDS), partners, SINGLE)
-    close(partners, slow.info_nce(A.numpy(), B.numpy(), 3.0, twins.numpy()))
+    assert_close(InfoNCE(scale=3.0).double()(A, B, ids=IDS), partners, SINGLE)
+    assert_close(partners, slow.info_nce(A.numpy(), B.numpy(), 3.0, twins.numpy()))
 
 
 def test_three_modalities_form_pairs():
@@ -176,15 +176,17 @@ def test_three_modalities_form_pairs():
     terms = loss.terms(parts)
     assert terms.keys() == pairs.keys()
     for name, (a, b) in pairs.items():
-        assert number(terms[name]) == pytest.approx(slow.info_nce(a.numpy(), b.numpy(), 3.0), rel=SINGLE["rtol"])
-    close(loss(parts), sum(number(term) for term in terms.values()) / 3)
+        assert as_float(terms[name]) == pytest.approx(slow.info_nce(a.numpy(), b.numpy(), 3.0), rel=SINGLE["rtol"])
+    assert_close(loss(parts), sum(as_float(term) for term in terms.values()) / 3)
     anchored = InfoNCE(scale=3.0, anchor="text").double().terms(parts)
     assert set(anchored) == {("text", "audio"), ("text", "image")}
     for name in ("audio", "image"):
-        close(anchored["text", name], terms[name, "text"])
+        assert_close(anchored["text", name], terms[name, "text"])
     sigmoid = SigLIP(scale=3.0, bias=-2.0, tile=2).double().terms(parts)
     for name, (a, b) in pairs.items():
-        assert number(sigmoid[name]) == pytest.approx(slow.siglip(a.numpy(), b.numpy(), 3.0, -2.0), rel=SINGLE["rtol"])
+        assert as_float(sigmoid[name]) == pytest.approx(
+            slow.siglip(a.numpy(), b.numpy(), 3.0, -2.0), rel=SINGLE["rtol"]
+        )
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
@@ -193,30 +195,30 @@ def test_missing_modality_is_excluded_from_its_pairs(made):
     parts, loss = {"audio": A, "image": B, "text": C}, made().double()
     terms = loss.terms(parts, present={"image": here})
     whole = loss.terms(parts)
-    close(terms["audio", "text"], whole["audio", "text"])
-    close(terms["audio", "image"], loss(A[here], B[here]))
+    assert_close(terms["audio", "text"], whole["audio", "text"])
+    assert_close(terms["audio", "image"], loss(A[here], B[here]))
     tokens = {"audio": Tokens(A[:, None]), "image": Tokens(B[:, None], mask=here[:, None]), "text": Tokens(C[:, None])}
-    close(loss(tokens), loss(parts, present={"image": here}))
-    close(loss.penalty(Output(features=A, tokens=tokens, names=tuple(tokens))), loss(tokens))
+    assert_close(loss(tokens), loss(parts, present={"image": here}))
+    assert_close(loss.penalty(Output(features=A, tokens=tokens, names=tuple(tokens))), loss(tokens))
     values = B.clone().requires_grad_()
     without_values = loss(A, values) * 0 + loss(
         {"a": A, "b": values}, present={"b": torch.zeros(BATCH, dtype=torch.bool)}
     )
-    assert number(without_values) == 0.0
+    assert as_float(without_values) == 0.0
     without_values.backward()
     assert float(values.grad.abs().max()) == 0.0
     assert loss.terms({"a": A, "b": B}, present={"b": ~here & here}) == {}
-    assert number(loss(A[:0], B[:0])) == 0.0
+    assert as_float(loss(A[:0], B[:0])) == 0.0
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
 @pytest.mark.parametrize("there", [0.0, math.nan])
-def test_values_of_missing_modalities_affect_no_gradient(made, there):
+def test_missing_modalities_do_not_affect_gradients(made, there):
     here = torch.arange(BATCH) != 2
     values = B.clone().index_fill(0, torch.tensor([2]), there).requires_grad_()
     loss = made(widths={"a": DIM, "b": DIM}, dim=3).double()
     found = loss({"a": A, "b": values}, present={"b": here})
-    close(found, loss({"a": A[here], "b": B[here]}))
+    assert_close(found, loss({"a": A[here], "b": B[here]}))
     found.backward()
     assert float(values.grad[2].abs().max()) == 0.0
     assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
@@ -235,21 +237,21 @@ def test_gradient_scaler_prevents_underflow_in_half_precision():
 
 
 @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-def test_norms_have_no_effect_and_heads_project_to_a_common_width(made):
+def test_embeddings_are_normalized_and_projected(made):
     loss = made().double()
-    close(loss(3 * A, B), loss(A, 0.1 * B))
+    assert_close(loss(3 * A, B), loss(A, 0.1 * B))
     torch.manual_seed(0)
     loss = made(widths={"audio": 3, "image": DIM}, dim=2).double()
-    audio = units(BATCH, 3, seed=5)
+    audio = unit_vectors(BATCH, 3, seed=5)
     wanted = made().double()(audio @ loss.heads["audio"].weight.T, B @ loss.heads["image"].weight.T)
-    close(loss({"audio": audio, "image": B}), wanted)
+    assert_close(loss({"audio": audio, "image": B}), wanted)
 
 
 def test_scale_is_learned_and_clamped():
     loss = InfoNCE()
-    assert number(loss.log_scale.exp()) == pytest.approx(1 / 0.07)
+    assert as_float(loss.log_scale.exp()) == pytest.approx(1 / 0.07)
     sigmoid = SigLIP()
-    assert (number(sigmoid.log_scale), number(sigmoid.bias)) == pytest.approx((math.log(10), -10))
+    assert (as_float(sigmoid.log_scale), as_float(sigmoid.bias)) == pytest.approx((math.log(10), -10))
     loss(A, B).backward()
     sigmoid(A, B).backward()
     for parameter in (loss.log_scale, sigmoid.log_scale, sigmoid.bias):
@@ -258,13 +260,13 @@ def test_scale_is_learned_and_clamped():
         with torch.no_grad():
             made.log_scale.fill_(9.0)
         far = made(A, B)
-        assert number(made.log_scale.exp()) == pytest.approx(100.0)
+        assert as_float(made.log_scale.exp()) == pytest.approx(100.0)
         far.backward()
         assert float(made.log_scale.grad.abs()) > 0  # clamped, but still trainable
     assert not any(parameter.requires_grad for parameter in InfoNCE(learn=False).parameters())
     other = InfoNCE(scale=2.0)
     other.load_state_dict(loss.state_dict())
-    close(other(A, B), loss(A, B))
+    assert_close(other(A, B), loss(A, B))
 
 
 def test_nan_is_propagated():
@@ -284,10 +286,10 @@ def test_weights_of_hard_negatives():
     torch.testing.assert_close(hard_negative_log_weights(z, negatives, 0.0), torch.zeros_like(z), **EXACT)
     alone = hard_negative_log_weights(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool), 1.0)
     assert float(alone) == 0.0
-    close(info_nce(A[:1], B[:1], scale=2.0, hard=1.0, top_k=3), 0.0)
+    assert_close(info_nce(A[:1], B[:1], scale=2.0, hard=1.0, top_k=3), 0.0)
 
 
-def test_nearest_negatives_include_ties():
+def test_hardest_negatives_include_ties():
     logits = torch.tensor([[5.0, 2.0, 2.0, 1.0, 0.0]])
     negatives = torch.tensor([[False, True, True, True, True]])
     assert nearest_negatives(logits, negatives, 1)[0].tolist() == [False, True, True, False, False]
@@ -309,7 +311,7 @@ def test_negatives_are_sampled_by_similarity():
         assert not positives[i][draws[:, i]].any()
 
 
-def test_a_batch_of_one_has_no_negatives():
+def test_batch_of_one_has_no_negatives():
     drawn = sample_negatives(torch.zeros(1, 1))
     assert (drawn.index.tolist(), drawn.valid.tolist()) == ([0], [False])
     same = sample_negatives(torch.zeros(3, 3), torch.ones(3, 3, dtype=torch.bool))
@@ -332,8 +334,8 @@ def test_triplets(masked):
         positives[3] = False
     similarity = A @ B.T
     found = triplet_loss(similarity, positives if masked else None, margin=0.3)
-    close(found, slow.triplet(similarity.tolist(), positives.tolist(), 0.3))
-    assert torch.autograd.gradcheck(lambda s: triplet_loss(s, positives), leaves(similarity))
+    assert_close(found, slow.triplet(similarity.tolist(), positives.tolist(), 0.3))
+    assert torch.autograd.gradcheck(lambda s: triplet_loss(s, positives), leaf_tensors(similarity))
 
 
 def test_rows_without_positive_are_excluded():
@@ -341,7 +343,7 @@ def test_rows_without_positive_are_excluded():
     positives[2] = False
     losses, counted = row_losses(logits, positives, ignored=(~positives).clone().index_fill(0, torch.tensor([2]), True))
     assert counted.tolist() == [True, True, False, True, True, True, True]
-    assert number(losses[2]) == 0.0
+    assert as_float(losses[2]) == 0.0
     losses.sum().backward()
     assert float(logits.grad[2].abs().max()) == 0.0
     assert logits.grad.isfinite().all()

@@ -25,7 +25,7 @@ def resampler(seed=0, **options):
     return made
 
 
-def norm(x, layer):
+def layer_norm(x, layer):
     mean = x.mean(-1, keepdim=True)
     return (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
 
@@ -38,8 +38,8 @@ def test_resampler_formula():
         media = (frames[sample] + made.times[:3]).flatten(0, 1)
         latents = made.latents[0]
         for layer in made.layers:
-            normed = norm(latents, layer.norm_latents)
-            source = torch.cat([norm(media, layer.norm_media), normed])
+            normed = layer_norm(latents, layer.norm_latents)
+            source = torch.cat([layer_norm(media, layer.norm_media), normed])
             weights = layer.reading
             query, key, value = (
                 (x @ part.weight.T).numpy()
@@ -47,9 +47,9 @@ def test_resampler_formula():
             )
             mixed = slow.soft_attention(query, key, value, [[True] * len(source)] * LATENTS)
             latents = latents + torch.from_numpy(mixed) @ weights.out.weight.T
-            hidden = norm(latents, layer.ffn[0]) @ layer.ffn[1].weight.T
+            hidden = layer_norm(latents, layer.ffn[0]) @ layer.ffn[1].weight.T
             latents = latents + (0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))) @ layer.ffn[3].weight.T
-        torch.testing.assert_close(made(frames)[sample], norm(latents, made.norm), rtol=1e-8, atol=EXACT["rtol"])
+        torch.testing.assert_close(made(frames)[sample], layer_norm(latents, made.norm), rtol=1e-8, atol=EXACT["rtol"])
 
 
 def test_projections_have_no_bias():
@@ -129,7 +129,7 @@ def test_words_attend_to_the_last_medium_before_them():
         assert torch.equal(moved, index == medium)
 
 
-def test_words_before_any_medium_attend_to_nothing():
+def test_words_before_any_medium_have_zero_attention():
     made = gated()
     with torch.no_grad():
         made.ffn_gate.zero_()
@@ -139,7 +139,7 @@ def test_words_before_any_medium_attend_to_nothing():
     assert not torch.equal(found[0, 1], TEXT[0, 1])
 
 
-def test_against_one_word_at_a_time():
+def test_matches_word_by_word_decoding():
     made = gated()
     valid = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(3)) < 0.7
     found = made(TEXT, MEDIA, media_at=AT, valid=valid)

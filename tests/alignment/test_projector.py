@@ -41,7 +41,7 @@ def test_identity():
     assert not list(Projector(5, 5, kind="identity").parameters())
 
 
-def test_one_placeholder_for_a_medium():
+def test_single_placeholder_per_medium():
     text = torch.arange(4.0)[None, :, None].expand(1, 4, DIM)
     image = torch.tensor([10.0, 11.0])[None, :, None].expand(1, 2, DIM)
     made = splice(text, torch.tensor([[5, IMAGE, 6, 7]]), IMAGE, image)
@@ -65,7 +65,7 @@ def test_placeholders_for_single_tokens_are_replaced():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["right", "left"]))
-def test_against_a_loop(seed, side):
+def test_splice_against_a_loop(seed, side):
     random = torch.Generator().manual_seed(seed)
     batch, words, places = 3, 7, {"image": IMAGE, "audio": AUDIO}
     ids = torch.randint(5, (batch, words), generator=random)

@@ -30,7 +30,7 @@ WIDTHS = {"image": 7, "audio": 2, "depth": 3}
 LENGTHS = {"image": 5, "audio": 3, "depth": 2}
 
 
-def made(names=("image",), seed=0, **options):
+def build_qformer(names=("image",), seed=0, **options):
     torch.manual_seed(seed)
     options = {"depth": 3, "heads": 2, "queries": QUERIES, "vocabulary": VOCABULARY, "positions": 8, **options}
     model = QFormer({name: WIDTHS[name] for name in names}, dim=DIM, **options).double()
@@ -42,7 +42,7 @@ def made(names=("image",), seed=0, **options):
     return model
 
 
-def media(names=("image",), seed=1, masks=()):
+def media_tokens(names=("image",), seed=1, masks=()):
     random = torch.Generator().manual_seed(seed)
     parts = {}
     for name in names:
@@ -56,7 +56,7 @@ IDS = torch.randint(VOCABULARY, (BATCH, WORDS), generator=torch.Generator().manu
 OTHER = (IDS + 1) % VOCABULARY
 
 
-def same(one, other):
+def allclose(one, other):
     return torch.allclose(one, other, **EXACT)
 
 
@@ -76,46 +76,49 @@ def test_attention_masks():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_text_reaches_queries_only_in_matching(objective):
-    model = made()
-    one, other = (model(media(), ids, objective=objective) for ids in (IDS, OTHER))
-    assert same(one.queries, other.queries) == (objective != "matching")
-    assert not same(one.text, other.text)
-    alone = model(media()).queries
-    assert same(one.queries, alone) == (objective != "matching")
+    model = build_qformer()
+    one, other = (model(media_tokens(), ids, objective=objective) for ids in (IDS, OTHER))
+    assert allclose(one.queries, other.queries) == (objective != "matching")
+    assert not allclose(one.text, other.text)
+    alone = model(media_tokens()).queries
+    assert allclose(one.queries, alone) == (objective != "matching")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_media_reach_text_except_in_the_contrastive_task(objective):
-    model = made()
-    one, other = (model(media(seed=seed), IDS, objective=objective) for seed in (1, 3))
-    assert same(one.text, other.text) == (objective == "contrastive")
-    assert not same(one.queries, other.queries)
+    model = build_qformer()
+    one, other = (model(media_tokens(seed=seed), IDS, objective=objective) for seed in (1, 3))
+    assert allclose(one.text, other.text) == (objective == "contrastive")
+    assert not allclose(one.queries, other.queries)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_later_words_reach_earlier_words_except_in_captioning(objective):
-    model = made()
+    model = build_qformer()
     for place in range(1, WORDS):
         changed = IDS.clone()
         changed[:, place:] = OTHER[:, place:]
-        one, other = (model(media(), ids, objective=objective).text for ids in (IDS, changed))
-        assert same(one[:, :place], other[:, :place]) == (objective == "captioning")
-        assert not same(one[:, place:], other[:, place:])
+        one, other = (model(media_tokens(), ids, objective=objective).text for ids in (IDS, changed))
+        assert allclose(one[:, :place], other[:, :place]) == (objective == "captioning")
+        assert not allclose(one[:, place:], other[:, place:])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_padding_changes_nothing(objective):
-    model = made()
+def test_padding_has_no_effect(objective):
+    model = build_qformer()
     padded = torch.cat([IDS, OTHER[:, :2]], dim=1)
     mask = torch.arange(WORDS + 2).expand(BATCH, -1) < WORDS
-    one, other = model(media(), IDS, objective=objective), model(media(), padded, mask=mask, objective=objective)
+    one, other = (
+        model(media_tokens(), IDS, objective=objective),
+        model(media_tokens(), padded, mask=mask, objective=objective),
+    )
     torch.testing.assert_close(other.queries, one.queries, **EXACT)
     torch.testing.assert_close(other.text[:, :WORDS], one.text, **EXACT)
 
 
 def test_cross_attention_layers():
     for every, wanted in ((1, [1, 1, 1, 1]), (2, [1, 0, 1, 0]), (3, [1, 0, 0, 1])):
-        model = made(depth=4, every=every)
+        model = build_qformer(depth=4, every=every)
         assert [len(layer.reading) for layer in model.layers] == wanted
         assert [any("reading" in name for name, _ in layer.named_parameters()) for layer in model.layers] == [
             bool(count) for count in wanted
@@ -136,34 +139,34 @@ def test_query_mlps_are_initialized_with_the_text_mlps():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_modalities(combine, count):
     names = tuple(WIDTHS)[:count]
-    model = made(names, combine=combine)
-    whole = model(media(names), IDS, objective="matching")
+    model = build_qformer(names, combine=combine)
+    whole = model(media_tokens(names), IDS, objective="matching")
     assert whole.queries.shape == (BATCH, QUERIES, DIM)
     for name in names:
-        changed = {**media(names), name: media(names, seed=9)[name]}
-        assert not same(model(changed).queries, model(media(names)).queries)
-    order = dict(reversed(media(names).items()))
-    assert same(model(order).queries, model(media(names)).queries)
+        changed = {**media_tokens(names), name: media_tokens(names, seed=9)[name]}
+        assert not allclose(model(changed).queries, model(media_tokens(names)).queries)
+    order = dict(reversed(media_tokens(names).items()))
+    assert allclose(model(order).queries, model(media_tokens(names)).queries)
 
 
 @pytest.mark.parametrize("combine", ["sum", "concat"])
 def test_missing_modality_has_no_effect(combine):
     names = ("image", "audio")
-    model, parts = made(names, combine=combine), media(names)
+    model, parts = build_qformer(names, combine=combine), media_tokens(names)
     gone = torch.ones(BATCH, LENGTHS["audio"], dtype=torch.bool)
     gone[1] = False
     one, other = (
         model({**parts, "audio": Tokens(values, mask=gone)}).queries
-        for values in (parts["audio"].values, media(names, seed=8)["audio"].values)
+        for values in (parts["audio"].values, media_tokens(names, seed=8)["audio"].values)
     )
-    assert same(one[1], other[1])
-    assert not same(one[0], other[0])
+    assert allclose(one[1], other[1])
+    assert not allclose(one[0], other[0])
     if combine == "sum":
         with torch.no_grad():
             for name, parameter in (silent := deepcopy(model)).named_parameters():
                 if "reading.audio.out" in name:
                     parameter.zero_()
-        assert same(one[1], silent({**parts, "audio": Tokens(parts["audio"].values, mask=gone)}).queries[1])
+        assert allclose(one[1], silent({**parts, "audio": Tokens(parts["audio"].values, mask=gone)}).queries[1])
         none = Tokens(parts["image"].values, mask=torch.zeros(BATCH, LENGTHS["image"], dtype=torch.bool))
         blind = model({"image": none, "audio": Tokens(parts["audio"].values, mask=gone)}).queries
         assert blind.isfinite().all()
@@ -171,10 +174,10 @@ def test_missing_modality_has_no_effect(combine):
 
 def test_watch_records_the_cross_attention_shares():
     names = ("image", "audio")
-    model = made(names, combine="concat", depth=1)
+    model = build_qformer(names, combine="concat", depth=1)
     # The keys of the self-attention are the learned queries, which belong to no modality.
     with pytest.warns(UserWarning, match="'layers.0.attention' is not in the table"), watch(model) as seen:
-        model(media(names))
+        model(media_tokens(names))
     site = next(site for site in seen.layers if "reading" in site)
     share = seen.share(site)
     assert share.shape == (BATCH, 2, 2)
@@ -192,7 +195,7 @@ def test_against_transformers():
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs, ours = Blip2QFormerModel(config).double().eval(), made()
+    theirs, ours = Blip2QFormerModel(config).double().eval(), build_qformer()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.5)
@@ -218,7 +221,7 @@ def test_against_transformers():
     assert {name for name in state if name.startswith(("layers", "norm"))} == set(copied)
     assert {name for name in source if "position_ids" not in name} == set(copied.values())
     ours.load_state_dict({**state, **{mine: source[its] for mine, its in copied.items()}})
-    image = media()["image"].values
+    image = media_tokens()["image"].values
     hidden = torch.cat([ours.queries.expand(BATCH, -1, -1), ours._embed_words(IDS, BATCH)], dim=1)
     for ids in (IDS, None):
         found = ours(image, ids, objective="matching")
@@ -231,7 +234,7 @@ def test_against_transformers():
             torch.testing.assert_close(found.text, wanted[:, QUERIES:], rtol=EXACT["rtol"], atol=EXACT["rtol"])
 
 
-def test_cross_attention_against_attend():
+def test_cross_attention_matches_attend():
     torch.manual_seed(0)
     layer = CrossWidthAttention(4, 3, heads=1).double()
     tokens, source = torch.randn(1, 2, 4).double(), torch.randn(1, 5, 3).double()
@@ -254,24 +257,24 @@ def test_similarity_is_the_maximum_over_queries():
             assert float(query_similarity(queries, text)[i, j]) == pytest.approx(wanted, rel=EXACT["rtol"])
 
 
-def objectives(**options):
+def build_losses(**options):
     torch.manual_seed(5)
-    return QFormerLosses(made(depth=2), embed=3, **options).double()
+    return QFormerLosses(build_qformer(depth=2), embed=3, **options).double()
 
 
-def test_the_three_losses():
-    losses = objectives(smoothing=0.1, bos=10)
+def test_three_losses_against_loops():
+    losses = build_losses(smoothing=0.1, bos=10)
     random = torch.Generator().manual_seed(4)
-    found = losses(media(), IDS, generator=random)
-    queries, text = losses.embed(media(), IDS)
+    found = losses(media_tokens(), IDS, generator=random)
+    queries, text = losses.embed(media_tokens(), IDS)
     logits = (query_similarity(queries, text) / losses.temperature).detach()
     eye = torch.eye(BATCH, dtype=torch.bool).numpy()
     wanted = [slow.directed_info_nce(z.numpy(), eye, smoothing=0.1) for z in (logits, logits.T)]
     assert float(found["contrastive"].detach()) == pytest.approx(sum(wanted) / 2, rel=EXACT["rtol"])
     pairs = matching_pairs(logits, generator=torch.Generator().manual_seed(4))
-    match_logits = losses.match({"image": Tokens(media()["image"].values[pairs.a])}, IDS[pairs.b])
+    match_logits = losses.match({"image": Tokens(media_tokens()["image"].values[pairs.a])}, IDS[pairs.b])
     torch.testing.assert_close(found["matching"], matching_loss(match_logits, pairs.label), **EXACT)
-    words = losses.caption(media(), torch.cat([torch.full((BATCH, 1), 10), IDS[:, 1:]], dim=1)).detach()
+    words = losses.caption(media_tokens(), torch.cat([torch.full((BATCH, 1), 10), IDS[:, 1:]], dim=1)).detach()
     assert float(found["captioning"].detach()) == pytest.approx(
         slow.captioning(words.tolist(), IDS.tolist()), rel=EXACT["rtol"]
     )
@@ -280,29 +283,29 @@ def test_the_three_losses():
 
 
 def test_losses_of_one_pair_and_of_duplicates():
-    losses = objectives(smoothing=0.0)
-    one = losses({"image": Tokens(media()["image"].values[:1])}, IDS[:1])
+    losses = build_losses(smoothing=0.0)
+    one = losses({"image": Tokens(media_tokens()["image"].values[:1])}, IDS[:1])
     assert float(one["contrastive"].detach()) == pytest.approx(0.0, abs=EXACT["rtol"])
     assert float(one["matching"].detach()) == 0.0
     assert float(one["captioning"].detach()) > 0
-    twins = losses(media(), IDS, ids=torch.tensor([4, 4, 4]))
+    twins = losses(media_tokens(), IDS, ids=torch.tensor([4, 4, 4]))
     assert float(twins["matching"].detach()) == 0.0
-    masked = losses(media(), IDS, mask=torch.arange(WORDS).expand(BATCH, -1) < 1)
+    masked = losses(media_tokens(), IDS, mask=torch.arange(WORDS).expand(BATCH, -1) < 1)
     assert float(masked["captioning"].detach()) == 0.0
 
 
 def test_captions_are_causal():
-    losses = objectives()
+    losses = build_losses()
     changed = IDS.clone()
     changed[:, 3:] = OTHER[:, 3:]
-    one, other = losses.caption(media(), IDS), losses.caption(media(), changed)
+    one, other = losses.caption(media_tokens(), IDS), losses.caption(media_tokens(), changed)
     torch.testing.assert_close(one[:, :3], other[:, :3], **EXACT)
-    assert not same(one[:, 3:], other[:, 3:])
+    assert not allclose(one[:, 3:], other[:, 3:])
 
 
 def test_training_decreases_all_losses():
-    losses = objectives()
-    parts, random = media(), torch.Generator().manual_seed(0)
+    losses = build_losses()
+    parts, random = media_tokens(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(losses.parameters(), lr=0.02)
     history = []
     for _ in range(60):
@@ -317,12 +320,12 @@ def test_training_decreases_all_losses():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_nothing(dropout):
-    model, found = made(dropout=dropout), []
+def test_activation_checkpointing_has_no_effect(dropout):
+    model, found = build_qformer(dropout=dropout), []
     for checkpointed in (False, True):
         model.zero_grad()
         torch.manual_seed(7)
-        image = media()["image"].values.requires_grad_()
+        image = media_tokens()["image"].values.requires_grad_()
         if checkpointed:
             queries = checkpoint(model, image, IDS, objective="matching", use_reentrant=False).queries
         else:
@@ -389,35 +392,35 @@ def test_caption_labels():
 
 
 def test_errors():
-    model = made()
+    model = build_qformer()
     with pytest.raises(ConfigError, match="QFormer: expected depth, queries and every >= 1, got 0, 4 and 2"):
-        made(depth=0)
+        build_qformer(depth=0)
     with pytest.raises(ConfigError, match="a known way to combine, got 'mean'"):
-        made(combine="mean")
+        build_qformer(combine="mean")
     with pytest.raises(ConfigError, match="QFormer: expected at least one modality"):
         QFormer({})
     with pytest.raises(ConfigError, match=r"expected media by name: image, audio, got Tensor"):
-        made(("image", "audio"))(media()["image"].values)
+        build_qformer(("image", "audio"))(media_tokens()["image"].values)
     with pytest.raises(ConfigError, match=r"expected media \['audio', 'image'\], got \['image'\]. Mask missing media"):
-        made(("image", "audio"))(media())
+        build_qformer(("image", "audio"))(media_tokens())
     with pytest.raises(ShapeError, match="QFormer 'image': expected width = 7, got 2"):
-        model(media(("audio",))["audio"])
+        model(media_tokens(("audio",))["audio"])
     with pytest.raises(ShapeError, match=r"QFormer 'image': expected \(batch, token, dim\), got shape \(3, 7\)"):
         model(torch.zeros(3, 7))
     with pytest.raises(ShapeError, match=r"QFormer input_ids: .*\(3, at most 8\), got \(2, 5\)"):
-        model(media(), IDS[:2])
+        model(media_tokens(), IDS[:2])
     with pytest.raises(ShapeError, match=r"QFormer input_ids: .*\(3, at most 8\), got \(3, 10\)"):
-        model(media(), IDS.repeat(1, 2))
+        model(media_tokens(), IDS.repeat(1, 2))
     with pytest.raises(ShapeError, match=r"QFormer mask: expected a boolean mask .*torch.int64"):
-        model(media(), IDS, mask=IDS)
+        model(media_tokens(), IDS, mask=IDS)
     with pytest.raises(ConfigError, match="a known objective, got 'itc'"):
-        model(media(), IDS, objective="itc")
-    silent = made(vocabulary=None)
+        model(media_tokens(), IDS, objective="itc")
+    silent = build_qformer(vocabulary=None)
     with pytest.raises(ConfigError, match="QFormer: expected no text, since vocabulary=None, got input_ids"):
-        silent(media(), IDS)
+        silent(media_tokens(), IDS)
     with pytest.raises(ConfigError, match="QFormer: expected a vocabulary, for text"):
         QFormerLosses(silent)
     with pytest.raises(ConfigError, match=r"expected temperature in \[0.001, 0.5\], got 0.0"):
-        objectives(temperature=0.0)
+        build_losses(temperature=0.0)
     with pytest.raises(ShapeError, match=r"QFormerLosses ids: expected \(batch,\) = \(3,\)"):
-        objectives()(media(), IDS, ids=IDS[:2, 0])
+        build_losses()(media_tokens(), IDS, ids=IDS[:2, 0])

@@ -32,7 +32,7 @@ from oracles import align as slow
 EXACT = TOL[torch.float64]
 
 
-def scene(seed, queries=4, items=5, levels=3):
+def tied_similarities(seed, queries=4, items=5, levels=3):
     """Returns similarities with many ties and the relevant items; the last query has no relevant item."""
     random = torch.Generator().manual_seed(seed)
     similarity = torch.randint(levels, (queries, items), generator=random).double()
@@ -50,7 +50,7 @@ def mean(values):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(TIES), st.integers(1, 3), st.sampled_from([3, 4]))
 def test_all_metrics_are_means_over_all_orders_of_ties(seed, ties, levels, queries):
-    similarity, relevant = scene(seed, queries, levels=levels)
+    similarity, relevant = tied_similarities(seed, queries, levels=levels)
     rows = [(row, true) for row, true in zip(similarity.tolist(), relevant.tolist(), strict=True) if any(true)]
     orders = [slow.orders(row, true, ties) for row, true in rows]
     first = [[slow.rank_of_first(order) for order in each] for each in orders]
@@ -74,7 +74,7 @@ def test_all_metrics_are_means_over_all_orders_of_ties(seed, ties, levels, queri
 
 
 @pytest.mark.parametrize(("items", "k"), [(4, 1), (4, 3), (10, 5), (10, 6), (19, 10)])
-def test_constant_model_is_at_chance(items, k):
+def test_constant_model_scores_at_chance(items, k):
     same = torch.zeros(items, items)
     assert recall_at_k(same, k) == pytest.approx(k / items)
     assert (recall_at_k(same, 1, ties="optimistic"), recall_at_k(same, items - 1, ties="pessimistic")) == (1.0, 0.0)
@@ -97,7 +97,7 @@ def test_equal_captions_share_the_first_rank():
     assert found_within(scores, 1).tolist() == [1.0, 0.5, 1.0, 1.0]
 
 
-def test_the_median_of_many_tied_queries():
+def test_median_rank_of_tied_queries():
     queries, items = 301, 200
     scores = torch.zeros(queries, items)
     relevant = torch.zeros_like(scores, dtype=torch.bool)
@@ -130,14 +130,14 @@ def test_one_relevant_item_makes_precision_the_reciprocal_rank():
 def test_average_precision_equals_scikit_learn_without_ties():
     from sklearn.metrics import average_precision_score
 
-    relevant = scene(3, 7, 11)[1][:-1]
+    relevant = tied_similarities(3, 7, 11)[1][:-1]
     similarity = torch.randn(relevant.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = np.mean([average_precision_score(y, s) for y, s in zip(relevant.numpy(), similarity.numpy(), strict=True)])
     assert mean_average_precision(similarity, relevant=relevant) == pytest.approx(wanted)
 
 
 def test_both_directions_and_chance():
-    similarity, relevant = scene(5, 7, 11, levels=50)
+    similarity, relevant = tied_similarities(5, 7, 11, levels=50)
     there, back = retrieval(similarity, relevant=relevant, k=(1, 3))
     for found, matrix, mask in ((there, similarity, relevant), (back, similarity.mT, relevant.mT)):
         assert found.recall == {k: recall_at_k(matrix, k, relevant=mask) for k in (1, 3)}
@@ -176,7 +176,7 @@ def test_winoground(ties):
     assert winoground(every, ties=ties)._asdict() == pytest.approx(CHANCE)
 
 
-def test_winoground_of_a_constant_model_is_at_chance():
+def test_winoground_of_constant_model_is_at_chance():
     assert winoground(torch.zeros(1, 2, 2))._asdict() == pytest.approx(CHANCE)
     # The paper counts equal scores as wrong.
     assert winoground(torch.zeros(1, 2, 2), ties="pessimistic") == (0.0, 0.0, 0.0)
@@ -245,7 +245,7 @@ def test_mutual_neighbors():
     assert mutual_knn(a, 5 * a, k=2) == 1.0
 
 
-def test_tied_neighbors_are_expectations():
+def test_tied_neighbors_use_expected_values():
     collapsed, (a, _) = torch.ones(11, 3), clouds(count=11)
     for other in (collapsed, a):
         assert mutual_knn(collapsed, other, k=3) == pytest.approx(3 / 10)

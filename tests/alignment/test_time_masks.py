@@ -28,7 +28,7 @@ KEY = torch.tensor([[0.5, 1.75, 2.0, 5.0, 5.5, 6.0, 2.5], [3.0, 3.0, 4.0, 4.0, 2
 VALID = torch.tensor([[True] * 5 + [False] * 2, [False, True, True, False, True, True, True]])
 
 
-def loop(allowed, empty, valid=None):
+def loop_mask(allowed, empty, valid=None):
     """Computes the rows of the mask in loops."""
     rows = []
     for b in range(2):
@@ -48,11 +48,11 @@ def loop(allowed, empty, valid=None):
 def test_windows(empty, valid, lag):
     for width in (0.0, 0.5, 2.0):
         found = time_window(QUERY, KEY, width=width, lag=lag, valid=valid, empty=empty)
-        wanted = loop(lambda t, s, width=width: (abs(t - s - lag) <= width, abs(t - s - lag)), empty, valid)
+        wanted = loop_mask(lambda t, s, width=width: (abs(t - s - lag) <= width, abs(t - s - lag)), empty, valid)
         assert torch.equal(found, wanted)
     for slack in (0.0, 1.0):
         found = time_causal(QUERY, KEY, slack=slack, lag=lag, valid=valid, empty=empty)
-        wanted = loop(lambda t, s, slack=slack: (s <= t - lag + slack, s - t + lag), empty, valid)
+        wanted = loop_mask(lambda t, s, slack=slack: (s <= t - lag + slack, s - t + lag), empty, valid)
         assert torch.equal(found, wanted)
 
 
@@ -102,14 +102,14 @@ def test_gradients_of_width_and_lag():
     assert lag.grad.isfinite()
 
 
-def heads(seed, count, dtype=torch.float64):
+def random_heads(seed, count, dtype=torch.float64):
     return torch.randn(2, 3, count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(-1e6, 1e6), st.sampled_from([1.0, 0.04]))
-def test_only_differences_of_times_matter(shift, unit):
-    query, key = heads(0, 5), heads(1, 7)
+def test_masks_depend_on_time_differences_only(shift, unit):
+    query, key = random_heads(0, 5), random_heads(1, 7)
 
     def logits(by):
         turned = (rotate_by_time(x, times + by, unit=unit) for x, times in ((query, QUERY), (key, KEY)))
@@ -120,7 +120,7 @@ def test_only_differences_of_times_matter(shift, unit):
 
 
 def test_rotation_by_pairs_of_features():
-    x = heads(0, 5)
+    x = random_heads(0, 5)
     found = rotate_by_time(x, QUERY, theta=100.0, unit=2.0)
     for b in range(2):
         for i in range(5):
@@ -136,7 +136,7 @@ def test_rotation_by_pairs_of_features():
 
 def test_unix_times_in_single_precision():
     """Times need float64, values do not."""
-    query, key = heads(0, 5, torch.float32), heads(1, 7, torch.float32)
+    query, key = random_heads(0, 5, torch.float32), random_heads(1, 7, torch.float32)
     found = [
         torch.einsum("bhqd,bhkd->bhqk", rotate_by_time(query, QUERY + by), rotate_by_time(key, KEY + by))
         for by in (0.0, 1.7e9)
@@ -144,7 +144,7 @@ def test_unix_times_in_single_precision():
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-def parts():
+def build_tokens():
     return {
         "sound": Tokens(torch.zeros(2, 5, 3, dtype=torch.float64), times=QUERY),
         "picture": Tokens(torch.zeros(2, 7, 3, dtype=torch.float64), times=KEY),
@@ -153,7 +153,7 @@ def parts():
 
 @pytest.mark.parametrize("kind", ["gaussian", "linear"])
 def test_lags_of_pairs(kind):
-    bias, both = TimeBias(("sound", "picture"), kind=kind, width=0.8).double(), parts()
+    bias, both = TimeBias(("sound", "picture"), kind=kind, width=0.8).double(), build_tokens()
     plain = time_bias(QUERY, KEY, kind=kind, width=0.8)
     torch.testing.assert_close(bias(*both.values(), *both), plain, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_learning_can_be_disabled():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
-def test_warping(rows, columns, seed):
+def test_dynamic_time_warping(rows, columns, seed):
     cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found, path = float(dtw_cost(cost)), dtw_path(cost)
     assert found == pytest.approx(slow.warping(cost.tolist()), rel=EXACT["rtol"])
@@ -207,7 +207,7 @@ def test_warping(rows, columns, seed):
     assert (steps.sum(dim=1) >= 1).all()
 
 
-def test_soft_warping():
+def test_soft_dynamic_time_warping():
     cost = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hard = dtw_cost(cost)
     assert hard.shape == (2,)
@@ -245,7 +245,7 @@ def test_errors():
         TimeBias(())
     with pytest.raises(ConfigError, match="TimeBias: expected a known kind"):
         TimeBias(("a",), kind="cubic")
-    bias, (sound, picture) = TimeBias(("sound", "picture")), parts().values()
+    bias, (sound, picture) = TimeBias(("sound", "picture")), build_tokens().values()
     with pytest.raises(ConfigError, match=r"TimeBias: expected a known modality, got 'soun'. Did you mean 'sound'"):
         bias(sound, picture, "soun", "picture")
     with pytest.raises(ConfigError, match="TimeBias: expected names, or packed tokens with labels, got neither"):

@@ -17,7 +17,7 @@ DIM, NAMES = 8, ("sound", "picture", "text")
 TIMES = {"sound": [0.0, 0.5, 1.0, 7.0], "picture": [0.25, 2.0, 3.0], "text": [5.0, 0.75]}
 
 
-def parts(names=NAMES[:2], shift=0.0, masks=()):
+def build_tokens(names=NAMES[:2], shift=0.0, masks=()):
     made = {}
     for seed, name in enumerate(names):
         random = torch.Generator().manual_seed(seed)
@@ -29,7 +29,7 @@ def parts(names=NAMES[:2], shift=0.0, masks=()):
     return made
 
 
-def layer(names=NAMES[:2], seed=0, **options):
+def build_layer(names=NAMES[:2], seed=0, **options):
     torch.manual_seed(seed)
     made = TimedAttention(DIM, 2, names=names, **options).double()
     if made.bias is not None:
@@ -39,12 +39,12 @@ def layer(names=NAMES[:2], seed=0, **options):
 
 
 def test_without_times_equals_attention():
-    made, (sound, picture) = layer(bias=None), parts().values()
+    made, (sound, picture) = build_layer(bias=None), build_tokens().values()
     plain = Attention(DIM, 2).double()
     plain.load_state_dict(made.state_dict())
     wanted = plain(sound.values, picture.values).output
     torch.testing.assert_close(made(sound, picture).output, wanted, **EXACT)
-    masked = parts(masks=("picture",))["picture"]
+    masked = build_tokens(masks=("picture",))["picture"]
     wanted = plain(sound.values, picture.values, mask=masked.mask).output
     torch.testing.assert_close(made(sound, masked).output, wanted, **EXACT)
 
@@ -53,8 +53,8 @@ def test_without_times_equals_attention():
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_formula(rotate, causal):
-    made = layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
-    sound, picture = parts(masks=("picture",)).values()
+    made = build_layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
+    sound, picture = build_tokens(masks=("picture",)).values()
     found = made(sound, picture, "sound", "picture").output
     lag = float(made.bias.lag("sound", "picture"))
     width = float(made.bias.log_widths[0, 1].exp())
@@ -89,17 +89,17 @@ def test_formula(rotate, causal):
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": "linear", "window": 2.0}, {"rotate": True, "causal": True}])
-def test_only_differences_of_times_matter(options):
-    made = layer(**options)
-    found = [made(*parts(shift=shift).values(), "sound", "picture").output for shift in (0.0, 1000.0)]
+def test_output_depends_on_time_differences_only(options):
+    made = build_layer(**options)
+    found = [made(*build_tokens(shift=shift).values(), "sound", "picture").output for shift in (0.0, 1000.0)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
 
 
 @torch.no_grad()
 def test_causal_by_time():
-    sound, picture = parts().values()
+    sound, picture = build_tokens().values()
     for options in ({}, {"window": 0.1}):
-        made = layer(bias=None, causal=True, **options)
+        made = build_layer(bias=None, causal=True, **options)
         for place in range(3):
             values = picture.values.clone()
             values[:, place] += 1.0
@@ -110,20 +110,20 @@ def test_causal_by_time():
                 assert (moved.abs().amax(dim=-1) > 0).equal(~ahead)
 
 
-def test_an_empty_window():
-    made, (sound, picture) = layer(bias=None, window=0.3), parts().values()
+def test_empty_window():
+    made, (sound, picture) = build_layer(bias=None, window=0.3), build_tokens().values()
     nearest = (sound.times[:, :, None] - picture.times[:, None]).abs().argmin(dim=2)
     found = made(sound, picture).output
     wanted = made.out(made.value(picture.values))
     torch.testing.assert_close(found[0, 3], wanted[0, nearest[0, 3]], **EXACT)
-    nothing = layer(bias=None, window=0.3, empty="zero")(sound, picture).output
+    nothing = build_layer(bias=None, window=0.3, empty="zero")(sound, picture).output
     torch.testing.assert_close(nothing[0, 3], made.out.bias, **EXACT)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_packed_tokens_of_any_number_of_modalities(count):
     names = NAMES[:count]
-    made, both = layer(names, window=1.0), parts(names)
+    made, both = build_layer(names, window=1.0), build_tokens(names)
     packed = pack(both, cls=torch.ones(DIM, dtype=torch.float64))
     found = made(packed)
     assert found.output.shape == packed.values.shape
@@ -132,14 +132,14 @@ def test_packed_tokens_of_any_number_of_modalities(count):
         made(packed)
     torch.testing.assert_close(seen.share(seen.layers[0]), found.share.mean(dim=2).to(torch.float32), **SINGLE)
     # The class token attends to all tokens, regardless of its time.
-    far = pack(parts(names, shift=100.0), cls=torch.ones(DIM, dtype=torch.float64))
+    far = pack(build_tokens(names, shift=100.0), cls=torch.ones(DIM, dtype=torch.float64))
     torch.testing.assert_close(made(far).output, found.output, rtol=1e-8, atol=1e-8)
-    masked = pack(parts(names, masks=names))
+    masked = pack(build_tokens(names, masks=names))
     assert made(masked).output.isfinite().all()
 
 
 def test_gradients_reach_lag_and_width():
-    made, (sound, picture) = layer(window=2.0), parts().values()
+    made, (sound, picture) = build_layer(window=2.0), build_tokens().values()
     made(sound, picture, "sound", "picture").output.square().sum().backward()
     assert float(made.bias.lags.grad[0, 1].abs()) > 0
     assert float(made.bias.log_widths.grad[0, 1].abs()) > 0
@@ -147,17 +147,17 @@ def test_gradients_reach_lag_and_width():
 
 
 def test_errors():
-    sound, picture = parts().values()
+    sound, picture = build_tokens().values()
     with pytest.raises(ConfigError, match=r"TimedAttention: expected window >= 0 seconds or None, got -1.0"):
-        layer(window=-1.0)
+        build_layer(window=-1.0)
     with pytest.raises(ConfigError, match="TimedAttention: expected names, for the lags of the bias, got none"):
         TimedAttention(DIM)
     with pytest.raises(ConfigError, match="TimedAttention: expected a known treatment of empty windows, got 'mean'"):
-        layer(empty="mean")
+        build_layer(empty="mean")
     with pytest.raises(ShapeError, match=r"TimedAttention: expected tokens with times, dim = 8, got dim = 8, no times"):
-        layer()(Tokens(sound.values), picture, "sound", "picture")
+        build_layer()(Tokens(sound.values), picture, "sound", "picture")
     with pytest.raises(ShapeError, match=r"TimedAttention: expected tokens with times, dim = 8, got dim = 3, times"):
-        layer()(sound, Tokens(picture.values[..., :3], times=picture.times), "sound", "picture")
+        build_layer()(sound, Tokens(picture.values[..., :3], times=picture.times), "sound", "picture")
     with pytest.raises(ShapeError, match=r"rotate_by_time: expected .* with an even dim"):
         TimedAttention(6, 2, bias=None, rotate=True)(
             *(Tokens(x.values[..., :6].float(), times=x.times) for x in (sound, picture))

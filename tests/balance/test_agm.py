@@ -25,7 +25,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(names=("audio", "image"), *, make=fused, alpha=0.1, clip=math.inf, **options):
+def build(names=("audio", "image"), *, make=fused, alpha=0.1, clip=math.inf, **options):
     made = make(names, **options)
     balancer = eq.balance.AGM(made, alpha=alpha, clip=clip)
     return made, balancer, eq.BalancerList(made, [balancer])
@@ -70,7 +70,7 @@ def test_exponent_is_clamped_at_seven():
     assert float(found[0]) == 0.0
 
 
-def test_modality_with_larger_lead_than_usual_gets_smaller_gradients():
+def test_leading_modality_gets_smaller_gradients():
     found = coefficients(doubles(0.5, 2), doubles(1, 1), torch.tensor([True, True]), alpha=0.1)
     assert float(found[0]) < 1 < float(found[1])
 
@@ -92,7 +92,7 @@ def test_coefficients_equal_the_oracle(now, usual, number, here, alpha):
 @pytest.mark.parametrize("make", [fused, static])
 def test_steps_equal_the_oracle(number, task, make):
     names = NAMES[:number]
-    made, _, balancing = attached(names, make=make, task=task, alpha=0.5)
+    made, _, balancing = build(names, make=make, task=task, alpha=0.5)
     history = []
     for seed in range(3):
         inputs = batch_for(task, names, size=7, seed=seed, missing=("image",))
@@ -120,8 +120,8 @@ def test_shapley_response_of_additive_logits_is_the_contribution_without_bias():
         torch.testing.assert_close(torch.tensor(response, dtype=torch.float64), expected.detach(), **EXACT)
 
 
-def test_first_step_changes_nothing():
-    made, _, balancing = attached()
+def test_first_step_applies_no_scaling():
+    made, _, balancing = build()
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
     assert all(torch.equal(found[key], plain[key]) for key in plain)
     assert balancing.end_epoch() == {"scale/audio": 1.0, "scale/image": 1.0}
@@ -132,15 +132,15 @@ def test_first_step_changes_nothing():
 def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
     whole, found = batch(size=12, missing=missing), []
     for sizes in ((12,), (5, 3, 4)):
-        made, _, balancing = attached(unimodal="none")
+        made, _, balancing = build(unimodal="none")
         step(made, balancing, batch(seed=5))
         found.append(step(made, balancing, *slices(whole, *sizes)))
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, **EXACT)
 
 
-def test_modality_without_samples_has_no_effect():
-    made, balancer, balancing = attached(NAMES[:3])
+def test_modality_missing_from_all_samples_has_no_effect():
+    made, balancer, balancing = build(NAMES[:3])
     step(made, balancing, batch(NAMES[:3]))
     before = balancer.usual.clone()
     step(made, balancing, {**batch(NAMES[:3], seed=1), "text": None})
@@ -149,9 +149,9 @@ def test_modality_without_samples_has_no_effect():
     assert not torch.equal(balancer.usual[:2], before[:2])
 
 
-def test_dropout_is_off_during_evaluation_of_subsets():
+def test_dropout_is_off_for_subset_evaluation():
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.5, cls_std=1.0)
-    made, balancer, balancing = attached(fusion=fusion)
+    made, balancer, balancing = build(fusion=fusion)
     output, target = made.train()(batch()), batch()["target"]
     balancing.loss(output, target).backward()
     state = torch.get_rng_state()
@@ -163,7 +163,7 @@ def test_dropout_is_off_during_evaluation_of_subsets():
 
 def test_after_autocast():
     """Under autocast tokens are half precision, the fusion's weights are not."""
-    made, balancer, balancing = attached(dtype=torch.float32)
+    made, balancer, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = balancing.loss(made(inputs), inputs["target"])
@@ -177,8 +177,8 @@ def total_norm(found):
     return math.sqrt(sum(float(gradient.square().sum()) for gradient in found.values()))
 
 
-def test_large_gradients_of_the_head_clip_all():
-    made, _, _ = attached()
+def test_large_head_gradients_clip_all_gradients():
+    made, _, _ = build()
     plain = step(made, eq.BalancerList(made), batch())
     largest = max(float(plain[f"head.{part}"].abs().max()) for part in ("weight", "bias"))
     assert total_norm(plain) > largest > 0.02
@@ -192,8 +192,8 @@ def test_large_gradients_of_the_head_clip_all():
         assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
-def test_frozen_head_clips_nothing():
-    made, _, balancing = attached(clip=1e-6)
+def test_frozen_head_disables_clipping():
+    made, _, balancing = build(clip=1e-6)
     made.head.requires_grad_(False)
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
     assert all(torch.equal(found[key], plain[key]) for key in plain)

@@ -22,33 +22,33 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def advanced(made, progress, **options):
+def build_at_progress(made, progress, **options):
     """Returns an AMCo at this progress of its curriculum."""
     balancer = eq.balance.AMCo(made, **options)
     balancer.progress.fill_(progress)
     return balancer
 
 
-def loud(made, name, factor=99.0):
+def amplify_modality(made, name, factor=99.0):
     """Increases one modality's logits."""
     with torch.no_grad():
         made.head.weight.chunk(len(made.names), dim=1)[made.names.index(name)].mul_(factor)
 
 
-def parts_of(made, balancer, inputs):
+def modality_parts(made, balancer, inputs):
     output = made(inputs)
     found = made.fusion.contributions(output, made.head.head)
     return [rows(found[name]) for name in made.names]
 
 
-def test_worked_curriculum():
+def test_curriculum_worked_example():
     assert hidden_part(0.0, 0.3) == 0
     assert hidden_part(0.1, 0.3) == pytest.approx(0.5)
     assert hidden_part(0.15, 0.3) == pytest.approx(math.sqrt(0.5))
     assert hidden_part(0.3, 0.3) == hidden_part(7.0, 0.3) == 1
 
 
-def test_progress_grows_in_each_step_in_proportion_to_the_epoch():
+def test_progress_per_step_is_proportional_to_epoch():
     balancer, logs = eq.balance.AMCo(static(), rate=0.01), []
     for _ in range(3):
         for _ in range(4):
@@ -58,11 +58,11 @@ def test_progress_grows_in_each_step_in_proportion_to_the_epoch():
     assert logs == pytest.approx([0, hidden_part(0.04, 0.3), hidden_part(0.12, 0.3)])
 
 
-def test_the_number_of_hidden_classes_is_rounded_down_and_they_change_with_the_step():
+def test_masked_class_count_is_rounded_down_and_classes_vary_by_step():
     made = static(outputs=7)
     for progress, number in ((0.0, 0), (0.1, 3), (0.29, 6), (0.3, 7)):
-        assert int(advanced(made, progress).masked_classes().sum()) == number
-    balancer, drawn = advanced(made, 0.1), []
+        assert int(build_at_progress(made, progress).masked_classes().sum()) == number
+    balancer, drawn = build_at_progress(made, 0.1), []
     state = torch.get_rng_state()
     for _ in range(9):
         drawn.append(tuple(rows(balancer.masked_classes())))
@@ -70,7 +70,7 @@ def test_the_number_of_hidden_classes_is_rounded_down_and_they_change_with_the_s
         balancer.before_step()
     assert len(set(drawn)) > 3
     assert torch.equal(torch.get_rng_state(), state)
-    assert drawn[0] != tuple(rows(advanced(made, 0.1, seed=1).masked_classes()))
+    assert drawn[0] != tuple(rows(build_at_progress(made, 0.1, seed=1).masked_classes()))
 
 
 def test_masses_equal_the_oracle():
@@ -88,15 +88,15 @@ def test_masses_equal_the_oracle():
 
 @pytest.mark.parametrize("dominant", ["audio", "image", None])
 @pytest.mark.parametrize("progress", [0.0, 0.15, 0.3])
-def test_the_loss_equals_the_oracle(dominant, progress):
+def test_loss_equals_the_oracle(dominant, progress):
     made, inputs = static(), batch(size=7)
     if dominant:
-        loud(made, dominant)
-    balancer = advanced(made, progress, sigma=0.7)
+        amplify_modality(made, dominant)
+    balancer = build_at_progress(made, progress, sigma=0.7)
     with torch.no_grad():
         made.head.mix.weight.normal_(generator=torch.Generator().manual_seed(5))
         made.head.mix.bias.normal_(generator=torch.Generator().manual_seed(6))
-    parts = parts_of(made, balancer, inputs)
+    parts = modality_parts(made, balancer, inputs)
     mass = [sum(mass_of([p[i] for p in parts])[m] for i in range(7)) / 7 for m in range(2)]
     assert [m > 0.7 for m in mass] == [name == dominant for name in made.names]
     hidden = [c for c, hides in enumerate(rows(balancer.masked_classes())) if hides]
@@ -108,7 +108,7 @@ def test_the_loss_equals_the_oracle(dominant, progress):
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
-def test_the_head_changes_nothing_at_first_and_then_learns(fusion):
+def test_head_starts_as_identity_and_learns(fusion):
     made, plain, inputs = (*(static(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
     state = torch.get_rng_state()
     balancing = eq.BalancerList(made, [eq.balance.AMCo(made)])
@@ -126,8 +126,8 @@ def test_the_head_changes_nothing_at_first_and_then_learns(fusion):
 
 def test_masked_modality_is_trained_by_its_unimodal_loss_only():
     made, inputs = static(unimodal="none"), batch(size=7)
-    loud(made, "audio")
-    balancer = advanced(made, 0.3)
+    amplify_modality(made, "audio")
+    balancer = build_at_progress(made, 0.3)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     output = made(inputs)
     own = made.loss(made.fusion.contributions(output, made.head.head)["audio"], inputs["target"])
@@ -135,11 +135,11 @@ def test_masked_modality_is_trained_by_its_unimodal_loss_only():
     torch.testing.assert_close(found["encoders.audio.weight"], expected, **EXACT)
 
 
-def test_samples_with_one_modality_do_not_affect_dominance():
+def test_unimodal_samples_do_not_affect_dominance():
     made, whole = static(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
-    loud(made, "image")
-    balancer = advanced(made, 0.3)
+    amplify_modality(made, "image")
+    balancer = build_at_progress(made, 0.3)
     output = made(whole)
     parts = torch.stack(list(made.fusion.contributions(output, made.head.head).values())).detach()
     counted = torch.stack([torch.ones_like(here), here])
@@ -154,11 +154,11 @@ def test_samples_with_one_modality_do_not_affect_dominance():
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("number", [2, 3])
-def test_every_task(task, number):
+def test_all_tasks(task, number):
     names = NAMES[:number]
     made, inputs = static(names, task=task), batch_for(task, names, size=7)
-    loud(made, "image")
-    balancer = advanced(made, 0.0)
+    amplify_modality(made, "image")
+    balancer = build_at_progress(made, 0.0)
     shown = float(penalty_of(balancer, made, inputs))
     balancer.progress.fill_(0.3)
     assert float(penalty_of(balancer, made, inputs)) != shown
@@ -166,10 +166,10 @@ def test_every_task(task, number):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_training_resumes_from_saved_state():
+def test_resume_from_saved_state():
     made, inputs = static(), batch(size=7)
-    loud(made, "audio")
-    balancer = advanced(made, 0.15)
+    amplify_modality(made, "audio")
+    balancer = build_at_progress(made, 0.15)
     balancer.end_epoch()
     balancer.before_step()
     states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
@@ -183,7 +183,7 @@ def test_training_resumes_from_saved_state():
 
 def test_autocast():
     made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = advanced(made, 0.15)
+    balancer = build_at_progress(made, 0.15)
     exact = penalty_of(balancer, made, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         found = penalty_of(balancer, made, inputs)
@@ -201,7 +201,7 @@ def test_errors():
         penalty_of(eq.balance.AMCo(made), made, batch())
 
 
-def test_ensemble_logits_are_added_to_the_trained_logits():
+def test_ensemble_logits_are_added():
     made, inputs = static(unimodal="ensemble"), batch()
     balancer = eq.balance.AMCo(made)
     output = made.train()(inputs)

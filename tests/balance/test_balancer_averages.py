@@ -60,7 +60,7 @@ class ModelAndBalancers(torch.nn.Module):
 
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("name", BALANCERS)
-def test_an_average_of_the_balancers_too(name, use_buffers):
+def test_average_that_includes_the_balancers(name, use_buffers):
     model, balancing = attached(name)
     optimizer, both = sgd(model, balancing), ModelAndBalancers(model, balancing)
     average = AveragedModel(both, use_buffers=use_buffers)

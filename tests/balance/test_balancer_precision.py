@@ -9,7 +9,7 @@ from helpers.fusion import batch
 HALF = (torch.bfloat16, torch.float16)
 
 
-def trained(name, dtype):
+def train_one_epoch(name, dtype):
     """A model after an epoch of three steps, its balancing, and what was logged."""
     model, balancing = attached(name, dtype=dtype)
     batches = [batch(seed=seed, dtype=dtype) for seed in range(3)]
@@ -17,7 +17,7 @@ def trained(name, dtype):
     return model, balancing, log
 
 
-def check(model, balancing, log, dtype):
+def assert_dtypes_and_finite(model, balancing, log, dtype):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(g.dtype == dtype and bool(g.isfinite().all()) for g in gradients)
@@ -37,9 +37,9 @@ def check(model, balancing, log, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("name", BALANCERS)
-def test_models_of_other_types(name, dtype):
-    model, balancing, log = trained(name, dtype)
-    check(model, balancing, log, dtype)
+def test_models_of_other_dtypes(name, dtype):
+    model, balancing, log = train_one_epoch(name, dtype)
+    assert_dtypes_and_finite(model, balancing, log, dtype)
 
 
 @pytest.mark.parametrize("name", BALANCERS)

@@ -63,7 +63,7 @@ MICRO_BATCHES = {
 """Balancers for which accumulated batches are not one large batch, and why."""
 
 
-def test_test_tables_list_existing_balancers():
+def test_tables_of_tests_list_existing_balancers():
     for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL):
         assert set(table) <= set(BALANCERS)
 
@@ -86,7 +86,7 @@ def test_single_modality_raises(name):
 
 @everywhere
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(name, fusion, task):
+def test_all_tasks(name, fusion, task):
     made, balancing = attached(name, fusion=fusion, task=task)
     before = answers(made, task)
     logs = train(made, balancing, sgd(made, balancing), 2, task=task)
@@ -154,7 +154,7 @@ def test_accumulated_batches_equal_one_large_batch(name, fusion):
 
 @everywhere
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
+def test_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
     made, balancing = attached(name, NAMES[:3], fusion=fusion)
     optimizer = sgd(made, balancing)
     some = batch(NAMES[:3], size=7, missing=("audio", "image"))
@@ -165,7 +165,7 @@ def test_a_modality_missing_from_samples_and_from_a_batch(name, fusion, masked):
 
 
 @every
-def test_modality_without_samples_in_any_batch(name):
+def test_modality_missing_from_all_batches(name):
     made, balancing = attached(name, NAMES[:3])
     optimizer = sgd(made, balancing)
     batches = [{**batch(NAMES[:3], seed=seed), "image": None} for seed in range(3)]
@@ -256,7 +256,7 @@ def test_parameters_of_the_model(name):
     assert (shapes != expected) is (name in ADDS)
 
 
-def refused(made, names):
+def training_error(made, names):
     """The error with which balancers refuse a model; None where they have trained on it."""
     try:
         balancing = eq.BalancerList(made, [made_for(made, name) for name in names])
@@ -268,35 +268,35 @@ def refused(made, names):
 
 
 @of_models
-def test_any_fusion_trains_or_raises_with_reason(name):
+def test_every_fusion_trains_or_raises_with_reason(name):
     """A balancer trains with a fusion, or raises an error with the reason."""
     reasons = {}
     for key, kind in FUSIONS.items():
         still = {"dropout": 0.0} if "dropout" in inspect.signature(kind).parameters else {}
-        reasons[key] = refused(plain(name, fusion=partial(kind, DIM, **still)), [name])
+        reasons[key] = training_error(plain(name, fusion=partial(kind, DIM, **still)), [name])
     assert reasons["Concat"] is None
     assert (reasons["JointAttention"] is not None) is (name in cases.SIDE_BY_SIDE)
     assert all(error is None or (error.who.startswith(name) and error.fix) for error in reasons.values())
 
 
 @every
-def test_any_two_balancers_train_together_or_raise_with_reason(name):
+def test_balancer_pairs_train_or_raise_with_reason(name):
     for other in sorted(BALANCERS):
         if other > name:
             host = next((each for each in (name, other) if each in ATTENTION), name)
-            error = refused(plain(host, unimodal="train"), [name, other])
+            error = training_error(plain(host, unimodal="train"), [name, other])
             assert error is None or error.fix, other
 
 
-class Turning(Balancer):
+class MultiStep(Balancer):
     steps_per_batch = 2
 
 
-class Replacing(Balancer):
+class LossReplacing(Balancer):
     replaces = ("task",)
 
 
-class Excluding(Balancer):
+class Conflicting(Balancer):
     excludes: ClassVar = {"Turning": "there is no turn to take"}
 
 
@@ -304,21 +304,21 @@ class Excluding(Balancer):
     ("kinds", "message"),
     [
         (
-            (Turning, Turning),
+            (MultiStep, MultiStep),
             "got Turning and Turning, which both take several steps on each batch. Leave one of them out",
         ),
-        ((Replacing, Replacing), "both replace the task loss"),
-        ((Turning, Excluding), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
-        ((Excluding, Turning), "got Excluding with Turning: there is no turn to take"),
+        ((LossReplacing, LossReplacing), "both replace the task loss"),
+        ((MultiStep, Conflicting), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
+        ((Conflicting, MultiStep), "got Excluding with Turning: there is no turn to take"),
     ],
 )
-def test_conflicts_give_the_reason(kinds, message):
+def test_conflict_errors_give_the_reason(kinds, message):
     with pytest.raises(ConfigError, match=f"BalancerList: expected balancers that can be combined, .*{message}"):
         eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds])
 
 
 def test_compatible_balancers_can_be_combined():
-    for kinds in combinations((Turning, Replacing), 2):
+    for kinds in combinations((MultiStep, LossReplacing), 2):
         assert eq.BalancerList(plain("RollingQ"), [kind() for kind in kinds]).steps_per_batch == 2
 
 
@@ -341,7 +341,7 @@ def test_batches_of_each_task_differ():
     assert kinds == {"classification": torch.int64, "multilabel": torch.float64, "regression": torch.float64}
 
 
-def test_a_joined_step_keeps_the_class_token_of_a_modality_that_its_first_batch_lacks():
+def test_joined_step_keeps_class_token_of_modality_missing_from_first_batch():
     random = torch.Generator().manual_seed(0)
     whole = eq.Tokens(torch.randn(2, 5, 3, generator=random), cls=True)
     lacking = eq.Tokens(torch.zeros(2, 0, 3))
@@ -360,7 +360,7 @@ def test_new_balancer_list_replaces_earlier_one():
 
 
 @pytest.mark.parametrize(("kind", "place"), [("ModalityDropout", "transforms"), ("ModalityCorruption", "preparations")])
-def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
+def test_model_that_never_calls_the_balancer_raises(kind, place):
     made = plain("RollingQ")
     balancer = getattr(eq.balance, kind)(made)
     delattr(made, place)
@@ -374,7 +374,7 @@ def test_a_model_that_would_never_call_a_balancer_is_refused(kind, place):
 @pytest.mark.parametrize("fill", [math.nan, math.inf])
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", [name for name, kind in BALANCERS.items() if kind.reviews])
-def test_a_reviewed_sample_that_is_not_finite_leaves_no_trace(name, split, fill):
+def test_non_finite_review_sample_has_no_effect(name, split, fill):
     model, balancing = attached(name)
     optimizer = sgd(model, balancing)
     train(model, balancing, optimizer, 1)

@@ -27,7 +27,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def chain_of(made, inputs, order):
+def removal_chain(made, inputs, order):
     """Logits after each removal, with the removed modalities as inputs that are not there."""
     left, chain = dict(inputs), [rows(made(inputs).logits)]
     for name in order[:-1]:
@@ -36,7 +36,7 @@ def chain_of(made, inputs, order):
     return chain
 
 
-def test_each_sample_has_a_hinge_of_its_own():
+def test_hinge_is_applied_per_sample():
     # The sum over the batch falls, and yet one sample rises.
     assert float(confidence_rise([doubles(0.6, 0.9), doubles(0.8, 0.5)])) == pytest.approx(0.1)
     assert float(confidence_rise([doubles(0.6, 0.9), doubles(0.5, 0.9), doubles(0.7, 1.0)])) == pytest.approx(0.15)
@@ -53,28 +53,28 @@ def test_confidence_of_every_task():
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_loss_equals_the_oracle(fusion, number):
+def test_loss_equals_the_oracle(fusion, number):
     names = NAMES[:number]
     made, inputs = fused(names, fusion=FUSIONS[fusion]()), batch(names, size=11)
     balancer = eq.balance.CML(made, strength=3.0)
-    chain = chain_of(made, inputs, balancer.order())
+    chain = removal_chain(made, inputs, balancer.order())
     expected = cml(chain, rows(inputs["target"]), 3.0)
     assert expected > cml(chain, rows(inputs["target"]), 0.0)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
-def test_removal_is_leaving_out_a_part_of_the_sum(fusion):
+def test_removal_omits_the_modality_from_the_sum(fusion):
     made, inputs = static(fusion=fusion(DIM)), batch(size=7)
     output = made(inputs)
     parts = made.contributions(output)
     biases = made.contributions(output.with_(features=torch.zeros_like(output.features)))
     order = eq.balance.CML(made).order()
     left = output.logits - parts[order[0]] + biases[order[0]]
-    torch.testing.assert_close(doubles(*chain_of(made, inputs, order)[1]), left.detach(), **EXACT)
+    torch.testing.assert_close(doubles(*removal_chain(made, inputs, order)[1]), left.detach(), **EXACT)
 
 
-def test_it_replaces_the_task_loss_and_reaches_every_encoder():
+def test_replaces_task_loss_and_trains_every_encoder():
     made, inputs = static(NAMES[:3], unimodal="probe"), batch(NAMES[:3], size=7)
     balancer = eq.balance.CML(made)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
@@ -84,7 +84,7 @@ def test_it_replaces_the_task_loss_and_reaches_every_encoder():
     assert all(float(made.encoders[name].weight.grad.abs().sum()) > 0 for name in made.names)
 
 
-def test_orders_are_drawn_once_an_epoch_from_the_seed():
+def test_removal_orders_are_drawn_once_per_epoch():
     made = static(NAMES)
 
     def orders(seed, epochs=8):
@@ -110,7 +110,7 @@ def test_removing_a_missing_modality_keeps_the_logits(include_cls_key):
     gone = balancer.order()[0]
     both = inputs["mask"]["audio"] & inputs["mask"]["image"]
     assert 0 < int(both.sum()) < 11
-    whole, fewer = chain_of(made, inputs, balancer.order())
+    whole, fewer = removal_chain(made, inputs, balancer.order())
     chain = [whole, [b if ok else a for a, b, ok in zip(whole, fewer, rows(both), strict=True)]]
     expected = cml(chain, rows(inputs["target"]), 3.0)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
@@ -132,7 +132,7 @@ def test_accumulated_batches_equal_one_large_batch(missing):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(task):
+def test_all_tasks(task):
     made, inputs = fused(task=task), batch_for(task, size=11)
     gentle, strict = (step(made, eq.BalancerList(made, [eq.balance.CML(made, strength=s)]), inputs) for s in (0.0, 1.0))
     assert not torch.equal(gentle["encoders.audio.weight"], strict["encoders.audio.weight"])

@@ -8,7 +8,7 @@ import torch
 from equipoise.balance.rollingq.compile_disabled import CompileDisabled
 
 
-class Ledger:
+class Counter:
     """Counts, through a method that is not compiled; the two refer to each other, as a hook and its module do."""
 
     def __init__(self):
@@ -19,8 +19,8 @@ class Ledger:
         self.total += number + again
 
 
-def test_copies_are_bound_to_the_copied_object():
-    first = Ledger()
+def test_copied_methods_are_bound_to_the_copy():
+    first = Counter()
     first.add(2, 3)
     for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
         twin.add(7)
@@ -28,7 +28,7 @@ def test_copies_are_bound_to_the_copied_object():
         assert twin.add.method.__self__ is twin
 
 
-def test_is_not_compiled():
+def test_decorated_method_is_not_compiled():
     told = []
     look = CompileDisabled(lambda x: told.append(torch.compiler.is_compiling()))
     operations = []

@@ -15,13 +15,13 @@ EXACT = TOL[torch.float64]
 NAMES = ("audio", "image", "text")
 
 
-def attached(names=NAMES, **options):
+def build(names=NAMES, **options):
     torch.manual_seed(0)
     made = fused(names, fusion=eq.fusion.Concat(DIM))
     return made, eq.balance.ConsistencyBalancer(made, **{"slots": 3, **options})
 
 
-def slow(tokens, concepts, temperature):
+def loop_scores(tokens, concepts, temperature):
     """log(r* / M) of one sample, modality by modality and concept by concept."""
     units = []
     for values, mask in tokens:
@@ -48,8 +48,8 @@ def slow(tokens, concepts, temperature):
     return math.log(float(singular.sum() ** 2 / (singular**2).sum()) / size)
 
 
-def test_the_term_by_hand_and_samples_that_lack_a_modality():
-    made, balancer = attached(weight=0.7, temperature=0.3)
+def test_hand_computed_loss_with_missing_modalities():
+    made, balancer = build(weight=0.7, temperature=0.3)
     inputs = batch(NAMES, missing=("text",))
     output = made(inputs)
     present = torch.stack([output.tokens[name].present() for name in NAMES]).all(dim=0)
@@ -57,26 +57,26 @@ def test_the_term_by_hand_and_samples_that_lack_a_modality():
     expected = 0.0
     for sample in present.nonzero()[:, 0].tolist():
         parts = [(output.tokens[n].values[sample].detach(), output.tokens[n].valid()[sample]) for n in NAMES]
-        expected += 0.7 * slow(parts, made.concepts.concepts.detach(), 0.3) / len(present)
+        expected += 0.7 * loop_scores(parts, made.concepts.concepts.detach(), 0.3) / len(present)
     found = balancer.penalty(output, inputs["target"])
     torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_concepts_and_encoders_are_trained_by_it():
-    made, balancer = attached()
+def test_concepts_and_encoders_are_trained():
+    made, balancer = build()
     balancer.penalty(made(batch(NAMES)), batch(NAMES)["target"]).backward()
     assert bool(made.concepts.concepts.grad.any())
     assert all(bool(parameter.grad.any()) for parameter in made.encoders.parameters() if parameter.ndim > 1)
     assert made.head.weight.grad is None
 
 
-def test_zero_weight_computes_nothing():
-    made, balancer = attached(weight=0.0)
+def test_zero_weight_skips_computation():
+    made, balancer = build(weight=0.0)
     assert balancer.penalty(made(batch(NAMES)), batch(NAMES)["target"]) is None
 
 
-def test_no_sample_with_all_modalities():
-    made, balancer = attached()
+def test_no_complete_samples():
+    made, balancer = build()
     inputs = batch(NAMES)
     inputs["mask"] = {"text": torch.zeros(len(inputs["target"]), dtype=torch.bool)}
     assert float(balancer.penalty(made(inputs), inputs["target"]).detach()) == 0.0
@@ -91,12 +91,12 @@ def test_no_sample_with_all_modalities():
         (NAMES, {"slots": 1}, "slots >= 2"),
     ],
 )
-def test_refusals(names, options, error):
+def test_invalid_models_raise(names, options, error):
     with pytest.raises(ConfigError, match=error):
-        attached(names, **options)
+        build(names, **options)
 
 
 def test_second_consistency_balancer_raises():
-    made, _ = attached()
+    made, _ = build()
     with pytest.raises(ConfigError, match="expected a model without concepts, got a second Consistency"):
         eq.balance.ConsistencyBalancer(made)

@@ -24,13 +24,13 @@ same."""
 every = pytest.mark.parametrize("name", sorted(BALANCERS))
 
 
-def part(rank, seed):
+def local_batch(rank, seed):
     """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, seed=seed)
     return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
 
 
-def training(rank, name):
+def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
     made, balancing = attached(name)
     loss = Loss(made, balancing)
@@ -38,16 +38,16 @@ def training(rank, name):
         loss = DistributedDataParallel(loss, find_unused_parameters=balancing.partial_graph)
     optimizer, logs = sgd(made, balancing), []
     for number in range(EPOCHS):
-        batches = [part(rank, 10 * number + place) for place in range(STEPS)]
-        logs.append(epoch(made, balancing, optimizer, batches, [part(rank, 500)], loss=loss))
+        batches = [local_batch(rank, 10 * number + place) for place in range(STEPS)]
+        logs.append(epoch(made, balancing, optimizer, batches, [local_batch(rank, 500)], loss=loss))
     return {"logs": logs, "answers": answers(made)}
 
 
-def lacking(rank, name):
+def train_with_missing_modality(rank, name):
     """Whether all went well where one process at a time has a modality that the other lacks altogether."""
     made, balancing = attached(name)
     loss = DistributedDataParallel(Loss(made, balancing), find_unused_parameters=True)
-    batches = [part(rank, place) for place in range(3)]
+    batches = [local_batch(rank, place) for place in range(3)]
     batches[rank] = {**batches[rank], "image": None}
     batches[2] = {**batches[2], "image": None}
     logs = [epoch(made, balancing, sgd(made, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
@@ -59,15 +59,15 @@ def worker(rank, folder):
         found = {}
         for name in sorted(BALANCERS):
             try:
-                found[name] = training(rank, name)
-                found[name]["lacking"] = lacking(rank, name)
+                found[name] = train_in_process(rank, name)
+                found[name]["lacking"] = train_with_missing_modality(rank, name)
             except Exception as error:  # one balancer's failure is not the others'
                 found[name] = {"error": f"{type(error).__name__}: {error}"}
         torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     """Results of both processes for all balancers."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
@@ -75,8 +75,8 @@ def found(tmp_path_factory):
 
 
 @every
-def test_both_processes_have_equal_weights(found, name):
-    one, other = (process[name] for process in found)
+def test_both_processes_have_equal_weights(results, name):
+    one, other = (process[name] for process in results)
     assert "error" not in one, one["error"]
     assert "error" not in other, other["error"]
     assert torch.equal(one["answers"], other["answers"])
@@ -84,8 +84,8 @@ def test_both_processes_have_equal_weights(found, name):
 
 
 @every
-def test_they_train_as_one_process_on_the_doubled_batch(found, name):
-    alone, both = training(None, name), found[0][name]
+def test_two_processes_match_one_with_doubled_batch(results, name):
+    alone, both = train_in_process(None, name), results[0][name]
     assert "error" not in both, both["error"]
     if name in APART:
         assert not torch.allclose(both["answers"], alone["answers"], **EXACT)
@@ -96,19 +96,19 @@ def test_they_train_as_one_process_on_the_doubled_batch(found, name):
 
 
 @every
-def test_a_modality_that_one_process_lacks(found, name):
-    one, other = (process[name]["lacking"] for process in found)
+def test_modality_missing_in_one_process(results, name):
+    one, other = (process[name]["lacking"] for process in results)
     assert one["finite"]
     assert other["finite"]
     assert torch.equal(one["answers"], other["answers"])
 
 
 @every
-def test_half_of_the_data_gives_a_different_result(found, name):
+def test_half_of_the_data_gives_a_different_result(results, name):
     """Checks that the equality above can fail."""
     made, balancing = attached(name)
     optimizer = sgd(made, balancing)
     for number in range(EPOCHS):
-        batches = [part(0, 10 * number + place) for place in range(STEPS)]
-        epoch(made, balancing, optimizer, batches, [part(0, 500)])
-    assert not torch.allclose(answers(made), found[0][name]["answers"], **EXACT)
+        batches = [local_batch(0, 10 * number + place) for place in range(STEPS)]
+        epoch(made, balancing, optimizer, batches, [local_batch(0, 500)])
+    assert not torch.allclose(answers(made), results[0][name]["answers"], **EXACT)

@@ -26,13 +26,13 @@ MADE = {
 }
 
 
-def part(rank, **options):
+def local_batch(rank, **options):
     """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, **options)
     return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
 
 
-class Stepped(nn.Module):
+class TrainingStep(nn.Module):
     """Module that returns the loss, as Lightning's training step does, so that DDP finds unused parameters."""
 
     def __init__(self, model, balancing):
@@ -43,34 +43,34 @@ class Stepped(nn.Module):
         return self.balancing.loss(self.model(inputs), inputs["target"])
 
 
-def training(rank, name):
+def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
     made = fused(fusion=eq.fusion.Concat(DIM))
     balancing = eq.BalancerList(made, [MADE[name](made)])
-    called = Stepped(made, balancing)
+    called = TrainingStep(made, balancing)
     if rank is not None:
         called = DistributedDataParallel(called, find_unused_parameters=balancing.partial_graph)
     optimizer, logs = torch.optim.SGD(made.parameters(), lr=0.05, weight_decay=0.1), []
     for epoch in range(EPOCHS):
         made.train()
-        inputs = [part(rank, seed=10 * epoch + step) for step in range(STEPS)]
+        inputs = [local_batch(rank, seed=10 * epoch + step) for step in range(STEPS)]
         for each in inputs * balancing.steps_per_batch:
             optimizer.zero_grad()
             called(each).backward()
             balancing.before_step()
             optimizer.step()
-        balancing.review(inputs, [part(rank, seed=500)])
+        balancing.review(inputs, [local_batch(rank, seed=500)])
         logs.append(balancing.end_epoch())
     return {"logs": logs, "logits": made.eval()(batch(seed=99)).logits.detach()}
 
 
 def worker(rank, folder):
     with together(rank, folder, WORLD):
-        torch.save({name: training(rank, name) for name in MADE}, f"{folder}/{rank}.pt")
+        torch.save({name: train_in_process(rank, name) for name in MADE}, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     """Results of both processes."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
@@ -78,9 +78,9 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
-def test_two_processes_train_as_one_on_the_doubled_batch(found, name):
-    alone = training(None, name)
-    assert torch.equal(found[0][name]["logits"], found[1][name]["logits"])
-    torch.testing.assert_close(found[0][name]["logits"], alone["logits"], **EXACT)
-    for one, other in zip(found[0][name]["logs"], alone["logs"], strict=True):
+def test_two_processes_match_one_with_doubled_batch(results, name):
+    alone = train_in_process(None, name)
+    assert torch.equal(results[0][name]["logits"], results[1][name]["logits"])
+    torch.testing.assert_close(results[0][name]["logits"], alone["logits"], **EXACT)
+    for one, other in zip(results[0][name]["logs"], alone["logs"], strict=True):
         assert one == pytest.approx(other, rel=1e-7)

@@ -26,7 +26,7 @@ APART = {"AGM", "Greedy", "MMPareto", "OGM", "OGM_GE", "DiagnoseRelearn", "UMT"}
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
 @pytest.mark.parametrize("name", sorted(BALANCERS))
-def test_a_disturbed_loop_ends_with_the_same_weights(name, disturbance):
+def test_disturbed_loop_gives_the_same_weights(name, disturbance):
     found = outcome(name, disturbance)
     if name in REFUSED.get(disturbance, ()):
         assert "expected" in found, found
@@ -34,7 +34,7 @@ def test_a_disturbed_loop_ends_with_the_same_weights(name, disturbance):
         assert found == "equal"
 
 
-def test_losses_that_are_added_up_before_backward_are_refused():
+def test_losses_summed_before_backward_raise():
     made = static()
     balancing = eq.BalancerList(made, [eq.balance.ModalityDropout(made)])
     losses = [balancing.loss(made(batch(seed=seed)), batch(seed=seed)["target"]) for seed in range(2)]
@@ -42,7 +42,7 @@ def test_losses_that_are_added_up_before_backward_are_refused():
         sum(losses).backward()
 
 
-def test_a_recomputation_of_an_unknown_forward_pass_is_refused():
+def test_recomputation_of_unknown_forward_pass_raises():
     made = static()
     eq.BalancerList(made, [eq.balance.ModalityDropout(made)])
     value = torch.ones((), requires_grad=True)
@@ -55,7 +55,7 @@ def test_a_recomputation_of_an_unknown_forward_pass_is_refused():
         other.backward()
 
 
-def test_terms_under_reentrant_checkpointing_are_refused():
+def test_penalty_under_reentrant_checkpointing_raises():
     assert "use_reentrant=False" in outcome("MMPareto", "CheckpointReentrant")
     assert LFM.__name__ in outcome("LFM", "CheckpointFusionReentrant")
 
@@ -73,7 +73,7 @@ def test_mmpareto_scales_with_the_loss(factor):
         torch.testing.assert_close(b, factor * a, **EXACT)
 
 
-def test_mmpareto_leaves_the_penalties_of_others_in_the_encoders():
+def test_mmpareto_keeps_penalties_of_other_balancers():
     made = fused(unimodal="train")
     both = step(
         made,
@@ -100,7 +100,7 @@ def test_agm_clips_the_gradient_of_the_mean_loss(clip):
 
 
 @pytest.mark.parametrize("name", sorted(BALANCERS))
-def test_modalities_that_share_an_encoder(name, tmp_path):
+def test_modalities_with_a_shared_encoder(name, tmp_path):
     found = shared(name)
     if name in APART:
         assert isinstance(found, ConfigError)
@@ -119,21 +119,21 @@ def test_modalities_that_share_an_encoder(name, tmp_path):
     assert torch.equal(twin.eval()(inputs).logits, model.eval()(inputs).logits)
 
 
-class Fixed(eq.balance.Balancer):
+class ConstantScale(eq.balance.Balancer):
     def gradient_scale(self, output, target):
         return {"left": 0.5}
 
 
-def test_a_scale_of_an_encoder_of_two_modalities_is_refused():
+def test_scaling_a_shared_encoder_raises():
     one = torch.nn.Linear(3, 8)
     partly = torch.nn.Sequential(one, torch.nn.Linear(8, 8)), torch.nn.Sequential(one, torch.nn.Linear(8, 8))
     for encoders in ({"left": one, "right": one}, dict(zip(("left", "right"), partly, strict=True))):
         made = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
         with pytest.raises(ConfigError, match="Fixed: expected encoders without shared parameters"):
-            eq.BalancerList(made, [Fixed()])
+            eq.BalancerList(made, [ConstantScale()])
 
 
-def test_a_trainer_saves_a_model_of_shared_encoders(tmp_path):
+def test_trainer_saves_model_with_shared_encoder(tmp_path):
     from safetensors.torch import save_file
 
     one = torch.nn.Linear(3, 8)
@@ -143,7 +143,7 @@ def test_a_trainer_saves_a_model_of_shared_encoders(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.encoders.right.weight"], one.weight)
 
 
-def test_the_table_is_that_of_the_tests():
+def test_documented_table_matches_the_tests():
     sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
     import balancer_matrix
 

@@ -24,7 +24,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(names=("audio", "image"), *, every=1, copies=False, epochs=None, floor=1e-3, seed=0, **options):
+def build(names=("audio", "image"), *, every=1, copies=False, epochs=None, floor=1e-3, seed=0, **options):
     made = fused(names, seed=seed, **options)
     balancer = eq.balance.GradientBlending(
         made, every=every, copies=copies, epochs=epochs, floor=floor, learning_rate=0.05
@@ -32,13 +32,13 @@ def attached(names=("audio", "image"), *, every=1, copies=False, epochs=None, fl
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
-def means(made, inputs):
+def mean_losses(made, inputs):
     """Each modality's own loss, and the multimodal one last."""
     output, target = made(inputs), inputs["target"]
     return [*(made.loss(output.unimodal_logits[name], target) for name in made.names), made.loss(output.logits, target)]
 
 
-def epoch(made, balancing, number, *, optimizer=None, steps=2):
+def train_epoch(made, balancing, number, *, optimizer=None, steps=2):
     """One epoch of training, with review; returns the log."""
     train = [batch(made.names, seed=10 * number + step) for step in range(steps)]
     made.train()
@@ -58,7 +58,7 @@ def test_worked_example():
     torch.testing.assert_close(found, doubles(2 / 9.5, 7.5 / 9.5), **EXACT)
 
 
-def test_the_floor_keeps_a_loss_that_does_not_overfit_from_taking_all():
+def test_floor_limits_weight_of_losses_without_overfitting():
     start, end = doubles([1, 1], [1, 1]), doubles([0.5, 0.25], [0.5, 0.5])
     torch.testing.assert_close(blending_weights(start, end, floor=0.25), doubles(0.5, 0.5), **EXACT)
     assert float(blending_weights(start, end, floor=1e-3)[0]) > 0.99
@@ -79,16 +79,16 @@ def test_equals_the_oracle(numbers, floor):
     assert float(found.sum()) == pytest.approx(1.0)
 
 
-def test_the_loss_is_the_weighted_sum():
-    made, balancer, balancing = attached(NAMES[:3])
+def test_loss_is_the_weighted_sum():
+    made, balancer, balancing = build(NAMES[:3])
     balancer.weights.copy_(doubles(0.1, 0.2, 0.3, 0.4))
     inputs = batch(NAMES[:3])
-    expected = sum(w * loss for w, loss in zip((0.1, 0.2, 0.3, 0.4), means(made, inputs), strict=True))
+    expected = sum(w * loss for w, loss in zip((0.1, 0.2, 0.3, 0.4), mean_losses(made, inputs), strict=True))
     torch.testing.assert_close(balancing.loss(made(inputs), inputs["target"]), expected, **EXACT)
 
 
 def test_detached_heads_are_still_trained():
-    made, _, balancing = attached(fusion=eq.fusion.Concat(DIM), unimodal="probe")
+    made, _, balancing = build(fusion=eq.fusion.Concat(DIM), unimodal="probe")
     inputs = batch()
     output = made(inputs)
     parts = made.contributions(output)
@@ -97,8 +97,8 @@ def test_detached_heads_are_still_trained():
     torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
 
 
-def test_weights_come_from_the_losses_of_the_running_model():
-    made, _, balancing = attached(every=2)
+def test_weights_use_losses_of_the_current_model():
+    made, _, balancing = build(every=2)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.3)
     looks, logs = [], []
     for number in range(3):
@@ -107,7 +107,7 @@ def test_weights_come_from_the_losses_of_the_running_model():
         seen = []
         for inputs in train:
             optimizer.zero_grad()
-            seen.append([float(loss.detach()) for loss in means(made, inputs)])
+            seen.append([float(loss.detach()) for loss in mean_losses(made, inputs)])
             balancing.loss(made(inputs), inputs["target"]).backward()
             balancing.before_step()
             optimizer.step()
@@ -115,7 +115,7 @@ def test_weights_come_from_the_losses_of_the_running_model():
         balancing.review(train, slices(val, 4, 3))
         with torch.no_grad():
             looks.append(
-                [((5 * a + 3 * b) / 8, float(v)) for a, b, v in zip(*seen, means(made.eval(), val), strict=True)]
+                [((5 * a + 3 * b) / 8, float(v)) for a, b, v in zip(*seen, mean_losses(made.eval(), val), strict=True)]
             )
         logs.append(list(balancing.end_epoch().values()))
     assert logs[0] == logs[1] == pytest.approx([1 / 3] * 3)
@@ -123,8 +123,8 @@ def test_weights_come_from_the_losses_of_the_running_model():
     assert max(logs[2]) - min(logs[2]) > 0.01
 
 
-def test_copies_are_trained_for_one_loss_each():
-    made, balancer, _ = attached(copies=True, every=2)
+def test_each_copy_is_trained_for_one_loss():
+    made, balancer, _ = build(copies=True, every=2)
     train, val = [batch(seed=1), batch(seed=2)], [batch(seed=3, size=7)]
     before, state = copy.deepcopy(made.state_dict()), torch.get_rng_state()
     balancer.review(train, val)
@@ -137,18 +137,18 @@ def test_copies_are_trained_for_one_loss_each():
         pairs = []
         for moment in range(2):
             with torch.no_grad():
-                at = [sum(float(means(twin, b)[kind]) for b in part) / len(part) for part in (train, val)]
+                at = [sum(float(mean_losses(twin, b)[kind]) for b in part) / len(part) for part in (train, val)]
             pairs.append(tuple(at))
             for inputs in train * 2 if moment == 0 else ():
                 optimizer.zero_grad()
-                means(twin, inputs)[kind].backward()
+                mean_losses(twin, inputs)[kind].backward()
                 optimizer.step()
         start.append(pairs[0])
         end.append(pairs[1])
     assert balancer.weights.tolist() == pytest.approx(blending(start, end, 1e-3), rel=1e-9)
 
 
-def test_copies_drop_by_their_seed():
+def test_dropout_of_copies_depends_on_their_seed():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
@@ -159,32 +159,32 @@ def test_copies_drop_by_their_seed():
     assert found[0] == found[1] != found[2]
 
 
-def test_no_estimate_after_the_last_epoch():
-    made, balancer, balancing = attached(every=1, copies=True, epochs=1)
-    epoch(made, balancing, 0)
+def test_no_weight_estimate_after_the_last_epoch():
+    made, balancer, balancing = build(every=1, copies=True, epochs=1)
+    train_epoch(made, balancing, 0)
     torch.testing.assert_close(balancer.weights, doubles(1 / 3, 1 / 3, 1 / 3), **EXACT)
 
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_resumed_training_equals_uninterrupted_training(copies):
-    made, balancer, balancing = attached(copies=copies)
+    made, balancer, balancing = build(copies=copies)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
-    epoch(made, balancing, 0, optimizer=optimizer)
+    train_epoch(made, balancing, 0, optimizer=optimizer)
     states = copy.deepcopy([part.state_dict() for part in (made, balancer, optimizer)])
-    fresh, other, rebalancing = attached(copies=copies, seed=9)
+    fresh, other, rebalancing = build(copies=copies, seed=9)
     fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
     for part, state in zip((fresh, other, fresh_optimizer), states, strict=True):
         part.load_state_dict(state)
     for number in (1, 2):
-        straight = epoch(made, balancing, number, optimizer=optimizer)
-        assert epoch(fresh, rebalancing, number, optimizer=fresh_optimizer) == straight
+        straight = train_epoch(made, balancing, number, optimizer=optimizer)
+        assert train_epoch(fresh, rebalancing, number, optimizer=fresh_optimizer) == straight
     assert len(set(straight.values())) > 1
 
 
 def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12, missing=("audio", "image")), []
     for sizes in ((12,), (5, 7)):
-        made, balancer, balancing = attached()
+        made, balancer, balancing = build()
         for part in slices(whole, *sizes):
             balancing.loss(made(part), part["target"]).backward()
         balancing.before_step()
@@ -193,8 +193,8 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_a_modality_that_no_sample_has_gets_weight_zero(copies):
-    made, balancer, balancing = attached(NAMES[:3], copies=copies)
+def test_modality_missing_from_all_samples_has_zero_weight(copies):
+    made, balancer, balancing = build(NAMES[:3], copies=copies)
     without = {**batch(NAMES[:3]), "text": None}
     for _ in range(2):
         loss = balancing.loss(made.train()(without), without["target"])
@@ -209,8 +209,8 @@ def test_a_modality_that_no_sample_has_gets_weight_zero(copies):
     assert float(balancer.weights.sum()) == pytest.approx(1.0)
 
 
-def test_losses_are_means_over_samples_that_count():
-    made, *_ = attached()
+def test_losses_are_means_over_valid_samples():
+    made, *_ = build()
     whole = batch(size=12, missing=("image",))
     here = whole["mask"]["image"]
     output = made(whole)
@@ -225,18 +225,18 @@ def test_errors():
         eq.balance.GradientBlending(fused(), every=0)
     with pytest.raises(ConfigError, match="floor = 0"):
         eq.balance.GradientBlending(fused(), floor=0.0)
-    made, balancer, balancing = attached(copies=True)
+    made, balancer, balancing = build(copies=True)
     with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
         balancer.review([batch()], [])
     with pytest.raises(ConfigError, match="expected an output with logits"):
         balancer.penalty(made(batch()).with_(logits=None), batch()["target"])
-    made, _, balancing = attached(unimodal="probe")
+    made, _, balancing = build(unimodal="probe")
     with pytest.raises(ConfigError, match="GradientBlending: expected logits that are a sum"):
         balancing.loss(made(batch()), batch()["target"])
 
 
-def test_copies_get_unchanged_inputs():
-    made, balancer, _ = attached(copies=True)
+def test_copies_receive_unchanged_inputs():
+    made, balancer, _ = build(copies=True)
     seen = []
     made.preparations = [lambda given: seen.append(1) or given]
     made.train()

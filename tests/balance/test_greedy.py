@@ -26,13 +26,13 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(names=("audio", "image"), *, fusion=None, seed=0, unimodal="train", dtype=torch.float64, **options):
+def build(names=("audio", "image"), *, fusion=None, seed=0, unimodal="train", dtype=torch.float64, **options):
     made = fused(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
     balancer = eq.balance.Greedy(made, **options)
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
-def gates(made, inputs):
+def expected_gates(made, inputs):
     """(batch, modality, dim) by the formula, from the parameters alone."""
     gate = made.fusion.gate
     pooled = torch.cat([tokens.pooled() for tokens in made.encode(inputs).values()], dim=1)
@@ -49,7 +49,7 @@ def test_speed_of_two_parameters():
     assert slow_speed([[0, 13]], [[3, 4], [12]]) == 1.0
 
 
-def test_lead_of_two_modalities():
+def test_speed_difference_of_two_modalities():
     rate, lead = bypass_lead(doubles(1, 10), doubles(100, 10))
     torch.testing.assert_close(rate, doubles(2, 0), **EXACT)
     torch.testing.assert_close(lead, doubles(2, -2), **EXACT)
@@ -57,23 +57,23 @@ def test_lead_of_two_modalities():
 
 @settings(max_examples=25, deadline=None)
 @given(speeds)
-def test_lead_equals_the_oracle(pairs):
+def test_speed_difference_equals_the_oracle(pairs):
     main, bypass = torch.tensor(pairs, dtype=torch.float64).T
     for found, expected in zip(bypass_lead(main, bypass), slow_lead(pairs), strict=True):
         assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_zero_speeds_give_zero_lead():
+def test_zero_speeds_give_zero_difference():
     rate, lead = bypass_lead(doubles(0, 0), doubles(0, 0))
     assert rate.tolist() == lead.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_tokens_are_gated_by_what_all_modalities_show(number):
+def test_token_gates_depend_on_all_modalities(number):
     names = NAMES[:number]
-    made, _, _ = attached(names)
+    made, _, _ = build(names)
     inputs = batch(names, missing=("audio",))
-    encoded, factors = made.encode(inputs), gates(made, inputs)
+    encoded, factors = made.encode(inputs), expected_gates(made, inputs)
     changed = {
         name: eq.Tokens(tokens.values * factors[:, place, None], mask=tokens.mask)
         for place, (name, tokens) in enumerate(encoded.items())
@@ -85,7 +85,7 @@ def test_tokens_are_gated_by_what_all_modalities_show(number):
 
 
 def test_speeds_add_up_over_steps():
-    made, balancer, balancing = attached(threshold=math.inf)
+    made, balancer, balancing = build(threshold=math.inf)
     expected = {"main": [0.0, 0.0], "bypass": [0.0, 0.0]}
     for seed in range(3):
         step(made, balancing, batch(seed=seed))
@@ -101,8 +101,8 @@ def test_speeds_add_up_over_steps():
     assert log["held/audio"] == log["held/image"] == 0.0
 
 
-def test_the_leader_is_held_for_the_window_and_then_one_step_is_free():
-    made, balancer, balancing = attached(window=3, threshold=0.0)
+def test_leading_gate_is_frozen_for_the_window_then_released():
+    made, balancer, balancing = build(window=3, threshold=0.0)
     balancer.bypass.copy_(doubles(0, 1e6))
     held = []
     for seed in range(9):
@@ -114,24 +114,24 @@ def test_the_leader_is_held_for_the_window_and_then_one_step_is_free():
     assert balancer.end_epoch()["held/image"] == 0.0
 
 
-def test_a_small_lead_holds_no_gate():
-    made, balancer, balancing = attached(threshold=50.0)
+def test_small_difference_freezes_no_gate():
+    made, balancer, balancing = build(threshold=50.0)
     balancer.bypass.copy_(doubles(0, 1e6))
     step(made, balancing, batch())
     assert not bool(made.fusion.gate.held.any())
 
 
-def test_held_gate_is_its_running_mean_without_gradient():
-    made, balancer, balancing = attached(threshold=0.0)
+def test_frozen_gate_is_its_detached_running_mean():
+    made, balancer, balancing = build(threshold=0.0)
     balancer.bypass.copy_(doubles(1e6, 0))
     seen = [batch(seed=1, size=5), batch(seed=2, size=3, missing=("audio",))]
     for inputs in seen:
         step(made, balancing, inputs)
     here = seen[1]["mask"]["audio"]
-    audio = torch.cat([gates(made, seen[0])[:, 0], gates(made, seen[1])[here, 0]])
+    audio = torch.cat([expected_gates(made, seen[0])[:, 0], expected_gates(made, seen[1])[here, 0]])
     torch.testing.assert_close(made.fusion.gate.mean[0], audio.mean(dim=0), **EXACT)
     inputs = batch(seed=3)
-    mean, factors, encoded = made.fusion.gate.mean[0].clone(), gates(made, inputs), made.encode(inputs)
+    mean, factors, encoded = made.fusion.gate.mean[0].clone(), expected_gates(made, inputs), made.encode(inputs)
     output = made.train()(inputs)
     values = {"audio": encoded["audio"].values * mean, "image": encoded["image"].values * factors[:, 1, None]}
     expected = made.fusion.inner({name: eq.Tokens(value) for name, value in values.items()}).features
@@ -147,7 +147,7 @@ def test_held_gate_is_its_running_mean_without_gradient():
 def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12), []
     for sizes in ((12,), (5, 4, 3)):
-        made, balancer, balancing = attached()
+        made, balancer, balancing = build()
         step(made, balancing, *slices(whole, *sizes))
         found.append([balancer.main, balancer.bypass, made.fusion.gate.mean])
     for one, other in zip(*found, strict=True):
@@ -155,7 +155,7 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 def test_resumed_training_equals_uninterrupted_training():
-    made, balancer, balancing = attached(window=2)
+    made, balancer, balancing = build(window=2)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
 
     def train(made, balancing, optimizer, seeds):
@@ -165,7 +165,7 @@ def test_resumed_training_equals_uninterrupted_training():
         return balancing.end_epoch(), made.state_dict()
 
     train(made, balancing, optimizer, range(2))
-    fresh, other, rebalancing = attached(window=2, seed=9)
+    fresh, other, rebalancing = build(window=2, seed=9)
     for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
         part.load_state_dict(copy.deepcopy(state))
     straight = train(made, balancing, optimizer, range(2, 5))
@@ -175,8 +175,8 @@ def test_resumed_training_equals_uninterrupted_training():
     assert all(torch.equal(resumed[1][name], value) for name, value in straight[1].items())
 
 
-def test_gated_fusion_keeps_the_attributes_of_the_inner_fusion():
-    made, _, _ = attached(fusion=eq.fusion.JointAttention(DIM, depth=2))
+def test_gated_fusion_forwards_inner_attributes():
+    made, _, _ = build(fusion=eq.fusion.JointAttention(DIM, depth=2))
     assert made.fusion.attention is made.fusion.inner.blocks[1].attention
     made.fusion.use_depth(1)
     assert made.fusion.attention is made.fusion.inner.blocks[0].attention
@@ -185,23 +185,23 @@ def test_gated_fusion_keeps_the_attributes_of_the_inner_fusion():
         _ = made.fusion.nothing
 
 
-def test_the_parts_of_concats_logits_add_up():
-    made, _, _ = attached(fusion=eq.fusion.Concat(DIM))
+def test_concat_logit_contributions_sum_to_logits():
+    made, _, _ = build(fusion=eq.fusion.Concat(DIM))
     output = made(batch())
     torch.testing.assert_close(sum(made.contributions(output).values()), output.logits, **EXACT)
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
-def test_copies(twin):
-    made, _, _ = attached()
+def test_copies_are_independent(twin):
+    made, _, _ = build()
     other = twin(made)
     assert torch.equal(other(batch()).logits, made(batch()).logits)
     other.encoders.audio.weight.data.zero_()
     assert not torch.equal(other(batch()).logits, made(batch()).logits)
 
 
-def test_a_modality_that_no_sample_has():
-    made, balancer, balancing = attached(NAMES[:3])
+def test_modality_missing_from_all_samples():
+    made, balancer, balancing = build(NAMES[:3])
     found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert all(math.isfinite(value) for value in balancer.end_epoch().values())
@@ -209,7 +209,7 @@ def test_a_modality_that_no_sample_has():
 
 
 def test_autocast():
-    made, balancer, balancing = attached(dtype=torch.float32, threshold=0.0)
+    made, balancer, balancing = build(dtype=torch.float32, threshold=0.0)
     for _ in range(2):
         inputs = batch(dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
@@ -226,12 +226,12 @@ def test_errors():
     for wrong in ({"window": 0}, {"threshold": -1.0}, {"ratio": 0.0}):
         with pytest.raises(ConfigError, match=r"Greedy: expected window >= 1, threshold >= 0 and ratio > 0"):
             eq.balance.Greedy(fused(), **wrong)
-    made, _, _ = attached()
+    made, _, _ = build()
     with pytest.raises(ConfigError, match="expected a fusion without gates, got a second Greedy"):
         eq.balance.Greedy(made)
 
 
-def test_gradients_that_overflow_leave_no_speed():
+def test_overflowing_gradients_do_not_change_speeds():
     parameter = torch.nn.Parameter(torch.ones(2))
     for value in (torch.inf, torch.nan):
         parameter.grad = torch.tensor([1.0, value])
@@ -239,7 +239,7 @@ def test_gradients_that_overflow_leave_no_speed():
 
 
 @pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
-def test_methods_that_train_before_the_gates_raise(other):
+def test_incompatible_balancers_raise(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     first = getattr(eq.balance, other)(made)
     with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors before the gates"):

@@ -25,16 +25,16 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def learned(made, balancer, *batches):
+def trained_weight(made, balancer, *batches):
     step(made, eq.BalancerList(made, [balancer]), *batches)
     return float(balancer.a1)
 
 
-def test_a_step_that_overflows_changes_nothing():
+def test_overflowing_step_changes_nothing():
     made, inputs = static(), batch()
     balancer = eq.balance.LFM(made, a1=0.5, rate=1e-3)
-    assert learned(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
-    assert learned(made, balancer, inputs) != 0.5
+    assert trained_weight(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
+    assert trained_weight(made, balancer, inputs) != 0.5
 
 
 def test_worked_examples():
@@ -48,7 +48,7 @@ def test_worked_examples():
 
 @quick
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=3, max_size=3))
-def test_the_divergence_equals_the_oracle_and_is_symmetric(pairs):
+def test_divergence_equals_the_oracle_and_is_symmetric(pairs):
     one, other = (doubles(list(column)) for column in zip(*pairs, strict=True))
     found = float(divergence(one, other, "classification"))
     assert found == pytest.approx(jensen_shannon(softmax(rows(one)[0]), softmax(rows(other)[0])), abs=1e-12)
@@ -61,7 +61,7 @@ def test_the_divergence_equals_the_oracle_and_is_symmetric(pairs):
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("kind", [static, fused])
-def test_the_loss_equals_the_oracle(kind, number):
+def test_loss_equals_the_oracle(kind, number):
     names = NAMES[:number]
     made, inputs = kind(names), batch(names, size=7)
     output = made(inputs)
@@ -70,7 +70,7 @@ def test_the_loss_equals_the_oracle(kind, number):
     assert float(penalty_of(eq.balance.LFM(made, a1=0.3), made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_weight_follows_what_a_gradient_step_does_to_the_task():
+def test_weight_follows_task_loss_after_a_gradient_step():
     made, inputs = static(unimodal="probe"), batch(size=7)
     weights, small = copy.deepcopy(made.state_dict()), 1e-4
 
@@ -88,7 +88,7 @@ def test_the_weight_follows_what_a_gradient_step_does_to_the_task():
     slope = (after(1.0) - after(0.0)) / small
     assert abs(slope) > 0.01
     made.load_state_dict(weights)
-    found = learned(made, eq.balance.LFM(made, a1=0.5, rate=1e-3), inputs)
+    found = trained_weight(made, eq.balance.LFM(made, a1=0.5, rate=1e-3), inputs)
     assert found == pytest.approx(0.5 - 1e-3 * slope, abs=1e-3 * abs(slope) * 0.01)
 
 
@@ -97,22 +97,22 @@ def test_worked_hyper_gradient():
     assert float(hyper_gradient(doubles(1, 2), doubles(1, 2))) == 0
 
 
-def test_the_rate_halves_every_twenty_epochs_and_the_weight_stays_in_bounds():
+def test_rate_halves_every_twenty_epochs_and_weight_is_bounded():
     made, inputs = static(), batch(size=7)
     changes = []
     for epochs in (0, 19, 20, 40):
         balancer = eq.balance.LFM(made, rate=1e-3)
         balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(epochs)})
-        changes.append(learned(made, balancer, inputs) - 0.5)
+        changes.append(trained_weight(made, balancer, inputs) - 0.5)
     assert abs(changes[0]) > 1e-6
     assert changes[1:] == pytest.approx([changes[0], changes[0] / 2, changes[0] / 4])
-    assert learned(made, eq.balance.LFM(made, rate=1e9), inputs) in (0.05, 0.95)
+    assert trained_weight(made, eq.balance.LFM(made, rate=1e9), inputs) in (0.05, 0.95)
 
 
-def test_a_fixed_weight_stays():
+def test_fixed_weight_does_not_change():
     made, inputs = static(), batch(size=7)
     balancer = eq.balance.LFM(made, a1=0.99, schedule="fixed")
-    assert learned(made, balancer, inputs) == 0.99
+    assert trained_weight(made, balancer, inputs) == 0.99
     assert balancer.end_epoch() == {"a1": 0.99}
 
 
@@ -129,7 +129,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(found[1][0][name], found[0][0][name], **EXACT)
 
 
-def test_samples_that_lack_a_modality_are_in_no_pair():
+def test_samples_without_a_modality_form_no_pair():
     made, whole = static(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
     output = made(whole)
@@ -144,7 +144,7 @@ def test_samples_that_lack_a_modality_are_in_no_pair():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(task):
+def test_all_tasks(task):
     made, inputs = fused(task=task), batch_for(task, size=7)
     balancer = eq.balance.LFM(made, rate=1e-2)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
@@ -152,13 +152,13 @@ def test_every_task(task):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_training_resumes_from_saved_state():
+def test_resume_from_saved_state():
     made, inputs = static(), batch(size=7)
     balancer, other = eq.balance.LFM(made, rate=1e-2), eq.balance.LFM(made, rate=1e-2)
-    learned(made, balancer, inputs)
+    trained_weight(made, balancer, inputs)
     balancer.end_epoch()
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
-    assert learned(made, other, inputs) == learned(made, balancer, inputs) != 0.5
+    assert trained_weight(made, other, inputs) == trained_weight(made, balancer, inputs) != 0.5
     assert other.end_epoch() == balancer.end_epoch()
 
 
@@ -184,7 +184,7 @@ def test_errors():
         eq.balance.LFM(made).penalty(made(batch()).with_(logits=None), batch()["target"])
 
 
-def test_a_loss_may_be_computed_without_gradient():
+def test_loss_without_gradient():
     made = static()
     balancer, inputs = eq.balance.LFM(made), batch()
     balancing = eq.BalancerList(made, [balancer])

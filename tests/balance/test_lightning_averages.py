@@ -59,7 +59,7 @@ def fit(*callbacks):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_weight_averaging_of_lightning(kind):
+def test_lightning_weight_averaging(kind):
     _, alone = fit()
     module, logs = fit(WeightAveraging(**OPTIONS[kind]))
     assert [log["rotated"] for log in logs] == [1.0] * 3

@@ -24,29 +24,29 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def pair(one, other, target):
+def distillation_term(one, other, target):
     return self_distillation(doubles(one), doubles(other), torch.tensor([target]), "classification")
 
 
-def attached(names=("audio", "image"), *, make=static, strength=1.0, **options):
+def build(names=("audio", "image"), *, make=static, strength=1.0, **options):
     made = make(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MBSD(made, strength=strength)])
 
 
-def test_by_hand():
+def test_hand_computed_values():
     # Probabilities 3/4 and 1/2: w = 1/4, |y|^2 / C = log(3)^2 / 2, KL = 3/4 log(3/2) + 1/4 log(1/2).
-    found = pair([math.log(3), 0], [0, 0], 0)
+    found = distillation_term([math.log(3), 0], [0, 0], 0)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert float(found) == pytest.approx(0.25 * (math.log(3) ** 2 / 2 + kl))
-    assert torch.equal(found, pair([0, 0], [math.log(3), 0], 0))
+    assert torch.equal(found, distillation_term([0, 0], [math.log(3), 0], 0))
 
 
 def test_term_is_zero_if_both_are_wrong_or_equal():
-    assert float(pair([2, 0, 1], [5, 1, 0], 1)) == 0.0
-    assert float(pair([2, 0, 1], [2, 0, 1], 0)) == 0.0
+    assert float(distillation_term([2, 0, 1], [5, 1, 0], 1)) == 0.0
+    assert float(distillation_term([2, 0, 1], [2, 0, 1], 0)) == 0.0
 
 
-def test_answers_that_are_certain_stay_finite():
+def test_saturated_predictions_are_finite():
     one = doubles([900, 0]).requires_grad_()
     other = doubles([0, 900]).requires_grad_()
     found = self_distillation(one, other, torch.tensor([0]), "classification")
@@ -57,7 +57,7 @@ def test_answers_that_are_certain_stay_finite():
 
 @quick
 @given(st.integers(0, 10**6), st.sampled_from(TASKS))
-def test_a_pair_equals_the_oracle(seed, task):
+def test_pair_equals_the_oracle(seed, task):
     random = torch.Generator().manual_seed(seed)
     one, other, wanted = torch.randn(3, 7, 5, generator=random, dtype=torch.float64)
     target = {"classification": wanted.argmax(dim=1), "multilabel": (wanted > 0).double(), "regression": wanted}[task]
@@ -81,9 +81,9 @@ def test_stronger_modality_gets_gradient_from_squared_error_only():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
 @pytest.mark.parametrize(("make", "heads"), [(static, "none"), (static, "probe"), (static, "train"), (fused, "train")])
-def test_the_loss_equals_the_oracle(number, task, missing, make, heads):
+def test_loss_equals_the_oracle(number, task, missing, make, heads):
     names = NAMES[:number]
-    made, balancing = attached(names, make=make, strength=0.7, task=task, unimodal=heads)
+    made, balancing = build(names, make=make, strength=0.7, task=task, unimodal=heads)
     inputs = batch_for(task, names, size=13, missing=missing)
     output, target = made(inputs), inputs["target"]
     here = {name: inputs.get("mask", {}).get(name, torch.ones(13, dtype=torch.bool)) for name in names}
@@ -98,8 +98,8 @@ def test_the_loss_equals_the_oracle(number, task, missing, make, heads):
     torch.testing.assert_close(balancing.loss(output, target), expected + 0.7 * slow, **EXACT)
 
 
-def test_two_modalities_that_no_sample_has_both_of():
-    made, balancing = attached()
+def test_modalities_that_never_occur_together():
+    made, balancing = build()
     inputs = {**batch(), "mask": {"audio": torch.arange(5) < 2, "image": torch.arange(5) >= 2}}
     output = made(inputs)
     balancer = balancing.balancers[0]
@@ -109,8 +109,8 @@ def test_two_modalities_that_no_sample_has_both_of():
     )
 
 
-def test_it_reaches_both_encoders():
-    made, balancing = attached(make=fused, strength=1.0)
+def test_gradients_reach_both_encoders():
+    made, balancing = build(make=fused, strength=1.0)
     found = step(made, balancing, batch())
     plain = step(made, eq.BalancerList(made), batch())
     for name in made.names:
@@ -119,7 +119,7 @@ def test_it_reaches_both_encoders():
 
 
 def test_autocast():
-    made, balancing = attached(make=fused, dtype=torch.float32)
+    made, balancing = build(make=fused, dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     exact = balancing.loss(made(inputs), inputs["target"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -130,7 +130,7 @@ def test_autocast():
 
 
 def test_one_output():
-    made, balancing = attached(task="regression", outputs=1)
+    made, balancing = build(task="regression", outputs=1)
     target = torch.linspace(-1, 1, 5, dtype=torch.float64)
     column = balancing.loss(made(batch()), target[:, None])
     torch.testing.assert_close(balancing.loss(made(batch()), target), column, **EXACT)
@@ -141,7 +141,7 @@ def test_errors():
         eq.balance.MBSD(static(("audio",)))
     with pytest.raises(ConfigError, match=r"MBSD: expected strength >= 0, got strength = -0\.5"):
         eq.balance.MBSD(static(), strength=-0.5)
-    made, balancing = attached(make=fused, unimodal="probe")
+    made, balancing = build(make=fused, unimodal="probe")
     with pytest.raises(
         ConfigError, match=r"MBSD: expected logits that are a sum .* that train the encoders.* unimodal='probe'"
     ):

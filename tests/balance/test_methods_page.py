@@ -22,7 +22,7 @@ CLASSES = {**script.methods(balance, Balancer), **script.methods(fusion, Fusion)
 every = pytest.mark.parametrize("cls", [pytest.param(cls, id=name) for name, cls in CLASSES.items()])
 
 
-def test_the_page_is_current():
+def test_page_is_current():
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/methods.py"
 
 
@@ -34,7 +34,7 @@ def test_docstrings_have_reference_and_differences(cls):
 
 
 @every
-def test_is_a_public_name_and_its_files_are_there(cls):
+def test_method_is_public_and_its_files_exist(cls):
     assert getattr(getattr(eq, script.family(cls)), cls.__name__) is cls
     assert (ROOT / script.source(cls)).is_file()
     text = (ROOT / script.tests(cls)).read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_is_a_public_name_and_its_files_are_there(cls):
     assert cls in STATIC.values() or cls.__name__ in text
 
 
-def test_published_figures_occur_in_their_tests():
+def test_published_values_occur_in_the_tests():
     for name, _, comes_out, test in script.REPRODUCED:
         assert hasattr(balance, name) or hasattr(fusion, name)
         text = next((ROOT / "tests").rglob(test)).read_text(encoding="utf-8").replace("_", "")
@@ -51,7 +51,7 @@ def test_published_figures_occur_in_their_tests():
 
 
 @pytest.mark.parametrize("page", [path.name for path in sorted((ROOT / "docs" / "methods").glob("*.md"))])
-def test_the_blocks_of_a_methods_page_run(page):
+def test_code_blocks_run(page):
     text = (ROOT / "docs" / "methods" / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
@@ -61,7 +61,7 @@ def test_the_blocks_of_a_methods_page_run(page):
         exec(compile(block, page, "exec"), names)
 
 
-def test_the_method_that_contributing_shows_is_one():
+def test_contributing_guide_example_is_a_balancer():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = textwrap.dedent(re.search(r"( *)```python\n(.*?)```", text, re.DOTALL)[2])
     names = {"__name__": "equipoise.fusion.product", "__package__": "equipoise.fusion"}

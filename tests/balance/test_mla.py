@@ -22,9 +22,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(
-    names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, projected=True, **options
-):
+def build(names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, projected=True, **options):
     made = fused(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
     balancer = eq.balance.MLA(made, projected=projected)
     return made, balancer, eq.BalancerList(made, [balancer])
@@ -69,7 +67,7 @@ def test_certain_predictions_have_larger_weight(seed):
     assert weights[~has].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_certainty_of_labels_and_of_numbers():
+def test_certainty_of_multilabel_and_regression():
     has = torch.ones(1, 2, dtype=torch.bool)
     logits = doubles([[[0.0, 0.0, 0.0], [40.0, -40.0, 0.0]]])[0]
     # Mean entropies log 2 and log 2 / 3, so weights go as 2^-1 and 2^(-1/3).
@@ -79,8 +77,8 @@ def test_certainty_of_labels_and_of_numbers():
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
-def test_answers_are_averaged_by_certainty(fusion):
-    made, _, _ = attached(NAMES[:3], fusion=fusion)
+def test_predictions_are_averaged_by_certainty(fusion):
+    made, _, _ = build(NAMES[:3], fusion=fusion)
     inputs = batch(NAMES[:3], missing=("audio", "image"))
     output = made.eval()(inputs)
     for sample in range(5):
@@ -91,16 +89,16 @@ def test_answers_are_averaged_by_certainty(fusion):
         assert output.logits[sample].tolist() == pytest.approx(by_entropy(rows)[1], rel=1e-10)
 
 
-def test_a_sample_without_anything_has_finite_logits():
-    made, _, _ = attached()
+def test_sample_without_modalities_has_finite_logits():
+    made, _, _ = build()
     inputs = {**batch(size=2), "mask": {name: torch.tensor([True, False]) for name in ("audio", "image")}}
     assert bool(made(inputs).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_one_modality_learns_at_each_step(number):
+def test_each_step_trains_one_modality(number):
     names = NAMES[:number]
-    made, balancer, balancing = attached(names, unimodal="none", projected=False)
+    made, balancer, balancing = build(names, unimodal="none", projected=False)
     assert balancing.steps_per_batch == number
     for turn in range(2 * number):
         name, inputs = names[turn % number], batch(names, seed=turn // number)
@@ -114,8 +112,8 @@ def test_one_modality_learns_at_each_step(number):
     assert int(balancer.steps) == 2 * number
 
 
-def test_the_heads_gradient_is_projected():
-    made, balancer, balancing = attached(unimodal="none")
+def test_head_gradient_is_projected():
+    made, balancer, balancing = build(unimodal="none")
     slow = torch.eye(DIM).tolist()
     for epoch in range(2):
         for turn in range(6):
@@ -134,8 +132,8 @@ def test_the_heads_gradient_is_projected():
 
 def test_accumulated_batches_equal_one_large_batch():
     whole = batch(size=12)
-    made, _, balancing = attached()
-    other, _, rebalancing = attached()
+    made, _, balancing = build()
+    other, _, rebalancing = build()
     for _ in range(2):
         large, small = step(made, balancing, whole), step(other, rebalancing, *slices(whole, 5, 3, 4))
         assert large.keys() == small.keys()
@@ -143,8 +141,8 @@ def test_accumulated_batches_equal_one_large_batch():
             torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
-def test_samples_that_lack_the_modality_do_not_count():
-    made, balancer, balancing = attached(unimodal="none")
+def test_samples_without_the_modality_are_excluded():
+    made, balancer, balancing = build(unimodal="none")
     whole = batch(size=7, missing=("audio",))
     here = whole["mask"]["audio"]
     found = step(made, balancing, whole)
@@ -155,8 +153,8 @@ def test_samples_that_lack_the_modality_do_not_count():
     torch.testing.assert_close(found["head.classifier.weight"], plain @ expected, **EXACT)
 
 
-def test_a_modality_that_no_sample_has_is_skipped_in_its_step():
-    made, balancer, balancing = attached()
+def test_step_of_missing_modality_is_skipped():
+    made, balancer, balancing = build()
     found = step(made, balancing, {**batch(), "audio": None})
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert float(found["head.classifier.weight"].abs().max()) == 0.0
@@ -166,14 +164,14 @@ def test_a_modality_that_no_sample_has_is_skipped_in_its_step():
 
 @pytest.mark.parametrize("unimodal", ["probe", "train"])
 def test_unimodal_heads_are_detached(unimodal):
-    made, _, balancing = attached(unimodal=unimodal)
+    made, _, balancing = build(unimodal=unimodal)
     found = step(made, balancing, batch())
     assert "unimodal_heads.image.weight" in found
     assert "encoders.image.weight" not in found
 
 
 def test_resumed_training_equals_uninterrupted_training():
-    made, balancer, balancing = attached()
+    made, balancer, balancing = build()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
 
     def train(made, balancing, optimizer, seeds):
@@ -185,7 +183,7 @@ def test_resumed_training_equals_uninterrupted_training():
     train(made, balancing, optimizer, range(4))
     balancing.end_epoch()
     train(made, balancing, optimizer, range(3))
-    fresh, other, rebalancing = attached(seed=9)
+    fresh, other, rebalancing = build(seed=9)
     for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
         part.load_state_dict(copy.deepcopy(state))
     straight = train(made, balancing, optimizer, range(3, 5))
@@ -194,8 +192,8 @@ def test_resumed_training_equals_uninterrupted_training():
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_other_tasks(task):
-    made, _, balancing = attached(task=task, unimodal="none")
+def test_all_tasks(task):
+    made, _, balancing = build(task=task, unimodal="none")
     inputs = batch()
     inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
     loss = balancing.loss(made(inputs), inputs["target"])
@@ -204,7 +202,7 @@ def test_other_tasks(task):
 
 
 def test_autocast():
-    made, balancer, balancing = attached(dtype=torch.float32)
+    made, balancer, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -225,7 +223,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
-def test_methods_that_need_trained_heads_raise(other):
+def test_balancers_that_need_trained_heads_raise(other):
     made = fused(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])

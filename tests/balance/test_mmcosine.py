@@ -21,12 +21,12 @@ EXACT = TOL[torch.float64]
 quick = settings(max_examples=25, deadline=None)
 
 
-def attached(names=("audio", "image"), *, scale=15.0, **options):
+def build(names=("audio", "image"), *, scale=15.0, **options):
     made = static(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MMCosine(made, scale=scale)])
 
 
-def test_by_hand():
+def test_hand_computed_values():
     features = torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
     weight = torch.tensor([[5.0, 0.0], [0.0, 0.1], [1.0, 1.0]], dtype=torch.float64)
     expected = torch.tensor([[0.6, 0.8, 1.4 * 0.5**0.5], [0.0, -1.0, -(0.5**0.5)]], dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_by_hand():
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_equal_the_oracle_in_training_and_at_test_time(number, fusion, training):
     names = NAMES[:number]
-    made, _ = attached(names, scale=7.0, fusion=fusion(DIM))
+    made, _ = build(names, scale=7.0, fusion=fusion(DIM))
     inputs = batch(names, missing=("image",))
     output = made.train(training)(inputs)
     features = [rows(output.tokens[name].pooled()) for name in names]
@@ -47,8 +47,8 @@ def test_logits_equal_the_oracle_in_training_and_at_test_time(number, fusion, tr
     torch.testing.assert_close(output.logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_parts_add_up_to_the_logits():
-    made, _ = attached(NAMES[:3])
+def test_contributions_sum_to_the_logits():
+    made, _ = build(NAMES[:3])
     output = made(batch(NAMES[:3], missing=("text",)))
     parts = made.contributions(output)
     torch.testing.assert_close(sum(parts.values()), output.logits, **EXACT)
@@ -69,7 +69,7 @@ def test_logits_do_not_depend_on_norms(seed, longer, heavier):
     assert float(plain.abs().max()) <= 15 + 1e-9
 
 
-def test_gradient_is_right():
+def test_gradcheck():
     random = torch.Generator().manual_seed(0)
     features = torch.randn(3, 5, generator=random, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 5, generator=random, dtype=torch.float64, requires_grad=True)
@@ -77,8 +77,8 @@ def test_gradient_is_right():
 
 
 @pytest.mark.parametrize("gone", [{"text": None}, {"mask": {"text": torch.zeros(5, dtype=torch.bool)}}])
-def test_a_modality_that_no_sample_has_contributes_nothing(gone):
-    made, balancing = attached(NAMES[:3])
+def test_modality_missing_from_all_samples_contributes_zero(gone):
+    made, balancing = build(NAMES[:3])
     inputs = {**batch(NAMES[:3]), **gone}
     found = step(made, balancing, inputs)
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
@@ -88,27 +88,27 @@ def test_a_modality_that_no_sample_has_contributes_nothing(gone):
     torch.testing.assert_close(two["audio"] + two["image"], made(inputs).logits, **EXACT)
 
 
-def test_the_head_learns_and_is_saved():
-    made, balancing = attached()
+def test_head_is_trained_and_saved():
+    made, balancing = build()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
     before = copy.deepcopy(made.state_dict())
     step(made, balancing, batch())
     optimizer.step()
     assert not torch.equal(made.head.weight, before["head.weight"])
-    other, _ = attached(seed=9)
+    other, _ = build(seed=9)
     other.load_state_dict(made.state_dict())
     assert torch.equal(other(batch()).logits, made(batch()).logits)
 
 
-def test_it_has_the_models_type_and_no_bias():
-    made, _ = attached(dtype=torch.float32)
+def test_head_has_model_dtype_and_no_bias():
+    made, _ = build(dtype=torch.float32)
     assert {name: (p.dtype, p.shape) for name, p in made.head.named_parameters()} == {
         "weight": (torch.float32, (2, OUTPUTS, DIM))
     }
 
 
-def test_autocast_keeps_cosines_to_single_precision():
-    made, balancing = attached(dtype=torch.float32)
+def test_autocast_computes_cosines_in_float32():
+    made, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     exact = made(inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +119,7 @@ def test_autocast_keeps_cosines_to_single_precision():
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
-def test_refuses_a_scale(scale):
+def test_invalid_scale_raises(scale):
     with pytest.raises(ConfigError, match=f"MMCosine: expected scale > 0 and finite, got scale = {scale}"):
         eq.balance.MMCosine(static(), scale=scale)
 

@@ -23,12 +23,12 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def drawn(seed, *sizes):
+def random_vectors(seed, *sizes):
     random = torch.Generator().manual_seed(seed)
     return [torch.randn(size, generator=random, dtype=torch.float64) for size in sizes]
 
 
-def attached(names=("audio", "image"), *, gamma=1.5, **options):
+def build(names=("audio", "image"), *, gamma=1.5, **options):
     made = fused(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=gamma)])
 
@@ -55,7 +55,7 @@ def test_gradients_that_agree_are_added():
 
 
 @pytest.mark.parametrize("zero", [(True, False), (False, True), (True, True)])
-def test_zero_gradient_gives_no_nan(zero):
+def test_zero_gradient_is_finite(zero):
     one, other = (doubles(0, 0) if z else doubles(1, 2) for z in zero)
     (found,) = pareto_gradient([one], [other], gamma=1.0)
     torch.testing.assert_close(found, one + other, **EXACT)
@@ -64,7 +64,7 @@ def test_zero_gradient_gives_no_nan(zero):
 @quick
 @given(st.integers(0, 10**6))
 def test_conflicting_gradients_have_equal_inner_products_with_the_result(seed):
-    joint, alone = drawn(seed, 7, 7)
+    joint, alone = random_vectors(seed, 7, 7)
     weights = pareto_weights(joint, alone)
     assert weights.tolist() == pytest.approx(min_norm(joint.tolist(), alone.tolist()), abs=1e-12)
     combined = weights[0] * joint + weights[1] * alone
@@ -77,7 +77,7 @@ def test_conflicting_gradients_have_equal_inner_products_with_the_result(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_tensors_equal_the_oracle(seed):
-    joint, alone = drawn(seed, 11, 3), drawn(seed + 100, 11, 3)
+    joint, alone = random_vectors(seed, 11, 3), random_vectors(seed + 100, 11, 3)
     expected = pareto([flat(t) for t in joint], [flat(t) for t in alone], 1.5)
     found = pareto_gradient(joint, alone, gamma=1.5)
     for one, other in zip(found, expected, strict=True):
@@ -85,9 +85,9 @@ def test_tensors_equal_the_oracle(seed):
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_a_step_equals_the_oracle(number):
+def test_step_equals_the_oracle(number):
     names = NAMES[:number]
-    made, balancing = attached(names)
+    made, balancing = build(names)
     inputs = batch(names, size=7)
     found = step(made, balancing, inputs)
     output, target = made(inputs), inputs["target"]
@@ -101,8 +101,8 @@ def test_a_step_equals_the_oracle(number):
             torch.testing.assert_close(gradient.reshape(-1), doubles(*numbers), **EXACT)
 
 
-def test_heads_and_fusion_learn_from_the_plain_sum():
-    made, balancing = attached()
+def test_heads_and_fusion_use_the_summed_gradient():
+    made, balancing = build()
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
     others = [name for name in plain if not name.startswith("encoders")]
     assert others
@@ -111,8 +111,8 @@ def test_heads_and_fusion_learn_from_the_plain_sum():
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
-def test_logits_that_decompose_need_no_heads(fusion):
-    made, balancing = attached(fusion=fusion(DIM), unimodal="none")
+def test_decomposable_logits_need_no_heads(fusion):
+    made, balancing = build(fusion=fusion(DIM), unimodal="none")
     inputs = batch()
     found = step(made, balancing, inputs)
     output = made(inputs)
@@ -128,14 +128,14 @@ def test_logits_that_decompose_need_no_heads(fusion):
 
 def test_accumulated_batches_equal_one_large_batch():
     whole = batch(size=12)
-    made, balancing = attached()
+    made, balancing = build()
     large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
     for name in (n for n in large if n.startswith("encoders")):
         torch.testing.assert_close(small[name], large[name], **EXACT)
 
 
-def test_samples_that_lack_a_modality_do_not_count_for_it():
-    made, balancing = attached()
+def test_samples_without_the_modality_are_excluded():
+    made, balancing = build()
     whole = batch(size=7, missing=("image",))
     here = whole["mask"]["image"]
     found = step(made, balancing, whole)
@@ -146,15 +146,15 @@ def test_samples_that_lack_a_modality_do_not_count_for_it():
     torch.testing.assert_close(found["encoders.image.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
 
 
-def test_a_modality_that_no_sample_has_gets_no_gradient():
-    made, balancing = attached(NAMES[:3])
+def test_modality_missing_from_all_samples_gets_no_gradient():
+    made, balancing = build(NAMES[:3])
     found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
     assert "encoders.text.weight" not in found
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_a_frozen_encoder_stays_out():
-    made, balancing = attached()
+def test_frozen_encoder_is_excluded():
+    made, balancing = build()
     made.encoders["audio"].requires_grad_(False)
     found = step(made, balancing, batch())
     assert "encoders.audio.weight" not in found
@@ -162,7 +162,7 @@ def test_a_frozen_encoder_stays_out():
 
 
 def test_detached_heads_raise():
-    made, balancing = attached()
+    made, balancing = build()
     inputs = batch()
     expected = made.loss(made(inputs).logits, inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])
     with torch.no_grad():
@@ -175,8 +175,8 @@ def test_detached_heads_raise():
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_other_tasks(task):
-    made, balancing = attached(task=task)
+def test_all_tasks(task):
+    made, balancing = build(task=task)
     inputs = batch()
     inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
     found = step(made, balancing, inputs)
@@ -186,7 +186,7 @@ def test_other_tasks(task):
 
 
 def test_autocast():
-    made, balancing = attached(dtype=torch.float32)
+    made, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = balancing.loss(made(inputs), inputs["target"])
@@ -203,7 +203,7 @@ def test_errors():
         eq.balance.MMPareto(fused(("audio",)))
     with pytest.raises(ConfigError, match=r"MMPareto: expected gamma > 0, got gamma = 0"):
         eq.balance.MMPareto(fused(), gamma=0)
-    made, balancing = attached(unimodal="probe")
+    made, balancing = build(unimodal="probe")
     with pytest.raises(ConfigError, match=r"MMPareto: expected logits that are a sum .* unimodal='probe'"):
         step(made, balancing, batch())
     balancer, output = eq.balance.MMPareto(made), made(batch()).with_(logits=None)

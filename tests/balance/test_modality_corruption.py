@@ -17,11 +17,11 @@ EXACT = TOL[torch.float64]
 SIZE = 503
 
 
-def exposed(made, balancer, inputs):
+def corrupt(made, balancer, inputs):
     return balancer.prepare({name: inputs[name] for name in made.names})
 
 
-def destroyed(balancer):
+def destroyed_mask(balancer):
     """Which modalities of which samples the last ``prepare`` destroyed."""
     return balancer.kept("destroyed", eq.Output(features=torch.zeros(0, 1)))
 
@@ -78,17 +78,17 @@ def test_rates_of_corruption_and_replacement():
     made = model(dtype=torch.float64)
     inputs = batch(size=SIZE)
     balancer = eq.balance.ModalityCorruption(made, probability=0.4, replace_prob=0.5)
-    found = exposed(made, balancer, inputs)
+    found = corrupt(made, balancer, inputs)
     changed = torch.stack([(found[n] != inputs[n]).flatten(1).any(dim=1) for n in made.names], dim=1)
     # Of two modalities one is spared where both are hit: 0.4 - 0.4^2 / 2.
     assert changed.double().mean() == pytest.approx(0.32, abs=0.05)
     assert not changed.all(dim=1).any()
-    assert destroyed(balancer).double().mean() == pytest.approx(0.16, abs=0.04)
-    assert (destroyed(balancer) <= changed).all()
+    assert destroyed_mask(balancer).double().mean() == pytest.approx(0.16, abs=0.04)
+    assert (destroyed_mask(balancer) <= changed).all()
     # Destroyed inputs tell nothing of what they were; mixed ones do.
     for place, name in enumerate(made.names):
         was, now = inputs[name].flatten(1), found[name].flatten(1)
-        gone = destroyed(balancer)[:, place]
+        gone = destroyed_mask(balancer)[:, place]
         mixed = changed[:, place] & ~gone
         assert abs(float(torch.corrcoef(torch.stack([was[gone].flatten(), now[gone].flatten()]))[0, 1])) < 0.15
         assert float(torch.corrcoef(torch.stack([was[mixed].flatten(), now[mixed].flatten()]))[0, 1]) > 0.5
@@ -114,7 +114,7 @@ def test_random_numbers_depend_on_the_step():
     for steps in (0, 1, 1):
         balancer = eq.balance.ModalityCorruption(made)
         balancer.steps.fill_(steps)
-        draws.append(exposed(made, balancer, inputs)["audio"])
+        draws.append(corrupt(made, balancer, inputs)["audio"])
     assert torch.equal(draws[1], draws[2])
     assert not torch.equal(draws[0], draws[1])
 
@@ -123,7 +123,7 @@ def test_token_ids_and_missing_modalities_are_not_corrupted():
     made = model(NAMES[:3], dtype=torch.float64)
     inputs = {**batch(NAMES[:3], size=SIZE), "text": torch.ones(SIZE, 3, dtype=torch.int64), "image": None}
     balancer = eq.balance.ModalityCorruption(made, probability=1.0)
-    found = exposed(made, balancer, inputs)
+    found = corrupt(made, balancer, inputs)
     assert found["text"] is inputs["text"]
     assert found["image"] is None
     assert not torch.equal(found["audio"], inputs["audio"])
@@ -136,7 +136,7 @@ def test_one_modality_of_each_sample_is_kept():
     balancer = eq.balance.ModalityCorruption(made, probability=1.0, replace_prob=1.0)
     found = balancer.prepare(inputs)
     has = torch.stack([inputs["mask"].get(n, torch.ones(SIZE, dtype=torch.bool)) for n in made.names], dim=1)
-    assert ((has & ~destroyed(balancer)).sum(dim=1) == 1).all()
+    assert ((has & ~destroyed_mask(balancer)).sum(dim=1) == 1).all()
     assert found["audio"][inputs["mask"]["audio"]].isfinite().all()
 
 
@@ -146,13 +146,13 @@ def test_mapping_inputs_and_invalid_batches():
     words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
     found = balancer.prepare({"audio": words, "image": torch.randn(5, 4, 5)})
     assert found["audio"] is words
-    assert destroyed(balancer).shape == (5, 2)
+    assert destroyed_mask(balancer).shape == (5, 2)
     eq.BalancerList(made, [balancer])
     with pytest.raises(eq.EquipoiseError, match="a batch with audio, image"):
         made.train()({"audio": torch.ones(2, 3, 3)})
 
 
-def test_attention_is_trained_and_static_fusion_is_only_corrupted():
+def test_attention_loss_applies_to_attention_fusion_only():
     for fusion, taught in ((eq.fusion.JointAttention(12, dropout=0.0), True), (eq.fusion.Concat(12), False)):
         encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
         made = eq.FusionModel(encoders, fusion, 3).double()
@@ -169,7 +169,7 @@ def test_attention_is_trained_and_static_fusion_is_only_corrupted():
 
 
 @pytest.mark.parametrize("options", [{"probability": 1.5}, {"replace_prob": -0.1}, {"weight": -1.0}])
-def test_options_out_of_range(options):
+def test_options_out_of_range_raise(options):
     with pytest.raises(
         ConfigError, match=r"ModalityCorruption: expected 0 <= probability <= 1, 0 <= replace_prob <= 1 and weight >= 0"
     ):
@@ -211,16 +211,16 @@ def test_noise_has_the_statistics_of_valid_tokens():
     assert abs(std - 3) < 0.3
 
 
-def from_catalog(made, names, **options):
+def build_with_catalog(made, names, **options):
     return eq.balance.ModalityCorruption(made, corruptions=names, **{"probability": 1.0, **options})
 
 
-def test_the_catalog_damages_only_what_was_drawn():
+def test_catalog_corrupts_only_drawn_samples():
     made = model()
     inputs = batch(size=SIZE)
-    balancer = from_catalog(made, ["zeros", "gain"], probability=0.5)
-    found = exposed(made, balancer, inputs)
-    gone = destroyed(balancer)
+    balancer = build_with_catalog(made, ["zeros", "gain"], probability=0.5)
+    found = corrupt(made, balancer, inputs)
+    gone = destroyed_mask(balancer)
     for index, name in enumerate(("audio", "image")):
         changed = (found[name] != inputs[name]).flatten(1).any(dim=1)
         assert 0.3 < float(changed.double().mean()) < 0.7
@@ -228,33 +228,33 @@ def test_the_catalog_damages_only_what_was_drawn():
         assert bool((found[name][gone[:, index]] == 0).all())
         assert bool(changed[gone[:, index]].all())
         assert 0.1 < float(gone[:, index].double().mean()) < 0.4
-    again = exposed(made, from_catalog(made, ["zeros", "gain"], probability=0.5), inputs)
+    again = corrupt(made, build_with_catalog(made, ["zeros", "gain"], probability=0.5), inputs)
     assert all(torch.equal(found[name], again[name]) for name in ("audio", "image"))
     balancer.before_step()
-    assert not torch.equal(exposed(made, balancer, inputs)["audio"], found["audio"])
+    assert not torch.equal(corrupt(made, balancer, inputs)["audio"], found["audio"])
 
 
-def test_corruptions_that_leave_information_destroy_nothing():
+def test_informative_corruptions_are_not_marked_destroyed():
     made = model()
-    balancer = from_catalog(made, ["gain", "shuffled"])
-    found = exposed(made, balancer, batch(size=SIZE))
-    assert not bool(destroyed(balancer).any())
+    balancer = build_with_catalog(made, ["gain", "shuffled"])
+    found = corrupt(made, balancer, batch(size=SIZE))
+    assert not bool(destroyed_mask(balancer).any())
     assert any(not torch.equal(found[name], batch(size=SIZE)[name]) for name in ("audio", "image"))
 
 
-def test_missing_and_swapped_samples_have_their_mask():
+def test_missing_and_swapped_samples_are_masked():
     made = model()
     inputs = batch(size=SIZE)
-    balancer = from_catalog(made, ["missing"])
-    found = exposed(made, balancer, inputs)
-    gone = destroyed(balancer)
+    balancer = build_with_catalog(made, ["missing"])
+    found = corrupt(made, balancer, inputs)
+    gone = destroyed_mask(balancer)
     assert not bool(gone.all(dim=1).any())
     for index, name in enumerate(("audio", "image")):
         assert torch.equal(found["mask"][name], ~gone[:, index])
     assert "mask" not in inputs
     lengths = torch.arange(7) < torch.arange(SIZE)[:, None] % 7 + 1
     padded = {**inputs, "mask": {"audio": lengths}}
-    swapped = from_catalog(made, ["swapped"]).prepare(padded)
+    swapped = build_with_catalog(made, ["swapped"]).prepare(padded)
     expected = {tuple(row) for row in inputs["audio"].flatten(1).tolist()}
     assert {tuple(row) for row in swapped["audio"].flatten(1).tolist()} <= expected
     assert not torch.equal(swapped["mask"]["audio"], lengths)
@@ -263,7 +263,7 @@ def test_missing_and_swapped_samples_have_their_mask():
 def test_training_with_the_catalog_has_finite_gradients():
     made = model().train()
     names = eq.diagnostics.corruptions.corruption_names("sequence")
-    balancing = eq.BalancerList(made, [from_catalog(made, names)])
+    balancing = eq.BalancerList(made, [build_with_catalog(made, names)])
     inputs = batch(size=37, missing=("image",))
     for _ in range(20):
         made.zero_grad()
@@ -276,18 +276,18 @@ def test_training_with_the_catalog_has_finite_gradients():
 def test_token_ids_are_corrupted_by_the_catalog():
     made = model()
     ids = torch.arange(1, 5 * SIZE + 1).view(SIZE, 5)
-    found = from_catalog(made, ["replaced", "gain"]).prepare({"audio": ids, "image": batch(size=SIZE)["image"]})
+    found = build_with_catalog(made, ["replaced", "gain"]).prepare({"audio": ids, "image": batch(size=SIZE)["image"]})
     assert not torch.equal(found["audio"], ids)
     assert found["audio"].dtype == ids.dtype
 
 
-def test_errors_of_the_catalog():
+def test_errors_of_catalog_options():
     made = model()
     with pytest.raises(ConfigError, match="known corruption, got 'frosen'"):
-        from_catalog(made, ["frosen"])
+        build_with_catalog(made, ["frosen"])
     with pytest.raises(ConfigError, match="one or more corruptions, or None"):
-        from_catalog(made, [])
+        build_with_catalog(made, [])
     with pytest.raises(ConfigError, match="known kind of input, got 'video'"):
-        from_catalog(made, ["zeros"], kinds={"audio": "video"})
+        build_with_catalog(made, ["zeros"], kinds={"audio": "video"})
     with pytest.raises(ConfigError, match="known modality, got 'sound'"):
-        from_catalog(made, ["zeros"], kinds={"sound": "image"})
+        build_with_catalog(made, ["zeros"], kinds={"sound": "image"})

@@ -20,13 +20,13 @@ EXACT = TOL[torch.float64]
 quick = settings(max_examples=25, deadline=None)
 
 
-def attached(names=("audio", "image"), *, make=fused, model=(), **options):
+def build(names=("audio", "image"), *, make=fused, model=(), **options):
     made = make(names, **dict(model))
     balancer = eq.balance.ModalityDropout(made, **options)
     return made.train(), balancer, eq.BalancerList(made, [balancer])
 
 
-def kept(tokens):
+def presence(tokens):
     return torch.stack([part.present() for part in tokens.values()], dim=1)
 
 
@@ -39,7 +39,7 @@ def test_masks_by_hand():
 
 @quick
 @given(st.integers(0, 10**6), st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_missing_modalities_stay_missing_and_no_sample_is_emptied(seed, rates):
+def test_missing_modalities_stay_missing_and_every_sample_keeps_one(seed, rates):
     random = torch.Generator().manual_seed(seed)
     present, drawn = torch.rand(11, 3, generator=random) < 0.7, torch.rand(11, 3, generator=random)
     found = keep_masks(present, torch.tensor(rates), drawn).tolist()
@@ -49,56 +49,56 @@ def test_missing_modalities_stay_missing_and_no_sample_is_emptied(seed, rates):
 
 
 def test_measured_rates_match_the_options():
-    made, balancer, _ = attached(NAMES[:3], p={"audio": 0.3, "image": 0.6})
-    found = kept(balancer.transform(made.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
+    made, balancer, _ = build(NAMES[:3], p={"audio": 0.3, "image": 0.6})
+    found = presence(balancer.transform(made.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
     # The text is never dropped, so that no sample is emptied.
     assert found == pytest.approx([0.7, 0.4, 1.0], abs=0.015)
 
 
-def test_a_rate_for_all():
-    made, balancer, _ = attached(p=0.5)
-    found = kept(balancer.transform(made.encode(batch(size=20011))))
+def test_single_rate_for_all_modalities():
+    made, balancer, _ = build(p=0.5)
+    found = presence(balancer.transform(made.encode(batch(size=20011))))
     # Of four equal cases the empty one is whole again.
     assert found.double().mean(dim=0).tolist() == pytest.approx([0.75, 0.75], abs=0.015)
     assert bool(found.any(dim=1).all())
 
 
 @pytest.mark.parametrize("make", [fused, static])
-def test_a_masked_modality_is_one_that_the_sample_lacks(make):
-    made, balancer, _ = attached(make=make, p={"audio": 1.0})
+def test_dropped_modality_equals_missing_modality(make):
+    made, balancer, _ = build(make=make, p={"audio": 1.0})
     inputs = batch(size=7, missing=("image",))
     output = made(inputs)
     # Those without image keep their audio.
     here = {"audio": ~inputs["mask"]["image"], "image": inputs["mask"]["image"]}
     balancer.rates = {"audio": 0.0, "image": 0.0}
     torch.testing.assert_close(output.logits, made({**inputs, "mask": here}).logits, **EXACT)
-    assert torch.equal(kept(output.tokens), torch.stack([here["audio"], here["image"]], dim=1))
+    assert torch.equal(presence(output.tokens), torch.stack([here["audio"], here["image"]], dim=1))
 
 
-def test_only_samples_that_keep_a_modality_train_its_encoder():
-    made, _, balancing = attached(p={"audio": 1.0})
+def test_encoder_is_trained_by_retained_samples_only():
+    made, _, balancing = build(p={"audio": 1.0})
     found = step(made, balancing, batch())
     assert not bool(found["encoders.audio.weight"].any())
     assert bool(found["encoders.image.weight"].any())
 
 
 @pytest.mark.parametrize("p", [0, 0.0, {}])
-def test_a_rate_of_zero_is_the_identity(p):
-    made, balancer, _ = attached(p=p)
+def test_zero_rate_is_the_identity(p):
+    made, balancer, _ = build(p=p)
     tokens = made.encode(batch())
     assert balancer.transform(tokens) is tokens
 
 
 def test_evaluation_drops_nothing():
-    made, _, _ = attached(p=0.9)
-    assert bool(kept(made.eval()(batch(size=31)).tokens).all())
-    assert not bool(kept(made.train()(batch(size=31)).tokens).all())
+    made, _, _ = build(p=0.9)
+    assert bool(presence(made.eval()(batch(size=31)).tokens).all())
+    assert not bool(presence(made.train()(batch(size=31)).tokens).all())
 
 
-def test_accumulated_batches_drop_as_one_large_batch():
+def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12), []
     for sizes in ((12,), (5, 3, 4)):
-        made, _, balancing = attached(p=0.4, model={"unimodal": "none"})
+        made, _, balancing = build(p=0.4, model={"unimodal": "none"})
         found.append([step(made, balancing, *slices(whole, *sizes)) for _ in range(2)])
     for one, other in zip(*found, strict=True):
         for key, gradient in one.items():
@@ -108,32 +108,32 @@ def test_accumulated_batches_drop_as_one_large_batch():
 
 @quick
 @given(st.lists(st.integers(1, 13), min_size=1, max_size=4), st.integers(0, 10**6))
-def test_parts_of_a_step_draw_what_the_whole_does(sizes, seed):
+def test_micro_batches_draw_the_masks_of_the_full_batch(sizes, seed):
     whole = uniform_per_sample(step_generator(seed, 3), 0, sum(sizes), 3)
     parts = [uniform_per_sample(step_generator(seed, 3), sum(sizes[:n]), size, 3) for n, size in enumerate(sizes)]
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_the_seed_and_the_step_decide_and_the_global_rng_is_untouched():
+def test_randomness_depends_on_seed_and_step_only():
     tokens = static().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        _, balancer, _ = attached(p=0.5, seed=seed)
+        _, balancer, _ = build(p=0.5, seed=seed)
         balancer.steps += steps
         torch.set_rng_state(state)
-        masks = kept(balancer.transform(tokens))
+        masks = presence(balancer.transform(tokens))
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(masks, found.setdefault((seed, steps), masks))
     assert not torch.equal(found[0, 0], found[0, 1])
     assert not torch.equal(found[0, 0], found[1, 0])
 
 
-def test_a_resumed_run_drops_what_it_would_have_dropped():
-    made, balancer, balancing = attached(p=0.5)
+def test_resumed_run_draws_the_same_masks():
+    made, balancer, balancing = build(p=0.5)
     step(made, balancing, batch())
     saved = copy.deepcopy(balancer.state_dict())
     straight = step(made, balancing, batch(seed=1))
-    made, balancer, balancing = attached(p=0.5)
+    made, balancer, balancing = build(p=0.5)
     balancer.load_state_dict(saved)
     resumed = step(made, balancing, batch(seed=1))
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
@@ -149,11 +149,11 @@ def test_a_resumed_run_drops_what_it_would_have_dropped():
         ({"imge": 0.5}, "ModalityDropout: expected a known modality, got 'imge'. Did you mean 'image'"),
     ],
 )
-def test_refuses_options(p, message):
+def test_invalid_options_raise(p, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.ModalityDropout(static(), p=p)
 
 
-def test_refuses_a_single_modality():
+def test_single_modality_raises():
     with pytest.raises(ConfigError, match="ModalityDropout: expected two or more modalities, got audio"):
         eq.balance.ModalityDropout(static(("audio",)))

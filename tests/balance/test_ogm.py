@@ -28,13 +28,13 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(names=("audio", "image"), *, alpha=0.3, start=0, stop=50, **options):
+def build(names=("audio", "image"), *, alpha=0.3, start=0, stop=50, **options):
     made = static(names, **options)
     balancer = eq.balance.OGM(made, alpha=alpha, start=start, stop=stop)
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
-def slow_factors(made, inputs, alpha, task="classification"):
+def expected_factors(made, inputs, alpha, task="classification"):
     """Returns the factors of the oracle for a batch."""
     parts = made.contributions(made(inputs))
     size = len(inputs["target"])
@@ -51,7 +51,7 @@ def test_worked_example():
 
 @quick
 @given(st.integers(2, 7), st.floats(1e-3, 1))
-def test_equal_scores_change_nothing(number, score):
+def test_equal_scores_apply_no_scaling(number, score):
     assert torch.equal(modulation(doubles(*[score] * number), alpha=0.8), torch.ones(number, dtype=torch.float64))
 
 
@@ -67,7 +67,7 @@ def test_other_modalities_are_averaged_not_summed():
     assert discrepancy_ratio(doubles(3, 2, 2)).tolist() == [1.5, 0.8, 0.8]
 
 
-def test_large_score_does_not_round_away_a_small_one():
+def test_small_score_is_not_lost_to_rounding():
     scores = torch.tensor([1.0, 1e-7, 3e-7])
     torch.testing.assert_close(discrepancy_ratio(scores)[0], torch.tensor(5e6), **TOL[torch.float32])
 
@@ -80,7 +80,7 @@ def test_missing_modalities_are_excluded_from_the_comparison():
 
 @quick
 @given(st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5), st.floats(0, 2))
-def test_the_formula_equals_the_oracle(scores, alpha):
+def test_formula_equals_the_oracle(scores, alpha):
     found = modulation(doubles(*scores), alpha=alpha).tolist()
     # At a ratio of 1 but for rounding, either side of the jump is right.
     for value, expected, ratio in zip(found, ogm(scores, alpha), discrepancy_ratio(doubles(*scores)), strict=True):
@@ -91,7 +91,7 @@ def test_the_formula_equals_the_oracle(scores, alpha):
 
 @quick
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.floats(0.1, 10))
-def test_the_best_is_slowed_most_and_the_worst_never(scores, size):
+def test_best_modality_is_scaled_most_and_worst_not_at_all(scores, size):
     found = modulation(doubles(*scores), alpha=0.3)
     assert float(found[scores.index(min(scores))]) == 1.0
     # Equal scores may differ in the last bit.
@@ -103,12 +103,12 @@ def test_the_best_is_slowed_most_and_the_worst_never(scores, size):
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
-def test_a_step_scales_the_encoders_matrices_and_nothing_else(number, task, missing):
+def test_step_scales_encoder_matrices_only(number, task, missing):
     names = NAMES[:number]
-    made, _, balancing = attached(names, task=task)
+    made, _, balancing = build(names, task=task)
     inputs = batch_for(task, names, size=7, missing=missing)
     found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
-    factors = slow_factors(made, inputs, 0.3, task)
+    factors = expected_factors(made, inputs, 0.3, task)
     assert min(factors.values()) < 1
     for name in names:
         weight = f"encoders.{name}.weight"
@@ -118,15 +118,15 @@ def test_a_step_scales_the_encoders_matrices_and_nothing_else(number, task, miss
     assert all(torch.equal(found[key], plain[key]) for key in others)
 
 
-def test_alpha_of_zero_changes_nothing():
-    made, _, balancing = attached(alpha=0.0)
+def test_zero_alpha_applies_no_scaling():
+    made, _, balancing = build(alpha=0.0)
     found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
     assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
 def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
-    made, _, balancing = attached(unimodal="none")
+    made, _, balancing = build(unimodal="none")
     whole = batch(size=12, missing=missing)
     large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
     for key, gradient in large.items():
@@ -147,8 +147,8 @@ def test_unimodal_heads_are_used_if_logits_do_not_decompose():
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
 
 
-def test_a_modality_that_no_sample_has_is_not_compared():
-    made, _, balancing = attached(NAMES[:3])
+def test_modality_missing_from_all_samples_is_excluded():
+    made, _, balancing = build(NAMES[:3])
     inputs = {**batch(NAMES[:3], size=7), "text": None}
     found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
     pair = {name: parts for name, parts in made.contributions(made(inputs)).items() if name != "text"}
@@ -158,8 +158,8 @@ def test_a_modality_that_no_sample_has_is_not_compared():
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
 
 
-def test_modulation_between_start_and_stop_only():
-    made, balancer, balancing = attached(start=1, stop=2)
+def test_modulation_is_limited_to_start_and_stop():
+    made, balancer, balancing = build(start=1, stop=2)
     plain = step(made, eq.BalancerList(made), batch())["encoders.audio.weight"]
     image = step(made, eq.BalancerList(made), batch())["encoders.image.weight"]
     scaled = []
@@ -172,12 +172,12 @@ def test_modulation_between_start_and_stop_only():
     assert int(balancer.epoch) == 3
 
 
-def test_the_log_is_the_mean_factor():
-    made, _, balancing = attached()
+def test_log_contains_the_mean_factor():
+    made, _, balancing = build()
     factors = []
     for seed in range(3):
         step(made, balancing, batch(seed=seed))
-        factors.append(slow_factors(made, batch(seed=seed), 0.3))
+        factors.append(expected_factors(made, batch(seed=seed), 0.3))
     expected = {f"scale/{name}": sum(f[name] for f in factors) / 3 for name in made.names}
     assert balancing.end_epoch() == pytest.approx(expected)
     assert balancing.end_epoch() == {"scale/audio": 1.0, "scale/image": 1.0}
@@ -186,20 +186,20 @@ def test_the_log_is_the_mean_factor():
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_after_autocast(fusion):
     """Under autocast features are half precision, the head's weights are not."""
-    made, _, balancing = attached(fusion=fusion(DIM), dtype=torch.float32)
+    made, _, balancing = build(fusion=fusion(DIM), dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = balancing.loss(made(inputs), inputs["target"])
     loss.backward()
     gradients = {name: made.encoders[name].weight.grad.clone() for name in made.names}
     balancing.before_step()
-    for name, factor in slow_factors(made, inputs, 0.3).items():
+    for name, factor in expected_factors(made, inputs, 0.3).items():
         expected = factor * gradients[name]
         torch.testing.assert_close(made.encoders[name].weight.grad, expected, **TOL[torch.bfloat16])
 
 
 def test_adam_warns_and_sgd_does_not():
-    made, _, balancing = attached()
+    made, _, balancing = build()
     with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes"):
         balancing.check_optimizer(torch.optim.AdamW(made.parameters()))
     with warnings.catch_warnings():
@@ -216,7 +216,7 @@ def test_adam_warns_and_sgd_does_not():
         ({"start": 7, "stop": 5}, "start = 7, stop = 5"),
     ],
 )
-def test_refuses_options(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.OGM(static(), **options)
 

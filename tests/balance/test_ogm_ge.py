@@ -18,13 +18,13 @@ from helpers.tolerance import TOL
 EXACT = TOL[torch.float64]
 
 
-def attached(names=("audio", "image"), *, dtype=torch.float64, **options):
+def build(names=("audio", "image"), *, dtype=torch.float64, **options):
     made = static(names, dtype=dtype)
     balancer = eq.balance.OGM_GE(made, **options)
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
-def noise(made, balancing, inputs, factors=None):
+def added_noise(made, balancing, inputs, factors=None):
     """What one step adds to the encoders' matrices beyond their scaled gradients."""
     plain = step(made, eq.BalancerList(made), inputs)
     found = step(made, balancing, inputs)
@@ -48,10 +48,10 @@ def test_scale_by_hand():
     assert float(noise_scale(torch.tensor([[5.0]]))) == pytest.approx(1e-8)
 
 
-def test_noise_has_zero_mean_and_the_spread_of_the_gradient():
-    made, _, balancing = attached(alpha=0.0)
+def test_noise_has_zero_mean_and_gradient_std():
+    made, _, balancing = build(alpha=0.0)
     plain = step(made, eq.BalancerList(made), batch())
-    drawn = [noise(made, balancing, batch()) for _ in range(200)]
+    drawn = [added_noise(made, balancing, batch()) for _ in range(200)]
     for name, found in zip(made.names, zip(*drawn, strict=True), strict=True):
         whole, scale = torch.stack(found), float(noise_scale(plain[f"encoders.{name}.weight"]))
         error = scale / math.sqrt(whole.numel())
@@ -59,20 +59,20 @@ def test_noise_has_zero_mean_and_the_spread_of_the_gradient():
         assert float(whole.std()) == pytest.approx(scale, abs=4 * error)
 
 
-def test_the_spread_is_that_of_the_gradient_before_it_is_scaled():
+def test_noise_std_is_that_of_the_unscaled_gradient():
     found = []
     for alpha in (0.0, 1.5):
-        made, _, balancing = attached(alpha=alpha)
+        made, _, balancing = build(alpha=alpha)
         factors = ogm_factors(made, alpha, batch())
         assert (min(factors.values()) < 0.5) is (alpha > 0)
-        found.append(noise(made, balancing, batch(), factors))
+        found.append(added_noise(made, balancing, batch(), factors))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_every_encoder_gets_it_and_nothing_else_does(number):
-    made, _, balancing = attached(NAMES[:number])
+def test_noise_is_added_to_encoders_only(number):
+    made, _, balancing = build(NAMES[:number])
     found, plain = (
         step(made, balancing, batch(NAMES[:number])),
         step(made, eq.BalancerList(made), batch(NAMES[:number])),
@@ -81,19 +81,19 @@ def test_every_encoder_gets_it_and_nothing_else_does(number):
     assert changed == {f"encoders.{name}.weight" for name in made.names}
 
 
-def test_two_modalities_get_different_noise_and_so_do_two_steps():
-    made, _, balancing = attached(alpha=0.0)
-    first, second = noise(made, balancing, batch()), noise(made, balancing, batch())
+def test_noise_differs_between_modalities_and_steps():
+    made, _, balancing = build(alpha=0.0)
+    first, second = added_noise(made, balancing, batch()), added_noise(made, balancing, batch())
     scaled = [part.flatten()[:30] / part.std() for part in (*first, *second)]
     for place, one in enumerate(scaled):
         for other in scaled[place + 1 :]:
             assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.6
 
 
-def test_the_seed_decides_and_the_global_rng_is_untouched():
+def test_noise_depends_on_seed_only():
     state, found = torch.get_rng_state(), []
     for seed in (0, 0, 1):
-        made, _, balancing = attached(seed=seed)
+        made, _, balancing = build(seed=seed)
         torch.set_rng_state(state)
         found.append(step(made, balancing, batch())["encoders.audio.weight"])
         assert torch.equal(torch.get_rng_state(), state)
@@ -101,19 +101,19 @@ def test_the_seed_decides_and_the_global_rng_is_untouched():
     assert not torch.allclose(found[0], found[2])
 
 
-def test_a_resumed_run_draws_what_it_would_have_drawn():
-    made, balancer, balancing = attached()
+def test_resumed_run_draws_the_same_noise():
+    made, balancer, balancing = build()
     step(made, balancing, batch())
     saved = copy.deepcopy(balancer.state_dict())
     straight = step(made, balancing, batch(seed=1))
-    made, balancer, balancing = attached()
+    made, balancer, balancing = build()
     balancer.load_state_dict(saved)
     resumed = step(made, balancing, batch(seed=1))
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
 def test_no_noise_outside_start_and_stop():
-    made, _, balancing = attached(start=1)
+    made, _, balancing = build(start=1)
     plain = step(made, eq.BalancerList(made), batch())
     found = step(made, balancing, batch())
     assert all(torch.equal(found[key], plain[key]) for key in plain)
@@ -122,16 +122,16 @@ def test_no_noise_outside_start_and_stop():
     assert not torch.equal(found["encoders.audio.weight"], plain["encoders.audio.weight"])
 
 
-def test_an_encoder_without_gradient_gets_none():
-    made, _, balancing = attached(NAMES[:3])
+def test_encoder_without_gradient_gets_no_noise():
+    made, _, balancing = build(NAMES[:3])
     made.encoders["image"].requires_grad_(False)
     found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
     assert not [key for key in found if key.startswith(("encoders.image", "encoders.text"))]
     assert bool(found["encoders.audio.weight"].isfinite().all())
 
 
-def test_noise_comes_through_adam_so_there_is_no_warning():
-    made, _, balancing = attached()
+def test_no_warning_with_adam():
+    made, _, balancing = build()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         balancing.check_optimizer(torch.optim.AdamW(made.parameters()))

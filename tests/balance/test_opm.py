@@ -25,17 +25,17 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def attached(names=("audio", "image"), *, make=static, model=(), **options):
+def build(names=("audio", "image"), *, make=static, model=(), **options):
     made = make(names, **dict(model))
     balancer = eq.balance.OPM(made, **options)
     return made.train(), balancer, eq.BalancerList(made, [balancer])
 
 
-def with_rates(balancer, *rates):
+def set_rates(balancer, *rates):
     balancer.rates = doubles(*rates)
 
 
-def dropped(output):
+def dropped_mask(output):
     """(batch, modality) where a modality takes no part."""
     return torch.stack([~part.present() for part in output.tokens.values()], dim=1)
 
@@ -62,23 +62,23 @@ def test_rates_equal_the_oracle(scores, q_base, alpha):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("make", [static, fused])
-def test_rates_come_from_the_scores_of_the_step_before(task, make):
-    made, balancer, balancing = attached(NAMES[:3], make=make, model={"task": task})
+def test_rates_use_scores_of_the_previous_step(task, make):
+    made, balancer, balancing = build(NAMES[:3], make=make, model={"task": task})
     inputs = batch_for(task, NAMES[:3], size=7, missing=("audio", "image"))
     output = made(inputs)
     assert torch.equal(
-        dropped(output), torch.stack([~inputs["mask"].get(n, torch.ones(7).bool()) for n in made.names], 1)
+        dropped_mask(output), torch.stack([~inputs["mask"].get(n, torch.ones(7).bool()) for n in made.names], 1)
     )
     step(made, balancing, inputs)
     answers = made.contributions(output) or output.unimodal_logits
-    here = (~dropped(output)).T.tolist()
+    here = (~dropped_mask(output)).T.tolist()
     scores = mean_scores([rows(answers[name]) for name in made.names], inputs["target"].tolist(), here, task)
     assert balancer.rates.tolist() == pytest.approx(opm(scores, 0.4, 0.5))
     assert max(balancer.rates.tolist()) > 0.3
 
 
-def test_first_step_changes_nothing():
-    made, _, balancing = attached(p_exe=1.0)
+def test_first_step_drops_nothing():
+    made, _, balancing = build(p_exe=1.0)
     found, twin = step(made, balancing, batch()), static()
     plain = step(twin, eq.BalancerList(twin), batch())
     for key, gradient in plain.items():
@@ -86,11 +86,11 @@ def test_first_step_changes_nothing():
 
 
 def test_kept_modalities_are_rescaled():
-    made, balancer, _ = attached(p_exe=1.0)
+    made, balancer, _ = build(p_exe=1.0)
     whole = made(batch()).features
-    with_rates(balancer, 1.0, 0.5)
+    set_rates(balancer, 1.0, 0.5)
     output = made(batch())
-    gone = dropped(output)
+    gone = dropped_mask(output)
     assert bool(gone[:, 0].any())
     # theta = 3 / 4
     expected = 4 * whole * (~gone).repeat_interleave(DIM, dim=1)
@@ -98,22 +98,22 @@ def test_kept_modalities_are_rescaled():
 
 
 def test_sample_that_would_lose_all_modalities_keeps_all():
-    made, balancer, _ = attached(p_exe=1.0)
-    with_rates(balancer, 1.0, 0.0)
+    made, balancer, _ = build(p_exe=1.0)
+    set_rates(balancer, 1.0, 0.0)
     inputs = batch(size=7, missing=("audio", "image"))
-    gone = dropped(made(inputs))
+    gone = dropped_mask(made(inputs))
     alone = ~inputs["mask"]["image"]
     assert bool(alone.any())
     assert torch.equal(gone[:, 0], ~alone)
     assert torch.equal(gone[:, 1], alone)
 
 
-def test_rates_are_met_over_samples_and_steps():
-    made, balancer, _ = attached(p_exe=0.7)
+def test_measured_drop_rates_match_the_rates():
+    made, balancer, _ = build(p_exe=0.7)
     tokens = made.encode(batch(size=500))
     done, kept = 0, []
     for _ in range(200):
-        with_rates(balancer, 0.3, 0.0)
+        set_rates(balancer, 0.3, 0.0)
         found = balancer.transform(tokens)
         if found is not tokens:
             done += 1
@@ -125,21 +125,21 @@ def test_rates_are_met_over_samples_and_steps():
 
 
 def test_probability_zero_drops_nothing():
-    made, balancer, _ = attached(p_exe=0.0)
-    with_rates(balancer, 1.0, 0.0)
-    assert not bool(dropped(made(batch())).any())
+    made, balancer, _ = build(p_exe=0.0)
+    set_rates(balancer, 1.0, 0.0)
+    assert not bool(dropped_mask(made(batch())).any())
 
 
 def test_evaluation_drops_nothing():
-    made, balancer, _ = attached(p_exe=1.0)
-    with_rates(balancer, 1.0, 0.0)
-    assert not bool(dropped(made.eval()(batch())).any())
+    made, balancer, _ = build(p_exe=1.0)
+    set_rates(balancer, 1.0, 0.0)
+    assert not bool(dropped_mask(made.eval()(batch())).any())
 
 
-def test_accumulated_batches_drop_and_decide_as_one_large_batch():
+def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12), []
     for sizes in ((12,), (5, 3, 4)):
-        made, balancer, balancing = attached(p_exe=1.0, model={"unimodal": "none"})
+        made, balancer, balancing = build(p_exe=1.0, model={"unimodal": "none"})
         steps = []
         for _ in range(3):
             steps.append(step(made, balancing, *slices(whole, *sizes)))
@@ -151,12 +151,12 @@ def test_accumulated_batches_drop_and_decide_as_one_large_batch():
             torch.testing.assert_close(other[key], gradient, **EXACT)
 
 
-def test_the_seed_and_the_step_decide_and_the_global_rng_is_untouched():
+def test_randomness_depends_on_seed_and_step_only():
     tokens = static().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        _, balancer, _ = attached(p_exe=1.0, seed=seed)
-        with_rates(balancer, 0.5, 0.0)
+        _, balancer, _ = build(p_exe=1.0, seed=seed)
+        set_rates(balancer, 0.5, 0.0)
         balancer.steps += steps
         torch.set_rng_state(state)
         kept = balancer.transform(tokens)["audio"].present()
@@ -166,19 +166,19 @@ def test_the_seed_and_the_step_decide_and_the_global_rng_is_untouched():
     assert not torch.equal(found[0, 0], found[1, 0])
 
 
-def test_a_resumed_run_drops_what_it_would_have_dropped():
-    made, balancer, balancing = attached(p_exe=1.0)
+def test_resumed_run_draws_the_same_masks():
+    made, balancer, balancing = build(p_exe=1.0)
     step(made, balancing, batch())
     saved = copy.deepcopy(balancer.state_dict())
     straight = step(made, balancing, batch(seed=1))
-    made, balancer, balancing = attached(p_exe=1.0)
+    made, balancer, balancing = build(p_exe=1.0)
     balancer.load_state_dict(saved)
     resumed = step(made, balancing, batch(seed=1))
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
-def test_the_log_is_the_mean_rate():
-    made, balancer, balancing = attached(p_exe=0.0)
+def test_log_contains_the_mean_rate():
+    made, balancer, balancing = build(p_exe=0.0)
     rates = [balancer.rates.tolist()]
     for seed in range(3):
         step(made, balancing, batch(seed=seed))
@@ -198,7 +198,7 @@ def test_the_log_is_the_mean_rate():
         ({"p_exe": float("nan")}, "p_exe = nan"),
     ],
 )
-def test_refuses_options(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.OPM(static(), **options)
 
@@ -206,6 +206,6 @@ def test_refuses_options(options, message):
 def test_model_without_unimodal_logits_raises():
     with pytest.raises(ConfigError, match="OPM: expected two or more modalities, got audio"):
         eq.balance.OPM(static(("audio",)))
-    made, _, balancing = attached(make=fused, model={"unimodal": "none"})
+    made, _, balancing = build(make=fused, model={"unimodal": "none"})
     with pytest.raises(ConfigError, match="OPM: expected logits that are a sum over modalities, or unimodal heads"):
         step(made, balancing, batch())

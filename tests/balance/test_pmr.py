@@ -27,12 +27,12 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def pooled(made, inputs):
+def pooled_features(made, inputs):
     tokens = made.eval().encode(inputs)
     return [rows(tokens[name].pooled()) for name in made.names]
 
 
-def reviewed(made, data, **options):
+def build_reviewed(made, data, **options):
     """Returns a PMR after one review of all these batches."""
     balancer = eq.balance.PMR(made, **{"fraction": 1.0, **options})
     for inputs in data:
@@ -50,33 +50,33 @@ def test_worked_examples(rho, gamma, beta):
     torch.testing.assert_close(leads, doubles(gamma, beta), **EXACT)
 
 
-def test_three_modalities_are_measured_by_the_best_and_the_worst():
+def test_three_modalities_use_best_and_worst_scores():
     lags, leads = prototype_weights(doubles(0.6, 0.5, 0.4))
     torch.testing.assert_close(lags, doubles(0, 0.2, 0.5), **EXACT)
     torch.testing.assert_close(leads, doubles(0.5, 0.25, 0), **EXACT)
 
 
-def test_a_modality_that_no_sample_has_is_excluded():
+def test_modality_missing_from_all_samples_is_excluded():
     lags, leads = prototype_weights(doubles(math.nan, 0.6, 0.4))
     torch.testing.assert_close(lags, doubles(0, 0, 0.5), **EXACT)
     torch.testing.assert_close(leads, doubles(0, 0.5, 0), **EXACT)
 
 
-def test_zero_scores_give_no_nan():
+def test_zero_scores_are_finite():
     assert [w.tolist() for w in prototype_weights(doubles(0.5, 0))] == [[0, 1], [1, 0]]
     assert [w.tolist() for w in prototype_weights(doubles(0, 0))] == [[0, 0], [0, 0]]
 
 
 @quick
 @given(st.lists(st.floats(1e-6, 1), min_size=2, max_size=5))
-def test_best_has_no_prototype_loss_and_worst_no_entropy(scores):
+def test_best_modality_has_no_prototype_loss_and_worst_no_entropy(scores):
     lags, leads = prototype_weights(doubles(*scores))
     assert float(lags[scores.index(max(scores))]) == 0
     assert float(leads[scores.index(min(scores))]) == 0
     assert all(0 <= w <= 1 for w in (*lags.tolist(), *leads.tolist()))
 
 
-def test_probabilities_and_the_gradient_on_a_prototype():
+def test_probabilities_and_gradient_at_a_prototype():
     feature = doubles(3, 4)[None, None].requires_grad_()
     prototypes = torch.stack([doubles(3, 4), doubles(0, 0), doubles(9, 9)])[None, None]
     log_p = prototype_log_probabilities(feature, prototypes, torch.tensor([[[True, True, False]]]))[0, 0, 0]
@@ -91,22 +91,22 @@ def test_probabilities_and_the_gradient_on_a_prototype():
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_penalty_equals_the_oracle(hard, seed):
+def test_penalty_equals_the_oracle(hard, seed):
     made, data = static(seed=seed), [batch(size=11, seed=seed), batch(size=7, seed=seed + 50)]
-    balancer = reviewed(made, data, alpha=2.0, mu=0.1, hard=hard)
-    features = [a + b for a, b in zip(*(pooled(made, inputs) for inputs in data), strict=True)]
+    balancer = build_reviewed(made, data, alpha=2.0, mu=0.1, hard=hard)
+    features = [a + b for a, b in zip(*(pooled_features(made, inputs) for inputs in data), strict=True)]
     labels = [label for inputs in data for label in rows(inputs["target"])]
     prototypes = [[class_mean(f, labels, c) for c in range(3)] for f in features]
     inputs = batch(size=5, seed=seed + 7)
-    expected = pmr(pooled(made, inputs), prototypes, rows(inputs["target"]), 2.0, 0.1, hard)
+    expected = pmr(pooled_features(made, inputs), prototypes, rows(inputs["target"]), 2.0, 0.1, hard)
     assert abs(expected) > 1e-4
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_entropy_ends_after_its_epochs():
+def test_entropy_term_ends_after_its_epochs():
     made, inputs = static(), batch(size=11)
-    balancer = reviewed(made, [inputs], entropy_epochs=1, mu=10.0)
-    features, labels = pooled(made, inputs), rows(inputs["target"])
+    balancer = build_reviewed(made, [inputs], entropy_epochs=1, mu=10.0)
+    features, labels = pooled_features(made, inputs), rows(inputs["target"])
     prototypes = [[class_mean(f, labels, c) for c in range(3)] for f in features]
     for mu in (10.0, 0.0):
         found = float(penalty_of(balancer, made, inputs))
@@ -118,20 +118,20 @@ def test_prototypes_are_updated_with_momentum():
     made, first, second = static(), batch(size=11), batch(size=7, seed=1)
     # A class that the second review does not show keeps its prototype.
     second["target"] = second["target"].clamp(max=1)
-    balancer = reviewed(made, [first], momentum=0.3)
+    balancer = build_reviewed(made, [first], momentum=0.3)
     balancer.review([second], [])
     for place, name in enumerate(made.names):
-        old, new = (pooled(made, inputs)[place] for inputs in (first, second))
+        old, new = (pooled_features(made, inputs)[place] for inputs in (first, second))
         for c in range(3):
             before, after = class_mean(old, rows(first["target"]), c), class_mean(new, rows(second["target"]), c)
             expected = before if after is None else [0.3 * a + 0.7 * b for a, b in zip(before, after, strict=True)]
             torch.testing.assert_close(balancer.prototypes[place, 0, c], doubles(*expected), **EXACT, msg=name)
 
 
-def test_a_class_without_a_prototype_does_not_count():
+def test_class_without_prototype_is_excluded():
     made, few = static(), batch(size=11)
     few["target"] = few["target"].clamp(max=1)
-    balancer = reviewed(made, [few])
+    balancer = build_reviewed(made, [few])
     inputs = batch(size=7, seed=3)
     known = inputs["target"] < 2
     assert 0 < int(known.sum()) < 7
@@ -139,7 +139,7 @@ def test_a_class_without_a_prototype_does_not_count():
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(float(penalty_of(balancer, made, some)))
 
 
-def test_a_part_of_the_batches_makes_the_prototypes():
+def test_prototypes_from_a_fraction_of_batches():
     made, balancer, data = static(), None, [batch(seed=seed) for seed in range(12)]
     balancer = eq.balance.PMR(made, fraction=0.1)
     for inputs in data:
@@ -150,16 +150,16 @@ def test_a_part_of_the_batches_makes_the_prototypes():
     assert int(balancer.batches) == 0
 
 
-def test_first_epoch_changes_nothing():
+def test_first_epoch_applies_no_scaling():
     made, inputs = static(), batch()
     balancing = eq.BalancerList(made, [eq.balance.PMR(made)])
     assert loss_of(balancing, made, inputs) == loss_of(eq.BalancerList(made), made, inputs)
     assert balancing.end_epoch() == {"weight/audio": 0.0, "weight/image": 0.0}
 
 
-def test_only_encoders_are_scaled_and_the_log_has_the_factors():
+def test_encoders_are_scaled_and_factors_logged():
     made, inputs = fused(), batch(size=11)
-    balancer = reviewed(made, [inputs], alpha=3.0)
+    balancer = build_reviewed(made, [inputs], alpha=3.0)
     found, plain = step(made, eq.BalancerList(made, [balancer]), inputs), step(made, eq.BalancerList(made), inputs)
     changed = {name for name in plain if not torch.equal(found[name], plain[name])}
     assert changed
@@ -171,19 +171,19 @@ def test_only_encoders_are_scaled_and_the_log_has_the_factors():
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("number", [2, 3])
-def test_every_task(task, number):
+def test_all_tasks(task, number):
     names = NAMES[:number]
     made, inputs = fused(names, task=task), batch_for(task, names, size=11, missing=names[:2])
-    balancer = reviewed(made, [inputs], fraction=1.0)
+    balancer = build_reviewed(made, [inputs], fraction=1.0)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert sum(balancer.end_epoch().values()) > 0
 
 
-def test_multilabel_is_a_pair_of_classes_for_each_label():
+def test_multilabel_uses_two_classes_per_label():
     made, inputs = static(task="multilabel"), batch_for("multilabel", size=11)
-    balancer = reviewed(made, [inputs], mu=0.0)
-    target, features = rows(inputs["target"]), pooled(made, inputs)
+    balancer = build_reviewed(made, [inputs], mu=0.0)
+    target, features = rows(inputs["target"]), pooled_features(made, inputs)
     scores, losses = [], []
     for f in features:
         true = []
@@ -205,18 +205,18 @@ def test_targets_of_a_regression_are_binned_once():
     assert sizes[:, 0].bincount().tolist() == pytest.approx([200] * 5, abs=3)
     assert categories(target, "regression", bin_edges(normal, 2))[:, 0].tolist() == [0] * 500 + [1] * 500
     made, inputs = static(task="regression"), batch_for("regression", size=11)
-    balancer = reviewed(made, [inputs], bins=3)
+    balancer = build_reviewed(made, [inputs], bins=3)
     first = balancer.edges.clone()
     assert first.shape == (3, 2)
     balancer.review([{**inputs, "target": inputs["target"] + 10}], [])
     assert torch.equal(balancer.edges, first)
 
 
-def test_samples_that_lack_a_modality_do_not_count_for_it():
+def test_samples_without_the_modality_are_excluded():
     made, whole = static(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
-    balancer = reviewed(made, [whole])
-    features = pooled(made, whole)
+    balancer = build_reviewed(made, [whole])
+    features = pooled_features(made, whole)
     labels = rows(whole["target"])
     for c in range(3):
         kept = [(f, y) for f, y, h in zip(features[1], labels, rows(here), strict=True) if h]
@@ -227,9 +227,9 @@ def test_samples_that_lack_a_modality_do_not_count_for_it():
     assert float(penalty_of(balancer, made, whole)) != 0
 
 
-def test_training_resumes_from_saved_state():
+def test_resume_from_saved_state():
     made, inputs = static(), batch(size=11)
-    balancer = reviewed(made, [inputs])
+    balancer = build_reviewed(made, [inputs])
     penalty_of(balancer, made, inputs)
     other = eq.balance.PMR(made, fraction=1.0)
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
@@ -239,7 +239,7 @@ def test_training_resumes_from_saved_state():
 
 def test_autocast():
     made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = reviewed(made, [inputs])
+    balancer = build_reviewed(made, [inputs])
     assert_like_single_precision(balancer, made, inputs)
 
 

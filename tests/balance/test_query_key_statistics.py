@@ -17,7 +17,7 @@ INDICATORS = ("cosine", "logit", "mass", "mass_per_token")
 CPU = torch.device("cpu")
 
 
-def batch(seed, *, size=5, heads=3, keyheads=3, queries=5, keys=11, d=7, missing=False, dtype=torch.float64):
+def random_batch(seed, *, size=5, heads=3, keyheads=3, queries=5, keys=11, d=7, missing=False, dtype=torch.float64):
     """Query, key, labels (batch, key) in any order with special tokens, valid (batch, key), rows (batch, query)."""
     random = torch.Generator().manual_seed(seed)
     query = torch.randn(size, heads, queries, d, generator=random, dtype=torch.float64).to(dtype)
@@ -36,7 +36,7 @@ def samples(*batches):
     return [sample for parts in batches for sample in zip(*(part.double().numpy() for part in parts), strict=True)]
 
 
-def compare(total, oracle_samples, *, heads=3, d=7, tolerance=EXACT, **options):
+def assert_statistics_match(total, oracle_samples, *, heads=3, d=7, tolerance=EXACT, **options):
     """Means from the sums of each head, against the loops over the samples."""
     sums = RunningSums(heads, NAMES, d, None)
     for head in range(heads):
@@ -53,25 +53,25 @@ def compare(total, oracle_samples, *, heads=3, d=7, tolerance=EXACT, **options):
 
 @pytest.mark.parametrize("indicator", INDICATORS)
 @pytest.mark.parametrize("missing", [False, True])
-def test_equals_the_loops(indicator, missing):
-    query, key, labels, valid, rows = parts = batch(1, missing=missing)
+def test_statistics_against_loops(indicator, missing):
+    query, key, labels, valid, rows = parts = random_batch(1, missing=missing)
     total = query_key_sums(
         query, key, labels, len(NAMES), valid=valid, rows=rows, indicator=indicator
     )  # fmt: skip
-    compare(total, samples(parts), kind=indicator)
+    assert_statistics_match(total, samples(parts), kind=indicator)
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
 def test_without_masks_every_key_and_query_counts(indicator):
-    query, key, labels, valid, rows = batch(2)
+    query, key, labels, valid, rows = random_batch(2)
     total = query_key_sums(query, key, labels, len(NAMES), indicator=indicator)
     everything = (query, key, labels, torch.ones_like(valid), torch.ones_like(rows))
-    compare(total, samples(everything), kind=indicator)
+    assert_statistics_match(total, samples(everything), kind=indicator)
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
-def test_one_row_of_labels_serves_all_samples(indicator):
-    query, key, labels, valid, _ = batch(3)
+def test_shared_label_row(indicator):
+    query, key, labels, valid, _ = random_batch(3)
     shared = query_key_sums(query, key, labels[0], len(NAMES), valid=valid, indicator=indicator)
     written_out = query_key_sums(query, key, labels[:1].expand(5, -1), len(NAMES), valid=valid, indicator=indicator)
     torch.testing.assert_close(shared, written_out, **EXACT)
@@ -80,17 +80,17 @@ def test_one_row_of_labels_serves_all_samples(indicator):
 @pytest.mark.parametrize("indicator", INDICATORS)
 @pytest.mark.parametrize("keyheads", [1, 3])
 def test_grouped_keys(indicator, keyheads):
-    query, key, labels, valid, rows = parts = batch(4, heads=6, keyheads=keyheads)
+    query, key, labels, valid, rows = parts = random_batch(4, heads=6, keyheads=keyheads)
     total = query_key_sums(query, key, labels, len(NAMES), valid=valid, rows=rows, indicator=indicator)
-    compare(total, samples(parts), heads=6, kind=indicator)
+    assert_statistics_match(total, samples(parts), heads=6, kind=indicator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_single(dtype):
-    query, key, labels, valid, rows = parts = batch(5, dtype=dtype)
+def test_half_precision_is_accumulated_in_float32(dtype):
+    query, key, labels, valid, rows = parts = random_batch(5, dtype=dtype)
     total = query_key_sums(query, key, labels, len(NAMES), valid=valid, rows=rows)
     assert total.dtype == torch.float64
-    compare(total, samples(parts), tolerance=SINGLE)
+    assert_statistics_match(total, samples(parts), tolerance=SINGLE)
 
 
 def test_worked_example():
@@ -104,8 +104,8 @@ def test_worked_example():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(INDICATORS))
-def test_parts_of_a_batch_add_up_to_it(seed, cut, indicator):
-    query, key, labels, valid, rows = parts = batch(seed, missing=True)
+def test_micro_batches_sum_to_the_batch(seed, cut, indicator):
+    query, key, labels, valid, rows = parts = random_batch(seed, missing=True)
     whole = query_key_sums(query, key, labels, 3, valid=valid, rows=rows, indicator=indicator)
     added = torch.zeros_like(whole)
     for piece in (slice(0, cut), slice(cut, None)):
@@ -117,7 +117,7 @@ def test_parts_of_a_batch_add_up_to_it(seed, cut, indicator):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.permutations(range(3)), st.sampled_from(INDICATORS))
 def test_renaming_modalities_permutes_rows(seed, order, indicator):
-    query, key, labels, valid, _ = batch(seed)
+    query, key, labels, valid, _ = random_batch(seed)
     renamed = torch.tensor([*order, -1])[labels]
     a = query_key_sums(query, key, labels, 3, valid=valid, indicator=indicator)
     b = query_key_sums(query, key, renamed, 3, valid=valid, indicator=indicator)
@@ -125,7 +125,7 @@ def test_renaming_modalities_permutes_rows(seed, order, indicator):
 
 
 def test_masses_of_a_sample_sum_to_one_without_special_tokens():
-    query, key, labels, _, _ = batch(6, size=1)
+    query, key, labels, _, _ = random_batch(6, size=1)
     labels = labels.clamp(min=0)
     for indicator in ("mass", "mass_per_token"):
         total = query_key_sums(query, key, labels, 3, indicator=indicator)
@@ -133,34 +133,34 @@ def test_masses_of_a_sample_sum_to_one_without_special_tokens():
 
 
 def test_statistics_have_no_gradient():
-    query, key, labels, _, _ = batch(7)
+    query, key, labels, _, _ = random_batch(7)
     assert not query_key_sums(query.requires_grad_(), key.requires_grad_(), labels, 3).requires_grad
 
 
 @pytest.mark.parametrize("tail", [1, 3, None])
-def test_the_window_holds_the_last_batches(tail):
-    batches = [batch(seed, size=size) for seed, size in enumerate((5, 2, 3, 7, 4))]
+def test_window_contains_the_last_batches(tail):
+    batches = [random_batch(seed, size=size) for seed, size in enumerate((5, 2, 3, 7, 4))]
     window = RunningSums(3, NAMES, 7, tail)
     for query, key, labels, valid, rows in batches:
         window.add(query_key_sums(query, key, labels, 3, valid=valid, rows=rows))
-    compare(window.total(CPU), samples(*batches[-(tail or 5) :]))
+    assert_statistics_match(window.total(CPU), samples(*batches[-(tail or 5) :]))
     window.reset()
     assert not window.total(CPU).any()
     window.add(query_key_sums(*batches[0][:3], 3, valid=batches[0][3], rows=batches[0][4]))
-    compare(window.total(CPU), samples(batches[0]))
+    assert_statistics_match(window.total(CPU), samples(batches[0]))
 
 
 def test_keep_all_ignores_the_window():
-    batches = [batch(seed) for seed in range(5)]
+    batches = [random_batch(seed) for seed in range(5)]
     window = RunningSums(3, NAMES, 7, 2)
     for query, key, labels, valid, rows in batches:
         window.add(query_key_sums(query, key, labels, 3, valid=valid, rows=rows), keep_all=True)
-    compare(window.total(CPU), samples(*batches))
+    assert_statistics_match(window.total(CPU), samples(*batches))
 
 
 @pytest.mark.parametrize("tail", [3, None])
-def test_the_window_is_taken_up_where_it_was_left(tail):
-    sums = [query_key_sums(*batch(seed)[:3], 3) for seed in range(7)]
+def test_window_is_restored_from_state(tail):
+    sums = [query_key_sums(*random_batch(seed)[:3], 3) for seed in range(7)]
     whole, first, second = (RunningSums(3, NAMES, 7, tail) for _ in range(3))
     for part in sums:
         whole.add(part)
@@ -172,17 +172,17 @@ def test_the_window_is_taken_up_where_it_was_left(tail):
     assert torch.equal(second.total(CPU), whole.total(CPU))
 
 
-def test_a_window_of_another_length_starts_afresh():
+def test_window_of_different_length_is_reset():
     window, other = RunningSums(3, NAMES, 7, 3), RunningSums(3, NAMES, 7, 5)
-    window.add(query_key_sums(*batch(0)[:3], 3))
-    other.add(query_key_sums(*batch(1)[:3], 3))
+    window.add(query_key_sums(*random_batch(0)[:3], 3))
+    other.add(query_key_sums(*random_batch(1)[:3], 3))
     other.load(window.state())
     assert other.cursor == 0
     assert not other.total(CPU).any()
 
 
-def test_a_modality_that_no_sample_has_is_left_out():
-    query, key, labels, _, _ = batch(8)
+def test_modality_missing_from_all_samples_is_excluded():
+    query, key, labels, _, _ = random_batch(8)
     total = query_key_sums(query, key, labels.clamp(max=1), 3)
     assert list(RunningSums(3, NAMES, 7, None).means(total, 0).keys) == ["audio", "image"]
 
@@ -199,7 +199,7 @@ def test_key_mask_of_every_form():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.02, 0.98))
-def test_a_wanted_share_is_reached_or_the_nearest_end(seed, wanted):
+def test_target_share_is_reached_or_clamped(seed, wanted):
     random = torch.Generator().manual_seed(seed)
     query, audio, image = torch.randn(3, 7, generator=random, dtype=torch.float64) * 2
     keys, tokens = {"audio": audio, "image": image}, {"audio": 16.0, "image": 5.0}
@@ -217,7 +217,7 @@ def test_a_wanted_share_is_reached_or_the_nearest_end(seed, wanted):
 
 
 @pytest.mark.parametrize(("wanted", "end"), [({"audio": 1.0, "image": 0.0}, 1.0), ({"audio": 0.0, "image": 1.0}, 0.0)])
-def test_the_whole_share_is_an_end(wanted, end):
+def test_target_share_of_one_is_an_endpoint(wanted, end):
     query, audio, image = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     alpha = weights_for_share(query, {"audio": audio, "image": image}, {"audio": 3.0, "image": 3.0}, wanted)
     assert alpha["audio"] == pytest.approx(end)
@@ -226,7 +226,7 @@ def test_the_whole_share_is_an_end(wanted, end):
 @pytest.mark.parametrize(
     "target", [{"audio": 0.7, "image": 0.7}, {"audio": 1.0}, {"audio": 0.5, "text": 0.5}, {"audio": 1.5, "image": -0.5}]
 )
-def test_shares_that_are_none(target):
+def test_invalid_target_shares_raise(target):
     keys = {"audio": torch.ones(3), "image": torch.ones(3)}
     with pytest.raises(
         ConfigError, match="RollingQ target_share: expected shares of exactly two modalities that sum to 1"

@@ -13,29 +13,29 @@ from helpers.fusion import DIM, batch, forward, model
 from helpers.tolerance import TOL
 
 
-def attached(made, **options):
+def build_balancer(made, **options):
     return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "max_rotations": None, **options})
 
 
-def rotated(dtype=torch.float64, **options):
+def build_rotated(dtype=torch.float64, **options):
     made = model(dtype=dtype)
-    rolling = attached(made, **options)
+    rolling = build_balancer(made, **options)
     forward(made, [batch(dtype=dtype)])
     assert rolling.end_epoch()["rotated"] == 1.0
     return made, rolling
 
 
-def eye():
+def identity_rotation():
     return torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
-def test_safetensors_keep_it_bit_by_bit(tmp_path, dtype, heads):
-    made, rolling = rotated(dtype, heads=heads)
+def test_safetensors_round_trip_is_exact(tmp_path, dtype, heads):
+    made, rolling = build_rotated(dtype, heads=heads)
     save_file(made.state_dict(), tmp_path / "weights.safetensors")
     fresh = model(dtype=dtype, seed=9)
-    other = attached(fresh, heads=heads)
+    other = build_balancer(fresh, heads=heads)
     fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     inputs = batch(seed=5, dtype=dtype)
     assert torch.equal(fresh.eval()(inputs).logits, made.eval()(inputs).logits)
@@ -43,48 +43,48 @@ def test_safetensors_keep_it_bit_by_bit(tmp_path, dtype, heads):
         assert torch.equal(getattr(other, name), getattr(rolling, name))
 
 
-def test_safe_loading_is_enough():
-    made, _ = rotated()
+def test_rotation_loads_with_weights_only():
+    made, _ = build_rotated()
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
     fresh = model(seed=9)
-    attached(fresh)
+    build_balancer(fresh)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh.eval()(batch()).logits, made.eval()(batch()).logits)
 
 
-def test_a_checkpoint_from_before_means_the_identity():
+def test_checkpoint_without_rotation_loads_identity():
     old = model(seed=9)
-    made, rolling = rotated()
+    made, rolling = build_rotated()
     forward(made, [batch()])
     made.load_state_dict(old.state_dict())
-    assert torch.equal(rolling.rotation, eye())
+    assert torch.equal(rolling.rotation, identity_rotation())
     assert (int(rolling.rotations), int(rolling.epochs), int(rolling.last_epoch)) == (0, 0, 0)
     assert rolling.air.isnan().all()
     assert torch.equal(made.eval()(batch()).logits, old.eval()(batch()).logits)
     assert rolling.end_epoch()["rotated"] == 0.0
 
 
-def test_a_rotated_checkpoint_is_refused_by_a_model_without_one():
-    made, _ = rotated()
+def test_rotated_checkpoint_in_plain_model_raises():
+    made, _ = build_rotated()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*attention\.core\.rolling\.rotation"):
         model().load_state_dict(made.state_dict())
 
 
-def test_a_checkpoint_of_other_heads_is_refused():
-    made, _ = rotated()
+def test_checkpoint_with_other_head_count_raises():
+    made, _ = build_rotated()
     fresh = model()
-    attached(fresh, heads="joint")
+    build_balancer(fresh, heads="joint")
     with pytest.raises(RuntimeError, match=r"size mismatch for fusion\.attention\.core\.rolling\.rotation"):
         fresh.load_state_dict(made.state_dict())
 
 
 @pytest.mark.parametrize("tail", [3, None])
-def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(tmp_path, tail):
+def test_resume_within_an_epoch_matches_uninterrupted_run(tmp_path, tail):
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 2, 3, 7, 4))]
     whole, first, second = model(), model(), model(seed=9)
-    rolling, _, resumed = (attached(made, tail=tail) for made in (whole, first, second))
+    rolling, _, resumed = (build_balancer(made, tail=tail) for made in (whole, first, second))
     forward(whole, batches)
     forward(first, batches[:2])
     save_file(first.state_dict(), tmp_path / "middle.safetensors")
@@ -94,24 +94,24 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(tmp_path, tail):
     assert torch.equal(resumed.rotation, rolling.rotation)
 
 
-def test_a_stop_between_epochs_keeps_the_schedule():
+def test_resume_between_epochs_keeps_the_schedule():
     options = {"max_rotations": 2, "min_epochs_between": 2}
     straight, stopped = model(), model()
-    one, other = attached(straight, **options), attached(stopped, **options)
+    one, other = build_balancer(straight, **options), build_balancer(stopped, **options)
     for epoch in range(5):
         forward(straight, [batch(seed=epoch)])
         forward(stopped, [batch(seed=epoch)])
         assert one.end_epoch() == other.end_epoch()
         state, stopped = stopped.state_dict(), model(seed=9)
-        other = attached(stopped, **options)
+        other = build_balancer(stopped, **options)
         stopped.load_state_dict(state)
     assert torch.equal(one.rotation, other.rotation)
     assert int(other.rotations) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_keep_an_exact_rotation(dtype):
-    made, rolling = rotated(torch.float32)
+def test_half_precision_models_keep_rotation_precision(dtype):
+    made, rolling = build_rotated(torch.float32)
     before, exact = rolling.rotation.clone(), made.eval()(batch(dtype=torch.float32)).logits
     assert made.to(dtype).fusion.attention.query.weight.dtype == dtype
     assert rolling.rotation.dtype == torch.float32
@@ -124,8 +124,8 @@ def test_half_precision_models_keep_an_exact_rotation(dtype):
     assert torch.equal(rolling.rotation, before)
 
 
-def test_a_model_made_double_has_a_double_rotation():
-    made, rolling = rotated(torch.float32)
+def test_rotation_follows_model_to_float64():
+    made, rolling = build_rotated(torch.float32)
     before = rolling.rotation.clone()
     made.double()
     assert rolling.rotation.dtype == torch.float64
@@ -133,11 +133,11 @@ def test_a_model_made_double_has_a_double_rotation():
     forward(made, [batch(seed=1)])
     rolling.end_epoch()
     product = rolling.rotation @ rolling.rotation.mT
-    torch.testing.assert_close(product, eye(), **TOL[torch.float64])
+    torch.testing.assert_close(product, identity_rotation(), **TOL[torch.float64])
 
 
 def test_copy_is_independent():
-    made, rolling = rotated()
+    made, rolling = build_rotated()
     twin = copy.deepcopy(made)
     other = twin.fusion.attention.core.rolling
     assert other is not rolling
@@ -155,16 +155,16 @@ def test_copy_is_independent():
     assert not twin.fusion.attention.core._forward_pre_hooks
 
 
-def test_the_class_is_left_as_it_is_and_balancers_are_pickled_too():
+def test_layer_class_is_unchanged_and_balancers_pickle():
     before = dict(vars(eq.balance.RollingQ))
-    _, rolling = rotated()
+    _, rolling = build_rotated()
     assert dict(vars(eq.balance.RollingQ)) == before
     again = pickle.loads(pickle.dumps(rolling))
     assert torch.equal(again.rotation, rolling.rotation)
 
 
-def test_a_pickled_model_is_rotated():
-    made, _ = rotated()
+def test_pickled_model_keeps_its_rotation():
+    made, _ = build_rotated()
     file = io.BytesIO()
     torch.save(made, file)
     file.seek(0)
@@ -175,17 +175,17 @@ def test_a_pickled_model_is_rotated():
 
 
 def test_many_products_stay_orthogonal():
-    made, rolling = rotated(torch.float32)
+    made, rolling = build_rotated(torch.float32)
     for epoch in range(100):
         forward(made, [batch(size=2, seed=epoch, dtype=torch.float32)])
         rolling.end_epoch()
     assert int(rolling.rotations) == 101
     product = rolling.rotation @ rolling.rotation.mT
-    torch.testing.assert_close(product, eye().float(), **TOL[torch.float32])
+    torch.testing.assert_close(product, identity_rotation().float(), **TOL[torch.float32])
 
 
-def test_it_is_not_a_parameter_and_has_no_gradient():
-    made, rolling = rotated()
+def test_rotation_is_a_buffer_without_gradient():
+    made, rolling = build_rotated()
     assert "fusion.attention.core.rolling.rotation" in dict(made.named_buffers())
     assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in model().parameters())
     assert not rolling.rotation.requires_grad

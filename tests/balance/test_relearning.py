@@ -23,7 +23,7 @@ EXACT = TOL[torch.float64]
 quick = settings(max_examples=25, deadline=None)
 
 
-def attached(made=None, optimizer=torch.optim.SGD, **options):
+def build(made=None, optimizer=torch.optim.SGD, **options):
     """A model, a balancer of it that acts every epoch, and the optimizer attached to it."""
     made = made or static()
     balancer = eq.balance.DiagnoseRelearn(made, **{"every": 1, **options})
@@ -32,7 +32,7 @@ def attached(made=None, optimizer=torch.optim.SGD, **options):
     return made, balancer, chosen
 
 
-def moved(made, seed=0):
+def perturb_weights(made, seed=0):
     """Changes all weights."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def moved(made, seed=0):
             parameter += torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
 
 
-def separated(size=30, *, apart, seed=0):
+def separable_batch(size=30, *, apart, seed=0):
     """Audio separable by class, and an image without information."""
     inputs = batch(size=size, seed=seed)
     inputs["audio"] = inputs["audio"] * 0.1 + apart * torch.nn.functional.one_hot(inputs["target"], 3)[:, None].double()
@@ -57,7 +57,7 @@ def test_purity_equals_the_oracle(samples):
     assert purity(clusters, torch.stack([first, second], dim=1)) == pytest.approx(sum(expected) / 2)
 
 
-def test_clusters_are_found_in_scaled_features_and_repeat():
+def test_clustering_uses_scaled_features_and_is_deterministic():
     # The second dimension is long and says nothing; the first one tells three groups apart.
     random = torch.Generator().manual_seed(0)
     group = torch.arange(30) % 3
@@ -70,9 +70,9 @@ def test_clusters_are_found_in_scaled_features_and_repeat():
     assert rows(kmeans_labels(torch.ones(5, 2), 3, seed=0)) == [0] * 5
 
 
-def test_gaps_are_those_of_purity():
-    made, balancer, _ = attached()
-    train, val = separated(apart=5.0), separated(apart=0.0, seed=1)
+def test_gaps_are_purity_differences():
+    made, balancer, _ = build()
+    train, val = separable_batch(apart=5.0), separable_batch(apart=0.0, seed=1)
     gaps = balancer.gaps([train], [val])
     features = made.eval().encode(val)["audio"].pooled().detach()
     pure = slow_purity(rows(kmeans_labels(features, 3, seed=0)), rows(val["target"]))
@@ -83,12 +83,12 @@ def test_gaps_are_those_of_purity():
     assert float(gaps[1]) == pytest.approx(float(abs(most[0] - most[1])))
 
 
-def test_encoders_go_back_as_far_as_they_have_overfitted():
-    made, balancer, _ = attached(strength=2.0)
+def test_encoders_are_reset_in_proportion_to_overfitting():
+    made, balancer, _ = build(strength=2.0)
     first = copy.deepcopy(made.state_dict())
-    moved(made)
+    perturb_weights(made)
     last = copy.deepcopy(made.state_dict())
-    train, val = [separated(apart=5.0)], [separated(apart=0.0, seed=1)]
+    train, val = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)]
     weights = [math.tanh(2.0 * gap) for gap in rows(balancer.gaps(train, val))]
     assert weights[0] > 0.3
     balancer.review(train, val)
@@ -100,11 +100,13 @@ def test_encoders_go_back_as_far_as_they_have_overfitted():
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_optimizer_state_of_reset_encoders_is_cleared(optimizer):
-    made, balancer, chosen = attached(optimizer=optimizer)
+    made, balancer, chosen = build(optimizer=optimizer)
     step(made, eq.BalancerList(made), batch(size=7))
     chosen.step()
-    alike = separated(apart=5.0)
-    balancer.review([alike], [separated(apart=0.0, seed=1) | {"image": alike["image"], "target": alike["target"]}])
+    alike = separable_batch(apart=5.0)
+    balancer.review(
+        [alike], [separable_batch(apart=0.0, seed=1) | {"image": alike["image"], "target": alike["target"]}]
+    )
     encoder = made.encoders["audio"]
     assert not any(p in chosen.state for p in encoder.parameters())
     # The image's gap is 0, and the head belongs to no modality.
@@ -116,27 +118,27 @@ def test_optimizer_state_of_reset_encoders_is_cleared(optimizer):
 
 
 def test_epochs_of_resets():
-    made, balancer, _ = attached(every=2, times=2, epochs=9)
-    train, val, acted = [separated(apart=5.0)], [separated(apart=0.0, seed=1)], []
+    made, balancer, _ = build(every=2, times=2, epochs=9)
+    train, val, acted = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)], []
     for _ in range(8):
         balancer.review(train, val)
         acted.append(balancer.end_epoch()["reset/audio"] > 0)
     assert acted == [False, True, False, True, False, False, False, False]
-    _, balancer, _ = attached(made, every=2, epochs=2)
+    _, balancer, _ = build(made, every=2, epochs=2)
     for _ in range(2):
         # Nothing is looked at where it is not time, and the last epoch would be lost.
         balancer.review(iter([None]), iter([None]))
         assert balancer.end_epoch() == {"reset/audio": 0.0, "reset/image": 0.0}
 
 
-def test_saved_and_loaded_it_keeps_the_initial_weights():
-    made, balancer, _ = attached()
-    moved(made)
+def test_state_dict_contains_the_initial_weights():
+    made, balancer, _ = build()
+    perturb_weights(made)
     states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
-    fresh, other, _ = attached(static(seed=9))
+    fresh, other, _ = build(static(seed=9))
     fresh.load_state_dict(states[0])
     other.load_state_dict(states[1])
-    train, val = [separated(apart=5.0)], [separated(apart=0.0, seed=1)]
+    train, val = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)]
     for each in (balancer, other):
         each.review(train, val)
     assert balancer.end_epoch() == other.end_epoch() != {"reset/audio": 0.0, "reset/image": 0.0}
@@ -144,8 +146,8 @@ def test_saved_and_loaded_it_keeps_the_initial_weights():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(task):
-    made, balancer, _ = attached(fused(task=task))
+def test_all_tasks(task):
+    made, balancer, _ = build(fused(task=task))
     data = [batch_for(task, size=size, seed=size, missing=("audio", "image")) for size in (13, 11, 17)]
     gaps = balancer.gaps(data[:2], data[2:])
     assert all(0 < gap < 1 for gap in rows(gaps))
@@ -155,7 +157,7 @@ def test_every_task(task):
 
 
 def test_training_modes_and_rng_state_are_restored():
-    made, balancer, _ = attached(fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
+    made, balancer, _ = build(fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
     made.train()
     state = torch.get_rng_state()
     balancer.review([batch(size=7)], [batch(size=7, seed=1)])
@@ -180,7 +182,7 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def test_lightning_gives_it_the_optimizer(tmp_path):
+def test_lightning_attaches_the_optimizer(tmp_path):
     made = static()
     module = Plain(made, eq.balance.DiagnoseRelearn(made, every=1, times=1))
     trainer = pl.Trainer(
@@ -190,7 +192,7 @@ def test_lightning_gives_it_the_optimizer(tmp_path):
     )  # fmt: skip
     train, val = (
         torch.utils.data.DataLoader([inputs], batch_size=None)
-        for inputs in (separated(apart=5.0), separated(apart=0.0, seed=1))
+        for inputs in (separable_batch(apart=5.0), separable_batch(apart=0.0, seed=1))
     )
     with warnings.catch_warnings():
         # Lightning's own, of this torch.
@@ -212,4 +214,4 @@ def test_errors():
     with pytest.raises(ConfigError, match=r"expected the optimizer, .* Call balancing.attach_optimizer\(optimizer\)"):
         eq.balance.DiagnoseRelearn(fused()).review([batch()], [batch()])
     with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
-        attached()[1].review([batch()], [])
+        build()[1].review([batch()], [])

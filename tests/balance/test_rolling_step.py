@@ -22,11 +22,11 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def angle(radians):
+def unit_vector(radians):
     return doubles(math.cos(radians), math.sin(radians))
 
 
-def drawn(seed, number, d):
+def random_query_and_keys(seed, number, d):
     """A mean query, and mean keys with random cosines to it."""
     random = torch.Generator().manual_seed(seed)
     vectors = torch.randn(number + 1, d, generator=random, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_worked_example():
     assert made.rotates
 
 
-def test_the_anchor_has_the_length_of_the_query_and_the_papers_would_not():
+def test_anchor_has_query_norm_unlike_the_paper():
     mixed = 0.2314752165 * doubles(1, 0, 0) + 0.7685247835 * doubles(0, 0, 1)
     assert float(mixed.norm()) == pytest.approx(0.8026276339, abs=1e-10)
     assert float(eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=1.0).anchor.norm()) == pytest.approx(5.0, abs=1e-12)
@@ -66,7 +66,7 @@ def test_the_anchor_has_the_length_of_the_query_and_the_papers_would_not():
     [(0.0, 0.5, 0.0), (1.0, 0.1026277905, -1.3090819730), (5.0, 1.95638e-5, -1.4161306601)],
 )
 def test_values_in_the_plane(rho, alpha, after):
-    query, keys = angle(0.3), {"audio": angle(0.0), "video": angle(2.0)}
+    query, keys = unit_vector(0.3), {"audio": unit_vector(0.0), "video": unit_vector(2.0)}
     made = eq.balance.rolling_query(query, keys, rho=rho)
     assert made.air["audio"] == pytest.approx(1.0841809834, abs=1e-10)
     assert made.weights["audio"] == pytest.approx(alpha, rel=1e-5)
@@ -75,16 +75,16 @@ def test_values_in_the_plane(rho, alpha, after):
 
 
 def test_unrescaled_anchor_of_the_plane():
-    made = eq.balance.rolling_query(angle(0.3), {"audio": angle(0.0), "video": angle(2.0)}, rho=0.0)
-    mixed = made.weights["audio"] * angle(0.0) + made.weights["video"] * angle(2.0)
+    made = eq.balance.rolling_query(unit_vector(0.3), {"audio": unit_vector(0.0), "video": unit_vector(2.0)}, rho=0.0)
+    mixed = made.weights["audio"] * unit_vector(0.0) + made.weights["video"] * unit_vector(2.0)
     assert float(mixed.norm()) == pytest.approx(0.5403, abs=5e-5)
-    torch.testing.assert_close(made.anchor, angle(1.0), **EXACT)
+    torch.testing.assert_close(made.anchor, unit_vector(1.0), **EXACT)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])
 @pytest.mark.parametrize("rho", [0.0, 0.7, 5.0])
 def test_equals_the_oracle(number, rho):
-    query, keys = drawn(number, number, 11)
+    query, keys = random_query_and_keys(number, number, 11)
     air, alpha, anchor, rotation = step(
         query.numpy(), {n: k.numpy() for n, k in keys.items()}, cosines(query, keys), rho
     )
@@ -98,8 +98,8 @@ def test_equals_the_oracle(number, rho):
 
 @quick
 @given(seeds, st.floats(0, 5))
-def test_closed_form_of_what_two_modalities_get(seed, rho):
-    query, keys = drawn(seed, 2, 7)
+def test_closed_form_for_two_modalities(seed, rho):
+    query, keys = random_query_and_keys(seed, 2, 7)
     made = eq.balance.rolling_query(query, keys, rho=rho)
     a, b = (key / key.norm() for key in keys.values())
     kappa, alpha = float(a @ b), made.weights["audio"]
@@ -113,8 +113,8 @@ def test_closed_form_of_what_two_modalities_get(seed, rho):
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0, 5))
-def test_closed_form_of_what_many_modalities_get(seed, number, rho):
-    query, keys = drawn(seed, number, 13)
+def test_closed_form_for_many_modalities(seed, number, rho):
+    query, keys = random_query_and_keys(seed, number, 13)
     made = eq.balance.rolling_query(query, keys, rho=rho)
     units = torch.stack([key / key.norm() for key in keys.values()])
     gram, alpha = units @ units.T, doubles(*made.weights.values())
@@ -124,8 +124,8 @@ def test_closed_form_of_what_many_modalities_get(seed, number, rho):
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0, 5), st.randoms())
-def test_order_and_lengths_do_not_matter(seed, number, rho, random):
-    query, keys = drawn(seed, number, 7)
+def test_order_and_norms_do_not_matter(seed, number, rho, random):
+    query, keys = random_query_and_keys(seed, number, 7)
     made = eq.balance.rolling_query(query, keys, rho=rho)
     shuffled = list(keys)
     random.shuffle(shuffled)
@@ -137,8 +137,8 @@ def test_order_and_lengths_do_not_matter(seed, number, rho, random):
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0.01, 5))
-def test_sums_order_and_invariances_of_weights(seed, number, rho):
-    query, keys = drawn(seed, number, 7)
+def test_weights_sum_to_one_and_are_ordered(seed, number, rho):
+    query, keys = random_query_and_keys(seed, number, 7)
     made = eq.balance.rolling_query(query, keys, rho=rho)
     assert sum(made.air.values()) == pytest.approx(0.0, abs=1e-12)
     assert sum(made.weights.values()) == pytest.approx(1.0)
@@ -152,7 +152,7 @@ def test_sums_order_and_invariances_of_weights(seed, number, rho):
 
 @quick
 @given(st.floats(-1, 1), st.floats(0.01, 1), st.floats(0.1, 5))
-def test_alpha_falls_as_its_modality_is_attended_more(c, more, rho):
+def test_weight_decreases_with_attention(c, more, rho):
     def alpha(imbalance):
         measured = {"audio": imbalance, "video": 0.0}
         return eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=rho, imbalance=measured).weights["audio"]
@@ -164,8 +164,8 @@ def test_alpha_falls_as_its_modality_is_attended_more(c, more, rho):
 
 @quick
 @given(seeds, st.floats(0.01, 5))
-def test_two_modalities_change_sides(seed, rho):
-    query, keys = drawn(seed, 2, 5)
+def test_two_modalities_swap_dominance(seed, rho):
+    query, keys = random_query_and_keys(seed, 2, 5)
     made = eq.balance.rolling_query(query, keys, rho=rho)
     turned = cosines(query @ made.rotation, keys)
     assert (turned["audio"] - turned["image"]) * made.air["audio"] < 0
@@ -173,8 +173,8 @@ def test_two_modalities_change_sides(seed, rho):
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5, 11]))
-def test_the_rotation_is_one(seed, d):
-    query, keys = drawn(seed, 3, d)
+def test_rotation_is_orthogonal_and_reaches_the_anchor(seed, d):
+    query, keys = random_query_and_keys(seed, 3, d)
     made = eq.balance.rolling_query(query, keys, rho=1.0)
     rotation, eye = made.rotation, torch.eye(d, dtype=torch.float64)
     torch.testing.assert_close(rotation @ rotation.mT, eye, **EXACT)
@@ -188,8 +188,8 @@ def test_the_rotation_is_one(seed, d):
     torch.testing.assert_close(rest @ rotation, rest, rtol=1e-9, atol=1e-9)
 
 
-def test_large_rho_chooses_the_modality_attended_least_alone():
-    query, keys = drawn(3, 3, 7)
+def test_large_rho_selects_the_least_attended_modality():
+    query, keys = random_query_and_keys(3, 3, 7)
     least = min(keys, key=cosines(query, keys).get)
     made = eq.balance.rolling_query(query, keys, rho=1e4)
     assert made.weights[least] == pytest.approx(1.0)
@@ -202,8 +202,8 @@ def test_given_weights_replace_rho():
     assert made.air["audio"] == pytest.approx(0.6)
 
 
-def test_svd_rotation_meets_the_anchor_too():
-    query, keys = drawn(5, 2, 13)
+def test_svd_rotation_reaches_the_anchor():
+    query, keys = random_query_and_keys(5, 2, 13)
     made = eq.balance.rolling_query(query, keys, rho=1.0, rotation="svd")
     torch.testing.assert_close(query @ made.rotation, made.anchor, **EXACT)
     assert float(torch.linalg.det(made.rotation)) == pytest.approx(1.0)
@@ -213,8 +213,8 @@ def test_svd_rotation_meets_the_anchor_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_in_and_out_float64_inside(dtype):
-    query, keys = drawn(1, 2, 7)
+def test_low_precision_inputs_are_computed_in_float64(dtype):
+    query, keys = random_query_and_keys(1, 2, 7)
     low = query.to(dtype)
     made = eq.balance.rolling_query(low, {name: key.to(dtype) for name, key in keys.items()}, rho=1.0)
     exact = eq.balance.rolling_query(
@@ -237,7 +237,7 @@ ZERO = torch.zeros(3, dtype=torch.float64)
         (doubles(1, 1, 0), {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, 1.0, "already points at the anchor"),
     ],
 )
-def test_where_nothing_can_be_rotated_it_gives_the_reason(query, keys, rho, why):
+def test_degenerate_inputs_give_a_reason(query, keys, rho, why):
     made = eq.balance.rolling_query(query, keys, rho=rho)
     assert why in made.reason
     assert not made.rotates
@@ -245,7 +245,7 @@ def test_where_nothing_can_be_rotated_it_gives_the_reason(query, keys, rho, why)
     assert torch.equal(made.anchor, query)
 
 
-def test_opposite_of_the_anchor_rotates_by_180_degrees():
+def test_query_opposite_to_anchor_rotates_by_180_degrees():
     query = doubles(-1, -1, 0)
     made = eq.balance.rolling_query(query, {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, rho=0.0)
     assert made.rotates
@@ -262,12 +262,18 @@ def test_opposite_of_the_anchor_rotates_by_180_degrees():
         (A2_QUERY, A2_KEYS, math.nan, ConfigError, r"expected rho >= 0 and finite, got rho = nan"),
         (doubles(1), {"a": doubles(1), "b": doubles(2)}, 1.0, ShapeError, r"with d >= 2, got shape \(1,\)"),
         (doubles([1, 2]), A2_KEYS, 1.0, ShapeError, r"a mean query of shape \(d,\).*once per head"),
-        (A2_QUERY, {**A2_KEYS, "video": angle(1.0)}, 1.0, ShapeError, r"'video': expected shape \(d,\) = \(3,\), got"),
+        (
+            A2_QUERY,
+            {**A2_KEYS, "video": unit_vector(1.0)},
+            1.0,
+            ShapeError,
+            r"'video': expected shape \(d,\) = \(3,\), got",
+        ),
         (doubles(1, math.nan, 0), A2_KEYS, 1.0, ShapeError, "query: expected finite numbers, got NaN"),
         (A2_QUERY, {**A2_KEYS, "video": doubles(0, 0, math.inf)}, 1.0, ShapeError, "'video': expected finite numbers"),
     ],
 )
-def test_refuses(query, keys, rho, error, message):
+def test_invalid_arguments_raise(query, keys, rho, error, message):
     with pytest.raises(error, match=message):
         eq.balance.rolling_query(query, keys, rho=rho)
 
@@ -276,7 +282,7 @@ def test_refuses(query, keys, rho, error, message):
     ("query", "keys"),
     [(torch.tensor([3, 4, 0]), A2_KEYS), (A2_QUERY, {**A2_KEYS, "video": torch.tensor([0, 0, 5])})],
 )
-def test_refuses_integers(query, keys):
+def test_integer_inputs_raise(query, keys):
     with pytest.raises(ShapeError, match=r"expected floating point numbers, got torch\.int64\. Use vector\.float\(\)"):
         eq.balance.rolling_query(query, keys, rho=1.0)
 
@@ -299,6 +305,6 @@ def test_refuses_integers(query, keys):
         ({"imbalance": {"audio": math.inf, "video": 0.2}}, r"imbalance: expected finite numbers"),
     ],
 )
-def test_refuses_options(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.rolling_query(A2_QUERY, A2_KEYS, **{"rho": 1.0, **options})

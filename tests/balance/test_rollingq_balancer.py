@@ -15,11 +15,11 @@ TWO = ("audio", "image")
 INDICATORS = ("cosine", "logit", "mass", "mass_per_token")
 
 
-def attached(made, **options):
+def build_balancer(made, **options):
     return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "tail": None, "max_rotations": None, **options})
 
 
-def expected(found, names, heads, *, rho=1.0, **options):
+def expected_rotation(found, names, heads, *, rho=1.0, **options):
     """Returns rotation and imbalance of each head, computed with loops."""
     rotations, air = [], []
     for head in range(heads):
@@ -39,12 +39,12 @@ def assert_log(log, air, names):
 @pytest.mark.parametrize("indicator", INDICATORS)
 @pytest.mark.parametrize("names", [TWO, NAMES[:3], NAMES])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_rotates_as_the_loops_say(names, heads, indicator):
+def test_rotation_against_loops(names, heads, indicator):
     made = model(names, heads=heads)
-    rolling = attached(made, indicator=indicator, rho=0.7)
+    rolling = build_balancer(made, indicator=indicator, rho=0.7)
     batches = [batch(names, size=size, seed=size) for size in (5, 3, 2)]
     forward(made, batches)
-    rotation, air = expected(samples(made, batches), names, heads, rho=0.7, kind=indicator)
+    rotation, air = expected_rotation(samples(made, batches), names, heads, rho=0.7, kind=indicator)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, names)
@@ -55,34 +55,34 @@ def test_rotates_as_the_loops_say(names, heads, indicator):
     assert log["rotated"] == 1.0
 
 
-def test_samples_without_a_modality_count_for_the_others():
+def test_samples_without_a_modality_contribute_the_others():
     made = model(NAMES[:3], heads=2)
-    rolling = attached(made)
+    rolling = build_balancer(made)
     batches = [batch(NAMES[:3], size=7, seed=1, missing=("audio", "text")), batch(NAMES[:3], size=5, seed=2)]
     forward(made, batches)
-    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
+    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, NAMES[:3])
 
 
-def test_batches_without_a_modality():
+def test_batches_without_one_modality():
     made = model(NAMES[:3])
-    rolling = attached(made)
+    rolling = build_balancer(made)
     batches = [batch(NAMES[:3], seed=seed) for seed in range(3)]
     batches[1]["image"] = None
     forward(made, batches)
-    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
+    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
     assert_log(rolling.end_epoch(), air, NAMES[:3])
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
-def test_an_epoch_without_one_of_three_modalities_balances_the_other_two():
+def test_epoch_without_one_of_three_modalities_balances_the_others():
     made = model(NAMES[:3])
-    rolling = attached(made)
+    rolling = build_balancer(made)
     batches = [{**batch(NAMES[:3], seed=seed), "text": None} for seed in range(2)]
     forward(made, batches)
-    rotation, air = expected(samples(made, batches), NAMES[:3], 2)
+    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert log["air/text"] != log["air/text"]
@@ -90,9 +90,9 @@ def test_an_epoch_without_one_of_three_modalities_balances_the_other_two():
     assert log["spread"] == pytest.approx(abs(mean[0] - mean[1]) / 2, abs=1e-6)
 
 
-def test_an_epoch_with_one_modality_alone_rotates_nothing_and_warns():
+def test_epoch_with_one_modality_warns_without_rotation():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [{**batch(), "image": None}])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities have statistics"):
         log = rolling.end_epoch()
@@ -100,25 +100,25 @@ def test_an_epoch_with_one_modality_alone_rotates_nothing_and_warns():
     assert torch.equal(rolling.rotation, torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
 
 
-def test_a_query_of_zero_rotates_nothing_and_warns():
+def test_zero_query_warns_without_rotation():
     made = model(heads=1)
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
         made.fusion.attention.query.bias.zero_()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [batch()])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: the mean query is zero"):
         assert rolling.end_epoch()["rotated"] == 0.0
 
 
-def test_rotations_multiply():
+def test_rotations_are_composed():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     total = torch.eye(DIM // 2, dtype=torch.float64)
     for epoch in range(4):
         batches = [batch(size=3, seed=10 * epoch + seed) for seed in range(2)]
         forward(made, batches)
-        rotation, _ = expected(samples(made, batches, rolling.rotation), TWO, 2)
+        rotation, _ = expected_rotation(samples(made, batches, rolling.rotation), TWO, 2)
         total = total @ rotation
         assert rolling.end_epoch()["rotations"] == epoch + 1
         torch.testing.assert_close(rolling.rotation, total, **EXACT)
@@ -128,9 +128,9 @@ def test_rotations_multiply():
 
 @pytest.mark.parametrize("query_rows", ["first", "all"])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
-def test_the_layer_computes_with_rotated_queries(query_rows, heads):
+def test_layer_output_uses_rotated_queries(query_rows, heads):
     made = model(shortcut=False).eval()
-    rolling = attached(made, query_rows=query_rows, heads=heads)
+    rolling = build_balancer(made, query_rows=query_rows, heads=heads)
     forward(made, [batch()])
     rolling.end_epoch()
     layer, tokens = made.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
@@ -144,9 +144,9 @@ def test_the_layer_computes_with_rotated_queries(query_rows, heads):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_joint_heads_are_one_wide_head(heads):
+def test_joint_heads_equal_one_wide_head(heads):
     made, wide = model(heads=heads), model(heads=1)
-    rolling, reference = attached(made, heads="joint"), attached(wide)
+    rolling, reference = build_balancer(made, heads="joint"), build_balancer(wide)
     for each in (made, wide):
         forward(each, [batch()])
     assert rolling.end_epoch()["air"] == pytest.approx(reference.end_epoch()["air"])
@@ -154,19 +154,19 @@ def test_joint_heads_are_one_wide_head(heads):
 
 
 @pytest.mark.parametrize("tail", [1, 2, 3, 16])
-def test_the_tail_is_the_last_batches(tail):
+def test_tail_uses_the_last_batches(tail):
     made = model()
-    rolling = attached(made, tail=tail)
+    rolling = build_balancer(made, tail=tail)
     batches = [batch(size=size, seed=size) for size in (5, 2, 3, 7)]
     forward(made, batches)
-    rotation, _ = expected(samples(made, batches[-tail:]), TWO, 2)
+    rotation, _ = expected_rotation(samples(made, batches[-tail:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
-def test_statistics_start_anew_each_epoch():
+def test_statistics_are_reset_each_epoch():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [batch(seed=1)])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
@@ -175,21 +175,21 @@ def test_statistics_start_anew_each_epoch():
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
-def test_accumulated_batches_are_one_batch(indicator):
+def test_accumulated_batches_equal_one_batch(indicator):
     rotations = []
     whole = batch(size=12, missing=("image",))
     for sizes in ((12,), (5, 3, 4)):
         made = model()
-        rolling = attached(made, indicator=indicator)
+        rolling = build_balancer(made, indicator=indicator)
         forward(made, slices(whole, *sizes))
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     torch.testing.assert_close(*rotations, **EXACT)
 
 
-def test_evaluation_observes_nothing():
+def test_evaluation_is_not_observed():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made.eval(), [])
     made.eval()
     made(batch())
@@ -198,9 +198,9 @@ def test_evaluation_observes_nothing():
     assert log["air"] != log["air"]
 
 
-def test_training_leaves_everything_but_the_rotation_alone():
+def test_only_the_rotation_is_modified():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [batch()])
     before = {name: value.clone() for name, value in made.state_dict().items()}
     rolling.end_epoch()
@@ -210,9 +210,9 @@ def test_training_leaves_everything_but_the_rotation_alone():
     assert not any(name.startswith("rolling") or ".rolling." in name for name, _ in made.named_parameters())
 
 
-def test_observing_changes_no_gradient():
+def test_observation_does_not_change_gradients():
     plain, rolled = model(), model()
-    attached(rolled)
+    build_balancer(rolled)
     for made in (plain, rolled):
         made.loss(made(batch()).logits, batch()["target"]).backward()
     for one, other in zip(plain.parameters(), rolled.parameters(), strict=True):
@@ -220,9 +220,9 @@ def test_observing_changes_no_gradient():
         assert one.grad is None or torch.equal(one.grad, other.grad)
 
 
-def test_autocast_measures_in_single_precision():
+def test_autocast_statistics_are_float32():
     made, low = model(dtype=torch.float32), model(dtype=torch.float32)
-    exact, rolling = attached(made), attached(low)
+    exact, rolling = build_balancer(made), build_balancer(low)
     inputs = batch(dtype=torch.float32, size=17)
     forward(made, [inputs])
     with torch.autocast("cpu", torch.bfloat16):
@@ -238,7 +238,7 @@ def test_autocast_measures_in_single_precision():
     torch.testing.assert_close(logits.float(), made(inputs).logits, **TOL[torch.bfloat16])
 
 
-def decisions(rolling, made, epochs):
+def rotation_epochs(rolling, made, epochs):
     """Returns the epochs with a rotation."""
     rotated = []
     for epoch in range(1, epochs + 1):
@@ -261,14 +261,14 @@ def decisions(rolling, made, epochs):
         ({"beta": 2.0}, []),
     ],
 )
-def test_when_it_rotates(options, epochs):
+def test_rotation_schedule(options, epochs):
     made = model()
-    assert decisions(attached(made, **options), made, 7) == epochs
+    assert rotation_epochs(build_balancer(made, **options), made, 7) == epochs
 
 
 def test_due_predicts_end_epoch():
     made = model()
-    rolling = attached(made, warmup_epochs=1, max_rotations=1)
+    rolling = build_balancer(made, warmup_epochs=1, max_rotations=1)
     told = []
     for epoch in range(4):
         forward(made, [batch(seed=epoch)])
@@ -277,14 +277,14 @@ def test_due_predicts_end_epoch():
     assert not rolling.due()
 
 
-def test_each_head_compares_its_own_spread_with_beta():
+def test_beta_threshold_is_per_head():
     made = model(seed=3)
-    _, air = expected(samples(made, [batch()]), TWO, 2)
+    _, air = expected_rotation(samples(made, [batch()]), TWO, 2)
     spreads = [abs(row["audio"]) for row in air]
     assert min(spreads) < max(spreads) - 0.05
     for beta in (min(spreads) - 0.01, min(spreads) + 0.01, max(spreads) + 0.01):
         rolled = model(seed=3)
-        rolling = attached(rolled, beta=max(beta, 0.0))
+        rolling = build_balancer(rolled, beta=max(beta, 0.0))
         forward(rolled, [batch()])
         rolling.end_epoch()
         turned = [not torch.equal(r, torch.eye(DIM // 2, dtype=torch.float64)) for r in rolling.rotation]
@@ -294,21 +294,21 @@ def test_each_head_compares_its_own_spread_with_beta():
 
 def test_frozen_keeps_the_rotation_and_skips_statistics():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [batch()])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
     rolling.freeze()
-    assert decisions(rolling, made, 3) == []
+    assert rotation_epochs(rolling, made, 3) == []
     assert torch.equal(rolling.rotation, kept)
     rolling.freeze(False)
-    assert decisions(rolling, made, 1) == [1]
+    assert rotation_epochs(rolling, made, 1) == [1]
 
 
 @pytest.mark.parametrize("wanted", [0.4, 0.6])
-def test_a_wanted_share_is_reached_on_the_mean_keys(wanted):
+def test_target_share_is_reached_on_mean_keys(wanted):
     made = model(heads=1, seed=4)
-    rolling = attached(made, target_share={"audio": wanted, "image": 1 - wanted})
+    rolling = build_balancer(made, target_share={"audio": wanted, "image": 1 - wanted})
     forward(made, [batch(size=11)])
     found = samples(made, [batch(size=11)])
     assert rolling.end_epoch()["rotated"] == 1.0
@@ -317,11 +317,11 @@ def test_a_wanted_share_is_reached_on_the_mean_keys(wanted):
     assert shares(turned, keys, tokens)["audio"] == pytest.approx(wanted, abs=1e-8)
 
 
-def test_svd_meets_the_same_anchor():
+def test_svd_reaches_the_same_anchor():
     pair = []
     for method in ("minimal", "svd"):
         made = model(heads=1)
-        rolling = attached(made, rotation=method)
+        rolling = build_balancer(made, rotation=method)
         forward(made, [batch()])
         query = torch.from_numpy(means(samples(made, [batch()]), TWO, 0)[0])
         rolling.end_epoch()
@@ -334,7 +334,7 @@ def snapshot(made):
     return [module.training for module in made.modules()], torch.get_rng_state(), [p.grad for p in made.parameters()]
 
 
-def assert_untouched(made, before):
+def assert_unchanged(made, before):
     modes, state, grads = snapshot(made)
     assert modes == before[0]
     assert torch.equal(state, before[1])
@@ -348,59 +348,59 @@ class Noisy(nn.Linear):
         return super().forward(input) + 0.0 * torch.rand(())
 
 
-def measured(statistics="full_pass"):
+def build_full_pass(statistics="full_pass"):
     made = model(dropout=0.3)
     made.encoders["audio"].__class__ = Noisy
     made.encoders["image"].eval()
     made.loss(made(batch()).logits, batch()["target"]).backward()
-    return made, attached(made, statistics=statistics, tail=1)
+    return made, build_balancer(made, statistics=statistics, tail=1)
 
 
-def test_a_pass_measures_in_evaluation_mode_and_leaves_no_trace():
-    made, rolling = measured()
+def test_full_pass_runs_in_eval_mode_and_restores_state():
+    made, rolling = build_full_pass()
     before = snapshot(made)
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
     rolling.measure(made, batches)
-    assert_untouched(made, before)
-    rotation, _ = expected(samples(made, batches), TWO, 2)
+    assert_unchanged(made, before)
+    rotation, _ = expected_rotation(samples(made, batches), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
-def test_a_pass_takes_so_many_batches():
-    made, rolling = measured("tail")
+def test_full_pass_batch_limit():
+    made, rolling = build_full_pass("tail")
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
     forward(made, [batch(seed=99)])
     rolling.measure(made, iter(batches), max_batches=2)
-    rotation, _ = expected(samples(made, batches[:2]), TWO, 2)
+    rotation, _ = expected_rotation(samples(made, batches[:2]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
-def broken():
+def failing_batches():
     yield batch(seed=7)
     raise KeyError("broken")
 
 
-def test_a_pass_that_fails_leaves_no_trace_either():
-    made, rolling = measured("tail")
+def test_failing_full_pass_restores_state():
+    made, rolling = build_full_pass("tail")
     forward(made, [batch()])
     before, sums = snapshot(made), rolling.get_extra_state()
     with pytest.raises(KeyError, match="broken"):
-        rolling.measure(made, broken())
-    assert_untouched(made, before)
+        rolling.measure(made, failing_batches())
+    assert_unchanged(made, before)
     assert torch.equal(rolling.get_extra_state(), sums)
 
 
-def test_with_passes_training_is_not_observed():
-    made, rolling = measured()
+def test_training_is_not_observed_with_full_pass():
+    made, rolling = build_full_pass()
     forward(made, [batch()])
     assert rolling.end_epoch()["rotated"] == 0.0
 
 
-def test_a_compiled_model_is_observed_without_compiling_anew():
+def test_compiled_model_is_observed_without_recompilation():
     made = model()
-    rolling = attached(made, tail=2)
+    rolling = build_balancer(made, tail=2)
     compiles = []
 
     def backend(graph, _):
@@ -414,7 +414,7 @@ def test_a_compiled_model_is_observed_without_compiling_anew():
         first = len(compiles)
         forward(compiled, batches[2:])
     assert len(compiles) == first > 0
-    rotation, _ = expected(samples(made, batches[-2:]), TWO, 2)
+    rotation, _ = expected_rotation(samples(made, batches[-2:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -442,19 +442,19 @@ def test_a_compiled_model_is_observed_without_compiling_anew():
         ({"target_share": {"audio": 0.9, "image": 0.9}}, "shares of exactly two modalities that sum to 1"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range_raise(options, message):
     made = model()
     with pytest.raises(ConfigError, match=message):
-        attached(made, **options)
+        build_balancer(made, **options)
     assert not hasattr(made.fusion.attention.core, "rolling")
-    attached(made)
+    build_balancer(made)
 
 
 def test_width_one_raises():
     with pytest.raises(
         ConfigError, match=r"expected heads of width d >= 2, got d = 1\. There is no rotation in one dimension"
     ):
-        attached(model(heads=DIM))
+        build_balancer(model(heads=DIM))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e308])
@@ -462,7 +462,7 @@ def test_width_one_raises():
     *({"indicator": indicator} for indicator in INDICATORS),
     {"heads": "joint"}, {"query_rows": "all"}, {"tail": 2},
 ])  # fmt: skip
-def test_samples_that_are_not_finite_are_left_out(bad, options):
+def test_non_finite_samples_are_excluded(bad, options):
     good, harmed = batch(size=5), batch(size=7)
     for name in (*TWO, "target"):
         harmed[name][:5] = good[name]
@@ -470,7 +470,7 @@ def test_samples_that_are_not_finite_are_left_out(bad, options):
     rollings = []
     for inputs in (good, harmed):
         made = model()
-        rollings.append(attached(made, **options))
+        rollings.append(build_balancer(made, **options))
         forward(made, [batch(seed=1), inputs])
     one, other = (rolling.end_epoch() for rolling in rollings)
     assert one == pytest.approx(other, abs=1e-12)
@@ -480,9 +480,9 @@ def test_samples_that_are_not_finite_are_left_out(bad, options):
 
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 @pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
-def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(statistics, options):
+def test_epoch_of_non_finite_batches_rotates_nothing(statistics, options):
     made = model(heads=1)
-    rolling = attached(made, statistics=statistics, **options)
+    rolling = build_balancer(made, statistics=statistics, **options)
     inputs = batch()
     inputs["audio"][:] = float("nan")
     rolling.measure(made, [inputs]) if statistics == "full_pass" else forward(made, [inputs])
@@ -494,9 +494,9 @@ def test_an_epoch_of_batches_that_are_not_finite_rotates_nothing(statistics, opt
     assert rolling.get_extra_state().isfinite().all()
 
 
-def test_a_checkpoint_whose_sums_are_not_finite_starts_with_none():
+def test_checkpoint_with_non_finite_sums_is_reset():
     made = model()
-    rolling = attached(made)
+    rolling = build_balancer(made)
     forward(made, [batch()])
     rolling.set_extra_state(torch.full_like(rolling.get_extra_state(), torch.nan))
     assert not rolling.get_extra_state().any()

@@ -19,11 +19,11 @@ LABELS = torch.tensor([-1, 0, 0, 0, 1, 1, 1])
 EACH = torch.stack([LABELS, LABELS.flip(0), LABELS.roll(2), LABELS])
 
 
-def tokens(seed=0, batch=4, count=7):
+def random_tokens(seed=0, batch=4, count=7):
     return torch.randn(batch, count, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rolling_on(layer, labels=LABELS, **options):
+def build_balancer(layer, labels=LABELS, **options):
     rolling = eq.balance.RollingQ(layer, names=NAMES, beta=0.0, **options)
     rolling.layout(labels)
     return rolling
@@ -46,7 +46,7 @@ def expected_rotations(query, key, labels, valid):
     return torch.stack(result)
 
 
-def heads_of(x):
+def split_heads(x):
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2).detach()
 
 
@@ -58,7 +58,7 @@ MULTIHEAD = {
 }
 
 
-def multihead(kind="plain", *, batch_first=True):
+def build_multihead(kind="plain", *, batch_first=True):
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first, dtype=torch.float64, **MULTIHEAD[kind])
     if layer.in_proj_bias is not None:
@@ -66,7 +66,7 @@ def multihead(kind="plain", *, batch_first=True):
     return layer
 
 
-def call(layer, x, **options):
+def call_multihead(layer, x, **options):
     value = x[..., : layer.vdim]
     if layer.batch_first:
         return layer(x, x, value, **options)
@@ -78,31 +78,31 @@ def call(layer, x, **options):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", MULTIHEAD)
 @pytest.mark.parametrize("labels", [LABELS, EACH], ids=["shared", "each"])
-def test_multihead_rotates_as_the_loops_say_and_merges(kind, batch_first, labels):
-    layer, x = multihead(kind, batch_first=batch_first), tokens()
+def test_multihead_rotation_against_loops_and_merge(kind, batch_first, labels):
+    layer, x = build_multihead(kind, batch_first=batch_first), random_tokens()
     padding = torch.zeros(4, 7, dtype=torch.bool)
     padding[1, -2:] = True
-    plain = call(layer, x, key_padding_mask=padding)[0]
-    rolling = rolling_on(layer, labels)
-    assert torch.equal(call(layer, x, key_padding_mask=padding)[0], plain)
+    plain = call_multihead(layer, x, key_padding_mask=padding)[0]
+    rolling = build_balancer(layer, labels)
+    assert torch.equal(call_multihead(layer, x, key_padding_mask=padding)[0], plain)
     width = DIM
     weight = layer.in_proj_weight[:width] if layer.in_proj_weight is not None else layer.q_proj_weight
     key_weight = layer.in_proj_weight[width : 2 * width] if layer.in_proj_weight is not None else layer.k_proj_weight
     bias = torch.zeros(2 * width).double() if layer.in_proj_bias is None else layer.in_proj_bias[: 2 * width]
-    query = heads_of(F.linear(x, weight, bias[:width]))
-    key = heads_of(F.linear(x, key_weight, bias[width:]))
+    query = split_heads(F.linear(x, weight, bias[:width]))
+    key = split_heads(F.linear(x, key_weight, bias[width:]))
     before = {name: value.clone() for name, value in layer.named_parameters()}
     assert rolling.end_epoch()["rotated"] == 1.0
     torch.testing.assert_close(rolling.rotation, expected_rotations(query, key, labels, ~padding), **EXACT)
     layer.eval()
-    rotated, attention = call(layer, x, key_padding_mask=padding, average_attn_weights=False)
+    rotated, attention = call_multihead(layer, x, key_padding_mask=padding, average_attn_weights=False)
     assert not torch.allclose(rotated, plain)
     scores = (query @ rolling.rotation) @ key.mT / key.shape[-1] ** 0.5
     if kind != "added keys":
         expected = scores.masked_fill(padding[:, None, None], -torch.inf).softmax(dim=-1)
         torch.testing.assert_close(attention, expected, **EXACT)
     with eq.watch(layer, modality=labels, names=NAMES) as record:
-        seen = call(layer, x, key_padding_mask=padding)[0]
+        seen = call_multihead(layer, x, key_padding_mask=padding)[0]
     torch.testing.assert_close(seen, rotated, **EXACT)
     share = torch.stack([(attention[..., :7] * (labels == m).expand(4, 7)[:, None, None]).sum(-1) for m in (0, 1)], -1)
     rows = (~padding)[:, None, :, None]
@@ -111,19 +111,19 @@ def test_multihead_rotates_as_the_loops_say_and_merges(kind, batch_first, labels
     assert all(torch.equal(value, before[name]) for name, value in layer.named_parameters())
     eq.merge_rotations(layer)
     assert set(layer.state_dict()) == set(before)
-    torch.testing.assert_close(call(layer, x, key_padding_mask=padding)[0], rotated, **EXACT)
+    torch.testing.assert_close(call_multihead(layer, x, key_padding_mask=padding)[0], rotated, **EXACT)
 
 
 def test_gradients_reach_the_parameters_of_a_rotated_multihead():
-    layer, x = multihead(), tokens()
-    rolling = rolling_on(layer)
-    call(layer, x)
+    layer, x = build_multihead(), random_tokens()
+    rolling = build_balancer(layer)
+    call_multihead(layer, x)
     rolling.end_epoch()
-    output = call(layer, x)[0]
+    output = call_multihead(layer, x)[0]
     (output**2).sum().backward()
     merged = eq.merge_rotations(copy.deepcopy(layer))
     merged.zero_grad()
-    (call(merged, x)[0] ** 2).sum().backward()
+    (call_multihead(merged, x)[0] ** 2).sum().backward()
     rotation = rolling.rotation
     weight = merged.in_proj_weight.grad[:DIM].unflatten(0, (HEADS, -1))
     torch.testing.assert_close(layer.in_proj_weight.grad[:DIM], (rotation @ weight).flatten(0, 1), **EXACT)
@@ -131,37 +131,37 @@ def test_gradients_reach_the_parameters_of_a_rotated_multihead():
 
 
 def test_state_copies_and_averages_of_a_multihead():
-    layer, x = multihead(), tokens()
+    layer, x = build_multihead(), random_tokens()
     average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
-    rolling = rolling_on(layer)
-    call(layer, x)
+    rolling = build_balancer(layer)
+    call_multihead(layer, x)
     rolling.end_epoch()
     layer.eval()
-    expected = call(layer, x)[0]
-    twin, fresh = copy.deepcopy(layer), multihead().eval()
-    rolling_on(fresh)
+    expected = call_multihead(layer, x)[0]
+    twin, fresh = copy.deepcopy(layer), build_multihead().eval()
+    build_balancer(fresh)
     fresh.load_state_dict(layer.state_dict())
     average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
     average.update_parameters(layer)
     for other in (twin, fresh, average.module):
-        assert torch.equal(call(other, x)[0], expected)
+        assert torch.equal(call_multihead(other, x)[0], expected)
     called = torch.func.functional_call(
         fresh, {**dict(layer.named_parameters()), "rolling.rotation": torch.eye(DIM // HEADS).double().repeat(HEADS, 1, 1)},
         (x, x, x),
     )  # fmt: skip
-    assert torch.equal(called[0], call(multihead(), x)[0])
+    assert torch.equal(called[0], call_multihead(build_multihead(), x)[0])
     fresh.load_state_dict({name: value for name, value in layer.state_dict().items() if "rolling" not in name})
-    assert torch.equal(call(fresh, x)[0], call(multihead().eval(), x)[0])
+    assert torch.equal(call_multihead(fresh, x)[0], call_multihead(build_multihead().eval(), x)[0])
     rolling.detach()
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
-    assert torch.equal(call(layer, x)[0], call(multihead().eval(), x)[0])
+    assert torch.equal(call_multihead(layer, x)[0], call_multihead(build_multihead().eval(), x)[0])
 
 
 def test_a_failed_forward_pass_restores_the_weights():
-    layer, x = multihead(), tokens()
-    rolling = rolling_on(layer)
-    call(layer, x)
+    layer, x = build_multihead(), random_tokens()
+    rolling = build_balancer(layer)
+    call_multihead(layer, x)
     rolling.end_epoch()
     for training, error in ((True, ConfigError), (False, AssertionError)):
         layer.train(training)
@@ -177,8 +177,8 @@ def test_encoder_layers_and_the_fast_path(norm_first):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 16, dropout=0.0, batch_first=True, norm_first=norm_first).double()
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-    rolling = rolling_on(encoder, module="layers.0.self_attn")
-    x, padding = tokens(), torch.zeros(4, 7, dtype=torch.bool)
+    rolling = build_balancer(encoder, module="layers.0.self_attn")
+    x, padding = random_tokens(), torch.zeros(4, 7, dtype=torch.bool)
     padding[2, -1] = True
     encoder(x, src_key_padding_mask=padding)
     assert rolling.end_epoch()["rotated"] == 1.0
@@ -206,18 +206,18 @@ def test_a_full_pass_measures_padded_encoders():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 16, dropout=0.0, batch_first=True).double()
     encoder = nn.TransformerEncoder(layer, 1)
-    rolling = rolling_on(encoder, statistics="full_pass")
+    rolling = build_balancer(encoder, statistics="full_pass")
     other = copy.deepcopy(encoder)
     padding = torch.zeros(4, 7, dtype=torch.bool)
     padding[2, -1] = True
 
     wrapper = Padded(encoder, padding)
-    rolling.measure(wrapper, [tokens()])
+    rolling.measure(wrapper, [random_tokens()])
     rolling.end_epoch()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         twin = other.layers[0].self_attn.rolling
-        twin.measure(Padded(other, padding), [tokens()])
+        twin.measure(Padded(other, padding), [random_tokens()])
         twin.end_epoch()
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -236,11 +236,11 @@ class Padded(nn.Module):
 @pytest.mark.parametrize("query_rows", ["first", "all", None])
 def test_fused_projections_of_timm(query_rows):
     torch.manual_seed(0)
-    layer, x = TimmAttention(DIM, HEADS).double(), tokens()
-    rolling = rolling_on(layer, query_rows=query_rows)
+    layer, x = TimmAttention(DIM, HEADS).double(), random_tokens()
+    rolling = build_balancer(layer, query_rows=query_rows)
     assert rolling.query_rows == (query_rows or "all")
     plain = layer(x)
-    query, key, _ = (heads_of(part) for part in layer.qkv(x).chunk(3, dim=-1))
+    query, key, _ = (split_heads(part) for part in layer.qkv(x).chunk(3, dim=-1))
     rows = torch.ones(4, 7, dtype=torch.bool)
     kept = query[:, :, :1] if query_rows == "first" else query
     rolling.end_epoch()
@@ -259,13 +259,13 @@ def test_fused_projections_of_timm(query_rows):
     torch.testing.assert_close(eq.merge_rotations(layer)(x), rotated, **EXACT)
 
 
-def test_norms_of_queries_are_behind_the_projection():
+def test_query_norms_after_the_projection():
     torch.manual_seed(0)
-    layer, x = TimmAttention(DIM, HEADS, qk_norm=True).double(), tokens()
-    rolling = rolling_on(layer)
+    layer, x = TimmAttention(DIM, HEADS, qk_norm=True).double(), random_tokens()
+    rolling = build_balancer(layer)
     layer(x)
     rolling.end_epoch()
-    query, key, _ = (heads_of(part) for part in layer.qkv(x).chunk(3, dim=-1))
+    query, key, _ = (split_heads(part) for part in layer.qkv(x).chunk(3, dim=-1))
     query, key = layer.q_norm(query).detach(), layer.k_norm(key).detach()
     valid = torch.ones(4, 7, dtype=torch.bool)
     torch.testing.assert_close(rolling.rotation, expected_rotations(query, key, LABELS, valid), **EXACT)
@@ -280,7 +280,7 @@ def test_norms_of_queries_are_behind_the_projection():
         eq.merge_rotations(layer)
 
 
-def test_the_attention_is_found_inside_a_layer():
+def test_attention_inside_a_layer_is_located():
     block = nn.ModuleDict({"attn": TimmAttention(DIM, HEADS), "mlp": nn.Linear(DIM, DIM)})
     assert eq.balance.RollingQ(block, names=NAMES)._target.projection is block["attn"].qkv
     decoder = DecoderLayer(DIM, HEADS)
@@ -303,22 +303,22 @@ def test_the_attention_is_found_inside_a_layer():
             {"module": "self_atn"},
             r"unknown module 'self_atn'|self_attn",
         ),
-        (lambda: multihead(), {"query_rows": "first"}, r'query_rows="all" for nn.MultiheadAttention'),
+        (lambda: build_multihead(), {"query_rows": "first"}, r'query_rows="all" for nn.MultiheadAttention'),
         (
-            lambda: nn.utils.parametrizations.weight_norm(multihead(), "in_proj_weight"),
+            lambda: nn.utils.parametrizations.weight_norm(build_multihead(), "in_proj_weight"),
             {},
             r"got a parametrized weight",
         ),
         (lambda: TimmAttention(DIM, HEADS), {"num_heads": 5}, r"'qkv' of width 30 \+ 2 \* 30"),
     ],
 )
-def test_modules_it_cannot_rotate(build, options, message):
+def test_unsupported_modules_raise(build, options, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.RollingQ(build(), names=NAMES, **options)
 
 
-def test_labels_must_fit_the_keys():
-    layer = multihead()
-    rolling_on(layer, LABELS[:5])
+def test_mismatched_labels_raise():
+    layer = build_multihead()
+    build_balancer(layer, LABELS[:5])
     with pytest.raises(ConfigError, match="a modality label for every key, got 5 labels for 7 keys"):
-        call(layer, tokens())
+        call_multihead(layer, random_tokens())

@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-def model_of(name, **options):
+def build_model(name, **options):
     torch.manual_seed(0)
     config = getattr(transformers, name.removesuffix("Model") + "Config")(**CASES[name][0], **options)
     model = getattr(transformers, name)(config).eval()
@@ -44,18 +44,18 @@ def inputs(seed=0):
     return {"input_ids": ids, "attention_mask": torch.ones(3, 6, dtype=torch.long)}
 
 
-def attention_of(model, layer):
+def expected_attention(model, layer):
     """The attention of the last layer as the model itself computes it."""
     return model(**inputs(), output_attentions=True).attentions[layer]
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", CASES)
-def test_rotates_what_watch_sees(name, backend):
+def test_rotation_changes_recorded_shares(name, backend):
     path, mergeable = CASES[name][1:]
     if (name, backend) == ("BloomModel", "sdpa"):
         pytest.skip("BLOOM has no SDPA")
-    model = model_of(name, attn_implementation=backend)
+    model = build_model(name, attn_implementation=backend)
     plain = model(**inputs()).last_hidden_state
     rolling = eq.balance.RollingQ(model, module=path, names=NAMES, beta=0.0)
     rolling.layout(LABELS)
@@ -72,7 +72,7 @@ def test_rotates_what_watch_sees(name, backend):
         torch.testing.assert_close(model(**inputs()).last_hidden_state, rotated, **TOL[torch.float32])
     explicit = copy.deepcopy(model)
     explicit.set_attn_implementation("eager")
-    weights = attention_of(explicit, 1)
+    weights = expected_attention(explicit, 1)
     share = torch.stack([weights[..., m == LABELS].sum(-1).mean(-1) for m in (0, 1)], dim=-1)
     torch.testing.assert_close(record.share(record.layers[0]), share, rtol=1e-4, atol=1e-5)
     if mergeable:
@@ -85,10 +85,10 @@ def test_rotates_what_watch_sees(name, backend):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "LlamaModel"])
-def test_statistics_are_those_of_the_attention(name):
+def test_statistics_match_the_attention(name):
     """The cosines, measured from the queries and keys that the attention function receives."""
     path = CASES[name][1]
-    model = model_of(name, attn_implementation="eager")
+    model = build_model(name, attn_implementation="eager")
     rolling = eq.balance.RollingQ(model, module=path, names=NAMES, beta=9.0, statistics="full_pass")
     rolling.layout(LABELS)
     seen = {}
@@ -105,7 +105,7 @@ def test_statistics_are_those_of_the_attention(name):
     with torch.no_grad():
         model(**inputs())
     query, key = seen[model.get_submodule(path)]
-    rolling.measure(Called(model), [inputs()])
+    rolling.measure(AdapterModule(model), [inputs()])
     log = rolling.end_epoch()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     means = [key[:, :, m == LABELS].mean(dim=2) for m in (0, 1)]
@@ -113,7 +113,7 @@ def test_statistics_are_those_of_the_attention(name):
     assert log["air/image"] == pytest.approx(float(cosine[0] - cosine[1]), abs=1e-5)
 
 
-class Called(torch.nn.Module):
+class AdapterModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -123,13 +123,13 @@ class Called(torch.nn.Module):
 
 
 def test_copies_and_states_of_a_rotary_layer():
-    model, path = model_of("LlamaModel"), CASES["LlamaModel"][1]
+    model, path = build_model("LlamaModel"), CASES["LlamaModel"][1]
     rolling = eq.balance.RollingQ(model, module=path, names=NAMES, beta=0.0)
     rolling.layout(LABELS)
     model.train()(**inputs())
     rolling.end_epoch()
     expected = model.eval()(**inputs()).last_hidden_state
-    fresh = model_of("LlamaModel")
+    fresh = build_model("LlamaModel")
     eq.balance.RollingQ(fresh, module=path, names=NAMES)
     fresh.load_state_dict(model.state_dict())
     for other in (copy.deepcopy(model), fresh):
@@ -137,9 +137,9 @@ def test_copies_and_states_of_a_rotary_layer():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_lora_is_rotated_and_merged_with_its_base():
+def test_lora_weights_are_rotated_and_merged():
     peft = pytest.importorskip("peft")
-    base = model_of("BertModel")
+    base = build_model("BertModel")
     config = peft.LoraConfig(target_modules=["query", "key"], r=2, init_lora_weights=False)
     model = peft.get_peft_model(base, config).eval()
     path = next(name for name, part in model.named_modules() if name.endswith("layer.1.attention.self"))
@@ -154,7 +154,7 @@ def test_lora_is_rotated_and_merged_with_its_base():
     torch.testing.assert_close(merged(**inputs()).last_hidden_state, rotated, rtol=1e-4, atol=1e-5)
 
 
-def test_unknown_orders_of_a_fused_projection_are_refused():
+def test_unknown_fused_projection_layout_raises():
     config = transformers.FalconConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, vocab_size=30)
     with pytest.raises(
         ConfigError, match=r"order of queries, keys and values is known, got 'query_key_value' of Falcon"

@@ -32,7 +32,7 @@ class Single:
         return balancer, balancer
 
 
-def run(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumulate=1, **options):
+def run_epoch(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumulate=1, **options):
     """State and log after an epoch of training steps; every step has a batch of its own."""
     made = model(depth=kind.depth)
     balancer, rolling = kind.attach(made, beta=0.0, **{"tail": 3, **options})
@@ -67,7 +67,7 @@ def run(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumu
     return sums, log, rolling.rotation
 
 
-def same(one, other):
+def assert_same_state(one, other):
     torch.testing.assert_close(one[0], other[0], **EXACT)
     assert one[1] == pytest.approx(other[1], abs=1e-12)
     torch.testing.assert_close(one[2], other[2], **EXACT)
@@ -80,13 +80,15 @@ def test_activation_checkpointing_counts_a_batch_once(kind, alone, options):
     def checkpointed(made, inputs):
         return checkpoint(made, inputs, use_reentrant=False)
 
-    same(run(kind, alone=alone, **options), run(kind, alone=alone, call=checkpointed, **options))
+    assert_same_state(
+        run_epoch(kind, alone=alone, **options), run_epoch(kind, alone=alone, call=checkpointed, **options)
+    )
 
 
 @pytest.mark.parametrize("kind", [Single, Staged])
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpointed_layer_counts_once(kind, alone, reentrant):
+def test_checkpointed_layer_is_counted_once(kind, alone, reentrant):
     def partly(made, inputs):
         layer = made.fusion.layers[0]
         inner = layer.forward
@@ -101,28 +103,28 @@ def test_a_checkpointed_layer_counts_once(kind, alone, reentrant):
         finally:
             layer.forward = inner
 
-    same(run(kind, alone=alone), run(kind, alone=alone, call=partly))
+    assert_same_state(run_epoch(kind, alone=alone), run_epoch(kind, alone=alone, call=partly))
 
 
 @pytest.mark.parametrize("kind", [Single, Staged])
-def test_steps_that_are_skipped_leave_nothing(kind):
-    same(run(kind, steps=4, bad=(3,), tail=2), run(kind, steps=3, tail=2))
+def test_skipped_steps_are_not_recorded(kind):
+    assert_same_state(run_epoch(kind, steps=4, bad=(3,), tail=2), run_epoch(kind, steps=3, tail=2))
 
 
 @pytest.mark.parametrize("kind", [Single, Staged])
-def test_validation_and_passes_without_gradient_leave_nothing(kind):
-    same(run(kind), run(kind, validate=True))
+def test_validation_and_no_grad_passes_are_not_recorded(kind):
+    assert_same_state(run_epoch(kind), run_epoch(kind, validate=True))
 
 
 @pytest.mark.parametrize("kind", [Single, Staged])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_inside_and_outside_of_a_balancing_the_statistics_are_the_same(kind, accumulate):
-    same(run(kind, accumulate=accumulate), run(kind, accumulate=accumulate, alone=True))
+def test_statistics_are_equal_with_and_without_balancer_list(kind, accumulate):
+    assert_same_state(run_epoch(kind, accumulate=accumulate), run_epoch(kind, accumulate=accumulate, alone=True))
 
 
-def test_a_batch_whose_loss_is_not_used_leaves_nothing():
+def test_batch_with_unused_loss_is_not_recorded():
     def looks_twice(made, inputs):
         made(batch(seed=55))
         return made(inputs)
 
-    same(run(Single), run(Single, call=looks_twice))
+    assert_same_state(run_epoch(Single), run_epoch(Single, call=looks_twice))

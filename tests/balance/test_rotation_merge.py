@@ -15,7 +15,7 @@ EXACT = TOL[torch.float64]
 HALF_ULPS = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 0, "atol": 1e-6}}
 
 
-def rotated(made, **options):
+def build_rotated(made, **options):
     rolling = eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, **options})
     forward(made, [batch(dtype=made.head.weight.dtype)])
     assert rolling.end_epoch()["rotated"] == 1.0
@@ -25,10 +25,10 @@ def rotated(made, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 @pytest.mark.parametrize(("number", "depth"), [(1, 1), (3, 1), (2, 3)])
-def test_equals_unfolded(dtype, heads, number, depth):
+def test_merged_layer_equals_rotated_layer(dtype, heads, number, depth):
     made = model(heads=number, depth=depth, dtype=dtype)
     plain = made.eval()(batch(dtype=dtype)).logits
-    rotated(made, heads=heads)
+    build_rotated(made, heads=heads)
     made.eval()
     unfolded = made(batch(dtype=dtype)).logits
     assert float((unfolded - plain).detach().abs().max()) > 1e-3
@@ -36,11 +36,11 @@ def test_equals_unfolded(dtype, heads, number, depth):
     torch.testing.assert_close(made(batch(dtype=dtype)).logits, unfolded, **HALF_ULPS[dtype])
 
 
-def test_leaves_the_layer_as_it_was():
+def test_merge_restores_the_original_layer_type():
     made, plain = model(), model()
     nn.init.normal_(made.fusion.attention.query.bias)
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    rotated(made)
+    build_rotated(made)
     eq.merge_rotations(made)
     assert list(made.state_dict()) == list(plain.state_dict())
     assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in plain.parameters())
@@ -51,7 +51,7 @@ def test_leaves_the_layer_as_it_was():
     assert changed == {"fusion.attention.query.weight", "fusion.attention.query.bias"}
 
 
-def test_without_a_rotation_the_weights_stay():
+def test_merge_without_rotation_keeps_weights():
     made, plain = model(), model()
     eq.balance.RollingQ(made.fusion.attention)
     eq.merge_rotations(made)
@@ -59,11 +59,11 @@ def test_without_a_rotation_the_weights_stay():
         assert torch.equal(made.state_dict()[name], value)
 
 
-def test_a_folded_layer_can_be_rolled_again():
+def test_merged_layer_can_be_balanced_again():
     made = model()
-    rotated(made)
+    build_rotated(made)
     eq.merge_rotations(made)
-    again = rotated(made)
+    again = build_rotated(made)
     unfolded = made.eval()(batch()).logits
     assert int(again.rotations) == 1
     torch.testing.assert_close(eq.merge_rotations(made)(batch()).logits, unfolded, **EXACT)
@@ -88,7 +88,7 @@ def test_foreign_modules_with_grouped_keys(bias, keyheads, heads):
     assert (reader.q_proj.bias is not None) == bias
 
 
-def test_refused_where_other_rows_are_read_unrotated():
+def test_merge_of_partially_rotated_rows_raises():
     torch.manual_seed(0)
     reader = Reader(DIM, 2, 2)
     rolling = eq.balance.RollingQ(
@@ -106,9 +106,9 @@ def test_refused_where_other_rows_are_read_unrotated():
     assert reader.q_proj.rolling is rolling
 
 
-def test_all_or_nothing():
+def test_merge_is_atomic():
     made = model(depth=3)
-    last = rotated(made, query_rows="first")
+    last = build_rotated(made, query_rows="first")
     for layer, query_rows in zip(made.fusion.layers, ("all", "first"), strict=False):
         rolling = eq.balance.RollingQ(layer, query_rows=query_rows)
         rolling.load_state_dict(last.state_dict())
@@ -135,7 +135,7 @@ class WithoutFloat64(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_rotates_and_folds_where_the_device_has_no_float64():
+def test_rotate_and_merge_without_float64_support():
     made = model(dtype=torch.float32)
     rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
     layer = made.fusion.attention.query

@@ -17,28 +17,28 @@ EXACT = TOL[torch.float64]
 NAMES = ("a", "b")
 
 
-def attached(reader, *, num_heads=4, **options):
+def build_balancer(reader, *, num_heads=4, **options):
     options = {"query": "q_proj", "key": "k_proj", "names": NAMES, "beta": 0.0, "query_rows": "all", **options}
     return eq.balance.RollingQ(reader, num_heads=num_heads, **options)
 
 
-def heads_of(linear, tokens, width):
+def split_heads(linear, tokens, width):
     return linear(tokens).unflatten(-1, (-1, width)).transpose(1, 2).detach().numpy()
 
 
 @pytest.mark.parametrize("keyheads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_foreign_module_rotates_as_the_loops_say(keyheads, masked):
+def test_foreign_module_rotation_against_loops(keyheads, masked):
     torch.manual_seed(0)
     reader = Reader(DIM, 4, keyheads).double()
-    rolling = attached(reader)
+    rolling = build_balancer(reader)
     tokens, modality = torch.randn(5, 7, DIM, dtype=torch.float64), labels(7)
     valid = torch.ones(5, 7, dtype=torch.bool)
     if masked:
         valid[:, -1], valid[2, 1:3] = False, False
     rolling.layout(modality, valid if masked else None)
     width = DIM // 4
-    query, key = heads_of(reader.q_proj, tokens, width), heads_of(reader.k_proj, tokens, width)
+    query, key = split_heads(reader.q_proj, tokens, width), split_heads(reader.k_proj, tokens, width)
     found = [(query[i], key[i], modality.numpy(), valid[i].numpy(), valid[i].numpy()) for i in range(5)]
     reader(tokens, mask=valid)
     assert rolling.end_epoch()["rotated"] == 1.0
@@ -46,19 +46,19 @@ def test_a_foreign_module_rotates_as_the_loops_say(keyheads, masked):
         mean, keys, values, _ = means(found, NAMES, head)
         rotation = torch.from_numpy(step(mean, keys, values, 1.0)[3])
         torch.testing.assert_close(rolling.rotation[head], rotation, **EXACT)
-    turned = heads_of(reader.q_proj, tokens, width)
+    turned = split_heads(reader.q_proj, tokens, width)
     expected = torch.from_numpy(query) @ rolling.rotation
     torch.testing.assert_close(torch.from_numpy(turned), expected, **EXACT)
 
 
-def test_interleaved_labels_of_every_sample():
+def test_interleaved_per_sample_labels():
     torch.manual_seed(0)
     reader = Reader(DIM, 1, 1).double()
-    rolling = attached(reader, num_heads=1)
+    rolling = build_balancer(reader, num_heads=1)
     tokens = torch.randn(3, 7, DIM, dtype=torch.float64)
     modality = torch.randint(0, 2, (3, 7), generator=torch.Generator().manual_seed(0))
     rolling.layout(modality)
-    query, key = heads_of(reader.q_proj, tokens, DIM), heads_of(reader.k_proj, tokens, DIM)
+    query, key = split_heads(reader.q_proj, tokens, DIM), split_heads(reader.k_proj, tokens, DIM)
     every = torch.ones(7, dtype=torch.bool).numpy()
     found = [(query[i], key[i], modality[i].numpy(), every, every) for i in range(3)]
     reader(tokens)
@@ -71,7 +71,7 @@ def test_interleaved_labels_of_every_sample():
 def test_inside_a_decoder_layer(query_rows):
     torch.manual_seed(0)
     layer = DecoderLayer(DIM, 2).double()
-    rolling = attached(layer, query="cross.q_proj", key="cross.k_proj", num_heads=2, query_rows=query_rows)
+    rolling = build_balancer(layer, query="cross.q_proj", key="cross.k_proj", num_heads=2, query_rows=query_rows)
     rolling.layout(labels(7))
     tokens, memory = torch.randn(5, 3, DIM).double(), torch.randn(5, 7, DIM).double()
     before = layer(tokens, memory)
@@ -82,16 +82,16 @@ def test_inside_a_decoder_layer(query_rows):
     assert next(name for name in layer.state_dict() if "rolling" in name).startswith("cross.q_proj.rolling.")
 
 
-def test_a_foreign_module_is_copied_and_saved_with_its_rotation():
+def test_foreign_module_copy_and_state_include_rotation():
     torch.manual_seed(0)
     reader = Reader(DIM, 4, 2)
-    rolling = attached(reader)
+    rolling = build_balancer(reader)
     rolling.layout(labels(7))
     tokens = torch.randn(5, 7, DIM)
     reader(tokens)
     rolling.end_epoch()
     twin, fresh = copy.deepcopy(reader), Reader(DIM, 4, 2)
-    attached(fresh)
+    build_balancer(fresh)
     fresh.load_state_dict(reader.state_dict())
     for other in (twin, fresh):
         assert torch.equal(other.eval()(tokens), reader.eval()(tokens))
@@ -101,7 +101,7 @@ def test_a_foreign_module_is_copied_and_saved_with_its_rotation():
     assert not torch.equal(reader(tokens), twin(tokens))
 
 
-def test_detach_leaves_nothing_behind():
+def test_detach_removes_hooks_and_buffers():
     made, plain = model(), model()
     rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
     forward(made, [batch()])
@@ -113,7 +113,7 @@ def test_detach_leaves_nothing_behind():
     rolling.detach()
 
 
-def test_names_may_be_given_for_our_layer():
+def test_names_are_accepted_for_equipoise_layers():
     layer = eq.nn.Attention(DIM, heads=2)
     rolling = eq.balance.RollingQ(layer, names=NAMES, query_rows="all", beta=0.0)
     layer(torch.randn(3, 5, DIM), modality=torch.tensor([0, 0, 1, 1, 1]), num_modalities=2)
@@ -121,7 +121,7 @@ def test_names_may_be_given_for_our_layer():
 
 
 @pytest.mark.parametrize("names", [("left", "right"), ("image", "audio"), ("audio", "image", "text")])
-def test_names_may_not_contradict_the_layers(names):
+def test_names_that_contradict_the_layer_raise(names):
     made = model()
     with pytest.raises(
         ConfigError, match=r"the names of the layer, \('audio', 'image'\), in the same order.* got names = "
@@ -135,9 +135,9 @@ class Rotary(Reader):
         return super().forward(tokens)
 
 
-def test_rotary_positions_are_warned_of():
+def test_rotary_positions_warn():
     with pytest.warns(UserWarning, match="Rotary seems to use rotary position embeddings"):
-        attached(Rotary(DIM, 4, 4))
+        build_balancer(Rotary(DIM, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,12 @@ def test_rotary_positions_are_warned_of():
         ),
     ],
 )
-def test_layers_it_cannot_attach_to(build, options, message):
+def test_unsupported_layers_raise(build, options, message):
     with pytest.raises(ConfigError, match=message):
         eq.balance.RollingQ(build(), **options)
 
 
-def test_a_second_one_is_refused():
+def test_second_balancer_raises():
     made = model()
     eq.balance.RollingQ(made.fusion.attention)
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_a_second_one_is_refused():
 
 def test_missing_or_wrong_labels():
     reader, tokens = Reader(DIM, 4, 4), torch.randn(3, 7, DIM)
-    rolling = attached(reader)
+    rolling = build_balancer(reader)
     with pytest.raises(ConfigError, match=r"a modality label for every key, got no labels\. Call balancer.layout"):
         reader(tokens)
     rolling.layout(labels(5))
@@ -210,14 +210,14 @@ def test_missing_or_wrong_labels():
         layer(tokens)
 
 
-def test_projections_without_a_batch():
+def test_unbatched_projections():
     reader = Reader(DIM, 4, 4)
-    attached(reader)
+    build_balancer(reader)
     with pytest.raises(ShapeError, match=r"projections of shape \(batch, token, dim\), got \(7, 12\)"):
         reader(torch.randn(7, DIM))
 
 
-def test_attention_layers_have_their_layout():
+def test_attention_layers_define_their_layout():
     rolling = eq.balance.RollingQ(model().fusion.attention)
     with pytest.raises(
         ConfigError, match=r"RollingQ\.layout: expected a RollingQ on an external module, got one on an Attention"

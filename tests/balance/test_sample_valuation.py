@@ -26,7 +26,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def answers(made, inputs, kept):
+def subset_output(made, inputs, kept):
     """The output with the other modalities as inputs that are not there."""
     with torch.no_grad():
         return made.eval()(
@@ -40,13 +40,13 @@ def oracle_values(made, inputs, *, sized=False):
     right = {frozenset(): [0] * len(target)}
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(range(len(names)), size):
-            scores = rows(answers(made, inputs, [names[m] for m in chosen]).logits)
+            scores = rows(subset_output(made, inputs, [names[m] for m in chosen]).logits)
             hits = [int(max(row) == row[y]) for row, y in zip(scores, target, strict=True)]
             right[frozenset(chosen)] = [hit * (size if sized else 1) for hit in hits]
     return [shapley({s: v[i] for s, v in right.items()}, len(names)) for i in range(len(target))]
 
 
-def started(made, **options):
+def build_after_first_epoch(made, **options):
     """Returns a SampleValuation after its first epoch."""
     balancer = eq.balance.SampleValuation(made, **options)
     balancer.end_epoch()
@@ -62,7 +62,7 @@ def test_worked_examples():
 
 @quick
 @given(st.integers(1, 5), st.integers(0, 10**6))
-def test_values_equal_the_oracle_and_sum_to_the_whole(count, seed):
+def test_values_equal_the_oracle_and_sum_to_the_total(count, seed):
     random = torch.Generator().manual_seed(seed)
     worth = torch.randn(2**count, 3, generator=random, dtype=torch.float64)
     found = shapley_values(worth)
@@ -74,7 +74,7 @@ def test_values_equal_the_oracle_and_sum_to_the_whole(count, seed):
     torch.testing.assert_close(found.sum(dim=0), worth[-1] - worth[0], **EXACT)
 
 
-def test_rightness_of_every_task():
+def test_correctness_of_every_task():
     logits = doubles([1.0, -2.0, 0.5], [0.0, 3.0, -1.0])
     assert rows(correctness(logits, torch.tensor([0, 2]), "classification")) == [1, 0]
     labels = doubles([1, 0, 0], [0, 1, 1])
@@ -99,23 +99,23 @@ def test_values_of_a_model_equal_the_oracle(kind, number, sized):
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_copies_of_samples_equal_the_oracle(number):
+def test_sample_copies_equal_the_oracle(number):
     names = NAMES[:number]
     made, inputs = fused(names), batch(names, size=31)
     values, target = oracle_values(made, inputs), rows(inputs["target"])
     total, weight = 0.0, 0
-    for row, y in zip(rows(answers(made, inputs, names).logits), target, strict=True):
+    for row, y in zip(rows(subset_output(made, inputs, names).logits), target, strict=True):
         total, weight = total + cross_entropy(row, y), weight + 1
     for m, name in enumerate(names):
-        for row, y, value in zip(rows(answers(made, inputs, [name]).logits), target, values, strict=True):
+        for row, y, value in zip(rows(subset_output(made, inputs, [name]).logits), target, values, strict=True):
             total, weight = total + copies_of(round(value[m], 9)) * cross_entropy(row, y), weight
             weight += copies_of(round(value[m], 9))
     assert weight > 31
-    found = penalty_of(started(made), made, inputs)
+    found = penalty_of(build_after_first_epoch(made), made, inputs)
     assert float(found) == pytest.approx(total / weight, rel=1e-9)
 
 
-def test_copies_for_the_modality_that_lags():
+def test_lagging_modality_gets_copies():
     names = NAMES[:3]
     made, inputs = static(names), batch(names, size=11)
     balancer = eq.balance.SampleValuation(made, level="modality")
@@ -124,13 +124,15 @@ def test_copies_for_the_modality_that_lags():
     apart = sum(abs(a - b) for a in gaps for b in gaps) * (2 / 3) / 2
     # The largest gap adds no modality, the smallest adds all.
     kept = {names[0]: [names[0]], names[1]: list(names), names[2]: [names[0], names[2]]}
-    total = sum(apart * float(made.loss(answers(made, inputs, k).logits, inputs["target"])) for k in kept.values())
+    total = sum(
+        apart * float(made.loss(subset_output(made, inputs, k).logits, inputs["target"])) for k in kept.values()
+    )
     plain = float(made.loss(made(inputs).logits, inputs["target"]).detach())
     expected = (plain + total) / (1 + 3 * apart)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_gaps_are_those_of_the_epoch_before():
+def test_gaps_use_the_previous_epoch():
     made, data = static(), [batch(size=11, seed=seed) for seed in range(2)]
     balancer = eq.balance.SampleValuation(made, level="modality")
     for inputs in data:
@@ -145,7 +147,7 @@ def test_gaps_are_those_of_the_epoch_before():
 
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
-def test_first_epoch_changes_nothing(level):
+def test_first_epoch_adds_no_copies(level):
     made, inputs = fused(), batch(size=7)
     balancer = eq.balance.SampleValuation(made, level=level)
     assert float(penalty_of(balancer, made, inputs)) == float(made.loss(made(inputs).logits, inputs["target"]).detach())
@@ -162,13 +164,13 @@ def test_training_modes_and_rng_state_are_restored():
 
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
-def test_samples_that_lack_a_modality_get_no_copy_for_it(level):
+def test_samples_without_the_modality_are_not_copied(level):
     made, whole = static(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
-    balancer = started(made, level=level)
+    balancer = build_after_first_epoch(made, level=level)
     values = balancer.values(made(whole), whole["target"])
     assert not bool(values[1, ~here].any())
-    alone = correctness(answers(made, whole, ["audio"]).logits, whole["target"], "classification")
+    alone = correctness(subset_output(made, whole, ["audio"]).logits, whole["target"], "classification")
     torch.testing.assert_close(values[0, ~here], alone[~here].double(), **EXACT)
     gone = {**whole, "image": None, "mask": {}}
     for inputs in (whole, gone):
@@ -179,7 +181,7 @@ def test_samples_that_lack_a_modality_get_no_copy_for_it(level):
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(task, level):
+def test_all_tasks(task, level):
     made, inputs = fused(task=task), batch_for(task, size=11)
     balancer = eq.balance.SampleValuation(made, level=level)
     first = float(penalty_of(balancer, made, inputs))
@@ -189,7 +191,7 @@ def test_every_task(task, level):
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_training_resumes_from_saved_state():
+def test_resume_from_saved_state():
     made, inputs = static(), batch(size=11)
     balancer, other = (eq.balance.SampleValuation(made, level="modality") for _ in range(2))
     penalty_of(balancer, made, inputs)
@@ -202,7 +204,7 @@ def test_training_resumes_from_saved_state():
 
 def test_autocast():
     made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = started(made, level="modality")
+    balancer = build_after_first_epoch(made, level="modality")
     assert_like_single_precision(balancer, made, inputs)
 
 

@@ -21,13 +21,13 @@ from oracles.balance_c import distillation as slow
 EXACT = TOL[torch.float64]
 
 
-def attached(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):
+def build(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):
     made = fused(names, seed=seed, dtype=dtype, unimodal="none", **options)
     balancer = eq.balance.UMT(made, teachers=teachers(names, dtype=dtype), strength=strength)
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
-def distances(made, balancer, inputs):
+def expected_distances(made, balancer, inputs):
     """name -> mean squared difference, by a loop over samples that have the modality."""
     found = {}
     for name in made.names:
@@ -40,7 +40,7 @@ def distances(made, balancer, inputs):
     return found
 
 
-def test_distance_by_hand():
+def test_hand_computed_distance():
     ones, here = torch.ones(3, 2, dtype=torch.float64), torch.tensor([True, True, False])
     student = torch.tensor([[1.0, 2.0], [1.0, 5.0], [9.0, 9.0]], dtype=torch.float64)
     # (0 + 1 + 0 + 16) / 4
@@ -50,17 +50,19 @@ def test_distance_by_hand():
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
-def test_the_loss_equals_the_oracle(number, missing):
+def test_loss_equals_the_oracle(number, missing):
     names = NAMES[:number]
-    made, balancer, balancing = attached(names)
+    made, balancer, balancing = build(names)
     inputs = batch(names, size=7, missing=missing)
     output = made.train()(inputs)
-    expected = made.loss(output.logits, inputs["target"]) + 10 * sum(distances(made, balancer, inputs).values())
+    expected = made.loss(output.logits, inputs["target"]) + 10 * sum(
+        expected_distances(made, balancer, inputs).values()
+    )
     torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
 
 
-def test_the_distance_trains_only_the_students():
-    made, balancer, balancing = attached()
+def test_distance_trains_students_only():
+    made, balancer, balancing = build()
     plain = step(made, eq.BalancerList(made), batch())
     before = copy.deepcopy(balancer.state_dict())
     found = step(made, balancing, batch())
@@ -71,13 +73,13 @@ def test_the_distance_trains_only_the_students():
 
 
 def test_training_brings_students_closer():
-    made, balancer, balancing = attached()
+    made, balancer, balancing = build()
     optimizer, inputs = torch.optim.SGD(made.parameters(), lr=0.05), batch()
-    before = distances(made, balancer, inputs)
+    before = expected_distances(made, balancer, inputs)
     for _ in range(5):
         step(made, balancing, inputs)
         optimizer.step()
-    after = distances(made, balancer, inputs)
+    after = expected_distances(made, balancer, inputs)
     assert all(after[name] < 0.9 * before[name] for name in before)
 
 
@@ -93,7 +95,7 @@ def test_teachers_are_copies_in_evaluation_mode():
 
 
 def test_evaluation_runs_no_teacher():
-    made, balancer, _ = attached()
+    made, balancer, _ = build()
     asked = []
     for teacher in balancer.teachers.values():
         teacher.register_forward_hook(lambda *_: asked.append(1))
@@ -106,16 +108,16 @@ def test_evaluation_runs_no_teacher():
     assert len(asked) == 2
 
 
-def test_detach_leaves_no_hook():
-    made, balancer, _ = attached()
+def test_detach_removes_hooks():
+    made, balancer, _ = build()
     assert all(encoder._forward_hooks for encoder in made.encoders.values())
     balancer.detach()
     assert not any(part._forward_hooks for part in made.modules())
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_have_teachers_of_their_own(twin):
-    made, balancer, _ = attached()
+def test_copies_have_separate_teachers(twin):
+    made, balancer, _ = build()
     inputs = batch()
     made.train()(inputs)
     other, copied = twin((made, balancer))
@@ -126,14 +128,14 @@ def test_copies_have_teachers_of_their_own(twin):
 
 def test_accumulated_batches_equal_one_large_batch():
     whole = batch(size=12)
-    made, _, balancing = attached()
+    made, _, balancing = build()
     large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
-def test_a_modality_that_no_sample_has_and_a_forward_pass_without_loss():
-    made, _, balancing = attached(NAMES[:3])
+def test_missing_modality_and_forward_pass_without_loss():
+    made, _, balancing = build(NAMES[:3])
     inputs = {**batch(NAMES[:3], seed=1), "text": None}
     # Its features of text must not be taken for those of the next batch.
     made.train()(batch(NAMES[:3], size=7))
@@ -143,7 +145,7 @@ def test_a_modality_that_no_sample_has_and_a_forward_pass_without_loss():
 
 
 def test_autocast():
-    made, balancer, _ = attached(dtype=torch.float32)
+    made, balancer, _ = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     exact = balancer.penalty(made(inputs), inputs["target"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -153,7 +155,7 @@ def test_autocast():
 
 
 def test_teachers_are_saved():
-    made, balancer, _ = attached()
+    made, balancer, _ = build()
     other = eq.balance.UMT(made, teachers=teachers())
     other.teachers["audio"][0].weight.data.zero_()
     other.load_state_dict(balancer.state_dict())
@@ -179,7 +181,7 @@ def test_errors():
         balancing.loss(made(batch()), batch()["target"])
 
 
-def test_a_run_trains_its_teachers_first(tmp_path):
+def test_run_trains_teachers_first(tmp_path):
     run = execute_run(job("concat+umt", epochs=1, batch_size=500), tmp_path)
     assert run["method"] == "concat+umt"
     assert sorted(path.name for path in (tmp_path / "teachers").iterdir()) == ["audio", "image"]

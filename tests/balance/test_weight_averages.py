@@ -20,34 +20,34 @@ EXACT = TOL[torch.float64]
 ROTATION = "fusion.attention.core.rolling.rotation"
 
 
-def attached(seed=0, *, query_rows="all", **options):
+def build(seed=0, *, query_rows="all", **options):
     made = model(seed=seed, **options)
     return made, eq.balance.RollingQ(
         made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, query_rows=query_rows
     )
 
 
-def rotated(seed=0, epochs=1, **options):
-    made, rolling = attached(seed, **options)
+def build_rotated(seed=0, epochs=1, **options):
+    made, rolling = build(seed, **options)
     for epoch in range(epochs):
         forward(made, [batch(seed=epoch, dtype=made.head.weight.dtype)])
         assert rolling.end_epoch()["rotated"] == 1.0
     return made.eval()
 
 
-def logits(made):
+def eval_logits(made):
     with torch.no_grad():
         return made.eval()(batch(seed=9, dtype=torch.float64)).logits
 
 
-def loaded(state):
+def load_model(state):
     """A new model with the given state dict."""
-    made, _ = attached(seed=5)
+    made, _ = build(seed=5)
     made.load_state_dict(state)
     return made
 
 
-def by_hand(made):
+def expected_logits(made):
     """Logits computed without RollingQ, from weights into which the rotation of the buffer's SVD is multiplied."""
     u, _, vt = torch.linalg.svd(made.state_dict()[ROTATION])
     plain = model(seed=5)
@@ -56,7 +56,7 @@ def by_hand(made):
         block = torch.block_diag(*(u @ vt))
         plain.fusion.attention.query.weight.copy_(block.T @ made.fusion.attention.query.weight)
         plain.fusion.attention.query.bias.copy_(made.fusion.attention.query.bias @ block)
-    return logits(plain)
+    return eval_logits(plain)
 
 
 def copy_values(target, source):
@@ -97,32 +97,32 @@ COPIES = [copy_values, copy_data, lerp_values, load, load_assigned, load_loosely
 
 @pytest.mark.parametrize("write", COPIES)
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_copy_of_the_weights_applies_the_rotation(write, warm):
-    source, (target, _) = rotated(), attached(seed=3)
+def test_copied_weights_apply_the_rotation(write, warm):
+    source, (target, _) = build_rotated(), build(seed=3)
     if warm:
-        logits(target)
+        eval_logits(target)
     with torch.no_grad():
         write(target, source)
-    assert torch.equal(logits(target), logits(source))
+    assert torch.equal(eval_logits(target), eval_logits(source))
     merged = eq.merge_rotations(copy.deepcopy(target))
-    torch.testing.assert_close(logits(merged), logits(source), **EXACT)
-    torch.testing.assert_close(logits(target), by_hand(source), **EXACT)
+    torch.testing.assert_close(eval_logits(merged), eval_logits(source), **EXACT)
+    torch.testing.assert_close(eval_logits(target), expected_logits(source), **EXACT)
     # And back: a copy of weights without a rotation has none.
-    plain, _ = attached(seed=4)
+    plain, _ = build(seed=4)
     with torch.no_grad():
         write(target, plain)
-    assert torch.equal(logits(target), logits(plain))
+    assert torch.equal(eval_logits(target), eval_logits(plain))
 
 
 def test_merging_right_after_a_copy_keeps_the_rotation():
-    source, (target, _) = rotated(), attached(seed=3)
+    source, (target, _) = build_rotated(), build(seed=3)
     with torch.no_grad():
         copy_values(target, source)
-    torch.testing.assert_close(logits(eq.merge_rotations(target)), logits(source), **EXACT)
+    torch.testing.assert_close(eval_logits(eq.merge_rotations(target)), eval_logits(source), **EXACT)
 
 
-def test_a_state_dict_of_other_layers_leaves_the_rotation():
-    made = rotated()
+def test_state_dict_of_other_layers_keeps_the_rotation():
+    made = build_rotated()
     before = made.state_dict()[ROTATION].clone()
     encoders = {name: value for name, value in made.state_dict().items() if name.startswith("encoders.")}
     made.load_state_dict(encoders, strict=False)
@@ -131,21 +131,21 @@ def test_a_state_dict_of_other_layers_leaves_the_rotation():
     assert torch.equal(made.state_dict()[ROTATION], torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
 
 
-def test_functional_calls_use_the_buffers_that_they_are_given():
-    source, (target, _) = rotated(), attached(seed=3)
+def test_functional_call_uses_the_given_buffers():
+    source, (target, _) = build_rotated(), build(seed=3)
     target.eval()
-    before = logits(target)
+    before = eval_logits(target)
     state = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     with torch.no_grad():
         given = functional_call(target, state, (batch(seed=9),)).logits
         alone = functional_call(target, {ROTATION: source.state_dict()[ROTATION]}, (batch(seed=9),)).logits
-    assert torch.equal(given, logits(source))
+    assert torch.equal(given, eval_logits(source))
     assert not torch.equal(alone, before)
-    assert torch.equal(logits(target), before)
+    assert torch.equal(eval_logits(target), before)
 
 
-def test_ensembles_in_one_call():
-    models = [rotated(), rotated(seed=3), attached(seed=4)[0].eval()]
+def test_vmapped_ensembles():
+    models = [build_rotated(), build_rotated(seed=3), build(seed=4)[0].eval()]
     parameters, buffers = stack_module_state(models)
     base = copy.deepcopy(models[0])
     inputs = batch(seed=9)
@@ -155,15 +155,15 @@ def test_ensembles_in_one_call():
 
     with torch.no_grad():
         together = vmap(call)(parameters, buffers)
-    torch.testing.assert_close(together, torch.stack([logits(made) for made in models]), **EXACT)
+    torch.testing.assert_close(together, torch.stack([eval_logits(made) for made in models]), **EXACT)
 
 
 @pytest.mark.parametrize("options", [
     {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}, {"avg_fn": get_ema_avg_fn(0.7)}, {},
 ])  # fmt: skip
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_an_averaged_model_predicts_with_its_state_dict(options, use_buffers):
-    made, rolling = attached()
+def test_averaged_model_predicts_with_its_state_dict(options, use_buffers):
+    made, rolling = build()
     average = AveragedModel(made, use_buffers=use_buffers, **options)
     average.update_parameters(made)
     for epoch in range(3):
@@ -177,24 +177,24 @@ def test_an_averaged_model_predicts_with_its_state_dict(options, use_buffers):
         stored = module.state_dict()[ROTATION]
         orthogonal = torch.dist(stored.mT @ stored, torch.eye(DIM // 2, dtype=torch.float64)) < 1e-9
         assert bool(orthogonal) == (not use_buffers)
-        assert torch.equal(logits(loaded(module.state_dict())), logits(module))
-        torch.testing.assert_close(logits(module), by_hand(module), **EXACT)
-        torch.testing.assert_close(logits(eq.merge_rotations(copy.deepcopy(module))), logits(module), **EXACT)
+        assert torch.equal(eval_logits(load_model(module.state_dict())), eval_logits(module))
+        torch.testing.assert_close(eval_logits(module), expected_logits(module), **EXACT)
+        torch.testing.assert_close(eval_logits(eq.merge_rotations(copy.deepcopy(module))), eval_logits(module), **EXACT)
         made.train()
 
 
-def test_copies_and_pickles_of_an_average_apply_it_too():
-    average = AveragedModel(rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+def test_copied_and_pickled_averages_apply_the_rotation():
+    average = AveragedModel(build_rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
     for epochs in (1, 2):
-        average.update_parameters(rotated(epochs=epochs))
+        average.update_parameters(build_rotated(epochs=epochs))
     for again in (copy.deepcopy(average.module), pickle.loads(pickle.dumps(average.module))):
-        assert torch.equal(logits(again), logits(average.module))
+        assert torch.equal(eval_logits(again), eval_logits(average.module))
 
 
-def test_an_average_is_rotated_on_from_what_it_applies():
-    average = AveragedModel(rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+def test_average_continues_from_its_applied_rotation():
+    average = AveragedModel(build_rotated(), avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
     for epochs in (1, 2):
-        average.update_parameters(rotated(epochs=epochs))
+        average.update_parameters(build_rotated(epochs=epochs))
     rolling = average.module.fusion.attention.core.rolling
     forward(average.module, [batch(seed=7)])
     assert rolling.end_epoch()["rotated"] == 1.0
@@ -202,8 +202,8 @@ def test_an_average_is_rotated_on_from_what_it_applies():
     torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, identity, **EXACT)
 
 
-def test_an_averaged_counter_does_not_allow_one_rotation_more():
-    made, rolling = attached()
+def test_averaged_counter_does_not_allow_extra_rotations():
+    made, rolling = build()
     rolling.max_rotations = 1
     average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
     average.update_parameters(made)
@@ -220,20 +220,20 @@ def test_an_averaged_counter_does_not_allow_one_rotation_more():
 @pytest.mark.parametrize("corner", [
     torch.zeros(2, 2), torch.diag(torch.tensor([1.0, -1.0])), torch.full((2, 2), torch.nan),
 ])  # fmt: skip
-def test_an_average_without_a_rotation_is_refused(corner):
-    made, rolling = attached()
+def test_average_without_rotation_raises(corner):
+    made, rolling = build()
     with torch.no_grad():
         # Zeros: the average of the identity and a half turn.
         rolling.rotation[0, :2, :2] = corner
     message = r"RollingQ: expected a rotation, or an average of rotations .* load the rotation of one model"
-    for use in (lambda: logits(made), lambda: eq.merge_rotations(made), lambda: loaded(made.state_dict())):
+    for use in (lambda: eval_logits(made), lambda: eq.merge_rotations(made), lambda: load_model(made.state_dict())):
         with pytest.raises(ConfigError, match=message):
             use()
 
 
-def test_a_layer_without_a_rotation_computes_the_same_bit_for_bit():
+def test_layer_without_rotation_is_bitwise_unchanged():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        plain, (made, _) = model(dtype=dtype), attached(dtype=dtype)
+        plain, (made, _) = model(dtype=dtype), build(dtype=dtype)
         outputs = [each.train()(batch(dtype=dtype)).logits for each in (plain, made)]
         assert torch.equal(*outputs)
         for output in outputs:
@@ -242,7 +242,7 @@ def test_a_layer_without_a_rotation_computes_the_same_bit_for_bit():
             assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
 
 
-def test_the_result_is_remembered_until_the_values_change():
+def test_projection_is_cached_until_values_change():
     buffer = torch.linalg.qr(torch.randn(2, 4, 4))[0] * 0.9
     buffer[torch.linalg.det(buffer) < 0, 0] *= -1
     effective = EffectiveRotation()
@@ -252,8 +252,8 @@ def test_the_result_is_remembered_until_the_values_change():
     assert torch.equal(effective.offset(buffer)[0], torch.zeros(4, 4))
 
 
-def test_without_waiting_for_the_device_a_copied_rotation_is_applied():
-    first, second = rotated().state_dict()[ROTATION], rotated(seed=3).state_dict()[ROTATION]
+def test_copied_rotation_is_applied_without_device_sync():
+    first, second = build_rotated().state_dict()[ROTATION], build_rotated(seed=3).state_dict()[ROTATION]
     offset = EffectiveRotation().offset(first)
     identity = torch.eye(DIM // 2, dtype=torch.float64)
     assert torch.equal(cached_or_raw(first.clone(), first, offset), offset)
@@ -262,7 +262,7 @@ def test_without_waiting_for_the_device_a_copied_rotation_is_applied():
 
 @pytest.mark.parametrize("angle", [0.3, 1.5, 3.0])
 @pytest.mark.parametrize("weight", [0.001, 0.3, 0.5])
-def test_the_nearest_rotation_of_two_in_a_plane(angle, weight):
+def test_nearest_rotation_in_a_plane(angle, weight):
     def plane(turn):
         turn = torch.tensor(turn, dtype=torch.float64)
         return torch.stack([turn.cos(), turn.sin(), -turn.sin(), turn.cos()]).reshape(2, 2)
@@ -272,7 +272,7 @@ def test_the_nearest_rotation_of_two_in_a_plane(angle, weight):
     torch.testing.assert_close(nearest_rotation(average), plane(float(direction)), **EXACT)
 
 
-def test_the_nearest_rotation_leaves_rotations_as_they_are():
+def test_nearest_rotation_of_a_rotation_is_itself():
     for dtype in (torch.float32, torch.float64):
         rotation = torch.linalg.qr(torch.randn(3, 64, 64, dtype=torch.float64))[0]
         rotation = rotation.to(dtype)
@@ -283,7 +283,7 @@ def test_the_nearest_rotation_leaves_rotations_as_they_are():
 
 
 @pytest.mark.parametrize("write", [copy_values, copy_data])
-def test_a_copy_of_the_weights_has_the_depth_of_its_buffer(write):
+def test_copied_weights_use_the_depth_of_their_buffer(write):
     def staged(seed):
         made = model(depth=2, seed=seed)
         return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, query_rows="first")
@@ -293,11 +293,11 @@ def test_a_copy_of_the_weights_has_the_depth_of_its_buffer(write):
     balancer.end_epoch()
     with torch.no_grad():
         write(target, source)
-    assert torch.equal(logits(target), logits(source))
+    assert torch.equal(eval_logits(target), eval_logits(source))
     assert [layer.readout for layer in target.fusion.layers] == [False, True]
 
 
-def test_an_average_of_depths_reaches_the_later_one():
+def test_average_of_depths_uses_the_later_depth():
     made = model(depth=2)
     average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
     made.fusion.use_depth(1)
@@ -305,22 +305,22 @@ def test_an_average_of_depths_reaches_the_later_one():
     made.fusion.use_depth(2)
     for _ in range(3):
         average.update_parameters(made)
-    assert torch.equal(logits(average.module), logits(made))
+    assert torch.equal(eval_logits(average.module), eval_logits(made))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_rotation_that_no_layer_takes_in_is_refused(depth):
-    state, plain = rotated(depth=depth).state_dict(), model(seed=3, depth=depth)
+def test_rotation_without_matching_layer_raises(depth):
+    state, plain = build_rotated(depth=depth).state_dict(), model(seed=3, depth=depth)
     message = r"load_state_dict: expected a model with a RollingQ, got none to load 'fusion\..*rolling\.rotation'"
     with pytest.raises(RuntimeError, match=message):
         plain.load_state_dict(state, strict=False)
-    detached, rolling = attached(depth=depth)
+    detached, rolling = build(depth=depth)
     rolling.detach()
     with pytest.raises(RuntimeError, match=message):
         detached.load_state_dict(state, strict=False)
     with pytest.raises(RuntimeError, match=message):
         plain.load_state_dict(state)
     # The identity changes nothing, so it may be left out.
-    made, _ = attached(depth=depth)
+    made, _ = build(depth=depth)
     plain.load_state_dict(made.state_dict(), strict=False)
-    assert torch.equal(logits(plain), logits(made))
+    assert torch.equal(eval_logits(plain), eval_logits(made))

@@ -135,7 +135,7 @@ def test_several_runs_side_by_side(seed0, tmp_path, capsys):
     assert "Comparison of joint, concat and audio" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_same_again(seed0, joint, tmp_path):
+def test_results_are_deterministic(seed0, joint, tmp_path):
     state = torch.get_rng_state()
     assert run(["diagnose", str(seed0("joint")), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -196,7 +196,7 @@ def test_no_number_in_a_batch(seed0, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_folder_that_cannot_be_written(seed0, tmp_path, capsys):
+def test_unwritable_folder_raises(seed0, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(["diagnose", str(seed0("audio")), "--tests", "cost", "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_train_needs_only_a_table_and_a_target(table, tmp_path, capfd, monkeypat
     )
 
 
-def test_moved_data_are_named_and_found_again(table, tmp_path, capfd, monkeypatch):
+def test_moved_data_are_reported_and_relocated(table, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data"
     shutil.copytree(table.parent, folder)

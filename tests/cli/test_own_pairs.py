@@ -181,7 +181,7 @@ def test_search_in_a_folder_of_images(trained, capfd, tmp_path):
     assert (tmp_path / "g.html").read_text(encoding="utf-8").count('<img src="data:image/png') == 2
 
 
-def test_moved_data_are_named_and_found_again(table, trained, tmp_path, capfd):
+def test_moved_data_are_reported_and_relocated(table, trained, tmp_path, capfd):
     folder, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(table.parent, folder)
     words = ["train", "--data", str(folder / "products.csv"), "--pair", "photo,words", "--out", str(out), *FAST]

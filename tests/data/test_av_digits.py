@@ -201,7 +201,7 @@ def test_speakers_of_splits_match_the_data_card(fold, spoken):
 
 
 @published
-def test_the_card_gives_the_class_balance_of_the_data(fold_a):
+def test_data_card_class_balance(fold_a):
     card = (Path(__file__).parents[2] / "docs/data/av_digits.md").read_text()
     for name in ("train", "val", "test"):
         counts = torch.bincount(fold_a.split(name).target).tolist()

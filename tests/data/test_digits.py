@@ -120,7 +120,7 @@ def test_limits(option, value, said):
         Digits(**{option: value})
 
 
-def test_the_card_gives_the_class_balance_of_the_data(digits):
+def test_data_card_class_balance(digits):
     card = (Path(__file__).parents[2] / "docs/data/digits.md").read_text()
     for name in ("train", "val", "test"):
         counts = torch.bincount(digits.split(name).target).tolist()

@@ -88,7 +88,7 @@ def test_noise_off_leaves_inputs_as_they_are():
         ({"noise": -1.0}, r"Generated: expected a finite noise >= 0, got noise = -1\.0"),
     ],
 )
-def test_refuses(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         load_dataset("generated", **options)
 

@@ -244,12 +244,12 @@ def test_moving_vehicles_have_lines_behind_them():
         ({"samples": 100}, r"Scenes: expected samples >= 128, got samples = 100"),
     ],
 )
-def test_refuses(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         load_dataset("scenes", **options)
 
 
-def test_refuses_what_it_cannot_do():
+def test_unsupported_requests_raise():
     data = scenes()
     with pytest.raises(ConfigError, match=r"Scenes: expected a known split, got 'tests'\. Did you mean 'test'"):
         data.kinds("tests")

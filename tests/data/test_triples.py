@@ -183,7 +183,7 @@ def test_letters_as_vectors(single):
         ({"audio_noise": -1.0}, r"expected a finite audio_noise >= 0, got audio_noise = -1\.0"),
     ],
 )
-def test_refuses(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         load_dataset("triples", **options)
 

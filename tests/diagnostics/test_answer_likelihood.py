@@ -135,7 +135,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_leaves_no_trace(fails):
+def test_model_state_is_restored(fails):
     made, inputs, labels, _ = case("llava")
     made(**inputs)
     made.train()

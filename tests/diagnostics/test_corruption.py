@@ -148,7 +148,7 @@ def numbers(found):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [("image",), ("audio", "image"), ("audio", "image", "text")], ids=len)
-def test_of_a_model(task, names):
+def test_on_a_model(task, names):
     made = fused(names, task=task, unimodal="none")
     batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
     found = corruption_curve(made, batches, modality="image", kind="mix", levels=(1, 0, 0.3), seed=5, std=2.0)

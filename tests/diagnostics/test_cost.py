@@ -289,7 +289,7 @@ def state(model):
     ],
     ids=["normal", "user error", "model error"],
 )
-def test_leaves_no_trace(convention, crash, batch, error):
+def test_model_state_is_restored(convention, crash, batch, error):
     model = Branch(crash)
     before = state(model)
     if error is None:

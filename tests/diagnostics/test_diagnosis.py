@@ -195,7 +195,7 @@ def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_other_tasks(task):
+def test_all_tasks(task):
     made = fused(eq.fusion.JointAttention(DIM, dropout=0.0), task=task)
     random = torch.Generator().manual_seed(5)
 
@@ -228,7 +228,7 @@ def test_regression_of_one_number():
     assert found.metrics["negative_error_constant"] < 0
 
 
-def test_samples_that_lack_a_modality():
+def test_samples_with_missing_modality():
     made = model(dtype=torch.float32)
     loader = batches(missing=NAMES[2])
     found = diagnose(made, loader)
@@ -315,7 +315,7 @@ def test_a_loader_that_shuffles_gives_what_one_that_does_not_gives():
     assert "in the same order each time, got different targets. Disable shuffling" in found.skipped["noise"]
 
 
-def test_the_same_again():
+def test_results_are_deterministic():
     made, loader = model(depth=2, dropout=0.5, dtype=torch.float32).train(), batches()
     first, second = diagnose(made, loader), diagnose(made, lambda: iter(loader))
     assert first.to_dict() == second.to_dict()

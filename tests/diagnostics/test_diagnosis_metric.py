@@ -71,7 +71,7 @@ def test_an_undefined_value_has_a_reason_and_no_traceback():
     assert found.to_dict()["metrics"]["auroc"] is None
 
 
-def test_functions_of_your_own(classifier):
+def test_user_defined_metric_functions(classifier):
     model, batches = classifier
     own = {"confidence": lambda scores, target: scores.gather(1, target[:, None]).mean()}
     found = eq.diagnose(model, batches, metrics=own, tests=["noise"])

@@ -82,7 +82,7 @@ def test_every_fusion_and_the_task_s_loss_alone(kind, unimodal):
         assert found.ratio["audio"] == math.inf
 
 
-def test_by_hand():
+def test_hand_computed_values():
     # One weight w for each modality, logit w x, target 0: L = (w x)^2, dL/dw = 2 w x^2, dL/d(output) = 2 w x.
     encoders = {name: nn.Linear(1, 1, bias=False) for name in ("audio", "image")}
     made = eq.FusionModel(encoders, eq.fusion.Sum(1), 1, task="regression", unimodal="none").double()

@@ -350,7 +350,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 @pytest.mark.parametrize("block", [lambda m: without_modality(m, "image"), lambda m: with_quag(m, "all")])
-def test_leaves_no_trace(block, ends):
+def test_model_state_is_restored(block, ends):
     made = model(depth=2, dropout=0.5).train()
     made.fusion.eval()
     made(batch()).logits.sum().backward()

@@ -184,7 +184,7 @@ class Broken(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("goes", ["well", "user error", "model error"])
-def test_leaves_no_trace(goes):
+def test_model_state_is_restored(goes):
     made = model(dropout=0.5).train()
     made.fusion.eval()
     if goes == "model error":

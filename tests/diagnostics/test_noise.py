@@ -47,7 +47,7 @@ def test_r_and_p(size, seed):
     assert pearson(torch.from_numpy(y), torch.from_numpy(-x))[0] == pytest.approx(-r)
 
 
-def test_by_hand():
+def test_hand_computed_values():
     r, p = pearson(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 1.0, 2.0]))
     assert r == pytest.approx(1 / math.sqrt(2))
     assert p == pytest.approx(1 - 1 / math.sqrt(2))  # two degrees of freedom: p = 1 - |r|
@@ -85,7 +85,7 @@ def test_response_against_loops_for_three_modalities():
 
 
 @pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
-def test_of_a_model(names):
+def test_on_a_model(names):
     made = model(names)
     batches = [batch(names, seed=seed) for seed in range(3)]
     answer = noise_response(made, batches, modality="image", noise={"image": (0.5, 2.0)}, seed=3)
@@ -238,7 +238,7 @@ def test_what_cannot_be_read():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_leaves_no_trace(fails):
+def test_model_state_is_restored(fails):
     made = model(dropout=0.5).train()
     made.fusion.eval()
     batches = [batch(), {"audio": torch.zeros(2, 3)} if fails else batch()]

@@ -135,7 +135,7 @@ def test_separate_and_equal():
 
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
-def test_of_a_model(names):
+def test_on_a_model(names):
     made = model(names)
     known = [batch(names, seed=seed, missing=names[1:]) for seed in range(3)]
     unknown = [{**batch(names, seed=9, size=7), "target": torch.full((7,), 99)}]

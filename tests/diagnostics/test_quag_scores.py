@@ -115,7 +115,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
-def test_leaves_no_trace(ends):
+def test_model_state_is_restored(ends):
     made, batches = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
     made.fusion.eval()
     made.loss(made(batches[0]).logits, batches[0]["target"]).backward()

@@ -60,7 +60,7 @@ def test_against_loops(norm, size, count):
     assert rank_collapse(layers, norm=norm).per_modality is None
 
 
-def test_by_hand():
+def test_hand_computed_values():
     hidden = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]])
     assert rank_collapse(hidden).whole.tolist() == [[1.0]]
     # One modality is where its tokens cancel, the other is one token alone.

@@ -52,7 +52,7 @@ def test_against_all_orders(count, data):
     assert sum(found.values()) == pytest.approx(whole, rel=EXACT["rtol"], abs=EXACT["atol"])
 
 
-def test_by_hand():
+def test_hand_computed_values():
     # One modality says all, one says the same again, one says nothing: the first two share.
     names = ("audio", "image", "text")
     worth = {some: 0.9 if some & {"audio", "image"} else 0.1 for some in sets(names)}
@@ -61,7 +61,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES[:3]], ids=len)
-def test_of_a_model(task, names):
+def test_on_a_model(task, names):
     made = fused(names, task=task, unimodal="none").eval()
     batches = [batch_for(task, names, seed=seed, missing=names[:-1]) for seed in range(2)]
     target = torch.cat([inputs["target"] for inputs in batches])

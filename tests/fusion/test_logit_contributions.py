@@ -87,7 +87,7 @@ def test_tokens_instead_of_a_batch():
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_leaves_no_trace(crash):
+def test_model_state_is_restored(crash):
     made, inputs = model(dropout=0.5), batch()
     made.train()
     made.fusion.attention.eval()

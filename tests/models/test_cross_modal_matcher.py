@@ -281,7 +281,7 @@ def test_bad_batches_are_told():
         ({"dim": None}, r"expected encoders of one width, got {'audio': None"),
     ],
 )
-def test_refuses(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         made(**options)
 

@@ -340,12 +340,12 @@ def test_letters_may_be_vectors():
 
 
 @pytest.mark.parametrize("options", [{"dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_options_out_of_range(options):
+def test_options_out_of_range_raise(options):
     with pytest.raises(ConfigError, match=r"DualEncoder: expected dim >= 1 and 0 <= dropout < 1, got dim = "):
         DualEncoder(encoders("image", "text"), **options)
 
 
-def test_the_page_runs(capsys):
+def test_documentation_page_runs(capsys):
     page = (Path(__file__).parents[2] / "docs/methods/dual_encoder.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, {})

@@ -189,7 +189,7 @@ def test_conformal_form_masks_by_threshold():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_other_tasks(form, task):
+def test_all_tasks(form, task):
     net = trained(task=task)
     reliable = fit(net, task=task, form=form)
     inputs = batch(size=13, seed=9)

@@ -121,13 +121,13 @@ def test_what_was_not_tested_is_told_with_its_reason(static, alone, deep):
     assert "<dt>" not in page(deep)
 
 
-def test_raw_numbers_come_out_as_they_went_in(deep, three):
+def test_embedded_data_round_trip(deep, three):
     (inside,) = re.findall(r'id="diagnoses">(.*?)</script>', page(deep, three), flags=re.DOTALL)
     assert json.loads(inside)["diagnoses"] == [deep.to_dict(), three.to_dict()]
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_names_of_the_user_stay_text(evil):
+def test_user_names_are_escaped(evil):
     names = ("audio", evil)
     encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
     found = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), batches(), name=evil)
@@ -178,7 +178,7 @@ def opened(open_page, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_never_scrolls_sideways(opened, deep, static, three, width):
+def test_page_has_no_horizontal_scrolling(opened, deep, static, three, width):
     assert opened(deep, static, three, width=width).evaluate("document.documentElement.scrollWidth") <= width
     assert opened(three, width=width).evaluate("document.documentElement.scrollWidth") <= width
 
@@ -199,7 +199,7 @@ def test_names_of_figures_keep_their_width_and_tables_scroll(opened, deep, stati
 
 
 @pytest.mark.browser
-def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, deep, static):
+def test_text_contrast_in_both_color_schemes(opened, deep, static):
     light, dark = opened(deep, static), opened(deep, static, scheme="dark")
     read = CONTRAST.replace('"p, ', '"a, dt, dd, label, .mark, caption, p, ')
     measured = {"light": light.evaluate(read), "dark": dark.evaluate(read)}
@@ -224,7 +224,7 @@ def test_verdict_links_to_its_test(opened, deep):
 
 
 @pytest.mark.browser
-def test_every_picture_has_a_name_and_a_caption(opened, deep, static, three):
+def test_figures_have_labels_and_captions(opened, deep, static, three):
     view = opened(deep, static, three)
     names = [picture.get_attribute("aria-label") for picture in view.get_by_role("img").all()]
     assert len(names) == len(view.locator("svg").all()) == len(set(names)) > 30

@@ -110,7 +110,7 @@ def luminance(rgb):
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
 
-def test_what_is_no_look_is_refused(content, tmp_path):
+def test_invalid_inspection_raises(content, tmp_path):
     with pytest.raises(SchemaError, match="look_report: expected a look of schema 1, got look of schema 2"):
         look_report(content | {"schema": 2}, tmp_path)
     with pytest.raises(SchemaError, match="expected a look of schema 1, got no look of schema 1"):
@@ -186,7 +186,7 @@ def test_words_are_colored_by_what_was_asked_for(opened, content):
 
 
 @pytest.mark.browser
-def test_everything_can_be_done_by_keyboard(opened, content):
+def test_keyboard_navigation(opened, content):
     view = opened(content)
     view.focus("#layer")
     view.keyboard.press("ArrowRight")
@@ -226,7 +226,7 @@ def test_the_picture_lies_under_its_map_and_can_be_seen_alone(opened, content):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_never_scrolls_sideways(opened, content, width):
+def test_page_has_no_horizontal_scrolling(opened, content, width):
     long = [{**token, "text": token["text"] * 30} for token in content["tokens"]]
     view = opened(content | {"tokens": long}, width=width)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
@@ -248,7 +248,7 @@ CHIPS = """() => {
 
 
 @pytest.mark.browser
-def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, content):
+def test_text_contrast_in_both_color_schemes(opened, content):
     light, dark = opened(content), opened(content, scheme="dark")
     measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
     for mode in ("looks", "read"):
@@ -266,7 +266,7 @@ def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, content
 
 
 @pytest.mark.browser
-def test_a_hostile_token_does_nothing_and_is_shown(opened, content):
+def test_markup_in_tokens_is_escaped(opened, content):
     view = opened(content)
     view.wait_for_load_state("networkidle")
     view.get_by_role("button", name=EVIL, exact=True).first.click()
@@ -276,7 +276,7 @@ def test_a_hostile_token_does_nothing_and_is_shown(opened, content):
 
 
 @pytest.mark.browser
-def test_every_picture_has_a_name(opened, content):
+def test_figures_have_labels(opened, content):
     view = opened(content)
     pictures = view.get_by_role("img").all()
     assert len(pictures) == 6 == len(view.locator("svg, img, canvas").all())

@@ -58,7 +58,7 @@ def test_table_shows_what_the_summary_holds():
                 assert f"{100 * row['difference']:+.1f}".replace("-", "−") + ", p " in text
 
 
-def test_raw_numbers_come_out_as_they_went_in():
+def test_embedded_data_round_trip():
     content = partial()
     content["protocol"] |= {f"note {i}": evil for i, evil in enumerate(EVIL)}
     text = page(content)
@@ -68,7 +68,7 @@ def test_raw_numbers_come_out_as_they_went_in():
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_names_of_the_user_stay_text(evil):
+def test_user_names_are_escaped(evil):
     names = {"joint": evil, "audio": evil + "2"}
     content = fake_results(methods=("audio", "concat", "joint"), seeds=2, fold=evil, epochs=3, rename=names)
     content["protocol"] |= {evil: evil, "data": evil, "noise_modality": evil, "nested": {evil: [evil]}}
@@ -119,7 +119,7 @@ def test_rows_with_the_contract_alone_are_enough():
     assert "joint+rollingq" in text
 
 
-def test_what_is_no_results_is_refused(tmp_path):
+def test_invalid_results_raise(tmp_path):
     with pytest.raises(SchemaError, match=r"report: expected schema 1, got schema 9"):
         report(partial(schema=9), tmp_path / "r.html")
     with pytest.raises(DataError, match="expected a results file, got no such file"):
@@ -159,13 +159,13 @@ def opened(open_page, written):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_never_scrolls_sideways(opened, long_names, width):
+def test_page_has_no_horizontal_scrolling(opened, long_names, width):
     view = opened(long_names, width=width)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.browser
-def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, whole):
+def test_text_contrast_in_both_color_schemes(opened, whole):
     light, dark = opened(whole), opened(whole, scheme="dark")
     measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
     light.click("#theme")
@@ -214,7 +214,7 @@ def test_methods_without_a_figure_stay_below(opened, whole):
 
 
 @pytest.mark.browser
-def test_every_picture_has_a_name_and_a_caption(opened, whole):
+def test_figures_have_labels_and_captions(opened, whole):
     view = opened(whole)
     pictures = view.get_by_role("img").all()
     assert len(pictures) == 17 == len(view.locator("svg, img").all())
@@ -237,7 +237,7 @@ def test_raw_numbers_can_be_downloaded(opened, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("evil", EVIL)
-def test_a_hostile_name_does_nothing_and_is_shown(opened, evil):
+def test_markup_in_names_is_escaped(opened, evil):
     content = fake_results(methods=("concat", "joint"), seeds=2, epochs=2, rename={"joint": evil})
     content["protocol"]["data"] = evil
     view = opened(content)

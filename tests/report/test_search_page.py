@@ -66,7 +66,7 @@ def test_bars_and_cosines_below_zero(content):
     assert search_page({**content, "hits": []}).count('class="card"') == 0
 
 
-def test_what_is_no_search_is_refused(content, tmp_path):
+def test_invalid_search_results_raise(content, tmp_path):
     with pytest.raises(SchemaError, match="search_report: expected a search of schema 1, got look of schema 1"):
         search_report({**content, "kind": "look"}, tmp_path)
     with pytest.raises(SchemaError, match="got search of schema 2"):
@@ -116,7 +116,7 @@ def test_a_card_tells_more_by_mouse(opened, content):
 
 
 @pytest.mark.browser
-def test_everything_can_be_done_by_keyboard(opened, content):
+def test_keyboard_navigation(opened, content):
     view = opened(content)
     view.keyboard.press("Tab")
     assert view.evaluate("document.activeElement.className") == "skip"
@@ -148,7 +148,7 @@ def test_everything_can_be_done_by_keyboard(opened, content):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1180])
-def test_page_never_scrolls_sideways(opened, content, width):
+def test_page_has_no_horizontal_scrolling(opened, content, width):
     long = {**content, "question": "x" * 300, "hits": [{**hit, "name": "y" * 200} for hit in content["hits"]]}
     view = opened(long, width=width)
     view.locator(".card").first.click()
@@ -168,7 +168,7 @@ CARDS = """() => {
 
 
 @pytest.mark.browser
-def test_text_can_be_read_in_light_and_dark_and_after_the_switch(opened, content):
+def test_text_contrast_in_both_color_schemes(opened, content):
     light, dark = opened(content), opened(content, scheme="dark")
     for view in (light, dark):
         assert view.evaluate(CONTRAST)["texts"] >= 4.5

@@ -272,7 +272,7 @@ def test_alone_is_scored_on_the_samples_that_have_the_modality():
     assert compared.base == pytest.approx(kept.mean())
 
 
-def test_outcomes_of_another_length_are_refused():
+def test_outcomes_of_different_length_raise():
     model = weighing(audio=1.0, image=1.0)
     with pytest.raises(ShapeError, match=r"diagnose alone 'audio': expected a score, or the outcomes of 308"):
         diagnose(model, answered(model), alone={"audio": torch.ones(3), "image": 0.5})

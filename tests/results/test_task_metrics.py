@@ -231,7 +231,7 @@ def test_two_equal_models_are_rarely_called_different():
     assert called <= 6
 
 
-def test_functions_of_your_own():
+def test_user_defined_metric_functions():
     logits, target = drawn("classification", 3)
     mine = own_metric("mine", lambda scores, known: scores.gather(1, known[:, None]).mean())
     right = float(logits.double().softmax(dim=1).gather(1, target[:, None]).mean())

@@ -152,7 +152,7 @@ def test_names_of_files(arguments, said, capfd):
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])
-def test_a_folder_that_cannot_be_written(command, tmp_path, capfd):
+def test_unwritable_folder_raises(command, tmp_path, capfd):
     path = write_recipe(tmp_path / "r.yaml")
     line = told(capfd, command, "--config", path, "--out", f"{path}/out")
     assert "expected a folder that can be written, got" in line
