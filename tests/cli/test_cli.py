@@ -14,7 +14,7 @@ from equipoise.training import recipes
 from helpers.runs import program, recipe, weights, write_recipe
 
 
-def ended(*arguments):
+def exit_status(*arguments):
     """Status with which the program ends itself."""
     with pytest.raises(SystemExit) as left:
         run([str(argument) for argument in arguments])
@@ -23,20 +23,20 @@ def ended(*arguments):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples(command, capsys):
-    assert ended(command, "--help") == 0
+    assert exit_status(command, "--help") == 0
     examples = capsys.readouterr().out.partition("examples:\n")[2].strip("\n").split("\n")
     # Each in a line of its own.
     assert all(line.startswith(f"  equipoise {command}") for line in examples)
 
 
 def test_help_lists_every_command(capsys):
-    assert ended("--help") == 0
+    assert exit_status("--help") == 0
     said = capsys.readouterr().out
     assert all(re.search(rf"^ +{command} ", said, re.MULTILINE) for command in COMMANDS)
 
 
 def test_version(capsys):
-    assert ended("--version") == 0
+    assert exit_status("--version") == 0
     assert __version__ in capsys.readouterr().out
 
 
@@ -44,7 +44,7 @@ def test_version(capsys):
     "arguments", [[], ["compair"], ["compare", "--sedes", "3"], ["compare", "--seeds", "x"], ["recipes", "mv"]]
 )
 def test_usage_errors(arguments, capsys):
-    assert ended(*arguments) == 2
+    assert exit_status(*arguments) == 2
     assert "error:" in capsys.readouterr().err
 
 
@@ -66,7 +66,7 @@ def test_recipes_are_listed_and_copied_once(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def finished_comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     config = write_recipe(folder / "r.yaml", recipe(epochs=1))
     arguments = [
@@ -84,8 +84,8 @@ def compared(tmp_path_factory):
     return arguments, folder / "o"
 
 
-def test_compare_goes_on(compared, capsys):
-    arguments, folder = compared
+def test_compare_continues_finished_runs(finished_comparison, capsys):
+    arguments, folder = finished_comparison
     before = (folder / "results.json").read_text()
     assert run(arguments) == 0
     said = capsys.readouterr().out
@@ -94,15 +94,15 @@ def test_compare_goes_on(compared, capsys):
     assert (folder / "report.html").is_file()
 
 
-def test_several_options_of_one_variant_hold_together():
+def test_options_of_one_variant_are_combined():
     words = ["train", "--config", "transfer", "--method", "plain", "--variants.plain.width", "8"]
     rest, changes = split_recipe_options([*words, "--variants.plain.kind=cycle"], pytest.fail)
     assert rest == words[:5]
     assert load_with_changes("transfer", changes).variants["plain"] == {"width": 8, "kind": "cycle"}
 
 
-def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):
-    arguments, _ = compared
+def test_overrides_keep_the_rest_of_the_recipe(finished_comparison, tmp_path):
+    arguments, _ = finished_comparison
     more = ["--out", str(tmp_path), "--methods", "concat", "--encoders.audio.depth", "2", "--train.batch_size", "500"]
     # Several options of one encoder hold together.
     more += ["--encoders.audio.heads=1", "--balancers.mine.balancer", "RollingQ", "--balancers.mine.rho", "1e-3"]
@@ -115,24 +115,24 @@ def test_overrides_leave_the_rest_of_the_recipe(compared, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["", "results.json"])
-def test_report_on_a_folder_and_on_a_file(what, compared, tmp_path, capsys):
+def test_report_on_a_folder_and_on_a_file(what, finished_comparison, tmp_path, capsys):
     page = tmp_path / "page.html"
-    assert run(["report", str(compared[1] / what), "--out", str(page)]) == 0
+    assert run(["report", str(finished_comparison[1] / what), "--out", str(page)]) == 0
     assert "<html" in page.read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert f"report:  {page}\n" in said
-    assert f"results: {compared[1] / 'results.json'}\n" in said
+    assert f"results: {finished_comparison[1] / 'results.json'}\n" in said
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_report_in_its_folder_has_its_picture(compared, tmp_path, capsys):
-    (tmp_path / "mine.json").write_text((compared[1] / "results.json").read_text())
+def test_report_in_results_folder_has_its_image(finished_comparison, tmp_path, capsys):
+    (tmp_path / "mine.json").write_text((finished_comparison[1] / "results.json").read_text())
     assert run(["report", str(tmp_path / "mine.json")]) == 0
     assert f"results: {tmp_path / 'mine.json'}\n" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "report.html", "summary.png"}
 
 
-def test_train_refuses_what_would_be_overwritten(tmp_path, capsys):
+def test_train_does_not_overwrite_results(tmp_path, capsys):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=1)), str(tmp_path / "o")
     command = ["train", "--config", config, "--method", "concat", "--accelerator", "cpu", "--out", out]
     assert run(command) == 0
@@ -148,7 +148,7 @@ def test_train_refuses_what_would_be_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.distributed
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_match_one_process(tmp_path):
     config = write_recipe(tmp_path / "r.yaml", recipe(epochs=2), fusions={"joint": {"dropout": 0.0}})
     command = ["train", "--config", config, "--method", "joint+rollingq", "--accelerator", "cpu", "--devices"]
     process = program(*command, 2, "--strategy", "ddp", "--out", tmp_path / "two")

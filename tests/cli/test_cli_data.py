@@ -8,7 +8,7 @@ from helpers.raw_layouts import make_raw
 
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch):
+def raw_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return make_raw("mosei", tmp_path / "raw")
 
@@ -20,7 +20,7 @@ def test_all_data_sets_are_listed(capsys):
 
 
 @pytest.mark.parametrize("name", available_layouts())
-def test_expected_files_and_options_of_each(name, capsys):
+def test_expected_files_and_options_of_data_sets(name, capsys):
     assert run(["data", "ls", name]) == 0
     said = capsys.readouterr().out
     layout = available_layouts()[name]
@@ -29,8 +29,8 @@ def test_expected_files_and_options_of_each(name, capsys):
     assert all(f"  --{option} " in said for option in layout.options)
 
 
-def test_prepared_verified_and_damaged(raw, capsys):
-    assert run(["data", "prepare", "mosei", str(raw), "--task", "acc7", "--workers", "1"]) == 0
+def test_verify_prepared_and_damaged_data(raw_folder, capsys):
+    assert run(["data", "prepare", "mosei", str(raw_folder), "--task", "acc7", "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "train: 12 samples" in said
     assert "published: 16,326 / 1,871 / 4,659 (train / val / test); here 12 / 4 / 6" in said
@@ -39,7 +39,7 @@ def test_prepared_verified_and_damaged(raw, capsys):
     assert "22 samples were already converted" in capsys.readouterr().out
     assert run(["data", "verify", "prepared/mosei"]) == 0
     assert "67 of 67 files as written; 22 samples in the manifest" in capsys.readouterr().out
-    removed = next((raw.parent / "prepared" / "mosei" / "text").glob("*/*.npy"))
+    removed = next((raw_folder.parent / "prepared" / "mosei" / "text").glob("*/*.npy"))
     removed.unlink()
     assert run(["data", "verify", "prepared/mosei", "--workers", "1"]) == 1
     captured = capsys.readouterr()
@@ -49,9 +49,9 @@ def test_prepared_verified_and_damaged(raw, capsys):
     assert run(["data", "verify", "prepared/mosei"]) == 0
 
 
-def test_what_was_dropped_is_printed(raw, capsys):
-    make_raw("cremad", raw.parent / "cremad")
-    next((raw.parent / "cremad" / "AudioWAV").iterdir()).write_bytes(b"")
+def test_dropped_samples_are_printed(raw_folder, capsys):
+    make_raw("cremad", raw_folder.parent / "cremad")
+    next((raw_folder.parent / "cremad" / "AudioWAV").iterdir()).write_bytes(b"")
     assert run(["data", "prepare", "cremad", "cremad", "--size", "8", "--workers", "1", "--split", "disjoint"]) == 0
     said = capsys.readouterr().out
     assert "dropped: 1 samples; each with its reason in prepared/cremad/prepare.json" in said
@@ -77,6 +77,6 @@ def test_what_was_dropped_is_printed(raw, capsys):
         (["verify", "raw", "more"], "got a third argument, an option of prepare"),
     ],
 )
-def test_errors_are_one_sentence(raw, capsys, arguments, said):
+def test_errors_are_a_single_line(raw_folder, capsys, arguments, said):
     assert run(["data", *arguments]) == 1
     assert said in capsys.readouterr().err.replace("\n", " ")

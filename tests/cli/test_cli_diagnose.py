@@ -22,7 +22,7 @@ SAME = (
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def comparison_runs(tmp_path_factory):
     """The folder of the runs of a comparison."""
     folder = tmp_path_factory.mktemp("cli")
     compare(recipe(epochs=1), METHODS, seeds=1, out=folder, workers=0)
@@ -30,11 +30,11 @@ def compared(tmp_path_factory):
 
 
 @pytest.fixture
-def seed0(compared):
-    return lambda method: compared / method / "seed0"
+def run_folder(comparison_runs):
+    return lambda method: comparison_runs / method / "seed0"
 
 
-def failed(capsys, *arguments):
+def error_message(capsys, *arguments):
     assert run(["diagnose", *map(str, arguments)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("equipoise: ")
@@ -43,20 +43,20 @@ def failed(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def joint(compared, tmp_path_factory):
+def joint_diagnosis(comparison_runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    assert run(["diagnose", str(compared / "joint" / "seed0"), "--out", str(out)]) == 0
+    assert run(["diagnose", str(comparison_runs / "joint" / "seed0"), "--out", str(out)]) == 0
     return out
 
 
-def test_figures_are_those_that_the_training_wrote(seed0, joint):
-    found = Diagnosis.load(joint)
-    trained = json.loads((seed0("joint") / "run.json").read_text())["run"]["metrics"]
+def test_values_match_those_written_in_training(run_folder, joint_diagnosis):
+    found = Diagnosis.load(joint_diagnosis)
+    trained = json.loads((run_folder("joint") / "run.json").read_text())["run"]["metrics"]
     for name in SAME:
         assert found.metrics[name] == pytest.approx(trained[name], rel=1e-5, abs=1e-6), name
     # Those of the comparison's models of one modality, not of the heads.
     for name in ("audio", "image"):
-        own = json.loads((seed0(name) / "run.json").read_text())["run"]["metrics"]["accuracy"]
+        own = json.loads((run_folder(name) / "run.json").read_text())["run"]["metrics"]["accuracy"]
         assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(own, rel=1e-6)
     assert found.details["score"]["alone_from"] == "models"
     assert found.details["response"]["modality"] == "audio"
@@ -66,19 +66,19 @@ def test_figures_are_those_that_the_training_wrote(seed0, joint):
     assert "auroc" in found.metrics
 
 
-def test_models_alone_are_compared_on_the_same_samples(seed0, joint):
-    each = Diagnosis.load(joint).details["score"]["outcomes"]
+def test_unimodal_models_are_compared_on_the_same_samples(run_folder, joint_diagnosis):
+    each = Diagnosis.load(joint_diagnosis).details["score"]["outcomes"]
     for name in ("audio", "image"):
-        own = json.loads((seed0(name) / "run.json").read_text())["run"]["outcomes"]["accuracy"]
+        own = json.loads((run_folder(name) / "run.json").read_text())["run"]["outcomes"]["accuracy"]
         assert np.array_equal(unpack_outcomes(each[f"accuracy_alone/{name}"]), unpack_outcomes(own), equal_nan=True)
-    assert not any("unpaired" in verdict.text for verdict in Diagnosis.load(joint).verdicts)
+    assert not any("unpaired" in verdict.text for verdict in Diagnosis.load(joint_diagnosis).verdicts)
 
 
 @pytest.mark.parametrize("change", ["no outcomes", "other length", "other data", "no recipe"])
-def test_models_alone_of_other_samples_are_known_by_their_score(change, compared, tmp_path):
+def test_unimodal_models_on_other_samples_use_their_score(change, comparison_runs, tmp_path):
     """Files of earlier versions, and runs that were tested on something else."""
     for method in ("joint", "audio", "image"):
-        shutil.copytree(compared / method, tmp_path / method)
+        shutil.copytree(comparison_runs / method, tmp_path / method)
     for name in ("audio", "image"):
         folder = tmp_path / name / "seed0"
         content = json.loads((folder / "run.json").read_text())
@@ -99,15 +99,15 @@ def test_models_alone_of_other_samples_are_known_by_their_score(change, compared
     assert "accuracy_alone/audio" in found.metrics
 
 
-def test_what_is_written(joint):
-    assert {path.name for path in joint.iterdir()} == {"diagnosis.json", "results.json", "report.html"}
-    (one,) = result_rows.load_results(joint)["runs"]
+def test_written_files(joint_diagnosis):
+    assert {path.name for path in joint_diagnosis.iterdir()} == {"diagnosis.json", "results.json", "report.html"}
+    (one,) = result_rows.load_results(joint_diagnosis)["runs"]
     assert one["method"] == "joint"
-    assert "<h1>joint " in (joint / "report.html").read_text(encoding="utf-8")
+    assert "<h1>joint " in (joint_diagnosis / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_verdicts_are_shown(seed0, capsys):
-    folder = seed0("deep")
+def test_verdicts_are_printed(run_folder, capsys):
+    folder = run_folder("deep")
     assert run(["diagnose", str(folder), "--tests", "noise, masking", "--seed", "2", "--outside", "none"]) == 0
     said = capsys.readouterr().out
     found = Diagnosis.load(folder / "diagnosis")
@@ -124,8 +124,8 @@ def test_the_verdicts_are_shown(seed0, capsys):
     shutil.rmtree(folder / "diagnosis")
 
 
-def test_several_runs_side_by_side(seed0, tmp_path, capsys):
-    folders = [str(seed0(method)) for method in ("joint", "concat", "audio")]
+def test_several_runs_side_by_side(run_folder, tmp_path, capsys):
+    folders = [str(run_folder(method)) for method in ("joint", "concat", "audio")]
     assert run(["diagnose", *folders, "--out", str(tmp_path), "--tests", "noise,masking"]) == 0
     said = capsys.readouterr().out
     assert "Not tested: masking: the model has one modality" in " ".join(said.split())
@@ -135,30 +135,32 @@ def test_several_runs_side_by_side(seed0, tmp_path, capsys):
     assert "Comparison of joint, concat and audio" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_results_are_deterministic(seed0, joint, tmp_path):
+def test_results_are_deterministic(run_folder, joint_diagnosis, tmp_path):
     state = torch.get_rng_state()
-    assert run(["diagnose", str(seed0("joint")), "--out", str(tmp_path)]) == 0
+    assert run(["diagnose", str(run_folder("joint")), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
-    first, second = (json.loads((folder / "diagnosis.json").read_text()) for folder in (joint, tmp_path))
+    first, second = (json.loads((folder / "diagnosis.json").read_text()) for folder in (joint_diagnosis, tmp_path))
     assert first == second
 
 
-def test_no_such_run(tmp_path, compared, seed0, capsys):
-    assert "expected the folder of a finished run, with run.json" in failed(capsys, tmp_path / "nowhere")
-    said = failed(capsys, compared.parent.parent)
+def test_missing_run_raises(tmp_path, comparison_runs, run_folder, capsys):
+    assert "expected the folder of a finished run, with run.json" in error_message(capsys, tmp_path / "nowhere")
+    said = error_message(capsys, comparison_runs.parent.parent)
     assert "It contains 5 runs of a comparison; give one of them, such as" in said
     # A wrong folder is found before the first model is tested.
-    assert "nowhere' without run.json" in failed(capsys, seed0("joint"), tmp_path / "nowhere", "--out", tmp_path / "o")
+    assert "nowhere' without run.json" in error_message(
+        capsys, run_folder("joint"), tmp_path / "nowhere", "--out", tmp_path / "o"
+    )
     assert not (tmp_path / "o").exists()
 
 
-def test_an_unfinished_run(seed0, tmp_path, capsys):
-    copy = shutil.copytree(seed0("joint"), tmp_path / "copy")
+def test_unfinished_run_raises(run_folder, tmp_path, capsys):
+    copy = shutil.copytree(run_folder("joint"), tmp_path / "copy")
     (copy / "model.safetensors").unlink()
-    assert "without model.safetensors. Give --out of equipoise train once it is done." in failed(capsys, copy)
+    assert "without model.safetensors. Give --out of equipoise train once it is done." in error_message(capsys, copy)
     (copy / "run.json").write_text('{"run": {"meth')
-    shutil.copy(seed0("joint") / "model.safetensors", copy)
-    assert "expected a complete run, got JSONDecodeError" in failed(capsys, copy)
+    shutil.copy(run_folder("joint") / "model.safetensors", copy)
+    assert "expected a complete run, got JSONDecodeError" in error_message(capsys, copy)
 
 
 @pytest.mark.parametrize(
@@ -169,18 +171,18 @@ def test_an_unfinished_run(seed0, tmp_path, capsys):
         (["--modality", "imag"], "expected a known modality, got 'imag'. Did you mean 'image'?"),
     ],
 )
-def test_wrong_options(options, message, seed0, tmp_path, capsys):
-    assert message in failed(capsys, seed0("joint"), "--out", tmp_path / "o", *options)
+def test_invalid_options_raise(options, message, run_folder, tmp_path, capsys):
+    assert message in error_message(capsys, run_folder("joint"), "--out", tmp_path / "o", *options)
     assert not (tmp_path / "o").exists()
 
 
-def test_one_run_given_twice(seed0, capsys):
-    assert "diagnose: expected each run once, got joint, seed 0, joint, seed 0" in failed(
-        capsys, seed0("joint"), seed0("joint")
+def test_duplicate_run_raises(run_folder, capsys):
+    assert "diagnose: expected each run once, got joint, seed 0, joint, seed 0" in error_message(
+        capsys, run_folder("joint"), run_folder("joint")
     )
 
 
-def test_no_number_in_a_batch(seed0, tmp_path, capsys, monkeypatch):
+def test_nan_in_a_batch_raises(run_folder, tmp_path, capsys, monkeypatch):
     from equipoise.data.sets.digits import Digits
 
     plain = Digits.augment
@@ -191,12 +193,12 @@ def test_no_number_in_a_batch(seed0, tmp_path, capsys, monkeypatch):
         return seen
 
     monkeypatch.setattr(Digits, "augment", augment)
-    said = failed(capsys, seed0("joint"), "--out", tmp_path / "o")
+    said = error_message(capsys, run_folder("joint"), "--out", tmp_path / "o")
     assert "expected logits without NaN, got NaN for 2 of 497 samples, the first is number 3" in said
     assert not (tmp_path / "o").exists()
 
 
-def test_unwritable_folder_raises(seed0, tmp_path, capsys):
+def test_unwritable_folder_raises(run_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert run(["diagnose", str(seed0("audio")), "--tests", "cost", "--out", str(tmp_path / "file")]) == 1
+    assert run(["diagnose", str(run_folder("audio")), "--tests", "cost", "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err

@@ -18,11 +18,11 @@ from helpers.search import recipe, space, write_run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "emoji", space())
 
 
-def failed(capsys, *arguments):
+def error_message(capsys, *arguments):
     assert run(["search", *map(str, arguments)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("equipoise: ")
@@ -30,32 +30,32 @@ def failed(capsys, *arguments):
     return " ".join(said.split())
 
 
-def test_words_find_pictures(folder, capsys):
-    assert run(["search", "--model", str(folder), "blue heart", "--top", "7"]) == 0
+def test_text_query_returns_images(run_folder, capsys):
+    assert run(["search", "--model", str(run_folder), "blue heart", "--top", "7"]) == 0
     said = capsys.readouterr().out
     assert said.count("0.") >= 7
     assert "7 of 3395" in said
     assert HALF not in said
-    assert (folder / NAME).is_file()
+    assert (run_folder / NAME).is_file()
 
 
-def test_a_second_search_is_fast(folder, capsys):
-    run(["search", "--model", str(folder), "dog"])
+def test_second_search_uses_cached_embeddings(run_folder, capsys):
+    run(["search", "--model", str(run_folder), "dog"])
     start = time.process_time()
-    assert run(["search", "--model", str(folder), "dog"]) == 0
+    assert run(["search", "--model", str(run_folder), "dog"]) == 0
     assert time.process_time() - start < 2.0
 
 
-def test_a_picture_finds_words(folder, capsys, tmp_path):
+def test_image_query_returns_captions(run_folder, capsys, tmp_path):
     Image.fromarray(load_dataset("emoji").pictures[3].numpy()).save(tmp_path / "unknown.png")
-    assert run(["search", "--model", str(folder), "--image", str(tmp_path / "unknown.png"), "--top", "3"]) == 0
-    assert f"3 of {len(load_file(folder / NAME)['text'])}" in capsys.readouterr().out
+    assert run(["search", "--model", str(run_folder), "--image", str(tmp_path / "unknown.png"), "--top", "3"]) == 0
+    assert f"3 of {len(load_file(run_folder / NAME)['text'])}" in capsys.readouterr().out
 
 
-def test_a_folder_of_ones_own(folder, capsys, tmp_path):
+def test_search_in_user_folder(run_folder, capsys, tmp_path):
     Image.new("RGB", (30, 30), "blue").save(tmp_path / "sky.png")
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
-    assert run(["search", "--model", str(folder), "blue", "--images", str(tmp_path)]) == 0
+    assert run(["search", "--model", str(run_folder), "blue", "--images", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "sky.png" in said
     assert "1 of 1" in said
@@ -63,64 +63,64 @@ def test_a_folder_of_ones_own(folder, capsys, tmp_path):
     assert "new" not in said.replace("sky.png", "")
 
 
-def test_what_was_never_seen_is_said(folder, capsys):
-    assert run(["search", "--model", str(folder), "bluish heart", "--top", "2"]) == 0
+def test_unknown_words_are_reported(run_folder, capsys):
+    assert run(["search", "--model", str(run_folder), "bluish heart", "--top", "2"]) == 0
     assert "Not in the training captions: “bluish”." in capsys.readouterr().out
 
 
-def test_pictures_where_the_terminal_has_colors(folder, monkeypatch):
+def test_images_in_color_terminals(run_folder, monkeypatch):
     console = Console(force_terminal=True, color_system="truecolor", width=60, legacy_windows=False)
     monkeypatch.setattr("equipoise.cli.console.out", console)
     with console.capture() as seen:
-        assert run(["search", "--model", str(folder), "dog", "--top", "4"]) == 0
+        assert run(["search", "--model", str(run_folder), "dog", "--top", "4"]) == 0
     said = seen.get()
     assert said.count(HALF) == 4 * 16 * 8
     assert "38;2;" in said
 
 
-def test_the_gallery_is_written(folder, capsys, tmp_path):
+def test_gallery_page_is_written(run_folder, capsys, tmp_path):
     page = tmp_path / "new" / "gallery.html"
-    assert run(["search", "--model", str(folder), "red heart", "--html", str(page)]) == 0
+    assert run(["search", "--model", str(run_folder), "red heart", "--html", str(page)]) == 0
     assert f"gallery: {page}" in capsys.readouterr().out
     assert page.read_text(encoding="utf-8").count('class="card"') == 10
 
 
-def test_a_question_that_is_none(folder, capsys, tmp_path):
-    model = ("--model", folder)
-    assert "search: expected a text, an image after --image, or a recording after --audio, got none" in failed(
+def test_invalid_query_raises(run_folder, capsys, tmp_path):
+    model = ("--model", run_folder)
+    assert "search: expected a text, an image after --image, or a recording after --audio, got none" in error_message(
         capsys, *model
     )
-    assert "got several" in failed(capsys, *model, "dog", "--image", tmp_path / "dog.png")
-    assert "search: expected a text with a word in it, got ' '" in failed(capsys, *model, " ")
-    assert "search: expected a text with a word in it, got '?!'" in failed(capsys, *model, "?!")
-    assert "search: expected --top of 1 or more, got 0" in failed(capsys, *model, "dog", "--top", "0")
-    said = failed(capsys, *model, "qqqq")
+    assert "got several" in error_message(capsys, *model, "dog", "--image", tmp_path / "dog.png")
+    assert "search: expected a text with a word in it, got ' '" in error_message(capsys, *model, " ")
+    assert "search: expected a text with a word in it, got '?!'" in error_message(capsys, *model, "?!")
+    assert "search: expected --top of 1 or more, got 0" in error_message(capsys, *model, "dog", "--top", "0")
+    said = error_message(capsys, *model, "qqqq")
     assert "expected a known word, got 'qqqq'. Choose one of: 0, 00, 1" in said
     assert "in all)" in said
     assert len(said) < 400
-    assert "of at most 24 words, got 30" in failed(capsys, *model, "dog " * 30)
+    assert "of at most 24 words, got 30" in error_message(capsys, *model, "dog " * 30)
 
 
-def test_pictures_and_folders_that_are_none(folder, capsys, tmp_path):
-    model = ("--model", folder)
-    assert "expected an image, got no such file" in failed(capsys, *model, "--image", tmp_path / "none.png")
+def test_invalid_images_and_folders_raise(run_folder, capsys, tmp_path):
+    model = ("--model", run_folder)
+    assert "expected an image, got no such file" in error_message(capsys, *model, "--image", tmp_path / "none.png")
     Image.new("F", (20, 20)).save(tmp_path / "depth.tif")
-    assert "got mode F, of unknown range" in failed(capsys, *model, "--image", tmp_path / "depth.tif")
-    assert "which is not a folder" in failed(capsys, *model, "dog", "--images", tmp_path / "none")
+    assert "got mode F, of unknown range" in error_message(capsys, *model, "--image", tmp_path / "depth.tif")
+    assert "which is not a folder" in error_message(capsys, *model, "dog", "--images", tmp_path / "none")
 
 
-def test_folders_of_no_run(folder, capsys, tmp_path):
-    assert "expected the folder of a finished run" in failed(capsys, "--model", tmp_path / "none", "dog")
+def test_folder_without_run_raises(run_folder, capsys, tmp_path):
+    assert "expected the folder of a finished run" in error_message(capsys, "--model", tmp_path / "none", "dog")
     broken = write_run(tmp_path / "broken", space())
     (broken / "model.safetensors").write_bytes(b"half")
-    assert "model.safetensors" in failed(capsys, "--model", broken, "dog")
+    assert "model.safetensors" in error_message(capsys, "--model", broken, "dog")
     other = write_run(tmp_path / "other", space())
     text = (other / "run.json").read_text().replace("info_nce", "clip")
     (other / "run.json").write_text(text)
-    assert "expected a known variant, got 'clip'" in failed(capsys, "--model", other, "dog")
+    assert "expected a known variant, got 'clip'" in error_message(capsys, "--model", other, "dog")
 
 
-def test_a_run_is_trained_and_read_back(tmp_path):
+def test_search_with_a_newly_trained_run(tmp_path):
     made = recipe().with_train(epochs=1, batch_size=512)
     job, folder = RunSpec(made, "siglip", seed=0), tmp_path / "run"
     run_row = execute_run(job, folder, trainer_options={"limit_train_batches": 2, "limit_val_batches": 1})

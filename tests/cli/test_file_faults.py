@@ -39,7 +39,7 @@ SMALL = {"name": "digits"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def comparison(tmp_path_factory):
     """The folder of a comparison of two methods that differ in nothing but their seeds and names."""
     folder = tmp_path_factory.mktemp("faults")
     config = write_recipe(folder / "r.yaml", recipe(epochs=1), fusions={"twin": {"fusion": "concat"}})
@@ -49,13 +49,13 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
+def comparison_copy(comparison, tmp_path):
     """A copy of it, the command that continues it, and the folders of its two runs."""
-    out = shutil.copytree(trained[0], tmp_path / "o")
-    return out, [*trained[1][:-1], str(out)], out / "runs/all/concat/seed0", out / "runs/all/twin/seed0"
+    out = shutil.copytree(comparison[0], tmp_path / "o")
+    return out, [*comparison[1][:-1], str(out)], out / "runs/all/concat/seed0", out / "runs/all/twin/seed0"
 
 
-def told(capfd, *words):
+def error_message(capfd, *words):
     assert run([str(word) for word in words]) == 1
     said = capfd.readouterr().err.strip()
     assert said.startswith("equipoise: ")
@@ -89,13 +89,13 @@ def told(capfd, *words):
         "seeds: !!python/name:evilmod.x",
     ],
 )
-def test_a_recipe_imports_nothing(part, tmp_path, capfd, monkeypatch):
+def test_recipe_imports_no_code(part, tmp_path, capfd, monkeypatch):
     (tmp_path / "evilmod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nx = X = None\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     lines = {"data": "data: {name: digits}", "encoders": "encoders: {audio: {dim: 8}, image: {dim: 8, patch: 4}}"}
     lines[part.partition(":")[0]] = part
     (tmp_path / "r.yaml").write_text("\n".join([*lines.values(), "methods: [joint+rollingq]"]))
-    told(capfd, "compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0)
+    error_message(capfd, "compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0)
     assert "evilmod" not in sys.modules
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "o").exists()
@@ -106,13 +106,13 @@ NAMES = ["../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", ".hidden", "x" * 300, "
 
 @pytest.mark.parametrize("part", ["fusions", "balancers", "encoders"])
 @pytest.mark.parametrize("name", NAMES)
-def test_names_in_a_recipe_lead_nowhere_else(part, name):
+def test_names_in_recipes_cannot_leave_the_folder(part, name):
     with pytest.raises(ConfigError, match=r"recipe, \w+: expected a name without / .*got"):
         recipes.recipe_from_dict({"data": SMALL, "encoders": {}, part: {name: {}}})
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
-def test_methods_and_folds_lead_nowhere_else(name, tmp_path):
+def test_method_and_fold_names_cannot_leave_the_folder(name, tmp_path):
     for job in (RunSpec(recipe(), name, 0), RunSpec(recipe(), "joint", 0, name)):
         if job.fold == "":
             continue  # none
@@ -147,16 +147,16 @@ def test_methods_and_folds_lead_nowhere_else(name, tmp_path):
         ("model: {name: [1]}", "expected a text under model.name, got [1]"),
     ],
 )  # fmt: skip
-def test_values_that_no_recipe_may_hold(text, said, tmp_path, capfd):
+def test_invalid_recipe_values_raise(text, said, tmp_path, capfd):
     base = {"data": "data: {name: digits}", "encoders": "encoders: {audio: {dim: 8}, image: {dim: 8, patch: 4}}"}
     rest = [line for name, line in base.items() if not text.startswith(f"{name}:")]
     (tmp_path / "r.yaml").write_text("\n".join([*rest, text]))
     words = ["compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0]
     words += [] if text.startswith("methods") else ["--methods", "joint"]
-    assert said in told(capfd, *words)
+    assert said in error_message(capfd, *words)
 
 
-def test_aliases_written_out_are_bounded(tmp_path):
+def test_yaml_alias_expansion_is_limited(tmp_path):
     lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     (tmp_path / "r.yaml").write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=r"expected at most 20,000 values, aliases written out, got more than that"):
@@ -176,7 +176,7 @@ def test_aliases_written_out_are_bounded(tmp_path):
 # Where --out may lead
 
 
-def places(folder):
+def output_locations(folder):
     """name -> (path, words of the error)."""
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("mine")
@@ -203,17 +203,17 @@ def places(folder):
 
 
 @pytest.mark.parametrize("command", ["compare", "train", "demo", "diagnose", "look", "evaluate"])
-def test_where_out_may_not_lead(command, trained, tmp_path, capfd):
+def test_invalid_output_locations_raise(command, comparison, tmp_path, capfd):
     before = {path: (os.lstat(path).st_mode, os.lstat(path).st_mtime_ns) for path in [Path("/dev/null")]}
     words = {
-        "compare": trained[1][:-2], "train": ["train", *trained[1][1:3], "--method", "concat"], "demo": ["demo"],
-        "diagnose": ["diagnose", trained[0] / "runs/all/concat/seed0"],
+        "compare": comparison[1][:-2], "train": ["train", *comparison[1][1:3], "--method", "concat"], "demo": ["demo"],
+        "diagnose": ["diagnose", comparison[0] / "runs/all/concat/seed0"],
         "look": ["look", "nowhere", "--text", "x"], "evaluate": ["evaluate", "nowhere"],
     }[command]  # fmt: skip
-    known = places(tmp_path)
+    known = output_locations(tmp_path)
     inside = sorted(tmp_path.rglob("*"))
     for path, said in known.values():
-        line = told(capfd, *words, "--out", path)
+        line = error_message(capfd, *words, "--out", path)
         assert said in line
         assert str(path) in line
     assert sorted(tmp_path.rglob("*")) == inside
@@ -222,30 +222,30 @@ def test_where_out_may_not_lead(command, trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("words", [("report", "{out}", "--out"), ("recipes", "cp", "digits")])
-def test_where_a_file_may_not_be(words, trained, tmp_path, capfd):
-    known = places(tmp_path)
+def test_folder_in_place_of_a_file_raises(words, comparison, tmp_path, capfd):
+    known = output_locations(tmp_path)
     for name in ("device", "link", "pipe", "below a file"):
-        line = told(capfd, *(word.format(out=trained[0]) for word in words), known[name][0])
+        line = error_message(capfd, *(word.format(out=comparison[0]) for word in words), known[name][0])
         assert str(known[name][0].name) in line
     assert os.path.exists("/dev/null")
     assert not os.path.isfile("/dev/null")
 
 
-def test_own_folders_may_hold_more(copy, capfd):
-    out, words, *_ = copy
+def test_unrelated_files_in_output_folders_are_allowed(comparison_copy, capfd):
+    out, words, *_ = comparison_copy
     (out / "notes.txt").write_text("mine")
     assert run(words) == 0
     assert "2 of 2 runs are already finished." in capfd.readouterr().out
 
 
-def test_results_of_something_else_are_not_written_over(tmp_path):
+def test_unrelated_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text('{"score": 3}')
     (tmp_path / "x.csv").write_text("1")
     with pytest.raises(ConfigError, match=r"got '.*', which holds x\.csv\. Choose another --out"):
         check_folder(tmp_path, "compare")
 
 
-def test_links_are_not_followed_when_a_file_is_written(tmp_path):
+def test_symlinks_are_not_followed_on_write(tmp_path):
     (tmp_path / "precious").write_text("mine")
     for name in ("r.json", f".s.json.{os.getpid()}.tmp"):
         (tmp_path / name).symlink_to(tmp_path / "precious")
@@ -258,12 +258,12 @@ def test_links_are_not_followed_when_a_file_is_written(tmp_path):
         atomic_write(tmp_path, "x")
 
 
-def test_a_folder_that_the_system_refuses():
+def test_forbidden_folder_raises():
     with pytest.raises(ConfigError, match=r"expected a folder that can be written, got '/proc/x/y'"):
         make_folder(Path("/proc/x/y"), "train")
 
 
-def test_a_path_that_is_none():
+def test_invalid_path_raises():
     with pytest.raises(ConfigError, match="path: expected a path, got"):
         check_folder(Path("a\0b"), "train")
 
@@ -271,8 +271,8 @@ def test_a_path_that_is_none():
 # Parts that do not belong together
 
 
-def test_weights_of_another_run(copy, capfd):
-    out, words, one, other = copy
+def test_weights_of_another_run_raise(comparison_copy, capfd):
+    out, words, one, other = comparison_copy
     shutil.copy(other / "model.safetensors", one)
     shutil.copy(one / "model.safetensors", other / "search.safetensors")
     # The twin has weights of the same shapes and the same seed; let them differ.
@@ -282,15 +282,15 @@ def test_weights_of_another_run(copy, capfd):
     said = "model.safetensors: expected the weights of this run, got other weights: damaged, or copied from another"
     with pytest.raises(DataError, match=said):
         eq.load(one)
-    assert said in told(capfd, "diagnose", one, "--out", out.parent / "d")
-    assert said in told(capfd, *words)
+    assert said in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert said in error_message(capfd, *words)
 
 
 @pytest.mark.parametrize(
     "change", ["patch: 4|patch: 2", "epochs: 1|epochs: 2", "name: digits|energy: 1.0\n  name: digits"]
 )
-def test_a_recipe_that_was_edited(change, copy, capfd):
-    _, _, one, _ = copy
+def test_edited_recipe_raises(change, comparison_copy, capfd):
+    _, _, one, _ = comparison_copy
     before, _, after = change.partition("|")
     text = (one / "recipe.yaml").read_text()
     text = (
@@ -301,11 +301,11 @@ def test_a_recipe_that_was_edited(change, copy, capfd):
         DataError, match=r"recipe\.yaml: expected the recipe that this run was trained with, got another"
     ):
         eq.load(one)
-    assert "expected the recipe that this run was trained with" in told(capfd, "diagnose", one)
+    assert "expected the recipe that this run was trained with" in error_message(capfd, "diagnose", one)
 
 
-def test_a_recipe_that_is_broken_or_commented(copy):
-    _, _, one, _ = copy
+def test_broken_and_commented_recipes(comparison_copy):
+    _, _, one, _ = comparison_copy
     text = (one / "recipe.yaml").read_text()
     (one / "recipe.yaml").write_text(f"# mine\n{text}")
     assert eq.load(one).names == ("audio", "image")
@@ -315,8 +315,8 @@ def test_a_recipe_that_is_broken_or_commented(copy):
 
 
 @pytest.mark.parametrize("part", ["metrics", "fingerprint", "weights", "seed"])
-def test_a_run_that_was_edited(part, copy, capfd):
-    out, words, one, _ = copy
+def test_edited_run_raises(part, comparison_copy, capfd):
+    out, words, one, _ = comparison_copy
     content = json.loads((one / "run.json").read_text())
     if part == "metrics":
         content["run"]["metrics"]["accuracy"] = 0.99
@@ -330,10 +330,10 @@ def test_a_run_that_was_edited(part, copy, capfd):
     said = "expected the content that was written, got one that was changed since. Remove it and start the run again"
     with pytest.raises(DataError, match=said):
         eq.load(one)
-    assert said in told(capfd, "diagnose", one, "--out", out.parent / "d")
-    assert said in told(capfd, "report", out)
+    assert said in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert said in error_message(capfd, "report", out)
     if part != "fingerprint":  # that run counts as one of another recipe, and is trained again
-        assert said in told(capfd, *words)
+        assert said in error_message(capfd, *words)
     content.pop("checksum")
     content.pop("weights", None)
     content["fingerprint"] = "x"
@@ -342,18 +342,18 @@ def test_a_run_that_was_edited(part, copy, capfd):
         eq.load(one)
 
 
-def test_results_that_were_edited(copy, capfd):
-    out, words, *_ = copy
+def test_edited_results_raise(comparison_copy, capfd):
+    out, words, *_ = comparison_copy
     content = json.loads((out / "results.json").read_text())
     content["runs"][0]["metrics"]["accuracy"] = 0.99
     (out / "results.json").write_text(json.dumps(content))
     with pytest.raises(SchemaError, match="expected the content that was written, got one that was changed since"):
         result_rows.load_results(out)
-    assert "changed since. Delete it and run the command" in told(capfd, "report", out)
+    assert "changed since. Delete it and run the command" in error_message(capfd, "report", out)
     result_rows.write_results(
         out / "results.json", {name: value for name, value in content.items() if name != "checksum"}
     )
-    assert "results.json: expected the content of '" in told(capfd, "report", out)
+    assert "results.json: expected the content of '" in error_message(capfd, "report", out)
     # The runs themselves are as they were: the next comparison writes the results anew.
     assert run(words) == 0
     assert run(["report", str(out), "--out", str(out.parent / "page.html")]) == 0
@@ -372,7 +372,7 @@ def test_results_that_were_edited(copy, capfd):
         (lambda run: run.update(keys={"after": {"clean": {"audio": {}}}}), "expected the entries cosine"),
     ],
 )  # fmt: skip
-def test_parts_of_results_of_the_wrong_type(change, said, tmp_path):
+def test_results_with_wrong_types_raise(change, said, tmp_path):
     content = fake_results(methods=("joint",), seeds=1, epochs=1)
     change(content["runs"][0])
     (tmp_path / "results.json").write_text(json.dumps(content))
@@ -380,8 +380,8 @@ def test_parts_of_results_of_the_wrong_type(change, said, tmp_path):
         result_rows.load_results(tmp_path)
 
 
-def test_weights_that_are_no_numbers(copy):
-    _, _, one, _ = copy
+def test_non_finite_weights_raise(comparison_copy):
+    _, _, one, _ = comparison_copy
     path = one / "model.safetensors"
     state = load_file(path)
     name = next(name for name, value in state.items() if value.is_floating_point() and "weight" in name)
@@ -391,30 +391,30 @@ def test_weights_that_are_no_numbers(copy):
         eq.load(one)
 
 
-def test_checkpoints_that_are_damaged(copy, capfd):
-    _, words, one, _ = copy
+def test_damaged_checkpoints_raise(comparison_copy, capfd):
+    _, words, one, _ = comparison_copy
     (one / "run.json").unlink()
     path = one / "checkpoints" / "last.ckpt"
     state = read_state_dict(path)
     again = ["train", *words[1:3], "--method", "concat", "--accelerator", "cpu", "--resume", "--out", one]
     path.write_bytes(b"")
-    assert "last.ckpt: expected a whole checkpoint, got EOFError" in told(capfd, *again)
+    assert "last.ckpt: expected a whole checkpoint, got EOFError" in error_message(capfd, *again)
     torch.save({**state, "equipoise_checksum": "0"}, path)
-    assert "got ValueError: its checksum does not match its content" in told(capfd, *again)
+    assert "got ValueError: its checksum does not match its content" in error_message(capfd, *again)
     name = next(name for name in state["state_dict"] if name.endswith("weight"))
     state["state_dict"][name].view(-1)[0] = torch.nan
     AtomicCheckpointIO().save_checkpoint(state, path)
-    assert f"expected finite weights, got NaN or infinity in '{name}'" in told(capfd, *again)
+    assert f"expected finite weights, got NaN or infinity in '{name}'" in error_message(capfd, *again)
     del state["state_dict"][name]
     AtomicCheckpointIO().save_checkpoint(state, path)
-    assert f"expected the weight '{name}' of shape" in told(capfd, *again)
+    assert f"expected the weight '{name}' of shape" in error_message(capfd, *again)
     with pytest.raises(DataError, match="expected the weight 'weight' of shape"):
         check_state(torch.nn.Linear(2, 3), path)
 
 
-def test_a_pipe_in_place_of_results(tmp_path, capfd):
+def test_named_pipe_in_place_of_results_raises(tmp_path, capfd):
     os.mkfifo(tmp_path / "results.json")
-    assert "results.json' (it is no file)" in told(capfd, "report", tmp_path)
+    assert "results.json' (it is no file)" in error_message(capfd, "report", tmp_path)
     atomic_write(tmp_path / "deep.json", "[" * 100_000)
     with pytest.raises(ValueError, match="nested too deep"):
         read_json(tmp_path / "deep.json")
@@ -424,7 +424,7 @@ def test_a_pipe_in_place_of_results(tmp_path, capfd):
 
 
 @pytest.fixture
-def full(tmp_path):
+def full_disk(tmp_path):
     """Files of more than 20 000 bytes cannot be written, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -434,26 +434,26 @@ def full(tmp_path):
     signal.signal(signal.SIGXFSZ, heard)
 
 
-def test_a_full_disk_names_the_file_and_leaves_none(full):
+def test_full_disk_error_names_the_file_and_removes_it(full_disk):
     for name, write in {
         "a.json": lambda path: atomic_write(path, "x" * 30_000),
         "last.ckpt": lambda path: AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(30_000)}, path),
     }.items():
         with pytest.raises(OSError, match=r"File too large: '.*" + name):
-            write(full / name)
-    with pytest.raises(OSError, match="File too large"), open_atomic(full / "b") as file:
+            write(full_disk / name)
+    with pytest.raises(OSError, match="File too large"), open_atomic(full_disk / "b") as file:
         file.write(b"x" * 30_000)
-    assert list(full.iterdir()) == []
+    assert list(full_disk.iterdir()) == []
 
 
-def test_a_full_disk_in_training(full, trained, capfd):
-    words = ["train", *trained[1][1:3], "--method", "concat", "--accelerator", "cpu", "--out", full / "o"]
-    assert "last.ckpt: File too large." in told(capfd, *words)
-    assert [path.name for path in (full / "o").rglob("*") if path.is_file()] == ["recipe.yaml"]
+def test_full_disk_in_training_raises(full_disk, comparison, capfd):
+    words = ["train", *comparison[1][1:3], "--method", "concat", "--accelerator", "cpu", "--out", full_disk / "o"]
+    assert "last.ckpt: File too large." in error_message(capfd, *words)
+    assert [path.name for path in (full_disk / "o").rglob("*") if path.is_file()] == ["recipe.yaml"]
 
 
-def test_a_full_disk_is_a_failure_of_its_run(full):
-    content = compare(recipe(epochs=1), ["concat"], seeds=1, out=full / "o", workers=0)
+def test_full_disk_is_recorded_as_a_failed_run(full_disk):
+    content = compare(recipe(epochs=1), ["concat"], seeds=1, out=full_disk / "o", workers=0)
     (failure,) = content["failures"]
     assert failure["error"].endswith("last.ckpt: expected a file that can be read or written, got File too large.")
     assert failure["kind"] == "DataError"
@@ -462,7 +462,7 @@ def test_a_full_disk_is_a_failure_of_its_run(full):
 # Terminals
 
 
-def started(*words, **options):
+def start_program(*words, **options):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "equipoise", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -470,24 +470,24 @@ def started(*words, **options):
     )  # fmt: skip
 
 
-def test_terminals_in_ascii_and_names_that_are_not_utf_8(trained, tmp_path):
+def test_ascii_terminals_and_non_utf8_names(comparison, tmp_path):
     name = os.fsencode(tmp_path) + b"/r\xff\xe9"
-    shutil.copytree(trained[0], os.fsdecode(name))
-    process = started("report", os.fsdecode(name))
+    shutil.copytree(comparison[0], os.fsdecode(name))
+    process = start_program("report", os.fsdecode(name))
     said, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, b"")
     assert os.path.isfile(name + b"/report.html")
     assert rb"\udcff" in said
 
 
-def test_letters_that_a_terminal_lacks():
+def test_unencodable_characters_are_replaced():
     assert "66 ± 2 % – ✓ é".encode("ascii", "replace")
     error = UnicodeEncodeError("ascii", "66 ± é", 3, 6, "no")
     assert _replacement(error) == ("+- \\xe9", 6)
 
 
-def test_a_reader_that_has_seen_enough():
-    process = started("recipes", "ls")
+def test_closed_output_pipe():
+    process = start_program("recipes", "ls")
     process.stdout.close()
     with process.stderr as errors:
         assert errors.read() == b""
@@ -495,8 +495,8 @@ def test_a_reader_that_has_seen_enough():
 
 
 @pytest.mark.parametrize("moment", ["imports", "work"])
-def test_ctrl_c_at_the_beginning(moment, tmp_path):
-    process = started(
+def test_ctrl_c_during_startup(moment, tmp_path):
+    process = start_program(
         "compare", "--config", "digits", "--workers", "0", "--out", tmp_path / "o",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
@@ -523,7 +523,7 @@ def test_ctrl_c_at_the_beginning(moment, tmp_path):
         ("python train.py -m equipoise", False), ("python -m pytest equipoise", False), ("python", False),
     ],
 )  # fmt: skip
-def test_only_the_program_hears_ctrl_c_early(words, is_it):
+def test_program_invocation_is_detected(words, is_it):
     assert is_program(words.split()) is is_it
 
 
@@ -560,22 +560,22 @@ def test_usage(words, said, capfd):
         (["--seeds", "100000"], "expected at most 100,000 runs"),
     ],
 )  # fmt: skip
-def test_wrong_values(words, said, tmp_path, capfd):
+def test_invalid_values_raise(words, said, tmp_path, capfd):
     config = write_recipe(tmp_path / "r.yaml")
-    assert said in told(capfd, "compare", "--config", config, "--out", tmp_path / "o", "--workers", 0, *words)
+    assert said in error_message(capfd, "compare", "--config", config, "--out", tmp_path / "o", "--workers", 0, *words)
     assert not (tmp_path / "o").exists()
 
 
 def test_internal_error_message(capfd, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_TRACEBACK", raising=False)
     monkeypatch.setattr(recipes, "recipe_names", lambda: 1 / 0)
-    assert "internal error: ZeroDivisionError" in told(capfd, "recipes", "ls")
+    assert "internal error: ZeroDivisionError" in error_message(capfd, "recipes", "ls")
     monkeypatch.setenv("EQUIPOISE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run(["recipes", "ls"])
 
 
-def test_packaged_recipes_are_as_strict_yaml_reads_them():
+def test_packaged_recipes_match_strict_yaml():
     for name in recipes.recipe_names():
         content = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
         assert recipes.recipe_from_dict(content) == recipes.load_recipe(name)

@@ -12,25 +12,25 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-def wrong(work, world, seeds):
+def unexpected_outcomes(work, world, seeds):
     """seed -> the kind of file or command, and what came of it, where that is neither a result nor an error told."""
     found = {seed: work(world, seed) for seed in seeds}
     return {seed: (what, how, said) for seed, (what, how, said) in found.items() if said not in RESULTS}
 
 
 @pytest.mark.parametrize("work", [damaged, random_command])
-def test_a_few(work, world):
-    assert wrong(work, world, FEW) == {}
+def test_few_random_damages(work, world):
+    assert unexpected_outcomes(work, world, FEW) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("work", [damaged, random_command])
-def test_many(work, world):
-    assert wrong(work, world, MANY) == {}
+def test_many_random_damages(work, world):
+    assert unexpected_outcomes(work, world, MANY) == {}
 
 
-def test_a_traceback_would_be_seen():
+def test_traceback_is_detected():
     from helpers.fuzzing import outcome
 
     assert outcome(lambda: [][1]) == "IndexError in outside"

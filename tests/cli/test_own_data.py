@@ -20,7 +20,7 @@ FAST = ["--train.epochs", "2", "--train.batch_size", "8"]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     rows = []
@@ -35,10 +35,10 @@ def table(tmp_path_factory):
     return folder / "people.csv"
 
 
-def test_train_needs_only_a_table_and_a_target(table, tmp_path, capfd, monkeypatch):
+def test_train_with_table_and_target_only(table_path, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
-    words = ["train", "--data", str(table), "--target", "label", "--group", "person", "--out", str(out), *FAST]
+    words = ["train", "--data", str(table_path), "--target", "label", "--group", "person", "--out", str(out), *FAST]
     assert run(words) == 0
     text = capfd.readouterr().out
     assert "sound: audio (sound)" in text
@@ -58,10 +58,10 @@ def test_train_needs_only_a_table_and_a_target(table, tmp_path, capfd, monkeypat
     )
 
 
-def test_moved_data_are_reported_and_relocated(table, tmp_path, capfd, monkeypatch):
+def test_moved_data_are_reported_and_relocated(table_path, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data"
-    shutil.copytree(table.parent, folder)
+    shutil.copytree(table_path.parent, folder)
     out = tmp_path / "run"
     words = [
         "train",
@@ -87,9 +87,9 @@ def test_moved_data_are_reported_and_relocated(table, tmp_path, capfd, monkeypat
     assert run(["diagnose", str(out), "--tests", "score", "--data", "moved/people.csv"]) == 0
 
 
-def test_compare_of_a_table(table, tmp_path):
+def test_compare_on_a_table(table_path, tmp_path):
     out = tmp_path / "runs"
-    words = ["compare", "--data", str(table), "--target", "label", "--kind", "note=ignore", "--kind", "sound=ignore",
+    words = ["compare", "--data", str(table_path), "--target", "label", "--kind", "note=ignore", "--kind", "sound=ignore",
              "--methods", "photo,concat", "--seeds", "1", "--workers", "1", "--out", str(out), *FAST]  # fmt: skip
     assert run(words) == 0
     content = json.loads((out / "results.json").read_text())
@@ -99,9 +99,9 @@ def test_compare_of_a_table(table, tmp_path):
     assert run(words) == 0
 
 
-def test_damaged_files_stop_the_training_or_are_left_out(table, tmp_path, capfd):
+def test_damaged_files_raise_or_are_excluded(table_path, tmp_path, capfd):
     folder = tmp_path / "data"
-    shutil.copytree(table.parent, folder)
+    shutil.copytree(table_path.parent, folder)
     (folder / "3.png").write_bytes(b"damaged")
     words = ["train", "--data", str(folder / "people.csv"), "--target", "label", "--method", "photo", "--no-diagnose",
              "--out", str(tmp_path / "run"), *FAST]  # fmt: skip
@@ -125,7 +125,7 @@ def make():
 """
 
 
-def test_python_data_need_the_command_line_each_time(tmp_path, capfd, monkeypatch):
+def test_python_data_require_the_command_line_option(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
     out = tmp_path / "run"
@@ -170,9 +170,9 @@ def test_python_data_need_the_command_line_each_time(tmp_path, capfd, monkeypatc
         (["compare", "--data", "gone.csv", "--target", "x"], "expected an existing file or folder, got none"),
     ],
 )
-def test_wrong_options_are_one_error(table, tmp_path, capfd, monkeypatch, words, message):
+def test_invalid_options_raise_one_error(table_path, tmp_path, capfd, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert run([str(table) if word == "TABLE" else word for word in words]) == 1
+    assert run([str(table_path) if word == "TABLE" else word for word in words]) == 1
     error = capfd.readouterr().err
     assert message in " ".join(error.split())
     assert len(list(tmp_path.iterdir())) == 0

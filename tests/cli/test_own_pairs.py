@@ -30,7 +30,7 @@ SMALL = [
 FAST = [*SMALL, "--train.epochs", "1", "--accelerator", "cpu"]
 
 
-def draw(color, shape, random, side=16):
+def draw_image(color, shape, random, side=16):
     image = Image.new("RGB", (side, side), "white")
     radius = int(random.integers(4, 7))
     x, y = (int(value) for value in random.integers(radius, side - radius, 2))
@@ -45,12 +45,12 @@ def draw(color, shape, random, side=16):
     return image
 
 
-def hum(folder, name, hertz):
+def write_tone(folder, name, hertz):
     soundfile.write(folder / name, 0.3 * np.sin(2 * np.pi * hertz * np.arange(1_200) / 8_000), 8_000)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def pair_table(tmp_path_factory):
     """96 images of colored shapes with captions and tones; 4 captions are missing."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
@@ -58,8 +58,8 @@ def table(tmp_path_factory):
     rows = []
     for i in range(96):
         color, shape = list(COLORS)[i % 4], SHAPES[i // 4 % 3]
-        draw(color, shape, random).save(folder / "images" / f"{i}.png")
-        hum(folder, f"{i}.wav", 300 * (1 + i % 4))
+        draw_image(color, shape, random).save(folder / "images" / f"{i}.png")
+        write_tone(folder, f"{i}.wav", 300 * (1 + i % 4))
         caption = "" if i % 24 == 5 else [f"{color} {shape}", f"{color.title()} {shape}!"][i % 2]
         rows.append(
             {"photo": f"images/{i}.png", "words": caption, "sound": f"{i}.wav", "price": i, "maker": f"m{i % 9}"}
@@ -69,14 +69,14 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(table, tmp_path_factory):
+def trained_run(pair_table, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "products"
     words = [
         "train",
         "--config",
         "dual_encoder",
         "--data",
-        str(table),
+        str(pair_table),
         "--pair",
         "photo,words",
         "--out",
@@ -102,30 +102,30 @@ def trained(table, tmp_path_factory):
     return out
 
 
-def spoken(text):
+def normalize_spaces(text):
     return " ".join(text.split())
 
 
-def test_retrieval_is_learned_and_reported(trained):
-    (row,) = json.loads((trained / "results.json").read_text())["runs"]
+def test_retrieval_is_learned_and_reported(trained_run):
+    (row,) = json.loads((trained_run / "results.json").read_text())["runs"]
     metrics = row["metrics"]
     assert metrics["chance/recall@1"] < 0.2
     assert metrics["words_to_photo/recall@1"] > 0.5
     assert metrics["photo_to_words/recall@1"] > 0.5
     assert {"words_to_photo_among_all/recall@1", "modality_gap/photo-words", "median_rank"} <= set(metrics)
-    assert "recall" in (trained / "report.html").read_text(encoding="utf-8")
-    recipe = recipes.load_recipe(trained / "recipe.yaml")
+    assert "recall" in (trained_run / "report.html").read_text(encoding="utf-8")
+    recipe = recipes.load_recipe(trained_run / "recipe.yaml")
     assert recipe.data["pair"] == ["photo", "words"]
     assert recipe.data["modalities"]["words"]["kind"] == "text"
-    again = eq.load(trained).evaluate(ManifestDataset(**{k: v for k, v in recipe.data.items() if k != "name"}))[
+    again = eq.load(trained_run).evaluate(ManifestDataset(**{k: v for k, v in recipe.data.items() if k != "name"}))[
         "metrics"
     ]
     assert {name: metrics[name] for name in again} == pytest.approx(again, rel=1e-4, abs=1e-5)
 
 
-def test_words_find_files_and_an_image_finds_words(trained, capfd, tmp_path):
+def test_text_and_image_queries(trained_run, capfd, tmp_path):
     page = tmp_path / "gallery.html"
-    model = ["search", "--model", str(trained)]
+    model = ["search", "--model", str(trained_run)]
     assert run([*model, "blue circle", "--top", "3", "--html", str(page)]) == 0
     text = capfd.readouterr().out
     assert "3 of 92" in text
@@ -136,19 +136,19 @@ def test_words_find_files_and_an_image_finds_words(trained, capfd, tmp_path):
     assert html.count('<img src="data:image/png') == 3
     assert "Also called" in html
     assert "3 nearest images of 92" in html
-    assert run([*model, "--image", str(trained.parent / "gone.png")]) == 1
-    assert "expected an image, got no such file" in spoken(capfd.readouterr().err)
-    draw("red", "square", np.random.default_rng(5)).save(tmp_path / "query.png")
+    assert run([*model, "--image", str(trained_run.parent / "gone.png")]) == 1
+    assert "expected an image, got no such file" in normalize_spaces(capfd.readouterr().err)
+    draw_image("red", "square", np.random.default_rng(5)).save(tmp_path / "query.png")
     assert run([*model, "--image", str(tmp_path / "query.png"), "--top", "1", "--html", str(page)]) == 0
     assert "red" in capfd.readouterr().out.casefold()
     assert "1 nearest caption of " in page.read_text(encoding="utf-8")
 
 
-def test_the_split_of_a_search_and_unseen_words(trained, capfd):
-    model = ["search", "--model", str(trained)]
+def test_search_split_and_unknown_words(trained_run, capfd):
+    model = ["search", "--model", str(trained_run)]
     assert run([*model, "bluish circle", "--split", "test", "--top", "2"]) == 0
     text = capfd.readouterr().out
-    rows = recipes.load_recipe(trained / "recipe.yaml").data
+    rows = recipes.load_recipe(trained_run / "recipe.yaml").data
     test = len(ManifestDataset(**{key: value for key, value in rows.items() if key != "name"}).test)
     assert f"2 of {test}" in text
     assert text.count("new") >= 2
@@ -164,15 +164,23 @@ def test_the_split_of_a_search_and_unseen_words(trained, capfd):
         ),
     ]:
         assert run(words) == 1
-        assert message in spoken(capfd.readouterr().err)
+        assert message in normalize_spaces(capfd.readouterr().err)
 
 
-def test_search_in_a_folder_of_images(trained, capfd, tmp_path):
+def test_search_in_a_folder_of_images(trained_run, capfd, tmp_path):
     (tmp_path / "mine").mkdir()
-    draw("green", "circle", np.random.default_rng(1), side=40).save(tmp_path / "mine" / "leaf.png")
-    draw("red", "square", np.random.default_rng(2), side=40).save(tmp_path / "mine" / "brick.png")
+    draw_image("green", "circle", np.random.default_rng(1), side=40).save(tmp_path / "mine" / "leaf.png")
+    draw_image("red", "square", np.random.default_rng(2), side=40).save(tmp_path / "mine" / "brick.png")
     (tmp_path / "mine" / "bad.png").write_bytes(b"\x89PNG")
-    words = ["search", "--model", str(trained), "--images", str(tmp_path / "mine"), "--html", str(tmp_path / "g.html")]
+    words = [
+        "search",
+        "--model",
+        str(trained_run),
+        "--images",
+        str(tmp_path / "mine"),
+        "--html",
+        str(tmp_path / "g.html"),
+    ]
     assert run([*words, "green circle"]) == 0
     text = capfd.readouterr().out
     assert text.index("leaf.png") < text.index("brick.png")
@@ -181,9 +189,9 @@ def test_search_in_a_folder_of_images(trained, capfd, tmp_path):
     assert (tmp_path / "g.html").read_text(encoding="utf-8").count('<img src="data:image/png') == 2
 
 
-def test_moved_data_are_reported_and_relocated(table, trained, tmp_path, capfd):
+def test_moved_data_are_reported_and_relocated(pair_table, trained_run, tmp_path, capfd):
     folder, out = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(table.parent, folder)
+    shutil.copytree(pair_table.parent, folder)
     words = ["train", "--data", str(folder / "products.csv"), "--pair", "photo,words", "--out", str(out), *FAST]
     assert run(words) == 0
     folder.rename(tmp_path / "moved")
@@ -194,12 +202,12 @@ def test_moved_data_are_reported_and_relocated(table, trained, tmp_path, capfd):
     assert eq.load(out, data=moved).names == ("photo", "words")
     capfd.readouterr()
     assert run(["search", "--model", str(out), "red circle"]) == 1
-    assert "give its new location with --data" in spoken(capfd.readouterr().err)
+    assert "give its new location with --data" in normalize_spaces(capfd.readouterr().err)
     assert run(["search", "--model", str(out), "red circle", "--data", str(moved)]) == 0
 
 
-def test_what_a_pair_is_told(table):
-    recipe, lines = own_data_recipe(str(table), options={"pair": ["photo", "words"], "group": "maker"})
+def test_inferred_columns_are_reported(pair_table):
+    recipe, lines = own_data_recipe(str(pair_table), options={"pair": ["photo", "words"], "group": "maker"})
     assert "pairs: 92 of 96 rows; 4 lack photo or words and are left out" in lines
     text = "\n".join(lines)
     assert "different pairs: 12; rows with the same text (case and punctuation aside) or the same file match" in text
@@ -210,7 +218,7 @@ def test_what_a_pair_is_told(table):
     assert (recipe.train.learning_rate, recipe.train.batch_size) == (0.002, 8)
 
 
-def test_rows_that_match_and_files_that_repeat(tmp_path):
+def test_rows_with_equal_text_or_file_share_a_target(tmp_path):
     names = "abcdefghij"
     for name in names:
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
@@ -230,29 +238,29 @@ def test_rows_that_match_and_files_that_repeat(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def short(table):
+def short_table(pair_table):
     """The first 24 rows of the table, since recordings take longer to read."""
-    pd.read_csv(table)[:24].to_csv(table.parent / "short.csv", index=False)
-    return table.parent / "short.csv"
+    pd.read_csv(pair_table)[:24].to_csv(pair_table.parent / "short.csv", index=False)
+    return pair_table.parent / "short.csv"
 
 
 @pytest.mark.parametrize("pair", [["sound", "words"], ["photo", "sound"], ["photo", "sound", "words"]])
-def test_audio_in_a_pair(short, pair, tmp_path, capfd):
+def test_audio_in_a_pair(short_table, pair, tmp_path, capfd):
     out = tmp_path / "run"
-    words = ["train", "--data", str(short), "--pair", ",".join(pair), "--out", str(out), "--train.epochs", "1",
+    words = ["train", "--data", str(short_table), "--pair", ",".join(pair), "--out", str(out), "--train.epochs", "1",
              "--encoders.sound.dim", "16", "--encoders.sound.depth", "1", "--model.dim", "16", "--accelerator", "cpu"]  # fmt: skip
     assert run(words) == 0
     metrics = json.loads((out / "results.json").read_text())["runs"][0]["metrics"]
     assert f"{pair[0]}_to_{pair[1]}/recall@1" in metrics
-    query = ["red circle"] if "words" in pair else ["--image", str(short.parent / "images" / "3.png")]
+    query = ["red circle"] if "words" in pair else ["--image", str(short_table.parent / "images" / "3.png")]
     capfd.readouterr()
     assert run(["search", "--model", str(out), *query, "--top", "2"]) == 0
     assert (".png" if pair[0] == "photo" and "words" in pair else ".wav") in capfd.readouterr().out
-    assert run(["search", "--model", str(out), "--audio", str(short.parent / "3.wav"), "--top", "2"]) == 0
+    assert run(["search", "--model", str(out), "--audio", str(short_table.parent / "3.wav"), "--top", "2"]) == 0
 
 
-def test_padding_and_missing_samples_are_left_out(short):
-    recipe, _ = own_data_recipe(str(short), options={"pair": ["sound", "words"]})
+def test_padding_and_missing_samples_are_excluded(short_table):
+    recipe, _ = own_data_recipe(str(short_table), options={"pair": ["sound", "words"]})
     data = ManifestDataset(**{key: value for key, value in recipe.data.items() if key != "name"})
     encoder = eq.encoders.SequenceEncoder(40, max_length=data.shapes["sound"][0], dim=8, depth=1, heads=2)
     model = eq.models.DualEncoder({"sound": encoder, "words": eq.encoders.TextEncoder(
@@ -297,10 +305,10 @@ def backbones(tmp_path_factory):
     return folder
 
 
-def test_frozen_backbones(table, backbones, tmp_path, capfd, monkeypatch):
+def test_frozen_backbones(pair_table, backbones, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(backbones)
     out = tmp_path / "run"
-    words = ["train", "--config", "dual_encoder", "--data", str(table), "--pair", "photo,words", "--out", str(out),
+    words = ["train", "--config", "dual_encoder", "--data", str(pair_table), "--pair", "photo,words", "--out", str(out),
              "--encoders.photo.name", "Backbone", "--encoders.photo.model", "image", "--encoders.words.name", "Backbone",
              "--encoders.words.model", "text", "--train.epochs", "2", "--accelerator", "cpu"]  # fmt: skip
     assert run([*words, "--data.modalities.words.tokenizer", "text"]) == 0
@@ -336,17 +344,17 @@ def test_frozen_backbones(table, backbones, tmp_path, capfd, monkeypatch):
         (["--encoders.words.model", "text", "--data.modalities.wrds.tokenizer", "text"], "expected a known modality, got 'wrds'"),
     ],
 )  # fmt: skip
-def test_backbones_without_tokenizer(table, backbones, monkeypatch, capfd, options, message):
+def test_backbones_without_tokenizer(pair_table, backbones, monkeypatch, capfd, options, message):
     monkeypatch.chdir(backbones)
-    words = ["train", "--data", str(table), "--pair", "photo,words", "--encoders.words.name", "Backbone", *options]
+    words = ["train", "--data", str(pair_table), "--pair", "photo,words", "--encoders.words.name", "Backbone", *options]
     assert run([*words, "--out", str(backbones / "run")]) == 1
-    assert message in spoken(capfd.readouterr().err)
+    assert message in normalize_spaces(capfd.readouterr().err)
     assert not (backbones / "run").exists()
 
 
-def test_kinds_splits_and_damaged_files(table, tmp_path, capfd):
+def test_kinds_splits_and_damaged_files(pair_table, tmp_path, capfd):
     folder = tmp_path / "data"
-    shutil.copytree(table.parent, folder)
+    shutil.copytree(pair_table.parent, folder)
     (folder / "images" / "7.png").write_bytes(b"damaged")
     rows = pd.read_csv(folder / "products.csv")
     rows["part"] = ["train" if i < 64 else "dev" if i < 80 else "test" for i in range(len(rows))]
@@ -355,7 +363,7 @@ def test_kinds_splits_and_damaged_files(table, tmp_path, capfd):
     words = ["train", "--data", str(folder / "products.csv"), "--pair", "photo,words", "--split", "part", "--kind",
              "words=text", "--out", str(out), *FAST]  # fmt: skip
     assert run(words) == 1
-    assert "got 1 rows that cannot be read: [7] photo, row 7" in spoken(capfd.readouterr().err)
+    assert "got 1 rows that cannot be read: [7] photo, row 7" in normalize_spaces(capfd.readouterr().err)
     assert run([*words, "--skip-bad"]) == 0
     assert "rows: train 60, val 15, test 16 (split by column 'part')" in capfd.readouterr().out
     assert recipes.load_recipe(out / "recipe.yaml").data["skip"] == [7]
@@ -388,7 +396,7 @@ def test_kinds_splits_and_damaged_files(table, tmp_path, capfd):
         (["--config", "dual_encoder"], "data: expected the path of a table, got none"),
     ],
 )
-def test_wrong_pairs_are_one_error(tmp_path, capfd, monkeypatch, options, message):
+def test_invalid_pairs_raise_one_error(tmp_path, capfd, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for name in ("a", "b", "c", "d"):
@@ -400,12 +408,12 @@ def test_wrong_pairs_are_one_error(tmp_path, capfd, monkeypatch, options, messag
     pd.DataFrame(rows).to_csv(tmp_path / "data" / "t.csv", index=False)
     where = [] if options == ["--config", "dual_encoder"] else ["--data", "data/t.csv"]
     assert run(["train", *where, *options]) == 1
-    assert message in spoken(capfd.readouterr().err)
+    assert message in normalize_spaces(capfd.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_target_and_a_pair_exclude_each_other(table):
+def test_target_and_pair_are_mutually_exclusive(pair_table):
     with pytest.raises(ConfigError, match="expected a target, or a pair of columns without one, got neither"):
-        eq.data.Manifest(table)
+        eq.data.Manifest(pair_table)
     with pytest.raises(ConfigError, match="got both, price and photo, words"):
-        eq.data.Manifest(table, target="price", pair=["photo", "words"])
+        eq.data.Manifest(pair_table, target="price", pair=["photo", "words"])

@@ -11,7 +11,7 @@ PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     lines = README.splitlines()
     assert len(lines) <= 100
     first_block = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
@@ -28,12 +28,12 @@ def test_results_table_has_at_most_eight_rows_with_controls():
     assert len([row for row in rows[2:] if row]) <= 8
 
 
-def test_every_link_leads_to_a_file():
+def test_links_point_to_files():
     for target in re.findall(r"\]\(([^)#]+)", README):
         assert target.startswith("http") or (PROJECT / target).exists(), target
 
 
-def test_every_command_named_there_exists():
+def test_mentioned_commands_exist():
     from equipoise.cli.commands import COMMANDS
 
     named = set(re.findall(r"^equipoise (\w+)", README, re.MULTILINE))

@@ -29,33 +29,33 @@ SWAP, ROUND, EVEN = I[[1, 0, 2]], I[[1, 2, 0]], torch.ones(3, 3, dtype=torch.flo
 METHODS = ("gram", "svd", "polar")
 
 
-def soft(part, hardness):
+def soften(part, hardness):
     return hardness * part + (1 - hardness) * EVEN
 
 
-def maps(there, straight, on, back=None):
+def build_maps(there, straight, on, back=None):
     blocks = {(0, 1): there, (0, 2): straight, (1, 2): on}
     return eq.consistency.supermatrix(blocks if back is None else {**blocks, (2, 1): back})
 
 
 # name: P, rank, nuclear norm, effective rank, score.
 TABLE = {
-    "all correct": (maps(I, I, I), 3, 9, 3, 1),
-    "consistent permutations": (maps(SWAP, SWAP @ ROUND, ROUND), 3, 9, 3, 1),
-    "swapped": (maps(I, I, SWAP), 5, 11, 4.4815, 0.7531),
-    "a cycle of three": (maps(I, I, ROUND), 7, 12.5175, 5.8033, 0.5328),
-    "swapped one way": (maps(I, I, SWAP, I), 4, 10.1231, 3.7955, 0.8674),
+    "all correct": (build_maps(I, I, I), 3, 9, 3, 1),
+    "consistent permutations": (build_maps(SWAP, SWAP @ ROUND, ROUND), 3, 9, 3, 1),
+    "swapped": (build_maps(I, I, SWAP), 5, 11, 4.4815, 0.7531),
+    "a cycle of three": (build_maps(I, I, ROUND), 7, 12.5175, 5.8033, 0.5328),
+    "swapped one way": (build_maps(I, I, SWAP, I), 4, 10.1231, 3.7955, 0.8674),
     "no alignment": (torch.eye(9, dtype=torch.float64), 9, 9, 9, 0),
-    "uniform": (maps(EVEN, EVEN, EVEN), 7, 9, 5.4, 0.6),
-    "soft, consistent": (maps(*[soft(I, 0.9)] * 3), 7, 9, 3.2767, 0.9539),
-    "soft, swapped": (maps(soft(I, 0.9), soft(I, 0.9), soft(SWAP, 0.9)), None, 10.6, 4.5453, 0.7424),
-    "softer, swapped": (maps(soft(I, 0.5), soft(I, 0.5), soft(SWAP, 0.5)), 6, 9, 4.5, 0.75),
+    "uniform": (build_maps(EVEN, EVEN, EVEN), 7, 9, 5.4, 0.6),
+    "soft, consistent": (build_maps(*[soften(I, 0.9)] * 3), 7, 9, 3.2767, 0.9539),
+    "soft, swapped": (build_maps(soften(I, 0.9), soften(I, 0.9), soften(SWAP, 0.9)), None, 10.6, 4.5453, 0.7424),
+    "softer, swapped": (build_maps(soften(I, 0.5), soften(I, 0.5), soften(SWAP, 0.5)), 6, 9, 4.5, 0.75),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", TABLE)
-def test_the_worked_example(case, method):
+def test_worked_example(case, method):
     matrix, rank, norm, effective, score = TABLE[case]
     if rank is not None:
         assert int(torch.linalg.matrix_rank(matrix)) == rank
@@ -67,7 +67,7 @@ def test_the_worked_example(case, method):
     assert float(contradiction_excess(matrix, method=method)) == pytest.approx(norm / 9 - 1, abs=1e-5)
 
 
-def test_other_scores_of_the_example():
+def test_other_scores_of_the_worked_example():
     swapped, alone = TABLE["swapped"][0], TABLE["no alignment"][0]
     assert float(contradiction_free_score(alone, num_modalities=3)) == pytest.approx(1)
     wanted = 1 - (11 / 9 - 1) / (math.sqrt(3) - 1)
@@ -83,7 +83,7 @@ def test_other_scores_of_the_example():
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.4, 2.0, math.pi])
-def test_the_closed_form_of_three_modalities(angle):
+def test_closed_form_for_three_modalities(angle):
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
     found = torch.linalg.eigvalsh(eq.consistency.supermatrix({(0, 1): eye, (1, 2): eye, (2, 0): turn}))
@@ -118,7 +118,7 @@ def test_against_loops(count, size, noise, seed):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000))
-def test_names_of_tokens_and_order_of_modalities_do_not_matter(seed):
+def test_token_permutation_and_modality_order_do_not_matter(seed):
     random = torch.Generator().manual_seed(seed)
     matrix = eq.consistency.supermatrix(
         {
@@ -173,7 +173,7 @@ def test_diagonal_other_than_the_identity_raises():
         assert float(eq.consistency.consistency_score(torch.ones(4, 4) / 2, num_modalities=2)) == 1
 
 
-def test_blocks_in_every_form():
+def test_block_input_formats():
     rows = [[None, SWAP, I], [None, None, SWAP], [I, None, None]]
     named = {("audio", "video"): SWAP, ("audio", "text"): I, ("video", "text"): SWAP}
     torch.testing.assert_close(eq.consistency.supermatrix(rows), eq.consistency.supermatrix(named), rtol=0, atol=0)
@@ -280,7 +280,7 @@ def test_invalid_maps_raise(call, error, message):
         call()
 
 
-def tokens(*lengths, dim=5, batch=3, seed=0):
+def random_tokens(*lengths, dim=5, batch=3, seed=0):
     random = torch.Generator().manual_seed(seed)
     return {
         f"m{number}": eq.Tokens(torch.randn(batch, length, dim, generator=random, dtype=torch.float64))
@@ -316,7 +316,7 @@ def test_nuclear_norm_is_constant_on_consistent_maps():
 
 def test_slots_accept_any_number_of_tokens():
     loss = eq.consistency.ConsistencyLoss(5, slots=3).double()
-    parts = tokens(7, 2, 11)
+    parts = random_tokens(7, 2, 11)
     matrix = loss.supermatrix(parts)
     assert matrix.shape == (3, 9, 9)
     value = loss(parts)
@@ -356,9 +356,9 @@ def test_loss_of_a_model_and_of_samples_with_missing_modalities():
         (lambda: eq.consistency.ConsistencyLoss(5, slots=1), ConfigError, "slots = 1"),
         (lambda: eq.consistency.ConsistencyLoss(5, kind="ranks"), ConfigError, "Did you mean 'rank'"),
         (lambda: eq.consistency.ConsistencyLoss(5, temperature=0.0), ConfigError, "temperature > 0"),
-        (lambda: eq.consistency.ConsistencyLoss(7, slots=2).double()(tokens(3, 3)), ShapeError, "'m0': expected width dim = 7"),
-        (lambda: eq.consistency.ConsistencyLoss(slots=None)(tokens(3, 4)), ShapeError, "equally many tokens"),
-        (lambda: eq.consistency.ConsistencyLoss(5, slots=2).double()(tokens(3)), ConfigError, "two or more modalities"),
+        (lambda: eq.consistency.ConsistencyLoss(7, slots=2).double()(random_tokens(3, 3)), ShapeError, "'m0': expected width dim = 7"),
+        (lambda: eq.consistency.ConsistencyLoss(slots=None)(random_tokens(3, 4)), ShapeError, "equally many tokens"),
+        (lambda: eq.consistency.ConsistencyLoss(5, slots=2).double()(random_tokens(3)), ConfigError, "two or more modalities"),
     ],
 )  # fmt: skip
 def test_invalid_inputs_of_the_loss_raise(call, error, message):

@@ -11,7 +11,7 @@ from helpers.tolerance import TOL
 from oracles import data as oracles_data
 
 
-def draw(batch, seed=0):
+def counter_rng(batch, seed=0):
     return CounterRNG(seed, 0, torch.arange(batch), "train")
 
 
@@ -34,7 +34,7 @@ def test_augment_spectrogram_stays_in_range():
     batch, frames, gain, tilt = 997, 3, 0.5, 0.25
     impulse = torch.zeros(batch, 13, 5)
     impulse[:, 6] = 100.0
-    got = augment_spectrogram(impulse, draw(batch), frames=frames, gain=gain, tilt=tilt, fill=torch.zeros(5))
+    got = augment_spectrogram(impulse, counter_rng(batch), frames=frames, gain=gain, tilt=tilt, fill=torch.zeros(5))
     shift = got[:, :, 2].argmax(dim=1) - 6
     assert sorted(shift.unique().tolist()) == list(range(-frames, frames + 1))
     middle = got[:, 0, 2]
@@ -49,7 +49,7 @@ def test_augment_spectrogram_stays_in_range():
 
 def test_add_noise_keeps_values_standardized():
     values = torch.randn(997, 101, generator=torch.Generator().manual_seed(0))
-    got = add_noise(values, 2.0, draw(997), "hiss")
+    got = add_noise(values, 2.0, counter_rng(997), "hiss")
     error = 5 / got.numel() ** 0.5
     assert abs(got.mean()) < error
     assert abs(got.var() - 1) < error * 2**0.5

@@ -38,13 +38,13 @@ def write_idx(path, shape, magic=b"\0\0\x08", cut=0):
     return path
 
 
-def test_read_wav_gives_the_samples(tmp_path):
+def test_read_wav_returns_the_samples(tmp_path):
     expected = np.array([0, 16384, -32768, 1], dtype=np.int16)
     soundfile.write(tmp_path / "a.wav", expected, 8000, subtype="PCM_16")
     assert torch.equal(read_wav(tmp_path / "a.wav") * 2**15, torch.tensor([0.0, 16384.0, -32768.0, 1.0]))
 
 
-def damaged(folder):
+def damaged_files(folder):
     """name -> (bytes of a wav file, what the message must say)."""
     whole = write_wav(folder / "whole.wav").read_bytes()
     return {
@@ -66,8 +66,8 @@ def damaged(folder):
 @pytest.mark.parametrize(
     "kind", ["truncated", "header only", "no data", "text", "nothing", "bad codec", "rate", "stereo", "empty"]
 )
-def test_damaged_wav_is_named(tmp_path, kind):
-    content, message = damaged(tmp_path)[kind]
+def test_damaged_wav_raises(tmp_path, kind):
+    content, message = damaged_files(tmp_path)[kind]
     path = tmp_path / "3_theo_7.wav"
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"recording '{re.escape(str(path))}': .*{message}"):
@@ -75,7 +75,7 @@ def test_damaged_wav_is_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["three_theo_7.wav", "3_theo.wav", "3_nobody_7.wav", "13_theo_7.wav"])
-def test_wrong_file_name_is_named(tmp_path, name):
+def test_invalid_file_name_raises(tmp_path, name):
     write_wav(tmp_path / name)
     with pytest.raises(DataError, match=rf"{name}: expected a name .*digit.*_.*speaker.*george.*got '{name}'"):
         read_recordings(tmp_path, SPEAKERS, 1.0)
@@ -93,12 +93,12 @@ def test_missing_digit_of_a_speaker_raises(tmp_path):
     assert found.spectrograms.shape == (10, 64, 40)
 
 
-def test_read_idx_gives_the_array(tmp_path):
+def test_read_idx_returns_the_array(tmp_path):
     got = read_idx(write_idx(tmp_path / "a.gz", (2, 3, 5)), 3)
     assert torch.equal(got, torch.arange(30, dtype=torch.uint8).reshape(2, 3, 5))
 
 
-def test_damaged_idx_is_named(tmp_path):
+def test_damaged_idx_raises(tmp_path):
     path = tmp_path / "a.gz"
     with pytest.raises(DataError, match=r"a\.gz: expected a gzipped IDX file, got no such file"):
         read_idx(path, 1)
@@ -125,7 +125,7 @@ def test_negative_noise_raises_before_files_are_read(tmp_path):
         AVDigits(tmp_path, audio_noise=-0.5)
 
 
-def test_missing_folder_says_where_to_get_it(monkeypatch, tmp_path):
+def test_missing_folder_error_gives_the_source(monkeypatch, tmp_path):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
     with pytest.raises(DataError, match=r"fsdd/recordings: .*got no EQUIPOISE_DATA and no root\. Set EQUIPOISE_DATA"):
         AVDigits()
@@ -141,7 +141,7 @@ def test_missing_folder_says_where_to_get_it(monkeypatch, tmp_path):
         AVDigits(tmp_path / "second")
 
 
-def test_labels_that_do_not_fit_the_images(monkeypatch, tmp_path):
+def test_mismatched_labels_raise(monkeypatch, tmp_path):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
     for folder in ("fsdd/recordings", "mnist"):
         (tmp_path / folder).mkdir(parents=True)
@@ -179,23 +179,23 @@ def test_sizes_shapes_and_statistics(fold_a):
 
 
 @pytest.fixture(scope="module")
-def spoken():
+def recordings():
     return read_recordings(Path(DATA) / "fsdd/recordings", SPEAKERS, FLOOR)
 
 
 @published
 @pytest.mark.parametrize("fold", FOLDS)
-def test_speakers_of_splits_match_the_data_card(fold, spoken):
+def test_speakers_of_splits_match_the_data_card(fold, recordings):
     data = load_dataset("av_digits", fold=fold)
-    tests = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in spoken.speaker.tolist()])
-    member = {"train": ~tests & (spoken.take >= 5), "val": ~tests & (spoken.take < 5), "test": tests}
+    tests = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in recordings.speaker.tolist()])
+    member = {"train": ~tests & (recordings.take >= 5), "val": ~tests & (recordings.take < 5), "test": tests}
     assert {name: int(rows.sum()) for name, rows in member.items()} == {"train": 1800, "val": 200, "test": 1000}
-    deviation, mean = torch.std_mean(spoken.spectrograms[member["train"]].double(), correction=0)
+    deviation, mean = torch.std_mean(recordings.spectrograms[member["train"]].double(), correction=0)
     for name, rows in member.items():
         split = data.split(name)
         for index in range(0, len(split), 397):
-            own = rows & (spoken.digit == split.target[index])
-            candidates = (spoken.spectrograms[own].double() - mean) / deviation
+            own = rows & (recordings.digit == split.target[index])
+            candidates = (recordings.spectrograms[own].double() - mean) / deviation
             distance = (candidates - split.inputs["audio"][index]).abs().amax(dim=(1, 2))
             assert distance.min() < TOL[torch.float16]["atol"]
 

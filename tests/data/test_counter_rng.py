@@ -9,7 +9,7 @@ from helpers.tolerance import TOL
 from oracles import data as oracles_data
 
 
-def test_bits_are_the_published_splitmix64_stream():
+def test_bits_match_published_splitmix64():
     draw = CounterRNG(seed=3, epoch=5, index=torch.tensor([11]))
     first = draw._bits("hiss", 7)[0].tolist()
     # One step of the generator undone: the stream's start is what the first word came from.
@@ -36,7 +36,7 @@ def test_numbers_of_a_sample_do_not_depend_on_the_batch(order, seed, epoch):
     assert torch.equal(CounterRNG(seed, epoch, some).normal("hiss", 3, 5), whole[some])
 
 
-def test_every_part_of_the_key_changes_the_numbers():
+def test_numbers_depend_on_every_part_of_the_key():
     index = torch.arange(3)
     draws = [
         CounterRNG(0, 0, index).normal("a", 5), CounterRNG(1, 0, index).normal("a", 5), CounterRNG(0, 1, index).normal("a", 5),

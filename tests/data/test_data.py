@@ -15,7 +15,7 @@ def digits():
     return load_dataset("digits")
 
 
-def same(a, b):
+def batches_equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -38,7 +38,7 @@ def test_unknown_split(digits):
         digits.split("tset")
 
 
-def test_statistics_are_of_the_reference():
+def test_statistics_of_the_reference_split():
     reference = torch.tensor([[0.0, 4.0], [4.0, 8.0]])
     got = standardize(reference + 1, reference)
     mean, deviation = split_statistics({"audio": got})["audio"]
@@ -60,19 +60,19 @@ def test_batches_are_samples_of_the_split(digits):
 def test_evaluation_batches_do_not_depend_on_epoch_seed_or_batch_size(digits):
     first = next(digits.batches("val", 300, seed=0, epoch=0, train=False))
     again = next(digits.batches("val", 300, seed=5, epoch=7, train=False))
-    assert same(first, again)
+    assert batches_equal(first, again)
     second = list(digits.batches("val", 97, seed=0, epoch=0, train=False))[1]
-    assert same({name: values[97:194] for name, values in first.items()}, second)
+    assert batches_equal({name: values[97:194] for name, values in first.items()}, second)
 
 
-def test_splits_do_not_share_their_noise(digits):
+def test_splits_have_different_noise(digits):
     val, test = (digits.batch(s, torch.arange(5), seed=0, epoch=0, train=False) for s in ("val", "test"))
     left = val["audio"] * 5**0.5 - digits.val.inputs["audio"][:5]
     right = test["audio"] * 5**0.5 - digits.test.inputs["audio"][:5]
     assert abs(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1]) < 5 / left.numel() ** 0.5
 
 
-def test_training_batches_repeat_for_the_same_seed_and_epoch_alone(digits):
+def test_training_batches_depend_on_seed_and_epoch(digits):
     def epoch(number, seed=0):
         batches = loader(digits, "train", 64, seed=seed, train=True)
         batches.sampler.set_epoch(number)
@@ -81,34 +81,34 @@ def test_training_batches_repeat_for_the_same_seed_and_epoch_alone(digits):
     torch.manual_seed(0)
     first = epoch(3)
     torch.manual_seed(1)
-    assert all(same(a, b) for a, b in zip(first, epoch(3), strict=True))
-    assert not same(first[0], epoch(4)[0])
-    assert not same(first[0], epoch(3, seed=1)[0])
+    assert all(batches_equal(a, b) for a, b in zip(first, epoch(3), strict=True))
+    assert not batches_equal(first[0], epoch(4)[0])
+    assert not batches_equal(first[0], epoch(3, seed=1)[0])
     assert sorted(torch.cat([batch["index"] for batch in first]).tolist()) == list(range(1000))
 
 
-def test_the_same_sample_is_augmented_anew_in_each_epoch(digits):
+def test_augmentation_differs_between_epochs(digits):
     index = torch.arange(7)
     first, second = (digits.batch("train", index, seed=0, epoch=e, train=True) for e in (0, 1))
     assert not torch.isclose(first["audio"], second["audio"]).any(dim=2).all()
 
 
-def test_loader_gives_what_batches_gives(digits):
+def test_loader_matches_batches(digits):
     served = loader(digits, "train", 97, seed=2, train=True)
     served.sampler.set_epoch(5)
     direct = list(digits.batches("train", 97, seed=2, epoch=5, train=True))
     assert len(served) == len(direct) == 11
-    assert all(same(a, b) for a, b in zip(served, direct, strict=True))
+    assert all(batches_equal(a, b) for a, b in zip(served, direct, strict=True))
     assert len(loader(digits, "train", 97, seed=2, train=True, drop_last=True)) == 10
 
 
-def test_two_processes_see_the_batches_of_one(digits):
+def test_two_processes_share_the_batches(digits):
     def epoch(**place):
         return list(loader(digits, "train", 64, seed=0, train=True, **place))
 
     for whole, *halves in zip(epoch(), epoch(rank=0, world=2), epoch(rank=1, world=2), strict=True):
         joined = {name: torch.cat([half[name] for half in halves]) for name in whole}
-        assert same(
+        assert batches_equal(
             {name: values[whole["index"].argsort()] for name, values in whole.items()},
             {name: values[joined["index"].argsort()] for name, values in joined.items()},
         )
@@ -121,9 +121,9 @@ def test_loading_does_not_use_the_global_rng(digits):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_loader_survives_pickling(digits):
+def test_loader_can_be_pickled(digits):
     served = pickle.loads(pickle.dumps(loader(digits, "val", 64, seed=0, train=False)))
-    assert same(next(iter(served)), next(digits.batches("val", 64, seed=0, epoch=0, train=False)))
+    assert batches_equal(next(iter(served)), next(digits.batches("val", 64, seed=0, epoch=0, train=False)))
 
 
 def test_batches_contain_the_masks_and_times_of_a_split():

@@ -28,12 +28,12 @@ def test_checksum_of_voices():
     assert VOICES.stat().st_size < 4e6
 
 
-def test_every_voice_says_every_digit_four_times(voices):
+def test_every_voice_has_four_recordings_of_each_digit(voices):
     said = set(zip(*(voices[part].tolist() for part in ("digit", "voice", "rendering")), strict=True))
     assert said == {(d, v, r) for d in range(10) for v in range(24) for r in range(4)}
 
 
-def test_no_voice_of_the_test_split_is_another_under_a_new_name(voices):
+def test_test_voices_are_not_duplicates(voices):
     levels, voice = voices["levels"].astype(float), voices["voice"]
     distance = np.array(
         [[np.abs(levels[voice == a] - levels[voice == b]).mean() for a in range(24)] for b in range(24)]
@@ -83,13 +83,13 @@ def test_voices_of_splits(digits, voices):
         assert uses.max() <= uses.min() + 1 + len(rows) // 100
 
 
-def test_images_of_the_splits_are_different_images():
+def test_splits_share_no_images():
     raw = Digits(energy=1.0)
     rows = torch.cat([split.inputs["image"].flatten(1) for split in (raw.train, raw.val, raw.test)])
     assert len(rows.unique(dim=0)) == 1797
 
 
-def test_loading_twice_gives_the_same(digits):
+def test_loading_is_deterministic(digits):
     again = Digits()
     for name in ("train", "val", "test"):
         assert torch.equal(again.split(name).target, digits.split(name).target)

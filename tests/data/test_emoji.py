@@ -47,7 +47,7 @@ def test_sizes_and_shapes(emoji):
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
-def test_what_is_held_out_are_combinations_of_parts_that_training_has(emoji, name):
+def test_held_out_combinations_consist_of_training_parts(emoji, name):
     items, taught = emoji.split_items(name), emoji.split_items("train")
     parts = Counter(part for item in taught for part in set(item.parts))
     said = {word for item in taught for word in split_words(item.name)}
@@ -67,13 +67,13 @@ def test_parts_are_words_of_the_name(emoji):
         assert not Counter(split_words(" ".join(item.parts))) - own, item
 
 
-def test_no_picture_of_a_held_out_combination_is_in_training(emoji):
+def test_held_out_images_are_not_in_training(emoji):
     seen = {picture.numpy().tobytes() for picture in emoji.pictures[emoji._rows["train"]]}
     for name in ("val", "test"):
         assert not seen & {picture.numpy().tobytes() for picture in emoji.pictures[emoji._rows[name]]}
 
 
-def test_the_same_picture_has_one_target_and_names_are_different(emoji):
+def test_equal_images_have_equal_targets_and_names_are_unique(emoji):
     by_picture = {}
     for which in ("train", "val", "test"):
         for place, target in zip(emoji._rows[which].tolist(), emoji.split(which).target.tolist(), strict=True):
@@ -91,7 +91,7 @@ def test_the_same_picture_has_one_target_and_names_are_different(emoji):
     assert targets[0] == targets[1]
 
 
-def test_a_red_heart_is_red(emoji):
+def test_red_heart_pixels_are_red(emoji):
     place = [item.name for item in emoji.items].index("red heart")
     red, green, blue = emoji.pictures[place, 14, 16].tolist()
     assert red > 180 > 100 > max(green, blue)
@@ -149,7 +149,7 @@ def test_captions_are_name_keyword_or_both(emoji, monkeypatch):
     assert kinds["name"] > kinds["both"] > kinds["alone"] > 0
 
 
-def test_a_keyword_that_names_another_picture_means_it(emoji):
+def test_keyword_equal_to_a_name_refers_to_that_image(emoji):
     names = {
         item.name: int(target) for item, target in zip(emoji.split_items("train"), emoji.train.target, strict=True)
     }
@@ -160,13 +160,13 @@ def test_a_keyword_that_names_another_picture_means_it(emoji):
     assert not held & {tuple(split_words(word)) for word in emoji._keywords}
 
 
-def test_some_words_are_spelled(emoji):
+def test_normalized_words(emoji):
     batch = emoji.batch("train", torch.arange(500), seed=0, epoch=0, train=True)
     spelled = (batch["text"] > len(emoji.words.words)).any(dim=1).double().mean()
     assert 0.1 < float(spelled) < 0.5
 
 
-def test_parts_of_combinations_are_texts_of_their_own(emoji):
+def test_parts_of_combinations_are_separate_texts(emoji):
     found = emoji.combinations("test")
     items = emoji.split_items("test")
     assert found.modality == "text"
@@ -177,7 +177,7 @@ def test_parts_of_combinations_are_texts_of_their_own(emoji):
     assert not found.parts[~found.present].any()
 
 
-def test_the_card_says_what_its_code_finds():
+def test_data_card_code_output():
     card = (Path(__file__).parents[2] / "docs/data/emoji.md").read_text(encoding="utf-8")
     found = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
@@ -195,7 +195,7 @@ def test_damaged_file_raises(tmp_path, monkeypatch):
         Emoji()
 
 
-def test_its_own_picture_is_read_as_it_is(emoji, tmp_path):
+def test_bundled_image_is_read_unchanged(emoji, tmp_path):
     picture = emoji.pictures[100]
     path = tmp_path / "own.png"
     Image.fromarray(picture.numpy()).save(path)
@@ -205,7 +205,7 @@ def test_its_own_picture_is_read_as_it_is(emoji, tmp_path):
     torch.testing.assert_close(made[0], emoji.train.inputs["image"][emoji._rows["train"].tolist().index(100)])
 
 
-def test_what_is_transparent_becomes_white_and_what_is_no_square_gets_borders():
+def test_transparency_becomes_white_and_images_are_padded_to_squares():
     colors = np.zeros((20, 40, 4), dtype=np.uint8)
     colors[:, :20] = (255, 0, 0, 255)
     made = load_square_image(Image.fromarray(colors), 8)
@@ -218,7 +218,7 @@ def test_what_is_transparent_becomes_white_and_what_is_no_square_gets_borders():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBa", "CMYK", "YCbCr"])
-def test_every_usual_mode_is_read(mode):
+def test_common_image_modes(mode):
     made = load_square_image(Image.new("RGB", (16, 16), "white").convert(mode), 4)
     assert made.unique().tolist() == [255]
 
@@ -231,12 +231,12 @@ def test_every_usual_mode_is_read(mode):
         (Image.new("RGB", (8, 33)), r"got width x height = 8 x 33\. Crop it to its subject"),
     ],
 )  # fmt: skip
-def test_pictures_of_the_wrong_mode_or_size(image, message):
+def test_invalid_image_mode_or_size_raises(image, message):
     with pytest.raises(DataError, match=message):
         load_square_image(image, 32)
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_non_image_files_raise(tmp_path):
     with pytest.raises(DataError, match=r"image '.*none\.png': expected an image, got no such file"):
         load_square_image(tmp_path / "none.png", 32)
     (tmp_path / "text.png").write_text("hello")
@@ -265,7 +265,7 @@ def test_decompression_bomb_raises(tmp_path, monkeypatch):
         load_square_image(tmp_path / "bomb.png", 32)
 
 
-def test_pictures_move_as_a_whole():
+def test_random_shift_moves_the_whole_image():
     pictures = torch.arange(2 * 3 * 5 * 7).double().reshape(2, 3, 5, 7)
     draw = CounterRNG(0, 0, torch.arange(2))
     steps = (draw.uniform("move", 2) * 5).long() - 2
@@ -279,7 +279,7 @@ def test_pictures_move_as_a_whole():
                 assert torch.equal(found[sample, :, row, column], own)
 
 
-def test_tints_are_within_their_limits():
+def test_color_jitter_is_within_limits():
     found = color_jitter(torch.ones(500, 3, 1, 1), CounterRNG(0, 0, torch.arange(500)), gain=0.2, tint=0.1)[..., 0, 0]
     assert 0.7 <= found.min() < 0.75
     assert 1.25 < found.max() <= 1.3

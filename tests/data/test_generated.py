@@ -12,38 +12,38 @@ from equipoise.errors import ConfigError
 from helpers.tasks import TASKS
 
 
-def whole(data, split, **options):
+def full_batch(data, split, **options):
     index = torch.arange(len(data.split(split)))
     return data.batch(split, index, **{"seed": 0, "epoch": 0, "train": False, **options})
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_targets_of_every_task_are_of_the_same_causes(task):
+def test_targets_of_all_tasks_use_the_same_causes(task):
     causes = load_dataset("generated", task="regression", samples=100).train.target
     target = load_dataset("generated", task=task, samples=100).train.target
     expected = {"classification": causes.argmax(dim=1), "multilabel": (causes > 0).float(), "regression": causes}[task]
     assert torch.equal(target, expected)
 
 
-def test_data_depend_on_the_seed_only():
+def test_data_depend_on_seed_only():
     state = torch.get_rng_state()
     one, same, other = (load_dataset("generated", samples=20, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     for name in SHAPES:
-        assert torch.equal(whole(one, "test")[name], whole(same, "test")[name])
-        assert not torch.equal(whole(one, "test")[name], whole(other, "test")[name])
+        assert torch.equal(full_batch(one, "test")[name], full_batch(same, "test")[name])
+        assert not torch.equal(full_batch(one, "test")[name], full_batch(other, "test")[name])
 
 
-def test_noise_of_training_is_new_in_each_epoch_and_that_of_evaluation_never():
+def test_training_noise_varies_by_epoch_and_evaluation_noise_is_fixed():
     data = load_dataset("generated", samples=30)
     for name in SHAPES:
-        first, again = (whole(data, "train", train=True, epoch=epoch)[name] for epoch in (0, 1))
+        first, again = (full_batch(data, "train", train=True, epoch=epoch)[name] for epoch in (0, 1))
         assert not torch.equal(first, again)
-        first, again = (whole(data, "val", epoch=epoch, seed=epoch)[name] for epoch in (0, 1))
+        first, again = (full_batch(data, "val", epoch=epoch, seed=epoch)[name] for epoch in (0, 1))
         assert torch.equal(first, again)
 
 
-def test_how_much_noise_belongs_to_the_sample():
+def test_noise_level_is_a_property_of_the_sample():
     """The part of a sample that is noise is as large as its deviation says."""
     data = load_dataset("generated", samples=400, noise=3.0)
     index = torch.arange(400)
@@ -51,7 +51,7 @@ def test_how_much_noise_belongs_to_the_sample():
     assert deviations.shape == (400, 3)
     assert 0 <= float(deviations.min()) < 0.1
     assert 2.9 < float(deviations.max()) <= 3
-    for place, (name, seen) in enumerate(list(whole(data, "train", train=True).items())[:3]):
+    for place, (name, seen) in enumerate(list(full_batch(data, "train", train=True).items())[:3]):
         d = deviations[:, place]
         rest = seen.flatten(1) * (1 + d.square()).sqrt()[:, None] - data.train.inputs[name].flatten(1)
         # The spread of 64 or more numbers, sample by sample.
@@ -60,7 +60,7 @@ def test_how_much_noise_belongs_to_the_sample():
         assert float(torch.corrcoef(torch.stack([rest.std(dim=1), d]))[0, 1]) > 0.9
 
 
-def test_a_modality_shows_its_causes_alone():
+def test_modality_depends_on_its_causes_only():
     """Least squares from the clean input finds every cause that is shown, and none that is not."""
     data = load_dataset("generated", task="regression", samples=300, noise=0.0)
     for name, shows in CAUSE_WEIGHTS.items():
@@ -73,10 +73,10 @@ def test_a_modality_shows_its_causes_alone():
             assert (part < 1e-3) if shown else (part > 0.9)
 
 
-def test_noise_off_leaves_inputs_as_they_are():
+def test_inputs_without_noise_are_unchanged():
     data = load_dataset("generated", samples=10, noise=0.0)
     for name in SHAPES:
-        torch.testing.assert_close(whole(data, "train", train=True)[name], data.train.inputs[name], rtol=0, atol=0)
+        torch.testing.assert_close(full_batch(data, "train", train=True)[name], data.train.inputs[name], rtol=0, atol=0)
         assert data.noise[name] == pytest.approx((0.0, 1.0), abs=1e-5)
 
 

@@ -17,7 +17,7 @@ from equipoise.data.tables.row_splits import split_rows
 from equipoise.errors import ConfigError, DataError
 
 
-def table(folder: Path, rows: int = 30, **columns) -> Path:
+def write_table(folder: Path, rows: int = 30, **columns) -> Path:
     content = {
         "x_0": np.arange(rows) / 7,
         "x_1": np.arange(rows) % 3,
@@ -30,7 +30,7 @@ def table(folder: Path, rows: int = 30, **columns) -> Path:
 
 
 @pytest.fixture
-def media(tmp_path: Path) -> Path:
+def media_table(tmp_path: Path) -> Path:
     """A table with audio of several rates and channels, images of several sizes, sequences, texts and categories."""
     random = np.random.default_rng(0)
     rows = []
@@ -49,8 +49,8 @@ def media(tmp_path: Path) -> Path:
     return tmp_path / "people.csv"
 
 
-def test_kinds_of_columns_are_recognized(media):
-    manifest = Manifest(media, target="label", group="who")
+def test_kinds_of_columns_are_recognized(media_table):
+    manifest = Manifest(media_table, target="label", group="who")
     kinds = {name: one.kind for name, one in manifest.modalities.items()}
     assert kinds == {"sound": "audio", "photo": "image", "imu": "sequence", "note": "text", "table": "table"}
     assert manifest.modalities["table"].columns == ("color", "age")
@@ -58,26 +58,26 @@ def test_kinds_of_columns_are_recognized(media):
     assert any("photo: image" in line for line in manifest.describe())
 
 
-def test_kinds_can_be_overridden(media):
+def test_kinds_can_be_overridden(media_table):
     kinds = {"note": "category", "imu": {"kind": "sequence", "rate": 50.0, "length": 8}, "age": "ignore"}
-    manifest = Manifest(media, target="label", kinds=kinds)
+    manifest = Manifest(media_table, target="label", kinds=kinds)
     assert manifest.modalities["imu"].options == {"rate": 50.0, "length": 8}
     assert "note" in manifest.modalities["table"].columns
     assert "age" in manifest.unused
     with pytest.raises(ConfigError, match="column 'note': expected a known kind, got 'sound'"):
-        Manifest(media, target="label", kinds={"note": "sound"})
+        Manifest(media_table, target="label", kinds={"note": "sound"})
     with pytest.raises(ConfigError, match="Manifest kinds: expected a known column, got 'nose'"):
-        Manifest(media, target="label", kinds={"nose": "text"})
+        Manifest(media_table, target="label", kinds={"nose": "text"})
 
 
 def test_number_columns_with_a_common_prefix_are_one_vector(tmp_path):
-    manifest = Manifest(table(tmp_path, y2=range(30)), target="label")
+    manifest = Manifest(write_table(tmp_path, y2=range(30)), target="label")
     assert manifest.modalities["x"].columns == ("x_0", "x_1")
     assert manifest.modalities["y2"].kind == "number"
 
 
-def test_batches_are_standardized_padded_and_masked(media):
-    data = ManifestDataset(str(media), target="label", group="who")
+def test_batches_are_standardized_padded_and_masked(media_table):
+    data = ManifestDataset(str(media_table), target="label", group="who")
     batch = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=True)
     rows = data.rows["train"].tolist()
     for name, fixed in (("photo", True), ("sound", False), ("imu", False)):
@@ -100,8 +100,8 @@ def test_batches_are_standardized_padded_and_masked(media):
     assert torch.allclose(batch["times"]["sound"][0, :2], torch.tensor([0.005, 0.015]))
 
 
-def test_number_and_category_cells(media):
-    data = ManifestDataset(str(media), target="label", group="who")
+def test_number_and_category_cells(media_table):
+    data = ManifestDataset(str(media_table), target="label", group="who")
     values = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=False)["table"]
     rows = data.rows["train"]
     age = np.where(rows == 6, np.nan, rows.astype(float))
@@ -111,8 +111,8 @@ def test_number_and_category_cells(media):
     assert values[:, 1:].tolist() == [[float(c == "green"), float(c == "red")] for c in colors]
 
 
-def test_rows_without_any_value_lack_the_modality(tmp_path):
-    path = table(tmp_path, x_0=[None] * 3 + [1.0] * 27, x_1=[None] * 2 + [2.0] * 28)
+def test_rows_without_values_are_missing(tmp_path):
+    path = write_table(tmp_path, x_0=[None] * 3 + [1.0] * 27, x_1=[None] * 2 + [2.0] * 28)
     data = ManifestDataset(str(path), target="label", split=None)
     reader = data.readers["x"]
     mask = reader.read(np.arange(5)).mask
@@ -179,7 +179,7 @@ def test_targets():
     assert Manifest(frame, target="count", task="regression").task == "regression"
 
 
-def test_groups_are_never_in_two_splits():
+def test_groups_are_in_one_split_only():
     random = np.random.default_rng(1)
     group = random.integers(0, 17, 200).tolist()
     classes = random.integers(0, 3, 200)
@@ -195,7 +195,7 @@ def test_groups_are_never_in_two_splits():
     assert sorted(seen) == list(range(200))
 
 
-def test_splits_keep_class_frequencies_and_depend_on_the_seed_alone():
+def test_splits_are_stratified_and_depend_on_seed_only():
     classes = np.array([0] * 80 + [1] * 20)
     options = {"split": None, "group": None, "classes": classes, "folds": 5, "fold": 0}
     rows = split_rows(100, **options, seed=0)
@@ -206,7 +206,7 @@ def test_splits_keep_class_frequencies_and_depend_on_the_seed_alone():
     assert not np.array_equal(rows["test"], other["test"])
 
 
-def test_a_split_column_decides_and_missing_parts_are_taken_from_train(tmp_path):
+def test_split_column_and_missing_splits(tmp_path):
     names = ["train"] * 20 + ["test"] * 10
     rows = split_rows(30, split=names, group=None, classes=None, folds=5, fold=0, seed=0)
     assert rows["test"].tolist() == list(range(20, 30))
@@ -226,7 +226,7 @@ def test_a_split_column_decides_and_missing_parts_are_taken_from_train(tmp_path)
 
 
 def test_sampling_weights(tmp_path):
-    path = table(tmp_path, w=[0.0] * 15 + [1.0] * 15)
+    path = write_table(tmp_path, w=[0.0] * 15 + [1.0] * 15)
     data = ManifestDataset(str(path), target="label", weight="w")
     from equipoise.data import loader
 
@@ -237,26 +237,26 @@ def test_sampling_weights(tmp_path):
     assert whole.tolist() == list(range(len(data.test)))
 
 
-def test_unreadable_files_are_reported_before_training(media):
-    (media.parent / "3.png").write_bytes(b"no image")
-    (media.parent / "7.wav").write_bytes((media.parent / "7.wav").read_bytes()[:500])
-    np.save(media.parent / "8.npy", np.full((4, 3), np.nan))
-    (media.parent / "9.wav").unlink()
-    np.save(media.parent / "11.npy", np.zeros((4, 2)))
-    np.save(media.parent / "12.npy", np.array([{"a": 1}]), allow_pickle=True)
-    data = ManifestDataset(str(media), target="label")
+def test_unreadable_files_are_reported_before_training(media_table):
+    (media_table.parent / "3.png").write_bytes(b"no image")
+    (media_table.parent / "7.wav").write_bytes((media_table.parent / "7.wav").read_bytes()[:500])
+    np.save(media_table.parent / "8.npy", np.full((4, 3), np.nan))
+    (media_table.parent / "9.wav").unlink()
+    np.save(media_table.parent / "11.npy", np.zeros((4, 2)))
+    np.save(media_table.parent / "12.npy", np.array([{"a": 1}]), allow_pickle=True)
+    data = ManifestDataset(str(media_table), target="label")
     bad = data.check()
     assert sorted(bad) == [3, 7, 8, 9, 11, 12]
     message = str(unreadable(bad, 30))
     assert "6 rows that cannot be read: [3] photo, row 3" in message
     assert "--skip-bad" in message
-    left = ManifestDataset(str(media), target="label", skip=sorted(bad))
+    left = ManifestDataset(str(media_table), target="label", skip=sorted(bad))
     assert sum(len(left.split(name)) for name in ("train", "val", "test")) == 24
     assert left.check() == {}
 
 
-def test_a_changed_table_is_refused(tmp_path):
-    path = table(tmp_path)
+def test_changed_table_raises(tmp_path):
+    path = write_table(tmp_path)
     digest = Manifest(path, target="label").checksum()
     ManifestDataset(str(path), target="label", checksum=digest)
     path.write_text(path.read_text().replace("a\n", "b\n", 1))
@@ -280,43 +280,43 @@ BAD = {
     "repeated column": (lambda folder: write(folder / "t.csv", "a,a,label\n1,2,x\n"), {}, "unique column names"),
     "truncated jsonl": (lambda folder: write(folder / "t.jsonl", '{"a": 1, "label": "x"}\n{"a": '), {}, "complete jsonl table"),
     "truncated parquet": (lambda folder: write(folder / "t.parquet", b"PAR1abc"), {}, "complete parquet table"),
-    "unknown target": (table, {"target": "lable"}, "expected a known column, got 'lable'. Did you mean 'label'"),
-    "unknown group": (table, {"group": "who"}, "expected a known column, got 'who'"),
-    "target as group": (table, {"group": "label"}, "different columns for target, group, split and weight"),
-    "one class": (lambda folder: table(folder, label=["a"] * 30), {}, "expected 2 to 1,000 classes, got 1"),
-    "empty target": (lambda folder: table(folder, label=["a", None] * 15), {}, "expected a value in every row, got 15 empty"),
+    "unknown target": (write_table, {"target": "lable"}, "expected a known column, got 'lable'. Did you mean 'label'"),
+    "unknown group": (write_table, {"group": "who"}, "expected a known column, got 'who'"),
+    "target as group": (write_table, {"group": "label"}, "different columns for target, group, split and weight"),
+    "one class": (lambda folder: write_table(folder, label=["a"] * 30), {}, "expected 2 to 1,000 classes, got 1"),
+    "empty target": (lambda folder: write_table(folder, label=["a", None] * 15), {}, "expected a value in every row, got 15 empty"),
     "infinite target": (
-        lambda folder: table(folder, label=[0.5, np.inf] * 15), {}, r"expected finite numbers, got infinity in row 1|integer",
+        lambda folder: write_table(folder, label=[0.5, np.inf] * 15), {}, r"expected finite numbers, got infinity in row 1|integer",
     ),
-    "text as numbers": (table, {"task": "regression"}, "expected numbers, got 'a' in row 0"),
-    "unknown task": (table, {"task": "ranking"}, "expected a known task, got 'ranking'"),
-    "negative weight": (lambda folder: table(folder, w=[-1.0] * 30), {"weight": "w"}, "expected finite weights >= 0"),
-    "infinite cell": (lambda folder: table(folder, x_0=[np.inf] * 30), {}, "expected finite numbers, got infinity in row"),
+    "text as numbers": (write_table, {"task": "regression"}, "expected numbers, got 'a' in row 0"),
+    "unknown task": (write_table, {"task": "ranking"}, "expected a known task, got 'ranking'"),
+    "negative weight": (lambda folder: write_table(folder, w=[-1.0] * 30), {"weight": "w"}, "expected finite weights >= 0"),
+    "infinite cell": (lambda folder: write_table(folder, x_0=[np.inf] * 30), {}, "expected finite numbers, got infinity in row"),
     "no input": (lambda folder: write(folder / "t.csv", "id,label\nq,a\nr,b\n"), {}, "at least one column of inputs"),
     "two rows": (lambda folder: write(folder / "t.csv", "x,label\n1.5,a\n2.5,b\n"), {}, "at least 3 rows"),
-    "two groups": (lambda folder: table(folder, g=["a", "b"] * 15), {"group": "g"}, "at least 3 groups"),
-    "two folds": (table, {"folds": 2}, "expected folds >= 3"),
-    "fold too large": (table, {"fold": 7}, "0 <= fold < folds"),
-    "fold no number": (table, {"fold": "A"}, "expected a fold from 0 to folds - 1, got fold = 'A'"),
-    "no root": (table, {"root": "/nonexistent"}, "Manifest root: expected a folder"),
-    "unknown split": (lambda folder: table(folder, split=["a"] * 30), {}, "train, val or test in every row"),
-    "no training rows": (lambda folder: table(folder, split=["test"] * 30), {}, "expected rows of the split train, got none"),
+    "two groups": (lambda folder: write_table(folder, g=["a", "b"] * 15), {"group": "g"}, "at least 3 groups"),
+    "two folds": (write_table, {"folds": 2}, "expected folds >= 3"),
+    "fold too large": (write_table, {"fold": 7}, "0 <= fold < folds"),
+    "fold no number": (write_table, {"fold": "A"}, "expected a fold from 0 to folds - 1, got fold = 'A'"),
+    "no root": (write_table, {"root": "/nonexistent"}, "Manifest root: expected a folder"),
+    "unknown split": (lambda folder: write_table(folder, split=["a"] * 30), {}, "train, val or test in every row"),
+    "no training rows": (lambda folder: write_table(folder, split=["test"] * 30), {}, "expected rows of the split train, got none"),
     "too many categories": (
-        lambda folder: table(folder, rows=2_100, c=[f"c{i % 1_900}" for i in range(2_100)]), {"kinds": {"c": "category"}},
+        lambda folder: write_table(folder, rows=2_100, c=[f"c{i % 1_900}" for i in range(2_100)]), {"kinds": {"c": "category"}},
         "expected at most 1000 categories",
     ),
-    "unknown option": (table, {"kinds": {"x_0": {"kind": "text", "size": 3}}}, "expected a known option of text, got 'size'"),
+    "unknown option": (write_table, {"kinds": {"x_0": {"kind": "text", "size": 3}}}, "expected a known option of text, got 'size'"),
     "only empty files": (
-        lambda folder: table(folder, wav=[None] * 30), {"kinds": {"wav": "audio"}}, "training rows with audio, got empty cells",
+        lambda folder: write_table(folder, wav=[None] * 30), {"kinds": {"wav": "audio"}}, "training rows with audio, got empty cells",
     ),
     "missing files": (
-        lambda folder: table(folder, wav=["gone.wav"] * 30), {}, "training rows with audio, got.*no such file",
+        lambda folder: write_table(folder, wav=["gone.wav"] * 30), {}, "training rows with audio, got.*no such file",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_error(tmp_path, case):
+def test_invalid_input_raises_one_error(tmp_path, case):
     make, options, message = BAD[case]
     path = make(tmp_path)
     with pytest.raises((DataError, ConfigError), match=message):
@@ -332,7 +332,7 @@ def test_arrays_of_one_shape_are_neither_cropped_nor_resized(tmp_path):
         for i, array in enumerate(arrays):
             np.save(tmp_path / f"{name}{i}.npy", array)
     columns = {name: [f"{name}{i}.npy" for i in range(30)] for name in shapes}
-    path = table(tmp_path, **columns, x_0=[None] * 30, x_1=[None] * 30)
+    path = write_table(tmp_path, **columns, x_0=[None] * 30, x_1=[None] * 30)
     data = ManifestDataset(str(path), target="label", kinds=dict.fromkeys(shapes, "array"))
     batch = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=False)
     for name, shape in expected.items():
@@ -353,10 +353,10 @@ def test_arrays_of_one_shape_are_neither_cropped_nor_resized(tmp_path):
         (np.zeros((0, 3)), r"got float64 of shape \(0, 3, 1\)"),
     ],
 )
-def test_arrays_that_cannot_be_read(tmp_path, array, said):
+def test_unreadable_arrays_raise(tmp_path, array, said):
     for i in range(30):
         np.save(tmp_path / f"{i}.npy", array)
-    path = table(tmp_path, a=[f"{i}.npy" for i in range(30)])
+    path = write_table(tmp_path, a=[f"{i}.npy" for i in range(30)])
     with pytest.raises(DataError, match=said):
         ManifestDataset(str(path), target="label", kinds={"a": "array"})
 
@@ -396,7 +396,7 @@ def test_options_of_modalities(tmp_path, modality, message):
     if "tokenizer" in modality:
         pytest.importorskip("transformers")
     columns = {"photo": "0.png", "sound": "0.wav", "steps": "0.npy", "note": "some words of a note", "age": 3}
-    path = table(tmp_path, **{name: [cell] * 30 for name, cell in columns.items()})
+    path = write_table(tmp_path, **{name: [cell] * 30 for name, cell in columns.items()})
     with pytest.raises(ConfigError, match=message):
         ManifestDataset(str(path), target="label", modalities={"a": modality})
 
@@ -412,13 +412,13 @@ def test_options_of_modalities(tmp_path, modality, message):
 ])  # fmt: skip
 def test_options_of_tables(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
-        ManifestDataset(str(table(tmp_path)), target="label", **options)
+        ManifestDataset(str(write_table(tmp_path)), target="label", **options)
 
 
-def test_two_processes_share_every_batch_of_a_table(media):
+def test_two_processes_share_batches_of_a_table(media_table):
     from equipoise.data import loader
 
-    data = ManifestDataset(str(media), target="label")
+    data = ManifestDataset(str(media_table), target="label")
     parts = [list(loader(data, "train", 6, seed=0, train=True, rank=rank, world=2)) for rank in (0, 1)]
     whole = list(loader(data, "train", 6, seed=0, train=True, rank=0, world=1))
     # A last batch with fewer samples than processes is not used in training.

@@ -21,7 +21,7 @@ from equipoise.errors import DataError
 RAMP = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
 
 
-def png(width, height, depth, color, rows, extra=b""):
+def png_bytes(width, height, depth, color, rows, extra=b""):
     """A PNG file, byte by byte, of what Pillow does not write."""
 
     def chunk(name, body):
@@ -45,7 +45,7 @@ def test_only_media_files_opens_images_and_sounds():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
-def test_images_are_upright(tmp_path, kind, orientation):
+def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     upright = np.zeros((48, 32, 3), np.uint8)
     upright[:16, :16] = 255
     # How each orientation is stored: the inverse of what shows it upright.
@@ -66,12 +66,12 @@ def test_images_are_upright(tmp_path, kind, orientation):
     assert load_square_image(path, 24)[2, 6].min() > 200
 
 
-def test_unreadable_exif_leaves_the_image_as_it_is(tmp_path):
+def test_unreadable_exif_is_ignored(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert load_image(tmp_path / "a.jpg").size == (40, 20)
 
 
-def test_sixteen_bits_are_scaled(tmp_path):
+def test_16_bit_images_are_scaled(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "deep.png")
     Image.fromarray(RAMP).save(tmp_path / "deep.tif")
     (tmp_path / "deep.pgm").write_bytes(b"P5 20 20 65535\n" + RAMP.astype(">u2").tobytes())
@@ -83,25 +83,25 @@ def test_sixteen_bits_are_scaled(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
-def test_sixteen_bits_in_several_channels(tmp_path, channels):
+def test_16_bit_images_with_several_channels(tmp_path, channels):
     values = np.stack([RAMP] * channels, axis=2)
     if channels in (2, 4):
         values[..., -1] = 65535
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    (tmp_path / "a.png").write_bytes(png(20, 20, 16, {2: 4, 3: 2, 4: 6}[channels], rows))
+    (tmp_path / "a.png").write_bytes(png_bytes(20, 20, 16, {2: 4, 3: 2, 4: 6}[channels], rows))
     found = np.asarray(load_image(tmp_path / "a.png")).astype(float)
     assert np.abs(found - (RAMP / 257)[..., None]).max() <= 1
 
 
-def test_one_transparent_gray_of_sixteen_bits(tmp_path):
+def test_16_bit_gray_with_transparent_value(tmp_path):
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.array([[0, 257, 514, 65535]] * 2))
     extra = struct.pack(">I", 2) + b"tRNS" + struct.pack(">H", 257) + struct.pack(">I", zlib.crc32(b"tRNS\x01\x01"))
-    (tmp_path / "a.png").write_bytes(png(4, 2, 16, 0, rows, extra))
+    (tmp_path / "a.png").write_bytes(png_bytes(4, 2, 16, 0, rows, extra))
     assert np.asarray(load_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 255, 2, 255]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
-def test_transparency_is_white(tmp_path, mode):
+def test_transparency_becomes_white(tmp_path, mode):
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
     if mode in ("La", "LA"):
         clear = clear.convert("LA")
@@ -111,7 +111,7 @@ def test_transparency_is_white(tmp_path, mode):
     assert load_image(half).getpixel((3, 3)) == (255, 127, 127)
 
 
-def test_a_transparent_color_of_a_palette_or_of_a_file(tmp_path):
+def test_transparent_palette_and_file_colors(tmp_path):
     palette = Image.new("P", (9, 9), 3)
     palette.putpalette([0, 0, 0, 10, 20, 30, 0, 0, 0, 200, 0, 0])
     palette.paste(1, (0, 0, 9, 3))
@@ -129,7 +129,7 @@ def test_modes_without_transparency(mode):
     assert load_image(Image.new("RGB", (16, 16), "black").convert(mode)).getpixel((2, 2)) == (0, 0, 0)
 
 
-def test_cmyk_of_a_file(tmp_path):
+def test_cmyk_file(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     red, green, blue = load_image(tmp_path / "a.jpg").getpixel((8, 8))
     assert red > 240
@@ -137,7 +137,7 @@ def test_cmyk_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_the_first_frame_of_an_animation(tmp_path, kind):
+def test_first_frame_of_an_animation(tmp_path, kind):
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
     frames[0].save(
         tmp_path / f"a.{kind}",
@@ -166,7 +166,7 @@ def test_truncated_images(tmp_path, kind, kept):
         load_square_image(tmp_path / f"cut.{kind}", 16)
 
 
-def test_a_truncated_animation(tmp_path):
+def test_truncated_animation(tmp_path):
     frames = [Image.effect_noise((32, 32), 90) for _ in range(3)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     content = (tmp_path / "a.gif").read_bytes()
@@ -178,9 +178,9 @@ def test_a_truncated_animation(tmp_path):
 def test_decompression_bombs(tmp_path, monkeypatch):
     rows = zlib.compress(bytes(1000))
     # 30,000 x 30,000 pixels in some hundred bytes: refused before they are unpacked.
-    (tmp_path / "bomb.png").write_bytes(png(30_000, 30_000, 8, 0, rows))
+    (tmp_path / "bomb.png").write_bytes(png_bytes(30_000, 30_000, 8, 0, rows))
     # Between Pillow's warning and its error.
-    (tmp_path / "large.png").write_bytes(png(10_000, 10_000, 8, 0, rows))
+    (tmp_path / "large.png").write_bytes(png_bytes(10_000, 10_000, 8, 0, rows))
     for name in ("bomb.png", "large.png"):
         with pytest.raises(DataError, match=rf"{name}': expected an image of at most 89,478,485 pixels, got "):
             load_image(tmp_path / name)
@@ -216,7 +216,7 @@ def tone(rate, seconds=0.5, hertz=100.0):
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_depths_and_channels(tmp_path, subtype, channels):
+def test_sample_formats_and_channels(tmp_path, subtype, channels):
     left = 0.5 * tone(16000)
     values = np.stack([left * (1 if place == 0 else 0.5) for place in range(channels)], axis=1)
     soundfile.write(tmp_path / "a.wav", values, 16000, subtype=subtype)
@@ -226,7 +226,7 @@ def test_depths_and_channels(tmp_path, subtype, channels):
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 12345, 22050, 44100, 48000, 96000])
-def test_every_rate_is_resampled(tmp_path, rate):
+def test_sampling_rates_are_resampled(tmp_path, rate):
     soundfile.write(tmp_path / "a.flac", tone(rate), rate)
     found = read_audio(tmp_path / "a.flac", 16000)
     assert abs(len(found) - 8000) <= 1
@@ -235,7 +235,7 @@ def test_every_rate_is_resampled(tmp_path, rate):
 
 @pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "FLAC", "OGG", "WAVEX"])
 @pytest.mark.parametrize("kept", [0.02, 0.3, 0.9, 0.999])
-def test_truncated_sounds(tmp_path, kind, kept):
+def test_truncated_audio(tmp_path, kind, kept):
     file = io.BytesIO()
     soundfile.write(file, np.random.default_rng(0).normal(size=16000) * 0.1, 16000, format=kind)
     content = file.getvalue()
@@ -246,7 +246,7 @@ def test_truncated_sounds(tmp_path, kind, kept):
         read_audio(tmp_path / "cut", 16000)
 
 
-def test_not_a_sound_raises(tmp_path, monkeypatch):
+def test_not_audio_raises(tmp_path, monkeypatch):
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.wav").write_bytes(b"nothing")
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
@@ -275,7 +275,7 @@ def test_not_a_sound_raises(tmp_path, monkeypatch):
         read_audio(tmp_path / "b.flac", 16000)
 
 
-def test_sounds_that_are_arrays():
+def test_audio_arrays():
     values = np.array([0.0, 0.5])
     assert read_audio(values, 16000) is values
     for wrong in (np.zeros((2, 3)), np.zeros(0), np.zeros(3, dtype=np.int16)):
@@ -285,7 +285,7 @@ def test_sounds_that_are_arrays():
         read_audio(np.array([0.0, np.inf]), 16000)
 
 
-def test_look_and_data_sets_read_alike(tmp_path):
+def test_look_and_data_sets_read_files_equally(tmp_path):
     from equipoise.inspection import prompt_inputs
 
     assert prompt_inputs.load_image is load_image

@@ -13,12 +13,12 @@ from helpers.published_data import DATA, needs
 
 
 @pytest.fixture(scope="module")
-def published():
+def published_data():
     return load_dataset("mosi", root=DATA)
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
+def synthetic_folder(tmp_path_factory):
     """A folder with files of the published sizes, constant but for text feature 1, the video."""
     folder = tmp_path_factory.mktemp("data") / "mosi"
     folder.mkdir()
@@ -33,20 +33,20 @@ def synthetic(tmp_path_factory):
 
 
 @needs("mosi")
-def test_published_splits(published):
-    assert published.shapes == {"text": (100,), "audio": (73,), "video": (100,)}
-    assert [len(split) for split in (published.train, published.val, published.test)] == [1211, 236, 752]
-    assert published.train.target.bincount().tolist() == [618, 593]
-    assert published.test.target.bincount().tolist() == [285, 467]
-    for values in published.train.inputs.values():
+def test_published_splits(published_data):
+    assert published_data.shapes == {"text": (100,), "audio": (73,), "video": (100,)}
+    assert [len(split) for split in (published_data.train, published_data.val, published_data.test)] == [1211, 236, 752]
+    assert published_data.train.target.bincount().tolist() == [618, 593]
+    assert published_data.test.target.bincount().tolist() == [285, 467]
+    for values in published_data.train.inputs.values():
         varies = values.std(dim=0, correction=0) > 0
         torch.testing.assert_close(values.mean(dim=0), torch.zeros(values.shape[1]), atol=1e-5, rtol=0)
         torch.testing.assert_close(values[:, varies].std(dim=0, correction=0), torch.ones(int(varies.sum())))
 
 
-def test_a_video_is_in_one_split(synthetic, monkeypatch):
+def test_video_is_in_one_split(synthetic_folder, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    data = load_dataset("mosi", root=synthetic.parent)
+    data = load_dataset("mosi", root=synthetic_folder.parent)
     # Text feature 1 is the number of the video.
     videos = {name: set(data.split(name).inputs["text"][:, 0].tolist()) for name in ("train", "val", "test")}
     assert [len(group) for group in videos.values()] == [62 - VAL_VIDEOS, VAL_VIDEOS, 31]
@@ -90,9 +90,9 @@ def damage(folder, kind):
         ("videos", r"expected videos that occur in one split only, got video 7 in both"),
     ],
 )
-def test_damaged_files(synthetic, tmp_path, monkeypatch, kind, message):
+def test_damaged_files(synthetic_folder, tmp_path, monkeypatch, kind, message):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    shutil.copytree(synthetic, tmp_path / "mosi")
+    shutil.copytree(synthetic_folder, tmp_path / "mosi")
     damage(tmp_path / "mosi", kind)
     with pytest.raises(DataError, match=message):
         load_dataset("mosi", root=tmp_path)

@@ -14,7 +14,7 @@ HEADER = '"date","Temperature","Humidity","Light","CO2","HumidityRatio","Occupan
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
+def synthetic_folder(tmp_path_factory):
     """A folder with files of the published sizes."""
     folder = tmp_path_factory.mktemp("data") / "occupancy"
     folder.mkdir()
@@ -41,9 +41,9 @@ def test_published_splits(fold, test):
         torch.testing.assert_close(values.std(correction=0), torch.tensor(1.0))
 
 
-def test_validation_is_the_last_days_of_training(synthetic, monkeypatch):
+def test_validation_uses_the_last_training_days(synthetic_folder, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    data = load_dataset("occupancy_detection", root=synthetic.parent)
+    data = load_dataset("occupancy_detection", root=synthetic_folder.parent)
     expected = sum(4 + 6 * row // ROWS["datatraining"] < 9 for row in range(ROWS["datatraining"]))
     assert [len(data.train), len(data.val), len(data.test)] == [expected, ROWS["datatraining"] - expected, 2665]
     # A constant sensor is centered, not divided by 0.
@@ -64,9 +64,9 @@ def test_validation_is_the_last_days_of_training(synthetic, monkeypatch):
         (lambda text: "", "expected a header .*got an empty file"),
     ],
 )
-def test_damaged_files(synthetic, tmp_path, monkeypatch, damage, message):
+def test_damaged_files(synthetic_folder, tmp_path, monkeypatch, damage, message):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    shutil.copytree(synthetic, tmp_path / "occupancy")
+    shutil.copytree(synthetic_folder, tmp_path / "occupancy")
     path = tmp_path / "occupancy/datatraining.txt"
     path.write_text(damage(path.read_text()))
     with pytest.raises(DataError, match=message):

@@ -16,7 +16,7 @@ PER_DAY = 1447
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
+def synthetic_folder(tmp_path_factory):
     """A folder with a table of the published size; sensor 1 of the light counts readings."""
     folder = tmp_path_factory.mktemp("data") / "occupancy"
     folder.mkdir()
@@ -32,9 +32,9 @@ def synthetic(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(synthetic, tmp_path, monkeypatch):
+def table_copy(synthetic_folder, tmp_path, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    shutil.copytree(synthetic, tmp_path / "occupancy")
+    shutil.copytree(synthetic_folder, tmp_path / "occupancy")
     return tmp_path / "occupancy/est.csv"
 
 
@@ -57,10 +57,10 @@ def test_published_splits():
     assert not data.train.mask["temperature"].any(dim=1).all()
 
 
-def test_windows_do_not_cross_splits(synthetic, monkeypatch):
+def test_windows_do_not_cross_splits(synthetic_folder, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    data = load_dataset("occupancy_estimation", root=synthetic.parent, window=7, stride=3)
-    dates = [line.split(",")[0] for line in (synthetic / "est.csv").read_text().splitlines()[1:]]
+    data = load_dataset("occupancy_estimation", root=synthetic_folder.parent, window=7, stride=3)
+    dates = [line.split(",")[0] for line in (synthetic_folder / "est.csv").read_text().splitlines()[1:]]
     train = torch.tensor([float(row) for row in range(ROWS) if dates[row] in DAYS["train"]], dtype=torch.float64)
     seen = {}
     for split, days in DAYS.items():
@@ -73,13 +73,13 @@ def test_windows_do_not_cross_splits(synthetic, monkeypatch):
     assert len(set.union(*seen.values())) == sum(map(len, seen.values()))
 
 
-def test_empty_fields_are_masked(copied):
-    lines = copied.read_text().splitlines()
+def test_empty_fields_are_masked(table_copy):
+    lines = table_copy.read_text().splitlines()
     fields = lines[1 + 20].split(",")
     fields[COLUMNS.index("S3_Sound")] = ""
     lines[1 + 20] = ",".join(fields)
-    copied.write_text("\n".join(lines) + "\n")
-    data = load_dataset("occupancy_estimation", root=copied.parents[1], window=1, stride=1)
+    table_copy.write_text("\n".join(lines) + "\n")
+    data = load_dataset("occupancy_estimation", root=table_copy.parents[1], window=1, stride=1)
     assert (~data.train.mask["sound"]).nonzero().tolist() == [[20, 0]]
     assert (data.train.inputs["sound"][20] == 0).all()
     assert all(data.train.mask[name].all() for name in data.names if name != "sound")
@@ -109,17 +109,17 @@ def test_empty_fields_are_masked(copied):
         ),
     ],
 )
-def test_damaged_files(copied, damage, message):
-    copied.write_text(damage(copied.read_text()))
+def test_damaged_files(table_copy, damage, message):
+    table_copy.write_text(damage(table_copy.read_text()))
     with pytest.raises(DataError, match=message):
-        load_dataset("occupancy_estimation", root=copied.parents[1])
+        load_dataset("occupancy_estimation", root=table_copy.parents[1])
 
 
-def test_missing_file_and_options(copied):
+def test_missing_file_and_options(table_copy):
     with pytest.raises(ConfigError, match=r"OccupancyEstimation: expected window >= 1 and stride >= 1, got window = 0"):
-        load_dataset("occupancy_estimation", root=copied.parents[1], window=0)
+        load_dataset("occupancy_estimation", root=table_copy.parents[1], window=0)
     with pytest.raises(DataError, match=r"est.csv': expected at least 9999 readings of .* \(train\), got \d+"):
-        load_dataset("occupancy_estimation", root=copied.parents[1], window=9999)
-    copied.unlink()
+        load_dataset("occupancy_estimation", root=table_copy.parents[1], window=9999)
+    table_copy.unlink()
     with pytest.raises(DataError, match=r"est.csv': expected a CSV file, got no such file"):
-        load_dataset("occupancy_estimation", root=copied.parents[1])
+        load_dataset("occupancy_estimation", root=table_copy.parents[1])

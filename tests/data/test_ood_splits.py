@@ -32,41 +32,41 @@ NAMES = ["digits", pytest.param("av_digits", marks=published)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def both(request):
+def full_and_held_out(request):
     """The whole data set, and the one without some classes."""
     return data.load_dataset(request.param), data.load_dataset(request.param, held_out=HELD)
 
 
-def scaled(values):
+def standardize(values):
     """Every sample with mean 0 and deviation 1, so that other statistics of the training split make no difference."""
     flat = values.flatten(1).double()
     return (flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True)
 
 
-def test_splits_hold_the_samples_of_the_kept_classes_alone(both):
-    whole, part = both
+def test_splits_contain_retained_classes_only(full_and_held_out):
+    whole, part = full_and_held_out
     assert part.num_outputs == len(KEPT)
     for name in ("train", "val", "test"):
         full, left = whole.split(name), part.split(name)
         rows = [row for row, label in enumerate(full.target.tolist()) if label in KEPT]
         assert left.target.tolist() == [KEPT.index(int(full.target[row])) for row in rows]
         torch.testing.assert_close(
-            scaled(left.inputs["audio"]), scaled(full.inputs["audio"][rows]), **TOL[torch.float32]
+            standardize(left.inputs["audio"]), standardize(full.inputs["audio"][rows]), **TOL[torch.float32]
         )
 
 
-def test_outside_are_the_held_out_samples_of_the_test_split(both):
-    whole, part = both
+def test_ood_split_contains_held_out_test_samples(full_and_held_out):
+    whole, part = full_and_held_out
     rows = [row for row, label in enumerate(whole.test.target.tolist()) if label in HELD]
     assert part.near_ood.target.tolist() == whole.test.target[rows].tolist()
     torch.testing.assert_close(
-        scaled(part.near_ood.inputs["audio"]), scaled(whole.test.inputs["audio"][rows]), **TOL[torch.float32]
+        standardize(part.near_ood.inputs["audio"]), standardize(whole.test.inputs["audio"][rows]), **TOL[torch.float32]
     )
     assert whole.near_ood is None
 
 
-def test_statistics_and_components_know_nothing_of_what_is_held_out(both):
-    _, part = both
+def test_statistics_exclude_held_out_samples(full_and_held_out):
+    _, part = full_and_held_out
     train = part.train.inputs["image"].flatten(1).double()
     rank = int(torch.linalg.matrix_rank(train, rtol=1e-3))
     for split in (part.test, part.near_ood):
@@ -77,7 +77,7 @@ def test_statistics_and_components_know_nothing_of_what_is_held_out(both):
         assert deviation == pytest.approx(1.0, abs=TOL[torch.bfloat16]["atol"])
 
 
-def test_nothing_held_out_changes_nothing():
+def test_no_held_out_classes_has_no_effect():
     plain, empty = data.load_dataset("digits"), data.load_dataset("digits", held_out=[])
     for name in ("train", "val", "test"):
         for modality in plain.names:
@@ -86,8 +86,8 @@ def test_nothing_held_out_changes_nothing():
     assert (plain.num_outputs, empty.near_ood) == (10, None)
 
 
-def test_near_and_far_are_served_as_the_test_is(both):
-    _, part = both
+def test_near_and_far_ood_are_processed_as_the_test_split(full_and_held_out):
+    _, part = full_and_held_out
     for kind, size, labels in (("near", len(part.near_ood), HELD), ("far", FAR_SAMPLES, [-1])):
         view = data.ood_split(part, kind)
         served = list(data.loader(view, "test", 101, seed=3, train=False))
@@ -108,8 +108,8 @@ def test_near_and_far_are_served_as_the_test_is(both):
         assert part.test is not view.test
 
 
-def test_far_pictures_and_sounds_go_through_what_the_data_go_through(both):
-    _, part = both
+def test_far_ood_inputs_use_the_data_preprocessing(full_and_held_out):
+    _, part = full_and_held_out
     side = part.shapes["image"][-1]
     pictures, heard = photo_patches(5, side), synthetic_sounds(5)
     got = part.far_ood_inputs(pictures, heard)
@@ -133,19 +133,19 @@ def test_far_pictures_and_sounds_go_through_what_the_data_go_through(both):
 
 
 @pytest.mark.parametrize("side", [7, 11])
-def test_patches_are_cut_from_the_photographs(side):
+def test_patches_are_crops_of_the_photographs(side):
     from sklearn.datasets import load_sample_images
 
     found = photo_patches(13, side)
     assert found.shape == (13, side, side)
     gray = [image.astype(np.float64).mean(axis=2) / 255 for image in load_sample_images().images]
     for patch in found[:5].double().numpy():
-        assert any(occurs(patch, image) for image in gray)
+        assert any(contains_patch(patch, image) for image in gray)
     assert torch.equal(photo_patches(3, side), found[:3])
     assert 0 <= found.min() < found.max() <= 1
 
 
-def occurs(patch, image):
+def contains_patch(patch, image):
     """Whether the patch is somewhere in the image."""
     near = TOL[torch.float32]["rtol"]
     height, width = patch.shape
@@ -153,7 +153,7 @@ def occurs(patch, image):
     return any(np.abs(image[y : y + height, x : x + width] - patch).max() < near for y, x in corners)
 
 
-def test_sounds_are_chirps_tones_and_bursts_in_turn():
+def test_far_ood_audio_signals():
     found = synthetic_sounds(30)
     assert found.shape == (30, 5120)
     peaks = found.abs().amax(dim=1)
@@ -170,19 +170,19 @@ def test_sounds_are_chirps_tones_and_bursts_in_turn():
     assert torch.equal(synthetic_sounds(5), found[:5])
 
 
-def test_making_them_leaves_the_global_generator_alone():
+def test_generation_does_not_use_the_global_rng():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     data.ood_split(data.load_dataset("digits"), "far")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_kept_classes():
+def test_retained_classes():
     assert sample_kept_classes((), 5, "X").tolist() == [0, 1, 2, 3, 4]
     assert sample_kept_classes([3, 0, 3], 5, "X").tolist() == [1, 2, 4]
 
 
-def test_divided_by_hand():
+def test_hand_computed_split_by_class():
     split = data.Split({"audio": torch.arange(5.0)[:, None]}, torch.tensor([4, 2, 0, 2, 3]))
     inside, outside = split_by_class(split, torch.tensor([2, 4]))
     assert inside.target.tolist() == [1, 0, 0]
@@ -201,7 +201,7 @@ def test_invalid_held_out_classes_raise(name, wrong):
 
 
 @pytest.mark.parametrize("name", ["digits", "av_digits"])
-def test_fewer_than_two_kept_classes_raise(name):
+def test_fewer_than_two_retained_classes_raise(name):
     with pytest.raises(ConfigError, match=r"expected two or more classes that are not held out, got 1 of 10\. Hold"):
         data.load_dataset(name, held_out=list(range(1, 10)))
     assert data.load_dataset("digits", held_out=list(range(2, 10))).num_outputs == 2
@@ -221,7 +221,7 @@ def test_data_without_ood_split_raises():
             data.ood_split(other, "far")
 
 
-def test_a_recipe_holds_classes_out():
+def test_recipe_with_held_out_classes():
     made = recipe()
     made.data["held_out"] = HELD
     assert load_run_dataset(made, None).num_outputs == 7
@@ -232,7 +232,7 @@ def test_a_recipe_holds_classes_out():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_code_of_the_data_cards_runs(name):
+def test_data_card_code_runs(name):
     card = (Path(__file__).parents[2] / f"docs/data/{name}.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         found = {}

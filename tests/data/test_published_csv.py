@@ -11,14 +11,14 @@ from equipoise.errors import DataError
 TEXT = 'when,a,b\n1 May,1.5,0\n2 May,,1\n"3, May",-2e3,1\n'
 
 
-def written(folder, text=TEXT, encoding="utf-8"):
+def write_table(folder, text=TEXT, encoding="utf-8"):
     path = folder / "t.csv"
     path.write_bytes(text.encode(encoding))
     return path
 
 
 def test_values(tmp_path):
-    table = read_table(written(tmp_path), ["when", "a", "b"], rows=3)
+    table = read_table(write_table(tmp_path), ["when", "a", "b"], rows=3)
     assert table.texts("when") == ["1 May", "2 May", "3, May"]
     numbers = table.numbers(["b", "a"], missing=True)
     assert numbers.dtype == torch.float64
@@ -27,10 +27,10 @@ def test_values(tmp_path):
     assert table.labels("b", 2).tolist() == [0, 1, 1]
 
 
-def test_row_names_bom_and_files_without_header(tmp_path):
-    named = written(tmp_path, '"x","y"\n"7",1,2\n"8",3,4\n', "utf-8-sig")
+def test_row_names_bom_and_missing_header(tmp_path):
+    named = write_table(tmp_path, '"x","y"\n"7",1,2\n"8",3,4\n', "utf-8-sig")
     assert read_table(named, ["x", "y"], rows=2, row_names=True).numbers(["y"]).tolist() == [[2.0], [4.0]]
-    plain = written(tmp_path, "1,2\n3,4\n")
+    plain = write_table(tmp_path, "1,2\n3,4\n")
     assert read_table(plain, ["x", "y"], rows=2, header=False).numbers(["x"]).tolist() == [[1.0], [3.0]]
 
 
@@ -47,30 +47,30 @@ def test_row_names_bom_and_files_without_header(tmp_path):
 )
 def test_damaged_tables(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
-        read_table(written(tmp_path, text), ["when", "a", "b"], rows=3)
+        read_table(write_table(tmp_path, text), ["when", "a", "b"], rows=3)
 
 
-def test_files_that_are_no_text_or_missing(tmp_path):
+def test_binary_and_missing_files_raise(tmp_path):
     with pytest.raises(DataError, match=r"t.csv': expected a CSV file in UTF-8, got 'utf-8' codec"):
-        read_table(written(tmp_path, TEXT + "é", "latin-1"), ["when", "a", "b"], rows=3)
+        read_table(write_table(tmp_path, TEXT + "é", "latin-1"), ["when", "a", "b"], rows=3)
     with pytest.raises(DataError, match=r"none.csv': expected a CSV file, got no such file"):
         read_table(tmp_path / "none.csv", ["a"], rows=3)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1,5".replace(",", ";"), "x"])
-def test_fields_that_are_no_numbers(tmp_path, value):
-    table = read_table(written(tmp_path, TEXT.replace("1.5", value)), ["when", "a", "b"], rows=3)
+def test_non_numeric_fields_raise(tmp_path, value):
+    table = read_table(write_table(tmp_path, TEXT.replace("1.5", value)), ["when", "a", "b"], rows=3)
     with pytest.raises(DataError, match=rf"t.csv' line 2, column 'a': expected a finite number, got '{value}'"):
         table.numbers(["a"], missing=True)
 
 
-def test_empty_fields_are_errors_unless_they_may_be_missing(tmp_path):
-    table = read_table(written(tmp_path), ["when", "a", "b"], rows=3)
+def test_empty_fields_raise_unless_allowed(tmp_path):
+    table = read_table(write_table(tmp_path), ["when", "a", "b"], rows=3)
     with pytest.raises(DataError, match=r"line 3, column 'a': expected a finite number, got ''"):
         table.numbers(["a"])
 
 
-def test_labels_out_of_range(tmp_path):
-    table = read_table(written(tmp_path, TEXT.replace(",0\n", ",2\n")), ["when", "a", "b"], rows=3)
+def test_labels_out_of_range_raise(tmp_path):
+    table = read_table(write_table(tmp_path, TEXT.replace(",0\n", ",2\n")), ["when", "a", "b"], rows=3)
     with pytest.raises(DataError, match=r"line 2, column 'b': expected a class from 0 to 1, got '2'"):
         table.labels("b", 2)

@@ -12,7 +12,7 @@ from equipoise.data.resumable_sampler import ResumableBatchSampler
 from equipoise.errors import ConfigError
 
 
-def batches(*args, epoch=0, **kwargs):
+def sampler_batches(*args, epoch=0, **kwargs):
     order = ResumableBatchSampler(*args, **kwargs)
     order.set_epoch(epoch)
     got = list(order)
@@ -22,17 +22,17 @@ def batches(*args, epoch=0, **kwargs):
 
 
 def test_evaluation_keeps_the_order():
-    assert batches(7, 3, seed=0, shuffle=False) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert batches(7, 3, seed=0, shuffle=False, drop_last=True) == [[0, 1, 2], [3, 4, 5]]
+    assert sampler_batches(7, 3, seed=0, shuffle=False) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert sampler_batches(7, 3, seed=0, shuffle=False, drop_last=True) == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_only():
     torch.manual_seed(0)
-    first = batches(101, 11, seed=3, shuffle=True, epoch=2)
+    first = sampler_batches(101, 11, seed=3, shuffle=True, epoch=2)
     torch.manual_seed(1)
-    assert batches(101, 11, seed=3, shuffle=True, epoch=2) == first
-    assert batches(101, 11, seed=3, shuffle=True, epoch=3) != first
-    assert batches(101, 11, seed=4, shuffle=True, epoch=2) != first
+    assert sampler_batches(101, 11, seed=3, shuffle=True, epoch=2) == first
+    assert sampler_batches(101, 11, seed=3, shuffle=True, epoch=3) != first
+    assert sampler_batches(101, 11, seed=4, shuffle=True, epoch=2) != first
     assert sorted(chain(*first)) == list(range(101))
 
 
@@ -41,8 +41,8 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_processes_share_each_training_batch_equally(size, part, world, drop_last):
     size += world
     options = {"seed": 0, "shuffle": True, "drop_last": drop_last}
-    alone = batches(size, part * world, **options)
-    shared = [batches(size, part * world, **options, rank=rank, world=world) for rank in range(world)]
+    alone = sampler_batches(size, part * world, **options)
+    shared = [sampler_batches(size, part * world, **options, rank=rank, world=world) for rank in range(world)]
     assert len({len(own) for own in shared}) == 1
     for number, parts in enumerate(zip(*shared, strict=True)):
         assert len({len(part) for part in parts}) == 1
@@ -57,13 +57,13 @@ def test_processes_share_each_training_batch_equally(size, part, world, drop_las
 @given(st.integers(1, 97), st.integers(5, 23), st.integers(1, 5))
 def test_evaluation_on_processes_sees_every_sample_once(size, batch_size, world):
     size += world
-    shared = [batches(size, batch_size, seed=0, shuffle=False, rank=r, world=world) for r in range(world)]
+    shared = [sampler_batches(size, batch_size, seed=0, shuffle=False, rank=r, world=world) for r in range(world)]
     assert sorted(index for own in shared for batch in own for index in batch) == list(range(size))
     assert len({len(own) for own in shared}) == 1
     assert all(batch for own in shared for batch in own)
 
 
-def test_frameworks_take_it_for_a_distributed_sampler():
+def test_frameworks_recognize_a_distributed_sampler():
     assert isinstance(ResumableBatchSampler(5, 2, seed=0, shuffle=True), DistributedSampler)
 
 
@@ -78,10 +78,10 @@ def test_errors():
 
 def test_repeated_batches_never_share_an_optimizer_step():
     # 7 batches in groups of 3, each repeated: the seventh is dropped, since its repetitions would share a step.
-    got = batches(20, 3, seed=0, shuffle=True, steps_per_batch=2, group=3)
-    whole = batches(20, 3, seed=0, shuffle=True)
+    got = sampler_batches(20, 3, seed=0, shuffle=True, steps_per_batch=2, group=3)
+    whole = sampler_batches(20, 3, seed=0, shuffle=True)
     assert got == whole[:3] * 2 + whole[3:6] * 2
-    assert batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == whole
+    assert sampler_batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == whole
     with pytest.raises(
         ConfigError, match=r"with steps_per_batch > 1, at least 3 batches per epoch.*got 2\. Lower train\.accumulate"
     ):

@@ -34,17 +34,17 @@ def scenes(level=2, seed=0, samples=SAMPLES):
     return load_dataset("scenes", level=level, samples=samples, seed=seed)
 
 
-def asked(kind, seed, *, new=False, most=3):
+def sample_question(kind, seed, *, new=False, most=3):
     rng = np.random.default_rng(seed)
     made = KINDS[kind](SceneSampler(rng, most, new))
     return placed_objects(made, rng, size=SIZE, sides=(16, 24), step=8, overlap=0.0)
 
 
-def said(words):
+def join_words(words):
     return " ".join(word for word, _ in words)
 
 
-def answered(things, question):
+def expected_answer(things, question):
     """The answer to a question, read off the things, by rules of its own."""
     words = question.split()
     if question.startswith("what color"):
@@ -67,26 +67,26 @@ def answered(things, question):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "caption"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_answers_are_true_and_the_only_ones(kind, new, seed):
-    made = asked(kind, seed, new=new)
-    question, answer = said(made.question), said(made.answer)
-    assert answered(made.things, question) == answer
-    assert answered(tuple(reversed(made.things)), question) == answer
+def test_answers_are_correct_and_unique(kind, new, seed):
+    made = sample_question(kind, seed, new=new)
+    question, answer = join_words(made.question), join_words(made.answer)
+    assert expected_answer(made.things, question) == answer
+    assert expected_answer(tuple(reversed(made.things)), question) == answer
     assert encode_text(f"{question} {answer}")
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), new=st.booleans())
-def test_captions_name_all_things_from_left_to_right(seed, new):
-    made = asked("caption", seed, new=new)
+def test_captions_list_objects_from_left_to_right(seed, new):
+    made = sample_question("caption", seed, new=new)
     across = sorted(made.things, key=lambda thing: thing.center[0])
-    assert said(made.answer) == " and ".join(f"a {thing.color} {thing.shape}" for thing in across)
+    assert join_words(made.answer) == " and ".join(f"a {thing.color} {thing.shape}" for thing in across)
     for word, where in made.answer:
         assert all(word in (made.things[place].color, made.things[place].shape) for place in where)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_things_are_inside_and_apart(level):
+def test_objects_are_inside_and_do_not_overlap(level):
     data = scenes(level)
     for place in range(SAMPLES):
         things = data.things("train", place)
@@ -102,7 +102,7 @@ def test_things_are_inside_and_apart(level):
             owner[alone] = 0
 
 
-def test_held_out_combinations_are_in_the_test_split_alone():
+def test_held_out_combinations_are_in_the_test_split_only():
     assert len(KNOWN) + len(HELD_OUT) == len(COLORS) * len(PARTS)
     data = scenes()
     for split in ("train", "val"):
@@ -125,10 +125,12 @@ def test_held_out_combinations_are_in_the_test_split_alone():
 def test_answers_are_balanced():
     """Without the image, the answer cannot be guessed better than from the type of the question."""
     for kind, most in (("existence", 0.5), ("state", 0.5), ("count", 0.25)):
-        counts = Counter(said(KINDS[kind](SceneSampler(np.random.default_rng(seed), 3)).answer) for seed in range(400))
+        counts = Counter(
+            join_words(KINDS[kind](SceneSampler(np.random.default_rng(seed), 3)).answer) for seed in range(400)
+        )
         assert max(counts.values()) / 400 < most + 0.1
     made = [KINDS["color"](SceneSampler(np.random.default_rng(seed), 3)) for seed in range(800)]
-    cars = Counter(said(part.answer) for part in made if part.question[-1][0] == "car")
+    cars = Counter(join_words(part.answer) for part in made if part.question[-1][0] == "car")
     assert set(cars) == {color for color, shape in KNOWN if shape == "car"}
 
 
@@ -152,7 +154,7 @@ def test_batches():
         assert int(batch["target"][place]) == (IGNORED if caption else int(labels[counted][0]))
 
 
-def test_the_same_seed_makes_the_same_scenes():
+def test_scenes_depend_on_seed_only():
     one, other = scenes(seed=3), scenes(seed=4)
     from equipoise.data.sets.scenes import render_split
 
@@ -169,7 +171,7 @@ def test_the_same_seed_makes_the_same_scenes():
     assert not torch.equal(*fresh)
 
 
-def test_regions_are_the_patches_of_the_pixels_that_differ():
+def test_regions_match_changed_pixels():
     """A thing's pixels are those that are not what they are without it; its patches are those that hold one."""
     data = scenes(samples=128)
     checked = 0
@@ -197,7 +199,7 @@ def test_regions_are_the_patches_of_the_pixels_that_differ():
     assert checked > 15
 
 
-def test_words_without_a_thing_have_no_region():
+def test_words_without_object_have_no_region():
     data = scenes()
     for place in range(SAMPLES):
         words = data.words("train", place)
@@ -211,7 +213,7 @@ def test_words_without_a_thing_have_no_region():
         assert not (regions & ~covered).any()
 
 
-def test_front_object_owns_its_pixels():
+def test_front_object_covers_its_pixels():
     picture, owner = render_scene([SceneObject("red", "square", 2, 2, 10), SceneObject("blue", "square", 6, 2, 10)], 24)
     assert owner[6, 4] == 0
     assert owner[6, 9] == 1
@@ -220,14 +222,14 @@ def test_front_object_owns_its_pixels():
 
 
 @pytest.mark.parametrize("shape", PARTS)
-def test_every_shape_shows_its_color(shape):
+def test_shapes_have_their_color(shape):
     picture, owner = render_scene([SceneObject("purple", shape, 4, 4, 16)], 24)
     own = (picture.transpose(1, 2, 0) == COLORS["purple"]).all(axis=2)
     assert own[owner == 0].mean() > 0.25
     assert not own[owner != 0].any()
 
 
-def test_moving_vehicles_have_lines_behind_them():
+def test_moving_vehicles_have_motion_lines():
     for shape in VEHICLES:
         still, fast = (
             render_scene([SceneObject("red", shape, 12, 4, 16, moving)], 32)[1] == 0 for moving in (False, True)

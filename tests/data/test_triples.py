@@ -34,29 +34,29 @@ def digits():
     return load_dataset("digits")
 
 
-def word(ids):
+def decode_word(ids):
     return "".join(LETTERS[number - 1] for number in ids.tolist() if number)
 
 
-def held(data, split, **options):
+def batch_of(data, split, **options):
     return data.batch(split, ROWS, **{"seed": 0, "epoch": 0, "train": False, **options})
 
 
-def test_every_word_means_one_digit():
-    words = [(word(ids), digit) for digit, forms in enumerate(spelled_digits()) for ids in forms]
+def test_every_word_has_one_digit():
+    words = [(decode_word(ids), digit) for digit, forms in enumerate(spelled_digits()) for ids in forms]
     assert len(words) == 10 * len(FORMS)
     assert {"seven", "sept", "sieben", "siete", "vii", "7"} == {text for text, digit in words if digit == 7}
     assert len(set(words)) == len({text for text, _ in words})
 
 
-def test_letters_that_do_not_fit():
+def test_words_that_are_too_long_raise():
     with pytest.raises(ConfigError, match=r"letter_ids: expected at most 6 letters of 'abc.*', got 'sixteen'"):
         letter_ids(["six", "sixteen"])
     with pytest.raises(ConfigError, match="got 'f\u00fcnf'"):
         letter_ids(["f\u00fcnf"])
 
 
-def slow_slips(ids, slips, uniform, letters):
+def expected_slips(ids, slips, uniform, letters):
     """Letter by letter: what is read, and where it stands."""
     placed = []
     for place, number in enumerate(ids):
@@ -72,25 +72,25 @@ def slow_slips(ids, slips, uniform, letters):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), slips=st.floats(0, 1))
-def test_slips_letter_by_letter(seed, slips):
+def test_misspellings_against_a_loop(seed, slips):
     ids = spelled_digits().flatten(0, 1)
     draw = CounterRNG(seed, 0, torch.arange(len(ids)))
     made = misspell(ids, slips, draw)
     uniform, letters = draw.uniform("slips", ids.shape[1]), draw.uniform("letters", ids.shape[1])
     for row, got in enumerate(made.tolist()):
-        assert got == slow_slips(ids[row].tolist(), slips, uniform[row].tolist(), letters[row].tolist())
+        assert got == expected_slips(ids[row].tolist(), slips, uniform[row].tolist(), letters[row].tolist())
         length = sum(number > 0 for number in got)
-        assert 1 <= length <= len(word(ids[row]))
+        assert 1 <= length <= len(decode_word(ids[row]))
         assert got[length:] == [0] * (len(got) - length)
 
 
-def test_rate_of_misspellings():
+def test_misspelling_rate():
     """Of "seven": a letter is lost for a third of all slips, but for the first one."""
     count, slips = 6000, 0.3
     made = misspell(letter_ids(["seven"] * count), slips, CounterRNG(0, 0, torch.arange(count)))
     lost = 5 - (made > 0).sum(dim=1).float()
     assert abs(float(lost.mean()) - 4 * slips / 3) < 5 * math.sqrt(4 * 0.1 * 0.9 / count)
-    exact = sum(word(ids) == "seven" for ids in made) / count
+    exact = sum(decode_word(ids) == "seven" for ids in made) / count
     # All letters are right, some of them replaced by themselves; or the last ones are all late, which restores the word.
     late, right = slips / 3, 1 - slips + slips / 3 / len(LETTERS)
     expected = sum((right + slips / 3) * right ** (4 - behind) * late**behind for behind in range(5)) + late**5
@@ -106,11 +106,11 @@ def test_single_items_are_the_bundled_digits(single, digits):
         assert all(torch.equal(mine.inputs[name], theirs.inputs[name]) for name in digits.names)
         meant = spelled_digits()[mine.target]
         assert bool((mine.inputs["text"][:, None] == meant).all(dim=2).any(dim=1).all())
-    forms = Counter(word(ids) for ids in single.train.inputs["text"])
-    assert len(forms) == len({word(ids) for forms in spelled_digits() for ids in forms})
+    forms = Counter(decode_word(ids) for ids in single.train.inputs["text"])
+    assert len(forms) == len({decode_word(ids) for forms in spelled_digits() for ids in forms})
 
 
-def test_a_scene_shows_the_same_digits_in_every_modality(scenes, digits):
+def test_modalities_of_a_scene_have_equal_digits(scenes, digits):
     for split in ("train", "val", "test"):
         held_out, pool = scenes.split(split), digits.split(split)
         assert held_out.target.shape == (len(pool), 3, ITEMS)
@@ -129,7 +129,7 @@ def test_a_scene_shows_the_same_digits_in_every_modality(scenes, digits):
         assert bool((held_out.inputs["text"][:, :, None] == meant).all(dim=3).any(dim=2).all())
 
 
-def test_orders_are_of_each_modality_alone(scenes):
+def test_item_orders_differ_between_modalities(scenes):
     target = scenes.train.target
     for one, other in ((0, 1), (1, 2), (0, 2)):
         same = float((target[:, one] == target[:, other]).float().mean())
@@ -138,18 +138,18 @@ def test_orders_are_of_each_modality_alone(scenes):
     assert float((shown - ITEMS / 10).abs().max()) < 5 * math.sqrt(0.25 / len(target))
 
 
-def test_batches_repeat_and_noise_is_new_where_it_should_be(scenes):
+def test_batches_are_deterministic_and_training_noise_varies(scenes):
     for name in scenes.names:
-        assert torch.equal(held(scenes, "test")[name], held(scenes, "test", seed=3, epoch=2)[name])
-        first, again = (held(scenes, "train", train=True, epoch=epoch)[name] for epoch in (0, 1))
+        assert torch.equal(batch_of(scenes, "test")[name], batch_of(scenes, "test", seed=3, epoch=2)[name])
+        first, again = (batch_of(scenes, "train", train=True, epoch=epoch)[name] for epoch in (0, 1))
         assert not torch.equal(first, again)
-    whole = held(scenes, "val")
+    whole = batch_of(scenes, "val")
     part = scenes.batch("val", ROWS[4:7], seed=0, epoch=0, train=False)
     assert all(torch.equal(whole[name][4:7], part[name]) for name in whole)
 
 
-def test_items_of_a_scene_have_noise_of_their_own(scenes):
-    batch = held(scenes, "test")
+def test_items_have_independent_noise(scenes):
+    batch = batch_of(scenes, "test")
     noise = batch["audio"] * math.sqrt(5) - scenes.test.inputs["audio"][ROWS]
     flat = noise.flatten(0, 1).flatten(1)
     assert float(torch.corrcoef(flat).fill_diagonal_(0).abs().max()) < 6 / math.sqrt(flat.shape[1])
@@ -163,13 +163,13 @@ def test_letters_as_vectors(single):
     data = load_dataset("triples", letters="vectors")
     assert data.shapes == {**single.shapes, "text": (6, len(LETTERS))}
     assert data.vocabulary == {}
-    ids, rows = held(single, "train", train=True)["text"], held(data, "train", train=True)["text"]
+    ids, rows = batch_of(single, "train", train=True)["text"], batch_of(data, "train", train=True)["text"]
     assert torch.equal(rows.sum(dim=2), (ids > 0).float())
     assert torch.equal(rows.argmax(dim=2)[ids > 0], ids[ids > 0] - 1)
     # A 1 among 36 for every letter of a clean word: the deviation of a coin.
     part = float((single.train.inputs["text"] > 0).float().mean()) / len(LETTERS)
     assert data.noise["text"] == pytest.approx((part, math.sqrt(part * (1 - part))))
-    assert held(load_dataset("triples", items=2, letters="vectors"), "val")["text"].shape == (len(ROWS), 2, 6, 36)
+    assert batch_of(load_dataset("triples", items=2, letters="vectors"), "val")["text"].shape == (len(ROWS), 2, 6, 36)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_data_card_matches_the_data(scenes):
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
     for name, words in FORMS.items():
         assert f"| {name} | {' | '.join(words.split())} |" in card
-    made = held(load_dataset("triples", items=4), "val")
+    made = batch_of(load_dataset("triples", items=4), "val")
     for row in range(3):
-        slipped = ", ".join(word(ids) for ids in made["text"][row])
+        slipped = ", ".join(decode_word(ids) for ids in made["text"][row])
         assert slipped in card

@@ -15,7 +15,7 @@ def peaks(split, name):
     return split.times[name].gather(1, loud[:, None])[:, 0]
 
 
-def test_the_label_is_the_distance_of_the_events():
+def test_label_is_the_time_between_events():
     split = load_dataset("two_rates", samples=400, strength=1000.0).train
     distance = (peaks(split, "audio") - peaks(split, "sensor")).abs()
     # Half a frame of both streams, and the jitter, between the peaks of events at the same time.
@@ -28,7 +28,7 @@ def test_the_label_is_the_distance_of_the_events():
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_one_stream_has_the_same_events_in_both_classes(name):
+def test_single_stream_is_uninformative(name):
     split = load_dataset("two_rates", samples=4000, strength=1000.0).train
     when, together = peaks(split, name), split.target == 1
     for level in (0.1, 0.5, 0.9):
@@ -53,7 +53,7 @@ def test_times_rates_and_masks(name):
     assert (last > END - START - 1 / RATES[name][0] - WIDTH).all()
 
 
-def test_the_seed_is_everything():
+def test_data_depend_on_seed_only():
     one, same, other = (load_dataset("two_rates", samples=20, seed=seed).train for seed in (3, 3, 4))
     for part in ("inputs", "times"):
         for name in FRAMES:
@@ -62,7 +62,7 @@ def test_the_seed_is_everything():
 
 
 @pytest.mark.parametrize("method", ["joint", "joint_time", "timed"])
-def test_models_of_the_recipe(method):
+def test_recipe_models(method):
     recipe, data = recipes.load_recipe("two_rates"), load_dataset("two_rates", samples=20)
     torch.manual_seed(0)
     model, _ = method_factory.build_model(method_factory.parse_method(method, recipe), recipe, data)

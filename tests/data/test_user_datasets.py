@@ -8,7 +8,7 @@ from equipoise.data.user_code import allow_code, dataset_from_code
 from equipoise.errors import ConfigError, DataError, ShapeError
 
 
-def part(size=9, features=4):
+def random_split(size=9, features=4):
     generator = torch.Generator().manual_seed(size)
     return {
         "audio": torch.randn(size, 5, 3, generator=generator), "sensor": torch.randn(size, features, generator=generator),
@@ -16,26 +16,26 @@ def part(size=9, features=4):
     }  # fmt: skip
 
 
-def test_tensors_are_a_data_set():
-    data = TensorDataset(part(), part(6), part(7))
+def test_tensor_dataset():
+    data = TensorDataset(random_split(), random_split(6), random_split(7))
     assert (data.names, data.task, data.num_outputs) == (("audio", "sensor"), "classification", 3)
     assert data.shapes == {"audio": (5, 3), "sensor": (4,)}
     batch = data.batch("val", torch.tensor([0, 1]), seed=0, epoch=0, train=False)
     assert batch["mask"]["sensor"].tolist() == [False, True]
-    assert torch.equal(batch["audio"], part(6)["audio"][:2])
-    valid = part()["sensor"][part()["mask"]["sensor"]]
+    assert torch.equal(batch["audio"], random_split(6)["audio"][:2])
+    valid = random_split()["sensor"][random_split()["mask"]["sensor"]]
     assert data.noise["sensor"] == pytest.approx((valid.mean().item(), valid.std(correction=0).item()))
 
 
 def test_invalid_tensors():
     with pytest.raises(ShapeError, match="TensorDataset: expected inputs as in train"):
-        TensorDataset(part(), part(6, features=5), part(7))
+        TensorDataset(random_split(), random_split(6, features=5), random_split(7))
     with pytest.raises(ShapeError, match="expected a Split, or a dict with a tensor 'target'"):
-        TensorDataset({"audio": torch.zeros(3, 2)}, part(), part())
+        TensorDataset({"audio": torch.zeros(3, 2)}, random_split(), random_split())
     with pytest.raises(ConfigError, match="whole-number classes from 0 to num_outputs - 1 = 1, got 0 to 2"):
-        TensorDataset(part(), part(), part(), num_outputs=2)
+        TensorDataset(random_split(), random_split(), random_split(), num_outputs=2)
     with pytest.raises(ConfigError, match="task classification, multilabel or regression, got 'ranking'"):
-        TensorDataset(part(), part(), part(), task="ranking")
+        TensorDataset(random_split(), random_split(), random_split(), task="ranking")
 
 
 class Items(torch.utils.data.Dataset):
@@ -92,7 +92,7 @@ def nothing():
 """
 
 
-def test_code_runs_only_if_the_command_line_named_it(tmp_path):
+def test_code_runs_only_if_named_on_the_command_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(CODE)
     source = f"{file}:make"
@@ -127,26 +127,30 @@ ADDITIVE = torch.zeros(9).masked_fill(torch.arange(9) % 4 == 0, -torch.inf)
 ])  # fmt: skip
 def test_invalid_masks(mask, error, message):
     with pytest.raises(error, match=message):
-        TensorDataset({**part(), "mask": mask}, part(), part())
+        TensorDataset({**random_split(), "mask": mask}, random_split(), random_split())
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float32])
-def test_masks_of_numbers_are_those_of_booleans(dtype):
+def test_numeric_masks_equal_boolean_masks(dtype):
     valid = torch.arange(9) % 4 > 0
-    numbers = TensorDataset({**part(), "mask": {"sensor": valid.to(dtype)}}, part(), part())
-    assert numbers.noise == TensorDataset(part(), part(), part()).noise
+    numbers = TensorDataset({**random_split(), "mask": {"sensor": valid.to(dtype)}}, random_split(), random_split())
+    assert numbers.noise == TensorDataset(random_split(), random_split(), random_split()).noise
     assert torch.equal(numbers.train.mask["sensor"], valid)
 
 
-def test_masked_inputs_may_be_nan_and_others_may_not():
-    content = part()
+def test_nan_is_allowed_in_masked_inputs_only():
+    content = random_split()
     spoiled = {**content, "sensor": content["sensor"].masked_fill(~content["mask"]["sensor"][:, None], torch.nan)}
-    assert TensorDataset(spoiled, part(), part()).noise == TensorDataset(content, part(), part()).noise
+    expected = TensorDataset(content, random_split(), random_split()).noise
+    assert TensorDataset(spoiled, random_split(), random_split()).noise == expected
     with pytest.raises(DataError, match="TensorDataset 'sensor': expected finite training inputs, got NaN or infinity"):
-        TensorDataset({**spoiled, "mask": {}}, part(), part())
+        TensorDataset({**spoiled, "mask": {}}, random_split(), random_split())
     # The tokens of an encoder are not those of its input.
     encoder_tokens = {**content, "mask": {**content["mask"], "audio": torch.ones(9, 12).bool()}}
-    assert TensorDataset(encoder_tokens, part(), part()).noise == TensorDataset(content, part(), part()).noise
+    assert (
+        TensorDataset(encoder_tokens, random_split(), random_split()).noise
+        == TensorDataset(content, random_split(), random_split()).noise
+    )
 
 
 def masked_items(mask):

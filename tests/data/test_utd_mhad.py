@@ -16,11 +16,11 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def published():
+def published_data():
     return load_dataset("utd_mhad", root=DATA)
 
 
-def recording(folder, name="inertial", length=7, **changes):
+def write_recording(folder, name="inertial", length=7, **changes):
     shape = (length, 6) if name == "inertial" else (20, 3, length)
     values = np.random.default_rng(0).standard_normal(shape)
     path = folder / f"a1_s1_t1_{name}.mat"
@@ -29,11 +29,11 @@ def recording(folder, name="inertial", length=7, **changes):
 
 
 @needs("utd_mhad/Inertial", "utd_mhad/Skeleton")
-def test_published_splits(published):
-    assert published.shapes == {"inertial": (326, 6), "skeleton": (125, 60)}
-    assert [len(split) for split in (published.train, published.val, published.test)] == [323, 108, 430]
-    assert published.train.target.bincount().tolist() == [11 if action == 8 else 12 for action in ACTIONS]
-    for split in (published.train, published.val, published.test):
+def test_published_splits(published_data):
+    assert published_data.shapes == {"inertial": (326, 6), "skeleton": (125, 60)}
+    assert [len(split) for split in (published_data.train, published_data.val, published_data.test)] == [323, 108, 430]
+    assert published_data.train.target.bincount().tolist() == [11 if action == 8 else 12 for action in ACTIONS]
+    for split in (published_data.train, published_data.val, published_data.test):
         for name, rate in (("inertial", 50), ("skeleton", 30)):
             mask, times = split.mask[name], split.times[name]
             length = mask.sum(dim=1)
@@ -41,18 +41,18 @@ def test_published_splits(published):
             last = times.gather(1, length[:, None] - 1)[:, 0]
             torch.testing.assert_close(last, (length - 1) / rate)
             assert (split.inputs[name][~mask] == 0).all()
-    valid = published.train.inputs["inertial"][published.train.mask["inertial"]]
+    valid = published_data.train.inputs["inertial"][published_data.train.mask["inertial"]]
     torch.testing.assert_close(valid.std(dim=0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
 
 
 @needs("utd_mhad/Inertial", "utd_mhad/Skeleton")
-def test_splits_hold_the_people_they_should(published):
+def test_splits_by_subject(published_data):
     def length(action, subject, trial):
         path = f"{DATA}/utd_mhad/Inertial/a{action}_s{subject}_t{trial}_inertial.mat"
         return len(loadmat(path)["d_iner"])
 
     for split, subjects in (("train", (1, 3, 5)), ("val", (7,)), ("test", (2, 4, 6, 8))):
-        samples = published.split(split)
+        samples = published_data.split(split)
         found = samples.mask["inertial"][samples.target == 4].sum(dim=1).tolist()
         assert sorted(found) == sorted(length(5, s, t) for s in subjects for t in TRIALS)
     trials = load_dataset("utd_mhad", root=DATA, validation="trial")
@@ -62,16 +62,16 @@ def test_splits_hold_the_people_they_should(published):
 
 
 def test_read_recording(tmp_path):
-    path, values = recording(tmp_path)
+    path, values = write_recording(tmp_path)
     torch.testing.assert_close(read_recording(path, "inertial"), torch.tensor(values).float())
-    path, values = recording(tmp_path, "skeleton")
+    path, values = write_recording(tmp_path, "skeleton")
     expected = [[values[j, c, t] - values[3, c, 0] for j in range(20) for c in range(3)] for t in range(7)]
     torch.testing.assert_close(read_recording(path, "skeleton"), torch.tensor(expected).float())
 
 
 @pytest.mark.parametrize("cut", [0, 50, 200, -100])
 def test_truncated_recordings(tmp_path, cut):
-    path, _ = recording(tmp_path)
+    path, _ = write_recording(tmp_path)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match=r"a1_s1_t1_inertial.mat': expected (a whole MATLAB file|an array 'd_iner')"):
         read_recording(path, "inertial")
@@ -87,20 +87,20 @@ def test_truncated_recordings(tmp_path, cut):
         ({"d_iner": np.full((7, 6), np.nan)}, r"expected finite values, got 42 that are not"),
     ],
 )
-def test_recordings_of_wrong_content(tmp_path, changes, message):
-    path, _ = recording(tmp_path, **changes)
+def test_recordings_with_invalid_content_raise(tmp_path, changes, message):
+    path, _ = write_recording(tmp_path, **changes)
     with pytest.raises(DataError, match=message):
         read_recording(path, "inertial")
 
 
-def test_text_instead_of_a_recording(tmp_path):
+def test_text_file_instead_of_recording_raises(tmp_path):
     path = tmp_path / "a1_s1_t1_skeleton.mat"
     path.write_text("<html>404</html>" * 40)
     with pytest.raises(DataError, match=r"skeleton.mat': expected (a whole MATLAB file|an array)"):
         read_recording(path, "skeleton")
 
 
-def test_list_of_recordings(tmp_path):
+def test_list_recordings(tmp_path):
     for name in NAMES:
         (tmp_path / f"{name}_inertial.mat").touch()
     assert len(list_recordings(tmp_path, "inertial")) == 861

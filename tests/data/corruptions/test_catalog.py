@@ -26,7 +26,7 @@ EVERY = [(kind, name) for kind in KINDS for name in corruption_names(kind)]
 TIMED = [(kind, name) for kind, name in EVERY if kind in ("sequence", "spectrogram", "tokens")]
 
 
-def inputs(kind, *, seed=0, shape=None):
+def random_inputs(kind, *, seed=0, shape=None):
     random = torch.Generator().manual_seed(seed)
     shape = shape or SHAPES[kind]
     if kind == "tokens":
@@ -42,7 +42,7 @@ def frames_of(values, kind):
 def padded(kind, fill):
     """Inputs whose masked frames have the value ``fill``, and their mask."""
     mask = torch.arange(13) < LENGTHS[:, None]
-    values = frames_of(inputs(kind), kind).clone()
+    values = frames_of(random_inputs(kind), kind).clone()
     values[~mask] = fill
     return (values.movedim(1, -1) if kind == "spectrogram" else values), mask
 
@@ -51,7 +51,7 @@ def sequence(*values):
     return torch.tensor(values)[None, :, None]
 
 
-def test_the_catalog_is_part_of_the_diagnostics():
+def test_catalog_is_available_in_diagnostics():
     assert eq.diagnostics.corruptions.CORRUPTIONS is CORRUPTIONS
     assert set(corruption_names()) == set(CORRUPTIONS)
     assert {name for kind in KINDS for name in corruption_names(kind)} == set(CORRUPTIONS)
@@ -60,7 +60,7 @@ def test_the_catalog_is_part_of_the_diagnostics():
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_shape_type_and_seed(kind, name, severity):
-    values = inputs(kind)
+    values = random_inputs(kind)
     before = values.clone()
     state = torch.random.get_rng_state()
     first = corrupt_input(values, name, severity=severity, kind=kind, seed=3)
@@ -74,8 +74,8 @@ def test_shape_type_and_seed(kind, name, severity):
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_severity_increases_the_damage(kind, name):
-    values = inputs(kind, shape=(61, *SHAPES[kind][1:]))
+def test_severity_increases_the_distance(kind, name):
+    values = random_inputs(kind, shape=(61, *SHAPES[kind][1:]))
 
     def distance(severity):
         found = corrupt_input(values, name, severity=severity, kind=kind, seed=1)
@@ -94,7 +94,7 @@ def test_severity_increases_the_damage(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), TIMED)
 @pytest.mark.parametrize("severity", [1, 3, 5])
-def test_padding_has_no_influence_and_stays(kind, name, severity):
+def test_padding_has_no_influence_and_is_kept(kind, name, severity):
     if kind == "tokens":
         fills = (0, 0)
     else:
@@ -114,8 +114,8 @@ def test_padding_has_no_influence_and_stays(kind, name, severity):
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_samples_without_the_modality_are_not_touched(kind, name):
-    values = inputs(kind)
+def test_samples_without_the_modality_are_unchanged(kind, name):
+    values = random_inputs(kind)
     has = torch.tensor([True, False, True, True, False, True, True])
     found = corrupt_input(values, name, kind=kind, mask=has, seed=2)
     mask = has if found.mask is None else found.mask
@@ -123,7 +123,7 @@ def test_samples_without_the_modality_are_not_touched(kind, name):
     assert torch.equal(found.values[~has], values[~has])
 
 
-def test_levels_have_five_severities_and_destroying_ones_are_marked():
+def test_levels_have_five_severities_and_destructive_ones_are_marked():
     values = torch.randn(211, 17, 3)
     for name, one in CORRUPTIONS.items():
         assert len(one.levels) == len(SEVERITIES)
@@ -136,7 +136,7 @@ def test_levels_have_five_severities_and_destroying_ones_are_marked():
 
 
 def test_noise_has_the_given_statistics():
-    values = inputs("sequence", shape=(31, 101, 3))
+    values = random_inputs("sequence", shape=(31, 101, 3))
     found = corrupt_input(values, "white_noise", statistics=(7.0, 2.0)).values
     assert float(found.mean()) == pytest.approx(7.0, abs=0.1)
     assert float(found.std()) == pytest.approx(2.0, abs=0.1)
@@ -159,7 +159,7 @@ def test_additive_noise_has_the_signal_to_noise_ratio():
         assert float(10 * ratio.log10().mean()) == pytest.approx(decibels, abs=0.3)
 
 
-def test_regions_have_their_extent():
+def test_occluded_region_sizes():
     values = torch.ones(13, 20, 3)
     for severity, extent in zip(SEVERITIES, CORRUPTIONS["zeros"].levels, strict=True):
         zero = corrupt_input(values, "zeros", severity=severity).values[..., 0] == 0
@@ -172,7 +172,7 @@ def test_regions_have_their_extent():
     assert 0.6 <= float(box.float().mean()) < 0.75
 
 
-def test_single_corruptions_by_hand():
+def test_hand_computed_corruptions():
     values = sequence(1.0, 2.0, 3.0, 4.0)
     assert corrupt_input(values, "gain", severity=2).values.flatten().tolist() == [2, 4, 6, 8]
     assert corrupt_input(values, "attenuation", severity=2).values.flatten().tolist() == [0.5, 1, 1.5, 2]
@@ -191,13 +191,13 @@ def test_single_corruptions_by_hand():
 
 
 def test_spectrograms_are_logarithmic():
-    values = inputs("spectrogram")
+    values = random_inputs("spectrogram")
     found = corrupt_input(values, "gain", kind="spectrogram", severity=2, statistics=(0.0, 3.0)).values
     assert torch.allclose(found - values, torch.full_like(values, 3 * math.log(2)), **TOL[torch.float32])
 
 
-def test_offsets_of_a_vector_are_alike_in_all_samples():
-    values = inputs("vector")
+def test_vector_offsets_are_equal_in_all_samples():
+    values = random_inputs("vector")
     offset = corrupt_input(values, "drift", severity=2).values - values
     assert torch.allclose(offset, offset[:1].expand_as(offset), **TOL[torch.float32])
     assert torch.allclose(offset.abs(), torch.ones_like(offset), **TOL[torch.float32])
@@ -216,7 +216,7 @@ def test_shuffled_and_dropped_frames():
     assert 0.2 < float(lost.float().mean()) < 0.6
 
 
-def test_swapped_samples_have_another_input_and_its_mask():
+def test_swapped_samples_have_input_and_mask_of_another_sample():
     values, mask = padded("sequence", 0.0)
     values[..., 0] = torch.where(mask, torch.arange(7.0)[:, None], values[..., 0])
     found = corrupt_input(values, "swapped", mask=mask, seed=4)
@@ -251,7 +251,7 @@ def test_dropped_and_replaced_tokens():
 
 
 def test_kinds_are_inferred_from_shapes():
-    assert [infer_kind(inputs(kind)) for kind in ("sequence", "image", "vector", "tokens")] == [
+    assert [infer_kind(random_inputs(kind)) for kind in ("sequence", "image", "vector", "tokens")] == [
         "sequence", "image", "vector", "tokens",
     ]  # fmt: skip
     for wrong in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.bool), torch.zeros(1, 2, 3, 4, 5), "text"):
@@ -261,7 +261,7 @@ def test_kinds_are_inferred_from_shapes():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", corruption_names("sequence"))
-def test_precision_is_kept(name, dtype):
+def test_dtype_is_kept(name, dtype):
     values, mask = padded("sequence", 0.0)
     found = corrupt_input(values.to(dtype), name, mask=mask, seed=1)
     exact = corrupt_input(values.to(dtype).double(), name, mask=mask, seed=1)
@@ -272,24 +272,24 @@ def test_precision_is_kept(name, dtype):
 @pytest.mark.parametrize("name", corruption_names())
 def test_empty_batches(name):
     kind = CORRUPTIONS[name].kinds[0]
-    empty = inputs(kind)[:0]
+    empty = random_inputs(kind)[:0]
     assert corrupt_input(empty, name, kind=kind).values.shape == empty.shape
 
 
 def test_errors():
-    values = inputs("sequence")
+    values = random_inputs("sequence")
     with pytest.raises(ConfigError, match=r"known corruption, got 'frosen'\. Did you mean 'frozen'"):
         corrupt_input(values, "frosen")
     with pytest.raises(ConfigError, match="a severity of 1, 2, 3, 4 or 5, got 0"):
         corrupt_input(values, "frozen", severity=0)
     with pytest.raises(ConfigError, match=r"a corruption of the kind 'vector': .* got 'frozen', which fits sequence"):
-        corrupt_input(inputs("vector"), "frozen")
+        corrupt_input(random_inputs("vector"), "frozen")
     with pytest.raises(ConfigError, match="known kind of input, got 'video'"):
         corrupt_input(values, "zeros", kind="video")
     with pytest.raises(ConfigError, match="known kind of input, got 'video'"):
         corruption_names("video")
     with pytest.raises(ShapeError, match=r"floating tensor .* for the kind 'image'"):
-        corrupt_input(inputs("vector"), "zeros", kind="image")
+        corrupt_input(random_inputs("vector"), "zeros", kind="image")
     with pytest.raises(ShapeError, match="a mask of 7 samples, got shape"):
         corrupt_input(values, "zeros", mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ConfigError, match="two finite numbers with std >= 0"):

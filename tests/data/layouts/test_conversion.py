@@ -18,7 +18,7 @@ def noise(length, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, length).astype(np.float32)
 
 
-def test_stft_is_that_of_torch():
+def test_stft_matches_torch():
     sound = noise(66_150)
     found = torch.stft(
         torch.from_numpy(sound).double(), 512, 353, window=torch.hann_window(512).double(), center=True,
@@ -32,14 +32,14 @@ def test_short_sounds_are_repeated():
     np.testing.assert_array_equal(spectra.stft_188(sound), spectra.stft_188(np.tile(sound, 3)[:66_150]))
 
 
-def test_spectrograms_of_the_papers_have_their_sizes():
+def test_spectrogram_sizes_match_the_papers():
     assert spectra.spectrogram_299(noise(48_000)).shape == (299, 257)
     assert spectra.spectrogram_1004(noise(160_000)).shape == (1004, 257)
     assert spectra.fbank_1024(noise(160_000)).shape == (1024, 128)
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
-def test_filter_banks_are_kaldis():
+def test_filter_banks_match_kaldi():
     transformers = pytest.importorskip("transformers")
     extractor = transformers.ASTFeatureExtractor(do_normalize=False, max_length=98, num_mel_bins=128)
     sound = noise(16_000)
@@ -50,7 +50,7 @@ def test_filter_banks_are_kaldis():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_frames_in_the_middle_of_segments():
+def test_frames_are_taken_from_segment_centers():
     for available in range(1, 40):
         for wanted in range(1, 5):
             segment = available // wanted
@@ -92,7 +92,7 @@ def test_classes_of_sentiment(task, expected):
     assert len(names) > max(value for value in found if value is not None)
 
 
-def test_halves_are_rounded_to_even_numbers():
+def test_halves_are_rounded_to_even():
     _, of_score = TASKS["acc7_round"]
     assert [of_score(score) - 3 for score in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)] == [-2, -2, 0, 0, 2, 2]
 
@@ -116,14 +116,14 @@ def test_validation_is_stratified_and_does_not_depend_on_the_order():
     assert {sample.id for sample in again if sample.split == "val"} == chosen
 
 
-def test_validation_by_group_shares_no_group():
+def test_validation_by_group_is_disjoint():
     made = hold_out_validation(samples(), by_group=True)
     groups = {split: {sample.group for sample in made if sample.split == split} for split in ("train", "val")}
     assert groups["val"]
     assert not groups["train"] & groups["val"]
 
 
-def test_test_samples_never_move():
+def test_test_split_is_unchanged():
     made = hold_out_validation([RawSample(str(i), "test", 0, "g") for i in range(9)])
     assert {sample.split for sample in made} == {"test"}
 
@@ -139,7 +139,7 @@ def test_disjoint_groups_fill_all_splits(groups):
         assert part == pytest.approx(0.2, abs=0.06)
 
 
-def test_two_groups_are_too_few():
+def test_two_groups_raise():
     with pytest.raises(ConfigError, match="three groups or more, and one for each sample, got 2"):
         split_by_group(samples(groups=2), "data")
     with pytest.raises(ConfigError, match="got 3 and samples without one"):

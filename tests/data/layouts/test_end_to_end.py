@@ -22,7 +22,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def shrink(name, manifest, path):
+def write_small_recipe(name, manifest, path):
     """Writes the packaged recipe with another manifest, smaller images and encoders, and one epoch."""
     content = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
     content["data"]["path"] = str(manifest)
@@ -39,7 +39,7 @@ def shrink(name, manifest, path):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def manifests(tmp_path_factory):
     """Layout -> the manifest of its prepared miniature copy."""
     made = {}
 
@@ -58,9 +58,9 @@ def prepared(tmp_path_factory):
 
 # One step of the ResNets takes half a minute on one core.
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "cremad_resnet"])
-def test_raw_files_to_diagnosis(prepared, tmp_path, monkeypatch, capsys, name):
+def test_prepare_train_and_diagnose(manifests, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    recipe = shrink(name, prepared(RECIPES[name]), tmp_path / "small.yaml")
+    recipe = write_small_recipe(name, manifests(RECIPES[name]), tmp_path / "small.yaml")
     assert (
         run(["train", "--config", str(recipe), "--method", "joint+rollingq", "--out", "run", "--accelerator", "cpu"])
         == 0
@@ -71,16 +71,20 @@ def test_raw_files_to_diagnosis(prepared, tmp_path, monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_method_of_the_recipe_fits_the_data(prepared, tmp_path, name):
-    made = recipes.load_recipe(shrink(name, prepared(RECIPES[name]), tmp_path / "small.yaml")).with_train(epochs=2)
+def test_recipe_methods_fit_the_data(manifests, tmp_path, name):
+    made = recipes.load_recipe(write_small_recipe(name, manifests(RECIPES[name]), tmp_path / "small.yaml")).with_train(
+        epochs=2
+    )
     data = load_run_dataset(made, None)
     for method in [*made.methods, *made.fusions]:
         built, _ = method_factory.build_model(method_factory.parse_method(method, made), made, data)
         assert built.num_outputs == data.num_outputs
 
 
-def test_unknown_classes_are_the_near_ood_split(prepared, tmp_path):
-    data = load_run_dataset(recipes.load_recipe(shrink("hmdb51", prepared("hmdb51"), tmp_path / "small.yaml")), None)
+def test_unknown_classes_are_the_near_ood_split(manifests, tmp_path):
+    data = load_run_dataset(
+        recipes.load_recipe(write_small_recipe("hmdb51", manifests("hmdb51"), tmp_path / "small.yaml")), None
+    )
     unknown = ood_split(data, "near")
     (batch,) = loader(unknown, "test", 64, seed=0, train=False)
     assert len(batch["target"]) == 5
@@ -91,9 +95,9 @@ def test_unknown_classes_are_the_near_ood_split(prepared, tmp_path):
     assert torch.equal(batch["flow"][4], known["flow"][0])
 
 
-def test_unknown_samples_need_the_same_columns(prepared, tmp_path):
+def test_unknown_samples_need_the_same_columns(manifests, tmp_path):
     (tmp_path / "ood.csv").write_text("rgb,label\nx.npy,3\n")
-    made = recipes.load_recipe(shrink("hmdb51", prepared("hmdb51"), tmp_path / "small.yaml"))
+    made = recipes.load_recipe(write_small_recipe("hmdb51", manifests("hmdb51"), tmp_path / "small.yaml"))
     made.data["ood"] = str(tmp_path / "ood.csv")
     with pytest.raises(DataError, match=r"ood.csv': expected a column 'flow', as in the training data, got none"):
         load_run_dataset(made, None)
@@ -102,8 +106,8 @@ def test_unknown_samples_need_the_same_columns(prepared, tmp_path):
         load_run_dataset(made, None)
 
 
-def test_columns_are_recognized_without_a_recipe_and_none_repeats_the_target(prepared):
+def test_columns_are_inferred_without_target_leakage(manifests):
     options = {"target": "target", "group": "group"}
     for layout in ("cremad", "mosei"):
-        found = Manifest(prepared(layout), **options)
+        found = Manifest(manifests(layout), **options)
         assert set(found.modalities) == set(find_layout(layout).columns)

@@ -72,7 +72,7 @@ def test_manifest_and_arrays(prepared, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_verified_and_nothing_is_written_elsewhere(prepared, name):
+def test_verify_passes_and_raw_files_are_unchanged(prepared, name):
     raw, out, _ = prepared(name)
     checked = verify(out)
     assert checked.complete
@@ -83,7 +83,7 @@ def test_verified_and_nothing_is_written_elsewhere(prepared, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_again_converts_nothing_and_changes_nothing(prepared, name):
+def test_second_prepare_is_a_no_op(prepared, name):
     raw, out, _ = prepared(name)
     before = snapshot(out)
     again = prepare_raw(name, raw, out)
@@ -105,7 +105,7 @@ def test_disjoint_groups(prepared, name, tmp_path):
     assert made.report["groups"]["shared_by_train_and_test"] == 0
 
 
-def test_the_published_split_of_cremad_shares_actors(tmp_path):
+def test_published_cremad_split_shares_actors(tmp_path):
     make_raw("cremad", tmp_path / "raw")
     train, test = tmp_path / "raw" / "train.csv", tmp_path / "raw" / "test.csv"
     lines = (train.read_text("utf-8-sig") + test.read_text("utf-8-sig")).splitlines()
@@ -120,7 +120,7 @@ def test_the_published_split_of_cremad_shares_actors(tmp_path):
     assert made.report["groups"]["shared_by_train_and_test"] == len(actors["train"] & actors["test"])
 
 
-def test_interrupted_and_resumed_equals_undisturbed(prepared, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(prepared, tmp_path):
     raw, out, _ = prepared("kinetics_sounds")
 
     def stop(done, total):
@@ -141,7 +141,7 @@ def test_interrupted_and_resumed_equals_undisturbed(prepared, tmp_path):
     assert verify(tmp_path / "out").complete
 
 
-def test_workers_write_the_same(prepared, tmp_path):
+def test_workers_write_identical_files(prepared, tmp_path):
     raw, out, _ = prepared("av_mnist")
     prepare_raw("av_mnist", raw, tmp_path / "out", workers=2)
     assert snapshot(tmp_path / "out") == snapshot(out)
@@ -162,7 +162,7 @@ def test_changed_raw_files_are_converted_again(tmp_path):
     ]
 
 
-def test_a_sample_that_vanishes_takes_its_arrays_along(tmp_path):
+def test_arrays_of_removed_samples_are_deleted(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     prepare_raw("cremad", raw, out)
     path = sorted((raw / "AudioWAV").glob("*.wav"))[0]
@@ -175,7 +175,7 @@ def test_a_sample_that_vanishes_takes_its_arrays_along(tmp_path):
     assert checked.unlisted == []
 
 
-def test_referred_files_are_verified_or_copied(tmp_path):
+def test_referenced_files_are_verified_or_copied(tmp_path):
     raw = make_raw("cremad", tmp_path / "raw")
     prepare_raw("cremad", raw, tmp_path / "refers", audio="wav")
     prepare_raw("cremad", raw, tmp_path / "copies", audio="wav", copy=True)
@@ -217,7 +217,7 @@ def test_verify_detects_changes_of_its_own_files(prepared, tmp_path, name):
             verify(copy)
 
 
-def test_checksums_are_those_of_sha256sum(prepared):
+def test_checksums_match_sha256sum(prepared):
     _, out, _ = prepared("hmdb51")
     import hashlib
 
@@ -251,7 +251,7 @@ def test_kinds_of_columns_follow_the_options(prepared, tmp_path, options, kinds)
     assert shape == ((2, 8, 8, 3) if "frames" in options else (8, 8, 3))
 
 
-def test_other_options_need_another_folder(prepared):
+def test_changed_options_require_another_folder(prepared):
     raw, out, _ = prepared("mosei")
     with pytest.raises(ConfigError, match=r"the layout and options that .* was begun with, got others than mosei"):
         prepare_raw("mosei", raw, out, task="acc7")
@@ -269,14 +269,14 @@ def test_other_options_need_another_folder(prepared):
         ({"workers": 0}, "--workers from 1 to 256, got 0"),
     ],
 )
-def test_wrong_options(prepared, tmp_path, options, said):
+def test_invalid_options_raise(prepared, tmp_path, options, said):
     raw, _, _ = prepared("cremad")
     with pytest.raises(ConfigError, match=said):
         prepare(find_layout("cremad"), raw, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(prepared, tmp_path):
+def test_folder_with_unrelated_files_raises(prepared, tmp_path):
     raw, _, _ = prepared("cremad")
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="a folder that is new, empty, or written by equipoise"):
@@ -286,13 +286,13 @@ def test_a_folder_with_other_files_is_left_alone(prepared, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
-def test_no_groups_no_disjoint_split(prepared, tmp_path):
+def test_disjoint_split_without_groups_raises(prepared, tmp_path):
     raw, _, _ = prepared("av_mnist")
     with pytest.raises(ConfigError, match="a data set with actors, speakers or source videos, got 'av_mnist'"):
         prepare_raw("av_mnist", raw, tmp_path / "out", split="disjoint")
 
 
-def test_paths_of_other_places(prepared, tmp_path):
+def test_paths_outside_the_folder_raise(prepared, tmp_path):
     raw, _, _ = prepared("cremad")
     moved = tmp_path / "raw"
     shutil.copytree(raw, moved)
@@ -301,7 +301,7 @@ def test_paths_of_other_places(prepared, tmp_path):
     assert made.report["samples"] == SAMPLES["cremad"]
 
 
-def test_ood_classes_have_a_manifest_of_their_own(prepared, tmp_path):
+def test_ood_classes_have_a_separate_manifest(prepared, tmp_path):
     raw, _, _ = prepared("hmdb51")
     made = prepare_raw("hmdb51", raw, tmp_path / "out", ood="far")
     # MultiOOD does not count chew among the classes that UCF-101 lacks.

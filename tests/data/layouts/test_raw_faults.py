@@ -137,7 +137,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("fault", ENDS)
-def test_what_ends_the_preparation(tmp_path, monkeypatch, fault):
+def test_fatal_faults_raise(tmp_path, monkeypatch, fault):
     layout, harm, said = ENDS[fault]
     raw = make_raw(layout, tmp_path / "raw")
     harm(raw)
@@ -149,7 +149,7 @@ def test_what_ends_the_preparation(tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_roots_that_are_none(tmp_path, layout):
+def test_invalid_roots_raise(tmp_path, layout):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"expected the published files, got an empty folder. Expected in it: "):
         prepare_raw(layout, tmp_path / "empty", tmp_path / "out")
@@ -162,7 +162,7 @@ def test_roots_that_are_none(tmp_path, layout):
         prepare_raw(layout, tmp_path / "other", tmp_path / "out")
 
 
-def test_no_root(tmp_path):
+def test_missing_root_raises(tmp_path):
     from equipoise.data.layouts import find_layout, prepare
 
     with pytest.raises(DataError, match="the folder of the published files, got no such folder"):
@@ -214,7 +214,7 @@ DROPS = {
 
 
 @pytest.mark.parametrize("fault", DROPS)
-def test_what_drops_a_sample(tmp_path, fault):
+def test_damaged_samples_are_dropped(tmp_path, fault):
     layout, pattern, harm, said = DROPS[fault]
     raw = make_raw(layout, tmp_path / "raw")
     if fault == "short wav":
@@ -229,7 +229,7 @@ def test_what_drops_a_sample(tmp_path, fault):
     assert verify(tmp_path / "out").complete
 
 
-def test_every_sample_dropped_is_an_error(tmp_path):
+def test_dropping_every_sample_raises(tmp_path):
     raw = make_raw("cremad", tmp_path / "raw")
     for path in (raw / "AudioWAV").iterdir():
         path.write_bytes(b"")
@@ -237,7 +237,7 @@ def test_every_sample_dropped_is_an_error(tmp_path):
         prepare_raw("cremad", raw, tmp_path / "out")
 
 
-def test_values_of_mosei_that_are_not_finite(tmp_path):
+def test_non_finite_mosei_values(tmp_path):
     def broken(values):
         values = values.copy()
         values[0, 2, 1] = -np.inf
@@ -267,7 +267,7 @@ def test_repeated_ids_of_mosei(tmp_path):
     assert made.report["samples"]["train"] == 11
 
 
-def test_emotion_of_the_list_and_of_the_name_differ(tmp_path):
+def test_conflicting_emotion_labels(tmp_path):
     raw = make_raw("cremad", tmp_path / "raw")
     edit(raw / "train.csv", "NEU_XX,NEU", "NEU_XX,SAD", encoding="utf-8-sig")
     edit(raw / "train.csv", "1002_DFA_HAP_XX,HAP", "1002-DFA,HAP", encoding="utf-8-sig")
@@ -277,7 +277,7 @@ def test_emotion_of_the_list_and_of_the_name_differ(tmp_path):
     assert any("actor_sentence_EMOTION_level" in reason for reason in made.report["dropped_reasons"])
 
 
-def test_tensors_are_read_without_executing_them(tmp_path):
+def test_tensor_files_cannot_execute_code(tmp_path):
     raw = make_raw("cremad", tmp_path / "raw")
     shutil.move(raw / "AudioWAV", raw / "audio")
     paths = sorted((raw / "audio").glob("*.wav"))
@@ -298,7 +298,7 @@ def test_tensors_are_read_without_executing_them(tmp_path):
     ("ucf101", "rgb", "UCF-101/Archery/v_Archery_g01_c01.avi"),
     ("hmdb51", "rgb", "video/chew/Film0_chew_u_nm_np1_ba_goo_0.avi"),
 ])  # fmt: skip
-def test_videos_without_torchcodec_are_one_sentence(tmp_path, monkeypatch, layout, folder, video):
+def test_missing_torchcodec_is_reported(tmp_path, monkeypatch, layout, folder, video):
     raw = make_raw(layout, tmp_path / "raw")
     shutil.rmtree(raw / folder)
     (raw / video).parent.mkdir(parents=True)
@@ -310,7 +310,7 @@ def test_videos_without_torchcodec_are_one_sentence(tmp_path, monkeypatch, layou
         prepare_raw(layout, raw, tmp_path / "out")
 
 
-def test_links_in_the_output_folder_are_refused(tmp_path):
+def test_symlinks_in_the_output_folder_raise(tmp_path):
     raw = make_raw("mosi", tmp_path / "raw")
     prepare_raw("mosi", raw, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "text")
@@ -321,7 +321,7 @@ def test_links_in_the_output_folder_are_refused(tmp_path):
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
-def test_ids_with_separators_stay_in_the_folder(tmp_path):
+def test_ids_with_separators_cannot_leave_the_folder(tmp_path):
     ids = lambda values: np.array([[f"../../v{i}", "0", "1"] for i in range(len(values))])  # noqa: E731
     make_mosei(tmp_path / "raw", id=ids)
     prepare_raw("mosei", tmp_path / "raw", tmp_path / "deep" / "out")

@@ -62,13 +62,13 @@ CONTENTS = {
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("name", CONTENTS)
-def test_arrays_and_containers_come_back(tmp_path, name, protocol):
+def test_arrays_and_containers_round_trip(tmp_path, name, protocol):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(CONTENTS[name], protocol=protocol))
     assert equal(load_restricted_pickle(tmp_path / "a.pkl"), CONTENTS[name])
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_names_a_function_is_not_run(tmp_path, protocol):
+def test_functions_are_not_called(tmp_path, protocol):
     content = {"train": {"text": Runs(tmp_path / "ran")}}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_what_names_a_function_is_not_run(tmp_path, protocol):
 @pytest.mark.parametrize(
     "value", [Builds(), Fraction(1, 2), print, np.random.default_rng, np.dtype([("a", "f4")]), slice(1, 2), 2j]
 )
-def test_other_objects_are_refused(tmp_path, value):
+def test_other_objects_raise(tmp_path, value):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps([value]))
     with pytest.raises(DataError, match="expected a pickle of numpy arrays"):
         load_restricted_pickle(tmp_path / "a.pkl")
@@ -102,13 +102,13 @@ HAND_MADE = {
 
 
 @pytest.mark.parametrize("name", HAND_MADE)
-def test_hand_made_pickles_are_refused(tmp_path, name):
+def test_crafted_pickles_raise(tmp_path, name):
     (tmp_path / "a.pkl").write_bytes(HAND_MADE[name])
     with pytest.raises(DataError, match="expected"):
         load_restricted_pickle(tmp_path / "a.pkl")
 
 
-def test_every_truncation_is_an_error(tmp_path):
+def test_truncated_files_raise(tmp_path):
     content = pickle.dumps({"train": {"text": np.ones((3, 2)), "id": ["a", "b"]}}, protocol=4)
     for length in range(1, len(content)):
         (tmp_path / "a.pkl").write_bytes(content[:length])
@@ -116,7 +116,7 @@ def test_every_truncation_is_an_error(tmp_path):
             load_restricted_pickle(tmp_path / "a.pkl")
 
 
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
+def test_damaged_bytes_raise_data_errors_only(tmp_path):
     content = pickle.dumps({"train": {"text": np.ones((3, 2), "float32"), "id": np.array(["a", "b"])}}, protocol=4)
     rng = np.random.default_rng(0)
     for _ in range(500):
@@ -143,7 +143,7 @@ def test_other_files(tmp_path, content, said):
         load_restricted_pickle(tmp_path / "a.pkl")
 
 
-def test_no_file(tmp_path):
+def test_missing_file_raises(tmp_path):
     with pytest.raises(DataError, match="expected a pickle, got no such file"):
         load_restricted_pickle(tmp_path / "a.pkl")
     with pytest.raises(DataError, match="expected a pickle, got no such file"):
