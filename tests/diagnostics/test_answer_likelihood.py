@@ -17,7 +17,7 @@ SINGLE = TOL[torch.float32]
 PADDED = -100
 
 
-def answers(ids, lengths):
+def answer_labels(ids, lengths):
     """The last tokens of each sample."""
     labels = torch.full_like(ids, PADDED)
     for sample, length in enumerate(lengths):
@@ -25,7 +25,7 @@ def answers(ids, lengths):
     return labels
 
 
-def by_hand(logits, labels, *, shift):
+def expected_likelihood(logits, labels, *, shift):
     """The mean over all tokens of the answers."""
     found = []
     for rows, words in zip(logits.double().tolist(), labels.tolist(), strict=True):
@@ -37,23 +37,23 @@ def by_hand(logits, labels, *, shift):
     return sum(found) / len(found), len(found)
 
 
-def case(name):
+def build_case(name):
     """(model, inputs, labels, shift)."""
     made, inputs = family(name)
     if name == "whisper":
         labels = inputs.pop("decoder_input_ids")
         labels[1, -2:] = PADDED
         return made, inputs, labels, 0
-    return made, inputs, answers(inputs["input_ids"], (3, 2)), 1
+    return made, inputs, answer_labels(inputs["input_ids"], (3, 2)), 1
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "blip2", "whisper", "llama"])
 def test_rows(name):
-    made, inputs, labels, shift = case(name)
+    made, inputs, labels, shift = build_case(name)
     given = {**inputs, "labels": labels} if name == "whisper" else inputs
     rows = answer_effects(made, inputs, labels)
     with torch.no_grad():
-        full, tokens = by_hand(made(**given).logits, labels, shift=shift)
+        full, tokens = expected_likelihood(made(**given).logits, labels, shift=shift)
     assert rows[0] == {
         "change": "none", "of": None, "log_likelihood": pytest.approx(full, rel=SINGLE["rtol"]), "drop": 0.0,
         "tokens": tokens, "sites": 0,
@@ -69,7 +69,7 @@ def test_rows(name):
         block = without_modality if row["change"] == "mask" else with_quag
         with torch.no_grad(), block(made, row["of"]) as found:
             logits = made(**given).logits
-        left, _ = by_hand(logits, labels, shift=shift)
+        left, _ = expected_likelihood(logits, labels, shift=shift)
         assert row["log_likelihood"] == pytest.approx(left, rel=SINGLE["rtol"])
         assert row["drop"] == rows[0]["log_likelihood"] - row["log_likelihood"]
         assert row["sites"] == len(found.changed) > 0
@@ -77,8 +77,8 @@ def test_rows(name):
     assert len({row["log_likelihood"] for row in rows}) > 3 - (other is None)
 
 
-def test_what_has_no_token_has_no_row():
-    made, inputs, labels, _ = case("qwen3_vl")
+def test_modalities_without_tokens_have_no_row():
+    made, inputs, labels, _ = build_case("qwen3_vl")
     words = {name: inputs[name].clone() for name in ("input_ids", "attention_mask")}
     words["input_ids"][words["input_ids"] == IMAGE] = 5
     rows = answer_effects(made, words, labels, operators=("crossmodal", "avg-image", "avg-text"))
@@ -86,8 +86,8 @@ def test_what_has_no_token_has_no_row():
     assert [row["of"] for row in answer_effects(made, words, labels, operators=())] == [None, "text"]
 
 
-def test_given_labels():
-    made, inputs, labels, _ = case("llama")
+def test_user_labels():
+    made, inputs, labels, _ = build_case("llama")
     modality = torch.tensor([0] * 4 + [1] * 5 + [0] * 4)
     rows = answer_effects(made, inputs, labels, operators=("avg-b",), modality=modality, names=("a", "b"))
     assert [row["of"] for row in rows] == [None, "a", "b", "avg-b"]
@@ -110,7 +110,7 @@ class Answering(nn.Module):
 
 
 def test_errors():
-    made, inputs, labels, _ = case("llava")
+    made, inputs, labels, _ = build_case("llava")
     with pytest.raises(
         ShapeError, match=r"answer_effects labels: expected \(batch, token\) = \(2, 13\) .* got \(2, 11\)"
     ):
@@ -136,7 +136,7 @@ def test_errors():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_state_is_restored(fails):
-    made, inputs, labels, _ = case("llava")
+    made, inputs, labels, _ = build_case("llava")
     made(**inputs)
     made.train()
     made.lm_head.eval()

@@ -36,12 +36,12 @@ ROUND = EYE[[1, 2, 0]]
 THREE = ("audio", "image", "text")
 
 
-def only(found):
+def single_layer(found):
     (layer,) = found.layers
     return layer
 
 
-def fused(fusion, names=THREE):
+def build_model(fusion, names=THREE):
     torch.manual_seed(0)
     return eq.FusionModel({name: nn.Linear(FEATURES[name], DIM) for name in names}, fusion, OUTPUTS).double()
 
@@ -56,9 +56,9 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_planted_maps_have_the_scores_of_the_worked_example(case):
+def test_planted_maps_match_the_worked_example(case):
     maps, score, error = PLANTED[case]
-    layer = only(eq.diagnostics.attention_consistency(planted(*maps), [concepts()]))
+    layer = single_layer(eq.diagnostics.attention_consistency(planted(*maps), [concepts()]))
     assert layer.site == "fusion.blocks.0.attention"
     assert (layer.score, layer.cycle_error) == pytest.approx((score, error), abs=1e-4)
     assert (layer.pair_error, layer.spread) == pytest.approx((0, 0), abs=1e-6)
@@ -70,7 +70,7 @@ def test_planted_maps_have_the_scores_of_the_worked_example(case):
     assert layer.ideal == (3, 3, 3, 0, 0, 0, 0, 0, 0)
 
 
-def test_a_planted_swap_is_named_as_a_cycle():
+def test_planted_swap_is_reported_as_inconsistent_cycle():
     found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=2)
     assert [str(cycle) for cycle in found.worst.cycles] == [
         "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise'",
@@ -82,21 +82,23 @@ def test_a_planted_swap_is_named_as_a_cycle():
     assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (uniform attention 0.60), cycle error 0.67")
     assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
     # What the swap leaves alone goes round well.
-    all_ = only(eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=99)).cycles
+    all_ = single_layer(
+        eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=99)
+    ).cycles
     assert not any("silence" in station or "none" in station for cycle in all_ for station in cycle.way)
-    assert only(eq.diagnostics.attention_consistency(planted(), [concepts()])).cycles == ()
+    assert single_layer(eq.diagnostics.attention_consistency(planted(), [concepts()])).cycles == ()
 
 
-def test_two_modalities_have_ways_there_and_back_alone():
+def test_two_modalities_have_round_trips_only():
     made = planted(SWAP, names=NAMES[:2])
-    layer = only(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    layer = single_layer(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
     assert layer.score == pytest.approx(1, abs=1e-4)
     assert layer.cycle_error == layer.pair_error == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         # audio goes by the swap, and video back by identity.
         weight = made.fusion.blocks[0].attention.query.weight
         weight.copy_(weight.max() * eq.consistency.supermatrix({(0, 1): SWAP, (1, 0): EYE}).t())
-    layer = only(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    layer = single_layer(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
     assert layer.cycle_error == layer.pair_error == pytest.approx(2 / 3, abs=1e-5)
     assert layer.cycles[0].way == ("audio token 1", "video token 2", "audio token 2")
 
@@ -135,7 +137,7 @@ def slow_samples(calls, count):
     return found
 
 
-def slow_figures(blocks, count):
+def slow_scores(blocks, count):
     """Score, cycle error and pair error of one sample with any numbers of tokens."""
     sizes = [blocks[i, (i + 1) % count].shape[0] for i in range(count)]
     whole = np.block([[np.eye(sizes[i]) if i == j else blocks[i, j] for j in range(count)] for i in range(count)])
@@ -155,20 +157,20 @@ def slow_figures(blocks, count):
 
 
 @pytest.mark.parametrize("names", [THREE[:2], THREE])
-def test_figures_against_loops_with_padding_and_missing_modalities(names):
+def test_scores_against_loops_with_padding_and_missing_modalities(names):
     made = model(names, depth=2)
     loader = [batch(names, size=5), batch(names, size=7, seed=1)]
     # Ends of audio are padding in some samples, and one sample has no text or image at all.
     lengths = torch.tensor([7, 3, 5, 7, 2])
     loader[0]["mask"] = {"audio": torch.arange(7) < lengths[:, None], names[-1]: torch.arange(5) != 3}
-    found = only(eq.diagnostics.attention_consistency(made, loader))
+    found = single_layer(eq.diagnostics.attention_consistency(made, loader))
     recorded = Recorded(made.fusion.blocks[0].attention)
     made.eval()
     with torch.no_grad():
         for inputs in loader:
             made(inputs)
     whole = [blocks for blocks in slow_samples(recorded.calls, len(names)) if blocks is not None]
-    wanted = np.mean([slow_figures(blocks, len(names)) for blocks in whole], axis=0)
+    wanted = np.mean([slow_scores(blocks, len(names)) for blocks in whole], axis=0)
     assert found.samples == len(whole) == 11
     got = (found.score, found.effective_rank, found.contradiction_excess, found.top_energy, found.cycle_error,
            found.pair_error)  # fmt: skip
@@ -183,23 +185,23 @@ def test_padding_changes_nothing():
     long = {name: values if name == "target" else nn.functional.pad(values, (0, 0, 0, 4), value=9.0)
             for name, values in short.items()}  # fmt: skip
     long["mask"] = {name: torch.arange(short[name].shape[1] + 4).expand(5, -1) < short[name].shape[1] for name in THREE}
-    one, other = (only(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (short, long))
+    one, other = (single_layer(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (short, long))
     torch.testing.assert_close(one.matrix, other.matrix, **EXACT)
     assert (one.score, one.cycle_error) == pytest.approx((other.score, other.cycle_error))
 
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), order=st.permutations(range(CONCEPTS)))
-def test_names_of_tokens_do_not_matter(seed, order):
+def test_token_names_do_not_matter(seed, order):
     made, plain = model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
     other = {**plain, "text": plain["text"][:, list(order)]}
-    one, two = (only(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (plain, other))
+    one, two = (single_layer(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (plain, other))
     for figure in ("score", "effective_rank", "contradiction_excess", "top_energy", "cycle_error", "pair_error"):
         assert getattr(one, figure) == pytest.approx(getattr(two, figure), rel=1e-6)
 
 
-def test_layers_that_only_together_have_all_maps_are_one():
-    made = fused(eq.fusion.MBT(DIM, depth=2, heads=2, exchange="cross"))
+def test_layers_with_complementary_maps_are_combined():
+    made = build_model(eq.fusion.MBT(DIM, depth=2, heads=2, exchange="cross"))
     found = eq.diagnostics.attention_consistency(made, [batch(THREE)])
     assert [layer.site for layer in found.layers] == [f"fusion.blocks.*.{number}.attention" for number in range(2)]
     recorded = {name: Recorded(made.fusion.blocks[name][0].attention) for name in THREE}
@@ -222,27 +224,27 @@ def test_layers_that_only_together_have_all_maps_are_one():
 @pytest.mark.parametrize(
     "fusion", [eq.fusion.MidFusion(DIM, heads=2), eq.fusion.MODA(DIM, heads=2), eq.fusion.JointAttention(DIM, depth=3)]
 )
-def test_every_layer_whose_tokens_read_one_another(fusion):
-    found = eq.diagnostics.attention_consistency(fused(fusion), [batch(THREE)])
+def test_all_layers_with_cross_modal_attention(fusion):
+    found = eq.diagnostics.attention_consistency(build_model(fusion), [batch(THREE)])
     last = len(found.layers)
     assert [layer.site for layer in found.layers] == [f"fusion.blocks.{n}.attention" for n in range(last)]
     assert found.skipped == {f"fusion.blocks.{last}.attention": "all queries are special tokens such as a class token"}
     assert found.worst is max(found.layers, key=lambda layer: layer.cycle_error)
 
 
-def test_tokens_in_place_of_attention():
+def test_token_similarity_in_place_of_attention():
     tokens = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     names = {"audio": [2, 0, 1], "image": [0, 1, 2], "text": [1, 2, 0]}
     made = eq.FusionModel({name: nn.Identity() for name in names}, eq.fusion.Concat(7), 2).double()
     inputs = {name: tokens[:, order] for name, order in names.items()}
-    layer = only(eq.diagnostics.attention_consistency(made, [inputs], source="tokens", temperature=0.01))
+    layer = single_layer(eq.diagnostics.attention_consistency(made, [inputs], source="tokens", temperature=0.01))
     assert (layer.site, layer.samples) == ("tokens", 1)
     assert layer.score == pytest.approx(1, abs=1e-3)
     there = torch.eye(3, dtype=torch.float64)[[2, 0, 1]]
     torch.testing.assert_close(layer.matrix[:3, 3:6], there, rtol=0, atol=1e-3)
 
 
-def test_no_more_is_read_than_is_looked_at():
+def test_loader_is_read_up_to_the_limit():
     seen = []
 
     def loader():
@@ -250,17 +252,17 @@ def test_no_more_is_read_than_is_looked_at():
             seen.append(seed)
             yield batch(THREE, seed=seed)
 
-    found = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), loader(), samples=7))
+    found = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), loader(), samples=7))
     assert (found.samples, seen) == (7, [0, 1])
     both = {name: torch.cat([batch(THREE, seed=s)[name] for s in range(2)])[:7] for name in batch(THREE)}
-    again = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), [both]))
+    again = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), [both]))
     torch.testing.assert_close(found.matrix, again.matrix, **EXACT)
 
 
-def test_stretches_of_many_tokens():
+def test_long_sequences_are_pooled():
     long = {**batch(THREE), "audio": torch.randn(5, 13, 3, dtype=torch.float64)}
     words = {"audio": [f"w{n}" for n in range(13)]}
-    layer = only(eq.diagnostics.attention_consistency(model(THREE, depth=2), [long], tokens=words, parts=4))
+    layer = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), [long], tokens=words, parts=4))
     assert layer.sizes == (4, 4, 3)
     assert layer.tokens[:5] == (
         "audio 'w0' to 'w3'", "audio 'w3' to 'w6'", "audio 'w6' to 'w9'", "audio 'w9' to 'w12'", "image tokens 1 to 2",
@@ -292,7 +294,7 @@ def test_pooling_against_loops():
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 2), (2, 3, 5)])
-def test_all_figures_of_the_spectrum_at_once(sizes):
+def test_spectral_scores_against_loops(sizes):
     random = torch.Generator().manual_seed(len(sizes))
     blocks = {
         (i, j): torch.rand(a, b, generator=random, dtype=torch.float64).softmax(dim=-1)
@@ -305,7 +307,7 @@ def test_all_figures_of_the_spectrum_at_once(sizes):
     assert [float(value) for value in found] == pytest.approx([float(value) for value in wanted], rel=1e-6, abs=1e-9)
 
 
-def test_ideals_of_unequal_numbers():
+def test_ideal_scores_with_unequal_token_counts():
     hard = torch.tensor([[1.0, 0], [0, 1], [0, 0]])
     matrix = eq.consistency.supermatrix({(0, 1): hard})
     values = torch.linalg.svdvals(matrix).tolist()
@@ -330,14 +332,17 @@ REASONS = {
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_why_there_are_no_maps(case):
+def test_missing_maps_have_a_reason(case):
     fusion, reason = REASONS[case]
     with pytest.raises(
         ConfigError,
         match=f"expected a layer with attention between the tokens of all modalities.*{reason}.*compare the tokens of the encoders",
     ):
-        eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)])
-    assert eq.diagnostics.attention_consistency(fused(fusion()), [batch(THREE)], source="tokens").layers[0].samples == 5
+        eq.diagnostics.attention_consistency(build_model(fusion()), [batch(THREE)])
+    assert (
+        eq.diagnostics.attention_consistency(build_model(fusion()), [batch(THREE)], source="tokens").layers[0].samples
+        == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,12 +357,12 @@ def test_why_there_are_no_maps(case):
         ({"tokens": {"audoi": ["one"]}}, ConfigError, "known modality, got 'audoi'. Did you mean 'audio'"),
     ],
 )
-def test_options_that_do_not_fit(options, kind, message):
+def test_invalid_options_raise(options, kind, message):
     with pytest.raises(kind, match=message):
         eq.diagnostics.attention_consistency(model(THREE, depth=2), [batch(THREE)], **options)
 
 
-def test_data_that_do_not_fit():
+def test_invalid_data_raise():
     made = model(THREE, depth=2)
     with pytest.raises(ShapeError, match="expected at least one batch, got none"):
         eq.diagnostics.attention_consistency(made, [])
@@ -394,17 +399,17 @@ def test_model_state_is_restored(ends):
 
 
 @pytest.fixture(scope="module")
-def swapped():
+def swapped_diagnosis():
     return diagnose(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS, tests=["consistency"], name="swapped")
 
 
-def test_a_diagnosis_has_the_score_and_keeps_the_maps(swapped, tmp_path):
+def test_diagnosis_contains_score_and_maps(swapped_diagnosis, tmp_path):
     site = "fusion.blocks.0.attention"
     found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS)
-    assert swapped.metrics[f"consistency/{site}"] == found.worst.score
-    assert swapped.metrics[f"cycle_error/{site}"] == found.worst.cycle_error
-    assert swapped.metrics[f"pair_error/{site}"] == found.worst.pair_error
-    swapped.save(tmp_path)
+    assert swapped_diagnosis.metrics[f"consistency/{site}"] == found.worst.score
+    assert swapped_diagnosis.metrics[f"cycle_error/{site}"] == found.worst.cycle_error
+    assert swapped_diagnosis.metrics[f"pair_error/{site}"] == found.worst.pair_error
+    swapped_diagnosis.save(tmp_path)
     details = eq.Diagnosis.load(tmp_path).details["consistency"]["layers"][0]
     assert details["cycles"][0]["way"] == list(found.worst.cycles[0].way)
     torch.testing.assert_close(torch.tensor(details["matrix"]).double(), found.worst.matrix, rtol=0, atol=1e-4)
@@ -417,8 +422,8 @@ def test_a_diagnosis_has_the_score_and_keeps_the_maps(swapped, tmp_path):
         diagnose(planted(), [concepts()], tokens={"sound": ()})
 
 
-def test_the_page_draws_the_maps_and_says_the_worst(swapped):
-    text = diagnosis_page([swapped.to_dict()])
+def test_page_shows_maps_and_worst_cycle(swapped_diagnosis):
+    text = diagnosis_page([swapped_diagnosis.to_dict()])
     shown = re.search(r'id="test-consistency".*?</section>', text, re.DOTALL).group(0)
     assert shown.count("<svg") == 2
     way = ("audio 'bark'", "video 'dog'", "text 'man'", "audio 'noise'")
@@ -431,7 +436,7 @@ def test_the_page_draws_the_maps_and_says_the_worst(swapped):
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_names_of_tokens_stay_text(evil):
+def test_token_names_are_escaped(evil):
     tokens = {**TOKENS, "video": (evil, "man", "street")}
     found = diagnose(planted(on=SWAP), [concepts()], tokens=tokens, tests=["consistency"])
     text = diagnosis_page([found.to_dict()])
@@ -441,10 +446,12 @@ def test_names_of_tokens_stay_text(evil):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_picture_can_be_read_on_a_small_screen(swapped, open_page, tmp_path, scheme):
+def test_figure_is_legible_on_small_screens(swapped_diagnosis, open_page, tmp_path, scheme):
     long = {name: tuple(f"{word} without a place to break" * 3 for word in words) for name, words in TOKENS.items()}
     other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
-    (tmp_path / "page.html").write_text(diagnosis_page([swapped.to_dict(), other.to_dict()]), encoding="utf-8")
+    (tmp_path / "page.html").write_text(
+        diagnosis_page([swapped_diagnosis.to_dict(), other.to_dict()]), encoding="utf-8"
+    )
     view = open_page(tmp_path / "page.html", width=390, scheme=scheme)
     assert view.evaluate("document.documentElement.scrollWidth") <= 390
     shown = view.locator("#test-consistency")

@@ -22,7 +22,7 @@ EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
 SHAPE = (5, 13, 3)
 
 
-def inputs(seed=0, dtype=torch.float64, shape=SHAPE):
+def random_inputs(seed=0, dtype=torch.float64, shape=SHAPE):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -35,7 +35,7 @@ def slow_runs(starts, length):
     return [any(starts[max(0, step - length + 1) : step + 1]) for step in range(len(starts))]
 
 
-def slow(values, level, kind, seed, std):
+def slow_corrupt(values, level, kind, seed, std):
     """One number after the other, from the same draws in the order in which ``corrupt`` names them."""
     samples, steps, features = values.shape
     random, found = generator(seed), values.clone()
@@ -79,26 +79,26 @@ def slow(values, level, kind, seed, std):
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0.01, 1), st.integers(0, 1000), st.floats(0, 5))
 def test_against_loops(kind, level, seed, std):
-    values = inputs(seed)
+    values = random_inputs(seed)
     found = corrupt(values, level, kind, generator(seed), std)
-    torch.testing.assert_close(found, slow(values, level, kind, seed, std), **EXACT)
-    assert torch.equal(values, inputs(seed))
+    torch.testing.assert_close(found, slow_corrupt(values, level, kind, seed, std), **EXACT)
+    assert torch.equal(values, random_inputs(seed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_level_zero_is_bit_identical(kind, dtype):
-    values = inputs(dtype=dtype)
+def test_level_zero_is_the_identity(kind, dtype):
+    values = random_inputs(dtype=dtype)
     values[0, 0], values[1, 1] = -0.0, math.nan
     found = corrupt(values, 0, kind, generator())
     assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
-    assert corrupt(inputs(dtype=dtype), 0.5, kind, generator()).dtype == dtype
+    assert corrupt(random_inputs(dtype=dtype), 0.5, kind, generator()).dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_axes(kind):
     for shape in ((7, 5), (7, 5, 3, 2)):
-        values = inputs(shape=shape)
+        values = random_inputs(shape=shape)
         found = corrupt(values, 0.5, kind, generator())
         assert found.shape == shape
         assert not torch.equal(found, values)
@@ -108,8 +108,8 @@ def test_any_number_of_axes(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 1), st.floats(0.01, 1))
-def test_a_higher_level_damages_more_of_the_same(kind, seed, first, second):
-    values, (low, high) = inputs(seed), sorted((first, second))
+def test_higher_levels_extend_the_corruption(kind, seed, first, second):
+    values, (low, high) = random_inputs(seed), sorted((first, second))
     less, more = (corrupt(values, level, kind, generator(seed)) for level in (low, high))
     if kind in ("additive", "prob", "mix"):
         # Every number moves along one line, from itself to the noise.
@@ -117,8 +117,8 @@ def test_a_higher_level_damages_more_of_the_same(kind, seed, first, second):
     assert ((more == 0) >= (less == 0)).all()
 
 
-def test_at_the_ends():
-    values, noise = inputs(), torch.randn(SHAPE, generator=generator()).double()
+def test_extreme_levels():
+    values, noise = random_inputs(), torch.randn(SHAPE, generator=generator()).double()
     torch.testing.assert_close(corrupt(values, 1, "additive", generator(), 2.0), values + 2 * noise, **EXACT)
     torch.testing.assert_close(corrupt(values, 1, "mix", generator(), 2.0), 2 * noise, **EXACT)
     torch.testing.assert_close(corrupt(values, 1, "prob", generator(), 2.0), 2 * noise, **EXACT)
@@ -130,7 +130,7 @@ def test_at_the_ends():
     assert (AUDIO_RUN, TIMESERIES_RUN) == (10, 3)
 
 
-def test_how_often():
+def test_corruption_rates():
     values = torch.ones(20011, 1)
     for level in (0.25, 0.75):
         hit = corrupt(values, level, "prob", generator()) != 1
@@ -142,7 +142,7 @@ def test_how_often():
     assert float((wide != 0).double().mean()) == pytest.approx(0.75**2, abs=0.02)
 
 
-def numbers(found):
+def result_values(found):
     return [*found.accuracy, *found.drop, found.area, *(found.share or ())]
 
 
@@ -170,7 +170,7 @@ def test_on_a_model(task, names):
     assert (found.levels, found.modality, found.kind) == ((1.0, 0.0, 0.3), "image", "mix")
 
 
-def test_drop_is_from_no_damage_whatever_the_levels():
+def test_drop_is_relative_to_clean_input():
     made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")]
     whole = corruption_curve(made, batches, modality="audio", levels=(0, 0.5, 1))
     part = corruption_curve(made, lambda: batches, modality="audio", levels=[0.5, 1])
@@ -180,23 +180,25 @@ def test_drop_is_from_no_damage_whatever_the_levels():
     assert whole.drop[2] != 0
 
 
-def test_the_deviation_is_the_data_s_own_by_default():
+def test_default_std_is_that_of_the_data():
     made, batches = fused(task="regression", unimodal="none"), [batch_for("regression", seed=seed) for seed in range(2)]
     std = torch.cat([part["audio"].flatten() for part in batches]).std(correction=0)
     assert float(std) == pytest.approx(input_statistics(batches, "audio", who="test")[1])
     default, given = (corruption_curve(made, batches, modality="audio", std=value) for value in (None, float(std)))
-    assert numbers(default) == pytest.approx(numbers(given))
+    assert result_values(default) == pytest.approx(result_values(given))
     assert default.drop != corruption_curve(made, batches, modality="audio", std=2 * float(std)).drop
 
 
-def test_the_seed_and_the_batch_number_decide():
+def test_noise_depends_on_seed_and_batch_index():
     made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")] * 2
     first = corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))
     # The same batch as number 0 and 1 has different noise; noise of number 0 does not hang on what follows.
     alone = corruption_curve(made, batches[:1], modality="audio", seed=1, levels=(0.5,))
     assert first.accuracy != alone.accuracy
     torch.manual_seed(99)
-    assert numbers(corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))) == numbers(first)
+    assert result_values(corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))) == result_values(
+        first
+    )
     assert corruption_curve(made, batches, modality="audio", seed=2, levels=(0.5,)).accuracy != first.accuracy
     # A level has the same noise whichever other levels there are.
     more = corruption_curve(made, batches, modality="audio", seed=1, levels=(1, 0.5))
@@ -204,7 +206,7 @@ def test_the_seed_and_the_batch_number_decide():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_on_a_static_fusion(kind):
+def test_all_kinds_on_a_static_fusion(kind):
     made = fused(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
     found = corruption_curve(made, [batch_for("regression")], modality="audio", kind=kind)
     assert found.share is None
@@ -242,9 +244,9 @@ def test_errors():
 
 def test_errors_of_the_formula():
     with pytest.raises(ConfigError, match="corrupt: expected a known kind, got 'white'"):
-        corrupt(inputs(), 0.5, "white", generator())
+        corrupt(random_inputs(), 0.5, "white", generator())
     with pytest.raises(ConfigError, match="corrupt: expected a level from 0 to 1, got 2"):
-        corrupt(inputs(), 2, "mix", generator())
+        corrupt(random_inputs(), 2, "mix", generator())
     with pytest.raises(
         ShapeError, match=r"corrupt: expected floating values \(sample, \.\.\.\) for 'mix', got .*int64"
     ):

@@ -23,7 +23,7 @@ class Plain(nn.Module):
         return F.scaled_dot_product_attention(*batch)
 
 
-class Branch(nn.Module):
+class StatefulModel(nn.Module):
     """Everything that can be disturbed: dropout, random numbers, a module in another mode, and a crash on demand."""
 
     def __init__(self, crash=False):
@@ -42,7 +42,7 @@ class Branch(nn.Module):
         return self.norm(hidden + torch.rand(5))
 
 
-class Views(nn.Module):
+class ViewModel(nn.Module):
     """Hands a bare view of its own class token, and one of the batch, to a layer."""
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Views(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def published():
+def published_model():
     """Vanilla MT on CREMA-D with one picture; the reference computes all rows of its fusion layer."""
     torch.manual_seed(0)
     size = {"patch": 16, "dim": 768, "depth": 4, "heads": 12}
@@ -71,13 +71,13 @@ UNUSED_NORM = 2 * 768
 """The released code makes a LayerNorm in its fusion layer and never calls it."""
 
 
-def test_published_table(published):
-    found = cost(published, PICTURES, convention="thop")
+def test_published_table(published_model):
+    found = cost(published_model, PICTURES, convention="thop")
     assert found.parameters + UNUSED_NORM == 59_871_762
     assert round(found.gflops, 4) == 1489.1288
-    balancer = RollingQ(published.fusion.attention)
+    balancer = RollingQ(published_model.fusion.attention)
     try:
-        rolling = cost(published, PICTURES, convention="thop")
+        rolling = cost(published_model, PICTURES, convention="thop")
     finally:
         balancer.detach()
     assert rolling.parameters + UNUSED_NORM == 60_461_586
@@ -85,9 +85,9 @@ def test_published_table(published):
     assert round(rolling.gflops, 4) == 1489.2043
 
 
-def test_published_count_of_all_parameters(published):
+def test_published_parameter_count(published_model):
     # The release also holds two unused bottleneck tokens for each modality.
-    found = sum(p.numel() for p in published.parameters())
+    found = sum(p.numel() for p in published_model.parameters())
     assert found + UNUSED_NORM + 2 * 2 * 768 == 60_164_370
 
 
@@ -149,13 +149,13 @@ def test_published_jmt_is_close():
     assert round(without + 2 * 64 * 4_608 / 1e9, 3) == 1494.867
 
 
-def test_the_class_row_alone_costs_less(published):
-    whole = cost(published, PICTURES, convention="full")
-    published.fusion.shortcut = True
+def test_class_token_row_costs_less(published_model):
+    whole = cost(published_model, PICTURES, convention="full")
+    published_model.fusion.shortcut = True
     try:
-        short = cost(published, PICTURES, convention="full")
+        short = cost(published_model, PICTURES, convention="full")
     finally:
-        published.fusion.shortcut = False
+        published_model.fusion.shortcut = False
     assert short.parameters == whole.parameters
     # Q and output projection of 374 of 375 rows, and their scores and sums; shares cost a little in either.
     saved = 374 * (2 * 2 * 768**2 + 2 * 2 * 375 * 768)
@@ -198,7 +198,7 @@ def test_full_counts_fused_attention(dtype, masked):
     assert found.parameters == 0
 
 
-def test_full_counts_what_torchs_fast_path_hides():
+def test_full_counts_operations_in_the_fast_path():
     layer = nn.TransformerEncoderLayer(10, 5, 13, batch_first=True).eval()
     found = cost(layer, torch.zeros(2, 7, 10))
     assert found.macs == 7 * (4 * 10 * 10 + 2 * 10 * 13) + 2 * 7 * 7 * 10
@@ -217,7 +217,7 @@ def test_thop_rules():
     assert cost(nn.Linear(7, 11), batch, convention="thop").macs == 4 * 7 * 7 * 11
 
 
-def test_thop_leaves_out_attention_products_tables_and_torchs_attention():
+def test_thop_excludes_attention_products_embeddings_and_multihead_attention():
     layer = nn.TransformerEncoderLayer(10, 5, 13, batch_first=True)
     found = cost(layer, torch.zeros(2, 7, 10), convention="thop")
     assert found.macs == 7 * (2 * 10 * 13 + 2 * 4 * 10)
@@ -229,14 +229,14 @@ def test_thop_leaves_out_attention_products_tables_and_torchs_attention():
     assert found.macs == 6 * 14 * 4 + 7 * (12 * 14 * 14 + 3 * 4 * 14)
 
 
-def test_thop_counts_a_module_once_and_its_calls_all():
+def test_thop_counts_parameters_once_and_every_call():
     shared = nn.Linear(5, 5)
     found = cost(nn.Sequential(shared, shared), torch.zeros(3, 5), convention="thop")
     assert (found.parameters, found.macs) == (30, 50)
 
 
 @pytest.mark.parametrize("heads", [1, 7])
-def test_thop_counts_a_rotation_for_each_head(heads):
+def test_thop_counts_rotations_per_head(heads):
     model = FusionModel({"a": nn.Linear(3, 14), "b": nn.Linear(2, 14)}, JointAttention(14, heads=heads), 5)
     batch = {"a": torch.zeros(2, 3, 3), "b": torch.zeros(2, 1, 2)}
     before = cost(model, batch, convention="thop")
@@ -248,7 +248,7 @@ def test_thop_counts_a_rotation_for_each_head(heads):
     assert cost(model, batch).parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_batch_size_scales_gflops_alone():
+def test_batch_size_scales_gflops_only():
     layer, batch = nn.Linear(3, 5), torch.zeros(7, 3)
     assert cost(layer, batch).gflops == 30 / 1e9
     assert cost(layer, batch, convention="thop").gflops == 64 * 30 / 1e9
@@ -257,8 +257,8 @@ def test_batch_size_scales_gflops_alone():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_views_of_what_requires_a_gradient_are_counted(requires_grad):
-    found = cost(Views(), torch.zeros(2, 7, 11, requires_grad=requires_grad))
+def test_views_of_tensors_with_gradient_are_counted(requires_grad):
+    found = cost(ViewModel(), torch.zeros(2, 7, 11, requires_grad=requires_grad))
     assert found.macs == (1 + 7) * 5 * 3
     assert found.parameters == 5 + 5 * 3 + 3
 
@@ -290,7 +290,7 @@ def state(model):
     ids=["normal", "user error", "model error"],
 )
 def test_model_state_is_restored(convention, crash, batch, error):
-    model = Branch(crash)
+    model = StatefulModel(crash)
     before = state(model)
     if error is None:
         assert cost(model, batch, convention=convention).flops > 0
@@ -301,7 +301,7 @@ def test_model_state_is_restored(convention, crash, batch, error):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_fast_path_setting_comes_back(enabled):
+def test_fast_path_setting_is_restored(enabled):
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(enabled)
     try:

@@ -24,7 +24,7 @@ def normal(seed, *shape):
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.2, 1.2), st.floats(-3.0, 0.0), st.integers(2, 13))
-def test_a_line_is_found(gamma, intercept, layers):
+def test_exponential_decay_is_recovered(gamma, intercept, layers):
     alpha = torch.tensor([math.exp(intercept) * gamma**layer for layer in range(1, layers + 1)], dtype=torch.float64)
     found = link_decay(alpha)
     assert found.gamma == pytest.approx(gamma)
@@ -46,7 +46,7 @@ def test_least_squares(seed):
     assert 0 < found.r2 < 1
 
 
-def test_links_that_do_not_fade_or_are_not_there():
+def test_constant_and_missing_links():
     same = link_decay(torch.full((5,), 0.3))
     assert same.gamma == 1.0
     assert math.isnan(same.r2)
@@ -78,7 +78,7 @@ def test_alignment_against_loops(count):
     torch.testing.assert_close(alignment_error(hidden, labels, count + 1, mask), found, equal_nan=True, **EXACT)
 
 
-def test_alignment_by_hand():
+def test_hand_computed_alignment():
     hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, -5.0]]])
     labels = torch.tensor([0, 1])
     assert alignment_error(hidden, labels).tolist() == [1.0]
@@ -100,7 +100,7 @@ def test_all_layers(gamma, errors):
     assert found.weighted_sum == pytest.approx(total, **NUMBER)
 
 
-def test_a_product_that_underflows_and_zeros():
+def test_underflow_and_zeros():
     deep = e_dda(0.5, torch.full((61,), 0.1))
     assert deep.log_product == pytest.approx(61 * 62 / 2 * math.log(0.5) + 61 * math.log(0.1))
     assert math.exp(deep.log_product) == 0.0

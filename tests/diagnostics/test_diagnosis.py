@@ -20,11 +20,11 @@ CLOSE = TOL[torch.float32]
 NAMES = {1: ("audio",), 2: ("audio", "image"), 3: ("audio", "image", "text")}
 
 
-def batches(names=NAMES[2], *, sizes=(13, 7), dtype=torch.float32, missing=()):
+def random_batches(names=NAMES[2], *, sizes=(13, 7), dtype=torch.float32, missing=()):
     return [batch(names, size=size, seed=seed, dtype=dtype, missing=missing) for seed, size in enumerate(sizes)]
 
 
-def fused(fusion, names=NAMES[2], *, task="classification", outputs=OUTPUTS, unimodal="probe", seed=0):
+def build_model(fusion, names=NAMES[2], *, task="classification", outputs=OUTPUTS, unimodal="probe", seed=0):
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
     return eq.FusionModel(encoders, fusion, outputs, task=task, unimodal=unimodal)
@@ -35,9 +35,9 @@ def with_targets(loader, target):
 
 
 @pytest.fixture(scope="module")
-def deep():
-    made, loader = model(depth=2, dtype=torch.float32), batches()
-    outside = [{name: 3 * values for name, values in inputs.items() if name != "target"} for inputs in batches()]
+def deep_diagnosis():
+    made, loader = model(depth=2, dtype=torch.float32), random_batches()
+    outside = [{name: 3 * values for name, values in inputs.items() if name != "target"} for inputs in random_batches()]
     return made, loader, outside, diagnose(made, loader, outside=outside, modality="image", seed=3)
 
 
@@ -46,8 +46,8 @@ def slow_accuracy(logits, target):
     return sum(right) / len(right)
 
 
-def test_scores_against_loops(deep):
-    made, loader, _, found = deep
+def test_scores_against_loops(deep_diagnosis):
+    made, loader, _, found = deep_diagnosis
     target = [int(right) for inputs in loader for right in inputs["target"]]
     made.eval()
     with torch.no_grad():
@@ -74,8 +74,8 @@ def test_scores_against_loops(deep):
     assert found.metrics["accuracy_constant"] == pytest.approx(most / len(target))
 
 
-def test_figures_are_those_of_the_tests_alone(deep):
-    made, loader, outside, found = deep
+def test_scores_match_the_individual_diagnostics(deep_diagnosis):
+    made, loader, outside, found = deep_diagnosis
     statistics = {"image": input_statistics(loader, "image", who="test")}
     response = noise_response(made, loader, modality="image", noise=statistics, seed=3)
     own = noise_response(made, loader, modality="image", seed=3)
@@ -98,8 +98,8 @@ def test_figures_are_those_of_the_tests_alone(deep):
     ]  # fmt: skip
 
 
-def test_attention_of_every_layer_and_head_is_what_watch_sees(deep):
-    made, loader, _, found = deep
+def test_attention_matches_watch(deep_diagnosis):
+    made, loader, _, found = deep_diagnosis
     made.eval()
     with torch.no_grad(), eq.watch(made) as seen:
         for inputs in loader:
@@ -120,8 +120,8 @@ def test_attention_of_every_layer_and_head_is_what_watch_sees(deep):
         assert found.metrics[f"attention_gap/{name}"] == pytest.approx(gap, rel=1e-4)
 
 
-def test_residuals_of_the_blocks_against_loops(deep):
-    made, loader, _, found = deep
+def test_block_residuals_against_loops(deep_diagnosis):
+    made, loader, _, found = deep_diagnosis
     made.eval()
     kept = {"input": [], "blocks.0": []}
     with torch.no_grad():
@@ -143,8 +143,8 @@ def test_residuals_of_the_blocks_against_loops(deep):
     assert found.metrics["residual_last"] == rows[-1]["mean"]
 
 
-def test_every_test_has_run_where_every_test_applies(deep):
-    found = deep[3]
+def test_all_applicable_tests_are_run(deep_diagnosis):
+    found = deep_diagnosis[3]
     assert found.skipped == {}
     assert set(found.details) == set(TESTS)
     assert found.samples == 20
@@ -158,7 +158,7 @@ def test_every_test_has_run_where_every_test_applies(deep):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_any_number_of_modalities(count, depth):
     names = NAMES[count]
-    found = diagnose(model(names, depth=depth, dtype=torch.float32), batches(names))
+    found = diagnose(model(names, depth=depth, dtype=torch.float32), random_batches(names))
     assert {f"accuracy_noise/{name}" for name in names} <= set(found.metrics)
     assert ("masking" in found.skipped) == ("response" in found.skipped) == (count == 1)
     assert ("collapse" in found.details) == (depth == 2)
@@ -184,8 +184,8 @@ def test_any_number_of_modalities(count, depth):
         eq.fusion.MidFusion,
     ],
 )
-def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
-    found = diagnose(fused(fusion(DIM)), batches())
+def test_every_fusion_and_reasons_for_skipped_tests(fusion):
+    found = diagnose(build_model(fusion(DIM)), random_batches())
     assert set(found.skipped) | set(found.details) == set(TESTS)
     assert {"score", "noise", "masking", "shapley", "corruption", "gradients", "cost"} <= set(found.details)
     assert found.skipped["ood"] == "no out-of-distribution inputs were given; see outside"
@@ -196,14 +196,14 @@ def test_every_fusion_is_diagnosed_and_what_does_not_apply_is_told(fusion):
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_all_tasks(task):
-    made = fused(eq.fusion.JointAttention(DIM, dropout=0.0), task=task)
+    made = build_model(eq.fusion.JointAttention(DIM, dropout=0.0), task=task)
     random = torch.Generator().manual_seed(5)
 
     def target(size):
         drawn = torch.randn(size, OUTPUTS, generator=random)
         return (drawn > 0).float() if task == "multilabel" else drawn
 
-    loader = with_targets(batches(), target)
+    loader = with_targets(random_batches(), target)
     found = diagnose(made, loader, outside=loader)
     made.eval()
     with torch.no_grad():
@@ -222,15 +222,15 @@ def test_all_tasks(task):
 
 
 def test_regression_of_one_number():
-    made = fused(eq.fusion.Concat(DIM), task="regression", outputs=1)
-    found = diagnose(made, with_targets(batches(), torch.randn))
+    made = build_model(eq.fusion.Concat(DIM), task="regression", outputs=1)
+    found = diagnose(made, with_targets(random_batches(), torch.randn))
     assert found.metrics["negative_error"] < 0
     assert found.metrics["negative_error_constant"] < 0
 
 
 def test_samples_with_missing_modality():
     made = model(dtype=torch.float32)
-    loader = batches(missing=NAMES[2])
+    loader = random_batches(missing=NAMES[2])
     found = diagnose(made, loader)
     assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
     has = torch.cat([inputs["mask"]["audio"] for inputs in loader])
@@ -241,16 +241,16 @@ def test_samples_with_missing_modality():
     assert found.metrics["accuracy_alone/audio"] == pytest.approx(slow_accuracy(rows, target))
 
 
-def test_a_batch_that_lacks_a_modality_cannot_have_it_replaced():
-    loader = [*batches(), {**batch(size=3, dtype=torch.float32), "image": None}]
+def test_missing_modality_of_a_batch_is_not_replaced():
+    loader = [*random_batches(), {**batch(size=3, dtype=torch.float32), "image": None}]
     found = diagnose(model(dtype=torch.float32), loader)
     for test in ("noise", "corruption", "response"):
         assert "'image': expected a floating tensor or word ids in every batch" in found.skipped[test]
     assert "accuracy_mask/image" in found.metrics
 
 
-def test_without_targets_attention_is_still_looked_at():
-    loader = [{name: values for name, values in inputs.items() if name != "target"} for inputs in batches()]
+def test_attention_without_targets():
+    loader = [{name: values for name, values in inputs.items() if name != "target"} for inputs in random_batches()]
     found = diagnose(model(dtype=torch.float32), loader)
     assert found.skipped["score"] == found.skipped["masking"] == "the batches have no target"
     assert {"response", "attention", "keys", "cost"} == set(found.details)
@@ -271,38 +271,38 @@ class Foreign(nn.Module):
         return eq.Output(features=features, logits=self.head(features))
 
 
-def test_model_of_another_library():
+def test_foreign_model():
     made = Foreign()
-    found = diagnose(made, batches(), name="mine")
+    found = diagnose(made, random_batches(), name="mine")
     assert found.name == "mine"
     assert found.skipped["score"].startswith("the model has no task (classification")
     made.task = "classification"
-    found = diagnose(made, batches())
+    found = diagnose(made, random_batches())
     assert found.metrics["changed_noise/image"] == 0.0
     assert found.name == "foreign"
     assert found.skipped["masking"] == "Foreign is not a FusionModel: it has no encoders, encode, fuse, loss"
     assert {verdict.key: verdict.claim for verdict in found.verdicts}["use/image"] == "ignores image"
 
 
-def test_chosen_tests_and_progress():
+def test_selected_tests_and_progress():
     heard = []
-    made, loader = model(dtype=torch.float32), batches()
+    made, loader = model(dtype=torch.float32), random_batches()
     found = diagnose(made, loader, tests=["masking", "cost"], progress=lambda *told: heard.append(told))
     assert set(found.details) == {"score", "masking", "cost"}
     assert heard == [("score", 0, 3), ("masking", 1, 3), ("cost", 2, 3), ("", 3, 3)]
     assert found.protocol["tests"] == ["score", "masking", "cost"]
 
 
-def test_scores_of_models_alone_go_before_heads():
+def test_scores_of_unimodal_models_override_heads():
     made, alone = model(dtype=torch.float32), {"audio": 0.25, "image": 0.75}
-    found = diagnose(made, batches(), tests=[], alone=alone)
+    found = diagnose(made, random_batches(), tests=[], alone=alone)
     assert {name: found.metrics[f"accuracy_alone/{name}"] for name in alone} == alone
     assert found.details["score"]["alone_from"] == "models"
-    without = diagnose(fused(eq.fusion.Concat(DIM), unimodal="none"), batches(), tests=[])
+    without = diagnose(build_model(eq.fusion.Concat(DIM), unimodal="none"), random_batches(), tests=[])
     assert not any("alone" in name for name in without.metrics)
 
 
-def test_a_loader_that_shuffles_gives_what_one_that_does_not_gives():
+def test_shuffled_loader_gives_the_same_result():
     made, rows = model(dtype=torch.float32), batch(size=29, dtype=torch.float32)
     samples = [{name: values[i] for name, values in rows.items()} for i in range(29)]
     torch.manual_seed(7)
@@ -316,7 +316,7 @@ def test_a_loader_that_shuffles_gives_what_one_that_does_not_gives():
 
 
 def test_results_are_deterministic():
-    made, loader = model(depth=2, dropout=0.5, dtype=torch.float32).train(), batches()
+    made, loader = model(depth=2, dropout=0.5, dtype=torch.float32).train(), random_batches()
     first, second = diagnose(made, loader), diagnose(made, lambda: iter(loader))
     assert first.to_dict() == second.to_dict()
     assert diagnose(made, loader, seed=1).metrics != first.metrics
@@ -334,14 +334,14 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("what", ERRORS)
-def test_wrong_options(what):
+def test_invalid_options_raise(what):
     options, kind, message = ERRORS[what]
     with pytest.raises(kind, match=message):
-        diagnose(model(dtype=torch.float32), batches(), **options)
+        diagnose(model(dtype=torch.float32), random_batches(), **options)
 
 
 def test_unsupported_models_raise():
-    made, loader = model(dtype=torch.float32), batches()
+    made, loader = model(dtype=torch.float32), random_batches()
     with pytest.raises(ConfigError, match=r"iterated several times: .*, got a list_iterator\. Pass list\(loader\)"):
         diagnose(made, iter(loader))
     with pytest.raises(ConfigError, match="got a int"):
@@ -361,7 +361,7 @@ def test_model_state_is_restored(depth, ends):
     made = model(depth=depth, dropout=0.5, dtype=torch.float32).train()
     made.fusion.eval()
     made.head.weight.requires_grad_(False)
-    loader = batches()
+    loader = random_batches()
     made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
     made.head.bias.grad = None
     if ends == "with the model's error":

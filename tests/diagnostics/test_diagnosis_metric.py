@@ -19,7 +19,7 @@ def classifier():
     return model, answered(model, sizes=(150,), wrong=0.2, seed=5)
 
 
-def test_the_verdicts_of_a_metric_are_those_of_the_use(classifier):
+def test_verdicts_use_the_given_metric(classifier):
     model, batches = classifier
     for metric in ("f1_macro", "auroc", "balanced_accuracy"):
         found = eq.diagnose(model, batches, metric=metric, tests=TESTS)
@@ -30,7 +30,7 @@ def test_the_verdicts_of_a_metric_are_those_of_the_use(classifier):
         assert set(found.details["masking"]["resamples"]) == {f"{metric}_mask/audio", f"{metric}_mask/image"}
 
 
-def test_accuracy_by_name_says_what_the_default_says(classifier):
+def test_accuracy_metric_equals_the_default(classifier):
     model, batches = classifier
     plain, named = (eq.diagnose(model, batches, tests=TESTS, **more) for more in ({}, {"metric": "accuracy"}))
     assert [v.text for v in plain.verdicts] == [v.text for v in named.verdicts]
@@ -38,7 +38,7 @@ def test_accuracy_by_name_says_what_the_default_says(classifier):
     assert "resamples" not in plain.details["noise"]
 
 
-def test_smaller_errors_are_better():
+def test_lower_errors_are_better():
     model = weighing(audio=1.0, image=0.0)
     model.task = "regression"
     batches = answered(model, sizes=(150,), seed=5)
@@ -60,7 +60,7 @@ def test_smaller_errors_are_better():
         assert not compared.better
 
 
-def test_an_undefined_value_has_a_reason_and_no_traceback():
+def test_undefined_metric_has_a_reason():
     model = weighing(audio=1.0, image=0.0)
     batches = answered(model, sizes=(40,), seed=5)
     for batch in batches:
@@ -82,7 +82,7 @@ def test_user_defined_metric_functions(classifier):
     assert beside.metrics["confidence_noise/audio"] == pytest.approx(found.metrics["confidence_noise/audio"])
 
 
-def test_two_auroc_have_two_names(classifier, tmp_path):
+def test_auroc_names_are_distinct(classifier, tmp_path):
     model, batches = classifier
     outside = [{name: 3 * torch.randn_like(batches[0][name]) for name in model.names}]
     plain = eq.diagnose(model, batches, outside=outside, tests=["ood"])
@@ -94,7 +94,7 @@ def test_two_auroc_have_two_names(classifier, tmp_path):
     assert "AUROC of the confidence" in text
 
 
-def test_wrong_names(classifier):
+def test_unknown_metric_names_raise(classifier):
     model, batches = classifier
     with pytest.raises(ConfigError, match=r"diagnose: expected a known metric, got 'f2'"):
         eq.diagnose(model, batches, metric="f2")

@@ -20,24 +20,24 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def table(seed, count, *lead):
+def random_shares(seed, count, *lead):
     """Shares that leave something to special tokens."""
     scores = torch.randn(*lead, count, count + 1, generator=generator(seed), dtype=torch.float64)
     return scores.softmax(dim=-1)[..., :count]
 
 
-def gap(own, cross):
+def expected_gap(own, cross):
     return 100 * abs(own - cross) / (own + cross)
 
 
-def attended(seed, seen):
+def masked_attention(seed, seen):
     """Attention of LAYERS layers under a mask (batch, query, key)."""
     scores = torch.randn(LAYERS, BATCH, HEADS, TOKENS, TOKENS, generator=generator(seed), dtype=torch.float64)
     # A query that sees nothing is NaN after softmax, as some models leave it.
     return scores.masked_fill(~seen[:, None], -math.inf).softmax(dim=-1)
 
 
-def slow(attention, labels, count, seen, per_token):
+def slow_gap(attention, labels, count, seen, per_token):
     """Loops over the queries that see both kinds of keys, the mean of the heads first."""
     found = []
     for m in range(count):
@@ -52,7 +52,7 @@ def slow(attention, labels, count, seen, per_token):
                         for sums, kind in zip((own, cross), kinds, strict=True):
                             sums.append(sum(kind) / (len(kind) if per_token else 1))
             if own:
-                layers.append(gap(mean(own), mean(cross)))
+                layers.append(expected_gap(mean(own), mean(cross)))
         found.append(mean(layers) if layers else math.nan)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -70,9 +70,9 @@ def test_from_attention_against_loops(count, kind, normalize):
         mask = None if kind == "none" else torch.ones(BATCH, TOKENS, TOKENS).tril().bool() & valid[:, None]
         seen = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool) if mask is None else mask
         labels_left = labels
-    attention = attended(0, seen)
+    attention = masked_attention(0, seen)
     found = gap_from_attention(list(attention), labels, count, mask, normalize=normalize)
-    expected = slow(attention.nan_to_num(), labels_left, count, seen, normalize == "per_token")
+    expected = slow_gap(attention.nan_to_num(), labels_left, count, seen, normalize == "per_token")
     torch.testing.assert_close(found, expected, equal_nan=True, **EXACT)
     assert bool(found.isnan().all()) is (count == 1)
     made = share_table(list(attention), labels, count, mask)
@@ -86,7 +86,7 @@ def test_share_table_against_loops():
     labels = torch.randint(-1, 3, (BATCH, TOKENS), generator=generator(2))
     labels[1] = labels[1].masked_fill(labels[1] == 2, 0)
     seen = torch.ones(BATCH, TOKENS, TOKENS).tril().bool()
-    attention = attended(1, seen)
+    attention = masked_attention(1, seen)
     made = share_table(list(attention), labels, 3, seen)
     for b in range(BATCH):
         for m in range(3):
@@ -104,8 +104,8 @@ def test_share_table_against_loops():
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_of_shares_against_loops(count):
-    share = table(0, count, 2, 3, 7)
+def test_gap_of_shares_against_loops(count):
+    share = random_shares(0, count, 2, 3, 7)
     counts = torch.randint(0, 4, share.shape, generator=generator(1))
     weights = torch.rand(share.shape[:-1], generator=generator(2), dtype=torch.float64).round(decimals=1)
     for per_token in (False, True):
@@ -123,13 +123,13 @@ def test_of_shares_against_loops(count):
                         if keys[m] and rest:
                             own += weight * row[m] / (keys[m] if per_token else 1)
                             cross += weight * sum(row[n] for n in others) / (rest if per_token else 1)
-                layers.append(gap(own, cross))
+                layers.append(expected_gap(own, cross))
             expected.append(mean(layers))
         found = attention_gap(share, weights=weights, counts=counts, normalize="per_token" if per_token else "mass")
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_heads_and_samples_come_before_the_difference_and_layers_after_it():
+def test_averaging_order_of_heads_samples_and_layers():
     two = torch.tensor([[[0.75, 0.25], [0.5, 0.5]], [[0.25, 0.75], [0.5, 0.5]]])
     assert attention_gap(two).tolist() == [0.0, 0.0]
     assert attention_gap(two[:, None]).tolist() == [0.0, 0.0]
@@ -140,7 +140,7 @@ def test_heads_and_samples_come_before_the_difference_and_layers_after_it():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 4))
 def test_properties(seed, count):
-    share = table(seed, count, LAYERS, BATCH, HEADS)
+    share = random_shares(seed, count, LAYERS, BATCH, HEADS)
     found = attention_gap(share)
     assert bool(((found >= 0) & (found <= 100)).all())
     order = torch.randperm(count, generator=generator(seed))
@@ -152,8 +152,8 @@ def test_properties(seed, count):
         torch.testing.assert_close(attention_gap(alone), attention_gap(alone[(None,) * extra]), **EXACT)
 
 
-def test_what_is_absent_does_not_count_and_what_is_broken_is_told():
-    share = table(0, 2, BATCH, HEADS)
+def test_absent_modalities_are_excluded_and_invalid_shares_raise():
+    share = random_shares(0, 2, BATCH, HEADS)
     lacking = torch.cat([share, torch.full((1, HEADS, 2, 2), math.nan).double()])
     torch.testing.assert_close(attention_gap(lacking), attention_gap(share), **EXACT)
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None, None]
@@ -174,23 +174,23 @@ def test_what_is_absent_does_not_count_and_what_is_broken_is_told():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_single(dtype):
-    share = table(0, 3, 257, HEADS).to(dtype)
+def test_half_precision_is_accumulated_in_float32(dtype):
+    share = random_shares(0, 3, 257, HEADS).to(dtype)
     single = TOL[torch.float32]
     torch.testing.assert_close(attention_gap(share), attention_gap(share.double()).float(), **single)
-    attention = attended(0, torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool))[0].to(dtype)
+    attention = masked_attention(0, torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool))[0].to(dtype)
     labels = torch.arange(TOKENS) % 3
     expected = gap_from_attention(attention.double(), labels)
     torch.testing.assert_close(gap_from_attention(attention, labels), expected.float(), **single)
 
 
-def test_layers_in_which_all_goes_to_special_tokens_are_left_out():
+def test_layers_attending_to_special_tokens_only_are_excluded():
     share = torch.stack([torch.tensor([[0.75, 0.25], [0.25, 0.25]]), torch.zeros(2, 2)])[:, None, None]
     assert attention_gap(share).tolist() == [50.0, 0.0]
 
 
 def test_errors():
-    share = table(0, 3, 2)
+    share = random_shares(0, 3, 2)
     for wrong, got in (
         (share[..., :2], r"shape \(2, 3, 2\)"),
         (share[0, 0], r"shape \(3,\)"),

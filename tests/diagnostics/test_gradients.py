@@ -22,7 +22,7 @@ HEADS = {"MulT": {"heads": 2, "width": 4}}
 NAMES = ("audio", "image", "text")
 
 
-def length(gradients):
+def gradient_norm(gradients):
     return math.sqrt(sum(float(value) ** 2 for gradient in gradients for value in gradient.flatten()))
 
 
@@ -40,7 +40,7 @@ def slow_norms(made, batches):
             if len(part) and part.valid().any():
                 own = [p.grad for p in twin.encoders[name].parameters() if p.grad is not None]
                 above = [] if part.values.grad is None else [part.values.grad]
-                found[name].append((length(own), length(above)))
+                found[name].append((gradient_norm(own), gradient_norm(above)))
     return {
         name: tuple(sum(place) / len(rows) for place in zip(*rows, strict=True)) if rows else (math.nan, math.nan)
         for name, rows in found.items()
@@ -72,7 +72,7 @@ def test_against_backward(task, names):
 
 @pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
 @pytest.mark.parametrize("unimodal", ["train", "ensemble"])
-def test_every_fusion_and_the_task_s_loss_alone(kind, unimodal):
+def test_every_fusion_with_the_task_loss(kind, unimodal):
     made = fused(NAMES, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), unimodal=unimodal)
     batches = [batch(NAMES, seed=seed) for seed in range(2)]
     found = gradient_norms(made, batches)
@@ -122,7 +122,7 @@ def test_frozen_shared_and_plain_encoders():
     assert found.parameters["audio"] == found.parameters["image"]
 
 
-def test_batches_that_lack_a_modality_do_not_count_for_it():
+def test_batches_without_the_modality_are_excluded():
     made = model(NAMES)
     out = {"image": torch.zeros(5, dtype=torch.bool)}
     batches = [batch(NAMES), {**batch(NAMES, seed=1), "text": None}, {**batch(NAMES, seed=2), "mask": out}]
@@ -144,7 +144,7 @@ def test_max_batches():
     assert whole.parameters != first.parameters
 
 
-def test_ratios_leave_out_what_is_not_known():
+def test_ratios_exclude_undefined_norms():
     found = ratios(torch.tensor([6.0, math.nan, 3.0, 1.0])).tolist()
     assert found == pytest.approx([3.0, math.nan, 3 / 3.5, 1 / 4.5], nan_ok=True)
 

@@ -41,12 +41,12 @@ EVERY = ("joint", "joint, 3 layers", "joint, all rows", "mid", "mbt", "mbt, cros
 
 @pytest.mark.parametrize("missing", [(), ("image",)], ids=["whole", "some lack one"])
 @pytest.mark.parametrize("kind", EVERY)
-def test_our_layers(kind, missing):
+def test_equipoise_layers(kind, missing):
     names = NAMES if kind in ("joint", "mid") else NAMES[:2]
     made, inputs = fused(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
     with torch.no_grad():
         plain = made(inputs).logits
-        for change, block in cases(names):
+        for change, block in intervention_cases(names):
             with block(made) as found:
                 logits = made(inputs).logits
             torch.testing.assert_close(logits, written_out(made, change)(inputs).logits, **EXACT)
@@ -55,7 +55,7 @@ def test_our_layers(kind, missing):
         assert torch.equal(made(inputs).logits, plain)
 
 
-def cases(names):
+def intervention_cases(names):
     """(the oracle's change, the block) that act in every fusion."""
     count = len(names)
     yield ("hide", {1}), lambda made, **known: without_modality(made, "image", **known)
@@ -77,7 +77,7 @@ def cases(names):
 
 
 @pytest.mark.parametrize("operator", ["unimodal", "crossmodal"])
-def test_a_class_row_that_reads_alone_is_not_averaged(operator):
+def test_class_row_without_keys_is_not_averaged(operator):
     made, deep, inputs = model(), model(depth=2), batch()
     message = f"with_quag: expected attention with quadrants of '{operator}', got none"
     with pytest.raises(ConfigError, match=message), with_quag(made, operator):
@@ -92,7 +92,7 @@ def test_a_class_row_that_reads_alone_is_not_averaged(operator):
 
 @pytest.mark.parametrize("kind", ["joint", "joint, 3 layers", "joint, all rows", "mid"])
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), NAMES], ids=len)
-def test_hidden_is_removed(kind, names):
+def test_without_modality_equals_masking(kind, names):
     made = fused(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
     batches = [batch_for("regression", names, seed=seed, missing=names[1:2]) for seed in range(2)]
     for name in names:
@@ -105,7 +105,7 @@ def test_hidden_is_removed(kind, names):
         assert len(found.changed) == {"joint": 1, "joint, 3 layers": 3}.get(kind, 2)
 
 
-def test_several_at_once():
+def test_several_modalities_at_once():
     made, inputs = model(NAMES, depth=2).eval(), batch(NAMES)
     with torch.no_grad(), without_modality(made, ("audio", "text")):
         logits = made(inputs).logits
@@ -120,7 +120,7 @@ def test_masked_inputs_may_be_nan():
         assert torch.equal(made(broken).logits, made(inputs).logits)
 
 
-class Soft(nn.Module):
+class ExplicitAttention(nn.Module):
     """Attention as it is written by hand, with (batch, head) apart or in one dimension."""
 
     def __init__(self, dim, heads, *, flat=False, causal=False):
@@ -142,7 +142,7 @@ class Soft(nn.Module):
         return output.unflatten(0, (len(tokens), -1)) if self.flat else output
 
 
-class Own(nn.Module):
+class MultiheadSelfAttention(nn.Module):
     """``nn.MultiheadAttention`` that reads itself, with projections that the oracle can take apart."""
 
     def __init__(self, dim, heads, **options):
@@ -156,13 +156,13 @@ class Own(nn.Module):
         return output if first else output.transpose(0, 1)
 
 
-def by_hand(made, tokens, columns, change):
+def expected_output(made, tokens, columns, change):
     """The model's output with its attention written out and changed."""
-    if isinstance(made, Own):
+    if isinstance(made, MultiheadSelfAttention):
         layer = made.layer
         parts = F.linear(tokens, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
         heads, scale = layer.num_heads, None
-    elif isinstance(made, Soft):
+    elif isinstance(made, ExplicitAttention):
         parts, heads, scale = made.all(tokens).chunk(3, dim=-1), made.heads, 0.5
     else:
         parts, heads, scale = (made.q_proj(tokens), made.k_proj(tokens), made.v_proj(tokens)), made.heads, None
@@ -173,40 +173,40 @@ def by_hand(made, tokens, columns, change):
     seen = slow.visible(None, causal, attention.shape)
     columns = columns.expand(len(tokens), -1)
     output = slow.output(changed_by(attention, columns, columns, seen, change), value)
-    if isinstance(made, Soft):
+    if isinstance(made, ExplicitAttention):
         return output
     merged = output.transpose(1, 2).flatten(2)
-    return made.layer.out_proj(merged) if isinstance(made, Own) else merged
+    return made.layer.out_proj(merged) if isinstance(made, MultiheadSelfAttention) else merged
 
 
 FOREIGN = {
-    "MultiheadAttention": lambda: Own(12, 2, batch_first=True),
-    "MultiheadAttention, tokens first": lambda: Own(12, 2),
+    "MultiheadAttention": lambda: MultiheadSelfAttention(12, 2, batch_first=True),
+    "MultiheadAttention, tokens first": lambda: MultiheadSelfAttention(12, 2),
     "scaled_dot_product_attention": lambda: Reader(12, 6, 3),
-    "softmax": lambda: Soft(12, 2),
-    "softmax, causal": lambda: Soft(12, 2, causal=True),
-    "softmax, flat": lambda: Soft(12, 2, flat=True),
+    "softmax": lambda: ExplicitAttention(12, 2),
+    "softmax, causal": lambda: ExplicitAttention(12, 2, causal=True),
+    "softmax, flat": lambda: ExplicitAttention(12, 2, flat=True),
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_models_of_torch(kind):
+def test_torch_models(kind):
     torch.manual_seed(0)
     made = FOREIGN[kind]().double().eval()
     tokens, columns = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([-1, 0, 0, 1, 2, 1, 0])
     known = {"modality": columns, "names": NAMES}
     with torch.no_grad():
         plain = made(tokens)
-        for change, block in cases(NAMES):
+        for change, block in intervention_cases(NAMES):
             with block(made, **known) as found:
                 output = made(tokens)
-            torch.testing.assert_close(output, by_hand(made, tokens, columns, change), **EXACT)
+            torch.testing.assert_close(output, expected_output(made, tokens, columns, change), **EXACT)
             assert len(found.changed) == 1
             assert found.missing == {}
         assert torch.equal(made(tokens), plain)
 
 
-def test_the_fast_path_of_an_encoder_is_left_and_found_again():
+def test_encoder_fast_path_is_disabled_and_restored():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 2, 5, batch_first=True)
     made = nn.TransformerEncoder(layer, 2).double().eval()
@@ -261,7 +261,7 @@ CHANGES = {
 }
 
 
-def reference(monkeypatch, columns, change):
+def reference_model(monkeypatch, columns, change):
     """A copy of the same model whose eager attention is the oracle's."""
     from transformers.models.llama import modeling_llama
 
@@ -273,7 +273,7 @@ def reference(monkeypatch, columns, change):
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_language_model_with_pictures(name, backend, monkeypatch):
+def test_vision_language_model(name, backend, monkeypatch):
     made, inputs, columns = llava()
     made.set_attn_implementation(backend)
     change, block = CHANGES[name]
@@ -283,7 +283,7 @@ def test_a_language_model_with_pictures(name, backend, monkeypatch):
             logits = made(**inputs).logits
         assert torch.equal(made(**inputs).logits, plain)
         assert found.changed == tuple(f"model.language_model.layers.{n}.self_attn" for n in range(2))
-        other, _ = reference(monkeypatch, columns, change)
+        other, _ = reference_model(monkeypatch, columns, change)
         valid = inputs["attention_mask"].bool()
         torch.testing.assert_close(logits[valid], other(**inputs).logits[valid], **SINGLE)
     assert not torch.allclose(logits[valid], plain[valid], **SINGLE)
@@ -301,7 +301,7 @@ def test_generation_with_a_cache(name, cache, monkeypatch):
     with block(made) as found:
         ours = made.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
     assert len(found.changed) == 2
-    other, _ = reference(monkeypatch, columns, change)
+    other, _ = reference_model(monkeypatch, columns, change)
     theirs = other.generate(**inputs, **how)
     for step, expected in zip(ours.logits, theirs.logits, strict=True):
         torch.testing.assert_close(step, expected, **SINGLE)
@@ -310,7 +310,7 @@ def test_generation_with_a_cache(name, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "blip2", "qwen2_audio", "idefics3"])
-def test_nothing_of_it_comes_through_in_other_families(name):
+def test_hidden_modality_has_no_influence_in_other_families(name):
     made, inputs = family(name)
     modality = "audio" if "audio" in name else "image"
     values = "input_features" if modality == "audio" else "pixel_values"
@@ -379,7 +379,7 @@ def test_model_state_is_restored(block, ends):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_leaves_no_trace_in_transformers(fails):
+def test_transformers_state_is_restored(fails):
     from transformers import AttentionInterface
 
     made, inputs, _ = llava()
@@ -431,7 +431,7 @@ def test_errors():
         vlm(**words)
 
 
-def test_what_cannot_be_changed_is_told():
+def test_unsupported_attention_raises():
     static, inputs = fused(fusion=eq.fusion.Concat(DIM)), batch()
     message = r"with_quag: expected attention with quadrants of 'all', got no attention whose keys have known .* Static"
     with pytest.raises(ConfigError, match=message), with_quag(static, "all"):
@@ -459,7 +459,7 @@ def test_what_cannot_be_changed_is_told():
         clip(**prompt)
 
 
-def test_readers_of_unknown_modality():
+def test_queries_of_unknown_modality():
     made, inputs = fused(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
     message = (
         r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 more layers\)"
@@ -474,7 +474,7 @@ def test_readers_of_unknown_modality():
 
 
 @pytest.mark.parametrize("inner", ["the model", "a part of it"])
-def test_no_two_blocks_at_once(inner):
+def test_nested_interventions_raise(inner):
     made, inputs = model(depth=2), batch()
     part = made if inner == "the model" else made.fusion
     message = (

@@ -32,7 +32,7 @@ def slow_wasserstein(a, b):
     return area
 
 
-def cosines(made, batches, count):
+def expected_cosines(made, batches, count):
     """Of the class query and the mean key of each modality, over all samples and heads, from the parameters alone."""
     found = [[] for _ in range(count)]
     for query, key, labels, valid, _ in samples(made, batches):
@@ -53,7 +53,7 @@ def test_against_loops(count):
     missing = ("image",) if count > 1 else ()
     batches = [batch(names, seed=seed, missing=missing) for seed in range(3)]
     found = key_geometry(made, batches)
-    values = cosines(made, batches, count)
+    values = expected_cosines(made, batches, count)
     means = [mean(own) for own in values]
     assert found.distribution == key_distribution(collect_predictions(made, batches))
     for label, name in enumerate(names):
@@ -74,7 +74,7 @@ def test_against_loops(count):
 
 @pytest.mark.parametrize("given", [None, {"image": (0.5, 2.0)}])
 @pytest.mark.parametrize("count", [2, 3])
-def test_noise_shifts_the_modality_that_it_replaces(count, given):
+def test_noise_shifts_the_replaced_modality(count, given):
     names = NAMES[:count]
     made, batches = model(names), [batch(names, seed=seed) for seed in range(3)]
     found = key_geometry(made, lambda: iter(batches), replaced="image", noise=given, seed=5)
@@ -83,7 +83,7 @@ def test_noise_shifts_the_modality_that_it_replaces(count, given):
         {**inputs, "image": NoiseSource("image", *level, seed=5).of(inputs["image"], number)}
         for number, inputs in enumerate(batches)
     ]
-    before, after = cosines(made, batches, count), cosines(made, noisy, count)
+    before, after = expected_cosines(made, batches, count), expected_cosines(made, noisy, count)
     for label, name in enumerate(names):
         assert found.shift[name] == pytest.approx(mean(after[label]) - mean(before[label]), **SINGLE)
     # Linear encoders: the others' keys and the class query of the first layer stay as they were.
@@ -92,7 +92,7 @@ def test_noise_shifts_the_modality_that_it_replaces(count, given):
     assert found.distribution == key_geometry(made, batches).distribution
 
 
-def test_as_a_dict():
+def test_to_dict():
     made, batches = model(NAMES[:3]), [batch(NAMES[:3])]
     plain = key_geometry(made, batches).to_dict()
     made_of = json.loads(json.dumps(key_geometry(made, batches, replaced="text").to_dict(), allow_nan=False))
@@ -145,13 +145,13 @@ def test_overlap(bins, factor):
     assert overlap(a, a) == pytest.approx(1.0, **EXACT)
 
 
-def test_nothing_left_has_no_distance():
+def test_empty_samples_have_no_distance():
     assert math.isnan(wasserstein(torch.tensor([math.nan]), torch.tensor([1.0])))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=5))
-def test_imbalance_sums_to_zero_and_is_the_papers_for_two(means):
+def test_imbalance_sums_to_zero_and_matches_the_paper_for_two(means):
     found = imbalance({str(place): value for place, value in enumerate(means)})
     assert sum(found.values()) == pytest.approx(0, abs=1e-12)
     if len(means) == 2:

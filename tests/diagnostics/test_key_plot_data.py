@@ -39,7 +39,7 @@ def test_against_loops():
     json.dumps(found, allow_nan=False)
 
 
-def test_rounding_beyond_one_is_not_lost_and_absent_modalities_are_none():
+def test_cosines_are_clamped_and_absent_modalities_are_none():
     cosine = torch.tensor([[[1.0000001, math.nan]], [[-1.0000001, math.nan]]])
     found = key_distribution(
         CollectedPredictions(torch.zeros(2, 1), torch.zeros(2), ("a", "b"), None, cosine, cosine.abs())

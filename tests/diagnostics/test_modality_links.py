@@ -24,14 +24,14 @@ REAL = torch.ones(BATCH, TOKENS, dtype=torch.bool)
 REAL[0, 5:] = False
 
 
-def causal():
+def causal_mask():
     return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & REAL[:, None] & REAL[:, :, None]
 
 
-def layers(seed=0):
+def random_layers(seed=0):
     random = torch.Generator().manual_seed(seed)
     scores = torch.randn(LAYERS, BATCH, HEADS, TOKENS, TOKENS, generator=random, dtype=torch.float64)
-    attention = scores.masked_fill(~causal()[:, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
+    attention = scores.masked_fill(~causal_mask()[:, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
     hidden = torch.randn(LAYERS, BATCH, TOKENS, DIM, generator=random, dtype=torch.float64)
     return list(attention), list(hidden)
 
@@ -42,7 +42,7 @@ def slow_share(attention):
     heads = attention.mean(dim=1).tolist()
     for b in range(BATCH):
         for i in range(TOKENS):
-            keys = [j for j in range(TOKENS) if bool(causal()[b, i, j]) and LABELS[b, j] >= 0]
+            keys = [j for j in range(TOKENS) if bool(causal_mask()[b, i, j]) and LABELS[b, j] >= 0]
             if LABELS[b, i] >= 0 and {int(LABELS[b, j]) for j in keys} == {0, 1}:
                 for n in range(2):
                     part = sum(heads[b][i][j] for j in keys if LABELS[b, j] == n)
@@ -50,9 +50,9 @@ def slow_share(attention):
     return [[mean(values) for values in row] for row in found]
 
 
-def test_every_figure_against_loops():
-    attention, hidden = layers()
-    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal())
+def test_metrics_against_loops():
+    attention, hidden = random_layers()
+    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
     shares = [slow_share(layer) for layer in attention]
     torch.testing.assert_close(found.share, torch.tensor(shares, dtype=torch.float64), **EXACT)
     errors = []
@@ -82,9 +82,9 @@ def test_every_figure_against_loops():
     assert float(found.residual[-1]) == pytest.approx(mean(parts), **NUMBER)
 
 
-def test_figures_in_words():
-    attention, hidden = layers()
-    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal())
+def test_summary_text():
+    attention, hidden = random_layers()
+    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
     rows = found.rows(("text", "image"))
     assert rows["gap of image, %"] == float(found.gap[1])
     assert rows["text to image, share"] == pytest.approx(float(found.share[:, 0, 1].mean()))
@@ -96,18 +96,18 @@ def test_figures_in_words():
         found.rows(("text",))
 
 
-def test_what_reads_nothing_of_the_other_is_no_number():
-    attention, hidden = layers()
+def test_modalities_without_cross_attention_are_undefined():
+    attention, hidden = random_layers()
     # The picture comes first and cannot look ahead.
     labels = torch.tensor([1, 1, 1, 0, 0, 0, 0])
-    found = eq.diagnostics.modality_links(attention, hidden, labels, mask=causal())
+    found = eq.diagnostics.modality_links(attention, hidden, labels, mask=causal_mask())
     assert math.isnan(found.gap[1])
     assert math.isnan(found.gamma[1, 0])
     assert not math.isnan(found.gap[0])
 
 
-def test_layers_that_do_not_fit():
-    attention, hidden = layers()
+def test_mismatched_layers_raise():
+    attention, hidden = random_layers()
     with pytest.raises(ShapeError, match=r"same layers, at least two, got 3 and 4\. The hidden_states of Hugging Face"):
         eq.diagnostics.modality_links(attention, [hidden[0], *hidden], LABELS)
     with pytest.raises(ShapeError, match="at least two, got 1 and 1"):
@@ -116,7 +116,7 @@ def test_layers_that_do_not_fit():
         eq.diagnostics.modality_links(attention, hidden, LABELS[:, :3])
 
 
-def test_a_hugging_face_model_before_and_after_moda(monkeypatch):
+def test_huggingface_model_with_and_without_moda(monkeypatch):
     pytest.importorskip("transformers")
     from helpers.vlms import family
 
@@ -149,7 +149,7 @@ def test_a_hugging_face_model_before_and_after_moda(monkeypatch):
         read_modality_links(model, [], labels)
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+def test_example_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["moda_before_after", "2"])

@@ -20,12 +20,12 @@ SINGLE = TOL[torch.float32]
 HEADS = {"MulT": {"heads": 2, "width": 4}}
 
 
-def of(kind, names, **options):
+def build_model(kind, names, **options):
     """A model with that fusion, in evaluation mode."""
     return fused(names, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), **options).eval()
 
 
-def score_by_hand(made, batches, task):
+def expected_score(made, batches, task):
     with torch.no_grad():
         logits = torch.cat([made(inputs).logits for inputs in batches])
     return slow_score(logits.tolist(), torch.cat([inputs["target"] for inputs in batches]).tolist(), task)
@@ -34,20 +34,20 @@ def score_by_hand(made, batches, task):
 @pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
 @pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
 @pytest.mark.parametrize("unimodal", ["none", "ensemble"])
-def test_masked_is_removed_in_every_fusion(kind, names, unimodal):
+def test_masking_removes_the_modality_in_every_fusion(kind, names, unimodal):
     # The mean absolute error changes with every logit, unlike an accuracy.
-    made = of(kind, names, unimodal=unimodal, task="regression")
+    made = build_model(kind, names, unimodal=unimodal, task="regression")
     batches = [batch_for("regression", names, seed=seed, missing=names[:1]) for seed in range(2)]
     found = mask_modality(made, batches)
-    assert found.full == pytest.approx(score_by_hand(made, batches, "regression"), rel=SINGLE["rtol"])
+    assert found.full == pytest.approx(expected_score(made, batches, "regression"), rel=SINGLE["rtol"])
     assert set(found.without) == set(names)
     for name in names:
         gone = [{**inputs, name: None} for inputs in batches]
-        assert found.without[name] == pytest.approx(score_by_hand(made, gone, "regression"), rel=SINGLE["rtol"])
+        assert found.without[name] == pytest.approx(expected_score(made, gone, "regression"), rel=SINGLE["rtol"])
         assert found.drop[name] == found.full - found.without[name]
         out = torch.zeros(5, dtype=torch.bool)
         masks = [{**inputs, "mask": {**inputs["mask"], name: out}} for inputs in batches]
-        assert found.without[name] == pytest.approx(score_by_hand(made, masks, "regression"), rel=SINGLE["rtol"])
+        assert found.without[name] == pytest.approx(expected_score(made, masks, "regression"), rel=SINGLE["rtol"])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -77,7 +77,7 @@ def test_key_columns_of_minus_infinity(task):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_nothing_of_it_comes_through_any_layer(depth):
+def test_masked_modality_has_no_influence_at_any_depth(depth):
     made = model(depth=depth)
     made.task, inputs = "regression", batch_for("regression")
     moved = {**inputs, "image": inputs["image"] * 7 + 1}
@@ -90,8 +90,8 @@ def test_nothing_of_it_comes_through_any_layer(depth):
 @pytest.mark.parametrize(
     "kind", [eq.fusion.Concat, eq.fusion.Sum, eq.fusion.JointAttention], ids=lambda kind: kind.__name__
 )
-def test_zero_is_another_thing(kind):
-    made, inputs = of(kind, ("audio", "image"), task="regression", unimodal="none"), batch_for("regression")
+def test_zero_semantics(kind):
+    made, inputs = build_model(kind, ("audio", "image"), task="regression", unimodal="none"), batch_for("regression")
     tokens = made.encode(inputs)
     gone = made.fuse({**tokens, "image": eq.Tokens(torch.zeros_like(tokens["image"].values))})
     found = mask_modality(made, [inputs], semantics="zero")
@@ -103,7 +103,7 @@ def test_zero_is_another_thing(kind):
     assert same == (kind is not eq.fusion.JointAttention)
 
 
-def test_what_is_taken_may_be_nan_and_masks_stay():
+def test_removed_modality_may_be_nan_and_masks_are_kept():
     made, inputs = model(), batch(missing=("image",))
     broken = {**inputs, "audio": torch.full_like(inputs["audio"], math.nan)}
     with pytest.raises(NonFiniteError, match=r"mask_modality: expected logits without NaN, got NaN for 5 of 5"):
@@ -115,7 +115,7 @@ def test_what_is_taken_may_be_nan_and_masks_stay():
 
 
 @pytest.mark.parametrize("semantics", ["mask", "zero"])
-def test_one_modality_and_batches_that_lack_one(semantics):
+def test_single_modality_and_batches_with_missing_modality(semantics):
     alone, inputs = model(("audio",)).eval(), batch(("audio",))
     tokens = alone.encode(inputs)["audio"].values
     left = {"mask": tokens[:, :0], "zero": torch.zeros_like(tokens)}[semantics]
@@ -132,7 +132,7 @@ def test_one_modality_and_batches_that_lack_one(semantics):
     assert found.drop["image"] == pytest.approx(whole.drop["image"] / 2)
 
 
-def test_the_encoders_run_once():
+def test_encoders_run_once():
     made, calls = model(("audio", "image", "text")), []
     handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
     mask_modality(made, [batch(("audio", "image", "text"))] * 2)

@@ -57,7 +57,7 @@ def test_hand_computed_values():
 @pytest.mark.parametrize(
     "values", [[0.7] * 4, [0.3333333, 0.3333333, 0.3333334, 0.3333333], [0.1, float("nan"), 0.2, 0.3]]
 )
-def test_undefined(values):
+def test_undefined_correlation(values):
     x = torch.tensor([0.0, 0.0, 1.0, 1.0])
     assert all(math.isnan(part) for part in pearson(x, torch.tensor(values)))
     assert all(math.isnan(part) for part in pearson(x[:2], torch.tensor([0.1, 0.2])))
@@ -103,7 +103,7 @@ def test_on_a_model(names):
     assert noise_response(made, lambda: batches).modality == most_attended(collect_predictions(made, batches))
 
 
-def test_noise_of_each_samples_own_level():
+def test_per_sample_noise_level():
     """A loop over samples: the mean and deviation of the values that a mask leaves, NaN under it left alone."""
     made, inputs = model(), batch(size=6)
     inputs["audio"] = inputs["audio"] * torch.arange(1.0, 7.0).double()[:, None, None] + 3
@@ -129,7 +129,7 @@ def test_noise_of_each_samples_own_level():
     assert (mean, std) == pytest.approx((float(valid.mean()), float(valid.std(correction=0))))
 
 
-def test_masks_of_samples_and_of_tokens_that_the_encoder_makes():
+def test_sample_masks_and_encoder_token_masks():
     values = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
     for mask in (torch.tensor([True, False]), torch.tensor([[True, False, True], [False, False, False]])):
         valid = valid_of({"mask": {"audio": mask}}, "audio", values)
@@ -138,7 +138,7 @@ def test_masks_of_samples_and_of_tokens_that_the_encoder_makes():
     assert valid_of({}, "audio", values).all()
 
 
-def test_absent_samples_do_not_count():
+def test_samples_without_the_modality_are_excluded():
     made, inputs = model(), batch(size=7, missing=("audio",))
     has = inputs["mask"]["audio"]
     kept = {name: values[has] for name, values in inputs.items() if name != "mask"}
@@ -149,7 +149,7 @@ def test_absent_samples_do_not_count():
     assert found.r == pytest.approx(alone.r)
 
 
-def test_the_sign_may_depend_on_the_level():
+def test_sign_can_depend_on_the_level():
     """Noise of another level moves attention this way or that way, noise of the own level less."""
     made = model(names=("audio", "image"), heads=1)
     batches = [batch(seed=seed, size=50) for seed in range(2)]
@@ -190,7 +190,7 @@ def test_errors():
         noise_response(made, iter([batch()]), modality="audio")
 
 
-def test_needs_no_target():
+def test_target_is_not_required():
     made, batches = model(), [batch(seed=seed) for seed in range(3)]
     without = [{name: value for name, value in inputs.items() if name != "target"} for inputs in batches]
     assert noise_response(made, without).r == noise_response(made, batches).r
@@ -202,7 +202,7 @@ def test_needs_no_target():
         collect_predictions(made, [*batches[:2], without[2]])
 
 
-def test_reads_batches_that_lack_a_modality_but_replaces_none_there():
+def test_batches_without_the_modality_are_unchanged():
     made = model()
     lacking = [batch(), {**batch(), "image": None}]
     assert collect_predictions(made, lacking).share[5:, :, 1].abs().max() == 0
@@ -216,18 +216,18 @@ def test_reads_batches_that_lack_a_modality_but_replaces_none_there():
         collect_predictions(made, [{**batch(), "image": torch.zeros(5, 5, 5).long()}], noise=NoiseSource("image"))
 
 
-class Nameless(torch.nn.Linear):
+class UnnamedModel(torch.nn.Linear):
     def forward(self, batch):
         return super().forward(batch["audio"])
 
 
-def test_what_cannot_be_read():
+def test_unsupported_models_raise():
     made = model()
     with pytest.raises(ShapeError, match=r"read: expected batches that are dicts: .* got tuple\. Wrap the loader"):
         collect_predictions(made, [tuple(batch().values())])
     with pytest.raises(ShapeError, match=r"noise_response: expected batches that are dicts"):
         input_statistics([[torch.zeros(2, 3)]], "audio", who="noise_response")
-    foreign = Nameless(3, 2).double()
+    foreign = UnnamedModel(3, 2).double()
     with pytest.raises(
         ConfigError, match=r"read: expected a FusionModel, or .* got Nameless without names\. Set model"
     ):
@@ -269,7 +269,7 @@ def test_noise_distributions():
     assert std == pytest.approx(float(values.double().std(correction=0)))
 
 
-def test_noise_of_own_statistics_replaces_single_values():
+def test_noise_with_per_feature_statistics():
     values = torch.full((2000, 1), 7.0)
     noise = NoiseSource("audio", 3.0, 2.0, distribution="per_sample").of(values, 0)
     std, mean = torch.std_mean(noise)

@@ -42,12 +42,12 @@ def slow_fpr95(positives, negatives):
     raise AssertionError
 
 
-def logits(samples, classes, seed, scale=1.0):
+def random_logits(samples, classes, seed, scale=1.0):
     random = torch.Generator().manual_seed(seed)
     return torch.randn(samples, classes, generator=random, dtype=torch.float64) * scale
 
 
-def scores(size, seed, steps):
+def tied_scores(size, seed, steps):
     """Few different values, so that there are ties."""
     return torch.randint(steps, (size,), generator=torch.Generator().manual_seed(seed)).double()
 
@@ -65,7 +65,7 @@ def test_gen_by_hand():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 7), st.integers(2, 11), st.integers(0, 1000), st.sampled_from([0.1, 0.5, 1.0]), st.data())
 def test_confidences_against_sums(samples, classes, seed, gamma, data):
-    values, top = logits(samples, classes, seed, 3.0), data.draw(st.integers(1, classes))
+    values, top = random_logits(samples, classes, seed, 3.0), data.draw(st.integers(1, classes))
     found = gen_score(values, gamma=gamma, top=top)
     expected = torch.tensor(slow_gen(values.tolist(), gamma, top), dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e3 * EXACT["rtol"], atol=EXACT["atol"])
@@ -78,8 +78,8 @@ def test_confidences_against_sums(samples, classes, seed, gamma, data):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 7), st.integers(0, 1000), st.floats(-50, 50))
-def test_order_and_level_of_classes_mean_nothing_to_gen(classes, seed, level):
-    values = logits(5, classes, seed)
+def test_gen_is_invariant_to_class_order_and_offset(classes, seed, level):
+    values = random_logits(5, classes, seed)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(gen_score(values[:, order] + level), gen_score(values), **SINGLE)
     assert (gen_score(values) <= 0).all()
@@ -87,7 +87,7 @@ def test_order_and_level_of_classes_mean_nothing_to_gen(classes, seed, level):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_certain_answers_are_told_apart(dtype):
+def test_near_certain_predictions_are_distinguished(dtype):
     # 1 - p is exp(-gap) for the first class, far below what is left of 1 in any of these types.
     gaps = torch.tensor([60.0, 80.0, 100.0], dtype=dtype)
     found = gen_score(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
@@ -99,7 +99,7 @@ def test_certain_answers_are_told_apart(dtype):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 31), st.integers(1, 37), st.integers(0, 1000), st.sampled_from([2, 5, 1000]))
 def test_auroc_against_a_double_loop(inside, outside, seed, steps):
-    first, second = scores(inside, seed, steps), scores(outside, seed + 1, steps)
+    first, second = tied_scores(inside, seed, steps), tied_scores(outside, seed + 1, steps)
     assert auroc(first, second) == slow_auroc(first.tolist(), second.tolist())
     assert auroc(second, first) == pytest.approx(1 - auroc(first, second))
     assert auroc(first.float() * 3 - 7, second * 3 - 7) == auroc(first, second)
@@ -108,13 +108,13 @@ def test_auroc_against_a_double_loop(inside, outside, seed, steps):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 61), st.integers(1, 67), st.integers(0, 1000), st.sampled_from([3, 7, 1000]))
 def test_fpr95_against_every_threshold(inside, outside, seed, steps):
-    first, second = scores(inside, seed, steps), scores(outside, seed + 1, steps)
+    first, second = tied_scores(inside, seed, steps), tied_scores(outside, seed + 1, steps)
     negated = [[-value for value in part.tolist()] for part in (first, second)]
     assert fpr95(first, second) == slow_fpr95(negated[1], negated[0])
     assert fpr95(first, second, positive="id") == slow_fpr95(first.tolist(), second.tolist())
 
 
-def test_conventions_differ_by_hand():
+def test_hand_computed_conventions():
     # Twenty known at 11 ... 30, but two at 1 and 2; twenty unknown at 0 ... 9 and -10 ... -1.
     inside = torch.tensor([1.0, 2.0, *range(13, 31)])
     outside = torch.arange(-10.0, 10.0)
@@ -125,7 +125,7 @@ def test_conventions_differ_by_hand():
     assert auroc(inside, outside) == (18 * 20 + 11.5 + 12.5) / 400
 
 
-def test_separate_and_equal():
+def test_separable_and_equal_scores():
     low, high = torch.arange(7.0), torch.arange(7.0, 20.0)
     assert (auroc(high, low), fpr95(high, low), fpr95(high, low, positive="id")) == (1.0, 0.0, 0.0)
     assert (auroc(low, high), fpr95(low, high), fpr95(low, high, positive="id")) == (0.0, 1.0, 1.0)
@@ -154,7 +154,7 @@ def test_on_a_model(names):
         assert found.accuracy == pytest.approx(float(right.float().mean()))
 
 
-def test_needs_targets_for_accuracy_alone_and_takes_other_scores():
+def test_targets_are_needed_for_accuracy_only():
     made = model()
     without = [{name: value for name, value in batch().items() if name != "target"}]
     found = ood(made, without, without, score=lambda logits: logits[:, 0])
@@ -165,7 +165,7 @@ def test_needs_targets_for_accuracy_alone_and_takes_other_scores():
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES.values(), ids=CONFIDENCES)
-def test_what_is_no_answer(confidence):
+def test_invalid_logits_raise(confidence):
     name = confidence.__name__
     for shape in ((0, 3), (5, 1), (5,), (2, 3, 5)):
         message = (
@@ -189,7 +189,7 @@ def test_options_of_gen(options):
 
 
 @pytest.mark.parametrize("figure", [auroc, fpr95])
-def test_what_is_no_score(figure):
+def test_invalid_scores_raise(figure):
     row, name = torch.zeros(3), figure.__name__
     for bad in (torch.zeros(0), torch.zeros(3, 1), torch.tensor(1.0)):
         with pytest.raises(ShapeError, match=rf"{name} inside: expected scores \(sample,\) of one or more"):

@@ -15,7 +15,7 @@ HEADINGS = ("Formula", "Call", "Interpretation", "When it misleads")
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_is_complete_and_its_code_runs(page, capsys):
+def test_page_is_complete_and_its_code_runs(page, capsys):
     torch.manual_seed(0)
     text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
     assert all(f"\n## {heading}\n" in text for heading in HEADINGS)
@@ -32,7 +32,7 @@ def test_a_page_is_complete_and_its_code_runs(page, capsys):
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_names_what_is_there(page):
+def test_page_refers_to_existing_names(page):
     text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
     assert all(hasattr(eq, name) for name in re.findall(r"`eq\.(\w+)", text))
     for link in re.findall(r"\]\(([^)#]+)", text):

@@ -23,12 +23,12 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def labels(count, batch, tokens, seed=0):
+def random_labels(count, batch, tokens, seed=0):
     """Random labels, special ones among them."""
     return torch.randint(-1, count, (batch, tokens), generator=torch.Generator().manual_seed(seed + 17))
 
 
-def tensors(rows=ROWS, keys=KEYS, *, seed=0, dtype=torch.float64, keyheads=KEYHEADS):
+def random_tensors(rows=ROWS, keys=KEYS, *, seed=0, dtype=torch.float64, keyheads=KEYHEADS):
     return (
         normal(BATCH, HEADS, rows, WIDTH, seed=seed, dtype=dtype),
         normal(BATCH, keyheads, keys, WIDTH, seed=seed + 1, dtype=dtype),
@@ -36,7 +36,7 @@ def tensors(rows=ROWS, keys=KEYS, *, seed=0, dtype=torch.float64, keyheads=KEYHE
     )
 
 
-def drawn(*shape, seed=3):
+def random_mask(*shape, seed=3):
     """A random mask; the first query of every sample sees nothing where rows have masks of their own."""
     mask = torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.6
     if shape[2] > 1:
@@ -46,14 +46,14 @@ def drawn(*shape, seed=3):
 
 MASKS = {
     "none": lambda rows, keys: None,
-    "padding": lambda rows, keys: drawn(BATCH, 1, 1, keys),
-    "padding of each head": lambda rows, keys: drawn(BATCH, HEADS, 1, keys),
-    "for each query": lambda rows, keys: drawn(BATCH, 1, rows, keys),
-    "one for all samples": lambda rows, keys: drawn(1, 1, rows, keys),
-    "for each head": lambda rows, keys: drawn(1, HEADS, rows, keys),
-    "for each query, keys alike": lambda rows, keys: drawn(BATCH, 1, rows, 1),
+    "padding": lambda rows, keys: random_mask(BATCH, 1, 1, keys),
+    "padding of each head": lambda rows, keys: random_mask(BATCH, HEADS, 1, keys),
+    "for each query": lambda rows, keys: random_mask(BATCH, 1, rows, keys),
+    "one for all samples": lambda rows, keys: random_mask(1, 1, rows, keys),
+    "for each head": lambda rows, keys: random_mask(1, HEADS, rows, keys),
+    "for each query, keys alike": lambda rows, keys: random_mask(BATCH, 1, rows, 1),
     "added": lambda rows, keys: normal(BATCH, 1, rows, keys, seed=5).masked_fill(
-        ~drawn(BATCH, 1, rows, keys), torch.finfo(torch.float64).min
+        ~random_mask(BATCH, 1, rows, keys), torch.finfo(torch.float64).min
     ),
 }
 
@@ -66,7 +66,7 @@ def every_operator(count):
     ]  # fmt: skip
 
 
-def by_loops(call, columns, rows, pairs):
+def expected_output(call, columns, rows, pairs):
     attention = slow.matrix(
         call.query, call.key, mask=call.mask, is_causal=call.is_causal, scale=call.scale, softcap=call.softcap,
         sinks=call.sinks,
@@ -86,7 +86,7 @@ def test_operators(count, cls_rows):
         assert len(set(found[name])) == len(found[name])
 
 
-def test_operators_by_hand():
+def test_hand_computed_operators():
     found = operators(("audio", "image"))
     assert found["unimodal"] == ((0, 0), (1, 1))
     assert found["crossmodal"] == ((0, 1), (1, 0))
@@ -99,11 +99,11 @@ def test_operators_by_hand():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_matrix(count, masked):
-    seen = drawn(BATCH, 1, ROWS, KEYS).expand(BATCH, HEADS, -1, -1) if masked else None
+def test_matrix_against_loops(count, masked):
+    seen = random_mask(BATCH, 1, ROWS, KEYS).expand(BATCH, HEADS, -1, -1) if masked else None
     whole = torch.ones(BATCH, HEADS, ROWS, KEYS, dtype=torch.bool) if seen is None else seen
     attention = normal(BATCH, HEADS, ROWS, KEYS).masked_fill(~whole, -1e9).softmax(-1) * whole
-    rows, columns = labels(count, BATCH, ROWS), labels(count, BATCH, KEYS, seed=1)
+    rows, columns = random_labels(count, BATCH, ROWS), random_labels(count, BATCH, KEYS, seed=1)
     for name, wanted in every_operator(count):
         for cls_rows in ("keys", "skip", "all"):
             pairs = operators(NAMES[:count], cls_rows=cls_rows)[name]
@@ -112,7 +112,7 @@ def test_the_matrix(count, masked):
             torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_the_matrix_by_hand():
+def test_hand_computed_matrix():
     attention = torch.tensor([[[[0.1, 0.5, 0.3, 0.1], [0.4, 0.0, 0.2, 0.4], [0.7, 0.1, 0.1, 0.1]]]])
     rows, columns = torch.tensor([-1, 0, 1]), torch.tensor([-1, 0, 0, 1])
     seen = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, True, True]])
@@ -129,7 +129,7 @@ def test_the_matrix_by_hand():
 @given(st.integers(0, 1000), st.sampled_from(["unimodal", "crossmodal", "avg-image", "all"]))
 def test_properties_of_the_matrix(seed, name):
     attention = normal(1, 2, 5, 7, seed=seed).softmax(-1)
-    rows, columns = labels(3, 1, 5, seed), labels(3, 1, 7, seed + 1)
+    rows, columns = random_labels(3, 1, 5, seed), random_labels(3, 1, 7, seed + 1)
     every = operators(NAMES, cls_rows="all")
     once = quag_attention(attention, rows, columns, every[name])
     torch.testing.assert_close(once.sum(-1), attention.sum(-1), **EXACT)
@@ -146,36 +146,36 @@ def test_properties_of_the_matrix(seed, name):
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both ways", "causal"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_the_output_without_the_matrix(mask, is_causal, monkeypatch):
+def test_output_without_explicit_matrix(mask, is_causal, monkeypatch):
     monkeypatch.setattr(importlib.import_module("equipoise.diagnostics.quag_operators"), "CHUNK", 2)
-    call = AttentionCall(*tensors(), mask=MASKS[mask](ROWS, KEYS), is_causal=is_causal, scale=0.7)
-    rows, columns = labels(3, BATCH, ROWS), labels(3, BATCH, KEYS, seed=1)
+    call = AttentionCall(*random_tensors(), mask=MASKS[mask](ROWS, KEYS), is_causal=is_causal, scale=0.7)
+    rows, columns = random_labels(3, BATCH, ROWS), random_labels(3, BATCH, KEYS, seed=1)
     for name, wanted in every_operator(3):
         found = quag_output(call, columns, rows, 3, operators(NAMES, cls_rows="all")[name])
-        expected = by_loops(call, columns, rows, slow.pairs_of(wanted, 3, "all"))
+        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, 3, "all"))
         torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both ways", "causal"])
-def test_the_output_for_any_number_of_modalities(count, cls_rows, is_causal):
-    call = AttentionCall(*tensors(seed=count), is_causal=is_causal)
-    rows, columns = labels(count, 1, ROWS)[0], labels(count, 1, KEYS, seed=1)[0]
+def test_output_for_any_number_of_modalities(count, cls_rows, is_causal):
+    call = AttentionCall(*random_tensors(seed=count), is_causal=is_causal)
+    rows, columns = random_labels(count, 1, ROWS)[0], random_labels(count, 1, KEYS, seed=1)[0]
     for name, wanted in every_operator(count):
         found = quag_output(call, columns, rows, count, operators(NAMES[:count], cls_rows=cls_rows)[name])
-        expected = by_loops(call, columns, rows, slow.pairs_of(wanted, count, cls_rows))
+        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, count, cls_rows))
         torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("options", [{"sinks": normal(HEADS, seed=9)}, {"softcap": 0.6}], ids=["sinks", "softcap"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both ways", "causal"])
-def test_scores_of_another_kind(options, is_causal):
-    call = AttentionCall(*tensors(), mask=drawn(BATCH, 1, 1, KEYS), is_causal=is_causal, **options)
-    rows, columns = labels(2, BATCH, ROWS), labels(2, BATCH, KEYS, seed=1)
+def test_biased_and_scaled_scores(options, is_causal):
+    call = AttentionCall(*random_tensors(), mask=random_mask(BATCH, 1, 1, KEYS), is_causal=is_causal, **options)
+    rows, columns = random_labels(2, BATCH, ROWS), random_labels(2, BATCH, KEYS, seed=1)
     for name, wanted in every_operator(2):
         found = quag_output(call, columns, rows, 2, operators(NAMES[:2])[name])
-        expected = by_loops(call, columns, rows, slow.pairs_of(wanted, 2, "keys"))
+        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, 2, "keys"))
         torch.testing.assert_close(found, expected, **EXACT)
 
 
@@ -183,23 +183,23 @@ def test_scores_of_another_kind(options, is_causal):
 @pytest.mark.parametrize("mask", ["none", "for each query"])
 def test_enough_queries_for_kernels(mask, dtype):
     rows, keys = 37, 41
-    call = AttentionCall(*tensors(rows, keys, dtype=dtype), mask=MASKS[mask](rows, keys), is_causal=True)
+    call = AttentionCall(*random_tensors(rows, keys, dtype=dtype), mask=MASKS[mask](rows, keys), is_causal=True)
     who, columns = torch.arange(rows) // 13, torch.arange(keys) // 15
     for name, wanted in every_operator(3):
         found = quag_output(call, columns, who, 3, operators(NAMES)[name])
         assert found.dtype == dtype
-        expected = by_loops(call, columns, who, slow.pairs_of(wanted, 3, "keys"))
+        expected = expected_output(call, columns, who, slow.pairs_of(wanted, 3, "keys"))
         torch.testing.assert_close(found.double(), expected, **TOL[dtype])
 
 
 def test_more_queries_than_keys():
-    call = AttentionCall(*tensors(KEYS, ROWS), is_causal=True)
-    rows, columns = labels(2, BATCH, KEYS), labels(2, BATCH, ROWS, seed=1)
+    call = AttentionCall(*random_tensors(KEYS, ROWS), is_causal=True)
+    rows, columns = random_labels(2, BATCH, KEYS), random_labels(2, BATCH, ROWS, seed=1)
     found = quag_output(call, columns, rows, 2, operators(NAMES[:2])["all"])
-    torch.testing.assert_close(found, by_loops(call, columns, rows, slow.pairs_of("all", 2, "keys")), **EXACT)
+    torch.testing.assert_close(found, expected_output(call, columns, rows, slow.pairs_of("all", 2, "keys")), **EXACT)
 
 
-class Largest(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """The most numbers that any operation put into one tensor."""
 
     def __init__(self):
@@ -219,21 +219,21 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_is_built(mask, name):
     rows = 509
     call = AttentionCall(
-        *tensors(rows, rows, dtype=torch.float32), mask=MASKS[mask](rows, rows), is_causal=mask == "none"
+        *random_tensors(rows, rows, dtype=torch.float32), mask=MASKS[mask](rows, rows), is_causal=mask == "none"
     )
     who = torch.arange(rows) // 170
-    with Largest() as largest:
+    with LargestTensor() as largest:
         quag_output(call, who, who, 3, operators(NAMES)[name])
     # The output itself, at a kernel's width; a matrix or mask of some of the queries would be larger.
     assert largest.numbers <= BATCH * HEADS * rows * 16
-    with Largest() as largest:
+    with LargestTensor() as largest:
         call.query @ call.key.repeat_interleave(2, 1).transpose(-1, -2)
     assert largest.numbers == BATCH * HEADS * rows * rows
 
 
-def test_under_autocast_means_are_single():
-    call = AttentionCall(*tensors(dtype=torch.float32))
-    rows, columns = labels(2, BATCH, ROWS), labels(2, BATCH, KEYS, seed=1).clamp(min=0)
+def test_autocast_computes_means_in_float32():
+    call = AttentionCall(*random_tensors(dtype=torch.float32))
+    rows, columns = random_labels(2, BATCH, ROWS), random_labels(2, BATCH, KEYS, seed=1).clamp(min=0)
     plain = quag_output(call, columns, rows, 2, operators(NAMES[:2], cls_rows="all")["all"])
     with torch.autocast("cpu", torch.bfloat16):
         found = quag_output(call, columns, rows, 2, operators(NAMES[:2], cls_rows="all")["all"])
@@ -243,7 +243,7 @@ def test_under_autocast_means_are_single():
 def test_gradients_flow():
     parts = tuple(
         part[:1, :keyheads, :3, :5].clone().requires_grad_()
-        for part, keyheads in zip(tensors(), (2, 1, 1), strict=True)
+        for part, keyheads in zip(random_tensors(), (2, 1, 1), strict=True)
     )
     rows, columns = torch.tensor([0, 1, -1]), torch.tensor([1, 0, 1])
     pairs = operators(NAMES[:2])["avg-image"]
@@ -252,7 +252,7 @@ def test_gradients_flow():
 
 def test_errors():
     attention = torch.ones(BATCH, HEADS, ROWS, KEYS)
-    rows, columns = labels(2, BATCH, ROWS), labels(2, BATCH, KEYS)
+    rows, columns = random_labels(2, BATCH, ROWS), random_labels(2, BATCH, KEYS)
     with pytest.raises(ConfigError, match=r"quag: expected a known cls_rows, got 'key'. Did you mean 'keys'"):
         operators(NAMES, cls_rows="key")
     for pair in ((0, -1), (-2, 0)):
@@ -261,7 +261,7 @@ def test_errors():
         ):
             quag_attention(attention, rows, columns, [pair])
     with pytest.raises(ConfigError, match=r"columns from 0 to 1, rows also -1, got \(0, 2\)"):
-        quag_output(AttentionCall(*tensors()), columns, rows, 2, [(0, 2)])
+        quag_output(AttentionCall(*random_tensors()), columns, rows, 2, [(0, 2)])
     with pytest.raises(ShapeError, match=r"quag_attention columns modality: expected integer labels .*\(2, 11\)"):
         quag_attention(attention, rows, columns[:, :3], [(0, 0)])
     with pytest.raises(ShapeError, match=r"quag_attention rows modality: expected integer labels .*\(2, 5\)"):

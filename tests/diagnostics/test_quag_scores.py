@@ -18,29 +18,29 @@ SINGLE = TOL[torch.float32]
 NAMES = ("audio", "image", "text")
 
 
-def by_hand(made, batches, task, change=None):
+def expected_score(made, batches, task, change=None):
     made = made.eval() if change is None else written_out(made.eval(), change)
     with torch.no_grad():
         logits = torch.cat([made(inputs).logits for inputs in batches])
     return slow_score(logits.tolist(), torch.cat([inputs["target"] for inputs in batches]).tolist(), task)
 
 
-def oracle(name, names, cls_rows="keys"):
+def oracle_change(name, names, cls_rows="keys"):
     return ("quag", names.index(name[4:]) if name.startswith("avg-") else name, len(names), cls_rows)
 
 
 @pytest.mark.parametrize(
     ("task", "names"), [*((task, NAMES[:2]) for task in TASKS), ("regression", NAMES[:1]), ("regression", NAMES)]
 )
-def test_against_attention_written_out(names, task):
+def test_against_explicit_attention(names, task):
     made = fused(names, fusion=eq.fusion.JointAttention(DIM, heads=2, depth=2, dropout=0.3), task=task)
     batches = [batch_for(task, names, seed=seed, missing=names[1:2]) for seed in range(2)]
     found = quag(made, batches)
-    assert found.origin == pytest.approx(by_hand(made, batches, task), rel=SINGLE["rtol"])
+    assert found.origin == pytest.approx(expected_score(made, batches, task), rel=SINGLE["rtol"])
     every = {"unimodal", "crossmodal", "all", *(f"avg-{name}" for name in names)}
     assert set(found.scores) == (every if len(names) > 1 else every - {"crossmodal"})
     for name, score in found.scores.items():
-        expected = by_hand(made, batches, task, oracle(name, names))
+        expected = expected_score(made, batches, task, oracle_change(name, names))
         assert score == pytest.approx(expected, rel=SINGLE["rtol"])
         assert found.drops[name] == found.origin - score
         layers = [0] if name in ("unimodal", "crossmodal") else [0, 1]
@@ -48,20 +48,20 @@ def test_against_attention_written_out(names, task):
 
 
 @pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
-def test_the_class_row(cls_rows):
+def test_class_token_row(cls_rows):
     made, inputs = fused(task="regression").eval(), batch_for("regression")
     found = quag(made, [inputs], cls_rows=cls_rows)
     acts = {"keys": {"avg-audio", "avg-image", "all"}, "skip": set(), "all": set(found.scores)}[cls_rows]
     for name in found.scores:
         assert found.changed[name] == (("fusion.attention",) if name in acts else ())
         assert (found.drops[name] != 0) == (name in acts)
-        expected = by_hand(made, [inputs], "regression", oracle(name, ("audio", "image"), cls_rows))
+        expected = expected_score(made, [inputs], "regression", oracle_change(name, ("audio", "image"), cls_rows))
         assert found.scores[name] == pytest.approx(expected, rel=SINGLE["rtol"])
     if cls_rows == "all":
         assert found.scores["unimodal"] == found.scores["crossmodal"] == found.scores["all"]
 
 
-def test_a_class_token_that_is_no_key():
+def test_class_token_without_key():
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0, include_cls_key=False)
     made, inputs = fused(fusion=fusion, task="regression").eval(), batch_for("regression")
     found = quag(made, [inputs])
@@ -70,7 +70,7 @@ def test_a_class_token_that_is_no_key():
     assert all((found.drops[name] != 0) == act for name, act in acts.items())
 
 
-def test_chosen_operators_and_one_pass_of_the_encoders():
+def test_selected_operators_and_single_encoder_pass():
     made, calls = model(NAMES, depth=2), []
     handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
     found = quag(made, iter([batch(NAMES), batch(NAMES, seed=1)]), operators=("avg-text", "unimodal"))

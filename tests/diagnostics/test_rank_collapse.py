@@ -28,7 +28,7 @@ def composite(rows):
     return math.sqrt(columns * max(sum(abs(value) for value in row) for row in rows))
 
 
-def slow(rows, size):
+def slow_residual(rows, size):
     """||res(X)|| / ||X|| of the tokens of one sample, a list of lists."""
     if not rows:
         return math.nan
@@ -51,9 +51,9 @@ def test_against_loops(norm, size, count):
     for place, layer in enumerate(layers):
         for b in range(BATCH):
             rows = [(row.tolist(), int(m)) for row, m, v in zip(layer[b], labels[b], mask[b], strict=True) if v]
-            whole[place, b] = slow([row for row, _ in rows], size)
+            whole[place, b] = slow_residual([row for row, _ in rows], size)
             for m in range(count):
-                parts[place, b, m] = slow([row for row, label in rows if label == m], size)
+                parts[place, b, m] = slow_residual([row for row, label in rows if label == m], size)
     torch.testing.assert_close(found.whole, whole, **EXACT)
     torch.testing.assert_close(found.per_modality, parts, equal_nan=True, **EXACT)
     assert bool(parts[:, 1, -1].isnan().all())
@@ -73,7 +73,7 @@ def test_hand_computed_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_equal_rows_have_none_at_all(dtype):
+def test_equal_rows_have_zero_residual(dtype):
     row = normal(0, BATCH, 1, 5).to(dtype)
     assert residual(row.expand(-1, TOKENS, -1)).abs().max() == 0
     for norm in ("frobenius", "composite"):
@@ -96,7 +96,7 @@ def test_properties(seed, norm):
         assert float(whole.max()) <= 1.0
 
 
-def test_padding_changes_nothing():
+def test_padding_has_no_effect():
     tokens, labels = normal(0, BATCH, TOKENS, 5), torch.tensor([0, 0, 0, 1, 1, -1, 1])
     padded = torch.cat([normal(1, BATCH, 2, 5), tokens], dim=1)
     mask = torch.arange(TOKENS + 2).expand(BATCH, -1) >= 2
@@ -106,7 +106,7 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(found.per_modality, alone.per_modality, **EXACT)
 
 
-def test_uniform_attention_leaves_nothing_after_one_layer_and_a_shortcut_keeps_it():
+def test_uniform_attention_collapses_and_skip_connection_does_not():
     tokens = normal(0, BATCH, TOKENS, 5)
     query = torch.zeros(BATCH, 1, TOKENS, 5).double()
     attended = torch.nn.functional.scaled_dot_product_attention(query, tokens[:, None], tokens[:, None])[:, 0]
@@ -116,7 +116,7 @@ def test_uniform_attention_leaves_nothing_after_one_layer_and_a_shortcut_keeps_i
     assert float(with_shortcut.min()) > 0.5
 
 
-def test_zeros_have_none_no_token_is_undefined_and_nan_is_told():
+def test_zero_empty_and_nan_tokens():
     hidden = torch.zeros(3, 2, 5)
     hidden[2, 0, 0] = math.nan
     mask = torch.tensor([[True, True], [False, False], [True, True]])
@@ -126,7 +126,7 @@ def test_zeros_have_none_no_token_is_undefined_and_nan_is_told():
     assert rank_collapse(hidden, modality=torch.tensor([-1, -1])).per_modality.shape == (1, 3, 0)
 
 
-def test_gradients_flow_through_the_residual_and_not_through_the_figure():
+def test_residual_is_differentiable_and_score_is_detached():
     tokens = normal(0, 2, 3, 5).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, True, True]])
     assert torch.autograd.gradcheck(lambda x: residual(x, mask), (tokens,))

@@ -13,7 +13,7 @@ from helpers import fusion
 from helpers.diagnosis import answered, weighing
 
 
-def test_damage_of_the_only_used_modality():
+def test_corruption_of_the_only_used_modality():
     model = weighing(audio=1.0, image=0.0)
     loader = answered(model)
     found = robustness(model, loader, corruptions=["white_noise", "missing", "gain"], severities=[1, 5])
@@ -30,7 +30,7 @@ def test_damage_of_the_only_used_modality():
     assert found.share_near_intact == 1.0
 
 
-def test_scores_are_those_of_damaged_batches():
+def test_scores_match_corrupted_batches():
     model = weighing(audio=1.0, image=0.7)
     loader = answered(model, sizes=(53, 31))
     statistics = {"audio": (0.5, 2.0)}
@@ -51,7 +51,7 @@ def test_scores_are_those_of_damaged_batches():
     assert all(row["distance"] == pytest.approx(row["score"] - found.alone["image"]) for row in rows)
 
 
-def test_a_model_below_its_intact_modality():
+def test_model_below_its_intact_modality():
     model = weighing(audio=100.0, image=1.0)
     loader = answered(weighing(audio=0.0, image=1.0))
     found = robustness(model, loader, corruptions=["swapped"], modalities=["audio"], severities=[5])
@@ -90,7 +90,7 @@ def test_table_frame_and_figure(tmp_path):
     assert found.save_figure(tmp_path / "again.svg").read_text(encoding="utf-8") == text
 
 
-def test_it_is_an_optional_test_of_a_diagnosis(tmp_path):
+def test_optional_test_of_a_diagnosis(tmp_path):
     model = weighing(audio=1.0, image=0.7)
     loader = answered(model, sizes=(23,))
     assert "robustness" not in diagnose(model, loader, tests=["score"]).details

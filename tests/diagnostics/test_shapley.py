@@ -32,12 +32,12 @@ def slow_shapley(names, worth):
     return {name: sum(values) / len(values) for name, values in added.items()}
 
 
-def divided(names, worth):
+def shapley_by_name(names, worth):
     values = torch.tensor([worth[frozenset(some)] for some in modality_subsets(names)], dtype=torch.float64)
     return dict(zip(names, shapley_values(values).tolist(), strict=True))
 
 
-def sets(names):
+def all_subsets(names):
     return [frozenset(some) for size in range(len(names) + 1) for some in itertools.combinations(names, size)]
 
 
@@ -45,8 +45,8 @@ def sets(names):
 @given(st.integers(1, 5), st.data())
 def test_against_all_orders(count, data):
     names = NAMES[:count]
-    worth = {some: data.draw(st.floats(-1, 1)) for some in sets(names)}
-    found = divided(names, worth)
+    worth = {some: data.draw(st.floats(-1, 1)) for some in all_subsets(names)}
+    found = shapley_by_name(names, worth)
     assert found == pytest.approx(slow_shapley(names, worth), rel=EXACT["rtol"], abs=EXACT["atol"])
     whole = worth[frozenset(names)] - worth[frozenset()]
     assert sum(found.values()) == pytest.approx(whole, rel=EXACT["rtol"], abs=EXACT["atol"])
@@ -55,8 +55,8 @@ def test_against_all_orders(count, data):
 def test_hand_computed_values():
     # One modality says all, one says the same again, one says nothing: the first two share.
     names = ("audio", "image", "text")
-    worth = {some: 0.9 if some & {"audio", "image"} else 0.1 for some in sets(names)}
-    assert divided(names, worth) == pytest.approx({"audio": 0.4, "image": 0.4, "text": 0.0})
+    worth = {some: 0.9 if some & {"audio", "image"} else 0.1 for some in all_subsets(names)}
+    assert shapley_by_name(names, worth) == pytest.approx({"audio": 0.4, "image": 0.4, "text": 0.0})
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -66,7 +66,7 @@ def test_on_a_model(task, names):
     batches = [batch_for(task, names, seed=seed, missing=names[:-1]) for seed in range(2)]
     target = torch.cat([inputs["target"] for inputs in batches])
     worth = {}
-    for some in sets(names):
+    for some in all_subsets(names):
         if some:
             gone = dict.fromkeys(set(names) - some)
             with torch.no_grad():

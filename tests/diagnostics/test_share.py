@@ -19,14 +19,14 @@ NAMES = ("audio", "image", "text")
 SAMPLES, HEADS = 7, 2
 
 
-def shares(seed, count, heads=HEADS, samples=SAMPLES):
+def random_shares(seed, count, heads=HEADS, samples=SAMPLES):
     random = torch.Generator().manual_seed(seed)
     made = torch.randn(samples, heads, count + 1, generator=random, dtype=torch.float64).softmax(dim=-1)[..., :count]
     made[::3, :, -1] = math.nan
     return made
 
 
-def rows(layer, share, names):
+def expected_rows(layer, share, names):
     for head in range(share.shape[1]):
         for m, name in enumerate(names):
             there = [value for value in share[:, head, m].tolist() if not math.isnan(value)]
@@ -42,7 +42,7 @@ def rows(layer, share, names):
             }
 
 
-def same(found, expected):
+def assert_rows_equal(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert list(one) == list(other)
@@ -51,13 +51,13 @@ def same(found, expected):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_rows_against_loops(count):
-    names, layers = NAMES[:count], [shares(seed, count) for seed in range(3)]
-    expected = [row for layer, share in enumerate(layers) for row in rows(layer, share, names)]
-    same(share_statistics(torch.stack(layers), names), expected)
-    same(share_statistics(layers[0], names), expected[: HEADS * count])
-    sites = {"blocks.0": layers[0], "fusion.attention": shares(5, count, heads=3)}
+    names, layers = NAMES[:count], [random_shares(seed, count) for seed in range(3)]
+    expected = [row for layer, share in enumerate(layers) for row in expected_rows(layer, share, names)]
+    assert_rows_equal(share_statistics(torch.stack(layers), names), expected)
+    assert_rows_equal(share_statistics(layers[0], names), expected[: HEADS * count])
+    sites = {"blocks.0": layers[0], "fusion.attention": random_shares(5, count, heads=3)}
     found = share_statistics(sites, names)
-    same(found, [row for site, share in sites.items() for row in rows(site, share, names)])
+    assert_rows_equal(found, [row for site, share in sites.items() for row in expected_rows(site, share, names)])
     json.dumps(found, allow_nan=False)
 
 
@@ -80,7 +80,7 @@ def test_rows_errors():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_metric_is_the_mean_over_all_batches(count):
-    parts = [shares(seed, count, samples=samples) for seed, samples in enumerate((5, 1, 3, 0))]
+    parts = [random_shares(seed, count, samples=samples) for seed, samples in enumerate((5, 1, 3, 0))]
     metric = ModalityShare(count, heads=HEADS).set_dtype(torch.float64)
     for part in parts:
         metric.update(part)
@@ -98,8 +98,8 @@ def rows_mean(values):
     return mean(value for value in values.tolist() if not math.isnan(value))
 
 
-def test_what_another_process_saw_is_added():
-    parts = [shares(seed, 2, samples=samples).float() for seed, samples in enumerate((5, 3))]
+def test_metric_sums_over_processes():
+    parts = [random_shares(seed, 2, samples=samples).float() for seed, samples in enumerate((5, 3))]
     metrics = [ModalityShare(2, heads=HEADS) for _ in parts]
     for metric, part in zip(metrics, parts, strict=True):
         metric.update(part)

@@ -26,7 +26,7 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def shares(seed, count, samples=SAMPLES, heads=HEADS):
+def random_shares(seed, count, samples=SAMPLES, heads=HEADS):
     scores = torch.randn(samples, heads, count + 1, generator=generator(seed), dtype=torch.float64)
     return scores.softmax(dim=-1)[..., :count]
 
@@ -66,7 +66,7 @@ def test_attention_against_loops(kind):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_share_entropy_against_loops(count):
-    share = shares(0, count)
+    share = random_shares(0, count)
     share[0, 0] = 0.0
     share[0, 1] = torch.eye(count)[0]
     expected = torch.empty(SAMPLES, HEADS, dtype=torch.float64)
@@ -82,8 +82,8 @@ def test_share_entropy_against_loops(count):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 5))
-def test_entropy_lies_between_none_and_all(seed, count):
-    share = shares(seed, count)
+def test_entropy_bounds(seed, count):
+    share = random_shares(seed, count)
     assert bool(((share_entropy(share) >= 0) & (share_entropy(share) <= math.log(count))).all())
     order = torch.randperm(count, generator=generator(seed))
     torch.testing.assert_close(share_entropy(share[..., order]), share_entropy(share), **EXACT)
@@ -93,7 +93,7 @@ def test_entropy_lies_between_none_and_all(seed, count):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_spread_against_loops(count):
-    share = shares(1, count)
+    share = random_shares(1, count)
     share[::3, :, -1] = math.nan
     found = share_spread(share)
     for m in range(count):
@@ -117,7 +117,10 @@ def test_spread_by_hand():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_quality_against_scipy(count):
-    share, quality = shares(2, count, samples=13), torch.randn(13, count, generator=generator(3), dtype=torch.float64)
+    share, quality = (
+        random_shares(2, count, samples=13),
+        torch.randn(13, count, generator=generator(3), dtype=torch.float64),
+    )
     share[4, :, 0] = math.nan
     quality[7, 0] = math.nan
     found = share_quality_correlation(share, quality)
@@ -133,8 +136,8 @@ def test_quality_against_scipy(count):
         assert float(found.p[m]) == pytest.approx(expected.pvalue)
 
 
-def test_quality_that_says_nothing():
-    share = shares(0, 2)
+def test_constant_quality_is_undefined():
+    share = random_shares(0, 2)
     for quality in (torch.ones(SAMPLES, 2), torch.full((SAMPLES, 2), math.nan)):
         found = share_quality_correlation(share, quality)
         assert bool(found.r.isnan().all() & found.p.isnan().all())

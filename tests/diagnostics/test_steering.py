@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 # One attention.
 
 
-def case(kind, rows=40, keys=40, dtype=torch.float32):
+def build_case(kind, rows=40, keys=40, dtype=torch.float32):
     """(call, the mask of the oracle, options of the oracle)."""
     random = torch.Generator().manual_seed(0)
 
@@ -55,7 +55,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def added(labels, beta):
+def expected_offsets(labels, beta):
     """(batch, head, query, key) numbers for labels (batch, key) and beta (batch, head, query, group)."""
     total = torch.zeros(*beta.shape[:3], labels.shape[1], dtype=torch.float64)
     for group in range(beta.shape[3]):
@@ -63,7 +63,7 @@ def added(labels, beta):
     return total
 
 
-def shifted(call, options, numbers=0.0):
+def expected_attention(call, options, numbers=0.0):
     """Attention written out in double precision, with numbers added to the logits."""
     query, key = call.query.double(), call.key.double().repeat_interleave(2, dim=1)
     scores = query @ key.transpose(-1, -2) * options.get("scale", 8**-0.5)
@@ -86,50 +86,50 @@ def shifted(call, options, numbers=0.0):
 LABELS = torch.tensor([[0] * 9 + [1] * 17 + [-1, 0, 1] * 4 + [0, 0], [-1, -1, 0, 1] * 10])
 
 
-def members(labels=LABELS, count=2):
+def label_groups(labels=LABELS, count=2):
     return torch.stack([labels == group for group in range(count)], dim=1)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 1), (2, 4, 40)], ids=["same", "by head", "by query"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_added_to_the_logits(kind, sizes):
-    call, options = case(kind)
+def test_offsets_are_added_to_the_logits(kind, sizes):
+    call, options = build_case(kind)
     beta = torch.randn(*sizes, 2, generator=torch.Generator().manual_seed(1)) * 2
-    changed = add_offsets(call, KeyOffsets(members(), beta))
-    expected = shifted(call, options, added(LABELS, beta.expand(2, 4, 40, 2)))
+    changed = add_offsets(call, KeyOffsets(label_groups(), beta))
+    expected = expected_attention(call, options, expected_offsets(LABELS, beta.expand(2, 4, 40, 2)))
     torch.testing.assert_close(attention_output(changed).double(), slow.output(expected, call.value), **CLOSE)
     share = torch.stack([(expected * (m == LABELS)[:, None, None]).sum(-1) for m in range(2)], -1)
     torch.testing.assert_close(measure_share(changed, LABELS, 2).share.double(), share, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_few_queries_of_a_cache(rows):
-    call, options = case("plain", rows=rows)
+def test_few_queries_with_a_cache(rows):
+    call, options = build_case("plain", rows=rows)
     beta = torch.tensor([1.5, -0.5]).expand(1, 1, 1, 2)
-    expected = shifted(call, options, added(LABELS, beta.expand(2, 4, rows, 2)))
-    changed = attention_output(add_offsets(call, KeyOffsets(members(), beta)))
+    expected = expected_attention(call, options, expected_offsets(LABELS, beta.expand(2, 4, rows, 2)))
+    changed = attention_output(add_offsets(call, KeyOffsets(label_groups(), beta)))
     torch.testing.assert_close(changed.double(), slow.output(expected, call.value), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_half_precision(kind):
-    call, options = case(kind, dtype=torch.bfloat16)
+    call, options = build_case(kind, dtype=torch.bfloat16)
     beta = torch.tensor([3.14159, -2.71828]).expand(1, 4, 1, 2)
-    share = measure_share(add_offsets(call, KeyOffsets(members(), beta)), LABELS, 2).share
-    expected = shifted(call, options, added(LABELS, beta.expand(2, 4, 40, 2)))
+    share = measure_share(add_offsets(call, KeyOffsets(label_groups(), beta)), LABELS, 2).share
+    expected = expected_attention(call, options, expected_offsets(LABELS, beta.expand(2, 4, 40, 2)))
     wanted = torch.stack([(expected * (m == LABELS)[:, None, None]).sum(-1) for m in range(2)], -1)
     torch.testing.assert_close(share.double(), wanted, atol=0.01, rtol=0.02)
 
 
 @pytest.mark.parametrize("goal", [[0.5], [0.2, 0.3], [0.25, 0.75]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_are_reached(kind, goal):
-    call, options = case(kind)
-    chosen = members(count=len(goal))
+def test_target_shares_are_reached(kind, goal):
+    call, options = build_case(kind)
+    chosen = label_groups(count=len(goal))
     changed = add_offsets(call, offsets_for_shares(call, chosen, torch.tensor(goal)))
     share = measure_share(changed, LABELS, 2).share
-    plain = shifted(call, options)
-    seen = torch.stack([(plain * group[:, None, None]).sum(-1) for group in members().unbind(1)], -1) > 0
+    plain = expected_attention(call, options)
+    seen = torch.stack([(plain * group[:, None, None]).sum(-1) for group in label_groups().unbind(1)], -1) > 0
     rest = 1 - sum((plain * group[:, None, None]).sum(-1) for group in chosen.unbind(1))
     for index, wanted in enumerate(goal):
         full = seen[..., : len(goal)].all(-1) & (rest > 1e-6 if sum(goal) < 1 else rest < 2)
@@ -144,8 +144,8 @@ def test_shares_are_reached(kind, goal):
     torch.testing.assert_close(attention_output(only).double(), expected, **CLOSE)
 
 
-def test_a_query_that_cannot_reach_its_share_stays():
-    call, options = case("causal")
+def test_unreachable_share_leaves_the_query_unchanged():
+    call, options = build_case("causal")
     labels = torch.tensor([[0] * 5 + [1] * 35, [1] * 40])
     changed = add_offsets(call, offsets_for_shares(call, (labels == 1)[:, None], torch.tensor([0.5])))
     share = measure_share(changed, labels, 2).share[..., 1]
@@ -154,28 +154,30 @@ def test_a_query_that_cannot_reach_its_share_stays():
     torch.testing.assert_close(share[1], torch.ones(4, 40), **CLOSE)
     torch.testing.assert_close(
         attention_output(changed)[1].double(),
-        slow.output(shifted(call, options), call.value)[1], **CLOSE,
+        slow.output(expected_attention(call, options), call.value)[1], **CLOSE,
     )  # fmt: skip
 
 
-def test_a_matrix_of_the_model_is_weighted_anew():
-    call, options = case("masked")
-    attention = shifted(call, options)
+def test_explicit_attention_matrix_is_reweighted():
+    call, options = build_case("masked")
+    attention = expected_attention(call, options)
     beta = torch.tensor([2.0, -3.0]).expand(2, 4, 40, 2)
     blank = call.query[..., :0]
-    changed = add_offsets(AttentionCall(blank, blank, blank, attention=attention), KeyOffsets(members(), beta))
-    torch.testing.assert_close(changed.attention, shifted(call, options, added(LABELS, beta)), **CLOSE)
+    changed = add_offsets(AttentionCall(blank, blank, blank, attention=attention), KeyOffsets(label_groups(), beta))
+    torch.testing.assert_close(
+        changed.attention, expected_attention(call, options, expected_offsets(LABELS, beta)), **CLOSE
+    )
 
 
 def test_gradients_flow():
-    call, _ = case("causal", dtype=torch.float64)
+    call, _ = build_case("causal", dtype=torch.float64)
     for tensor in (call.query, call.key, call.value):
         tensor.requires_grad_()
     beta = torch.tensor([2.0, -1.0]).expand(2, 4, 40, 2).double()
-    ours = torch.autograd.grad(attention_output(add_offsets(call, KeyOffsets(members(), beta))).square().sum(),
+    ours = torch.autograd.grad(attention_output(add_offsets(call, KeyOffsets(label_groups(), beta))).square().sum(),
                                (call.query, call.key, call.value))  # fmt: skip
     key, value = (t.repeat_interleave(2, 1) for t in (call.key, call.value))
-    scores = call.query @ key.transpose(-1, -2) * 8**-0.5 + added(LABELS, beta)
+    scores = call.query @ key.transpose(-1, -2) * 8**-0.5 + expected_offsets(LABELS, beta)
     output = scores.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -math.inf).softmax(-1) @ value
     theirs = torch.autograd.grad(output.square().sum(), (call.query, call.key, call.value))
     for got, expected in zip(ours, theirs, strict=True):
@@ -220,7 +222,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def softcapped():
+def build_softcapped():
     made, inputs = family("gemma3")
     for part in made.modules():
         if hasattr(part, "attn_logit_softcapping"):
@@ -230,15 +232,15 @@ def softcapped():
     return made, inputs
 
 
-def vlm(name):
-    made, inputs = softcapped() if name == "gemma3, softcap" else family(name)
+def build_vlm(name):
+    made, inputs = build_softcapped() if name == "gemma3, softcap" else family(name)
     return made.eval(), inputs
 
 
-def reference(name, monkeypatch, inputs, **how):
+def reference_model(name, monkeypatch, inputs, **how):
     token = 92 if name == "qwen2_audio" else IMAGE
     labels = (inputs["input_ids"] == token).long().masked_fill(inputs["attention_mask"] == 0, -1)
-    other, _ = vlm(name)
+    other, _ = build_vlm(name)
     other.set_attn_implementation("eager")
     modeling = FAMILIES[name.split(",")[0]]
     module = importlib.import_module(f"transformers.models.{modeling}.modeling_{modeling}")
@@ -259,8 +261,8 @@ def modality(name):
 
 @pytest.mark.parametrize("beta", [1.5, -4.0, 30.0])
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma3, softcap"])
-def test_a_language_model(name, beta, monkeypatch):
-    made, inputs = vlm(name)
+def test_language_model(name, beta, monkeypatch):
+    made, inputs = build_vlm(name)
     with torch.no_grad():
         plain = made(**inputs).logits
         with eq.steer(made, **{modality(name): beta}) as found:
@@ -269,15 +271,15 @@ def test_a_language_model(name, beta, monkeypatch):
         assert found.missing == {}
         assert torch.equal(made(**inputs).logits, plain)
         valid = inputs["attention_mask"].bool()
-        expected = reference(name, monkeypatch, inputs, beta=beta)(**inputs).logits
+        expected = reference_model(name, monkeypatch, inputs, beta=beta)(**inputs).logits
     torch.testing.assert_close(logits[valid], expected[valid], **CLOSE)
     assert not torch.allclose(logits[valid], plain[valid], atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("how", ["heads", "heads by layer", "layers", "last query", "text queries", "mask"])
-def test_some_layers_heads_and_queries(how, backend, monkeypatch):
-    made, inputs = vlm("llava")
+def test_selected_layers_heads_and_queries(how, backend, monkeypatch):
+    made, inputs = build_vlm("llava")
     made.set_attn_implementation(backend)
     ids = inputs["input_ids"]
     valid = inputs["attention_mask"].bool()
@@ -296,7 +298,7 @@ def test_some_layers_heads_and_queries(how, backend, monkeypatch):
     with torch.no_grad():
         with eq.steer(made, **ours, image=2.0) as found:
             logits = made(**inputs).logits
-        expected = reference("llava", monkeypatch, inputs, beta=2.0, **oracle)(**inputs).logits
+        expected = reference_model("llava", monkeypatch, inputs, beta=2.0, **oracle)(**inputs).logits
     torch.testing.assert_close(logits[valid], expected[valid], **CLOSE)
     assert len(found.changed) == (1 if "layer" in how else 2)
 
@@ -306,7 +308,7 @@ def test_some_layers_heads_and_queries(how, backend, monkeypatch):
     [("llava", None), ("llava", "static"), ("qwen2_vl", None), ("gemma3", None), ("gemma3", "static")],
 )
 def test_generation_with_a_cache(name, cache):
-    made, inputs = vlm(name)
+    made, inputs = build_vlm(name)
     how = {
         "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
         "return_dict_in_generate": True, "pad_token_id": 0,
@@ -327,8 +329,8 @@ def test_generation_with_a_cache(name, cache):
 
 
 @pytest.mark.parametrize("name", ["llava", "whisper"])
-def test_zero_changes_no_bit(name):
-    made, inputs = vlm(name)
+def test_zero_offset_is_bitwise_identical(name):
+    made, inputs = build_vlm(name)
     with torch.no_grad():
         plain = made(**inputs).logits
         with eq.steer(made, **{"audio" if name == "whisper" else "image": 0.0}) as found:
@@ -363,7 +365,7 @@ def test_cross_attention_with_labels(monkeypatch):
     assert not torch.allclose(logits, plain, atol=1e-4)
 
 
-def test_keys_of_a_single_modality_are_refused():
+def test_keys_of_a_single_modality_raise():
     made, inputs = family("whisper")
     message = r"steer: expected attention to several modalities, with keys of 'audio', got '.*encoder_attn', but all of"
     with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(made, audio=1.0):
@@ -373,7 +375,7 @@ def test_keys_of_a_single_modality_are_refused():
 # Other models, and watch.
 
 
-class Soft(nn.Module):
+class ExplicitAttention(nn.Module):
     def __init__(self):
         super().__init__()
         self.all = nn.Linear(12, 36)
@@ -383,7 +385,7 @@ class Soft(nn.Module):
         return F.softmax(query @ key.transpose(-1, -2) / 2, dim=-1) @ value
 
 
-class Own(nn.Module):
+class MultiheadSelfAttention(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.MultiheadAttention(12, 2, batch_first=True)
@@ -393,21 +395,21 @@ class Own(nn.Module):
 
 
 FOREIGN = {
-    "MultiheadAttention": Own, "encoder": lambda: nn.TransformerEncoderLayer(12, 2, 5, batch_first=True),
-    "scaled_dot_product_attention": lambda: Reader(12, 6, 3), "softmax": Soft,
+    "MultiheadAttention": MultiheadSelfAttention, "encoder": lambda: nn.TransformerEncoderLayer(12, 2, 5, batch_first=True),
+    "scaled_dot_product_attention": lambda: Reader(12, 6, 3), "softmax": ExplicitAttention,
 }  # fmt: skip
 COLUMNS = torch.tensor([-1, 0, 0, 1, 1, 1, 0])
 KNOWN = {"modality": COLUMNS, "names": ("audio", "image")}
 
 
-def scene(kind):
+def build_scene(kind):
     """(model, function that runs it, labels)."""
     torch.manual_seed(0)
     if kind == "fusion":
         made, inputs = model(depth=2).eval(), batch()
         return made, lambda: made(inputs).logits, {}
     if kind in ("llava", "gemma3"):
-        made, inputs = vlm(kind)
+        made, inputs = build_vlm(kind)
         return made, lambda: made(**inputs).logits, {}
     made = FOREIGN[kind]().eval()
     tokens = torch.randn(3, 7, 12)
@@ -415,8 +417,8 @@ def scene(kind):
 
 
 @pytest.mark.parametrize("kind", ["fusion", "llava", "gemma3", *FOREIGN])
-def test_watch_sees_steered_shares_around_and_inside(kind):
-    made, run, known = scene(kind)
+def test_watch_records_steered_shares_inside_and_outside(kind):
+    made, run, known = build_scene(kind)
     with torch.no_grad():
         with eq.watch(made, **known) as plain:
             untouched = run()
@@ -442,8 +444,8 @@ def test_watch_sees_steered_shares_around_and_inside(kind):
 
 
 @pytest.mark.parametrize("kind", ["fusion", *FOREIGN])
-def test_watch_sees_the_chosen_share(kind):
-    made, run, known = scene(kind)
+def test_watch_records_the_target_share(kind):
+    made, run, known = build_scene(kind)
     with torch.no_grad(), eq.watch(made, **known) as record, eq.steer(made, **known, share={"image": 0.6}):
         run()
     for layer in record.layers:
@@ -451,7 +453,7 @@ def test_watch_sees_the_chosen_share(kind):
         torch.testing.assert_close(share, torch.full_like(share, 0.6), **CLOSE)
 
 
-def test_the_share_of_an_output_is_steered():
+def test_output_share_is_steered():
     made, inputs = model().eval(), batch()
     with torch.no_grad(), eq.steer(made, share={"image": 0.3}):
         share = made(inputs).share
@@ -467,10 +469,10 @@ def fail_after(run):
 
 
 @pytest.mark.parametrize("kind", ["fusion", "llava", *FOREIGN])
-def test_nothing_is_left_after_an_exception(kind):
+def test_state_is_restored_after_an_exception(kind):
     from transformers import AttentionInterface
 
-    made, run, known = scene(kind)
+    made, run, known = build_scene(kind)
     with torch.no_grad():
         plain = run()
         before, interface = hooks(made), dict(vars(AttentionInterface))
@@ -503,13 +505,13 @@ def test_nothing_is_left_after_an_exception(kind):
     ids=str,
 )  # fmt: skip
 def test_errors(options, message):
-    made, inputs = vlm("llava")
+    made, inputs = build_vlm("llava")
     with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(made, **options):
         made(**inputs)
 
 
-def test_blocks_inside_each_other_are_refused():
-    made, _ = vlm("llava")
+def test_nested_contexts_raise():
+    made, _ = build_vlm("llava")
     with (
         pytest.raises(ConfigError, match="steer: expected a model without another active intervention"),
         eq.steer(made, image=1.0),
@@ -518,14 +520,14 @@ def test_blocks_inside_each_other_are_refused():
         raise AssertionError("never reached")
 
 
-def test_a_block_without_a_model_that_runs():
-    made, _ = vlm("llava")
+def test_context_without_forward_pass_warns():
+    made, _ = build_vlm("llava")
     with pytest.raises(ConfigError, match="got a model that was not called"), eq.steer(made, image=1.0):
         pass
 
 
 def test_dose_response():
-    made, inputs = vlm("llava")
+    made, inputs = build_vlm("llava")
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
     rows = eq.diagnostics.dose_response(made, inputs, labels, "image", betas=(-2.0, 0.0, 2.0), layers="*.1.self_attn")

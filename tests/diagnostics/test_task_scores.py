@@ -24,7 +24,7 @@ from oracles.task_scores import slow_score
 EXACT = TOL[torch.float64]
 
 
-def drawn(task, samples, outputs, seed):
+def random_predictions(task, samples, outputs, seed):
     random = torch.Generator().manual_seed(seed)
     logits, values = torch.randn(2, samples, outputs, generator=random, dtype=torch.float64)
     if task == "classification":
@@ -36,7 +36,7 @@ def drawn(task, samples, outputs, seed):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 11), st.integers(2, 5), st.integers(0, 1000))
 def test_score_against_loops(task, samples, outputs, seed):
-    logits, target = drawn(task, samples, outputs, seed)
+    logits, target = random_predictions(task, samples, outputs, seed)
     found = float(task_score(logits, target, task))
     assert found == pytest.approx(slow_score(logits.tolist(), target.tolist(), task), abs=TOL[torch.float32]["atol"])
 
@@ -44,8 +44,8 @@ def test_score_against_loops(task, samples, outputs, seed):
 @pytest.mark.parametrize("task", SCORES)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 13), st.integers(2, 5), st.integers(0, 1000))
-def test_no_constant_answer_is_better(task, samples, outputs, seed):
-    _, target = drawn(task, samples, outputs, seed)
+def test_no_constant_prediction_is_better(task, samples, outputs, seed):
+    _, target = random_predictions(task, samples, outputs, seed)
     constant = constant_answer(target, task)
     found = float(task_score(constant.expand(samples, -1), target, task))
     if task == "classification":
@@ -61,15 +61,15 @@ def test_no_constant_answer_is_better(task, samples, outputs, seed):
         assert found == pytest.approx(-sum(best) / samples / outputs)
 
 
-def test_one_output_of_whole_numbers():
+def test_single_output_with_integer_targets():
     assert constant_answer(torch.tensor([1, 2, 6]), "regression").tolist() == [2.0]
     found = float(task_score(torch.tensor([[2.0]]).expand(3, -1), torch.tensor([1, 2, 6]), "regression"))
     assert found == pytest.approx(-5 / 3)
 
 
 @pytest.mark.parametrize("task", SCORES)
-def test_score_is_the_mean_of_the_outcomes(task):
-    logits, target = drawn(task, 17, 3, 5)
+def test_score_is_the_mean_of_outcomes(task):
+    logits, target = random_predictions(task, 17, 3, 5)
     each = outcomes(logits, target, task)
     assert each.shape == (17,)
     assert float(each.double().mean()) == pytest.approx(float(task_score(logits, target, task)))
@@ -78,7 +78,7 @@ def test_score_is_the_mean_of_the_outcomes(task):
         assert float(each[place]) == pytest.approx(float(alone))
 
 
-def test_equal_logits_count_as_a_draw_among_them():
+def test_tied_logits_share_the_credit():
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 1.0, 0.5], [1.0, 1.0, 0.0], [torch.nan, 1.0, 0.0]])
     found = correct(logits, torch.tensor([1, 2, 1, 2, 1]))
     assert found[:4].tolist() == pytest.approx([1 / 2, 1 / 3, 1.0, 0.0])

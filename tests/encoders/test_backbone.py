@@ -18,7 +18,7 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bert(**options):
+def build_bert(**options):
     torch.manual_seed(0)
     made = transformers.BertModel(transformers.BertConfig(vocab_size=13, **SMALL, **options))
     with torch.no_grad():
@@ -33,7 +33,7 @@ TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 
 
 def test_backbone_returns_its_attention_mask(tmp_path):
-    bert().save_pretrained(tmp_path)
+    build_bert().save_pretrained(tmp_path)
     encoder = eq.encoders.Backbone(str(tmp_path), dim=7, cls=True).eval()
     tokens = encoder(TEXT)
     assert torch.equal(tokens.mask, IDS > 0)
@@ -51,7 +51,7 @@ def test_backbone_returns_its_attention_mask(tmp_path):
 
 def test_backbone_gets_no_gradient_from_missing_text():
     torch.manual_seed(0)
-    encoders = {"text": eq.encoders.Backbone(bert(), dim=8), "image": nn.Linear(5, 8)}
+    encoders = {"text": eq.encoders.Backbone(build_bert(), dim=8), "image": nn.Linear(5, 8)}
     model = eq.FusionModel(encoders, eq.fusion.JointAttention(8, dropout=0.0), 2, unimodal="train").eval()
     batch = {"text": dict(TEXT), "image": normal(4, 3, 2, 5)}
     output = model(batch)
@@ -64,7 +64,7 @@ def test_backbone_gets_no_gradient_from_missing_text():
 
 
 def test_frozen():
-    encoder = eq.encoders.Backbone(bert(), frozen=True, dim=7)
+    encoder = eq.encoders.Backbone(build_bert(), frozen=True, dim=7)
     model = nn.ModuleList([encoder]).train()
     assert encoder.training
     assert not any(part.training for part in encoder.model.modules())
@@ -77,8 +77,8 @@ def test_frozen():
 
 
 def test_lora_trains_only_its_matrices():
-    plain = eq.encoders.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
-    encoder = eq.encoders.Backbone(bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), lora=2)
+    plain = eq.encoders.Backbone(build_bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
+    encoder = eq.encoders.Backbone(build_bert(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), lora=2)
     torch.testing.assert_close(encoder(TEXT).values, plain(TEXT).values, **TOL[torch.float32])
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert trained
@@ -102,7 +102,7 @@ def test_audio_has_fewer_tokens_than_samples():
     assert tokens.values.shape == (3, 16, 7)
 
 
-def resnet():
+def build_resnet():
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
     return transformers.ResNetModel(config)
 
@@ -110,7 +110,7 @@ def resnet():
 def test_images_and_encoder_decoders():
     vit = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL))
     assert eq.encoders.Backbone(vit, cls=True)(torch.zeros(2, 3, 8, 8)).values.shape == (2, 5, 12)
-    stages, pixels = resnet().eval(), normal(6, 2, 3, 16, 24)
+    stages, pixels = build_resnet().eval(), normal(6, 2, 3, 16, 24)
     values = eq.encoders.Backbone(stages)(pixels).values
     assert values.shape == (2, 2 * 3, 6)
     torch.testing.assert_close(values[1, 4], stages(pixels).last_hidden_state[1, :, 1, 1], **TOL[torch.float32])
@@ -122,7 +122,7 @@ def test_images_and_encoder_decoders():
     assert not any("decoder" in name for name, _ in encoder.named_parameters())
 
 
-def test_a_model_without_one_width():
+def test_model_without_single_width():
     class Odd(nn.Module):
         config = transformers.PreTrainedConfig()
 
@@ -136,25 +136,29 @@ def test_a_model_without_one_width():
     ("call", "kind", "message"),
     [
         (
-            lambda: eq.encoders.Backbone(bert(), frozen=True, lora=2),
+            lambda: eq.encoders.Backbone(build_bert(), frozen=True, lora=2),
             ConfigError,
             "frozen=True or a LoRA rank, got both, lora = 2",
         ),
-        (lambda: eq.encoders.Backbone(bert(), lora=0), ConfigError, "expected a LoRA rank of 1 or more, got lora = 0"),
+        (
+            lambda: eq.encoders.Backbone(build_bert(), lora=0),
+            ConfigError,
+            "expected a LoRA rank of 1 or more, got lora = 0",
+        ),
         (
             lambda: eq.encoders.Backbone(torch.nn.Linear(3, 5)),
             ConfigError,
             "a model of transformers, got Linear. Any other module can be given to FusionModel",
         ),
         (
-            lambda: eq.encoders.Backbone(bert())(
+            lambda: eq.encoders.Backbone(build_bert())(
                 {"inputs_embeds": torch.zeros(2, 5, 12), "attention_mask": torch.ones(2, 5, 5)}
             ),
             ShapeError,
             r"Backbone: expected an attention_mask \(batch, token\), got shape \(2, 5, 5\)",
         ),
         (
-            lambda: eq.encoders.Backbone(resnet())(
+            lambda: eq.encoders.Backbone(build_resnet())(
                 {"pixel_values": torch.zeros(2, 3, 32, 32), "attention_mask": torch.ones(2, 5)}
             ),
             ShapeError,
@@ -177,7 +181,7 @@ def test_errors(call, kind, message):
         ),
         (
             "peft",
-            lambda: eq.encoders.Backbone(bert(), lora=2),
+            lambda: eq.encoders.Backbone(build_bert(), lora=2),
             r"Backbone, lora: expected the package 'peft'.*pip install 'equipoise\[lora\]'",
         ),
     ],

@@ -39,7 +39,7 @@ def test_sequence_encoder(stride, masked):
     assert (tokens.mask is None) is not masked
 
 
-def test_masked_frames_do_not_change_anything():
+def test_masked_frames_have_no_effect():
     torch.manual_seed(0)
     encoder = SequenceEncoder(5, max_length=13, dim=14, stride=3, depth=2, heads=2).double().eval()
     frames = normal(3, 2, 7, 5)

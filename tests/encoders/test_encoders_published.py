@@ -31,7 +31,7 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shaken(module):
+def perturb(module):
     """Perturbs every parameter, so that values of exactly 0 and 1 cannot hide errors."""
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
@@ -66,7 +66,7 @@ def test_vit(frames, axes):
     torch.manual_seed(0)
     encoder = eq.encoders.ViTEncoder(2, (7, 5), frames=frames, patch=2, dim=14, depth=2, heads=7, axes=axes).double()
     pixels = normal(1, 5, frames, 2, 7, 5)
-    tokens = shaken(encoder)(pixels if frames > 1 else pixels[:, 0])
+    tokens = perturb(encoder)(pixels if frames > 1 else pixels[:, 0])
     assert tokens.cls
     assert tokens.mask is None
     swap = axes is not None and axes.startswith("frequency")
@@ -74,11 +74,11 @@ def test_vit(frames, axes):
     torch.testing.assert_close(tokens.values, vit_oracle(encoder, pixels, 2, 2, 7, swap), **EXACT)
 
 
-def count(module):
+def parameter_count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_published_sizes():
+def test_published_sizes():
     with torch.device("meta"):
         audio = eq.encoders.ViTEncoder(1, (257, 188), axes="frequency time -> time frequency")
         image = eq.encoders.ViTEncoder(3, (224, 224))
@@ -87,19 +87,19 @@ def test_the_published_sizes():
         text = eq.encoders.SequenceEncoder(300, max_length=50, dim=120, depth=4, heads=5, bias=False)
     assert (audio.grid, image.grid, sounds.grid) == ((11, 16), (14, 14), (8, 64))
     with torch.device("meta"):
-        assert count(image) - count(eq.encoders.ViTEncoder(3, (224, 224), depth=3)) == 7_087_872
+        assert parameter_count(image) - parameter_count(eq.encoders.ViTEncoder(3, (224, 224), depth=3)) == 7_087_872
     # Without positions and class tokens, as the published table counts: blocks, patch projections, final norms.
     tables = (176 + 196 + 2 + 2) * 768
-    assert count(audio) + count(image) - tables == 8 * 7_087_872 + 197_376 + 590_592 + 3_072
+    assert parameter_count(audio) + parameter_count(image) - tables == 8 * 7_087_872 + 197_376 + 590_592 + 3_072
     assert video.vit.embeddings.position_embeddings.shape == (1, 3 * 196 + 1, 768)
     # Kernel 1, no bias: 300 x 120; table and class token; four blocks of width 120 and the last norm.
-    assert count(text) == 300 * 120 + (50 + 2) * 120 + 4 * (12 * 120**2 + 13 * 120) + 2 * 120
+    assert parameter_count(text) == 300 * 120 + (50 + 2) * 120 + 4 * (12 * 120**2 + 13 * 120) + 2 * 120
     with torch.device("meta"):
         resnet = eq.encoders.ResNetEncoder(3)
-    assert count(resnet) == 11_176_512
+    assert parameter_count(resnet) == 11_176_512
 
 
-def test_the_published_cost():
+def test_published_cost():
     """Parameters and operations as counted in the paper's Table 4; one LayerNorm of the release is unused."""
     with torch.device("meta"):
         audio = eq.encoders.ViTEncoder(1, (257, 188), axes="frequency time -> time frequency")
@@ -134,7 +134,7 @@ def bilinear(grid, rows, columns):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 7), (5, 3), (3, 5)])
-def test_interpolation_of_positions(rows, columns):
+def test_position_interpolation(rows, columns):
     grid = normal(0, 3, 5, 2)
     found = interpolate_positions(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
     torch.testing.assert_close(found[0].unflatten(0, (rows, columns)), bilinear(grid, rows, columns), **EXACT)
@@ -146,7 +146,7 @@ def vit_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vit")
     config = transformers.ViTConfig(image_size=8, patch_size=2, layer_norm_eps=1e-6, **SMALL)
-    shaken(transformers.ViTModel(config)).to(torch.bfloat16).save_pretrained(folder)
+    perturb(transformers.ViTModel(config)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -190,7 +190,7 @@ def test_pretrained_resnet(tmp_path):
     torch.testing.assert_close(tokens.values, wanted, **TOL[torch.float32])
 
 
-def test_kernels_for_other_numbers_of_channels():
+def test_kernels_for_other_channel_counts():
     kernel = normal(3, 2, 3, 2, 2)
     assert for_channels(kernel, 3) is kernel
     assert for_channels(kernel, 2).shape == (2, 2, 2, 2)
@@ -208,12 +208,12 @@ def test_missing_weights_raise(load, tmp_path):
         load(str(tmp_path))
 
 
-def test_weights_of_another_network(vit_folder):
+def test_weights_of_another_network_raise(vit_folder):
     with pytest.raises(DataError, match=r"all weights of a ResNetModel, got '.*', which lacks embedder\.embedder"):
         eq.encoders.ResNetEncoder(3, pretrained=str(vit_folder))
 
 
-def vit(**options):
+def build_vit(**options):
     return eq.encoders.ViTEncoder(3, (8, 8), **{"patch": 2, "dim": 12, "depth": 1, "heads": 3, **options})
 
 
@@ -221,20 +221,36 @@ def vit(**options):
     ("call", "kind", "message"),
     [
         (
-            lambda: vit(axes="time frequency"),
+            lambda: build_vit(axes="time frequency"),
             ConfigError,
             r"expected axes as two names, an arrow.* got 'time frequency'",
         ),
-        (lambda: vit(axes="time time -> time time"), ConfigError, r"Write for example axes=\"frequency time -> time"),
-        (lambda: vit(axes="time mel -> time frequency"), ConfigError, "the same names in the order of the patches"),
-        (lambda: vit(patch=16), ConfigError, r"one whole patch, got .* patch = 16 for \(height, width\) = \(8, 8\)"),
-        (lambda: vit(frames=0), ConfigError, "at least one frame, one block.* got frames = 0, depth = 1"),
-        (lambda: vit(patch=0), ConfigError, "patch = 0"),
-        (lambda: vit(heads=5), ConfigError, "ViTEncoder: expected .* a dim that heads divides, got .* heads = 5"),
-        (lambda: vit(heads=0), ConfigError, "heads of 1 or more"),
-        (lambda: vit()(torch.zeros(2, 1, 8, 8)), ShapeError, r"expected \(batch, 3, 8, 8\), got shape \(2, 1, 8, 8\)"),
         (
-            lambda: vit(frames=2)(torch.zeros(2, 3, 8, 8)),
+            lambda: build_vit(axes="time time -> time time"),
+            ConfigError,
+            r"Write for example axes=\"frequency time -> time",
+        ),
+        (
+            lambda: build_vit(axes="time mel -> time frequency"),
+            ConfigError,
+            "the same names in the order of the patches",
+        ),
+        (
+            lambda: build_vit(patch=16),
+            ConfigError,
+            r"one whole patch, got .* patch = 16 for \(height, width\) = \(8, 8\)",
+        ),
+        (lambda: build_vit(frames=0), ConfigError, "at least one frame, one block.* got frames = 0, depth = 1"),
+        (lambda: build_vit(patch=0), ConfigError, "patch = 0"),
+        (lambda: build_vit(heads=5), ConfigError, "ViTEncoder: expected .* a dim that heads divides, got .* heads = 5"),
+        (lambda: build_vit(heads=0), ConfigError, "heads of 1 or more"),
+        (
+            lambda: build_vit()(torch.zeros(2, 1, 8, 8)),
+            ShapeError,
+            r"expected \(batch, 3, 8, 8\), got shape \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda: build_vit(frames=2)(torch.zeros(2, 3, 8, 8)),
             ShapeError,
             r"ViTEncoder: expected \(batch, 2, 3, 8, 8\), got shape \(2, 3, 8, 8\)\. Resize",
         ),
@@ -264,12 +280,12 @@ def test_errors(call, kind, message):
         ({"depth": 4}, r"expected pretrained weights of depth = 4 blocks or more, got 3 blocks"),
     ],
 )
-def test_weights_of_another_vit(vit_folder, options, message):
+def test_weights_of_another_vit_raise(vit_folder, options, message):
     with pytest.raises(ConfigError, match=message):
-        vit(pretrained=str(vit_folder), **options)
+        build_vit(pretrained=str(vit_folder), **options)
 
 
-def test_weights_of_another_resnet(tmp_path):
+def test_weights_of_another_resnet_raise(tmp_path):
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
     transformers.ResNetModel(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"expected a ResNet18: .*got \[4, 6\], \[1, 1\], basic"):
@@ -279,32 +295,32 @@ def test_weights_of_another_resnet(tmp_path):
 @pytest.mark.parametrize(
     ("call", "fix"),
     [
-        (vit, r"ViTEncoder: expected the package 'transformers', .*pip install 'equipoise\[hf\]'"),
+        (build_vit, r"ViTEncoder: expected the package 'transformers', .*pip install 'equipoise\[hf\]'"),
         (lambda: eq.encoders.ResNetEncoder(3), r"ResNetEncoder: expected the package 'transformers'"),
     ],
 )
-def test_without_transformers(call, fix, monkeypatch):
+def test_missing_transformers_raises(call, fix, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=fix):
         call()
 
 
-def made(name, options, shape):
+def build_encoder(name, options, shape):
     return method_factory.build_encoder(name, options, SimpleNamespace(shapes={name: shape}, vocabulary={}))
 
 
-def test_recipes_accept_their_names(vit_folder):
+def test_recipe_names(vit_folder):
     small = {"patch": 2, "dim": 12, "depth": 1, "heads": 3}
-    encoder = made("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
+    encoder = build_encoder("image", {"name": "ViTEncoder", **small, "pretrained": str(vit_folder)}, (2, 3, 8, 8))
     assert (encoder.frames, encoder.channels, encoder.size) == (2, 3, (8, 8))
-    encoder = made("image", {"name": "ResNetEncoder", "dim": 12}, (2, 1, 8, 8))
+    encoder = build_encoder("image", {"name": "ResNetEncoder", "dim": 12}, (2, 1, 8, 8))
     assert (encoder.frames, encoder.channels, encoder.dim) == (2, 1, 12)
-    assert made("image", {"name": "Backbone", "model": str(vit_folder)}, (3, 8, 8)).dim == 12
-    sequence = made("text", {"dim": 10, "heads": 5, "depth": 1, "bias": False}, (50, 3))
+    assert build_encoder("image", {"name": "Backbone", "model": str(vit_folder)}, (3, 8, 8)).dim == 12
+    sequence = build_encoder("text", {"dim": 10, "heads": 5, "depth": 1, "bias": False}, (50, 3))
     assert (sequence.features, sequence.max_length, sequence.project.bias) == (3, 50, None)
     message = (
         r"encoder 'image': expected samples of shape \(channel, height, width\), or .*ViTEncoder for .*, "
         r"got PatchEncoder for samples of shape \(2, 3, 8, 8\)"
     )
     with pytest.raises(ConfigError, match=message):
-        made("image", {"name": "PatchEncoder", "dim": 8, "patch": 2}, (2, 3, 8, 8))
+        build_encoder("image", {"name": "PatchEncoder", "dim": 8, "patch": 2}, (2, 3, 8, 8))

@@ -21,7 +21,7 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def encoder(**options):
+def build_encoder(**options):
     torch.manual_seed(0)
     return SequenceEncoder(5, dim=14, depth=2, heads=2, **{"positions": "time", **options}).double().eval()
 
@@ -55,7 +55,7 @@ def loop_features(time, dim, shortest, longest):
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_time_positions(stride, masked):
-    made = encoder(stride=stride, periods=(0.3, 20.0))
+    made = build_encoder(stride=stride, periods=(0.3, 20.0))
     frames, times = normal(2, 3, 11, 5), normal(3, 3, 11).cumsum(dim=1)
     mask = torch.ones(3, 11, dtype=torch.bool)
     if masked:
@@ -94,12 +94,12 @@ def test_mean_times_of_groups(data):
 
 @settings(max_examples=10, deadline=None)
 @given(factor=st.integers(2, 4), stride=st.integers(1, 3))
-def test_another_rate_gives_tokens_at_the_same_times(factor, stride):
+def test_sampling_rate_does_not_change_token_times(factor, stride):
     """Frames repeated at a higher rate, with the stride raised as much: times are those of the frames' centers."""
     times = torch.arange(6, dtype=torch.float64)[None] / 4
     fine = (times[..., None] + (torch.arange(factor) - (factor - 1) / 2) / (4 * factor)).flatten(1)
     frames = normal(4, 1, 6, 5)
-    one, other = encoder(stride=stride), encoder(stride=stride * factor)
+    one, other = build_encoder(stride=stride), build_encoder(stride=stride * factor)
     with torch.no_grad():
         # The projection of repeated frames equals that of one frame.
         weight = one.project.weight.unflatten(1, (stride, 5)).repeat_interleave(factor, dim=1) / factor
@@ -112,20 +112,20 @@ def test_another_rate_gives_tokens_at_the_same_times(factor, stride):
     torch.testing.assert_close(after.values, before.values, **EXACT)
 
 
-def test_order_of_frames_does_not_matter_with_times_and_does_with_indices():
+def test_frame_order_matters_for_index_positions_only():
     frames, times, order = normal(5, 2, 7, 5), normal(6, 2, 7), torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    made = encoder()
+    made = build_encoder()
     torch.testing.assert_close(
         made(frames[:, order], times=times[:, order]).pooled(), made(frames, times=times).pooled(), **EXACT
     )
-    made = encoder(positions="index", max_length=7)
+    made = build_encoder(positions="index", max_length=7)
     assert not torch.allclose(made(frames[:, order]).pooled(), made(frames).pooled())
 
 
 @pytest.mark.parametrize("bad", [NAN, 1e30, -7.0])
 @pytest.mark.parametrize("positions", ["index", "time"])
 def test_times_of_padding_have_no_influence(positions, bad):
-    made = encoder(positions=positions, max_length=11, stride=3)
+    made = build_encoder(positions=positions, max_length=11, stride=3)
     frames, times = normal(3, 2, 7, 5), normal(7, 2, 7)
     padded = torch.cat([frames, torch.full((2, 4, 5), NAN, dtype=torch.float64)], dim=1)
     stamps = torch.cat([times, torch.full((2, 4), bad, dtype=torch.float64)], dim=1)
@@ -137,8 +137,8 @@ def test_times_of_padding_have_no_influence(positions, bad):
     assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
 
 
-def test_index_positions_ignore_times_and_pass_them_on():
-    made = encoder(positions="index", max_length=7)
+def test_index_positions_ignore_and_forward_times():
+    made = build_encoder(positions="index", max_length=7)
     frames, times = normal(3, 2, 7, 5), normal(7, 2, 7)
     assert made(frames).times is None
     tokens = made(frames, times=times)
@@ -148,16 +148,16 @@ def test_index_positions_ignore_times_and_pass_them_on():
     assert list(SequenceEncoder(5, max_length=7, dim=14, heads=2).state_dict())[:2] == ["cls", "positions"]
 
 
-def test_time_positions_need_no_maximum_length_and_follow_the_type():
-    assert encoder()(normal(1, 1, 300, 5), times=normal(2, 1, 300)).values.shape == (1, 301, 14)
-    half = encoder().to(torch.bfloat16)
+def test_time_positions_need_no_maximum_length_and_keep_dtype():
+    assert build_encoder()(normal(1, 1, 300, 5), times=normal(2, 1, 300)).values.shape == (1, 301, 14)
+    half = build_encoder().to(torch.bfloat16)
     frames = normal(1, 2, 4, 5)
     assert half(frames.bfloat16(), times=torch.rand(2, 4)).values.dtype == torch.bfloat16
     # Unix timestamps in double precision: differences of 10 ms are visible.
     stamps = 1.7e9 + torch.arange(4, dtype=torch.float64)[None] / 100
     moved = stamps.clone()
     moved[0, 3] += 0.01
-    one = encoder()
+    one = build_encoder()
     assert not torch.allclose(one(frames[:1], times=moved).values, one(frames[:1], times=stamps).values)
 
 
@@ -165,39 +165,39 @@ def test_time_positions_need_no_maximum_length_and_follow_the_type():
     ("call", "kind", "message"),
     [
         (
-            lambda: encoder()(normal(1, 2, 4, 5)),
+            lambda: build_encoder()(normal(1, 2, 4, 5)),
             ShapeError,
             r"SequenceEncoder: expected times \(batch, frame\) in seconds, with positions=\"time\", got None\. "
             r"Set batch\['times'\]",
         ),
         (
-            lambda: encoder()(normal(1, 2, 4, 5), times=normal(1, 2, 3)),
+            lambda: build_encoder()(normal(1, 2, 4, 5), times=normal(1, 2, 3)),
             ShapeError,
             r"SequenceEncoder times: expected \(batch, frame\) = \(2, 4\), floating-point seconds, got shape \(2, 3\)",
         ),
         (
-            lambda: encoder()(normal(1, 2, 4, 5), times=torch.ones(2, 4, dtype=torch.long)),
+            lambda: build_encoder()(normal(1, 2, 4, 5), times=torch.ones(2, 4, dtype=torch.long)),
             ShapeError,
             r"got shape \(2, 4\), torch\.int64",
         ),
         (
-            lambda: encoder()(normal(1, 2, 0, 5), times=normal(1, 2, 0)),
+            lambda: build_encoder()(normal(1, 2, 0, 5), times=normal(1, 2, 0)),
             ShapeError,
             r"expected \(batch, frame >= 1, feature = 5\), got shape \(2, 0, 5\)",
         ),
         (
-            lambda: encoder()(normal(1, 2, 4, 5), torch.ones(2, 4), normal(1, 2, 4)),
+            lambda: build_encoder()(normal(1, 2, 4, 5), torch.ones(2, 4), normal(1, 2, 4)),
             ShapeError,
             r"SequenceEncoder mask: .*torch\.float32",
         ),
-        (lambda: encoder(positions="tme"), ConfigError, r"got 'tme'\. Did you mean 'time'"),
+        (lambda: build_encoder(positions="tme"), ConfigError, r"got 'tme'\. Did you mean 'time'"),
         (
-            lambda: encoder(positions="index"),
+            lambda: build_encoder(positions="index"),
             ConfigError,
             r"SequenceEncoder: expected max_length with positions=\"index\", got None",
         ),
         *(
-            (lambda periods=periods: encoder(periods=periods), ConfigError, r"0 < shortest <= longest, got \(")
+            (lambda periods=periods: build_encoder(periods=periods), ConfigError, r"0 < shortest <= longest, got \(")
             for periods in [(0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (NAN, 1.0), (1.0,)]
         ),
     ],

@@ -37,7 +37,7 @@ def test_word_embedding_plus_position_embedding(depth):
 
 @given(st.integers(0, 6))
 @settings(max_examples=7, deadline=None)
-def test_padding_changes_nothing(more):
+def test_padding_has_no_effect(more):
     torch.manual_seed(0)
     encoder = TextEncoder(11, max_length=13, dim=6, depth=2, heads=2).double()
     ids = torch.tensor([[4, 2, 5, 0, 0], [9, 1, 0, 0, 0]])
@@ -115,12 +115,12 @@ def test_conv_encoder_against_loops():
     [
         (lambda: TextEncoder(0, max_length=3, dim=4), ConfigError, "TextEncoder: expected vocabulary >= 1 .* 0 and 3"),
         (lambda: TextEncoder(5, max_length=0, dim=4), ConfigError, "max_length >= 1, got 5 and 0"),
-        (lambda: small()(torch.zeros(2, 3)), ShapeError, r"integers of .*, got shape \(2, 3\), torch\.float32"),
-        (lambda: small()(torch.zeros(3, dtype=torch.long)), ShapeError, r"got shape \(3,\), torch.int64"),
-        (lambda: small()(torch.ones(2, 5, dtype=torch.long)), ShapeError, "1 to 4 words, got 5. Truncate the texts"),
-        (lambda: small()(torch.ones(2, 0, dtype=torch.long)), ShapeError, "expected 1 to 4 words, got 0"),
-        (lambda: small()(torch.tensor([[1, 7]])), ShapeError, "indices from 0 to 6, got 1 to 7. Build the encoder"),
-        (lambda: small()(torch.tensor([[1, -1]])), ShapeError, "got -1 to 1"),
+        (lambda: build_encoder()(torch.zeros(2, 3)), ShapeError, r"integers of .*, got shape \(2, 3\), torch\.float32"),
+        (lambda: build_encoder()(torch.zeros(3, dtype=torch.long)), ShapeError, r"got shape \(3,\), torch.int64"),
+        (lambda: build_encoder()(torch.ones(2, 5, dtype=torch.long)), ShapeError, "1 to 4 words, got 5. Truncate the texts"),
+        (lambda: build_encoder()(torch.ones(2, 0, dtype=torch.long)), ShapeError, "expected 1 to 4 words, got 0"),
+        (lambda: build_encoder()(torch.tensor([[1, 7]])), ShapeError, "indices from 0 to 6, got 1 to 7. Build the encoder"),
+        (lambda: build_encoder()(torch.tensor([[1, -1]])), ShapeError, "got -1 to 1"),
         (lambda: ConvEncoder(3, (8, 8), dim=4, widths=()), ConfigError, r"one or more widths.*, got \(\)"),
         (lambda: ConvEncoder(3, (8, 8), dim=4, widths=(8, 12)), ConfigError, r"multiples of 8, got \(8, 12\)"),
         (
@@ -129,38 +129,38 @@ def test_conv_encoder_against_loops():
         ),
         (lambda: WordVocabulary(CAPTIONS, length=0), ConfigError, "Words: expected length >= 1, got 0"),
         (lambda: WordVocabulary(["?", ""], length=3), ConfigError, "Words: expected captions with words in them, got none"),
-        (lambda: words().encode([""]), ShapeError, "Words: expected a text with a word in it, got ''"),
-        (lambda: words().encode(["red", " ?! "]), ShapeError, "Words, text 1: expected a text .*, got ' [?]! '"),
-        (lambda: words().encode(["red " * 6], "caption"), ShapeError, "caption: .* at most 5 words, got 6 .'red red"),
-        (lambda: words().encode(["xyz"]), ConfigError, r"expected a known word, got 'xyz'\. Choose one of: blue"),
-        (lambda: words().encode(["kks"]), ConfigError, r"expected a known word, got 'kks'\. Did you mean 'kiss'"),
+        (lambda: build_vocabulary().encode([""]), ShapeError, "Words: expected a text with a word in it, got ''"),
+        (lambda: build_vocabulary().encode(["red", " ?! "]), ShapeError, "Words, text 1: expected a text .*, got ' [?]! '"),
+        (lambda: build_vocabulary().encode(["red " * 6], "caption"), ShapeError, "caption: .* at most 5 words, got 6 .'red red"),
+        (lambda: build_vocabulary().encode(["xyz"]), ConfigError, r"expected a known word, got 'xyz'\. Choose one of: blue"),
+        (lambda: build_vocabulary().encode(["kks"]), ConfigError, r"expected a known word, got 'kks'\. Did you mean 'kiss'"),
     ],
 )  # fmt: skip
-def test_bad_input(call, kind, message):
+def test_invalid_input_raises(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
 
 
-def small():
+def build_encoder():
     return TextEncoder(7, max_length=4, dim=4, depth=1, heads=1)
 
 
-def words():
+def build_vocabulary():
     return WordVocabulary(CAPTIONS, length=5)
 
 
 def test_words_are_numbered_alphabetically():
-    known = words()
+    known = build_vocabulary()
     assert list(known.words) == ["blue", "clock", "heart", "kiss", "man", "o", "red", "woman"]
     assert known.encode(["BLUE heart!", "kiss woman man"]).tolist() == [[1, 3, 0, 0, 0], [4, 8, 5, 0, 0]]
-    assert words().pieces == known.pieces
+    assert build_vocabulary().pieces == known.pieces
     assert WordVocabulary(reversed(CAPTIONS), length=5).pieces == known.pieces
     numbers = [*known.words.values(), *known.pieces.values()]
     assert numbers == list(range(1, len(known)))
 
 
 def test_unknown_word_is_encoded_by_its_trigrams():
-    known = words()
+    known = build_vocabulary()
     assert known.unseen("two red Hearts") == ["two", "hearts"]
     (row,) = known.encode(["hearts"]).tolist()
     names = {number: piece for piece, number in known.pieces.items()}

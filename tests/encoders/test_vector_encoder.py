@@ -21,7 +21,7 @@ def layer_norm(x, weight, bias):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_one_token_from_the_hidden_layers(depth):
+def test_single_token_against_hidden_layers(depth):
     torch.manual_seed(0)
     encoder = VectorEncoder(7, dim=6, depth=depth, hidden=11, dropout=0.5).double().eval()
     values = torch.randn(3, 7, dtype=torch.float64)
@@ -51,30 +51,30 @@ def test_dropout_in_training_only():
         (torch.zeros(3, 7, dtype=torch.long), r"shape \(3, 7\), torch.int64"),
     ],
 )
-def test_inputs_of_another_shape_or_type(values, got):
+def test_invalid_shape_or_dtype_raises(values, got):
     expected = r"VectorEncoder: expected floating-point values \(batch, feature = 7\), got "
     with pytest.raises(ShapeError, match=expected + got):
         VectorEncoder(7, dim=6)(values)
 
 
 @pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 6, "depth": -1}, {"dim": 6, "hidden": 0}])
-def test_sizes_out_of_range(options):
+def test_sizes_out_of_range_raise(options):
     with pytest.raises(ConfigError, match=r"VectorEncoder: expected features, dim and hidden of 1 or more"):
         VectorEncoder(7, **options)
 
 
-def source(values, vocabulary=None):
+def build_source(values, vocabulary=None):
     data = Generated(samples=20)
     data.names, data.vocabulary = ("part",), {} if vocabulary is None else {"part": vocabulary}
     data.train = Split({"part": values}, torch.zeros(len(values), dtype=torch.long))
     return data
 
 
-def test_recipes_choose_by_shape_and_vocabulary():
+def test_recipes_select_encoder_by_shape_and_vocabulary():
     vectors, ids, sequences = (
-        source(torch.zeros(3, 7)),
-        source(torch.ones(3, 7).long(), 11),
-        source(torch.zeros(3, 5, 2)),
+        build_source(torch.zeros(3, 7)),
+        build_source(torch.ones(3, 7).long(), 11),
+        build_source(torch.zeros(3, 5, 2)),
     )
     assert isinstance(build_encoder("part", {"dim": 8}, vectors), VectorEncoder)
     text = build_encoder("part", {"dim": 8}, ids)
@@ -84,13 +84,13 @@ def test_recipes_choose_by_shape_and_vocabulary():
     assert eq.encoders.VectorEncoder is VectorEncoder
 
 
-def test_encoders_that_do_not_fit_name_those_that_do():
+def test_incompatible_encoder_error_lists_compatible_ones():
     with pytest.raises(
         ConfigError,
         match=r"encoder 'part': .*\(word,\) integers, or .*VectorEncoder for \(feature,\).* got TextEncoder",
     ):
-        build_encoder("part", {"name": "TextEncoder", "dim": 8}, source(torch.zeros(3, 7)))
+        build_encoder("part", {"name": "TextEncoder", "dim": 8}, build_source(torch.zeros(3, 7)))
     with pytest.raises(
         ConfigError, match=r"or .*TextEncoder for \(word,\) integers, got VectorEncoder for samples of .*, ids below 11"
     ):
-        build_encoder("part", {"name": "VectorEncoder", "dim": 8}, source(torch.ones(3, 7).long(), 11))
+        build_encoder("part", {"name": "VectorEncoder", "dim": 8}, build_source(torch.ones(3, 7).long(), 11))
