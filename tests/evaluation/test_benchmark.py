@@ -32,7 +32,7 @@ from helpers import published as small_published
 from helpers.tolerance import TOL
 
 
-def close(found, truth):
+def assert_close(found, truth):
     torch.testing.assert_close(found, truth, **TOL[found.dtype])
 
 
@@ -46,7 +46,7 @@ def scenes():
     return load_dataset("scenes", samples=256)
 
 
-def first_hits(scores, target):
+def tie_counts(scores, target):
     """Of every query: wrong items above the best right one, wrong and right ones beside it."""
     for row in range(len(scores)):
         right = torch.tensor([number == target[row] for number in target])
@@ -55,18 +55,18 @@ def first_hits(scores, target):
         yield int(above.sum()), int((beside & ~right).sum()), int((beside & right).sum())
 
 
-def recall(scores, target, k):
+def expected_recall(scores, target, k):
     """1 - the chance that the first k are all wrong, equal ones in random order."""
     found = []
-    for above, wrong, right in first_hits(scores, target):
+    for above, wrong, right in tie_counts(scores, target):
         drawn = min(max(k - above, 0), wrong + right)
         found.append(1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn))
     return np.mean(found)
 
 
-def median(scores, target, draws=200):
+def expected_median(scores, target, draws=200):
     """By drawing orders of equal ones."""
-    random, hits = np.random.default_rng(0), list(first_hits(scores, target))
+    random, hits = np.random.default_rng(0), list(tie_counts(scores, target))
     ranks = [
         [above + 1 + np.flatnonzero(random.permutation(wrong + right) < right)[0] for above, wrong, right in hits]
         for _ in range(draws)
@@ -75,7 +75,7 @@ def median(scores, target, draws=200):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
-def test_the_models_own_scores_decide(emoji, kind):
+def test_metrics_match_the_model_logits(emoji, kind):
     model, processor = getattr(small_published, kind)(), small_published.Processor()
     shown = ProcessedDataset(emoji, processor, pad_to_limit=kind == "siglip")
     whole = next(shown.batches("val", 1000))
@@ -87,23 +87,23 @@ def test_the_models_own_scores_decide(emoji, kind):
     target = whole["target"].tolist()
     # The model's own product rounds equal vectors apart.
     scores = scores.double().round(decimals=5)
-    assert found["image_to_text/recall@5"] == pytest.approx(recall(scores, target, 5))
-    assert found["text_to_image/median_rank"] == pytest.approx(median(scores.T, target), rel=0.01)
+    assert found["image_to_text/recall@5"] == pytest.approx(expected_recall(scores, target, 5))
+    assert found["text_to_image/median_rank"] == pytest.approx(expected_median(scores.T, target), rel=0.01)
     if kind != "blip2":
         assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(found)
 
 
-def test_an_end_that_also_pads_is_read():
+def test_pad_token_equal_to_eos():
     # As in OpenAI's CLIP, whose vector of a caption is that of its end.
     model = small_published.clip()
     ids, mask = torch.tensor([[1, 4, 2, 2, 2], [1, 5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     space = PretrainedDualEncoder(model, padding=2, pad_is_eos=True)
     with torch.no_grad():
         told = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-        close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
+        assert_close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
 
 
-def test_captions_go_into_the_template(emoji):
+def test_captions_are_inserted_into_the_template(emoji):
     shown = ProcessedDataset(emoji, small_published.Processor(), template="red {}")
     ids = [small_published.WORDS.index(word) for word in ("red", "heart")]
     assert shown.tokenize(["heart"])[0].tolist()[:2] == ids
@@ -114,7 +114,7 @@ def test_captions_go_into_the_template(emoji):
         ProcessedDataset(emoji, small_published.Processor(), template="a picture")
 
 
-def test_parts_of_combinations_are_captions_of_their_own(emoji):
+def test_parts_of_combinations_are_separate_captions(emoji):
     shown = ProcessedDataset(emoji, small_published.Processor())
     found, items = shown.combinations("val"), emoji.split_items("val")
     for row, place in enumerate(found.rows.tolist()):
@@ -124,7 +124,7 @@ def test_parts_of_combinations_are_captions_of_their_own(emoji):
             own, (0, found.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
 
 
-def writer(seed=0):
+def build_vlm(seed=0):
     """A tiny LLaVA whose tokens are the words of the scenes."""
     known = dict.fromkeys((*WORDS, "<unk>", "?", ".", "answer", "with", "word", "USER", ":"))
     inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="<unk>"))
@@ -153,8 +153,8 @@ def writer(seed=0):
     return GenerativeVLM(model, processor)
 
 
-def test_a_word_points_as_its_attention_written_out(scenes):
-    asker = writer()
+def test_pointing_against_explicit_attention(scenes):
+    asker = build_vlm()
     sample = next(
         place for place, kind in enumerate(scenes.kinds("test")) if kind == "color"
     )  # "what color is the <shape>"
@@ -173,12 +173,12 @@ def test_a_word_points_as_its_attention_written_out(scenes):
     region = regions[place].float()
     for layer, attention in enumerate(written):
         seen = attention[0, :, row, pictured]
-        close(mass[layer], (seen * region).sum(dim=-1) / seen.sum(dim=-1))
+        assert_close(mass[layer], (seen * region).sum(dim=-1) / seen.sum(dim=-1))
     assert chance == pytest.approx(float(region.mean()))
 
 
 def test_generative_model_is_evaluated_with_and_without_its_image(scenes):
-    asker = writer()
+    asker = build_vlm()
     found = evaluate(asker.model, asker.processor, scenes, samples=16)
     assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(found)
     assert 0 < found["chance/color"] < 1
@@ -186,8 +186,8 @@ def test_generative_model_is_evaluated_with_and_without_its_image(scenes):
     assert found == evaluate(asker.model, asker.processor, scenes, samples=16)
 
 
-def test_the_blank_picture_tells_no_colors(scenes, monkeypatch):
-    asker, shown = writer(), []
+def test_blank_image_has_the_mean_gray_level(scenes, monkeypatch):
+    asker, shown = build_vlm(), []
     made = SimpleNamespace(inputs={})
     monkeypatch.setattr(GenerativeVLM, "prompt", lambda self, text, picture: shown.append(picture) or made)
     monkeypatch.setattr(GenerativeVLM, "reply", lambda self, inputs, most: "")
@@ -204,34 +204,34 @@ def test_the_blank_picture_tells_no_colors(scenes, monkeypatch):
         ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
     ],
 )  # fmt: skip
-def test_replies_are_read_in_our_words(scenes, said, first, read):
+def test_replies_are_mapped_to_known_answers(scenes, said, first, read):
     assert normalize_answer(said, scenes, first=first) == read
 
 
-def test_words_of_several_tokens_end_at_their_last():
+def test_position_of_multi_token_words():
     assert word_position(["red", " tri", "angle", "s"], "triangle") == 2
     assert word_position(["red"], "blue") is None
     assert word_position([], "blue") is None
 
 
-def test_a_word_inside_another_one_is_not_meant():
+def test_words_inside_other_words_are_not_matched():
     asked = ["<|im_start|>", "user", " the", " star", "?", "<|im_end|>", "<|im_start|>", "assistant"]
     assert word_position(asked, "star") == 3
     assert word_position([" a", " scared", " card"], "car") is None
     assert word_position([" a", " car, parked"], "car") == 1
 
 
-def test_what_a_frame_cuts_off_covers_nothing():
+def test_cropped_regions_have_no_patch_coverage():
     region = torch.zeros(ROWS, ROWS, dtype=torch.bool)
     region[:, 0] = True
     assert patch_coverage(region.flatten(), PatchGrid(2, 2, True, ""), (0.25, 0.0, 0.75, 1.0)).sum() == 0
-    close(
+    assert_close(
         patch_coverage(region.flatten(), PatchGrid(3, 2, True, ""), (0.0, 0.0, 1.0, 1.0)),
         adaptive_avg_pool2d(region[None].float(), (3, 2)).flatten(),
     )
 
 
-def test_nothing_is_left_behind(emoji):
+def test_model_state_is_restored(emoji):
     model = small_published.clip().train()
     state = torch.random.get_rng_state()
     evaluate(model, small_published.Processor(), emoji, split="val")
@@ -240,24 +240,24 @@ def test_nothing_is_left_behind(emoji):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_does_not_fit_is_told(scenes, emoji):
+def test_unsupported_models_and_data_raise(scenes, emoji):
     with pytest.raises(ConfigError, match=r"an image and a text encoder.*got LlamaForCausalLM"):
         evaluate(small_look.llama(), small_published.Processor(), emoji)
     with pytest.raises(ConfigError, match="evaluate: expected the data set emoji or scenes, got Digits"):
         evaluate(small_published.clip(), small_published.Processor(), load_dataset("digits"))
-    asker = writer()
+    asker = build_vlm()
     with pytest.raises(ConfigError, match="expected samples >= 1, got samples = 0"):
         evaluate(asker.model, asker.processor, scenes, samples=0)
 
 
-def test_models_are_read_from_folders(tmp_path):
+def test_models_are_loaded_from_folders(tmp_path):
     folder = small_published.saved_clip(tmp_path / "clip")
     assert matching_benchmark(folder) == "emoji"
     for name, model in (("writes", small_look.llava()), ("finds", small_published.blip2())):
         model.save_pretrained(tmp_path / name)
     assert (matching_benchmark(tmp_path / "writes"), matching_benchmark(tmp_path / "finds")) == ("scenes", "emoji")
     model, processor = load_for_benchmark("emoji", folder, device="cpu")
-    close(model.logit_scale, small_published.clip().logit_scale)
+    assert_close(model.logit_scale, small_published.clip().logit_scale)
     assert isinstance(PretrainedDualEncoder(model, padding=processor.tokenizer.pad_token_id), torch.nn.Module)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
@@ -269,7 +269,7 @@ def test_models_are_read_from_folders(tmp_path):
 
 
 @pytest.mark.parametrize("size", [5, 3000])
-def test_weights_that_are_cut_off_are_told(tmp_path, size):
+def test_truncated_weights_raise(tmp_path, size):
     weights = small_published.saved_clip(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(
@@ -278,14 +278,14 @@ def test_weights_that_are_cut_off_are_told(tmp_path, size):
         load_for_benchmark("emoji", tmp_path, device="cpu")
 
 
-def test_weights_of_another_size_are_told(tmp_path):
+def test_weights_of_another_size_raise(tmp_path):
     config = small_published.saved_clip(tmp_path) / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 20'))
     with pytest.raises(DataError, match=r"model\.safetensors, got '.*' \(You set `ignore_mismatched_sizes`"):
         load_for_benchmark("emoji", tmp_path, device="cpu")
 
 
-def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsys):
+def test_command_prints_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
     assert run(["evaluate", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     said = result_rows.load_results(tmp_path / "out")
@@ -294,7 +294,7 @@ def test_the_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch, capsy
     assert "recall@1" in capsys.readouterr().out
 
 
-def test_pictures_are_shown_large(scenes):
+def test_images_are_upscaled(scenes):
     shown = to_pil_image(scenes, "test", 0)
     assert isinstance(shown, Image.Image)
     assert shown.size == (192, 192)

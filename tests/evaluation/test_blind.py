@@ -22,7 +22,7 @@ COLORS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "blind_served_model.py"
 
 
-def samples(count=40, choices=False):
+def build_samples(count=40, choices=False):
     found = []
     for index in range(count):
         color = [*COLORS][(index * 7 + index // 4) % 4]
@@ -34,26 +34,28 @@ def samples(count=40, choices=False):
     return found
 
 
-def by_image(image, prompt):
+def answer_from_image(image, prompt):
     if image is None:
         return "I see no image."
     return {value: name for name, value in COLORS.items()}.get(image.getpixel((0, 0)), "gray")
 
 
-def by_text(data):
+def answer_from_text(data):
     answers = {sample["question"]: sample["answer"] for sample in data}
     return lambda image, prompt: answers[prompt.splitlines()[0]].upper()
 
 
-def at_random(image, prompt):
+def answer_at_random(image, prompt):
     seed = sum(map(ord, prompt)) + (0 if image is None else sum(image.getpixel((0, 0))) + image.height)
     return [*COLORS][np.random.default_rng(seed).integers(4)]
 
 
 @pytest.mark.parametrize("choices", [False, True])
-def test_the_verdict_names_what_a_target_uses(choices):
-    data = samples(choices=choices)
-    image, text, chance = (eq.blind(target, data) for target in (by_image, by_text(data), at_random))
+def test_verdict_names_the_modality_in_use(choices):
+    data = build_samples(choices=choices)
+    image, text, chance = (
+        eq.blind(target, data) for target in (answer_from_image, answer_from_text(data), answer_at_random)
+    )
     assert {name: value for name, value in image.accuracy.items() if name != "other"} == {
         "given": 1.0, "blank": 0.0, "none": 0.0
     }  # fmt: skip
@@ -72,11 +74,13 @@ def test_the_verdict_names_what_a_target_uses(choices):
     assert image.by_category["odd"]["questions"] == 20
 
 
-def test_figures_of_a_mixture():
-    data = samples(30)
+def test_scores_of_a_mixed_target():
+    data = build_samples(30)
     easy = {sample["question"] for sample in data[:20]}
-    answers = by_text(data)
-    result = eq.blind(lambda image, prompt: answers(image, prompt) if prompt in easy else by_image(image, prompt), data)
+    answers = answer_from_text(data)
+    result = eq.blind(
+        lambda image, prompt: answers(image, prompt) if prompt in easy else answer_from_image(image, prompt), data
+    )
     assert result.accuracy["none"] == pytest.approx(2 / 3)
     assert result.answered_without == list(range(20))
     assert result.needing == list(range(20, 30))
@@ -97,8 +101,8 @@ def test_figures_of_a_mixture():
     assert table[4].endswith("<.001")
 
 
-def test_media_of_the_conditions():
-    data, seen = samples(12), []
+def test_media_of_each_condition():
+    data, seen = build_samples(12), []
 
     def target(image, prompt):
         seen.append(image)
@@ -116,7 +120,7 @@ def test_media_of_the_conditions():
     assert [image.tobytes() for image in seen[2::4]] == [image.tobytes() for image in again[2::4]]
 
 
-def test_arrays_sounds_and_several_media():
+def test_arrays_audio_and_several_media():
     rows = [
         {"audio": np.full(50, value, dtype=np.float32), "question": "How loud?", "answer": str(value)}
         for value in (1, 2)
@@ -139,8 +143,8 @@ def test_arrays_sounds_and_several_media():
     assert float(seen[1]["audio"].sum()) == 0
 
 
-def test_failures_are_repeated_and_nothing_is_lost(tmp_path):
-    data, calls = samples(6), []
+def test_failed_calls_are_retried(tmp_path):
+    data, calls = build_samples(6), []
 
     def target(image, prompt):
         calls.append(prompt)
@@ -148,7 +152,7 @@ def test_failures_are_repeated_and_nothing_is_lost(tmp_path):
             raise ConnectionError("refused")
         if "thing 4" in prompt:
             return 7
-        return by_image(image, prompt)
+        return answer_from_image(image, prompt)
 
     journal = tmp_path / "deep" / "journal.jsonl"
     result = eq.blind(target, data, journal=journal, retries=1, wait=0.0, conditions=("given", "none"))
@@ -163,21 +167,21 @@ def test_failures_are_repeated_and_nothing_is_lost(tmp_path):
     # A power failure in the middle of a line.
     journal.write_bytes(journal.read_bytes() + b'{"key": "abc", "te')
     calls.clear()
-    again = eq.blind(lambda image, prompt: calls.append(prompt) or by_image(image, prompt), data, journal=journal,
+    again = eq.blind(lambda image, prompt: calls.append(prompt) or answer_from_image(image, prompt), data, journal=journal,
                      conditions=("given", "none"))  # fmt: skip
     assert calls == ["Which color has thing 2?"] * 2 + ["Which color has thing 4?"] * 2
     assert again.failed == 0
     assert again.accuracy == {"given": 1.0, "none": 0.0}
 
 
-def test_an_interruption_keeps_the_replies(tmp_path):
-    data, calls = samples(5), []
+def test_replies_are_kept_after_an_interruption(tmp_path):
+    data, calls = build_samples(5), []
 
     def target(image, prompt):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(prompt)
-        return by_image(image, prompt)
+        return answer_from_image(image, prompt)
 
     journal = tmp_path / "journal.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +196,7 @@ def test_an_interruption_keeps_the_replies(tmp_path):
     assert len(rest) == 17
 
 
-def test_a_target_that_hangs_or_never_replies(tmp_path):
+def test_target_timeouts_and_empty_replies(tmp_path):
     stop = threading.Event()
 
     def hangs(image, prompt):
@@ -200,7 +204,7 @@ def test_a_target_that_hangs_or_never_replies(tmp_path):
         return "late"
 
     try:
-        result = eq.blind(hangs, samples(2), conditions=("given",), timeout=0.05, retries=0)
+        result = eq.blind(hangs, build_samples(2), conditions=("given",), timeout=0.05, retries=0)
     finally:
         stop.set()
     assert result.errors["given", 0] == "TimeoutError: no reply within 0.05 s"
@@ -213,21 +217,21 @@ def test_a_target_that_hangs_or_never_replies(tmp_path):
     with pytest.raises(
         DataError, match="blind: expected a target that replies, got 20 failed calls in a row, the last: OSE"
     ):
-        eq.blind(refuses, samples(30), retries=0, journal=tmp_path / "j")
+        eq.blind(refuses, build_samples(30), retries=0, journal=tmp_path / "j")
 
 
 def test_several_workers_give_the_same_result():
-    data = samples(20)
+    data = build_samples(20)
 
     def slow(image, prompt):
         time.sleep(0.001)
-        return by_image(image, prompt)
+        return answer_from_image(image, prompt)
 
-    one, many = eq.blind(by_image, data), eq.blind(slow, data, workers=4)
+    one, many = eq.blind(answer_from_image, data), eq.blind(slow, data, workers=4)
     assert one.rows == many.rows
 
 
-def test_a_bias_to_yes_is_told():
+def test_yes_bias_is_reported():
     data = [{"image": Image.new("RGB", (2, 2), (n, 0, 0)), "question": f"Is it {n}?", "answer": "yes" if n % 2 else "no"}
             for n in range(20)]  # fmt: skip
     result = eq.blind(lambda image, prompt: "Yes, it is.", data)
@@ -243,7 +247,7 @@ def test_files_and_saving(tmp_path):
     for name, color in COLORS.items():
         Image.new("RGB", (4, 4), color).save(tmp_path / f"{name}.png")
     data = [{"image": f"{name}.png", "question": "Color?", "answer": [name, "x"], "id": f"q-{name}"} for name in COLORS]
-    result = eq.blind(by_image, data, root=tmp_path, name="mine <b>")
+    result = eq.blind(answer_from_image, data, root=tmp_path, name="mine <b>")
     assert result.accuracy["given"] == 1.0
     folder = result.save(tmp_path / "out")
     content = json.loads((folder / "questions.json").read_text())
@@ -258,7 +262,7 @@ def test_files_and_saving(tmp_path):
     assert "mine &lt;b&gt;" in page
     assert "answered as well without the image" in page
     with pytest.raises(DataError, match=r"blind sample 1: expected an existing image file, got '.*missing.png'"):
-        eq.blind(by_image, [data[0], {**data[1], "image": "missing.png"}], root=tmp_path)
+        eq.blind(answer_from_image, [data[0], {**data[1], "image": "missing.png"}], root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,7 @@ def test_normalization():
 
 
 def test_metrics():
-    data = [{**sample, "answer": "Red"} for sample in samples(4)]
+    data = [{**sample, "answer": "Red"} for sample in build_samples(4)]
     for metric, reply, value in (("exact", "red", 0.0), ("exact", " Red\n", 1.0), ("normalized", "It's red", 0.0),
                                  ("normalized", "a red.", 1.0), (lambda reply, sample: "red" in reply, "reddish", 1.0)):  # fmt: skip
         result = eq.blind(lambda image, prompt, reply=reply: reply, data, metric=metric, conditions=("given",))
@@ -307,12 +311,12 @@ GOOD = {"image": IMAGE, "question": "What?", "answer": "x"}
         ({"choices": ["y", "z"]}, r"blind sample 1: expected an answer among the choices \['y', 'z'\], got 'x'"),
     ],
 )
-def test_bad_samples(change, message):
+def test_invalid_samples_raise(change, message):
     with pytest.raises(DataError, match=message):
-        eq.blind(by_image, [GOOD, {**GOOD, **change}])
+        eq.blind(answer_from_image, [GOOD, {**GOOD, **change}])
 
 
-def test_bad_arguments(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     for options, message in (
         ({"conditions": ("blank",)}, "blind conditions: expected 'given' among them"),
         ({"conditions": ("given", "black")}, "blind conditions: expected some of given, blank, other, none"),
@@ -322,14 +326,16 @@ def test_bad_arguments(tmp_path):
         ({}, "blind conditions: expected questions with different media for the condition 'other'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            eq.blind(by_image, [GOOD, GOOD], **({"conditions": ("given", "none")} | options if options else {}))
+            eq.blind(
+                answer_from_image, [GOOD, GOOD], **({"conditions": ("given", "none")} | options if options else {})
+            )
     with pytest.raises(ConfigError, match=r"blind: expected a function \(media, prompt\) -> text, got str"):
         eq.blind("gpt", [GOOD])
     with pytest.raises(DataError, match="blind: expected at least one question, got none"):
-        eq.blind(by_image, [])
+        eq.blind(answer_from_image, [])
     (tmp_path / "journal").write_text("no journal\n")
     with pytest.raises(DataError, match=r"journal '.*': expected lines of"):
-        eq.blind(by_image, [GOOD], conditions=("given",), journal=tmp_path / "journal")
+        eq.blind(answer_from_image, [GOOD], conditions=("given",), journal=tmp_path / "journal")
 
 
 # The example, against a server.
@@ -372,7 +378,7 @@ def server():
     thread.join()
 
 
-def test_the_example_of_a_served_model(server, tmp_path, capsys):
+def test_served_model_example(server, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("blind_served_model", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

@@ -37,7 +37,7 @@ WORDS = (
 NAMES = [*COLORS]
 
 
-def processor():
+def build_processor():
     inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(
@@ -51,7 +51,7 @@ def processor():
     )  # fmt: skip
 
 
-def untrained():
+def build_model():
     torch.manual_seed(0)
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**VISION), image_token_id=4, vision_feature_layer=-1,
@@ -61,7 +61,7 @@ def untrained():
     return hf.LlavaForConditionalGeneration(config).eval()
 
 
-def samples(count=24):
+def build_samples(count=24):
     """Questions whose answer the image shows, and is also what the thing of the question usually has."""
     random = np.random.default_rng(0)
     found = []
@@ -76,9 +76,9 @@ def samples(count=24):
     return found
 
 
-def planted(uses):
+def train_model(uses):
     """Trains a model whose answer is the color of the image, or the usual color of the thing."""
-    model, encode = untrained(), processor()
+    model, encode = build_model(), build_processor()
     random = np.random.default_rng(1)
     parameters = [*model.model.language_model.parameters(), *model.model.multi_modal_projector.parameters(),
                   *model.lm_head.parameters()]  # fmt: skip
@@ -101,8 +101,8 @@ def planted(uses):
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return {"image": planted("image"), "text": planted("text"), "chance": untrained()}
+def trained_models():
+    return {"image": train_model("image"), "text": train_model("text"), "chance": build_model()}
 
 
 def with_choices(rows):
@@ -110,12 +110,12 @@ def with_choices(rows):
 
 
 @pytest.mark.parametrize("score", ["likelihood", "generated"])
-def test_the_verdict_names_planted_behavior(trained, score):
-    rows = with_choices(samples()) if score == "likelihood" else samples()
+def test_verdict_matches_planted_behavior(trained_models, score):
+    rows = with_choices(build_samples()) if score == "likelihood" else build_samples()
     conditions = ("given", "blank", "other", "hidden", "none") if score == "likelihood" else ("given", "hidden", "none")
     found = {
-        uses: evaluate_questions(model, processor(), rows, score=score, max_new_tokens=1, conditions=conditions)
-        for uses, model in trained.items()
+        uses: evaluate_questions(model, build_processor(), rows, score=score, max_new_tokens=1, conditions=conditions)
+        for uses, model in trained_models.items()
     }
     image, text, chance = found["image"], found["text"], found["chance"]
     assert image.failed == text.failed == chance.failed == 0
@@ -134,9 +134,9 @@ def test_the_verdict_names_planted_behavior(trained, score):
     assert image.to_dict()["means"]["attention_share"] == pytest.approx(sum(shares) / len(shares))
 
 
-def test_shares_and_hidden_tokens_are_those_of_watch_and_without_modality(trained):
-    rows = with_choices(samples(2))
-    model, encode = trained["image"], processor()
+def test_shares_match_watch_and_without_modality(trained_models):
+    rows = with_choices(build_samples(2))
+    model, encode = trained_models["image"], build_processor()
     result = evaluate_questions(model, encode, rows, conditions=("given", "hidden"))
     prompt = f"<image>\n{rows[0]['question']}"
     inputs = encode(text=[prompt], images=[rows[0]["image"]], return_tensors="pt")
@@ -150,39 +150,44 @@ def test_shares_and_hidden_tokens_are_those_of_watch_and_without_modality(traine
     assert result.replies["hidden"][0] == NAMES[int(logits[ids].argmax())]
 
 
-def test_choices_of_several_tokens_one_by_one_and_in_batches(trained):
+def test_multi_token_choices_single_and_batched(trained_models):
     rows = [{**row, "choices": [f"the {name}" for name in NAMES] + ["no"], "answer": f"the {row['answer']}"}
-            for row in samples(6)]  # fmt: skip
-    one = evaluate_questions(trained["image"], processor(), rows, conditions=("given", "blank", "none"))
-    many = evaluate_questions(trained["image"], processor(), rows, conditions=("given", "blank", "none"), batch_size=3)
+            for row in build_samples(6)]  # fmt: skip
+    one = evaluate_questions(trained_models["image"], build_processor(), rows, conditions=("given", "blank", "none"))
+    many = evaluate_questions(
+        trained_models["image"], build_processor(), rows, conditions=("given", "blank", "none"), batch_size=3
+    )
     assert one.rows == many.rows
 
 
-def test_a_second_run_asks_nothing_and_another_model_everything(trained, tmp_path):
-    rows, calls = with_choices(samples(4)), []
-    model = trained["image"]
+def test_replies_are_cached_per_model(trained_models, tmp_path):
+    rows, calls = with_choices(build_samples(4)), []
+    model = trained_models["image"]
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     options = {"conditions": ("given", "none"), "journal": tmp_path / "journal.jsonl"}
     try:
-        first = evaluate_questions(model, processor(), rows[:3], **options)
+        first = evaluate_questions(model, build_processor(), rows[:3], **options)
         count = len(calls)
-        again = evaluate_questions(model, processor(), rows, **options)
+        again = evaluate_questions(model, build_processor(), rows, **options)
         assert 0 < len(calls) - count < count
     finally:
         hook.remove()
     assert again.rows[:3] == first.rows
-    other = evaluate_questions(trained["text"], processor(), rows, **options)
-    assert other.replies == evaluate_questions(trained["text"], processor(), rows, conditions=("given", "none")).replies
+    other = evaluate_questions(trained_models["text"], build_processor(), rows, **options)
+    assert (
+        other.replies
+        == evaluate_questions(trained_models["text"], build_processor(), rows, conditions=("given", "none")).replies
+    )
 
 
-def test_several_images(trained):
-    rows = [{**row, "images": [row.pop("image"), Image.new("RGB", (8, 8))]} for row in samples(3)]
-    result = evaluate_questions(trained["image"], processor(), rows, max_new_tokens=2)
+def test_several_images(trained_models):
+    rows = [{**row, "images": [row.pop("image"), Image.new("RGB", (8, 8))]} for row in build_samples(3)]
+    result = evaluate_questions(trained_models["image"], build_processor(), rows, max_new_tokens=2)
     assert result.failed == 0
     assert result.extra["attention_share"][0] > 0
 
 
-def listener():
+def build_audio_model():
     """A tiny audio-language model with its processor."""
     words = ("<pad>", "<s>", "</s>", "<unk>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "which", "?", "yes", "no")
     inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
@@ -207,10 +212,10 @@ def listener():
     return hf.Qwen2AudioForConditionalGeneration(config).eval(), encode
 
 
-def test_sounds(tmp_path):
+def test_audio(tmp_path):
     import soundfile
 
-    model, encode = listener()
+    model, encode = build_audio_model()
     rows = []
     for number in range(3):
         sound = np.random.default_rng(number).normal(size=4000 + 1000 * number).astype(np.float32) / 10
@@ -231,15 +236,15 @@ def test_sounds(tmp_path):
         evaluate_questions(model, encode, [{**rows[0], "audio": None, "image": Image.new("RGB", (2, 2))}])
 
 
-def test_a_model_that_takes_no_image():
+def test_text_only_model_raises():
     from helpers.look import llama
 
     with pytest.raises(ConfigError, match=r"evaluate: expected a generative model with images or audio.*Llama.*text"):
-        evaluate_questions(llama(), processor(), samples(2))
+        evaluate_questions(llama(), build_processor(), build_samples(2))
 
 
-def test_bad_arguments(trained):
-    model, rows = trained["chance"], samples(2)
+def test_invalid_arguments_raise(trained_models):
+    model, rows = trained_models["chance"], build_samples(2)
     for options, message in (
         ({"score": "bleu"}, "evaluate: expected a known score, got 'bleu'"),
         ({"conditions": ("none",)}, "evaluate conditions: expected 'given' among them"),
@@ -247,23 +252,23 @@ def test_bad_arguments(trained):
         ({"limit": 0}, "evaluate limit: expected at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            evaluate_questions(model, processor(), rows, **options)
+            evaluate_questions(model, build_processor(), rows, **options)
     with pytest.raises(DataError, match='evaluate sample 0: expected "choices" for score="likelihood", got none'):
-        evaluate_questions(model, processor(), rows, score="likelihood")
+        evaluate_questions(model, build_processor(), rows, score="likelihood")
 
 
 # The command.
 
 
 @pytest.fixture(scope="module")
-def saved(trained, tmp_path_factory):
+def saved_models(trained_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    trained["image"].save_pretrained(folder)
-    processor().save_pretrained(folder)
+    trained_models["image"].save_pretrained(folder)
+    build_processor().save_pretrained(folder)
     return folder
 
 
-def write(folder, rows, kind="jsonl"):
+def write_samples(folder, rows, kind="jsonl"):
     (folder / "images").mkdir()
     for index, row in enumerate(rows):
         row["image"].save(folder / "images" / f"{index}.png")
@@ -283,10 +288,21 @@ def write(folder, rows, kind="jsonl"):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_the_command(saved, tmp_path, capsys, kind):
-    path = write(tmp_path, with_choices(samples(12)), kind)
+def test_command(saved_models, tmp_path, capsys, kind):
+    path = write_samples(tmp_path, with_choices(build_samples(12)), kind)
     out = tmp_path / "out"
-    arguments = ["evaluate", str(saved), "--data", str(path), "--out", str(out), "--device", "cpu", "--limit", "10"]
+    arguments = [
+        "evaluate",
+        str(saved_models),
+        "--data",
+        str(path),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--limit",
+        "10",
+    ]
     assert run(arguments) == 0
     said = capsys.readouterr().out
     assert "as given" in said
@@ -300,7 +316,7 @@ def test_the_command(saved, tmp_path, capsys, kind):
     assert json.loads((out / "questions.json").read_text()) == content
 
 
-def test_errors_of_the_command(saved, tmp_path, capsys):
+def test_command_errors(saved_models, tmp_path, capsys):
     good = {"image": "a.png", "question": "which ?", "answer": "red", "choices": ["red", "blue"]}
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for rows, message in (
@@ -310,9 +326,18 @@ def test_errors_of_the_command(saved, tmp_path, capsys):
     ):
         (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert (
-            run(["evaluate", str(saved), "--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "o")])
+            run(
+                [
+                    "evaluate",
+                    str(saved_models),
+                    "--data",
+                    str(tmp_path / "questions.jsonl"),
+                    "--out",
+                    str(tmp_path / "o"),
+                ]
+            )
             == 1
         )
         assert message in " ".join(capsys.readouterr().err.split())
-    assert run(["evaluate", str(saved), "--data", "emojis", "--out", str(tmp_path / "o")]) == 1
+    assert run(["evaluate", str(saved_models), "--data", "emojis", "--out", str(tmp_path / "o")]) == 1
     assert "table 'emojis': expected an existing file or folder" in capsys.readouterr().err

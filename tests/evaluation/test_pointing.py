@@ -24,7 +24,7 @@ CLOSE = TOL[torch.float32]
 KINDS = ("color", "shape")
 
 
-def written_out(model, image, text):
+def explicit_attention(model, image, text):
     """(batch, layer, head, word, patch or word) with the softmax written out, and how many keys are patches."""
     patches = model.patches(image)
     stream = model.stream(patches, text)
@@ -51,7 +51,7 @@ def written_out(model, image, text):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "gated"])
 @torch.no_grad()
-def test_against_attention_written_out(kind):
+def test_scores_against_explicit_attention(kind):
     model, held = language(kind), batch(7)
     for gate in model.gates:
         torch.nn.init.ones_(gate.attention_gate)
@@ -60,7 +60,7 @@ def test_against_attention_written_out(kind):
     region, others = torch.rand(7, 36) < 0.3, torch.rand(7, 36) < 0.3
     others &= ~region
     found = region_attention(model, held["image"], held["text"], place, region, others)
-    maps = written_out(model, held["image"], held["text"])
+    maps = explicit_attention(model, held["image"], held["text"])
     assert found.shape == (7, 2, 2, 4)
     for row in range(7):
         seen = maps[row, :, :, place[row]]
@@ -72,10 +72,10 @@ def test_against_attention_written_out(kind):
 
 @pytest.mark.parametrize("kind", ["linear", "gated"])
 @torch.no_grad()
-def test_maps_against_attention_written_out(kind):
+def test_maps_against_explicit_attention(kind):
     model, held = language(kind), batch(5)
     place = torch.tensor([1, 3, 2, 5, 4])
-    patches = written_out(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
+    patches = explicit_attention(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
     found = attention_map(model, held["image"], held["text"], place)
     torch.testing.assert_close(found, patches / patches.sum(dim=-1, keepdim=True), **CLOSE)
 
@@ -91,7 +91,7 @@ def test_means_over_words_by_a_loop(kind):
         regions = source.regions("test", torch.tensor([place]))[0]
         covered = source.covered("test", torch.tensor([place]))[0]
         held = source.batch("test", torch.tensor([place]), seed=0, epoch=0, train=False)
-        maps = written_out(model, held["image"], held["text"])[0]
+        maps = explicit_attention(model, held["image"], held["text"])[0]
         for at, word in enumerate(words):
             if word not in part.KINDS[kind] or not regions[at].any() or (not caption and at == len(words) - 1):
                 continue
@@ -111,7 +111,7 @@ def test_means_over_words_by_a_loop(kind):
 
 
 @torch.no_grad()
-def test_attention_without_aim_is_at_chance():
+def test_uniform_attention_is_at_chance():
     """Queries that are 0 look at everything alike."""
     model, source = language("gated"), scenes()
     for gate in model.gates:
@@ -123,7 +123,7 @@ def test_attention_without_aim_is_at_chance():
         torch.testing.assert_close(found.picture, torch.ones(2, 2), **CLOSE)
 
 
-def test_the_best_head_is_chosen_on_validation_data(monkeypatch):
+def test_best_head_is_selected_on_validation_data(monkeypatch):
     values = {"val": [[0.1, 0.2], [0.9, 0.3]], "test": [[0.5, 0.8], [0.4, 0.7]]}
 
     def fake(model, source, split, kind):
@@ -138,7 +138,7 @@ def test_the_best_head_is_chosen_on_validation_data(monkeypatch):
     assert (found["chance/shape"], found["chance_choice/shape"]) == (0.125, 0.25)
 
 
-def test_words_that_speak_of_something():
+def test_labeled_words():
     source = scenes()
     for kind in KINDS:
         for index, place, region in labeled_words(source, "test", kind):
@@ -149,13 +149,13 @@ def test_words_that_speak_of_something():
 
 
 @pytest.mark.parametrize("kind", ["qformer", "resampler"])
-def test_mixtures_of_patches_point_nowhere(kind):
+def test_merged_patches_are_not_scored(kind):
     model = language(kind)
     with pytest.raises(ConfigError, match=rf"pointing: expected a connector that keeps .* patches, got '{kind}'\. Its"):
         pointing(model, scenes(), "test", "color")
     assert pointing_metrics(model, scenes()) == {}
 
 
-def test_refuses_other_words():
+def test_unknown_words_raise():
     with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'colors'\. Did you mean"):
         pointing(language(), scenes(), "test", "colors")

@@ -35,16 +35,16 @@ def model(emoji):
 
 
 @pytest.fixture(scope="module")
-def pictures(model, emoji):
+def image_index(model, emoji):
     return image_entries(model, emoji)
 
 
 @pytest.fixture(scope="module")
-def captions(model, emoji):
+def caption_index(model, emoji):
     return caption_entries(model, emoji)
 
 
-def known(model, emoji, scores, query="red heart"):
+def index_with_known_scores(model, emoji, scores, query="red heart"):
     """An index whose cosines with the query are known."""
     (toward,) = embed_entries(model, "text", emoji.words.encode([query]))
     side = torch.zeros_like(toward)
@@ -54,58 +54,60 @@ def known(model, emoji, scores, query="red heart"):
     return SearchIndex(model, emoji, [IndexEntry(f"entry {n}") for n in range(len(scores))], vectors)
 
 
-def test_nearest_first_with_ranks_and_ties(model, emoji):
-    found = known(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).search_by_text("red heart", top=4)
+def test_results_are_ranked_with_ties(model, emoji):
+    found = index_with_known_scores(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).search_by_text(
+        "red heart", top=4
+    )
     assert [hit.entry.name for hit in found.hits] == ["entry 1", "entry 3", "entry 2", "entry 5"]
     assert [hit.rank for hit in found.hits] == [1, 1, 3, 3]
     assert [hit.score for hit in found.hits] == pytest.approx([0.9, 0.9, 0.5, 0.5], abs=1e-5)
     assert (found.tied, found.entries, found.question, found.image) == (1, 7, "red heart", None)
-    everything = known(model, emoji, [0.2, 0.4]).search_by_text("red heart", top=10)
+    everything = index_with_known_scores(model, emoji, [0.2, 0.4]).search_by_text("red heart", top=10)
     assert [hit.rank for hit in everything.hits] == [1, 2]
     assert everything.tied == 0
 
 
-def test_order_is_that_of_the_cosines(pictures, emoji):
-    found = pictures.search_by_text("blue book", top=50)
-    (query,) = embed_entries(pictures.model, "text", emoji.words.encode(["blue book"]))
-    cosines = (pictures.vectors @ query).tolist()
+def test_results_are_ordered_by_cosine(image_index, emoji):
+    found = image_index.search_by_text("blue book", top=50)
+    (query,) = embed_entries(image_index.model, "text", emoji.words.encode(["blue book"]))
+    cosines = (image_index.vectors @ query).tolist()
     expected = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:50]
     assert [hit.entry.name for hit in found.hits] == [emoji.items[place].name for place in expected]
 
 
-def test_pictures_have_what_is_known_of_them(pictures, emoji):
-    assert len(pictures.entries) == 3395
-    entry = pictures.entries[[item.name for item in emoji.items].index("blue heart")]
+def test_image_entries_have_metadata(image_index, emoji):
+    assert len(image_index.entries) == 3395
+    entry = image_index.entries[[item.name for item in emoji.items].index("blue heart")]
     assert (entry.name, entry.mark, entry.seen) == ("blue heart", "\N{BLUE HEART}", False)
     assert "blue" in entry.keywords
     assert entry.image.shape == (32, 32, 3)
-    torch.testing.assert_close(pictures.vectors.norm(dim=1), torch.ones(3395))
+    torch.testing.assert_close(image_index.vectors.norm(dim=1), torch.ones(3395))
 
 
-def test_captions_are_names_and_keywords_each_once(captions, emoji):
-    names = [entry.name for entry in captions.entries]
+def test_captions_are_unique_names_and_keywords(caption_index, emoji):
+    names = [entry.name for entry in caption_index.entries]
     assert len(set(names)) == len(names) > 3395 + 1000
     assert names[:3395] == [item.name for item in emoji.items]
-    assert all(entry.image is None for entry in captions.entries[3395:])
+    assert all(entry.image is None for entry in caption_index.entries[3395:])
 
 
-def test_a_picture_finds_words_and_itself(pictures, captions, emoji, tmp_path):
+def test_image_query_returns_captions_and_itself(image_index, caption_index, emoji, tmp_path):
     Image.fromarray(emoji.pictures[7].numpy()).save(tmp_path / "own.png")
-    found = pictures.search_by_image(tmp_path / "own.png", top=3)
+    found = image_index.search_by_image(tmp_path / "own.png", top=3)
     assert found.hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert emoji.items[7].name in [hit.entry.name for hit in found.hits if hit.rank == 1]
     assert found.question == "own.png"
     assert found.image.shape == (96, 96, 3)
-    told = captions.search_by_image(Image.fromarray(emoji.pictures[7].numpy()), top=5)
+    told = caption_index.search_by_image(Image.fromarray(emoji.pictures[7].numpy()), top=5)
     assert told.question == "an image"
     assert len(told.hits) == 5
 
 
-def test_words_that_were_never_seen(pictures):
-    found = pictures.search_by_text("bluish hearts", top=1)
+def test_unknown_words(image_index):
+    found = image_index.search_by_text("bluish hearts", top=1)
     assert found.unseen == ["bluish"]
     with pytest.raises(ConfigError, match="search: expected a known word, got 'qqqq'"):
-        pictures.search_by_text("qqqq")
+        image_index.search_by_text("qqqq")
 
 
 @pytest.mark.parametrize(
@@ -117,12 +119,12 @@ def test_words_that_were_never_seen(pictures):
         ("red", 0, ConfigError, "search: expected top >= 1, got top = 0"),
     ],
 )
-def test_bad_questions(pictures, text, top, kind, message):
+def test_invalid_queries_raise(image_index, text, top, kind, message):
     with pytest.raises(kind, match=message):
-        pictures.search_by_text(text, top=top)
+        image_index.search_by_text(text, top=top)
 
 
-def test_a_folder_of_pictures(model, emoji, tmp_path):
+def test_image_folder(model, emoji, tmp_path):
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     (tmp_path / "below").mkdir()
     Image.new("RGBA", (20, 20), (0, 0, 255, 128)).save(tmp_path / "below" / "blue.PNG")
@@ -136,7 +138,7 @@ def test_a_folder_of_pictures(model, emoji, tmp_path):
     assert len(index.search_by_text("red", top=9).hits) == 2
 
 
-def test_folders_without_pictures(model, emoji, tmp_path):
+def test_folders_without_images_raise(model, emoji, tmp_path):
     with pytest.raises(DataError, match=r"search: expected a folder of images, got '.*none', which is not a folder"):
         index_folder(model, emoji, tmp_path / "none")
     with pytest.raises(DataError, match=r"search: expected images \(.bmp, .*\), got none in '.*'\.$"):
@@ -146,14 +148,14 @@ def test_folders_without_pictures(model, emoji, tmp_path):
         index_folder(model, emoji, tmp_path)
 
 
-def test_models_that_cannot_be_searched_with(emoji, model):
+def test_unsupported_models_raise(emoji, model):
     with pytest.raises(ConfigError, match=r"a dual encoder of image and text, .* got Linear on Emoji\. Train one"):
         check_searchable(torch.nn.Linear(2, 2), emoji)
     with pytest.raises(ConfigError, match="got DualEncoder on Digits"):
         check_searchable(model, load_dataset("digits"))
 
 
-def test_vectors_are_kept_beside_the_weights_and_made_anew_for_others(model, emoji, tmp_path):
+def test_embeddings_are_cached_per_weights(model, emoji, tmp_path):
     weights = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, weights)
     made = []
@@ -173,7 +175,7 @@ def test_vectors_are_kept_beside_the_weights_and_made_anew_for_others(model, emo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", NAME]
 
 
-def test_a_folder_where_nothing_can_be_written(model, emoji, tmp_path, monkeypatch):
+def test_unwritable_folder(model, emoji, tmp_path, monkeypatch):
     weights = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, weights)
 
@@ -187,7 +189,7 @@ def test_a_folder_where_nothing_can_be_written(model, emoji, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_half_blocks_show_two_pixels_each():
+def test_half_block_characters_encode_two_pixels():
     picture = torch.zeros(4, 4, 3, dtype=torch.uint8)
     picture[:2, :, 0], picture[2:, :, 2] = 200, 100
     console = Console(force_terminal=True, color_system="truecolor", width=40)

@@ -13,7 +13,7 @@ from helpers.fusion_cases import BATCH, DIM, EXACT, FUSIONS, NAMES, OUTPUTS, SIN
 from oracles.fusion import doubles, joint, pooled, static
 
 
-def parts(tokens):
+def values_and_masks(tokens):
     return [(part.values, part.mask) for part in tokens.values()]
 
 
@@ -38,7 +38,7 @@ def test_static_fusion(kind, count, masked, cls):
 
 
 @pytest.mark.parametrize("kind", ["film", "gated", "unimodal"])
-def test_another_source(kind):
+def test_source_order(kind):
     tokens, option = sequences(NAMES[:3]), "modality" if kind == "unimodal" else "source"
     fusion = built(STATIC[kind], NAMES[:3], **{option: "image"})
     head = fusion.head(OUTPUTS).double()
@@ -47,7 +47,7 @@ def test_another_source(kind):
     torch.testing.assert_close(head(fusion(tokens).features), expected, **EXACT)
 
 
-def test_concat_with_zero_blocks_is_unimodal_and_its_logits_are_a_sum_of_parts():
+def test_concat_with_zero_weights_is_unimodal_and_logits_are_additive():
     tokens = sequences(NAMES[:3])
     fusion = built(Concat, NAMES[:3])
     head, f = fusion.head(OUTPUTS).double(), fusion(tokens).features
@@ -76,7 +76,7 @@ def test_joint_attention(heads, count, masked, include_cls_key, shortcut):
     tokens = sequences(NAMES[:count], masked=masked)
     fusion = built(JointAttention, NAMES[:count], heads=heads, include_cls_key=include_cls_key, shortcut=shortcut)
     output = fusion(tokens)
-    features, share = joint(doubles(fusion), parts(tokens), heads=heads, include_cls_key=include_cls_key)
+    features, share = joint(doubles(fusion), values_and_masks(tokens), heads=heads, include_cls_key=include_cls_key)
     torch.testing.assert_close(output.features, features, **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
     if not masked:
@@ -91,7 +91,7 @@ def test_deep_joint_attention(depth, masked, shortcut):
     tokens = sequences(NAMES[:2], masked=masked)
     fusion = built(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
     output = fusion(tokens)
-    features, share = joint(doubles(fusion), parts(tokens), heads=2, depth=depth)
+    features, share = joint(doubles(fusion), values_and_masks(tokens), heads=2, depth=depth)
     torch.testing.assert_close(output.features, features, **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
 

@@ -14,12 +14,12 @@ from helpers.fusion_cases import BATCH, DIM, EXACT, FUSIONS, LENGTHS, NAMES, OUT
 from helpers.tolerance import TOL
 
 
-def logits(fusion, tokens, head=None):
+def fusion_logits(fusion, tokens, head=None):
     torch.manual_seed(1)
     return (head or fusion.head(OUTPUTS).to(next(iter(tokens.values())).values.dtype))(fusion(tokens).features)
 
 
-def padded(part, places):
+def insert_padding(part, places):
     """Returns the tokens with masked random values inserted at the given positions."""
     real = [True] * len(part)
     for place in places:
@@ -31,12 +31,12 @@ def padded(part, places):
     return Tokens(values, mask=mask)
 
 
-def takes_part(fusion):
+def used_modalities(fusion):
     """Returns the modalities that a fusion uses: all, except for unimodal fusions."""
     return (fusion.modality,) if isinstance(fusion, Unimodal) else fusion.names
 
 
-def test_battery_finds_the_fusions():
+def test_battery_covers_all_fusions():
     static = {"Concat", "Sum", "FiLM", "Gated", "Unimodal"}
     assert set(FUSIONS) >= static | {"JointAttention", "MulT", "MBT", "JMT", "MMML", "MidFusion"}
 
@@ -63,9 +63,9 @@ def test_any_number_of_modalities(kind, count):
 @every
 @settings(max_examples=10, deadline=None)
 @given(places=st.lists(st.integers(0, 6), max_size=4), name=st.sampled_from(NAMES[:3]))
-def test_padding_anywhere_changes_nothing(kind, places, name):
+def test_padding_position_has_no_effect(kind, places, name):
     fusion, tokens = built(kind, NAMES[:3]), sequences(NAMES[:3], masked=True)
-    before, after = fusion(tokens), fusion(tokens | {name: padded(tokens[name], places)})
+    before, after = fusion(tokens), fusion(tokens | {name: insert_padding(tokens[name], places)})
     torch.testing.assert_close(after.features, before.features, **EXACT)
     if before.share is not None:
         torch.testing.assert_close(after.share, before.share, **SINGLE)
@@ -94,7 +94,7 @@ def test_missing_modality_affects_only_its_sample(kind):
         whole, partly = fusion(tokens), fusion(tokens | {name: Tokens(tokens[name].values, mask=mask)})
         assert partly.features.isfinite().all()
         torch.testing.assert_close(partly.features[present], whole.features[present], **EXACT)
-        if name in takes_part(fusion):
+        if name in used_modalities(fusion):
             assert not torch.allclose(partly.features[1], whole.features[1])
 
 
@@ -140,7 +140,7 @@ def test_save_and_load_gives_the_same_output(kind):
 
 
 @every
-def test_a_deep_copy_is_equal_and_separate(kind):
+def test_deep_copy_is_equal_and_independent(kind):
     tokens = sequences(NAMES[:3])
     fusion = built(kind, NAMES[:3])
     twin, before = copy.deepcopy(fusion), fusion(tokens).features
@@ -158,10 +158,10 @@ def test_gradients_reach_used_inputs_and_every_parameter(kind, count):
     tokens, fusion = sequences(names), built(kind, names)
     for part in tokens.values():
         part.values.requires_grad_()
-    logits(fusion, tokens).square().sum().backward()
+    fusion_logits(fusion, tokens).square().sum().backward()
     for name in names:
         gradient = tokens[name].values.grad
-        assert (gradient is not None and bool(gradient.any())) == (name in takes_part(fusion))
+        assert (gradient is not None and bool(gradient.any())) == (name in used_modalities(fusion))
     # A bias added to all keys does not change a softmax.
     learning = {n: p.grad for n, p in fusion.named_parameters() if not n.endswith("key.bias")}
     assert all(gradient is not None and gradient.any() for gradient in learning.values())
@@ -176,21 +176,21 @@ def test_accumulated_batches_equal_one_batch(kind):
         head = fusion.head(OUTPUTS).double().eval()
         for piece in pieces:
             cut = {name: Tokens(part.values[piece], mask=part.mask[piece]) for name, part in tokens.items()}
-            (logits(fusion, cut, head).square().sum() / BATCH).backward()
+            (fusion_logits(fusion, cut, head).square().sum() / BATCH).backward()
         gradients.append([p.grad for p in (*fusion.parameters(), *head.parameters())])
     for whole, summed in zip(*gradients, strict=True):
         torch.testing.assert_close(summed, whole, **EXACT)
 
 
 @every
-def test_order_of_the_mapping_does_not_matter_once_built(kind):
+def test_mapping_order_does_not_matter_after_build(kind):
     tokens, fusion = sequences(NAMES[:3]), built(kind, NAMES[:3])
     backwards = dict(reversed(tokens.items()))
     assert torch.equal(fusion(backwards).features, fusion(tokens).features)
 
 
 @every
-def test_first_call_builds(kind):
+def test_first_call_builds_the_fusion(kind):
     fusion = kind(DIM)
     output = fusion(sequences(NAMES[:2], dtype=torch.float32))
     assert fusion.names == NAMES[:2]

@@ -27,7 +27,7 @@ def test_forward(output, masked, cls, count, depth):
     assert found.share is None
 
 
-def test_the_six_pairs_of_the_paper():
+def test_six_pairs_of_the_paper():
     assert JMT(DIM).build(("a", "v")).pairs == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
     assert JMT(DIM).build(("a", "v")).out_dim == 6 * DIM
     assert JMT(DIM, output="attention").build(("a", "v")).out_dim == DIM
@@ -35,7 +35,7 @@ def test_the_six_pairs_of_the_paper():
 
 @pytest.mark.parametrize("output", ["fc", "attention"])
 @pytest.mark.parametrize("missing", NAMES[:2])
-def test_a_missing_modality(output, missing):
+def test_missing_modality(output, missing):
     tokens = sequences(NAMES[:2])
     present = torch.tensor([True, False, True])
     values = tokens[missing].values
@@ -55,7 +55,7 @@ def test_order_of_modalities_has_no_effect(output, order):
     assert torch.equal(other(tokens).features, one(tokens).features)
 
 
-def test_equal_lengths_by_hand():
+def test_hand_computed_equal_lengths():
     short = Tokens(torch.tensor([[[0.0], [3.0], [99.0]], [[7.0], [99.0], [99.0]]]), mask=torch.tensor(
         [[True, True, False], [True, False, False]]
     ))  # fmt: skip
@@ -67,7 +67,7 @@ def test_equal_lengths_by_hand():
     assert stretched.mask.tolist() == kept.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
-def test_equal_lengths_keeps_equal_sequences_and_fills_missing_ones():
+def test_equal_lengths_keeps_equal_sequences_and_fills_missing():
     part = Tokens(torch.ones(2, 3, 1))
     assert equal_lengths([part, part])[0] is part
     empty, same = equal_lengths([Tokens(torch.ones(2, 0, 1)), part])

@@ -13,7 +13,7 @@ from oracles.fusion import doubles
 from oracles.fusion_transformers import joint_contributions
 
 
-def model(*args, **options):
+def build_joint(*args, **options):
     """Returns a model with joint attention and nonzero biases."""
     made = fresh(*args, **options)
     with torch.no_grad():
@@ -22,7 +22,7 @@ def model(*args, **options):
     return made
 
 
-def other(fusion, names=NAMES[:2]):
+def build_model(fusion, names=NAMES[:2]):
     torch.manual_seed(0)
     return eq.FusionModel({name: nn.Linear(FEATURES[name], DIM) for name in names}, fusion, OUTPUTS).double()
 
@@ -32,7 +32,7 @@ def other(fusion, names=NAMES[:2]):
 @pytest.mark.parametrize("options", [{"heads": 3}, {"include_cls_key": False}, {"shortcut": False}])
 def test_joint_attention(options, count, missing):
     missing = missing if count > 1 else ()
-    made, inputs = model(NAMES[:count], **options), batch(NAMES[:count], missing=missing)
+    made, inputs = build_joint(NAMES[:count], **options), batch(NAMES[:count], missing=missing)
     parts = eq.fusion.modality_contributions(made, inputs)
     assert tuple(parts) == NAMES[:count]
     heads, keys = options.get("heads", 2), options.get("include_cls_key", True)
@@ -46,10 +46,10 @@ def test_joint_attention(options, count, missing):
 
 
 def test_missing_modality_contributes_only_the_remainder():
-    made, inputs = model(NAMES[:3]), batch(NAMES[:3])
+    made, inputs = build_joint(NAMES[:3]), batch(NAMES[:3])
     parts = eq.fusion.modality_contributions(made, inputs | {"image": None})
     torch.testing.assert_close(sum(parts.values()), made.eval()(inputs | {"image": None}).logits.detach(), **EXACT)
-    without_class = model(NAMES[:3], include_cls_key=False)
+    without_class = build_joint(NAMES[:3], include_cls_key=False)
     without_class.load_state_dict(made.state_dict())
     parts = eq.fusion.modality_contributions(without_class, inputs | {"image": None})
     # If the class token is not a key, only the biases belong to no modality: a third each.
@@ -58,7 +58,7 @@ def test_missing_modality_contributes_only_the_remainder():
 
 
 def test_rotated_query_is_used():
-    made, inputs = model(), batch()
+    made, inputs = build_joint(), batch()
     balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0, rho=2.0)
     before = eq.fusion.modality_contributions(made, inputs)
     made.train()
@@ -71,7 +71,7 @@ def test_rotated_query_is_used():
 
 @pytest.mark.parametrize("kind", [eq.fusion.Concat, eq.fusion.Sum, eq.fusion.Unimodal, eq.fusion.MBT])
 def test_static_sums(kind):
-    made, inputs = other(kind(DIM)), batch()
+    made, inputs = build_model(kind(DIM)), batch()
     parts = eq.fusion.modality_contributions(made, inputs)
     output = made.eval()(inputs)
     for name, part in made.contributions(output).items():
@@ -80,7 +80,7 @@ def test_static_sums(kind):
 
 
 def test_tokens_instead_of_a_batch():
-    made, inputs = model(), batch()
+    made, inputs = build_joint(), batch()
     from_tokens = eq.fusion.modality_contributions(made, made.encode(inputs))
     for name, part in eq.fusion.modality_contributions(made, inputs).items():
         torch.testing.assert_close(from_tokens[name], part, **EXACT)
@@ -88,7 +88,7 @@ def test_tokens_instead_of_a_batch():
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_model_state_is_restored(crash):
-    made, inputs = model(dropout=0.5), batch()
+    made, inputs = build_joint(dropout=0.5), batch()
     made.train()
     made.fusion.attention.eval()
     if crash:
@@ -110,9 +110,12 @@ def test_model_state_is_restored(crash):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: model(depth=2), r"got JointAttention of depth 2\. Norms and hidden layers mix"),
-        (lambda: other(eq.fusion.MMML(DIM)), r"modality_contributions: expected logits that are a sum .* got MMML\."),
-        (lambda: other(eq.fusion.FiLM(DIM)), r"got FiLM\."),
+        (lambda: build_joint(depth=2), r"got JointAttention of depth 2\. Norms and hidden layers mix"),
+        (
+            lambda: build_model(eq.fusion.MMML(DIM)),
+            r"modality_contributions: expected logits that are a sum .* got MMML\.",
+        ),
+        (lambda: build_model(eq.fusion.FiLM(DIM)), r"got FiLM\."),
     ],
 )
 def test_logits_that_are_not_a_sum_raise(made, message):
@@ -121,7 +124,7 @@ def test_logits_that_are_not_a_sum_raise(made, message):
 
 
 def test_nonlinear_head_raises():
-    made = model()
+    made = build_joint()
     made.head = nn.Sequential(made.head, nn.Tanh())
     with pytest.raises(ConfigError, match=r"got JointAttention with a head Sequential\. The head must be linear"):
         eq.fusion.modality_contributions(made, batch())

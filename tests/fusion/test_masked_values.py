@@ -29,7 +29,7 @@ CASES = [(name, options) for name in FUSIONS for options in ({}, *OPTIONS.get(na
 fusions = pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda part: str(part))
 
 
-def padding(names, *, seed=0):
+def padding_masks(names, *, seed=0):
     """Returns (batch, token) masks with padding in the middle and at the end, and a sample without the last modality."""
     random = torch.Generator().manual_seed(seed)
     masks = {name: torch.rand(BATCH, LENGTHS[name], generator=random) < 0.6 for name in names}
@@ -43,7 +43,7 @@ class TestFusions:
     @pytest.mark.parametrize("cls", [False, True])
     def test_tokens(self, kind, options, cls):
         names, found = NAMES[:3], []
-        masks = padding(names)
+        masks = padding_masks(names)
         fusion = built(FUSIONS[kind], names, **options)
         for fill in (0.0, *FILLS):
             tokens, leaves = {}, []
@@ -59,7 +59,7 @@ class TestFusions:
     def test_inputs_of_encoders(self, kind, options):
         """Also compares gradients of the encoder weights, since 0 times NaN is NaN."""
         names, found = NAMES[:3], []
-        masks = padding(names)
+        masks = padding_masks(names)
         torch.manual_seed(0)
         encoders = {name: nn.Sequential(nn.Linear(FEATURES[name], DIM), nn.GELU(), nn.LayerNorm(DIM)) for name in names}
         model = eq.FusionModel(encoders, FUSIONS[kind](DIM, **options), 2, unimodal="train").double().eval()

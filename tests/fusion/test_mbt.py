@@ -49,7 +49,7 @@ def test_contributions_after_autocast():
     torch.testing.assert_close(sum(parts.values()), head(narrow.features.float()), **SINGLE)
 
 
-def perturbed(fusion):
+def audio_change(fusion):
     """Returns the largest change of the audio features when the image changes."""
     tokens = sequences(NAMES[:2])
     # Not a constant, which the norms would remove.
@@ -61,7 +61,7 @@ def perturbed(fusion):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_without_bottleneck_tokens_modalities_are_independent(depth):
     fusion = built(MBT, NAMES[:2], depth=depth, bottlenecks=0)
-    assert perturbed(fusion) == 0
+    assert audio_change(fusion) == 0
     assert "bottleneck" not in fusion.state_dict()
     tokens = sequences(NAMES[:2])
     expected = mbt(doubles(fusion), tokens, depth=depth, heads=1).flatten(1)
@@ -81,8 +81,8 @@ def test_exchange_between_modalities_needs_a_second_layer(depth, options, crosse
     assert bool(tokens["audio"].values.grad.any())
     grad = tokens["image"].values.grad
     assert (grad is not None and bool(grad.any())) == crosses
-    assert (perturbed(fusion) > 1e-3) == crosses
-    assert crosses or perturbed(fusion) == 0
+    assert (audio_change(fusion) > 1e-3) == crosses
+    assert crosses or audio_change(fusion) == 0
 
 
 def test_missing_modality_is_excluded_from_the_logits():

@@ -20,7 +20,7 @@ from oracles.fusion import doubles, layer_norm, linear
 NAN = math.nan
 
 
-def timed(names, *, masked=False, unknown=False):
+def tokens_with_times(names, *, masked=False, unknown=False):
     random = torch.Generator().manual_seed(1)
     made = {}
     for name, part in sequences(names, masked=masked).items():
@@ -53,7 +53,7 @@ def loop_block(state, prefix, rows, heads, scores):
     return result
 
 
-def loop(state, tokens, *, heads, depth, kind):
+def loop_features(state, tokens, *, heads, depth, kind):
     features = []
     for n in range(BATCH):
         rows, labels, times = [state["cls"]], [-1], [NAN]
@@ -84,22 +84,25 @@ def loop(state, tokens, *, heads, depth, kind):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("count", "depth"), [(1, 2), (2, 2), (3, 3)])
 def test_forward(kind, shortcut, masked, count, depth):
-    tokens = timed(NAMES[:count], masked=masked, unknown=True)
+    tokens = tokens_with_times(NAMES[:count], masked=masked, unknown=True)
     fusion = built(MidFusion, NAMES[:count], depth=depth, heads=2, time_bias=kind, time_width=0.5, shortcut=shortcut)
-    expected = loop(doubles(fusion), tokens, heads=2, depth=depth, kind=kind)
+    expected = loop_features(doubles(fusion), tokens, heads=2, depth=depth, kind=kind)
     torch.testing.assert_close(fusion(tokens).features, expected, **EXACT)
 
 
 @settings(max_examples=15, deadline=None)
 @given(shift=st.floats(-1000, 1000), kind=st.sampled_from(["gaussian", "linear"]))
-def test_a_common_shift_of_all_times_changes_nothing(shift, kind):
-    tokens, fusion = timed(NAMES[:2], masked=True, unknown=True), built(MidFusion, NAMES[:2], time_bias=kind)
+def test_common_time_shift_has_no_effect(shift, kind):
+    tokens, fusion = (
+        tokens_with_times(NAMES[:2], masked=True, unknown=True),
+        built(MidFusion, NAMES[:2], time_bias=kind),
+    )
     moved = {name: replace(part, times=part.times + shift) for name, part in tokens.items()}
     torch.testing.assert_close(fusion(moved).features, fusion(tokens).features, rtol=1e-8, atol=1e-8)
 
 
-def test_a_lag_of_one_stream_changes_the_features_and_the_learned_lag_removes_it():
-    tokens, fusion = timed(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+def test_learned_lag_compensates_a_delayed_stream():
+    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
     late = tokens | {"image": replace(tokens["image"], times=tokens["image"].times + 0.7)}
     before = fusion(tokens).features
     assert (fusion(late).features - before).abs().max() > 1e-3
@@ -110,8 +113,8 @@ def test_a_lag_of_one_stream_changes_the_features_and_the_learned_lag_removes_it
     torch.testing.assert_close(fusion(late).features, before, **EXACT)
 
 
-def test_a_wide_bias_is_no_bias():
-    tokens, fusion = timed(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+def test_wide_time_bias_has_no_effect():
+    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
     plain = MidFusion(DIM).build(NAMES[:2]).double().eval()
     plain.load_state_dict({name: v for name, v in fusion.state_dict().items() if not name.startswith("biases")})
     with torch.no_grad():
@@ -121,7 +124,7 @@ def test_a_wide_bias_is_no_bias():
 
 @pytest.mark.parametrize("bad", [NAN, 1e30])
 def test_times_of_padding_and_missing_samples_have_no_influence(bad):
-    tokens, fusion = timed(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
     changed = {name: replace(p, times=p.times.masked_fill(~p.valid(), bad)) for name, p in tokens.items()}
     expected = fusion(tokens)
     found = fusion(changed)
@@ -131,8 +134,8 @@ def test_times_of_padding_and_missing_samples_have_no_influence(bad):
     assert fusion.biases[0].lags.grad.any()
 
 
-def test_a_modality_or_all_that_the_batch_lacks():
-    tokens, fusion = timed(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+def test_modalities_missing_from_the_batch():
+    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
     absent = replace(tokens["image"], mask=torch.zeros(BATCH, LENGTHS["image"], dtype=torch.bool))
     found = fusion(keep_modalities(tokens, ["audio"])).features
     torch.testing.assert_close(found, fusion(tokens | {"image": absent}).features, **EXACT)
@@ -141,7 +144,7 @@ def test_a_modality_or_all_that_the_batch_lacks():
 
 def test_gradients():
     fusion = built(MidFusion, NAMES[:2], time_bias="gaussian", heads=2)
-    tokens = timed(NAMES[:2])
+    tokens = tokens_with_times(NAMES[:2])
     inputs = [part.values[:1].clone().requires_grad_() for part in tokens.values()]
 
     def features(*values):
@@ -153,14 +156,14 @@ def test_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    fusion, tokens = built(MidFusion, NAMES[:2], time_bias="gaussian"), timed(NAMES[:2], masked=True)
+    fusion, tokens = built(MidFusion, NAMES[:2], time_bias="gaussian"), tokens_with_times(NAMES[:2], masked=True)
     low = {name: replace(part, values=part.values.to(dtype)) for name, part in tokens.items()}
     expected, found = fusion(tokens).features, fusion.to(dtype)(low).features
     assert found.dtype == dtype
     assert (found.double() - expected).norm() / expected.norm() < 0.05
 
 
-def model(**options):
+def build_model(**options):
     torch.manual_seed(0)
     encoders = {
         "audio": eq.encoders.SequenceEncoder(3, max_length=7, dim=DIM, depth=1, heads=2),
@@ -169,7 +172,7 @@ def model(**options):
     return eq.FusionModel(encoders, MidFusion(DIM, heads=2, **{"time_bias": "gaussian", **options}), OUTPUTS)
 
 
-def batch():
+def random_batch():
     random = torch.Generator().manual_seed(3)
     return {
         "audio": torch.randn(4, 7, 3, generator=random),
@@ -179,8 +182,8 @@ def batch():
     }
 
 
-def test_models_pass_times_to_encoders_and_to_tokens():
-    made, given = model().eval(), batch()
+def test_model_passes_times_to_encoders_and_tokens():
+    made, given = build_model().eval(), random_batch()
     tokens = made.encode(given)
     assert torch.equal(tokens["audio"].times[:, 1:], given["times"]["audio"])
     assert torch.equal(tokens["image"].times, given["times"]["image"])
@@ -189,7 +192,7 @@ def test_models_pass_times_to_encoders_and_to_tokens():
 
 
 def test_watch_records_attention_that_depends_on_times():
-    made, given = model().eval(), batch()
+    made, given = build_model().eval(), random_batch()
     with torch.no_grad():
         made.fusion.biases[0].log_widths.fill_(-3.0)
     late = {**given, "times": {**given["times"], "image": given["times"]["image"] + 100}}
@@ -204,8 +207,8 @@ def test_watch_records_attention_that_depends_on_times():
     assert not torch.allclose(shares[0], shares[1])
 
 
-def test_rollingq_turns_the_last_block_and_the_bias_stays():
-    made, given = model(), batch()
+def test_rollingq_rotates_the_last_block_and_keeps_the_bias():
+    made, given = build_model(), random_batch()
     balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
     made.train()
     made(given)
@@ -229,7 +232,7 @@ def test_balancers_that_join_batches_keep_times():
     ("call", "kind", "message"),
     [
         (
-            lambda: MidFusion(DIM, time_bias="gaussian")(timed(NAMES[:1]) | sequences(NAMES[1:2])),
+            lambda: MidFusion(DIM, time_bias="gaussian")(tokens_with_times(NAMES[:1]) | sequences(NAMES[1:2])),
             ShapeError,
             r"MidFusion 'image': expected tokens with times, for the time bias, got times=None\. Pass batch",
         ),
@@ -247,8 +250,8 @@ def test_errors(call, kind, message):
         call()
 
 
-def test_shares_are_those_of_the_last_block():
-    tokens, fusion = timed(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
+def test_shares_come_from_the_last_block():
+    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
     share = fusion(tokens).share
     assert share.shape == (BATCH, 1, 2)
     assert (share.sum(dim=-1) <= 1 + SINGLE["atol"]).all()

@@ -35,7 +35,7 @@ def test_equals_mid_fusion_at_initialization(count, dtype, options):
     assert torch.equal(one.share, other.share)
 
 
-def by_hand(fusion, tokens):
+def expected_features(fusion, tokens):
     """Computes the features of one sample without padding from separately tested components."""
     values = torch.cat([fusion.cls[None, None], *(part.values for part in tokens.values())], dim=1)
     labels = torch.tensor([-1] + [n for n, part in enumerate(tokens.values()) for _ in range(len(part))])
@@ -65,7 +65,7 @@ def test_equals_its_components(merge, count):
     features = fusion(tokens).features
     for sample in range(3):
         alone = {name: Tokens(part.values[sample : sample + 1]) for name, part in tokens.items()}
-        torch.testing.assert_close(features[sample : sample + 1], by_hand(fusion, alone), **EXACT)
+        torch.testing.assert_close(features[sample : sample + 1], expected_features(fusion, alone), **EXACT)
 
 
 @pytest.mark.parametrize("merge", MERGES)

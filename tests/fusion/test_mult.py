@@ -48,7 +48,7 @@ def test_readout_attends_to_the_final_streams(count, masked):
     assert output.features.shape[1] == fusion.out_dim
 
 
-def test_head_is_a_residual_layer_and_a_linear_one():
+def test_head_is_a_residual_and_a_linear_layer():
     fusion = built(MulT, NAMES[:2], **SMALL)
     head, h = fusion.head(OUTPUTS).double(), fusion(sequences(NAMES[:2])).features
     torch.testing.assert_close(head(h), residual_head(doubles(head), h), **EXACT)
@@ -109,7 +109,7 @@ def test_causal_attention():
     assert difference.abs().amax(dim=-1).gt(1e-3).tolist() == [[False, True, True, True, True]]
 
 
-def test_positions_by_hand():
+def test_hand_computed_positions():
     # Width 5: two sines and two cosines with rates 1 and 1/10000, and a zero.
     fusion_table = eq.fusion.mult.sinusoids(torch.tensor([[1, 2]]), torch.zeros(1, 2, 5, dtype=torch.float64))
     expected = [0.8414709848078965, 1e-4, 0.5403023058681398, 1.0, 0.0]

@@ -26,16 +26,16 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def seen(model):
+def inspection(model):
     return look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=5, exclude_top_k=TOP)
 
 
 @pytest.fixture(scope="module")
-def written_out(model, seen):
+def explicit_attention(model, inspection):
     """Returns the (head, query, key) attention of each layer for prompt and answer with eager attention, and the logits."""
-    inputs = processor()(images=picture(), text=seen.prompt, return_tensors="pt")
+    inputs = processor()(images=picture(), text=inspection.prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    ids = torch.tensor([[WORDS.index(token.text) for token in seen.tokens]])
+    ids = torch.tensor([[WORDS.index(token.text) for token in inspection.tokens]])
     assert ids[0, :length].tolist() == inputs["input_ids"][0].tolist()
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -44,53 +44,55 @@ def written_out(model, seen):
     return [a[0].double() for a in output.attentions], output.logits[0].double(), ids[0].tolist(), length
 
 
-def queries(part, length, total):
+def query_positions(part, length, total):
     return list(range(length)) if part == "prompt" else list(range(length - 1, total - 1))
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(wanted).double(), **TOL[torch.float32])
 
 
 @pytest.mark.parametrize("part", ["prompt", "answer"])
-def test_shares_are_sums_of_the_matrix(seen, written_out, part):
-    attentions, _, ids, length = written_out
-    rows, view = queries(part, length, len(ids)), seen.views[part]
+def test_shares_are_sums_of_the_matrix(inspection, explicit_attention, part):
+    attentions, _, ids, length = explicit_attention
+    rows, view = query_positions(part, length, len(ids)), inspection.views[part]
     kinds = [1 if token == IMAGE else 0 for token in ids]
-    assert seen.names == ("text", "image")
+    assert inspection.names == ("text", "image")
     for layer, attention in enumerate(attentions):
         per_key = [attention[:, rows, j].mean(dim=1) for j in range(len(ids))]
         average = torch.stack(per_key).mean(dim=1)
         top = sorted(range(len(ids)), key=lambda j: -float(average[j]))[:TOP]
         for m in range(2):
             mine = [j for j, kind in enumerate(kinds) if kind == m]
-            close(view.share[layer, :, m], sum(per_key[j] for j in mine))
+            assert_close(view.share[layer, :, m], sum(per_key[j] for j in mine))
             rest = sum(per_key[j] for j in mine if j not in top)
-            close(view.without_sinks[layer, :, m], rest / sum(per_key[j] for j in range(len(ids)) if j not in top))
+            assert_close(
+                view.without_sinks[layer, :, m], rest / sum(per_key[j] for j in range(len(ids)) if j not in top)
+            )
             even = [sum(kinds[j] == m for j in range(i + 1)) / (i + 1) for i in rows]
-            close(view.uniform[layer, m], sum(even) / len(even))
+            assert_close(view.uniform[layer, m], sum(even) / len(even))
 
 
-def test_sinks_are_the_most_attended_tokens_over_all_layers(seen, written_out):
-    attentions, _, ids, length = written_out
-    rows = queries("answer", length, len(ids))
+def test_sinks_are_the_most_attended_tokens_over_all_layers(inspection, explicit_attention):
+    attentions, _, ids, length = explicit_attention
+    rows = query_positions("answer", length, len(ids))
     mean = sum(attention[:, rows].mean(dim=(0, 1)) for attention in attentions) / len(attentions)
     best = sorted(range(len(ids)), key=lambda j: -float(mean[j]))[:TOP]
-    assert [sink.place for sink in seen.views["answer"].sinks] == best
-    close([sink.attention for sink in seen.views["answer"].sinks], mean[best])
-    assert [sink.text for sink in seen.views["answer"].sinks] == [WORDS[ids[j]] for j in best]
+    assert [sink.place for sink in inspection.views["answer"].sinks] == best
+    assert_close([sink.attention for sink in inspection.views["answer"].sinks], mean[best])
+    assert [sink.text for sink in inspection.views["answer"].sinks] == [WORDS[ids[j]] for j in best]
 
 
-def test_maps_are_rows_of_the_matrix(seen, written_out):
-    attentions, _, ids, length = written_out
-    maps = seen.maps
+def test_maps_are_rows_of_the_matrix(inspection, explicit_attention):
+    attentions, _, ids, length = explicit_attention
+    maps = inspection.maps
     assert [reader.text for reader in maps.readers[:2]] == ["the whole answer", "the whole prompt"]
     words_only = [place for place, token in enumerate(ids) if token != IMAGE]
     assert [reader.place for reader in maps.readers[2:]] == words_only
     assert maps.left_out == 0
     for number, reader in enumerate(maps.readers):
         # A token of the answer is predicted at the position before it.
-        rows = queries(reader.part, length, len(ids)) if reader.place is None else [
+        rows = query_positions(reader.part, length, len(ids)) if reader.place is None else [
             reader.place - (reader.place >= length)
         ]  # fmt: skip
         for layer, attention in enumerate(attentions):
@@ -100,73 +102,75 @@ def test_maps_are_rows_of_the_matrix(seen, written_out):
             torch.testing.assert_close(maps.mean[number, layer].double(), wanted.mean(dim=0), **half)
 
 
-def test_maps_survive_the_json_round_trip(seen):
+def test_maps_survive_the_json_round_trip(inspection):
     for name in ("mean", "by_head"):
-        packed = json.loads(json.dumps(seen.to_dict()))["maps"][name]
+        packed = json.loads(json.dumps(inspection.to_dict()))["maps"][name]
         values = np.frombuffer(base64.b64decode(packed["float16"]), dtype="<f2").reshape(packed["shape"])
-        assert np.array_equal(values, getattr(seen.maps, name).numpy())
+        assert np.array_equal(values, getattr(inspection.maps, name).numpy())
 
 
-def likelihood(logits, ids, length):
+def mean_log_likelihood(logits, ids, length):
     each = [logits[place - 1].log_softmax(dim=0)[ids[place]] for place in range(length, len(ids))]
     return float(sum(each) / len(each))
 
 
-def test_effects_are_changes_of_the_mean_log_likelihood(model, seen, written_out):
-    _, logits, ids, length = written_out
-    assert seen.log_likelihood == pytest.approx(likelihood(logits, ids, length), **approx())
+def test_effects_are_changes_of_the_mean_log_likelihood(model, inspection, explicit_attention):
+    _, logits, ids, length = explicit_attention
+    assert inspection.log_likelihood == pytest.approx(mean_log_likelihood(logits, ids, length), **tolerance())
     color = tuple(int(np.round(part)) for part in np.asarray(picture()).reshape(-1, 3).mean(axis=0))
-    blank = processor()(images=Image.new("RGB", (26, 18), color), text=seen.prompt, return_tensors="pt")
+    blank = processor()(images=Image.new("RGB", (26, 18), color), text=inspection.prompt, return_tensors="pt")
     with torch.no_grad():
         without = model(input_ids=torch.tensor([ids]), pixel_values=blank["pixel_values"]).logits[0].double()
-    effects = {effect.change: effect for effect in seen.effects}
+    effects = {effect.change: effect for effect in inspection.effects}
     assert {"text hidden", "image hidden", "QUAG avg-image", "blank image"} <= set(effects)
-    assert effects["blank image"].log_likelihood == pytest.approx(likelihood(without, ids, length), **approx())
-    for effect in seen.effects:
-        assert effect.difference == pytest.approx(effect.log_likelihood - seen.log_likelihood, **approx())
+    assert effects["blank image"].log_likelihood == pytest.approx(
+        mean_log_likelihood(without, ids, length), **tolerance()
+    )
+    for effect in inspection.effects:
+        assert effect.difference == pytest.approx(effect.log_likelihood - inspection.log_likelihood, **tolerance())
     assert abs(effects["image hidden"].difference) > 100 * TOL[torch.float32]["atol"]
 
 
-def approx():
+def tolerance():
     return {"rel": TOL[torch.float32]["rtol"], "abs": TOL[torch.float32]["atol"]}
 
 
-def test_given_answer_equals_generated_answer(model, seen):
-    again = look(model, processor(), image=picture(), text=QUESTION, answer=seen.answer, exclude_top_k=TOP)
-    assert (seen.given, again.given, again.answer) == (False, True, seen.answer)
-    assert [token.text for token in again.tokens] == [token.text for token in seen.tokens]
-    assert again.log_likelihood == seen.log_likelihood
-    assert torch.equal(again.views["answer"].share, seen.views["answer"].share)
+def test_provided_answer_equals_generated_answer(model, inspection):
+    again = look(model, processor(), image=picture(), text=QUESTION, answer=inspection.answer, exclude_top_k=TOP)
+    assert (inspection.given, again.given, again.answer) == (False, True, inspection.answer)
+    assert [token.text for token in again.tokens] == [token.text for token in inspection.tokens]
+    assert again.log_likelihood == inspection.log_likelihood
+    assert torch.equal(again.views["answer"].share, inspection.views["answer"].share)
 
 
-def test_rows_table_and_file_agree(seen, tmp_path):
-    rows = seen.rows()
+def test_rows_table_and_file_agree(inspection, tmp_path):
+    rows = inspection.rows()
     assert len(rows) == 2 * 3 * 4 * 2
     row = next(r for r in rows if (r["view"], r["layer"], r["head"], r["modality"]) == ("answer", 2, 3, "image"))
-    view = seen.views["answer"]
+    view = inspection.views["answer"]
     assert row["share"] == float(view.share[2, 3, 1])
     assert (row["share_without_sinks"], row["uniform"]) == (
         float(view.without_sinks[2, 3, 1]),
         float(view.uniform[2, 1]),
     )
     assert row["name"] == "model.language_model.layers.2.self_attn"
-    lines = seen.table().splitlines()
+    lines = inspection.table().splitlines()
     assert row["aei"] == pytest.approx(row["share"] / row["uniform"])
-    assert seen._repr_html_().startswith("<pre>") and seen.answer in seen._repr_html_()  # noqa: PT018
+    assert inspection._repr_html_().startswith("<pre>") and inspection.answer in inspection._repr_html_()  # noqa: PT018
     assert lines[0].split() == ["prompt", "answer", "without", "sinks"]
     assert lines[1].split() == ["layer", *["text", "image"] * 3]
     assert f"{100 * float(view.share[1, :, 1].mean()):.1f} %" in lines[3]
     assert lines[-1].split()[0] == "mean"
-    path = seen.save(tmp_path)
+    path = inspection.save(tmp_path)
     assert path == tmp_path / "look.json"
-    assert json.loads(path.read_text()) == json.loads(json.dumps(seen.to_dict()))
+    assert json.loads(path.read_text()) == json.loads(json.dumps(inspection.to_dict()))
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_cropped_image_area_is_reported(seen):
-    assert seen.grid[:3] == (3, 3, True)
-    assert seen.frame == pytest.approx(((26 - 18) / 2 / 26, 0, (26 + 18) / 2 / 26, 1))
-    assert Image.open(io.BytesIO(seen.image)).size == (26, 18)
+def test_cropped_image_area_is_reported(inspection):
+    assert inspection.grid[:3] == (3, 3, True)
+    assert inspection.frame == pytest.approx(((26 - 18) / 2 / 26, 0, (26 + 18) / 2 / 26, 1))
+    assert Image.open(io.BytesIO(inspection.image)).size == (26, 18)
 
 
 def test_selected_layers_only(model):
@@ -212,7 +216,7 @@ def test_model_is_not_changed(model):
     model.eval()
 
 
-class Given:
+class FixedProcessor:
     """A processor that always returns the first sample of the inputs of a family."""
 
     image_token, audio_token, chat_template = "<image>", "<audio>", None
@@ -240,7 +244,7 @@ def test_families(name, tmp_path):
     model, inputs = family(name)
     if name == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    made = Given(inputs)
+    made = FixedProcessor(inputs)
     kind = "audio" if name == "qwen2_audio" else "image"
     media = {"audio": np.zeros(8, dtype=np.float32)} if kind == "audio" else {"image": picture()}
     found = look(model, made, **media, text=QUESTION, max_new_tokens=3)
@@ -248,22 +252,22 @@ def test_families(name, tmp_path):
     count = sum(token.modality == kind for token in found.tokens)
     assert (found.grid.rows, found.grid.columns) == ((1, 1) if count == 1 else (1, 4) if kind == "audio" else (2, 2))
     for view in found.views.values():
-        close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
-        close(view.uniform.sum(dim=-1), torch.ones(len(view.uniform)))
+        assert_close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
+        assert_close(view.uniform.sum(dim=-1), torch.ones(len(view.uniform)))
     assert f"goes to the {kind}" in found.report(tmp_path / "page.html").read_text()
     # The answer does not change the attention of the tokens before it.
     answer = torch.tensor([[7, 8, 9]])
     short, long = (model(**given, use_cache=False).logits for given in (
         made(None, "pt"), complete_inputs(made(None, "pt"), answer, model.config.model_type)
     ))  # fmt: skip
-    close(long[:, : short.shape[1]], short)
+    assert_close(long[:, : short.shape[1]], short)
 
 
 def test_cross_attention_layers_have_shares_but_no_maps(tmp_path):
     model, inputs = family("mllama")
-    found = look(model, Given(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
+    found = look(model, FixedProcessor(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
     assert [site.split(".")[-1] for site in found.layers] == ["self_attn", "cross_attn"]
-    close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
+    assert_close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
     assert found.maps.layers == (0,)
     assert found.notes == ("1 of 2 layers attend to another sequence than the text; the maps omit them.",)
     assert found.grid.why == "one token"

@@ -19,7 +19,7 @@ from helpers.vlms import family
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def model_folder(tmp_path_factory):
     """A folder with a complete LLaVA and an image."""
     place = saved_llava(tmp_path_factory.mktemp("llava"))
     picture().save(place / "cat.png")
@@ -27,38 +27,40 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bare(folder, tmp_path_factory):
+def bare_folder(model_folder, tmp_path_factory):
     """A folder like ``folder``, without weights."""
     place = tmp_path_factory.mktemp("bare")
-    for path in folder.iterdir():
+    for path in model_folder.iterdir():
         if path.suffix not in (".safetensors", ".png"):
             shutil.copy(path, place)
     return place
 
 
-def weights(model):
+def flat_weights(model):
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
-def test_loading_restores_the_saved_folder(folder):
-    model, made = load_pretrained(folder, device="cpu")
+def test_loading_restores_the_saved_folder(model_folder):
+    model, made = load_pretrained(model_folder, device="cpu")
     assert type(model) is hf.LlavaForConditionalGeneration
-    assert torch.equal(weights(model), weights(llava()))
+    assert torch.equal(flat_weights(model), flat_weights(llava()))
     assert not model.training
     assert made(images=picture(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
 
 
-def test_random_weights_need_only_a_configuration_and_are_deterministic(folder, bare):
+def test_random_weights_need_only_a_configuration_and_are_deterministic(model_folder, bare_folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second, third = (load_pretrained(place, random=True).model for place in (bare, bare, folder))
+    first, second, third = (
+        load_pretrained(place, random=True).model for place in (bare_folder, bare_folder, model_folder)
+    )
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(weights(first), weights(second))
-    assert torch.equal(weights(first), weights(third))
-    assert not torch.equal(weights(first), weights(llava()))
+    assert torch.equal(flat_weights(first), flat_weights(second))
+    assert torch.equal(flat_weights(first), flat_weights(third))
+    assert not torch.equal(flat_weights(first), flat_weights(llava()))
     assert first.dtype == torch.float32
     with pytest.raises(DataError, match=r"look: expected a folder with config.json and model.safetensors.*--random"):
-        load_pretrained(bare)
+        load_pretrained(bare_folder)
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "blip2"])
@@ -76,7 +78,7 @@ def test_folder_with_only_a_configuration(name, tmp_path, capsys):
         load_pretrained(tmp_path)
     picture().save(tmp_path / "cat.png")
     asked = ("--random", "--image", tmp_path / "cat.png", "--text", "what?", "--max_new_tokens", 2)
-    assert run(tmp_path, *asked, "--out", tmp_path / "out") == 0
+    assert run_command(tmp_path, *asked, "--out", tmp_path / "out") == 0
     assert "every byte of the text is a token" in capsys.readouterr().out
 
 
@@ -96,8 +98,8 @@ def test_missing_processor_raises(name, words, got, tmp_path):
         look(*load_pretrained(tmp_path, random=True), image=picture(), text="what?", answer="cat")
 
 
-def test_dtype_option(folder):
-    model, made = load_pretrained(folder, dtype="bfloat16")
+def test_dtype_option(model_folder):
+    model, made = load_pretrained(model_folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     found = look(model, made, image=picture(), text=QUESTION, answer="cat")
     assert found.views["answer"].share.dtype == torch.float32
@@ -116,7 +118,7 @@ def test_processor_without_its_video_part(tmp_path):
     model, _ = family("qwen2_vl")
     model.config.text_config.vocab_size = 97
     model.save_pretrained(tmp_path)
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=qwen_words(), unk_token="<unk>", pad_token="<pad>")
+    words = hf.PreTrainedTokenizerFast(tokenizer_object=qwen_tokenizer(), unk_token="<unk>", pad_token="<pad>")
     words.save_pretrained(tmp_path)
     hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024).save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
@@ -129,7 +131,7 @@ def test_processor_without_its_video_part(tmp_path):
     assert "image_grid_thw" in found.grid.why
 
 
-def qwen_words():
+def qwen_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     names = {"<pad>": 0, "<unk>": 3, "what": 4, "cat": 5, "<|image_pad|>": 90, "<|video_pad|>": 91}
@@ -139,26 +141,26 @@ def qwen_words():
     return inner
 
 
-def test_unloadable_models_raise(tmp_path, folder, monkeypatch):
+def test_unloadable_models_raise(tmp_path, model_folder, monkeypatch):
     with pytest.raises(DataError, match=r"look: expected a folder with config.json, got"):
         load_pretrained(tmp_path)
-    shutil.copytree(folder, tmp_path / "pickled")
+    shutil.copytree(model_folder, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(llava().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(DataError, match="pickled weights and code from the hub are not run"):
         load_pretrained(tmp_path / "pickled")
-    shutil.copytree(folder, tmp_path / "torn")
+    shutil.copytree(model_folder, tmp_path / "torn")
     whole = (tmp_path / "torn" / "model.safetensors").read_bytes()
     (tmp_path / "torn" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"expected a folder with config.json and model.safetensors"):
         load_pretrained(tmp_path / "torn")
-    shutil.copytree(folder, tmp_path / "broader")
-    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(model_folder, tmp_path / "broader")
+    config = json.loads((model_folder / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 1
     (tmp_path / "broader" / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"expected a folder with config.json and model.safetensors"):
         load_pretrained(tmp_path / "broader")
-    shutil.copytree(folder, tmp_path / "mute")
+    shutil.copytree(model_folder, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         (tmp_path / "mute" / name).unlink()
     with pytest.raises(DataError, match="expected a folder with the files of a tokenizer or processor"):
@@ -174,10 +176,10 @@ def test_unknown_hub_name_raises(monkeypatch):
         load_pretrained("no-owner/no-such-model")
 
 
-def test_missing_weights_raise(folder, tmp_path):
+def test_missing_weights_raise(model_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(folder, tmp_path / "less")
+    shutil.copytree(model_folder, tmp_path / "less")
     file = tmp_path / "less" / "model.safetensors"
     less = {name: value for name, value in load_file(file).items() if "layers.1.self_attn.q_proj" not in name}
     save_file(less, file, metadata={"format": "pt"})
@@ -193,29 +195,39 @@ def test_missing_weights_raise(folder, tmp_path):
         ({"device": "abacus"}, "look device: expected an available device"),
     ],
 )
-def test_unknown_options_raise(folder, options, message):
+def test_unknown_options_raise(model_folder, options, message):
     with pytest.raises(ConfigError, match=message):
-        load_pretrained(folder, **options)
+        load_pretrained(model_folder, **options)
 
 
-def test_missing_transformers_raises(monkeypatch, folder):
+def test_missing_transformers_raises(monkeypatch, model_folder):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"look: expected the package 'transformers', got none installed"):
-        load_pretrained(folder)
+        load_pretrained(model_folder)
 
 
-def run(*arguments):
+def run_command(*arguments):
     return command(look_parser().parse_args([str(argument) for argument in arguments]))
 
 
-def test_command_writes_results_and_page(folder, tmp_path, capsys):
-    arguments = (folder, "--image", folder / "cat.png", "--text", QUESTION, "--max_new_tokens", 2, "--out", tmp_path)
-    assert run(*arguments, "--device", "cpu", "--layers", "*layers.0.*, *layers.2.*", "--exclude_top_k", 1) == 0
+def test_command_writes_results_and_page(model_folder, tmp_path, capsys):
+    arguments = (
+        model_folder,
+        "--image",
+        model_folder / "cat.png",
+        "--text",
+        QUESTION,
+        "--max_new_tokens",
+        2,
+        "--out",
+        tmp_path,
+    )
+    assert run_command(*arguments, "--device", "cpu", "--layers", "*layers.0.*, *layers.2.*", "--exclude_top_k", 1) == 0
     said = capsys.readouterr().out
     content = json.loads((tmp_path / "look.json").read_text())
     assert [site.split(".")[3] for site in content["sites"]] == ["0", "2"]
     assert content["sinks_left_out"] == 1
-    assert content["model"] == str(folder)
+    assert content["model"] == str(model_folder)
     assert sum(token["part"] == "answer" for token in content["tokens"]) == 2
     assert re.search(r"^ mean( +\d+\.\d %){6}$", said, re.MULTILINE)
     assert re.search(r"In the answer, .* of attention goes to the image", said)
@@ -224,9 +236,20 @@ def test_command_writes_results_and_page(folder, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"look.json", "report.html"}
 
 
-def test_command_reports_random_weights(bare, folder, tmp_path, capsys):
+def test_command_reports_random_weights(bare_folder, model_folder, tmp_path, capsys):
     assert (
-        run(bare, "--random", "--image", folder / "cat.png", "--text", QUESTION, "--answer", "cat", "--out", tmp_path)
+        run_command(
+            bare_folder,
+            "--random",
+            "--image",
+            model_folder / "cat.png",
+            "--text",
+            QUESTION,
+            "--answer",
+            "cat",
+            "--out",
+            tmp_path,
+        )
         == 0
     )
     assert "The weights are random" in capsys.readouterr().out
@@ -236,25 +259,25 @@ def test_command_reports_random_weights(bare, folder, tmp_path, capsys):
 def test_command_checks_the_image_before_loading_the_model(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"nothing")
     with pytest.raises(EquipoiseError, match=r"look image '.*cat\.png': expected an image"):
-        run("no-owner/no-such-model", "--image", tmp_path / "cat.png", "--text", QUESTION)
+        run_command("no-owner/no-such-model", "--image", tmp_path / "cat.png", "--text", QUESTION)
 
 
-def test_documentation_page_runs(folder, tmp_path, monkeypatch, capsys):
+def test_documentation_page_runs(model_folder, tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "look.md").read_text(encoding="utf-8")
     for heading in ("What the results mean", "When the results mislead", "Supported models"):
         assert f"\n## {heading}\n" in text
     monkeypatch.chdir(tmp_path)
-    shutil.copy(folder / "cat.png", tmp_path)
+    shutil.copy(model_folder / "cat.png", tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 2
     names = {}
     for block in blocks:
-        exec(block.replace("llava-hf/llava-1.5-7b-hf", str(folder)), names)
+        exec(block.replace("llava-hf/llava-1.5-7b-hf", str(model_folder)), names)
     assert (tmp_path / "look.html").is_file()
     assert re.search(r"mean +\d", capsys.readouterr().out)
     for option in re.findall(r"(--\w+)", text):
         assert option in look_parser().format_help()
 
 
-def test_test_processor_is_saved_completely(folder):
-    assert type(load_pretrained(folder).processor) is type(processor())
+def test_test_processor_is_saved_completely(model_folder):
+    assert type(load_pretrained(model_folder).processor) is type(processor())

@@ -33,7 +33,7 @@ def samples(size=SIZE, seed=0):
     return [{name: value[i] for name, value in whole.items()} for i in range(size)]
 
 
-def small(fusion=None, **options):
+def build_model(fusion=None, **options):
     torch.manual_seed(0)
     if fusion is None:
         return model(dtype=torch.float32, **options)
@@ -41,18 +41,18 @@ def small(fusion=None, **options):
     return eq.FusionModel(encoders, fusion, 3, unimodal="train")
 
 
-def ogm(made):
+def build_ogm(made):
     return [eq.balance.OGM(made, alpha=0.5)]
 
 
-def both(made):
+def build_both(made):
     return [
-        *ogm(made),
+        *build_ogm(made),
         eq.balance.RollingQ(made.fusion.attention, beta=0.0, tail=None, max_rotations=None, warmup_epochs=1),
     ]
 
 
-def arguments(folder, **options):
+def training_arguments(folder, **options):
     options = {
         "num_train_epochs": EPOCHS, "per_device_train_batch_size": PER_STEP, "learning_rate": 0.1, "optim": "sgd",
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "remove_unused_columns": False, "save_strategy": "no",
@@ -68,16 +68,16 @@ class InOrder(transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
+def build_trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
     balanced = eq.hf.BalancedModel(made, eq.BalancerList(made, balancers))
     return (InOrder if in_order else transformers.Trainer)(
-        balanced, arguments(folder, **options), train_dataset=data or samples(), eval_dataset=evaluation,
+        balanced, training_arguments(folder, **options), train_dataset=data or samples(), eval_dataset=evaluation,
         callbacks=[eq.hf.BalancerCallback(balanced.balancing, **(callback or {}))],
     )  # fmt: skip
 
 
 def train(*given, resume=None, **options):
-    made = trainer(*given, **options)
+    made = build_trainer(*given, **options)
     with warnings.catch_warnings():
         # A warning of torch's loaders about pinned memory without an accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -85,7 +85,7 @@ def train(*given, resume=None, **options):
     return made
 
 
-def same(one, other):
+def assert_same_state(one, other):
     one, other = one.model.state_dict(), other.model.state_dict()
     assert one.keys() == other.keys()
     for name in one:
@@ -93,10 +93,10 @@ def same(one, other):
 
 
 def test_trainer_equals_a_plain_loop(tmp_path):
-    net = small()
-    made = train(tmp_path, net, both(net), in_order=True)
-    plain = small()
-    balancing = eq.BalancerList(plain, both(plain))
+    net = build_model()
+    made = train(tmp_path, net, build_both(net), in_order=True)
+    plain = build_model()
+    balancing = eq.BalancerList(plain, build_both(plain))
     optimizer, data = torch.optim.SGD(plain.parameters(), lr=0.1), samples()
     plain.train()
     for _ in range(EPOCHS):
@@ -120,12 +120,12 @@ def test_trainer_equals_a_plain_loop(tmp_path):
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
     options = {"num_train_epochs": 2, "in_order": True}
-    large, parts = small(), small()
-    train(tmp_path, large, both(large), **options)
+    large, parts = build_model(), build_model()
+    train(tmp_path, large, build_both(large), **options)
     train(
         tmp_path,
         parts,
-        both(parts),
+        build_both(parts),
         per_device_train_batch_size=PER_STEP // 2,
         gradient_accumulation_steps=2,
         **options,
@@ -139,8 +139,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 @pytest.mark.parametrize(
     ("balancers", "step", "options"),
     [
-        (both, 5, {"dropout": 0.2}),
-        (both, 7, {"dropout": 0.2}),
+        (build_both, 5, {"dropout": 0.2}),
+        (build_both, 7, {"dropout": 0.2}),
         (lambda made: [eq.balance.GradientBlending(made, every=1)], 5, {"fusion": eq.fusion.Concat}),
         (
             lambda made: [eq.balance.ProgressiveRollingQ(made.fusion, epochs=EPOCHS, beta=0.0, tail=None)],
@@ -162,13 +162,13 @@ def test_resumed_run_equals_an_uninterrupted_run(balancers, step, options, tmp_p
     val = torch.utils.data.DataLoader(samples(7, seed=1), 7)
 
     def run(folder, **given):
-        made = copy.deepcopy(small(**options))
+        made = copy.deepcopy(build_model(**options))
         return train(folder, made, balancers(made), callback={"val": val}, **given)
 
     saved = run(tmp_path, save_strategy="steps", save_steps=step)
     # Another output folder: the balancer state is loaded together with the weights.
     resumed = run(tmp_path / "other", resume=str(tmp_path / f"checkpoint-{step}"))
-    same(resumed, saved)
+    assert_same_state(resumed, saved)
     logs = [
         [json.dumps(entry, sort_keys=True) for entry in made.state.log_history if "train_runtime" not in entry]
         for made in (saved, resumed)
@@ -178,8 +178,8 @@ def test_resumed_run_equals_an_uninterrupted_run(balancers, step, options, tmp_p
 
 
 def test_incomplete_epoch_does_not_call_end_epoch(tmp_path):
-    made = small()
-    balancers = both(made)
+    made = build_model()
+    balancers = build_both(made)
     train(tmp_path, made, balancers, max_steps=7)
     assert int(balancers[0].epoch) == 1
 
@@ -192,16 +192,16 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def test_data_of_unknown_length(tmp_path):
-    made = small()
-    balancers = both(made)
+    made = build_model()
+    balancers = build_both(made)
     train(tmp_path, made, balancers, data=Stream(), max_steps=5)
     assert int(balancers[0].epoch) == 2
 
 
 def test_evaluation_uses_the_task_loss_and_updates_no_balancer(tmp_path):
-    made = small()
-    balancers = both(made)
-    run = trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
+    made = build_model()
+    balancers = build_both(made)
+    run = build_trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
     before = [balancer.state_dict() for balancer in balancers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -215,8 +215,8 @@ def test_evaluation_uses_the_task_loss_and_updates_no_balancer(tmp_path):
 
 
 def test_best_model_is_loaded_with_its_balancers(tmp_path):
-    made = small()
-    balancers = both(made)
+    made = build_model()
+    balancers = build_both(made)
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     # Select the worst model as the best, so that it is not the last one.
     run = train(tmp_path, made, balancers, evaluation=samples(), greater_is_better=True, **options)
@@ -226,8 +226,8 @@ def test_best_model_is_loaded_with_its_balancers(tmp_path):
 
 
 def test_half_precision(tmp_path):
-    made = small()
-    balancers = both(made)
+    made = build_model()
+    balancers = build_both(made)
     run = train(tmp_path, made, balancers, bf16=True)
     assert all(bool(p.isfinite().all()) for p in made.parameters())
     assert int(balancers[1].rotations) > 0
@@ -244,15 +244,15 @@ def test_documentation_pages_run(page, tmp_path, monkeypatch):
             exec(compile(block, page, "exec"), {"__name__": "page"})
 
 
-def slowed(tmp_path, balancers, **options):
+def gradient_norms(tmp_path, balancers, **options):
     """Returns the gradient norms of every encoder's matrix in one step with Trainer."""
-    made = small(eq.fusion.Concat(12))
+    made = build_model(eq.fusion.Concat(12))
     before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
     train(tmp_path, made, balancers(made), max_steps=1, in_order=True, **options)
     return {name: float((made.encoders[name].weight.detach() - before[name]).norm()) for name in before}
 
 
-class Slower(eq.balance.Balancer):
+class GradientScaler(eq.balance.Balancer):
     """A balancer that scales the gradient of one encoder."""
 
     def gradient_scale(self, output, target):
@@ -260,9 +260,9 @@ class Slower(eq.balance.Balancer):
 
 
 def test_clipping_after_the_balancers(tmp_path):
-    whole = slowed(tmp_path, lambda made: [])
+    whole = gradient_norms(tmp_path, lambda made: [])
     clip = 0.1
-    made = small(eq.fusion.Concat(12))
+    made = build_model(eq.fusion.Concat(12))
     part = torch.utils.data.default_collate(samples()[:PER_STEP])
     target = part.pop("labels")
     eq.BalancerList(made).loss(made(part), target).backward()
@@ -270,16 +270,16 @@ def test_clipping_after_the_balancers(tmp_path):
     norm = sum(squares.values()) ** 0.5
     after = (norm**2 - (1 - 0.25**2) * squares["encoders.audio.weight"]) ** 0.5
     assert after > 2 * clip
-    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": clip})
+    ours = gradient_norms(tmp_path, lambda made: [GradientScaler()], callback={"clip": clip})
     assert ours["audio"] == pytest.approx(0.25 * clip / after * whole["audio"], rel=1e-4)
     assert ours["image"] == pytest.approx(clip / after * whole["image"], rel=1e-4)
     with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalancerCallback\(clip=0\.1\)"):
-        theirs = slowed(tmp_path, lambda made: [Slower()], max_grad_norm=clip)
+        theirs = gradient_norms(tmp_path, lambda made: [GradientScaler()], max_grad_norm=clip)
     assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
     assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
 
 
-class Lit(pl.LightningModule):
+class LightningStep(pl.LightningModule):
     """The same step in Lightning, which clips after the balancers."""
 
     def __init__(self, made, balancing):
@@ -294,10 +294,10 @@ class Lit(pl.LightningModule):
 
 
 def test_lightning_clips_in_the_same_order(tmp_path):
-    ours = slowed(tmp_path, lambda made: [Slower()], callback={"clip": 0.1})
-    made = small(eq.fusion.Concat(12))
+    ours = gradient_norms(tmp_path, lambda made: [GradientScaler()], callback={"clip": 0.1})
+    made = build_model(eq.fusion.Concat(12))
     before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
-    lit = Lit(made, eq.BalancerList(made, [Slower()]))
+    lit = LightningStep(made, eq.BalancerList(made, [GradientScaler()]))
     with quiet_lightning():
         pl.Trainer(
             max_steps=1, gradient_clip_val=0.1, callbacks=[eq.lightning.BalancerCallback(lit.balancing)], accelerator="cpu",
@@ -308,7 +308,7 @@ def test_lightning_clips_in_the_same_order(tmp_path):
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
-def test_without_transformers(monkeypatch):
+def test_missing_transformers_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "equipoise.integrations.huggingface")
     with pytest.raises(
@@ -318,7 +318,7 @@ def test_without_transformers(monkeypatch):
         _ = eq.hf
 
 
-class Own(transformers.PreTrainedModel):
+class CustomModel(transformers.PreTrainedModel):
     """A Hugging Face model that computes its own loss."""
 
     config_class = transformers.PreTrainedConfig
@@ -326,8 +326,8 @@ class Own(transformers.PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.net = small()
-        self.balancing = eq.BalancerList(self.net, both(self.net))
+        self.net = build_model()
+        self.balancing = eq.BalancerList(self.net, build_both(self.net))
         eq.hf.keep_state(self, self.balancing)
         self.post_init()
 
@@ -341,8 +341,8 @@ class Own(transformers.PreTrainedModel):
 
 def test_custom_model_keeps_the_balancer_state(tmp_path):
     def run(folder, resume=None):
-        made = Own(transformers.PreTrainedConfig())
-        args = arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
+        made = CustomModel(transformers.PreTrainedConfig())
+        args = training_arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
         callbacks = [eq.hf.BalancerCallback(made.balancing)]
         own = transformers.Trainer(made, args, train_dataset=samples(), callbacks=callbacks)
         with warnings.catch_warnings():
@@ -352,19 +352,19 @@ def test_custom_model_keeps_the_balancer_state(tmp_path):
 
     straight = run(tmp_path)
     assert int(straight.model.state_dict()["balance.0.epoch"]) == EPOCHS
-    same(run(tmp_path / "other", resume=str(tmp_path / "checkpoint-7")), straight)
+    assert_same_state(run(tmp_path / "other", resume=str(tmp_path / "checkpoint-7")), straight)
 
 
 def test_state_dict_reports_missing_and_unexpected_keys():
     def balanced(balancers):
-        made = small()
+        made = build_model()
         return eq.hf.BalancedModel(made, eq.BalancerList(made, balancers(made)))
 
-    one = balanced(ogm)
+    one = balanced(build_ogm)
     one.balancing.balancers[0].epoch += 5
     state = one.state_dict()
     assert {name for name in state if not name.startswith("model.")} == {"balance.0.epoch", "balance.0.used"}
-    other = balanced(ogm)
+    other = balanced(build_ogm)
     other.load_state_dict(state)
     assert int(other.balancing.balancers[0].epoch) == 5
     plain = {name: value for name, value in state.items() if name != "balance.0.used"}
@@ -377,9 +377,9 @@ def test_state_dict_reports_missing_and_unexpected_keys():
         balanced(lambda made: []).load_state_dict(state)
 
 
-def test_wrapped_models_find_their_state():
-    made = small()
-    one = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
+def test_wrapped_models_restore_their_state():
+    made = build_model()
+    one = eq.hf.BalancedModel(made, eq.BalancerList(made, build_ogm(made)))
     state = copy.deepcopy(nn.Sequential(one).state_dict())
     assert "0.balance.0.epoch" in state
     one.balancing.balancers[0].epoch += 3
@@ -398,9 +398,9 @@ def worker(rank, folder):
     os.environ.update({name: str(value) for name, value in place.items()})
     # Initialize the process group first, so that Trainer does not search for a free port.
     with together(rank, folder):
-        made = small()
+        made = build_model()
         options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
-        run = train(folder, made, both(made), in_order=True, save_strategy="epoch", **options)
+        run = train(folder, made, build_both(made), in_order=True, save_strategy="epoch", **options)
         assert run.args.world_size == 2
         torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
 
@@ -408,8 +408,8 @@ def worker(rank, folder):
 @pytest.mark.distributed
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    made = small()
-    alone = train(tmp_path / "alone", made, both(made), in_order=True, num_train_epochs=2)
+    made = build_model()
+    alone = train(tmp_path / "alone", made, build_both(made), in_order=True, num_train_epochs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, wanted in alone.model.state_dict().items():
         if name != "model.fusion.attention.core.rolling._extra_state":
@@ -418,16 +418,16 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     assert int(found[0]["model.fusion.attention.core.rolling.rotations"]) == 1
 
 
-class Turns(eq.balance.Balancer):
+class MultiStep(eq.balance.Balancer):
     steps_per_batch = 2
 
 
-class Partial(eq.balance.Balancer):
+class PartialGraph(eq.balance.Balancer):
     partial_graph = True
 
 
-def begin(balancers=ogm, wrapped=True, clip=None, **options):
-    made = small()
+def begin_training(balancers=build_ogm, wrapped=True, clip=None, **options):
+    made = build_model()
     balancing = eq.BalancerList(made, balancers(made))
     callback = eq.hf.BalancerCallback(balancing, clip=clip)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
@@ -439,11 +439,11 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"balancers": lambda made: [Turns()]}, r"one that takes several\. Use equipoise's own"),
+        ({"balancers": lambda made: [MultiStep()]}, r"one that takes several\. Use equipoise's own"),
         ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps inside backward. Use DistributedDataParallel"),
         ({"n_gpu": 3}, "one device for each process, got 3 under DataParallel.*torchrun"),
         (
-            {"balancers": lambda made: [Partial()], "world_size": 2},
+            {"balancers": lambda made: [PartialGraph()], "world_size": 2},
             "expected ddp_find_unused_parameters=True, since some parameters .* got None",
         ),
         ({"remove_unused_columns": True}, "BalancerCallback: expected remove_unused_columns=False, .* got True"),
@@ -456,29 +456,31 @@ def begin(balancers=ogm, wrapped=True, clip=None, **options):
 )
 def test_errors_before_training(options, message):
     with pytest.raises(ConfigError, match=message):
-        begin(**options)
+        begin_training(**options)
 
 
 def test_allowed_configurations():
-    begin()
-    begin(clip=0.5, max_grad_norm=None)
-    begin(clip=0.5, max_grad_norm=float("inf"), fp16=True)
-    begin(balancers=lambda made: [Partial()], world_size=2, ddp_find_unused_parameters=True)
-    begin(wrapped=False, save_strategy="no", remove_unused_columns=True)
-    begin(balancers=lambda made: [eq.balance.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0)
+    begin_training()
+    begin_training(clip=0.5, max_grad_norm=None)
+    begin_training(clip=0.5, max_grad_norm=float("inf"), fp16=True)
+    begin_training(balancers=lambda made: [PartialGraph()], world_size=2, ddp_find_unused_parameters=True)
+    begin_training(wrapped=False, save_strategy="no", remove_unused_columns=True)
+    begin_training(
+        balancers=lambda made: [eq.balance.RollingQ(made.fusion.attention)], wrapped=False, max_grad_norm=1.0
+    )
 
 
 def test_balancer_list_of_another_model_raises():
-    made = small()
-    callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
-    wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, ogm(made)))
+    made = build_model()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(made, build_ogm(made)))
+    wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, build_ogm(made)))
     with pytest.raises(ConfigError, match=r"expected the balancing of the trained model, .* model\.balancing"):
         callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
 
 
 def test_adam_and_other_balancer_lists_warn():
-    made = small()
-    callback = eq.hf.BalancerCallback(eq.BalancerList(made, ogm(made)))
+    made = build_model()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(made, build_ogm(made)))
     args = SimpleNamespace(**ARGUMENTS)
     optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
     with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes away"):
@@ -488,4 +490,4 @@ def test_adam_and_other_balancer_lists_warn():
     with pytest.raises(
         ConfigError, match="BalancedModel: expected a BalancerList of this model, got one of another FusionModel"
     ):
-        eq.hf.BalancedModel(small(), eq.BalancerList(made))
+        eq.hf.BalancedModel(build_model(), eq.BalancerList(made))

@@ -24,10 +24,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
-class Mine(pl.LightningModule):
+class CustomModule(pl.LightningModule):
     def __init__(self, source):
         super().__init__()
-        self.net = built(source)
+        self.net = build_model(source)
 
     def training_step(self, batch, index):
         return self.net.loss(self.net(batch).logits, batch["target"])
@@ -36,7 +36,7 @@ class Mine(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def built(source, fusion=None, seed=0, **options):
+def build_model(source, fusion=None, seed=0, **options):
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(shape[-1], 8) for name, shape in source.shapes.items()}
     fusion = fusion or eq.fusion.JointAttention(8, dropout=0.0)
@@ -56,7 +56,7 @@ def fit(module, source, *callbacks, epochs=2, **options):
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 def test_callback_in_a_custom_module(statistics):
     source = Made()
-    mine = Mine(source)
+    mine = CustomModule(source)
     if statistics == "full_pass":
         mine.model = mine.net
     balancer = eq.balance.RollingQ(
@@ -70,7 +70,7 @@ def test_callback_in_a_custom_module(statistics):
 
 
 def test_callback_saves_the_balancer_state():
-    one, other, third = (eq.balance.RollingQ(built(Made()).fusion.attention) for _ in range(3))
+    one, other, third = (eq.balance.RollingQ(build_model(Made()).fusion.attention) for _ in range(3))
     one.epochs += 5
     state = eq.lightning.BalancerCallback(one).state_dict()
     eq.lightning.BalancerCallback([other]).load_state_dict(state)
@@ -82,7 +82,7 @@ def test_callback_saves_the_balancer_state():
 
 
 def test_unused_balancer_raises():
-    made = built(Made())
+    made = build_model(Made())
     with pytest.raises(
         ConfigError, match=r"the BalancerList of OGM, which acts in training steps, got OGM alone\. Return"
     ):
@@ -123,9 +123,9 @@ class Gradients(pl.Callback):
         self.found = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
 
 
-def gradients(balancer, fusion=None):
+def recorded_gradients(balancer, fusion=None):
     source, keep = Made(), Gradients()
-    module = BalancedTraining(built(source, fusion), TrainOptions(epochs=1), balancers=[balancer])
+    module = BalancedTraining(build_model(source, fusion), TrainOptions(epochs=1), balancers=[balancer])
     fit(module, source, keep, epochs=1, limit_train_batches=1)
     return keep.found
 
@@ -133,7 +133,7 @@ def gradients(balancer, fusion=None):
 @pytest.mark.parametrize("fusion", [None, lambda: eq.fusion.Concat(8)])
 def test_gradient_scale_affects_only_encoder_weights(fusion):
     plain, scaled = (
-        gradients(Probe(factors), fusion and fusion())
+        recorded_gradients(Probe(factors), fusion and fusion())
         for factors in (None, {"audio": torch.tensor(0.25), "image": 3.0})
     )
     for name, gradient in plain.items():
@@ -144,9 +144,9 @@ def test_gradient_scale_affects_only_encoder_weights(fusion):
 
 def test_penalty_is_added_and_observe_gets_every_batch():
     probe = Probe(weight=2.0)
-    with_penalty, without = gradients(probe), gradients(Probe())
+    with_penalty, without = recorded_gradients(probe), recorded_gradients(Probe())
     source = Made()
-    model = built(source)
+    model = build_model(source)
     batch = next(iter(loaders(source)[0]))
     (2.0 * model(batch).logits.square().mean()).backward()
     name = "head.weight"
@@ -158,7 +158,7 @@ def test_penalty_is_added_and_observe_gets_every_batch():
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 def test_tasks_with_three_modalities(task):
     source = Made(("audio", "image", "text"), task)
-    model = built(source)
+    model = build_model(source)
     balancer = eq.balance.RollingQ(model.fusion.attention, beta=0.0, max_rotations=1)
     options = TrainOptions(epochs=2, unimodal="train")
     fit(BalancedTraining(model, options, balancers=[balancer]), source, eq.lightning.BalancerCallback(balancer))
@@ -183,10 +183,10 @@ def test_non_finite_target_raises():
     source = Made(task="regression")
     source.train.target[5] = torch.inf
     with pytest.raises(NonFiniteError, match=r"training, epoch 1, batch \d, target: expected finite values.*index 5\."):
-        fit(BalancedTraining(built(source), TrainOptions(epochs=1)), source)
+        fit(BalancedTraining(build_model(source), TrainOptions(epochs=1)), source)
 
 
-def masked(source, *, mask_of):
+def masked_batch(source, *, mask_of):
     """Returns a training batch in which the audio of sample 5 is NaN where ``mask_of`` masks it."""
     values = dict(source.train.inputs)
     mask = mask_of(values["audio"])
@@ -216,10 +216,10 @@ def without_tokens(values):
 def test_masked_values_are_not_checked(mask_of, encoder):
     source = Made()
     options = TrainOptions(epochs=1, optimizer="sgd", learning_rate=0.1)
-    batch = masked(source, mask_of=mask_of)
+    batch = masked_batch(source, mask_of=mask_of)
 
     def train(batch):
-        model = built(source)
+        model = build_model(source)
         model.encoders["audio"] = encoder(source.shapes["audio"][-1], 8)
         model._takes_mask["audio"] = encoder is Encoder
         fit_batches(BalancedTraining(model, options), [batch])
@@ -247,7 +247,7 @@ def test_non_finite_loss_raises():
     source = Made()
     options = TrainOptions(epochs=9, optimizer="sgd", learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteError, match=r"although all inputs are finite\. Lower train\.learning_rate"):
-        fit(BalancedTraining(built(source), options), source, epochs=9)
+        fit(BalancedTraining(build_model(source), options), source, epochs=9)
 
 
 @pytest.mark.parametrize(

@@ -16,35 +16,35 @@ from helpers.own_models import NAMES, EncoderNet, MultiheadNet, TwoTowers, batch
 ENCODERS = {"audio": "audio", "image": "image"}
 
 
-def multihead(**options):
+def adapted_multihead(**options):
     torch.manual_seed(0)
     return eq.adapt(MultiheadNet(), encoders=ENCODERS, **options)
 
 
-def encoder_net(**options):
+def adapted_encoder_net(**options):
     torch.manual_seed(0)
     return eq.adapt(EncoderNet(), encoders={"audio": "wave", "image": "pixels"}, **options)
 
 
-def towers(**options):
+def adapted_towers(**options):
     torch.manual_seed(0)
     model = TwoTowers()
     return eq.adapt(model, encoders=dict(model.towers), **options)
 
 
-MODELS = {"multihead": multihead, "encoder": encoder_net, "towers": towers}
+MODELS = {"multihead": adapted_multihead, "encoder": adapted_encoder_net, "towers": adapted_towers}
 
 
-def test_calls_and_results_stay_the_same():
+def test_adapted_calls_and_outputs_are_unchanged():
     data = batch()
     audio, image = data["audio"], data["image"]
     for adapted, args, kwargs in (
-        (multihead(), (), {"audio": audio, "image": image}),
-        (multihead(), (audio, image), {}),
-        (multihead(), (audio,), {"image": image}),
-        (encoder_net(), (audio, image), {}),
-        (encoder_net(), (audio,), {"y": image}),
-        (towers(), (data,), {}),
+        (adapted_multihead(), (), {"audio": audio, "image": image}),
+        (adapted_multihead(), (audio, image), {}),
+        (adapted_multihead(), (audio,), {"image": image}),
+        (adapted_encoder_net(), (audio, image), {}),
+        (adapted_encoder_net(), (audio,), {"y": image}),
+        (adapted_towers(), (data,), {}),
     ):
         expected, found = adapted.model(*args, **kwargs), adapted(*args, **kwargs)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -60,11 +60,11 @@ def test_calls_and_results_stay_the_same():
         assert set(output.tokens) == set(output.unimodal_logits) == set(NAMES)
         assert output.features.shape == (6, adapted.head.in_features)
         assert torch.equal(adapted.head(output.features), output.logits)
-    assert torch.equal(encoder_net()(data)[0], encoder_net()(audio, image)[0])
-    assert torch.equal(multihead()(data), multihead()(audio, image))
+    assert torch.equal(adapted_encoder_net()(data)[0], adapted_encoder_net()(audio, image)[0])
+    assert torch.equal(adapted_multihead()(data), adapted_multihead()(audio, image))
 
 
-def test_the_model_itself_is_not_changed():
+def test_original_model_is_not_modified():
     model = MultiheadNet()
     keys, data = list(model.state_dict()), batch()
     adapted = eq.adapt(model, encoders=ENCODERS)
@@ -76,7 +76,7 @@ def test_the_model_itself_is_not_changed():
     assert {name.removeprefix("model.") for name in adapted.state_dict()} >= set(keys)
 
 
-def test_random_numbers_are_those_without_adapt():
+def test_rng_use_is_unchanged():
     torch.manual_seed(3)
     model = MultiheadNet()
     expected = torch.rand(2)
@@ -88,7 +88,7 @@ def test_random_numbers_are_those_without_adapt():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_encode_and_fuse_are_the_forward_pass(name):
+def test_encode_and_fuse_equal_the_forward_pass(name):
     adapted, data = MODELS[name](), batch()
     adapted(data)
     output = adapted.output_of(adapted(data))
@@ -105,18 +105,18 @@ def test_encode_and_fuse_are_the_forward_pass(name):
     assert not torch.allclose(without.logits, output.logits)
 
 
-def test_labels_of_keys_are_measured():
+def test_key_labels_are_inferred():
     data = batch()
-    labels = multihead().key_labels(data)
+    labels = adapted_multihead().key_labels(data)
     assert {count: part.tolist() for count, part in labels.items()} == {8: [-1, 0, 0, 0, 0, 1, 1, 1]}
-    labels = encoder_net().key_labels(data)
+    labels = adapted_encoder_net().key_labels(data)
     assert {count: part.tolist() for count, part in labels.items()} == {7: [1, 1, 1, 0, 0, 0, 0]}
-    assert towers().key_labels(data) == {}
+    assert adapted_towers().key_labels(data) == {}
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_watch_attributes_the_keys_of_an_adapted_model(training):
-    adapted, data = encoder_net(), batch()
+    adapted, data = adapted_encoder_net(), batch()
     adapted.train(training)
     with eq.watch(adapted) as record:
         adapted(data)
@@ -128,7 +128,7 @@ def test_watch_attributes_the_keys_of_an_adapted_model(training):
         torch.testing.assert_close(record.share(mine), direct.share(other))
 
 
-def methods():
+def balancer_names():
     skipped = ("Balancer", "RollingQ", "ProgressiveRollingQ")
     classes = {name: part for name, part in vars(balance).items() if inspect.isclass(part) and name not in skipped}
     return [name for name, part in sorted(classes.items()) if issubclass(part, balance.Balancer)]
@@ -147,8 +147,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("method", methods())
-def test_every_balancer_trains_or_says_why_not(method, kind):
+@pytest.mark.parametrize("method", balancer_names())
+def test_every_balancer_trains_or_raises_with_reason(method, kind):
     data = batch()
     adapted = MODELS[kind](unimodal="train", example=data)
     options = {"teachers": {n: copy.deepcopy(e) for n, e in adapted.encoders.items()}} if method == "UMT" else {}
@@ -207,8 +207,8 @@ def test_balancers_equal_those_of_a_fusion_model():
         torch.testing.assert_close(one, other)
 
 
-def test_outputs_of_several_passes_are_found():
-    adapted = multihead()
+def test_outputs_of_several_passes():
+    adapted = adapted_multihead()
     results = [adapted(batch(seed)) for seed in range(3)]
     outputs = [adapted.output_of(result) for result in results]
     for seed, output in enumerate(outputs):
@@ -218,7 +218,7 @@ def test_outputs_of_several_passes_are_found():
 
 
 def test_copies_are_independent():
-    adapted, data = multihead(), batch()
+    adapted, data = adapted_multihead(), batch()
     adapted(data)
     with eq.watch(adapted):
         adapted(data)
@@ -228,9 +228,11 @@ def test_copies_are_independent():
     twin.load_state_dict(adapted.state_dict())
 
 
-def test_own_losses_and_own_heads():
+def test_custom_losses_and_heads():
     data = batch()
-    adapted = multihead(loss=lambda logits, target: nn.functional.cross_entropy(logits, target, label_smoothing=0.1))
+    adapted = adapted_multihead(
+        loss=lambda logits, target: nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+    )
     output = adapted.output_of(adapted(data))
     expected = nn.functional.cross_entropy(output.logits, data["target"], label_smoothing=0.1)
     torch.testing.assert_close(adapted.loss(output.logits, data["target"]), expected)
@@ -238,7 +240,7 @@ def test_own_losses_and_own_heads():
     balancing = eq.BalancerList(adapted)
     total = balancing.loss(adapted(data), data["target"], task_loss=torch.tensor(5.0))
     torch.testing.assert_close(total - 5.0, adapted.unimodal_loss(output, data["target"]))
-    heads = multihead(heads={name: nn.Linear(8, 3) for name in NAMES}, unimodal="train")
+    heads = adapted_multihead(heads={name: nn.Linear(8, 3) for name in NAMES}, unimodal="train")
     output = heads.output_of(heads(data))
     torch.testing.assert_close(
         output.unimodal_logits["audio"], heads.unimodal_heads["audio"](output.tokens["audio"].pooled())
@@ -246,7 +248,7 @@ def test_own_losses_and_own_heads():
 
 
 def test_missing_modalities_of_samples_are_masked():
-    adapted, data = multihead(), batch()
+    adapted, data = adapted_multihead(), batch()
     mask = torch.tensor([True, False, True, True, True, True])
     output = adapted.output_of(adapted({**data, "mask": {"audio": mask}}))
     assert torch.equal(output.tokens["audio"].present(), mask)
@@ -268,19 +270,19 @@ def test_missing_modalities_of_samples_are_masked():
         ({"unimodal": "ensemble"}, r"unimodal = 'probe' or 'train'"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_said_at_construction(options, message):
+def test_missing_parts_raise_at_construction(options, message):
     with pytest.raises(ConfigError, match=message):
         eq.adapt(MultiheadNet(), **{"encoders": ENCODERS, **options})
 
 
-def test_an_encoder_that_the_forward_pass_skips():
+def test_skipped_encoder_raises():
     model = MultiheadNet()
     model.unused = nn.Linear(5, 8)
     with pytest.raises(ConfigError, match="a forward pass through the encoder 'unused' of 'audio'"):
         eq.adapt(model, encoders={"audio": "unused", "image": "image"}, example=batch())
 
 
-def test_without_a_head():
+def test_model_without_head():
     class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -311,7 +313,7 @@ def test_encoders_must_return_tokens_of_the_batch():
         eq.adapt(model, encoders={"audio": "audio.1", "image": "image"}, example=batch())
 
 
-def test_modules_that_were_not_adapted_are_refused_with_the_way_out():
+def test_modules_without_adapt_raise_with_fix():
     model = MultiheadNet()
     for build in (eq.balance.OGM, eq.balance.MMPareto, eq.balance.ModalityCorruption, eq.BalancerList):
         with pytest.raises(ConfigError, match=r"got MultiheadNet without names.*eq\.adapt\(model, encoders="):
@@ -319,12 +321,12 @@ def test_modules_that_were_not_adapted_are_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"eq\.adapt\(model, encoders="):
         eq.diagnostics.noise_response(model, [batch()])
     with pytest.raises(ConfigError, match="noise_response: expected"):
-        eq.diagnostics.noise_response(towers(), [batch()])
+        eq.diagnostics.noise_response(adapted_towers(), [batch()])
 
 
-def test_tuples_and_other_keys_of_loaders():
+def test_loader_tuples_and_other_keys():
     data = batch()
-    adapted = encoder_net(example=(data["audio"], data["image"], data["target"]))
+    adapted = adapted_encoder_net(example=(data["audio"], data["image"], data["target"]))
     loader = [(data["audio"], data["image"], data["target"])]
     expected = eq.diagnose(adapted, [data], tests=["score", "response"]).metrics
     assert eq.diagnose(adapted, loader, tests=["score", "response"]).metrics == expected
@@ -349,15 +351,15 @@ def test_tuples_and_other_keys_of_loaders():
     assert torch.equal(function(data)[0], adapted(data)[0])
 
 
-def test_a_full_diagnosis():
+def test_full_diagnosis():
     data = [batch(seed) for seed in range(2)]
-    found = eq.diagnose(encoder_net(), data)
+    found = eq.diagnose(adapted_encoder_net(), data)
     assert set(found.skipped) == {"ood", "collapse"}
     assert found.name == "encodernet"
     assert found.details["attention"]["layers"][0]["site"] == "model.fusion.layers.0.self_attn"
 
 
-def test_labels_of_a_vision_language_model():
+def test_vision_language_model_labels():
     model, inputs = vlms.llava()
     adapted = eq.adapt(
         model, encoders={"image": "model.multi_modal_projector", "text": "model.language_model.embed_tokens"},

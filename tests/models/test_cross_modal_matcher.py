@@ -31,25 +31,25 @@ SCENES, ITEMS, CLASSES, DIM, WIDTH = 7, 5, 11, 6, 3
 INPUTS = {"audio": 13, "image": 2, "text": 17}
 
 
-class Masked(nn.Linear):
+class MaskedEncoder(nn.Linear):
     """An encoder for which an item of zeros is one without a token."""
 
     def forward(self, values):
         return Tokens(super().forward(values)[:, None], mask=(values != 0).any(dim=1)[:, None])
 
 
-def number(value):
+def as_float(value):
     return value.detach().item()
 
 
-def made(encoder=nn.Linear, dtype=torch.float64, seed=0, **options):
+def build_model(encoder=nn.Linear, dtype=torch.float64, seed=0, **options):
     torch.manual_seed(seed)
     encoders = {name: encoder(size, DIM) for name, size in INPUTS.items()}
     options = {"pairs": TWO, "dim": DIM, "width": WIDTH, **options}
     return CrossModalMatcher(encoders, CLASSES, **options).to(dtype)
 
 
-def scenes(dtype=torch.float64, seed=0, count=SCENES, items=ITEMS):
+def random_scenes(dtype=torch.float64, seed=0, count=SCENES, items=ITEMS):
     torch.manual_seed(seed)
     shown = torch.rand(count, CLASSES).argsort(dim=1)[:, :items]
     target = torch.stack([shown.gather(1, torch.rand(count, items).argsort(dim=1)) for _ in NAMES], dim=1)
@@ -88,8 +88,8 @@ def slow_maps(model, batch):
     return found
 
 
-def test_losses_by_loops():
-    model, batch = made(consistency=0.7), scenes()
+def test_losses_against_loops():
+    model, batch = build_model(consistency=0.7), random_scenes()
     losses, found, target = model.losses(batch), slow_maps(model, batch), batch["target"].tolist()
     for pair, values in model(batch).maps.items():
         np.testing.assert_allclose(values.detach().numpy(), found[pair], **EXACT)
@@ -98,12 +98,12 @@ def test_losses_by_loops():
         for s in range(SCENES):
             mine, theirs = target[s][NAMES.index(i)], target[s][NAMES.index(j)]
             terms += [-math.log(found[i, j][s][row][theirs.index(digit)]) for row, digit in enumerate(mine)]
-    assert number(losses["matching"]) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
+    assert as_float(losses["matching"]) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
     ranks = []
     for s in range(SCENES):
         blocks = {(NAMES.index(i), NAMES.index(j)): values[s] for (i, j), values in found.items()}
         ranks.append(math.log(slow.effective_rank(slow.supermatrix(blocks, 3, ITEMS)) / ITEMS))
-    assert number(losses["consistency"]) == pytest.approx(0.7 * sum(ranks) / SCENES, rel=1e-6)
+    assert as_float(losses["consistency"]) == pytest.approx(0.7 * sum(ranks) / SCENES, rel=1e-6)
     told = []
     for place, name in enumerate(NAMES):
         items = {n: model.encoders[n](batch[n]).detach().numpy() for n in NAMES}
@@ -112,56 +112,56 @@ def test_losses_by_loops():
             for row in range(ITEMS):
                 read = [items[n][s][row] if n == name else found[name, n][s][row] @ items[n][s] for n in NAMES]
                 told.append(-math.log(softmax(list(weight @ np.concatenate(read) + bias))[target[s][place][row]]))
-    assert number(losses["probe"]) == pytest.approx(sum(told) / len(told), rel=1e-10)
+    assert as_float(losses["probe"]) == pytest.approx(sum(told) / len(told), rel=1e-10)
 
 
-def test_kinds_of_the_term():
-    batch = scenes()
+def test_consistency_loss_kinds():
+    batch = random_scenes()
     for kind in ("cycle", "nuclear"):
-        model = made(consistency=2.0, kind=kind)
+        model = build_model(consistency=2.0, kind=kind)
         blocks = {(NAMES.index(i), NAMES.index(j)): values for (i, j), values in slow_maps(model, batch).items()}
         values = []
         for s in range(SCENES):
             matrix = slow.supermatrix({pair: part[s] for pair, part in blocks.items()}, 3, ITEMS)
             values.append(slow.cycle_error(matrix, 3) if kind == "cycle" else slow.nuclear(matrix) / len(matrix) - 1)
-        assert number(model.losses(batch)["consistency"]) == pytest.approx(2 * sum(values) / SCENES, rel=1e-6)
+        assert as_float(model.losses(batch)["consistency"]) == pytest.approx(2 * sum(values) / SCENES, rel=1e-6)
 
 
-def test_temperature_sharpens_what_the_term_sees_alone():
-    batch, plain, sharp = scenes(), made(consistency=1.0), made(consistency=1.0, temperature=0.2)
+def test_temperature_affects_the_consistency_term_only():
+    batch, plain, sharp = random_scenes(), build_model(consistency=1.0), build_model(consistency=1.0, temperature=0.2)
     found = plain(batch)
     expected = {pair: (5 * values).softmax(dim=-1) for pair, values in found.scores.items()}
     matrix = sharp.supermatrix(sharp(batch), temperature=0.2)
     torch.testing.assert_close(matrix[:, :ITEMS, ITEMS : 2 * ITEMS], expected["audio", "image"], **EXACT)
     assert torch.equal(plain.losses(batch)["matching"], sharp.losses(batch)["matching"])
-    assert number(plain.losses(batch)["consistency"]) != pytest.approx(number(sharp.losses(batch)["consistency"]))
+    assert as_float(plain.losses(batch)["consistency"]) != pytest.approx(as_float(sharp.losses(batch)["consistency"]))
 
 
-def gradients(model, name, batch):
+def gradient_sums(model, name, batch):
     model.zero_grad()
     model.losses(batch)[name].backward()
-    return {key: number(p.grad.abs().sum()) for key, p in model.named_parameters() if p.grad is not None}
+    return {key: as_float(p.grad.abs().sum()) for key, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_pair_that_is_not_listed_learns_from_the_term_alone():
-    model, batch = made(consistency=1.0), scenes()
+def test_unlisted_pair_is_trained_by_the_consistency_term_only():
+    model, batch = build_model(consistency=1.0), random_scenes()
     ways = [f"scores.{part}.{way}.weight" for part in ("query", "key") for way in ("audio->text", "text->audio")]
     listed = [f"scores.{part}.{way}.weight" for part in ("query", "key") for way in ("image->text", "audio->image")]
-    matching = gradients(model, "matching", batch)
+    matching = gradient_sums(model, "matching", batch)
     assert all(matching.get(way, 0.0) == 0 for way in ways)
     assert all(matching[way] > 0 for way in listed)
-    assert all(gradients(model, "consistency", batch)[way] > 0 for way in ways + listed)
-    told = made(pairs=THREE, transfer=["audio", "text"])
-    assert all(gradients(told, "matching", batch)[way] > 0 for way in ways)
+    assert all(gradient_sums(model, "consistency", batch)[way] > 0 for way in ways + listed)
+    told = build_model(pairs=THREE, transfer=["audio", "text"])
+    assert all(gradient_sums(told, "matching", batch)[way] > 0 for way in ways)
 
 
-def test_the_probe_teaches_itself_alone():
-    found = gradients(made(mixing="attention"), "probe", scenes())
+def test_probe_loss_trains_the_probe_only():
+    found = gradient_sums(build_model(mixing="attention"), "probe", random_scenes())
     assert {key.split(".")[0] for key, size in found.items() if size > 0} == {"probes"}
 
 
-def test_the_order_of_items_changes_nothing():
-    model, batch = made(consistency=1.0, mixing="moda"), scenes()
+def test_item_order_does_not_matter():
+    model, batch = build_model(consistency=1.0, mixing="moda"), random_scenes()
     order = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(1))
     moved = {**batch, "image": batch["image"][:, order], "target": batch["target"].clone()}
     moved["target"][:, 1] = batch["target"][:, 1, order]
@@ -171,36 +171,36 @@ def test_the_order_of_items_changes_nothing():
     torch.testing.assert_close(other, one[..., order], **EXACT)
 
 
-def test_a_shared_space_has_one_projection_for_each_modality():
-    model, own = made(shared=True), made()
-    scores = model(scenes()).scores
+def test_shared_space_has_one_projection_per_modality():
+    model, own = build_model(shared=True), build_model()
+    scores = model(random_scenes()).scores
     torch.testing.assert_close(scores["audio", "text"], scores["text", "audio"].transpose(1, 2), **EXACT)
     sizes = [sum(p.numel() for p in part.scores.parameters()) for part in (model, own)]
     assert sizes == [3 * DIM * WIDTH, 6 * 2 * (DIM + 1) * WIDTH]
 
 
-def test_moda_as_it_starts_is_ordinary_attention():
-    plain, moda = made(mixing="attention", heads=2), made(mixing="moda", heads=2, merge="mass")
+def test_untrained_moda_equals_attention():
+    plain, moda = build_model(mixing="attention", heads=2), build_model(mixing="moda", heads=2, merge="mass")
     missing, extra = moda.load_state_dict(plain.state_dict(), strict=False)
     assert not extra
     assert all(".aligner." in key for key in missing)
-    batch = scenes()
+    batch = random_scenes()
     torch.testing.assert_close(moda(batch).items["text"], plain(batch).items["text"], rtol=1e-6, atol=1e-7)
-    gated = made(mixing="moda", heads=2, merge="gate")
+    gated = build_model(mixing="moda", heads=2, merge="gate")
     gated.load_state_dict(plain.state_dict(), strict=False)
     assert not torch.allclose(gated(batch).items["text"], plain(batch).items["text"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("mixing", ["none", "attention", "moda"])
 @pytest.mark.parametrize("sinkhorn", [0, 20])
-def test_what_is_missing_has_no_part(mixing, sinkhorn):
-    model, batch = made(Masked, consistency=1.0, mixing=mixing, sinkhorn=sinkhorn), scenes()
+def test_missing_items_are_excluded(mixing, sinkhorn):
+    model, batch = build_model(MaskedEncoder, consistency=1.0, mixing=mixing, sinkhorn=sinkhorn), random_scenes()
     batch["text"][0, 2] = 0.0
     batch["text"][3] = 0.0
     found = model(batch)
     assert not found.present["text"][0, 2]
-    assert number(found.maps["audio", "text"][0, :, 2].abs().sum()) == 0
-    assert number(found.maps["text", "audio"][0, 2].abs().sum()) == 0
+    assert as_float(found.maps["audio", "text"][0, :, 2].abs().sum()) == 0
+    assert as_float(found.maps["text", "audio"][0, 2].abs().sum()) == 0
     assert model.complete(found).tolist() == [False, True, True, False, True, True, True]
     losses = model.losses(batch)
     sum(losses.values()).backward()
@@ -216,15 +216,15 @@ def test_what_is_missing_has_no_part(mixing, sinkhorn):
 
 
 @pytest.mark.parametrize("mixing", ["none", "moda"])
-def test_a_batch_without_a_modality(mixing):
-    model, batch = made(consistency=1.0, mixing=mixing), scenes()
+def test_batch_without_a_modality(mixing):
+    model, batch = build_model(consistency=1.0, mixing=mixing), random_scenes()
     for lacking in ({**batch, "text": None}, {k: v for k, v in batch.items() if k != "text"}):
         losses = model.losses(lacking)
         assert set(model(lacking).maps) == {("audio", "image"), ("image", "audio")}
-        assert number(losses["consistency"]) == 0
+        assert as_float(losses["consistency"]) == 0
         assert all(bool(torch.isfinite(loss)) for loss in losses.values())
     one = model.losses({"text": batch["text"], "target": batch["target"]})
-    assert number(one["matching"]) == 0
+    assert as_float(one["matching"]) == 0
     sum(one.values()).backward()
     with pytest.raises(
         ShapeError, match=r"expected at least one modality, all with the same number of scenes, got \{\}"
@@ -232,20 +232,20 @@ def test_a_batch_without_a_modality(mixing):
         model({"target": batch["target"]})
 
 
-def test_one_item_has_nothing_to_find():
-    model = made(consistency=1.0)
-    losses = model.losses(scenes(items=1))
-    assert number(losses["matching"]) == pytest.approx(0, abs=1e-12)
-    assert number(losses["consistency"]) == pytest.approx(0, abs=1e-6)
+def test_single_item_has_zero_loss():
+    model = build_model(consistency=1.0)
+    losses = model.losses(random_scenes(items=1))
+    assert as_float(losses["matching"]) == pytest.approx(0, abs=1e-12)
+    assert as_float(losses["consistency"]) == pytest.approx(0, abs=1e-6)
     sum(losses.values()).backward()
 
 
-def test_bad_batches_are_told():
-    model, batch = made(), scenes()
+def test_invalid_batches_raise():
+    model, batch = build_model(), random_scenes()
     batch["image"][3, 1, 0] = math.nan
     with pytest.raises(NonFiniteError, match="CrossModalMatcher 'image': expected finite inputs, got NaN or infinity"):
         model.losses(batch)
-    batch = scenes()
+    batch = random_scenes()
     with pytest.raises(ShapeError, match=r"'audio': expected \(batch, item, \.\.\.\), got shape \(7, 13\)"):
         model({**batch, "audio": batch["audio"][:, 0]})
     with pytest.raises(ShapeError, match=r"same number of scenes, got {'audio': 2, 'image': 7, 'text': 7}"):
@@ -253,7 +253,7 @@ def test_bad_batches_are_told():
     with pytest.raises(ShapeError, match=r"target: expected class indices \(batch, modality, item\) = \(7, 3, 5\)"):
         model.losses({**batch, "target": batch["target"][:, 0]})
     with pytest.raises(ShapeError, match=r"encoder 'audio': expected tokens of width dim = 4, got 6"):
-        made(dim=4)(batch)
+        build_model(dim=4)(batch)
 
 
 @pytest.mark.parametrize(
@@ -283,15 +283,15 @@ def test_bad_batches_are_told():
 )
 def test_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
-        made(**options)
+        build_model(**options)
 
 
-def test_two_modalities_have_nothing_to_transfer():
+def test_two_modalities_raise():
     with pytest.raises(ConfigError, match="expected three or more modalities, got 2"):
         CrossModalMatcher({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)}, 5, pairs=[["a", "b"]], dim=3)
 
 
-def test_data_of_single_items_are_refused():
+def test_data_with_single_items_raise():
     source = SimpleNamespace(task="classification", num_outputs=10)
     with pytest.raises(ConfigError, match=r"expected data of scenes .* for classification\. Use data: {name: triples"):
         CrossModalMatcher.for_data(source, {}, pairs=TWO)
@@ -304,7 +304,7 @@ def test_data_of_single_items_are_refused():
     assert CrossModalMatcher.for_data(source, encoders, pairs=TWO, dim=DIM).transfer == ("audio", "text")
 
 
-def test_partners_and_ways_round():
+def test_matched_items_and_composed_maps():
     place, has = matched_items(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 1, 0)
     assert place[0][has[0]].tolist() == [1, 0]
     assert has.tolist() == [[True, True, False]]
@@ -313,7 +313,7 @@ def test_partners_and_ways_round():
     assert torch.equal(composed_maps({**found, ("a", "c"): eye}, "a", "c"), (turn @ turn + eye) / 2)
 
 
-def certain(target, wrong=()):
+def true_matching(target, wrong=()):
     """Scenes with the true maps, hard; those of the ordered pairs in ``wrong`` are moved on by one column."""
     maps, place, has = {}, {}, {}
     for i, one in enumerate(NAMES):
@@ -326,10 +326,10 @@ def certain(target, wrong=()):
     return SampledItemSets(maps, place, has, torch.ones(len(target), dtype=torch.bool), told)
 
 
-def test_the_figures_of_maps_that_are_known():
-    target = scenes()["target"]
+def test_scores_of_known_maps():
+    target = random_scenes()["target"]
     trained, transfer = [("audio", "image"), ("image", "text")], ("audio", "text")
-    found = evaluate_matching([certain(target)], NAMES, trained, transfer)
+    found = evaluate_matching([true_matching(target)], NAMES, trained, transfer)
     assert found.pop("accuracy/audio") == 1
     assert (found.pop("accuracy"), found.pop("accuracy/image"), found.pop("accuracy/text")) == (0.5, 0.5, 0)
     assert found.pop("chance") == 1 / ITEMS
@@ -337,17 +337,17 @@ def test_the_figures_of_maps_that_are_known():
     assert found.pop("consistency") == pytest.approx(1)
     assert set(found.values()) == {1.0}
     # One way wrong, in the first two batches of three: a third is right, and the other way everywhere.
-    both = [certain(target, wrong=[transfer]), certain(target, wrong=[transfer]), certain(target)]
+    both = [true_matching(target, wrong=[transfer]), true_matching(target, wrong=[transfer]), true_matching(target)]
     found = evaluate_matching(iter(both), NAMES, trained, transfer)
     assert found["transfer"] == found["matching/audio-text"] == pytest.approx((1 / 3 + 1) / 2)
     assert found["transfer_composed"] == found["matching"] == 1
     # What is composed goes wrong with either part.
-    found = evaluate_matching([certain(target, wrong=[("audio", "image")])], NAMES, trained, transfer)
+    found = evaluate_matching([true_matching(target, wrong=[("audio", "image")])], NAMES, trained, transfer)
     assert (found["transfer"], found["transfer_composed"], found["matching"]) == (1, 0.5, 0.75)
 
 
-def test_equal_entries_of_a_map_count_as_chance():
-    known = certain(scenes()["target"])
+def test_tied_map_entries_count_as_chance():
+    known = true_matching(random_scenes()["target"])
     pair = ("audio", "image")
     found = evaluate_matching(
         [known._replace(maps={p: torch.ones_like(m) for p, m in known.maps.items()})], NAMES, [pair], pair
@@ -360,13 +360,13 @@ def test_equal_entries_of_a_map_count_as_chance():
         evaluate_matching([known], NAMES, [pair], pair)
 
 
-def test_without_a_whole_scene_there_is_no_figure():
-    known = certain(scenes()["target"])
+def test_evaluation_without_complete_scene_raises():
+    known = true_matching(random_scenes()["target"])
     with pytest.raises(DataError, match="evaluate: expected a scene without missing items, got none"):
         evaluate_matching([known._replace(complete=~known.complete)], NAMES, [("audio", "image")], ("audio", "text"))
 
 
-class Patterns:
+class PatternData:
     """Every class has a random pattern in each modality: easy scenes, and new ones in each batch."""
 
     task, num_outputs = "correspondence", CLASSES
@@ -376,13 +376,13 @@ class Patterns:
             n: torch.randn(CLASSES, size, generator=torch.Generator().manual_seed(size)) for n, size in INPUTS.items()
         }
         for number in range(40 if train else 1):
-            batch = scenes(torch.float32, seed=1000 * epoch + number + (0 if train else 10**6), count=64)
+            batch = random_scenes(torch.float32, seed=1000 * epoch + number + (0 if train else 10**6), count=64)
             target = batch["target"]
             yield {n: patterns[n][target[:, place]] for place, n in enumerate(NAMES)} | {"target": target}
 
 
-def trained(**options):
-    model, source = made(dtype=torch.float32, width=8, **options), Patterns()
+def train_on_patterns(**options):
+    model, source = build_model(dtype=torch.float32, width=8, **options), PatternData()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for epoch in range(2):
         for batch in source.batches("train", 64, seed=0, epoch=epoch, train=True):
@@ -394,36 +394,36 @@ def trained(**options):
         return model.evaluate(source)["metrics"]
 
 
-def test_a_pair_that_was_never_trained_is_found_by_agreement_and_not_without():
-    plain, agreeing = trained(encoder=Wide), trained(encoder=Wide, consistency=1.0)
+def test_consistency_transfers_to_an_untrained_pair():
+    plain, agreeing = train_on_patterns(encoder=WideEncoder), train_on_patterns(encoder=WideEncoder, consistency=1.0)
     assert plain["matching"] > 0.9
     assert agreeing["matching"] > 0.9
     assert plain["transfer"] < 0.5 < 0.8 < agreeing["transfer"]
     assert agreeing["consistency"] > plain["consistency"]
 
 
-class Wide(nn.Sequential):
+class WideEncoder(nn.Sequential):
     def __init__(self, inputs, outputs):
         super().__init__(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, outputs))
 
 
 def test_evaluation_does_not_change_the_model():
-    model = made(dtype=torch.float32)
+    model = build_model(dtype=torch.float32)
     model.encoders["text"].eval()
-    model.evaluate_split(Patterns(), "val")
+    model.evaluate_split(PatternData(), "val")
     assert model.training
     assert not model.encoders["text"].training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_mixing_alone():
+def test_token_mixing():
     parts = {"audio": torch.randn(2, 3, DIM), "text": torch.randn(2, 5, DIM)}
     assert TokenMixing(NAMES, DIM)(parts, {}) == parts
     mixed = TokenMixing(NAMES, DIM, kind="moda", heads=2)(parts, {"text": torch.ones(2, 5, dtype=torch.bool)})
     assert {name: values.shape for name, values in mixed.items()} == {n: v.shape for n, v in parts.items()}
 
 
-def test_every_variant_of_the_recipe_learns():
+def test_recipe_variants_learn():
     recipe = recipes.load_recipe("transfer")
     source = load_dataset("triples", **{key: value for key, value in recipe.data.items() if key != "name"})
     batch = source.batch("train", torch.arange(3), seed=0, epoch=0, train=True)
@@ -442,7 +442,7 @@ def test_every_variant_of_the_recipe_learns():
         assert model.transfer == ("audio", "text")
 
 
-def test_the_page_of_the_recipe():
+def test_recipe_documentation_page():
     """The script that makes the tables and the picture, on runs whose figures are known."""
     place = importlib.util.spec_from_file_location("page", Path(__file__).parents[2] / "scripts" / "transfer.py")
     page = importlib.util.module_from_spec(place)
@@ -465,8 +465,8 @@ def test_the_page_of_the_recipe():
         assert plot_style.to_png(page.figure(runs)).startswith(b"\x89PNG")
 
 
-def test_modalities_with_different_numbers_of_items_are_told():
-    batch = scenes()
+def test_unequal_item_counts_raise():
+    batch = random_scenes()
     batch["text"] = batch["text"][:, :2]
     with pytest.raises(ShapeError, match=r"expected equally many items in all modalities, got \{.*'text': 2\}"):
-        made().losses(batch)
+        build_model().losses(batch)

@@ -32,7 +32,7 @@ CLOSE = TOL[torch.float32]
 TEXT = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0], [2, 5, 0], [4, 0, 0]])
 
 
-def encoders(*names):
+def build_encoders(*names):
     torch.manual_seed(0)
     made = {
         "image": PatchEncoder(3, (4, 4), patch=2, dim=6, depth=1, heads=2),
@@ -42,13 +42,13 @@ def encoders(*names):
     return {name: made[name] for name in names}
 
 
-def space(*names, **options):
-    made = encoders(*(names or ("image", "text")))
+def build_model(*names, **options):
+    made = build_encoders(*(names or ("image", "text")))
     torch.manual_seed(1)
     return DualEncoder(made, **{"dim": 11, **options})
 
 
-def inputs(*names, count=5):
+def random_inputs(*names, count=5):
     generator = torch.Generator().manual_seed(2)
     made = {
         "image": torch.randn(count, 3, 4, 4, generator=generator),
@@ -58,17 +58,17 @@ def inputs(*names, count=5):
     return {name: made[name] for name in (names or ("image", "text"))}
 
 
-def costs(model, batch):
+def loss_values(model, batch):
     return {name: float(loss.detach()) for name, loss in model.losses(batch).items()}
 
 
-def vectors(model, batch):
+def embeddings(model, batch):
     with torch.no_grad():
         return {name: part.double().numpy() for name, part in model.embed(batch).items()}
 
 
-def test_vectors_are_unit_and_of_one_width():
-    found = space("image", "text", "audio").embed(inputs("image", "text", "audio"))
+def test_embeddings_are_normalized_and_of_equal_width():
+    found = build_model("image", "text", "audio").embed(random_inputs("image", "text", "audio"))
     assert list(found) == ["image", "text", "audio"]
     for part in found.values():
         assert part.shape == (5, 11)
@@ -77,10 +77,10 @@ def test_vectors_are_unit_and_of_one_width():
 
 @pytest.mark.parametrize("loss", ["info_nce", "siglip"])
 @pytest.mark.parametrize("target", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1]])
-def test_two_modalities_cost_what_the_double_loop_says(loss, target):
-    model, batch = space(loss=loss), inputs()
-    found = costs(model, {**batch, "target": torch.tensor(target)})
-    u = vectors(model, batch)
+def test_loss_of_two_modalities_against_loops(loss, target):
+    model, batch = build_model(loss=loss), random_inputs()
+    found = loss_values(model, {**batch, "target": torch.tensor(target)})
+    u = embeddings(model, batch)
     same = torch.tensor([[one == other for other in target] for one in target]).numpy()
     if loss == "info_nce":
         expected = info_nce(u["image"], u["text"], 1 / 0.07, positives=same)
@@ -90,47 +90,47 @@ def test_two_modalities_cost_what_the_double_loop_says(loss, target):
     assert found["image-text"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_three_modalities_cost_the_mean_over_their_pairs():
-    model, batch = space("image", "text", "audio"), inputs("image", "text", "audio")
-    found = costs(model, {**batch, "target": torch.arange(5)})
-    u = vectors(model, batch)
+def test_loss_of_three_modalities_is_the_mean_over_pairs():
+    model, batch = build_model("image", "text", "audio"), random_inputs("image", "text", "audio")
+    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    u = embeddings(model, batch)
     for one, other in (("image", "text"), ("image", "audio"), ("text", "audio")):
         expected = info_nce(u[one], u[other], 1 / 0.07) / 3
         assert found[f"{one}-{other}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_with_an_anchor_the_others_are_not_compared():
-    model, batch = space("image", "text", "audio", anchor="text"), inputs("image", "text", "audio")
-    found = costs(model, {**batch, "target": torch.arange(5)})
-    u = vectors(model, batch)
+def test_anchor_limits_the_pairs():
+    model, batch = build_model("image", "text", "audio", anchor="text"), random_inputs("image", "text", "audio")
+    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    u = embeddings(model, batch)
     assert set(found) == {"text-image", "text-audio"}
     assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07) / 2, rel=1e-5)
     with pytest.raises(ConfigError, match=r"DualEncoder: expected a known anchor, got 'texts'\. Did you mean 'text'"):
-        space(anchor="texts")
+        build_model(anchor="texts")
 
 
-def test_a_batch_may_lack_a_modality():
-    model, batch = space("image", "text", "audio"), inputs("text", "audio")
-    found = costs(model, {**batch, "target": torch.arange(5)})
-    u = vectors(model, batch)
+def test_batch_with_missing_modality():
+    model, batch = build_model("image", "text", "audio"), random_inputs("text", "audio")
+    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    u = embeddings(model, batch)
     assert list(found) == ["text-audio"]
     assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07), rel=1e-5)
 
 
-def test_a_sample_may_lack_its_caption():
-    model, batch = space(), inputs()
+def test_sample_with_missing_caption():
+    model, batch = build_model(), random_inputs()
     batch["text"] = batch["text"].clone()
     batch["text"][1] = 0
     (loss,) = model.losses({**batch, "target": torch.arange(5)}).values()
-    u, kept = vectors(model, batch), [0, 2, 3, 4]
+    u, kept = embeddings(model, batch), [0, 2, 3, 4]
     assert not u["text"][1].any()
     assert float(loss.detach()) == pytest.approx(info_nce(u["image"][kept], u["text"][kept], 1 / 0.07), rel=1e-5)
     loss.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-def test_where_no_sample_has_both_nothing_is_learned():
-    model, batch = space(), inputs()
+def test_no_complete_pair_gives_zero_loss():
+    model, batch = build_model(), random_inputs()
     batch["text"] = torch.zeros_like(batch["text"])
     (loss,) = model.losses({**batch, "target": torch.arange(5)}).values()
     assert float(loss.detach()) == 0.0
@@ -138,16 +138,16 @@ def test_where_no_sample_has_both_nothing_is_learned():
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_everything_learns():
-    model, batch = space("image", "text", "audio"), inputs("image", "text", "audio")
+def test_all_parameters_get_gradients():
+    model, batch = build_model("image", "text", "audio"), random_inputs("image", "text", "audio")
     sum(model.losses({**batch, "target": torch.arange(5)}).values()).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # The bias of keys adds the same to every logit of a softmax.
     assert all(name.endswith("key.bias") or "positions" in name for name in still), still
 
 
-def test_a_few_steps_bring_partners_together():
-    model, batch = space(), inputs()
+def test_training_increases_similarity_of_pairs():
+    model, batch = build_model(), random_inputs()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(12):
         loss = sum(model.losses({**batch, "target": torch.arange(5)}).values())
@@ -158,51 +158,51 @@ def test_a_few_steps_bring_partners_together():
     assert eq.alignment.recall_at_k(found["image"] @ found["text"].T, 1) == 1.0
 
 
-def test_the_scale_and_bias_are_those_that_are_given():
-    assert float(space(scale=5.0).loss.log_scale.detach()) == pytest.approx(math.log(5.0))
-    made = space(loss="siglip", scale=3.0, bias=-2.0).loss
+def test_initial_scale_and_bias():
+    assert float(build_model(scale=5.0).loss.log_scale.detach()) == pytest.approx(math.log(5.0))
+    made = build_model(loss="siglip", scale=3.0, bias=-2.0).loss
     assert (float(made.log_scale.detach()), float(made.bias.detach())) == (pytest.approx(math.log(3.0)), -2.0)
-    assert space(smoothing=0.1).loss.options["smoothing"] == 0.1
+    assert build_model(smoothing=0.1).loss.options["smoothing"] == 0.1
 
 
-def nan():
-    return {**inputs(), "image": torch.full((5, 3, 4, 4), torch.nan)}
+def nan_batch():
+    return {**random_inputs(), "image": torch.full((5, 3, 4, 4), torch.nan)}
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: space("image"), ConfigError, "DualEncoder: expected two or more modalities, got image"),
+        (lambda: build_model("image"), ConfigError, "DualEncoder: expected two or more modalities, got image"),
         (lambda: DualEncoder({}), ConfigError, "expected two or more modalities, got none"),
-        (lambda: space(loss="infonce"), ConfigError, r"expected a known loss, got 'infonce'\. Did you mean 'info_nce'"),
-        (lambda: space(bias=1.0), ConfigError, "loss 'info_nce': expected a known option of InfoNCE, got 'bias'"),
-        (lambda: space(loss="siglip", smoothing=0.1), ConfigError, "a known option of SigLIP, got 'smoothing'"),
-        (lambda: space(scale=-1.0), ConfigError, "DualEncoder loss 'info_nce', InfoNCE: expected 0 < scale"),
+        (lambda: build_model(loss="infonce"), ConfigError, r"expected a known loss, got 'infonce'\. Did you mean 'info_nce'"),
+        (lambda: build_model(bias=1.0), ConfigError, "loss 'info_nce': expected a known option of InfoNCE, got 'bias'"),
+        (lambda: build_model(loss="siglip", smoothing=0.1), ConfigError, "a known option of SigLIP, got 'smoothing'"),
+        (lambda: build_model(scale=-1.0), ConfigError, "DualEncoder loss 'info_nce', InfoNCE: expected 0 < scale"),
         (
             lambda: DualEncoder({"image": nn.Flatten(), "text": nn.Flatten()}), ConfigError,
             "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without dim. Set",
         ),
         (
-            lambda: space().losses({"text": TEXT, "target": torch.arange(5)}), ConfigError,
+            lambda: build_model().losses({"text": TEXT, "target": torch.arange(5)}), ConfigError,
             r"DualEncoder losses: expected two or more .*, got 'text' without 'image'\. A batch needs at least",
         ),
-        (lambda: space().embed({"sound": TEXT}), ConfigError, "expected one or more of image, text, got sound"),
-        (lambda: space().embed({}), ConfigError, "got nothing"),
+        (lambda: build_model().embed({"sound": TEXT}), ConfigError, "expected one or more of image, text, got sound"),
+        (lambda: build_model().embed({}), ConfigError, "got nothing"),
         (
-            lambda: space().embed({**inputs(), "text": TEXT[:4]}), ShapeError,
+            lambda: build_model().embed({**random_inputs(), "text": TEXT[:4]}), ShapeError,
             "DualEncoder 'text': expected as many samples as 'image' has = 5, got 4. Omit a modality from",
         ),
-        (lambda: space().embed(nan()), NonFiniteError, "'image': expected finite inputs, got NaN"),
-        (lambda: space().embed({"image": torch.zeros(2, 1, 4, 4)}), ShapeError, r"got shape \(2, 1, 4, 4\)"),
-        (lambda: space().embed({"text": torch.ones(2, 6, dtype=torch.long)}), ShapeError, "1 to 5 words, got 6"),
+        (lambda: build_model().embed(nan_batch()), NonFiniteError, "'image': expected finite inputs, got NaN"),
+        (lambda: build_model().embed({"image": torch.zeros(2, 1, 4, 4)}), ShapeError, r"got shape \(2, 1, 4, 4\)"),
+        (lambda: build_model().embed({"text": torch.ones(2, 6, dtype=torch.long)}), ShapeError, "1 to 5 words, got 6"),
     ],
 )  # fmt: skip
-def test_bad_input(call, kind, message):
+def test_invalid_input_raises(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
 
 
-class Source:
+class MemoryData:
     """A data set in memory, of one split three times over."""
 
     task = "retrieval"
@@ -219,7 +219,7 @@ class Source:
         yield {**self.held, "target": self.target}
 
 
-class Composed(Source):
+class ComposedData(MemoryData):
     """The first two samples are put together of two parts."""
 
     def combinations(self, split):
@@ -228,10 +228,10 @@ class Composed(Source):
 
 
 @pytest.mark.parametrize("names", [("image", "text"), ("image", "text", "audio")])
-def test_figures_of_every_direction(names):
-    model = space(*names)
-    found = model.evaluate(Source(inputs(*names), torch.arange(5)))["metrics"]
-    u = vectors(model.eval(), inputs(*names))
+def test_retrieval_metrics_in_both_directions(names):
+    model = build_model(*names)
+    found = model.evaluate(MemoryData(random_inputs(*names), torch.arange(5)))["metrics"]
+    u = embeddings(model.eval(), random_inputs(*names))
     recalls = []
     for one in names:
         for other in names:
@@ -250,7 +250,7 @@ def test_figures_of_every_direction(names):
     assert "composed_to_image/recall@1" not in found
 
 
-def test_duplicates_are_no_wrong_answers():
+def test_duplicates_count_as_correct():
     same = torch.eye(3)[[0, 0, 1]]
     found = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 4, 7]))
     assert found["recall@1"] == 1.0
@@ -259,7 +259,7 @@ def test_duplicates_are_no_wrong_answers():
     assert apart["recall@1"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
 
 
-def test_samples_that_lack_a_side_are_left_out():
+def test_incomplete_pairs_are_excluded():
     one, other = torch.eye(4), torch.eye(4).clone()
     other[2] = 0
     found = retrieval_metrics({"image": one, "text": other}, torch.arange(4))
@@ -268,14 +268,14 @@ def test_samples_that_lack_a_side_are_left_out():
     assert "cka/image-text" not in embedding_metrics({"image": one, "text": torch.zeros(4, 4)})
 
 
-def test_groups_are_judged_among_all():
+def test_group_recall_uses_the_full_gallery():
     image, text = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
     found = retrieval_by_group({"image": image, "text": text}, torch.arange(4), ["a", "b", "b", "c"])
     assert found == {"recall@1/a": 1.0, "recall@1/b": 0.5, "recall@1/c": 0.0}
     assert retrieval_by_group({"image": image, "text": torch.zeros(4, 4)}, torch.arange(4), list("abbc")) == {}
 
 
-def test_among_more_items_it_is_harder():
+def test_full_gallery_metrics():
     asks = {"image": torch.eye(3), "text": torch.eye(3)}
     more = {name: torch.cat([part, part[:1]]) for name, part in asks.items()}
     found = full_gallery_metrics(asks, torch.arange(3), more, torch.tensor([0, 1, 2, 9]))
@@ -284,10 +284,10 @@ def test_among_more_items_it_is_harder():
     assert found["image_to_text_among_all/recall@5"] == 1.0
 
 
-def test_parts_add_up():
-    model = space().eval()
-    source = Composed(inputs(), torch.arange(5))
-    held = {name: torch.from_numpy(part).float() for name, part in vectors(model, inputs()).items()}
+def test_composition_metrics():
+    model = build_model().eval()
+    source = ComposedData(random_inputs(), torch.arange(5))
+    held = {name: torch.from_numpy(part).float() for name, part in embeddings(model, random_inputs()).items()}
     with torch.no_grad():
         found = composition_metrics(model, source, "test", held)
         parts = model.embed({"text": torch.tensor([[1], [2], [3], [4]])})["text"]
@@ -303,34 +303,38 @@ def test_parts_add_up():
 
 
 def test_evaluation_leaves_no_trace():
-    model = space(dropout=0.5).train()
+    model = build_model(dropout=0.5).train()
     state = torch.random.get_rng_state()
-    source = Source(inputs(), torch.arange(5))
+    source = MemoryData(random_inputs(), torch.arange(5))
     assert model.evaluate(source) == model.evaluate(source)
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_it_is_a_model_of_recipes():
+def test_for_data_and_recipe_options():
     assert issubclass(DualEncoder, SelfContainedModel)
     assert eq.models.DualEncoder is DualEncoder
-    made = DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dim=7, loss="siglip")
-    assert made.embed(inputs())["text"].shape == (5, 7)
+    made = DualEncoder.for_data(
+        MemoryData(random_inputs(), torch.arange(5)), build_encoders("image", "text"), dim=7, loss="siglip"
+    )
+    assert made.embed(random_inputs())["text"].shape == (5, 7)
     with pytest.raises(ConfigError, match="model 'dual_encoder': expected a known option of DualEncoder, got 'dims'"):
-        DualEncoder.for_data(Source(inputs(), torch.arange(5)), encoders("image", "text"), dims=7)
-    scenes = Source({name: values[:, None] for name, values in inputs().items()}, torch.zeros(5, 2, 1).long())
+        DualEncoder.for_data(MemoryData(random_inputs(), torch.arange(5)), build_encoders("image", "text"), dims=7)
+    scenes = MemoryData(
+        {name: values[:, None] for name, values in random_inputs().items()}, torch.zeros(5, 2, 1).long()
+    )
     with pytest.raises(
         ConfigError, match=r"expected data with one item per sample.*got Source for retrieval.*items: 1"
     ):
-        DualEncoder.for_data(scenes, encoders("image", "text"))
+        DualEncoder.for_data(scenes, build_encoders("image", "text"))
 
 
-def test_texts_with_their_answers_are_no_space():
+def test_question_answering_data_raise():
     with pytest.raises(ConfigError, match=r"expected data with one item per sample.*got Scenes for language"):
-        DualEncoder.for_data(Scenes(samples=128), encoders("image", "text"))
+        DualEncoder.for_data(Scenes(samples=128), build_encoders("image", "text"))
 
 
-def test_letters_may_be_vectors():
+def test_text_given_as_vectors():
     source = load_dataset("triples", letters="vectors")
     towers = {"image": torch.nn.Flatten(), "text": torch.nn.Flatten()}
     towers["image"].dim, towers["text"].dim = 64, 216
@@ -342,7 +346,7 @@ def test_letters_may_be_vectors():
 @pytest.mark.parametrize("options", [{"dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_options_out_of_range_raise(options):
     with pytest.raises(ConfigError, match=r"DualEncoder: expected dim >= 1 and 0 <= dropout < 1, got dim = "):
-        DualEncoder(encoders("image", "text"), **options)
+        DualEncoder(build_encoders("image", "text"), **options)
 
 
 def test_documentation_page_runs(capsys):

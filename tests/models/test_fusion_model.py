@@ -19,13 +19,13 @@ NAMES = ("audio", "image")
 TASKS = ("classification", "multilabel", "regression")
 
 
-def made(fusion=None, *, seed=0, **options):
+def build_model(fusion=None, *, seed=0, **options):
     torch.manual_seed(seed)
     encoders = {"audio": SequenceEncoder(7, max_length=11, dim=DIM, depth=1, heads=2), "image": nn.Linear(2, DIM)}
     return FusionModel(encoders, fusion or JointAttention(DIM, dropout=0.0), OUTPUTS, **options)
 
 
-def batch(seed=0):
+def random_batch(seed=0):
     random = torch.Generator().manual_seed(seed)
     return {
         "audio": torch.randn(BATCH, 11, 7, generator=random),
@@ -33,7 +33,7 @@ def batch(seed=0):
     }
 
 
-def target(task):
+def random_target(task):
     random = torch.Generator().manual_seed(1)
     if task == "classification":
         return torch.randint(0, OUTPUTS, (BATCH,), generator=random)
@@ -41,7 +41,7 @@ def target(task):
     return (values > 0.5).long() if task == "multilabel" else values
 
 
-def loss_by_hand(task, logits, wanted):
+def expected_loss(task, logits, wanted):
     total = 0.0
     for sample in range(len(logits)):
         if task == "classification":
@@ -56,7 +56,7 @@ def loss_by_hand(task, logits, wanted):
 
 
 def test_forward_is_encoders_fusion_and_heads():
-    model, inputs = made().eval(), batch()
+    model, inputs = build_model().eval(), random_batch()
     output = model(inputs)
     fused = model.fusion(
         {"audio": model.encoders["audio"](inputs["audio"]), "image": Tokens(model.encoders["image"](inputs["image"]))}
@@ -73,18 +73,18 @@ def test_forward_is_encoders_fusion_and_heads():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_loss_of_each_task(task):
-    model = made(task=task)
-    output, wanted = model(batch()), target(task)
+    model = build_model(task=task)
+    output, wanted = model(random_batch()), random_target(task)
     loss = model.loss(output.logits, wanted)
-    assert float(loss.detach()) == pytest.approx(loss_by_hand(task, output.logits.detach(), wanted), rel=1e-5)
-    unimodal = sum(loss_by_hand(task, logits.detach(), wanted) for logits in output.unimodal_logits.values())
+    assert float(loss.detach()) == pytest.approx(expected_loss(task, output.logits.detach(), wanted), rel=1e-5)
+    unimodal = sum(expected_loss(task, logits.detach(), wanted) for logits in output.unimodal_logits.values())
     assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(unimodal, rel=1e-5)
 
 
-def test_regression_of_one_number_takes_a_flat_target():
+def test_single_output_regression_accepts_flat_target():
     torch.manual_seed(0)
     model = FusionModel({"image": nn.Linear(2, DIM)}, Concat(DIM), 1, task="regression")
-    logits = model({"image": batch()["image"]}).logits
+    logits = model({"image": random_batch()["image"]}).logits
     flat = torch.arange(BATCH).float()
     assert torch.equal(model.loss(logits, flat), model.loss(logits, flat[:, None]))
     assert torch.equal(model.loss(logits, flat), (logits[:, 0] - flat).square().mean())
@@ -92,10 +92,10 @@ def test_regression_of_one_number_takes_a_flat_target():
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("unimodal", ["probe", "train", "none"])
-def test_what_the_unimodal_loss_teaches(task, unimodal):
-    model = made(task=task, unimodal=unimodal)
-    output = model(batch())
-    loss = model.unimodal_loss(output, target(task))
+def test_parameters_trained_by_the_unimodal_loss(task, unimodal):
+    model = build_model(task=task, unimodal=unimodal)
+    output = model(random_batch())
+    loss = model.unimodal_loss(output, random_target(task))
     assert set(output.unimodal_logits) == (set() if unimodal == "none" else set(NAMES))
     if unimodal == "none":
         assert loss == 0.0
@@ -110,46 +110,46 @@ def test_what_the_unimodal_loss_teaches(task, unimodal):
     assert all(p.grad is None for p in (*model.fusion.parameters(), *model.head.parameters()))
 
 
-def test_task_loss_teaches_encoders_but_no_probe():
-    model = made()
-    model.loss(model(batch()).logits, target("classification")).backward()
+def test_task_loss_trains_encoders_but_not_probes():
+    model = build_model()
+    model.loss(model(random_batch()).logits, random_target("classification")).backward()
     assert all(p.grad is not None for p in model.encoders.parameters())
     assert all(p.grad is None for p in model.unimodal_heads.parameters())
 
 
-def test_unimodal_loss_leaves_out_samples_without_the_modality():
-    model = made(unimodal="train")
+def test_unimodal_loss_excludes_samples_without_the_modality():
+    model = build_model(unimodal="train")
     present = torch.tensor([True, False, True, True, False])
-    wanted = target("classification")
-    output = model(batch() | {"mask": {"image": present}})
-    expected = loss_by_hand("classification", output.unimodal_logits["image"].detach()[present], wanted[present])
-    expected += loss_by_hand("classification", output.unimodal_logits["audio"].detach(), wanted)
+    wanted = random_target("classification")
+    output = model(random_batch() | {"mask": {"image": present}})
+    expected = expected_loss("classification", output.unimodal_logits["image"].detach()[present], wanted[present])
+    expected += expected_loss("classification", output.unimodal_logits["audio"].detach(), wanted)
     assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
     model.unimodal_loss(output, wanted).backward()
     assert model.encoders["image"].weight.grad.any()
-    masked = model(batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
-    gone = model(batch() | {"image": None})
+    masked = model(random_batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
+    gone = model(random_batch() | {"image": None})
     assert torch.equal(model.unimodal_loss(masked, wanted), model.unimodal_loss(gone, wanted))
     assert model.unimodal_loss(gone, wanted).isfinite()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_unimodal_loss_waits_for_no_device(task):
+def test_unimodal_loss_needs_no_device_sync(task):
     """Tensors without values, which masked can look into."""
     with torch.device("meta"):
         tokens = Tokens(torch.zeros(BATCH, 3, DIM), mask=torch.ones(BATCH, 3, dtype=torch.bool))
         logits = torch.zeros(BATCH, OUTPUTS)
         output = Output(torch.zeros(BATCH, DIM), unimodal_logits={"image": logits}, tokens={"image": tokens})
-    assert made(task=task).unimodal_loss(output, target(task).to("meta")).shape == ()
+    assert build_model(task=task).unimodal_loss(output, random_target(task).to("meta")).shape == ()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_unimodal_loss_of_each_task_where_samples_lack_a_modality(task):
-    model, wanted = made(task=task), target(task)
+def test_unimodal_loss_of_each_task_with_missing_modality(task):
+    model, wanted = build_model(task=task), random_target(task)
     present = torch.tensor([False, True, False, True, True])
-    output = model(batch() | {"mask": {"audio": present}})
+    output = model(random_batch() | {"mask": {"audio": present}})
     logits = {name: value.detach() for name, value in output.unimodal_logits.items()}
-    expected = loss_by_hand(task, logits["audio"][present], wanted[present]) + loss_by_hand(
+    expected = expected_loss(task, logits["audio"][present], wanted[present]) + expected_loss(
         task, logits["image"], wanted
     )
     assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
@@ -164,7 +164,7 @@ def test_unimodal_loss_of_each_task_where_samples_lack_a_modality(task):
     ],
     ids=["tensor", "Tokens", "last_hidden_state"],
 )
-def test_encoders_may_return_any_form_of_tokens(wrap):
+def test_encoder_output_formats(wrap):
     class Wrapped(nn.Linear):
         def forward(self, input):
             return wrap(super().forward(input))
@@ -173,19 +173,19 @@ def test_encoders_may_return_any_form_of_tokens(wrap):
     plain = FusionModel({"image": nn.Linear(2, DIM)}, JointAttention(DIM), OUTPUTS).eval()
     other = FusionModel({"image": Wrapped(2, DIM)}, JointAttention(DIM), OUTPUTS).eval()
     other.load_state_dict(plain.state_dict())
-    inputs = {"image": batch()["image"]}
+    inputs = {"image": random_batch()["image"]}
     assert torch.equal(other(inputs).logits, plain(inputs).logits)
 
 
-def test_a_vector_encoder_is_a_sequence_of_one_token():
+def test_vector_encoder_gives_one_token():
     torch.manual_seed(0)
     model = FusionModel({"image": nn.Linear(2, DIM)}, Concat(DIM), OUTPUTS)
-    vectors = batch()["image"][:, 0]
+    vectors = random_batch()["image"][:, 0]
     assert torch.equal(model({"image": vectors}).features, model.encoders["image"](vectors))
 
 
-def test_masks_for_samples_and_for_tokens():
-    model, inputs = made().eval(), batch()
+def test_sample_and_token_masks():
+    model, inputs = build_model().eval(), random_batch()
     tokens = torch.rand(BATCH, 3, generator=torch.Generator().manual_seed(2)) < 0.5
     frames = torch.arange(11).expand(BATCH, -1) < 7
     output = model(inputs | {"mask": {"image": tokens, "audio": frames}})
@@ -198,8 +198,8 @@ def test_masks_for_samples_and_for_tokens():
     torch.testing.assert_close(changed.logits, output.logits, **TOL[torch.float32])
 
 
-def test_a_sample_without_a_modality_is_as_if_the_batch_had_none():
-    model, inputs = made().eval(), batch()
+def test_missing_modality_of_a_sample_equals_missing_in_the_batch():
+    model, inputs = build_model().eval(), random_batch()
     whole, without = model(inputs), model(inputs | {"image": None})
     present = torch.tensor([True, False, True, True, False])
     mixed = model(inputs | {"mask": {"image": present}})
@@ -209,26 +209,26 @@ def test_a_sample_without_a_modality_is_as_if_the_batch_had_none():
     assert not mixed.share[~present][..., 1].any()
 
 
-def test_a_sample_mask_joins_the_encoders_own():
+def test_sample_mask_is_combined_with_encoder_mask():
     class Masked(nn.Linear):
         def forward(self, input):
             return Tokens(super().forward(input), mask=torch.tensor([[True, False, True]]).expand(len(input), -1))
 
     model = FusionModel({"image": Masked(2, DIM)}, Concat(DIM), OUTPUTS)
     present = torch.tensor([True, False, True, True, True])
-    output = model({"image": batch()["image"], "mask": {"image": present}})
+    output = model({"image": random_batch()["image"], "mask": {"image": present}})
     assert output.tokens["image"].mask.tolist() == [[bool(p), False, bool(p)] for p in present]
 
 
-def test_other_keys_and_their_order_do_not_matter():
-    model, inputs = made().eval(), batch()
+def test_extra_keys_and_key_order_do_not_matter():
+    model, inputs = build_model().eval(), random_batch()
     shuffled = {"target": torch.zeros(BATCH), "image": inputs["image"], "audio": inputs["audio"]}
     assert torch.equal(model(shuffled).logits, model(inputs).logits)
 
 
 def test_saving_copying_and_accumulating():
-    model, inputs, wanted = made(unimodal="train"), batch(), target("classification")
-    other = made(unimodal="train", seed=1)
+    model, inputs, wanted = build_model(unimodal="train"), random_batch(), random_target("classification")
+    other = build_model(unimodal="train", seed=1)
     assert not torch.equal(other(inputs).logits, model(inputs).logits)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(inputs).logits, model(inputs).logits)
@@ -246,7 +246,7 @@ def test_saving_copying_and_accumulating():
         torch.testing.assert_close(summed.grad, whole.grad, **TOL[torch.float64])
 
 
-def test_errors_when_a_model_is_made():
+def test_constructor_errors():
     encoders = {"image": nn.Linear(2, DIM)}
     for call, message in [
         (
@@ -301,20 +301,20 @@ def test_errors_when_a_model_is_made():
         ),
     ],
 )
-def test_errors_of_a_batch(change, message):
-    inputs = {name: value for name, value in (batch() | change).items() if value is not ...}
+def test_batch_errors(change, message):
+    inputs = {name: value for name, value in (random_batch() | change).items() if value is not ...}
     with pytest.raises(ShapeError, match=message):
-        made()(inputs)
+        build_model()(inputs)
 
 
-def test_errors_of_width_and_target():
+def test_width_and_target_errors():
     model = FusionModel({"image": nn.Linear(2, 7)}, Concat(DIM), OUTPUTS)
     with pytest.raises(ShapeError, match=r"encoder 'image': .*width dim = 14, got width 7.*torch\.nn\.Linear\(7, 14\)"):
-        model({"image": batch()["image"]})
+        model({"image": random_batch()["image"]})
     with pytest.raises(
         ShapeError, match=r"FusionModel\.loss: expected a target of shape .* = \(5, 3\), got shape \(3, 5\)"
     ):
-        made(task="regression").loss(torch.zeros(BATCH, OUTPUTS), torch.zeros(OUTPUTS, BATCH))
+        build_model(task="regression").loss(torch.zeros(BATCH, OUTPUTS), torch.zeros(OUTPUTS, BATCH))
 
 
 @pytest.mark.parametrize(
@@ -333,21 +333,21 @@ def test_errors_of_width_and_target():
         (torch.zeros(2, OUTPUTS), torch.tensor([-1, 0]), r"got indices from -1 to 0\. Number classes from 0"),
     ],
 )
-def test_errors_of_class_numbers(logits, wanted, message):
+def test_class_index_errors(logits, wanted, message):
     with pytest.raises(ShapeError, match=r"FusionModel\.loss: .*" + message):
-        made().loss(logits, wanted)
+        build_model().loss(logits, wanted)
 
 
-def test_class_numbers_of_any_integer_type():
+def test_integer_dtypes_of_class_indices():
     logits = torch.randn(BATCH, OUTPUTS, generator=torch.Generator().manual_seed(0))
-    wanted = target("classification")
-    losses = [made().loss(logits, wanted.to(dtype)) for dtype in (torch.int64, torch.int32, torch.uint8)]
+    wanted = random_target("classification")
+    losses = [build_model().loss(logits, wanted.to(dtype)) for dtype in (torch.int64, torch.int32, torch.uint8)]
     assert losses[0] == losses[1] == losses[2]
-    assert made().loss(logits[:0], wanted[:0]).isnan()
+    assert build_model().loss(logits[:0], wanted[:0]).isnan()
 
 
-def test_errors_of_a_batch_that_is_no_dict_and_of_masks():
-    model, inputs = made(), batch()
+def test_non_dict_batch_and_mask_errors():
+    model, inputs = build_model(), random_batch()
     with pytest.raises(ShapeError, match=r"expected a batch as a dict: .*, got Tensor\. Call model\(\{'audio': "):
         model(inputs["audio"])
     with pytest.raises(ShapeError, match=r"FusionModel mask: expected a dict.*, got Tensor\. Set batch\['mask'\] = "):
@@ -360,7 +360,7 @@ def test_errors_of_a_batch_that_is_no_dict_and_of_masks():
         model(inputs | {"mask": {"image": [True] * BATCH}})
 
 
-def test_times_reach_the_encoders_that_take_them():
+def test_times_are_passed_to_encoders_that_accept_them():
     class Timed(nn.Module):
         def forward(self, values, times=None):
             return Tokens(values, times=times)

@@ -26,13 +26,13 @@ MODELS = {
 }  # fmt: skip
 
 
-def adapted_of(kind, **options):
+def build_adapted(kind, **options):
     torch.manual_seed(0)
     build, encoders, _ = MODELS[kind]
     return eq.adapt(build(), encoders=encoders, unimodal="train", example=DATA[0], **options)
 
 
-def trained(adapted, balancers, steps=2):
+def train(adapted, balancers, steps=2):
     balancing = eq.BalancerList(adapted, balancers)
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
     for step in range(steps):
@@ -44,11 +44,11 @@ def trained(adapted, balancers, steps=2):
     return balancing
 
 
-def watched(kind):
+def check_watch(kind):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="watch: ")
-        with eq.watch(adapted_of(kind)) as record:
-            adapted_of(kind)
+        with eq.watch(build_adapted(kind)) as record:
+            build_adapted(kind)
             record.session.model(DATA[0])
     if not record.layers or all(layer in record.unimodal_layers for layer in record.layers):
         raise eq.errors.ConfigError(
@@ -57,8 +57,8 @@ def watched(kind):
     record.table()
 
 
-def rotated(kind):
-    adapted, path = adapted_of(kind), MODELS[kind][2]
+def check_rotation(kind):
+    adapted, path = build_adapted(kind), MODELS[kind][2]
     labels = list(adapted.key_labels(DATA[0]).values())
     if path is None or not labels:
         raise eq.errors.ConfigError(
@@ -66,62 +66,62 @@ def rotated(kind):
         )
     rolling = eq.balance.RollingQ(adapted.model, module=path, names=adapted.names, beta=0.0)
     rolling.layout(labels[0])
-    trained(adapted, [rolling])
+    train(adapted, [rolling])
     assert rolling.end_epoch()["rotated"] == 1.0
     output = adapted.eval().output_of(adapted(DATA[0])).logits
     eq.merge_rotations(adapted)
     torch.testing.assert_close(adapted.output_of(adapted(DATA[0])).logits, output, rtol=1e-4, atol=1e-5)
 
 
-def resumed(kind):
+def check_resume(kind):
     """Two steps, saving and two steps equal four steps."""
-    whole, first = adapted_of(kind), adapted_of(kind)
+    whole, first = build_adapted(kind), build_adapted(kind)
     for adapted in (whole, first):
         adapted.eval().train(False)
     expected = [eq.balance.OGM(whole)]
-    trained(whole, expected, steps=4)
+    train(whole, expected, steps=4)
     balancers = [eq.balance.OGM(first)]
-    trained(first, balancers)
+    train(first, balancers)
     state, kept = copy.deepcopy(first.state_dict()), balancers[0].state_dict()
-    second = adapted_of(kind).eval()
+    second = build_adapted(kind).eval()
     second.load_state_dict(state)
     again = [eq.balance.OGM(second)]
     again[0].load_state_dict(kept)
-    trained(second, again)
+    train(second, again)
     for one, other in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def diagnosed(kind):
-    found = eq.diagnose(adapted_of(kind), DATA, tests=["score", "noise", "masking", "gradients"])
+def check_diagnosis(kind):
+    found = eq.diagnose(build_adapted(kind), DATA, tests=["score", "noise", "masking", "gradients"])
     assert not found.skipped
 
 
-def responded(kind):
+def check_noise_response(kind):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(noise_response|watch): ")
-        eq.diagnostics.noise_response(adapted_of(kind), DATA)
+        eq.diagnostics.noise_response(build_adapted(kind), DATA)
 
 
 METHODS = {
-    "watch": watched,
-    "RollingQ": rotated,
-    "OGM": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.OGM(adapted)]),
-    "MMPareto": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.MMPareto(adapted)]),
-    "ModalityCorruption": lambda kind: trained(adapted := adapted_of(kind), [eq.balance.ModalityCorruption(adapted)]),
-    "noise_response": responded,
-    "diagnose": diagnosed,
-    "save/resume": resumed,
+    "watch": check_watch,
+    "RollingQ": check_rotation,
+    "OGM": lambda kind: train(adapted := build_adapted(kind), [eq.balance.OGM(adapted)]),
+    "MMPareto": lambda kind: train(adapted := build_adapted(kind), [eq.balance.MMPareto(adapted)]),
+    "ModalityCorruption": lambda kind: train(adapted := build_adapted(kind), [eq.balance.ModalityCorruption(adapted)]),
+    "noise_response": check_noise_response,
+    "diagnose": check_diagnosis,
+    "save/resume": check_resume,
 }
 
 
-def rows():
+def table_rows():
     table = re.search(r"<!-- matrix -->\n(.*?)\n\n", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
 
 
-def cell(kind, method):
+def table_cell(kind, method):
     try:
         METHODS[method](kind)
     except EquipoiseError:
@@ -131,5 +131,5 @@ def cell(kind, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_table_says_what_happens(kind, method):
-    assert rows()[kind][method] == cell(kind, method)
+def test_documented_table_matches_behavior(kind, method):
+    assert table_rows()[kind][method] == table_cell(kind, method)

@@ -34,7 +34,7 @@ def recipe(**train):
     return made.with_train(**{"epochs": 3, "batch_size": 20, **train})
 
 
-def test_a_stopped_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_resume_matches_uninterrupted_run(tmp_path):
     job = RunSpec(recipe(), "softmax", 0)
     straight = execute_run(job, tmp_path / "straight")
     resumed = interrupted(job, tmp_path / "resumed", 1, 3)
@@ -49,7 +49,7 @@ def test_a_stopped_run_ends_as_if_nothing_had_happened(tmp_path):
     assert last["val_loss"] > 0
 
 
-def test_a_trained_model_is_read_back(tmp_path):
+def test_trained_model_is_loaded(tmp_path):
     job = RunSpec(recipe(epochs=1), "softmax", 0)
     done = execute_run(job, tmp_path)
     model = eq.load(tmp_path)
@@ -58,11 +58,11 @@ def test_a_trained_model_is_read_back(tmp_path):
     assert {name: done["metrics"][name] for name in again} == again
 
 
-def test_a_variants_own_training_options_count(tmp_path):
+def test_variant_training_options_are_used(tmp_path):
     assert len(execute_run(RunSpec(recipe(), "sigmoid", 0), tmp_path)["history"]) == 2
 
 
-def test_other_variants_do_not_change_what_a_run_is():
+def test_fingerprint_ignores_other_variants():
     one = RunSpec(recipe(), "softmax", 0)
     other = RunSpec(replace(recipe(), variants={"softmax": {}}), "softmax", 0)
     changed = RunSpec(replace(recipe(), variants={"softmax": {"scale": 3.0}}), "softmax", 0)
@@ -71,7 +71,7 @@ def test_other_variants_do_not_change_what_a_run_is():
     assert '"model"' not in RunSpec(plain, "concat", 0).fingerprint()
 
 
-def test_variants_are_compared_by_the_models_own_score(tmp_path):
+def test_variants_are_compared_by_the_model_score(tmp_path):
     content = compare(recipe(epochs=1), ["softmax", "sigmoid"], seeds=2, out=tmp_path, workers=0, title="dual encoders")
     assert content["complete"]
     assert content["protocol"]["score"] == "recall@1"
@@ -82,7 +82,7 @@ def test_variants_are_compared_by_the_models_own_score(tmp_path):
     assert "Recall@1" in drawn or "Recall at 1" in drawn
 
 
-def test_the_program_trains_compares_and_refuses_to_diagnose(tmp_path, capsys):
+def test_commands_train_compare_and_diagnose_error(tmp_path, capsys):
     file = write_recipe(tmp_path / "mine.yaml", recipe(epochs=1))
     out = str(tmp_path / "out")
     assert run(["train", "--config", file, "--method", "softmax", "--out", out, "--accelerator", "cpu"]) == 0
@@ -93,7 +93,7 @@ def test_the_program_trains_compares_and_refuses_to_diagnose(tmp_path, capsys):
     assert "expected a run of a fusion" in capsys.readouterr().err
 
 
-def test_an_option_of_one_variant_leaves_the_others(tmp_path):
+def test_variant_option_does_not_affect_others(tmp_path):
     file = write_recipe(tmp_path / "mine.yaml", recipe(epochs=1))
     out = tmp_path / "out"
     run(["train", "--config", file, "--method", "sigmoid", "--out", str(out), "--accelerator", "cpu",
@@ -120,7 +120,7 @@ def test_methods_are_variants(method, error, tmp_path):
         ({"model": {}}, "expected variants of a model, got variants without model"),
     ],
 )
-def test_recipes_that_cannot_be_meant(changes, error, tmp_path):
+def test_ambiguous_recipes_raise(changes, error, tmp_path):
     with pytest.raises(ConfigError, match=error):
         recipes.load_recipe(write_recipe(tmp_path / "bad.yaml", recipe(), **changes))
 
@@ -134,12 +134,12 @@ def test_recipes_that_cannot_be_meant(changes, error, tmp_path):
         ({"encoders": {"audio": {"name": "SequenceEncoder", "dim": 8}}}, "expected two or more modalities"),
     ],
 )
-def test_models_that_cannot_be_built(changes, error, tmp_path):
+def test_invalid_models_raise(changes, error, tmp_path):
     with pytest.raises(ConfigError, match=error):
         execute_run(RunSpec(replace(recipe(), **changes), "softmax", 0), tmp_path)
 
 
-def test_a_nan_is_told_with_its_modality():
+def test_nan_error_names_the_modality():
     source = load_run_dataset(recipe(), None)
     model, _ = method_factory.build_model(method_factory.parse_method("softmax", recipe()), recipe(), source)
     module = SelfContainedTraining(model, recipe().train)

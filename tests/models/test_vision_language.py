@@ -23,12 +23,12 @@ EXACT = TOL[torch.float32]
 PATCHES, LATENTS = 36, 5
 
 
-def ids(text):
+def encode(text):
     return torch.tensor([[IDS["<image>"], *encode_text(text)]])
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_the_picture_stands_where_the_text_has_it(kind):
+def test_image_tokens_replace_the_placeholder(kind):
     model, part = language(kind), batch()
     patches = model.patches(part["image"])
     assert patches.shape == (7, PATCHES, 12)
@@ -50,7 +50,7 @@ def test_the_picture_stands_where_the_text_has_it(kind):
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_losses_are_those_of_the_words_to_be_predicted(kind):
+def test_losses_cover_predicted_words_only(kind):
     model, part = language(kind), batch()
     stream = model.stream(model.patches(part["image"]), part["text"], part["labels"])
     logits = model.logits(stream).double()
@@ -67,7 +67,7 @@ def test_losses_are_those_of_the_words_to_be_predicted(kind):
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_words_see_the_picture_and_the_past(kind):
+def test_words_attend_to_image_and_previous_words(kind):
     model, part = language(kind), batch()
     if kind == "gated":
         for gate in model.gates:
@@ -80,7 +80,7 @@ def test_words_see_the_picture_and_the_past(kind):
     assert not torch.allclose(model.logits(model.stream(patches.flip(1), text))[:, -1], here[:, -1])
 
 
-def test_closed_gates_show_nothing():
+def test_closed_gates_block_the_image():
     model, part = language("gated"), batch()
     stream = model.stream(model.patches(part["image"]), part["text"])
     alone = model.language(inputs_embeds=stream.embeddings).logits
@@ -89,7 +89,7 @@ def test_closed_gates_show_nothing():
     assert sum(isinstance(gate, GatedCrossAttention) for gate in model.gates) == 2
 
 
-def test_no_hook_stays_after_an_error(monkeypatch):
+def test_hooks_are_removed_after_an_error(monkeypatch):
     model, part = language("gated"), batch()
     stream = model.stream(model.patches(part["image"]), part["text"])
     monkeypatch.setattr(model.gates[1], "forward", lambda *args, **kwargs: 1 / 0)
@@ -99,7 +99,7 @@ def test_no_hook_stays_after_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_answers_are_the_likeliest_word_behind_the_question(kind):
+def test_answer_is_the_most_likely_next_word(kind):
     model, data = language(kind), scenes()
     part = batch(16)
     asks = part["target"] != IGNORED
@@ -118,7 +118,7 @@ def test_captions_are_greedy(kind):
     model, part = language(kind, seed=3), batch(5)
     found = model.caption(part, longest=6)
     assert found.shape[1] <= 6
-    text = torch.cat([ids("describe").expand(5, -1), found], dim=1)
+    text = torch.cat([encode("describe").expand(5, -1), found], dim=1)
     logits = model.logits(model.stream(model.patches(part["image"]), text))
     said = logits.argmax(dim=-1)[:, -found.shape[1] - 1 : -1]
     for row in range(5):
@@ -128,7 +128,7 @@ def test_captions_are_greedy(kind):
         assert set(words[end:]) <= {IDS["<pad>"]}
 
 
-def test_a_caption_has_no_second_picture():
+def test_caption_contains_no_image_token():
     model = language()
     picture = torch.tensor(IDS["<image>"])
     # What it would say all the time.
@@ -137,7 +137,7 @@ def test_a_caption_has_no_second_picture():
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_a_few_steps_teach_and_the_seed_is_everything(kind):
+def test_training_reduces_loss_and_depends_on_seed_only(kind):
     def trained():
         model, part = language(kind, seed=1), batch()
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
@@ -157,7 +157,7 @@ def test_a_few_steps_teach_and_the_seed_is_everything(kind):
     assert trained()[0] == values
 
 
-class Knows(VisionLanguageModel):
+class StoredAnswers(VisionLanguageModel):
     """Returns the stored answers of known images."""
 
     def __init__(self, source, split):
@@ -178,7 +178,7 @@ class Knows(VisionLanguageModel):
 
 def test_metrics_of_a_model_with_stored_answers():
     source = scenes()
-    row = evaluate_vlm(Knows(source, "test"), source)
+    row = evaluate_vlm(StoredAnswers(source, "test"), source)
     found = row["metrics"]
     kinds = set(source.kinds("test"))
     assert {f"accuracy/{kind}" for kind in kinds if kind != "caption"} <= set(found)
@@ -199,7 +199,7 @@ def test_metrics_of_a_model_with_stored_answers():
     }  # fmt: skip
 
 
-def test_every_sample_has_a_reply_and_meets_another_picture():
+def test_every_sample_has_a_reply_and_a_swapped_image():
     source, model = scenes(), language()
     assert sorted(place for place, _ in generate_answers(model, source, "test")) == list(range(len(source.test)))
     order = derangement(11).tolist()
@@ -211,7 +211,7 @@ def test_every_sample_has_a_reply_and_meets_another_picture():
     assert place == 0
 
 
-def test_word_f1_by_hand():
+def test_hand_computed_word_f1():
     assert word_f1([], []) == 1.0
     assert word_f1([], ["a"]) == 0.0
     assert word_f1(["a", "red", "car"], ["a", "red", "car"]) == 1.0
@@ -219,7 +219,7 @@ def test_word_f1_by_hand():
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
-def test_the_recipe_builds_every_variant(kind):
+def test_recipe_builds_every_variant(kind):
     recipe = load_recipe("scenes_vlm")
     assert kind in recipe.methods
     model, balancers = build_model(parse_method(kind, recipe), recipe, scenes())
@@ -278,7 +278,7 @@ def test_errors():
         language(heads=4)
 
 
-def test_errors_of_recipes():
+def test_recipe_errors():
     encoders = {"image": PatchEncoder(3, (48, 48), patch=8, dim=8, depth=1, heads=2)}
     with pytest.raises(
         ConfigError, match=r"'vision_language_model': expected a data set of images and texts, got Generated"
@@ -296,6 +296,6 @@ def test_missing_transformers_raises(monkeypatch):
         language()
 
 
-def test_scenes_are_what_the_model_is_made_for():
+def test_data_other_than_scenes_raise():
     assert isinstance(scenes(), Scenes)
     assert language().words == scenes().lexicon

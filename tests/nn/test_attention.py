@@ -26,11 +26,11 @@ ROUTES = ("segments", "two passes", "explicit")
 GRAINS = {"segments": 1, "segments with strays": 4}
 
 
-def _must_not_run(*_args, **_kwargs):
+def _raise_wrong_route(*_args, **_kwargs):
     raise AssertionError("the wrong route was taken")
 
 
-def _operator_is_gone(*_args, **_kwargs):
+def _raise_missing_operator(*_args, **_kwargs):
     raise AttributeError("no such operator")
 
 
@@ -44,9 +44,9 @@ def route(request, monkeypatch):
     monkeypatch.setattr(layout, "SHORTEST_RUN", 0)
     functions = {"segments": "SegmentedAttention", "two passes": "_share_by_columns", "explicit": "_explicit"}
     for other in set(ROUTES) - {chosen}:
-        monkeypatch.setattr(attention, functions[other], _must_not_run)
+        monkeypatch.setattr(attention, functions[other], _raise_wrong_route)
     if chosen == "two passes":
-        monkeypatch.setattr(kernels, "CPU", kernels.Kernel(_operator_is_gone, _operator_is_gone))
+        monkeypatch.setattr(kernels, "CPU", kernels.Kernel(_raise_missing_operator, _raise_missing_operator))
     kernels._tested_kernel.cache_clear()
     yield chosen
     kernels._tested_kernel.cache_clear()
@@ -362,7 +362,7 @@ def test_strided_inputs(route):
     torch.testing.assert_close(grad, torch.stack([g.transpose(1, 2) for g in right], dim=2), **TOL[torch.float64])
 
 
-def test_kernel_with_wrong_results_is_not_used(monkeypatch):
+def test_incorrect_kernel_is_not_used(monkeypatch):
     def halved(*args):
         output, lse = kernels._cpu_forward(*args)
         return output / 2, lse
@@ -393,7 +393,7 @@ def test_permuting_the_modalities_permutes_the_columns(modality, order, is_causa
 
 @given(labels, st.integers(1, 7), st.integers(-1, 2))
 @few
-def test_padding_keys_changes_nothing(modality, amount, label):
+def test_padding_keys_has_no_effect(modality, amount, label):
     query, key, value = _heads(queries=37)
     before = attend(query, key, value, modality=modality, num_modalities=3)
     padded = [F.pad(t, (0, 0, 0, amount), value=7.0) for t in (key, value)]
@@ -420,7 +420,7 @@ def test_shares_and_special_mass_sum_to_one(modality, seed):
     torch.testing.assert_close(share.sum(-1), torch.ones(B, H, 37), **TOL[torch.float32])
 
 
-def test_two_keys_by_hand():
+def test_hand_computed_two_keys():
     """With scores 0 and log 3, the second key receives three quarters."""
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
     output, share = attend(query, key, torch.tensor([4.0, 8.0]).view(1, 1, 2, 1), modality=torch.tensor([0, 1]))

@@ -21,7 +21,7 @@ kinds = pytest.mark.parametrize(("basis", "norm"), KINDS)
 scopes = pytest.mark.parametrize("scope", ["all", "prefix", "causal"])
 
 
-def inputs(count=3, *, ragged=True, dtype=torch.float64, seed=0, length=LENGTH):
+def random_inputs(count=3, *, ragged=True, dtype=torch.float64, seed=0, length=LENGTH):
     random = torch.Generator().manual_seed(seed)
     key, value = (torch.randn(BATCH, HEADS, length, DIM, generator=random, dtype=torch.float64) for _ in range(2))
     modality = torch.randint(-1, count, (BATCH, length) if ragged else (length,), generator=random)
@@ -29,7 +29,7 @@ def inputs(count=3, *, ragged=True, dtype=torch.float64, seed=0, length=LENGTH):
     return key.to(dtype), value.to(dtype), modality, mask
 
 
-def trained(count=3, *, seed=0, **options):
+def build_trained(count=3, *, seed=0, **options):
     torch.manual_seed(seed)
     aligner = DuplexAligner(DIM, count, **options).double()
     with torch.no_grad():
@@ -38,7 +38,7 @@ def trained(count=3, *, seed=0, **options):
     return aligner
 
 
-def until(scope, modality, mask, prefix=None):
+def allowed_length(scope, modality, mask, prefix=None):
     """Returns the number of positions that a key may depend on."""
     rows = modality.expand(BATCH, -1)
 
@@ -57,13 +57,13 @@ def until(scope, modality, mask, prefix=None):
 @kinds
 @pytest.mark.parametrize("fuse", ["concat", "add"])
 @scopes
-def test_loops(basis, norm, fuse, scope):
-    key, value, modality, mask = inputs()
-    aligner = trained(basis=basis, norm=norm, fuse=fuse, basis_scope=scope, mix="learned")
+def test_basis_against_loops(basis, norm, fuse, scope):
+    key, value, modality, mask = random_inputs()
+    aligner = build_trained(basis=basis, norm=norm, fuse=fuse, basis_scope=scope, mix="learned")
     found = aligner(key, value, modality=modality, mask=mask).key
     wanted = aligned(
         key, value, modality, mask, aligner.state_dict(), count=3, kind=basis, norm_kind=norm,
-        upto=until(scope, modality, mask),
+        upto=allowed_length(scope, modality, mask),
     )  # fmt: skip
     seen = mask[:, None, :, None].expand_as(found)
     torch.testing.assert_close(found[seen], wanted[seen], **EXACT)
@@ -72,14 +72,14 @@ def test_loops(basis, norm, fuse, scope):
 @scopes
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_loops_for_any_number_of_modalities(scope, count, normalize):
-    key, value, modality, mask = inputs(count, ragged=False)
-    aligner = trained(count, basis_scope=scope, normalize_keys=normalize, mix="learned")
+def test_any_number_of_modalities_against_loops(scope, count, normalize):
+    key, value, modality, mask = random_inputs(count, ragged=False)
+    aligner = build_trained(count, basis_scope=scope, normalize_keys=normalize, mix="learned")
     prefix = torch.tensor([7, 11])
     found = aligner(key, value, modality=modality, mask=mask, prefix=prefix).key
     wanted = aligned(
         key, value, modality, mask, aligner.state_dict(), count=count, normalize=normalize,
-        upto=until(scope, modality, mask, prefix),
+        upto=allowed_length(scope, modality, mask, prefix),
     )  # fmt: skip
     seen = mask[:, None, :, None].expand_as(found)
     torch.testing.assert_close(found[seen], wanted[seen], **EXACT)
@@ -90,7 +90,7 @@ def test_loops_for_any_number_of_modalities(scope, count, normalize):
 @scopes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identity_at_initialization(basis, norm, fuse, scope, dtype):
-    key, value, modality, mask = inputs(dtype=dtype)
+    key, value, modality, mask = random_inputs(dtype=dtype)
     aligner = DuplexAligner(DIM, 3, basis=basis, norm=norm, fuse=fuse, basis_scope=scope, mix="learned")
     assert torch.equal(aligner(key, value, modality=modality, mask=mask).key, key)
 
@@ -98,8 +98,8 @@ def test_identity_at_initialization(basis, norm, fuse, scope, dtype):
 @pytest.mark.parametrize("directions", [(0,), (2, 1)])
 @scopes
 def test_directions_change_only_selected_keys(directions, scope):
-    key, value, modality, _ = inputs()
-    aligner = trained(directions=directions, basis_scope=scope)
+    key, value, modality, _ = random_inputs()
+    aligner = build_trained(directions=directions, basis_scope=scope)
     assert aligner.weight.shape == (len(directions), 2 * DIM, DIM)
     found = aligner(key, value, modality=modality).key
     changed = (found != key).any(dim=(1, 3))
@@ -109,9 +109,9 @@ def test_directions_change_only_selected_keys(directions, scope):
 @scopes
 @pytest.mark.parametrize("gone", [0, 1])
 def test_missing_modality_has_the_identity_basis(scope, gone):
-    key, value, modality, _ = inputs(2, ragged=False)
+    key, value, modality, _ = random_inputs(2, ragged=False)
     modality = modality.masked_fill(modality == gone, -1)
-    aligner = trained(2, basis_scope=scope)
+    aligner = build_trained(2, basis_scope=scope)
     found = aligner(key, value, modality=modality, prefix=LENGTH).key
     keep, mapped = aligner.weight[1 - gone].split(DIM)
     here = modality == 1 - gone
@@ -119,7 +119,7 @@ def test_missing_modality_has_the_identity_basis(scope, gone):
 
 
 def test_no_tokens_and_no_samples():
-    aligner = trained()
+    aligner = build_trained()
     for shape in ((BATCH, HEADS, 0, DIM), (0, HEADS, 3, DIM)):
         for scope in ("all", "prefix", "causal"):
             aligner.basis_scope = scope
@@ -129,9 +129,9 @@ def test_no_tokens_and_no_samples():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_scope_depends_on_causality(is_causal):
-    key, value, modality, _ = inputs()
-    found = trained()(key, value, modality=modality, is_causal=is_causal).key
-    said = trained(basis_scope="prefix" if is_causal else "all")(key, value, modality=modality).key
+    key, value, modality, _ = random_inputs()
+    found = build_trained()(key, value, modality=modality, is_causal=is_causal).key
+    said = build_trained(basis_scope="prefix" if is_causal else "all")(key, value, modality=modality).key
     assert torch.equal(found, said)
 
 
@@ -139,19 +139,19 @@ def test_the_scope_depends_on_causality(is_causal):
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 99), place=st.integers(1, LENGTH - 1))
 def test_no_information_from_later_keys(basis, norm, seed, place):
-    key, value, modality, mask = inputs(seed=seed)
+    key, value, modality, mask = random_inputs(seed=seed)
     future = [torch.cat([x[:, :, :place], x[:, :, place:] + 3.0], dim=2) for x in (key, value)]
     for scope, told in (("causal", None), ("prefix", place)):
-        aligner = trained(basis=basis, norm=norm, basis_scope=scope)
+        aligner = build_trained(basis=basis, norm=norm, basis_scope=scope)
         before = aligner(key, value, modality=modality, mask=mask, prefix=told).key[:, :, :place]
         after = aligner(*future, modality=modality, mask=mask, prefix=told).key[:, :, :place]
         torch.testing.assert_close(after, before, **EXACT)
 
 
 def test_scope_all_uses_later_keys_as_published():
-    key, value, _, _ = inputs(2)
+    key, value, _, _ = random_inputs(2)
     modality = torch.tensor([0] * 9 + [1] * 8)
-    aligner = trained(2, basis_scope="all")
+    aligner = build_trained(2, basis_scope="all")
     before = aligner(key, value, modality=modality).key[:, :, 0]
     key[:, :, -1] += 3.0
     assert not torch.allclose(aligner(key, value, modality=modality).key[:, :, 0], before)
@@ -160,8 +160,8 @@ def test_scope_all_uses_later_keys_as_published():
 @kinds
 @pytest.mark.parametrize("scope", ["prefix", "causal"])
 def test_decoding_equals_one_pass(basis, norm, scope):
-    key, value, modality, mask = inputs()
-    aligner = trained(basis=basis, norm=norm, basis_scope=scope)
+    key, value, modality, mask = random_inputs()
+    aligner = build_trained(basis=basis, norm=norm, basis_scope=scope)
     whole = aligner(key, value, modality=modality, mask=mask, prefix=7).key
     parts, state = [], None
     for start, stop in ((0, 7), (7, 8), (8, 15), (15, 17)):
@@ -177,8 +177,8 @@ def test_decoding_equals_one_pass(basis, norm, scope):
 @kinds
 @scopes
 def test_gradients(basis, norm, scope):
-    key, value, modality, mask = inputs(length=7)
-    aligner = trained(basis=basis, norm=norm, basis_scope=scope, mix="learned", fuse="add")
+    key, value, modality, mask = random_inputs(length=7)
+    aligner = build_trained(basis=basis, norm=norm, basis_scope=scope, mix="learned", fuse="add")
     parameters = tuple(aligner.parameters())
 
     def keys(key, value, *_):
@@ -192,9 +192,9 @@ def test_gradients(basis, norm, scope):
 @pytest.mark.parametrize("norm", NORMS)
 @scopes
 def test_equal_keys_have_no_covariance_and_finite_gradients(norm, scope):
-    key, value, modality, _ = inputs(2)
+    key, value, modality, _ = random_inputs(2)
     key = key[:, :, :1].expand_as(key).float().clone().requires_grad_()
-    aligner = trained(2, basis="covariance", norm=norm, basis_scope=scope).float()
+    aligner = build_trained(2, basis="covariance", norm=norm, basis_scope=scope).float()
     found = aligner(key, value.float(), modality=modality, prefix=LENGTH).key
     found.square().sum().backward()
     assert found.isfinite().all()
@@ -280,10 +280,10 @@ def test_errors_of_options(call, message):
     ],
 )  # fmt: skip
 def test_errors_of_shapes(call, message):
-    key, value, modality, mask = inputs()
+    key, value, modality, mask = random_inputs()
     given = {"key": key, "value": value, "modality": modality, "mask": mask, **call}
     with pytest.raises(ShapeError, match=message):
-        trained(basis="key_value")(**given)
+        build_trained(basis="key_value")(**given)
 
 
 def test_repr_lists_options():

@@ -13,7 +13,7 @@ from equipoise.nn.transformer import Attention, Block, PostNormAttention, PostNo
 from helpers.masked_cases import FILLS, assert_equal_and_finite, derived
 
 
-def heads(*shape, seed):
+def random_heads(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -44,8 +44,8 @@ class TestAttention:
             modality = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(2))
         found = []
         for fill in (0.0, *FILLS):
-            query, hidden = heads(2, 4, rows, 8, seed=0).requires_grad_(), ~key_mask[:, None, :, None]
-            key, value = (heads(2, 2, 41, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            query, hidden = random_heads(2, 4, rows, 8, seed=0).requires_grad_(), ~key_mask[:, None, :, None]
+            key, value = (random_heads(2, 2, 41, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
             options = {"modality": modality, "num_modalities": 2} if labels else {}
             result = attend(query, key, value, mask=mask, is_causal=causal, **options)
             found.append(derived(result, (query, key, value)))
@@ -60,7 +60,7 @@ class TestAttention:
         hidden = None if mask is None else torch.ones(2, 5, dtype=torch.bool)
         found = []
         for fill in (0.0, math.nan):
-            query, key = heads(2, 1, 3, 8, seed=0).requires_grad_(), heads(2, 1, 5, 8, seed=1)
+            query, key = random_heads(2, 1, 3, 8, seed=0).requires_grad_(), random_heads(2, 1, 5, 8, seed=1)
             key[:, :, 3:] = fill
             key.requires_grad_()
             found.append(derived(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
@@ -76,8 +76,10 @@ class TestAttention:
         gate = torch.zeros(2, 1, dtype=torch.float64) if merge == "gate" else None
         found = []
         for fill in (0.0, *FILLS):
-            query, hidden = heads(2, 2, length, 8, seed=0).requires_grad_(), ~mask[:, None, :, None]
-            key, value = (heads(2, 2, length, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            query, hidden = random_heads(2, 2, length, 8, seed=0).requires_grad_(), ~mask[:, None, :, None]
+            key, value = (
+                random_heads(2, 2, length, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2)
+            )
             result = modular_attention(
                 query, key, value, modality=modality, mask=mask, is_causal=causal, merge=merge, gate=gate,
                 pseudo=PseudoAttention(count="all_masked"),
@@ -100,7 +102,7 @@ class TestAttention:
         found = []
         for fill in (0.0, *FILLS):
             hidden = ~mask[:, None, :, None]
-            key, value = (heads(2, 3, 17, 4, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
+            key, value = (random_heads(2, 3, 17, 4, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
             made = aligner(key, value, modality=modality, mask=mask).key
             seen = made.masked_fill(hidden, 0.0)
             found.append(derived((seen,), (key, *aligner.parameters())))
@@ -114,14 +116,14 @@ class TestAttention:
         layer = LAYERS[name]().double()
         mask, found = torch.tensor([[True, False, True, True, False], [True] * 4 + [False]]), []
         for fill in (0.0, math.nan, math.inf):
-            tokens = heads(2, 5, 8, seed=0).masked_fill(~mask[..., None], fill).requires_grad_()
+            tokens = random_heads(2, 5, 8, seed=0).masked_fill(~mask[..., None], fill).requires_grad_()
             made = layer(tokens, mask=mask)
             made = (made if isinstance(made, torch.Tensor) else made.output)[mask]
             found.append(derived((made,), (tokens, *layer.parameters())))
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])
         with pytest.raises(ShapeError, match=r"mask: expected a boolean mask .*, got torch\.float"):
-            layer(heads(2, 5, 8, seed=0), mask=torch.zeros(2, 5))
+            layer(random_heads(2, 5, 8, seed=0), mask=torch.zeros(2, 5))
 
     @pytest.mark.parametrize("name", ["attention", "block", "post_norm"])
     @pytest.mark.parametrize("by_row", [False, True])
@@ -131,8 +133,8 @@ class TestAttention:
         mask, found = torch.tensor([[True, False, True, True, False], [False] * 5]), []
         given = mask[:, None].expand(-1, 3, -1) if by_row else mask
         for fill in (0.0, *FILLS):
-            tokens = heads(2, 3, 8, seed=0).requires_grad_()
-            source = heads(2, 5, 8, seed=1).masked_fill(~mask[..., None], fill).requires_grad_()
+            tokens = random_heads(2, 3, 8, seed=0).requires_grad_()
+            source = random_heads(2, 5, 8, seed=1).masked_fill(~mask[..., None], fill).requires_grad_()
             made = layer(tokens, source, mask=given)
             made = made if isinstance(made, torch.Tensor) else made.output
             found.append(derived((made,), (tokens, source, *layer.parameters())))

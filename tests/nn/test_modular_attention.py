@@ -23,13 +23,13 @@ LONG, SHORT = 37, 11
 EXACT = TOL[torch.float64]
 
 
-def heads(length=LONG, *, dtype=torch.float64, seed=0, dim=DIM):
+def random_heads(length=LONG, *, dtype=torch.float64, seed=0, dim=DIM):
     random = torch.Generator().manual_seed(seed)
     return [torch.randn(BATCH, n, length, dim, generator=random, dtype=torch.float64).to(dtype)
             for n in (HEADS, KEY_HEADS, KEY_HEADS)]  # fmt: skip
 
 
-def labels(kind, length=LONG, seed=1):
+def random_labels(kind, length=LONG, seed=1):
     random = torch.Generator().manual_seed(seed)
     if kind == "blocks":
         return torch.arange(length) * 3 // length
@@ -38,7 +38,7 @@ def labels(kind, length=LONG, seed=1):
     return torch.randint(-1, 3, (length,) if kind == "mixed" else (BATCH, length), generator=random)
 
 
-def masks(kind, length=LONG, seed=2):
+def build_masks(kind, length=LONG, seed=2):
     """Returns a mask for ``modular_attention``, and the visible (query, key) pairs."""
     random = torch.Generator().manual_seed(seed)
     if kind is None:
@@ -59,9 +59,9 @@ layout = pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("masked", [None, "padding", "rows"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
-def test_loops(kind, length, masked, is_causal, merge):
-    query, key, value = heads(length)
-    modality, (mask, seen) = labels(kind, length), masks(masked, length)
+def test_output_against_loops(kind, length, masked, is_causal, merge):
+    query, key, value = random_heads(length)
+    modality, (mask, seen) = random_labels(kind, length), build_masks(masked, length)
     if is_causal:
         seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
     gate = (
@@ -81,8 +81,8 @@ def test_loops(kind, length, masked, is_causal, merge):
 @pytest.mark.parametrize("masked", [None, "padding", "rows"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_mass_without_pseudo_attention_is_ordinary_attention(kind, masked, is_causal):
-    inputs, mask = [x.requires_grad_() for x in heads()], masks(masked)[0]
-    found = modular_attention(*inputs, modality=labels(kind), mask=mask, is_causal=is_causal).output
+    inputs, mask = [x.requires_grad_() for x in random_heads()], build_masks(masked)[0]
+    found = modular_attention(*inputs, modality=random_labels(kind), mask=mask, is_causal=is_causal).output
     plain = attend(*inputs, mask=mask, is_causal=is_causal).output
     torch.testing.assert_close(found, plain, **EXACT)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -92,9 +92,9 @@ def test_mass_without_pseudo_attention_is_ordinary_attention(kind, masked, is_ca
 
 
 def test_single_precision_equals_the_kernel_up_to_rounding():
-    query, key, value = heads(dtype=torch.float32, dim=8)
+    query, key, value = random_heads(dtype=torch.float32, dim=8)
     plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    found = modular_attention(query, key, value, modality=labels("blocks")).output
+    found = modular_attention(query, key, value, modality=random_labels("blocks")).output
     # Reference value.
     assert (found - plain).norm() / plain.norm() < 2e-7
 
@@ -105,8 +105,8 @@ def test_single_precision_equals_the_kernel_up_to_rounding():
 @pytest.mark.parametrize("decay", [0.0, 0.7])
 @pytest.mark.parametrize("kind", ["blocks", "ragged"])
 def test_pseudo_attention_equals_explicit_masked_positions(length, count, masked, decay, kind):
-    query, key, value = heads(length)
-    modality, (mask, seen) = labels(kind, length), masks(masked, length)
+    query, key, value = random_heads(length)
+    modality, (mask, seen) = random_labels(kind, length), build_masks(masked, length)
     padding = ~seen.any(1)
     seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
 
@@ -140,8 +140,8 @@ def test_pseudo_attention_logit():
 
 
 def test_mass_with_pseudo_attention_is_an_additional_key():
-    query, key, value = heads()
-    modality = labels("blocks")
+    query, key, value = random_heads()
+    modality = random_labels("blocks")
     found = modular_attention(query, key, value, modality=modality, is_causal=True, pseudo=PseudoAttention(0.7))
     plain = attend(query, key, value, is_causal=True).output
     n = torch.stack([(torch.arange(LONG) > i) for i in range(LONG)])
@@ -154,8 +154,8 @@ def test_mass_with_pseudo_attention_is_an_additional_key():
 
 
 def test_base_of_minus_infinity_equals_masking():
-    query, key, value = heads()
-    given = {"modality": labels("mixed"), "is_causal": True}
+    query, key, value = random_heads()
+    given = {"modality": random_labels("mixed"), "is_causal": True}
     plain = modular_attention(query, key, value, **given).output
     found = modular_attention(query, key, value, pseudo=PseudoAttention(base=-math.inf), **given).output
     torch.testing.assert_close(found, plain, **EXACT)
@@ -164,7 +164,7 @@ def test_base_of_minus_infinity_equals_masking():
 @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
 @pytest.mark.parametrize("pseudo", [None, PseudoAttention(0.7)])
 def test_decoding_equals_one_pass(merge, pseudo):
-    query, key, value = heads()
+    query, key, value = random_heads()
     modality = torch.tensor([1] * 3 + [0] * 9 + [1] * 25)
     if pseudo is not None:
         pseudo = PseudoAttention(0.7, reference=41)
@@ -181,8 +181,8 @@ def test_decoding_equals_one_pass(merge, pseudo):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), merge=st.sampled_from(["mass", "gate", "sum", "concat"]))
 def test_no_information_from_later_keys(seed, merge):
-    query, key, value = heads(seed=seed)
-    modality = labels("ragged", seed=seed)
+    query, key, value = random_heads(seed=seed)
+    modality = random_labels("ragged", seed=seed)
     place = int(torch.randint(1, LONG, (), generator=torch.Generator().manual_seed(seed)))
     given = {"modality": modality, "is_causal": True, "merge": merge, "pseudo": PseudoAttention(0.7),
              "gate": torch.zeros(HEADS, 1) if merge == "gate" else None}  # fmt: skip
@@ -196,9 +196,9 @@ def test_no_information_from_later_keys(seed, merge):
 
 @settings(max_examples=20, deadline=None)
 @given(places=st.lists(st.integers(0, LONG), min_size=1, max_size=5), is_causal=st.booleans())
-def test_padding_anywhere_changes_nothing(places, is_causal):
-    query, key, value = heads()
-    modality = labels("ragged")
+def test_padding_position_has_no_effect(places, is_causal):
+    query, key, value = random_heads()
+    modality = random_labels("ragged")
     real = [True] * LONG
     for place in places:
         real.insert(place, False)
@@ -222,14 +222,14 @@ def test_padding_anywhere_changes_nothing(places, is_causal):
 @pytest.mark.parametrize("kind", ["blocks", "ragged"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients(merge, kind, is_causal):
-    query, key, value = (x[:, :2, :, :3].clone().requires_grad_() for x in heads(34))
+    query, key, value = (x[:, :2, :, :3].clone().requires_grad_() for x in random_heads(34))
     gate = torch.randn(2, 1, dtype=torch.float64, requires_grad=True) if merge == "gate" else None
     base = torch.tensor(-0.2, dtype=torch.float64, requires_grad=True)
-    mask = masks("padding", 34)[0]
+    mask = build_masks("padding", 34)[0]
 
     def outputs(*inputs):
         found = modular_attention(
-            *inputs[:3], modality=labels(kind, 34), mask=mask, is_causal=is_causal, merge=merge,
+            *inputs[:3], modality=random_labels(kind, 34), mask=mask, is_causal=is_causal, merge=merge,
             gate=inputs[4] if merge == "gate" else None, pseudo=PseudoAttention(0.7, inputs[3]),
         )  # fmt: skip
         return found.output, found.own.lse.clamp(min=-9), found.cross.output
@@ -242,11 +242,11 @@ def test_gradients(merge, kind, is_causal):
 @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
 @pytest.mark.parametrize("pseudo", [None, PseudoAttention()])
 def test_query_without_keys_is_zero_with_zero_gradient(length, merge, pseudo):
-    inputs = [x.requires_grad_() for x in heads(length)]
+    inputs = [x.requires_grad_() for x in random_heads(length)]
     mask = torch.ones(BATCH, length, length, dtype=torch.bool)
     mask[0, 3], mask[1] = False, False
     found = modular_attention(
-        *inputs, modality=labels("blocks", length), mask=mask, is_causal=True, merge=merge, pseudo=pseudo,
+        *inputs, modality=random_labels("blocks", length), mask=mask, is_causal=True, merge=merge, pseudo=pseudo,
         gate=torch.zeros(HEADS, 1) if merge == "gate" else None,
     )  # fmt: skip
     assert not found.output[0, :, 3].any()
@@ -260,18 +260,23 @@ def test_query_without_keys_is_zero_with_zero_gradient(length, merge, pseudo):
 
 @pytest.mark.parametrize("keys", [0, 1])
 def test_few_keys(keys):
-    query, key, value = heads()
+    query, key, value = random_heads()
     found = modular_attention(
         query, key[:, :, :keys], value[:, :, :keys], modality=torch.zeros(keys, dtype=torch.int64),
-        query_modality=labels("mixed"), pseudo=PseudoAttention(count="all_masked"),
+        query_modality=random_labels("mixed"), pseudo=PseudoAttention(count="all_masked"),
     )  # fmt: skip
     wanted = value[:, :, :1].repeat_interleave(2, 1).expand(-1, -1, LONG, -1) if keys else torch.zeros(1).double()
     torch.testing.assert_close(found.output, wanted.expand_as(found.output), **EXACT)
 
 
 def test_fallback_without_a_kernel(monkeypatch):
-    query, key, value = heads()
-    given = {"modality": labels("ragged"), "is_causal": True, "mask": masks("rows")[0], "pseudo": PseudoAttention()}
+    query, key, value = random_heads()
+    given = {
+        "modality": random_labels("ragged"),
+        "is_causal": True,
+        "mask": build_masks("rows")[0],
+        "pseudo": PseudoAttention(),
+    }
     fused = modular_attention(query, key, value, **given)
     assert sdpa_kernels.kernel_for(query.device, query.dtype) is not None
     monkeypatch.setattr(parts_module, "kernel_for", lambda *_: None)
@@ -282,8 +287,8 @@ def test_fallback_without_a_kernel(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_close(dtype):
-    query, key, value = heads(dtype=dtype)
-    given = {"modality": labels("ragged"), "is_causal": True, "pseudo": PseudoAttention()}
+    query, key, value = random_heads(dtype=dtype)
+    given = {"modality": random_labels("ragged"), "is_causal": True, "pseudo": PseudoAttention()}
     exact = modular_attention(query.double(), key.double(), value.double(), **given).output
     found = modular_attention(query, key, value, **given).output
     assert found.dtype == dtype
@@ -291,18 +296,18 @@ def test_half_precision_is_close(dtype):
 
 
 def test_autocast_dtype():
-    query, key, value = heads(dtype=torch.float32)
+    query, key, value = random_heads(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = modular_attention(query, key, value, modality=labels("blocks"))
+        found = modular_attention(query, key, value, modality=random_labels("blocks"))
     assert found.output.dtype == torch.bfloat16
     assert found.own.lse.dtype == torch.float32
 
 
 def test_dropout_drops_weights_within_parts():
-    query, key, value = heads()
+    query, key, value = random_heads()
     ones = torch.ones_like(value)
     torch.manual_seed(0)
-    found = modular_attention(query, key, ones, modality=labels("blocks"), dropout=0.5, merge="sum").output
+    found = modular_attention(query, key, ones, modality=random_labels("blocks"), dropout=0.5, merge="sum").output
     assert found.std() > 0.1
     torch.testing.assert_close(found.mean(), torch.tensor(2.0).double(), rtol=0.1, atol=0)
 
@@ -310,9 +315,9 @@ def test_dropout_drops_weights_within_parts():
 @layout
 @pytest.mark.parametrize("valid", [False, True])
 def test_block_layout_round_trip(kind, valid):
-    modality = labels(kind)
-    mask = masks("padding")[0] if valid else None
-    x = heads()[0].requires_grad_()
+    modality = random_labels(kind)
+    mask = build_masks("padding")[0] if valid else None
+    x = random_heads()[0].requires_grad_()
     blocks = blocks_of(modality, mask)
     parts = into_blocks(x, blocks)
     assert [part.shape[2] for part in parts] == list(blocks.lengths)
@@ -347,17 +352,17 @@ def test_block_layout_round_trip(kind, valid):
     ],
 )  # fmt: skip
 def test_errors(call, error, message):
-    query, key, value = heads(SHORT)
+    query, key, value = random_heads(SHORT)
     with pytest.raises(error, match=message):
-        modular_attention(query, key, value, **{"modality": labels("blocks", SHORT), **call})
+        modular_attention(query, key, value, **{"modality": random_labels("blocks", SHORT), **call})
 
 
 def test_errors_of_queries_and_pseudo_attention():
-    query, key, value = heads(SHORT)
+    query, key, value = random_heads(SHORT)
     with pytest.raises(
         ShapeError, match=r"expected labels of the queries: 1 queries and 11 keys, got None\. With a cache"
     ):
-        modular_attention(query[:, :, :1], key, value, modality=labels("blocks", SHORT))
+        modular_attention(query[:, :, :1], key, value, modality=random_labels("blocks", SHORT))
     with pytest.raises(ConfigError, match="PseudoAttention: expected a finite decay >= 0, got decay = -1"):
         PseudoAttention(-1)
     with pytest.raises(
