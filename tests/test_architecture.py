@@ -30,7 +30,7 @@ def layers():
     return {name: level for level, line in enumerate(block.splitlines()) for name in line.split(", ")}
 
 
-def part(module):
+def layer_of(module):
     """The top-level file or package that a module belongs to; "__init__" for the package itself."""
     return module.split(".")[1] if "." in module else "__init__"
 
@@ -43,7 +43,7 @@ def module_name(file):
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imports(module, modules=MODULES):
+def imported_modules(module, modules=MODULES):
     """The modules of the package that a module imports, including imports inside functions and for type checking."""
     source = ast.parse(modules[module].read_text(encoding="utf-8"))
     home = module.split(".") if modules[module].name == "__init__.py" else module.split(".")[:-1]
@@ -61,7 +61,7 @@ def imports(module, modules=MODULES):
     return found - {module}
 
 
-def test_imports_are_found_in_every_form(tmp_path):
+def test_all_import_forms_are_detected(tmp_path):
     (tmp_path / "a.py").write_text(
         "from __future__ import annotations\nimport torch\nimport equipoise.errors\nfrom . import tokens\n"
         "from . import __version__\nfrom .models.fusion_model import FusionModel\n"
@@ -75,25 +75,25 @@ def test_imports_are_found_in_every_form(tmp_path):
         "equipoise.models.fusion_model",
         "equipoise.fusion.joint_attention",
     }
-    assert imports("equipoise.a", modules) == expected
+    assert imported_modules("equipoise.a", modules) == expected
 
 
 def test_every_file_and_package_is_in_a_layer():
-    parts = {part(module) for module in MODULES}
+    parts = {layer_of(module) for module in MODULES}
     assert parts == set(layers()), "add new top-level files and packages to the layers in docs/architecture.md"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_down(module):
-    level, own = layers(), part(module)
+    level, own = layers(), layer_of(module)
     assert own in level
-    others = {part(target) for target in imports(module)} - {own}
+    others = {layer_of(target) for target in imported_modules(module)} - {own}
     wrong = {other for other in others if level.get(other, len(level)) >= level[own]}
     assert not wrong, f"{module} imports from its own layer or a higher one"
 
 
 def test_imports_have_no_cycles():
-    list(graphlib.TopologicalSorter({module: imports(module) for module in MODULES}).static_order())
+    list(graphlib.TopologicalSorter({module: imported_modules(module) for module in MODULES}).static_order())
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -108,7 +108,7 @@ def test_imports_inside_the_package_are_relative(module):
     assert not absolute
 
 
-def test_two_folders_deep_and_nothing_called_utils():
+def test_folder_depth_and_no_utils():
     assert all(len(file.relative_to(ROOT).parts) <= 3 for file in FILES)
     words = {"utils", "util", "helpers", "helper", "misc"}
     assert not words & ({file.stem for file in FILES} | {file.parent.name for file in FILES})
@@ -144,7 +144,7 @@ def definitions(kind):
     return found
 
 
-def test_the_root_package_is_small():
+def test_root_package_is_small():
     names = {*public_names(), *eq._LAZY_NAMES}
     assert len(names) <= MOST_ROOT_NAMES
 
@@ -186,7 +186,7 @@ def test_public_names_are_documented(name):
     assert any(re.search(rf"\beq\.{name}\b", page.read_text(encoding="utf-8")) for page in pages), "missing in docs/"
 
 
-def test_the_page_lists_exactly_the_existing_names():
+def test_page_lists_exactly_the_existing_names():
     names = set(re.findall(r"\beq\.(\w+)", ARCHITECTURE.read_text(encoding="utf-8")))
     assert names >= set(public_names())
     assert all(hasattr(eq, name) for name in names)

@@ -8,14 +8,14 @@ import pytest
 from equipoise.io.atomic_files import STALE, atomic_write
 
 
-def unfinished(folder, name, age):
+def interrupted_write(folder, name, age):
     path = folder / name
     path.write_text("half of")
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
-def test_the_old_or_the_new_file_is_there(tmp_path, monkeypatch):
+def test_file_is_old_or_new_after_interruption(tmp_path, monkeypatch):
     path = atomic_write(tmp_path / "sub" / "a.json", "old")
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -24,13 +24,13 @@ def test_the_old_or_the_new_file_is_there(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_killed_writers_left_is_removed(tmp_path):
-    stale = [unfinished(tmp_path, f".r[1].json.{number}.tmp", 2 * STALE) for number in (7, 4294967295)]
+def test_temporary_files_of_killed_writers_are_removed(tmp_path):
+    stale = [interrupted_write(tmp_path, f".r[1].json.{number}.tmp", 2 * STALE) for number in (7, 4294967295)]
     kept = [
-        unfinished(tmp_path, ".r[1].json.8.tmp", STALE / 2),  # may still be in use by its writer
-        unfinished(tmp_path, ".other.json.7.tmp", 2 * STALE),
-        unfinished(tmp_path, ".r[1].json.mine.tmp", 2 * STALE),
-        unfinished(tmp_path, "r[1].json.7.tmp", 2 * STALE),
+        interrupted_write(tmp_path, ".r[1].json.8.tmp", STALE / 2),  # may still be in use by its writer
+        interrupted_write(tmp_path, ".other.json.7.tmp", 2 * STALE),
+        interrupted_write(tmp_path, ".r[1].json.mine.tmp", 2 * STALE),
+        interrupted_write(tmp_path, "r[1].json.7.tmp", 2 * STALE),
     ]
     atomic_write(tmp_path / "r[1].json", "whole")
     assert not any(path.exists() for path in stale)

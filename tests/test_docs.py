@@ -82,7 +82,7 @@ def test_quickstarts_are_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_links_lead_to_files(page):
+def test_links_point_to_files(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert target.startswith("http") or (page.parent / target).exists(), target

@@ -8,7 +8,7 @@ from equipoise.nn.eval_mode import eval_mode_no_grad
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_comes_back(fails):
+def test_modes_gradients_and_rng_are_restored(fails):
     model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(5).eval()))
     before, state = [part.training for part in model.modules()], torch.get_rng_state()
     running = model[1][1].running_mean.clone()

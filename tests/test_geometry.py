@@ -21,24 +21,24 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pair(seed, d):
+def vector_pair(seed, d):
     return normal(seed, 2, d).unbind()
 
 
-def unit(v):
+def normalize(v):
     return v / v.norm(dim=-1, keepdim=True)
 
 
-def eye(d):
+def identity(d):
     return torch.eye(d, dtype=torch.float64)
 
 
 def assert_rotates(rotation, source, target, **tolerance):
     d = source.shape[-1]
-    torch.testing.assert_close(rotation @ rotation.mT, eye(d).expand_as(rotation), **tolerance)
+    torch.testing.assert_close(rotation @ rotation.mT, identity(d).expand_as(rotation), **tolerance)
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(rotation.shape[:-2]).double(), **tolerance)
-    turned = (unit(source)[..., None, :] @ rotation)[..., 0, :]
-    torch.testing.assert_close(turned, unit(target), **tolerance)
+    turned = (normalize(source)[..., None, :] @ rotation)[..., 0, :]
+    torch.testing.assert_close(turned, normalize(target), **tolerance)
 
 
 directions = given(seed=st.integers(0, 2**31), d=st.sampled_from(DIMS))
@@ -48,22 +48,22 @@ few = settings(max_examples=40, deadline=None)
 @few
 @directions
 def test_is_a_rotation_that_maps_source_to_target(seed, d):
-    a, b = pair(seed, d)
+    a, b = vector_pair(seed, d)
     assert_rotates(rotation_between(a, b), a, b, **EXACT)
 
 
 @few
 @directions
 def test_equals_the_closed_form(seed, d):
-    a, b = pair(seed, d)
+    a, b = vector_pair(seed, d)
     assume(1 + float(cosine(a, b)) > 1e-2)
     torch.testing.assert_close(rotation_between(a, b), rotation_column(a, b).T, **EXACT)
 
 
 @few
 @directions
-def test_fixes_what_is_orthogonal_to_both(seed, d):
-    a, b = pair(seed, d)
+def test_orthogonal_complement_is_fixed(seed, d):
+    a, b = vector_pair(seed, d)
     plane = torch.linalg.qr(torch.stack([a, b], dim=1)).Q
     other = normal(seed + 1, 7, d)
     other = other - other @ plane @ plane.T
@@ -72,30 +72,30 @@ def test_fixes_what_is_orthogonal_to_both(seed, d):
 
 @few
 @directions
-def test_the_way_back_is_the_inverse(seed, d):
-    a, b = pair(seed, d)
-    torch.testing.assert_close(rotation_between(a, b) @ rotation_between(b, a), eye(d), **EXACT)
+def test_reverse_rotation_is_the_inverse(seed, d):
+    a, b = vector_pair(seed, d)
+    torch.testing.assert_close(rotation_between(a, b) @ rotation_between(b, a), identity(d), **EXACT)
 
 
 @few
 @given(seed=st.integers(0, 2**31), d=st.sampled_from(DIMS), p=st.floats(-8, 8), q=st.floats(-8, 8))
-def test_lengths_do_not_matter(seed, d, p, q):
-    a, b = pair(seed, d)
+def test_norms_do_not_matter(seed, d, p, q):
+    a, b = vector_pair(seed, d)
     torch.testing.assert_close(rotation_between(a * 10**p, b * 10**q), rotation_between(a, b), **EXACT)
 
 
 @few
 @directions
-def test_distance_from_identity_is_the_angles(seed, d):
-    a, b = pair(seed, d)
+def test_distance_from_identity_follows_from_the_angle(seed, d):
+    a, b = vector_pair(seed, d)
     # The angle by atan2 of chord lengths, which is accurate at both ends.
-    angle = 2 * math.atan2(float((unit(a) - unit(b)).norm()), float((unit(a) + unit(b)).norm()))
-    distance = torch.linalg.matrix_norm(rotation_between(a, b) - eye(d))
+    angle = 2 * math.atan2(float((normalize(a) - normalize(b)).norm()), float((normalize(a) + normalize(b)).norm()))
+    distance = torch.linalg.matrix_norm(rotation_between(a, b) - identity(d))
     expected = torch.tensor(2 * math.sqrt(2) * math.sin(angle / 2), dtype=torch.float64)
     torch.testing.assert_close(distance, expected, **EXACT)
 
 
-def test_quarter_turn_by_hand():
+def test_hand_computed_quarter_turn():
     rotation = rotation_between(torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 5.0, 0.0]))
     assert rotation.tolist() == [[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
 
@@ -111,29 +111,29 @@ def test_published_example_in_column_form():
 
 @pytest.mark.parametrize("d", DIMS)
 def test_parallel_is_exactly_the_identity(d):
-    a, _ = pair(3, d)
-    assert torch.equal(rotation_between(a, a * 7.0), eye(d))
-    assert torch.equal(rotation_between(a, unit(a) + 1e-9 * unit(pair(4, d)[0])), eye(d))
+    a, _ = vector_pair(3, d)
+    assert torch.equal(rotation_between(a, a * 7.0), identity(d))
+    assert torch.equal(rotation_between(a, normalize(a) + 1e-9 * normalize(vector_pair(4, d)[0])), identity(d))
 
 
 @pytest.mark.parametrize("d", DIMS)
 @pytest.mark.parametrize("angle", [1e-2, 1e-4, 3e-6])
-def test_near_parallel_keeps_its_digits(d, angle):
-    a, b = pair(5, d)
-    side = unit(b - (b @ unit(a)) * unit(a))
-    target = math.cos(angle) * unit(a) + math.sin(angle) * side
+def test_near_parallel_vectors_are_accurate(d, angle):
+    a, b = vector_pair(5, d)
+    side = normalize(b - (b @ normalize(a)) * normalize(a))
+    target = math.cos(angle) * normalize(a) + math.sin(angle) * side
     rotation = rotation_between(a, target)
     assert_rotates(rotation, a, target, **EXACT)
     torch.testing.assert_close(rotation, rotation_column(a, target).T, **EXACT)
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_antiparallel_is_the_half_turn_on_the_smallest_axis(d):
-    a, _ = pair(6, d)
-    x = unit(a)
+def test_antiparallel_vectors_rotate_by_180_degrees(d):
+    a, _ = vector_pair(6, d)
+    x = normalize(a)
     smallest = min(range(d), key=lambda i: abs(float(x[i])))
-    z = unit(eye(d)[smallest] - x[smallest] * x)
-    half_turn = eye(d) - 2 * torch.outer(x, x) - 2 * torch.outer(z, z)
+    z = normalize(identity(d)[smallest] - x[smallest] * x)
+    half_turn = identity(d) - 2 * torch.outer(x, x) - 2 * torch.outer(z, z)
     rotation = rotation_between(a, -3.0 * a)
     torch.testing.assert_close(rotation, half_turn, **EXACT)
     assert_rotates(rotation, a, -a, **EXACT)
@@ -142,9 +142,9 @@ def test_antiparallel_is_the_half_turn_on_the_smallest_axis(d):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", DIMS)
-def test_antiparallel_within_the_rounding_of_the_type(d, dtype):
+def test_antiparallel_vectors_within_rounding(d, dtype):
     for seed in range(5):
-        a = pair(seed, d)[0].to(dtype)
+        a = vector_pair(seed, d)[0].to(dtype)
         target = -3.7 * a
         expected = rotation_between(a.double(), -a.double()).to(dtype)
         torch.testing.assert_close(rotation_between(a, target), expected, **TOL[dtype])
@@ -153,15 +153,15 @@ def test_antiparallel_within_the_rounding_of_the_type(d, dtype):
 
 @pytest.mark.parametrize("d", DIMS)
 @pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9, 1e-11, 1e-13])
-def test_near_antiparallel_is_still_a_rotation(d, gap):
-    a, b = pair(7, d)
-    side = unit(b - (b @ unit(a)) * unit(a))
-    target = -math.cos(gap) * unit(a) + math.sin(gap) * side
+def test_near_antiparallel_vectors_give_a_rotation(d, gap):
+    a, b = vector_pair(7, d)
+    side = normalize(b - (b @ normalize(a)) * normalize(a))
+    target = -math.cos(gap) * normalize(a) + math.sin(gap) * side
     assert_rotates(rotation_between(a, target), a, target, **EXACT)
 
 
-def test_batches_mix_all_cases():
-    a, b = pair(8, 5)
+def test_batch_with_all_cases():
+    a, b = vector_pair(8, 5)
     sources = torch.stack([a, a, a, b]).reshape(2, 2, 5)
     targets = torch.stack([b, a, -a, a]).reshape(2, 2, 5)
     rotations = rotation_between(sources, targets)
@@ -174,15 +174,15 @@ def test_batches_mix_all_cases():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_computes_in_float64_and_answers_in_the_sources_type(dtype):
-    a, b = (v.to(dtype) for v in pair(9, 13))
+def test_computes_in_float64_and_returns_source_dtype(dtype):
+    a, b = (v.to(dtype) for v in vector_pair(9, 13))
     rotation = rotation_between(a, b)
     assert rotation.dtype == dtype
     assert torch.equal(rotation, rotation_between(a.double(), b.double()).to(dtype))
 
 
-def test_carries_no_gradient():
-    a, b = (v.requires_grad_() for v in pair(10, 3))
+def test_result_has_no_gradient():
+    a, b = (v.requires_grad_() for v in vector_pair(10, 3))
     assert not rotation_between(a, b).requires_grad
 
 
@@ -206,33 +206,33 @@ def test_errors(rotate, source, target, message):
 
 
 @pytest.mark.parametrize("d", DIMS)
-def test_svd_form_is_a_rotation_too_but_moves_everything(d):
-    a, b = pair(11, d)
+def test_svd_form_is_a_rotation_without_fixed_complement(d):
+    a, b = vector_pair(11, d)
     assert_rotates(rotation_svd(a, b), a, b, **EXACT)
 
 
 def test_svd_form_is_far_from_the_smallest_rotation():
-    a, b = pair(12, 61)
-    assert torch.linalg.matrix_norm(rotation_between(a, b) - eye(61)) <= 2 * math.sqrt(2)
+    a, b = vector_pair(12, 61)
+    assert torch.linalg.matrix_norm(rotation_between(a, b) - identity(61)) <= 2 * math.sqrt(2)
     # A random rotation lies at about sqrt(2 d) = 11 from the identity.
-    assert torch.linalg.matrix_norm(rotation_svd(a, b) - eye(61)) > 6.0
+    assert torch.linalg.matrix_norm(rotation_svd(a, b) - identity(61)) > 6.0
 
 
 @few
 @directions
-def test_orthogonalise_squares_the_error(seed, d):
-    a, b = pair(seed, d)
+def test_orthogonalize_squares_the_error(seed, d):
+    a, b = vector_pair(seed, d)
     drifted = rotation_between(a, b) + 1e-4 * normal(seed + 1, d, d)
 
     def error(matrix):
-        return float(torch.linalg.matrix_norm(matrix.mT @ matrix - eye(d)))
+        return float(torch.linalg.matrix_norm(matrix.mT @ matrix - identity(d)))
 
     # With E = R^T R - I one step leaves R^T R - I = -(3 E^2 + E^3) / 4.
     assert error(orthogonalize(drifted)) <= error(drifted) ** 2
     torch.testing.assert_close(orthogonalize(rotation_between(a, b)), rotation_between(a, b), **EXACT)
 
 
-def test_cosine_by_hand():
+def test_hand_computed_cosine():
     assert cosine(torch.tensor([3.0, 4.0]), torch.tensor([5.0, 0.0])) == pytest.approx(0.6)
     assert cosine(torch.zeros(3), torch.ones(3)) == 0.0
     v = torch.full((7,), 0.1)
@@ -240,7 +240,7 @@ def test_cosine_by_hand():
     assert cosine(v.bfloat16(), v.bfloat16()).dtype == torch.float32
 
 
-def test_membership_and_mean_keys_by_loops():
+def test_membership_and_mean_keys_against_loops():
     random = torch.Generator().manual_seed(13)
     key = torch.randn(2, 3, 7, 5, generator=random, dtype=torch.float64)
     labels = torch.tensor([[0, 1, -1, 1, 0, 2, 2], [0, 0, 0, 0, 0, 0, 0]])
@@ -254,6 +254,6 @@ def test_membership_and_mean_keys_by_loops():
             torch.testing.assert_close(means[sample, :, m], expected, **EXACT)
 
 
-def test_membership_shares_one_row_of_labels():
+def test_membership_with_shared_labels():
     member = membership(torch.tensor([1, -1, 0]), 2, batch=3)
     assert member.int().tolist() == [[[0, 0, 1], [1, 0, 0]]] * 3

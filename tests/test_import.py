@@ -29,27 +29,27 @@ def loaded_modules(statement):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def blocked_imports():
     return loaded_modules("import equipoise")
 
 
-def test_the_check_detects_a_heavy_package():
+def test_check_detects_a_heavy_package():
     assert "jinja2" in loaded_modules("import jinja2")
 
 
 @pytest.mark.parametrize("package", HEAVY)
-def test_import_stays_light(plain, package):
-    assert package not in plain
+def test_import_loads_no_heavy_packages(blocked_imports, package):
+    assert package not in blocked_imports
 
 
-def test_import_does_not_load_the_compiler_unless_torch_does(plain):
+def test_import_does_not_load_the_compiler_unless_torch_does(blocked_imports):
     # It takes longer to import than torch itself.
-    assert "torch._dynamo" not in plain - loaded_modules("import torch")
+    assert "torch._dynamo" not in blocked_imports - loaded_modules("import torch")
 
 
 @pytest.mark.parametrize(("name", "module"), sorted(eq._LAZY_MODULES.items()))
-def test_lazy_modules_are_not_imported_with_the_package(plain, name, module):
-    assert f"equipoise{module}" not in plain
+def test_lazy_modules_are_not_imported_with_the_package(blocked_imports, name, module):
+    assert f"equipoise{module}" not in blocked_imports
     assert getattr(eq, name) is importlib.import_module(f"equipoise{module}")
 
 
@@ -63,6 +63,6 @@ def test_unknown_attributes_raise_an_error():
         _ = eq.rolingq
 
 
-def test_the_command_line_is_parsed_without_the_trainer():
+def test_command_line_parsing_does_not_load_the_trainer():
     heavy = {"lightning", "transformers", "matplotlib", "sklearn", "pandas", "torchmetrics"}
     assert not heavy & loaded_modules("import equipoise.cli")

@@ -54,7 +54,7 @@ def python(program, blocked):
     )
 
 
-def program(*arguments):
+def core_program(*arguments):
     return python(f"from equipoise.cli import main\nmain({list(arguments)!r})", PACKAGES)
 
 
@@ -79,7 +79,7 @@ def test_core_dependencies():
     assert requirements("all") == {"equipoise[train,report,hf,lora]"}
 
 
-def test_core_imports_and_computes_without_extras():
+def test_core_works_without_extras():
     done = python(
         "import torch, equipoise as eq\n"
         "q = torch.randn(1, 2, 3, 4)\n"
@@ -90,7 +90,7 @@ def test_core_imports_and_computes_without_extras():
     assert float(done.stdout) == pytest.approx(6.0)
 
 
-def test_watch_needs_transformers_alone():
+def test_watch_needs_transformers_only():
     done = python(WATCH, PACKAGES - TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     assert "model.language_model.layers.1.self_attn" in done.stdout
@@ -101,7 +101,7 @@ def test_watch_needs_transformers_alone():
     [("lightning", "lightning", "train"), ("hf", "accelerate", "hf"), ("look", "pillow", "train"),
      ("report.report", "jinja2", "report"), ("load", "lightning", "train"), ("training.compare", "scipy", "train")],
 )  # fmt: skip
-def test_missing_extra_is_named(name, package, extra):
+def test_missing_extra_is_named_in_the_error(name, package, extra):
     blocked = {module for module in PACKAGES if DISTRIBUTIONS.get(module, module) == package}
     done = python(
         f"import equipoise as eq\ntry:\n    eq.{name}\nexcept ImportError as error:\n    print(error)", blocked
@@ -112,21 +112,21 @@ def test_missing_extra_is_named(name, package, extra):
 
 
 def test_help_works_without_extras():
-    done = program("--help")
+    done = core_program("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "equipoise demo" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["demo", "compare", "train", "recipes ls", "diagnose x", "look x --text y"])
 def test_commands_without_extras_exit_with_2(command):
-    done = program(*command.split())
+    done = core_program(*command.split())
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"equipoise: equipoise {command.split()[0]}: expected the package ")
     assert line.endswith(("pip install 'equipoise[train]'", "pip install 'equipoise[report]'"))
 
 
-def test_other_import_errors_stay():
+def test_other_import_errors_propagate():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"), require_extra("eq.x"):
         import no_such_module  # noqa: F401  # type: ignore[import-not-found]
     assert issubclass(MissingExtraError, EquipoiseError)

@@ -15,16 +15,16 @@ from equipoise.results import result_rows
 from helpers.fake_results import fake_results
 
 
-def run(method, seed, fold=None, **metrics):
+def run_result(method, seed, fold=None, **metrics):
     return {"method": method, "seed": seed, "fold": fold, "metrics": metrics}
 
 
-def row(rows, method, metric="accuracy"):
+def summary_row(rows, method, metric="accuracy"):
     (found,) = [r for r in rows if (r["method"], r["metric"]) == (method, metric)]
     return found
 
 
-def test_environment_names_no_person_and_no_path(monkeypatch):
+def test_environment_contains_no_user_or_path(monkeypatch):
     monkeypatch.setenv("USER", "a-person")
     text = json.dumps(result_rows.describe_environment())
     for secret in (os.uname().nodename, os.path.expanduser("~"), "a-person", "/"):
@@ -34,9 +34,9 @@ def test_environment_names_no_person_and_no_path(monkeypatch):
 
 def test_summary_has_sample_sd_and_paired_p_in_closed_form():
     # d = 0.1, 0.2: mean 0.15, sd 0.1/sqrt(2), t = 3; with one degree of freedom t is Cauchy.
-    rows = result_rows.summarize_runs([run("joint", 0, accuracy=0.5), run("joint", 1, accuracy=0.6),
-                             run("joint+x", 1, accuracy=0.8), run("joint+x", 0, accuracy=0.6)])  # fmt: skip
-    joint, balanced = row(rows, "joint"), row(rows, "joint+x")
+    rows = result_rows.summarize_runs([run_result("joint", 0, accuracy=0.5), run_result("joint", 1, accuracy=0.6),
+                             run_result("joint+x", 1, accuracy=0.8), run_result("joint+x", 0, accuracy=0.6)])  # fmt: skip
+    joint, balanced = summary_row(rows, "joint"), summary_row(rows, "joint+x")
     assert joint["mean"] == pytest.approx(0.55)
     assert joint["sd"] == pytest.approx(0.1 / math.sqrt(2))
     assert (joint["n"], joint["reference"], joint["difference"], joint["p"]) == (2, None, None, None)
@@ -45,14 +45,14 @@ def test_summary_has_sample_sd_and_paired_p_in_closed_form():
     assert (balanced["reference"], balanced["pairs"], balanced["higher"]) == ("joint", 2, 2)
 
 
-def test_three_pairs_in_closed_form_and_interval_touches_zero_exactly_where_p_is_five_per_cent():
+def test_interval_of_three_pairs_touches_zero_at_p_of_five_percent():
     differences = [0.1, 0.3, 0.5]
     runs = [
         r
         for s, d in enumerate(differences)
-        for r in (run("joint", s, accuracy=0.2), run("joint+x", s, accuracy=0.2 + d))
+        for r in (run_result("joint", s, accuracy=0.2), run_result("joint+x", s, accuracy=0.2 + d))
     ]
-    found = row(result_rows.summarize_runs(runs), "joint+x")
+    found = summary_row(result_rows.summarize_runs(runs), "joint+x")
     t = 0.3 / (0.2 / math.sqrt(3))
     assert found["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
     # Two degrees of freedom: the 97.5 % point solves t / sqrt(2 + t^2) = 0.95.
@@ -61,36 +61,44 @@ def test_three_pairs_in_closed_form_and_interval_touches_zero_exactly_where_p_is
     assert found["low"] == pytest.approx(2 * found["difference"] - found["high"])
 
 
-def test_pairs_are_of_one_seed_and_fold():
+def test_pairs_share_seed_and_fold():
     joint = [("A", 0, 0.1), ("B", 0, 0.5), ("A", 1, 0.9)]
     balanced = [("B", 0, 0.6), ("A", 0, 0.3), ("A", 2, 0.0)]
-    runs = [run(m, s, f, accuracy=a) for m, part in (("joint", joint), ("joint+x", balanced)) for f, s, a in part]
-    found = row(result_rows.summarize_runs(runs), "joint+x")
+    runs = [
+        run_result(m, s, f, accuracy=a) for m, part in (("joint", joint), ("joint+x", balanced)) for f, s, a in part
+    ]
+    found = summary_row(result_rows.summarize_runs(runs), "joint+x")
     assert (found["n"], found["pairs"]) == (3, 2)
     assert found["difference"] == pytest.approx((0.2 + 0.1) / 2)
 
 
-def test_r_is_not_compared_between_runs_that_destroyed_different_modalities():
+def test_r_is_not_compared_across_corrupted_modalities():
     plan = (("joint", 0, "a"), ("joint", 1, "a"), ("joint+x", 0, "a"), ("joint+x", 1, "b"))
-    runs = [run(m, s, noise_attention_r=0.1 * s, accuracy=0.1 * s) | {"noise_modality": gone} for m, s, gone in plan]
+    runs = [
+        run_result(m, s, noise_attention_r=0.1 * s, accuracy=0.1 * s) | {"noise_modality": gone} for m, s, gone in plan
+    ]
     rows = result_rows.summarize_runs(runs)
-    assert row(rows, "joint+x", "noise_attention_r")["pairs"] == 1
-    assert row(rows, "joint+x", "accuracy")["pairs"] == 2
+    assert summary_row(rows, "joint+x", "noise_attention_r")["pairs"] == 1
+    assert summary_row(rows, "joint+x", "accuracy")["pairs"] == 2
 
 
 def test_equal_differences_and_single_runs_have_no_p():
-    equal = [run(m, s, accuracy=0.1 * s + 0.1 * (m == "joint+x")) for m in ("joint", "joint+x") for s in range(3)]
-    found = row(result_rows.summarize_runs(equal), "joint+x")
+    equal = [
+        run_result(m, s, accuracy=0.1 * s + 0.1 * (m == "joint+x")) for m in ("joint", "joint+x") for s in range(3)
+    ]
+    found = summary_row(result_rows.summarize_runs(equal), "joint+x")
     assert found["p"] is None
     assert found["difference"] == pytest.approx(0.1)
-    once = row(result_rows.summarize_runs(equal[2:4]), "joint+x")
+    once = summary_row(result_rows.summarize_runs(equal[2:4]), "joint+x")
     assert (once["sd"], once["p"], once["n"]) == (None, None, 1)
     assert once["difference"] is None  # no seed in common
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf])
-def test_undefined_figures_are_left_out(gap):
-    rows = result_rows.summarize_runs([run("joint", 0, accuracy=0.5, air=gap), run("joint", 1, accuracy=gap, air=gap)])
+def test_undefined_metrics_are_excluded(gap):
+    rows = result_rows.summarize_runs(
+        [run_result("joint", 0, accuracy=0.5, air=gap), run_result("joint", 1, accuracy=gap, air=gap)]
+    )
     assert [(r["metric"], r["mean"], r["n"]) for r in rows] == [("accuracy", 0.5, 1)]
 
 
@@ -107,16 +115,18 @@ def test_undefined_figures_are_left_out(gap):
     ],
 )
 def test_reference_rule(methods, options, expected):
-    rows = result_rows.summarize_runs([run(m, 0, accuracy=0.1) for m in methods], **options)
+    rows = result_rows.summarize_runs([run_result(m, 0, accuracy=0.1) for m in methods], **options)
     assert {r["method"]: r["reference"] for r in rows} == expected
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=7), st.lists(st.floats(-1, 1), min_size=7, max_size=7))
 @settings(max_examples=30, deadline=None)
-def test_swapping_method_and_reference_turns_the_sign_and_nothing_else(here, there):
-    runs = [r for s, a in enumerate(here) for r in (run("a", s, accuracy=a), run("b", s, accuracy=there[s]))]
-    one = row(result_rows.summarize_runs(runs, {"a": "b"}), "a")
-    two = row(result_rows.summarize_runs(runs, {"b": "a"}), "b")
+def test_swapping_method_and_reference_flips_the_sign(here, there):
+    runs = [
+        r for s, a in enumerate(here) for r in (run_result("a", s, accuracy=a), run_result("b", s, accuracy=there[s]))
+    ]
+    one = summary_row(result_rows.summarize_runs(runs, {"a": "b"}), "a")
+    two = summary_row(result_rows.summarize_runs(runs, {"b": "a"}), "b")
     assert one["difference"] == pytest.approx(-two["difference"])
     assert (one["p"] is None) == (two["p"] is None)
     if one["p"] is not None:
@@ -124,9 +134,10 @@ def test_swapping_method_and_reference_turns_the_sign_and_nothing_else(here, the
         assert (one["low"] <= 0 <= one["high"]) == (one["p"] >= 0.05)
 
 
-def test_merge_keeps_one_run_each_and_the_later_one():
+def test_merge_keeps_the_later_run():
     merged = result_rows.merge_results(
-        [run("a", 0, accuracy=1), run("a", 1, accuracy=2)], [run("a", 0, accuracy=3), run("a", 0, "B", accuracy=4)]
+        [run_result("a", 0, accuracy=1), run_result("a", 1, accuracy=2)],
+        [run_result("a", 0, accuracy=3), run_result("a", 0, "B", accuracy=4)],
     )
     assert [(r["seed"], r["fold"], r["metrics"]["accuracy"]) for r in merged] == [
         (0, None, 3),
@@ -135,8 +146,8 @@ def test_merge_keeps_one_run_each_and_the_later_one():
     ]
 
 
-def test_results_do_not_tell_which_run_ended_first():
-    runs = [run(m, s, f, accuracy=s / 7) for m in ("joint", "audio") for f in ("B", "A") for s in (2, 0, 1)]
+def test_results_do_not_depend_on_completion_order():
+    runs = [run_result(m, s, f, accuracy=s / 7) for m in ("joint", "audio") for f in ("B", "A") for s in (2, 0, 1)]
     protocol = {"methods": ["audio", "joint"]}
     one, two = result_rows.build_results(runs, protocol), result_rows.build_results(runs[::-1], protocol)
     assert one["runs"] == two["runs"]
@@ -144,7 +155,7 @@ def test_results_do_not_tell_which_run_ended_first():
     assert result_rows.run_identity(one["runs"][1]) == ("audio", 1, "A")
 
 
-def test_written_results_come_back(tmp_path):
+def test_results_round_trip(tmp_path):
     content = fake_results(seeds=2, epochs=3)
     path = result_rows.write_results(tmp_path / "deep" / "results.json", content)
     assert result_rows.load_results(path) == content
@@ -152,17 +163,20 @@ def test_written_results_come_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
-def test_outcomes_are_kept_and_optional(tmp_path):
-    runs = [{**run("joint", 0, accuracy=0.5), "outcomes": {"accuracy": "10-"}}, run("joint", 1, accuracy=0.5)]
+def test_outcomes_are_stored_and_optional(tmp_path):
+    runs = [
+        {**run_result("joint", 0, accuracy=0.5), "outcomes": {"accuracy": "10-"}},
+        run_result("joint", 1, accuracy=0.5),
+    ]
     result_rows.write_results(tmp_path / "results.json", result_rows.build_results(runs, {}))
     first, second = result_rows.load_results(tmp_path)["runs"]
     assert first["outcomes"] == {"accuracy": "10-"}
     assert "outcomes" not in second
 
 
-def test_what_json_lacks_becomes_null_or_a_list(tmp_path):
+def test_non_json_values_become_null_or_lists(tmp_path):
     content = result_rows.build_results(
-        [run("a", 0, accuracy=math.nan, air=-math.inf)], {"x": np.float32(0.5), "y": torch.arange(3)}
+        [run_result("a", 0, accuracy=math.nan, air=-math.inf)], {"x": np.float32(0.5), "y": torch.arange(3)}
     )
     text = result_rows.write_results(tmp_path / "r.json", content).read_text()
     strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -170,12 +184,12 @@ def test_what_json_lacks_becomes_null_or_a_list(tmp_path):
     assert strict["protocol"] == {"x": 0.5, "y": [0, 1, 2]}
 
 
-def test_what_cannot_be_written_is_named():
+def test_unserializable_values_raise():
     with pytest.raises(SchemaError, match=r"results: protocol: root: expected numbers, .*, got PosixPath.*str"):
         result_rows.to_jsonable({"protocol": {"root": __import__("pathlib").Path("x")}})
 
 
-def test_interrupted_write_leaves_the_former_file(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_previous_file(tmp_path, monkeypatch):
     path = result_rows.write_results(tmp_path / "results.json", fake_results(seeds=1, epochs=1))
     before = path.read_text()
 
@@ -206,18 +220,18 @@ def broken(**changes):
             broken(runs=[{"method": "a"}]),
             r"run 0: expected the entries method, seed, fold, metrics, got none called seed",
         ),
-        (broken(runs=[run(3, 0)]), r"run 0, method: expected str, got int"),
+        (broken(runs=[run_result(3, 0)]), r"run 0, method: expected str, got int"),
         (broken(runs=[7]), r"run 0: expected a mapping, got int"),
         (broken(summary=[{"method": "a"}]), r"summary row 0: .* got none called metric, mean"),
         ([1], r"expected a mapping, got list"),
-        (broken(runs=[{**run("a", 0), "outcomes": "10"}]), r"run 0, outcomes: expected a mapping, got 10"),
+        (broken(runs=[{**run_result("a", 0), "outcomes": "10"}]), r"run 0, outcomes: expected a mapping, got 10"),
         (
-            broken(runs=[{**run("a", 0), "outcomes": {"accuracy": "1x"}}]),
+            broken(runs=[{**run_result("a", 0), "outcomes": {"accuracy": "1x"}}]),
             r"run 0, outcomes\.accuracy: expected 0, 1 or - for each sample, or numbers, got 1x",
         ),
     ],
 )
-def test_wrong_content_is_refused(tmp_path, content, message):
+def test_invalid_content_raises(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
     with pytest.raises(SchemaError, match=r"read 'results\.json'.*" + message):
@@ -225,20 +239,20 @@ def test_wrong_content_is_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 57, -3])
-def test_truncated_file_is_refused(tmp_path, cut):
+def test_truncated_file_raises(tmp_path, cut):
     path = result_rows.write_results(tmp_path / "results.json", fake_results(methods=("joint",), seeds=1, epochs=1))
     path.write_text(path.read_text()[:cut])
     with pytest.raises(SchemaError, match=r"expected JSON, got a file that is truncated .*run the command"):
         result_rows.load_results(path)
 
 
-def test_file_of_another_kind_is_refused(tmp_path):
+def test_file_of_another_kind_raises(tmp_path):
     (tmp_path / "picture.json").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(SchemaError, match="expected JSON, got a file that is truncated or not JSON"):
         result_rows.load_results(tmp_path / "picture.json")
 
 
-def test_missing_file_says_who_writes_one(tmp_path):
+def test_missing_file_error_names_the_command(tmp_path):
     with pytest.raises(
         DataError,
         match=r"read 'results.json': expected a results file, got no such file\. equipoise demo, compare and train",

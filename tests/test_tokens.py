@@ -14,7 +14,7 @@ BATCH, DIM = 3, 5
 LENGTHS = {"audio": 7, "image": 2, "text": 11}
 
 
-def sequences(seed=0, masked=(), timed=False):
+def random_sequences(seed=0, masked=(), timed=False):
     random = torch.Generator().manual_seed(seed)
     made = {}
     for name, length in LENGTHS.items():
@@ -26,8 +26,8 @@ def sequences(seed=0, masked=(), timed=False):
 
 @pytest.mark.parametrize("masked", [(), ("image",), ("audio", "image", "text")])
 @pytest.mark.parametrize("with_cls", [False, True])
-def test_unpack_undoes_pack(masked, with_cls):
-    tokens = sequences(masked=masked, timed=True)
+def test_unpack_inverts_pack(masked, with_cls):
+    tokens = random_sequences(masked=masked, timed=True)
     packed = pack(tokens, cls=torch.full((DIM,), 9.0) if with_cls else None)
     assert packed.values.shape == (BATCH, sum(LENGTHS.values()) + with_cls, DIM)
     assert packed.lengths == (int(with_cls), 7, 2, 11)
@@ -49,21 +49,21 @@ def test_pack_labels_blocks_class_token_and_padding():
     assert torch.equal(packed.values[:, 0], torch.arange(DIM).float().expand(2, -1))
 
 
-def test_pack_takes_a_class_token_for_each_sample():
+def test_pack_with_class_token_per_sample():
     cls = torch.randn(BATCH, DIM)
-    assert torch.equal(pack(sequences(), cls=cls).values[:, 0], cls)
+    assert torch.equal(pack(random_sequences(), cls=cls).values[:, 0], cls)
 
 
-def test_pack_without_masks_has_none_and_keeps_times_only_when_all_have_them():
-    assert pack(sequences()).mask is None
-    timed = sequences(timed=True)
+def test_pack_without_masks_and_with_partial_times():
+    assert pack(random_sequences()).mask is None
+    timed = random_sequences(timed=True)
     assert torch.equal(pack(timed, cls=torch.zeros(DIM)).times[:, 1:8], timed["audio"].times)
     timed["image"] = Tokens(timed["image"].values)
     assert pack(timed).times is None
 
 
-def test_pack_with_a_modality_that_the_whole_batch_lacks():
-    tokens = sequences() | {"image": Tokens(torch.zeros(BATCH, 0, DIM))}
+def test_pack_with_modality_missing_from_the_batch():
+    tokens = random_sequences() | {"image": Tokens(torch.zeros(BATCH, 0, DIM))}
     packed = pack(tokens)
     assert packed.modality[0].tolist() == [0] * 7 + [2] * 11
     assert unpack(packed)["image"].values.shape == (BATCH, 0, DIM)
@@ -77,7 +77,7 @@ def test_missing_sample_is_not_present():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.lists(st.integers(-1, 2), min_size=1, max_size=13), min_size=1, max_size=3))
-def test_unpack_gathers_interleaved_tokens_in_their_order(seed, rows):
+def test_unpack_keeps_order_of_interleaved_tokens(seed, rows):
     longest = max(map(len, rows))
     labels = torch.tensor([row + [SPECIAL] * (longest - len(row)) for row in rows])
     values = torch.randn(len(rows), longest, DIM, generator=torch.Generator().manual_seed(seed))
@@ -101,7 +101,7 @@ def test_unpack_keeps_the_order_of_long_sequences():
         assert torch.equal(again[name].values.flatten(), torch.nonzero(labels[0] == index).flatten().float())
 
 
-def test_unpack_leaves_masked_interleaved_tokens_out():
+def test_unpack_excludes_masked_interleaved_tokens():
     labels, mask = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[True, True, False, True]])
     values = torch.arange(4.0)[None, :, None]
     again = unpack(Tokens(values, mask=mask, modality=labels, names=("a", "b")))
@@ -111,15 +111,15 @@ def test_unpack_leaves_masked_interleaved_tokens_out():
 
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize("masked", [(), ("text",)])
-def test_pooled_is_class_token_or_mean_over_valid(cls, masked):
-    part = sequences(masked=masked)["text"]
+def test_pooled_is_class_token_or_masked_mean(cls, masked):
+    part = random_sequences(masked=masked)["text"]
     if part.mask is not None:
         part.mask[1] = False
     values = Tokens(part.values.double(), mask=part.mask, cls=cls).pooled()
     torch.testing.assert_close(values, pooled(part.values, part.mask, cls), **TOL[torch.float64])
 
 
-def test_pooled_ignores_what_stands_in_padding():
+def test_pooled_ignores_padding():
     values = torch.ones(1, 2, DIM)
     values[0, 1] = torch.nan
     assert Tokens(values, mask=torch.tensor([[True, False]])).pooled().tolist() == [[1.0] * DIM]
@@ -132,11 +132,11 @@ def test_pooled_sums_of_half_precision_do_not_overflow():
     assert Tokens(values, mask=mask).pooled().tolist() == [[100.0] * DIM]
 
 
-def test_pooled_of_no_tokens_is_zero():
+def test_pooled_without_tokens_is_zero():
     assert Tokens(torch.zeros(BATCH, 0, DIM)).pooled().tolist() == [[0.0] * DIM] * BATCH
 
 
-def test_ragged_pads_and_masks():
+def test_ragged_sequences_are_padded_and_masked():
     rows = [torch.randn(length, DIM) for length in (2, 7, 0)]
     tokens = Tokens.ragged(rows)
     assert tokens.values.shape == (3, 7, DIM)
@@ -155,7 +155,7 @@ class HuggingFaceOutput:
         self.last_hidden_state = hidden
 
 
-def test_as_tokens_takes_what_encoders_return():
+def test_as_tokens_accepts_encoder_outputs():
     hidden = torch.randn(BATCH, 7, DIM)
     ready = Tokens(hidden)
     assert as_tokens(ready, "encoder") is ready
@@ -176,7 +176,7 @@ def test_as_tokens_takes_what_encoders_return():
         (HuggingFaceOutput(None), r"got NoneType"),
     ],
 )
-def test_as_tokens_refuses(result, message):
+def test_as_tokens_invalid_outputs_raise(result, message):
     with pytest.raises(ShapeError, match=message):
         as_tokens(result, "encoder 'image'")
 
@@ -221,7 +221,7 @@ def test_errors(make, message):
         make()
 
 
-def test_output_with_changes_only_what_is_said():
+def test_output_replace_changes_given_fields_only():
     before = Output(features=torch.zeros(2, 3), names=("audio",))
     after = before.with_(logits=torch.ones(2, 1))
     assert before.logits is None

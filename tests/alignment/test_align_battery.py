@@ -170,7 +170,7 @@ class TestNoValidSamples:
             self.zero(loss(a, b, ids=ids), a, b, *loss.parameters())
 
     @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-    def test_no_pair(self, made):
+    def test_no_positive_pair(self, made):
         loss = made(widths={"a": 4, "b": 4}, dim=3)
         a, b = (torch.full((2, 4), math.nan).requires_grad_() for _ in range(2))
         here = torch.tensor([True, False])

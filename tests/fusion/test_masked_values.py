@@ -177,7 +177,7 @@ class TestModel:
             found.append(derived((model(batch).logits,), [p for p in model.parameters() if p.requires_grad]))
         assert_equal_and_finite(found[1], found[0])
 
-    def test_channels_are_not_tokens(self):
+    def test_channels_are_not_treated_as_tokens(self):
         """The number of tokens equals the number of channels: a mask of tokens must not be applied to the image."""
         encoder = nn.Sequential(nn.Conv2d(2, DIM, 2, stride=2), nn.Flatten(2))
         torch.manual_seed(0)

@@ -207,7 +207,7 @@ class TestBasis:
 
     @pytest.mark.parametrize("basis", ["gram", "covariance"])
     @pytest.mark.parametrize("norm", ["fro", "spectral", "trace", "none"])
-    def test_is_symmetric_with_no_negative_eigenvalue(self, basis, norm):
+    def test_is_symmetric_positive_semidefinite(self, basis, norm):
         found = basis_of(self.keys, basis=basis, norm=norm)
         torch.testing.assert_close(found, found.T, **EXACT)
         assert torch.linalg.eigvalsh(found).min() > -EXACT["rtol"]

@@ -26,7 +26,7 @@ NAMES = ("audio", "image")
 NEAR = TOL[torch.float32]
 
 
-def share_of(attention, labels=LABELS, rows=None, count=2):
+def expected_share(attention, labels=LABELS, rows=None, count=2):
     """Computes the definition in loops: mean over the counted queries of the sum over the keys of a modality."""
     size, heads, queries, keys = attention.shape
     labels = labels.expand(size, keys)
@@ -40,7 +40,7 @@ def share_of(attention, labels=LABELS, rows=None, count=2):
     return found.float()
 
 
-def values(*shape, seed=0):
+def random_values(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -53,7 +53,7 @@ def multihead(seed=0, **options):
     return made.eval()
 
 
-class Written(nn.Module):
+class ExplicitAttention(nn.Module):
     """Attention with a fused projection, as in vision transformers, computed in one of several ways."""
 
     def __init__(self, backend):
@@ -99,7 +99,7 @@ def hides(kind):
 @pytest.mark.parametrize("backend", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
 @pytest.mark.parametrize("kind", ["none", "padding", "causal"])
 def test_explicit_attention(backend, kind):
-    made, tokens = nn.ModuleDict({"attn": Written(backend)}), values(BATCH, KEYS, DIM)
+    made, tokens = nn.ModuleDict({"attn": ExplicitAttention(backend)}), random_values(BATCH, KEYS, DIM)
     made.forward = lambda tokens, mask: made["attn"](tokens, mask)
     mask, rows = hides(kind)
     mask = None if kind == "none" else mask
@@ -108,7 +108,7 @@ def test_explicit_attention(backend, kind):
         watched = made(tokens, mask)
     assert torch.equal(plain, watched)
     assert record.layers == ["attn"]
-    expected = share_of(made["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
+    expected = expected_share(made["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
     torch.testing.assert_close(record.share("attn"), expected, **NEAR)
     assert float(expected.std()) > 0.02
 
@@ -118,8 +118,8 @@ def test_explicit_attention(backend, kind):
 @pytest.mark.parametrize("kind", ["none", "boolean", "floating", "per head", "padding", "both"])
 def test_multihead(options, first, kind):
     made = multihead(batch_first=first, **options)
-    tokens = values(BATCH, KEYS, DIM)
-    source = values(BATCH, KEYS, 3, seed=1) if "kdim" in options else tokens
+    tokens = random_values(BATCH, KEYS, DIM)
+    source = random_values(BATCH, KEYS, 3, seed=1) if "kdim" in options else tokens
     if not first:
         tokens = tokens.transpose(0, 1)
         source = tokens if "kdim" not in options else source.transpose(0, 1)
@@ -128,7 +128,7 @@ def test_multihead(options, first, kind):
     padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
     padding[1, 5:] = True
     masks = {
-        "boolean": {"attn_mask": hidden[0]}, "floating": {"attn_mask": values(KEYS, KEYS, seed=3)},
+        "boolean": {"attn_mask": hidden[0]}, "floating": {"attn_mask": random_values(KEYS, KEYS, seed=3)},
         "per head": {"attn_mask": hidden}, "padding": {"key_padding_mask": padding},
         "both": {"attn_mask": hidden[0], "key_padding_mask": padding},
     }.get(kind, {})  # fmt: skip
@@ -139,7 +139,7 @@ def test_multihead(options, first, kind):
     assert torch.equal(plain, watched)
     itself = source is tokens and kind in ("padding", "both")
     rows = (~padding).float() if itself else None
-    expected = share_of(attention[..., :KEYS], rows=rows)
+    expected = expected_share(attention[..., :KEYS], rows=rows)
     torch.testing.assert_close(record.share("MultiheadAttention"), expected, **NEAR)
     if "add_bias_kv" in options:
         added = attention[..., KEYS:].sum(-1).mean(2) + attention[..., 5].mean(2)
@@ -148,10 +148,10 @@ def test_multihead(options, first, kind):
 
 
 def test_unbatched_inputs_and_functional_calls():
-    made, tokens = multihead(), values(KEYS, DIM)
+    made, tokens = multihead(), random_values(KEYS, DIM)
     with eq.watch(made, modality=LABELS, names=NAMES) as record:
         _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
-    torch.testing.assert_close(record.share("MultiheadAttention"), share_of(attention[None]), **NEAR)
+    torch.testing.assert_close(record.share("MultiheadAttention"), expected_share(attention[None]), **NEAR)
 
     class Pool(nn.Module):
         def __init__(self):
@@ -184,7 +184,7 @@ def test_transformer_encoder(nested, norm_first, mode):
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True, dropout=0.3, norm_first=norm_first)
     made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested and not norm_first)
     made.train(mode == "training")
-    tokens, padding = values(BATCH, KEYS, DIM), torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    tokens, padding = random_values(BATCH, KEYS, DIM), torch.zeros(BATCH, KEYS, dtype=torch.bool)
     # The longest sample is padded too, so packed tokens come back as fewer.
     padding[:, 6:] = padding[1, 4:] = True
     outputs, states = [], []
@@ -207,13 +207,15 @@ def test_transformer_encoder(nested, norm_first, mode):
     _, attention = first.self_attn(
         normed, normed, normed, key_padding_mask=padding, average_attn_weights=False
     )  # fmt: skip
-    torch.testing.assert_close(record.share(record.layers[0]), share_of(attention, rows=(~padding).float()), **NEAR)
+    torch.testing.assert_close(
+        record.share(record.layers[0]), expected_share(attention, rows=(~padding).float()), **NEAR
+    )
 
 
 def test_transformer_decoder_with_memory():
     torch.manual_seed(0)
     made = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
-    words, memory = values(BATCH, 5, DIM), values(BATCH, KEYS, DIM, seed=1)
+    words, memory = random_values(BATCH, 5, DIM), random_values(BATCH, KEYS, DIM, seed=1)
     message = "'layers.0.self_attn' is not in the table: it has 5 keys, and modality is given for 7"
     with torch.no_grad(), pytest.warns(UserWarning, match=message):  # noqa: SIM117
         with eq.watch(made, modality=LABELS, names=NAMES) as record:
@@ -263,7 +265,7 @@ class TransformerEncoder(nn.Module):
 def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
     encoders = {name: TransformerEncoder(own) for name in NAMES}
     made = eq.FusionModel(encoders, getattr(eq.fusion, fusion)(DIM), 2).eval()
-    inputs = {name: values(BATCH, 5 + i, 3) for i, name in enumerate(NAMES)}
+    inputs = {name: random_values(BATCH, 5 + i, 3) for i, name in enumerate(NAMES)}
     with torch.no_grad(), eq.watch(made) as record:
         made(inputs)
     assert record.missing == {}
@@ -289,36 +291,36 @@ def test_shared_encoders_are_excluded():
     encoder = TransformerEncoder(own=True)
     made = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
     with torch.no_grad(), eq.watch(made) as record:
-        made({name: values(BATCH, 5, 3) for name in NAMES})
+        made({name: random_values(BATCH, 5, 3) for name in NAMES})
     assert record.missing == {}
     assert record.layers == ["fusion.attention"]
     assert record.unimodal_layers == []
 
 
 def sdpa():
-    made = nn.ModuleDict({"attn": Written("sdpa")})
+    made = nn.ModuleDict({"attn": ExplicitAttention("sdpa")})
     made.forward = lambda tokens, mask=None: made["attn"](tokens, mask)
     return made
 
 
 @pytest.mark.parametrize("queries", ["last", "image", "mask", "answer"])
 def test_queries(queries):
-    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     mask = torch.ones(BATCH, 1, 1, KEYS, dtype=torch.bool)
     mask[0, ..., :2], mask[1, ..., 5:] = False, False
     attention = made["attn"].scores(tokens).masked_fill(~mask, -math.inf).softmax(dim=-1)
-    chosen = values(BATCH, KEYS, seed=9) > 0
+    chosen = random_values(BATCH, KEYS, seed=9) > 0
     rows = {"image": (LABELS == 1).expand(BATCH, KEYS), "mask": chosen}.get(queries, torch.zeros(BATCH, KEYS).bool())
     rows = rows & mask[:, 0, 0]
     if queries in ("last", "answer"):
         rows[0, 6] = rows[1, 4] = rows[2, 6] = True
     with eq.watch(made, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as record:
         made(tokens, mask)
-    torch.testing.assert_close(record.share("attn"), share_of(attention, rows=rows.float()), **NEAR)
+    torch.testing.assert_close(record.share("attn"), expected_share(attention, rows=rows.float()), **NEAR)
 
 
 def test_unknown_query_labels_raise():
-    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     for unknown, message in (
         ("imag", r"watch queries: expected a known word or modality, got 'imag'. Did you mean 'image'"),
         (torch.zeros(2, 3).long(), r"expected 'all', 'last', .* or a boolean mask .*got torch.int64 of shape \(2, 3\)"),
@@ -340,12 +342,12 @@ def test_unknown_query_labels_raise():
     assert record.share("attn").isnan().any(dim=(1, 2)).tolist() == [False, True, True]
 
 
-class Twice(nn.Module):
+class RepeatedLayer(nn.Module):
     """A module that attends twice per forward pass, and one that attends once."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([Written("sdpa"), Written("softmax")])
+        self.blocks = nn.ModuleList([ExplicitAttention("sdpa"), ExplicitAttention("softmax")])
 
     def forward(self, tokens):
         for number in (0, 1, 0):
@@ -353,7 +355,7 @@ class Twice(nn.Module):
 
 
 def test_layer_patterns():
-    made, tokens = Twice(), values(BATCH, KEYS, DIM)
+    made, tokens = RepeatedLayer(), random_values(BATCH, KEYS, DIM)
     with eq.watch(made, modality=LABELS) as record:
         made(tokens)
         made(2 * tokens)
@@ -376,10 +378,10 @@ def test_layer_patterns():
 def test_nested_watches_agree():
     for made in (
         sdpa(),
-        Twice(),
+        RepeatedLayer(),
         nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True), 2),
     ):
-        tokens = values(BATCH, KEYS, DIM)
+        tokens = random_values(BATCH, KEYS, DIM)
         with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS, queries="last") as inner:
             made(tokens)
         with eq.watch(made, modality=LABELS) as alone:
@@ -393,7 +395,7 @@ def test_nested_watches_agree():
 
 
 def test_record_contents():
-    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     attention = made["attn"].scores(tokens).softmax(dim=-1)
     with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as record:
         made(tokens)
@@ -404,12 +406,12 @@ def test_record_contents():
     assert record.sink("attn").abs().max() == 0
     assert torch.equal(record.labels("attn"), LABELS.expand(BATCH, -1))
     for reader in range(2):
-        own = share_of(attention, rows=LABELS.eq(reader).float().expand(BATCH, -1))
+        own = expected_share(attention, rows=LABELS.eq(reader).float().expand(BATCH, -1))
         torch.testing.assert_close(record.by_query("attn")[:, :, reader], own, **NEAR)
     left = attention.mean(dim=2)
     for sample, top in enumerate(left.mean(dim=1).topk(2, dim=-1).indices.tolist()):
         left[sample, :, top] = 0
-    expected = share_of(left[:, :, None]) / left.sum(dim=-1, keepdim=True)
+    expected = expected_share(left[:, :, None]) / left.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(record.share("attn", exclude_top_k=2), expected, **NEAR)
     row = record.table()[0]
     assert row["layer"] == "attn"
@@ -425,7 +427,7 @@ def test_record_contents():
 
 
 def test_views_of_a_record(monkeypatch):
-    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     with eq.watch(made, modality=LABELS, names=NAMES) as record:
         made(tokens)
     assert repr(record) == str(record.table())
@@ -445,7 +447,7 @@ def test_views_of_a_record(monkeypatch):
 
 def test_records_as_data_frames():
     pytest.importorskip("pandas")
-    made, tokens = sdpa(), values(BATCH, KEYS, DIM)
+    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     with eq.watch(made, modality=LABELS, names=NAMES) as record:
         made(tokens)
     frame = record.to_pandas()
@@ -461,10 +463,10 @@ def test_batches_of_different_size_and_length():
     made = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     with eq.watch(made, modality=LABELS, tokens=True) as record:
         for size in (5, 3):
-            tokens = values(size, KEYS, DIM)
+            tokens = random_values(size, KEYS, DIM)
             made(tokens, tokens, tokens)
     assert record.share("MultiheadAttention").shape == (8, HEADS, 2)
-    shorter = values(2, 4, DIM)
+    shorter = random_values(2, 4, DIM)
     message = "some batches of 'MultiheadAttention' are not in the table: it has 4 keys, and modality is given for 7"
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as partly:
         _ = [made(part, part, part) for part in (tokens, shorter)]
@@ -472,7 +474,7 @@ def test_batches_of_different_size_and_length():
     per_sample = torch.tensor([[0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, -1]])
     with eq.watch(made.eval(), modality=per_sample) as rows:
         _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
-    torch.testing.assert_close(rows.share("MultiheadAttention"), share_of(attention, per_sample), **NEAR)
+    torch.testing.assert_close(rows.share("MultiheadAttention"), expected_share(attention, per_sample), **NEAR)
     message = "it has batch = 2, and modality is given for 3 samples"
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=per_sample):
         made(tokens[:2], tokens[:2], tokens[:2])
@@ -490,7 +492,7 @@ class Linear(nn.Module):
 def test_attention_in_custom_code(layer, message):
     made = nn.Sequential(layer)
     with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as record:
-        made(values(BATCH, KEYS, DIM))
+        made(random_values(BATCH, KEYS, DIM))
     for ask in (record.table, lambda: record.share("0"), lambda: record.per_token("0"), lambda: record.special("0")):
         with pytest.raises(ConfigError, match="attention without softmax cannot be recorded"):
             ask()
@@ -499,7 +501,7 @@ def test_attention_in_custom_code(layer, message):
     with pytest.raises(ConfigError, match=r"none, because the model did not run in the block. Call the model inside"):
         idle.table()
     message = "'MultiheadAttention', but the modality of its 7 keys is unknown. Give one label for every key"
-    plain, tokens = nn.MultiheadAttention(DIM, HEADS, batch_first=True), values(BATCH, KEYS, DIM)
+    plain, tokens = nn.MultiheadAttention(DIM, HEADS, batch_first=True), random_values(BATCH, KEYS, DIM)
     with pytest.warns(UserWarning, match=message), eq.watch(plain) as unknown:
         plain(tokens, tokens, tokens)
     with pytest.raises(ConfigError, match=message):
@@ -509,7 +511,7 @@ def test_attention_in_custom_code(layer, message):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_models_without_hooks_raise():
     for made, message in (
-        (torch.jit.trace(Linear(), values(2, 3, 5)), "got a scripted one. Watch the model that was scripted"),
+        (torch.jit.trace(Linear(), random_values(2, 3, 5)), "got a scripted one. Watch the model that was scripted"),
         ("model", r"watch: expected a torch.nn.Module, got str"),
     ):
         with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS):
@@ -533,7 +535,10 @@ def test_mismatched_labels_raise(labels, names, error, message):
 def test_checkpointed_layers_are_recorded_once():
     from torch.utils.checkpoint import checkpoint
 
-    made, tokens = nn.ModuleList([Written("sdpa"), Written("softmax")]), values(BATCH, KEYS, DIM).requires_grad_()
+    made, tokens = (
+        nn.ModuleList([ExplicitAttention("sdpa"), ExplicitAttention("softmax")]),
+        random_values(BATCH, KEYS, DIM).requires_grad_(),
+    )
     made.forward = lambda tokens: sum(
         checkpoint(part, tokens, use_reentrant=reentrant).sum()
         for part, reentrant in zip(made, (True, False), strict=True)

@@ -14,7 +14,7 @@ LABELS = torch.tensor([0, 0, 1, 1, -1])
 
 
 @pytest.fixture(autouse=True)
-def calm():
+def ignore_warnings():
     with warnings.catch_warnings():
         for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*use_reentrant.*", ".*use_cache.*"):
             warnings.filterwarnings("ignore", message=text)

@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 0, 1, 1, -1])
 NAMES = ("a", "b")
 
 
-class Own(nn.Module):
+class CustomAttention(nn.Module):
     """Attention with torch's function, or with an explicit matrix."""
 
     def __init__(self, written=False):
@@ -39,28 +39,28 @@ class Linear(nn.Linear):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.own, self.written = Own(), Own(written=True)
+        self.own, self.written = CustomAttention(), CustomAttention(written=True)
         self.encoder = nn.TransformerEncoderLayer(6, 2, 7, batch_first=True)
 
     def forward(self, tokens):
         return self.encoder(self.written(self.own(tokens)))
 
 
-def by_torch_compile(made):
+def compile_with_torch_compile(made):
     return torch.compile(made, backend="eager")
 
 
-def by_forward(made):
+def compile_forward(made):
     made.forward = torch.compile(made.forward, backend="eager")
     return made
 
 
-def by_compile(made):
+def compile_in_place(made):
     made.compile(backend="eager")
     return made
 
 
-def a_part(made):
+def compile_submodule(made):
     made.own = torch.compile(made.own, backend="eager")
     return made
 
@@ -77,11 +77,18 @@ def compile_of_a_part(made):
     return made
 
 
-COMPILED = (by_torch_compile, by_forward, by_compile, a_part, forward_of_a_part, compile_of_a_part)
+COMPILED = (
+    compile_with_torch_compile,
+    compile_forward,
+    compile_in_place,
+    compile_submodule,
+    forward_of_a_part,
+    compile_of_a_part,
+)
 
 
 @pytest.fixture(autouse=True)
-def calm():
+def ignore_warnings():
     with warnings.catch_warnings():
         for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*torch.jit.*", ".*generation flags.*"):
             warnings.filterwarnings("ignore", message=text)
@@ -141,7 +148,7 @@ def test_compiler_stance_is_restored():
 
 
 def exported():
-    return torch.export.export(Own(written=True), (torch.randn(3, 5, 6),)).module()
+    return torch.export.export(CustomAttention(written=True), (torch.randn(3, 5, 6),)).module()
 
 
 def forward_traced():
@@ -151,7 +158,7 @@ def forward_traced():
 
 
 def parallel():
-    made = nn.DataParallel(Own())
+    made = nn.DataParallel(CustomAttention())
     made.device_ids = [0, 1]
     return made
 

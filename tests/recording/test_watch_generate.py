@@ -23,7 +23,7 @@ STOPS = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.fixture(autouse=True)
-def calm():
+def ignore_warnings():
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*generation flags.*"):
@@ -46,7 +46,7 @@ def lengths(written, options):
     return found
 
 
-def truth(model, inputs, sequences, queries="last", **options):
+def expected_shares(model, inputs, sequences, queries="last", **options):
     """Returns the mean share of the recorded queries, one returned sequence at a time."""
     backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -141,7 +141,7 @@ def test_rows_are_the_returned_sequences(name, queries):
     plain, watched = (getattr(found, "sequences", found) for found in (plain, watched))
     assert torch.equal(plain, watched)
     assert not [layer for layer in record.missing if "language_model" in layer]
-    expected = truth(model, inputs, watched, queries, **options)
+    expected = expected_shares(model, inputs, watched, queries, **options)
     torch.testing.assert_close(record.share(LAYER), expected, **NEAR)
     tokens, places = record.tokens(LAYER), record.labels(LAYER)
     for modality in range(2):
@@ -158,10 +158,10 @@ def test_rows_are_the_returned_sequences(name, queries):
     torch.testing.assert_close(record.per_token(LAYER), per_token, **NEAR)
 
 
-def expect(model, inputs, options, queries="last"):
+def assert_shares(model, inputs, options, queries="last"):
     with eq.watch(model, queries=queries) as record:
         found = model.generate(**inputs, **options)
-    torch.testing.assert_close(record.share(LAYER), truth(model, inputs, found, queries, **options), **NEAR)
+    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, found, queries, **options), **NEAR)
     return record, found
 
 
@@ -176,7 +176,7 @@ def test_several_calls_in_one_context():
             expected.append((found, options))
         with torch.no_grad():
             model(**inputs)
-    parts = [truth(model, inputs, found, **options) for found, options in expected]
+    parts = [expected_shares(model, inputs, found, **options) for found, options in expected]
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
         model(**inputs)
     parts.append(forward.share(LAYER))
@@ -201,10 +201,10 @@ def test_custom_stopping_criterion(ends):
         found = model.generate(**inputs, **options)
     # With an end token, the first sequence is padded after it; without one, it continues.
     assert bool((found[0, 16:] == 0).all()) == ends
-    expected = truth(model, {key: value[1:] for key, value in inputs.items()}, found[1:], pad_token_id=0)
+    expected = expected_shares(model, {key: value[1:] for key, value in inputs.items()}, found[1:], pad_token_id=0)
     torch.testing.assert_close(record.share(LAYER)[1:], expected, **NEAR)
     first = found[:1, :16] if ends else found[:1]
-    expected = truth(model, {key: value[:1] for key, value in inputs.items()}, first)
+    expected = expected_shares(model, {key: value[:1] for key, value in inputs.items()}, first)
     torch.testing.assert_close(record.share(LAYER)[:1], expected, **NEAR)
 
 
@@ -220,7 +220,7 @@ def test_custom_labels_and_masks(name):
     assert torch.equal(given.share(LAYER), told.share(LAYER))
     with eq.watch(model, queries=mask) as masked:
         found = model.generate(**inputs, **options)
-    torch.testing.assert_close(masked.share(LAYER), truth(model, inputs, found, "image", **options), **NEAR)
+    torch.testing.assert_close(masked.share(LAYER), expected_shares(model, inputs, found, "image", **options), **NEAR)
     with (
         pytest.warns(UserWarning, match=r"queries is a mask of shape \(\d, 12\)"),
         eq.watch(model, queries=mask[:, 1:]),
@@ -245,7 +245,7 @@ def test_custom_decoding_loop():
     def around(model, input_ids, **kwargs):
         return type(model)._sample(model, input_ids, **kwargs)
 
-    expect(model, inputs, {**GREEDY, "custom_generate": around})
+    assert_shares(model, inputs, {**GREEDY, "custom_generate": around})
 
 
 def test_early_exit():
@@ -318,8 +318,8 @@ def test_nested_and_repeated_contexts():
         model.generate(**inputs, **options)
     with eq.watch(model.model, queries="last") as body:
         model.generate(**inputs, **options)
-    torch.testing.assert_close(outer.share(LAYER), truth(model, inputs, found), **NEAR)
-    torch.testing.assert_close(inner.share(LAYER), truth(model, inputs, found, "all"), **NEAR)
+    torch.testing.assert_close(outer.share(LAYER), expected_shares(model, inputs, found), **NEAR)
+    torch.testing.assert_close(inner.share(LAYER), expected_shares(model, inputs, found, "all"), **NEAR)
     assert torch.equal(whole.share(LAYER), outer.share(LAYER))
     for record, layer in ((part, "layers.1.self_attn"), (body, "language_model.layers.1.self_attn")):
         assert torch.equal(record.share(layer), outer.share(LAYER))
@@ -340,5 +340,5 @@ def test_error_inside_generate():
         with pytest.raises(KeyError, match="broken"):
             model.generate(**inputs, **options, logits_processor=broken)
         found = model.generate(**inputs, **options)
-    torch.testing.assert_close(record.share(LAYER), truth(model, inputs, found), **NEAR)
+    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, found), **NEAR)
     assert all(name not in vars(type(model)) for name in ("_sample", "_beam_search", "generate"))

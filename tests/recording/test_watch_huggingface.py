@@ -32,7 +32,7 @@ GENERATED = (
 
 
 @pytest.fixture(autouse=True)
-def calm():
+def ignore_warnings():
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*generation flags.*"):
@@ -51,7 +51,7 @@ def labels_of(inputs, names):
     return found.masked_fill(inputs["attention_mask"] == 0, -1)
 
 
-def share_of(attention, labels, rows, count):
+def expected_share(attention, labels, rows, count):
     """Computes the definition in loops over samples and modalities."""
     found = torch.zeros(*attention.shape[:2], count, dtype=torch.float64)
     for sample in range(len(attention)):
@@ -61,7 +61,7 @@ def share_of(attention, labels, rows, count):
     return found.float()
 
 
-def eager(model):
+def eager_attention(model):
     made = copy.deepcopy(model)
     made.set_attn_implementation("eager")
     return made
@@ -82,15 +82,19 @@ def test_forward(name):
         plain = model(**inputs)
         with eq.watch(model) as record, eq.watch(model, queries="last") as last:
             watched = model(**inputs)
-        written = eager(model)(**inputs, output_attentions=True).attentions
+        written = eager_attention(model)(**inputs, output_attentions=True).attentions
     assert torch.equal(logits(plain), logits(watched))
     labels, valid = labels_of(inputs, record.names), inputs["attention_mask"].bool()
     ends = torch.zeros_like(valid)
     ends[:, -1] = True
     for number, attention in enumerate(written):
         layer = find_layer(record.layers, number)
-        torch.testing.assert_close(record.share(layer), share_of(attention, labels, valid, len(record.names)), **NEAR)
-        torch.testing.assert_close(last.share(layer), share_of(attention, labels, ends, len(record.names)), **NEAR)
+        torch.testing.assert_close(
+            record.share(layer), expected_share(attention, labels, valid, len(record.names)), **NEAR
+        )
+        torch.testing.assert_close(
+            last.share(layer), expected_share(attention, labels, ends, len(record.names)), **NEAR
+        )
         everything = record.share(layer).sum(dim=-1) + record.special(layer) + record.sink(layer)
         torch.testing.assert_close(everything, torch.ones_like(everything), **NEAR)
     assert not record.missing
@@ -128,7 +132,7 @@ def test_generate(name, cache):
             rows = attention[number][:, :, -1:]
             # A returned sequence continues the beam that generated its token.
             rows = rows if beams is None else rows[beams[:, step].long()]
-            total = total + share_of(rows, here, torch.ones(len(labels), 1).bool(), count)
+            total = total + expected_share(rows, here, torch.ones(len(labels), 1).bool(), count)
         layer = find_layer(record.layers, number)
         torch.testing.assert_close(record.share(layer), total / len(steps), **NEAR)
         tokens, places = record.tokens(layer), record.labels(layer)
@@ -144,13 +148,13 @@ def test_learned_queries_then_a_language_model(name):
     with eq.watch(model, queries="last") as record:
         model.generate(**inputs, **options)
     with torch.no_grad():
-        prefill = eager(model)(**inputs, output_attentions=True).language_model_outputs.attentions
+        prefill = eager_attention(model)(**inputs, output_attentions=True).language_model_outputs.attentions
         with eq.watch(model) as forward:
             model(**inputs)
     labels, valid = labels_of(inputs, ("text", "image")), inputs["attention_mask"].bool()
     layers = [layer for layer in forward.layers if "language_model" in layer]
     for layer, attention in zip(layers, prefill, strict=True):
-        torch.testing.assert_close(forward.share(layer), share_of(attention, labels, valid, 2), **NEAR)
+        torch.testing.assert_close(forward.share(layer), expected_share(attention, labels, valid, 2), **NEAR)
         assert 0.01 < float(record.share(layer)[..., 1].mean()) < 0.99
     inside = [layer for layer in forward.layers if "qformer" in layer]
     if name == "blip2":
@@ -170,7 +174,7 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
     with torch.no_grad():
         with eq.watch(model) as record:
             model(**inputs)
-        written = eager(model)(**inputs, output_attentions=True)
+        written = eager_attention(model)(**inputs, output_attentions=True)
     all_tokens = torch.ones(2, 7, dtype=torch.bool)
     for number in range(2):
         for part, attention, rows in (
@@ -178,15 +182,15 @@ def test_encoder_decoder_with_a_joint_encoder(beams):
             ("decoder.layers.{}.encoder_attn", written.cross_attentions, all_tokens),
         ):
             share = record.share(f"model.language_model.{part.format(number)}")
-            torch.testing.assert_close(share, share_of(attention[number], labels, rows, 2), **NEAR)
+            torch.testing.assert_close(share, expected_share(attention[number], labels, rows, 2), **NEAR)
     del inputs["decoder_input_ids"]
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
     with eq.watch(model, queries="last") as record:
         model.generate(**inputs, **options)
-    steps = eager(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
+    steps = eager_attention(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
     came = steps.beam_indices.long().T if beams > 1 else torch.arange(2).expand(4, -1)
     total = sum(
-        share_of(step[1][rows, :, -1:], labels, torch.ones(2, 1).bool(), 2)
+        expected_share(step[1][rows, :, -1:], labels, torch.ones(2, 1).bool(), 2)
         for step, rows in zip(steps.cross_attentions, came, strict=True)
     )
     share = record.share("model.language_model.decoder.layers.1.encoder_attn")
@@ -255,12 +259,12 @@ def test_sequences_assembled_by_the_model(name, labels, layer, first):
         hook.remove()
     rows = torch.ones(2, len(labels), dtype=torch.bool)
     rows[:, first : first + 13] = inputs["attention_mask"].bool()
-    expected = share_of(attention[0], torch.tensor([labels] * 2), rows, 2)
+    expected = expected_share(attention[0], torch.tensor([labels] * 2), rows, 2)
     torch.testing.assert_close(record.share(layer), expected, **NEAR)
     # Without labels, keys are traced from the inputs. ViLT's class token is a parameter: it belongs to no modality.
     inferred = [-1 if name == "vilt" and index == len(WORDS) else label for index, label in enumerate(labels)]
     torch.testing.assert_close(
-        followed.share(layer), share_of(attention[0], torch.tensor([inferred] * 2), rows, 2), **NEAR
+        followed.share(layer), expected_share(attention[0], torch.tensor([inferred] * 2), rows, 2), **NEAR
     )
 
 
@@ -269,10 +273,14 @@ def test_generate_with_user_labeled_image_tokens():
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with eq.watch(model, modality=torch.tensor(PICTURE + WORDS), names=("text", "image"), queries="last") as record:
         model.generate(**inputs, **options)
-    steps = eager(model).generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True).attentions
+    steps = (
+        eager_attention(model)
+        .generate(**inputs, **options, output_attentions=True, return_dict_in_generate=True)
+        .attentions
+    )
     labels = torch.tensor([PICTURE + WORDS + [0] * 4] * 2)
     total = sum(
-        share_of(step[1][:, :, -1:], labels[:, : step[1].shape[-1]], torch.ones(2, 1).bool(), 2) for step in steps
+        expected_share(step[1][:, :, -1:], labels[:, : step[1].shape[-1]], torch.ones(2, 1).bool(), 2) for step in steps
     )
     torch.testing.assert_close(record.share("git.encoder.layer.1.attention.self"), total / 4, **NEAR)
 
@@ -354,9 +362,9 @@ def test_text_interleaved_images_and_video():
     with torch.no_grad():
         with eq.watch(model) as record:
             model(**both)
-        written = eager(model)(**both, output_attentions=True).attentions
+        written = eager_attention(model)(**both, output_attentions=True).attentions
     assert record.names == ("text", "image", "video")
-    expected = share_of(written[1], labels_of(both, record.names), both["attention_mask"].bool(), 3)
+    expected = expected_share(written[1], labels_of(both, record.names), both["attention_mask"].bool(), 3)
     torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
     assert float(expected[..., 1:].mean(dim=(0, 1)).min()) > 0.05
 
@@ -371,10 +379,10 @@ def test_last_query_of_padded_batches(left):
     with torch.no_grad():
         with eq.watch(model, queries="last") as record:
             model(**inputs)
-        written = eager(model)(**inputs, output_attentions=True).attentions
+        written = eager_attention(model)(**inputs, output_attentions=True).attentions
     ends = torch.zeros(2, 13, dtype=torch.bool)
     ends[0, -1] = ends[1, -1 if left else -3] = True
-    expected = share_of(written[1], labels_of(inputs, record.names), ends, 2)
+    expected = expected_share(written[1], labels_of(inputs, record.names), ends, 2)
     torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
 
 
@@ -384,9 +392,9 @@ def test_custom_labels_and_input_embeddings():
     with torch.no_grad():
         with eq.watch(model, modality=labels, names=("question", "face", "context")) as record:
             model(**inputs)
-        written = eager(model)(**inputs, output_attentions=True).attentions
+        written = eager_attention(model)(**inputs, output_attentions=True).attentions
         valid = inputs["attention_mask"].bool()
-        expected = share_of(written[1], labels.expand(2, -1), valid, 3)
+        expected = expected_share(written[1], labels.expand(2, -1), valid, 3)
         torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
         vectors = model.get_input_embeddings()(inputs["input_ids"])
         message = "inputs are inputs_embeds without input_ids"
@@ -407,13 +415,13 @@ def test_encoder_segments_and_image_patches():
         with torch.no_grad():
             with eq.watch(model, modality=torch.tensor(labels), names=("first", "second")) as record:
                 model(**inputs)
-            written = eager(model)(**inputs, output_attentions=True).attentions
+            written = eager_attention(model)(**inputs, output_attentions=True).attentions
         valid = inputs.get("attention_mask", torch.ones(2, len(labels))).bool()
-        expected = share_of(written[1], torch.tensor([labels] * 2), valid, 2)
+        expected = expected_share(written[1], torch.tensor([labels] * 2), valid, 2)
         torch.testing.assert_close(record.share(record.layers[1]), expected, **NEAR)
 
 
-class Joined(nn.Module):
+class JoinedModels(nn.Module):
     """Two Hugging Face encoders with custom attention over both."""
 
     def __init__(self):
@@ -428,7 +436,7 @@ class Joined(nn.Module):
 
 
 def test_nested_models():
-    model = Joined().eval()
+    model = JoinedModels().eval()
     inputs = {"input_ids": ids(0)["input_ids"].clamp(3), "pixel_values": pictures(2, 3, 8, 8)}
     with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         attention = model(**inputs)

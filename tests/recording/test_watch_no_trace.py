@@ -18,7 +18,7 @@ GLOBAL = [
 ]
 
 
-class Breaks(nn.Module):
+class FailingModel(nn.Module):
     """Runs the inner module, and then raises an error if requested."""
 
     def __init__(self, inside):
@@ -35,12 +35,12 @@ class Breaks(nn.Module):
 def fusion():
     made = model(dropout=0.5).train()
     made.fusion.eval()
-    made.encoders["audio"] = Breaks(made.encoders["audio"])
+    made.encoders["audio"] = FailingModel(made.encoders["audio"])
     return made, made.encoders["audio"], lambda: made(batch()), {}
 
 
 def encoder():
-    made = nn.Sequential(Breaks(nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2)))
+    made = nn.Sequential(FailingModel(nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2)))
     made.train()[0].inside.layers[1].eval()
     tokens = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
     return made, made[0], lambda: made(tokens), {"modality": LABELS}
@@ -64,7 +64,7 @@ def vision_language():
     made.train().model.vision_tower.eval()
     with torch.no_grad():
         made(**inputs)  # Run once, so that changes by transformers itself precede the comparison.
-    made.model.language_model.norm = Breaks(made.model.language_model.norm)
+    made.model.language_model.norm = FailingModel(made.model.language_model.norm)
     options = {"max_new_tokens": 3, "do_sample": False}
     return made, made.model.language_model.norm, lambda: made.generate(**inputs, **options), {}
 
@@ -83,7 +83,7 @@ def attention_functions():
     return [(dict(vars(face)), dict(face._global_mapping)) for face in faces]
 
 
-def state(made):
+def model_state(made):
     configs = [part.config for part in made.modules() if hasattr(part, "config")]
     return {
         "modes": [part.training for part in made.modules()],
@@ -108,7 +108,7 @@ def test_model_is_restored(name, ends):
     # Some gradients exist already, as during gradient accumulation.
     first = next(made.parameters())
     first.grad = torch.ones_like(first)
-    before = state(made)
+    before = model_state(made)
     torch.manual_seed(7)
     run()
     after = torch.random.get_rng_state()
@@ -128,7 +128,7 @@ def test_model_is_restored(name, ends):
     else:
         with pytest.raises(KeyError), eq.watch(made, **options):
             {}[run()]
-    assert state(made) == before
+    assert model_state(made) == before
 
 
 @pytest.mark.parametrize("name", MADE)

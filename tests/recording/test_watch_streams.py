@@ -23,7 +23,7 @@ def quiet_transformers():
         yield
 
 
-def watched(model, inputs):
+def record_model(model, inputs):
     """Returns the record, and the warnings of ``watch``."""
     with torch.no_grad(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -32,7 +32,7 @@ def watched(model, inputs):
     return record, [str(w.message) for w in told if str(w.message).startswith("watch")]
 
 
-def only(record, layer):
+def single_layer(record, layer):
     """Returns the only modality that a layer attends to."""
     share = record.share(layer)
     at = share[0, 0].argmax()
@@ -48,12 +48,12 @@ def test_pix2struct_patches_of_any_number(patches):
             "decoder_start_token_id": 0}  # fmt: skip
     model = hf.Pix2StructForConditionalGeneration(hf.Pix2StructConfig(text_config=text, vision_config=vision))
     flat = torch.cat([torch.ones(2, patches, 2), torch.randn(2, patches, 48)], dim=-1)
-    record, told = watched(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
+    record, told = record_model(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
     assert not told
     assert not record.missing
-    assert only(record, "encoder.encoder.layer.0.attention") == "image"
-    assert only(record, "decoder.layer.0.self_attention.attention") == "text"
-    assert only(record, "decoder.layer.0.encoder_decoder_attention.attention") == "image"
+    assert single_layer(record, "encoder.encoder.layer.0.attention") == "image"
+    assert single_layer(record, "decoder.layer.0.self_attention.attention") == "text"
+    assert single_layer(record, "decoder.layer.0.encoder_decoder_attention.attention") == "image"
     assert "encoder.encoder.layer.0.attention" in record.unimodal_layers
 
 
@@ -74,7 +74,7 @@ def test_groundingdino_sampling_points_are_missing(words):
     ids[:, 0] = 1
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32),
               "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}  # fmt: skip
-    record, told = watched(hf.GroundingDinoForObjectDetection(config), inputs)
+    record, told = record_model(hf.GroundingDinoForObjectDetection(config), inputs)
     deformable = [
         *(f"model.encoder.layers.{n}.deformable_layer.self_attn" for n in (0, 1)),
         *(f"model.decoder.layers.{n}.encoder_attn" for n in (0, 1)),
@@ -87,9 +87,9 @@ def test_groundingdino_sampling_points_are_missing(words):
     for number in (0, 1):
         # Images attend to words, and words attend to images, in one module.
         fusion = f"model.encoder.layers.{number}.fusion_layer.attn"
-        assert (only(record, fusion), only(record, f"{fusion}#2")) == ("image", "text")
-        assert only(record, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
-        assert only(record, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
+        assert (single_layer(record, fusion), single_layer(record, f"{fusion}#2")) == ("image", "text")
+        assert single_layer(record, f"model.encoder.layers.{number}.text_enhancer_layer.self_attn") == "text"
+        assert single_layer(record, f"model.decoder.layers.{number}.encoder_attn_text") == "text"
     windows = [layer for layer in record.unimodal_layers if "backbone" in layer and "text" not in layer]
     assert windows
     # Image windows are not samples.
@@ -105,7 +105,7 @@ def test_missing_layers_are_reported_everywhere():
         num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
         use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
     )  # fmt: skip
-    record, told = watched(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
+    record, told = record_model(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
     assert list(record.missing) == ["model.layers.0.mamba"]
     reason = record.missing["model.layers.0.mamba"]
     assert reason.startswith("a layer without attention")

@@ -38,7 +38,7 @@ MADE = {made.__name__: made for made in (fusion, encoder, vision_language)}
 
 
 @pytest.fixture(autouse=True)
-def calm():
+def ignore_warnings():
     with warnings.catch_warnings():
         for text in (".*_register_pytree_node.*", ".*deprecated.*", ".*generation flags.*"):
             warnings.filterwarnings("ignore", message=text)
@@ -55,7 +55,7 @@ def patched():
     return found
 
 
-def together(*works):
+def run_threads(*works):
     """Runs functions in threads that start at the same time, and raises the first error of any of them."""
     barrier = threading.Barrier(len(works))
 
@@ -84,7 +84,7 @@ def test_one_model_recorded_in_several_threads(name):
             tables.add(str(own.table()))
         return tables
 
-    assert together(*[work] * 4) == [{right}] * 4
+    assert run_threads(*[work] * 4) == [{right}] * 4
     assert patched() == before
     assert [part.__dict__.get("forward") for part in made.modules()] == forwards
 
@@ -133,7 +133,7 @@ def test_two_models_and_an_unrecorded_run():
         for _ in range(5):
             run_one(), run_two()
 
-    sizes = together(lambda: watched(one, run_one, **options), lambda: watched(two, run_two), unwatched)[:2]
+    sizes = run_threads(lambda: watched(one, run_one, **options), lambda: watched(two, run_two), unwatched)[:2]
     with torch.no_grad():
         assert sizes == [watched(one, run_one, **options), watched(two, run_two)]
 
@@ -153,7 +153,7 @@ def test_error_in_one_thread_does_not_affect_others():
                 run()
         return record.share("layers.1.self_attn")
 
-    found = together(fails, works, works)
+    found = run_threads(fails, works, works)
     assert torch.equal(found[1], found[2])
     assert patched() == before
 

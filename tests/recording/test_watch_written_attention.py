@@ -127,7 +127,7 @@ def cosine(query, key, value):
     return F.dropout(weights, 0.1) @ value
 
 
-def watched(attend, layers=None):
+def record_layer(attend, layers=None):
     model = nn.Sequential(Layer(F.scaled_dot_product_attention), Layer(attend))
     with (
         torch.no_grad(),
@@ -141,12 +141,12 @@ def watched(attend, layers=None):
 
 @pytest.mark.parametrize("attend", WRITTEN)
 def test_written_attention_is_missing(attend):
-    record, told = watched(attend)
+    record, told = record_layer(attend)
     assert record.layers == ["0"]
     assert list(record.missing) == ["1"]
     assert record.missing["1"].startswith("it multiplies queries with keys and the result with values")
     assert told == [f"watch: '1' is not in the table: {record.missing['1']}."]
-    assert watched(attend, layers=["0*"])[0].missing == {}
+    assert record_layer(attend, layers=["0*"])[0].missing == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning")
@@ -154,7 +154,7 @@ def test_written_attention_is_missing(attend):
     (kernel, "_scaled_dot_product_flash_attention_for_cpu"), (flex_attention, "flex_attention"),
 ])  # fmt: skip
 def test_kernels_that_cannot_be_intercepted_are_missing(attend, name):
-    record, told = watched(attend)
+    record, told = record_layer(attend)
     assert record.layers == ["0"]
     assert record.missing == {"1": f"its function '{name}' cannot be intercepted"}
     assert len(told) == 1
@@ -162,11 +162,11 @@ def test_kernels_that_cannot_be_intercepted_are_missing(attend, name):
 
 @pytest.mark.parametrize("attend", [rotated, gated, cosine, torch.ops.aten.scaled_dot_product_attention])
 def test_recorded_attention_is_not_missing(attend):
-    record, told = watched(attend)
+    record, told = record_layer(attend)
     assert (record.layers, record.missing, told) == (["0", "1"], {}, [])
 
 
-class Both(nn.Module):
+class MixedAttention(nn.Module):
     """One module with a recorded attention and a written one."""
 
     def __init__(self):
@@ -178,7 +178,7 @@ class Both(nn.Module):
 
 
 def test_both_kinds_in_one_module():
-    model = Both()
+    model = MixedAttention()
     message = "some batches of 'Both' are not in the table"
     with pytest.warns(UserWarning, match=message), eq.watch(model, modality=LABELS, names=("a", "b")) as record:
         model(TOKENS)
@@ -198,7 +198,7 @@ def test_attention_pools_are_missing():
     assert list(record.missing) == ["1"]
 
 
-class Joined(nn.Module):
+class JoinedLayers(nn.Module):
     """A model of equipoise beside layers with attention of their own."""
 
     def __init__(self):
@@ -214,7 +214,7 @@ class Joined(nn.Module):
 
 
 def test_other_layers_beside_a_fusion_are_missing():
-    model = Joined().eval()
+    model = JoinedLayers().eval()
     message = "'blocks.0' is not in the table: the modality of its 7 keys is unknown"
     with pytest.warns(UserWarning, match=message), torch.no_grad(), eq.watch(model) as record:
         model({name: torch.ones(2, 4, 3) for name in ("a", "b")})

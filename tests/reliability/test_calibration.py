@@ -18,7 +18,7 @@ EXACT = TOL[torch.float64]
 CLASSES = 7
 
 
-def records(*, slope=3.0, at=0.5, size=4000, temperature=1.0, seed=0):
+def random_records(*, slope=3.0, at=0.5, size=4000, temperature=1.0, seed=0):
     """Data of a modality whose predictions are right with the probability they state, if it is usable, else random."""
     random = torch.Generator().manual_seed(seed)
     distance = 2 * torch.randn(size, generator=random, dtype=torch.float64)
@@ -32,7 +32,7 @@ def records(*, slope=3.0, at=0.5, size=4000, temperature=1.0, seed=0):
 
 
 def test_constants_are_recovered():
-    found = fit_calibration({"audio": records(temperature=1.5)}, "classification")
+    found = fit_calibration({"audio": random_records(temperature=1.5)}, "classification")
     slope = float(found.log_slope[0].exp())
     # rho = 1 / 2 at this distance.
     middle = float(found.center[0] + found.intercept[0] / found.log_slope[0].exp())
@@ -77,7 +77,7 @@ def test_reliability_decreases_with_the_distance():
     assert rho[-1] == 0
 
 
-def test_samples_without_finite_values_are_left_out():
+def test_non_finite_samples_are_excluded():
     found = ModalityRecords()
     logits = torch.zeros(4, 3)
     logits[1, 0] = torch.nan

@@ -12,7 +12,7 @@ from helpers.tolerance import TOL
 EXACT = TOL[torch.float64]
 
 
-def enumerated(rho, present, subsets):
+def enumerated_mixture(rho, present, subsets):
     """{set of present modalities: weight} of one sample, by loops."""
     weights = {}
     for subset in subsets:
@@ -24,7 +24,7 @@ def enumerated(rho, present, subsets):
     return {left: weight / total for left, weight in weights.items()}
 
 
-def listed(count):
+def listed_subsets(count):
     if count <= 4:
         return [s for size in range(1, count + 1) for s in itertools.combinations(range(count), size)]
     everything = tuple(range(count))
@@ -32,7 +32,7 @@ def listed(count):
     return [everything, *rest, *((m,) for m in everything)]
 
 
-def case(count, seed=0, batch=23):
+def random_case(count, seed=0, batch=23):
     random = torch.Generator().manual_seed(seed)
     rho = torch.rand(batch, count, generator=random, dtype=torch.float64)
     present = torch.rand(batch, count, generator=random) < 0.7
@@ -44,18 +44,18 @@ def case(count, seed=0, batch=23):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
 def test_subsets(count):
     subsets = usable_subsets(count)
-    assert sorted(tuple(row.nonzero()[:, 0].tolist()) for row in subsets) == sorted(listed(count))
+    assert sorted(tuple(row.nonzero()[:, 0].tolist()) for row in subsets) == sorted(listed_subsets(count))
     assert bool(subsets[0].all())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
 def test_weights_against_enumeration(count):
-    rho, present, _ = case(count)
+    rho, present, _ = random_case(count)
     subsets = usable_subsets(count)
     weights = subset_log_weights(rho, present, subsets).exp()
     assert torch.allclose(weights.sum(dim=1), torch.ones(len(rho), dtype=torch.float64), **EXACT)
     for sample in range(len(rho)):
-        expected = enumerated(rho[sample].tolist(), present[sample].tolist(), listed(count))
+        expected = enumerated_mixture(rho[sample].tolist(), present[sample].tolist(), listed_subsets(count))
         found = {}
         for subset, weight in zip(subsets, weights[sample].tolist(), strict=True):
             left = frozenset((subset & present[sample]).nonzero()[:, 0].tolist())
@@ -68,7 +68,7 @@ def test_weights_against_enumeration(count):
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 def test_mixtures_against_enumeration(count, task):
-    rho, present, logits = case(count, seed=1)
+    rho, present, logits = random_case(count, seed=1)
     subsets = usable_subsets(count)
     weights = subset_log_weights(rho, present, subsets)
     mixed = mix_predictions(logits, weights, task, 1.7)
@@ -96,7 +96,7 @@ def test_certain_reliability_selects_the_full_set(count):
     assert torch.equal(mix_predictions(logits, weights, "regression"), logits[:, 0])
 
 
-def test_samples_that_no_listed_subset_fits_have_finite_weights():
+def test_samples_without_matching_subset_have_finite_weights():
     subsets = usable_subsets(5)
     present = torch.ones(1, 5, dtype=torch.bool)
     # Two unusable modalities of five: no subset in the list has exactly the other three.

@@ -20,7 +20,7 @@ DISTANCES = ("knn", "mahalanobis", "energy", "input")
 FORMS = ("marginal", "conformal")
 
 
-def data(names=PAIR, *, size=40, seed=0, dtype=torch.float64, task="classification", parts=2):
+def random_data(names=PAIR, *, size=40, seed=0, dtype=torch.float64, task="classification", parts=2):
     made = [batch(names, size=size, seed=seed + part, dtype=dtype) for part in range(parts)]
     for part in made:
         if task == "multilabel":
@@ -30,7 +30,7 @@ def data(names=PAIR, *, size=40, seed=0, dtype=torch.float64, task="classificati
     return made
 
 
-def trained(names=PAIR, *, fusion=None, unimodal="probe", task="classification", dtype=torch.float64, seed=0):
+def trained_model(names=PAIR, *, fusion=None, unimodal="probe", task="classification", dtype=torch.float64, seed=0):
     """A model whose predictions depend on all modalities, by its random weights."""
     torch.manual_seed(seed)
     fusion = fusion or eq.fusion.Concat(12)
@@ -38,23 +38,23 @@ def trained(names=PAIR, *, fusion=None, unimodal="probe", task="classification",
     return eq.FusionModel(encoders, fusion, OUTPUTS, task=task, unimodal=unimodal).to(dtype).eval()
 
 
-def fit(net, *, names=PAIR, task="classification", dtype=torch.float64, **options):
-    train = data(names, dtype=dtype, task=task)
-    val = data(names, seed=50, dtype=dtype, task=task)
+def fit_reliability(net, *, names=PAIR, task="classification", dtype=torch.float64, **options):
+    train = random_data(names, dtype=dtype, task=task)
+    val = random_data(names, seed=50, dtype=dtype, task=task)
     return eq.Reliability.fit(net, train, val, **options)
 
 
-def subsets(names):
+def present_subsets(names):
     if len(names) <= 4:
         return [s for size in range(1, len(names) + 1) for s in itertools.combinations(names, size)]
     return [names, *(tuple(n for n in names if n != out) for out in names), *((n,) for n in names)]
 
 
-def enumerated(reliable, inputs, names):
+def enumerated_prediction(reliable, inputs, names):
     """sum_S w_S softmax(logits_S / T), each subset as a batch that lacks the other modalities."""
     rho = reliable(inputs).reliability
     total, mixture = 0.0, 0.0
-    for subset in subsets(names):
+    for subset in present_subsets(names):
         left = {name: inputs[name] if name in subset else None for name in names}
         weight = math.prod([rho[name] if name in subset else 1 - rho[name] for name in names])
         probabilities = (reliable.model(left).logits / reliable.temperature.double()).softmax(dim=1)
@@ -65,11 +65,11 @@ def enumerated(reliable, inputs, names):
 @pytest.mark.parametrize("names", [("audio",), PAIR, ("audio", "image", "text"), tuple(FEATURES)])
 @pytest.mark.parametrize("attention", [False, True])
 def test_predictions_against_enumeration(names, attention):
-    net = trained(names, fusion=eq.fusion.JointAttention(12, heads=2, dropout=0.0) if attention else None)
-    reliable = fit(net, names=names)
+    net = trained_model(names, fusion=eq.fusion.JointAttention(12, heads=2, dropout=0.0) if attention else None)
+    reliable = fit_reliability(net, names=names)
     inputs = batch(names, size=17, seed=99)
     output = reliable(inputs)
-    assert torch.allclose(output.logits.exp(), enumerated(reliable, inputs, names), rtol=1e-6, atol=1e-9)
+    assert torch.allclose(output.logits.exp(), enumerated_prediction(reliable, inputs, names), rtol=1e-6, atol=1e-9)
     assert set(output.reliability) == set(names)
     assert all(part.shape == (17,) for part in output.reliability.values())
     assert torch.equal(output.rho, torch.stack([output.reliability[name] for name in names], dim=1))
@@ -80,9 +80,9 @@ def test_predictions_against_enumeration(names, attention):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("form", FORMS)
-def test_forced_reliability_of_1_is_the_model_itself(distance, form):
+def test_reliability_of_1_equals_the_model(distance, form):
     net = model().eval()
-    reliable = fit(net, distance=distance, form=form)
+    reliable = fit_reliability(net, distance=distance, form=form)
     inputs = batch(size=11, seed=9)
     plain, found = net(inputs), reliable(inputs, rho=1)
     assert torch.equal(found.logits, plain.logits)
@@ -98,13 +98,13 @@ def test_forced_reliability_of_1_is_the_model_itself(distance, form):
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
 def test_every_fusion(fusion):
     names = ("audio", "image", "text")
-    net = trained(names, fusion=FUSIONS[fusion](12))
-    reliable = fit(net, names=names)
+    net = trained_model(names, fusion=FUSIONS[fusion](12))
+    reliable = fit_reliability(net, names=names)
     inputs = batch(names, size=7, seed=9)
-    expected = enumerated(reliable, inputs, names)
+    expected = enumerated_prediction(reliable, inputs, names)
     assert torch.allclose(reliable(inputs).logits.exp(), expected, rtol=1e-6, atol=1e-9)
     assert torch.equal(reliable(inputs, rho=1).logits, net(inputs).logits)
-    conformal = fit(net, names=names, form="conformal", alpha=0.3)
+    conformal = fit_reliability(net, names=names, form="conformal", alpha=0.3)
     assert bool(conformal(inputs).logits.isfinite().all())
 
 
@@ -113,8 +113,8 @@ def test_every_fusion(fusion):
 @pytest.mark.parametrize("unimodal", ["probe", "ensemble", "none"])
 def test_missing_modalities_are_masked(distance, form, unimodal):
     names = ("audio", "image", "text")
-    net = trained(names, unimodal=unimodal)
-    reliable = fit(net, names=names, distance=distance, form=form)
+    net = trained_model(names, unimodal=unimodal)
+    reliable = fit_reliability(net, names=names, distance=distance, form=form)
     inputs = batch(names, size=6, seed=9)
     has = torch.tensor([True, False, True, False, True, False])
     masked = reliable({**inputs, "mask": {"image": has}})
@@ -127,8 +127,8 @@ def test_missing_modalities_are_masked(distance, form, unimodal):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reliability_of_0_is_a_missing_modality(form):
-    reliable = fit(trained(), form=form)
+def test_reliability_of_0_equals_a_missing_modality(form):
+    reliable = fit_reliability(trained_model(), form=form)
     inputs = batch(size=6, seed=9)
     given = {"image": 0.0}
     expected = reliable({**inputs, "image": None}, rho={"audio": 1.0}).logits
@@ -137,7 +137,7 @@ def test_reliability_of_0_is_a_missing_modality(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_damaged_modality_is_less_reliable(form):
+def test_corrupted_modality_is_less_reliable(form):
     """A model that reads the class from both modalities, one of which is replaced by large values."""
     torch.manual_seed(0)
 
@@ -171,7 +171,7 @@ def test_the_damaged_modality_is_less_reliable(form):
 
 def test_conformal_form_masks_by_threshold():
     alpha = 0.1
-    reliable = fit(trained(), form="conformal", alpha=alpha)
+    reliable = fit_reliability(trained_model(), form="conformal", alpha=alpha)
     inputs = batch(size=500, seed=9)
     output = reliable(inputs)
     for part in output.reliability.values():
@@ -190,8 +190,8 @@ def test_conformal_form_masks_by_threshold():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_all_tasks(form, task):
-    net = trained(task=task)
-    reliable = fit(net, task=task, form=form)
+    net = trained_model(task=task)
+    reliable = fit_reliability(net, task=task, form=form)
     inputs = batch(size=13, seed=9)
     output = reliable(inputs)
     assert bool(output.logits.isfinite().all())
@@ -205,19 +205,19 @@ def test_all_tasks(form, task):
         else:
             assert torch.allclose(half.sigmoid(), (low.sigmoid() + high.sigmoid()) / 2, **EXACT)
     with pytest.raises(ConfigError, match="a regression, which has no energy"):
-        eq.Reliability(trained(task="regression"), distance="energy")
+        eq.Reliability(trained_model(task="regression"), distance="energy")
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("form", FORMS)
 def test_save_load_and_state_dict(distance, form, tmp_path):
-    reliable = fit(trained(), distance=distance, form=form)
+    reliable = fit_reliability(trained_model(), distance=distance, form=form)
     inputs = batch(size=11, seed=9)
     expected = reliable(inputs)
     path = reliable.save(tmp_path / "reliable.safetensors")
-    loaded = eq.Reliability.load(path, trained(seed=5))
+    loaded = eq.Reliability.load(path, trained_model(seed=5))
     # The state contains distance and form.
-    other = eq.Reliability(trained(seed=6))
+    other = eq.Reliability(trained_model(seed=6))
     other.load_state_dict(reliable.state_dict())
     for again in (loaded, other, copy.deepcopy(reliable)):
         output = again(inputs)
@@ -226,45 +226,45 @@ def test_save_load_and_state_dict(distance, form, tmp_path):
         assert (again.distance, again.form) == (distance, form)
 
 
-def test_damaged_and_foreign_files_are_errors(tmp_path):
-    reliable = fit(trained())
+def test_damaged_and_foreign_files_raise(tmp_path):
+    reliable = fit_reliability(trained_model())
     path = reliable.save(tmp_path / "reliable.safetensors")
     with pytest.raises(DataError, match=r"expected a file of Reliability\.save for this model"):
-        eq.Reliability.load(path, trained(("audio", "text")))
+        eq.Reliability.load(path, trained_model(("audio", "text")))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"expected a file of Reliability\.save"):
-        eq.Reliability.load(path, trained())
+        eq.Reliability.load(path, trained_model())
     with pytest.raises(DataError, match=r"expected a file of Reliability\.save"):
-        eq.Reliability.load(tmp_path / "none", trained())
+        eq.Reliability.load(tmp_path / "none", trained_model())
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_fit_is_determined_by_the_seed(distance):
-    states = [fit(trained(), distance=distance, seed=seed).state_dict() for seed in (3, 3, 4)]
+def test_fit_depends_on_seed_only(distance):
+    states = [fit_reliability(trained_model(), distance=distance, seed=seed).state_dict() for seed in (3, 3, 4)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
 def test_fit_does_not_change_the_model_or_the_global_state():
-    net = trained()
+    net = trained_model()
     before = copy.deepcopy(net.state_dict())
     state = torch.random.get_rng_state()
-    fit(net)
+    fit_reliability(net)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_iterators_are_read_once():
-    expected = fit(trained())
-    found = eq.Reliability.fit(trained(), iter(data()), iter(data(seed=50)))
+def test_iterators_are_consumed_once():
+    expected = fit_reliability(trained_model())
+    found = eq.Reliability.fit(trained_model(), iter(random_data()), iter(random_data(seed=50)))
     assert torch.equal(found.intercept, expected.intercept)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_inputs_count_as_missing(distance, form):
-    reliable = fit(trained(), distance=distance, form=form)
+    reliable = fit_reliability(trained_model(), distance=distance, form=form)
     inputs = batch(size=6, seed=9)
     whole = reliable(inputs)
     for value in (math.nan, math.inf):
@@ -281,11 +281,11 @@ def test_nan_inputs_count_as_missing(distance, form):
         assert bool(reliable(bad).logits.isfinite().all())
 
 
-def test_nan_in_training_and_validation_data_is_left_out():
-    train, val = data(), data(seed=50)
+def test_nan_in_training_and_validation_data_is_excluded():
+    train, val = random_data(), random_data(seed=50)
     for part in (*train, *val):
         part["image"][3] = math.nan
-    reliable = eq.Reliability.fit(trained(), train, val)
+    reliable = eq.Reliability.fit(trained_model(), train, val)
     assert all(bool(value.isfinite().all()) for value in reliable.state_dict().values())
     assert bool(reliable(batch(size=6, seed=9)).logits.isfinite().all())
 
@@ -294,20 +294,20 @@ def test_nan_in_training_and_validation_data_is_left_out():
 @pytest.mark.parametrize("form", FORMS)
 def test_low_precision(dtype, form):
     inputs = batch(size=11, seed=9)
-    expected = fit(trained(), form=form, alpha=0.3)(inputs)
+    expected = fit_reliability(trained_model(), form=form, alpha=0.3)(inputs)
     low = {name: inputs[name].to(dtype) for name in PAIR}
-    output = fit(trained(dtype=dtype), form=form, alpha=0.3, dtype=dtype)(low)
+    output = fit_reliability(trained_model(dtype=dtype), form=form, alpha=0.3, dtype=dtype)(low)
     assert output.logits.dtype == torch.float32
     if form == "marginal":
         assert torch.allclose(output.logits.double(), expected.logits, atol=0.3)
         assert torch.allclose(output.rho.double(), expected.rho.double(), atol=0.15)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = fit(trained(dtype=torch.float32), form=form, dtype=torch.float32)
+        mixed = fit_reliability(trained_model(dtype=torch.float32), form=form, dtype=torch.float32)
         assert bool(mixed({name: inputs[name].float() for name in PAIR}).logits.isfinite().all())
 
 
-def test_the_wrapper_can_be_moved_and_differentiated():
-    reliable = fit(trained(dtype=torch.float32), dtype=torch.float32).double()
+def test_wrapper_supports_to_and_backward():
+    reliable = fit_reliability(trained_model(dtype=torch.float32), dtype=torch.float32).double()
     inputs = {name: value.requires_grad_() for name, value in batch(PAIR, size=3).items() if name in PAIR}
     output = reliable(inputs)
     assert output.logits.dtype == torch.float64
@@ -350,8 +350,8 @@ def test_token_ids_and_mappings():
 
 
 def test_errors():
-    net = trained()
-    train, val = data(), data(seed=50)
+    net = trained_model()
+    train, val = random_data(), random_data(seed=50)
     with pytest.raises(ConfigError, match="known distance, got 'cosine'"):
         eq.Reliability(net, distance="cosine")
     with pytest.raises(ConfigError, match="known form, got 'hard'"):
@@ -381,9 +381,9 @@ def test_errors():
         reliable({"audio": train[0]["audio"]})
 
 
-def test_the_wrapper_can_be_diagnosed():
-    reliable = fit(trained(fusion=eq.fusion.JointAttention(12, heads=2)))
-    loader = data(seed=9)
+def test_wrapper_can_be_diagnosed():
+    reliable = fit_reliability(trained_model(fusion=eq.fusion.JointAttention(12, heads=2)))
+    loader = random_data(seed=9)
     found = eq.diagnose(reliable, loader)
     assert found.names == PAIR
     for metric in ("accuracy", "accuracy_noise/audio", "accuracy_mask/image", "noise_attention_r", "shapley/audio"):

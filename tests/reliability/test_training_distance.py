@@ -11,16 +11,16 @@ from equipoise.reliability.training_distance import TrainingDistance, TrainingFe
 from helpers.tolerance import TOL
 
 
-def collected(rows, *, seed=0, parts=3):
+def collect_features(rows, *, seed=0, parts=3):
     found = TrainingFeatures(torch.Generator().manual_seed(seed))
     for part in rows.chunk(parts):
         found.add(part)
     return found
 
 
-def fitted(rows, *, covariance=False):
+def fit_distances(rows, *, covariance=False):
     distance = TrainingDistance()
-    distance.fit(collected(rows), covariance=covariance, who="test")
+    distance.fit(collect_features(rows), covariance=covariance, who="test")
     return distance
 
 
@@ -32,43 +32,43 @@ def test_nearest_neighbors_against_a_loop():
     expected = []
     for one in (new - rows.mean(dim=0)) / rows.std(dim=0, correction=0):
         expected.append(sum(sorted(float((one - other).norm()) for other in z)[:5]) / 5)
-    found = fitted(rows)(new)
+    found = fit_distances(rows)(new)
     assert torch.allclose(found.exp(), torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
 
 
-def test_blocks_do_not_change_the_result(monkeypatch):
+def test_block_size_does_not_change_the_result(monkeypatch):
     rows, new = torch.randn(97, 11), torch.randn(13, 11)
-    whole = fitted(rows)(new)
+    whole = fit_distances(rows)(new)
     monkeypatch.setattr(training_distance, "BLOCK", 7)
-    assert torch.allclose(fitted(rows)(new), whole, **TOL[torch.float32])
+    assert torch.allclose(fit_distances(rows)(new), whole, **TOL[torch.float32])
 
 
-def test_mahalanobis_distance_is_that_of_the_shrunk_covariance():
+def test_mahalanobis_distance_uses_the_shrunk_covariance():
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(97, 5, generator=random, dtype=torch.float64) @ torch.randn(5, 5, generator=random).double()
     z = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
     matrix = 0.9 * z.T @ z / 97 + 0.1 * torch.eye(5, dtype=torch.float64)
     expected = torch.stack([(one @ matrix.inverse() @ one).sqrt() for one in z])
-    assert torch.allclose(fitted(rows, covariance=True)(rows).exp(), expected, **TOL[torch.float64])
+    assert torch.allclose(fit_distances(rows, covariance=True)(rows).exp(), expected, **TOL[torch.float64])
 
 
-def test_prototypes_are_a_random_subset_and_statistics_are_of_all_rows(monkeypatch):
+def test_prototypes_are_sampled_and_statistics_use_all_rows(monkeypatch):
     monkeypatch.setattr(training_distance, "MOST_REFERENCES", 50)
     rows = torch.arange(1000.0)[:, None]
-    kept, mean, std = collected(rows, parts=37).result()
+    kept, mean, std = collect_features(rows, parts=37).result()
     assert len(kept) == 50
     assert torch.equal(kept, kept.sort(dim=0).values)
     assert 300 < float(kept.mean()) < 700
     assert mean.tolist() == [499.5]
     assert float(std) == pytest.approx(float(rows.std(correction=0)), rel=1e-6)
-    assert torch.equal(collected(rows, parts=37).result()[0], kept)
-    assert not torch.equal(collected(rows, parts=37, seed=1).result()[0], kept)
+    assert torch.equal(collect_features(rows, parts=37).result()[0], kept)
+    assert not torch.equal(collect_features(rows, parts=37, seed=1).result()[0], kept)
 
 
-def test_features_that_are_not_finite_are_infinitely_far():
+def test_non_finite_features_have_infinite_distance():
     rows = torch.randn(20, 3)
     rows[3, 1] = torch.nan
-    distance = fitted(rows)
+    distance = fit_distances(rows)
     assert len(distance.references) == 19
     found = distance(torch.tensor([[torch.nan, 0, 0], [0.0, 0, 0], [0, torch.inf, 0]]))
     assert found.isinf().tolist() == [True, False, True]
@@ -76,14 +76,14 @@ def test_features_that_are_not_finite_are_infinitely_far():
 
 def test_constant_features_and_training_samples_have_finite_distances():
     rows = torch.cat([torch.randn(20, 2), torch.full((20, 1), 3.0)], dim=1)
-    distance = fitted(rows[:1].expand(6, -1))
+    distance = fit_distances(rows[:1].expand(6, -1))
     assert float(distance(rows[:1])) == pytest.approx(-13.8, abs=0.1)
-    assert bool(fitted(rows)(rows + 1).isfinite().all())
+    assert bool(fit_distances(rows)(rows + 1).isfinite().all())
 
 
-def test_too_few_training_samples_raise_an_error():
+def test_too_few_training_samples_raise():
     with pytest.raises(ShapeError, match=r"two or more training samples .*got 1"):
-        fitted(torch.zeros(1, 3))
+        fit_distances(torch.zeros(1, 3))
 
 
 def test_token_features_are_mean_and_deviation_over_valid_tokens():

@@ -27,19 +27,19 @@ DRAWN = {
 
 
 @pytest.fixture(scope="module")
-def readings():
+def results_view():
     return ResultsView(fake_results())
 
 
-def texts(svg):
+def svg_texts(svg):
     return [" ".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_every_figure_is_named_scalable_themed_and_deterministic(readings, name):
+def test_figures_are_labeled_scalable_themed_and_deterministic(results_view, name):
     before = dict(matplotlib.rcParams)
-    svg = DRAWN[name](readings)
-    assert svg == DRAWN[name](readings)
+    svg = DRAWN[name](results_view)
+    assert svg == DRAWN[name](results_view)
     assert dict(matplotlib.rcParams) == before
     root = ElementTree.fromstring(svg)
     assert root.attrib["role"] == "img"
@@ -53,32 +53,34 @@ def test_every_figure_is_named_scalable_themed_and_deterministic(readings, name)
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", svg)
 
 
-def test_identifiers_of_two_figures_never_meet(readings):
-    found = [set(re.findall(r'\bid="([^"]+)"', draw(readings))) for draw in DRAWN.values()]
+def test_figure_ids_are_distinct(results_view):
+    found = [set(re.findall(r'\bid="([^"]+)"', draw(results_view))) for draw in DRAWN.values()]
     assert sum(map(len, found)) == len(set().union(*found))
     for draw in DRAWN.values():
-        svg = draw(readings)
+        svg = draw(results_view)
         assert set(re.findall(r'(?:url\(|href=")#([^")]+)', svg)) <= set(re.findall(r'\bid="([^"]+)"', svg))
 
 
-def test_r_stands_in_the_title(readings):
-    mean = np.mean([run["metrics"]["noise_attention_r"] for run in readings.runs if run["method"] == "joint"])
-    assert f"joint · r = {mean:+.2f}".replace("-", "−") in texts(comparison_figures.share_on_noise(readings, "joint"))
+def test_title_contains_r(results_view):
+    mean = np.mean([run["metrics"]["noise_attention_r"] for run in results_view.runs if run["method"] == "joint"])
+    assert f"joint · r = {mean:+.2f}".replace("-", "−") in svg_texts(
+        comparison_figures.share_on_noise(results_view, "joint")
+    )
 
 
 @pytest.mark.parametrize(
     "name",
     ["$x^{2}$ <b>&amp;", "<img src=x onerror=alert(1)>", "</script>", "数字 ☃", "#1d2126 id=\"a\" 'DejaVu Sans'"],
 )
-def test_a_name_is_shown_as_it_is(name):
+def test_names_are_shown_verbatim(name):
     named = ResultsView(fake_results(methods=("concat", "joint"), seeds=2, rename={"joint": name}))
     for draw in (comparison_figures.scores, comparison_figures.imbalance, comparison_figures.paired_differences):
-        shown = texts(draw(named))
+        shown = svg_texts(draw(named))
         assert any(text.startswith(name[:12]) for text in shown), shown
     assert name in ElementTree.fromstring(comparison_figures.scores(named)).attrib["aria-label"]
 
 
-def test_what_is_missing_is_not_drawn():
+def test_missing_values_are_not_drawn():
     bare = ResultsView(fake_results(methods=("audio", "concat"), seeds=1, history=False))
     drawn = {
         name
@@ -93,10 +95,10 @@ def test_what_is_missing_is_not_drawn():
     assert comparison_figures.summary_png(bare) is None
 
 
-def test_png_is_a_png(readings):
-    png = comparison_figures.summary_png(readings)
+def test_png_signature(results_view):
+    png = comparison_figures.summary_png(results_view)
     assert png.startswith(b"\x89PNG")
-    assert png == comparison_figures.summary_png(readings)
+    assert png == comparison_figures.summary_png(results_view)
 
 
 def luminance(color):
@@ -110,7 +112,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colors_that_carry_text_can_be_read_on_both_grounds():
+def test_text_colors_have_contrast_in_both_schemes():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     for light, (_, dark) in plot_style.THEME.items():
         if light != plot_style.GRID:
@@ -118,7 +120,7 @@ def test_colors_that_carry_text_can_be_read_on_both_grounds():
             assert contrast(dark, "#15171a") >= 4.5, dark
 
 
-def test_keys_are_drawn_with_the_noise_that_moved_them():
+def test_key_plot_shows_the_noise_level():
     # In this moment image was destroyed, although the run as a whole is about audio.
     def part(counts):
         return {"cosine": {"edges": [-1, 0, 1], "counts": counts}}
@@ -129,7 +131,7 @@ def test_keys_are_drawn_with_the_noise_that_moved_them():
     }
     readings = read([attending("joint", 0, "audio") | {"keys": {"after": state}}])
     assert readings.replaced("joint", "after") == "image"
-    assert "image replaced by noise" in texts(comparison_figures.key_cosines(readings, "joint", "after"))
+    assert "image replaced by noise" in svg_texts(comparison_figures.key_cosines(readings, "joint", "after"))
     state["noise"]["audio"] = part([2, 2])
     assert readings.replaced("joint", "after") == "audio"
     state["noise"]["audio"] = part([1, 3])
@@ -138,7 +140,7 @@ def test_keys_are_drawn_with_the_noise_that_moved_them():
     )
 
 
-def test_names_at_the_ends_of_curves_do_not_stand_on_one_another():
+def test_curve_labels_do_not_overlap():
     history = [{"epoch": e, "share": {"audio": 0.5, "image": 0.501, "text": 0.499}} for e in (1, 2)]
     root = ElementTree.fromstring(comparison_figures.attention_share(read([one("m", 0, history=history)]), "m"))
     heights = sorted(float(t.attrib["y"]) for t in root.iter(f"{SVG}text") if t.text in ("audio", "image", "text"))
@@ -152,6 +154,8 @@ def test_tick_labels_of_small_ranges_differ(draw, span):
     result = fake_results()
     for number, run in enumerate(result["runs"]):
         run["metrics"]["accuracy"] = 0.5 + span * number / 100
-    labels = re.findall(r"^[+−]?[\d.]+(?: %)?$", "\n".join(texts(draw(read(result["runs"]), "accuracy"))), re.MULTILINE)
+    labels = re.findall(
+        r"^[+−]?[\d.]+(?: %)?$", "\n".join(svg_texts(draw(read(result["runs"]), "accuracy"))), re.MULTILINE
+    )
     assert len(labels) >= 3
     assert len(labels) == len(set(labels))

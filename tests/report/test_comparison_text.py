@@ -9,7 +9,7 @@ from equipoise.results import result_rows
 from helpers.fake_results import attending, fake_results, one, read
 
 
-def story(base, balanced, metric="noise_attention_r", **extra):
+def text_of_results(base, balanced, metric="noise_attention_r", **extra):
     """Verdict on a base and a balanced fusion with these figures, one for each seed."""
     runs = [one("joint", s, **{metric: b, **extra}) for s, b in enumerate(base)]
     runs += [one("joint+x", s, **{metric: b, **extra}) for s, b in enumerate(balanced)]
@@ -17,8 +17,8 @@ def story(base, balanced, metric="noise_attention_r", **extra):
     return comparison_text.headline(readings), " ".join(comparison_text.verdict(readings))
 
 
-def test_verdict_on_a_rise():
-    head, text = story([-0.2, -0.22, -0.18], [0.5, 0.6, 0.55])
+def test_verdict_for_an_increase():
+    head, text = text_of_results([-0.2, -0.22, -0.18], [0.5, 0.6, 0.55])
     assert head == "joint+x has a higher attention–noise correlation than joint (+0.75)"
     noise = "replacing audio by noise moves attention"
     assert f"In joint, {noise} toward it (r = −0.20 ± 0.02, 3 seeds)" in text
@@ -29,41 +29,41 @@ def test_verdict_on_a_rise():
     assert text.count(effect) == 1
 
 
-def test_what_follows_where_the_sign_depends_on_the_level_of_noise():
-    text = story([-0.4], [-0.3], noise_attention_r_own=0.05)[1]
+def test_verdict_when_sign_depends_on_noise_level():
+    text = text_of_results([-0.4], [-0.3], noise_attention_r_own=0.05)[1]
     own = "With noise of the mean and standard deviation of each sample, r = 0.05."
     assert (
         f"{own} The signs differ: attention responds to the level of the noise rather than to the loss of content"
         in text
     )
-    text = story([-0.4], [-0.3], noise_attention_r_own=-0.05)[1]
+    text = text_of_results([-0.4], [-0.3], noise_attention_r_own=-0.05)[1]
     assert "of each sample, r = \N{MINUS SIGN}0.05." in text
     assert "The signs differ" not in text
 
 
-def test_verdict_on_a_fall():
-    head, text = story([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
+def test_verdict_for_a_decrease():
+    head, text = text_of_results([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
     assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
     assert "r decreases from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
 
 
-def test_verdict_on_weak_evidence():
-    head, text = story([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
+def test_verdict_for_weak_evidence():
+    head, text = text_of_results([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
     assert head == "No significant difference between joint and joint+x"
     assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
     assert "increases" not in text
     assert "largest" not in text
 
 
-def test_verdict_on_one_seed():
-    head, text = story([-0.2], [0.6])
+def test_verdict_for_one_seed():
+    head, text = text_of_results([-0.2], [0.6])
     assert head == "Comparison of joint and joint+x without a statistical test"
     assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
     assert "r changes from −0.20 to 0.60 (+0.80, one seed only)" in text
     assert "increases" not in text
 
 
-def answered(method, right, seed=0, fold=None):
+def run_with_outcomes(method, right, seed=0, fold=None):
     """A run with the outcome of each test sample."""
     run = one(method, seed, fold, accuracy=right.count("1") / len(right.replace("-", "")))
     return run | {"outcomes": {"accuracy": right}}
@@ -73,7 +73,7 @@ FEW, MANY = "1" * 60 + "0" * 40, "1" * 75 + "0" * 25
 
 
 def test_one_seed_is_tested_over_samples():
-    readings = read([answered("concat", FEW), answered("joint", MANY)])
+    readings = read([run_with_outcomes("concat", FEW), run_with_outcomes("joint", MANY)])
     found = effect(readings, "joint", "accuracy")
     # Mid-p of McNemar's test: 15 samples that only one answers rightly, all of them the same one.
     assert found.p == pytest.approx(2 * 0.5**15 - 0.5**15)
@@ -87,7 +87,7 @@ def test_one_seed_is_tested_over_samples():
 
 
 def test_one_seed_without_a_significant_difference():
-    readings = read([answered("concat", FEW), answered("joint", FEW[3:] + "101")])
+    readings = read([run_with_outcomes("concat", FEW), run_with_outcomes("joint", FEW[3:] + "101")])
     assert effect(readings, "joint", "accuracy").p > 0.05
     assert comparison_text.headline(readings) == "No significant difference between concat and joint"
     assert "accuracy does not change significantly, from 60.0 % to 59.0 %" in " ".join(
@@ -96,56 +96,56 @@ def test_one_seed_without_a_significant_difference():
 
 
 @pytest.mark.parametrize("outcomes", [None, {}, {"accuracy": MANY[1:]}, {"accuracy": "-" * 100}])
-def test_one_seed_whose_outcomes_are_not_those_of_the_same_samples(outcomes):
-    other = {**answered("joint", MANY), "outcomes": outcomes}
+def test_one_seed_with_outcomes_of_different_samples(outcomes):
+    other = {**run_with_outcomes("joint", MANY), "outcomes": outcomes}
     if outcomes is None:
         del other["outcomes"]
-    readings = read([answered("concat", FEW), other])
+    readings = read([run_with_outcomes("concat", FEW), other])
     assert effect(readings, "joint", "accuracy").p is None
     assert comparison_text.headline(readings) == "Comparison of concat and joint without a statistical test"
     assert "no difference can be tested" in comparison_text.verdict(readings)[0]
 
 
 def test_several_seeds_are_tested_over_seeds():
-    seeds = [answered(m, right, seed) for seed in (0, 1) for m, right in (("concat", FEW), ("joint", MANY))]
+    seeds = [run_with_outcomes(m, right, seed) for seed in (0, 1) for m, right in (("concat", FEW), ("joint", MANY))]
     assert effect(read(seeds), "joint", "accuracy").p is None
-    seeds[-1] = answered("joint", MANY[2:] + "00", 1)
+    seeds[-1] = run_with_outcomes("joint", MANY[2:] + "00", 1)
     found = effect(read(seeds), "joint", "accuracy")
     assert found.p == pytest.approx(result_rows.paired([0.15, 0.13])["p"])
     assert "samples" not in found.proof
 
 
-def test_equal_differences_are_not_called_significant_anywhere():
-    head, text = story([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
+def test_equal_differences_are_never_significant():
+    head, text = text_of_results([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
     assert head == "Comparison of joint and joint+x without a statistical test"
     assert "r does not change significantly, from 0.25 to 0.50 (+0.25, on 3 of 3 seeds)" in text
 
 
-def test_attention_without_a_steady_response():
-    _, text = story([-0.3, -0.31, -0.32], [-0.01, 0.01, 0.02])
+def test_attention_without_consistent_response():
+    _, text = text_of_results([-0.3, -0.31, -0.32], [-0.01, 0.01, 0.02])
     assert "In joint+x, replacing audio by noise has no significant effect on attention (r = 0.01" in text
 
 
-def compared(figures_of, metric="accuracy", **protocol):
+def compared_runs(figures_of, metric="accuracy", **protocol):
     runs = [one(m, s, **{metric: a}) for m, values in figures_of.items() for s, a in enumerate(values)]
     return read(runs, modalities=["audio", "image"], **protocol)
 
 
-def test_the_headline_has_the_largest_significant_effect_whoever_has_it():
+def test_headline_has_the_largest_significant_effect():
     accuracy = {"concat": (0.6, 0.61, 0.62), "joint": (0.7, 0.72, 0.73), "joint+rollingq": (0.71, 0.74, 0.74)}
-    readings = compared(accuracy)
+    readings = compared_runs(accuracy)
     assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+10.7 points)"
     # A larger difference that is not significant stays behind.
-    noisy = compared({**accuracy, "sum": (0.2, 0.9, 0.3)})
+    noisy = compared_runs({**accuracy, "sum": (0.2, 0.9, 0.3)})
     assert comparison_text.headline(noisy) == "joint has a higher accuracy than concat (+10.7 points)"
     # A modality alone is a baseline, and counts where nothing else was compared.
-    single = compared({"image": (0.2, 0.21, 0.23), "concat": (0.6, 0.62, 0.61), "joint": (0.61, 0.6, 0.62)})
+    single = compared_runs({"image": (0.2, 0.21, 0.23), "concat": (0.6, 0.62, 0.61), "joint": (0.61, 0.6, 0.62)})
     assert comparison_text.headline(single) == "No significant difference between image, concat and joint"
 
 
-def test_errors_are_read_as_errors():
+def test_error_metrics_are_lower_is_better():
     errors = {"concat": (-0.6, -0.61, -0.62), "joint": (-0.5, -0.52, -0.5), "image": (-0.7, -0.73, -0.71)}
-    readings = compared(errors, "negative_error")
+    readings = compared_runs(errors, "negative_error")
     assert comparison_text.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
     text = " ".join(comparison_text.verdict(readings))
     assert "mean absolute error decreases from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
@@ -158,9 +158,9 @@ def test_errors_are_read_as_errors():
     assert "−0.5" not in text
 
 
-def test_one_figure_is_said_and_tested_in_one_way():
+def test_values_and_tests_are_consistent_across_sentences():
     """Headline, sentences, table and captions take each difference from the same value."""
-    readings = compared({"concat": (0.6, 0.61, 0.62), "joint": (0.6, 0.63, 0.61), "joint+x": (0.7, 0.71, 0.74)})
+    readings = compared_runs({"concat": (0.6, 0.61, 0.62), "joint": (0.6, 0.63, 0.61), "joint+x": (0.7, 0.71, 0.74)})
     for method in ("joint", "joint+x"):
         found = effect(readings, method, "accuracy")
         row = readings.row(method, "accuracy")
@@ -173,7 +173,7 @@ def test_one_figure_is_said_and_tested_in_one_way():
         assert comparison_text.headline(readings).startswith(f"{method} ") == found.sure
 
 
-def test_a_reference_that_was_not_run_is_told():
+def test_missing_reference_is_reported():
     runs = [one("concat", 0, accuracy=0.5), one("ensemble+x", 0, accuracy=0.6)]
     protocol = {"references": {"ensemble+x": "heads+x"}}
     content = result_rows.build_results(runs, protocol)
@@ -188,7 +188,7 @@ def test_a_reference_that_was_not_run_is_told():
 
 def test_verdict_compares_fusions_with_the_best_single_modality():
     figures_of = {"audio": (0.4, 0.41), "image": (0.65, 0.66), "concat": (0.75, 0.762), "joint": (0.6, 0.611)}
-    text = " ".join(comparison_text.verdict(compared(figures_of)))
+    text = " ".join(comparison_text.verdict(compared_runs(figures_of)))
     assert (
         "concat has the highest mean accuracy: 75.6 ± 0.8 %, 2 seeds; the difference to the second best, image, is"
         in text
@@ -200,14 +200,14 @@ def test_verdict_compares_fusions_with_the_best_single_modality():
     assert "significantly better: concat (+10.1 points, on 2 of 2 seeds, p = 0.0" in text
 
 
-def test_verdict_with_nothing_to_say():
+def test_verdict_without_results():
     assert comparison_text.verdict(read([])) == ["No run has finished yet."]
     assert comparison_text.headline(read([])) == "No run yet"
     assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == ["No metric is defined for any run."]
     assert comparison_text.headline(read([one("m", 0)])) == "Results of m"
 
 
-def test_sentences_say_which_way_attention_went():
+def test_sentences_state_the_direction_of_attention():
     readings = ResultsView(fake_results())
     assert "with audio replaced by noise; noise moves attention toward it" in comparison_text.noise_text(
         readings, "joint"
@@ -224,7 +224,7 @@ def test_sentences_say_which_way_attention_went():
     assert comparison_text.rotations_text(readings).endswith("joint+rollingq 1.")
 
 
-def test_each_method_is_told_by_the_modality_that_its_runs_destroyed():
+def test_sentences_name_the_corrupted_modality_of_each_method():
     runs = [attending("joint", s, "audio") for s in (0, 1)] + [attending("joint+x", s, "image") for s in (0, 1)]
     readings = read(runs, noise_modality="the one attended most")
     assert (readings.noise_modality, readings.disturbed("joint"), readings.disturbed("joint+x")) == (
@@ -241,7 +241,7 @@ def test_each_method_is_told_by_the_modality_that_its_runs_destroyed():
     assert "accuracy remains at 50.0 %; r is not compared, since no pair of runs replaced the same modality" in text
 
 
-def test_unfinished_and_failed_runs_are_told():
+def test_unfinished_and_failed_runs_are_reported():
     assert comparison_text.notices({"runs": []}) == []
     assert comparison_text.notices({"runs": [], "complete": True, "failures": []}) == []
     (said,) = comparison_text.notices({"runs": [], "complete": False, "failures": [

@@ -19,40 +19,40 @@ from helpers.pages import CONTRAST, EVIL
 LONG = "a-name-that-has-no-place-to-break-" * 3
 
 
-def batches(names=("audio", "image")):
+def random_batches(names=("audio", "image")):
     return [batch(names, size=size, seed=seed, dtype=torch.float32) for seed, size in enumerate((13, 7))]
 
 
 @pytest.fixture(scope="module")
-def deep():
-    return diagnose(model(depth=3, dtype=torch.float32), batches(), outside=batches(), name="deep")
+def deep_diagnosis():
+    return diagnose(model(depth=3, dtype=torch.float32), random_batches(), outside=random_batches(), name="deep")
 
 
 @pytest.fixture(scope="module")
-def static():
+def static_diagnosis():
     torch.manual_seed(0)
     encoders = {name: torch.nn.Linear(FEATURES[name], DIM) for name in ("audio", "image")}
-    return diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), batches())
+    return diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), random_batches())
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return diagnose(model(("audio",), heads=1, dtype=torch.float32), batches(("audio",)), name="audio")
+def unimodal_diagnosis():
+    return diagnose(model(("audio",), heads=1, dtype=torch.float32), random_batches(("audio",)), name="audio")
 
 
 @pytest.fixture(scope="module")
-def three():
+def three_modality_diagnosis():
     names = ("audio", "image", "text")
-    return diagnose(model(names, heads=3, dtype=torch.float32), batches(names), name=LONG)
+    return diagnose(model(names, heads=3, dtype=torch.float32), random_batches(names), name=LONG)
 
 
 def page(*found):
     return diagnosis_page([diagnosis.to_dict() for diagnosis in found])
 
 
-def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
+def test_every_test_and_metric_has_texts(deep_diagnosis, static_diagnosis):
     assert set(WORDS) == {*TESTS, *OPTIONAL_TESTS}
-    for metric in {**deep.metrics, **static.metrics}:
+    for metric in {**deep_diagnosis.metrics, **static_diagnosis.metrics}:
         assert source_of(metric) in TESTS, metric
         assert label(metric)[0].isupper()
     assert ordered(["flops", "loss", "accuracy", "share/audio"], WORDS) == ["accuracy", "share/audio", "flops", "loss"]
@@ -73,34 +73,38 @@ def test_every_test_has_its_words_and_every_figure_its_name(deep, static):
         ("changed_noise/image", 0.0, "0.0 %"),
     ],
 )
-def test_how_figures_are_written(metric, value, text):
+def test_number_formatting(metric, value, text):
     assert shown(metric, value) == text
 
 
-def test_the_verdict_comes_first_and_every_link_leads_somewhere(deep):
-    text = page(deep)
+def test_verdict_is_first_and_links_are_valid(deep_diagnosis):
+    text = page(deep_diagnosis)
     assert text.index("<h1>") < text.index('class="verdict"') < text.index('id="test-score"')
-    for verdict in deep.verdicts:
+    for verdict in deep_diagnosis.verdicts:
         assert f'href="#test-{verdict.test}"' in text
     anchors = set(re.findall(r'href="#([^"]+)"', text))
     assert anchors <= set(re.findall(r'\bid="([^"]+)"', text))
     assert {f"test-{test}" for test in TESTS} <= anchors
 
 
-def test_identifiers_are_unique(deep, static, three):
-    found = re.findall(r'\bid="([^"]+)"', page(deep, static, three, deep))
+def test_identifiers_are_unique(deep_diagnosis, static_diagnosis, three_modality_diagnosis):
+    found = re.findall(
+        r'\bid="([^"]+)"', page(deep_diagnosis, static_diagnosis, three_modality_diagnosis, deep_diagnosis)
+    )
     assert len(found) == len(set(found))
 
 
-def test_figures_of_the_table_are_those_of_the_diagnosis(deep, static):
-    text = page(deep, static)
+def test_table_values_match_the_diagnosis(deep_diagnosis, static_diagnosis):
+    text = page(deep_diagnosis, static_diagnosis)
     for metric in ("accuracy", "accuracy_mask/audio", "accuracy_noise/image"):
-        cells = [f"{100 * found.metrics[metric]:.1f}\N{NO-BREAK SPACE}±" for found in (deep, static)]
+        cells = [
+            f"{100 * found.metrics[metric]:.1f}\N{NO-BREAK SPACE}±" for found in (deep_diagnosis, static_diagnosis)
+        ]
         row = re.search(rf'<th scope="row">{re.escape(label(metric))}</th>(.*?)</tr>', text).group(1)
         assert all(cell in row for cell in cells)
 
 
-def test_a_difference_is_bold_only_where_it_is_significant():
+def test_only_significant_differences_are_bold():
     metrics = {"accuracy": 0.8, "accuracy_noise/a": 0.5}
     first = Diagnosis("one", ("a",), "classification", 1000, metrics, details={"score": {}, "noise": {}})
     other = dataclasses.replace(first, name="two", metrics={"accuracy": 0.81, "accuracy_noise/a": 0.6})
@@ -111,26 +115,28 @@ def test_a_difference_is_bold_only_where_it_is_significant():
     assert len(re.findall(r"<small>[^<]*points, p", text)) == 1
 
 
-def test_what_was_not_tested_is_told_with_its_reason(static, alone, deep):
-    for found in (static, alone):
+def test_skipped_tests_have_a_reason(static_diagnosis, unimodal_diagnosis, deep_diagnosis):
+    for found in (static_diagnosis, unimodal_diagnosis):
         text = page(found)
         for test, reason in found.skipped.items():
             assert f"<dt>{test}</dt>" in text
             assert reason[:40] in text
             assert f'id="test-{test}"' not in text
-    assert "<dt>" not in page(deep)
+    assert "<dt>" not in page(deep_diagnosis)
 
 
-def test_embedded_data_round_trip(deep, three):
-    (inside,) = re.findall(r'id="diagnoses">(.*?)</script>', page(deep, three), flags=re.DOTALL)
-    assert json.loads(inside)["diagnoses"] == [deep.to_dict(), three.to_dict()]
+def test_embedded_data_round_trip(deep_diagnosis, three_modality_diagnosis):
+    (inside,) = re.findall(
+        r'id="diagnoses">(.*?)</script>', page(deep_diagnosis, three_modality_diagnosis), flags=re.DOTALL
+    )
+    assert json.loads(inside)["diagnoses"] == [deep_diagnosis.to_dict(), three_modality_diagnosis.to_dict()]
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_user_names_are_escaped(evil):
     names = ("audio", evil)
     encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
-    found = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), batches(), name=evil)
+    found = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), random_batches(), name=evil)
     content = json.loads(json.dumps(found.to_dict()).replace('"image"', json.dumps(names[1])))
     content["skipped"] = {"noise": evil}
     content["protocol"] = {evil: evil, "data": evil}
@@ -140,7 +146,7 @@ def test_user_names_are_escaped(evil):
     assert text.count("<!--") == 0
 
 
-def test_little_makes_a_page():
+def test_minimal_diagnosis_page():
     bare = Diagnosis("bare", ("a", "b"), None, 0, {})
     text = page(bare)
     assert "<h1>Diagnosis of bare</h1>" in text
@@ -154,18 +160,20 @@ def test_little_makes_a_page():
         diagnosis_page([])
 
 
-def test_models_of_one_name_are_told_apart(deep):
-    assert "<h1>Comparison of deep (1) and deep (2)</h1>" in page(deep, deep)
+def test_models_with_equal_names_are_distinguished(deep_diagnosis):
+    assert "<h1>Comparison of deep (1) and deep (2)</h1>" in page(deep_diagnosis, deep_diagnosis)
 
 
-def test_report_writes_a_file_or_into_a_folder(deep, static, tmp_path):
-    assert deep.report(tmp_path) == tmp_path / "report.html"
-    assert deep.report(tmp_path / "new" / "two.html", static).read_text() == page(deep, static)
+def test_report_to_a_file_or_folder(deep_diagnosis, static_diagnosis, tmp_path):
+    assert deep_diagnosis.report(tmp_path) == tmp_path / "report.html"
+    assert deep_diagnosis.report(tmp_path / "new" / "two.html", static_diagnosis).read_text() == page(
+        deep_diagnosis, static_diagnosis
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "new"}
 
 
 @pytest.fixture
-def opened(open_page, tmp_path):
+def opened_page(open_page, tmp_path):
     """Writes the page of diagnoses and opens it."""
 
     def visit(*diagnoses, **options):
@@ -178,15 +186,24 @@ def opened(open_page, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_has_no_horizontal_scrolling(opened, deep, static, three, width):
-    assert opened(deep, static, three, width=width).evaluate("document.documentElement.scrollWidth") <= width
-    assert opened(three, width=width).evaluate("document.documentElement.scrollWidth") <= width
+def test_page_has_no_horizontal_scrolling(
+    opened_page, deep_diagnosis, static_diagnosis, three_modality_diagnosis, width
+):
+    assert (
+        opened_page(deep_diagnosis, static_diagnosis, three_modality_diagnosis, width=width).evaluate(
+            "document.documentElement.scrollWidth"
+        )
+        <= width
+    )
+    assert opened_page(three_modality_diagnosis, width=width).evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "least"), [(390, 150), (1280, 200)])
-def test_names_of_figures_keep_their_width_and_tables_scroll(opened, deep, static, three, width, least):
-    view = opened(deep, static, three, width=width)
+def test_metric_names_do_not_wrap_and_tables_scroll(
+    opened_page, deep_diagnosis, static_diagnosis, three_modality_diagnosis, width, least
+):
+    view = opened_page(deep_diagnosis, static_diagnosis, three_modality_diagnosis, width=width)
     names = view.locator(".test .figures tbody th")
     assert names.count() > 20
     widths = names.evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().width)")
@@ -199,8 +216,11 @@ def test_names_of_figures_keep_their_width_and_tables_scroll(opened, deep, stati
 
 
 @pytest.mark.browser
-def test_text_contrast_in_both_color_schemes(opened, deep, static):
-    light, dark = opened(deep, static), opened(deep, static, scheme="dark")
+def test_text_contrast_in_both_color_schemes(opened_page, deep_diagnosis, static_diagnosis):
+    light, dark = (
+        opened_page(deep_diagnosis, static_diagnosis),
+        opened_page(deep_diagnosis, static_diagnosis, scheme="dark"),
+    )
     read = CONTRAST.replace('"p, ', '"a, dt, dd, label, .mark, caption, p, ')
     measured = {"light": light.evaluate(read), "dark": dark.evaluate(read)}
     light.click("#theme")
@@ -214,8 +234,8 @@ def test_text_contrast_in_both_color_schemes(opened, deep, static):
 
 
 @pytest.mark.browser
-def test_verdict_links_to_its_test(opened, deep):
-    view = opened(deep)
+def test_verdict_links_to_its_test(opened_page, deep_diagnosis):
+    view = opened_page(deep_diagnosis)
     for link in view.locator(".verdict a").all():
         link.click()
         wanted = link.get_attribute("href")
@@ -224,8 +244,8 @@ def test_verdict_links_to_its_test(opened, deep):
 
 
 @pytest.mark.browser
-def test_figures_have_labels_and_captions(opened, deep, static, three):
-    view = opened(deep, static, three)
+def test_figures_have_labels_and_captions(opened_page, deep_diagnosis, static_diagnosis, three_modality_diagnosis):
+    view = opened_page(deep_diagnosis, static_diagnosis, three_modality_diagnosis)
     names = [picture.get_attribute("aria-label") for picture in view.get_by_role("img").all()]
     assert len(names) == len(view.locator("svg").all()) == len(set(names)) > 30
     captions = view.locator("figcaption").all_text_contents()
@@ -233,7 +253,7 @@ def test_figures_have_labels_and_captions(opened, deep, static, three):
     assert min(map(len, captions)) > 10
 
 
-def explored(view):
+def explorer(view):
     """Rows of the explorer: who reads -> what stands in the cells."""
     rows = view.locator("#explorer-body tr").all()
     return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
@@ -244,12 +264,12 @@ def percent(values):
 
 
 @pytest.mark.browser
-def test_layers_and_heads_can_be_explored_with_the_keyboard(opened, deep):
-    view, layers = opened(deep), deep.details["attention"]["layers"]
+def test_layers_and_heads_can_be_explored_with_the_keyboard(opened_page, deep_diagnosis):
+    view, layers = opened_page(deep_diagnosis), deep_diagnosis.details["attention"]["layers"]
     assert view.locator("#layer-said").inner_text() == "1 of 3"
     heads = layers[0]["share"]
     mean = [sum(head[place] for head in heads) / len(heads) for place in range(2)]
-    assert explored(view)["all queries"] == percent([*mean, 1 - sum(mean)])
+    assert explorer(view)["all queries"] == percent([*mean, 1 - sum(mean)])
     view.focus("#pick-layer")
     view.keyboard.press("ArrowRight")
     view.focus("#pick-head")
@@ -257,30 +277,30 @@ def test_layers_and_heads_can_be_explored_with_the_keyboard(opened, deep):
     assert view.locator("#layer-said").inner_text() == "2 of 3"
     assert view.locator("#head-said").inner_text() == "2 of 2"
     assert view.get_attribute("#pick-head", "aria-valuetext") == "2 of 2"
-    found = explored(view)
+    found = explorer(view)
     assert found["all queries"][:2] == percent(layers[1]["share"][1])
     for place, name in enumerate(("audio", "image")):
         assert found[name][:2] == percent(layers[1]["by_query"][1][place])
     view.focus("#pick-layer")
     view.keyboard.press("End")
     # A class token alone reads in the last layer.
-    assert set(explored(view)) == {"all queries"}
+    assert set(explorer(view)) == {"all queries"}
 
 
 @pytest.mark.browser
-def test_models_can_be_chosen_in_the_explorer(opened, deep, static, three):
-    view = opened(deep, static, three)
+def test_models_can_be_chosen_in_the_explorer(opened_page, deep_diagnosis, static_diagnosis, three_modality_diagnosis):
+    view = opened_page(deep_diagnosis, static_diagnosis, three_modality_diagnosis)
     assert view.locator("#pick-model option").all_inner_texts() == ["deep", LONG]
     view.select_option("#pick-model", LONG)
     assert view.locator("#layer-said").inner_text() == "1 of 1"
     assert view.locator("#explorer-head th").all_inner_texts() == ["", "audio", "image", "text", "special"]
-    assert opened(static).locator("#explorer").count() == 0
+    assert opened_page(static_diagnosis).locator("#explorer").count() == 0
 
 
 @pytest.mark.browser
-def test_raw_numbers_can_be_downloaded(opened, deep, tmp_path):
-    view = opened(deep)
+def test_raw_numbers_can_be_downloaded(opened_page, deep_diagnosis, tmp_path):
+    view = opened_page(deep_diagnosis)
     with view.expect_download() as waiting:
         view.click("#download")
     waiting.value.save_as(tmp_path / "saved" / "diagnosis.json")
-    assert Diagnosis.load(tmp_path / "saved").to_dict() == deep.to_dict()
+    assert Diagnosis.load(tmp_path / "saved").to_dict() == deep_diagnosis.to_dict()

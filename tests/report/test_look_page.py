@@ -20,7 +20,7 @@ ASKED = f"{QUESTION} {EVIL} a cat"
 
 
 @pytest.fixture(scope="module")
-def seen():
+def inspection():
     return look(
         llava(seed=4),
         processor(),
@@ -33,11 +33,11 @@ def seen():
 
 
 @pytest.fixture(scope="module")
-def content(seen):
-    return json.loads(json.dumps(seen.to_dict()))
+def content(inspection):
+    return json.loads(json.dumps(inspection.to_dict()))
 
 
-def test_the_page_holds_the_figures_and_nothing_of_a_token_runs(content, tmp_path):
+def test_page_contains_values_and_escapes_tokens(content, tmp_path):
     text = look_report(content, tmp_path).read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert EVIL not in text
@@ -51,13 +51,13 @@ def test_the_page_holds_the_figures_and_nothing_of_a_token_runs(content, tmp_pat
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"|http-equiv', "", text)
 
 
-def test_the_sentence_has_the_figures_of_the_look(seen, content):
+def test_sentence_contains_the_inspection_values(inspection, content):
     lead = verdict(MeanShares(content))[0]
-    view = seen.views["answer"]
+    view = inspection.views["answer"]
     part, even = float(view.share[..., 1].mean()), float(view.uniform[:, 1].mean())
     assert f"In the answer, {percent(part)} of attention goes to the image" in lead
     assert f"{part / even:.{1 if part > even else 2}f} times its uniform share (9 of " in lead
-    hidden = next(effect for effect in seen.effects if effect.change == "image hidden")
+    hidden = next(effect for effect in inspection.effects if effect.change == "image hidden")
     way = "decreases" if hidden.difference < 0 else "increases"
     assert (
         f"Without the image, the log-likelihood of the answer {way} by {abs(hidden.difference):.2f} per token." in lead
@@ -74,13 +74,13 @@ def test_the_sentence_has_the_figures_of_the_look(seen, content):
         ([], "tokens)."),
     ],
 )  # fmt: skip
-def test_the_sentence_says_what_the_answer_loses(content, effects, said):
+def test_sentence_reports_the_answer_effects(content, effects, said):
     changed = content | {"effects": effects}
     assert verdict(MeanShares(changed))[0].endswith(said) or said in verdict(MeanShares(changed))[0]
     assert look_page(changed).rstrip().endswith("</html>")
 
 
-def hollow(content):
+def without_optional_parts(content):
     """Attention that could not be told, as NaN leaves it in the file."""
     views = {
         name: {**view, "without_sinks": [[[None] * 2] * 4] * 3, "sinks": []} for name, view in content["views"].items()
@@ -88,14 +88,14 @@ def hollow(content):
     return content | {"views": views}
 
 
-def test_a_page_of_what_is_there(content):
-    assert "none" in look_page(hollow(content))
+def test_page_with_partial_results(content):
+    assert "none" in look_page(without_optional_parts(content))
     strip = content | {"grid": {"rows": 1, "columns": 9, "known": False, "why": "9 tokens are no square"}}
     assert "The positions of the tokens in the image are unknown: 9 tokens are no square." in look_page(strip)
 
 
 @pytest.mark.parametrize("shade", plot_style.MODALITY)
-def test_figures_can_be_read_in_the_deepest_cell(shade):
+def test_numbers_have_contrast_in_the_darkest_cell(shade):
     for paper, ink, color in (
         ("#fdfcfa", plot_style.INK, shade),
         ("#15171a", plot_style.THEME[plot_style.INK][1], plot_style.THEME[shade][1]),
@@ -121,12 +121,12 @@ def test_invalid_inspection_raises(content, tmp_path):
 
 
 @pytest.fixture
-def opened(open_page, tmp_path):
+def opened_page(open_page, tmp_path):
     """Writes the page of an inspection and opens it."""
     return lambda content, **options: open_page(look_report(content, tmp_path / "page.html"), data_urls=True, **options)
 
 
-def told(view):
+def displayed_value(view):
     return view.locator("#told").text_content().replace("\u00a0", " ")
 
 
@@ -139,8 +139,8 @@ def colors(view):
 
 
 @pytest.mark.browser
-def test_layer_head_and_token_change_the_picture(opened, seen, content):
-    view = opened(content)
+def test_layer_head_and_token_selection_update_the_map(opened_page, inspection, content):
+    view = opened_page(content)
     first = pixels(view)
     assert view.locator("#map").evaluate("canvas => [canvas.width, canvas.height]") == [3, 3]
     assert view.locator("#layer-said").text_content() == "all, mean"
@@ -153,11 +153,11 @@ def test_layer_head_and_token_change_the_picture(opened, seen, content):
     view.get_by_role("button", name="cat", exact=True).first.click()
     fourth = pixels(view)
     assert len({first, second, third, fourth}) == 4
-    place = next(n for n, reader in enumerate(seen.maps.readers) if reader.text == "cat")
-    row = seen.maps.by_head[place, 2, 1].float().numpy()
-    image = [n for n, token in enumerate(seen.tokens) if token.modality == "image"]
+    place = next(n for n, reader in enumerate(inspection.maps.readers) if reader.text == "cat")
+    row = inspection.maps.by_head[place, 2, 1].float().numpy()
+    image = [n for n, token in enumerate(inspection.tokens) if token.modality == "image"]
     part, best = float(row[image].sum()), int(np.argmax(row[image]))
-    said = told(view)
+    said = displayed_value(view)
     assert "Attention of “cat” in layer 2, head 1:" in said
     assert f"{shown(part)} to the 9 tokens of image" in said
     assert f"in row {best // 3 + 1} of 3, column {best % 3 + 1} of 3: {shown(row[image][best])}." in said
@@ -171,8 +171,8 @@ def shown(value):
 
 
 @pytest.mark.browser
-def test_words_are_colored_by_what_was_asked_for(opened, content):
-    view = opened(content)
+def test_words_are_colored_by_the_selected_value(opened_page, content):
+    view = opened_page(content)
     looks = colors(view)
     view.get_by_label("attention of the selected token to them").check()
     read = colors(view)
@@ -186,21 +186,21 @@ def test_words_are_colored_by_what_was_asked_for(opened, content):
 
 
 @pytest.mark.browser
-def test_keyboard_navigation(opened, content):
-    view = opened(content)
+def test_keyboard_navigation(opened_page, content):
+    view = opened_page(content)
     view.focus("#layer")
     view.keyboard.press("ArrowRight")
-    assert "in layer 0, all heads" in told(view)
+    assert "in layer 0, all heads" in displayed_value(view)
     view.keyboard.press("Tab")
     view.keyboard.press("End")
-    assert "in layer 0, head 3" in told(view)
+    assert "in layer 0, head 3" in displayed_value(view)
     # One stop for all words; arrows go from one to the next.
     view.keyboard.press("Tab")
-    assert "the whole answer" in told(view)
+    assert "the whole answer" in displayed_value(view)
     view.keyboard.press("Home")
-    assert "the whole prompt" in told(view)
+    assert "the whole prompt" in displayed_value(view)
     view.keyboard.press("ArrowRight")
-    assert "“what”" in told(view)
+    assert "“what”" in displayed_value(view)
     pressed = view.locator(".chip[aria-pressed=true]")
     assert pressed.count() == 1
     assert pressed.evaluate("e => e === document.activeElement")
@@ -209,8 +209,8 @@ def test_keyboard_navigation(opened, content):
 
 
 @pytest.mark.browser
-def test_the_picture_lies_under_its_map_and_can_be_seen_alone(opened, content):
-    view = opened(content)
+def test_image_is_below_its_map_and_can_be_shown_alone(opened_page, content):
+    view = opened_page(content)
     frame, canvas = (view.locator(name).bounding_box() for name in ("#frame", "#map"))
     left, upper, right, lower = content["frame"]
     assert canvas["x"] - frame["x"] == pytest.approx(left * frame["width"], abs=1)
@@ -226,9 +226,9 @@ def test_the_picture_lies_under_its_map_and_can_be_seen_alone(opened, content):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_has_no_horizontal_scrolling(opened, content, width):
+def test_page_has_no_horizontal_scrolling(opened_page, content, width):
     long = [{**token, "text": token["text"] * 30} for token in content["tokens"]]
-    view = opened(content | {"tokens": long}, width=width)
+    view = opened_page(content | {"tokens": long}, width=width)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -248,8 +248,8 @@ CHIPS = """() => {
 
 
 @pytest.mark.browser
-def test_text_contrast_in_both_color_schemes(opened, content):
-    light, dark = opened(content), opened(content, scheme="dark")
+def test_text_contrast_in_both_color_schemes(opened_page, content):
+    light, dark = opened_page(content), opened_page(content, scheme="dark")
     measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
     for mode in ("looks", "read"):
         for view in (light, dark):
@@ -266,18 +266,18 @@ def test_text_contrast_in_both_color_schemes(opened, content):
 
 
 @pytest.mark.browser
-def test_markup_in_tokens_is_escaped(opened, content):
-    view = opened(content)
+def test_markup_in_tokens_is_escaped(opened_page, content):
+    view = opened_page(content)
     view.wait_for_load_state("networkidle")
     view.get_by_role("button", name=EVIL, exact=True).first.click()
-    assert f"Attention of “{EVIL}” in all layers" in told(view)
+    assert f"Attention of “{EVIL}” in all layers" in displayed_value(view)
     assert view.locator(".subtitle").text_content().startswith(EVIL)
     assert view.locator(".notice").text_content() == f"note {EVIL}"
 
 
 @pytest.mark.browser
-def test_figures_have_labels(opened, content):
-    view = opened(content)
+def test_figures_have_labels(opened_page, content):
+    view = opened_page(content)
     pictures = view.get_by_role("img").all()
     assert len(pictures) == 6 == len(view.locator("svg, img, canvas").all())
     names = [picture.get_attribute("aria-label") or picture.get_attribute("alt") for picture in pictures]
@@ -286,8 +286,8 @@ def test_figures_have_labels(opened, content):
 
 
 @pytest.mark.browser
-def test_raw_numbers_can_be_downloaded(opened, content, tmp_path):
-    view = opened(content)
+def test_raw_numbers_can_be_downloaded(opened_page, content, tmp_path):
+    view = opened_page(content)
     with view.expect_download() as waiting:
         view.click("#download")
     assert waiting.value.suggested_filename == "look.json"
@@ -296,21 +296,21 @@ def test_raw_numbers_can_be_downloaded(opened, content, tmp_path):
 
 
 @pytest.mark.browser
-def test_single_heads_of_large_models_are_those_of_the_whole_answer(opened, seen, content):
-    few = seen.maps._replace(by_head=seen.maps.by_head[:1]).to_dict()
-    view = opened(content | {"maps": json.loads(json.dumps(few))})
+def test_single_heads_of_large_models_cover_the_answer(opened_page, inspection, content):
+    few = inspection.maps._replace(by_head=inspection.maps.by_head[:1]).to_dict()
+    view = opened_page(content | {"maps": json.loads(json.dumps(few))})
     view.locator("#head").fill("1")
-    assert "head 0" in told(view)
+    assert "head 0" in displayed_value(view)
     view.get_by_role("button", name="cat", exact=True).first.click()
     assert view.locator("#head").is_disabled()
-    assert "all heads" in told(view)
+    assert "all heads" in displayed_value(view)
 
 
 @pytest.mark.browser
-def test_a_model_of_text_has_words_alone(opened):
+def test_text_model_page_has_words_only(opened_page):
     alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
-    view = opened(alone.to_dict(), width=390)
+    view = opened_page(alone.to_dict(), width=390)
     assert view.locator("canvas, img").count() == 0
     view.get_by_role("button", name="mat", exact=True).click()
-    assert "Attention of “mat” in all layers, all heads: 100 % to the 8 tokens of text." in told(view)
+    assert "Attention of “mat” in all layers, all heads: 100 % to the 8 tokens of text." in displayed_value(view)
     assert view.evaluate("document.documentElement.scrollWidth") <= 390

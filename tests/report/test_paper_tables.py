@@ -39,7 +39,7 @@ def cells(script):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def finished_runs(tmp_path_factory):
     """A comparison on digits and one without three of them, of models that have hardly learned anything."""
     whole, part = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("part")
     made = recipe(epochs=2)
@@ -59,51 +59,51 @@ def table(script, number):
     return next(table for table in (*script.TABLES, script.OOD_TABLE) if table.number == number)
 
 
-def test_noise_is_that_of_the_runs(script, runs):
-    found = script.measure(table(script, "2"), runs[0], "all", None)
+def test_noise_settings_match_the_runs(script, finished_runs):
+    found = script.measure(table(script, "2"), finished_runs[0], "all", None)
     assert {method: sorted(own["r"]) for method, own in found.items()} == {"joint": [0, 1], "joint+rollingq": [0]}
     for method, own in found.items():
         for seed, r in own["r"].items():
-            assert r == pytest.approx(stored(runs[0], method, seed)["noise_attention_r"], rel=CLOSE["rtol"])
+            assert r == pytest.approx(stored(finished_runs[0], method, seed)["noise_attention_r"], rel=CLOSE["rtol"])
             t = r * math.sqrt((2 * 497 - 2) / (1 - r * r))
             # Beyond 2.58 standard deviations lies 1 % of both sides.
             assert own["sure"][seed] == float(abs(t) > 2.58)
 
 
-def test_levels_begin_with_the_accuracy_and_damage_the_audio(script, runs):
-    found = script.measure(table(script, "3"), runs[0], "all", 1)["joint"]
+def test_levels_start_at_clean_accuracy(script, finished_runs):
+    found = script.measure(table(script, "3"), finished_runs[0], "all", 1)["joint"]
     assert list(found) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
-    assert found["0.00"] == {0: pytest.approx(stored(runs[0], "joint")["accuracy"])}
+    assert found["0.00"] == {0: pytest.approx(stored(finished_runs[0], "joint")["accuracy"])}
     source = data.load_dataset("digits")
     served = data.loader(source, "test", 256, seed=0, train=False)
     std = source.noise["audio"][1]
-    curve = corruption_curve(eq.load(runs[0] / "runs/all/joint/seed0"), served, modality="audio", std=std)
+    curve = corruption_curve(eq.load(finished_runs[0] / "runs/all/joint/seed0"), served, modality="audio", std=std)
     assert [own[0] for own in found.values()] == list(curve.accuracy)
 
 
-def test_masking_names_what_is_left(script, runs):
-    found = script.measure(table(script, "8"), runs[0], "all", None)
-    source, model = data.load_dataset("digits"), eq.load(runs[0] / "runs/all/joint/seed1")
+def test_masking_names_the_remaining_modality(script, finished_runs):
+    found = script.measure(table(script, "8"), finished_runs[0], "all", None)
+    source, model = data.load_dataset("digits"), eq.load(finished_runs[0] / "runs/all/joint/seed1")
     batch = source.batch("test", torch.arange(497), seed=0, epoch=0, train=False)
     for kept in (["audio", "image"], ["audio"], ["image"]):
         with torch.no_grad():
             answer = model({name: batch[name] if name in kept else None for name in source.names}).logits.argmax(dim=1)
         name = "full" if len(kept) == 2 else kept[0]
         assert found["joint"][name][1] == pytest.approx(float((answer == batch["target"]).float().mean()))
-    assert found["audio"]["accuracy"] == {0: stored(runs[0], "audio")["accuracy"]}
+    assert found["audio"]["accuracy"] == {0: stored(finished_runs[0], "audio")["accuracy"]}
     assert "image" not in found
 
 
-def test_quag_is_asked_of_two_layers(script, runs):
-    found = script.measure(table(script, "9"), runs[0], "all", None)
+def test_quag_uses_two_layers(script, finished_runs):
+    found = script.measure(table(script, "9"), finished_runs[0], "all", None)
     assert set(found) == {"deep", "deep+progressive"}
     for method, own in found.items():
         served = data.loader(data.load_dataset("digits"), "test", 256, seed=0, train=False)
-        direct = quag(eq.load(runs[0] / f"runs/all/{method}/seed0"), served)
-        assert own["origin"][0] == direct.origin == pytest.approx(stored(runs[0], method)["accuracy"])
+        direct = quag(eq.load(finished_runs[0] / f"runs/all/{method}/seed0"), served)
+        assert own["origin"][0] == direct.origin == pytest.approx(stored(finished_runs[0], method)["accuracy"])
         for name in ("unimodal", "crossmodal", "avg-audio", "avg-image"):
             assert own[name][0] == direct.scores[name]
-    text = script.measure(table(script, "9, text"), runs[0], "all", 1)
+    text = script.measure(table(script, "9, text"), finished_runs[0], "all", 1)
     assert set(text) == {"joint", "joint+rollingq"}
     assert set(text["joint"]) == {"origin", "all"}
 
@@ -114,10 +114,10 @@ def gen(logits):
     return torch.tensor([-sum((p * (1 - p)) ** 0.1 for p in row) for row in rows], dtype=torch.float64)
 
 
-def test_unknown_classes_are_those_held_out(script, runs):
-    found = script.measure(table(script, "10"), runs[1], "all", None)["joint"]
-    assert found["accuracy"][0] == pytest.approx(stored(runs[1], "joint")["accuracy"])
-    source, model = data.load_dataset("digits", held_out=HELD), eq.load(runs[1] / "runs/all/joint/seed0")
+def test_unknown_classes_are_the_held_out_classes(script, finished_runs):
+    found = script.measure(table(script, "10"), finished_runs[1], "all", None)["joint"]
+    assert found["accuracy"][0] == pytest.approx(stored(finished_runs[1], "joint")["accuracy"])
+    source, model = data.load_dataset("digits", held_out=HELD), eq.load(finished_runs[1] / "runs/all/joint/seed0")
     seen = {}
     for name, shown in (("known", source), *((kind, data.ood_split(source, kind)) for kind in ("near", "far"))):
         batch = shown.batch("test", torch.arange(len(shown.test)), seed=0, epoch=0, train=False)
@@ -130,7 +130,7 @@ def test_unknown_classes_are_those_held_out(script, runs):
         assert found[f"fpr95/{kind}"][0] == pytest.approx(fpr95(seen["known"], seen[kind]), abs=2 / 360)
 
 
-def test_cells_by_hand(script, cells):
+def test_hand_computed_cells(script, cells):
     made = replace(table(script, "3"), alone={"0.25": ("audio", 53.9)})
     figures = {
         "joint": {"0.00": {0: 0.5, 1: 0.7, 2: 0.6}, "0.25": {0: 0.4, 1: 0.5, 2: 0.6}},
@@ -150,7 +150,7 @@ def test_cells_by_hand(script, cells):
     assert second[1::2] == ["", "", "", "", ""]
 
 
-def test_figures_without_a_scale_and_nan(script, cells):
+def test_unscaled_and_nan_values(script, cells):
     figures = {"joint": {"r": {0: -0.25, 1: math.nan}}, "joint+rollingq": {"r": {0: 0.5, 1: 0.1}}}
     _, r, _ = cells.rows(table(script, "2"), figures)
     assert r == [
@@ -158,7 +158,7 @@ def test_figures_without_a_scale_and_nan(script, cells):
     ]  # fmt: skip
 
 
-def test_the_papers_drops_and_differences_are_those_it_prints(script, cells):
+def test_published_drops_and_differences(script, cells):
     def column(number, place):
         return [row[place] for row in cells.rows(table(script, number), {})[1:]]
 
@@ -176,10 +176,10 @@ def test_the_papers_drops_and_differences_are_those_it_prints(script, cells):
     assert column("10", 4) == ["54.0 / 51.8", "74.9", "68.6", "76.9", "73.2"]
 
 
-def test_the_program_prints_tables_alone_and_tells_how_far_it_is(script, cells, runs, capsys):
+def test_program_prints_tables_and_progress(script, cells, finished_runs, capsys):
     threads = torch.get_num_threads()
     try:
-        script.main([str(runs[0]), "--ood", str(runs[1]), "--seeds", "1"])
+        script.main([str(finished_runs[0]), "--ood", str(finished_runs[1]), "--seeds", "1"])
     finally:
         torch.set_num_threads(threads)
     out, err = capsys.readouterr()
@@ -193,15 +193,15 @@ def test_the_program_prints_tables_alone_and_tells_how_far_it_is(script, cells, 
     for block in out.split("## ")[1:]:
         widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
         assert len(widths) == 1
-    accuracy = 100 * stored(runs[0], "joint")["accuracy"]
+    accuracy = 100 * stored(finished_runs[0], "joint")["accuracy"]
     assert f"| level 0.00 | {accuracy:.1f} | 67.0 |" in out
 
 
-def test_nothing_is_finished(script, cells):
+def test_no_finished_runs(script, cells):
     assert "Seeds: none is finished." in cells.markdown(table(script, "9"), {}, "digits")
 
 
-def test_what_is_no_comparison(script, tmp_path):
+def test_invalid_comparison_folder_raises(script, tmp_path):
     with pytest.raises(DataError, match=r"paper_tables: expected the folder of a comparison, with runs/<fold>/.*Give"):
         script.fold_of(tmp_path, None)
     for fold in "AB":

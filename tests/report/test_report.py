@@ -20,16 +20,16 @@ HOLLOW = {
 """Parts of a run that are there and hold nothing."""
 
 
-def partial(**changes):
+def partial_results(**changes):
     return fake_results(seeds=2, epochs=4) | changes
 
 
-def without(content, *keys):
+def remove_key(content, *keys):
     return content | {"runs": [{k: v for k, v in run.items() if k not in keys} for run in content["runs"]]}
 
 
-def test_report_reads_a_folder_a_file_or_a_mapping_and_writes_a_folder_or_a_file(tmp_path):
-    content = partial()
+def test_report_inputs_and_outputs(tmp_path):
+    content = partial_results()
     path = result_rows.write_results(tmp_path / "results.json", content)
     pages = [
         report(path, tmp_path / "a.html"),
@@ -48,7 +48,7 @@ def test_page_is_small_and_complete(tmp_path):
     assert "joint+rollingq has a higher attention–noise correlation than joint" in text
 
 
-def test_table_shows_what_the_summary_holds():
+def test_table_matches_the_summary():
     content = fake_results()
     text = page(content)
     for row in content["summary"]:
@@ -59,7 +59,7 @@ def test_table_shows_what_the_summary_holds():
 
 
 def test_embedded_data_round_trip():
-    content = partial()
+    content = partial_results()
     content["protocol"] |= {f"note {i}": evil for i, evil in enumerate(EVIL)}
     text = page(content)
     (inside,) = re.findall(r'<script type="application/json" id="results">(.*?)</script>', text, flags=re.S)
@@ -83,12 +83,12 @@ def test_user_names_are_escaped(evil):
 @pytest.mark.parametrize(
     "content",
     [
-        partial(runs=[], summary=[]),
-        partial(summary=[]),
-        partial(protocol={}, environment={}),
-        without(partial(), "history"),
-        without(partial(), "keys", "shares"),
-        without(partial(), "history", "keys", "shares"),
+        partial_results(runs=[], summary=[]),
+        partial_results(summary=[]),
+        partial_results(protocol={}, environment={}),
+        remove_key(partial_results(), "history"),
+        remove_key(partial_results(), "keys", "shares"),
+        remove_key(partial_results(), "history", "keys", "shares"),
         fake_results(methods=("image",), seeds=1, epochs=2),
         fake_results(methods=("joint",), seeds=1, epochs=1),
         fake_results(methods=("joint+rollingq",), seeds=3, epochs=2),
@@ -98,13 +98,13 @@ def test_user_names_are_escaped(evil):
         result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {"accuracy": 0.2}} | HOLLOW], {}),
     ],
 )  # fmt: skip
-def test_partial_results_make_a_page(content):
+def test_page_of_partial_results(content):
     text = page(result_rows.validate_results(content, "test"))
     assert text.rstrip().endswith("</html>")
     assert "nan" not in re.sub(r"<script.*", "", text, flags=re.S).replace("dominant", "")
 
 
-def test_page_says_when_it_is_not_the_whole_comparison():
+def test_page_reports_incomplete_comparison():
     content = fake_results(methods=("concat",), seeds=1, epochs=0)
     assert "Not all planned runs" not in page(content | {"complete": True, "failures": []})
     assert "Not all planned runs have finished" in page(content | {"complete": False, "failures": []})
@@ -112,8 +112,8 @@ def test_page_says_when_it_is_not_the_whole_comparison():
     assert "joint, seed 0 failed and is not included: &lt;b&gt;boom" in page(content | {"failures": [failure]})
 
 
-def test_rows_with_the_contract_alone_are_enough():
-    content = partial()
+def test_minimal_rows():
+    content = partial_results()
     keep = ("method", "metric", "mean", "sd", "n", "difference", "p")
     text = page(content | {"summary": [{k: row[k] for k in keep} for row in content["summary"]]})
     assert "joint+rollingq" in text
@@ -121,19 +121,19 @@ def test_rows_with_the_contract_alone_are_enough():
 
 def test_invalid_results_raise(tmp_path):
     with pytest.raises(SchemaError, match=r"report: expected schema 1, got schema 9"):
-        report(partial(schema=9), tmp_path / "r.html")
+        report(partial_results(schema=9), tmp_path / "r.html")
     with pytest.raises(DataError, match="expected a results file, got no such file"):
         report(tmp_path / "nothing.json", tmp_path / "r.html")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
-def whole():
+def full_results():
     return fake_results()
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written_page(tmp_path_factory):
     """Writes a page, once for each results."""
     pages = {}
 
@@ -147,26 +147,26 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def long_names():
+def results_with_long_names():
     return fake_results(seeds=2, rename={"joint": "joint-with-a-name-that-has-no-place-to-break-" * 3})
 
 
 @pytest.fixture
-def opened(open_page, written):
+def opened_page(open_page, written_page):
     """Writes the page of results and opens it."""
-    return lambda content, **options: open_page(written(content), **options)
+    return lambda content, **options: open_page(written_page(content), **options)
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_has_no_horizontal_scrolling(opened, long_names, width):
-    view = opened(long_names, width=width)
+def test_page_has_no_horizontal_scrolling(opened_page, results_with_long_names, width):
+    view = opened_page(results_with_long_names, width=width)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.browser
-def test_text_contrast_in_both_color_schemes(opened, whole):
-    light, dark = opened(whole), opened(whole, scheme="dark")
+def test_text_contrast_in_both_color_schemes(opened_page, full_results):
+    light, dark = opened_page(full_results), opened_page(full_results, scheme="dark")
     measured = {"light": light.evaluate(CONTRAST), "dark": dark.evaluate(CONTRAST)}
     light.click("#theme")
     measured["switched"] = light.evaluate(CONTRAST)
@@ -188,8 +188,8 @@ def column(view, index):
 
 
 @pytest.mark.browser
-def test_table_sorts_by_mouse_and_by_keyboard(opened, whole):
-    view = opened(whole)
+def test_table_sorts_by_mouse_and_by_keyboard(opened_page, full_results):
+    view = opened_page(full_results)
     accuracy = view.locator("#figures thead th").nth(1)
     accuracy.locator("button").click()
     assert column(view, 1) == ["concat", "joint+rollingq", "image", "joint", "audio"]
@@ -204,8 +204,8 @@ def test_table_sorts_by_mouse_and_by_keyboard(opened, whole):
 
 
 @pytest.mark.browser
-def test_methods_without_a_figure_stay_below(opened, whole):
-    view = opened(whole)
+def test_methods_without_value_are_sorted_last(opened_page, full_results):
+    view = opened_page(full_results)
     button = view.locator("#figures thead button").filter(has_text="Attention–noise correlation r").first
     button.click()
     assert column(view, 1)[:2] == ["joint+rollingq", "joint"]
@@ -214,8 +214,8 @@ def test_methods_without_a_figure_stay_below(opened, whole):
 
 
 @pytest.mark.browser
-def test_figures_have_labels_and_captions(opened, whole):
-    view = opened(whole)
+def test_figures_have_labels_and_captions(opened_page, full_results):
+    view = opened_page(full_results)
     pictures = view.get_by_role("img").all()
     assert len(pictures) == 17 == len(view.locator("svg, img").all())
     names = [picture.get_attribute("aria-label") for picture in pictures]
@@ -226,9 +226,9 @@ def test_figures_have_labels_and_captions(opened, whole):
 
 
 @pytest.mark.browser
-def test_raw_numbers_can_be_downloaded(opened, tmp_path):
-    content = partial()
-    view = opened(content)
+def test_raw_numbers_can_be_downloaded(opened_page, tmp_path):
+    content = partial_results()
+    view = opened_page(content)
     with view.expect_download() as waiting:
         view.click("#download")
     waiting.value.save_as(tmp_path / "saved" / "results.json")
@@ -237,10 +237,10 @@ def test_raw_numbers_can_be_downloaded(opened, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("evil", EVIL)
-def test_markup_in_names_is_escaped(opened, evil):
+def test_markup_in_names_is_escaped(opened_page, evil):
     content = fake_results(methods=("concat", "joint"), seeds=2, epochs=2, rename={"joint": evil})
     content["protocol"]["data"] = evil
-    view = opened(content)
+    view = opened_page(content)
     view.wait_for_load_state("networkidle")
     assert column(view, 1) == ["concat", evil]
     assert view.locator(".subtitle").text_content().startswith(evil)
@@ -248,7 +248,7 @@ def test_markup_in_names_is_escaped(opened, evil):
 
 
 @pytest.mark.browser
-def test_page_without_results_stays_quiet(opened):
-    view = opened(result_rows.build_results([], {}), width=360)
+def test_page_without_results_has_no_errors(opened_page):
+    view = opened_page(result_rows.build_results([], {}), width=360)
     assert view.locator("h1").text_content() == "No run yet"
     assert view.locator("#figures").count() == 0

@@ -7,7 +7,7 @@ from equipoise.report import comparison_text
 from helpers.fake_results import attending, one, read
 
 
-def test_curve_is_the_mean_over_the_runs_that_have_the_epoch():
+def test_curve_is_the_mean_over_runs_with_the_epoch():
     runs = [one("m", 0, history=[{"epoch": 1, "air": 0.1}, {"epoch": 2, "air": 0.3}]),
             one("m", 1, history=[{"epoch": 1, "air": 0.5}, {"epoch": 2, "air": None}]), one("m", 2)]  # fmt: skip
     curve = read(runs).curve("m", "air")
@@ -16,14 +16,14 @@ def test_curve_is_the_mean_over_the_runs_that_have_the_epoch():
     assert read(runs).curve("m", "share", "audio") is None
 
 
-def test_rotations_are_counted_where_the_count_rises():
+def test_rotations_are_counted_at_increments():
     history = [
         [{"epoch": e, "rotations": n} for e, n in enumerate(counts, 1)] for counts in ([0, 0, 1, 1, 2], [0, 0, 1, 1, 1])
     ]
     assert read([one("m", s, history=h) for s, h in enumerate(history)]).rotation_epochs("m") == {3: 2, 5: 1}
 
 
-def test_histograms_pool_runs_with_equal_weight_also_over_different_bins():
+def test_histograms_weight_runs_equally_over_different_bins():
     def run(seed, edges, counts):
         return one("m", seed) | {"shares": {"clean": {"edges": edges, "counts": counts}}}
 
@@ -36,12 +36,12 @@ def test_histograms_pool_runs_with_equal_weight_also_over_different_bins():
     assert read([run(0, [0, 1], [0])]).histogram("m", "shares", "clean") is None
 
 
-def test_protocol_names_the_destroyed_modality_for_all():
+def test_protocol_gives_the_corrupted_modality():
     readings = read([attending("joint", 0, None)], noise_modality="image")
     assert readings.noise_modality == readings.disturbed("joint") == "image"
 
 
-def test_a_single_modality_does_not_notice_what_happens_to_another():
+def test_unimodal_runs_are_unaffected_by_other_modalities():
     runs = [
         one("image", 0, **{"accuracy": 0.6, "accuracy_noise/image": 0.1}),
         one("joint", 0, **{"accuracy_noise/audio": 0.2}),

@@ -21,7 +21,7 @@ def colored(red, green, blue):
     return torch.tensor([red, green, blue], dtype=torch.uint8).expand(32, 32, 3).clone()
 
 
-def found(question="red heart", picture=None, unseen=(), count=9, tied=2):
+def search_result(question="red heart", picture=None, unseen=(), count=9, tied=2):
     entries = [
         IndexEntry(f"name {n}", colored(20 * n, 90, 200), "\N{RED APPLE}", ("one", f"two {n}"), n % 2 == 0)
         for n in range(count)
@@ -33,11 +33,11 @@ def found(question="red heart", picture=None, unseen=(), count=9, tied=2):
 
 @pytest.fixture(scope="module")
 def content():
-    return result_to_dict(found(unseen=["hearty"]), model=f"runs/{EVIL}", notes=[f"note {EVIL}"])
+    return result_to_dict(search_result(unseen=["hearty"]), model=f"runs/{EVIL}", notes=[f"note {EVIL}"])
 
 
-def test_the_page_holds_what_was_found_and_nothing_of_it_runs(content, tmp_path):
-    path = result_gallery(found(), tmp_path, model="runs/emoji")
+def test_page_contains_results_and_escapes_them(content, tmp_path):
+    path = result_gallery(search_result(), tmp_path, model="runs/emoji")
     assert path == tmp_path / "gallery.html"
     text = search_page(content)
     assert EVIL not in text
@@ -50,8 +50,8 @@ def test_the_page_holds_what_was_found_and_nothing_of_it_runs(content, tmp_path)
     assert "Not in the training captions: “hearty”." in text
 
 
-def test_a_picture_asks_for_captions(tmp_path):
-    asked = result_to_dict(found("cat.png", colored(1, 2, 3), tied=0), model="")
+def test_image_query_shows_captions(tmp_path):
+    asked = result_to_dict(search_result("cat.png", colored(1, 2, 3), tied=0), model="")
     text = search_page(asked)
     assert "<h1>What is cat.png?</h1>" in text
     assert "9 nearest captions of 3\u202f395." in text
@@ -76,7 +76,7 @@ def test_invalid_search_results_raise(content, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sheet_has_a_line_for_each_question():
+def test_gallery_has_one_row_per_query():
     found = [(f"a rather long name {n}", 0.5 - n, colored(40 * n, 200, 0), n != 1) for n in range(3)]
     one, two = (contact_sheet([SheetRow("red heart", found), *more]) for more in ([], [SheetRow("$what$", found[:1])]))
     widths = [Image.open(io.BytesIO(png)).size for png in (one, two)]
@@ -88,36 +88,36 @@ def test_a_sheet_has_a_line_for_each_question():
 
 
 @pytest.fixture
-def opened(open_page, tmp_path):
+def opened_page(open_page, tmp_path):
     """Writes the page of a search and opens it."""
     return lambda content, **options: open_page(
         search_report(content, tmp_path / "page.html"), data_urls=True, **options
     )
 
 
-def told_by(view):
+def card_details(view):
     return view.locator("#told").text_content()
 
 
-def pressed(view):
+def press_keys(view):
     return view.eval_on_selector_all(".card[aria-pressed=true]", "cards => cards.map(c => c.dataset.name)")
 
 
 @pytest.mark.browser
-def test_a_card_tells_more_by_mouse(opened, content):
-    view = opened(content)
-    assert told_by(view) == ""
+def test_card_details_on_hover(opened_page, content):
+    view = opened_page(content)
+    assert card_details(view) == ""
     view.locator(".card").nth(1).click()
-    assert told_by(view) == "2. name 1: cosine 0.790, not seen in training. Also called: one, two 1."
+    assert card_details(view) == "2. name 1: cosine 0.790, not seen in training. Also called: one, two 1."
     view.locator(".card").nth(2).click()
-    assert told_by(view) == f"3. {EVIL}: cosine 0.680, user image. Also called: {EVIL}."
-    assert pressed(view) == [EVIL]
+    assert card_details(view) == f"3. {EVIL}: cosine 0.680, user image. Also called: {EVIL}."
+    assert press_keys(view) == [EVIL]
     assert view.locator(".card img").first.evaluate("e => e.naturalWidth") == 32
 
 
 @pytest.mark.browser
-def test_keyboard_navigation(opened, content):
-    view = opened(content)
+def test_keyboard_navigation(opened_page, content):
+    view = opened_page(content)
     view.keyboard.press("Tab")
     assert view.evaluate("document.activeElement.className") == "skip"
     view.keyboard.press("Tab")
@@ -129,7 +129,7 @@ def test_keyboard_navigation(opened, content):
     view.keyboard.press("ArrowRight")
     assert view.evaluate(focused) == "name 1"
     view.keyboard.press("Enter")
-    assert pressed(view) == ["name 1"]
+    assert press_keys(view) == ["name 1"]
     columns = view.evaluate(
         "getComputedStyle(document.getElementById('gallery')).gridTemplateColumns.split(' ').length"
     )
@@ -142,15 +142,15 @@ def test_keyboard_navigation(opened, content):
     assert view.evaluate(focused) == "name 8"
     view.keyboard.press("Home")
     view.keyboard.press("Space")
-    assert pressed(view) == ["name 0"]
+    assert press_keys(view) == ["name 0"]
     assert view.eval_on_selector_all(".card", "cards => cards.filter(c => c.tabIndex === 0).length") == 1
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1180])
-def test_page_has_no_horizontal_scrolling(opened, content, width):
+def test_page_has_no_horizontal_scrolling(opened_page, content, width):
     long = {**content, "question": "x" * 300, "hits": [{**hit, "name": "y" * 200} for hit in content["hits"]]}
-    view = opened(long, width=width)
+    view = opened_page(long, width=width)
     view.locator(".card").first.click()
     assert view.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -168,8 +168,8 @@ CARDS = """() => {
 
 
 @pytest.mark.browser
-def test_text_contrast_in_both_color_schemes(opened, content):
-    light, dark = opened(content), opened(content, scheme="dark")
+def test_text_contrast_in_both_color_schemes(opened_page, content):
+    light, dark = opened_page(content), opened_page(content, scheme="dark")
     for view in (light, dark):
         assert view.evaluate(CONTRAST)["texts"] >= 4.5
         assert min(view.evaluate(CARDS)) >= 4.5
@@ -179,9 +179,9 @@ def test_text_contrast_in_both_color_schemes(opened, content):
 
 
 @pytest.mark.browser
-def test_names_are_read_aloud_once(opened, content):
-    view = opened(content)
+def test_screen_reader_names_are_not_repeated(opened_page, content):
+    view = opened_page(content)
     view.get_by_role("button", name=re.compile("^name 3 4")).click()
-    assert pressed(view) == ["name 3"]
+    assert press_keys(view) == ["name 3"]
     assert view.get_by_role("img").count() == 0
     assert view.get_by_role("list").count() == 1

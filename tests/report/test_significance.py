@@ -34,7 +34,7 @@ TASKS = ("classification", "multilabel", "regression")
 
 @given(st.integers(0, 7), st.integers(0, 7))
 @settings(max_examples=30, deadline=None)
-def test_mcnemar_against_every_way_in_which_the_answers_could_have_differed(b, c):
+def test_mcnemar_against_enumeration(b, c):
     total, seen = b + c, abs(b - c)
     ways = [abs(2 * sum(way) - total) for way in itertools.product((0, 1), repeat=total)] if total < 12 else None
     if ways is None:
@@ -46,7 +46,7 @@ def test_mcnemar_against_every_way_in_which_the_answers_could_have_differed(b, c
     assert mcnemar(b, c) == pytest.approx(mcnemar(c, b))
 
 
-def enumerated(values):
+def enumerated_p(values):
     """p of the bootstrap-t over all n^n resamples, in plain loops."""
     n, mean = len(values), sum(values) / len(values)
 
@@ -65,14 +65,14 @@ def enumerated(values):
 def test_bootstrap_against_all_resamples(values):
     assume(len(set(values)) > 1)
     assume(abs(sum(values)) > 1e-9)
-    expected = enumerated(values)
+    expected = enumerated_p(values)
     error = math.sqrt(expected * (1 - expected) / RESAMPLES) + 1 / RESAMPLES
     assert bootstrap_p(values) == pytest.approx(expected, abs=5 * error)
 
 
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=30), st.randoms())
 @settings(max_examples=40, deadline=None)
-def test_neither_order_nor_direction_matters_and_no_model_differs_from_itself(pairs, luck):
+def test_symmetry_and_identical_models(pairs, luck):
     first, second = (np.array(side) for side in zip(*pairs, strict=True))
     p = paired_p(first, second)
     assert 0 < p <= 1
@@ -85,7 +85,7 @@ def test_neither_order_nor_direction_matters_and_no_model_differs_from_itself(pa
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
 @settings(max_examples=40, deadline=None)
-def test_right_and_wrong_answers_are_mcnemars(pairs):
+def test_binary_outcomes_use_mcnemar(pairs):
     first, second = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
     b, c = pairs.count((1, 0)), pairs.count((0, 1))
     assert paired_p(first, second) == mcnemar(b, c)
@@ -95,7 +95,7 @@ def test_right_and_wrong_answers_are_mcnemars(pairs):
 @pytest.mark.parametrize(
     "draw", [lambda r: r.gauss(0, 1), lambda r: r.choice([-0.2, 0, 0, 0.2]), lambda r: r.expovariate(1) - 1]
 )
-def test_chance_alone_is_rarely_significant(draw):
+def test_false_positive_rate(draw):
     luck = random.Random(3)
     found = sum(bootstrap_p([draw(luck) for _ in range(15)]) < SURE for _ in range(200))
     # Binomial(200, 0.05) is 21 or more once in a thousand times.
@@ -115,14 +115,14 @@ def test_many_samples_and_closed_forms():
 
 
 @given(st.lists(st.one_of(st.just(math.nan), st.floats(-100, 100).map(lambda x: round(x, 3)))))
-def test_outcomes_come_back(values):
+def test_outcomes_round_trip(values):
     np.testing.assert_allclose(unpack_outcomes(pack_outcomes(values)), np.array(values))
 
 
 # -- verdicts on drawn outcomes ------------------------------------------------------------------------------------
 
 
-def drawn(task, samples, level, luck):
+def random_outcomes(task, samples, level, luck):
     """Outcomes of a task around a level in [0, 1]."""
     if task == "classification":
         return (luck.random(samples) < level).astype(float)
@@ -137,7 +137,7 @@ def content(task, samples, levels, seed, same=()):
     score = "negative_error" if task == "regression" else "accuracy"
     each = {}
     for kind, level in levels.items():
-        each[score + kind] = drawn(task, samples, level, luck)
+        each[score + kind] = random_outcomes(task, samples, level, luck)
     for kind, other in dict(same).items():
         each[score + kind] = each[score + other]
     details = {"score": {"outcomes": {metric: pack_outcomes(values) for metric, values in each.items()}}}
@@ -161,7 +161,7 @@ LEVELS = st.fixed_dictionaries(
 @pytest.mark.parametrize("task", TASKS)
 @given(st.integers(2, 120), LEVELS, st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
-def test_verdicts_obey_the_tests(task, samples, levels, seed):
+def test_verdicts_follow_the_significance_tests(task, samples, levels, seed):
     made, score = content(task, samples, levels, seed)
     found = VerdictEvidence(made)
     said = {verdict.key: verdict for verdict in verdicts(made)}
@@ -199,7 +199,7 @@ def test_verdicts_obey_the_tests(task, samples, levels, seed):
 @pytest.mark.parametrize("task", TASKS)
 @given(st.integers(2, 100), LEVELS, st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
-def test_what_equals_the_constant_answer_is_never_a_success(task, samples, levels, seed):
+def test_constant_prediction_score_is_not_a_success(task, samples, levels, seed):
     made, _ = content(task, samples, levels, seed, {"": "_constant", "_noise/image": "_constant"})
     found = verdicts(made)
     assert found[0].key == "chance"
@@ -209,7 +209,7 @@ def test_what_equals_the_constant_answer_is_never_a_success(task, samples, level
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_falling_back_on_the_constant_answer_is_not_called_a_success(task):
+def test_fallback_to_constant_prediction_is_not_a_success(task):
     levels = dict.fromkeys(("_constant", "_noise/audio", "_alone/image"), 0.5) | {"": 0.9, "_alone/audio": 0.9}
     made, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
     verdict = {verdict.key: verdict for verdict in verdicts(made)}["robustness/audio"]
@@ -220,7 +220,7 @@ def test_falling_back_on_the_constant_answer_is_not_called_a_success(task):
 # -- whole diagnoses -----------------------------------------------------------------------------------------------
 
 
-class Constant(nn.Module):
+class ConstantModel(nn.Module):
     """Always gives the same answer."""
 
     def __init__(self, answer):
@@ -233,7 +233,7 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_constant_model_uses_nothing(task):
+def test_constant_model_uses_no_modality(task):
     luck = torch.Generator().manual_seed(0)
     sizes = (120, 40)
     loader = [{name: torch.randn(size, 4, 3, generator=luck) for name in ("audio", "image")} for size in sizes]
@@ -245,14 +245,14 @@ def test_a_constant_model_uses_nothing(task):
         }[task]
     target = torch.cat([batch["target"] for batch in loader])
     answer = {"classification": [1.0, 0.0], "multilabel": [-1.0, -1.0]}.get(task)
-    model = Constant(target.median(dim=0).values.tolist() if answer is None else answer)
+    model = ConstantModel(target.median(dim=0).values.tolist() if answer is None else answer)
     model.task = task
     found = diagnose(model, loader)
     assert found.verdicts[0].key == "chance"
     assert not any("uses" in verdict.claim or verdict.ok == "good" for verdict in found.verdicts)
 
 
-def test_alone_is_scored_on_the_samples_that_have_the_modality():
+def test_unimodal_scores_use_samples_with_the_modality():
     model = weighing(audio=1.0, image=1.0)
     loader = answered(model)
     samples = sum(len(batch["target"]) for batch in loader)
@@ -278,7 +278,7 @@ def test_outcomes_of_different_length_raise():
         diagnose(model, answered(model), alone={"audio": torch.ones(3), "image": 0.5})
 
 
-def test_models_side_by_side_are_paired_where_the_samples_are_the_same():
+def test_models_are_paired_on_common_samples():
     made, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 0)
     other = {**made, "metrics": {**made["metrics"]}}
     one, two = VerdictEvidence(made), VerdictEvidence(other)
@@ -291,7 +291,7 @@ def test_models_side_by_side_are_paired_where_the_samples_are_the_same():
 @pytest.mark.parametrize(
     "values", [[1, 0, math.nan], [0.5], [10.0], [-1.0], [0.25, math.nan, -3.5e-7], [math.nan], [1.0], []]
 )
-def test_outcomes_as_one_text(values):
+def test_outcomes_as_a_string(values):
     text = pack_text(values)
     assert isinstance(text, str)
     np.testing.assert_allclose(unpack_outcomes(text), np.array(values, dtype=float))

@@ -24,7 +24,7 @@ def content(samples=MANY, names=("audio", "image"), task="classification", detai
     return {"names": list(names), "task": task, "samples": samples, "metrics": known, "details": details or {}}
 
 
-def said(**given):
+def verdicts_of(**given):
     return {verdict.key: verdict for verdict in verdicts(content(**given))}
 
 
@@ -37,7 +37,7 @@ def slow_unpaired(samples, a, b):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5000), st.floats(0, 1), st.floats(0, 1))
-def test_scores_alone_are_compared_as_if_of_different_samples(samples, a, b):
+def test_scores_without_outcomes_are_compared_unpaired(samples, a, b):
     found = VerdictEvidence(content(samples, accuracy=a, accuracy_mask__audio=b))
     compared = found.compare("accuracy_mask/audio", "accuracy")
     assert compared.p == pytest.approx(slow_unpaired(samples, a, b), abs=1e-12)
@@ -49,9 +49,9 @@ def test_scores_alone_are_compared_as_if_of_different_samples(samples, a, b):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(10, 3000), st.floats(0.2, 0.95), st.floats(-0.1, 0.1))
-def test_use_is_claimed_only_where_it_is_significant(samples, full, effect):
+def test_use_requires_significance(samples, full, effect):
     left = min(max(full + effect, 0.0), 1.0)
-    found = said(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
+    found = verdicts_of(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
     big = slow_unpaired(samples, full, left) < SURE
     assert (found.claim in ("uses audio", "is better without audio")) == big
     if not big:
@@ -59,10 +59,10 @@ def test_use_is_claimed_only_where_it_is_significant(samples, full, effect):
         assert found.ok != "good"
 
 
-def test_both_sides_of_the_level_of_significance():
+def test_significance_level_boundaries():
     # sqrt(2 * 0.25 / 800) = 0.025, so 1.96 of them are 4.9 points.
-    inside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.452)["use/audio"]
-    outside = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.449)["use/audio"]
+    inside = verdicts_of(samples=800, accuracy=0.5, accuracy_mask__audio=0.452)["use/audio"]
+    outside = verdicts_of(samples=800, accuracy=0.5, accuracy_mask__audio=0.449)["use/audio"]
     assert (inside.claim, inside.ok) == ("shows no significant effect of audio", "neutral")
     assert (outside.claim, outside.ok) == ("uses audio", "good")
     assert inside.text == (
@@ -72,45 +72,47 @@ def test_both_sides_of_the_level_of_significance():
     assert outside.test == "masking"
 
 
-def test_a_modality_is_called_ignored_only_where_the_samples_could_have_shown_it():
-    many = said(accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
+def test_ignored_modality_requires_enough_samples():
+    many = verdicts_of(accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
     assert (many.claim, many.ok) == ("ignores audio", "bad")
     assert 1.96 * math.sqrt(2 * 0.25 / MANY) <= SMALL
-    few = said(samples=800, accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
+    few = verdicts_of(samples=800, accuracy=0.5, accuracy_mask__audio=0.5)["use/audio"]
     assert few.ok == "neutral"
     # Where no answer changes at all, even a few samples say so.
-    same = said(samples=7, accuracy=0.5, accuracy_noise__audio=0.5, changed_noise__audio=0.0)["use/audio"]
+    same = verdicts_of(samples=7, accuracy=0.5, accuracy_noise__audio=0.5, changed_noise__audio=0.0)["use/audio"]
     assert same.text == "Ignores audio: none of 7 predictions changes when it is replaced by noise."
     assert (same.ok, same.test) == ("bad", "noise")
 
 
-def test_use_of_all_modalities_in_one_sentence():
+def test_use_of_all_modalities_is_one_sentence():
     metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.5, "accuracy_mask__image": 0.6}
-    assert (said(**metrics)["use"].claim, said(**metrics)["use"].ok) == ("uses both modalities", "good")
+    assert (verdicts_of(**metrics)["use"].claim, verdicts_of(**metrics)["use"].ok) == ("uses both modalities", "good")
     three = {**metrics, "accuracy_mask__text": 0.7, "names": ("audio", "image", "text")}
-    assert said(**three)["use"].claim == "uses all 3 modalities"
-    ignoring = said(**{**three, "accuracy_mask__image": 0.8})["use"]
+    assert verdicts_of(**three)["use"].claim == "uses all 3 modalities"
+    ignoring = verdicts_of(**{**three, "accuracy_mask__image": 0.8})["use"]
     assert (ignoring.claim, ignoring.ok) == ("uses audio and text and ignores image", "bad")
-    assert said(**{**metrics, "accuracy_mask__image": 0.9})["use"].claim == "uses audio and is better without image"
-    open_ = said(**{**metrics, "accuracy_mask__image": 0.79, "samples": 100})["use"]
+    assert (
+        verdicts_of(**{**metrics, "accuracy_mask__image": 0.9})["use"].claim == "uses audio and is better without image"
+    )
+    open_ = verdicts_of(**{**metrics, "accuracy_mask__image": 0.79, "samples": 100})["use"]
     assert (open_.claim, open_.ok) == ("uses audio and shows no significant effect of image", "neutral")
     # Of one that was not measured nothing is said for all.
-    assert "use" not in said(accuracy=0.8, accuracy_mask__audio=0.5)
+    assert "use" not in verdicts_of(accuracy=0.8, accuracy_mask__audio=0.5)
     assert not verdicts(content(names=("audio",), accuracy=0.8, accuracy_noise__audio=0.1))
 
 
-def test_leaning():
+def test_dominance_threshold():
     metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.7, "accuracy_mask__image": 0.4}
     at = {"shapley__audio": 0.25, "shapley__image": 0.75}
-    found = said(**metrics, **at)["use"]
+    found = verdicts_of(**metrics, **at)["use"]
     assert (found.claim, found.test) == ("relies mostly on image", "shapley")
     assert "accounts for 75 %" in found.text
-    assert said(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
+    assert verdicts_of(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
     # The same parts of a difference that may be luck.
     luck = {**metrics, "accuracy_mask__image": 0.69}
-    assert said(**luck, **at)["use"].claim == "uses both modalities"
+    assert verdicts_of(**luck, **at)["use"].claim == "uses both modalities"
     assert [dominant_modality(n) for n in (2, 4)] == [0.75, 0.625]
-    harmful = said(**metrics, shapley__audio=-0.2, shapley__image=-0.1)["use"]
+    harmful = verdicts_of(**metrics, shapley__audio=-0.2, shapley__image=-0.1)["use"]
     assert harmful.claim == "uses both modalities"
 
 
@@ -127,23 +129,25 @@ def test_leaning():
         (math.nan, math.nan, "does not respond to input quality", "bad"),
     ],
 )
-def test_quality(r, p, claim, ok):
-    found = said(noise_attention_r=r, noise_attention_p=p, details={"response": {"modality": "audio"}})["quality"]
+def test_attention_quality_claims(r, p, claim, ok):
+    found = verdicts_of(noise_attention_r=r, noise_attention_p=p, details={"response": {"modality": "audio"}})[
+        "quality"
+    ]
     assert (found.claim, found.ok, found.test) == (claim, ok, "response")
     assert "audio" in found.text
     assert "nan" not in found.text
 
 
-def test_signs_that_differ_are_of_the_level_of_noise():
-    found = said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
+def test_different_signs_depend_on_the_noise_level():
+    found = verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
     assert (found.claim, found.ok, found.test) == ("responds to the level of the noise", "bad", "response")
     assert "r = \N{MINUS SIGN}0.39; with those of each sample r = +0.03. The signs differ" in found.text
-    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
-    assert "level" not in said(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
+    assert "level" not in verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
+    assert "level" not in verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
 
 
-def test_few_samples_do_not_call_attention_blind():
-    found = said(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
+def test_constant_attention_claim_requires_enough_samples():
+    found = verdicts_of(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
     assert (found.claim, found.ok) == ("shows no significant response of attention to noise", "neutral")
     assert "r = +0.20, p = 0.30" in found.text
 
@@ -152,84 +156,86 @@ def test_few_samples_do_not_call_attention_blind():
     ("left", "samples", "ok"),
     [(0.65 - GRACE + 1e-6, MANY, "good"), (0.65 - GRACE - 0.001, MANY, "bad"), (0.60, 50, "neutral"), (0.7, 9, "good")],
 )
-def test_fall_back_on_what_the_other_alone_reaches(left, samples, ok):
+def test_fallback_compared_with_the_other_modality_alone(left, samples, ok):
     metrics = {"accuracy": 0.8, "accuracy_noise__audio": left, "accuracy_alone__image": 0.65}
-    found = said(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)["robustness/audio"]
+    found = verdicts_of(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)[
+        "robustness/audio"
+    ]
     assert found.ok == ok
     assert "image alone reaches 65.0 %" in found.text
     assert found.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
 
 
-def test_fall_back_on_what_it_reaches_without_where_nothing_alone_is_known():
-    found = said(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["robustness/audio"]
+def test_fallback_compared_with_the_masked_score():
+    found = verdicts_of(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["robustness/audio"]
     assert found.text == (
         "Not robust to noise: with audio replaced by noise the accuracy is 30.0 %, masking audio gives 60.0 % "
         "(−30.0 points, p < 0.001, unpaired)."
     )
-    assert "robustness/audio" not in said(accuracy=0.8, accuracy_noise__audio=0.3)
+    assert "robustness/audio" not in verdicts_of(accuracy=0.8, accuracy_noise__audio=0.3)
 
 
 def test_unimodal_baseline():
-    worse = said(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["unimodal_baseline"]
+    worse = verdicts_of(accuracy=0.6, accuracy_alone__image=0.7, accuracy_alone__audio=0.4)["unimodal_baseline"]
     assert (worse.claim, worse.ok) == ("is worse than its best unimodal baseline", "bad")
     assert "60.0 % compared with 70.0 % of image alone (unimodal head, a lower bound" in worse.text
-    models = said(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})[
+    models = verdicts_of(accuracy=0.8, accuracy_alone__image=0.7, details={"score": {"alone_from": "models"}})[
         "unimodal_baseline"
     ]
     assert models.ok == "good"
     assert "(separate unimodal model; " in models.text
-    same = said(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["unimodal_baseline"]
+    same = verdicts_of(samples=100, accuracy=0.72, accuracy_alone__image=0.7)["unimodal_baseline"]
     assert (same.ok, same.claim) == ("neutral", "is no better than its best unimodal baseline")
-    assert "unimodal_baseline" not in said(accuracy=0.6)
+    assert "unimodal_baseline" not in verdicts_of(accuracy=0.6)
 
 
-def test_a_model_that_has_learnt_nothing_is_told_first():
+def test_chance_level_model_is_reported_first():
     found = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
     assert found[0].key == "chance"
     assert headline("mine", found) == "mine is no better than a constant prediction"
-    assert "chance" not in said(accuracy=0.35, accuracy_constant=0.3)
-    assert "chance" in said(accuracy=0.2, accuracy_constant=0.3)
+    assert "chance" not in verdicts_of(accuracy=0.35, accuracy_constant=0.3)
+    assert "chance" in verdicts_of(accuracy=0.2, accuracy_constant=0.3)
 
 
-def test_attention_and_confidence_at_their_thresholds():
-    assert "constant_attention" in said(share_spread__audio=STILL - 1e-6, share_spread__image=0.0)
-    assert "constant_attention" not in said(share_spread__audio=STILL, share_spread__image=0.0)
-    assert said(residual_last=FLAT - 1e-6)["collapse"].ok == "bad"
-    assert "collapse" not in said(residual_last=FLAT)
+def test_attention_and_confidence_thresholds():
+    assert "constant_attention" in verdicts_of(share_spread__audio=STILL - 1e-6, share_spread__image=0.0)
+    assert "constant_attention" not in verdicts_of(share_spread__audio=STILL, share_spread__image=0.0)
+    assert verdicts_of(residual_last=FLAT - 1e-6)["collapse"].ok == "bad"
+    assert "collapse" not in verdicts_of(residual_last=FLAT)
     details = {"ood": {"outside": MANY}}
     given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
-    found = [said(auroc=value, details=details)["ood"] for value in given]
+    found = [verdicts_of(auroc=value, details=details)["ood"] for value in given]
     assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
     assert "does not significantly separate" in found[4].text
     # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
     few = {"samples": 30, "details": {"ood": {"outside": 30}}}
-    assert said(auroc=0.64, **few)["ood"].claim == "does not detect out-of-distribution inputs"
-    assert said(auroc=0.66, **few)["ood"].claim == "detects out-of-distribution inputs partly"
+    assert verdicts_of(auroc=0.64, **few)["ood"].claim == "does not detect out-of-distribution inputs"
+    assert verdicts_of(auroc=0.66, **few)["ood"].claim == "detects out-of-distribution inputs partly"
 
 
-def test_quag_speaks_only_where_something_was_averaged():
+def test_quag_verdict_requires_averaged_attention():
     crossed = {"accuracy": 0.8, "quag__crossmodal": 0.6}
-    assert said(**crossed)["quag"].ok == "good"
-    assert said(**{**crossed, "quag__crossmodal": 0.8})["quag"].ok == "neutral"
-    assert "quag" not in said(**crossed, details={"quag": {"changed": {"crossmodal": []}}})
+    assert verdicts_of(**crossed)["quag"].ok == "good"
+    assert verdicts_of(**{**crossed, "quag__crossmodal": 0.8})["quag"].ok == "neutral"
+    assert "quag" not in verdicts_of(**crossed, details={"quag": {"changed": {"crossmodal": []}}})
 
 
-def test_regression_has_the_error_of_its_samples():
+def test_regression_uses_per_sample_errors():
     details = {"score": {"deviation": 0.5}}
     regression = {"task": "regression", "samples": 200, "details": details, "negative_error": -1.0}
     # sqrt(2 * 0.25 / 200) = 0.05
-    assert said(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
-    found = said(**regression, negative_error_mask__audio=-1.11)["use/audio"]
+    assert verdicts_of(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
+    found = verdicts_of(**regression, negative_error_mask__audio=-1.11)["use/audio"]
     # An error grows; it is no negative number that falls.
     assert found.text == "Uses audio: 1.00 unmodified, 1.11 without it (+0.11, p = 0.028, unpaired)."
     # Without the samples' errors nothing is measurable, and nothing is ignored either.
-    blank = said(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
+    blank = verdicts_of(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
     assert blank.ok == "neutral"
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(["audio", "image", "text"]), st.lists(st.floats(0, 1), min_size=3, max_size=3))
-def test_verdicts_do_not_depend_on_the_order_of_modalities(order, left):
+def test_verdicts_do_not_depend_on_modality_order(order, left):
     metrics = {f"accuracy_mask/{name}": value for name, value in zip(("audio", "image", "text"), left, strict=True)}
     base = {**content(samples=300, names=order, accuracy=0.7), "metrics": {"accuracy": 0.7, **metrics}}
     found = {verdict.key: (verdict.ok, verdict.text) for verdict in verdicts(base)}
@@ -238,14 +244,14 @@ def test_verdicts_do_not_depend_on_the_order_of_modalities(order, left):
         assert found[f"use/{name}"] == {v.key: (v.ok, v.text) for v in verdicts(again)}[f"use/{name}"]
 
 
-def test_nothing_measured_nothing_said():
+def test_no_measurements_give_no_verdicts():
     assert verdicts(content()) == []
     assert verdicts(content(accuracy=None, accuracy_mask__audio=None)) == []
     assert headline("mine", []) == "Diagnosis of mine"
     assert headline("mine", [Verdict("use", "ignores audio", "")]) == "mine ignores audio"
 
 
-def test_a_model_with_zero_weights_ignores_the_modality():
+def test_model_with_zero_weights_ignores_the_modality():
     model = weighing(audio=1.0, image=0.0)
     found = diagnose(model, answered(model))
     by_key = {verdict.key: verdict for verdict in found.verdicts}
@@ -256,7 +262,7 @@ def test_a_model_with_zero_weights_ignores_the_modality():
     assert by_key["robustness/image"].ok == "good"
 
 
-def test_a_model_that_weighs_both_uses_both():
+def test_model_with_both_weights_uses_both():
     model = weighing(audio=1.0, image=1.0)
     found = diagnose(model, answered(model))
     assert {v.key: v.claim for v in found.verdicts}["use"] == "uses both modalities"
@@ -273,7 +279,7 @@ def test_a_model_that_weighs_both_uses_both():
         (0.0, -1.0, "does not respond to input quality"),
     ],
 )
-def test_attention_that_follows_noise_or_is_blind_to_it(sharpness, mean, claim):
+def test_attention_that_follows_or_ignores_noise(sharpness, mean, claim):
     model = looking(sharpness)
     found = diagnose(model, marked(model), noise={"audio": (mean, 0.1), "image": (mean, 0.1)}, modality="audio")
     by_key = {verdict.key: verdict for verdict in found.verdicts}

@@ -23,7 +23,7 @@ SINGLE = {"abs": TOL[torch.float32]["atol"], "rel": TOL[torch.float32]["rtol"]}
 CASES = [("classification", 2), ("classification", 4), ("multilabel", 3), ("regression", 1), ("regression", 2)]
 
 
-def drawn(task, outputs, samples=60, seed=0):
+def random_predictions(task, outputs, samples=60, seed=0):
     """Outputs with ties, and targets that they tell something about."""
     random = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(samples, outputs, generator=random)).round(decimals=1)
@@ -38,7 +38,7 @@ def softmax(logits):
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
-def expected(name, logits, target, task):
+def expected_metric(name, logits, target, task):
     """The metric by scikit-learn or by hand, in float64."""
     sk = pytest.importorskip("sklearn.metrics")
     x, y = logits.double().numpy(), target.double().numpy()
@@ -73,10 +73,10 @@ def expected(name, logits, target, task):
         if name.startswith("acc2"):
             return np.mean(signs[0] == signs[1])
         return sk.f1_score(signs[1], signs[0], average="weighted")
-    return float(np.mean([by_hand(name, x[:, k].tolist(), y[:, k].tolist()) for k in range(x.shape[1])]))
+    return float(np.mean([hand_computed(name, x[:, k].tolist(), y[:, k].tolist()) for k in range(x.shape[1])]))
 
 
-def by_hand(name, x, y):
+def hand_computed(name, x, y):
     n = len(x)
     if name == "mae":
         return sum(abs(a - b) for a, b in zip(x, y, strict=True)) / n
@@ -97,7 +97,7 @@ def test_against_scikit_learn_and_loops(name, seed):
     for task, outputs in CASES:
         if task not in metric.tasks or (outputs > 1 and name.startswith(("acc2", "acc7", "f1_s"))):
             continue
-        logits, target = drawn(task, outputs, seed=seed)
+        logits, target = random_predictions(task, outputs, seed=seed)
         if name == "accuracy" and task == "classification":
             # Ties of the largest logit have a test of their own.
             logits = logits + 1e-4 * torch.arange(outputs)
@@ -106,7 +106,7 @@ def test_against_scikit_learn_and_loops(name, seed):
         if name == "rmse":
             right = math.sqrt(float(((logits.double() - target.double()) ** 2).mean()))
         else:
-            right = expected(name, logits, target, task)
+            right = expected_metric(name, logits, target, task)
         found = metric.evaluate(logits, target, task)
         assert found.reason == ""
         assert found.value == pytest.approx(right, **SINGLE)
@@ -119,7 +119,7 @@ def test_resamples_are_the_metric_of_repeated_samples(name):
     for task, outputs in CASES:
         if task not in metric.tasks or (outputs > 1 and name.startswith(("acc2", "acc7", "f1_s"))):
             continue
-        logits, target = drawn(task, outputs, samples=23, seed=3)
+        logits, target = random_predictions(task, outputs, samples=23, seed=3)
         rows = resampled_values(metric, logits, target, task, count=12)
         for weights, found in zip(torch.cat(list(resample_weights(23, 12))), rows, strict=True):
             chosen = torch.arange(23).repeat_interleave(weights.long())
@@ -165,8 +165,8 @@ def test_constant_predictions():
     assert METRICS["accuracy"].evaluate(torch.zeros(4, 3), classes, "classification").value == pytest.approx(1 / 3)
 
 
-def test_a_class_without_targets_is_left_out():
-    logits, target = drawn("classification", 3, seed=5)
+def test_classes_without_targets_are_excluded():
+    logits, target = random_predictions("classification", 3, seed=5)
     kept = target != 2
     logits, target = logits[kept], target[kept]
     scores = softmax(logits.double().numpy())
@@ -175,7 +175,7 @@ def test_a_class_without_targets_is_left_out():
     assert METRICS["auroc"].evaluate(logits, target, "classification").value == pytest.approx(right, **SINGLE)
 
 
-def test_both_conventions_of_two_classes():
+def test_binary_and_multiclass_conventions():
     values, target = torch.tensor([[0.2], [-0.1], [0.0], [-2.0]]), torch.tensor([[1.0], [0.0], [0.0], [-1.0]])
     assert METRICS["acc2"].evaluate(values, target, "regression").value == 0.75
     assert METRICS["acc2_nonzero"].evaluate(values, target, "regression").value == 1.0
@@ -183,18 +183,18 @@ def test_both_conventions_of_two_classes():
     assert METRICS["acc7"].evaluate(values, target, "regression").value == 0.5
 
 
-def test_concordance_of_small_samples_has_moments_over_n():
+def test_concordance_uses_biased_moments():
     values, target = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
     # cov = var = 1/4 and the means differ by 1: 2 / 4 / (1/4 + 1/4 + 1).
     assert METRICS["concordance"].evaluate(values, target, "regression").value == pytest.approx(1 / 3)
 
 
-def test_large_offsets_do_not_lose_the_correlation():
+def test_correlation_is_stable_for_large_offsets():
     x = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None] + 1e6
     assert METRICS["pearson"].evaluate(x, 1 - x, "regression").value == pytest.approx(-1.0)
 
 
-def test_intervals_cover_the_truth():
+def test_interval_coverage():
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(60):
@@ -206,7 +206,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_paired_bootstrap():
-    logits, target = drawn("classification", 3, samples=200, seed=1)
+    logits, target = random_predictions("classification", 3, samples=200, seed=1)
     worse = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
     metric = METRICS["f1_macro"]
     values = [metric.evaluate(one, target, "classification").value for one in (logits, worse)]
@@ -218,7 +218,7 @@ def test_paired_bootstrap():
     assert resampled_p(0.1, np.full(9, np.nan), packed[0][:9]) is None
 
 
-def test_two_equal_models_are_rarely_called_different():
+def test_false_positive_rate_of_equal_models():
     metric, called = METRICS["balanced_accuracy"], 0
     for seed in range(30):
         random = torch.Generator().manual_seed(seed)
@@ -232,7 +232,7 @@ def test_two_equal_models_are_rarely_called_different():
 
 
 def test_user_defined_metric_functions():
-    logits, target = drawn("classification", 3)
+    logits, target = random_predictions("classification", 3)
     mine = own_metric("mine", lambda scores, known: scores.gather(1, known[:, None]).mean())
     right = float(logits.double().softmax(dim=1).gather(1, target[:, None]).mean())
     assert mine.evaluate(logits, target, "classification").value == pytest.approx(right)

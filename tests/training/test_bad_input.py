@@ -15,7 +15,7 @@ from helpers.runs import recipe, weights, write_recipe
 TEXT = recipes.dump_recipe(recipe(epochs=2))
 
 
-def told(capfd, *arguments, status=1):
+def error_message(capfd, *arguments, status=1):
     """Returns stderr of the command as one line."""
     assert run([str(argument) for argument in arguments]) == status
     said = capfd.readouterr()
@@ -73,15 +73,17 @@ def test_recipes(before, after, said, tmp_path, capfd):
     assert before in TEXT
     path.write_text(TEXT.replace(before, after))
     methods = "concat,deep,deep+progressive,joint+rollingq"
-    line = told(capfd, "compare", "--config", path, "--methods", methods, "--out", tmp_path / "o", "--workers", 0)
+    line = error_message(
+        capfd, "compare", "--config", path, "--methods", methods, "--out", tmp_path / "o", "--workers", 0
+    )
     assert said in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
 
-def test_encoders_of_different_width(tmp_path, capfd):
+def test_encoders_of_different_width_raise(tmp_path, capfd):
     path = write_recipe(tmp_path / "r.yaml")
-    line = told(capfd, "compare", "--config", path, "--encoders.audio.dim", 10, "--out", tmp_path / "o")
+    line = error_message(capfd, "compare", "--config", path, "--encoders.audio.dim", 10, "--out", tmp_path / "o")
     assert line == (
         "equipoise: encoder 'image': expected the width of encoder 'audio', dim = 10, got dim = 8. "
         "Give both the same dim under encoders, such as 10."
@@ -127,7 +129,7 @@ def test_encoders_of_different_width(tmp_path, capfd):
 def test_command_lines(arguments, said, tmp_path, capfd):
     command, *rest = arguments
     path = write_recipe(tmp_path / "r.yaml")
-    assert said in told(capfd, command, "--config", path, "--out", tmp_path / "o", *rest)
+    assert said in error_message(capfd, command, "--config", path, "--out", tmp_path / "o", *rest)
 
 
 @pytest.mark.parametrize(
@@ -148,28 +150,30 @@ def test_command_lines(arguments, said, tmp_path, capfd):
     ],
 )
 def test_names_of_files(arguments, said, capfd):
-    assert said in told(capfd, *arguments)
+    assert said in error_message(capfd, *arguments)
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])
 def test_unwritable_folder_raises(command, tmp_path, capfd):
     path = write_recipe(tmp_path / "r.yaml")
-    line = told(capfd, command, "--config", path, "--out", f"{path}/out")
+    line = error_message(capfd, command, "--config", path, "--out", f"{path}/out")
     assert "expected a folder that can be written, got" in line
     assert "Not a directory" in line
-    assert "no/where" in told(capfd, "recipes", "cp", "digits", "no/where/x.yaml")
+    assert "no/where" in error_message(capfd, "recipes", "cp", "digits", "no/where/x.yaml")
 
 
-def test_results_of_another_schema_or_cut_short(tmp_path, capfd):
+def test_results_of_other_schema_or_truncated(tmp_path, capfd):
     (tmp_path / "results.json").write_text('{"schema": 7}')
-    assert "read 'results.json': expected schema 1, got schema 7." in told(capfd, "report", tmp_path)
+    assert "read 'results.json': expected schema 1, got schema 7." in error_message(capfd, "report", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 1, "runs"')
-    assert "expected JSON, got a file that is truncated" in told(capfd, "report", tmp_path)
+    assert "expected JSON, got a file that is truncated" in error_message(capfd, "report", tmp_path)
 
 
-def test_data_that_are_not_there(tmp_path, capfd, monkeypatch):
+def test_missing_data_raise(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
-    line = told(capfd, "compare", "--config", "av_digits", "--data.root", tmp_path / "none", "--out", tmp_path / "o")
+    line = error_message(
+        capfd, "compare", "--config", "av_digits", "--data.root", tmp_path / "none", "--out", tmp_path / "o"
+    )
     assert "expected a folder 'fsdd/recordings' under EQUIPOISE_DATA or root, got none in" in line
     assert "Set EQUIPOISE_DATA to the folder" in line
 
@@ -177,7 +181,7 @@ def test_data_that_are_not_there(tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("rate", "cut", "said"), [(16000, 0, "a rate of 8000 Hz, got 16000 Hz"), (8000, 9, "truncated")]
 )
-def test_recordings_that_are_damaged(rate, cut, said, tmp_path, capfd, monkeypatch):
+def test_damaged_recordings_raise(rate, cut, said, tmp_path, capfd, monkeypatch):
     from equipoise.data.sets.av_digits import SPEAKERS
 
     folder = tmp_path / "fsdd" / "recordings"
@@ -194,13 +198,13 @@ def test_recordings_that_are_damaged(rate, cut, said, tmp_path, capfd, monkeypat
     last = folder / f"9_{SPEAKERS[-1]}_0.wav"
     last.write_bytes(last.read_bytes()[: 244 - cut])
     monkeypatch.setenv("EQUIPOISE_DATA", str(tmp_path))
-    line = told(capfd, "compare", "--config", "av_digits", "--out", tmp_path / "o")
+    line = error_message(capfd, "compare", "--config", "av_digits", "--out", tmp_path / "o")
     assert said in line
     assert ".wav" in line
 
 
 @pytest.fixture
-def spoilt(monkeypatch):
+def corrupt_dataset(monkeypatch):
     """Digits of which one training image is NaN from the second epoch on."""
     source = experiment.load_run_dataset(recipe(), None)
     real = type(source).batch
@@ -215,10 +219,10 @@ def spoilt(monkeypatch):
     monkeypatch.setattr(type(source), "batch", batch)
 
 
-def test_nan_in_a_batch(spoilt, tmp_path, capfd, monkeypatch):
+def test_nan_in_a_batch_raises(corrupt_dataset, tmp_path, capfd, monkeypatch):
     path = write_recipe(tmp_path / "r.yaml")
     out = tmp_path / "o"
-    line = told(capfd, "train", "--config", path, "--method", "joint", "--out", out, "--accelerator", "cpu")
+    line = error_message(capfd, "train", "--config", path, "--method", "joint", "--out", out, "--accelerator", "cpu")
     assert "training, epoch 2, batch " in line
     assert "modality 'image': expected finite values" in line
     assert "in 1 of 250 samples, the first has index 421. Fix or drop that sample" in line
@@ -233,13 +237,13 @@ def test_nan_in_a_batch(spoilt, tmp_path, capfd, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_nan_is_one_failure_of_a_comparison(spoilt, tmp_path):
+def test_nan_is_recorded_as_a_failed_run(corrupt_dataset, tmp_path):
     content = compare(recipe(), ["joint", "audio"], seeds=1, out=tmp_path, workers=0)
     assert [failure["kind"] for failure in content["failures"]] == [NonFiniteError.__name__]
     assert [run["method"] for run in content["runs"]] == ["audio"]
 
 
-def test_an_absent_modality(monkeypatch, tmp_path):
+def test_absent_modality(monkeypatch, tmp_path):
     source = experiment.load_run_dataset(recipe(), None)
     real = type(source).batch
 
@@ -260,6 +264,6 @@ def test_truncated_checkpoint(tmp_path, capfd):
     path, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "o"
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 not all of it")
-    line = told(capfd, "train", "--config", path, "--out", out, "--resume")
+    line = error_message(capfd, "train", "--config", path, "--out", out, "--resume")
     assert "last.ckpt: expected a whole checkpoint, got" in line
     assert "Remove it to start this run again." in line

@@ -11,17 +11,17 @@ from equipoise.training.run_evaluation import evaluate_run
 from helpers.runs import job, recipe
 
 
-def built(method="joint+rollingq"):
+def build_model(method="joint+rollingq"):
     torch.manual_seed(7)
     return method_factory.build_model(
         method_factory.parse_method(method, recipe()), recipe(), load_run_dataset(recipe(), None)
     )[0]
 
 
-def test_weights_bring_back_the_whole_model(tmp_path):
+def test_weights_restore_the_model(tmp_path):
     this = job("joint+rollingq", epochs=2)
     run = execute_run(this, tmp_path)
-    model = built()
+    model = build_model()
     load_weights(model, tmp_path / "model.safetensors")
     assert int(model.fusion.attention.core.rolling.rotations) == 1
     found = evaluate_run(model, load_run_dataset(recipe(), None), recipe())["metrics"]
@@ -32,13 +32,13 @@ def test_weights_bring_back_the_whole_model(tmp_path):
 def test_damaged_weights(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(DataError, match=r"model\.safetensors: expected a safetensors file of weights"):
-        load_weights(built(), path)
-    save_weights(built(), path)
+        load_weights(build_model(), path)
+    save_weights(build_model(), path)
     with pytest.raises(DataError, match=r"expected weights of this model, got .* Build the model with the recipe"):
-        load_weights(built("concat"), path)
+        load_weights(build_model("concat"), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="expected a safetensors file of weights, got"):
-        load_weights(built(), path)
+        load_weights(build_model(), path)
 
 
 class Evil:

@@ -23,7 +23,7 @@ NAMES = ("audio", "image", "sensor")
 METHODS = ("sensor", "concat", "concat_sgd+ogm", "joint", "joint+rollingq")
 
 
-def tiny(task):
+def tiny_recipe(task):
     made = recipes.load_recipe("generated").with_train(epochs=2, batch_size=20)
     small = {"dim": 8, "depth": 1, "heads": 1}
     encoders = {name: {**options, **small} for name, options in made.encoders.items()}
@@ -32,21 +32,21 @@ def tiny(task):
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def compared(request, tmp_path_factory):
+def comparison(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
-    return request.param, compare(tiny(request.param), METHODS, seeds=1, out=out, workers=0)
+    return request.param, compare(tiny_recipe(request.param), METHODS, seeds=1, out=out, workers=0)
 
 
-def test_every_method_trains(compared):
-    _, content = compared
+def test_every_method_trains(comparison):
+    _, content = comparison
     assert content["failures"] == []
     assert [run["method"] for run in content["runs"]] == list(METHODS)
     for run in content["runs"]:
         assert all(math.isfinite(entry["loss"]) for entry in run["history"])
 
 
-def test_scores_have_honest_names(compared):
-    task, content = compared
+def test_scores_are_named_after_the_task_metric(comparison):
+    task, content = comparison
     score, other = ("negative_error", "accuracy") if task == "regression" else ("accuracy", "negative_error")
     for run in content["runs"]:
         metrics = run["metrics"]
@@ -60,8 +60,8 @@ def test_scores_have_honest_names(compared):
             assert sum(shares) < 1
 
 
-def test_the_page_and_the_table_speak_of_the_task(compared):
-    task, content = compared
+def test_page_and_table_name_the_task_metric(comparison):
+    task, content = comparison
     words = ("accuracy", "mean absolute error")
     said, unsaid = reversed(words) if task == "regression" else words
     readings = ResultsView(content)
@@ -76,9 +76,9 @@ def test_the_page_and_the_table_speak_of_the_task(compared):
     assert ("%" in printed) is (task != "regression")
 
 
-def test_every_balancer_trains_by_its_name_in_a_recipe(tmp_path):
+def test_every_balancer_trains_from_a_recipe(tmp_path):
     """From the recipe's options to the checkpoint, in Lightning's loop; checkpoints, reviews and teachers included."""
-    made = tiny("classification").with_train(epochs=2, optimizer="sgd", learning_rate=0.05)
+    made = tiny_recipe("classification").with_train(epochs=2, optimizer="sgd", learning_rate=0.05)
     names = [("joint+" if "rollingq" in name else "concat+") + name for name in available_classes(balance, Balancer)]
     content = compare(made, names, seeds=1, out=tmp_path, workers=0)
     assert [failure["error"] for failure in content["failures"]] == []

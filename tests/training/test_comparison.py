@@ -18,12 +18,12 @@ METHODS = ["concat", "joint", "joint+rollingq"]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished_comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     return compare(recipe(epochs=2), METHODS, seeds=2, out=folder, workers=0, title="tiny"), folder
 
 
-def trained(recipe, names, out, **options):
+def trained_methods(recipe, names, out, **options):
     """Which runs a comparison really trains."""
     seen = []
     content = compare(
@@ -33,7 +33,7 @@ def trained(recipe, names, out, **options):
 
 
 @pytest.mark.parametrize(("given", "used"), [({}, "cpu"), ({"accelerator": "auto"}, "auto")])
-def test_each_run_has_one_device_of_the_accelerator(given, used, tmp_path, monkeypatch):
+def test_each_run_uses_one_device(given, used, tmp_path, monkeypatch):
     met = []
     real = experiment.pl.Trainer
     monkeypatch.setattr(experiment.pl, "Trainer", lambda **options: met.append(options) or real(**options))
@@ -46,15 +46,15 @@ def test_each_run_has_one_device_of_the_accelerator(given, used, tmp_path, monke
     ("accelerator", "there", "devices"),
     [("cpu", 3, [1] * 4), ("gpu", 1, [1] * 4), ("gpu", 0, [1] * 4), ("gpu", 3, [[0], [1], [2], [0]])],
 )
-def test_runs_take_turns_on_devices(accelerator, there, devices, monkeypatch):
+def test_runs_alternate_between_devices(accelerator, there, devices, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
     assert [device(accelerator, number) for number in range(4)] == [
         {"accelerator": accelerator, "devices": wanted} for wanted in devices
     ]
 
 
-def test_results_are_as_the_design_says(done):
-    content, folder = done
+def test_results_schema(finished_comparison):
+    content, folder = finished_comparison
     stored = result_rows.load_results(folder)
     written = json.loads((folder / "results.json").read_text())
     assert len(written.pop("checksum")) == 64
@@ -67,8 +67,8 @@ def test_results_are_as_the_design_says(done):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_metrics_are_there_and_possible(done, method):
-    for run in done[0]["runs"]:
+def test_metrics_are_present_and_in_range(finished_comparison, method):
+    for run in finished_comparison[0]["runs"]:
         metrics = run["metrics"]
         if run["method"] != method:
             continue
@@ -94,8 +94,8 @@ def test_metrics_are_there_and_possible(done, method):
         assert all(math.isfinite(entry["loss"]) for entry in run["history"])
 
 
-def test_outcomes_of_every_test_sample_are_stored(done):
-    for run in done[0]["runs"]:
+def test_outcomes_of_every_test_sample_are_stored(finished_comparison):
+    for run in finished_comparison[0]["runs"]:
         metrics, outcomes = run["metrics"], run["outcomes"]
         assert set(outcomes) == {"accuracy", "accuracy_noise/audio", "accuracy_noise/image"}
         for metric, packed in outcomes.items():
@@ -105,48 +105,48 @@ def test_outcomes_of_every_test_sample_are_stored(done):
             assert each.mean() == pytest.approx(metrics[metric], abs=1e-6)
 
 
-def test_rotations_are_counted_and_keys_seen_before(done):
-    for run in done[0]["runs"]:
+def test_rotation_count_and_key_statistics(finished_comparison):
+    for run in finished_comparison[0]["runs"]:
         if run["method"] == "joint+rollingq":
             assert [entry["rotations"] for entry in run["history"]] == [0, 1]
             assert set(run["keys"]) == {"before", "after"}
 
 
-def test_statistics_are_paired(done):
-    rows = {(row["method"], row["metric"]): row for row in done[0]["summary"]}
+def test_statistics_are_paired(finished_comparison):
+    rows = {(row["method"], row["metric"]): row for row in finished_comparison[0]["summary"]}
     row = rows["joint+rollingq", "accuracy"]
     assert (row["reference"], row["pairs"], row["n"]) == ("joint", 2, 2)
-    values = {(run["method"], run["seed"]): run["metrics"]["accuracy"] for run in done[0]["runs"]}
+    values = {(run["method"], run["seed"]): run["metrics"]["accuracy"] for run in finished_comparison[0]["runs"]}
     gaps = [values["joint+rollingq", seed] - values["joint", seed] for seed in (0, 1)]
     assert row["difference"] == pytest.approx(sum(gaps) / 2)
     assert rows["joint", "accuracy"]["reference"] == "concat"
 
 
-def test_workers_change_nothing(done, tmp_path):
+def test_workers_do_not_change_results(finished_comparison, tmp_path):
     content = compare(recipe(epochs=2), METHODS[1:], seeds=1, out=tmp_path, workers=2)
-    wanted = [run for run in table(done[0]) if run["method"] in METHODS[1:] and run["seed"] == 0]
+    wanted = [run for run in table(finished_comparison[0]) if run["method"] in METHODS[1:] and run["seed"] == 0]
     assert table(content) == wanted
 
 
-def test_finished_runs_are_not_run_again_and_new_ones_are(done):
-    before, folder = done
-    content, seen = trained(recipe(epochs=2), METHODS, folder, seeds=2)
+def test_only_new_runs_are_executed(finished_comparison):
+    before, folder = finished_comparison
+    content, seen = trained_methods(recipe(epochs=2), METHODS, folder, seeds=2)
     assert seen == []
     assert content["runs"] == before["runs"]
-    _, seen = trained(recipe(epochs=2), ["concat"], folder, seeds=3)
+    _, seen = trained_methods(recipe(epochs=2), ["concat"], folder, seeds=3)
     assert seen == [("concat", 2)]
 
 
-def test_a_changed_recipe_runs_again(tmp_path):
-    _, seen = trained(recipe(epochs=1), ["concat"], tmp_path, seeds=1)
+def test_changed_recipe_is_rerun(tmp_path):
+    _, seen = trained_methods(recipe(epochs=1), ["concat"], tmp_path, seeds=1)
     first = result_rows.load_results(tmp_path)
-    _, again = trained(recipe(epochs=1, learning_rate=0.01), ["concat"], tmp_path, seeds=1)
+    _, again = trained_methods(recipe(epochs=1, learning_rate=0.01), ["concat"], tmp_path, seeds=1)
     assert seen == again == [("concat", 0)]
     assert result_rows.load_results(tmp_path)["runs"][0]["history"] != first["runs"][0]["history"]
     # What is merely compared with what does not change what was run.
     plan = recipe(epochs=1, learning_rate=0.01)
     plan.methods.append("joint")
-    assert trained(plan, ["concat"], tmp_path, seeds=1)[1] == []
+    assert trained_methods(plan, ["concat"], tmp_path, seeds=1)[1] == []
 
 
 @pytest.mark.parametrize("error", [DataError("sample 3", expected="sound", got="silence"), ZeroDivisionError("odd")])
@@ -166,19 +166,19 @@ def test_one_failure_does_not_stop_the_others(error, tmp_path, monkeypatch):
     assert (failure["method"], failure["seed"]) == ("joint", 0)
     assert str(error) in failure["error"]
     monkeypatch.undo()
-    content, seen = trained(recipe(epochs=1), ["joint", "concat"], tmp_path, seeds=1)
+    content, seen = trained_methods(recipe(epochs=1), ["joint", "concat"], tmp_path, seeds=1)
     assert seen == [("joint", 0)]
     assert (content["failures"], content["complete"]) == ([], True)
 
 
 @pytest.mark.parametrize("name", ["joit", "joint+rolingq", "deep+progressiv"])
-def test_unknown_names_fail_before_anything_is_run(name, tmp_path):
+def test_unknown_names_raise_before_running(name, tmp_path):
     with pytest.raises(ConfigError, match=r"expected a known .* Did you mean"):
         compare(recipe(), ["concat", name], seeds=1, out=tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_options_fail_before_anything_is_run(tmp_path):
+def test_invalid_options_raise_before_running(tmp_path):
     wrong = recipe(balancers={"rollingq": {"beeta": 1.0}})
     with pytest.raises(ConfigError, match=r"'joint\+rollingq': expected a known option of RollingQ, got 'beeta'"):
         compare(wrong, ["concat", "joint+rollingq"], seeds=1, out=tmp_path / "out", workers=0)
@@ -204,7 +204,7 @@ def test_second_comparison_in_the_same_folder_raises(tmp_path):
         (["concat"], 1, -1, "expected workers >= 0, got workers = -1"),
     ],
 )
-def test_impossible_plans(names, seeds, workers, said, tmp_path):
+def test_invalid_plans_raise(names, seeds, workers, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         compare(recipe(), names, seeds=seeds, out=tmp_path, workers=workers)
 

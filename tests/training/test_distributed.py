@@ -15,26 +15,26 @@ WORLD, EPOCHS, STEPS, SIZE = 2, 3, 3, 5
 EXACT = TOL[torch.float64]
 
 
-def attached(made, **options):
+def build(made, **options):
     return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "tail": 2, "max_rotations": None, **options})
 
 
-def whole(epoch, step):
+def full_batch(epoch, step):
     """The batch of one process; several take equal parts of it, in which other samples lack something."""
     return batch(size=WORLD * SIZE, seed=10 * epoch + step, missing=("image",))
 
 
-def training(rank):
+def train_in_process(rank):
     """Rotations, logs and logits of a few epochs; of one process on everything where ``rank`` is None."""
     made = model()
-    rolling = attached(made)
+    rolling = build(made)
     called = made if rank is None else DistributedDataParallel(made)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
     rotations, logs = [], []
     for epoch in range(EPOCHS):
         made.train()
         for step in range(STEPS):
-            inputs = whole(epoch, step)
+            inputs = full_batch(epoch, step)
             if rank is not None:
                 inputs = slices(inputs, SIZE, SIZE)[rank]
             output = called(inputs)
@@ -50,19 +50,19 @@ def training(rank):
     return {"rotations": rotations, "logs": logs, "logits": made.eval()(batch(seed=99)).logits.detach()}
 
 
-def uneven(rank):
+def train_uneven(rank):
     """The second process sees nothing at all."""
     made = model()
-    rolling = attached(made, tail=None)
+    rolling = build(made, tail=None)
     forward(made, [batch(seed=1), batch(seed=2)] if rank in (None, 0) else [])
     return {"log": rolling.end_epoch(), "rotation": rolling.rotation}
 
 
-def disagreeing(rank):
+def train_disagreeing(rank):
     """The second process would rotate otherwise, or not at all."""
     made, other = model(), model()
-    rolling = attached(made, rho=1.0 if rank in (None, 0) else 5.0)
-    idle = attached(other, beta=0.0 if rank in (None, 0) else 2.0)
+    rolling = build(made, rho=1.0 if rank in (None, 0) else 5.0)
+    idle = build(other, beta=0.0 if rank in (None, 0) else 2.0)
     for each in (made, other):
         forward(each, [batch(seed=1)])
     rolling.end_epoch()
@@ -71,17 +71,17 @@ def disagreeing(rank):
     return {"rotation": rolling.rotation, "idle": idle.rotation, "log": log, "logits": logits}
 
 
-def measured(rank):
+def measure_full_pass(rank):
     """A pass of which each process has its own half."""
     made = model()
-    rolling = attached(made, statistics="full_pass")
+    rolling = build(made, statistics="full_pass")
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 3, 2, 7))]
     rolling.measure(made, batches if rank is None else batches[rank::WORLD])
     rolling.end_epoch()
     return {"rotation": rolling.rotation}
 
 
-def resting(rank):
+def train_with_unused_parameters(rank):
     """Whether two steps pass in which parameters have no gradient, told to the wrapper and untold."""
     passed = {}
     for told in (False, True):
@@ -104,7 +104,13 @@ def resting(rank):
     return passed
 
 
-SCENES = {"resting": resting, "training": training, "uneven": uneven, "disagreeing": disagreeing, "measured": measured}
+SCENES = {
+    "resting": train_with_unused_parameters,
+    "training": train_in_process,
+    "uneven": train_uneven,
+    "disagreeing": train_disagreeing,
+    "measured": measure_full_pass,
+}
 
 
 def worker(rank, folder):
@@ -113,70 +119,70 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def test_both_processes_rotate_bit_by_bit_alike(found):
-    for one, other in zip(found[0]["training"]["rotations"], found[1]["training"]["rotations"], strict=True):
+def test_both_processes_rotate_identically(results):
+    for one, other in zip(results[0]["training"]["rotations"], results[1]["training"]["rotations"], strict=True):
         assert torch.equal(one, other)
-    assert found[0]["training"]["logs"] == found[1]["training"]["logs"]
-    assert torch.equal(found[0]["training"]["logits"], found[1]["training"]["logits"])
+    assert results[0]["training"]["logs"] == results[1]["training"]["logs"]
+    assert torch.equal(results[0]["training"]["logits"], results[1]["training"]["logits"])
 
 
-def test_they_rotate_as_one_process_on_the_doubled_batch(found):
-    alone = training(None)
-    for epoch, (one, other) in enumerate(zip(alone["rotations"], found[0]["training"]["rotations"], strict=True)):
+def test_two_processes_match_one_with_doubled_batch(results):
+    alone = train_in_process(None)
+    for epoch, (one, other) in enumerate(zip(alone["rotations"], results[0]["training"]["rotations"], strict=True)):
         torch.testing.assert_close(other, one, **EXACT)
-        assert found[0]["training"]["logs"][epoch] == pytest.approx(alone["logs"][epoch], abs=EXACT["rtol"])
+        assert results[0]["training"]["logs"][epoch] == pytest.approx(alone["logs"][epoch], abs=EXACT["rtol"])
     assert alone["logs"][-1]["rotations"] == EPOCHS
-    torch.testing.assert_close(found[1]["training"]["logits"], alone["logits"], **EXACT)
+    torch.testing.assert_close(results[1]["training"]["logits"], alone["logits"], **EXACT)
 
 
-def test_each_half_alone_would_rotate_otherwise():
+def test_half_of_the_data_gives_a_different_rotation():
     """The equality above is worth something: the statistics of one process are not those of both."""
     rotations = []
     for take in (slice(0, 2), slice(0, 1), slice(1, 2)):
         made = model()
-        rolling = attached(made)
-        forward(made, slices(whole(0, 0), SIZE, SIZE)[take])
+        rolling = build(made)
+        forward(made, slices(full_batch(0, 0), SIZE, SIZE)[take])
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     assert float((rotations[0] - rotations[1]).abs().max()) > 1e-3
     assert float((rotations[0] - rotations[2]).abs().max()) > 1e-3
 
 
-def test_resting_parameters_must_be_told(found):
+def test_unused_parameters_must_be_declared(results):
     """As docs/methods/rollingq.md says."""
-    for process in found:
+    for process in results:
         assert process["resting"] == {
             "stage, False": False, "modality, False": False, "stage, True": True, "modality, True": True
         }  # fmt: skip
 
 
-def test_a_process_that_saw_nothing_follows(found):
-    alone = uneven(None)
-    for process in found:
+def test_process_without_samples_follows_the_others(results):
+    alone = train_uneven(None)
+    for process in results:
         torch.testing.assert_close(process["uneven"]["rotation"], alone["rotation"], **EXACT)
-        assert process["uneven"]["log"]["rotated"] == found[0]["uneven"]["log"]["rotated"] == 1.0
+        assert process["uneven"]["log"]["rotated"] == results[0]["uneven"]["log"]["rotated"] == 1.0
 
 
-def test_the_first_process_decides(found):
-    alone = disagreeing(None)
-    for process in found:
+def test_first_process_decides(results):
+    alone = train_disagreeing(None)
+    for process in results:
         torch.testing.assert_close(process["disagreeing"]["rotation"], alone["rotation"], **EXACT)
         torch.testing.assert_close(process["disagreeing"]["idle"], alone["idle"], **EXACT)
         assert (process["disagreeing"]["log"]["rotated"], process["disagreeing"]["log"]["rotations"]) == (1.0, 1.0)
         torch.testing.assert_close(process["disagreeing"]["logits"], alone["logits"], **EXACT)
     for name in ("rotation", "idle", "logits"):
-        assert torch.equal(found[0]["disagreeing"][name], found[1]["disagreeing"][name])
+        assert torch.equal(results[0]["disagreeing"][name], results[1]["disagreeing"][name])
 
 
-def test_a_pass_is_shared(found):
-    alone = measured(None)["rotation"]
-    for process in found:
+def test_full_pass_is_shared(results):
+    alone = measure_full_pass(None)["rotation"]
+    for process in results:
         torch.testing.assert_close(process["measured"]["rotation"], alone, **EXACT)
-    assert torch.equal(found[0]["measured"]["rotation"], found[1]["measured"]["rotation"])
+    assert torch.equal(results[0]["measured"]["rotation"], results[1]["measured"]["rotation"])

@@ -30,18 +30,18 @@ LONG = 200
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     return compare(recipe(), METHODS, seeds=2, out=folder, workers=0), folder
 
 
-def stamps(folder):
+def modification_times(folder):
     """Every checkpoint and when it was written."""
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("last.ckpt")}
 
 
-def test_compare_killed_three_times(undisturbed, tmp_path):
-    whole, straight = undisturbed
+def test_compare_killed_three_times(uninterrupted_results, tmp_path):
+    whole, straight = uninterrupted_results
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
     rng = random.Random(20)
@@ -55,8 +55,8 @@ def test_compare_killed_three_times(undisturbed, tmp_path):
         process = (
             program(*command, "--workers", 2) if several else Forked(*command, "--workers", 0, said=tmp_path / "said")
         )
-        before = stamps(out)
-        running = wait_until(lambda before=before: stamps(out) != before, process, whole_results)
+        before = modification_times(out)
+        running = wait_until(lambda before=before: modification_times(out) != before, process, whole_results)
         workers = children(process.pid)
         assert bool(workers) == (several and running)
         # Any moment will do.
@@ -74,15 +74,17 @@ def test_compare_killed_three_times(undisturbed, tmp_path):
         assert_same_weights(weights(straight / "runs/all" / run), weights(out / "runs/all" / run))
 
 
-def test_train_killed_three_times(undisturbed, tmp_path):
-    whole = next(run for run in undisturbed[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1)
+def test_train_killed_three_times(uninterrupted_results, tmp_path):
+    whole = next(
+        run for run in uninterrupted_results[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1
+    )
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["train", "--config", config, "--method", "joint+rollingq", "--seed", 1, "--out", out]
     command += ["--accelerator", "cpu", "--resume"]
     rng = random.Random(3)
     for _ in range(3):
-        before, process = stamps(out), Forked(*command, said=tmp_path / "said")
-        wait_until(lambda before=before: stamps(out) != before, process)
+        before, process = modification_times(out), Forked(*command, said=tmp_path / "said")
+        wait_until(lambda before=before: modification_times(out) != before, process)
         time.sleep(rng.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -113,7 +115,7 @@ def test_ctrl_c_in_compare_while_workers_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
     process = Forked(*command, said=tmp_path / "said")
-    assert wait_until(lambda: len(stamps(out)) == 2, process)
+    assert wait_until(lambda: len(modification_times(out)) == 2, process)
     workers = children(process.pid)
     process.send_signal(signal.SIGINT)
     said = process.communicate()
@@ -126,7 +128,7 @@ def test_ctrl_c_in_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["train", "--config", config, "--method", "concat", "--out", out, "--accelerator", "cpu"]
     process = Forked(*command, said=tmp_path / "said")
-    assert wait_until(lambda: stamps(out), process)
+    assert wait_until(lambda: modification_times(out), process)
     process.send_signal(signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 130, said

@@ -13,7 +13,7 @@ from equipoise.training.run import load_run_dataset
 from helpers.runs import recipe
 
 
-def build(name, made=None):
+def build_method(name, made=None):
     made = made or recipe()
     return method_factory.build_model(method_factory.parse_method(name, made), made, load_run_dataset(made, None))
 
@@ -28,18 +28,18 @@ def build(name, made=None):
         ("deep+progressive", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.ProgressiveRollingQ]),
     ],
 )
-def test_what_names_mean(name, fusion, names, balancers):
-    model, attached = build(name)
+def test_method_names(name, fusion, names, balancers):
+    model, attached = build_method(name)
     assert type(model.fusion) is fusion
     assert model.names == names
     assert [type(balancer) for balancer in attached] == balancers
 
 
-def test_the_generator_decides_the_weights():
+def test_weights_depend_on_the_generator():
     logits = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        model = build("joint")[0].eval()
+        model = build_method("joint")[0].eval()
         logits.append(
             model(load_run_dataset(recipe(), None).batch("test", torch.arange(3), seed=0, epoch=0, train=False)).logits
         )
@@ -47,18 +47,18 @@ def test_the_generator_decides_the_weights():
     assert not torch.equal(logits[0], logits[2])
 
 
-def test_variants_have_training_options_of_their_own():
+def test_variant_training_options():
     made = recipe()
     made.fusions["fast"] = {"fusion": "concat", "train": {"epochs": 1, "unimodal": "none"}}
     own = method_factory.method_recipe(method_factory.parse_method("fast", made), made)
     assert (own.train.epochs, made.train.epochs) == (1, 3)
-    assert build("fast", made)[0].unimodal == "none"
+    assert build_method("fast", made)[0].unimodal == "none"
     made.fusions["fast"]["train"] = {"epoks": 1}
     with pytest.raises(ConfigError, match="expected a known training option, got 'epoks'"):
-        build("fast", made)
+        build_method("fast", made)
 
 
-def test_balancers_once():
+def test_repeated_balancer_raises():
     with pytest.raises(ConfigError, match="expected each balancer once"):
         method_factory.parse_method("joint+rollingq+rollingq", recipe())
 
@@ -68,7 +68,7 @@ def test_reliability_is_a_suffix():
     method = method_factory.parse_method("joint+reliability+rollingq", made)
     assert method.name == "joint+rollingq+reliability"
     assert method.balancers == ("rollingq",)
-    model, balancers = build("joint+rollingq+reliability", made)
+    model, balancers = build_method("joint+rollingq+reliability", made)
     assert isinstance(model, eq.FusionModel)
     assert [type(balancer) for balancer in balancers] == [eq.balance.RollingQ]
     wrapper = method_factory.wrap_reliability(model, method, made)
@@ -76,27 +76,27 @@ def test_reliability_is_a_suffix():
     with pytest.raises(
         ConfigError, match=r"'joint\+reliability': .*got distance = 'cosine'\. It has to be one of 'knn'"
     ):
-        build("joint+reliability", recipe(balancers={"reliability": {"distance": "cosine"}}))
+        build_method("joint+reliability", recipe(balancers={"reliability": {"distance": "cosine"}}))
     with pytest.raises(ConfigError, match="known option of Reliability, got 'distanse'"):
-        build("joint+reliability", recipe(balancers={"reliability": {"distanse": "knn"}}))
+        build_method("joint+reliability", recipe(balancers={"reliability": {"distanse": "knn"}}))
 
 
-def test_errors_of_a_class_say_which_one_it_was():
+def test_constructor_errors_name_the_class():
     made = recipe()
     encoders = {**made.encoders, "image": {**made.encoders["image"], "heads": 3}}
     with pytest.raises(ConfigError, match=r"^encoder 'image', Attention: expected dim = 8 divisible by heads"):
-        build("joint", replace(made, encoders=encoders))
+        build_method("joint", replace(made, encoders=encoders))
 
 
 @pytest.mark.parametrize("method", ["joint", "text"])
 def test_modalities_of_word_ids_can_be_fused(method):
     encoders = {name: {"dim": 8, "depth": 1, "heads": 2} for name in ("audio", "text")}
     encoders["image"] = {"dim": 8, "depth": 1, "heads": 2, "patch": 4}
-    model, _ = build(method, replace(recipe(), data={"name": "triples"}, encoders=encoders))
+    model, _ = build_method(method, replace(recipe(), data={"name": "triples"}, encoders=encoders))
     assert "text" in model.names
 
 
-def test_options_are_held_against_the_class():
+def test_options_are_checked_against_the_class():
     with pytest.raises(ConfigError, match=r"who: expected a known option of PatchEncoder, got 'size'\."):
         instantiate(eq.encoders.PatchEncoder, "who", {"size": 3}, size=(8, 8))
     with pytest.raises(ConfigError, match=r"who: expected dim of type int, got True\."):

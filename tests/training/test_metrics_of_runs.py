@@ -31,7 +31,7 @@ NAMES = ("audio", "image", "sensor")
 NAMED = {"classification": ["f1_macro", "auroc"], "multilabel": ["map"], "regression": ["rmse", "concordance", "mae"]}
 
 
-def tiny(task):
+def tiny_recipe(task):
     made = recipes.load_recipe("generated").with_train(epochs=1, batch_size=20)
     small = {"dim": 8, "depth": 1, "heads": 1}
     encoders = {name: {**options, **small} for name, options in made.encoders.items()}
@@ -39,14 +39,14 @@ def tiny(task):
 
 
 @pytest.fixture(scope="module", params=NAMED)
-def compared(request, tmp_path_factory):
+def comparison(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
-    made = tiny(request.param)
+    made = tiny_recipe(request.param)
     return request.param, made, out, compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
 
 
-def test_results_hold_every_metric_on_clean_input_and_under_noise(compared):
-    task, _, _, content = compared
+def test_results_contain_metrics_for_clean_and_noisy_input(comparison):
+    task, _, _, content = comparison
     assert content["failures"] == []
     assert content["protocol"]["score"] == NAMED[task][0]
     for run in content["runs"]:
@@ -59,8 +59,8 @@ def test_results_hold_every_metric_on_clean_input_and_under_noise(compared):
         assert (NAMED[task][0] in run["resamples"]) != (NAMED[task][0] in run["outcomes"])
 
 
-def test_values_are_those_of_the_predictions(compared):
-    task, made, out, content = compared
+def test_values_match_the_predictions(comparison):
+    task, made, out, content = comparison
     spec = RunSpec(made, "joint", 0)
     model, source = eq.load(spec.folder(out)), load_run_dataset(made, None)
     seen = collect_test_predictions(model, source, "test")
@@ -84,8 +84,8 @@ def probabilities(logits, task):
     return logits.double().sigmoid() if task == "multilabel" else logits.double().softmax(dim=1)
 
 
-def test_the_first_metric_is_the_main_one_of_table_page_and_sentences(compared):
-    task, _, _, content = compared
+def test_first_metric_is_the_main_metric(comparison):
+    task, _, _, content = comparison
     words = {
         "classification": "macro F1",
         "multilabel": "mean average precision",
@@ -103,8 +103,8 @@ def test_the_first_metric_is_the_main_one_of_table_page_and_sentences(compared):
     assert "95 % over samples" in page(content)
 
 
-def test_the_best_method_of_an_error_has_the_smallest(compared):
-    task, _, _, content = compared
+def test_best_method_has_the_smallest_error(comparison):
+    task, _, _, content = comparison
     view = ResultsView(content)
     means = {m: view.row(m, view.score)["mean"] for m in view.methods}
     best = (min if task == "regression" else max)(means, key=means.get)
@@ -112,8 +112,8 @@ def test_the_best_method_of_an_error_has_the_smallest(compared):
     assert any(sentence.startswith(f"{best} has the {most}") for sentence in verdict(view))
 
 
-def test_one_seed_is_compared_by_the_paired_bootstrap(compared):
-    task, _, _, content = compared
+def test_one_seed_is_compared_by_the_paired_bootstrap(comparison):
+    task, _, _, content = comparison
     from equipoise.report.effect_sizes import effect
 
     name = NAMED[task][0]
@@ -125,14 +125,14 @@ def test_one_seed_is_compared_by_the_paired_bootstrap(compared):
     assert found.p == pytest.approx((extreme.sum() + 1) / (len(extreme) + 1), abs=0.003)
 
 
-def test_a_run_is_found_again(compared):
-    _, made, out, content = compared
+def test_finished_run_is_reused(comparison):
+    _, made, out, content = comparison
     again = compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
     assert json.dumps(again["runs"], sort_keys=True) == json.dumps(content["runs"], sort_keys=True)
 
 
-def test_diagnosis_by_a_metric(compared):
-    task, made, out, _ = compared
+def test_diagnosis_by_a_metric(comparison):
+    task, made, out, _ = comparison
     model, source = eq.load(RunSpec(made, "joint", 0).folder(out)), load_run_dataset(made, None)
     loader = list(data.loader(source, "test", 64, seed=0, train=False))
     name = NAMED[task][0]
@@ -147,8 +147,8 @@ def test_diagnosis_by_a_metric(compared):
     assert found.details["noise"]["intervals"][f"{name}_noise/audio"]
 
 
-def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(compared, tmp_path):
-    task, made, out, _ = compared
+def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(comparison, tmp_path):
+    task, made, out, _ = comparison
     folder, other = RunSpec(made, "concat", 0).folder(out), {"regression": "pearson"}.get(task, "accuracy")
     for name, more in ((NAMED[task][0], []), (other, ["--metric", other])):
         assert run_command(["diagnose", str(folder), "--tests", "noise", "--out", str(tmp_path / name), *more]) == 0
@@ -157,7 +157,7 @@ def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(compared, tm
         assert f"{name}_noise/audio" in content["metrics"]
 
 
-def test_fingerprint_without_metrics_is_the_former_one():
+def test_fingerprint_without_metrics_is_unchanged():
     spec = job()
     assert "metrics" not in json.loads(spec.fingerprint())["recipe"]
     named = replace(spec, recipe=replace(spec.recipe, metrics=["auroc"]))
@@ -176,6 +176,6 @@ def test_recipes_round_trip_and_name_wrong_metrics():
         recipes.recipe_from_dict({**content, "model": {"name": "x"}})
 
 
-def test_a_metric_of_another_task_is_named_before_training(tmp_path):
+def test_metric_of_another_task_raises_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"recipe: metrics: expected a metric for classification: .*, got 'rmse'"):
         compare(replace(recipe(), metrics=["rmse"]), ["concat"], seeds=1, out=tmp_path, workers=0)

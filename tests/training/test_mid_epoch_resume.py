@@ -23,7 +23,7 @@ class Stop(pl.Callback):
             raise RuntimeError("interrupted")
 
 
-def test_interrupted_epochs_continue_exactly(tmp_path):
+def test_mid_epoch_resume_is_exact(tmp_path):
     method = "joint+rollingq+corruption"
     base = recipe()
     encoders = {name: {**options, "dropout": 0.2} for name, options in base.encoders.items()}

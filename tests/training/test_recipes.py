@@ -13,7 +13,7 @@ from helpers.runs import recipe
 
 
 @pytest.mark.parametrize("name", recipes.recipe_names())
-def test_packaged_recipes_read_and_say_what_they_are(name):
+def test_packaged_recipes_load_and_have_descriptions(name):
     made = recipes.load_recipe(name)
     assert recipes.load_recipe(f"{name}.yaml") == made
     assert recipes.recipe_header(recipes.find_recipe(name)).startswith(f"{name}: ")
@@ -24,7 +24,7 @@ def test_packaged_recipes_read_and_say_what_they_are(name):
         assert made.references["ensemble+corruption"] == "concat_aux+corruption"
 
 
-def test_written_and_read_back(tmp_path):
+def test_recipe_round_trip(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(recipes.dump_recipe(recipe(warmup=0.2, clip=1.5)))
     assert recipes.load_recipe(path) == recipe(warmup=0.2, clip=1.5)
@@ -35,7 +35,7 @@ def test_train_is_a_mapping():
         recipes.recipe_from_dict({"data": {"name": "digits"}, "encoders": {}, "train": 3})
 
 
-def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
+def test_file_overrides_packaged_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipes.load_recipe("digits.yaml").train.epochs != 3
     (tmp_path / "digits.yaml").write_text(recipes.dump_recipe(recipe()))
@@ -59,7 +59,7 @@ def test_limits(option, value):
     ("option", "value"),
     [("clip", None), ("clip", math.inf), ("momentum", 0), ("weight_decay", 0), ("precision", "bf16-mixed")],
 )
-def test_what_limits_allow(option, value):
+def test_values_at_the_limits(option, value):
     assert getattr(TrainOptions(**{option: value}), option) == value
 
 
@@ -77,7 +77,7 @@ def test_choices(option, value, said):
 
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if "transformer" not in name])
-def test_precisions_are_lightnings(precision):
+def test_precisions_match_lightning(precision):
     from lightning.pytorch import Trainer
 
     with warnings.catch_warnings():
@@ -85,6 +85,6 @@ def test_precisions_are_lightnings(precision):
         Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
-def test_a_number_of_a_variant_that_yaml_takes_for_a_text():
+def test_number_parsed_as_string_by_yaml():
     with pytest.raises(ConfigError, match=r"got learning_rate = '1e-3'\. YAML parses 1e-3 as a string; write 1\.0e-3"):
         recipe().with_train(learning_rate="1e-3")

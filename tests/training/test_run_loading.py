@@ -17,7 +17,7 @@ METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive", "jo
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained_run(tmp_path_factory):
     """method -> the folder of its run and the very model that was trained."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -32,8 +32,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_logits(method, trained):
-    folder, model = trained[method]
+def test_loaded_model_gives_the_same_logits(method, trained_run):
+    folder, model = trained_run[method]
     state = torch.get_rng_state()
     loaded = eq.load(folder)
     assert torch.equal(torch.get_rng_state(), state)
@@ -50,8 +50,8 @@ def test_the_same_logits(method, trained):
             assert not torch.equal(loaded(batch).logits, wanted)
 
 
-def test_reliability_is_fitted_after_training_as_without_it(trained, tmp_path):
-    folder, _ = trained["joint+corruption+reliability"]
+def test_reliability_does_not_change_training(trained_run, tmp_path):
+    folder, _ = trained_run["joint+corruption+reliability"]
     loaded = eq.load(folder)
     assert isinstance(loaded, eq.Reliability)
     assert loaded.is_fitted
@@ -67,40 +67,40 @@ def test_reliability_is_fitted_after_training_as_without_it(trained, tmp_path):
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
-    return shutil.copytree(trained["joint"][0], tmp_path / "copy")
+def run_copy(trained_run, tmp_path):
+    return shutil.copytree(trained_run["joint"][0], tmp_path / "copy")
 
 
-def test_truncated_weights(copy):
-    path = copy / "model.safetensors"
+def test_truncated_weights(run_copy):
+    path = run_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(DataError, match=r"model\.safetensors: expected a safetensors file of weights, got"):
-        eq.load(copy)
+        eq.load(run_copy)
 
 
-def test_weights_of_another_method(copy, trained):
-    shutil.copy(trained["concat"][0] / "model.safetensors", copy)
+def test_weights_of_another_method_raise(run_copy, trained_run):
+    shutil.copy(trained_run["concat"][0] / "model.safetensors", run_copy)
     with pytest.raises(DataError, match=r"model\.safetensors: expected weights of this model, got"):
-        eq.load(copy)
+        eq.load(run_copy)
 
 
 @pytest.mark.parametrize("text", ['{"run": {"meth', "[]", '{"run": {"fold": null}}'])
-def test_damaged_run(text, copy):
-    (copy / "run.json").write_text(text)
+def test_damaged_run(text, run_copy):
+    (run_copy / "run.json").write_text(text)
     with pytest.raises(DataError, match=r"load '.*run\.json': expected a complete run, got .* Remove it and start"):
-        eq.load(str(copy))
+        eq.load(str(run_copy))
 
 
-def test_no_finished_run(copy):
-    (copy / "model.safetensors").unlink()
-    (copy / "run.json").unlink()
+def test_unfinished_run_raises(run_copy):
+    (run_copy / "model.safetensors").unlink()
+    (run_copy / "run.json").unlink()
     with pytest.raises(DataError, match=r"got '.*copy' without run\.json, model\.safetensors\. Give --out of"):
-        eq.load(copy)
+        eq.load(run_copy)
     with pytest.raises(DataError, match=r"load: expected the folder of a finished run, .*got '.*nowhere' without"):
-        eq.load(copy / "nowhere")
+        eq.load(run_copy / "nowhere")
 
 
-def test_the_folder_of_a_comparison(tmp_path):
+def test_comparison_folder_raises(tmp_path):
     compare(recipe(epochs=1), ["audio", "image"], seeds=1, out=tmp_path, workers=0)
     with pytest.raises(DataError, match=r"It contains 2 runs of a comparison; give one .*such as '.*all/audio/seed0'"):
         eq.load(tmp_path)

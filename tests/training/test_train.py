@@ -43,7 +43,7 @@ def test_resumed_run_is_bit_exact(case, tmp_path):
         assert set(resumed["keys"]) == {"before", "after"}
 
 
-def test_a_rotation_that_is_skipped_is_told_once_an_epoch(tmp_path):
+def test_skipped_rotation_warns_once_per_epoch(tmp_path):
     """The journal asks whether a rotation is due, and keeps to itself what the balancer will say."""
     still = {"rollingq": {"beta": 0.0, "rho": 1.0, "warmup_epochs": 1}}
     real = RollingQ._step
@@ -58,10 +58,10 @@ def test_a_rotation_that_is_skipped_is_told_once_an_epoch(tmp_path):
     assert sum("skipped a rotation" in str(warning.message) for warning in told) == 2
 
 
-def test_a_resumed_run_does_not_begin_anew(tmp_path):
+def test_resumed_run_does_not_restart(tmp_path):
     """The equality above is worth something: the second sitting trains only what is missing."""
     with pytest.raises(Interruption):
-        execute_run(job(), tmp_path, progress=raising_at(3))
+        execute_run(job(), tmp_path, progress=raise_at(3))
     seen = []
     execute_run(job(), tmp_path, progress=lambda done, epochs: seen.append((done, epochs)))
     assert seen == [(3, 3)]
@@ -88,16 +88,16 @@ def test_killed_between_the_last_epoch_and_the_evaluation(tmp_path):
     assert_same_weights(before, weights(tmp_path))
 
 
-def test_a_finished_run_is_read(tmp_path):
+def test_finished_run_is_loaded(tmp_path):
     first = execute_run(job(epochs=1), tmp_path)
-    assert execute_run(job(epochs=1), tmp_path, progress=raising_at(1)) == first
+    assert execute_run(job(epochs=1), tmp_path, progress=raise_at(1)) == first
     assert is_finished(job(epochs=1), tmp_path) == first
     assert is_finished(job(epochs=2), tmp_path) is None
     (tmp_path / "run.json").write_text("{")
     assert is_finished(job(epochs=1), tmp_path) is None
 
 
-def test_another_recipe_does_not_go_on_from_this_ones_checkpoint(tmp_path):
+def test_checkpoint_of_another_recipe_is_not_used(tmp_path):
     execute_run(job(epochs=1), tmp_path)
     seen = []
     changed = execute_run(job(epochs=2), tmp_path, progress=lambda *state: seen.append(state))
@@ -105,7 +105,7 @@ def test_another_recipe_does_not_go_on_from_this_ones_checkpoint(tmp_path):
     assert len(changed["history"]) == 2
 
 
-def test_where_data_lie_does_not_change_what_a_run_is():
+def test_fingerprint_does_not_depend_on_data_location():
     here, there = (RunSpec(recipe(), "joint", 0) for _ in range(2))
     there.recipe.data["root"] = "elsewhere"
     assert here.fingerprint() == there.fingerprint()
@@ -119,7 +119,7 @@ def test_where_data_lie_does_not_change_what_a_run_is():
     assert spaced[0].fingerprint() != spaced[1].fingerprint()
 
 
-def test_data_do_not_depend_on_threads():
+def test_data_do_not_depend_on_thread_count():
     """A process with all cores and a worker with one see the same numbers, so that both reach the same results."""
     before, seen = torch.get_num_threads(), []
     try:
@@ -133,7 +133,7 @@ def test_data_do_not_depend_on_threads():
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
 
 
-def test_ctrl_c_in_training_is_ctrl_c(tmp_path):
+def test_ctrl_c_in_training_raises_keyboard_interrupt(tmp_path):
     """Lightning would end the process with status 1, and leave it deaf."""
     import signal
 
@@ -155,12 +155,12 @@ def test_ctrl_c_in_training_is_ctrl_c(tmp_path):
         ({"accelerator": "cpu", "devices": "two"}, "Trainer takes, got `devices` selected"),
     ],
 )
-def test_options_that_lightning_does_not_take(options, said, tmp_path):
+def test_options_unsupported_by_lightning_raise(options, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         execute_run(job(), tmp_path, trainer_options=options)
 
 
-def raising_at(moment):
+def raise_at(moment):
     def crash(done, epochs):
         if done == moment:
             raise Interruption
