@@ -27,6 +27,7 @@ from .modality_readers import EXAMINED, Item, ModalityReader, Read, collate
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 CACHE_BYTES = 2**30
 """Decoded samples that a reader keeps in memory, per process."""
@@ -61,7 +62,7 @@ class FileReader(ModalityReader):
     def who(self, row: int) -> str:
         return f"{self.column}, row {row}"
 
-    def fit(self, rows: np.ndarray) -> dict[str, Any]:
+    def finish(self, rows: np.ndarray) -> dict[str, Any]:
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), EXAMINED)).astype(int))]
         examined = [(row, cell) for row, cell in zip(chosen, self.cells(self.column, chosen), strict=True) if cell]
         self.infer([cell for _, cell in examined])
@@ -105,25 +106,40 @@ class FileReader(ModalityReader):
     def read(self, rows: np.ndarray) -> Read:
         missing = [row for row in rows.tolist() if row not in self._cache]
         fresh = dict(zip(missing, self._decode_all(missing), strict=True)) if missing else {}
-        return collate([self._cache[row] if row in self._cache else fresh[row] for row in rows.tolist()],
-                       self.shape, varying=self.varying)  # fmt: skip
+        return self._collate([self._cache[row] if row in self._cache else fresh[row] for row in rows.tolist()])
+
+    def read_block(self, block: pyarrow.Table, rows: np.ndarray) -> Read:
+        return self._collate(self._items(block, rows.tolist()))
+
+    def _collate(self, items: Sequence[Item | None]) -> Read:
+        return collate(items, self.shape, varying=self.varying)
 
     def _decode_all(self, rows: list[int]) -> list[Item | None]:
-        result = []
-        for row, cell in zip(rows, self.cells(self.column, np.array(rows)), strict=True):
-            item = None if cell is None or cell == "" else self._item(cell, self.who(row), row)
-            result.append(item)
+        result = self._items(self.table[rows], rows)
+        for row, item in zip(rows, result, strict=True):
             size = 0 if item is None else item.values.nbytes
             if size <= self._free:
                 self._cache[row] = item
                 self._free -= size
         return result
 
+    def _items(self, block: pyarrow.Table, rows: Sequence[int]) -> list[Item | None]:
+        cells = block.column(self.column).to_pylist()
+        times = self.times_cells(block)
+        return [
+            None if cell is None or cell == "" else self._item(cell, self.who(row), row, own)
+            for row, cell, own in zip(rows, cells, times, strict=True)
+        ]
+
+    def times_cells(self, block: pyarrow.Table) -> Sequence[Cell]:
+        """Returns the cells with the times of the steps, None without them."""
+        return [None] * len(block)
+
     def read_file(self, cell: Cell, who: str) -> Read:
         """Reads a file that is not in the table, as a batch of one sample."""
-        return collate([self._item(cell, who)], self.shape, varying=self.varying)
+        return self._collate([self._item(cell, who)])
 
-    def _item(self, cell: Cell, who: str, row: int = -1) -> Item:
+    def _item(self, cell: Cell, who: str, row: int | None = None, times: Cell = None) -> Item:
         values = self.decode(cell, who)
         if tuple(values.shape[1:] if self.varying else values.shape) != tuple(
             self.shape[1:] if self.varying else self.shape
@@ -136,9 +152,10 @@ class FileReader(ModalityReader):
             values = values[: self.shape[0]]
         scale = [1] * values.ndim
         scale[self.feature_dim] = -1
-        return Item((values - self.mean.view(scale)) / self.std.view(scale), self.times_of(row, cell, len(values)))
+        return Item((values - self.mean.view(scale)) / self.std.view(scale), self.times_of(len(values), times, row))
 
-    def times_of(self, row: int, cell: Cell, length: int) -> Tensor | None:
+    def times_of(self, length: int, times: Cell, row: int | None) -> Tensor | None:
+        """Returns the times of the steps in seconds, from their cell; ``row`` is None for a file outside the table."""
         return None
 
 
@@ -167,7 +184,7 @@ class AudioReader(FileReader):
     def decode(self, cell: Cell, who: str) -> Tensor:
         return read_spectrogram(cell, self.root, who, **self.options)
 
-    def times_of(self, row: int, cell: Cell, length: int) -> Tensor:
+    def times_of(self, length: int, times: Cell, row: int | None) -> Tensor:
         return (torch.arange(length) + 0.5) / 100
 
 
@@ -250,17 +267,20 @@ class SequenceReader(FileReader):
     def decode(self, cell: Cell, who: str) -> Tensor:
         return read_numbers(cell, self.root, who, ndim=2)
 
-    def times_of(self, row: int, cell: Cell, length: int) -> Tensor | None:
+    def times_cells(self, block: pyarrow.Table) -> Sequence[Cell]:
+        column = self.options.get("times")
+        return [None] * len(block) if column is None else block.column(column).to_pylist()
+
+    def times_of(self, length: int, times: Cell, row: int | None) -> Tensor | None:
         if "rate" in self.options:
             return torch.arange(length) / float(self.options["rate"])
-        if "times" not in self.options:
+        if "times" not in self.options or row is None:
             return None
-        column = self.options["times"]
-        who = f"{column}, row {row}"
-        times = read_numbers(self.cells(column, np.array([row]))[0], self.root, who, ndim=1)
-        if len(times) < length or (length > 1 and bool((times[1:] < times[:-1]).any())):
+        who = f"{self.options['times']}, row {row}"
+        seconds = read_numbers(times, self.root, who, ndim=1)
+        if len(seconds) < length or (length > 1 and bool((seconds[1:] < seconds[:-1]).any())):
             raise DataError(
-                who, expected=f"increasing times in seconds, one for each of {length} steps", got=f"{len(times)} times"
-                if len(times) < length else "times that decrease",
+                who, expected=f"increasing times in seconds, one for each of {length} steps",
+                got=f"{len(seconds)} times" if len(seconds) < length else "times that decrease",
             )  # fmt: skip
-        return times[:length]
+        return seconds[:length]

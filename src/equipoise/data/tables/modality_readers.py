@@ -18,9 +18,12 @@ from .column_kinds import Modality
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 EXAMINED = 256
 """Training samples that decide sizes, and the statistics of modalities in files."""
+BLOCK = 65_536
+"""Rows of a table that are read at once for statistics."""
 
 
 class Read(NamedTuple):
@@ -55,26 +58,60 @@ class ModalityReader(ABC):
 
     shape: tuple[int, ...]
     vocabulary: int | None = None
+    observes = False
+    """Whether statistics are those of all training rows, see ``observe``."""
 
     def __init__(self, name: str, modality: Modality, table: datasets.Dataset, root: Path) -> None:
         self.name, self.modality, self.root = name, modality, root
-        self.table = table.select_columns([*modality.columns, *self.extra_columns(modality)]).with_format("arrow")
+        self.use(table)
+
+    def use(self, table: datasets.Dataset) -> None:
+        """Sets the table whose rows ``finish`` and ``read`` read."""
+        columns = [*self.modality.columns, *self.extra_columns(self.modality)]
+        self.table = table.select_columns(columns).with_format("arrow")
 
     def extra_columns(self, modality: Modality) -> list[str]:
         return []
 
-    @abstractmethod
     def fit(self, rows: np.ndarray) -> dict[str, Any]:
         """Determines sizes and statistics from training rows; returns the options that reproduce them."""
+        for start in range(0, len(rows) if self.observes else 0, BLOCK):
+            chosen = rows[start : start + BLOCK]
+            self.observe(self.table[chosen.tolist()], chosen)
+        return self.finish(rows)
+
+    def observe(self, block: pyarrow.Table, rows: np.ndarray) -> None:  # noqa: B027
+        """Adds a block of training rows to the statistics; ``rows`` are their numbers, for error messages."""
 
     @abstractmethod
+    def finish(self, rows: np.ndarray) -> dict[str, Any]:
+        """Determines sizes and statistics after all calls of ``observe``.
+
+        Args:
+            rows: training rows of ``table``, from which examples are examined.
+        """
+
     def read(self, rows: np.ndarray) -> Read:
-        """Reads a batch of rows."""
+        """Reads a batch of rows of the table."""
+        return self.read_block(self.table[rows.tolist()], rows)
+
+    @abstractmethod
+    def read_block(self, block: pyarrow.Table, rows: np.ndarray) -> Read:
+        """Reads a batch of rows.
+
+        Args:
+            block: the rows, with the columns of the modality.
+            rows: their numbers, for error messages.
+        """
 
     def check(self, row: int) -> str | None:
         """Reads one row; returns the reason if it cannot be read."""
+        return self.check_block(self.table[[row]], np.array([row]))
+
+    def check_block(self, block: pyarrow.Table, rows: np.ndarray) -> str | None:
+        """Reads rows that are in no table; returns the reason if they cannot be read."""
         try:
-            self.read(np.array([row]))
+            self.read_block(block, rows)
         except EquipoiseError as error:
             return str(error)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,19 +14,14 @@ from torch import Tensor
 from ...errors import ConfigError, DataError, unknown_name
 from .column_kinds import find_modalities, modalities_from_options
 from .column_pairs import complete_rows, matching_rows, pair_modalities, shared_cells
+from .modality_readers import BLOCK
 from .row_splits import split_rows
 from .table_reading import SPLIT, read_table
+from .target_columns import TargetReader, Task, column_numbers
 
 if TYPE_CHECKING:
     import datasets
     import pandas
-
-Task = Literal["classification", "multilabel", "regression", "retrieval"]
-MOST_CLASSES = 1_000
-FEW_NUMBERS = 20
-"""Whole numbers with at most this many different values are classes."""
-SEPARATOR = ";"
-"""Between the labels of a multi-label cell."""
 
 
 class Manifest:
@@ -121,7 +116,14 @@ class Manifest:
             self.usable = complete_rows(self.table, self.modalities)
             self.target = torch.from_numpy(matching_rows(self.table, self.modalities))
         else:
-            self.task, self.classes, self.target = _read_target(self.table, self.targets, task)
+            reader = TargetReader(self.table.features, self.targets, task)
+            blocks = self.table.select_columns(self.targets).with_format("arrow")
+            for start in range(0, len(self), BLOCK):
+                reader.observe(blocks[start : start + BLOCK], np.arange(start, min(start + BLOCK, len(self))))
+            reader.finish()
+            self.task, self.classes = reader.task, reader.classes
+            parts = [reader.read(blocks[start : start + BLOCK]) for start in range(0, len(self), BLOCK)]
+            self.target = torch.cat(parts)
 
     @property
     def num_outputs(self) -> int:
@@ -145,7 +147,7 @@ class Manifest:
         """Returns the sampling weight of each row, or None without weights."""
         if self.weight is None:
             return None
-        values = _numbers(self.table, self.weight)
+        values = column_numbers(self.table.select_columns([self.weight]).with_format("arrow")[:], self.weight)
         if not np.isfinite(values).all() or (values < 0).any() or not values.any():
             raise DataError(f"column '{self.weight}'", expected="finite weights >= 0, not all 0", got="others")
         return torch.tensor(values)
@@ -219,97 +221,3 @@ def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
         if isinstance(feature, (datasets.Image, datasets.Audio)) or type(feature).__name__ == "Video":
             table = table.cast_column(name, type(feature)(decode=False))
     return table.with_format(None)
-
-
-def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
-    cells = table.data.column(column)
-    try:
-        return np.asarray(cells.cast("float64").to_numpy(), dtype=np.float64)
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"column '{column}'", expected="numbers", got=f"{cells.type}") from error
-
-
-def _read_target(
-    table: datasets.Dataset, columns: Sequence[str], task: Task | None
-) -> tuple[Task, tuple[str, ...], Tensor]:
-    """Returns task, names of classes or outputs, and the target of every row."""
-    if task not in (None, "classification", "multilabel", "regression"):
-        raise unknown_name("Manifest", "task", str(task), ("classification", "multilabel", "regression"))
-    _require_complete(table, columns)
-    if len(columns) > 1:
-        return _several_columns(table, columns, task)
-    column = columns[0]
-    cells = table[column][:]
-    names = getattr(table.features[column], "names", None)
-    if names is not None and task in (None, "classification"):
-        return "classification", tuple(names), torch.tensor(cells)
-    if isinstance(cells[0], list):
-        if isinstance(next((x for cell in cells for x in cell), ""), (int, float)) and task != "multilabel":
-            return _numbers_target([f"{column}_{i}" for i in range(len(cells[0]))], cells, column)
-        return _labels([[str(label) for label in cell] for cell in cells])
-    strings = isinstance(cells[0], str)
-    if task == "multilabel" or (task is None and strings and any(SEPARATOR in cell for cell in cells)):
-        return _labels([[part.strip() for part in str(cell).split(SEPARATOR) if part.strip()] for cell in cells])
-    if not strings and task != "classification":
-        whole = all(float(cell).is_integer() for cell in cells)
-        if task == "regression" or not whole or len(set(cells)) > FEW_NUMBERS:
-            return _numbers_target([column], [[cell] for cell in cells], column)
-    elif task == "regression":
-        raise DataError(f"target '{column}'", expected="numbers", got=f"{cells[0]!r} in row 0")
-    values = sorted(set(cells))
-    if not 2 <= len(values) <= MOST_CLASSES:
-        raise DataError(
-            f"target '{column}'", expected=f"2 to {MOST_CLASSES:,} classes", got=f"{len(values)}",
-            fix="For numbers, set task: regression.",
-        )  # fmt: skip
-    number = {value: place for place, value in enumerate(values)}
-    return "classification", tuple(map(str, values)), torch.tensor([number[cell] for cell in cells])
-
-
-def _require_complete(table: datasets.Dataset, columns: Sequence[str]) -> None:
-    for column in columns:
-        cells = table.data.column(column)
-        empty = cells.is_null(nan_is_null=True).to_numpy()
-        if empty.any():
-            raise DataError(
-                f"target '{column}'", expected="a value in every row",
-                got=f"{int(empty.sum())} empty, the first in row {int(empty.argmax())}",
-                fix="Remove these rows, or fill the cells.",
-            )  # fmt: skip
-
-
-def _several_columns(
-    table: datasets.Dataset, columns: Sequence[str], task: Task | None
-) -> tuple[Task, tuple[str, ...], Tensor]:
-    values = np.stack([_numbers(table, column) for column in columns], axis=1)
-    binary = np.isin(values, (0.0, 1.0)).all()
-    if task == "classification" or (task == "multilabel" and not binary):
-        raise DataError(
-            f"targets {', '.join(columns)}", expected="0 or 1 in every cell of a multi-label target",
-            got=f"task {task} with other values" if not binary else "task classification",
-        )  # fmt: skip
-    if binary and task != "regression":
-        return "multilabel", tuple(columns), torch.from_numpy(values).float()
-    return _numbers_target(columns, values.tolist(), ", ".join(columns))
-
-
-def _numbers_target(names: Sequence[str], cells: Sequence[Any], who: str) -> tuple[Task, tuple[str, ...], Tensor]:
-    try:
-        values = np.array(cells, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"target '{who}'", expected="equally many numbers in every row", got=str(error)) from error
-    if not np.isfinite(values).all():
-        row = int(np.argwhere(~np.isfinite(values))[0][0])
-        raise DataError(f"target '{who}'", expected="finite numbers", got=f"infinity in row {row}")
-    return "regression", tuple(names), torch.from_numpy(values).float()
-
-
-def _labels(cells: Sequence[Sequence[str]]) -> tuple[Task, tuple[str, ...], Tensor]:
-    names = sorted({label for cell in cells for label in cell})
-    if not 1 <= len(names) <= MOST_CLASSES:
-        raise DataError("target", expected=f"1 to {MOST_CLASSES:,} labels", got=f"{len(names)}")
-    number = {name: place for place, name in enumerate(names)}
-    target = torch.zeros(len(cells), len(names))
-    for row, cell in enumerate(cells):
-        target[row, [number[label] for label in cell]] = 1.0
-    return "multilabel", tuple(names), target

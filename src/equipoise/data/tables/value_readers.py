@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, ShapeError, require_extra
+from .column_kinds import Modality
 from .modality_readers import EXAMINED, ModalityReader, Read
 
 if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
     from ..sets.word_vocabulary import WordVocabulary
 
 
@@ -26,61 +31,70 @@ class TableReader(ModalityReader):
 
     MOST_VALUES = 1_000
     PRELOADED_BYTES = 2**28
+    observes = True
 
     def fit(self, rows: np.ndarray) -> dict[str, Any]:
-        self._values: dict[str, list[str]] = {}
+        options = super().fit(rows)
+        if len(self.table) * self.shape[0] * 4 <= self.PRELOADED_BYTES:
+            numbers = np.arange(len(self.table))
+            self._kept = self._standardized(self.table[:], numbers)
+        return options
+
+    def __init__(self, name: str, modality: Modality, table: datasets.Dataset, root: Path) -> None:
+        super().__init__(name, modality, table, root)
         features = self.table.features
         numbers = [c for c in self.modality.columns if self._is_number(features[c])]
         self._numbers = numbers if self.modality.kind != "category" else []
-        for column in self.modality.columns:
-            if column in self._numbers:
-                continue
-            if self.modality.kind in ("number", "vector"):
+        self._found: dict[str, set[str]] = {c: set() for c in self.modality.columns if c not in self._numbers}
+        self._total, self._square, self._count = (np.zeros(len(self._numbers)) for _ in range(3))
+        self._shift: np.ndarray | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
+        for column in self._found if self.modality.kind in ("number", "vector") else ():
+            raise ConfigError(
+                f"column '{column}'", expected=f"numbers, since its kind is {self.modality.kind}",
+                got=str(features[column].dtype), fix="Give its kind: category, text or ignore.",
+            )  # fmt: skip
+
+    def observe(self, block: pyarrow.Table, rows: np.ndarray) -> None:
+        for column, found in self._found.items():
+            found |= {str(cell) for cell in block.column(column).unique().to_pylist() if cell is not None}
+            if len(found) > self.MOST_VALUES:
                 raise ConfigError(
-                    f"column '{column}'", expected=f"numbers, since its kind is {self.modality.kind}",
-                    got=str(features[column].dtype), fix="Give its kind: category, text or ignore.",
-                )  # fmt: skip
-            cells = self.table.data.column(column).take(rows)
-            values = sorted({str(cell) for cell in cells.unique().to_pylist() if cell is not None})
-            if len(values) > self.MOST_VALUES:
-                raise ConfigError(
-                    f"column '{column}'", expected=f"at most {self.MOST_VALUES} categories", got=f"{len(values)}",
+                    f"column '{column}'", expected=f"at most {self.MOST_VALUES} categories", got="more",
                     fix="Give its kind: text or ignore.",
                 )  # fmt: skip
-            self._values[column] = values
+        values = self._matrix(block, rows)
+        if self._shift is None and values.size:
+            # A shift near the mean keeps the sums of squares exact.
+            with np.errstate(all="ignore"):
+                highest = np.nanmax(np.where(np.isnan(values), -np.inf, values), axis=0)
+            self._shift = np.nan_to_num(highest, neginf=0.0)
+        valid = ~np.isnan(values)
+        centered = np.where(valid, values - (0.0 if self._shift is None else self._shift), 0.0)
+        self._total += centered.sum(0)
+        self._square += (centered**2).sum(0)
+        self._count += valid.sum(0)
+
+    def finish(self, rows: np.ndarray) -> dict[str, Any]:
+        self._values = {column: sorted(found) for column, found in self._found.items()}
         width = len(self._numbers) + sum(map(len, self._values.values()))
         if not width:
             raise DataError(f"modality '{self.name}'", expected="training rows with values", got="empty cells only")
         self.shape = (width,)
-        # Statistics in blocks of rows: the table may be larger than memory.
-        total, square, count = (np.zeros(len(self._numbers)) for _ in range(3))
-        shift = np.zeros(len(self._numbers))
-        for start in range(0, len(rows), 65_536):
-            block = self._matrix(rows[start : start + 65_536])
-            if start == 0 and block.size:
-                with np.errstate(all="ignore"):
-                    shift = np.nan_to_num(np.nanmax(np.where(np.isnan(block), -np.inf, block), axis=0), neginf=0.0)
-            valid = ~np.isnan(block)
-            centered = np.where(valid, block - shift, 0.0)
-            total, square, count = total + centered.sum(0), square + (centered**2).sum(0), count + valid.sum(0)
-        count = np.maximum(count, 1)
-        self._mean = shift + total / count
-        std = np.sqrt(np.maximum(square / count - (total / count) ** 2, 0.0))
+        count = np.maximum(self._count, 1)
+        self._mean = (0.0 if self._shift is None else self._shift) + self._total / count
+        std = np.sqrt(np.maximum(self._square / count - (self._total / count) ** 2, 0.0))
         self._std = np.where(std > 1e-6 * np.maximum(np.abs(self._mean), 1.0), std, 1.0)
-        self._kept = None
-        if len(self.table) * width * 4 <= self.PRELOADED_BYTES:
-            self._kept = self._standardized(np.arange(len(self.table)))
         return dict(self.modality.options)
 
     @staticmethod
     def _is_number(feature: Any) -> bool:
         return getattr(feature, "dtype", "string") not in ("string", "large_string")
 
-    def _matrix(self, rows: np.ndarray) -> np.ndarray:
+    def _matrix(self, block: pyarrow.Table, rows: np.ndarray) -> np.ndarray:
         """Returns the number columns (row, column) in float64; NaN where empty."""
-        block = self.table[rows.tolist()]
         columns = [np.asarray(block.column(c).cast("float64").to_numpy(), dtype=np.float64) for c in self._numbers]
-        values = np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
+        values = np.stack(columns, axis=1) if columns else np.zeros((len(block), 0))
         bad = np.argwhere(np.isinf(values))
         if len(bad):
             raise DataError(
@@ -89,12 +103,10 @@ class TableReader(ModalityReader):
             )  # fmt: skip
         return values
 
-    def _standardized(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        numbers = self._matrix(rows)
+    def _standardized(self, block: pyarrow.Table, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        numbers = self._matrix(block, rows)
         parts = [np.nan_to_num((numbers - self._mean) / self._std)]
         present = (~np.isnan(numbers)).any(axis=1)
-        if self._values:
-            block = self.table[rows.tolist()]
         for column, values in self._values.items():
             number = {value: place for place, value in enumerate(values)}
             cells = block.column(column).to_pylist()
@@ -108,11 +120,16 @@ class TableReader(ModalityReader):
         return values.masked_fill(~torch.from_numpy(present)[:, None], 0.0), torch.from_numpy(present)
 
     def read(self, rows: np.ndarray) -> Read:
-        if self._kept is not None:
-            chosen = torch.from_numpy(rows)
-            values, present = self._kept[0][chosen], self._kept[1][chosen]
-        else:
-            values, present = self._standardized(rows)
+        if self._kept is None:
+            return super().read(rows)
+        chosen = torch.from_numpy(rows)
+        return self._masked(self._kept[0][chosen], self._kept[1][chosen])
+
+    def read_block(self, block: pyarrow.Table, rows: np.ndarray) -> Read:
+        return self._masked(*self._standardized(block, rows))
+
+    @staticmethod
+    def _masked(values: Tensor, present: Tensor) -> Read:
         return Read(values, None if bool(present.all()) else present)
 
 
@@ -123,23 +140,42 @@ class TextReader(ModalityReader):
     """
 
     MOST_WORDS, LONGEST = 20_000, 256
+    MOST_COUNTED = 2**20
+    """Different words that are counted; beyond, the rarer half is dropped, so that memory is bounded."""
     least_length = 1
+    observes = True
 
-    def fit(self, rows: np.ndarray) -> dict[str, Any]:
+    def __init__(self, name: str, modality: Modality, table: datasets.Dataset, root: Path) -> None:
+        super().__init__(name, modality, table, root)
+        self._counts: Counter[str] = Counter()
+        self._first: list[str] = []
+
+    def observe(self, block: pyarrow.Table, rows: np.ndarray) -> None:
+        from ..sets.word_vocabulary import split_words
+
+        texts = [str(text) for text in block.column(self.modality.columns[0]).to_pylist() if text]
+        self._counts.update(word for text in texts for word in split_words(text))
+        self._first += texts[: EXAMINED - len(self._first)]
+        if len(self._counts) > self.MOST_COUNTED:
+            self._counts = Counter(dict(self._counts.most_common(self.MOST_COUNTED // 2)))
+
+    def finish(self, rows: np.ndarray) -> dict[str, Any]:
         self.options = dict(self.modality.options)
-        texts = [text for text in self.cells(self.modality.columns[0], rows) if text]
-        self._words = self._known_words(texts)
+        self._words = self._known_words()
         self._ids = self._tokenizer() if "tokenizer" in self.options else self._word_ids
-        lengths = [len(self._ids(str(text))) for text in texts[:EXAMINED]]
-        longest = max(self.least_length, 1, max(lengths, default=1))
+        examined = [
+            *self._first,
+            *(str(text) for text in self.cells(self.modality.columns[0], rows[:EXAMINED]) if text),
+        ]
+        longest = max(self.least_length, 1, max((len(self._ids(text)) for text in examined), default=1))
         self.options.setdefault("length", min(self.LONGEST, longest))
         self.shape = (self.options["length"],)
         return self.options
 
-    def _known_words(self, texts: Sequence[str]) -> WordVocabulary:
-        from ..sets.word_vocabulary import WordVocabulary, split_words
+    def _known_words(self) -> WordVocabulary:
+        from ..sets.word_vocabulary import WordVocabulary
 
-        counts = Counter(word for text in texts for word in split_words(str(text)))
+        counts = self._counts
         if not counts:
             raise DataError(
                 f"column '{self.modality.columns[0]}'", expected="training rows with words", got="empty cells only"
@@ -190,9 +226,9 @@ class TextReader(ModalityReader):
         """Returns the words of a text that are in no training row."""
         return self._words.unseen(text)
 
-    def read(self, rows: np.ndarray) -> Read:
+    def read_block(self, block: pyarrow.Table, rows: np.ndarray) -> Read:
         ids = torch.zeros(len(rows), *self.shape, dtype=torch.long)
-        for place, text in enumerate(self.cells(self.modality.columns[0], rows)):
+        for place, text in enumerate(block.column(self.modality.columns[0]).to_pylist()):
             row = self._ids(str(text))[: self.shape[0]] if text else []
             ids[place, : len(row)] = torch.tensor(row, dtype=torch.long)
         valid = ids > 0
