@@ -20,8 +20,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Modules whose examples need a package that is not installed with the library.
 EXTRAS = {"equipoise.integrations.huggingface": "transformers"}
 MOST_ROOT_NAMES = 35
-# The only class name that may occur twice: users choose between `eq.lightning.BalancerCallback` and `eq.hf.BalancerCallback`.
-SHARED_CLASSES = {"BalancerCallback"}
+# The only class names that may occur twice: users choose between those of `eq.lightning` and of `eq.hf`.
+SHARED_CLASSES = {"BalancerCallback", "WatchCallback"}
 
 
 def layers():

@@ -129,6 +129,7 @@ def train(options: Namespace) -> int:
         protocol |= evaluation_metric(recipe) | named_metrics(recipe)
         content = result_rows.build_results([run], protocol)
         result_rows.write_results(folder / "results.json", content)
+        content.write_csv(folder / "results.csv")
         show(content, out)
         out.print(f"weights: {folder / 'model.safetensors'}", soft_wrap=True, highlight=False)
         out.print(f"recipe:  {folder / 'recipe.yaml'}", soft_wrap=True, highlight=False)

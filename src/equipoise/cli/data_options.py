@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..integrations.loggers import check_loggers, parse_loggers
 from ..io.atomic_files import check_path_component
 from ..io.typed_values import shorten_repr
 from ..training.recipes import Recipe
@@ -43,15 +45,27 @@ def add_data_options(parser: Parser) -> None:
         "--kind", action="append", default=[], metavar="COLUMN=KIND",
         help="kind of a column: audio, image, video, frames, text, vector, sequence, array, number, category, ignore; repeatable",
     )  # fmt: skip
+    parser.add_argument(
+        "--logger", action="append", default=[], metavar="NAME",
+        help="logs of the training, repeatable or comma-separated: csv, tensorboard, wandb (offline), trackio (local)",
+    )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows with files that cannot be read")
 
 
 def chosen_recipe(options: Namespace) -> tuple[Recipe, str]:
-    """Returns the recipe and its title: of ``--config``, or derived from ``--data``.
+    """Returns the recipe and its title: of ``--config``, or derived from ``--data``; with the loggers of ``--logger``.
 
     Raises:
-        ConfigError: options of a table without one. DataError: the table or its files cannot be read.
+        ConfigError: options of a table without one, or an unknown logger. DataError: the table or its files cannot be
+            read. MissingExtraError: the package of a logger is not installed.
     """
+    loggers = parse_loggers(options.logger, "--logger")
+    recipe, title = _read_recipe(options)
+    check_loggers(loggers or recipe.logger)
+    return (replace(recipe, logger=loggers) if loggers else recipe), title
+
+
+def _read_recipe(options: Namespace) -> tuple[Recipe, str]:
     given = {name: value for name in ("target", "pair", "group", "split", "weight", "task")
              if (value := getattr(options, name)) is not None}  # fmt: skip
     if options.data is None or (options.config is not None and "pair" not in given):

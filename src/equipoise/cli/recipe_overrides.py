@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..training import recipes
 from ..training.recipes import Recipe
 
-PARTS = tuple(name for name in Recipe.__dataclass_fields__ if name not in ("methods", "seeds", "folds"))
+PARTS = tuple(name for name in Recipe.__dataclass_fields__ if name not in ("methods", "seeds", "folds", "logger"))
 OPTION = re.compile(rf"--((?:{'|'.join(PARTS)})(?:\.[^.=]+)*)(?:=(.*))?", re.DOTALL)
 NAMED = ("encoders", "fusions", "balancers", "variants")
 """Parts whose entries have names of their own, each with its options."""

@@ -15,7 +15,7 @@ from ..data.corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch
 from ..data.corruptions.catalog import check_corruptions
 from ..errors import ConfigError, require_extra, unknown_name
 from ..io.atomic_files import atomic_write
-from ..recording.share_table import to_pandas
+from ..io.table_display import html_table, to_pandas
 from ..results.task_metrics import Metric
 from .modality_ablation import ablated_logits
 from .noise_test import input_statistics
@@ -95,6 +95,15 @@ class Robustness:
             ConfigError: pandas is not installed.
         """
         return to_pandas(self.rows(), "Robustness")
+
+    def _repr_html_(self) -> str:
+        severities = sorted({severity for _, _, severity in self.scores})
+        rows = []
+        for modality, corruption in dict.fromkeys(key[:2] for key in self.scores):
+            row: dict[str, Any] = {"modality": modality, "corruption": corruption}
+            row |= {str(severity): self.scores.get((modality, corruption, severity)) for severity in severities}
+            rows.append({**row, "mean": self.mean(modality, corruption), "best intact": self.best_intact(modality)})
+        return html_table([*rows, {"modality": "none", "corruption": "clean", "mean": self.clean}])
 
     def figure(self) -> Any:
         """Returns a matplotlib figure: the mean score under each corruption, the clean score and the best intact modality.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import require_extra
 from ..io.atomic_files import atomic_write, to_jsonable
+from ..io.table_display import to_pandas
 from ..recording import AttentionRecord
-from ..recording.share_table import to_pandas
 from .attention_maps import AttentionMaps
 from .media_effects import MediaEffect
 from .patch_layout import PatchGrid

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import Balancer, BalancerList, statistics_by_full_pass
 from ..balance.balancer import overrides
@@ -20,6 +20,7 @@ from ..io.atomic_files import unshare_tensors
 from ..tokens.token_batch import as_output
 from .huggingface_moda import MODAAdapter as MODAAdapter
 from .huggingface_moda import apply_moda as apply_moda
+from .step_watcher import StepWatcher
 
 
 class BalancedModel(nn.Module):
@@ -191,6 +192,77 @@ def _load_state(
         result = balancer.load_state_dict(own, strict=False)
         missing.extend(start + key for key in result.missing_keys)
         unexpected.extend(start + key for key in result.unexpected_keys)
+
+
+class WatchCallback(TrainerCallback):
+    """Logs shares of attention, AIR and gradient norms of every n-th step through the log of a Trainer::
+
+        trainer = Trainer(model, args, train_dataset=data)
+        eq.hf.WatchCallback(every_n_steps=50).attach(trainer)
+
+    ``attach`` adds the callback, and logs to the reporters of ``report_to`` as well. Passed as ``Trainer(callbacks=[...])``,
+    it logs to ``trainer.state.log_history`` only, because Trainer gives callbacks no access to its reporters.
+
+    Training is not changed, bit for bit, and other steps cost one comparison. The names and values are those of
+    ``eq.lightning.WatchCallback``; the step is the number of optimizer steps before. Trainer clips gradients before it
+    calls callbacks, so that the norms are those after clipping by ``max_grad_norm``. Gradients are left out under FSDP and
+    DeepSpeed, and in fp16 with ``max_grad_norm=0``, where Trainer does not unscale them.
+
+    Args:
+        every_n_steps: number of optimizer steps from one measurement to the next, the first step included.
+        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``, ``encoders``,
+            ``share`` and ``gradients``.
+
+    Attributes:
+        last: values of the last measured step.
+
+    Raises:
+        ConfigError: ``every_n_steps`` below 1. TypeError: an unknown option.
+
+    Example:
+        >>> WatchCallback(every_n_steps=50, queries="last").last
+        {}
+    """
+
+    def __init__(self, every_n_steps: int = 100, **options: Any) -> None:
+        self._watcher = StepWatcher(every_n_steps, **options)
+        self._trainer: Trainer | None = None
+        self.last: dict[str, float] = {}
+
+    def attach(self, trainer: Trainer) -> WatchCallback:
+        """Adds the callback to a Trainer, and logs with ``trainer.log``; returns the callback."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        return self
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._watcher.begin(state.global_step, given["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        if not self._watcher.open:
+            return
+        reason = None
+        if args.fsdp or args.deepspeed:
+            reason = "under FSDP and DeepSpeed a process has a part of each gradient"
+        elif args.fp16 and not args.max_grad_norm:
+            reason = "in fp16 with max_grad_norm=0, Trainer does not unscale them"
+        measured = self._watcher.end(reason)
+        if measured is None:
+            return
+        step, self.last = measured
+        if self._trainer is None:
+            state.log_history.append({"epoch": state.epoch, "step": step, **self.last})
+        else:
+            self._trainer.log(dict(self.last))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self._watcher.discard()
 
 
 class _Batches:

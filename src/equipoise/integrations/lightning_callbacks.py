@@ -1,17 +1,20 @@
-"""Lightning callback that runs balancers in any ``LightningModule``."""
+"""Lightning callbacks: balancers in any ``LightningModule``, and measurements of its steps."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from ..balance import Balancer, BalancerList, statistics_by_full_pass
 from ..balance.balancer_list import takes_part_in_steps
 from ..errors import ConfigError
+from .step_watcher import StepWatcher
 
 
 class BalancerCallback(pl.Callback):
@@ -110,6 +113,79 @@ class BalancerCallback(pl.Callback):
             )  # fmt: skip
         for number, balancer in enumerate(self.balancers):
             balancer.load_state_dict(state_dict[str(number)])
+
+
+class WatchCallback(pl.Callback):
+    """Logs shares of attention, AIR and gradient norms of every n-th step to the loggers of the Trainer.
+
+    Training is not changed, bit for bit, and other steps cost one comparison. Logged names:
+
+    * ``watch/share/<modality>``: the share of attention as ``eq.watch`` measures it, mean over samples, heads and layers;
+      with ``per_layer``, ``watch/share/<layer>/<modality>``.
+    * ``watch/air/<modality>``: the imbalance that ``RollingQ`` has measured in the epoch so far, if it is attached.
+    * ``watch/gradient/<modality>``: the norm of the gradient over all trained parameters of the encoder.
+
+    What cannot be measured is left out, and a warning gives the reason once. Only the first process measures, on its own
+    batches. Gradients are read when they are accumulated, reduced and unscaled: put the callback before ``BalancerCallback`` in
+    the list to read them before balancers change them, and behind it to read them afterward. They are read before
+    clipping. Under FSDP, DeepSpeed and tensor parallelism, where a process has only a part of each gradient, they are
+    left out. The shares of a step include forward passes that balancers add to it.
+
+    Args:
+        every_n_steps: number of optimizer steps from one measurement to the next, the first step included.
+        model: the module to measure; the LightningModule by default.
+        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``, ``encoders``,
+            ``share`` and ``gradients``.
+
+    Attributes:
+        last: values of the last measured step.
+
+    Raises:
+        ConfigError: ``every_n_steps`` below 1. TypeError: an unknown option.
+
+    Example:
+        >>> WatchCallback(every_n_steps=50, per_layer=True).last
+        {}
+    """
+
+    def __init__(self, every_n_steps: int = 100, *, model: torch.nn.Module | None = None, **options: Any) -> None:
+        self._watcher, self._model = StepWatcher(every_n_steps, **options), model
+        self.last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.loggers:
+            warnings.warn(
+                "WatchCallback: the Trainer has no logger, so that the values are in callback.last only. "
+                "Pass Trainer(logger=True).", stacklevel=2,
+            )  # fmt: skip
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero:
+            self._watcher.begin(trainer.global_step, pl_module if self._model is None else self._model)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self._watcher.open:
+            return
+        sharded = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
+        reason = f"under {type(trainer.strategy).__name__} a process has a part of each gradient" if sharded else None
+        measured = self._watcher.end(reason)
+        if measured is not None:
+            step, self.last = measured
+            for logger in trainer.loggers:
+                logger.log_metrics(self.last, step=step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watcher.discard()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watcher.discard()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._watcher.discard()
 
 
 class _Moved:

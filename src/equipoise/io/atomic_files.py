@@ -27,9 +27,9 @@ LONGEST = 200
 """Maximum number of characters of a folder name."""
 
 OWN = frozenset({
-    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "journal.jsonl", "look.json",
+    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "journal.jsonl", "logs", "look.json",
     "model.safetensors", "questions.csv", "questions.html", "questions.json", "recipe.yaml", "report.html",
-    "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
+    "results.csv", "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
 })  # fmt: skip
 """Files and folders that this package writes at the top level of an output folder."""
 
@@ -133,6 +133,8 @@ def check_folder(folder: Path, who: str) -> None:
                     who, expected=f"no links inside '{folder}', so that nothing is written elsewhere",
                     got=f"the link '{path}'", fix="Replace it with what it leads to, or choose another --out.",
                 )  # fmt: skip
+        # wandb writes each run to a new folder, with links to its own log files, which nothing follows.
+        folders[:] = [name for name in folders if Path(place, name) != Path(folder, "logs", "wandb")]
 
 
 def make_folder(folder: Path, who: str) -> None:

@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
+from ..io.table_display import to_pandas
 from ..tokens.token_batch import SPECIAL
 from .attention_call import AttentionCall
 from .batch_record import BatchRecord, sum_shares
 from .generation_loops import Chosen, Loop, Step
-from .share_table import ShareTable, to_pandas
+from .share_table import ShareTable
 from .token_labels import LabeledKeys, recorded_rows
 
 RECORDABLE = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..errors import ConfigError
+from ..io.table_display import to_pandas
 
 
 class ShareTable(list):
@@ -77,21 +77,6 @@ class ShareTable(list):
 
     def _columns(self) -> list[str]:
         return [*self.names, "special", *(["sink"] if any(row["sink"] for row in self) else [])]
-
-
-def to_pandas(rows: Sequence[dict[str, Any]], who: str) -> Any:
-    """Converts rows to a ``pandas.DataFrame``; pandas is imported here, as nothing else needs it.
-
-    Raises:
-        ConfigError: pandas is not installed.
-    """
-    try:
-        import pandas  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            f"{who}.to_pandas", expected="pandas", got="no such package", fix="Install it: pip install pandas."
-        ) from error
-    return pandas.DataFrame(list(rows))
 
 
 def _percent(value: float | None) -> str:

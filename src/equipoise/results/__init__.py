@@ -1,5 +1,6 @@
 """Results as tidy rows, with paired statistics."""
 
+from .comparison_results import ComparisonResults as ComparisonResults
 from .result_rows import RunResult as RunResult
 from .result_rows import build_results as build_results
 from .result_rows import describe_environment as describe_environment

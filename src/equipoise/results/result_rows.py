@@ -19,6 +19,7 @@ from ..io.atomic_files import atomic_write as atomic_write
 from ..io.atomic_files import read_json
 from ..io.atomic_files import to_jsonable as to_jsonable
 from ..io.checksums import add_checksum, verify_checksum
+from .comparison_results import ComparisonResults
 from .results_schema import SCHEMA as SCHEMA
 from .results_schema import check_results
 from .significance import SURE, Outcomes
@@ -115,7 +116,7 @@ def build_results(
     *,
     reference: Reference | None = None,
     default: str | None = None,
-) -> dict[str, Any]:
+) -> ComparisonResults:
     """Builds the content of ``results.json``: runs in a fixed order, environment and summary.
 
     Runs are sorted by method in the order of ``protocol["methods"]``, then fold, then seed. ``reference`` and
@@ -128,7 +129,7 @@ def build_results(
     """
     order = list(dict.fromkeys([*(protocol.get("methods") or ()), *(run["method"] for run in runs)]))
     ordered = sorted(merge_results(runs), key=lambda run: (order.index(run["method"]), run["fold"] or "", run["seed"]))
-    return {
+    return ComparisonResults({
         "schema": SCHEMA,
         "protocol": dict(protocol),
         "environment": describe_environment(),
@@ -136,7 +137,7 @@ def build_results(
         "summary": summarize_runs(
             ordered, reference or controls(protocol), default=default or protocol.get("reference")
         ),
-    }
+    })  # fmt: skip
 
 
 def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
@@ -273,7 +274,7 @@ def write_results(path: str | os.PathLike[str], content: Mapping[str, Any]) -> P
     return atomic_write(path, json.dumps(add_checksum(content), indent=1, allow_nan=False) + "\n")
 
 
-def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_results(path: str | os.PathLike[str]) -> ComparisonResults:
     """Loads ``results.json``, given its path or its folder.
 
     Raises:
@@ -292,7 +293,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         got = f"a file that is truncated or not JSON ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN_WHOLE) from error
-    return verify_checksum(validate_results(content, who), who, AGAIN_WHOLE)
+    return ComparisonResults(verify_checksum(validate_results(content, who), who, AGAIN_WHOLE))
 
 
 def validate_results(content: Any, who: str) -> dict[str, Any]:

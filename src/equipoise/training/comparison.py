@@ -22,9 +22,10 @@ import torch
 
 from ..data.user_code import allow_code, allowed_code
 from ..errors import ConfigError, EquipoiseError
+from ..integrations.loggers import check_loggers
 from ..io.atomic_files import check_folder, file_error, make_folder
 from ..io.folder_lock import locked_folder
-from ..results import result_rows
+from ..results import ComparisonResults, result_rows
 from . import method_factory
 from .history import Progress
 from .recipes import Recipe
@@ -89,8 +90,8 @@ def compare(
     listener: Listener | None = None,
     begin: Begin | None = None,
     accelerator: str = "cpu",
-) -> dict[str, Any]:
-    """Runs every method with every seed on every fold, and writes ``results.json`` after each run.
+) -> ComparisonResults:
+    """Runs every method with every seed on every fold, and writes ``results.json`` and ``results.csv`` after each run.
 
     Finished runs in ``out`` are not repeated, interrupted ones resume after their last complete epoch. Each run uses
     one thread, so that its result does not depend on the number of workers. A run that fails does not stop the others.
@@ -112,7 +113,7 @@ def compare(
             run uses one device, and runs are distributed over the available ones.
 
     Returns:
-        Content of ``results.json``; ``failures`` lists the runs that failed, with their errors.
+        ComparisonResults, the content of ``results.json``; ``failures`` lists the runs that failed, with their errors.
 
     Raises:
         ConfigError: unknown names or options, or a folder in use; raised before the first run.
@@ -130,11 +131,12 @@ def compare(
         todo = [job for job, run in stored if run is None]
         failures: list[dict[str, Any]] = []
 
-        def write() -> dict[str, Any]:
+        def write() -> ComparisonResults:
             content = result_rows.build_results(runs, protocol)
             content["failures"] = failures
             content["complete"] = len(runs) == len(plan)
             result_rows.write_results(out / "results.json", content)
+            content.write_csv(out / "results.csv")
             return content
 
         write()
@@ -156,6 +158,7 @@ def compare(
 
 def _check(plan: Sequence[RunSpec], accelerator: str) -> None:
     """Loads the data and builds every model once, so that a wrong option raises before hours of training."""
+    check_loggers(plan[0].recipe.logger)
     check_trainer({**device(accelerator, 0), "precision": plan[0].recipe.train.precision})
     with torch.random.fork_rng(devices=[]):
         for method, fold in dict.fromkeys((job.method, job.fold) for job in plan):

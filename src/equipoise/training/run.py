@@ -11,7 +11,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..balance import Balancer
 from ..data.user_code import dataset_from_code
 from ..errors import ConfigError
 from ..integrations.lightning_callbacks import BalancerCallback
+from ..integrations.loggers import log_final, open_loggers
 from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonable
 from ..io.class_registry import instantiate
 from ..models.fusion_model import FusionModel
@@ -49,7 +50,7 @@ CODE = "python"
 
 ADVICE = (
     "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory",
-    "tensorboardX", "LeafSpec", "in eval mode at the start of training",
+    "tensorboardX", "LeafSpec", "in eval mode at the start of training", "smaller than the logging interval",
 )  # fmt: skip
 """Lightning warnings to suppress: advice on user-defined loaders and loggers, and on frozen encoders."""
 
@@ -89,22 +90,40 @@ def execute_run(
         # Teachers are trained with the training options of the variant.
         teacher_job = replace(job, recipe=recipe)
         teachers = {name: _teacher(teacher_job, name, folder, trainer_options, source) for name in source.names}
+    options = dict(trainer_options or {})
     torch.manual_seed(job.seed)
     model, balancers = method_factory.build_model(method, recipe, source, teachers=teachers)
     journal = HistoryCallback(source, recipe, job.fingerprint(), balancers, progress)
     make_folder(folder, "train")
     rank_zero_only(atomic_write)(folder / "recipe.yaml", recipes.dump_recipe(job.recipe))
-    with quiet_lightning():
-        trainer = _fit(model, balancers, job, recipe, source, folder, journal, dict(trainer_options or {}))
+    with quiet_lightning(), _loggers(job, recipe, folder, options) as loggers:
+        trainer = _fit(model, balancers, job, recipe, source, folder, journal, {"logger": loggers or False, **options})
         if not trainer.is_global_zero:
             return None
         trained: Any = model.cpu()
         if method.reliable:
             trained = _fit_reliability(trained, method, recipe, source, job.seed)
         run = _run(job, trained, source, recipe, journal)
+        log_final(loggers, run["metrics"], trainer.global_step)
     save_weights(trained, folder / "model.safetensors")
     write_run(folder, job.fingerprint(), run)
     return run
+
+
+def _loggers(
+    job: RunSpec, recipe: Recipe, folder: Path, options: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[list[Any]]:
+    """Opens the loggers of the recipe; none if the user passes a logger to the Trainer."""
+    name = "-".join([job.method, f"seed{job.seed}", *([str(job.fold)] if job.fold else [])])
+    config = {
+        "method": job.method,
+        "seed": job.seed,
+        "fold": job.fold,
+        "data": recipe.data_title,
+        **asdict(recipe.train),
+    }
+    names = () if "logger" in options else job.recipe.logger
+    return open_loggers(names, folder, project=recipe.data_title, group=job.method, name=name, config=config)
 
 
 def _fit_reliability(
@@ -186,7 +205,7 @@ def _fit(
     )  # fmt: skip
     settings: dict[str, Any] = {
         "max_epochs": options.epochs, "precision": options.precision, "gradient_clip_val": options.clip,
-        "accumulate_grad_batches": options.accumulate, "logger": False, "enable_progress_bar": False,
+        "accumulate_grad_batches": options.accumulate, "enable_progress_bar": False,
         "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder,
         "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
     } | trainer_options  # fmt: skip

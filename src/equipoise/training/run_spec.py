@@ -32,8 +32,8 @@ class RunSpec:
     def fingerprint(self) -> str:
         """Returns a string that must match for a finished or interrupted run to be reused."""
         content = asdict(self.recipe)
-        # The methods of compare and the location of the data do not change the result of a run.
-        for name in ("methods", "seeds", "folds", "reference", "references"):
+        # The methods of compare, the loggers and the location of the data do not change the result of a run.
+        for name in ("methods", "seeds", "folds", "reference", "references", "logger"):
             content.pop(name)
         content["data"].pop("root", None)
         if content["data"].get("checksum"):

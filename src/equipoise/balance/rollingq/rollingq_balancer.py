@@ -164,6 +164,16 @@ class RollingQ(Rotation):
         self._sums.reset()
         return self._log(air, rotated=self._count() > before)
 
+    def running_air(self) -> dict[str, float]:
+        """Returns AIR by modality, mean over heads, of the batches of this epoch so far in this process.
+
+        Before the first batch, and with ``statistics="full_pass"``, it is that of the last decision: NaN without one.
+        """
+        total, air = self._sums.window.sum(dim=0), self.air
+        if float(total[0, -1, -1]) > 0:
+            air = self._imbalance([self._step(total, group) for group in range(len(self.rotation))])
+        return dict(zip(self.names, air.nanmean(dim=0).tolist(), strict=True))
+
     def measure(self, model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> None:
         """Replaces the statistics with those of a pass over batches in evaluation mode.
 

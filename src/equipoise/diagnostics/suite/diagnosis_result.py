@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError, SchemaError, require_extra
 from ...io.atomic_files import atomic_write, read_json, to_jsonable
 from ...io.checksums import add_checksum, verify_checksum
+from ...io.table_display import html_table, to_pandas
 
 if TYPE_CHECKING:
     from ...report.verdict_list import Verdict
@@ -70,6 +72,23 @@ class Diagnosis:
 
         lines = [headline(self.name, list(self.verdicts))]
         return "\n".join([*lines, *(f"{MARKS[verdict.ok]} {verdict.text}" for verdict in self.verdicts)])
+
+    def to_pandas(self) -> Any:
+        """Returns the metrics as a ``pandas.DataFrame`` with the columns model, metric and value.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        rows = [{"model": self.name, "metric": name, "value": value} for name, value in self.metrics.items()]
+        return to_pandas(rows, "Diagnosis")
+
+    def _repr_html_(self) -> str:
+        """The headline and the findings, and the metrics as a table that can be opened."""
+        first, *findings = str(self).splitlines()
+        skipped = [f". {name}: not run, {reason}" for name, reason in self.skipped.items()]
+        items = "".join(f"<li>{escape(line)}</li>" for line in (*findings, *skipped))
+        metrics = html_table([{"metric": name, "value": value} for name, value in self.metrics.items()])
+        return f"<p><b>{escape(first)}</b></p><ul>{items}</ul><details><summary>metrics</summary>{metrics}</details>"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of ``diagnosis.json``; NaN and infinite values are None."""

@@ -7,12 +7,14 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...io.atomic_files import atomic_write, make_folder
+from ...io.table_display import to_pandas
 from ...report.questions_html import questions_page
 from ...results.bootstrap import mean_of_resamples, percentile_interval
 from ...results.result_rows import to_jsonable
@@ -207,6 +209,17 @@ class QuestionResult:
 
     def __repr__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.table())}</pre>"
+
+    def to_pandas(self) -> Any:
+        """Returns ``rows`` as a ``pandas.DataFrame``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return to_pandas(self.rows, "QuestionResult")
 
     def to_dict(self) -> dict[str, Any]:
         """All figures and rows as JSON types."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, unknown_name
+from ...integrations.loggers import parse_loggers
 from ...io.atomic_files import check_path_component
 from ...io.typed_values import matches_type, shorten_repr, type_description
 from ...models.fusion_model import UNIMODAL
@@ -131,6 +132,8 @@ class Recipe:
         metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on clean
             test data and with each modality replaced by noise. The first one is the main metric of tables, verdicts and
             paired tests.
+        logger: names of the loggers of each run: ``csv``, ``tensorboard``, ``wandb``, ``trackio``; see ``docs/logging.md``.
+            They do not change the results.
     """
 
     data: dict[str, Any]
@@ -147,6 +150,7 @@ class Recipe:
     reference: str | None = None
     references: dict[str, str] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)
+    logger: list[str] = field(default_factory=list)
 
     @property
     def data_title(self) -> str:
@@ -244,6 +248,8 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
     for key in content:
         if key not in Recipe.__dataclass_fields__:
             raise unknown_name(who, "option", shorten_repr(key), Recipe.__dataclass_fields__)
+    if "logger" in content:
+        content = {**content, "logger": parse_loggers(content["logger"] or [], f"{who}: logger")}
     data, train = content.get("data"), content.get("train", {})
     if not isinstance(train, dict):
         raise ConfigError(who, expected="a mapping under train", got=shorten_repr(train))
