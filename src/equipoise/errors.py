@@ -84,6 +84,7 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "hf": ("transformers", "accelerate", "huggingface_hub"),
     "lora": ("peft",),
+    "cluster": ("submitit",),
 }
 """Extra -> names of the modules that it provides, as they are imported."""
 

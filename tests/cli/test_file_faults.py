@@ -198,7 +198,7 @@ def output_locations(folder):
         "read-only": (folder / "locked", "(it is read-only)"),
         "below read-only": (folder / "locked" / "x" / "y", "is read-only)"),
         "foreign": (folder / "full", "expected a folder that is new, empty, or written by equipoise, got"),
-        "link inside": (folder / "inner", "expected no links inside"),
+        "link inside": (folder / "inner", "expected no links to the outside in"),
     }
 
 

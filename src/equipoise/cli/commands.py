@@ -50,6 +50,7 @@ def compare_parser() -> Parser:
         "equipoise compare --config av_digits --folds A,B,C --out runs/folds",
         "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
         "equipoise compare --data people.csv --target label --group speaker --methods concat,joint --seeds 5",
+        "equipoise compare --config cremad --executor slurm --slurm timeout_min=240 --slurm slurm_partition=gpu",
     )
     add_data_options(parser)
     parser.add_argument("--methods", default=None, help="comma-separated; by default those of the recipe")
@@ -62,6 +63,15 @@ def compare_parser() -> Parser:
         help="accelerator of Lightning; cpu by default, so that results do not depend on the machine; with gpu each run "
         "uses one device, and runs are distributed over the available ones",
     )  # fmt: skip
+    parser.add_argument(
+        "--executor", choices=("local", "slurm"), default="local",
+        help="local: processes of this machine; slurm: one job per run (needs submitit). Jobs resume after a preemption; "
+        "repeat the command to wait for jobs that are still queued or running",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="OPTION=VALUE",
+        help="option of submitit's AutoExecutor, such as timeout_min=240, mem_gb=16, slurm_partition=gpu; repeatable",
+    )  # fmt: skip
     return _with_recipe(parser)
 
 
@@ -71,7 +81,20 @@ def compare(options: Namespace) -> int:
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
     seeds = recipe.seeds if options.seeds is None else options.seeds
-    return _compare(recipe, names, seeds, folds, options, title=title, accelerator=options.accelerator)
+    return _compare(
+        recipe, names, seeds, folds, options, title=title, accelerator=options.accelerator, executor=options.executor,
+        slurm_options=_slurm_options(options.slurm),
+    )  # fmt: skip
+
+
+def _slurm_options(texts: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise ConfigError("--slurm", expected="OPTION=VALUE", got=f"'{text}'")
+        options[name] = recipe_overrides.parse_value(value, f"--slurm {name}")
+    return options
 
 
 def train_parser() -> Parser:
@@ -264,7 +287,7 @@ def _split(names: str, option: str) -> list[str]:
 
 def _compare(
     recipe: Recipe, names: Sequence[str], seeds: int, folds: Sequence[str], options: Namespace, *, title: str,
-    accelerator: str = "cpu",
+    accelerator: str = "cpu", executor: str = "local", slurm_options: dict[str, Any] | None = None,
 ) -> int:  # fmt: skip
     # The report is imported before training, so that a missing package is reported at once.
     from ..report import comparison_figures, comparison_page  # noqa: F401
@@ -276,7 +299,8 @@ def _compare(
     with ComparisonProgress(out) as progress:
         content = compare(
             recipe, names, seeds=seeds, folds=folds, out=options.out, title=title, workers=options.workers,
-            listener=progress, begin=progress.begin, accelerator=accelerator,
+            listener=progress, begin=progress.begin, accelerator=accelerator, executor=executor,
+            slurm_options=slurm_options,
         )  # fmt: skip
     show(content, out)
     results = options.out / "results.json"

@@ -105,7 +105,7 @@ def check_file(path: Path, who: str) -> None:
 def check_folder(folder: Path, who: str) -> None:
     """Checks that a folder can be used as output folder, without creating anything.
 
-    Valid folders are new, empty, or were written by this package. They must not contain links.
+    Valid folders are new, empty, or were written by this package. They must not contain links to the outside.
 
     Raises:
         ConfigError: the path is a file, link or device, or a folder that is read-only or contains other files.
@@ -128,9 +128,9 @@ def check_folder(folder: Path, who: str) -> None:
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
-            if path.is_symlink():
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise ConfigError(
-                    who, expected=f"no links inside '{folder}', so that nothing is written elsewhere",
+                    who, expected=f"no links to the outside in '{folder}', so that nothing is written elsewhere",
                     got=f"the link '{path}'", fix="Replace it with what it leads to, or choose another --out.",
                 )  # fmt: skip
         # wandb writes each run to a new folder, with links to its own log files, which nothing follows.

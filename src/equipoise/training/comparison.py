@@ -1,43 +1,33 @@
-"""Runs methods x seeds x folds in parallel and writes the results after each run."""
+"""Runs methods x seeds x folds, in parallel or as cluster jobs, and writes the results after each run."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import multiprocessing
-import multiprocessing.connection
-import os
-import queue
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.user_code import allow_code, allowed_code
-from ..errors import ConfigError, EquipoiseError
+from ..errors import ConfigError, unknown_name
 from ..integrations.loggers import check_loggers
-from ..io.atomic_files import check_folder, file_error, make_folder
+from ..io.atomic_files import check_folder, make_folder
 from ..io.folder_lock import locked_folder
 from ..results import ComparisonResults, result_rows
 from . import method_factory
-from .history import Progress
 from .recipes import Recipe
-from .run import check_trainer, execute_run, load_run_dataset, single_thread
+from .run import check_trainer, load_run_dataset
 from .run_spec import RunSpec, is_finished
+from .slurm_jobs import run_on_slurm
 from .variant_factory import evaluation_metric, named_metrics
+from .worker_processes import Listener, device, run_in_workers
 
 MOST = 100_000
 """Largest number of runs of one comparison."""
 
-Listener = Callable[[RunSpec, int, int], None]
-"""Called with (job, epochs done, epochs)."""
+EXECUTORS = ("local", "slurm")
+"""Where runs are executed: in processes of this machine, or as Slurm jobs."""
 
 Begin = Callable[[Sequence[RunSpec], Sequence[RunSpec]], None]
 """Called with all jobs and the finished ones."""
@@ -90,6 +80,8 @@ def compare(
     listener: Listener | None = None,
     begin: Begin | None = None,
     accelerator: str = "cpu",
+    executor: str = "local",
+    slurm_options: Mapping[str, Any] | None = None,
 ) -> ComparisonResults:
     """Runs every method with every seed on every fold, and writes ``results.json`` and ``results.csv`` after each run.
 
@@ -111,6 +103,8 @@ def compare(
         begin: called with all runs and the finished ones, before the others start.
         accelerator: accelerator of Lightning. The default makes results independent of the machine; with ``"gpu"`` each
             run uses one device, and runs are distributed over the available ones.
+        executor: ``"local"`` for processes of this machine, ``"slurm"`` for one Slurm job per run, through submitit.
+        slurm_options: options of ``submitit.AutoExecutor.update_parameters``, such as ``{"timeout_min": 120}``.
 
     Returns:
         ComparisonResults, the content of ``results.json``; ``failures`` lists the runs that failed, with their errors.
@@ -122,6 +116,10 @@ def compare(
     plan = plan_runs(recipe, names, seeds, folds)
     if workers is not None and workers < 0:
         raise ConfigError("compare", expected="workers >= 0", got=f"workers = {workers}")
+    if executor not in EXECUTORS:
+        raise unknown_name("compare", "executor", executor, EXECUTORS)
+    if slurm_options and executor != "slurm":
+        raise ConfigError("compare", expected="options of Slurm only with executor slurm", got=f"executor {executor}")
     check_folder(out, "compare")
     _check(plan, accelerator)
     with _exclusive_folder(out):
@@ -142,8 +140,13 @@ def compare(
         write()
         if begin is not None:
             begin(plan, [job for job, run in stored if run is not None])
-        # Closing the generator on an interrupt stops its workers.
-        with contextlib.closing(_run_all(todo, out, workers, listener, accelerator)) as results:
+        results: Generator[tuple[RunSpec, Any], None, None]
+        if executor == "slurm":
+            results = run_on_slurm(todo, out, listener, device(accelerator, 0), slurm_options=slurm_options)
+        else:
+            results = run_in_workers(todo, out, workers, listener, accelerator)
+        # Closing the generator on an interrupt stops its workers; cluster jobs continue.
+        with contextlib.closing(results):
             for job, result in results:
                 if isinstance(result, BaseException):
                     failures.append(
@@ -186,134 +189,6 @@ def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, 
         **({"references": references} if (references := _references(recipe)) else {}),
         "selection": "none: the last epoch counts",
     }
-
-
-def _run_all(
-    todo: Sequence[RunSpec], out: Path, workers: int | None, listener: Listener | None, accelerator: str
-) -> Generator[tuple[RunSpec, Any], None, None]:
-    """Yields (job, run or exception) in order of completion."""
-    count = min(len(todo), cores()) if workers is None else workers
-    if count == 0:
-        yield from _run_in_process(todo, out, listener, accelerator)
-        return
-    context = multiprocessing.get_context("spawn")
-    # This pipe carries no data; it closes when the parent exits, which tells the workers to stop.
-    lifeline, parent_end = context.Pipe(duplex=False)
-    queue_ = context.Queue()
-    pool = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_initialize_worker, initargs=(lifeline, queue_, allowed_code())
-    )
-    done = threading.Event()
-    reader = threading.Thread(target=_forward_progress, args=(queue_, done, todo, listener), daemon=True)
-    try:
-        with _interrupts_blocked():
-            reader.start()
-            waiting: dict[Future, RunSpec] = {
-                pool.submit(_execute_in_worker, number, job, job.folder(out), device(accelerator, number)): job
-                for number, job in enumerate(todo)
-            }
-        while waiting:
-            completed, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            # Yield results that finished before a worker died first.
-            for future in sorted(completed, key=lambda future: future.exception() is not None):
-                yield waiting.pop(future), _outcome(future)
-        pool.shutdown()
-    finally:
-        # Remaining workers exit at once; their runs resume on the next call.
-        parent_end.close()
-        pool.shutdown(cancel_futures=True)
-        done.set()
-        reader.join(timeout=1)
-
-
-def cores() -> int:
-    """Returns the number of cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _outcome(future: Future) -> Any:
-    error = future.exception()
-    if isinstance(error, BrokenProcessPool):
-        raise ConfigError(
-            "compare", expected="running worker processes", got="one that was killed",
-            fix="It may have run out of memory. Repeat the command with fewer --workers; finished runs are kept.",
-        ) from error  # fmt: skip
-    return error if error is not None else future.result()
-
-
-def device(accelerator: str, number: int) -> dict[str, Any]:
-    """Returns the Trainer options that select one device for a run, in turn among the available ones."""
-    several = accelerator in ("gpu", "cuda") and torch.cuda.device_count() > 1
-    return {"accelerator": accelerator, "devices": [number % torch.cuda.device_count()] if several else 1}
-
-
-def _run_in_process(
-    todo: Sequence[RunSpec], out: Path, listener: Listener | None, accelerator: str
-) -> Iterator[tuple[RunSpec, Any]]:
-    with single_thread():
-        for number, job in enumerate(todo):
-            progress = None if listener is None else functools.partial(listener, job)
-            yield job, _execute(job, job.folder(out), progress, device(accelerator, number))
-
-
-def _execute(job: RunSpec, folder: Path, progress: Progress | None, options: dict[str, Any]) -> Any:
-    """Executes a run; returns it, or the exception that it raised."""
-    try:
-        return execute_run(job, folder, progress=progress, trainer_options=options)
-    except EquipoiseError as error:
-        return error
-    except OSError as error:
-        return file_error(error)
-    except Exception as error:
-        # Some exceptions cannot be pickled; send their text.
-        return RuntimeError("".join(traceback.format_exception(error)))
-
-
-_queue: Any = None
-
-
-def _initialize_worker(lifeline: Any, queue_: Any, code: tuple[str, ...]) -> None:
-    """Initializes a worker: uses one thread, ignores Ctrl-C (the parent handles it), exits with its parent."""
-    global _queue
-    _queue = queue_
-    allow_code(code)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
-
-
-def _exit_with_parent(lifeline: Any) -> None:
-    multiprocessing.connection.wait([lifeline])
-    os._exit(1)
-
-
-def _execute_in_worker(number: int, job: RunSpec, folder: Path, options: dict[str, Any]) -> Any:
-    return _execute(job, folder, lambda done, epochs: _queue.put((number, done, epochs)), options)
-
-
-def _forward_progress(queue_: Any, done: threading.Event, todo: Sequence[RunSpec], listener: Listener | None) -> None:
-    while True:
-        try:
-            number, epoch, epochs = queue_.get(timeout=0.2)
-        except queue.Empty:
-            if done.is_set():
-                return
-            continue
-        if listener is not None:
-            listener(todo[number], epoch, epochs)
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Context manager: blocks SIGINT; processes that start meanwhile inherit the block."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ CODE = "python"
 ADVICE = (
     "does not have many workers", "dataloader is not resumable", "GPU available but not used", "Checkpoint directory",
     "tensorboardX", "LeafSpec", "in eval mode at the start of training", "smaller than the logging interval",
+    "`srun` command is available",
 )  # fmt: skip
 """Lightning warnings to suppress: advice on user-defined loaders and loggers, and on frozen encoders."""
 

@@ -316,7 +316,7 @@ def test_symlinks_in_the_output_folder_raise(tmp_path):
     shutil.rmtree(tmp_path / "out" / "text")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "text").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="no links inside"):
+    with pytest.raises(ConfigError, match="no links to the outside in"):
         prepare_raw("mosi", raw, tmp_path / "out")
     assert os.listdir(tmp_path / "elsewhere") == []
 
