@@ -1,9 +1,16 @@
 """Models as users write them, without any type of equipoise."""
 
+import re
+import warnings
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from helpers.foreign import TimmAttention
+from helpers.vlms import IMAGE, llava
+
+PAGE = Path(__file__).parents[2] / "docs" / "own_models.md"
 
 NAMES = ("audio", "image")
 OUTPUTS = 3
@@ -90,3 +97,44 @@ class BertNet(nn.Module):
     def forward(self, audio, image):
         tokens = torch.cat([self.audio(audio), self.image(image)], dim=1)
         return self.classifier(self.bert(inputs_embeds=tokens).last_hidden_state[:, 0])
+
+
+LLAVA = "vlm.base_model.model.model."
+"""Name of the LLaVA model inside of ``LlavaNet``."""
+
+
+class LlavaNet(nn.Module):
+    """A tiny LLaVA with LoRA on the attention of its language model and a trained projector; a head on the last token."""
+
+    def __init__(self):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["multi_modal_projector"]
+        )
+        with warnings.catch_warnings():
+            # peft asks transformers by a deprecated name.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.vlm = get_peft_model(llava()[0], config)
+        self.head = nn.Linear(16, OUTPUTS)
+
+    def forward(self, pixel_values, input_ids):
+        out = self.vlm(pixel_values=pixel_values, input_ids=input_ids, output_hidden_states=True)
+        return self.head(out.hidden_states[-1][:, -1])
+
+
+def llava_batch(seed=0, size=6):
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 80, (size, 9), generator=random)
+    ids[:, 2:6] = IMAGE
+    pixels = torch.randn(size, 3, 8, 8, generator=random)
+    target = torch.randint(0, OUTPUTS, (size,), generator=random)
+    return {"pixel_values": pixels, "input_ids": ids, "target": target}
+
+
+def matrix():
+    """kind of model -> method -> cell of the table in docs/own_models.md."""
+    table = re.search(r"<!-- matrix -->\n(.*?)\n\n", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
