@@ -91,7 +91,7 @@ def check_rotation(kind):
     assert rolling.end_epoch()["rotated"] == 1.0
     if kind == LORA:
         # The rotation is behind the rotary positions.
-        with pytest.raises(EquipoiseError, match="merge"):
+        with pytest.raises(EquipoiseError, match="behind the rotary positions"):
             eq.merge_rotations(adapted)
         return
     output = adapted.eval().output_of(adapted(data)).logits
