@@ -30,7 +30,7 @@ CEILING = 7.0
 def coefficients(
     errors: Float[Tensor, " modality"],
     usual: Float[Tensor, " modality"],
-    known: Bool[Tensor, " modality"],
+    valid: Bool[Tensor, " modality"],
     *,
     alpha: float,
 ) -> Float[Tensor, " modality"]:
@@ -46,8 +46,8 @@ def coefficients(
         >>> coefficients(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]), torch.tensor([True, True]), alpha=0.1)
         tensor([0.9387, 1.1875])
     """
-    ratio, mean_ratio = ((mean_of_others(values, known) - values).exp() for values in (errors, usual))
-    return torch.where(known, (alpha * (mean_ratio - ratio).clamp(max=CEILING)).exp(), 1.0)
+    ratio, mean_ratio = ((mean_of_others(values, valid) - values).exp() for values in (errors, usual))
+    return torch.where(valid, (alpha * (mean_ratio - ratio).clamp(max=CEILING)).exp(), 1.0)
 
 
 class AGM(Balancer):
@@ -125,11 +125,11 @@ class AGM(Balancer):
         names = self._model[0].names
         total, count = all_reduce_sum(self._error_sums(output, target))
         errors = total / count.clamp(min=1)
-        known, errors = (count > 0) & errors.isfinite(), errors.nan_to_num()
+        valid, errors = (count > 0) & errors.isfinite(), errors.nan_to_num()
         self.to(errors.device)
-        factors = coefficients(errors, self.usual, known & (self.steps > 0), alpha=self.alpha)
-        self.steps += known
-        self.usual += torch.where(known, (errors - self.usual) / self.steps.clamp(min=1), 0.0)
+        factors = coefficients(errors, self.usual, valid & (self.steps > 0), alpha=self.alpha)
+        self.steps += valid
+        self.usual += torch.where(valid, (errors - self.usual) / self.steps.clamp(min=1), 0.0)
         self.used += torch.cat([factors, factors.new_ones(1)])
         return dict(zip(names, factors, strict=True))
 

@@ -125,9 +125,9 @@ class MMPareto(Balancer):
             sums = self.noted_sum(name)
             if sums is None:
                 continue
-            whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            totals = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             alone = _shaped(all_reduce_sum(sums) * ratio, parameters)
-            joint = [total - own for total, own in zip(whole, alone, strict=True)]
+            joint = [total - own for total, own in zip(totals, alone, strict=True)]
             combined = pareto_gradient(joint, alone, gamma=self.gamma)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 if parameter.grad is not None:
@@ -137,9 +137,9 @@ class MMPareto(Balancer):
         """Returns the encoders' gradients of the unimodal losses in this backward pass."""
         learning = self._trainable()
         every = [p for group in learning.values() for p in group]
-        found = term_gradients(total, every, gradient, "MMPareto") if every else ()
-        whole = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, found, strict=True))
-        return {name: _flat([next(whole) for _ in group]) for name, group in learning.items()}
+        gradients = term_gradients(total, every, gradient, "MMPareto") if every else ()
+        gradient_iter = iter(torch.zeros_like(p) if g is None else g for p, g in zip(every, gradients, strict=True))
+        return {name: _flat([next(gradient_iter) for _ in group]) for name, group in learning.items()}
 
     def _trainable(self) -> dict[str, list[nn.Parameter]]:
         """Returns name -> trainable parameters of the encoder; frozen encoders are left out."""

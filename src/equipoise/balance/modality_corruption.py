@@ -210,8 +210,8 @@ class ModalityCorruption(Balancer):
         corrupted = (draws[:, :count] < self.probability) & corruptible & present
         # If all modalities of a sample were selected, keep one of them at random.
         chosen = (draws[:, 2 * count] * present.sum(dim=1)).long()[:, None]
-        kept = present & (present.cumsum(dim=1) - 1 == chosen)
-        corrupted &= ~((corrupted == present).all(dim=1, keepdim=True) & kept)
+        spared = present & (present.cumsum(dim=1) - 1 == chosen)
+        corrupted &= ~((corrupted == present).all(dim=1, keepdim=True) & spared)
         # One uniform number decides both: below replace_prob the input is destroyed, the rest is rescaled to the degree.
         u = draws[:, count : 2 * count]
         destroyed = corrupted & (u < self.replace_prob)

@@ -34,16 +34,16 @@ def keep_masks(
         tensor([[False,  True],
                 [ True,  True]])
     """
-    kept = present & (uniform >= rates)
-    return torch.where(kept.any(dim=1, keepdim=True), kept, present)
+    mask = present & (uniform >= rates)
+    return torch.where(mask.any(dim=1, keepdim=True), mask, present)
 
 
 def mask_tokens(
-    tokens: Mapping[str, Tokens], kept: Bool[Tensor, "batch modality"], *, scale: Tensor | float = 1.0
+    tokens: Mapping[str, Tokens], mask: Bool[Tensor, "batch modality"], *, scale: Tensor | float = 1.0
 ) -> dict[str, Tokens]:
     """Masks the tokens of samples and modalities that are not kept; multiplies values by ``scale``."""
     return {
-        name: replace(part, values=part.values * scale, mask=part.valid() & kept[:, index, None])
+        name: replace(part, values=part.values * scale, mask=part.valid() & mask[:, index, None])
         for index, (name, part) in enumerate(tokens.items())
     }
 

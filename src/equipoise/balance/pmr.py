@@ -38,11 +38,11 @@ def prototype_weights(
         >>> prototype_weights(torch.tensor([0.6, 0.4]))
         (tensor([0.0000, 0.5000]), tensor([0.5000, 0.0000]))
     """
-    known, tiny = ~scores.isnan(), torch.finfo(scores.dtype).tiny
+    valid, tiny = ~scores.isnan(), torch.finfo(scores.dtype).tiny
     best, worst = scores.nan_to_num(0.0).max(), scores.nan_to_num(math.inf).min()
     lags = (best / scores.clamp(min=tiny) - 1).clamp(0.0, 1.0)
     leads = (scores / worst.clamp(min=tiny) - 1).clamp(0.0, 1.0)
-    return torch.where(known, lags, 0.0), torch.where(known, leads, 0.0)
+    return torch.where(valid, lags, 0.0), torch.where(valid, leads, 0.0)
 
 
 class PMR(Balancer):
@@ -134,12 +134,12 @@ class PMR(Balancer):
         if int(self.reviewed) == 0:
             return None
         features, present = self._features(output)
-        seen = self._seen(features.device)
-        log_p = prototype_log_probabilities(features, self.prototypes.to(features), seen)
+        has_prototype = self._seen(features.device)
+        log_p = prototype_log_probabilities(features, self.prototypes.to(features), has_prototype)
         index = categories(target, self._model[0].task, self.edges).expand(len(features), -1, -1)[..., None]
         true = log_p.gather(-1, index)[..., 0]
         # Use samples that have the modality, of classes that have a prototype.
-        counts = present[..., None] & seen[:, None].expand(log_p.shape).gather(-1, index)[..., 0]
+        counts = present[..., None] & has_prototype[:, None].expand(log_p.shape).gather(-1, index)[..., 0]
         hits, trials = all_reduce_sum(
             torch.stack([_sums(true.detach().exp(), counts), counts.sum(dim=(1, 2)).to(true)])
         )
@@ -180,11 +180,11 @@ class PMR(Balancer):
             self.edges = bin_edges(target, self.bins)
         classes = categories(target, model.task, self.edges)
         new, updated = class_means(torch.cat(features, 1).double(), torch.cat(present, 1), classes, self.seen.shape[-1])
-        old, seen = self.prototypes.to(new), self._seen(updated.device)
+        old, has_prototype = self.prototypes.to(new), self._seen(updated.device)
         # A class seen for the first time has no previous prototype to blend with.
-        decay = torch.where(updated, self.momentum * seen.to(new), 1.0)[..., None]
+        decay = torch.where(updated, self.momentum * has_prototype.to(new), 1.0)[..., None]
         self.prototypes = decay * old + (1 - decay) * new
-        self.seen = (seen | updated).to(self.seen.dtype)
+        self.seen = (has_prototype | updated).to(self.seen.dtype)
         self.reviewed += 1
         self.batches.zero_()
 

@@ -132,9 +132,9 @@ class SampleValuation(Balancer):
         present = torch.stack([has_modality(output, name) for name in model.names])
         worth = [torch.zeros(len(target), dtype=torch.float64, device=present.device)]
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
-            for kept in modality_subsets(model.names)[1:]:
-                logits = subset_logits(model, output.tokens, kept)
-                size = present[[model.names.index(name) for name in kept]].sum(dim=0)
+            for subset in modality_subsets(model.names)[1:]:
+                logits = subset_logits(model, output.tokens, subset)
+                size = present[[model.names.index(name) for name in subset]].sum(dim=0)
                 factor = (size > 0) if self.value == "correct" else size
                 worth.append(factor * correctness(logits, target, model.task).double())
         return shapley_values(torch.stack(worth))

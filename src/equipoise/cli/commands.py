@@ -229,8 +229,8 @@ def manage_recipes(options: Namespace) -> int:
             out.print(f"[bold]{name}[/bold]  {manual[0].partition(':')[2].strip()}", highlight=False, soft_wrap=True)
         return 0
     if options.name is None:
-        known = ", ".join(recipes.recipe_names())
-        raise ConfigError("recipes cp", expected="a recipe's name", got="none", fix=f"One of: {known}.")
+        names = ", ".join(recipes.recipe_names())
+        raise ConfigError("recipes cp", expected="a recipe's name", got="none", fix=f"One of: {names}.")
     source = recipes.find_recipe(options.name)
     target = options.to or Path(source.name)
     target = target / source.name if target.is_dir() else target

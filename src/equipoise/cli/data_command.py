@@ -107,9 +107,9 @@ def describe(layout: Layout, console: Console) -> None:
     counts = ", ".join(f"{name} {count:,}" for name, count in layout.published.items())
     say(f"published: {counts}; groups: {layout.groups or 'none, so no --split disjoint'}")
     say("\nfiles under ROOT (--path PLACE=PATH where they are elsewhere):")
-    for name, place in layout.places.items():
-        needed = "" if place.required else ", not always needed"
-        say(f"  {name}: {' or '.join(place.candidates)}\n    {place.content}{needed}")
+    for name, location in layout.places.items():
+        needed = "" if location.required else ", not always needed"
+        say(f"  {name}: {' or '.join(location.candidates)}\n    {location.content}{needed}")
     if layout.options:
         say("\noptions:")
     for name, option in layout.options.items():
@@ -132,35 +132,35 @@ def _prepare(options: Namespace) -> int:
     settings = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     folder = options.out or Path("prepared") / layout.name
     with counted_progress(f"preparing {layout.name}", "samples", out) as progress:
-        made = prepare(
+        preparation = prepare(
             layout, options.root, folder, split=options.split or "published", options=settings, paths=_places(options.path),
             copy=options.copy, workers=_workers(options.workers), progress=progress,
         )  # fmt: skip
-    show_preparation(made, out)
+    show_preparation(preparation, out)
     return 0
 
 
-def _workers(given: int | None) -> int:
-    return given if given is not None else os.cpu_count() or 1
+def _workers(value: int | None) -> int:
+    return value if value is not None else os.cpu_count() or 1
 
 
-def _places(given: list[str]) -> dict[str, str]:
-    found = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not equals or not name or not place or "\0" in place:
+def _places(options: list[str]) -> dict[str, str]:
+    locations = {}
+    for text in options:
+        name, equals, location = text.partition("=")
+        if not equals or not name or not location or "\0" in location:
             raise ConfigError("data prepare --path", expected="PLACE=PATH", got=ascii(text)[:80])
-        found[name] = place
-    return found
+        locations[name] = location
+    return locations
 
 
-def show_preparation(made: Preparation, console: Console) -> None:
+def show_preparation(preparation: Preparation, console: Console) -> None:
     """Prints the numbers of samples, and what was dropped and why."""
 
     def say(text: str, style: str = "") -> None:
         console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
-    report = made.report
+    report = preparation.report
     for split, count in report["samples"].items():
         say(f"{split}: {count:,} samples")
     published = report["published"]
@@ -173,8 +173,8 @@ def show_preparation(made: Preparation, console: Console) -> None:
             f"published: {counts} ({' / '.join(published)}); here {' / '.join(f'{n:,}' for n in found.values())}",
             "yellow",
         )
-    if made.reused:
-        say(f"{made.reused:,} samples were already converted.", "dim")
+    if preparation.reused:
+        say(f"{preparation.reused:,} samples were already converted.", "dim")
     groups = report["groups"]
     if groups.get("shared_by_train_and_test"):
         said = f"{groups['shared_by_train_and_test']:,} groups ({groups['kind']}) are in training and test"
@@ -184,10 +184,13 @@ def show_preparation(made: Preparation, console: Console) -> None:
     for note in report["notes"]:
         say(note, "yellow")
     if report["dropped"]:
-        say(f"dropped: {report['dropped']:,} samples; each with its reason in {made.folder / 'prepare.json'}", "yellow")
+        say(
+            f"dropped: {report['dropped']:,} samples; each with its reason in {preparation.folder / 'prepare.json'}",
+            "yellow",
+        )
         for reason, count in list(report["dropped_reasons"].items())[:MOST_LISTED]:
             say(f"  {count:,} x {reason}", "yellow")
-    say(f"manifest: {made.folder / 'manifest.csv'}")
+    say(f"manifest: {preparation.folder / 'manifest.csv'}")
 
 
 def _verify(options: Namespace) -> int:
@@ -202,26 +205,29 @@ def _verify(options: Namespace) -> int:
             fix="Write for example: equipoise data verify prepared/cremad.",
         )  # fmt: skip
     with counted_progress("verifying", "files", out) as progress:
-        found = verify(Path(options.name), workers=_workers(options.workers), progress=progress)
-    for line in verification_lines(found):
+        verification = verify(Path(options.name), workers=_workers(options.workers), progress=progress)
+    for line in verification_lines(verification):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
-    if found.complete:
+    if verification.complete:
         return 0
     return fail(
-        f"'{options.name}' is damaged: {len(found.missing)} files are missing, {len(found.changed)} have changed. "
+        f"'{options.name}' is damaged: {len(verification.missing)} files are missing, {len(verification.changed)} have changed. "
         "The same `equipoise data prepare` command restores what it wrote."
     )
 
 
-def verification_lines(found: Verification) -> list[str]:
+def verification_lines(verification: Verification) -> list[str]:
     """Returns what ``verify`` found, in lines."""
     lines: list[str] = []
     kinds: tuple[tuple[str, list[Any]], ...] = (
-        ("missing", found.missing), ("changed", found.changed), ("not listed", found.unlisted)
+        ("missing", verification.missing), ("changed", verification.changed), ("not listed", verification.unlisted)
     )  # fmt: skip
     for kind, names in kinds:
         lines += [f"{kind}: {name}" for name in names[:MOST_LISTED]]
         if len(names) > MOST_LISTED:
             lines.append(f"{kind}: {len(names) - MOST_LISTED:,} more")
-    right = found.files - len(found.missing) - len(found.changed)
-    return [*lines, f"{right:,} of {found.files:,} files as written; {found.rows:,} samples in the manifest"]
+    right = verification.files - len(verification.missing) - len(verification.changed)
+    return [
+        *lines,
+        f"{right:,} of {verification.files:,} files as written; {verification.rows:,} samples in the manifest",
+    ]

@@ -124,17 +124,17 @@ def diagnose(options: Namespace) -> int:
     if options.metric is not None:
         select_metrics([options.metric], None, "diagnose --metric")
     scores = _alone(trained, options.metric)
-    found = []
+    diagnoses = []
     with DiagnosisProgress(len(trained), out) as progress:
         for one, name in zip(trained, names, strict=True):
             progress.begin(name)
-            found.append(diagnose_run(one, name, tests, options, scores, progress))
-    for name, diagnosis in zip(names, found, strict=True):
+            diagnoses.append(diagnose_run(one, name, tests, options, scores, progress))
+    for name, diagnosis in zip(names, diagnoses, strict=True):
         diagnosis.save(folder if alone else folder / check_path_component(name.replace("/", "-"), "diagnose"))
-    if len(found) > 1:
-        result_rows.write_results(folder / "results.json", results(found))
-    page = found[0].report(folder / "report.html", *found[1:])
-    show(found, out)
+    if len(diagnoses) > 1:
+        result_rows.write_results(folder / "results.json", results(diagnoses))
+    page = diagnoses[0].report(folder / "report.html", *diagnoses[1:])
+    show(diagnoses, out)
     out.print(f"diagnosis: {folder}", soft_wrap=True, highlight=False)
     out.print(f"report:    {page}", soft_wrap=True, highlight=False)
     return 0
@@ -174,7 +174,7 @@ def diagnose_run(
     model = load(trained.folder, data=source)
     loader = data.loader(source, "test", BATCH, seed=0, train=False, rank=0, world=1)
     used, samples = _data(trained.recipe), len(source.test)
-    known = {
+    arguments = {
         one: alone[key].on(used, samples) for one in model.names if (key := (one, run["fold"], run["seed"])) in alone
     }
     diagnosis = ask(
@@ -183,7 +183,7 @@ def diagnose_run(
         modality=_modality(options, trained, model.names), metric=_metric(options.metric, trained.recipe),
         outside=_Noise(source, model.names, options.seed) if options.outside == "noise" else None,
         # Unimodal scores are used only if all modalities have one.
-        alone=known if len(known) == len(model.names) else None, progress=progress,
+        alone=arguments if len(arguments) == len(model.names) else None, progress=progress,
     )  # fmt: skip
     protocol = {"data": trained.recipe.data_title, "split": "test", "method": run["method"]}
     outside = {"outside": options.outside} if options.outside != "none" else {}
@@ -192,16 +192,16 @@ def diagnose_run(
     )
 
 
-def _metric(given: str | None, recipe: Recipe) -> str | None:
+def _metric(name: str | None, recipe: Recipe) -> str | None:
     """Returns the metric given as an option, or else the main metric of the recipe; None for the score of the task."""
-    return given or next(iter(recipe.metrics), None)
+    return name or next(iter(recipe.metrics), None)
 
 
 def _modality(options: Namespace, trained: TrainedRun, names: tuple[str, ...]) -> str | None:
     """Returns the modality given as an option, or else the noise modality of the run."""
-    wanted = options.modality or trained.run.get("noise_modality") or trained.recipe.noise_modality
+    modality = options.modality or trained.run.get("noise_modality") or trained.recipe.noise_modality
     # A unimodal run may not have that modality.
-    return wanted if options.modality or wanted in names else None
+    return modality if options.modality or modality in names else None
 
 
 @dataclass(frozen=True)
@@ -244,19 +244,19 @@ def _alone(trained: Sequence[TrainedRun], given: str | None) -> dict[tuple, Alon
     """Returns {(modality, fold, seed): unimodal score}, from the given runs and their comparison."""
     from ..diagnostics.task_scores import SCORES
 
-    found: dict[tuple, Alone] = {}
+    scores: dict[tuple, Alone] = {}
     for one in trained:
         siblings = [one.folder.parent.parent / name / one.folder.name / "run.json" for name in one.recipe.encoders]
         stored = [(run, _data_of(path.parent)) for path in siblings if (run := _stored(path)) is not None]
         for run, data in [(one.run, _data(one.recipe)), *stored]:
             metrics, each = run["metrics"], run.get("outcomes") or {}
-            named = _metric(given, one.recipe)
-            known = SCORES.values() if named is None else (named,)
-            metric = next((name for name in known if metrics.get(name) is not None), None)
+            metric_name = _metric(given, one.recipe)
+            candidates = SCORES.values() if metric_name is None else (metric_name,)
+            metric = next((name for name in candidates if metrics.get(name) is not None), None)
             if run["method"] in one.recipe.encoders and metric is not None:
                 outcomes = unpack_outcomes(each[metric]) if metric in each else None
-                found[run["method"], run["fold"], run["seed"]] = Alone(float(metrics[metric]), outcomes, data)
-    return found
+                scores[run["method"], run["fold"], run["seed"]] = Alone(float(metrics[metric]), outcomes, data)
+    return scores
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def _stored(path: Path) -> dict[str, Any] | None:
 STYLES = {"good": ("✓", "green"), "bad": ("✗", "red"), "neutral": ("○", "dim")}
 
 
-def show(found: Sequence[Diagnosis], console: Console) -> None:
+def show(diagnoses: Sequence[Diagnosis], console: Console) -> None:
     """Prints the verdicts, each with its test."""
     from rich import box
     from rich.table import Table
@@ -291,7 +291,7 @@ def show(found: Sequence[Diagnosis], console: Console) -> None:
 
     from ..report.verdict_list import headline
 
-    for diagnosis in found:
+    for diagnosis in diagnoses:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         title = headline(diagnosis.name, list(diagnosis.verdicts))
         table.add_column("")

@@ -81,7 +81,7 @@ def apply(base: Recipe, changes: Sequence[Change], who: str) -> Recipe:
         ConfigError: unknown option, or a value of the wrong type.
     """
     content = asdict(base)
-    for where, given in changes:
+    for where, changed in changes:
         if len(where) > DEEPEST:
             raise ConfigError("command line", expected=f"at most {DEEPEST} names in an option", got=str(len(where)))
         *path, last = where
@@ -91,12 +91,13 @@ def apply(base: Recipe, changes: Sequence[Change], who: str) -> Recipe:
                 parent[part] = {}
             parent = parent[part]
         keeps = where[0] == "train" or (where[0] in NAMED and len(where) == 2)
-        if keeps and isinstance(given, dict) and isinstance(parent.get(last), dict):
-            given = {**parent[last], **given}
-        elif where[0] in NAMED and len(where) == 1 and isinstance(given, dict):
+        if keeps and isinstance(changed, dict) and isinstance(parent.get(last), dict):
+            changed = {**parent[last], **changed}
+        elif where[0] in NAMED and len(where) == 1 and isinstance(changed, dict):
             former = parent[last]
-            given = {
-                key: {**former.get(key, {}), **part} if isinstance(part, dict) else part for key, part in given.items()
+            changed = {
+                key: {**former.get(key, {}), **part} if isinstance(part, dict) else part
+                for key, part in changed.items()
             }
-        parent[last] = given
+        parent[last] = changed
     return recipes.recipe_from_dict(content, who)

@@ -31,8 +31,8 @@ def show(content: dict[str, Any], console: Console) -> None:
     counts = {row["n"] for (_, metric), row in rows.items() if metric == score}
     columns = ({SEEDS: SEEDS} if len(counts) > 1 else {}) | {score: short}
     columns |= {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
-    named = [metric for metric in (content["protocol"].get("metrics") or ())[1:] if isinstance(metric, str)]
-    columns |= {metric: metric_label(metric) for metric in named}
+    further_metrics = [metric for metric in (content["protocol"].get("metrics") or ())[1:] if isinstance(metric, str)]
+    columns |= {metric: metric_label(metric) for metric in further_metrics}
     # Self-contained models report several metrics.
     others = [] if replaced else [metric for metric in dict.fromkeys(m for _, m in rows) if _shown(metric, score)]
     columns |= {metric: metric.replace("_", " ") for metric in others}
@@ -40,7 +40,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     droppable = [
         "seconds_per_epoch",
         *reversed(others),
-        *reversed(named),
+        *reversed(further_metrics),
         *reversed(replaced),
         "noise_attention_r",
         SEEDS,

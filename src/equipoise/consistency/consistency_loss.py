@@ -108,8 +108,8 @@ class ConsistencyLoss(nn.Module):
         parts = self._parts(tokens)
         if len(parts) < 2:
             raise ConfigError("ConsistencyLoss", expected="two or more modalities", got=f"{len(parts)}")
-        whole = torch.stack([part.present() for part in parts]).all(dim=0)
-        pooled = [self._concepts(part)[whole] for part in parts]
+        complete = torch.stack([part.present() for part in parts]).all(dim=0)
+        pooled = [self._concepts(part)[complete] for part in parts]
         masks = None
         if self.slots is None:
             if len({part.shape[1] for part in pooled}) != 1:
@@ -117,7 +117,7 @@ class ConsistencyLoss(nn.Module):
                     "ConsistencyLoss", expected="equally many tokens in all modalities",
                     got=f"{[part.shape[1] for part in pooled]}", fix="Pass slots=8 and dim, to pool them.",
                 )  # fmt: skip
-            masks = [_mask(part, whole) for part in parts]
+            masks = [_mask(part, complete) for part in parts]
         # Singular values require single precision or higher.
         units = [nn.functional.normalize(exact(part), dim=-1) for part in pooled]
         return supermatrix_from_tokens(units, temperature=self.temperature, masks=masks, sinkhorn=self.sinkhorn)
@@ -160,5 +160,5 @@ class ConsistencyLoss(nn.Module):
         return pooled - pooled.mean(dim=1, keepdim=True)
 
 
-def _mask(part: Tokens, whole: Bool[Tensor, " batch"]) -> Bool[Tensor, "some token"] | None:
-    return None if part.mask is None else part.mask[whole]
+def _mask(part: Tokens, complete: Bool[Tensor, " batch"]) -> Bool[Tensor, "some token"] | None:
+    return None if part.mask is None else part.mask[complete]

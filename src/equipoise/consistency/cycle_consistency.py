@@ -93,7 +93,7 @@ def worst_contradictions(
     """
     parts = sizes_of(matrix, num_modalities, sizes, "worst_contradictions")
     blocks = split_blocks(exact(matrix).detach().cpu(), parts)
-    found = []
+    contradictions = []
     for i, j, k in permutations(range(len(parts)), 3):
         for token in range(parts[i]):
             to_j, first = blocks[i][j][token].max(dim=0)
@@ -101,8 +101,8 @@ def worst_contradictions(
             direct, third = blocks[i][k][token].max(dim=0)
             if int(second) != int(third):
                 path = ((i, token), (j, int(first)), (k, int(second)), (k, int(third)))
-                found.append(Contradiction(path, float(to_j * to_k * direct)))
-    return sorted(found, key=lambda contradiction: -contradiction.strength)[:most]
+                contradictions.append(Contradiction(path, float(to_j * to_k * direct)))
+    return sorted(contradictions, key=lambda contradiction: -contradiction.strength)[:most]
 
 
 def worst_cycles(
@@ -125,7 +125,7 @@ def worst_cycles(
     """
     parts = sizes_of(matrix, num_modalities, sizes, "worst_cycles")
     blocks = split_blocks(exact(matrix).detach().cpu(), parts)
-    found: dict[frozenset[tuple[int, int]], Contradiction] = {}
+    cycles: dict[frozenset[tuple[int, int]], Contradiction] = {}
     for cycle in permutations(range(len(parts)), min(len(parts), 3)):
         for token in range(parts[cycle[0]]):
             path, strength = [(cycle[0], token)], 1.0
@@ -136,7 +136,7 @@ def worst_cycles(
             # A row of zeros maps to no token.
             if path[-1] != path[0] and strength > 0:
                 steps = frozenset(path[:-1])
-                if steps not in found or found[steps].strength < strength:
-                    found[steps] = Contradiction(tuple(path), strength)
+                if steps not in cycles or cycles[steps].strength < strength:
+                    cycles[steps] = Contradiction(tuple(path), strength)
     # Round, so that the order of equal strengths does not depend on rounding errors.
-    return sorted(found.values(), key=lambda one: (-round(one.strength, 6), one.path))[:most]
+    return sorted(cycles.values(), key=lambda one: (-round(one.strength, 6), one.path))[:most]

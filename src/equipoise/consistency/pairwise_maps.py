@@ -46,24 +46,24 @@ def supermatrix(
     """
     if diagonal not in ("identity", "given"):
         raise ConfigError("supermatrix diagonal", expected="'identity' or 'given'", got=repr(diagonal))
-    found, order = _numbered(blocks, names)
+    numbered, order = _numbered(blocks, names)
     count = len(order)
     if count < 2:
         raise ConfigError("supermatrix", expected="maps between two or more modalities", got=f"{count}")
     for i in range(count):
         for j in range(count):
-            if (i, j) not in found and (j, i) in found:
-                found[i, j] = found[j, i].transpose(-1, -2)
-    sizes = _sizes(found, order)
-    like = next(iter(found.values()))
+            if (i, j) not in numbered and (j, i) in numbered:
+                numbered[i, j] = numbered[j, i].transpose(-1, -2)
+    sizes = _sizes(numbered, order)
+    like = next(iter(numbered.values()))
     rows = []
     for i in range(count):
         row = []
         for j in range(count):
             if i == j and diagonal == "identity":
                 row.append(torch.eye(sizes[i], dtype=like.dtype, device=like.device))
-            elif (i, j) in found:
-                row.append(found[i, j])
+            elif (i, j) in numbered:
+                row.append(numbered[i, j])
             else:
                 raise ConfigError(
                     "supermatrix", expected="a map in at least one direction for every pair",
@@ -72,8 +72,8 @@ def supermatrix(
                 )  # fmt: skip
         rows.append(row)
     lead = torch.broadcast_shapes(*(part.shape[:-2] for row in rows for part in row))
-    whole = torch.cat([torch.cat([p.expand(*lead, *p.shape[-2:]) for p in row], dim=-1) for row in rows], dim=-2)
-    return (whole + whole.transpose(-1, -2)) / 2 if symmetrize else whole
+    matrix = torch.cat([torch.cat([p.expand(*lead, *p.shape[-2:]) for p in row], dim=-1) for row in rows], dim=-2)
+    return (matrix + matrix.transpose(-1, -2)) / 2 if symmetrize else matrix
 
 
 def supermatrix_from_tokens(
@@ -196,9 +196,9 @@ def _numbered(blocks: Blocks, names: Sequence[str] | None) -> tuple[dict[tuple[i
     return pairs, order
 
 
-def _sizes(found: Mapping[tuple[int, int], Tensor], order: Sequence[str]) -> list[int]:
+def _sizes(blocks: Mapping[tuple[int, int], Tensor], order: Sequence[str]) -> list[int]:
     sizes: dict[int, int] = {}
-    for (i, j), part in found.items():
+    for (i, j), part in blocks.items():
         for number, size in ((i, part.shape[-2]), (j, part.shape[-1])):
             if sizes.setdefault(number, size) != size:
                 raise ShapeError(

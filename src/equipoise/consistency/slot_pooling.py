@@ -62,6 +62,6 @@ def pool_to_slots(
     values = exact(matrix)
     into = torch.block_diag(*(overlaps(many, few) for many, few in zip(sizes, parts, strict=True))).to(values)
     with full_precision(values):
-        whole = (into / into.sum(dim=1, keepdim=True)) @ values @ into.transpose(0, 1)
-    own = torch.block_diag(*(torch.ones(few, few) for few in parts)).to(values.device).bool()
-    return torch.where(own, torch.eye(sum(parts)).to(values), whole)
+        pooled = (into / into.sum(dim=1, keepdim=True)) @ values @ into.transpose(0, 1)
+    diagonal = torch.block_diag(*(torch.ones(few, few) for few in parts)).to(values.device).bool()
+    return torch.where(diagonal, torch.eye(sum(parts)).to(values), pooled)

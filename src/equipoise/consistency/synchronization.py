@@ -52,15 +52,15 @@ def synchronize(
     if kind not in KINDS:
         raise unknown_name("synchronize", "kind", str(kind), KINDS)
     with torch.no_grad():
-        whole = exact(matrix).double()
-        _, vectors = torch.linalg.eigh((whole + whole.transpose(-1, -2)) / 2)
+        full = exact(matrix).double()
+        _, vectors = torch.linalg.eigh((full + full.transpose(-1, -2)) / 2)
         stack = num_modalities**0.5 * vectors[..., -size:].unflatten(-2, (num_modalities, size))
         free = stack @ stack[..., :1, :, :].transpose(-1, -2)
         maps = {"hard": _permutations, "soft": _soft, "orthogonal": _orthogonal}[kind](free, temperature, rounds)
         # The first modality is the reference.
         maps[..., 0, :, :] = torch.eye(size, dtype=maps.dtype, device=maps.device)
-        found = maps.flatten(-3, -2)
-        return (found @ found.transpose(-1, -2)).to(matrix.dtype)
+        columns = maps.flatten(-3, -2)
+        return (columns @ columns.transpose(-1, -2)).to(matrix.dtype)
 
 
 def _permutations(free: Tensor, temperature: float, rounds: int) -> Tensor:

@@ -33,16 +33,16 @@ def sample_kept_classes(held_out: Sequence[int], count: int, who: str) -> Int[Te
             who, expected=f"held_out, a list of classes among 0 to {count - 1}", got=f"held_out = {held_out!r}",
             fix="Write it as held_out: [7, 8, 9].",
         )  # fmt: skip
-    kept = [value for value in range(count) if value not in held_out]
-    if len(kept) < 2:
+    retained = [value for value in range(count) if value not in held_out]
+    if len(retained) < 2:
         raise ConfigError(
-            who, expected="two or more classes that are not held out", got=f"{len(kept)} of {count}",
+            who, expected="two or more classes that are not held out", got=f"{len(retained)} of {count}",
             fix="Hold out fewer.",
         )  # fmt: skip
-    return torch.tensor(kept)
+    return torch.tensor(retained)
 
 
-def split_by_class(split: Split, kept: Int[Tensor, " class"]) -> tuple[Split, Split]:
+def split_by_class(split: Split, retained: Int[Tensor, " class"]) -> tuple[Split, Split]:
     """Splits samples into those of the kept classes, relabeled from 0, and the others, with unchanged targets.
 
     Args:
@@ -54,9 +54,9 @@ def split_by_class(split: Split, kept: Int[Tensor, " class"]) -> tuple[Split, Sp
         >>> known.target, unknown.target
         (tensor([1, 0, 1]), tensor([9]))
     """
-    known = torch.isin(split.target, kept)
+    known = torch.isin(split.target, retained)
     inside, outside = _select_rows(split, known), _select_rows(split, ~known)
-    return Split(inside.inputs, torch.searchsorted(kept, inside.target)), outside
+    return Split(inside.inputs, torch.searchsorted(retained, inside.target)), outside
 
 
 def _select_rows(split: Split, rows: Bool[Tensor, " sample"]) -> Split:

@@ -60,14 +60,14 @@ def load_image(image: str | Path | bytes | Image.Image, *, who: str = "image") -
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("error", message="Truncated File Read")
-            found = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(content))
-            if found.width * found.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{found.width} x {found.height} pixels, a decompression bomb")
-            if found.format in PROGRAMS:
-                raise UnidentifiedImageError(found.format)
-            found.load()
-            _require_end(found.format, content)
-            return _on_white(_eight_bits(_upright(found), found.format, who))
+            opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(content))
+            if opened.width * opened.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels, a decompression bomb")
+            if opened.format in PROGRAMS:
+                raise UnidentifiedImageError(opened.format)
+            opened.load()
+            _require_end(opened.format, content)
+            return _on_white(_eight_bits(_upright(opened), opened.format, who))
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -106,17 +106,17 @@ def read_audio(
         return sound
     from scipy.signal import resample_poly
 
-    channels, own = load_audio(sound, who=who)
+    channels, file_rate = load_audio(sound, who=who)
     values = channels.mean(axis=1)
-    if own == rate:
+    if file_rate == rate:
         return values
-    if len(values) * rate > MAX_SAMPLES * own:
+    if len(values) * rate > MAX_SAMPLES * file_rate:
         raise DataError(
             who, expected=f"a sound of at most {MAX_SAMPLES:,} samples at {rate} Hz",
-            got=f"{len(values):,} at {own} Hz",
+            got=f"{len(values):,} at {file_rate} Hz",
         )  # fmt: skip
-    divisor = math.gcd(own, rate)
-    return resample_poly(values, rate // divisor, own // divisor).astype(np.float32)
+    divisor = math.gcd(file_rate, rate)
+    return resample_poly(values, rate // divisor, file_rate // divisor).astype(np.float32)
 
 
 def load_audio(path: str | Path | bytes, *, who: str = "audio") -> tuple[Float[np.ndarray, "sample channel"], int]:

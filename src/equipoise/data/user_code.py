@@ -59,21 +59,21 @@ def dataset_from_code(source: str, fold: str | None = None) -> Dataset:
         raise ConfigError(f"--data '{source}'", expected="no fold, since the function has no parameter fold",
                           got=f"fold '{fold}'")  # fmt: skip
     try:
-        made = function(fold=fold) if takes_fold and fold is not None else function()
+        dataset = function(fold=fold) if takes_fold and fold is not None else function()
     except EquipoiseError:
         raise
     except Exception as error:
         raise DataError(f"--data '{source}'", expected="a function that returns a data set",
                         got=f"{type(error).__name__}: {error}") from error  # fmt: skip
-    if isinstance(made, Dataset):
-        return made
-    parts = [made.get(key) for key in ("train", "val", "test")] if isinstance(made, Mapping) else made
+    if isinstance(dataset, Dataset):
+        return dataset
+    parts = [dataset.get(key) for key in ("train", "val", "test")] if isinstance(dataset, Mapping) else dataset
     if isinstance(parts, (tuple, list)) and len(parts) == 3 and all(hasattr(one, "__getitem__") for one in parts):
         train, val, test = parts
         return MapDataset(train, val, test)  # type: ignore[arg-type]
     raise DataError(
         f"--data '{source}'", expected="a Dataset, or three map-style data sets: train, val, test",
-        got=type(made).__name__,
+        got=type(dataset).__name__,
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def _function(file: Path, name: str):
                             got=f"{type(error).__name__}: {error}") from error  # fmt: skip
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise DataError(f"--data '{file}:{name}'", expected=f"a function '{name}' in the file",
-                        got=f"functions {', '.join(known)}" if known else "no function")  # fmt: skip
+                        got=f"functions {', '.join(functions)}" if functions else "no function")  # fmt: skip
     return function

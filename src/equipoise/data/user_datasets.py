@@ -107,9 +107,9 @@ class MapDataset(Dataset):
             if not len(part):
                 raise DataError(f"MapDataset {name}", expected="at least one item", got="none")
         read = targets or [[self._target(name, i) for i in range(len(part))] for name, part in self._parts.items()]
-        known = [torch.as_tensor(one) if not isinstance(one, list) else _stacked(one) for one in read]
-        self.train, self.val, self.test = (Split({}, one) for one in known)
-        self.task, self.num_outputs = _task_of(known, task, num_outputs, "MapDataset")
+        masks = [torch.as_tensor(one) if not isinstance(one, list) else _stacked(one) for one in read]
+        self.train, self.val, self.test = (Split({}, one) for one in masks)
+        self.task, self.num_outputs = _task_of(masks, task, num_outputs, "MapDataset")
         first = train[0]
         self.names = tuple(name for name in first if name not in KEYS)
         self.vocabulary = dict(vocabulary or {})
@@ -147,8 +147,8 @@ class MapDataset(Dataset):
         for name in self.names:
             parts = [self._item(item, name, split, row) for item, row in zip(items, index.tolist(), strict=True)]
             read = collate(parts, self._shapes[name], varying=self._varying[name])
-            whole = all(part is None or not part.values.is_floating_point() for part in parts)
-            batch[name] = read.values.long() if whole and name in self.vocabulary else read.values
+            is_integer = all(part is None or not part.values.is_floating_point() for part in parts)
+            batch[name] = read.values.long() if is_integer and name in self.vocabulary else read.values
             if read.mask is not None:
                 mask[name] = read.mask
             if read.times is not None:
@@ -225,15 +225,15 @@ def _as_split(part: Split | Mapping[str, Any]) -> Split:
 
 def _task_of(targets: Sequence[Tensor], task: Task | None, num_outputs: int | None, who: str) -> tuple[Task, int]:
     first = targets[0]
-    whole = not first.is_floating_point()
-    task = task or ("classification" if first.ndim == 1 and whole else "regression")
+    is_integer = not first.is_floating_point()
+    task = task or ("classification" if first.ndim == 1 and is_integer else "regression")
     if task not in ("classification", "multilabel", "regression"):
         raise ConfigError(who, expected="task classification, multilabel or regression", got=repr(task))
     if task != "classification":
         return task, num_outputs or (first.shape[1] if first.ndim > 1 else 1)
     low, high = (int(one) for one in torch.cat([target.reshape(-1) for target in targets]).aminmax())
     classes = num_outputs or high + 1
-    if low < 0 or high >= classes or not whole:
+    if low < 0 or high >= classes or not is_integer:
         raise ConfigError(
             who, expected=f"whole-number classes from 0 to num_outputs - 1 = {classes - 1}", got=f"{low} to {high}"
         )

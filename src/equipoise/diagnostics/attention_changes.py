@@ -61,13 +61,13 @@ class MaskModality:
         if not bool(hidden.any()):
             return None
         if call.attention is not None:
-            kept = call.attention.masked_fill(hidden[:, None, None], 0.0)
-            return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+            masked = call.attention.masked_fill(hidden[:, None, None], 0.0)
+            return masked / masked.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(masked.dtype).tiny)
         # Replace masked keys and values by zeros: a NaN would propagate even with weight 0.
         blank = hidden[:, None, :, None]
-        seen = call.with_mask(~hidden[:, None, None])
+        visible = call.with_mask(~hidden[:, None, None])
         return attention_output(
-            replace(seen, key=call.key.masked_fill(blank, 0.0), value=call.value.masked_fill(blank, 0.0))
+            replace(visible, key=call.key.masked_fill(blank, 0.0), value=call.value.masked_fill(blank, 0.0))
         )
 
 
@@ -107,6 +107,6 @@ class QuagAveraging:
         if not bool((averaged_attention(pairs, count, queries) & present[:, None]).any()):
             return None
         if call.attention is not None:
-            seen = call.attention > 0 if call.mask is None else call.visible()
-            return quag_attention(call.attention, queries, labels, pairs, visible=seen)
+            visible = call.attention > 0 if call.mask is None else call.visible()
+            return quag_attention(call.attention, queries, labels, pairs, visible=visible)
         return quag_output(call, labels, queries, count, pairs)

@@ -84,16 +84,16 @@ def attention_gap(
             got=f"shape {tuple(share.shape)}, {share.dtype}",
         )
     table = table if table.dtype == torch.float64 else table.float()
-    own, cross = _own_and_cross(table)
+    same, cross = _own_and_cross(table)
     if weights is None:
-        weights = (~table.isnan().all(dim=-1)).to(own)
-    weight = _expanded(weights.to(own), own.shape, "weights") * (table.shape[-1] > 1)
+        weights = (~table.isnan().all(dim=-1)).to(same)
+    weight = _expanded(weights.to(same), same.shape, "weights") * (table.shape[-1] > 1)
     if counts is not None:
         keys = _own_and_cross(_expanded(counts.to(table), table.shape, "counts"))
         weight = weight * (keys[0] > 0) * (keys[1] > 0)
         if normalize == "per_token":
-            own, cross = own / keys[0].clamp(min=1), cross / keys[1].clamp(min=1)
-    return _gap(own, cross, weight)
+            same, cross = same / keys[0].clamp(min=1), cross / keys[1].clamp(min=1)
+    return _gap(same, cross, weight)
 
 
 def gap_from_attention(
@@ -164,16 +164,16 @@ def share_table(
     """
     layers = attention_of(attention, "share_table")
     links = _links(layers[0], modality, num_modalities, mask, "share_table")
-    seen, rows = links.own | links.cross, links.rows
+    visible, rows = links.own | links.cross, links.rows
     counts = rows.sum(dim=1)
-    found = []
+    tables = []
     for layer in layers:
-        kept = torch.where(seen[:, None], layer.to(seen.device), 0.0)
+        masked = torch.where(visible[:, None], layer.to(visible.device), 0.0)
         # (batch, head, query, key) to modalities of keys, then to modalities of queries.
-        to_keys = kept @ links.member.mT[:, None].to(kept)
-        sums = rows.mT[:, None].to(kept) @ to_keys
-        found.append(sums / counts[:, None, :, None])
-    return GroupShares(torch.stack(found), counts.to(found[0]))
+        to_keys = masked @ links.member.mT[:, None].to(masked)
+        sums = rows.mT[:, None].to(masked) @ to_keys
+        tables.append(sums / counts[:, None, :, None])
+    return GroupShares(torch.stack(tables), counts.to(tables[0]))
 
 
 class _Links(NamedTuple):
@@ -194,23 +194,23 @@ def _links(attention: Tensor, modality: Tensor, num_modalities: int | None, mask
             fix="Run the whole sequence in one forward pass instead of token by token with a cache.",
         )
     labels, count = labels_of(modality, num_modalities, batch, keys, who)
-    seen = key_mask(mask, attention, who)
-    labels = labels.to(seen.device)
+    visible = key_mask(mask, attention, who)
+    labels = labels.to(visible.device)
     if mask is not None and mask.ndim == 2:
-        labels = labels.masked_fill(~seen[:, 0], -1)
+        labels = labels.masked_fill(~visible[:, 0], -1)
     member = membership(labels, count, batch)
     labeled = member.any(dim=1)
-    seen = seen & labeled[:, None, :] & labeled[:, :, None]
+    visible = visible & labeled[:, None, :] & labeled[:, :, None]
     same = labels[:, :, None] == labels[:, None, :]
-    own, cross = seen & same, seen & ~same
+    own, cross = visible & same, visible & ~same
     both = own.any(dim=-1) & cross.any(dim=-1)
     return _Links(own, cross, member.mT & both[..., None], member)
 
 
 def _own_and_cross(table: Tensor) -> tuple[Tensor, Tensor]:
     """The diagonal, and the sum of the other entries of each row."""
-    own = torch.eye(table.shape[-1], dtype=torch.bool, device=table.device)
-    return table.diagonal(dim1=-2, dim2=-1), table.masked_fill(own, 0.0).sum(dim=-1)
+    diagonal = torch.eye(table.shape[-1], dtype=torch.bool, device=table.device)
+    return table.diagonal(dim1=-2, dim2=-1), table.masked_fill(diagonal, 0.0).sum(dim=-1)
 
 
 def _expanded(values: Tensor, shape: torch.Size, what: str) -> Tensor:

@@ -174,11 +174,11 @@ def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
 
 
 def _samples(batch: Any) -> int:
-    found = next(_tensors(batch), None)
-    if found is None or found.ndim == 0 or len(found) == 0:
-        got = type(batch).__name__ if found is None else f"a first tensor of shape {tuple(found.shape)}"
+    tensor = next(_tensors(batch), None)
+    if tensor is None or tensor.ndim == 0 or len(tensor) == 0:
+        got = type(batch).__name__ if tensor is None else f"a first tensor of shape {tuple(tensor.shape)}"
         raise ShapeError("cost", expected="a batch with tensors of one or more samples", got=got)
-    return len(found)
+    return len(tensor)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

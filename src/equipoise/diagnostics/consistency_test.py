@@ -246,11 +246,11 @@ FIGURES = (
 def _figures(matrix: Float[Tensor, "sample size size"], sizes: tuple[int, ...]) -> Float[Tensor, "figure sample"]:
     """Returns one row for each of ``FIGURES``."""
     blocks = [[torch.full((a, b), 1 / b, dtype=matrix.dtype) for b in sizes] for a in sizes]
-    found, even = (spectral((part + part.mT) / 2, sizes=sizes) for part in (matrix, supermatrix(blocks)))
+    spectrum, even = (spectral((part + part.mT) / 2, sizes=sizes) for part in (matrix, supermatrix(blocks)))
     return torch.stack(
         [
-            found.consistency_score, even.consistency_score.expand(len(matrix)), found.effective_rank,
-            found.contradiction_excess, found.top_energy, cycle_error(matrix, sizes=sizes),
+            spectrum.consistency_score, even.consistency_score.expand(len(matrix)), spectrum.effective_rank,
+            spectrum.contradiction_excess, spectrum.top_energy, cycle_error(matrix, sizes=sizes),
             pair_error(matrix, sizes=sizes),
         ]
     )  # fmt: skip

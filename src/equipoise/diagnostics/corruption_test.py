@@ -88,10 +88,10 @@ def corruption_curve(
         raise ConfigError("corruption_curve", expected="one or more levels", got="none")
     for level in levels:
         check_corruption(kind, level, "corruption_curve")
-    given: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+    make_loader: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
 
     def batches() -> Batches:
-        return named_batches(model, given())
+        return named_batches(model, make_loader())
 
     if std is None and not kind.startswith("multibench"):
         std = input_statistics(
@@ -99,11 +99,14 @@ def corruption_curve(
         )[1]
     results = {}
     for level in dict.fromkeys((0.0, *levels)):
-        seen = collect_predictions(
+        predictions = collect_predictions(
             model, _corrupted_batches(batches(), modality, level, kind, seed, 1.0 if std is None else std)
         )
-        score = score_name(model, seen.logits, seen.target, "corruption_curve", metric)
-        results[level] = score, None if seen.share is None else float(seen.share[..., names.index(modality)].mean())
+        score = score_name(model, predictions.logits, predictions.target, "corruption_curve", metric)
+        results[level] = (
+            score,
+            None if predictions.share is None else float(predictions.share[..., names.index(modality)].mean()),
+        )
     scores = tuple(results[level][0] for level in levels)
     shares = tuple(results[level][1] for level in levels)
     return CorruptionCurve(

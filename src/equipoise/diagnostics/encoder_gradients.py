@@ -71,8 +71,8 @@ def gradient_norms(
     names = record_fusion(model, "gradient_norms").names
     norms = collect_predictions(_Differentiated(model), islice(loader, max_batches)).logits
     parameters, outputs = norms.nanmean(dim=0).T
-    named = (parameters, outputs, ratios(parameters), ratios(outputs))
-    return GradientNorms(*(dict(zip(names, values.tolist(), strict=True)) for values in named), batches=len(norms))
+    result = (parameters, outputs, ratios(parameters), ratios(outputs))
+    return GradientNorms(*(dict(zip(names, values.tolist(), strict=True)) for values in result), batches=len(norms))
 
 
 def ratios(norms: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
@@ -122,8 +122,8 @@ class _Differentiated(nn.Module):
 
 def _norm(gradients: Sequence[Tensor | None], name: str) -> float:
     """Joint norm in at least float32; tensors that the loss does not depend on count as 0."""
-    known = [at_least_float32(part) for part in gradients if part is not None]
-    norm = math.hypot(*(float(part.norm()) for part in known))
+    parts = [at_least_float32(part) for part in gradients if part is not None]
+    norm = math.hypot(*(float(part.norm()) for part in parts))
     if not math.isfinite(norm):
         raise NonFiniteError(
             f"gradient_norms '{name}'", expected="finite gradients", got="NaN or infinity, although the loss is finite"

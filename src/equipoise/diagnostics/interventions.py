@@ -206,8 +206,8 @@ def checked_intervention(
         yield intervention
     if not intervention.changed and intervention.is_effective:
         raise intervention.nothing(ran=session.called > 0)
-    if found := intervention.partly():
-        warnings.warn(found, stacklevel=5)
+    if reason := intervention.partly():
+        warnings.warn(reason, stacklevel=5)
 
 
 @contextmanager

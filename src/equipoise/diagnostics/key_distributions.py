@@ -77,8 +77,8 @@ def wasserstein(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
     with require_extra("key_geometry"):
         from scipy.stats import wasserstein_distance
 
-    kept = [values[~values.isnan()].detach().cpu().double().numpy() for values in (a.flatten(), b.flatten())]
-    return float(wasserstein_distance(*kept)) if all(len(values) for values in kept) else math.nan
+    samples = [values[~values.isnan()].detach().cpu().double().numpy() for values in (a.flatten(), b.flatten())]
+    return float(wasserstein_distance(*samples)) if all(len(values) for values in samples) else math.nan
 
 
 def overlap(hist_a: Sequence[float] | Tensor, hist_b: Sequence[float] | Tensor) -> float:
@@ -114,9 +114,9 @@ def imbalance(means: Mapping[str, float | None]) -> dict[str, float | None]:
         {'audio': 0.25, 'image': -0.25, 'text': None}
     """
     rates: dict[str, float | None] = {}
-    for name, own in means.items():
+    for name, mean in means.items():
         others = [mean for other, mean in means.items() if other != name and mean is not None]
-        rates[name] = own - sum(others) / len(others) if own is not None and others else None
+        rates[name] = mean - sum(others) / len(others) if mean is not None and others else None
     return rates
 
 
@@ -178,7 +178,7 @@ def geometry_of(
         )
     distribution = key_distribution(clean)
     means = {name: own["cosine_mean"] for name, own in distribution.items()}
-    known = [mean for mean in means.values() if mean is not None]
+    defined = [mean for mean in means.values() if mean is not None]
     cosines = dict(zip(clean.names, clean.cosine.clamp(-1.0, 1.0).unbind(dim=-1), strict=True))
     gaps = []
     for first, second in combinations(clean.names, 2):
@@ -189,7 +189,7 @@ def geometry_of(
         after = key_distribution(noisy)
         shift = {name: _difference(after[name]["cosine_mean"], means[name]) for name in means}
     return KeyGeometry(
-        distribution, imbalance(means), max(known) - min(known) if known else None, tuple(gaps), replaced, shift
+        distribution, imbalance(means), max(defined) - min(defined) if defined else None, tuple(gaps), replaced, shift
     )
 
 

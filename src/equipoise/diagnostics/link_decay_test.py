@@ -120,8 +120,8 @@ def alignment_error(
     present = (tokens[first] > 0) & (tokens[second] > 0)
     errors = []
     for layer in layers:
-        kept = layer.cpu().double().masked_fill(~member.any(dim=1)[..., None], 0.0)
-        centroid = torch.einsum("bmt,btd->md", member.double(), kept) / tokens.clamp(min=1)[:, None]
+        masked = layer.cpu().double().masked_fill(~member.any(dim=1)[..., None], 0.0)
+        centroid = torch.einsum("bmt,btd->md", member.double(), masked) / tokens.clamp(min=1)[:, None]
         errors.append((1.0 - cosine(centroid[first], centroid[second]))[present].mean())
     return torch.stack(errors)
 

@@ -112,12 +112,12 @@ def modality_links(
             got=f"{len(layers)} and {len(states)}",
             fix="The hidden_states of Hugging Face models start with the embeddings; pass hidden_states[1:].",
         )  # fmt: skip
-    seen = key_mask(mask, layers[0], WHO)
+    visible = key_mask(mask, layers[0], WHO)
     labels, count = labels_of(modality, num_modalities, *layers[0].shape[::2], who=WHO)
     # Each token except padding sees itself.
-    real = seen.diagonal(dim1=1, dim2=2) if mask is not None else torch.ones_like(seen[:, 0])
-    labels = labels.to(seen.device).masked_fill(~real, -1)
-    table = share_table(layers, labels, count, seen)
+    real = visible.diagonal(dim1=1, dim2=2) if mask is not None else torch.ones_like(visible[:, 0])
+    labels = labels.to(visible.device).masked_fill(~real, -1)
+    table = share_table(layers, labels, count, visible)
     weight = table.rows[:, :, None].expand_as(table.share[0, :, 0])
     share = torch.stack([_mean(layer.mean(dim=1), weight) for layer in table.share]).cpu()
     errors = alignment_error(states, labels, count)
@@ -129,7 +129,7 @@ def modality_links(
                 gamma[i, j], r2[i, j] = decay.gamma, decay.r2
                 product[i, j] = e_dda(decay.gamma, errors).log_product
     return ModalityLinks(
-        gap=gap_from_attention(layers, labels, count, seen).cpu(), share=share, last=_last(layers, labels, count, real),
+        gap=gap_from_attention(layers, labels, count, visible).cpu(), share=share, last=_last(layers, labels, count, real),
         gamma=gamma, r2=r2, errors=errors, e_dda=product,
         residual=rank_collapse(states, mask=real).whole.nanmean(dim=1),
     )  # fmt: skip

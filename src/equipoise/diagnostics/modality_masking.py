@@ -77,10 +77,15 @@ def mask_modality(
     if modality is not None and modality not in names:
         raise unknown_name("mask_modality", "modality", modality, names)
     chosen = names if modality is None else (modality,)
-    seen = ablated_logits(model, loader, [(), *((name,) for name in chosen)], semantics=semantics)
-    full, *rest = (score_name(model, part, seen.target, "mask_modality", metric) for part in seen.logits.unbind(dim=1))
+    predictions = ablated_logits(model, loader, [(), *((name,) for name in chosen)], semantics=semantics)
+    full, *rest = (
+        score_name(model, part, predictions.target, "mask_modality", metric)
+        for part in predictions.logits.unbind(dim=1)
+    )
     without = dict(zip(chosen, rest, strict=True))
     drop = {name: full - left for name, left in without.items()}
-    kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
-    logits = dict(zip(chosen, seen.logits[:, 1:].unbind(dim=1), strict=True))
-    return Masking(semantics, full, without, drop, dict(zip(chosen, kept, strict=True)), logits)
+    masked_outcomes = [
+        outcomes(part, predictions.target, model.task) for part in predictions.logits[:, 1:].unbind(dim=1)
+    ]  # type: ignore[arg-type]
+    logits = dict(zip(chosen, predictions.logits[:, 1:].unbind(dim=1), strict=True))
+    return Masking(semantics, full, without, drop, dict(zip(chosen, masked_outcomes, strict=True)), logits)

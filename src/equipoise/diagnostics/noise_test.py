@@ -97,17 +97,17 @@ def response_from_shares(clean: CollectedPredictions, noisy: CollectedPrediction
     column = clean.names.index(modality)
     has = slice(None) if clean.cosine is None else ~clean.cosine[..., column].isnan().any(dim=1)
     shares = [part.share[has].mean(dim=1) for part in (clean, noisy)]  # type: ignore[index]
-    own = [share[:, column] for share in shares]
+    modality_shares = [share[:, column] for share in shares]
     # Sum the other columns instead of subtracting from 1, so that an exact 0 stays 0.
     rest = [index for index in range(len(clean.names)) if index != column]
     others = [share[:, rest].sum(dim=1) for share in shares]
-    replaced = torch.cat([torch.zeros(len(own[0])), torch.ones(len(own[1]))])
+    replaced = torch.cat([torch.zeros(len(modality_shares[0])), torch.ones(len(modality_shares[1]))])
     r, p = pearson(replaced, torch.cat(others))
     if math.isnan(r):
         warnings.warn(
             f"noise_response: the attention to modalities other than '{modality}' is constant; r is NaN.", stacklevel=3
         )
-    return NoiseResponse(modality, r, pearson(replaced, torch.cat(own))[0], p, others[0], others[1])
+    return NoiseResponse(modality, r, pearson(replaced, torch.cat(modality_shares))[0], p, others[0], others[1])
 
 
 def _static(clean: CollectedPredictions) -> ConfigError:
@@ -164,10 +164,10 @@ def noise_response(
     Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned) nor the
     statistics of its noise.
     """
-    given: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
+    make_loader: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
 
     def batches() -> Loader:
-        return named_batches(model, given())
+        return named_batches(model, make_loader())
 
     clean = collect_predictions(model, batches())
     if clean.share is None:

@@ -118,10 +118,10 @@ def collect_predictions(
     names = _names(model)
     if noise is not None and noise.modality not in names:
         raise unknown_name("read", "modality", noise.modality, names)
-    kept: dict[str, list[Tensor]] = {"logits": [], "target": [], "share": [], "cosine": [], "key_norm": []}
+    records: dict[str, list[Tensor]] = {"logits": [], "target": [], "share": [], "cosine": [], "key_norm": []}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     missing: list[str] = []
-    with eval_mode_no_grad(model), collect_with_attention(model, kept, missing):
+    with eval_mode_no_grad(model), collect_with_attention(model, records, missing):
         for number, batch in enumerate(named_batches(model, batches)):
             inputs = {key: to_device(value, device) for key, value in check_batch(batch, "read").items()}
             if noise is not None:
@@ -133,23 +133,23 @@ def collect_predictions(
             output = as_output(model, returned, "read")
             if output.logits is None:
                 raise _no_fusion_model(f"{type(model).__name__} that returns no logits")
-            kept["logits"].append(output.logits.float().cpu())
+            records["logits"].append(output.logits.float().cpu())
             if batch.get("target") is not None:
-                kept["target"].append(batch["target"].cpu())
+                records["target"].append(batch["target"].cpu())
             if output.share is not None:
-                kept["share"].append(output.share.float().cpu())
-    if not kept["logits"]:
+                records["share"].append(output.share.float().cpu())
+    if not records["logits"]:
         raise ShapeError(
             "read", expected="at least one batch", got="none", fix="Is the split empty, or the loader used up?"
         )
-    if kept["target"] and len(kept["target"]) < len(kept["logits"]):
+    if records["target"] and len(records["target"]) < len(records["logits"]):
         raise ShapeError(
             "read",
             expected="a target in every batch or in none",
-            got=f"one in {len(kept['target'])} of {len(kept['logits'])} batches",
+            got=f"one in {len(records['target'])} of {len(records['logits'])} batches",
         )
-    kept["target"] = kept["target"] or [torch.zeros(0)]
-    joined = {key: torch.cat(parts) if parts else None for key, parts in kept.items()}
+    records["target"] = records["target"] or [torch.zeros(0)]
+    joined = {key: torch.cat(parts) if parts else None for key, parts in records.items()}
     return CollectedPredictions(names=names, missing="; ".join(missing), **joined)  # type: ignore[arg-type]
 
 
@@ -256,7 +256,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def collect_with_attention(
-    model: nn.Module, kept: dict[str, list[Tensor]], missing: list[str] | None = None
+    model: nn.Module, records: dict[str, list[Tensor]], missing: list[str] | None = None
 ) -> Iterator[None]:
     """Collects "cosine" and "key_norm" (batch, head, modality) at the pooling attention, if there is one.
 
@@ -269,9 +269,9 @@ def collect_with_attention(
         if (name := readout.readout) is None:
             if missing is not None:
                 missing.append(readout.reason())
-        elif not kept["share"]:
+        elif not records["share"]:
             cosine, norm = readout.cosine(name)
-            kept["share"], kept["cosine"], kept["key_norm"] = [readout.share(name)], [cosine], [norm]
+            records["share"], records["cosine"], records["key_norm"] = [readout.share(name)], [cosine], [norm]
         return
     layer = getattr(getattr(model, "fusion", None), "attention", None)
     if layer is None:
@@ -286,8 +286,8 @@ def collect_with_attention(
         means = means.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         cosine = torch.cosine_similarity(query[:, :, :1].float(), means, dim=-1, eps=1e-12)
         absent = (counts == 0)[:, None].expand(cosine.shape)
-        kept["cosine"].append(cosine.masked_fill(absent, torch.nan).cpu())
-        kept["key_norm"].append(means.norm(dim=-1).masked_fill(absent, torch.nan).cpu())
+        records["cosine"].append(cosine.masked_fill(absent, torch.nan).cpu())
+        records["key_norm"].append(means.norm(dim=-1).masked_fill(absent, torch.nan).cpu())
 
     # Registered after the hook of RollingQ, so that the query is already rotated.
     handle = layer.core.register_forward_pre_hook(record, with_kwargs=True)

@@ -195,9 +195,9 @@ def _rest(call: AttentionCall, labels: Tensor, taken: Tensor) -> Float[Tensor, "
             total = torch.where(rows[:, None, :, None], attention_output(part).to(exact), total)
             continue
         index = torch.argsort(~rows, dim=1, stable=True)[:, : int(rows.sum(dim=1).max())]
-        found = attention_output(select_queries(part, index)).to(exact)
-        found = found.masked_fill(~rows.gather(1, index)[:, None, :, None], 0.0)
-        total = total.scatter_add(2, index[:, None, :, None].expand_as(found), found)
+        output = attention_output(select_queries(part, index)).to(exact)
+        output = output.masked_fill(~rows.gather(1, index)[:, None, :, None], 0.0)
+        total = total.scatter_add(2, index[:, None, :, None].expand_as(output), output)
     return total
 
 

@@ -79,14 +79,18 @@ def quag(
     interventions = [Intervention("quag", QuagAveraging(name, cls_rows)) for name in chosen]
     for one in interventions:
         one.check(names)
-    seen = collect_predictions(_Averaged(model, interventions), loader)
-    origin, *rest = (score_name(model, part, seen.target, "quag", metric) for part in seen.logits.unbind(dim=1))
+    predictions = collect_predictions(_Averaged(model, interventions), loader)
+    origin, *rest = (
+        score_name(model, part, predictions.target, "quag", metric) for part in predictions.logits.unbind(dim=1)
+    )
     scores = dict(zip(chosen, rest, strict=True))
     drops = {name: origin - score for name, score in scores.items()}
-    kept = [outcomes(part, seen.target, model.task) for part in seen.logits[:, 1:].unbind(dim=1)]  # type: ignore[arg-type]
+    averaged_outcomes = [
+        outcomes(part, predictions.target, model.task) for part in predictions.logits[:, 1:].unbind(dim=1)
+    ]  # type: ignore[arg-type]
     changed = {name: one.changed for name, one in zip(chosen, interventions, strict=True)}
-    logits = dict(zip(chosen, seen.logits[:, 1:].unbind(dim=1), strict=True))
-    return Quag(origin, scores, drops, changed, dict(zip(chosen, kept, strict=True)), logits)
+    logits = dict(zip(chosen, predictions.logits[:, 1:].unbind(dim=1), strict=True))
+    return Quag(origin, scores, drops, changed, dict(zip(chosen, averaged_outcomes, strict=True)), logits)
 
 
 class _Averaged(nn.Module):

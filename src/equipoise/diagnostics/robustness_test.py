@@ -200,8 +200,10 @@ def robustness(
         for corruption in fitting:
             for severity in severities:
                 damaged = _damaged(batches(), name, corruption, severity, kind, moments, seed)
-                seen = collect_predictions(model, damaged)
-                scores[name, corruption, severity] = score_name(model, seen.logits, seen.target, who, metric)
+                predictions = collect_predictions(model, damaged)
+                scores[name, corruption, severity] = score_name(
+                    model, predictions.logits, predictions.target, who, metric
+                )
     if not scores:
         raise ConfigError(
             who, expected=f"corruptions that fit an input of the model, some of {', '.join(CORRUPTIONS)}",
@@ -214,10 +216,10 @@ def _alone(model: nn.Module, batches: Batches, names: tuple[str, ...], metric: s
     """Score of each modality, with all others masked; empty for models that cannot be ablated."""
     if len(names) < 2 or not (hasattr(model, "encode") and hasattr(model, "fuse")):
         return {}
-    seen = ablated_logits(model, batches, [[other for other in names if other != name] for name in names])
+    predictions = ablated_logits(model, batches, [[other for other in names if other != name] for name in names])
     return {
-        name: score_name(model, part, seen.target, "robustness", metric)
-        for name, part in zip(names, seen.logits.unbind(dim=1), strict=True)
+        name: score_name(model, part, predictions.target, "robustness", metric)
+        for name, part in zip(names, predictions.logits.unbind(dim=1), strict=True)
     }
 
 

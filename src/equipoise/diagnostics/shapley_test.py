@@ -54,11 +54,16 @@ def modality_shapley(
     if len(names) > MOST:
         raise ConfigError("modality_shapley", expected=f"at most {MOST} modalities", got=f"{len(names)}")
     _, *subsets = modality_subsets(names)
-    seen = ablated_logits(model, loader, [[name for name in names if name not in subset] for subset in subsets])
-    scores = [score_name(model, part, seen.target, "modality_shapley", metric) for part in seen.logits.unbind(dim=1)]
+    predictions = ablated_logits(model, loader, [[name for name in names if name not in subset] for subset in subsets])
+    scores = [
+        score_name(model, part, predictions.target, "modality_shapley", metric)
+        for part in predictions.logits.unbind(dim=1)
+    ]
     chosen = find_metric(metric, model.task, "modality_shapley")  # type: ignore[arg-type]
-    constant = constant_logits(seen.target, model.task, chosen, seen.logits.shape[2])  # type: ignore[arg-type]
-    empty = score_name(model, constant.expand(len(seen.target), -1), seen.target, "modality_shapley", metric)
+    constant = constant_logits(predictions.target, model.task, chosen, predictions.logits.shape[2])  # type: ignore[arg-type]
+    empty = score_name(
+        model, constant.expand(len(predictions.target), -1), predictions.target, "modality_shapley", metric
+    )
     # A correlation with a constant is undefined; no information counts as 0.
     scores.insert(0, empty if metric is None or not math.isnan(empty) else 0.0)
     return dict(zip(names, shapley_values(torch.tensor(scores, dtype=torch.float64)).tolist(), strict=True))

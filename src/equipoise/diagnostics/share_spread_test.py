@@ -74,10 +74,10 @@ def attention_entropy(
         tensor([[[0.6931, 0.0000]]])
     """
     (attention,) = attention_of([attention], "attention_entropy")
-    seen = key_mask(mask, attention, "attention_entropy")[:, None]
-    kept = torch.where(seen, attention, 0.0)
-    entropy = torch.special.entr(kept).sum(dim=-1).masked_fill((kept == 0).all(dim=-1), torch.nan)
-    return entropy / seen.sum(dim=-1).to(entropy).log() if normalized else entropy
+    visible = key_mask(mask, attention, "attention_entropy")[:, None]
+    masked = torch.where(visible, attention, 0.0)
+    entropy = torch.special.entr(masked).sum(dim=-1).masked_fill((masked == 0).all(dim=-1), torch.nan)
+    return entropy / visible.sum(dim=-1).to(entropy).log() if normalized else entropy
 
 
 def share_entropy(share: Float[Tensor, "*batch modality"], *, normalized: bool = False) -> Float[Tensor, "*batch"]:

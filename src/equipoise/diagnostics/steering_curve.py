@@ -48,10 +48,10 @@ def dose_response(
     rows, queries = [], _predicting(model, labels)
     with eval_mode_no_grad(model):
         for beta in betas:
-            known: dict[str, Any] = {"layers": layers, "modality": modality, "names": names}
+            arguments: dict[str, Any] = {"layers": layers, "modality": modality, "names": names}
             with (
-                watch(model, queries=queries, **known) as record,
-                steer(model, heads=heads, **known, **{name: beta}),  # type: ignore[arg-type]
+                watch(model, queries=queries, **arguments) as record,
+                steer(model, heads=heads, **arguments, **{name: beta}),  # type: ignore[arg-type]
             ):
                 likely, tokens = log_likelihood(model, inputs, labels)
             column = record.names.index(name)

@@ -98,11 +98,11 @@ class ResamplerLayer(nn.Module):
     def forward(self, latents: Float[Tensor, "batch latent dim"], media: Tokens) -> Float[Tensor, "batch latent dim"]:
         normed = self.norm_latents(latents)
         source = torch.cat([self.norm_media(media.values), normed], dim=1)
-        own = normed.shape[:2]
+        shape = normed.shape[:2]
         mask = None
         if media.mask is not None:
-            mask = torch.cat([media.mask, media.mask.new_ones(own)], dim=1)
-        labels = torch.cat([media.modality, media.modality.new_full(own, SPECIAL)], dim=1)  # type: ignore[union-attr]
+            mask = torch.cat([media.mask, media.mask.new_ones(shape)], dim=1)
+        labels = torch.cat([media.modality, media.modality.new_full(shape, SPECIAL)], dim=1)  # type: ignore[union-attr]
         latents = latents + self.reading(normed, source, mask=mask, modality=labels, share=False).output
         return latents + self.ffn(latents)
 

@@ -37,33 +37,33 @@ def rank_slices(rows: int, device: torch.device, *, alone: bool = False) -> Rank
     return RankSlices(rank, tuple(int(size) for size in sizes))
 
 
-def all_gather_with_grad(rows: Tensor, place: RankSlices) -> Tensor:
+def all_gather_with_grad(rows: Tensor, slices: RankSlices) -> Tensor:
     """Concatenates (row, ...) of all processes in rank order; a collective operation.
 
     The gradient of this process's rows is the sum of the gradients from all processes. Averaged over processes, as in
     data-parallel training, it is the gradient of the mean of their losses.
     """
-    if len(place.sizes) == 1:
+    if len(slices.sizes) == 1:
         return rows
     if rows.dtype == torch.bool:
-        return all_gather_with_grad(rows.to(torch.uint8), place).bool()
-    return _Gather.apply(rows, place) if rows.is_floating_point() else _all(rows, place)  # type: ignore[return-value]
+        return all_gather_with_grad(rows.to(torch.uint8), slices).bool()
+    return _Gather.apply(rows, slices) if rows.is_floating_point() else _all(rows, slices)  # type: ignore[return-value]
 
 
-def _all(rows: Tensor, place: RankSlices) -> Tensor:
-    most = max(place.sizes)
+def _all(rows: Tensor, slices: RankSlices) -> Tensor:
+    most = max(slices.sizes)
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in place.sizes]
+    parts = [torch.empty_like(padded) for _ in slices.sizes]
     distributed.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, place.sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(parts, slices.sizes, strict=True)])
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, place: RankSlices) -> Tensor:  # type: ignore[override]
-        ctx.place = place
-        return _all(rows, place)
+    def forward(ctx, rows: Tensor, slices: RankSlices) -> Tensor:  # type: ignore[override]
+        ctx.place = slices
+        return _all(rows, slices)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -85,15 +85,15 @@ class _Shared(torch.autograd.Function):
         return grad / distributed.get_world_size()
 
 
-def sync_parameter_grad(parameter: Tensor, place: RankSlices) -> Tensor:
+def sync_parameter_grad(parameter: Tensor, slices: RankSlices) -> Tensor:
     """Returns the parameter; its gradient is averaged over processes (averaging it again has no effect)."""
-    return parameter if len(place.sizes) == 1 else _Shared.apply(parameter)  # type: ignore[return-value]
+    return parameter if len(slices.sizes) == 1 else _Shared.apply(parameter)  # type: ignore[return-value]
 
 
-def global_mean(loss: Float[Tensor, ""], place: RankSlices) -> Float[Tensor, ""]:
+def global_mean(loss: Float[Tensor, ""], slices: RankSlices) -> Float[Tensor, ""]:
     """Returns the mean loss of all processes as value, with the gradient of this process's loss."""
-    if len(place.sizes) == 1:
+    if len(slices.sizes) == 1:
         return loss
     total = loss.detach().clone()
     distributed.all_reduce(total)
-    return loss + (total / len(place.sizes) - loss.detach())
+    return loss + (total / len(slices.sizes) - loss.detach())

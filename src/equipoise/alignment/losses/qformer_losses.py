@@ -118,8 +118,8 @@ class QFormerLosses(nn.Module):
         both = [row_losses(z, positives, smoothing=self.smoothing)[0] for z in (to_text, to_media)]
         total = torch.stack(both).sum()
         part = total * len(slices.sizes) / (2 * max(sum(slices.sizes), 1))
-        own = to_text[:, slices.start : slices.start + len(rows)]
-        pairs = matching_pairs(own, same_ids(ids), generator=generator)
+        local_scores = to_text[:, slices.start : slices.start + len(rows)]
+        pairs = matching_pairs(local_scores, same_ids(ids), generator=generator)
         match_logits = self.match(
             _rows(media, pairs.a), input_ids[pairs.b], mask=None if mask is None else mask[pairs.b]
         )

@@ -111,17 +111,17 @@ def additive_compositionality(
         )  # fmt: skip
     parts, whole = at_least_float32(parts), at_least_float32(whole)
     added = F.normalize(parts.sum(dim=1), dim=-1)
-    own = (added * F.normalize(whole, dim=-1)).sum(dim=-1)
+    matched = (added * F.normalize(whole, dim=-1)).sum(dim=-1)
     if distractors is None:
         if len(whole) < 2:
             raise ShapeError("additive_compositionality", expected="two or more samples, or distractors", got="neither")
         with full_precision(whole):
             cosines = added @ F.normalize(whole, dim=-1).T
-        return own - (cosines.sum(dim=1) - own) / (len(whole) - 1)
+        return matched - (cosines.sum(dim=1) - matched) / (len(whole) - 1)
     if distractors.ndim != 3 or 0 in distractors.shape[:2] or distractors.shape[::2] != whole.shape:
         raise ShapeError(
             "additive_compositionality distractors", expected=f"(sample, other, dim) for {tuple(whole.shape)}",
             got=f"{tuple(distractors.shape)}",
         )  # fmt: skip
     with full_precision(whole):
-        return own - (F.normalize(at_least_float32(distractors), dim=-1) @ added[..., None])[..., 0].mean(dim=1)
+        return matched - (F.normalize(at_least_float32(distractors), dim=-1) @ added[..., None])[..., 0].mean(dim=1)

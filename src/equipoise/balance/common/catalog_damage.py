@@ -18,8 +18,8 @@ def fitting_corruptions(
     """Returns the kind of an input, and the corruptions that fit it; none for inputs that are not tensors."""
     if not isinstance(values, Tensor) or values.ndim < 2 or not len(values):
         return None, []
-    found: Any = kind or infer_kind(values, f"ModalityCorruption '{name}'")
-    return found, [one for one in corruptions if found in CORRUPTIONS[one].kinds]
+    input_kind: Any = kind or infer_kind(values, f"ModalityCorruption '{name}'")
+    return input_kind, [one for one in corruptions if input_kind in CORRUPTIONS[one].kinds]
 
 
 def damage_samples(
@@ -46,7 +46,7 @@ def damage_samples(
     if not destroying:
         destroyed = torch.zeros_like(destroyed)
     partly = (degree > 0) & ~destroyed
-    for candidates, hit, whole in ((destroying, destroyed, True), (corruptions, partly, False)):
+    for candidates, hit, destroys in ((destroying, destroyed, True), (corruptions, partly, False)):
         if not candidates:
             continue
         chosen = candidates[int(torch.randint(len(candidates), (1,), generator=random))]
@@ -54,7 +54,7 @@ def damage_samples(
         # Corruptions of whole samples affect a fraction of them at lower severities; here they affect those of ``hit``.
         by_sample = CORRUPTIONS[chosen].function is None
         damaged = corrupt_batch(
-            batch, name, chosen, severity=SEVERITIES[-1] if whole or by_sample else severity, kind=kind,
+            batch, name, chosen, severity=SEVERITIES[-1] if destroys or by_sample else severity, kind=kind,
             statistics=statistics, seed=random,
         )  # fmt: skip
         _replace_samples(result, damaged, name, hit)
@@ -75,8 +75,8 @@ def _replace_samples(
 ) -> None:  # fmt: skip
     """Takes input and mask of one modality from a damaged batch for some samples."""
     values = result[name]
-    here = hit.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
-    result[name] = torch.where(here, damaged[name], values)
+    selected = hit.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+    result[name] = torch.where(selected, damaged[name], values)
     mask = (damaged.get("mask") or {}).get(name)
     if mask is not None:
         masks = result.get("mask") or {}

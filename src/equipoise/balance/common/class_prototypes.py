@@ -13,7 +13,7 @@ from ...nn.distributed import all_reduce_sum
 def prototype_log_probabilities(
     features: Float[Tensor, "modality batch dim"],
     prototypes: Float[Tensor, "modality question class dim"],
-    seen: Bool[Tensor, "modality question class"],
+    has_prototype: Bool[Tensor, "modality question class"],
 ) -> Float[Tensor, "modality batch question class"]:
     """Returns the log softmax over classes of the negative Euclidean distances to the class prototypes.
 
@@ -27,7 +27,7 @@ def prototype_log_probabilities(
     distances = torch.cdist(features, prototypes.flatten(1, 2), compute_mode="donot_use_mm_for_euclid_dist")
     logits = (-distances).unflatten(-1, prototypes.shape[1:3])
     # Use a finite value, so that the entropy is finite.
-    return logits.masked_fill(~seen[:, None], torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
+    return logits.masked_fill(~has_prototype[:, None], torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
 
 
 def class_means(

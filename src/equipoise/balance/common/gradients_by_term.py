@@ -36,11 +36,11 @@ def term_gradients(
 
 def _nodes(term: Tensor) -> set[str]:
     """Returns the names of the operations in the graph of a term."""
-    seen, stack, names = set(), [term.grad_fn], set()
+    visited, stack, names = set(), [term.grad_fn], set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             names.add(node.name())
             stack.extend(child for child, _ in node.next_functions)
     return names

@@ -65,8 +65,8 @@ class Record:
     def take(self, balancer: object, key: str) -> Tensor | None:
         """Returns the sum for this key and removes it."""
         index = (id(balancer), key)
-        found = [notes.pop(index) for notes in (self._notes, self._backward_notes) if index in notes]
-        return sum(found[1:], found[0]) if found else None
+        pending = [notes.pop(index) for notes in (self._notes, self._backward_notes) if index in notes]
+        return sum(pending[1:], pending[0]) if pending else None
 
     def discard_backward(self) -> None:
         """Forgets the backward passes so far, whose gradients the loop has cleared; the loss may be reused."""
@@ -317,8 +317,8 @@ class Pending:
         if not watched:
             # A frozen head: the first of the other parameters that a backward pass reaches. Probes are not among them,
             # since an optimizer may leave them out.
-            named = self.model.named_parameters()
-            watched = [p for name, p in named if p.requires_grad and p.is_leaf and "unimodal_heads" not in name]
+            parameters = self.model.named_parameters()
+            watched = [p for name, p in parameters if p.requires_grad and p.is_leaf and "unimodal_heads" not in name]
         self._watched = [(p, p.register_post_accumulate_grad_hook(self._note_gradient)) for p in watched]
 
     def _note_gradient(self, parameter: nn.Parameter) -> None:

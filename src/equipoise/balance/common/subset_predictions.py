@@ -15,7 +15,7 @@ from .unimodal_terms import at_least_single
 
 
 def subset_logits(
-    model: Multimodal, tokens: Mapping[str, Tokens], kept: Collection[str]
+    model: Multimodal, tokens: Mapping[str, Tokens], subset: Collection[str]
 ) -> Float[Tensor, "batch output"]:
     """Returns the model's logits for a subset of modalities, in float32 at least, without rerunning the encoders."""
-    return at_least_single(cast(Tensor, model.fuse(keep_modalities(tokens, kept)).logits))
+    return at_least_single(cast(Tensor, model.fuse(keep_modalities(tokens, subset)).logits))

@@ -104,17 +104,17 @@ def score_sums(model: Multimodal, output: Output, target: Tensor, who: str) -> F
     return torch.stack(columns, dim=1)
 
 
-def mean_of_others(values: Float[Tensor, " modality"], known: Bool[Tensor, " modality"]) -> Float[Tensor, " modality"]:
+def mean_of_others(values: Float[Tensor, " modality"], valid: Bool[Tensor, " modality"]) -> Float[Tensor, " modality"]:
     """Returns, for each modality, the mean over the other known modalities; its own value if there is none.
 
     Example:
         >>> mean_of_others(torch.tensor([1.0, 4.0, 6.0]), torch.tensor([True, True, True]))
         tensor([5.0000, 3.5000, 2.5000])
     """
-    others = known[None] & ~torch.eye(len(known), dtype=torch.bool, device=known.device)
+    others = valid[None] & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)
     count = others.sum(dim=1)
     mean = torch.where(others, values, 0.0).sum(dim=1) / count.clamp(min=1)
-    return torch.where(known & (count > 0), mean, values)
+    return torch.where(valid & (count > 0), mean, values)
 
 
 def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " modality"]:
@@ -128,11 +128,11 @@ def discrepancy_ratio(scores: Float[Tensor, " modality"]) -> Float[Tensor, " mod
         >>> discrepancy_ratio(torch.tensor([40.0, 10.0, 0.0]))
         tensor([4.0000, 0.2500, 1.0000])
     """
-    known = scores > 0
-    ratio = scores / mean_of_others(scores, known).clamp(min=torch.finfo(scores.dtype).tiny)
+    valid = scores > 0
+    ratio = scores / mean_of_others(scores, valid).clamp(min=torch.finfo(scores.dtype).tiny)
     # Of equal scores none may exceed 1 by rounding, so the ratio of the lowest score is clamped.
-    lowest = scores.masked_fill(~known, torch.inf).min()
-    return torch.where(known, torch.where(scores > lowest, ratio, ratio.clamp(max=1.0)), 1.0)
+    lowest = scores.masked_fill(~valid, torch.inf).min()
+    return torch.where(valid, torch.where(scores > lowest, ratio, ratio.clamp(max=1.0)), 1.0)
 
 
 def check_concatenated(model: Multimodal, who: str) -> None:

@@ -80,8 +80,8 @@ class AttentionCallTarget(ForeignTarget):
     def _rotate_call(self, query: Tensor, key: Tensor, mask: Any) -> Tensor:
         query = self.rotate(query)
         if self.observing():
-            seen = mask if isinstance(mask, Tensor) and mask.ndim in (2, 4) else None
-            valid = key_mask(None if seen is None else seen[..., : key.shape[2]], len(key), key.shape[2])
+            mask_tensor = mask if isinstance(mask, Tensor) and mask.ndim in (2, 4) else None
+            valid = key_mask(None if mask_tensor is None else mask_tensor[..., : key.shape[2]], len(key), key.shape[2])
             valid = valid if self.valid is None else (self.valid if valid is None else self.valid & valid)
             self.observe(query.detach(), key.detach(), self.labels, valid)
         return query
@@ -120,10 +120,10 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and not self.calls.met:
-            given = (
+            call_args = (
                 dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
             )
             self.calls.met = True
-            query = self.calls.rotate(given["query"], given["key"], given.get("attn_mask"))
-            return func(**{**given, "query": query})
+            query = self.calls.rotate(call_args["query"], call_args["key"], call_args.get("attn_mask"))
+            return func(**{**call_args, "query": query})
         return func(*args, **kwargs)

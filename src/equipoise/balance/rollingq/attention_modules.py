@@ -49,10 +49,10 @@ def find_rotation_target(
             a RollingQ.
     """
     if module is not None:
-        known = dict(layer.named_modules())
-        if module not in known:
-            raise unknown_name("RollingQ", "module", module, [name for name in known if name])
-        layer = known[module]
+        modules = dict(layer.named_modules())
+        if module not in modules:
+            raise unknown_name("RollingQ", "module", module, [name for name in modules if name])
+        layer = modules[module]
     if isinstance(layer, Attention):
         target: RotationTarget = AttentionRotationTarget(layer, names)
     elif query and key:
@@ -78,23 +78,23 @@ def find_rotation_target(
 
 def _only_attention(layer: nn.Module) -> nn.Module:
     """Returns the layer if it is an attention module, else the only one inside it."""
-    found = {name: part for name, part in layer.named_modules() if _is_attention(part)}
-    found = {n: part for n, part in found.items() if not any(o != n and _holds(o, n) for o in found)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if not found:
+    matches = {name: part for name, part in layer.named_modules() if _is_attention(part)}
+    matches = {n: part for n, part in matches.items() if not any(o != n and _holds(o, n) for o in matches)}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if not matches:
         raise ConfigError(
             "RollingQ",
             expected="an equipoise Attention layer, or a module with the names of its projections",
             got=type(layer).__name__,
             fix='Pass query="q_proj", key="k_proj", num_heads=..., names=(...).',
         )
-    few = ", ".join(list(found)[:4]) + (", ..." if len(found) > 4 else "")
+    few = ", ".join(list(matches)[:4]) + (", ..." if len(matches) > 4 else "")
     raise ConfigError(
         "RollingQ",
         expected="one attention module",
-        got=f"{type(layer).__name__} with {len(found)}: {few}",
-        fix=f'Name the one to rotate: module="{list(found)[-1]}".',
+        got=f"{type(layer).__name__} with {len(matches)}: {few}",
+        fix=f'Name the one to rotate: module="{list(matches)[-1]}".',
     )
 
 

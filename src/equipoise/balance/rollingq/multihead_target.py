@@ -87,8 +87,13 @@ class MultiheadRotationTarget(ForeignTarget):
                 result["in_proj_bias"] = torch.cat([row[:, 0], bias[width:]])
         return result
 
-    def _observe(self, given: dict[str, Any]) -> None:
-        query, key, value, padding = given["query"], given["key"], given["value"], given.get("key_padding_mask")
+    def _observe(self, arguments: dict[str, Any]) -> None:
+        query, key, value, padding = (
+            arguments["query"],
+            arguments["key"],
+            arguments["value"],
+            arguments.get("key_padding_mask"),
+        )
         if query.is_nested:
             lengths = torch.tensor([len(part) for part in query.unbind()], device=query.device)
             query = key = value = query.to_padded_tensor(0.0)

@@ -157,12 +157,12 @@ class RunningSums:
     def means(self, total: Tensor, head: int) -> Means:
         """Converts the sums of one head to means; modalities that no sample has are left out."""
         *rows, query = total[head].cpu().double()
-        known = {name: row for name, row in zip(self.names, rows, strict=True) if row[-1] > 0}
+        observed = {name: row for name, row in zip(self.names, rows, strict=True) if row[-1] > 0}
         return Means(
             query=query[: self.dim] / query[-1].clamp(min=1),
-            keys={name: row[: self.dim] / row[-1] for name, row in known.items()},
-            imbalance={name: float(row[self.dim] / row[-1]) for name, row in known.items()},
-            tokens={name: float(row[self.dim + 1] / row[-1]) for name, row in known.items()},
+            keys={name: row[: self.dim] / row[-1] for name, row in observed.items()},
+            imbalance={name: float(row[self.dim] / row[-1]) for name, row in observed.items()},
+            tokens={name: float(row[self.dim + 1] / row[-1]) for name, row in observed.items()},
         )
 
     def state(self) -> Tensor:

@@ -331,7 +331,7 @@ class RollingQ(Rotation):
 
 def _spread(air: Tensor) -> float:
     """Returns the largest minus the smallest indicator; AIR values differ by M / (M - 1) times as much."""
-    known = air[~air.isnan()]
-    if len(known) < 2:
+    finite = air[~air.isnan()]
+    if len(finite) < 2:
         return math.nan
-    return float(known.max() - known.min()) * (len(known) - 1) / len(known)
+    return float(finite.max() - finite.min()) * (len(finite) - 1) / len(finite)

@@ -186,12 +186,12 @@ def _linear(module: nn.Module, name: str) -> nn.Module:
     linear = dict(module.named_modules()).get(name)
     if linear is not None and is_linear(linear):
         return linear
-    known = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    linear_names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
     raise ConfigError(
         "RollingQ",
         expected=f"a torch.nn.Linear named '{name}' in {type(module).__name__}",
         got=type(linear).__name__ if linear is not None else "no such module",
-        fix=f"Linear layers in this module: {', '.join(known) or 'none'}.",
+        fix=f"Linear layers in this module: {', '.join(linear_names) or 'none'}.",
     )
 
 

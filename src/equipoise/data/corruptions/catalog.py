@@ -170,12 +170,12 @@ def corrupt_batch(
             fix="Leave out batches that lack the modality, or choose another one.",
         )  # fmt: skip
     masks = batch.get("mask") or {}
-    found = corrupt_input(
+    corrupted = corrupt_input(
         batch[modality], name, severity=severity, kind=kind, mask=masks.get(modality), statistics=statistics, seed=seed
     )
-    result = {**batch, modality: found.values}
-    if found.mask is not None:
-        result["mask"] = {**masks, modality: found.mask}
+    result = {**batch, modality: corrupted.values}
+    if corrupted.mask is not None:
+        result["mask"] = {**masks, modality: corrupted.mask}
     return result
 
 

@@ -38,7 +38,7 @@ def find_layout(name: str) -> Layout:
     Raises:
         ConfigError: unknown name; the message lists the closest ones.
     """
-    known = available_layouts()
-    if name not in known:
-        raise unknown_name("data", "data set", name, known)
-    return known[name]
+    layouts = available_layouts()
+    if name not in layouts:
+        raise unknown_name("data", "data set", name, layouts)
+    return layouts[name]

@@ -46,11 +46,11 @@ class AVMNIST(Layout):
             paths = {kind: settings.raw.require(f"{kind}_{split}") for kind in ("image", "audio", "labels")}
             labels, images = read_array(paths["labels"], 1), _images(paths["image"])
             audio = read_array(paths["audio"], 3)
-            for kind, found in (("image", images), ("audio", audio)):
-                if len(found) != len(labels):
+            for kind, array in (("image", images), ("audio", audio)):
+                if len(array) != len(labels):
                     raise DataError(
                         f"array '{paths[kind]}'", expected=f"as many samples as labels = {len(labels)}",
-                        got=f"{len(found)}",
+                        got=f"{len(array)}",
                     )  # fmt: skip
             last = len(labels) - len(labels) // VALIDATION if split == "train" else len(labels)
             for row, value in enumerate(labels.tolist()):
@@ -77,11 +77,11 @@ def _images(path: Path) -> np.ndarray:
         DataError: as ``read_array``, or images of another size.
     """
     try:
-        found = read_array(path, 2)
+        images = read_array(path, 2)
     except DataError as error:
         if "numbers in 2 dimensions" not in error.expected:
             raise
-        found = read_array(path, 3)
-    if int(np.prod(found.shape[1:])) != SIDE * SIDE:
-        raise DataError(f"array '{path}'", expected=f"images of {SIDE} x {SIDE} pixels", got=f"shape {found.shape}")
-    return found
+        images = read_array(path, 3)
+    if int(np.prod(images.shape[1:])) != SIDE * SIDE:
+        raise DataError(f"array '{path}'", expected=f"images of {SIDE} x {SIDE} pixels", got=f"shape {images.shape}")
+    return images

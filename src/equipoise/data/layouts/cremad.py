@@ -114,10 +114,10 @@ def folder_images(folder: Path, raw: RawFolder) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"frames '{folder}'", expected="a folder of images", got="no such folder")
-    found = [raw.inside(folder / name) for name in raw_folder.list_files(folder, IMAGES)]
-    if not found:
+    images = [raw.inside(folder / name) for name in raw_folder.list_files(folder, IMAGES)]
+    if not images:
         raise DataError(f"frames '{folder}'", expected="images", got="a folder without any")
-    return found
+    return images
 
 
 def read_tensor(path: Path) -> np.ndarray:
@@ -132,21 +132,23 @@ def read_tensor(path: Path) -> np.ndarray:
     if not path.is_file() or not path.stat().st_size:
         raise DataError(who, expected="a tensor", got="an empty file" if path.is_file() else "no such file")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     # torch raises many kinds of errors on invalid content.
     except Exception as error:
         raise DataError(
             who, expected="one tensor, as torch.save writes it", got="a damaged file, or one with other objects"
         ) from error
-    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.squeeze().ndim != 2:
-        shape = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+    if not isinstance(content, torch.Tensor) or not content.is_floating_point() or content.squeeze().ndim != 2:
+        shape = (
+            f"{content.dtype} {tuple(content.shape)}" if isinstance(content, torch.Tensor) else type(content).__name__
+        )
         raise DataError(who, expected="a floating tensor (time, frequency)", got=shape)
-    return found.squeeze().float().numpy()
+    return content.squeeze().float().numpy()
 
 
 def _listed(raw: RawFolder) -> list[tuple[str, str, str]]:
     """Returns (stem, split, emotion) of the published lists."""
-    found, places = [], []
+    rows, places = [], []
     for split in ("train", "test"):
         if raw.find(split) is None:
             error = raw.missing(split)
@@ -156,10 +158,10 @@ def _listed(raw: RawFolder) -> list[tuple[str, str, str]]:
             )  # fmt: skip
         path = raw.require(split)
         for number, values in raw_folder.read_list(path, 2):
-            found.append((values[0], split, values[1]))
+            rows.append((values[0], split, values[1]))
             places.append((values[0], f"line {number} of {path.name}"))
     raw_folder.check_unique(places)
-    return found
+    return rows
 
 
 def _videos(folder: Path, stem: str) -> list[str]:

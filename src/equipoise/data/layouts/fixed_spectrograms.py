@@ -63,9 +63,9 @@ def fbank_1024(sound: Float[np.ndarray, " sample"]) -> Float[np.ndarray, "1024 1
     """
     if len(sound) < KALDI_WINDOW:
         raise DataError("audio", expected=f"{KALDI_WINDOW} samples at 16 kHz or more", got=f"{len(sound)}")
-    found = kaldi_fbank(sound - sound.mean())[:FBANK_FRAMES]
+    features = kaldi_fbank(sound - sound.mean())[:FBANK_FRAMES]
     padded = np.zeros((FBANK_FRAMES, KALDI_BINS), np.float32)
-    padded[: len(found)] = found
+    padded[: len(features)] = features
     return (padded - FBANK_MEAN) / (2 * FBANK_DEVIATION)
 
 

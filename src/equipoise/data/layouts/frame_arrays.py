@@ -17,7 +17,7 @@ VIDEOS = (".avi", ".mp4", ".flv", ".mkv", ".webm")
 MOST_FRAMES = 100_000
 
 
-def middle_frames(available: int, wanted: int) -> list[int]:
+def middle_frames(available: int, count: int) -> list[int]:
     """Returns the positions of frames in the middle of equal segments, as the test rule of published loaders does.
 
     ::
@@ -28,8 +28,8 @@ def middle_frames(available: int, wanted: int) -> list[int]:
         >>> middle_frames(9, 3), middle_frames(6, 3), middle_frames(2, 3), middle_frames(7, 1)
         ([0, 3, 6], [0, 2, 4], [0, 0, 0], [2])
     """
-    segment = available // wanted
-    return [min(i * segment + max(segment // 2, 1), available) - 1 for i in range(wanted)]
+    segment = available // count
+    return [min(i * segment + max(segment // 2, 1), available) - 1 for i in range(count)]
 
 
 def read_frames(files: Sequence[Path], size: int, *, gray: bool = False) -> UInt8[np.ndarray, "frame height width c"]:

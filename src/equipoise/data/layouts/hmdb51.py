@@ -66,19 +66,19 @@ class HMDB51(RGBFlowClips):
                     rows.append((clip, SPLITS[mark], label))
         raw_folder.check_unique(places)
         names = sorted({label for _, _, label in rows})
-        known = names[:NEAR] if ood == "near" else [name for name in names if name in FAR] if ood == "far" else names
-        if not known:
+        classes = names[:NEAR] if ood == "near" else [name for name in names if name in FAR] if ood == "far" else names
+        if not classes:
             raise DataError(f"data prepare {self.name} --ood {ood}", expected="known classes", got=f"only {names[:5]}")
         files: dict[str, Any] = self.clip_files(raw, {clip: label for clip, _, label in rows})
         samples = [
             RawSample(
-                clip, split if label in known else "ood", known.index(label) if label in known else -1, source_of(clip, label),
+                clip, split if label in classes else "ood", classes.index(label) if label in classes else -1, source_of(clip, label),
                 label, files[clip],
             )
             for clip, split, label in rows
         ]  # fmt: skip
         notes = [f"{unused} clips are in neither split of the published lists."] if unused else []
-        return Scan(hold_out_validation(samples, by_group=True), notes=notes, classes=known)
+        return Scan(hold_out_validation(samples, by_group=True), notes=notes, classes=classes)
 
 
 def source_of(clip: str, label: str) -> str:
@@ -88,18 +88,18 @@ def source_of(clip: str, label: str) -> str:
         >>> source_of("April_09_brush_hair_u_nm_np1_ba_goo_0", "brush_hair")
         'April_09'
     """
-    source, found, _ = clip.partition(f"_{label}_")
-    return source if found else re.sub(r"_\d+$", "", clip)
+    source, separator, _ = clip.partition(f"_{label}_")
+    return source if separator else re.sub(r"_\d+$", "", clip)
 
 
 def _lists(raw: RawFolder, fold: int) -> list[tuple[Path, str]]:
     """Returns the lists of a fold, with the names of their classes."""
     folder = raw.require("lists")
-    found = []
+    rows = []
     for name in raw_folder.list_files(folder, (".txt",)):
         parts = LIST.fullmatch(name)
         if parts and int(parts[2]) == fold:
-            found.append((raw.inside(folder / name), parts[1]))
-    if not found:
+            rows.append((raw.inside(folder / name), parts[1]))
+    if not rows:
         raise DataError(f"folder '{folder}'", expected=f"lists {{class}}_test_split{fold}.txt", got="none")
-    return found
+    return rows

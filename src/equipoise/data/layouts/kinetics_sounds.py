@@ -66,8 +66,8 @@ class KineticsSounds(Layout):
         for split in ("train", "test"):
             path = raw.require(split)
             for number, values in raw_folder.read_list(path, 2, last=1):
-                clip, place = values[0], f"line {number} of {path.name}"
-                places.append((clip, place))
+                clip, location = values[0], f"line {number} of {path.name}"
+                places.append((clip, location))
                 target = raw_folder.check_label(values[-1], len(CLASSES), f"list '{path}', line {number}")
                 sound = _existing(audio, split, f"{clip}.npy") or _existing(audio, split, f"{clip}.wav")
                 files = {
@@ -90,11 +90,11 @@ class KineticsSounds(Layout):
         return {"audio": _audio(Path(sample.files["audio"][0]), settings.options["audio"]), "image": image}
 
 
-def _positions(available: int, wanted: int) -> list[int]:
+def _positions(available: int, count: int) -> list[int]:
     """The published rule: the first frame only in clips of six or fewer, and never a frame after the ninth."""
     if available <= 6:
-        return [0] * wanted
-    return [min(place, 8) for place in middle_frames(available, wanted)]
+        return [0] * count
+    return [min(place, 8) for place in middle_frames(available, count)]
 
 
 def _audio(path: Path, kind: str) -> np.ndarray | Path:
@@ -116,7 +116,7 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
     if not path.is_file() or not path.stat().st_size:
         raise DataError(who, expected="an array", got="an empty file" if path.is_file() else "no such file")
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     # numpy raises several kinds of errors on invalid content.
     except Exception as error:
         objects = "pickle" in str(error).lower() or "object" in str(error).lower()
@@ -124,15 +124,15 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
             who, expected="numbers in numpy's format", got="Python objects" if objects else "a damaged file",
             fix="Convert them to numbers." if objects else "Fetch the file again.",
         ) from error  # fmt: skip
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub" or found.ndim != dimensions:
-        got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "an archive"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim != dimensions:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
         raise DataError(who, expected=f"numbers in {dimensions} dimensions", got=got)
-    return found
+    return array
 
 
 def _existing(folder: Path, split: str, name: str) -> Path | None:
     """Returns where a file lies: in the folder, or in a folder of its split."""
-    for place in (folder / name, folder / split / name, folder / f"{split}_img" / "Image-01-FPS" / name):
-        if place.exists():
-            return place
+    for path in (folder / name, folder / split / name, folder / f"{split}_img" / "Image-01-FPS" / name):
+        if path.exists():
+            return path
     return None

@@ -87,8 +87,8 @@ def prepare(
         scan = layout.scan(settings)
         samples = scan.samples
         if split == "disjoint":
-            known = [sample for sample in samples if sample.split != "ood"]
-            samples = split_by_group(known, who) + [sample for sample in samples if sample.split == "ood"]
+            in_distribution = [sample for sample in samples if sample.split != "ood"]
+            samples = split_by_group(in_distribution, who) + [sample for sample in samples if sample.split == "ood"]
         if not samples:
             raise no_samples(raw, scan.dropped, who)
         entries, reused = convert_samples(layout, samples, settings, out, copy, workers, progress)

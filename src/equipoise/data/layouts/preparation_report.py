@@ -36,18 +36,18 @@ def write_outputs(
             # The manifest has no second form of the target, which could be taken for an input.
             fixed |= {"label": sample.label} if sample.split == "ood" else {}
             rows.append({**fixed, **entry.cells, **sample.extra})
-    known = [row for row in rows if row["split"] != "ood"]
-    if not known:
+    in_distribution = [row for row in rows if row["split"] != "ood"]
+    if not in_distribution:
         raise no_samples(raw, all_dropped, who)
-    tables = {prepared_files.MANIFEST: known}
-    if len(known) < len(rows):
+    tables = {prepared_files.MANIFEST: in_distribution}
+    if len(in_distribution) < len(rows):
         tables[prepared_files.OOD] = [row for row in rows if row["split"] == "ood"]
     files = {name: value for entry in entries.values() for name, (value, _) in entry.files.items()}
     for name, part in tables.items():
         prepared_files.write_table(out / name, _columns(part), part)
         files[name] = prepared_files.hash_file(out / name)[0]
     prepared_files.write_checksums(out / prepared_files.CHECKSUMS, files)
-    columns = _columns(known)
+    columns = _columns(in_distribution)
     counts = dict(Counter(row["split"] for row in rows))
     report = {
         "schema": prepared_files.SCHEMA, "layout": layout.name, "complete": True, "choice": choice,
@@ -76,13 +76,13 @@ def _groups(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     """Returns the number of groups in each split, and how many of the test groups also occur in training."""
     if not layout.groups:
         return {}
-    found: dict[str, set[str]] = {}
+    groups: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(row["split"], set()).add(row["group"])
-    shared = found.get("test", set()) & found.get("train", set())
+        groups.setdefault(row["split"], set()).add(row["group"])
+    shared = groups.get("test", set()) & groups.get("train", set())
     return {
         "kind": layout.groups, "shared_by_train_and_test": len(shared),
-        **{name: len(groups) for name, groups in found.items()},
+        **{name: len(groups) for name, groups in groups.items()},
     }  # fmt: skip
 
 

@@ -71,8 +71,8 @@ def read_journal(path: Path) -> dict[str, JournalEntry]:
 def hash_file(path: Path) -> tuple[str, int]:
     """Returns the SHA-256 hash and the size of a file."""
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        return found, os.fstat(file.fileno()).st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, os.fstat(file.fileno()).st_size
 
 
 def array_path(column: str, name: str, suffix: str = ".npy") -> str:
@@ -116,19 +116,19 @@ def read_checksums(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         got = "no such file" if isinstance(error, FileNotFoundError) else "a file that cannot be read"
         raise DataError(who, expected="the checksums that data prepare wrote", got=got, fix=fix) from error
-    found = {}
+    checksums = {}
     for number, line in enumerate(lines, start=1):
         value, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", value) or not name:
             raise DataError(who, expected="lines of a SHA-256 and a path", got=f"another line {number}", fix=fix)
-        found[name] = value
-    return found
+        checksums[name] = value
+    return checksums
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> Path:
     """Writes prepare.json with a checksum of its own."""
-    made = add_checksum(to_jsonable(content))
-    return atomic_write(path, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    report = add_checksum(to_jsonable(content))
+    return atomic_write(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_report(folder: Path, who: str) -> dict[str, Any]:

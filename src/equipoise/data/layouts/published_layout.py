@@ -131,7 +131,7 @@ class Layout(ABC):
     def finish(self, settings: Settings) -> None:  # noqa: B027
         """Removes intermediate files after the last sample."""
 
-    def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Returns all options with their values.
 
         Raises:
@@ -139,7 +139,7 @@ class Layout(ABC):
         """
         who = f"data prepare {self.name}"
         checked = {name: option.default for name, option in self.options.items()}
-        for name, value in given.items():
+        for name, value in options.items():
             if name not in self.options:
                 raise unknown_name(who, "option", f"--{name}", [f"--{known}" for known in self.options])
             option = self.options[name]

@@ -86,11 +86,11 @@ class RawFolder:
         """
         if name in self.chosen:
             return self.root / self.chosen[name]
-        place = self.places[name]
-        for candidate in place.candidates:
+        location = self.places[name]
+        for candidate in location.candidates:
             if (self.root / candidate).exists():
                 return self.inside(self.root / candidate)
-        if place.required:
+        if location.required:
             raise self.missing(name)
         return None
 
@@ -100,16 +100,16 @@ class RawFolder:
         Raises:
             DataError: it is missing, or a link out of the root.
         """
-        found = self.find(name)
-        if found is None:
+        path = self.find(name)
+        if path is None:
             raise self.missing(name)
-        return found
+        return path
 
     def missing(self, name: str) -> DataError:
         """Returns the error for a missing place."""
-        place = self.places[name]
+        location = self.places[name]
         return DataError(
-            f"{self.who} '{self.root}'", expected=f"{' or '.join(place.candidates)}: {place.content}", got="none",
+            f"{self.who} '{self.root}'", expected=f"{' or '.join(location.candidates)}: {location.content}", got="none",
             fix=f"Put it there, or name its place: --path {name}=PATH.",
         )  # fmt: skip
 
@@ -193,22 +193,22 @@ def check_unique(ids: Iterable[tuple[str, str]]) -> None:
     Args:
         ids: (id, description of its place) of all samples of all splits.
     """
-    seen: dict[str, str] = {}
-    for name, place in ids:
-        if name in seen:
+    locations: dict[str, str] = {}
+    for name, location in ids:
+        if name in locations:
             raise DataError(
                 "lists of the splits", expected="every sample once, in one split",
-                got=f"'{name}' twice: {seen[name]} and {place}", fix="Remove one of the two lines.",
+                got=f"'{name}' twice: {locations[name]} and {location}", fix="Remove one of the two lines.",
             )  # fmt: skip
-        seen[name] = place
+        locations[name] = location
 
 
-def check_label(text: str, classes: int, place: str) -> int:
+def check_label(text: str, classes: int, location: str) -> int:
     """Returns a class number in a list.
 
     Raises:
         DataError: it is no integer in the range.
     """
     if not text.isdecimal() or int(text) >= classes:
-        raise DataError(place, expected=f"a class from 0 to {classes - 1}", got=f"'{text[:40]}'")
+        raise DataError(location, expected=f"a class from 0 to {classes - 1}", got=f"'{text[:40]}'")
     return int(text)

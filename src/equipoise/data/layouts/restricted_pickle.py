@@ -73,8 +73,8 @@ def build_array(shape: Any, dtype: Any, data: Any, order: str) -> np.ndarray:
             raise pickle.UnpicklingError(f"an array of {count} objects without its objects")
         flat = np.empty(count, dtype=object)
         flat[:] = [None] * count
-        for place, value in enumerate(data):
-            flat[place] = value
+        for index, value in enumerate(data):
+            flat[index] = value
         return flat.reshape(shape, order="F" if order == "F" else "C")
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes | bytearray) or len(data) != count * kind.itemsize:
@@ -133,10 +133,10 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Unpickler that admits the names in ``ADMITTED`` only; modules named in the file are never imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = ADMITTED.get(("builtins" if module == "__builtin__" else module, name))
-        if found is None:
+        admitted = ADMITTED.get(("builtins" if module == "__builtin__" else module, name))
+        if admitted is None:
             raise ForbiddenName(f"{module}.{name}")
-        return found
+        return admitted
 
 
 class ForbiddenName(pickle.UnpicklingError):
@@ -217,27 +217,27 @@ def _check_memo(file: BinaryIO, size: int) -> None:
             raise pickle.UnpicklingError(f"a memo of {argument} entries")
 
 
-def _resolve(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+def _resolve(value: Any, resolved: dict[int, Any], depth: int = 0) -> Any:
     """Replaces the stand-ins by arrays, in nested containers."""
     if depth > 100:
         raise pickle.UnpicklingError("containers that are nested too deep")
-    if id(value) in known:
-        return known[id(value)][1]
+    if id(value) in resolved:
+        return resolved[id(value)][1]
     if isinstance(value, PickledArray):
-        made: Any = value.array()
-        made = _resolve(made, known, depth + 1)
+        result: Any = value.array()
+        result = _resolve(result, resolved, depth + 1)
     elif isinstance(value, np.ndarray) and value.dtype == object:
-        made = value
-        for place in range(made.size):
-            made.flat[place] = _resolve(made.flat[place], known, depth + 1)
+        result = value
+        for index in range(result.size):
+            result.flat[index] = _resolve(result.flat[index], resolved, depth + 1)
     elif isinstance(value, dict):
-        made = {_resolve(k, known, depth + 1): _resolve(v, known, depth + 1) for k, v in value.items()}
+        result = {_resolve(k, resolved, depth + 1): _resolve(v, resolved, depth + 1) for k, v in value.items()}
     elif isinstance(value, list | tuple):
-        made = type(value)(_resolve(part, known, depth + 1) for part in value)
+        result = type(value)(_resolve(part, resolved, depth + 1) for part in value)
     elif isinstance(value, PickledDtype):
-        made = value.dtype()
+        result = value.dtype()
     else:
         return value
     # The original is kept, so that its id is not given to another object.
-    known[id(value)] = (value, made)
-    return made
+    resolved[id(value)] = (value, result)
+    return result

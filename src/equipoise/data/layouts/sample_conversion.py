@@ -40,15 +40,15 @@ def convert_samples(
     entries: dict[str, JournalEntry] = {}
     todo = []
     for sample in samples:
-        known = before.get(sample.id)
+        previous = before.get(sample.id)
         # A sample that was dropped is tried again: its files may have been replaced meanwhile.
         if (
-            known
-            and not known.dropped
-            and known.signature == _signature(sample, settings, copy)
-            and _is_there(known, out)
+            previous
+            and not previous.dropped
+            and previous.signature == _signature(sample, settings, copy)
+            and _is_there(previous, out)
         ):
-            entries[sample.id] = known
+            entries[sample.id] = previous
         else:
             todo.append(sample)
     reused = len(entries)
@@ -57,8 +57,8 @@ def convert_samples(
     with open(journal, "a", encoding="utf-8") as file:
         # Ends a line that an interruption cut off.
         file.write("\n")
-        for made in _converted(layout, todo, settings, out, copy, workers):
-            for entry in made:
+        for converted in _converted(layout, todo, settings, out, copy, workers):
+            for entry in converted:
                 entries[entry.id] = entry
                 file.write(entry.line())
             file.flush()
@@ -162,16 +162,16 @@ def _array_problem(values: np.ndarray) -> str:
 
 def _signature(sample: RawSample, settings: Settings, copy: bool) -> str:
     """Returns a hash of everything that the converted files depend on, except the contents of the raw files."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     content = asdict(replace(sample, split=""))
     options = {name: value for name, value in settings.options.items() if name != "split"}
-    found.update(json.dumps(to_jsonable([VERSION, content, options, copy]), sort_keys=True).encode())
+    digest.update(json.dumps(to_jsonable([VERSION, content, options, copy]), sort_keys=True).encode())
     for names in sample.files.values():
         for name in names:
             with contextlib.suppress(OSError):
                 state = os.stat(name)
-                found.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "backslashreplace"))
-    return found.hexdigest()
+                digest.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
 
 def _is_there(entry: JournalEntry, out: Path) -> bool:
@@ -184,9 +184,9 @@ def _is_there(entry: JournalEntry, out: Path) -> bool:
 
 def _remove_stale(before: Mapping[str, JournalEntry], entries: Mapping[str, JournalEntry], out: Path) -> None:
     """Removes arrays of samples that are no longer part of the data set, and temporary files of killed workers."""
-    kept = {name for entry in entries.values() for name in entry.files}
+    retained = {name for entry in entries.values() for name in entry.files}
     for entry in before.values():
-        for name in set(entry.files) - kept:
+        for name in set(entry.files) - retained:
             if not name.startswith("..") and not os.path.isabs(name):
                 with contextlib.suppress(OSError):
                     (out / name).unlink()

@@ -64,15 +64,15 @@ class SentimentPickle(Layout):
         path = settings.raw.require("pickle")
         content = self._arrays(path, settings.scratch)
         names, of_score = TASKS[settings.options["task"]]
-        samples, dropped, seen, repeated = [], {}, set(), 0
+        samples, dropped, ids, repeated = [], {}, set(), 0
         for split, part in content.items():
             for row, (name, score, length) in enumerate(zip(part["id"], part["score"], part["length"], strict=True)):
                 identity = name if part["segments"] else f"{name}#{row}"
-                if identity in seen:
+                if identity in ids:
                     repeated += 1
                     dropped[f"{identity} ({split}, row {row})"] = f"id '{identity}': expected once, got another time."
                     continue
-                seen.add(identity)
+                ids.add(identity)
                 if not np.isfinite(score):
                     dropped[identity] = f"label of '{identity}': expected a finite score, got {score}."
                     continue
@@ -112,14 +112,14 @@ class SentimentPickle(Layout):
             raise DataError(f"text of '{sample.id}'", expected="words", got="zeros everywhere")
         aligned = len({len(part) for part in values.values()}) == 1
         spoken = _used(values["text"])
-        found: dict[str, Any] = {}
+        features: dict[str, Any] = {}
         for name, part in values.items():
             length = sample.rows.get(f"{name}_length", 0)
             if not part.any():
-                found[name] = None
+                features[name] = None
             else:
-                found[name] = part[spoken] if aligned else part[:length] if length else part[_used(part)]
-        return found
+                features[name] = part[spoken] if aligned else part[:length] if length else part[_used(part)]
+        return features
 
     def finish(self, settings: Settings) -> None:
         shutil.rmtree(settings.scratch, ignore_errors=True)
@@ -129,9 +129,9 @@ class SentimentPickle(Layout):
         state = path.stat()
         stamp, index = f"{os.path.realpath(path)} {state.st_size} {state.st_mtime_ns}", scratch / "index.json"
         try:
-            known = json.loads(index.read_text(encoding="utf-8"))
-            if known["stamp"] == stamp:
-                return known["splits"]
+            stored = json.loads(index.read_text(encoding="utf-8"))
+            if stored["stamp"] == stamp:
+                return stored["splits"]
         except (OSError, ValueError, KeyError):
             pass
         content, who = load_restricted_pickle(path, who=self.name), f"{self.name} '{path}'"

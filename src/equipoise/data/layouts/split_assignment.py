@@ -28,17 +28,17 @@ def hold_out_validation(samples: Sequence[RawSample], part: float = 0.1, *, by_g
         2
     """
     units: dict[object, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for place, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         if sample.split == "train":
-            units[sample.target][sample.group if by_group else sample.id].append(place)
+            units[sample.target][sample.group if by_group else sample.id].append(index)
     moved: set[int] = set()
     groups: set[str] = set()
     for members in units.values():
-        wanted = max(1, round(part * sum(map(len, members.values()))))
+        target_size = max(1, round(part * sum(map(len, members.values()))))
         count = sum(len(places) for name, places in members.items() if by_group and name in groups)
         # A group that holds several classes moves as a whole, so it may be chosen already.
         for name in sorted(members, key=_order):
-            if count >= wanted or len(members) < 2:
+            if count >= target_size or len(members) < 2:
                 break
             if name in groups:
                 continue
@@ -73,11 +73,11 @@ def split_by_group(samples: Sequence[RawSample], who: str) -> list[RawSample]:
     order = sorted(sizes, key=_order)
     belongs = {}
     for name, part in PARTS.items():
-        count, wanted = 0, part * len(samples)
+        count, target_size = 0, part * len(samples)
         # Leave at least one group for each split that follows.
         while (
             order
-            and (count == 0 or count + sizes[order[0]] / 2 <= wanted)
+            and (count == 0 or count + sizes[order[0]] / 2 <= target_size)
             and len(order) > (2 if name == "test" else 1)
         ):
             count += sizes[order[0]]

@@ -75,10 +75,12 @@ def verify(
     expected = prepared_files.read_checksums(path)
     missing, changed = [], []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, (name, found) in enumerate(zip(expected, pool.map(_hash_of(folder), expected), strict=True), start=1):
-            if found is None:
+        for done, (name, digest) in enumerate(
+            zip(expected, pool.map(_hash_of(folder), expected), strict=True), start=1
+        ):
+            if digest is None:
                 missing.append(name)
-            elif found != expected[name]:
+            elif digest != expected[name]:
                 changed.append(name)
             if progress is not None:
                 progress(done, len(expected))
@@ -97,10 +99,10 @@ def _hash_of(folder: Path) -> Callable[[str], str | None]:
 
 
 def _files_in(folder: Path) -> list[str]:
-    found = []
-    for place, _, files in os.walk(folder):
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in files if not name.endswith(".tmp")]
-    return sorted(found)
+    paths = []
+    for directory, _, files in os.walk(folder):
+        paths += [os.path.relpath(os.path.join(directory, name), folder) for name in files if not name.endswith(".tmp")]
+    return sorted(paths)
 
 
 def _rows(path: Path) -> int:

@@ -69,17 +69,17 @@ class AVDigits(Dataset):
         if fold not in FOLDS:
             raise unknown_name("AVDigits", "fold", fold, FOLDS)
         check_deviations("AVDigits", audio_noise=audio_noise)
-        kept = sample_kept_classes(held_out, 10, "AVDigits")
-        self.fold, self._audio_noise, self.num_outputs = fold, audio_noise, len(kept)
+        retained = sample_kept_classes(held_out, 10, "AVDigits")
+        self.fold, self._audio_noise, self.num_outputs = fold, audio_noise, len(retained)
         spoken = read_recordings(find_data_dir("fsdd/recordings", root, SOURCE["fsdd/recordings"]), SPEAKERS, FLOOR)
         images, labels = _mnist(find_data_dir("mnist", root, SOURCE["mnist"]))
         order = permutation(len(labels), "av_digits/images")
         sizes = [*SIZES.values(), len(labels) - sum(SIZES.values())]
         rows = dict(zip(("train", "val", "test"), order.split(sizes), strict=True))
-        train_rows = rows["train"][torch.isin(labels[rows["train"]], kept)]
+        train_rows = rows["train"][torch.isin(labels[rows["train"]], retained)]
         self._components = fit_pca(images[train_rows], energy)
         voices = _voices(spoken, fold)
-        train_voices = voices["train"][torch.isin(spoken.digit[voices["train"]], kept)]
+        train_voices = voices["train"][torch.isin(spoken.digit[voices["train"]], retained)]
         self._reference = {
             "audio": spoken.spectrograms[train_voices], "image": self._components.reconstruct(images[train_rows])
         }  # fmt: skip
@@ -87,9 +87,9 @@ class AVDigits(Dataset):
         for name, row in rows.items():
             partner = voices[name][match_by_label(labels[row], spoken.digit[voices[name]], f"av_digits/{fold}/{name}")]
             inputs = self._standardized(spoken.spectrograms[partner], images[row])
-            splits[name], held[name] = split_by_class(Split(inputs, labels[row]), kept)
+            splits[name], held[name] = split_by_class(Split(inputs, labels[row]), retained)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
-        self.near_ood = held["test"] if len(kept) < 10 else None
+        self.near_ood = held["test"] if len(retained) < 10 else None
         self.noise = split_statistics(self.train.inputs)
         self._silence = standardize(spoken.spectrograms.amin(dim=(0, 1)), self._reference["audio"])
 

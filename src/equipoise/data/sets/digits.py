@@ -64,8 +64,8 @@ class Digits(Dataset):
         self, *, audio_noise: float = 2.0, image_noise: float = 0.5, energy: float = 0.4, held_out: Sequence[int] = ()
     ) -> None:
         check_deviations("Digits", audio_noise=audio_noise, image_noise=image_noise)
-        kept = sample_kept_classes(held_out, 10, "Digits")
-        self._deviation, self.num_outputs = {"audio": audio_noise, "image": image_noise}, len(kept)
+        retained = sample_kept_classes(held_out, 10, "Digits")
+        self._deviation, self.num_outputs = {"audio": audio_noise, "image": image_noise}, len(retained)
         images, labels = _images()
         order = permutation(len(labels), "digits/images")
         rows = dict(zip(SIZES, order.split(list(SIZES.values())), strict=True))
@@ -74,7 +74,7 @@ class Digits(Dataset):
             name: voices[name][match_by_label(labels[row], spoken[voices[name]], f"digits/{name}")]
             for name, row in rows.items()
         }
-        is_trained = torch.isin(labels[rows["train"]], kept)
+        is_trained = torch.isin(labels[rows["train"]], retained)
         self._components = fit_pca(images[rows["train"][is_trained]], energy)
         self._reference = {
             "audio": levels[chosen["train"][is_trained]],
@@ -83,9 +83,9 @@ class Digits(Dataset):
         splits, held = {}, {}
         for name, row in rows.items():
             whole = Split(self._standardized(levels[chosen[name]], images[row]), labels[row])
-            splits[name], held[name] = split_by_class(whole, kept)
+            splits[name], held[name] = split_by_class(whole, retained)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
-        self.near_ood = held["test"] if len(kept) < 10 else None
+        self.near_ood = held["test"] if len(retained) < 10 else None
         self.noise = split_statistics(self.train.inputs)
         self._silence = standardize(torch.full((40,), float(levels.min())), self._reference["audio"])
 

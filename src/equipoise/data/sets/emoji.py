@@ -114,10 +114,10 @@ class Emoji(Dataset):
     def _keyword_targets(self, train_items: Sequence[EmojiItem]) -> dict[str, int]:
         """Returns {keyword: target}: that of the emoji with this name, or else a new one shared by its emoji."""
         names = [tuple(split_words(item.name)) for item in train_items]
-        named = dict(zip(names, self.train.target.tolist(), strict=True))
+        targets = dict(zip(names, self.train.target.tolist(), strict=True))
         keyword_words = {tuple(split_words(word)) for item in train_items for word in item.keywords}
-        new = {words: self.num_outputs + index for index, words in enumerate(sorted(keyword_words - set(named)))}
-        target_of = {**new, **named}
+        new = {words: self.num_outputs + index for index, words in enumerate(sorted(keyword_words - set(targets)))}
+        target_of = {**new, **targets}
         return {word: target_of[tuple(split_words(word))] for item in train_items for word in item.keywords}
 
     def split_items(self, split: str) -> list[EmojiItem]:

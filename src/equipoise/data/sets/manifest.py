@@ -128,16 +128,16 @@ class ManifestDataset(Dataset):
         """Returns the table with the rows of another one appended, which become ``near_ood``."""
         import datasets
 
-        known, other = self.manifest.table, read_table(path)
+        table, other = self.manifest.table, read_table(path)
         columns = [name for one in self.manifest.modalities.values() for name in one.columns]
         columns += [str(one.options["times"]) for one in self.manifest.modalities.values() if "times" in one.options]
         for name in columns:
             if name not in other.column_names:
                 raise DataError(f"table '{path}'", expected=f"a column '{name}', as in the training data", got="none")
-        rows = np.arange(len(known), len(known) + len(other))
+        rows = np.arange(len(table), len(table) + len(other))
         self.near_ood = RowSplit({}, torch.full((len(rows),), -1), rows=rows)
         try:
-            return datasets.concatenate_datasets([known.select_columns(columns), other.select_columns(columns)])
+            return datasets.concatenate_datasets([table.select_columns(columns), other.select_columns(columns)])
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"table '{path}'", expected="columns of the same types as in the training data",

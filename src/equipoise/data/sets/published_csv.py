@@ -54,13 +54,13 @@ class Table:
         Raises:
             DataError: a field is not an integer from 0 to classes - 1.
         """
-        known = {str(value): value for value in range(classes)}
+        values = {str(value): value for value in range(classes)}
         for line, text in enumerate(self.texts(name)):
-            if text not in known:
+            if text not in values:
                 raise DataError(
                     self._place(line, name), expected=f"a class from 0 to {classes - 1}", got=repr(text[:40]), fix=AGAIN
                 )
-        return torch.tensor([known[text] for text in self.texts(name)])
+        return torch.tensor([values[text] for text in self.texts(name)])
 
     def _number(self, line: int, column: int, missing: bool) -> float:
         text = self.rows[line][column]

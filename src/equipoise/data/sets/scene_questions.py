@@ -176,7 +176,7 @@ QUESTIONS = tuple(kind for kind in KINDS if kind != "caption")
 
 
 def placed_objects(
-    asked: Question, rng: np.random.Generator, *, size: int, sides: Sequence[int], step: int, overlap: float
+    question: Question, rng: np.random.Generator, *, size: int, sides: Sequence[int], step: int, overlap: float
 ) -> Question:  # fmt: skip
     """Samples positions and sizes of the objects by rejection; the result satisfies ``asked.order``.
 
@@ -192,15 +192,15 @@ def placed_objects(
     """
     while True:
         things = []
-        for thing in asked.things:
+        for thing in question.things:
             side = int(sides[int(rng.integers(len(sides)))])
             x, y = (step * float(rng.integers((size - side) // step + 1)) for _ in range(2))
             things.append(replace(thing, x=x, y=y, side=float(side)))
-        if asked.order is not None:
-            things = _ordered(things, *asked.order)
+        if question.order is not None:
+            things = _ordered(things, *question.order)
         fits = all(_fit(a, b, overlap) for position, a in enumerate(things) for b in things[:position])
         if fits and all(thing.box[0] >= 0 for thing in things):
-            return replace(asked, things=tuple(things))
+            return replace(question, things=tuple(things))
 
 
 APART = 3

@@ -179,13 +179,13 @@ def _sample(split: str, position: int, kind: str, level: int, seed: int) -> tupl
     chosen = LEVELS[level]
     rng = np.random.default_rng((seed, ("train", "val", "test").index(split), level, position))
     new = split == "test" and bool(rng.integers(2))
-    asked = KINDS[kind](SceneSampler(rng, chosen.most, new))
-    asked = placed_objects(asked, rng, size=SIZE, sides=chosen.sides, step=chosen.step, overlap=chosen.overlap)
+    question = KINDS[kind](SceneSampler(rng, chosen.most, new))
+    question = placed_objects(question, rng, size=SIZE, sides=chosen.sides, step=chosen.step, overlap=chosen.overlap)
     light = int(rng.integers(*GROUND))
-    picture, owner = render_scene(asked.things, SIZE, (light, light, light - 4))
-    text, labels = format_samples(asked, kind)
-    covered = patches_of(owner, range(len(asked.things)), PATCH)
-    return picture, text, labels, regions_of(asked, owner), covered, new, asked.things
+    picture, owner = render_scene(question.things, SIZE, (light, light, light - 4))
+    text, labels = format_samples(question, kind)
+    covered = patches_of(owner, range(len(question.things)), PATCH)
+    return picture, text, labels, regions_of(question, owner), covered, new, question.things
 
 
 def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
@@ -202,10 +202,10 @@ def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
     return question + answer + [IDS[PAD]] * rest, [IGNORED] * len(question) + answer + [IGNORED] * rest
 
 
-def regions_of(asked: Question, owner: Int[np.ndarray, "size size"]) -> Bool[np.ndarray, "word patch"]:
+def regions_of(question: Question, owner: Int[np.ndarray, "size size"]) -> Bool[np.ndarray, "word patch"]:
     """Returns the patches of the objects that each word of ``format_samples`` refers to."""
     regions = np.zeros((LONGEST, (SIZE // PATCH) ** 2), dtype=bool)
-    for position, (_, things) in enumerate((*asked.question, *asked.answer), start=1):
+    for position, (_, things) in enumerate((*question.question, *question.answer), start=1):
         if things:
             regions[position] = patches_of(owner, things, PATCH)
     return regions

@@ -37,13 +37,13 @@ class WordVocabulary:
     def __init__(self, captions: Iterable[str], *, length: int) -> None:
         if length < 1:
             raise ConfigError("Words", expected="length >= 1", got=f"{length}")
-        known = sorted({word for caption in captions for word in split_words(caption)})
-        if not known:
+        words = sorted({word for caption in captions for word in split_words(caption)})
+        if not words:
             raise ConfigError("Words", expected="captions with words in them", got="none")
-        pieces = sorted({piece for word in known for piece in trigrams(word)})
+        pieces = sorted({piece for word in words for piece in trigrams(word)})
         self.length = length
-        self.words = {word: number for number, word in enumerate(known, start=1)}
-        self.pieces = {piece: number for number, piece in enumerate(pieces, start=len(known) + 1)}
+        self.words = {word: number for number, word in enumerate(words, start=1)}
+        self.pieces = {piece: number for number, piece in enumerate(pieces, start=len(words) + 1)}
 
     def __len__(self) -> int:
         return 1 + len(self.words) + len(self.pieces)

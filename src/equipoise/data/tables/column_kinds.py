@@ -80,8 +80,8 @@ def column_kind(table: datasets.Dataset, column: str, root: Path) -> Kind:
     if feature.dtype == "null":
         return "ignore"
     if feature.dtype not in ("string", "large_string"):
-        whole = feature.dtype.startswith(("int", "uint"))
-        return "ignore" if whole and _is_identifier(column, _cells(table, column)) else "number"
+        is_integer = feature.dtype.startswith(("int", "uint"))
+        return "ignore" if is_integer and _is_identifier(column, _cells(table, column)) else "number"
     return _string_kind(column, _cells(table, column), root)
 
 
@@ -100,8 +100,8 @@ def _string_kind(column: str, cells: Sequence[str], root: Path) -> Kind:
         return "ignore"
     looked = cells[:LOOKED_AT]
     suffixes = {Path(cell).suffix.lower() for cell in looked}
-    for kind, known in EXTENSIONS.items():
-        if suffixes <= set(known):
+    for kind, extensions in EXTENSIONS.items():
+        if suffixes <= set(extensions):
             return kind  # type: ignore[return-value]
     if suffixes == {".npy"}:
         return _array_kind(looked, root)
@@ -154,30 +154,32 @@ def find_modalities(
     for column in columns:
         if match := re.fullmatch(r"(.*?[^\d._\- ])[._\- ]?\d+", column):
             prefixes.setdefault(match[1], []).append(column)
-    given = _given("kinds", kinds, columns)
-    for name in given:
+    given_kinds = _given("kinds", kinds, columns)
+    for name in given_kinds:
         if name not in columns and name not in prefixes:
             raise unknown_name("Manifest kinds", "column", str(name), columns)
-    times = {str(options["times"]) for _, options in given.values() if "times" in options}
-    kind_of = {c: given[c][0] if c in given else column_kind(table, c, root) for c in columns if c not in times}
+    times = {str(options["times"]) for _, options in given_kinds.values() if "times" in options}
+    kind_of = {
+        c: given_kinds[c][0] if c in given_kinds else column_kind(table, c, root) for c in columns if c not in times
+    }
     result: dict[str, Modality] = {}
     unused = {column: "not used" for column, kind in kind_of.items() if kind == "ignore"}
     plain: list[str] = []
     grouped: set[str] = set()
     for prefix, members in prefixes.items():
-        numbers = [c for c in members if kind_of.get(c) == "number" and c not in given]
-        if prefix in given and given[prefix][0] == "ignore":
+        numbers = [c for c in members if kind_of.get(c) == "number" and c not in given_kinds]
+        if prefix in given_kinds and given_kinds[prefix][0] == "ignore":
             unused |= dict.fromkeys(numbers, "not used")
             grouped |= set(numbers)
         elif len(numbers) > 1:
-            kind, options = given.get(prefix, ("vector", {}))
+            kind, options = given_kinds.get(prefix, ("vector", {}))
             check_columns(prefix, kind, numbers, columns)
             result[_name(prefix, result)] = Modality(kind, tuple(numbers), options)
             grouped |= set(numbers)
     for column, kind in kind_of.items():
         if kind == "ignore" or column in grouped:
             continue
-        options = given[column][1] if column in given else {}
+        options = given_kinds[column][1] if column in given_kinds else {}
         if kind in ("number", "category") and not options:
             plain.append(column)
         else:

@@ -42,21 +42,21 @@ def pair_modalities(
     for name in kinds:
         if name not in pair and name not in table.column_names:
             raise unknown_name("Manifest kinds", "column", str(name), table.column_names)
-    given = {name: dict(one) if isinstance(one, Mapping) else {"kind": one} for name, one in kinds.items()}
-    times = {str(one["times"]) for one in given.values() if "times" in one}
+    options = {name: dict(one) if isinstance(one, Mapping) else {"kind": one} for name, one in kinds.items()}
+    times = {str(one["times"]) for one in options.values() if "times" in one}
     result: dict[str, Modality] = {}
     for name in pair:
-        own = {name} if name in table.column_names else {c for c in table.column_names if c.startswith(name)}
-        if not own:
+        columns = {name} if name in table.column_names else {c for c in table.column_names if c.startswith(name)}
+        if not columns:
             raise unknown_name("pair", "column", name, table.column_names)
-        chosen = {name: given[name]} if name in given else {}
-        if name in own and "kind" not in chosen.get(name, {}):
+        chosen = {name: options[name]} if name in options else {}
+        if name in columns and "kind" not in chosen.get(name, {}):
             chosen[name] = {**chosen.get(name, {}), "kind": _kind(table, name, root)}
-        keep = own | (times & set(table.column_names) if "times" in chosen.get(name, {}) else set())
-        found, _ = find_modalities(table, root, exclude=set(table.column_names) - keep, kinds=chosen)
-        if len(found) != 1:
+        keep = columns | (times & set(table.column_names) if "times" in chosen.get(name, {}) else set())
+        modalities, _ = find_modalities(table, root, exclude=set(table.column_names) - keep, kinds=chosen)
+        if len(modalities) != 1:
             raise unknown_name("pair", "column", name, table.column_names)
-        result |= found
+        result |= modalities
     used = {column for one in result.values() for column in one.columns} | times | exclude
     return result, {column: "not in the pair" for column in table.column_names if column not in used}
 

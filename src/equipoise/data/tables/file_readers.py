@@ -166,13 +166,13 @@ class AudioReader(FileReader):
 
     def infer(self, examined: Sequence[Cell]) -> None:
         if not {"rate", "seconds"} <= self.options.keys():
-            found = []
+            shapes = []
             for cell in examined:
                 try:
-                    found.append(audio_rate_and_seconds(cell, self.root, self.column))
+                    shapes.append(audio_rate_and_seconds(cell, self.root, self.column))
                 except DataError:
                     continue
-            rates, seconds = zip(*found, strict=True) if found else ((MOST_RATE,), (1.0,))
+            rates, seconds = zip(*shapes, strict=True) if shapes else ((MOST_RATE,), (1.0,))
             self.options.setdefault("rate", min(MOST_RATE, int(np.median(rates))))
             self.options.setdefault("seconds", round(min(MOST_SECONDS, max(seconds)), 2))
         self.options.setdefault("bands", 40 if self.options["rate"] <= 8_000 else 64)

@@ -138,11 +138,11 @@ def collate(items: Sequence[Item | None], shape: tuple[int, ...], *, varying: bo
     mask = torch.arange(longest) < lengths[:, None]
     timed = any(item is not None and item.times is not None for item in items)
     times = torch.zeros(len(items), longest) if timed else None
-    for place, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
+    for index, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
         if item is not None:
-            values[place, :length] = item.values[:length]
+            values[index, :length] = item.values[:length]
             if times is not None and item.times is not None:
-                times[place, :length] = item.times[:length]
+                times[index, :length] = item.times[:length]
             if item.mask is not None:
-                mask[place, :length] &= item.mask[:length]
+                mask[index, :length] &= item.mask[:length]
     return Read(values, mask, times)

@@ -28,21 +28,21 @@ SEVERAL = ("vector", "number", "category", "table")
 """Kinds that can have more than one column."""
 
 
-def check_columns(name: str, kind: str, given: Any, columns: Sequence[str]) -> tuple[str, ...]:
+def check_columns(name: str, kind: str, value: Any, columns: Sequence[str]) -> tuple[str, ...]:
     """Returns the columns of a modality.
 
     Raises:
         ConfigError: unknown or repeated columns, or several for a kind that has one.
     """
     who = f"modality '{shorten_repr(name)}'"
-    if not matches_type(given, list[str]) or not given or len(set(given)) < len(given):
-        raise ConfigError(who, expected="a list of different columns", got=shorten_repr(given))
-    for column in given:
+    if not matches_type(value, list[str]) or not value or len(set(value)) < len(value):
+        raise ConfigError(who, expected="a list of different columns", got=shorten_repr(value))
+    for column in value:
         if column not in columns:
             raise unknown_name(who, "column", column, columns)
-    if len(given) > 1 and kind not in SEVERAL:
-        raise ConfigError(who, expected=f"one column of {kind}", got=f"{len(given)}")
-    return tuple(given)
+    if len(value) > 1 and kind not in SEVERAL:
+        raise ConfigError(who, expected=f"one column of {kind}", got=f"{len(value)}")
+    return tuple(value)
 
 
 def check_options(name: str, kind: str, options: Mapping[str, Any], columns: Sequence[str]) -> None:

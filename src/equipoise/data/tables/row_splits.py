@@ -66,16 +66,16 @@ def split_rows(
 
 
 def _split_names(split: Sequence[str | None]) -> np.ndarray:
-    known = [NAMES.get(str(name).strip().casefold()) for name in split]
-    if None in known:
-        bad = split[known.index(None)]
+    names = [NAMES.get(str(name).strip().casefold()) for name in split]
+    if None in names:
+        bad = split[names.index(None)]
         raise DataError(
             "Manifest split", expected="train, val or test in every row of the split column",
-            got=f"{bad!r} in row {known.index(None)}",
+            got=f"{bad!r} in row {names.index(None)}",
         )  # fmt: skip
-    if "train" not in known:
+    if "train" not in names:
         raise DataError("Manifest split", expected="rows of the split train", got="none")
-    return np.array(known, dtype=object)
+    return np.array(names, dtype=object)
 
 
 def _part(

@@ -159,7 +159,7 @@ def _read_folder(path: Path, who: str) -> datasets.Dataset:
 
     try:
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        dataset = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     # The readers of ``datasets`` raise many kinds of errors on damaged folders.
     except Exception as error:
         raise DataError(
@@ -167,7 +167,7 @@ def _read_folder(path: Path, who: str) -> datasets.Dataset:
             got=" ".join(str(error).split())[:200].rstrip(".") or type(error).__name__,
             fix="Give the file of the table, such as 'folder/metadata.csv'.",
         ) from error  # fmt: skip
-    return _concatenate(found) if isinstance(found, dict) else found
+    return _concatenate(dataset) if isinstance(dataset, dict) else dataset
 
 
 def _read_hub(name: str, who: str) -> datasets.Dataset:
@@ -191,6 +191,6 @@ def _concatenate(splits: datasets.DatasetDict) -> datasets.Dataset:
     parts = []
     for name, part in splits.items():
         labels = datasets.Dataset.from_dict({SPLIT: [str(name)] * len(part)})
-        kept = part.remove_columns([SPLIT]) if SPLIT in part.column_names else part
-        parts.append(datasets.concatenate_datasets([kept, labels], axis=1))
+        columns = part.remove_columns([SPLIT]) if SPLIT in part.column_names else part
+        parts.append(datasets.concatenate_datasets([columns, labels], axis=1))
     return datasets.concatenate_datasets(parts)

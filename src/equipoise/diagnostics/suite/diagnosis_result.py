@@ -183,9 +183,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         got = f"a truncated file or another format ({error})"
         raise SchemaError(who, expected="JSON", got=got, fix=AGAIN) from error
-    known = content if isinstance(content, dict) else {"kind": type(content).__name__}
-    if known.get("kind") != "diagnosis" or known.get("schema") != SCHEMA:
-        got = f"{known.get('kind')!r} of schema {known.get('schema')!r}"
+    fields = content if isinstance(content, dict) else {"kind": type(content).__name__}
+    if fields.get("kind") != "diagnosis" or fields.get("schema") != SCHEMA:
+        got = f"{fields.get('kind')!r} of schema {fields.get('schema')!r}"
         raise SchemaError(who, expected=f"a diagnosis of schema {SCHEMA}", got=got, fix=AGAIN)
     wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     verdicts = content.get("verdicts")
@@ -201,10 +201,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _is_verdict(part: Any) -> bool:
     from ...report.verdict_list import Verdict
 
-    known = set(Verdict.__dataclass_fields__)
+    fields = set(Verdict.__dataclass_fields__)
     return (
         isinstance(part, dict)
-        and set(part) == known
+        and set(part) == fields
         and part["ok"] in MARKS
         and all(isinstance(part[name], str) for name in ("key", "claim", "text", "test"))
         and isinstance(part["figures"], dict)

@@ -120,16 +120,16 @@ class DiagnosticContext:
         task, target = str(self.task), self.clean.target
         if self.metric is None:
             return {"outcomes": {name: pack_outcomes(outcomes(one, target, task)) for name, one in logits.items()}}
-        found: dict[str, Any] = {"outcomes": {}, "resamples": {}, "intervals": {}}
+        result: dict[str, Any] = {"outcomes": {}, "resamples": {}, "intervals": {}}
         for name, one in logits.items():
             each, values = self.metric.each(one, target, task), resampled_values(self.metric, one, target, task)
             if each is not None:
-                found["outcomes"][name] = pack_outcomes(each)
+                result["outcomes"][name] = pack_outcomes(each)
             elif np.isfinite(values).any():
-                found["resamples"][name] = pack_resamples(values)
+                result["resamples"][name] = pack_resamples(values)
             if (interval := percentile_interval(values)) is not None:
-                found["intervals"][name] = interval
-        return found
+                result["intervals"][name] = interval
+        return result
 
     def noisy(self, name: str) -> CollectedPredictions:
         """Predictions with one modality replaced by noise."""
@@ -184,8 +184,8 @@ def check_data(names: tuple[str, ...], **options: Any) -> None:
     modality = options.pop("modality")
     if modality is not None and modality not in names:
         raise unknown_name("diagnose", "modality", modality, names)
-    for option, named in options.items():
-        for name in named or ():
+    for option, modalities in options.items():
+        for name in modalities or ():
             if name not in names:
                 raise unknown_name(f"diagnose {option}", "modality", name, names)
 

@@ -57,10 +57,10 @@ def _residual(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return rank_collapse(tokens, mask=mask if fits else None).whole[0]
 
 
-def collapse_rows(found: Mapping[str, list[Tensor]]) -> list[dict[str, Any]]:
+def collapse_rows(residuals: Mapping[str, list[Tensor]]) -> list[dict[str, Any]]:
     """Mean and standard deviation of the residual of each layer, in calling order."""
     rows = []
-    for layer, parts in found.items():
+    for layer, parts in residuals.items():
         values = torch.cat(parts).double()
         values = values[~values.isnan()]
         if len(values):
@@ -68,7 +68,7 @@ def collapse_rows(found: Mapping[str, list[Tensor]]) -> list[dict[str, Any]]:
     return rows
 
 
-def attention_rows(seen: AttentionRecord) -> list[dict[str, Any]]:
+def attention_rows(record: AttentionRecord) -> list[dict[str, Any]]:
     """Attention shares of each layer with several modalities; None without any sample.
 
     Returns:
@@ -76,38 +76,38 @@ def attention_rows(seen: AttentionRecord) -> list[dict[str, Any]]:
         or None if only special tokens attend}, JSON-able.
     """
     rows = []
-    for site in seen.layers:
-        share, table = seen.share(site), by_query(seen, site)
+    for site in record.layers:
+        share, table = record.share(site), by_query(record, site)
         rows.append(
             {
                 "site": site,
-                "names": list(seen.names),
+                "names": list(record.names),
                 "share": _plain(share.nanmean(dim=0)),
-                "special": _plain(seen.special(site).nanmean(dim=0)),
+                "special": _plain(record.special(site).nanmean(dim=0)),
                 "by_query": None if table is None else _plain(table.nanmean(dim=0)),
             }
         )
     return rows
 
 
-def by_query(seen: AttentionRecord, site: str) -> Tensor | None:
+def by_query(record: AttentionRecord, site: str) -> Tensor | None:
     """(sample, head, modality of query, modality) shares; None if no query has a modality."""
     try:
-        table = seen.by_query(site)
+        table = record.by_query(site)
     except ConfigError:
         # In cross-attention between streams the layer does not know the modality of the queries.
         return None
     return None if bool(table.isnan().all()) else table
 
 
-def gaps(seen: AttentionRecord) -> dict[str, float] | None:
+def gaps(record: AttentionRecord) -> dict[str, float] | None:
     """modality -> attention gap in percent, over the layers with queries of known modality; None without any."""
-    tables = [table for site in seen.layers if (table := by_query(seen, site)) is not None]
-    if not tables or len(seen.names) < 2:
+    tables = [table for site in record.layers if (table := by_query(record, site)) is not None]
+    if not tables or len(record.names) < 2:
         return None
     # Layers may have different numbers of heads; each layer has the same weight.
     each = torch.stack([attention_gap(table[None]) for table in tables])
-    return dict(zip(seen.names, each.nanmean(dim=0).tolist(), strict=True))
+    return dict(zip(record.names, each.nanmean(dim=0).tolist(), strict=True))
 
 
 def _plain(values: Tensor) -> list[Any]:

@@ -151,11 +151,11 @@ def _chosen(tests: Sequence[str] | None) -> list[str]:
 
 
 def _chosen_metrics(
-    model: nn.Module, metric: str | Metric | None, own: Mapping[str, Callable[[Tensor, Tensor], Any]] | None
+    model: nn.Module, metric: str | Metric | None, user_metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None
 ) -> tuple[Metric | None, list[Metric]]:
     """The main metric, None for the score of the task, and the others."""
     task = getattr(model, "task", None)
-    mine = {found.name: found for found in select_metrics((), task, "diagnose", own)}
+    mine = {found.name: found for found in select_metrics((), task, "diagnose", user_metrics)}
     if isinstance(metric, str) and metric in mine:
         main = mine[metric]
     else:

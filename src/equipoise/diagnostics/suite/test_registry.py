@@ -47,12 +47,12 @@ class TestResult(NamedTuple):
 def score(context: DiagnosticContext) -> TestResult:
     """Score of the model, of the best constant prediction, and of each modality alone."""
     context.needs_targets()
-    clean, named = context.clean, context.score
-    metrics, logits = {named: context.worth(clean.logits)}, {named: clean.logits}
+    clean, metric_name = context.clean, context.score
+    metrics, logits = {metric_name: context.worth(clean.logits)}, {metric_name: clean.logits}
     constant = constant_logits(clean.target, str(context.task), context.metric, clean.logits.shape[1])
     if context.task == "classification" or constant.shape == clean.logits.shape[1:]:
         same = constant.expand(context.samples, -1)
-        metrics[f"{named}_constant"], logits[f"{named}_constant"] = context.worth(same), same
+        metrics[f"{metric_name}_constant"], logits[f"{metric_name}_constant"] = context.worth(same), same
     evidence = context.evidence(logits)
     for name in context.names if len(context.names) > 1 else ():
         metrics |= _alone(context, name, evidence)
@@ -74,13 +74,13 @@ def _alone(context: DiagnosticContext, name: str, evidence: dict[str, Any]) -> d
     """Score of a modality alone, and of the model on the samples that have it; adds the outcomes to the evidence."""
     metric, metrics = f"{context.score}_alone/{name}", {}
     if context.alone or context.metric is None or context.metric.outcomes is not None:
-        known = _given_outcomes(context, name) if context.alone else _head_outcomes(context, name)
-        if known is None or bool(known.isnan().all()):
+        outcomes = _given_outcomes(context, name) if context.alone else _head_outcomes(context, name)
+        if outcomes is None or bool(outcomes.isnan().all()):
             return {}
-        has = ~known.isnan()
-        metrics[metric] = float(known.double().nanmean())
-        if known.ndim:
-            evidence["outcomes"][metric] = pack_outcomes(known)
+        has = ~outcomes.isnan()
+        metrics[metric] = float(outcomes.double().nanmean())
+        if outcomes.ndim:
+            evidence["outcomes"][metric] = pack_outcomes(outcomes)
     elif name in context.heads:
         # The metric of the samples that have the modality; only without gaps are the resamples those of the model.
         logits, has = torch.cat(context.heads[name]), torch.cat(context.has[name])
@@ -88,8 +88,8 @@ def _alone(context: DiagnosticContext, name: str, evidence: dict[str, Any]) -> d
             return {}
         metrics[metric] = context.worth(logits[has], context.clean.target[has])
         if bool(has.all()):
-            for part, found in context.evidence({metric: logits}).items():
-                evidence[part] |= found
+            for part, values in context.evidence({metric: logits}).items():
+                evidence[part] |= values
     else:
         return {}
     if not bool(has.all()):
@@ -101,13 +101,13 @@ def _given_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
     """The given score of a unimodal model, or its outcome for each sample."""
     if name not in context.alone:
         return None
-    known = torch.as_tensor(context.alone[name], dtype=torch.float64)
-    if known.ndim and known.shape != (context.samples,):
+    values = torch.as_tensor(context.alone[name], dtype=torch.float64)
+    if values.ndim and values.shape != (context.samples,):
         raise ShapeError(
             f"diagnose alone '{name}'", expected=f"a score, or the outcomes of {context.samples} samples",
-            got=f"shape {tuple(known.shape)}",
+            got=f"shape {tuple(values.shape)}",
         )  # fmt: skip
-    return known
+    return values
 
 
 def _head_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
@@ -118,11 +118,11 @@ def _head_outcomes(context: DiagnosticContext, name: str) -> Tensor | None:
     logits = torch.cat(context.heads[name])
     check_answers(logits[has], "diagnose")
     if context.metric is None:
-        found = outcomes(logits, context.clean.target, str(context.task))
+        scores = outcomes(logits, context.clean.target, str(context.task))
     else:
         # Outputs of a head for samples without its modality may be NaN.
-        found = context.metric.each(logits.nan_to_num(0.0), context.clean.target, str(context.task))
-    return None if found is None else found.masked_fill(~has, math.nan)
+        scores = context.metric.each(logits.nan_to_num(0.0), context.clean.target, str(context.task))
+    return None if scores is None else scores.masked_fill(~has, math.nan)
 
 
 def noise(context: DiagnosticContext) -> TestResult:
@@ -136,8 +136,8 @@ def noise(context: DiagnosticContext) -> TestResult:
         metrics[metric], logits[metric] = context.worth(noisy.logits), noisy.logits
         metrics[f"changed_noise/{name}"] = outputs_differ(context.clean.logits, noisy.logits, context.task)
         for other in context.others:
-            found = other.evaluate(noisy.logits, context.clean.target, str(context.task))
-            metrics[f"{other.name}_noise/{name}"] = found.value
+            score = other.evaluate(noisy.logits, context.clean.target, str(context.task))
+            metrics[f"{other.name}_noise/{name}"] = score.value
     statistics = {name: list(context.statistics(name)) for name in context.names}
     return TestResult(metrics, {"statistics": statistics, **context.evidence(logits)})
 
@@ -180,10 +180,10 @@ def masking(context: DiagnosticContext) -> TestResult:
     context.needs_targets()
     context.needs_parts()
     context.needs_several("no modality remains without it")
-    found = mask_modality(context.model, context.batches(), metric=context.metric)
-    evidence = context.evidence({f"{context.score}_mask/{name}": part for name, part in found.logits.items()})
-    details = {"semantics": found.semantics, "full": found.full, "without": found.without, "drop": found.drop}
-    metrics = {f"{context.score}_mask/{name}": left for name, left in found.without.items()}
+    result = mask_modality(context.model, context.batches(), metric=context.metric)
+    evidence = context.evidence({f"{context.score}_mask/{name}": part for name, part in result.logits.items()})
+    details = {"semantics": result.semantics, "full": result.full, "without": result.without, "drop": result.drop}
+    metrics = {f"{context.score}_mask/{name}": left for name, left in result.without.items()}
     return TestResult(metrics, {**details, **evidence})
 
 
@@ -200,10 +200,10 @@ def quag(context: DiagnosticContext) -> TestResult:
     """Score with the attention of the fusion averaged in quadrants."""
     context.needs_targets()
     context.needs_several("there are no quadrants")
-    found = quag_of(context.model, context.batches(), metric=context.metric)
-    metrics = {f"quag/{operator}": value for operator, value in found.scores.items()}
-    evidence = context.evidence({f"quag/{operator}": part for operator, part in found.logits.items()})
-    details = {"origin": found.origin, "drops": dict(found.drops), "changed": dict(found.changed)}
+    result = quag_of(context.model, context.batches(), metric=context.metric)
+    metrics = {f"quag/{operator}": value for operator, value in result.scores.items()}
+    evidence = context.evidence({f"quag/{operator}": part for operator, part in result.logits.items()})
+    details = {"origin": result.origin, "drops": dict(result.drops), "changed": dict(result.changed)}
     return TestResult(metrics, {**details, **evidence})
 
 
@@ -211,9 +211,9 @@ def gradients(context: DiagnosticContext) -> TestResult:
     """Gradient norms of the encoders."""
     context.needs_targets()
     context.needs_parts()
-    found = gradient_norms(context.model, context.batches())
-    metrics = {f"gradient/{name}": norm for name, norm in found.parameters.items()}
-    return TestResult(metrics | {f"gradient_output/{name}": n for name, n in found.outputs.items()}, asdict(found))
+    result = gradient_norms(context.model, context.batches())
+    metrics = {f"gradient/{name}": norm for name, norm in result.parameters.items()}
+    return TestResult(metrics | {f"gradient_output/{name}": n for name, n in result.outputs.items()}, asdict(result))
 
 
 def keys(context: DiagnosticContext) -> TestResult:
@@ -221,14 +221,14 @@ def keys(context: DiagnosticContext) -> TestResult:
     context.needs_attention()
     context.needs_several("its keys cannot be compared with others")
     noisy = context.noisy(context.replaced)
-    found = geometry_of(context.clean, noisy, context.replaced)
-    airs = {name: value for name, value in found.air.items() if value is not None}
+    result = geometry_of(context.clean, noisy, context.replaced)
+    airs = {name: value for name, value in result.air.items() if value is not None}
     metrics = {f"air/{name}": value for name, value in airs.items()}
     if context.names[0] in airs:
         metrics = {"air": airs[context.names[0]], **metrics}
-    metrics |= {f"key_shift/{name}": shift for name, shift in found.shift.items() if shift is not None}
-    metrics |= {} if found.range is None else {"key_range": found.range}
-    return TestResult(metrics, {**found.to_dict(), "noise": key_distribution(noisy)})
+    metrics |= {f"key_shift/{name}": shift for name, shift in result.shift.items() if shift is not None}
+    metrics |= {} if result.range is None else {"key_range": result.range}
+    return TestResult(metrics, {**result.to_dict(), "noise": key_distribution(noisy)})
 
 
 def attention(context: DiagnosticContext) -> TestResult:
@@ -260,32 +260,32 @@ def _quality_correlation(context: DiagnosticContext, share: Tensor) -> dict[str,
     for name in context.names:
         right = torch.cat(context.heads[name]).softmax(dim=1).gather(1, context.clean.target.long()[:, None])[:, 0]
         sure.append(right.masked_fill(~torch.cat(context.has[name]), math.nan))
-    found = share_quality_correlation(share, torch.stack(sure, dim=1))
-    return {f"share_quality_r/{name}": float(r) for name, r in zip(context.names, found.r, strict=True)}
+    result = share_quality_correlation(share, torch.stack(sure, dim=1))
+    return {f"share_quality_r/{name}": float(r) for name, r in zip(context.names, result.r, strict=True)}
 
 
 def gap(context: DiagnosticContext) -> TestResult:
     """Attention gap of each modality."""
-    found = None if context.seen is None else gaps(context.seen)
-    if found is None:
+    values = None if context.seen is None else gaps(context.seen)
+    if values is None:
         raise SkippedTest(
             "no layer of the fusion has queries of several modalities that attend within and between modalities"
         )
-    return TestResult({f"attention_gap/{name}": value for name, value in found.items()}, {"gap": found})
+    return TestResult({f"attention_gap/{name}": value for name, value in values.items()}, {"gap": values})
 
 
 def consistency(context: DiagnosticContext) -> TestResult:
     """Cycle consistency of the attention between modalities."""
     context.needs_several("consistency needs at least two")
     try:
-        found = attention_consistency(context.model, context.batches(), tokens=context.tokens)
+        result = attention_consistency(context.model, context.batches(), tokens=context.tokens)
     except ConfigError as error:
         raise SkippedTest(f"requires {error.expected}; got {error.got}") from error
-    metrics = {f"consistency/{layer.site}": layer.score for layer in found.layers}
-    metrics |= {f"pair_error/{layer.site}": layer.pair_error for layer in found.layers}
-    if len(found.names) > 2:
-        metrics |= {f"cycle_error/{layer.site}": layer.cycle_error for layer in found.layers}
-    return TestResult(metrics, found.to_dict())
+    metrics = {f"consistency/{layer.site}": layer.score for layer in result.layers}
+    metrics |= {f"pair_error/{layer.site}": layer.pair_error for layer in result.layers}
+    if len(result.names) > 2:
+        metrics |= {f"cycle_error/{layer.site}": layer.cycle_error for layer in result.layers}
+    return TestResult(metrics, result.to_dict())
 
 
 def collapse(context: DiagnosticContext) -> TestResult:
@@ -302,14 +302,14 @@ def ood(context: DiagnosticContext) -> TestResult:
         raise SkippedTest("no out-of-distribution inputs were given; see outside")
     if context.task != "classification":
         raise SkippedTest(f"requires a classifier, and the task is {context.task}")
-    found = ood_of(context.model, context.batches(), context.outside)
-    both = torch.cat([found.inside, found.outside])
+    result = ood_of(context.model, context.batches(), context.outside)
+    both = torch.cat([result.inside, result.outside])
     low, high = float(both.min()), float(both.max())
-    shown = {name: _histogram(part, low, high) for name, part in (("in", found.inside), ("out", found.outside))}
+    shown = {name: _histogram(part, low, high) for name, part in (("in", result.inside), ("out", result.outside))}
     # The name is taken where AUROC is the score of the classifier.
-    named = "auroc" if context.score != "auroc" else "ood_auroc"
-    metrics = {named: found.auroc, "fpr95": found.fpr95, "fpr95_id": found.fpr95_id}
-    return TestResult(metrics, {"score": found.score, "outside": len(found.outside), "confidence": shown})
+    name = "auroc" if context.score != "auroc" else "ood_auroc"
+    metrics = {name: result.auroc, "fpr95": result.fpr95, "fpr95_id": result.fpr95_id}
+    return TestResult(metrics, {"score": result.score, "outside": len(result.outside), "confidence": shown})
 
 
 def cost(context: DiagnosticContext) -> TestResult:
@@ -325,18 +325,18 @@ def cost(context: DiagnosticContext) -> TestResult:
 def robustness(context: DiagnosticContext) -> TestResult:
     """Score under the corruptions of the catalog, at three severities."""
     context.needs_targets()
-    found = robustness_of(
+    result = robustness_of(
         context.model, context.batches, severities=ROBUSTNESS_SEVERITIES, seed=context.seed, metric=context.metric,
         statistics={name: tuple(context.noise[name]) for name in context.names if name in context.noise},  # type: ignore[misc]
     )  # fmt: skip
-    damaged = dict.fromkeys(name for name, _, _ in found.scores)
-    metrics = {f"robustness/{name}": found.mean(name) for name in damaged}
-    return TestResult(metrics, {"clean": found.clean, "alone": found.alone, "rows": found.rows()})
+    damaged = dict.fromkeys(name for name, _, _ in result.scores)
+    metrics = {f"robustness/{name}": result.mean(name) for name in damaged}
+    return TestResult(metrics, {"clean": result.clean, "alone": result.alone, "rows": result.rows()})
 
 
 def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]]:
-    kept = values[~values.isnan()].clamp(low, high).numpy()
-    counts, edges = np.histogram(kept, bins=40, range=(low, high if high > low else low + 1.0))
+    finite = values[~values.isnan()].clamp(low, high).numpy()
+    counts, edges = np.histogram(finite, bins=40, range=(low, high if high > low else low + 1.0))
     return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}
 
 
