@@ -57,14 +57,14 @@ MOST_LISTED = 100
 """Maximum number of known names that an error lists completely."""
 
 
-def unknown_name(who: str, kind: str, name: str, known: Iterable[str], *, like: str | None = None) -> ConfigError:
+def unknown_name(who: str, kind: str, name: str, names: Iterable[str], *, like: str | None = None) -> ConfigError:
     """Creates the error for an unknown name, listing the closest known names.
 
     If ``like`` is given, it is matched instead of ``name``.
     """
-    known = sorted(known)
-    close = difflib.get_close_matches(name if like is None else like, known, n=3, cutoff=0.5)
-    listed = ", ".join(known if len(known) <= MOST_LISTED else [*known[:20], f"... ({len(known)} in all)"])
+    names = sorted(names)
+    close = difflib.get_close_matches(name if like is None else like, names, n=3, cutoff=0.5)
+    listed = ", ".join(names if len(names) <= MOST_LISTED else [*names[:20], f"... ({len(names)} in all)"])
     fix = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else f"Choose one of: {listed}."
     return ConfigError(who, expected=f"a known {kind}", got=repr(name), fix=fix)
 

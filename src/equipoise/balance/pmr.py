@@ -170,8 +170,8 @@ class PMR(Balancer):
         model, parts = self._model[0], []
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
             for batch in islice(train, max(1, math.ceil(self.fraction * int(self.batches)))):
-                found, there = self._features(as_output(model, model(batch), "PMR"))
-                parts.append((found, there & found.isfinite().all(dim=-1), batch["target"]))
+                batch_features, there = self._features(as_output(model, model(batch), "PMR"))
+                parts.append((batch_features, there & batch_features.isfinite().all(dim=-1), batch["target"]))
         if not parts:
             raise ConfigError("PMR", expected="training batches to review", got="none")
         features, present, targets = zip(*parts, strict=True)

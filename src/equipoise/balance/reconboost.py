@@ -136,16 +136,18 @@ class ReconBoost(Balancer):
             return model.loss(output.logits, target)
         head, index = cast(BoostedHead, model.head), model.names.index(name)
         # Not a slice of the features: the other encoders would get zero gradients, with which Adam still updates.
-        own = at_least_single(head.modality_logits(index, output.tokens[name].pooled()))
+        own_logits = at_least_single(head.modality_logits(index, output.tokens[name].pooled()))
         with torch.no_grad():
             logits, present = head.all_logits(output.features)
             others = head.shrinkage * (logits.sum(dim=1) - logits[:, index])
             score = true_score(others, target, model.task)
             previous = _probabilities(logits[:, index - 1], model.task)
             comparable = present[:, index - 1] if int(self.epochs) else torch.zeros_like(present[:, 0])
-        disagreement = (_probabilities(own, model.task) - previous).square().sum(dim=-1).masked_fill(~comparable, 0.0)
+        disagreement = (
+            (_probabilities(own_logits, model.task) - previous).square().sum(dim=-1).masked_fill(~comparable, 0.0)
+        )
         losses = boosting_losses(
-            model.sample_losses(own, target), score, disagreement,
+            model.sample_losses(own_logits, target), score, disagreement,
             task_weight=self.task_weight, residual=self.residual, agreement=self.agreement,
         )  # fmt: skip
         return masked_mean(losses, has_modality(output, name))

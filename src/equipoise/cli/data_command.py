@@ -164,13 +164,13 @@ def show_preparation(preparation: Preparation, console: Console) -> None:
     for split, count in report["samples"].items():
         say(f"{split}: {count:,} samples")
     published = report["published"]
-    found = {name: report["samples"].get(name, 0) for name in ("train", "val", "test")}
+    split_sizes = {name: report["samples"].get(name, 0) for name in ("train", "val", "test")}
     if "val" not in published:
-        found["train"] += found.pop("val")
-    if any(found[name] != count for name, count in published.items()):
+        split_sizes["train"] += split_sizes.pop("val")
+    if any(split_sizes[name] != count for name, count in published.items()):
         counts = " / ".join(f"{count:,}" for count in published.values())
         say(
-            f"published: {counts} ({' / '.join(published)}); here {' / '.join(f'{n:,}' for n in found.values())}",
+            f"published: {counts} ({' / '.join(published)}); here {' / '.join(f'{n:,}' for n in split_sizes.values())}",
             "yellow",
         )
     if preparation.reused:

@@ -240,7 +240,7 @@ def _named(trained: Sequence[TrainedRun]) -> list[str]:
     return names
 
 
-def _alone(trained: Sequence[TrainedRun], given: str | None) -> dict[tuple, Alone]:
+def _alone(trained: Sequence[TrainedRun], name: str | None) -> dict[tuple, Alone]:
     """Returns {(modality, fold, seed): unimodal score}, from the given runs and their comparison."""
     from ..diagnostics.task_scores import SCORES
 
@@ -250,7 +250,7 @@ def _alone(trained: Sequence[TrainedRun], given: str | None) -> dict[tuple, Alon
         stored = [(run, _data_of(path.parent)) for path in siblings if (run := _stored(path)) is not None]
         for run, data in [(one.run, _data(one.recipe)), *stored]:
             metrics, each = run["metrics"], run.get("outcomes") or {}
-            metric_name = _metric(given, one.recipe)
+            metric_name = _metric(name, one.recipe)
             candidates = SCORES.values() if metric_name is None else (metric_name,)
             metric = next((name for name in candidates if metrics.get(name) is not None), None)
             if run["method"] in one.recipe.encoders and metric is not None:

@@ -54,8 +54,8 @@ def split_by_class(split: Split, retained: Int[Tensor, " class"]) -> tuple[Split
         >>> known.target, unknown.target
         (tensor([1, 0, 1]), tensor([9]))
     """
-    known = torch.isin(split.target, retained)
-    inside, outside = _select_rows(split, known), _select_rows(split, ~known)
+    is_retained = torch.isin(split.target, retained)
+    inside, outside = _select_rows(split, is_retained), _select_rows(split, ~is_retained)
     return Split(inside.inputs, torch.searchsorted(retained, inside.target)), outside
 
 

@@ -181,14 +181,14 @@ class MapDataset(Dataset):
 
     def _mask(self, item: Mapping[str, Any], name: str, values: Tensor, who: str) -> Tensor | None:
         """Returns the mask of a modality of an item, () or (token,); None without one."""
-        given = item.get("mask") or {}
-        for kind, part in (("times", item.get("times") or {}), ("mask", given)):
+        item_mask = item.get("mask") or {}
+        for kind, part in (("times", item.get("times") or {}), ("mask", item_mask)):
             if unknown := [key for key in part if key not in self.names]:
                 raise unknown_name(f"{who}, {kind}", "modality", str(unknown[0]), self.names)
-        if name not in given:
+        if name not in item_mask:
             return None
         who = f"{who}, mask of '{name}'"
-        mask = bool_mask(torch.as_tensor(given[name]), who, MASK, numbers=True)
+        mask = bool_mask(torch.as_tensor(item_mask[name]), who, MASK, numbers=True)
         if mask.ndim and (not self._varying[name] or mask.shape != values.shape[:1]):
             raise ShapeError(who, expected=MASK, got=f"shape {tuple(mask.shape)}")
         return mask

@@ -166,8 +166,8 @@ def attention_consistency(
         if name not in getattr(model, "names", ()):
             raise unknown_name(f"{WHO} tokens", "modality", name, getattr(model, "names", ()))
     names, layers, skipped = _maps(model, loader, source, samples, temperature)
-    found = [_layer(site, mapped, names, tokens or {}, parts, worst) for site, mapped in layers.items()]
-    return AttentionConsistency(names, tuple(found), skipped)
+    results = [_layer(site, mapped, names, tokens or {}, parts, worst) for site, mapped in layers.items()]
+    return AttentionConsistency(names, tuple(results), skipped)
 
 
 def _maps(
@@ -214,10 +214,10 @@ def _layer(
         groups.setdefault(sample.sizes, []).append(sample.matrix)
     sizes = tuple(min(parts, *column) for column in zip(*groups, strict=True))
     rows, mean = [], torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
-    for own, matrices in groups.items():
+    for group_sizes, matrices in groups.items():
         stack = torch.stack(matrices)
-        rows.append(_figures(stack, own))
-        mean += pool_to_slots(stack, sizes=own, parts=sizes).sum(dim=0) / len(mapped)
+        rows.append(_figures(stack, group_sizes))
+        mean += pool_to_slots(stack, sizes=group_sizes, parts=sizes).sum(dim=0) / len(mapped)
     figures = torch.cat(rows, dim=1)
     values = dict(zip(FIGURES, figures.mean(dim=1).tolist(), strict=True))
     row_names = _row_names(names, sizes, list(groups), tokens)

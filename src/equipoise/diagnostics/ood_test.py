@@ -75,11 +75,13 @@ def ood(
             "ood", expected="a model for classification", got=f"{type(model).__name__} with task = {task!r}"
         )
     confidence = CONFIDENCES[score] if isinstance(score, str) else score
-    known, unknown = collect_predictions(model, inside_loader), collect_predictions(model, outside_loader)
-    inside, outside = confidence(known.logits), confidence(unknown.logits)
+    in_distribution, unknown = collect_predictions(model, inside_loader), collect_predictions(model, outside_loader)
+    inside, outside = confidence(in_distribution.logits), confidence(unknown.logits)
     return OOD(
         score=score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__),
-        accuracy=score_name(model, known.logits, known.target, "ood") if len(known.target) else math.nan,
+        accuracy=score_name(model, in_distribution.logits, in_distribution.target, "ood")
+        if len(in_distribution.target)
+        else math.nan,
         auroc=auroc(inside, outside),
         fpr95=fpr95(inside, outside),
         fpr95_id=fpr95(inside, outside, positive="id"),

@@ -102,5 +102,5 @@ def constant_answer(target: Tensor, task: str) -> Float[Tensor, " output"]:
     """
     if task == "classification":
         return F.one_hot(target.long().mode().values, int(target.max()) + 1).float()
-    known = at_least_float32(target)
-    return (known.mean(dim=0) - 0.5 if task == "multilabel" else known.median(dim=0).values).reshape(-1)
+    values = at_least_float32(target)
+    return (values.mean(dim=0) - 0.5 if task == "multilabel" else values.median(dim=0).values).reshape(-1)

@@ -80,10 +80,10 @@ class MapReader:
         if not bool((queries != SPECIAL).any()):
             return self.on_missing(layer, CLASS_ALONE)
         attention = torch.cat([part.double() for part in explicit_attention(few)], dim=2).mean(dim=1).cpu()
-        kept = self._sites.setdefault(layer, {})
+        samples = self._sites.setdefault(layer, {})
         for number in range(len(attention)):
-            kept[self._done + number] = blocks_of(attention[number], queries[number], keys[number])
-        if not any(kept.values()):
+            samples[self._done + number] = blocks_of(attention[number], queries[number], keys[number])
+        if not any(samples.values()):
             self.on_missing(layer, OWN_ALONE)
 
     def replace_output(self, layer: str, call: AttentionCall, known: LabeledKeys) -> None:
@@ -106,19 +106,19 @@ class MapReader:
         If each modality has its own layer that attends to the others, the layers at the same depth are combined, and
         "*" replaces the parts in which their names differ.
         """
-        found = {}
+        maps = {}
         for sites in self._together():
             samples: dict[int, Blocks] = {}
             for site in sites:
                 for number, blocks in self._sites[site].items():
                     samples.setdefault(number, {}).update(blocks)
-            whole = [blocks for blocks in samples.values() if len(blocks) == len(self.names) * (len(self.names) - 1)]
-            fitting = [_mapped(blocks) for blocks in whole if _fit(blocks)]
+            complete = [blocks for blocks in samples.values() if len(blocks) == len(self.names) * (len(self.names) - 1)]
+            fitting = [_mapped(blocks) for blocks in complete if _fit(blocks)]
             if fitting and len(self.names) > 1:
-                found[_common(sites)] = fitting
+                maps[_common(sites)] = fitting
             else:
-                self.on_missing(sites[0], OTHER_TOKENS if whole else NOT_ALL)
-        return found
+                self.on_missing(sites[0], OTHER_TOKENS if complete else NOT_ALL)
+        return maps
 
     def _together(self) -> list[list[str]]:
         """Groups of modules that form one layer."""
@@ -141,27 +141,27 @@ def blocks_of(
 
     A token without attention to another modality has a row of zeros there.
     """
-    found = {}
+    blocks = {}
     for reader in queries[queries != SPECIAL].unique().tolist():
         rows = attention[queries == reader]
         for read in keys[keys != SPECIAL].unique().tolist():
             if read != reader:
                 part = rows[:, keys == read]
                 total = part.sum(dim=-1, keepdim=True)
-                found[reader, read] = part / total.masked_fill(total == 0, 1.0)
-    return found
+                blocks[reader, read] = part / total.masked_fill(total == 0, 1.0)
+    return blocks
 
 
 def token_maps(tokens: Mapping[str, Tokens], take: int, temperature: float) -> list[TokenMaps]:
     """Supermatrices of the first samples with all modalities, from the cosines of their tokens."""
-    found = []
+    maps = []
     for number in range(take):
         parts = [part.values[number][part.valid()[number]].double().cpu() for part in tokens.values()]
         if len(parts) > 1 and all(len(part) for part in parts):
             units = [torch.nn.functional.normalize(part, dim=-1) for part in parts]
             matrix = supermatrix_from_tokens(units, temperature=temperature, symmetrize=False)
-            found.append(TokenMaps(matrix, tuple(len(part) for part in parts)))
-    return found
+            maps.append(TokenMaps(matrix, tuple(len(part) for part in parts)))
+    return maps
 
 
 def _mapped(blocks: Blocks) -> TokenMaps:

@@ -111,8 +111,8 @@ class Backbone(Encoder):
         if self.shift and isinstance(inputs, Tensor):
             mask = inputs > 0 if mask is None else mask & (inputs > 0)
             inputs = (inputs - self.shift).clamp(min=0)
-        given = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
-        attention = given.get("attention_mask")
+        model_inputs = dict(inputs) if isinstance(inputs, Mapping) else {self.model.main_input_name: inputs}
+        attention = model_inputs.get("attention_mask")
         if attention is not None:
             attention = bool_mask(attention, "Backbone attention_mask", "a boolean or 0/1 mask", numbers=True).long()
         if mask is not None:
@@ -124,11 +124,13 @@ class Backbone(Encoder):
                     "Backbone", expected="an attention_mask (batch, token)", got=f"shape {tuple(attention.shape)}"
                 )
             # A row without tokens would be 0 / 0 in some kernels; its output is masked afterward.
-            given = {key: self._without_masked(key, value, attention.bool()) for key, value in given.items()}
+            model_inputs = {
+                key: self._without_masked(key, value, attention.bool()) for key, value in model_inputs.items()
+            }
             empty = ~attention.bool().any(dim=1, keepdim=True)
-            given["attention_mask"] = attention.masked_fill(empty, 1)
+            model_inputs["attention_mask"] = attention.masked_fill(empty, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self.model(**given).last_hidden_state
+            hidden = self.model(**model_inputs).last_hidden_state
         if hidden.ndim == 4:
             hidden = hidden.flatten(2).transpose(1, 2)
         valid = None if attention is None else self._valid(attention, hidden.shape[1])

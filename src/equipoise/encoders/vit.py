@@ -156,10 +156,10 @@ def _swapped(axes: str | None) -> bool:
     """Returns whether the two axes are transposed."""
     if axes is None:
         return False
-    stored, _, wanted = (part.split() for part in axes.partition("->"))
-    if len(set(stored)) != 2 or len(stored) != 2 or sorted(stored) != sorted(wanted):
+    stored, _, target = (part.split() for part in axes.partition("->"))
+    if len(set(stored)) != 2 or len(stored) != 2 or sorted(stored) != sorted(target):
         raise ConfigError(
             "ViTEncoder", expected="axes as two names, an arrow, and the same names in the order of the patches",
             got=repr(axes), fix='Write for example axes="frequency time -> time frequency".',
         )  # fmt: skip
-    return stored != wanted
+    return stored != target

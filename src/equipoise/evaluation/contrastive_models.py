@@ -137,13 +137,13 @@ class ProcessedDataset:
 
     def combinations(self, split: str) -> Combinations:
         """The combinations of ``emoji``, with parts tokenized by this tokenizer."""
-        own = self._source.combinations(split)
+        combinations = self._source.combinations(split)
         items = self._source.split_items(split)
-        texts = [part for row in own.rows.tolist() for part in items[row].parts]
+        texts = [part for row in combinations.rows.tolist() for part in items[row].parts]
         ids = self.tokenize(texts) if texts else torch.zeros(0, 1, dtype=torch.long)
-        parts = torch.zeros(*own.present.shape, ids.shape[1], dtype=torch.long)
-        parts[own.present] = ids
-        return Combinations(own.rows, "text", parts, own.present)
+        parts = torch.zeros(*combinations.present.shape, ids.shape[1], dtype=torch.long)
+        parts[combinations.present] = ids
+        return Combinations(combinations.rows, "text", parts, combinations.present)
 
 
 def evaluate_contrastive(encoder: PretrainedDualEncoder, dataset: ProcessedDataset, split: str) -> dict[str, float]:

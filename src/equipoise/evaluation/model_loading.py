@@ -43,11 +43,11 @@ def load_for_benchmark(
     model = load_model(getattr(hf, DUAL_ENCODER_CLASS), str(source), "evaluate", pooled=True)
     processor = _from_pretrained(hf.AutoProcessor, source, "the files of the processor next to the model")
     vocabulary = model.config.get_text_config().vocab_size
-    known = len(getattr(processor, "tokenizer", processor))
-    if 2 * known < vocabulary:
+    vocabulary_size = len(getattr(processor, "tokenizer", processor))
+    if 2 * vocabulary_size < vocabulary:
         # Without its files transformers builds an empty tokenizer, which would encode all captions alike.
         raise DataError(
-            "evaluate", expected=f"a tokenizer of the model's {vocabulary} tokens", got=f"one of {known} in '{source}'",
+            "evaluate", expected=f"a tokenizer of the model's {vocabulary} tokens", got=f"one of {vocabulary_size} in '{source}'",
             fix="Save the model's tokenizer there with tokenizer.save_pretrained(folder).",
         )  # fmt: skip
     return LoadedModel(model.to(pick_device(device)).eval(), processor)

@@ -70,14 +70,14 @@ def attention_on_object(
         return None
     queries = {"prompt": torch.ones(len(ids), dtype=torch.bool)}
     with torch.no_grad():
-        _, seen, trace = trace_attention(
+        _, record, trace = trace_attention(
             vlm.model,
             prompt.inputs,
             queries,
             lambda names, labels: [TraceReader(word, "prompt", position, position)],
             None,
         )
-    names = seen["prompt"].names
+    names = record["prompt"].names
     if trace.labels is None or "image" not in names or not trace.rows:
         return None
     is_image = trace.labels == names.index("image")

@@ -63,8 +63,8 @@ def modality_contributions(model: RecordedFusion, batch: Mapping[str, Any]) -> d
         True
     """
     with eval_mode_no_grad(model):  # type: ignore[arg-type]
-        given = all(isinstance(part, Tokens) for part in batch.values())
-        tokens = dict(batch) if given else model.encode(batch)
+        is_tokens = all(isinstance(part, Tokens) for part in batch.values())
+        tokens = dict(batch) if is_tokens else model.encode(batch)
         parts = model.contributions(model.fuse(tokens))
         return parts if parts is not None else _by_values(model, tokens)
 

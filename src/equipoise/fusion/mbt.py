@@ -99,17 +99,17 @@ class MBT(Fusion):
     def _through_bottleneck(
         self, streams: dict[str, Tokens], shared: Tensor, layer: int
     ) -> tuple[dict[str, Tokens], Tensor]:
-        found, bottlenecks = {}, []
+        outputs, bottlenecks = {}, []
         for number, (name, part) in enumerate(streams.items()):
             parts = [part, Tokens(shared)]
             joined, labels = concatenate_streams(parts), labels_of(parts, [number, SPECIAL])
             values = self._block(name, layer)(joined.values, mask=joined.mask, **self._label_arguments(labels)).output
-            found[name] = replace(part, values=values[:, : len(part)])
+            outputs[name] = replace(part, values=values[:, : len(part)])
             bottlenecks.append(values[:, len(part) :])
-        return found, torch.stack(mean_over_present(bottlenecks, list(streams.values()))).sum(dim=0)
+        return outputs, torch.stack(mean_over_present(bottlenecks, list(streams.values()))).sum(dim=0)
 
     def _cross(self, streams: dict[str, Tokens], layer: int) -> dict[str, Tokens]:
-        found = {}
+        outputs = {}
         for name, part in streams.items():
             # Own tokens first, so that the block computes only their rows.
             order = [name, *(other for other in streams if other != name)]
@@ -118,8 +118,8 @@ class MBT(Fusion):
             values = self._block(name, layer)(
                 joined.values, rows=len(part), mask=joined.mask, **self._label_arguments(labels)
             ).output
-            found[name] = replace(part, values=values)
-        return found
+            outputs[name] = replace(part, values=values)
+        return outputs
 
     def _label_arguments(self, labels: Tensor) -> dict[str, Any]:
         """Returns labels for ``eq.watch``; the blocks do not compute a share."""

@@ -112,11 +112,11 @@ class CrossModalLayer(nn.Module):
             cast(PostNormBlock, block).reading.attention.names = (name,)
 
     def forward(self, streams: dict[str, Tokens]) -> dict[str, Tokens]:
-        found = {}
+        outputs = {}
         for name, part in streams.items():
             others = [key for key in streams if key != name] or [name]
             parts = [streams[key] for key in others]
             source, labels = concatenate_streams(parts), labels_of(parts, [list(streams).index(key) for key in others])
             values = self.cross[name](part.values, source.values, mask=source.mask, modality=labels)
-            found[name] = replace(part, values=self.own[name](values, mask=part.mask))
-        return found
+            outputs[name] = replace(part, values=self.own[name](values, mask=part.mask))
+        return outputs

@@ -113,9 +113,9 @@ class MODA(Fusion):
         super().__init__(dim)
         if depth < 1:
             raise ConfigError("MODA", expected="depth >= 1", got=f"depth = {depth}")
-        for option, given, known in (("merge", merge, get_args(Merge)), ("pseudo", pseudo, ("none", "all_masked"))):
-            if given not in known:
-                raise unknown_name("MODA", option, str(given), known)
+        for option, value, choices in (("merge", merge, get_args(Merge)), ("pseudo", pseudo, ("none", "all_masked"))):
+            if value not in choices:
+                raise unknown_name("MODA", option, str(value), choices)
         self.depth, self.heads, self.ratio, self.dropout = depth, heads, ratio, dropout
         self.pseudo, self.directions = pseudo, directions
         self.merge: Merge = merge

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tokens.token_batch import Tokens
 
 
-def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict[str, Tokens]:
+def keep_modalities(tokens: Mapping[str, Tokens], names: Collection[str]) -> dict[str, Tokens]:
     """Keeps the tokens of some modalities; the others get zero tokens, as if missing from the batch.
 
     If logits are a sum over modalities (``Concat``, ``Sum``), this removes the terms W_m f_m of the other
@@ -24,7 +24,7 @@ def keep_modalities(tokens: Mapping[str, Tokens], kept: Collection[str]) -> dict
         {'audio': 0, 'image': 7}
     """
     return derived(
-        tokens, {name: part if name in kept else Tokens(part.values[:, :0]) for name, part in tokens.items()}
+        tokens, {name: part if name in names else Tokens(part.values[:, :0]) for name, part in tokens.items()}
     )
 
 

@@ -105,11 +105,11 @@ def equal_lengths(parts: Sequence[Tokens]) -> list[Tokens]:
         return list(parts)
     counts = [part.valid().sum(dim=1) for part in parts]
     longest = torch.stack(counts).amax(dim=0)
-    whole = all(part.mask is None and len(part) > 0 for part in parts)
+    unmasked = all(part.mask is None and len(part) > 0 for part in parts)
     resampled = []
     for part, count in zip(parts, counts, strict=True):
         inside = torch.arange(length, device=longest.device) < longest[:, None]
-        mask = None if whole else inside & (count > 0)[:, None]
+        mask = None if unmasked else inside & (count > 0)[:, None]
         values = _interpolated(part, count, longest, length)
         resampled.append(Tokens(values if mask is None else values.masked_fill(~mask[..., None], 0.0), mask=mask))
     return resampled

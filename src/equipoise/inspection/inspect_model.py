@@ -100,20 +100,23 @@ def look(
         else:
             written = _given(tokenizer, answer, placeholders(model.config))
         progress("recording attention")
-        whole = complete_inputs(prompt.inputs, written, model.config.model_type)
-        texts = token_words(tokenizer, whole["input_ids"][0])
+        full_inputs = complete_inputs(prompt.inputs, written, model.config.model_type)
+        texts = token_words(tokenizer, full_inputs["input_ids"][0])
         choose = partial(trace_readers, texts, prompt.length, model.config.get_text_config().num_hidden_layers)
-        logits, seen, trace = trace_attention(model, whole, _groups(prompt.length, len(texts)), choose, layers)
+        logits, record, trace = trace_attention(model, full_inputs, _groups(prompt.length, len(texts)), choose, layers)
         likelihood = mean_log_likelihood(logits, written[0])
         progress("measuring ablations")
-        effects = [*measure_effects(model, whole, written), *blank_media(model, prompt.blank, written, likelihood)]
-    first = seen["answer"]
+        effects = [
+            *measure_effects(model, full_inputs, written),
+            *blank_media(model, prompt.blank, written, likelihood),
+        ]
+    first = record["answer"]
     if not first.layers:
         raise first.nothing()
     target = next((kind for kind, given in (("image", picture), ("audio", sound)) if given is not None), None)
     labels = trace.labels
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
-    maps = build_attention_maps(first.layers, seen, trace, prompt.length)
+    maps = build_attention_maps(first.layers, record, trace, prompt.length)
     if apart := len(first.layers) - len(maps.layers):
         note = f"{apart} of {len(first.layers)} layers attend to another sequence than the text; the maps omit them."
         notes = (*notes, note)
@@ -126,7 +129,7 @@ def look(
         answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
         tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), layers=tuple(first.layers),
         views={
-            part: build_view(seen[part], [trace.uniform[layer][part] for layer in first.layers], texts, labels, exclude_top_k)
+            part: build_view(record[part], [trace.uniform[layer][part] for layer in first.layers], texts, labels, exclude_top_k)
             for part in VIEWS
         },
         log_likelihood=likelihood, effects=tuple(effects), target=target,
@@ -158,8 +161,8 @@ def _given(tokenizer: Any, answer: str, placeholder_ids: Sequence[int]) -> Int[T
 
 
 def _tokens(texts: Sequence[str], names: Sequence[str], labels: Tensor | None, length: int) -> Iterator[InspectedToken]:
-    known = [-1] * len(texts) if labels is None else labels.tolist()
-    for position, (text, label) in enumerate(zip(texts, known, strict=True)):
+    label_ids = [-1] * len(texts) if labels is None else labels.tolist()
+    for position, (text, label) in enumerate(zip(texts, label_ids, strict=True)):
         yield InspectedToken(text, names[label] if label >= 0 else None, "prompt" if position < length else "answer")
 
 

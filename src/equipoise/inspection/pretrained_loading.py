@@ -136,12 +136,12 @@ def _without_video(hf: Any, cls: Any, source: str, options: dict[str, Any]) -> A
 
 def model_dtype(dtype: str | torch.dtype | None) -> Any:
     """Converts a name to a torch dtype or ``"auto"``, the default."""
-    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or "auto"
-    if dtype not in known:
+    if dtype not in dtypes:
         raise ConfigError("look dtype", expected="auto, float32, bfloat16 or float16", got=repr(dtype))
-    return known[dtype]
+    return dtypes[dtype]
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

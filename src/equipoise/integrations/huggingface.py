@@ -114,30 +114,32 @@ class BalancerCallback(TrainerCallback):
         self._open = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _check(self.balancing, self.clip, args, given["model"])
+        _check(self.balancing, self.clip, args, kwargs["model"])
         self._open = False
         # Unwrap accelerate's optimizer, for balancers that reset optimizer state.
-        self.balancing.attach_optimizer(getattr(given["optimizer"], "optimizer", given["optimizer"]))
+        self.balancing.attach_optimizer(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._open = True
         self.balancing.before_step()
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(given["model"].parameters(), self.clip)
+            nn.utils.clip_grad_norm_(kwargs["model"].parameters(), self.clip)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer saves between the last step and on_epoch_end, and does not call on_epoch_end when it resumes there.
         if state.epoch is not None and state.epoch % 1 == 0:
-            self._end(state, **given)
+            self._end(state, **kwargs)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Iterable data sets end their epoch here; an interrupted epoch is not ended.
         if self._open and not control.should_training_stop:
-            self._end(state, **given)
+            self._end(state, **kwargs)
 
     def _end(
         self, state: TrainerState, *, model: nn.Module, train_dataloader: Any, eval_dataloader: Any, **_: Any
@@ -188,8 +190,8 @@ def _load_state(
 ) -> None:  # fmt: skip
     for name, balancer in _without_submodules(balancers, module).items():
         start = prefix + name
-        own = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
-        result = balancer.load_state_dict(own, strict=False)
+        balancer_state = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
+        result = balancer.load_state_dict(balancer_state, strict=False)
         missing.extend(start + key for key in result.missing_keys)
         unexpected.extend(start + key for key in result.unexpected_keys)
 

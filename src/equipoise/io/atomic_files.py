@@ -125,9 +125,9 @@ def check_folder(folder: Path, who: str) -> None:
             got=f"'{folder}', which holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
             fix="Choose another --out.",
         )  # fmt: skip
-    for place, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = Path(place, name)
+            path = Path(directory, name)
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise ConfigError(
                     who, expected=f"no links to the outside in '{folder}', so that nothing is written elsewhere",
@@ -211,10 +211,10 @@ def _check_above(path: Path, who: str, what: str) -> None:
     _check_writable(folder, path, who, what)
 
 
-def _check_writable(place: Path, path: Path, who: str, what: str) -> None:
+def _check_writable(directory: Path, path: Path, who: str, what: str) -> None:
     # Respect read-only folders also for users who may write to them (root).
-    if not os.access(place, os.W_OK) or not os.stat(place).st_mode & 0o222:
-        raise _no_folder(path, who, "it is read-only" if place == path else f"'{place}' is read-only", what)
+    if not os.access(directory, os.W_OK) or not os.stat(directory).st_mode & 0o222:
+        raise _no_folder(path, who, "it is read-only" if directory == path else f"'{directory}' is read-only", what)
 
 
 def _no_folder(path: Path, who: str, reason: str, what: str = "a folder") -> ConfigError:
@@ -265,10 +265,10 @@ def unshare_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> state["a"] is weight, state["b"] is weight
         (True, False)
     """
-    seen: set[int] = set()
-    found = {}
+    pointers: set[int] = set()
+    tensors = {}
     for name, tensor in state.items():
         memory = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
-        seen.add(memory)
-    return found
+        tensors[name] = tensor.clone() if memory in pointers and tensor.numel() else tensor
+        pointers.add(memory)
+    return tensors

@@ -55,23 +55,23 @@ def checksum(state: Any) -> str:
     return digest.hexdigest()
 
 
-def _add(found: Any, part: Any) -> None:
+def _add(digest: Any, part: Any) -> None:
     if isinstance(part, Tensor):
         values = part.detach().cpu().contiguous()
-        found.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
         if values.numel():
-            found.update(values.reshape(-1).view(torch.uint8).numpy())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(part, Mapping):
-        found.update(f"mapping {len(part)}".encode())
+        digest.update(f"mapping {len(part)}".encode())
         for key, value in part.items():
-            found.update(repr(key).encode())
-            _add(found, value)
+            digest.update(repr(key).encode())
+            _add(digest, value)
     elif isinstance(part, (list, tuple)):
-        found.update(f"list {len(part)}".encode())
+        digest.update(f"list {len(part)}".encode())
         for value in part:
-            _add(found, value)
+            _add(digest, value)
     else:
-        found.update(repr(part).encode("utf-8", "backslashreplace"))
+        digest.update(repr(part).encode("utf-8", "backslashreplace"))
 
 
 def _text_checksum(content: Mapping[str, Any]) -> str:

@@ -38,10 +38,10 @@ def get_class(package: ModuleType, base: type[T], name: str, *, kind: str) -> ty
     Raises:
         ConfigError: the name is unknown; the message lists the closest names.
     """
-    known = available_classes(package, base)
-    if not isinstance(name, str) or name not in known:
-        raise unknown_name(package.__name__, kind, shorten_repr(name), known)
-    return known[name]
+    classes = available_classes(package, base)
+    if not isinstance(name, str) or name not in classes:
+        raise unknown_name(package.__name__, kind, shorten_repr(name), classes)
+    return classes[name]
 
 
 def instantiate(
@@ -72,10 +72,12 @@ def instantiate(
         8
     """
     name = getattr(cls, "__name__", "it")
-    known = {*inspect.signature(cls).parameters, *(inspect.signature(takes).parameters if takes else ())} - set(given)
+    parameters = {*inspect.signature(cls).parameters, *(inspect.signature(takes).parameters if takes else ())} - set(
+        given
+    )
     for option in options:
-        if option not in known:
-            raise unknown_name(who, f"option of {name}", shorten_repr(option), known - {"options"})
+        if option not in parameters:
+            raise unknown_name(who, f"option of {name}", shorten_repr(option), parameters - {"options"})
     hints = {**(_hints(takes) if takes else {}), **_hints(cls)}
     for option, value in options.items():
         expected_type: Any = hints.get(option, Any)

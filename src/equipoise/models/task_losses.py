@@ -71,8 +71,8 @@ class TaskLosses:
 
 def _check_classes(logits: Tensor, target: Tensor, who: str) -> None:
     classes = logits.shape[-1]
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or not whole:
+    is_integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if logits.ndim != 2 or target.shape != logits.shape[:1] or not is_integer:
         raise ShapeError(
             who,
             expected="logits (batch, output) and a target of class indices (batch,)",

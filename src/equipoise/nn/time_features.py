@@ -69,10 +69,10 @@ def group_times(
             f"{who} times", expected=f"(batch, frame) = {tuple(shape)}, floating-point seconds",
             got=f"shape {tuple(times.shape)}, {times.dtype}",
         )  # fmt: skip
-    known = ~times.isnan() if mask is None else mask & ~times.isnan()
+    valid = ~times.isnan() if mask is None else mask & ~times.isnan()
     missing = -shape[1] % size
-    known, times = (
+    valid, times = (
         nn.functional.pad(part, (0, missing)).unflatten(1, (-1, size))
-        for part in (known, times.masked_fill(~known, 0.0))
+        for part in (valid, times.masked_fill(~valid, 0.0))
     )
-    return (times.sum(dim=2) / known.sum(dim=2).clamp(min=1)).masked_fill(~known.any(dim=2), torch.nan)
+    return (times.sum(dim=2) / valid.sum(dim=2).clamp(min=1)).masked_fill(~valid.any(dim=2), torch.nan)

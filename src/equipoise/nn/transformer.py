@@ -302,10 +302,10 @@ def without_hidden(
         if not _fits(mask, tokens):
             return tokens, None
         return finite_masked(tokens, mask), None
-    seen = mask
-    while seen.ndim > 2:
-        seen = seen.any(dim=1)
-    return tokens, zero_masked(source, seen) if _fits(seen, source) else source
+    visible = mask
+    while visible.ndim > 2:
+        visible = visible.any(dim=1)
+    return tokens, zero_masked(source, visible) if _fits(visible, source) else source
 
 
 def _biased(bias: Tensor, mask: Tensor | None) -> Float[Tensor, "batch 1 query key"]:

@@ -84,21 +84,21 @@ class AttentionCall:
 
     def visible(self) -> Bool[Tensor, "#batch #head #query key"] | None:
         """Returns True where a query may attend to a key, by mask and causality; None if nothing is masked."""
-        seen = self.mask
-        if seen is not None and seen.dtype != torch.bool:
-            seen = seen > MASKED
+        visible = self.mask
+        if visible is not None and visible.dtype != torch.bool:
+            visible = visible > MASKED
         if self.is_causal:
             _, _, rows, keys = self.sizes
             past = torch.ones(rows, keys, dtype=torch.bool, device=self.query.device).tril()[None, None]
-            seen = past if seen is None else seen & past
-        return seen
+            visible = past if visible is None else visible & past
+        return visible
 
     def queries_with_keys(self) -> Bool[Tensor, "#batch query"] | None:
         """Returns the queries with at least one visible key; None if all have one."""
         if self.mask is None:
             return None
-        seen = self.visible()
-        return None if seen is None else seen.any(dim=-1).any(dim=1)
+        visible = self.visible()
+        return None if visible is None else visible.any(dim=-1).any(dim=1)
 
     def visible_keys(self) -> Bool[Tensor, "batch key"] | None:
         """Returns the keys visible to at least one query; None where no mask is known.
@@ -108,8 +108,8 @@ class AttentionCall:
         if self.mask is None:
             return None if self.attention is None else (self.attention != 0).any(dim=2).any(dim=1)
         batch, _, _, keys = self.sizes
-        seen = self.visible()
-        return None if seen is None else seen.any(dim=2).any(dim=1).expand(batch, keys)
+        visible = self.visible()
+        return None if visible is None else visible.any(dim=2).any(dim=1).expand(batch, keys)
 
     def with_mask(self, keep: Bool[Tensor, "#batch #head #query key"]) -> AttentionCall:
         """Returns the same attention with all keys masked where ``keep`` is False."""

@@ -76,14 +76,14 @@ class BatchRecord:
 
     def take(self, index: Int[Tensor, " row"], keep: Bool[Tensor, " row"] | None = None) -> BatchRecord:
         """Samples in another order or several times; where ``keep`` is False, without what they add to sums."""
-        found = {}
+        records = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 value = value[index]
                 if keep is not None and name not in ("keys", "labels"):
                     value = value.masked_fill(~keep.view(-1, *(1,) * (value.ndim - 1)), 0.0)
-            found[name] = value
-        return BatchRecord(**found)
+            records[name] = value
+        return BatchRecord(**records)
 
 
 def sum_shares(call: AttentionCall, known: LabeledKeys, rows: QueryRows, *, with_tokens: bool) -> BatchRecord:
@@ -112,9 +112,9 @@ def sum_shares(call: AttentionCall, known: LabeledKeys, rows: QueryRows, *, with
     if known.queries is not None:
         queries = known.queries.to(share.device).expand(batch, -1)
         queries = queries if rows.index is None else queries.gather(1, rows.index)
-        own = (queries[..., None] == torch.arange(count, device=share.device)).float() * weight[..., None]
-        block.by_query = torch.einsum("bhqm,bqn->bhnm", share, own)
-        block.query_count = own.sum(dim=1)
+        one_hot = (queries[..., None] == torch.arange(count, device=share.device)).float() * weight[..., None]
+        block.by_query = torch.einsum("bhqm,bqn->bhnm", share, one_hot)
+        block.query_count = one_hot.sum(dim=1)
     if with_tokens:
         block.tokens, block.labels, block.start = key_mass(few, weight), labels, known.start
     return block

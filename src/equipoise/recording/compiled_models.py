@@ -57,10 +57,10 @@ def check_open(model: nn.Module) -> None:
         ConfigError: a model, or a part of one, whose attention no hook can reach.
     """
     for name, part in model.named_modules():
-        if (found := _closed(part)) is not None:
+        if (reason := _closed(part)) is not None:
             where = f"'{name}', " if name else ""
             raise ConfigError(
-                "watch", expected="a model whose attention runs in Python", got=f"{where}{found[0]}", fix=found[1]
+                "watch", expected="a model whose attention runs in Python", got=f"{where}{reason[0]}", fix=reason[1]
             )
 
 

@@ -54,47 +54,47 @@ def bind_arguments(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def read_forward_inputs(given: dict[str, Any], *, embedded: Tensor | None = None) -> ForwardInputs:
+def read_forward_inputs(arguments: dict[str, Any], *, embedded: Tensor | None = None) -> ForwardInputs:
     """Reads the inputs of a decoder, or of an encoder.
 
     Args:
         given: arguments by name.
         embedded: the token ids that were embedded last, for a pass with embeddings only.
     """
-    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if ids is None and isinstance(embeddings, Tensor) and embedded is not None:
         beams, rest = divmod(len(embeddings), max(len(embedded), 1))
         if beams and not rest and embedded.shape[1] == embeddings.shape[1]:
             ids = embedded.repeat_interleave(beams, dim=0)
-    return _read_inputs(given, ids, embeddings, "attention_mask", shifted=True)
+    return _read_inputs(arguments, ids, embeddings, "attention_mask", shifted=True)
 
 
-def read_decoder_inputs(given: dict[str, Any]) -> ForwardInputs:
+def read_decoder_inputs(arguments: dict[str, Any]) -> ForwardInputs:
     """Reads the inputs of the decoder of an encoder-decoder model."""
-    ids, embeddings = given.get("decoder_input_ids"), given.get("decoder_inputs_embeds")
+    ids, embeddings = arguments.get("decoder_input_ids"), arguments.get("decoder_inputs_embeds")
     if ids is None and embeddings is None:
         # The decoder then takes the shifted labels or, in some models, the encoder's token ids.
-        ids = given.get("labels") if given.get("labels") is not None else given.get("input_ids")
-    return _read_inputs(given, ids, embeddings, "decoder_attention_mask", shifted=False)
+        ids = arguments.get("labels") if arguments.get("labels") is not None else arguments.get("input_ids")
+    return _read_inputs(arguments, ids, embeddings, "decoder_attention_mask", shifted=False)
 
 
-def _read_inputs(given: dict[str, Any], ids: Any, embeddings: Any, mask: str, *, shifted: bool) -> ForwardInputs:
+def _read_inputs(arguments: dict[str, Any], ids: Any, embeddings: Any, mask: str, *, shifted: bool) -> ForwardInputs:
     tokens = ids if ids is not None else embeddings
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return ForwardInputs()
     shape = (tokens.shape[0], tokens.shape[1])
-    cache = given.get("cache", given.get("past_key_values"))
+    cache = arguments.get("cache", arguments.get("past_key_values"))
     past = _cache_length(cache)
-    types = given.get("mm_token_type_ids")
+    types = arguments.get("mm_token_type_ids")
     return ForwardInputs(
         shape, ids if ids is not None and ids.ndim == 2 else None, past, _is_static(cache),
-        types if isinstance(types, Tensor) and types.shape == shape else None, _media_masks(given, shape),
-        _valid_tokens(given.get(mask), shape, past), _answer_queries(given.get("labels"), shape, shifted),
+        types if isinstance(types, Tensor) and types.shape == shape else None, _media_masks(arguments, shape),
+        _valid_tokens(arguments.get(mask), shape, past), _answer_queries(arguments.get("labels"), shape, shifted),
     )  # fmt: skip
 
 
-def _media_masks(given: dict[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
-    matches = ((MEDIA_MASK.fullmatch(name), value) for name, value in given.items())
+def _media_masks(arguments: dict[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
+    matches = ((MEDIA_MASK.fullmatch(name), value) for name, value in arguments.items())
     return {
         match[1]: value.bool()
         for match, value in matches

@@ -212,19 +212,19 @@ def _patch_loop(session: Any, kind: str) -> Callable[..., Any]:
     def decode(inner: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not session.follows(model):
             return inner(model, *args, **kwargs)
-        known = {**dict(zip(FIRST, args, strict=False)), **kwargs}
-        ids, config, outer = known.pop("input_ids"), known["generation_config"], session.loop(model)
+        arguments = {**dict(zip(FIRST, args, strict=False)), **kwargs}
+        ids, config, outer = arguments.pop("input_ids"), arguments["generation_config"], session.loop(model)
         draft = outer is not None and bool(config.is_assistant)
         if outer is not None and outer.kind != "unknown" and not draft:
             # A class that overrides the loop calls the inherited one.
-            return inner(model, ids, **known)
-        chunks = 1 if kind == "assisted" else _num_chunks(known, config, ids.shape[1])
+            return inner(model, ids, **arguments)
+        chunks = 1 if kind == "assisted" else _num_chunks(arguments, config, ids.shape[1])
         loop = Loop(model, kind, ids.shape[1], chunks, draft=draft)
-        known["stopping_criteria"] = _recorded_criteria(known["stopping_criteria"], loop, session)
+        arguments["stopping_criteria"] = _recorded_criteria(arguments["stopping_criteria"], loop, session)
         if kind == "beams":
-            return _beam_search(session, loop, inner, model, ids, known)
+            return _beam_search(session, loop, inner, model, ids, arguments)
         with session.generating(loop):
-            output = inner(model, ids, **known)
+            output = inner(model, ids, **arguments)
             session.settle(loop, _nothing_pending, len(getattr(output, "sequences", output)))
         return output
 
@@ -258,11 +258,11 @@ def _beam_search(session: Any, loop: Loop, inner: Callable[..., Any], model: Any
     return output if returns_dict else output.sequences
 
 
-def _num_chunks(known: dict[str, Any], config: Any, tokens: int) -> int:
+def _num_chunks(arguments: dict[str, Any], config: Any, tokens: int) -> int:
     """Returns the number of forward passes into which transformers splits the prompt."""
     if not (size := getattr(config, "prefill_chunk_size", None)):
         return 1
-    cache, mask = known.get("cache", known.get("past_key_values")), known.get("attention_mask")
+    cache, mask = arguments.get("cache", arguments.get("past_key_values")), arguments.get("attention_mask")
     past = int(cache.get_seq_length()) if cache is not None else 0
     total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", tokens if not past else -1)
     tokens -= past if total == tokens else 0

@@ -172,8 +172,8 @@ class Origins:
                 return self.code(kinds[0])
             is_joint = value.is_floating_point() and part is self._parts.root and bool(self._parts.others)
             return MIXED if is_joint else self._code_of_text(value)
-        if (own := OWN_IDS.match(name)) is not None:
-            return self.code(own[1])
+        if (match := OWN_IDS.match(name)) is not None:
+            return self.code(match[1])
         if name == "inputs" and not value.is_floating_point():
             return self._code_of_text(value)
         if not value.is_floating_point() or value.ndim < 2:

@@ -104,27 +104,27 @@ def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran)
 
     def attends(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ran.calls += 1
-        given = signature.bind(layer, *args, **kwargs).arguments
-        if any(given[name].is_nested for name in ("query", "key", "value")):
-            if not given["query"] is given["key"] is given["value"]:
+        arguments = signature.bind(layer, *args, **kwargs).arguments
+        if any(arguments[name].is_nested for name in ("query", "key", "value")):
+            if not arguments["query"] is arguments["key"] is arguments["value"]:
                 session.report_unobservable(layer, NESTED)
                 return _stands_aside(inner, *args, **kwargs)
             # Hooks on the layer keep an encoder from its own fast path, but not from packing padded tokens.
-            src, padding = _padded(given["query"], ran.lengths.get(id(layer)))
+            src, padding = _padded(arguments["query"], ran.lengths.get(id(layer)))
             call = project_heads(HeadProjection.of(layer), src, src, src, padding=padding)
             call = replace(call, sources=(src, src))
             return session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         call = project_heads(
-            HeadProjection.of(layer), given["query"], given["key"], given["value"], batch_first=layer.batch_first,
-            padding=given.get("key_padding_mask"), mask=given.get("attn_mask"),
+            HeadProjection.of(layer), arguments["query"], arguments["key"], arguments["value"], batch_first=layer.batch_first,
+            padding=arguments.get("key_padding_mask"), mask=arguments.get("attn_mask"),
         )  # fmt: skip
-        batch_dim = None if given["query"].ndim == 2 else 0 if layer.batch_first else 1
-        call = replace(call, sources=(given["query"], given["key"]), batch_dim=batch_dim)
+        batch_dim = None if arguments["query"].ndim == 2 else 0 if layer.batch_first else 1
+        call = replace(call, sources=(arguments["query"], arguments["key"]), batch_dim=batch_dim)
         output = session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         if not isinstance(output, Tensor):
             return output
         merged = layer.out_proj(output.transpose(1, 2).flatten(2))
-        if given["query"].ndim == 2:
+        if arguments["query"].ndim == 2:
             merged = merged[0]
         elif not layer.batch_first:
             merged = merged.transpose(0, 1)
@@ -141,9 +141,9 @@ def _encodes(session: RecordingSession, layer: nn.TransformerEncoderLayer, ran: 
         calls, quiet = ran.calls, session.suspended
         output = _stands_aside(inner, *args, **kwargs)
         if ran.calls == calls and not quiet:
-            given = signature.bind(layer, *args, **kwargs).arguments
-            del given["self"]
-            _show_fast(session, layer, output, ran.lengths.get(id(layer)), **given)
+            arguments = signature.bind(layer, *args, **kwargs).arguments
+            del arguments["self"]
+            _show_fast(session, layer, output, ran.lengths.get(id(layer)), **arguments)
         return output
 
     return encodes
@@ -157,19 +157,19 @@ def _show_fast(
     if src.is_nested:
         src, src_key_padding_mask = _padded(src, length)
     attention = layer.self_attn
-    tokens, given = layer.norm1(src) if layer.norm_first else src, src
+    tokens, query_input = layer.norm1(src) if layer.norm_first else src, src
     call = project_heads(
         HeadProjection.of(attention), tokens, tokens, tokens, batch_first=attention.batch_first,
         padding=src_key_padding_mask, mask=src_mask,
     )  # fmt: skip
     batch_dim = 0 if attention.batch_first else 1
-    call = replace(call, sources=(given, given), batch_dim=batch_dim)
+    call = replace(call, sources=(query_input, query_input), batch_dim=batch_dim)
     session.intercept(call, attention, "multihead, fast path", lambda: (output, None))
 
 
 def _padded(src: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
     """A nested tensor as (batch, token, dim), padded to ``length`` tokens, and its padding mask."""
     lengths = torch.tensor([len(part) for part in src.unbind()], device=src.device)
-    whole = None if length is None else (len(lengths), length, src.size(2))
-    src = src.to_padded_tensor(0.0, output_size=whole)
+    shape = None if length is None else (len(lengths), length, src.size(2))
+    src = src.to_padded_tensor(0.0, output_size=shape)
     return src, torch.arange(src.shape[1], device=src.device) >= lengths[:, None]

@@ -333,9 +333,9 @@ def _reduced(codes: Tensor, dim: int) -> Tensor:
 
 def _summary(*codes: Tensor) -> Tensor:
     """Reduces tensors of codes to one code."""
-    found = torch.stack([_merged(c.amax(), c.masked_fill(c == NEUTRAL, MIXED).amin()) if c.numel()
+    summary = torch.stack([_merged(c.amax(), c.masked_fill(c == NEUTRAL, MIXED).amin()) if c.numel()
                          else c.new_zeros(()) for c in map(_thin, codes)])  # fmt: skip
-    return _merged(found.amax(), found.masked_fill(found == NEUTRAL, MIXED).amin())
+    return _merged(summary.amax(), summary.masked_fill(summary == NEUTRAL, MIXED).amin())
 
 
 def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
@@ -356,13 +356,13 @@ def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _combined(codes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    found = _thin(_aligned(codes[0], shape))
+    codes_out = _thin(_aligned(codes[0], shape))
     for more in codes[1:]:
         more = _thin(_aligned(more, shape))
-        low, high = torch.minimum(found, more), torch.maximum(found, more)
+        low, high = torch.minimum(codes_out, more), torch.maximum(codes_out, more)
         other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
-        found = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
-    return found.expand(shape)
+        codes_out = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
+    return codes_out.expand(shape)
 
 
 def _explicit(equation: str, *dims: int) -> str:

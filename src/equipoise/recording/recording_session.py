@@ -179,21 +179,21 @@ class RecordingSession:
         if self.aside:
             with self._silence():
                 return run()[0]
-        known = self.labeler.labeled(call, module)
+        labels = self.labeler.labeled(call, module)
         layer = self._layer_name(module)
-        if isinstance(known, str) or (known is not None and not known.unimodal):
+        if isinstance(labels, str) or (labels is not None and not labels.unimodal):
             layer = self._numbered(layer)
-        wanted = self._is_wanted(layer)
-        if isinstance(known, str) and wanted:
-            self.handler.on_missing(layer, known)
-        if isinstance(known, LabeledKeys) and wanted:
+        selected = self._is_wanted(layer)
+        if isinstance(labels, str) and selected:
+            self.handler.on_missing(layer, labels)
+        if isinstance(labels, LabeledKeys) and selected:
             if (
                 self.handler.replaces_output
-                and (changed := self.handler.replace_output(layer, call, known)) is not None
+                and (changed := self.handler.replace_output(layer, call, labels)) is not None
             ):
                 self._show(run)
                 return changed
-            return self._record(layer, backend, call, known, run)
+            return self._record(layer, backend, call, labels, run)
         with self._silence():
             return run()[0]
 

@@ -62,8 +62,8 @@ def _with_sink(call: AttentionCall, labels: Tensor, num_modalities: int) -> Meas
     scale = width**-0.5 if call.scale is None else call.scale
     score = (call.sinks.to(call.query.dtype) / scale).view(1, heads, 1, 1)  # type: ignore[union-attr]
     query = torch.cat([call.query, score.expand(batch, -1, rows, 1)], dim=-1)
-    own = F.pad(torch.zeros_like(call.key[:, :, :1]), (0, 1), value=1.0)
-    key = torch.cat([own, F.pad(call.key, (0, 1))], dim=2)
+    sink = F.pad(torch.zeros_like(call.key[:, :, :1]), (0, 1), value=1.0)
+    key = torch.cat([sink, F.pad(call.key, (0, 1))], dim=2)
     labels = F.pad(labels, (1, 0), value=num_modalities)
     mask = call.mask
     if mask is not None:

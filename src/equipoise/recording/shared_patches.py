@@ -59,17 +59,17 @@ def wrapped(owner: Any, name: str, wrapper: Wrapper) -> Iterator[None]:
     the first block saves the attribute, and the last one restores it.
     """
     # The same function may be put around twice.
-    key, own = (id(owner), name), functools.partial(wrapper)
+    key, replacement = (id(owner), name), functools.partial(wrapper)
     with _LOCK:
         chain = _CHAINS.get(key)
         if chain is None:
             chain = _CHAINS[key] = _Chain(owner, name)
-        chain.wrappers = (*chain.wrappers, own)
+        chain.wrappers = (*chain.wrappers, replacement)
     try:
         yield
     finally:
         with _LOCK:
-            chain.wrappers = tuple(other for other in chain.wrappers if other is not own)
+            chain.wrappers = tuple(other for other in chain.wrappers if other is not replacement)
             if not chain.wrappers:
                 del _CHAINS[key]
                 chain.restore()

@@ -86,20 +86,20 @@ def submodel_kinds(part: nn.Module) -> tuple[str, ...]:
 
 def placeholders(config: Any) -> dict[int, str]:
     """Returns token id -> modality of the placeholders in ``input_ids``, from the configuration and its parts."""
-    found: dict[int, str] = {}
+    ids: dict[int, str] = {}
     for part in _configs(config):
         # The outer configuration takes precedence over those of its parts.
-        missing = [name for name in ORDER[1:] if name not in found.values()]
+        missing = [name for name in ORDER[1:] if name not in ids.values()]
         for name in missing:
             for suffix in ("token_id", "token_index", "context_token_id", "pad_token_id", "patch_id"):
                 token = getattr(part, f"{name}_{suffix}", None)
                 if isinstance(token, int) and token >= 0:
-                    found.setdefault(token, name)
+                    ids.setdefault(token, name)
         # Models whose image tokens are part of the vocabulary.
         vocabulary = getattr(part, "vocabulary_map", None)
         if isinstance(vocabulary, dict) and isinstance(vocabulary.get("<image>"), int):
-            found.setdefault(vocabulary["<image>"], "image")
-    return found
+            ids.setdefault(vocabulary["<image>"], "image")
+    return ids
 
 
 def _configs(config: Any) -> list[Any]:

@@ -104,13 +104,13 @@ class UserLabels:
             return self._own(
                 call, call.modality, call.names or check_names(call.modality, self._requested_names or None)
             )
-        given = self.modality
-        if given.ndim == 2 and given.shape[0] not in (1, batch):
-            return f"it has batch = {batch}, and modality is given for {given.shape[0]} samples"
-        if given.shape[-1] != keys - call.added:
-            return f"it has {keys - call.added} keys, and modality is given for {given.shape[-1]}"
-        given = given[0] if given.ndim == 2 and given.shape[0] == 1 else given
-        return label_keys(call, F.pad(given, (0, call.added), value=SPECIAL), self.names)
+        labels = self.modality
+        if labels.ndim == 2 and labels.shape[0] not in (1, batch):
+            return f"it has batch = {batch}, and modality is given for {labels.shape[0]} samples"
+        if labels.shape[-1] != keys - call.added:
+            return f"it has {keys - call.added} keys, and modality is given for {labels.shape[-1]}"
+        labels = labels[0] if labels.ndim == 2 and labels.shape[0] == 1 else labels
+        return label_keys(call, F.pad(labels, (0, call.added), value=SPECIAL), self.names)
 
     def _in_encoder(self, keys: int, name: str | None) -> LabeledKeys | None:
         names = self._requested_names or self._encoder_names or ((name,) if name else ())
@@ -227,12 +227,12 @@ def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys
 
 def _prompt_queries(queries: Tensor, known: LabeledKeys, valid: Tensor) -> QueryRows | str | None:
     """Selects the queries of this pass of ``generate`` from a mask of the prompt's queries."""
-    (batch, rows), (given, total) = valid.shape, queries.shape
+    (batch, rows), (batch_given, total) = valid.shape, queries.shape
     prompt: int = known.length - known.text  # type: ignore[operator]
-    if batch % given or (prompt > total if known.partial else prompt != total):
-        return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(given, total)}"
+    if batch % batch_given or (prompt > total if known.partial else prompt != total):
+        return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(batch_given, total)}"
     first: int = known.length - rows  # type: ignore[operator]
-    selected = queries[:, first : first + rows].repeat_interleave(batch // given, dim=0)
+    selected = queries[:, first : first + rows].repeat_interleave(batch // batch_given, dim=0)
     return (
         query_rows(F.pad(selected, (0, rows - selected.shape[1]), value=False) & valid) if selected.shape[1] else None
     )

@@ -72,8 +72,8 @@ class TokenMap:
     @classmethod
     def inside(cls, root: nn.Module, modality: Tensor | None, names: Sequence[str] | None) -> TokenMap:
         """Creates the map of a model inside another module, whose modality names may differ."""
-        known = modalities_of(root)
-        return cls(root, modality, names if modality is not None or set(names or ()) & set(known) else None)
+        modalities = modalities_of(root)
+        return cls(root, modality, names if modality is not None or set(names or ()) & set(modalities) else None)
 
     @contextmanager
     def following(self, session: RecordingSession) -> Iterator[None]:
@@ -122,21 +122,21 @@ class TokenMap:
         """Returns the labels that the inputs determine, checked against the origin of the keys."""
         if id(module) not in self.parts.paths:
             return None
-        known = self._labels_from_inputs(call, module)
+        labels = self._labels_from_inputs(call, module)
         if self.given is not None or torch._C._current_graph_task_id() != -1:
-            return known
+            return labels
         visit = self._visits.get(id(module), 0)
         self._visits[id(module)] = visit + 1
         if self.origins.active:
-            verdict = self._verdicts[id(module), visit] = self._check_origin(call, known)
+            verdict = self._verdicts[id(module), visit] = self._check_origin(call, labels)
         else:
             verdict = self._verdicts.get((id(module), visit), KEEP)
             if verdict is not KEEP:
                 verdict = self._extend_verdict(call, verdict)
-        known = known if verdict is KEEP else verdict
-        if isinstance(known, LabeledKeys) and known.constant is not None:
-            known = replace(known, samples=self._samples)
-        return known
+        labels = labels if verdict is KEEP else verdict
+        if isinstance(labels, LabeledKeys) and labels.constant is not None:
+            labels = replace(labels, samples=self._samples)
+        return labels
 
     def _check_origin(self, call: AttentionCall, known: LabeledKeys | str | None) -> Verdict:
         """Returns ``KEEP`` if the labels agree with the origin of the keys; otherwise labels by origin, or a reason."""
@@ -195,17 +195,17 @@ class TokenMap:
         if rows is not None and keys is not None and torch.equal(rows, keys):
             # Self-attention: a key that is masked for all queries is padding, as is the query at its position.
             call = replace(call, reads_itself=True)
-        known: dict[str, Any] = {} if rows is None else {"queries": self._labels_of_codes(rows)}
+        fields: dict[str, Any] = {} if rows is None else {"queries": self._labels_of_codes(rows)}
         if rows is not None and rows.shape[1] == self._main.rows and self._main.labels is not None:
             is_text = bool((rows == self.origins.code("text")).all())
             if is_text and len(self._main.labels) in (1, len(rows)):
-                known |= {key: value for key in ("valid", "answer")
+                fields |= {key: value for key in ("valid", "answer")
                           if (value := getattr(self._main, key)) is not None and len(value) == len(rows)}  # fmt: skip
         constant = int(labels.flatten()[0]) if len(origins) == 1 else None
         unimodal = (
             rows is not None and origins != ["text"] and self.origins.names_in(rows) == origins and len(self.names) > 1
         )
-        return label_keys(call, labels, self.names, constant=constant, unimodal=unimodal, **known)
+        return label_keys(call, labels, self.names, constant=constant, unimodal=unimodal, **fields)
 
     def _extend_verdict(self, call: AttentionCall, verdict: Verdict) -> LabeledKeys | str | None:
         """Extends the verdict of the first pass to the keys of a decoding step with a cache."""
@@ -237,37 +237,41 @@ class TokenMap:
             return why
         return self._stream_labels(call, stream, unimodal=self._is_text_encoder(module, stream))
 
-    def _begin(self, part: nn.Module, given: dict[str, Any], loop: Loop | None) -> None:
+    def _begin(self, part: nn.Module, arguments: dict[str, Any], loop: Loop | None) -> None:
         first = not self._running
         self._running.append(part)
-        (self._takes_embeddings.discard if given.get("input_ids") is not None else self._takes_embeddings.add)(id(part))
+        (self._takes_embeddings.discard if arguments.get("input_ids") is not None else self._takes_embeddings.add)(
+            id(part)
+        )
         if not first:
             return
         self._visits = {}
-        self._samples = _batch_size(given)
-        past = read_forward_inputs(given).past if self.parts.encoder is None else read_decoder_inputs(given).past
-        embeddings = given.get("inputs_embeds")
+        self._samples = _batch_size(arguments)
+        past = (
+            read_forward_inputs(arguments).past if self.parts.encoder is None else read_decoder_inputs(arguments).past
+        )
+        embeddings = arguments.get("inputs_embeds")
         self._untraced_embeddings = embeddings is not None and not self.origins.is_known(embeddings)
         self.origins.active = self.given is None and not past
         if not past:
             self._verdicts = {}
         if self.origins.active:
-            self.origins.begin(part, given)
-        own = self._encoder if self.parts.in_encoder(part) else self._main
-        if self.parts.encoder is None or own is self._encoder:
+            self.origins.begin(part, arguments)
+        stream = self._encoder if self.parts.in_encoder(part) else self._main
+        if self.parts.encoder is None or stream is self._encoder:
             if self.given is not None or self.parts.unimodal_kind(part) not in self.parts.others or part is self.root:
                 # `generate` passes embeddings to some submodels; their ids were embedded before.
-                inputs = read_forward_inputs(given, embedded=None if part is self.root else self._embedded)
+                inputs = read_forward_inputs(arguments, embedded=None if part is self.root else self._embedded)
                 if loop is not None:
                     inputs = inputs._replace(text=loop.text, generates=True, partial=loop.partial)
-                own.begin(inputs)
+                stream.begin(inputs)
             return
-        if any(given.get(name) is not None for name in ("input_ids", "inputs_embeds")) or self.given is not None:
-            if given.get("encoder_outputs") is None:
-                self._encoder.begin(read_forward_inputs(given))
-        elif given.get("encoder_outputs") is None:
+        if any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds")) or self.given is not None:
+            if arguments.get("encoder_outputs") is None:
+                self._encoder.begin(read_forward_inputs(arguments))
+        elif arguments.get("encoder_outputs") is None:
             self._encoder.reset()
-        self._main.begin_text(read_decoder_inputs(given))
+        self._main.begin_text(read_decoder_inputs(arguments))
 
     def _stream_labels(self, call: AttentionCall, stream: TokenStream, *, unimodal: bool) -> LabeledKeys | str | None:
         batch, _, rows, keys = call.sizes
@@ -329,16 +333,16 @@ class TokenMap:
         if name not in self.names:
             return None
         index, (batch, _, rows, keys) = self.names.index(name), call.sizes
-        known: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if self._running and rows == self._main.rows and not unimodal and self._main.labels is not None:
-            known = {key: value for key in ("valid", "answer")
+            fields = {key: value for key in ("valid", "answer")
                      if (value := getattr(self._main, key)) is not None and len(value) == batch}  # fmt: skip
-            known["length"] = self._main.labels.shape[1]
-            known["queries"] = self._main.labels[:, -rows:].expand(batch, -1) if len(self._main.labels) in (1, batch) \
+            fields["length"] = self._main.labels.shape[1]
+            fields["queries"] = self._main.labels[:, -rows:].expand(batch, -1) if len(self._main.labels) in (1, batch) \
                 else None  # fmt: skip
         return LabeledKeys(
             torch.full((keys,), index), self.names, constant=index, unimodal=unimodal,
-            continues=self._main.continues and not unimodal, **known,
+            continues=self._main.continues and not unimodal, **fields,
         )  # fmt: skip
 
     def _why_unlabeled(self, module: nn.Module, stream: TokenStream) -> str | None:
@@ -394,11 +398,11 @@ class CompositeLabeler:
     def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
         for part in self._maps:
             if id(module) in part.parts.paths:
-                known = part.labeled(call, module)
+                labels = part.labeled(call, module)
                 # A unimodal model inside a larger one is an encoder.
-                if isinstance(known, LabeledKeys) and len(part.parts.modalities) == 1 and part.given is None:
-                    return replace(known, unimodal=True, continues=False)
-                return known
+                if isinstance(labels, LabeledKeys) and len(part.parts.modalities) == 1 and part.given is None:
+                    return replace(labels, unimodal=True, continues=False)
+                return labels
         return self._outside.labeled(call, module)
 
 
@@ -411,10 +415,14 @@ def _without_compilation(session: RecordingSession, part: nn.Module) -> Callable
     return get_compiled_call
 
 
-def _batch_size(given: dict[str, Any]) -> int | None:
+def _batch_size(arguments: dict[str, Any]) -> int | None:
     """Returns the number of samples of a pass: that of the text inputs, or of the first tensor."""
-    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1]
-    text = [given[name] for name in ("input_ids", "decoder_input_ids", "inputs_embeds") if given.get(name) is not None]
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1]
+    text = [
+        arguments[name]
+        for name in ("input_ids", "decoder_input_ids", "inputs_embeds")
+        if arguments.get(name) is not None
+    ]
     first = next(iter([*text, *tensors]), None)
     return None if first is None else len(first)
 

@@ -36,8 +36,8 @@ class TokenStream:
         static: there may be more keys than tokens so far.
     """
 
-    def __init__(self, names: Sequence[str], placeholders: dict[int, str], given: Tensor | None) -> None:
-        self._names, self._placeholders, self._given = tuple(names), placeholders, given
+    def __init__(self, names: Sequence[str], placeholders: dict[int, str], labels: Tensor | None) -> None:
+        self._names, self._placeholders, self._given = tuple(names), placeholders, labels
         self.labels: Int[Tensor, "batch token"] | None = None
         self.valid: Bool[Tensor, "batch token"] | None = None
         self.answer: Bool[Tensor, "batch token"] | None = None
@@ -70,12 +70,12 @@ class TokenStream:
 
     def _prompt(self, inputs: ForwardInputs) -> Tensor:
         """Returns the user's labels, repeated for samples that are returned several times, followed by text."""
-        given = self._first()
-        if inputs.generates and inputs.shape is not None and inputs.shape[0] % len(given) == 0:
-            given = given.repeat_interleave(inputs.shape[0] // len(given), dim=0)
+        labels = self._first()
+        if inputs.generates and inputs.shape is not None and inputs.shape[0] % len(labels) == 0:
+            labels = labels.repeat_interleave(inputs.shape[0] // len(labels), dim=0)
         if inputs.partial and inputs.shape is not None:
-            return given[:, inputs.past : inputs.past + inputs.shape[1]]
-        return F.pad(given, (0, inputs.text), value=self.text)
+            return labels[:, inputs.past : inputs.past + inputs.shape[1]]
+        return F.pad(labels, (0, inputs.text), value=self.text)
 
     def reset(self) -> None:
         """Marks the tokens as unknown."""
@@ -109,18 +109,18 @@ class TokenStream:
             return None if self._lost else self._first()
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
-    def _why_cache_differs(self, known: int, inputs: ForwardInputs) -> str:
+    def _why_cache_differs(self, length: int, inputs: ForwardInputs) -> str:
         """Returns why ``known`` labels do not fit the cache; a cache may have been cropped, but not within the prompt."""
         past = inputs.past
         if self._given is not None and not self._given.shape[-1] <= past and not inputs.partial:
             return f"modality is given for {self._given.shape[-1]} tokens, and the prompt has {past}"
-        if past > known:
-            return f"its cache contains {past} tokens, and the modality of {known} is known"
+        if past > length:
+            return f"its cache contains {past} tokens, and the modality of {length} is known"
         return ""
 
     def _first(self) -> Tensor:
-        given = self._given
-        return given[None] if given.ndim == 1 else given  # type: ignore[union-attr]
+        labels = self._given
+        return labels[None] if labels.ndim == 1 else labels  # type: ignore[union-attr]
 
     def _new(self, inputs: ForwardInputs) -> Tensor | None:
         """Returns (batch, token) labels from token types, position masks or placeholders."""

@@ -82,17 +82,17 @@ class _InterceptionMode(TorchFunctionMode):
 
     def _fused(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if any(given[name].is_nested for name in names[:3]):
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(arguments[name].is_nested for name in names[:3]):
             self._session.report_unobservable(None, "its inputs are nested tensors")
             return func(*args, **kwargs)
-        shape, heads = given["query"].shape, self._heads(given["query"])
-        query, key, value = (_four(given[name], heads) for name in names[:3])
-        mask = given.get("attn_mask")
+        shape, heads = arguments["query"].shape, self._heads(arguments["query"])
+        query, key, value = (_four(arguments[name], heads) for name in names[:3])
+        mask = arguments.get("attn_mask")
         call = AttentionCall(
             query, *(part.expand(len(query), -1, -1, -1) for part in (key, value)),
-            mask=None if mask is None else _mask(mask, shape, heads), is_causal=bool(given.get("is_causal", False)),
-            scale=given.get("scale"), reads_itself=query.shape[2] == key.shape[2],
+            mask=None if mask is None else _mask(mask, shape, heads), is_causal=bool(arguments.get("is_causal", False)),
+            scale=arguments.get("scale"), reads_itself=query.shape[2] == key.shape[2],
         )  # fmt: skip
         output = self._session.intercept(call, None, "sdpa", lambda: (func(*args, **kwargs), None))
         # Return the model's own output unchanged; a replaced output is in (batch, head, query, dim) layout.
@@ -123,9 +123,9 @@ class _InterceptionMode(TorchFunctionMode):
         return output
 
     def _multihead(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        given = MULTIHEAD.bind(*args, **kwargs)
-        given.apply_defaults()
-        of = given.arguments
+        bound = MULTIHEAD.bind(*args, **kwargs)
+        bound.apply_defaults()
+        of = bound.arguments
         apart = (of["q_proj_weight"], of["k_proj_weight"], of["v_proj_weight"])
         layer = HeadProjection(
             of["num_heads"], None if of["use_separate_proj_weight"] else of["in_proj_weight"], apart,

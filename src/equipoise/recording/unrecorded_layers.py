@@ -52,11 +52,11 @@ def find_unrecorded_layers(
 ) -> Iterator[None]:
     """Reports layers that mixed tokens in the block without intercepted attention to the handler."""
     encoders = unimodal_encoders(session.model)
-    named = {name: part for name, part in session.model.named_modules() if _mixes(part) and id(part) not in encoders}
+    modules = {name: part for name, part in session.model.named_modules() if _mixes(part) and id(part) not in encoders}
     candidates = {
         id(part): name
-        for name, part in named.items()
-        if not any(other != name and _holds(name, other) for other in named)
+        for name, part in modules.items()
+        if not any(other != name and _holds(name, other) for other in modules)
     }
     ran: dict[int, None] = {}
 
@@ -72,8 +72,8 @@ def find_unrecorded_layers(
     paths = [session.names[module] for module in labeler.modules if module in session.names]
     for module in ran:
         path = candidates[module]
-        wanted = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
-        if wanted and not any(_holds(path, other) or _holds(other, path) for other in paths):
+        selected = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
+        if selected and not any(_holds(path, other) or _holds(other, path) for other in paths):
             part = session.model.get_submodule(path)
             handler.on_missing(path or type(part).__name__, WITHOUT if is_recurrent(part) else HIDDEN)
 

@@ -109,24 +109,24 @@ def labels_for(
     interceptors: tuple[InterceptorFactory, ...]
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
-    given = None if modality is None else check_labels(modality)
+    labels = None if modality is None else check_labels(modality)
     adapted = next((part for part in model.modules() if hasattr(part, "key_labeler")), None)
-    if adapted is not None and given is None:
+    if adapted is not None and labels is None:
         # Foreign models of `eq.adapt`, which measure the labels of their keys.
         labeler, interceptors = adapted.key_labeler()  # type: ignore[operator]
         return labeler, interceptors, []
     roots = [] if has_own_layers(model) else outermost_pretrained_models(model)
     if len(roots) == 1 and _is_all(model, roots[0]):
-        token_map = TokenMap(roots[0], given, names)
+        token_map = TokenMap(roots[0], labels, names)
         return token_map, (token_map.tracing, *HUGGING_FACE), [token_map.following]
     if roots:
-        maps = [TokenMap.inside(root, given if len(roots) == 1 else None, names) for root in roots]
-        labeler = CompositeLabeler(UserLabels(given, names), maps)
+        maps = [TokenMap.inside(root, labels if len(roots) == 1 else None, names) for root in roots]
+        labeler = CompositeLabeler(UserLabels(labels, names), maps)
         interceptors = (*(part.tracing for part in maps), *HUGGING_FACE)
         return labeler, interceptors, [part.following for part in maps]
     interceptors = (intercept_own_layers,) if has_own_layers(model) else ()
     interceptors = (*interceptors, intercept_torch_functions, intercept_multihead)
-    return UserLabels(given, names, unimodal_encoders(model)), interceptors, []
+    return UserLabels(labels, names, unimodal_encoders(model)), interceptors, []
 
 
 def _is_all(model: nn.Module, root: nn.Module) -> bool:

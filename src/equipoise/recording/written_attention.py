@@ -62,13 +62,13 @@ class WrittenAttention:
             return False
         # Integers are positions, ids or masks; those of eight bits are images.
         tensors = [t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point() or t.dtype == torch.uint8]
-        state, found = self._state(name, args, kwargs, tensors, outputs[0])
+        state, labels = self._state(name, args, kwargs, tensors, outputs[0])
         for output in outputs:
             if state is not None:
                 self._states[output] = state
             else:
                 self._states.pop(output, None)
-        return found
+        return labels
 
     def _state(
         self, name: str, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], output: Tensor

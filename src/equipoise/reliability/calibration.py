@@ -86,21 +86,21 @@ def own_log_likelihood(
         tensor([0.2500])
     """
     if task == "classification":
-        known = (logits / log_temperature.exp()).log_softmax(dim=1).gather(1, target.long()[:, None])[:, 0]
-        chance = torch.full_like(known, -math.log(logits.shape[1]))
+        log_likelihood = (logits / log_temperature.exp()).log_softmax(dim=1).gather(1, target.long()[:, None])[:, 0]
+        chance = torch.full_like(log_likelihood, -math.log(logits.shape[1]))
     elif task == "multilabel":
         tempered = logits / log_temperature.exp()
-        known = -F.binary_cross_entropy_with_logits(
+        log_likelihood = -F.binary_cross_entropy_with_logits(
             tempered, target.to(logits.dtype).reshape(logits.shape), reduction="none"
         ).sum(dim=1)
-        chance = torch.full_like(known, -logits.shape[1] * math.log(2))
+        chance = torch.full_like(log_likelihood, -logits.shape[1] * math.log(2))
     else:
         assert moments is not None
         mean, std = (part.to(logits) for part in moments)
         target = target.to(logits.dtype).reshape(logits.shape)
-        known = _normal_log_density((target - logits) / std, log_temperature).sum(dim=1)
+        log_likelihood = _normal_log_density((target - logits) / std, log_temperature).sum(dim=1)
         chance = _normal_log_density((target - mean) / std, torch.zeros_like(log_temperature)).sum(dim=1)
-    return torch.logaddexp(F.logsigmoid(logit) + known, F.logsigmoid(-logit) + chance)
+    return torch.logaddexp(F.logsigmoid(logit) + log_likelihood, F.logsigmoid(-logit) + chance)
 
 
 def fit_calibration(

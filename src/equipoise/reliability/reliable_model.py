@@ -106,9 +106,9 @@ class Reliability(nn.Module):
     ) -> None:
         super().__init__()
         record_fusion(model, WHO)
-        for kind, value, known in (("distance", distance, DISTANCES), ("form", form, FORMS)):
-            if value not in known:
-                raise unknown_name(WHO, kind, str(value), known)
+        for kind, value, choices in (("distance", distance, DISTANCES), ("form", form, FORMS)):
+            if value not in choices:
+                raise unknown_name(WHO, kind, str(value), choices)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1:
             raise ConfigError(WHO, expected="0 < alpha < 1", got=f"alpha = {alpha!r}")
         if distance == "energy" and model.task == "regression":
@@ -303,20 +303,20 @@ class Reliability(nn.Module):
         self, tokens: Mapping[str, Tokens], output: Output | None, singles: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch modality"]:
         """The log distance of each modality, or its energy in place of that."""
-        found = []
+        distances = []
         for name in self.names:
             part = tokens[name]
             if self.distance == "energy":
                 heads = {} if output is None else output.unimodal_logits
-                found.append(_energy(heads.get(name, singles.get(name)), self.task))  # type: ignore[arg-type]
+                distances.append(_energy(heads.get(name, singles.get(name)), self.task))  # type: ignore[arg-type]
             elif isinstance(part, MeasuredTokens) and part.log_distance is not None:
-                found.append(part.log_distance)
+                distances.append(part.log_distance)
             elif self.distance == "input":
                 # The modality is missing from the batch.
-                found.append(at_least_float32(part.values).new_full((len(part.values),), torch.inf))
+                distances.append(at_least_float32(part.values).new_full((len(part.values),), torch.inf))
             else:
-                found.append(self.distances[name](token_features(part)))
-        return torch.stack(found, dim=1)
+                distances.append(self.distances[name](token_features(part)))
+        return torch.stack(distances, dim=1)
 
     def _reliability(
         self, distances: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"]
@@ -334,15 +334,15 @@ class Reliability(nn.Module):
         """Replaces estimates by given values; missing modalities keep 0."""
         if rho is None:
             return reliability
-        given = rho if isinstance(rho, Mapping) else dict.fromkeys(self.names, rho)
-        for name in given:
+        values = rho if isinstance(rho, Mapping) else dict.fromkeys(self.names, rho)
+        for name in values:
             if name not in reliability:
                 raise unknown_name(WHO, "modality", str(name), self.names)
         result = dict(reliability)
         for index, name in enumerate(self.names):
-            if name in given:
+            if name in values:
                 like = reliability[name]
-                value = torch.as_tensor(given[name], dtype=like.dtype, device=like.device)
+                value = torch.as_tensor(values[name], dtype=like.dtype, device=like.device)
                 if (
                     value.ndim > 1
                     or (value.ndim == 1 and value.shape != like.shape)
@@ -363,13 +363,13 @@ class Reliability(nn.Module):
         reliability = self._forced(
             self._reliability(self._log_distances(tokens, output, singles), present), rho, present
         )
-        kept = torch.stack(list(reliability.values()), dim=1) > 0
-        kept = kept | ~kept.any(dim=1, keepdim=True)
-        if not torch.compiler.is_compiling() and bool((kept | ~present).all()):
+        retained = torch.stack(list(reliability.values()), dim=1) > 0
+        retained = retained | ~retained.any(dim=1, keepdim=True)
+        if not torch.compiler.is_compiling() and bool((retained | ~present).all()):
             masked = dict(tokens)
         else:
             masked = {
-                name: replace(tokens[name], mask=tokens[name].valid() & kept[:, index, None])
+                name: replace(tokens[name], mask=tokens[name].valid() & retained[:, index, None])
                 for index, name in enumerate(self.names)
             }
         result: Output = self.model.fuse(masked)  # type: ignore[operator]
@@ -441,10 +441,10 @@ class Reliability(nn.Module):
                     f"Reliability.fit val '{name}'", expected="validation samples with the modality and finite features",
                     got="none", fix="Pass validation batches that contain every modality.",
                 )  # fmt: skip
-        found = fit_calibration(records, self.task, moments.target() if self.task == "regression" else None)
+        calibration = fit_calibration(records, self.task, moments.target() if self.task == "regression" else None)
         for buffer, value in (
-            (self.intercept, found.intercept), (self.log_slope, found.log_slope), (self.center, found.center),
-            (self.log_temperature, found.log_temperature),
+            (self.intercept, calibration.intercept), (self.log_slope, calibration.log_slope), (self.center, calibration.center),
+            (self.log_temperature, calibration.log_temperature),
         ):  # fmt: skip
             buffer.copy_(value)
         if self.task == "regression":

@@ -56,8 +56,8 @@ class TrainingFeatures:
         rows, keys = torch.cat(self._rows), torch.cat(self._keys)
         if len(rows) > MOST_REFERENCES:
             # The smallest of independent uniform numbers select a uniform random subset, in the order of the samples.
-            kept = keys.argsort()[:MOST_REFERENCES].sort().values
-            rows, keys = rows[kept], keys[kept]
+            indices = keys.argsort()[:MOST_REFERENCES].sort().values
+            rows, keys = rows[indices], keys[indices]
         self._rows, self._keys, self._kept = [rows], [keys], len(rows)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

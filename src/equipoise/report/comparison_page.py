@@ -164,8 +164,8 @@ def _sections(readings: ResultsView) -> list[PageSection]:
 
 def _belongs(metric: str, score: str) -> bool:
     """Whether a metric is the main one, under any condition, and not another one whose name begins like it."""
-    found = named_metric(metric)
-    return metric.startswith(score) and (found is None or score not in METRICS or found.name == score)
+    known_metric = named_metric(metric)
+    return metric.startswith(score) and (known_metric is None or score not in METRICS or known_metric.name == score)
 
 
 def _attention_sections(readings: ResultsView) -> list[PageSection]:

@@ -95,12 +95,14 @@ def notices(results: Mapping[str, Any]) -> list[str]:
 
 def headline(readings: ResultsView) -> str:
     """Title of the page: the largest significant effect, or that there is no significant difference."""
-    found, names = largest(readings), readings.methods
-    if found is not None:
-        course = "higher" if found.more else "lower"
-        words = describe_effect(found.metric).removesuffix(" r")
-        much = format_delta(found.metric, found.difference) + ("" if found.pairs > 1 else f", one {found.unit} only")
-        return f"{found.method} has a {course} {words} than {found.reference} ({much})"
+    effect_found, names = largest(readings), readings.methods
+    if effect_found is not None:
+        course = "higher" if effect_found.more else "lower"
+        words = describe_effect(effect_found.metric).removesuffix(" r")
+        much = format_delta(effect_found.metric, effect_found.difference) + (
+            "" if effect_found.pairs > 1 else f", one {effect_found.unit} only"
+        )
+        return f"{effect_found.method} has a {course} {words} than {effect_found.reference} ({much})"
     if len(names) < 2:
         return f"Results of {names[0]}" if names else "No run yet"
     if _tested(readings):
@@ -125,12 +127,12 @@ def _response(readings: ResultsView, method: str) -> str:
 
 
 def _response_sentence(readings: ResultsView, method: str) -> str:
-    row, found = readings.row(method, "noise_attention_r"), _response(readings, method)
-    if row is None or not found:
+    row, response = readings.row(method, "noise_attention_r"), _response(readings, method)
+    if row is None or not response:
         return ""
     away = readings.disturbed(method) or "a modality"
-    own = _own_level(readings, method, row["mean"])
-    return f"In {method}, replacing {away} by noise {found} ({_spread(readings, row, 'r = ')}).{own}"
+    own_level = _own_level(readings, method, row["mean"])
+    return f"In {method}, replacing {away} by noise {response} ({_spread(readings, row, 'r = ')}).{own_level}"
 
 
 def _own_level(readings: ResultsView, method: str, r: float) -> str:
@@ -147,12 +149,12 @@ def _effects_text(readings: ResultsView, method: str, reported: Effect | None) -
     disturbed = readings.noise_modality
     score = readings.score
     metrics = ["noise_attention_r", score, *([f"{score}_noise/{disturbed}"] if disturbed else [])]
-    found = [one for metric in metrics if (one := effect(readings, method, metric)) is not None]
-    if not found:
+    effects = [one for metric in metrics if (one := effect(readings, method, metric)) is not None]
+    if not effects:
         return ""
-    parts, reference = [one.sentence for one in found if one != reported], found[0].reference
-    own, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
-    if own and its and own["difference"] is None:
+    parts, reference = [one.sentence for one in effects if one != reported], effects[0].reference
+    method_row, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
+    if method_row and its and method_row["difference"] is None:
         parts.append("r is not compared, since no pair of runs replaced the same modality")
     return f"Compared with {reference}, {method}: {'; '.join(parts)}." if parts else ""
 
@@ -226,8 +228,8 @@ def noise_text(readings: ResultsView, method: str) -> str:
     if clean is None or noise is None:
         return ""
     away = readings.disturbed(method) or "the modality"
-    row, found = readings.row(method, "noise_attention_r"), _response(readings, method)
-    end = "" if row is None else f"; noise {found} ({_spread(readings, row, 'r = ')})"
+    row, response = readings.row(method, "noise_attention_r"), _response(readings, method)
+    end = "" if row is None else f"; noise {response} ({_spread(readings, row, 'r = ')})"
     return (
         f"{method}: the other modalities receive about {100 * clean.mean:.0f} % of attention on clean input and "
         f"{100 * noise.mean:.0f} % with {away} replaced by noise{end}."
@@ -276,8 +278,8 @@ def rotations_text(readings: ResultsView) -> str:
 
 def differences_text(readings: ResultsView, metric: str) -> str:
     """Caption of ``comparison_figures.paired_differences``."""
-    found = [one for method in readings.methods if (one := effect(readings, method, metric)) is not None]
-    return f"{'; '.join(f'{one.method} compared with {one.reference}: {one.proof}' for one in found)}."
+    effects = [one for method in readings.methods if (one := effect(readings, method, metric)) is not None]
+    return f"{'; '.join(f'{one.method} compared with {one.reference}: {one.proof}' for one in effects)}."
 
 
 def _mean(readings: ResultsView, method: str) -> str:

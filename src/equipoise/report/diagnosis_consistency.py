@@ -30,13 +30,13 @@ def consistency(column: ReportColumn) -> FigureBlock | None:
     if layer is None:
         return None
     matrix, sizes = np.asarray(layer["matrix"], dtype=float), [int(size) for size in layer["sizes"]]
-    own = _own(sizes)
-    top = float(matrix[~own].max(initial=0.0))
+    per_modality = _own(sizes)
+    top = float(matrix[~per_modality].max(initial=0.0))
     with style_context():
         figure = Figure(figsize=(4.4, 4.1), layout="constrained")
         axes = figure.add_subplot()
-        _cells(axes, np.where(own, 0.0, matrix / top if top else 0.0), ACCENT)
-        _cells(axes, np.where(own, matrix, 0.0), GRID)
+        _cells(axes, np.where(per_modality, 0.0, matrix / top if top else 0.0), ACCENT)
+        _cells(axes, np.where(per_modality, matrix, 0.0), GRID)
         _borders(axes, sizes)
         _names(axes, column, sizes, layer["tokens"])
         return column.render(
@@ -121,12 +121,12 @@ def _names(axes: Axes, column: ReportColumn, sizes: Sequence[int], tokens: Seque
     names = [shorten(name, 14) for name in column.names]
     axes.xaxis.tick_top()
     axes.set_xticks(middles, names)
-    named = len(tokens) <= NAMED
-    ticks = [index + 0.5 for index in range(len(tokens))] if named else middles
-    axes.set_yticks(ticks, [shorten(token, 22) for token in tokens] if named else names)
-    axes.tick_params(axis="y", labelsize=7.5 if named else 9.5)
+    has_names = len(tokens) <= NAMED
+    ticks = [index + 0.5 for index in range(len(tokens))] if has_names else middles
+    axes.set_yticks(ticks, [shorten(token, 22) for token in tokens] if has_names else names)
+    axes.tick_params(axis="y", labelsize=7.5 if has_names else 9.5)
     for label, name in zip(axes.get_xticklabels(), column.names, strict=True):
         label.set_color(column.color(name))
-    if not named:
+    if not has_names:
         for label, name in zip(axes.get_yticklabels(), column.names, strict=True):
             label.set_color(column.color(name))

@@ -48,10 +48,10 @@ def without(column: ReportColumn, test: str, kinds: Mapping[str, str]) -> Figure
         axes.axvline(as_read(column.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         if constant is not None:
             axes.axvline(as_read(column.found.score, constant), color=NOISE, linewidth=1, linestyle=(0, (1, 2)))
-        for place, (_, metric, shade) in enumerate(rows):
+        for index, (_, metric, shade) in enumerate(rows):
             value, reach = as_read(metric, column.found.get(metric) or 0.0), column.found.reach(metric)
-            axes.plot([value - reach, value + reach], [place, place], color=shade, linewidth=1.4)
-            axes.plot(value, place, "o", color=shade, markersize=6)
+            axes.plot([value - reach, value + reach], [index, index], color=shade, linewidth=1.4)
+            axes.plot(value, index, "o", color=shade, markersize=6)
         name_rows(axes, [shorten(words, 24) for words, _, _ in rows])
         _score_axis(axes, "x", column)
         shown = ", ".join(f"{words} {column.found.say(column.found.get(metric) or 0.0)}" for words, metric, _ in rows)
@@ -147,27 +147,27 @@ def shapley(column: ReportColumn) -> FigureBlock | None:
 def quag(column: ReportColumn) -> FigureBlock | None:
     """The score under each QUAG operator."""
     full = column.found.get(column.found.score)
-    found = {
+    values = {
         m.partition("/")[2]: v
         for m in column.found.metrics
         if m.startswith("quag/") and (v := column.found.get(m)) is not None
     }
-    if full is None or not found:
+    if full is None or not values:
         return None
-    rows = {"unmodified": full, **found}
+    rows = {"unmodified": full, **values}
     with style_context():
         figure, axes = new_axes(height=1.05 + 0.36 * len(rows), grid="x")
         axes.axvline(as_read(column.found.score, full), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for place, (operator, value) in enumerate(rows.items()):
+        for index, (operator, value) in enumerate(rows.items()):
             value, reach = (
                 as_read(column.found.score, value),
-                column.found.reach(f"quag/{operator}" if place else column.found.score),
+                column.found.reach(f"quag/{operator}" if index else column.found.score),
             )
-            axes.plot([value - reach, value + reach], [place, place], color=INK, linewidth=1.4)
-            axes.plot(value, place, "o", color=INK if place == 0 else ACCENT, markersize=6)
+            axes.plot([value - reach, value + reach], [index, index], color=INK, linewidth=1.4)
+            axes.plot(value, index, "o", color=INK if index == 0 else ACCENT, markersize=6)
         name_rows(axes, [shorten(words, 24) for words in rows])
         _score_axis(axes, "x", column)
-        averaged = ", ".join(f"{words} {column.found.say(value)}" for words, value in found.items())
+        averaged = ", ".join(f"{words} {column.found.say(value)}" for words, value in values.items())
         return column.render(figure, "quag", f"Unmodified {column.found.say(full)}; averaged: {averaged}.")
 
 
@@ -179,22 +179,22 @@ def gradients(column: ReportColumn) -> FigureBlock | None:
 def keys(column: ReportColumn) -> FigureBlock | None:
     """Cosine of the query and the mean key of each modality; the modality under noise as an outline."""
     details = column.details("keys")
-    found = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
-    found = {name: part for name, part in found.items() if part is not None}
-    if not found:
+    histograms = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
+    histograms = {name: part for name, part in histograms.items() if part is not None}
+    if not histograms:
         return None
     replaced = details.get("replaced")
     noisy = as_histogram(((details.get("noise") or {}).get(replaced) or {}).get("cosine"))
     with style_context():
         figure, axes = new_axes(height=2.6)
-        for name, part in found.items():
+        for name, part in histograms.items():
             plot_filled(axes, part, column.color(name), name)
         if noisy is not None:
             plot_outline(axes, noisy, NOISE, f"noise in {replaced}")
-        axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=plot_span([*found.values(), noisy]))
+        axes.set(xlabel="cosine of query and mean key", yticks=[], xlim=plot_span([*histograms.values(), noisy]))
         add_legend(axes)
         return column.render(
-            figure, "keys", "Means: " + ", ".join(f"{n} {format_signed(p.mean)}" for n, p in found.items()) + "."
+            figure, "keys", "Means: " + ", ".join(f"{n} {format_signed(p.mean)}" for n, p in histograms.items()) + "."
         )
 
 
@@ -209,10 +209,10 @@ def attention(column: ReportColumn) -> FigureBlock | None:
         return None
     with style_context():
         figure, axes = new_axes(height=1.15 + 0.34 * len(rows), grid="x")
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             start = 0.0
             for name, value in row.items():
-                axes.barh(place, value, left=start, height=0.62, color=column.color(name), alpha=0.75, linewidth=0)
+                axes.barh(index, value, left=start, height=0.62, color=column.color(name), alpha=0.75, linewidth=0)
                 start += value
         for name in rows[0]:
             axes.barh(0, 0, color=column.color(name), alpha=0.75, label=name)
@@ -282,9 +282,9 @@ def _bars(
     with style_context():
         figure, axes = new_axes(height=1.05 + 0.38 * len(values), grid="x")
         reach = max(abs(value) for value in values.values()) or 1.0
-        for place, (name, value) in enumerate(values.items()):
-            axes.barh(place, value, height=0.56, color=column.color(name), alpha=0.75, linewidth=0)
-            axes.text(max(value, 0.0) + 0.02 * reach, place, say(value), va="center", color=INK)
+        for index, (name, value) in enumerate(values.items()):
+            axes.barh(index, value, height=0.56, color=column.color(name), alpha=0.75, linewidth=0)
+            axes.text(max(value, 0.0) + 0.02 * reach, index, say(value), va="center", color=INK)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_xlim(min(0.0, 1.1 * min(values.values())), 1.35 * max(max(values.values()), 0.0) or 0.5 * reach)
         name_rows(axes, [shorten(name, 18) for name in values])
@@ -311,5 +311,5 @@ def _part(value: float) -> str:
 
 
 def _mean(values: Any) -> float:
-    known = [value for value in values if finite_or_none(value) is not None]
-    return sum(known) / len(known) if known else 0.0
+    finite = [value for value in values if finite_or_none(value) is not None]
+    return sum(finite) / len(finite) if finite else 0.0

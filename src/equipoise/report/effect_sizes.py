@@ -165,8 +165,8 @@ def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: 
     first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
     if len(first) != len(second):
         return None
-    known = ~(np.isnan(first) | np.isnan(second))
-    return paired_p(first[known], second[known]) if known.any() else None
+    valid = ~(np.isnan(first) | np.isnan(second))
+    return paired_p(first[valid], second[valid]) if valid.any() else None
 
 
 def _p_over_resamples(run: RunResult, other: RunResult, metric: str) -> float | None:

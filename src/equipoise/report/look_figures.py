@@ -56,12 +56,12 @@ def by_head(values: Float[np.ndarray, "layer head"], title: str, name: str, shad
 
 
 def over_layers(
-    whole: Float[np.ndarray, " layer"], without: Float[np.ndarray, " layer"], uniform: Float[np.ndarray, " layer"],
+    shares: Float[np.ndarray, " layer"], without: Float[np.ndarray, " layer"], uniform: Float[np.ndarray, " layer"],
     title: str, layers: Sequence[int],
 ) -> str:  # fmt: skip
     """Attention share of one modality over the layers, with and without sinks, and the uniform share."""
     curves = (
-        ("all tokens", whole, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("uniform share", uniform, MUTED, ":"),
+        ("all tokens", shares, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("uniform share", uniform, MUTED, ":"),
     )  # fmt: skip
     with style_context():
         figure, axes = new_axes(height=2.9)

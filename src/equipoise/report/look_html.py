@@ -75,16 +75,16 @@ def look_page(content: Mapping[str, Any]) -> str:
 def _figures(shares: MeanShares) -> list[FigureBlock]:
     layers = list(range(len(shares.sites)))
     tables = {view: shares.by_layer(view) for view in ("prompt", "answer")}
-    found = [
+    figures = [
         FigureBlock(
             Markup(look_figures.by_layer(tables, shares.names, layers)),
             "Mean over heads. The queries are all tokens of the prompt, or the tokens that generate the answer.",
         )
     ]
     if (target := shares.target) is None:
-        return found
+        return figures
     column = shares.names.index(target)
-    found.append(
+    figures.append(
         FigureBlock(
             Markup(look_figures.over_layers(*shares.curves(), f"{target} in the answer".capitalize(), layers)),
             look_sentences.sinks_text(shares),
@@ -93,8 +93,8 @@ def _figures(shares: MeanShares) -> list[FigureBlock]:
     for view in ("answer", "prompt"):
         title = f"{target} in the {view}".capitalize()
         svg = look_figures.by_head(shares.share[view][..., column], title, f"heads-{view}", column, layers)
-        found.append(FigureBlock(Markup(svg), look_sentences.heads_text(shares, view)))
-    return found
+        figures.append(FigureBlock(Markup(svg), look_sentences.heads_text(shares, view)))
+    return figures
 
 
 def _chips(content: Mapping[str, Any], part: str) -> list[TokenSpan]:
@@ -118,8 +118,8 @@ def shown(text: str) -> str:
         >>> shown(" mat"), shown("  "), shown("\\n"), shown("")
         ('mat', '␣␣', '↵', '∅')
     """
-    seen = text.strip(" ") or text.replace(" ", "␣")
-    return seen.replace("\n", "↵").replace("\t", "⇥") or "∅"
+    visible = text.strip(" ") or text.replace(" ", "␣")
+    return visible.replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
 def _kind(content: Any) -> str:

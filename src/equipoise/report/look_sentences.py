@@ -108,10 +108,10 @@ def effect_text(shares: MeanShares) -> str:
 
 
 def sinks_text(shares: MeanShares) -> str:
-    whole, without = shares.part("answer"), shares.part("answer", without=True)
+    shares_all, without = shares.part("answer"), shares.part("answer", without=True)
     return (
         f"Excluding the {pluralize(shares.left_out, 'token')} with the most attention in each layer (likely attention sinks) "
-        f"changes the share of the {shares.target} from {percent(whole)} to {percent(without)}. Dotted line: uniform "
+        f"changes the share of the {shares.target} from {percent(shares_all)} to {percent(without)}. Dotted line: uniform "
         "attention over all visible tokens."
     )
 
@@ -149,10 +149,10 @@ def effect_rows(content: Mapping[str, Any]) -> list[EffectRow]:
     rows = [EffectRow("none", number(content["log_likelihood"]), "", "")]
     for row in content["effects"]:
         change = row["difference"]
-        known = change is not None
-        factor = f"× {math.exp(min(change, 50.0)):.2f}" if known else "–"
+        defined = change is not None
+        factor = f"× {math.exp(min(change, 50.0)):.2f}" if defined else "–"
         rows.append(
-            EffectRow(row["change"], number(row["log_likelihood"]), format_signed(change) if known else "–", factor)
+            EffectRow(row["change"], number(row["log_likelihood"]), format_signed(change) if defined else "–", factor)
         )
     return rows
 

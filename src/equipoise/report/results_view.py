@@ -91,16 +91,16 @@ class ResultsView:
     def values(self, method: str, metric: str) -> list[float]:
         """The values of a metric, one for each run that has it."""
         kind, _, replaced = metric.partition("/")
-        found = [value for run in self.of(method) if (value := finite_or_none(run["metrics"].get(metric))) is not None]
-        if not found and kind == f"{self.score}_noise" and method in self.modalities and method != replaced:
+        values = [value for run in self.of(method) if (value := finite_or_none(run["metrics"].get(metric))) is not None]
+        if not values and kind == f"{self.score}_noise" and method in self.modalities and method != replaced:
             # A unimodal model is unaffected by noise in another modality.
             return self.values(method, self.score)
-        return found
+        return values
 
     def interval(self, method: str, metric: str) -> tuple[float, float] | None:
         """95 % interval of a metric over the test samples, mean over the runs that have one."""
-        found = [pair for run in self.of(method) if (pair := (run.get("intervals") or {}).get(metric)) is not None]
-        return (fmean(low for low, _ in found), fmean(high for _, high in found)) if found else None
+        intervals = [pair for run in self.of(method) if (pair := (run.get("intervals") or {}).get(metric)) is not None]
+        return (fmean(low for low, _ in intervals), fmean(high for _, high in intervals)) if intervals else None
 
     def pairs(self, method: str, reference: str | None, metric: str) -> list[tuple[float, float]]:
         """(method, reference) values for every seed and fold that both have."""
@@ -157,28 +157,28 @@ class ResultsView:
             clean, noise = (self.histogram(method, "keys", moment, s, name, "cosine") for s in ("clean", "noise"))
             if clean is not None and noise is not None and len(clean.edges) == len(noise.edges):
                 moved[name] = float(np.abs(clean.fraction - noise.fraction).sum())
-        if moved.get(named := self.disturbed(method) or "", 0.0) > 0:
-            return named
+        if moved.get(modality := self.disturbed(method) or "", 0.0) > 0:
+            return modality
         return max(moved, key=lambda name: moved[name]) if moved else None
 
     def _modalities(self) -> tuple[str, ...]:
-        named = [m.partition("/")[2] for m in self.metrics if m.startswith(("share/", f"{self.score}_noise/"))]
-        seen = [name for run in self.runs for e in run.get("history") or () for name in e.get("share") or {}]
-        return tuple(dict.fromkeys([*(self.protocol.get("modalities") or ()), *named, *seen]))
+        names = [m.partition("/")[2] for m in self.metrics if m.startswith(("share/", f"{self.score}_noise/"))]
+        in_history = [name for run in self.runs for e in run.get("history") or () for name in e.get("share") or {}]
+        return tuple(dict.fromkeys([*(self.protocol.get("modalities") or ()), *names, *in_history]))
 
     def _attends(self, method: str) -> bool:
-        own = {metric for (name, metric) in self.rows if name == method}
+        metrics = {metric for (name, metric) in self.rows if name == method}
         return (
-            "noise_attention_r" in own
-            or any(metric.startswith("share/") for metric in own)
+            "noise_attention_r" in metrics
+            or any(metric.startswith("share/") for metric in metrics)
             or any(self.curve(method, "share", name) is not None for name in self.modalities)
         ) and method not in self.modalities
 
     def _noise_modality(self) -> str | None:
-        named = self.protocol.get("noise_modality")
+        modality = self.protocol.get("noise_modality")
         # The protocol may also describe in words how each run selects its modality.
-        if isinstance(named, str) and (named in self.modalities or not self.modalities):
-            return named
+        if isinstance(modality, str) and (modality in self.modalities or not self.modalities):
+            return modality
         return _only(self.runs)
 
     def disturbed(self, method: str) -> str | None:
@@ -188,8 +188,8 @@ class ResultsView:
 
 def _only(runs: Sequence[RunResult]) -> str | None:
     """The modality that all runs replaced by noise; None if they differ."""
-    named = {str(name) for run in runs if (name := run.get("noise_modality"))}
-    return named.pop() if len(named) == 1 else None
+    modalities = {str(name) for run in runs if (name := run.get("noise_modality"))}
+    return modalities.pop() if len(modalities) == 1 else None
 
 
 ALL_SCORES = (*SCORES, *(name for name in LABELS if name not in SCORES))

@@ -35,17 +35,17 @@ def draw_robustness(rows: Sequence[Mapping[str, Any]], clean: float, names: Sequ
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, modality in zip(every, panels, strict=True):
             only_grid(axes, "x")
-            own = [row for row in rows if row["modality"] == modality]
+            curves = [row for row in rows if row["modality"] == modality]
             color = MODALITY[list(names).index(modality) % len(MODALITY)]
             axes.axvline(clean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            if finite_or_none(own[0]["best_intact"]) is not None:
-                axes.axvline(own[0]["best_intact"], color=ACCENT, linewidth=1.4)
-            for place, kind in enumerate(kinds):
-                values = [row["score"] for row in own if row["corruption"] == kind]
+            if finite_or_none(curves[0]["best_intact"]) is not None:
+                axes.axvline(curves[0]["best_intact"], color=ACCENT, linewidth=1.4)
+            for index, kind in enumerate(kinds):
+                values = [row["score"] for row in curves if row["corruption"] == kind]
                 values = [value for value in values if finite_or_none(value) is not None]
                 if values:
-                    axes.plot([min(values), max(values)], [place, place], color=color, linewidth=1.4)
-                    axes.plot(sum(values) / len(values), place, "o", color=color, markersize=5)
+                    axes.plot([min(values), max(values)], [index, index], color=color, linewidth=1.4)
+                    axes.plot(sum(values) / len(values), index, "o", color=color, markersize=5)
             axes.set_xlim(low - margin, high + margin)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
             axes.set_title(f"damaged: {shorten(modality, 18)}", color=INK)

@@ -75,9 +75,9 @@ def cosine(value: float) -> str:
     return f"{abs(value):.3f}" if value >= 0 else f"{MINUS}{-value:.3f}"
 
 
-def trained(seen: bool | None) -> str:
+def trained(in_training: bool | None) -> str:
     """Whether an entry was in the training data."""
-    return {True: "seen in training", False: "not seen in training", None: "user image"}[seen]
+    return {True: "seen in training", False: "not seen in training", None: "user image"}[in_training]
 
 
 def _kind(content: Any) -> str:

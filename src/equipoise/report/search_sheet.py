@@ -37,10 +37,10 @@ def contact_sheet(rows: Sequence[SheetRow]) -> bytes:
                 axes.set_axis_off()
             line[0].text(0, 0.5, fill(f"“{row.question}”", 16), fontsize=11, color=INK, va="center")
             line[0].set(xlim=(0, 1), ylim=(0, 1))
-            for axes, (name, value, picture, seen) in zip(line[1:], row.found, strict=False):
+            for axes, (name, value, picture, in_training) in zip(line[1:], row.found, strict=False):
                 axes.imshow(picture.numpy(), interpolation="lanczos")
                 axes.set_title(
-                    f"{fill(name, 17)}\n{cosine(value)}", fontsize=6.5, color=MUTED if seen else ACCENT, loc="center",
+                    f"{fill(name, 17)}\n{cosine(value)}", fontsize=6.5, color=MUTED if in_training else ACCENT, loc="center",
                     y=-0.02, va="top", pad=0,
                 )  # fmt: skip
         return to_png(figure, dpi=150)

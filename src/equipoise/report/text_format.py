@@ -40,14 +40,14 @@ LEVEL = (
 """Sentence for opposite responses to noise of the training statistics and of the statistics of each sample."""
 
 
-def depends_on_level(r: float, own: float) -> bool:
+def depends_on_level(r: float, own_level: float) -> bool:
     """Returns whether the two responses have opposite signs and differ by 0.1 or more: two values near 0 agree.
 
     Example:
         >>> depends_on_level(-0.29, 0.19), depends_on_level(0.01, -0.004)
         (True, False)
     """
-    return r * own < 0 and abs(r - own) >= 0.1
+    return r * own_level < 0 and abs(r - own_level) >= 0.1
 
 
 def method_title(metric: str) -> str:
@@ -76,8 +76,8 @@ def main_score(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
         >>> main_score({}, ["parameters", "negative_error"]), main_score({"score": "transfer"}, ["accuracy", "transfer"])
         ('negative_error', 'transfer')
     """
-    named = protocol.get("score")
-    return named if isinstance(named, str) else next((name for name in SCORES if name in metrics), "accuracy")
+    score = protocol.get("score")
+    return score if isinstance(score, str) else next((name for name in SCORES if name in metrics), "accuracy")
 
 
 def metric_label(score: str) -> str:
@@ -120,8 +120,8 @@ def is_error(metric: str) -> bool:
         >>> is_error("negative_error_noise/audio"), is_error("rmse_noise/audio"), is_error("accuracy")
         (True, True, False)
     """
-    found = named_metric(metric)
-    return is_negated(metric) or (found is not None and not found.higher)
+    known_metric = named_metric(metric)
+    return is_negated(metric) or (known_metric is not None and not known_metric.higher)
 
 
 def gain(metric: str, value: float) -> float:
@@ -151,8 +151,8 @@ def is_fraction(metric: str) -> bool:
         >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
         (True, True, False)
     """
-    found = named_metric(metric)
-    if found is not None and found.percent:
+    known_metric = named_metric(metric)
+    if known_metric is not None and known_metric.percent:
         return True
     parts = metric.split("/")
     return any(part.startswith(FRACTIONS) for part in (parts[0], parts[-1])) and not parts[0].startswith("share_")

@@ -19,12 +19,12 @@ KNOWS, GUESSES = 0.8, 0.6
 """AUROC from which detection is called good, and below which it is called poor."""
 
 
-def quality(found: VerdictEvidence) -> Iterator[Verdict]:
+def quality(evidence: VerdictEvidence) -> Iterator[Verdict]:
     """Whether attention moves away from a modality that is replaced by noise."""
-    if "noise_attention_r" not in found.metrics:
+    if "noise_attention_r" not in evidence.metrics:
         return
-    r, p = found.get("noise_attention_r"), found.get("noise_attention_p")
-    name = (found.details.get("response") or {}).get("modality") or "the modality"
+    r, p = evidence.get("noise_attention_r"), evidence.get("noise_attention_p")
+    name = (evidence.details.get("response") or {}).get("modality") or "the modality"
     if r is None:
         text = f"Attention does not respond to input quality: the attention to {name} is the same for clean input and noise."
         yield Verdict("quality", "does not respond to input quality", text, {}, "response", "bad")
@@ -32,7 +32,7 @@ def quality(found: VerdictEvidence) -> Iterator[Verdict]:
     figures = {"noise_attention_r": r} | ({} if p is None else {"noise_attention_p": p})
     shown = f"r = {format_signed(r)}" + ("" if p is None else f", {format_p(p)}")
     # Upper bound of the confidence interval of r; the standard error is largest at r = 0.
-    upper = r + ERRORS / math.sqrt(2 * max(found.samples, 1))
+    upper = r + ERRORS / math.sqrt(2 * max(evidence.samples, 1))
     if p is not None and p >= SURE and upper < FOLLOWS:
         text = f"Attention does not respond to input quality: no significant shift away from noise in {name} ({shown})."
         yield Verdict("quality", "does not respond to input quality", text, figures, "response", "bad")
@@ -53,43 +53,43 @@ def quality(found: VerdictEvidence) -> Iterator[Verdict]:
         yield Verdict("quality", "attends more to noise", text, figures, "response", "bad")
 
 
-def level(found: VerdictEvidence) -> Iterator[Verdict]:
+def level(evidence: VerdictEvidence) -> Iterator[Verdict]:
     """Whether attention responds to the level of the noise rather than to the loss of content."""
-    r, own = found.get("noise_attention_r"), found.get("noise_attention_r_own")
-    if r is None or own is None or not depends_on_level(r, own):
+    r, own_level = evidence.get("noise_attention_r"), evidence.get("noise_attention_r_own")
+    if r is None or own_level is None or not depends_on_level(r, own_level):
         return
     text = (
         f"With noise of the mean and standard deviation of the training data r = {format_signed(r)}; with those of each "
-        f"sample r = {format_signed(own)}. {LEVEL}"
+        f"sample r = {format_signed(own_level)}. {LEVEL}"
     )
-    figures = {"noise_attention_r": r, "noise_attention_r_own": own}
+    figures = {"noise_attention_r": r, "noise_attention_r_own": own_level}
     yield Verdict("level", "responds to the level of the noise", text, figures, "response", "bad")
 
 
-def constant_attention(found: VerdictEvidence) -> Iterator[Verdict]:
-    spread = {f"share_spread/{name}": found.get(f"share_spread/{name}") for name in found.names}
-    known = {metric: value for metric, value in spread.items() if value is not None}
-    if len(found.names) > 1 and known and max(known.values()) < STILL:
+def constant_attention(evidence: VerdictEvidence) -> Iterator[Verdict]:
+    spread = {f"share_spread/{name}": evidence.get(f"share_spread/{name}") for name in evidence.names}
+    defined = {metric: value for metric, value in spread.items() if value is not None}
+    if len(evidence.names) > 1 and defined and max(defined.values()) < STILL:
         text = (
             f"Attention is nearly constant: the standard deviation of every share across samples is at most "
-            f"{100 * max(known.values()):.2f} points, so the fusion is effectively static."
+            f"{100 * max(defined.values()):.2f} points, so the fusion is effectively static."
         )
-        yield Verdict("constant_attention", "has nearly constant attention", text, known, "attention", "bad")
+        yield Verdict("constant_attention", "has nearly constant attention", text, defined, "attention", "bad")
 
 
-def needs_cross_modal(found: VerdictEvidence) -> Iterator[Verdict]:
+def needs_cross_modal(evidence: VerdictEvidence) -> Iterator[Verdict]:
     """Whether the score depends on attention between tokens of different modalities."""
-    compared = found.compare("quag/crossmodal", found.score)
-    changed = (found.details.get("quag") or {}).get("changed") or {}
+    compared = evidence.compare("quag/crossmodal", evidence.score)
+    changed = (evidence.details.get("quag") or {}).get("changed") or {}
     # Without a layer in which tokens of one modality attend to another, nothing was averaged.
     if compared is None or not changed.get("crossmodal", True):
         return
-    figures = {found.score: compared.base, "quag/crossmodal": compared.value}
+    figures = {evidence.score: compared.base, "quag/crossmodal": compared.value}
     text = (
-        f"{found.say(compared.base)} unmodified, {found.say(compared.value)} with cross-modal attention averaged "
-        f"({found.proof(compared)})"
+        f"{evidence.say(compared.base)} unmodified, {evidence.say(compared.value)} with cross-modal attention averaged "
+        f"({evidence.proof(compared)})"
     )
-    if compared.worse and found.informed is not False:
+    if compared.worse and evidence.informed is not False:
         text = f"Relies on cross-modal attention between single tokens: {text}."
         yield Verdict("quag", "relies on cross-modal attention", text, figures, "quag", "good")
     elif compared.worse:
@@ -100,18 +100,16 @@ def needs_cross_modal(found: VerdictEvidence) -> Iterator[Verdict]:
         yield Verdict("quag", "shows no significant effect of cross-modal attention", text, figures, "quag")
 
 
-def ood_detection(found: VerdictEvidence) -> Iterator[Verdict]:
-    metric = "ood_auroc" if found.score == "auroc" else "auroc"
-    auroc = found.get(metric)
+def ood_detection(evidence: VerdictEvidence) -> Iterator[Verdict]:
+    metric = "ood_auroc" if evidence.score == "auroc" else "auroc"
+    auroc = evidence.get(metric)
     if auroc is None:
         return
-    outside = int((found.details.get("ood") or {}).get("outside") or 1)
+    outside = int((evidence.details.get("ood") or {}).get("outside") or 1)
     # Standard error of the rank statistic under the null hypothesis of equal distributions.
-    error = math.sqrt((found.samples + outside + 1) / (12 * max(found.samples, 1) * max(outside, 1)))
+    error = math.sqrt((evidence.samples + outside + 1) / (12 * max(evidence.samples, 1) * max(outside, 1)))
     p = math.erfc(abs(auroc - 0.5) / (error * math.sqrt(2)))
-    shown = (
-        f"AUROC {auroc:.2f}, {format_p(p)}, {found.samples} in-distribution and {outside} out-of-distribution samples"
-    )
+    shown = f"AUROC {auroc:.2f}, {format_p(p)}, {evidence.samples} in-distribution and {outside} out-of-distribution samples"
     figures = {metric: auroc}
     if p >= SURE:
         text = f"Confidence does not significantly separate out-of-distribution from in-distribution inputs ({shown})."
@@ -126,8 +124,8 @@ def ood_detection(found: VerdictEvidence) -> Iterator[Verdict]:
         yield Verdict("ood", f"detects out-of-distribution inputs {well}", text, figures, "ood", ok)
 
 
-def collapse(found: VerdictEvidence) -> Iterator[Verdict]:
-    last = found.get("residual_last")
+def collapse(evidence: VerdictEvidence) -> Iterator[Verdict]:
+    last = evidence.get("residual_last")
     if last is not None and last < FLAT:
         text = (
             f"Token representations collapse with depth: the relative residual of the last block is {100 * last:.1f} %."

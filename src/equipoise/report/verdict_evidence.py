@@ -190,8 +190,8 @@ class VerdictEvidence:
         mine, theirs = ((one.details.get("score") or {}).get("target") for one in (self, other))
         if mine is not None or theirs is not None:
             return mine == theirs
-        own, its = self._outcomes.get(self.constant), other._outcomes.get(other.constant)
-        return own is not None and its is not None and np.array_equal(own, its)
+        outcomes, its = self._outcomes.get(self.constant), other._outcomes.get(other.constant)
+        return outcomes is not None and its is not None and np.array_equal(outcomes, its)
 
     def _shrink(self, value: float) -> float:
         return (value * self.samples + 1) / (self.samples + 2)
@@ -203,8 +203,8 @@ class VerdictEvidence:
             return float(np.nanvar(rows)) if np.isfinite(rows).any() else math.nan
         each = self._outcomes.get(metric)
         if not self.fraction and each is not None:
-            known = each[~np.isnan(each)]
-            return float(known.var(ddof=1)) / len(known) if len(known) > 1 else math.nan
+            finite = each[~np.isnan(each)]
+            return float(finite.var(ddof=1)) / len(finite) if len(finite) > 1 else math.nan
         if self.fraction:
             count = self.samples if each is None else int((~np.isnan(each)).sum())
             shrunk = (value * count + 1) / (count + 2)

@@ -21,7 +21,7 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
         >>> [(verdict.key, verdict.claim, verdict.ok) for verdict in verdicts(found)][0]
         ('use', 'uses both modalities', 'good')
     """
-    found = VerdictEvidence(content)
+    evidence = VerdictEvidence(content)
     rules = (
         chance,
         modality_use,
@@ -34,7 +34,7 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
         ood_detection,
         collapse,
     )
-    return [verdict for rule in rules for verdict in rule(found)]
+    return [verdict for rule in rules for verdict in rule(evidence)]
 
 
 def headline(name: str, findings: Sequence[Verdict]) -> str:

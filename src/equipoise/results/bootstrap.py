@@ -92,10 +92,10 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
         >>> percentile_interval(np.arange(101.0)), percentile_interval(np.array([np.nan, np.nan, 1.0]))
         ([2.5, 97.5], None)
     """
-    known = values[np.isfinite(values)]
-    if 2 * len(known) < len(values) or not len(known):
+    finite = values[np.isfinite(values)]
+    if 2 * len(finite) < len(values) or not len(finite):
         return None
-    return [float(end) for end in np.percentile(known, [50 * SURE, 100 - 50 * SURE])]
+    return [float(end) for end in np.percentile(finite, [50 * SURE, 100 - 50 * SURE])]
 
 
 def settings(samples: int) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def f1_macro(predictions: Tensor, target: Tensor) -> Tensor:
         return multilabel_f1_score(predictions, target, num_labels=target.shape[1], average="none").double().mean()
     count = int(max(predictions.max(), target.max())) + 1
     each = multiclass_f1_score(predictions, target, num_classes=max(count, 2), average="none").double()
-    seen = torch.zeros(len(each), dtype=torch.bool)
-    seen[predictions] = seen[target] = True
-    return each[seen].mean()
+    present = torch.zeros(len(each), dtype=torch.bool)
+    present[predictions] = present[target] = True
+    return each[present].mean()
 
 
 def one_vs_rest(probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,12 @@ def auroc(probabilities: Tensor, target: Tensor) -> Tensor:
     with require_extra("auroc"):
         from torchmetrics.functional.classification import binary_auroc
     scores, answers = one_vs_rest(probabilities, target)
-    kept = [column for column in range(answers.shape[1]) if 0 < int(answers[:, column].sum()) < len(answers)]
-    if not kept:
+    columns = [column for column in range(answers.shape[1]) if 0 < int(answers[:, column].sum()) < len(answers)]
+    if not columns:
         raise UndefinedMetric(
             "all targets are of one class" if target.ndim == 1 else "no label has positives and negatives"
         )
-    return torch.stack([binary_auroc(scores[:, column], answers[:, column]).double() for column in kept]).mean()
+    return torch.stack([binary_auroc(scores[:, column], answers[:, column]).double() for column in columns]).mean()
 
 
 def average_precision(probabilities: Tensor, target: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ def average_precision(probabilities: Tensor, target: Tensor) -> Tensor:
     with require_extra("map"):
         from torchmetrics.functional.classification import binary_average_precision
     scores, answers = one_vs_rest(probabilities, target)
-    kept = [column for column in range(answers.shape[1]) if int(answers[:, column].sum())]
-    if not kept:
+    columns = [column for column in range(answers.shape[1]) if int(answers[:, column].sum())]
+    if not columns:
         raise UndefinedMetric("no target is positive")
-    values = [binary_average_precision(scores[:, column], answers[:, column]) for column in kept]
+    values = [binary_average_precision(scores[:, column], answers[:, column]) for column in columns]
     return torch.stack(values).double().mean()
 
 
@@ -168,8 +168,8 @@ def f1_sentiment(values: Tensor, target: Tensor, *, zeros: bool) -> Tensor:
     """Mean of the F1 of both classes of ``sentiment_signs``, weighted by the number of targets of each."""
     with require_extra("f1_sentiment"):
         from torchmetrics.functional.classification import multiclass_f1_score
-    found, known, scored = sentiment_signs(values, target, zeros=zeros)
-    found, known = found[scored].long(), known[scored].long()
-    each = multiclass_f1_score(found, known, num_classes=2, average="none").double()
-    share = known.double().mean()
+    predicted, actual, scored = sentiment_signs(values, target, zeros=zeros)
+    predicted, actual = predicted[scored].long(), actual[scored].long()
+    each = multiclass_f1_score(predicted, actual, num_classes=2, average="none").double()
+    share = actual.double().mean()
     return each[0] * (1 - share) + each[1] * share

@@ -98,11 +98,11 @@ def merge_results(runs: Iterable[RunResult], *more: Iterable[RunResult]) -> list
         >>> [run["metrics"]["accuracy"] for run in merge_results([old], [old | {"metrics": {"accuracy": 0.6}}])]
         [0.6]
     """
-    kept: dict[tuple, RunResult] = {}
+    merged: dict[tuple, RunResult] = {}
     for part in (runs, *more):
         for run in part:
-            kept[run_identity(run)] = run
-    return list(kept.values())
+            merged[run_identity(run)] = run
+    return list(merged.values())
 
 
 def run_identity(run: RunResult) -> tuple[str, int, str | None]:
@@ -177,9 +177,9 @@ def summarize_runs(
     rows = []
     for method in methods:
         other = _reference(method, methods, reference, default)
-        own = [run["metrics"] for run in runs if run["method"] == method]
-        for metric in dict.fromkeys(name for metrics in own for name in metrics):
-            values = [value for metrics in own if (value := finite_or_none(metrics.get(metric))) is not None]
+        metrics = [run["metrics"] for run in runs if run["method"] == method]
+        for metric in dict.fromkeys(name for metrics in metrics for name in metrics):
+            values = [value for metrics in metrics if (value := finite_or_none(metrics.get(metric))) is not None]
             if values:
                 mean, sd = _mean_sd(values)
                 pair = paired(

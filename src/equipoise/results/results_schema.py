@@ -110,9 +110,9 @@ def _outcomes(packed: Outcomes, who: str) -> None:
 def _typed(part: Mapping[str, Any], kinds: Mapping[str, Any], who: str) -> None:
     for key, kind in kinds.items():
         if key in part and not matches_type(part[key], kind):
-            known = {str: "str", int: "int"}.get(kind, type_description(kind))
+            name = {str: "str", int: "int"}.get(kind, type_description(kind))
             got = type(part[key]).__name__ if kind is str else shorten_repr(part[key])
-            raise SchemaError(f"{who}, {key}", expected=known, got=got, fix=AGAIN)
+            raise SchemaError(f"{who}, {key}", expected=name, got=got, fix=AGAIN)
 
 
 def _require(part: Any, keys: tuple[str, ...], who: str) -> None:

@@ -160,12 +160,12 @@ def resampled_p(difference: float, first: np.ndarray, second: np.ndarray) -> flo
 
     Reference: Efron, Tibshirani, "An introduction to the bootstrap" (1993), chapter 16.
     """
-    known = np.isfinite(first) & np.isfinite(second)
-    if 2 * int(known.sum()) < len(known) or not known.any() or not math.isfinite(difference):
+    valid = np.isfinite(first) & np.isfinite(second)
+    if 2 * int(valid.sum()) < len(valid) or not valid.any() or not math.isfinite(difference):
         return None
     if difference == 0:
         return 1.0
-    deviation = np.abs(first[known] - second[known] - difference)
+    deviation = np.abs(first[valid] - second[valid] - difference)
     extreme = int((deviation >= abs(difference) * (1 - 1e-9)).sum())
     return (extreme + 1) / (len(deviation) + 1)
 

@@ -141,13 +141,13 @@ def _absolute_error(values: Tensor, target: Tensor) -> Tensor:
 
 
 def _acc2(values: Tensor, target: Tensor) -> Tensor:
-    found, known, _ = sentiment_signs(values, target, zeros=True)
-    return (found == known).double()
+    predicted, actual, _ = sentiment_signs(values, target, zeros=True)
+    return (predicted == actual).double()
 
 
 def _acc2_nonzero(values: Tensor, target: Tensor) -> Tensor:
-    found, known, scored = sentiment_signs(values, target, zeros=False)
-    return (found == known).double().masked_fill(~scored, math.nan)
+    predicted, actual, scored = sentiment_signs(values, target, zeros=False)
+    return (predicted == actual).double().masked_fill(~scored, math.nan)
 
 
 def _acc7(values: Tensor, target: Tensor) -> Tensor:
@@ -282,16 +282,16 @@ def select_metrics(
         ['macro F1', 'AUROC']
     """
     mine = {name: own_metric(name, function) for name, function in (own or {}).items()}
-    found = []
+    metrics = []
     for name in dict.fromkeys([*names, *mine]):
         if name not in mine and name not in METRICS:
             raise unknown_name(who, "metric", str(name), [*METRICS, *mine])
         metric = mine.get(name) or METRICS[name]
         if task is not None and task not in metric.tasks:
-            known = [other.name for other in METRICS.values() if task in other.tasks]
-            raise ConfigError(who, expected=f"a metric for {task}: {', '.join(known)}", got=f"'{name}'")
-        found.append(metric)
-    return found
+            available = [other.name for other in METRICS.values() if task in other.tasks]
+            raise ConfigError(who, expected=f"a metric for {task}: {', '.join(available)}", got=f"'{name}'")
+        metrics.append(metric)
+    return metrics
 
 
 def find_metric(metric: str | Metric | None, task: str | None, who: str) -> Metric | None:

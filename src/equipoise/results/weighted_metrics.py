@@ -16,8 +16,8 @@ from .sample_outcomes import correct
 
 def mean(outcomes: Tensor, weights: Tensor) -> Tensor:
     """Mean of outcomes; NaN marks a sample that is not scored."""
-    known = ~outcomes.isnan()
-    return weights @ outcomes.double().nan_to_num(0.0) / (weights @ known.double())
+    valid = ~outcomes.isnan()
+    return weights @ outcomes.double().nan_to_num(0.0) / (weights @ valid.double())
 
 
 def balanced_accuracy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -29,8 +29,10 @@ def balanced_accuracy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor
 def f1_macro(predictions: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     several = target.ndim > 1
     count = int(max(predictions.max(), target.max())) + 1
-    found, known = (part.double() if several else F.one_hot(part, count).double() for part in (predictions, target))
-    each = 2 * weights @ (found * known) / (weights @ found + weights @ known)
+    predicted, actual = (
+        part.double() if several else F.one_hot(part, count).double() for part in (predictions, target)
+    )
+    each = 2 * weights @ (predicted * actual) / (weights @ predicted + weights @ actual)
     return each.nan_to_num(0.0).mean(dim=1) if several else each.nanmean(dim=1)
 
 
@@ -98,13 +100,13 @@ def _moments(values: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, T
 
 def f1_sentiment(values: Tensor, target: Tensor, weights: Tensor, *, zeros: bool = True) -> Tensor:
     try:
-        found, known, scored = sentiment_signs(values, target, zeros=zeros)
+        predicted, actual, scored = sentiment_signs(values, target, zeros=zeros)
     except UndefinedMetric:
         return weights.new_full((len(weights),), torch.nan)
     weights = weights * scored.double()
-    found, known = (F.one_hot(part.long(), 2).double() for part in (found, known))
-    support = weights @ known
-    each = 2 * weights @ (found * known) / (weights @ found + support)
+    predicted, actual = (F.one_hot(part.long(), 2).double() for part in (predicted, actual))
+    support = weights @ actual
+    each = 2 * weights @ (predicted * actual) / (weights @ predicted + support)
     return (each.nan_to_num(0.0) * support).sum(dim=1) / support.sum(dim=1)
 
 

@@ -79,11 +79,11 @@ def without_masked(value: object, mask: Tensor | None, *, tokens_too: bool) -> o
     # Masks of a wrong size raise an error later, when the number of tokens is known.
     if not isinstance(value, Tensor) or value.ndim == 0 or mask.ndim not in (1, 2) or len(mask) != len(value):
         return value
-    whole = mask if mask.ndim == 1 else mask.any(dim=1)
+    has_valid = mask if mask.ndim == 1 else mask.any(dim=1)
     # Dimension 1 of a 4-D tensor is the channels, unless the encoder accepts masks of its inputs. Integers under
     # such a mask are the padding of the encoder.
     by_token = mask.shape == value.shape[:2] and (value.is_floating_point() if tokens_too else value.ndim != 4)
-    hidden = ~(mask if by_token else whole).to(value.device)
+    hidden = ~(mask if by_token else has_valid).to(value.device)
     return value.masked_fill(hidden.reshape(*hidden.shape, *[1] * (value.ndim - hidden.ndim)), 0)
 
 

@@ -87,8 +87,8 @@ class BalancedTraining(TrainingLoop):
         with collect_with_attention(self.model, self._angles):
             output = self.model(batch)
         target = batch["target"]
-        found, task = task_score(output.logits, target, self.model.task), self.model.task
-        self.log(f"val_{SCORES[task]}", found, prog_bar=True, batch_size=len(target), sync_dist=True)
+        score, task = task_score(output.logits, target, self.model.task), self.model.task
+        self.log(f"val_{SCORES[task]}", score, prog_bar=True, batch_size=len(target), sync_dist=True)
         if self._metrics:
             self._predictions.append((output.logits.detach().float().cpu(), target.detach().cpu()))
         if output.share is not None:

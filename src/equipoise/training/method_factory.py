@@ -152,8 +152,8 @@ def build_model(
     if method.reliable:
         # A wrong option is an error before training.
         wrap_reliability(model, method, recipe)
-    given = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
-    return model, [_balancer(name, cls, recipe, given, method) for name, cls in classes.items()]
+    arguments = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
+    return model, [_balancer(name, cls, recipe, arguments, method) for name, cls in classes.items()]
 
 
 def wrap_reliability(model: FusionModel, method: Method, recipe: Recipe) -> Reliability:
@@ -175,22 +175,26 @@ def needs_teachers(method: Method, recipe: Recipe) -> bool:
 def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encoder:
     """Builds the encoder of a modality; sizes are taken from the data set."""
     shape, words = dataset.shapes[name], dataset.vocabulary.get(name)
-    options, known = dict(options), available_classes(encoders, Encoder)
+    options, encoder_classes = dict(options), available_classes(encoders, Encoder)
     vector = "VectorEncoder" if words is None else "TextEncoder"
     usual = {3: "PatchEncoder", 1: vector}.get(len(shape), "SequenceEncoder")
-    wanted = options.pop("name", None) or usual
-    if not isinstance(wanted, str) or wanted not in known:
-        raise unknown_name(f"encoder '{name}'", "encoder", shorten_repr(wanted), known)
-    follows = _sizes(known[wanted], shape, words)
+    class_name = options.pop("name", None) or usual
+    if not isinstance(class_name, str) or class_name not in encoder_classes:
+        raise unknown_name(f"encoder '{name}'", "encoder", shorten_repr(class_name), encoder_classes)
+    follows = _sizes(encoder_classes[class_name], shape, words)
     if follows is None:
-        able = [f"{other} for {cls.reads}" for other, cls in known.items() if _sizes(cls, shape, words) is not None]
+        able = [
+            f"{other} for {cls.reads}"
+            for other, cls in encoder_classes.items()
+            if _sizes(cls, shape, words) is not None
+        ]
         kind = "" if words is None else f", ids below {words}"
         raise ConfigError(
-            f"encoder '{name}'", got=f"{wanted} for samples of shape {shape}{kind}",
-            expected=f"samples of shape {known[wanted].reads}" + (f", or {' or '.join(able)}" if able else ""),
+            f"encoder '{name}'", got=f"{class_name} for samples of shape {shape}{kind}",
+            expected=f"samples of shape {encoder_classes[class_name].reads}" + (f", or {' or '.join(able)}" if able else ""),
         )  # fmt: skip
-    if known[wanted] is not encoders.Backbone or words is None:
-        return instantiate(known[wanted], f"encoder '{name}'", {**follows, **options})
+    if encoder_classes[class_name] is not encoders.Backbone or words is None:
+        return instantiate(encoder_classes[class_name], f"encoder '{name}'", {**follows, **options})
     # Data sets reserve 0 for padding.
     encoder = instantiate(encoders.Backbone, f"encoder '{name}'", {**follows, "shift": 1, **options})
     known_ids = getattr(encoder.model.config, "vocab_size", None)
@@ -211,15 +215,15 @@ def _sizes(cls: type[Encoder], shape: tuple[int, ...], words: int | None) -> dic
 
 
 def _class(name: str, recipe: Recipe) -> type[Balancer]:
-    wanted = recipe.balancers.get(name, {}).get("balancer", name)
-    return get_class(balance, Balancer, wanted, kind="balancer")
+    class_name = recipe.balancers.get(name, {}).get("balancer", name)
+    return get_class(balance, Balancer, class_name, kind="balancer")
 
 
-def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str, Any], method: Method) -> Balancer:
+def _balancer(name: str, cls: type[Balancer], recipe: Recipe, arguments: Mapping[str, Any], method: Method) -> Balancer:
     """Builds a balancer with those of model, layer, fusion, epochs and teachers that its class accepts."""
     options = dict(recipe.balancers.get(name, {}))
     options.pop("balancer", None)
-    model = given["model"]
+    model = arguments["model"]
     who = f"method '{method.name}'"
     if len(model.names) < 2:
         raise ConfigError(
@@ -244,8 +248,8 @@ def _balancer(name: str, cls: type[Balancer], recipe: Recipe, given: Mapping[str
                 who, expected="a fusion that can be trained in stages", got=method.base,
                 fix="Choose joint, with depth: 2 or more in the recipe's fusions.",
             )  # fmt: skip
-        return instantiate(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=given["epochs"])
+        return instantiate(cls, who, options, takes=RollingQ, fusion=model.fusion, epochs=arguments["epochs"])
     taken = inspect.signature(cls).parameters
     return instantiate(
-        cls, who, options, **{key: value for key, value in given.items() if key in taken and key not in options}
+        cls, who, options, **{key: value for key, value in arguments.items() if key in taken and key not in options}
     )

@@ -58,8 +58,8 @@ def own_data_recipe(
     Raises:
         DataError: the table or its files cannot be read. ConfigError: unknown column, kind or option.
     """
-    given = dict(options or {})
-    if "target" not in given and "pair" not in given:
+    data_options = dict(options or {})
+    if "target" not in data_options and "pair" not in data_options:
         raise ConfigError(
             "--data", expected="the column of the target, or a pair of columns", got="none",
             fix="Add --target COLUMN, or --pair COLUMN,COLUMN to align columns.",
@@ -68,23 +68,25 @@ def own_data_recipe(
     location = str(Path(path).resolve()) if Path(path).exists() else path
     chosen = {name: _absolute(one, "model") for name, one in (encoders or {}).items()}
     if readers or chosen:
-        given["modalities"] = _reader_options(location, given, chosen, readers or {})
-    source = ManifestDataset(location, **given)
+        data_options["modalities"] = _reader_options(location, data_options, chosen, readers or {})
+    source = ManifestDataset(location, **data_options)
     bad = source.check(progress)
     if bad and not skip_bad:
         raise unreadable(bad, len(source.manifest))
     if bad:
-        given["skip"] = sorted({*given.get("skip", ()), *bad})
-        source = ManifestDataset(location, **given)
-    given.pop("kinds", None)
-    data = {"name": "manifest", "path": location, **given, "task": source.task, "modalities": source.options,
+        data_options["skip"] = sorted({*data_options.get("skip", ()), *bad})
+        source = ManifestDataset(location, **data_options)
+    data_options.pop("kinds", None)
+    data = {"name": "manifest", "path": location, **data_options, "task": source.task, "modalities": source.options,
             "checksum": source.manifest.checksum()}  # fmt: skip
-    recipe = _recipe(source, data) if "pair" not in given else _pair_recipe(source, data, base or load_recipe(PAIRS))
+    recipe = (
+        _recipe(source, data) if "pair" not in data_options else _pair_recipe(source, data, base or load_recipe(PAIRS))
+    )
     for name, one in chosen.items():
-        own = recipe.encoders[name]
-        replaced = one.get("name", own["name"]) != own["name"]
-        recipe.encoders[name] = {**({} if replaced else own), **one}
-        if replaced and one["name"] == "Backbone" and "pair" in given and not {"frozen", "lora"} & one.keys():
+        encoder_options = recipe.encoders[name]
+        replaced = one.get("name", encoder_options["name"]) != encoder_options["name"]
+        recipe.encoders[name] = {**({} if replaced else encoder_options), **one}
+        if replaced and one["name"] == "Backbone" and "pair" in data_options and not {"frozen", "lora"} & one.keys():
             recipe.encoders[name]["frozen"] = True
     return recipe, describe(source, recipe, bad)
 
@@ -96,11 +98,11 @@ def _absolute(options: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _reader_options(
-    location: str, given: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]],
+    location: str, options: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]],
     readers: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the modalities of a table with options for their readers: those given, and those of backbones."""
-    manifest = Manifest(location, **{k: v for k, v in given.items() if k not in ("folds", "fold", "seed", "skip")})
+    manifest = Manifest(location, **{k: v for k, v in options.items() if k not in ("folds", "fold", "seed", "skip")})
     for name in (*encoders, *readers):
         if name not in manifest.modalities:
             raise unknown_name("--data", "modality", str(name), manifest.modalities)
@@ -114,9 +116,9 @@ def _reader_options(
     return result
 
 
-def _backbone_reader(name: str, kind: str, folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _backbone_reader(name: str, kind: str, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options with which a Hugging Face model reads a modality."""
-    if kind == "text" and "tokenizer" not in given:
+    if kind == "text" and "tokenizer" not in options:
         if not any((folder / file).is_file() for file in TOKENIZER):
             raise ConfigError(
                 f"encoder '{name}'", expected="the tokenizer of its model", got=f"none in '{folder}'",

@@ -157,20 +157,20 @@ def _teacher(
 @functools.lru_cache(maxsize=4)
 def _load_dataset_cached(options: str) -> data.Dataset:
     content = json.loads(options)
-    name, known = str(content.pop("name")), data.available_datasets()
+    name, names = str(content.pop("name")), data.available_datasets()
     if name == CODE:
         with single_thread():
             return dataset_from_code(str(content.get("source")), content.get("fold"))
-    if name not in known:
+    if name not in names:
         return data.load_dataset(name)  # raises with the closest name
-    if "fold" in content and "fold" not in inspect.signature(known[name]).parameters:
+    if "fold" in content and "fold" not in inspect.signature(names[name]).parameters:
         raise ConfigError(
             f"data set '{name}'", expected="no fold, since it has one split", got=f"fold '{content['fold']}'",
             fix="Leave out --folds, --fold and the recipe's folds.",
         )  # fmt: skip
     with single_thread():
         # Reductions round differently with several threads; load on one thread so that compare's workers see the same data.
-        return instantiate(known[name], f"data set '{name}'", content)
+        return instantiate(names[name], f"data set '{name}'", content)
 
 
 def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:

@@ -119,8 +119,8 @@ def add_metrics(
     """
     score = SCORES[task]
     result |= {"intervals": {}, "resamples": {}, "undefined": {}, "bootstrap": bootstrap_settings(len(clean.logits))}
-    seen = {"": clean} | {f"_noise/{name}": one for name, one in noisy.items()}
-    for condition, one in seen.items():
+    outputs = {"": clean} | {f"_noise/{name}": one for name, one in noisy.items()}
+    for condition, one in outputs.items():
         rows = mean_of_resamples(unpack_outcomes(result["outcomes"][score + condition]))
         _add_interval(result, score + condition, rows)
         for metric in metrics:

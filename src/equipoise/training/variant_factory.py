@@ -34,10 +34,10 @@ def evaluation_metric(recipe: Recipe) -> dict[str, Any]:
     """Returns the model, its variants and its main metric, for the protocol in ``results.json``."""
     if not recipe.model:
         return {}
-    wanted, models = str(recipe.model["name"]), available_variants()
-    if wanted not in models:
-        raise unknown_name("recipe", "model", wanted, models)
-    return {"model": recipe.model, "variants": recipe.variants, "score": models[wanted].score}
+    name, models = str(recipe.model["name"]), available_variants()
+    if name not in models:
+        raise unknown_name("recipe", "model", name, models)
+    return {"model": recipe.model, "variants": recipe.variants, "score": models[name].score}
 
 
 def named_metrics(recipe: Recipe) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class MultiheadRotationTarget(ForeignTarget):
         keys = call.key.shape[2] - call.added
         valid = self.valid
         if call.mask is not None:
-            seen = key_mask(call.mask[..., :keys], len(call.key), keys)
-            valid = seen if valid is None or seen is None else valid & seen
+            visible = key_mask(call.mask[..., :keys], len(call.key), keys)
+            valid = visible if valid is None or visible is None else valid & visible
         self.observe(call.query, call.key[:, :, :keys], self.labels, valid)
 
     def merge(self, rotation: Tensor) -> None:

@@ -102,7 +102,7 @@ def _log_spectrogram(sound: np.ndarray, *, standardized: bool) -> np.ndarray:
     from scipy.signal import spectrogram
 
     _, _, power = spectrogram(sound, 16_000, nperseg=512, noverlap=353)
-    found = np.log(power.T + 1e-7)
+    log_power = np.log(power.T + 1e-7)
     if standardized:
-        found = (found - found.mean()) / max(found.std(), 1e-9)
-    return found.astype(np.float32)
+        log_power = (log_power - log_power.mean()) / max(log_power.std(), 1e-9)
+    return log_power.astype(np.float32)

@@ -187,9 +187,9 @@ def read_split(part: Any, who: str) -> tuple[dict[str, np.ndarray], dict[str, An
         raise DataError(f"{who}, {name}", expected=f"as many samples as labels = {count}", got=f"{size}")
     lengths: list[dict[str, int]] = [{} for _ in range(count)]
     for name in MODALITIES:
-        given = part.get(f"{name}_lengths")
-        if given is not None and len(given) == count:
-            for row, value in enumerate(given):
+        stored_lengths = part.get(f"{name}_lengths")
+        if stored_lengths is not None and len(stored_lengths) == count:
+            for row, value in enumerate(stored_lengths):
                 lengths[row][name] = min(max(1, int(value)), features[name].shape[1])
     texts = [str(value) for value in part["raw_text"]] if len(part.get("raw_text", ())) == count else []
     segments = len(set(ids)) > 1 and any(re.search(r"[\[\]$]|_\S+$", name) for name in ids)

@@ -188,7 +188,7 @@ def _sample(split: str, position: int, kind: str, level: int, seed: int) -> tupl
     return picture, text, labels, regions_of(question, owner), covered, new, question.things
 
 
-def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
+def format_samples(sample: Question, kind: str) -> tuple[list[int], list[int]]:
     """Returns the ids of a text and its labels, both padded to ``LONGEST``; captions end with the end token.
 
     Example:
@@ -196,8 +196,8 @@ def format_samples(asked: Question, kind: str) -> tuple[list[int], list[int]]:
         >>> [WORDS[number] for number in format_samples(asked, "object")[0][:6]]
         ['<image>', 'what', 'is', 'red', 'car', '<pad>']
     """
-    question = [IDS[IMAGE], *(IDS[word] for word, _ in asked.question)]
-    answer = [*(IDS[word] for word, _ in asked.answer), *([IDS[END]] if kind == "caption" else [])]
+    question = [IDS[IMAGE], *(IDS[word] for word, _ in sample.question)]
+    answer = [*(IDS[word] for word, _ in sample.answer), *([IDS[END]] if kind == "caption" else [])]
     rest = LONGEST - len(question) - len(answer)
     return question + answer + [IDS[PAD]] * rest, [IGNORED] * len(question) + answer + [IGNORED] * rest
 

@@ -180,8 +180,8 @@ class TextReader(ModalityReader):
             raise DataError(
                 f"column '{self.modality.columns[0]}'", expected="training rows with words", got="empty cells only"
             )
-        known = sorted(counts, key=lambda word: (-counts[word], word))[: self.MOST_WORDS]
-        words = WordVocabulary(known, length=1)
+        vocabulary = sorted(counts, key=lambda word: (-counts[word], word))[: self.MOST_WORDS]
+        words = WordVocabulary(vocabulary, length=1)
         self.vocabulary = len(words)
         return words
 

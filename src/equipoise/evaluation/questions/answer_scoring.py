@@ -71,19 +71,19 @@ def chosen(reply: str, choices: tuple[str, ...]) -> int | None:
         if (text := normalize(candidate)) in texts:
             return texts.index(text)
     letters = LETTERS[: len(choices)]
-    found = re.match(rf"^[\s*_(\[]*([{letters}{letters.lower()}])(?:[\s*_)\]]*$|[*_]*[.):\]])", body)
-    if found is None:
-        found = re.match(rf"^[\s*_(\[]*([{letters}])\b(?!['’])", body)
+    match = re.match(rf"^[\s*_(\[]*([{letters}{letters.lower()}])(?:[\s*_)\]]*$|[*_]*[.):\]])", body)
+    if match is None:
+        match = re.match(rf"^[\s*_(\[]*([{letters}])\b(?!['’])", body)
         # "A" also begins sentences.
-        if found is not None and found[1] == "A" and re.match(r"^\W*A\s+\w", body):
-            found = None
-    if found is not None:
-        return letters.index(found[1].upper())
-    whole = f" {normalize(reply)} "
-    named = [index for index, text in enumerate(texts) if text and f" {text} " in whole]
+        if match is not None and match[1] == "A" and re.match(r"^\W*A\s+\w", body):
+            match = None
+    if match is not None:
+        return letters.index(match[1].upper())
+    padded = f" {normalize(reply)} "
+    matches = [index for index, text in enumerate(texts) if text and f" {text} " in padded]
     # A choice that is part of another one, such as "bus" in "school bus", does not count.
-    named = [n for n in named if not any(n != m and f" {texts[n]} " in f" {texts[m]} " for m in named)]
-    return named[0] if len(named) == 1 else None
+    matches = [n for n in matches if not any(n != m and f" {texts[n]} " in f" {texts[m]} " for m in matches)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def normalize(text: str) -> str:
@@ -96,8 +96,8 @@ def normalize(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     words = re.findall(r"[+-]?\d+(?:\.\d+)?|\w+", text)
-    kept = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words if word not in ARTICLES]
-    return " ".join(kept or words)
+    retained = [str(NUMBERS.index(word)) if word in NUMBERS else word for word in words if word not in ARTICLES]
+    return " ".join(retained or words)
 
 
 def yes_or_no(reply: str) -> str | None:

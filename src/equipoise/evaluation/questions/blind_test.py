@@ -117,13 +117,15 @@ def result_of(
     scores: dict[str, np.ndarray] = {}
     errors = {}
     for condition in conditions:
-        found = [replies[condition, place] for place in range(len(questions))]
-        texts[condition] = [reply.text for reply in found]
+        condition_replies = [replies[condition, place] for place in range(len(questions))]
+        texts[condition] = [reply.text for reply in condition_replies]
         scores[condition] = np.array([
             np.nan if reply.text is None else score(reply.text, question)
-            for reply, question in zip(found, questions, strict=True)
+            for reply, question in zip(condition_replies, questions, strict=True)
         ], dtype=float)  # fmt: skip
-        errors |= {(condition, place): reply.error for place, reply in enumerate(found) if reply.text is None}
+        errors |= {
+            (condition, place): reply.error for place, reply in enumerate(condition_replies) if reply.text is None
+        }
     return QuestionResult(questions, conditions, texts, scores, errors, metric, name, extra or {})
 
 
@@ -146,11 +148,11 @@ def ask_all(
     error = ""
 
     def reply_to(task: tuple[str, int]) -> Reply:
-        condition, place = task
-        question = questions[place]
+        condition, index = task
+        question = questions[index]
         media = sources.media(question, condition)
         text = question.prompt if prompt is None else prompt(question)
-        key = journal_key(place, text, f"{identity}{condition}", media)
+        key = journal_key(index, text, f"{identity}{condition}", media)
         reply = journal.get(key)
         if reply is None:
             reply = ask(question, condition, media, text)
@@ -178,10 +180,10 @@ def ask_all(
     return replies
 
 
-def journal_key(place: int, prompt: str, condition: str, media: Media) -> str:
+def journal_key(index: int, prompt: str, condition: str, media: Media) -> str:
     """Returns the key of a call: a digest of all that the target is asked, and of the position of the question."""
     return hashlib.sha256(
-        "\0".join((str(place), condition, prompt, digest(media))).encode("utf-8", "surrogateescape")
+        "\0".join((str(index), condition, prompt, digest(media))).encode("utf-8", "surrogateescape")
     ).hexdigest()
 
 

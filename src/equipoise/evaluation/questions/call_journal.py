@@ -50,8 +50,8 @@ class CallJournal:
 
     def get(self, key: str) -> Reply | None:
         """Returns the reply of a successful call."""
-        found = self._replies.get(key)
-        return None if found is None or found.text is None else found
+        reply = self._replies.get(key)
+        return None if reply is None or reply.text is None else reply
 
     def add(self, key: str, reply: Reply) -> None:
         line = json.dumps({"key": key, "text": reply.text, "error": reply.error, "extra": dict(reply.extra)})

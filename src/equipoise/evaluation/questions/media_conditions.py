@@ -112,9 +112,9 @@ def _partners(identities: Sequence[str], seed: int) -> list[int]:
     count = len(identities)
     order = np.random.default_rng(seed).permutation(count)
     partners = [0] * count
-    for place, index in enumerate(order):
+    for position, index in enumerate(order):
         for step in range(1, count):
-            candidate = int(order[(place + step) % count])
+            candidate = int(order[(position + step) % count])
             if identities[candidate] != identities[index]:
                 partners[index] = candidate
                 break

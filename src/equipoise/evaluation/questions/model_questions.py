@@ -102,11 +102,11 @@ def evaluate_questions(
     reader = getattr(processor, "feature_extractor", None)
     rate = int(getattr(reader, "sampling_rate", None) or RATE)
     sources = MediaConditions(questions, seed, other="other" in chosen, rate=rate)
-    asked = _AskedModel(model, processor, max_new_tokens, batch_size, by_likelihood)
+    target = _AskedModel(model, processor, max_new_tokens, batch_size, by_likelihood)
     how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
     with eval_mode_no_grad(model):
         replies = ask_all(
-            asked.reply, questions, chosen, sources, CallJournal(journal), progress, who="evaluate",
+            target.reply, questions, chosen, sources, CallJournal(journal), progress, who="evaluate",
             prompt=lambda question: template.replace("{}", question.text if by_likelihood else question.prompt),
             identity=f"{fingerprint(model)} {how} ",
         )  # fmt: skip
@@ -166,8 +166,8 @@ class _AskedModel:
             scores = [float(likely[ids[0, 0]]) for ids in tokens]
         else:
             for group in _batches(tokens, self.batch_size):
-                for place, value in zip(group, self._likelihoods(inputs, [tokens[n] for n in group]), strict=True):
-                    scores[place] = value
+                for index, value in zip(group, self._likelihoods(inputs, [tokens[n] for n in group]), strict=True):
+                    scores[index] = value
         if any(value != value for value in scores):
             raise ValueError("the log-likelihood of a choice is NaN")
         return question.choices[max(range(len(scores)), key=lambda n: scores[n])]
@@ -176,13 +176,13 @@ class _AskedModel:
         """Mean log-likelihood of the tokens of each answer; all answers have the same number."""
         length = inputs["input_ids"].shape[1]
         wholes = [complete_inputs(inputs, answer, self.model.config.model_type) for answer in answers]
-        whole = wholes[0]
+        batch = wholes[0]
         if len(wholes) > 1:
-            whole = {
+            batch = {
                 name: torch.cat([one[name] for one in wholes]) if isinstance(value, Tensor) and value.ndim else value
-                for name, value in whole.items()
+                for name, value in batch.items()
             }
-        logits = self.model(**whole).logits[:, length - 1 : -1].float().log_softmax(dim=-1)
+        logits = self.model(**batch).logits[:, length - 1 : -1].float().log_softmax(dim=-1)
         target = torch.cat(answers).to(logits.device)
         return logits.gather(2, target[..., None])[..., 0].double().mean(dim=1).tolist()
 
@@ -211,22 +211,22 @@ class _AskedModel:
 def _batches(tokens: Sequence[Tensor], size: int) -> list[list[int]]:
     """Indices of choices with the same number of tokens, in groups of at most ``size``."""
     lengths: dict[int, list[int]] = {}
-    for place, ids in enumerate(tokens):
-        lengths.setdefault(ids.shape[1], []).append(place)
+    for index, ids in enumerate(tokens):
+        lengths.setdefault(ids.shape[1], []).append(index)
     return [group[start : start + size] for group in lengths.values() for start in range(0, len(group), size)]
 
 
 def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
     names = labels_for(model, None, None)[0].names
-    known = [name for name in names if name in FIELD]
-    if not known or "text" not in names:
+    media = [name for name in names if name in FIELD]
+    if not media or "text" not in names:
         raise ConfigError(
             "evaluate", expected="a generative model with images or audio, such as LLaVA or Qwen-Audio",
             got=f"{type(model).__name__}, which takes {' and '.join(names) or 'no known modality'}",
         )  # fmt: skip
     for question in questions:
         for name, _ in question.media:
-            if name not in known:
+            if name not in media:
                 raise ConfigError(
                     f"evaluate sample {question.index}", expected=f"inputs of {type(model).__name__}: {' and '.join(names)}",
                     got=name,

@@ -96,8 +96,8 @@ class QuestionResult:
     @property
     def without(self) -> str | None:
         """The condition without the medium under which most questions are answered; None if there is none."""
-        known = [name for name in WITHOUT if name in self.conditions and np.isfinite(self.scores[name]).any()]
-        return max(known, key=lambda name: self.accuracy[name]) if known else None
+        conditions = [name for name in WITHOUT if name in self.conditions and np.isfinite(self.scores[name]).any()]
+        return max(conditions, key=lambda name: self.accuracy[name]) if conditions else None
 
     @property
     def as_well(self) -> float | None:
@@ -134,7 +134,7 @@ class QuestionResult:
     def yes_no(self) -> dict[str, dict[str, float]]:
         """condition -> {"questions", "yes_answers", "yes_replies", "precision", "recall", "f1"} of questions whose answer
         is yes or no; empty without such questions. A rate of yes above that of the answers is a bias."""
-        found = {}
+        rates = {}
         for name in self.conditions:
             pairs = []
             for question, reply in zip(self.questions, self.replies[name], strict=True):
@@ -146,24 +146,24 @@ class QuestionResult:
                 hits = int((answers & replies).sum())
                 precision = hits / max(int(replies.sum()), 1)
                 recall = hits / max(int(answers.sum()), 1)
-                found[name] = {
+                rates[name] = {
                     "questions": len(pairs), "yes_answers": float(answers.mean()), "yes_replies": float(replies.mean()),
                     "precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12),
                 }  # fmt: skip
-        return found
+        return rates
 
     @property
     def by_category(self) -> dict[str, dict[str, float]]:
         """category -> {"questions", condition: accuracy}; empty without categories."""
         names = list(dict.fromkeys(question.category for question in self.questions))
-        found = {}
+        categories = {}
         for category in names if names != [""] else ():
             rows = np.array([question.category == category for question in self.questions])
-            found[category] = {
+            categories[category] = {
                 "questions": int(rows.sum()),
                 **{name: _mean(self.scores[name][rows]) for name in self.conditions},
             }
-        return found
+        return categories
 
     @property
     def verdict(self) -> str:
@@ -173,23 +173,23 @@ class QuestionResult:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One dict for each question: its text, answer, and the score and reply under each condition."""
-        found = []
+        rows = []
         needing, without = set(self.needing), set(self.answered_without)
-        for place, question in enumerate(self.questions):
+        for index, question in enumerate(self.questions):
             row: dict[str, Any] = {
                 "index": question.index, "id": question.sample.get("id", question.index), "category": question.category,
                 "question": question.text, "answer": question.answers[0],
             }  # fmt: skip
             for name in self.conditions:
-                score = float(self.scores[name][place])
+                score = float(self.scores[name][index])
                 row[name] = None if np.isnan(score) else score
-                row[f"{name}_reply"] = self.replies[name][place]
-            errors = [f"{name}: {self.errors[name, place]}" for name in self.conditions if (name, place) in self.errors]
-            needs = "needs it" if place in needing else "answered without it" if place in without else "not answered"
-            row |= {"class": "failed" if np.isnan(self.scores[GIVEN][place]) else needs, "error": "; ".join(errors)}
-            row |= {name: values[place] for name, values in self.extra.items()}
-            found.append(row)
-        return found
+                row[f"{name}_reply"] = self.replies[name][index]
+            errors = [f"{name}: {self.errors[name, index]}" for name in self.conditions if (name, index) in self.errors]
+            needs = "needs it" if index in needing else "answered without it" if index in without else "not answered"
+            row |= {"class": "failed" if np.isnan(self.scores[GIVEN][index]) else needs, "error": "; ".join(errors)}
+            row |= {name: values[index] for name, values in self.extra.items()}
+            rows.append(row)
+        return rows
 
     def table(self) -> str:
         """Accuracy by condition with intervals, differences from "as given", and p-values, as text."""
@@ -268,24 +268,24 @@ class QuestionResult:
         return first[both], second[both]
 
     def _indices(self, rule: Any) -> list[int]:
-        known = [name for name in WITHOUT if name in self.conditions]
-        if not known:
+        conditions = [name for name in WITHOUT if name in self.conditions]
+        if not conditions:
             return []
-        found = []
-        for place in range(len(self.questions)):
-            rest = [self.scores[name][place] for name in known if np.isfinite(self.scores[name][place])]
+        indices = []
+        for index in range(len(self.questions)):
+            rest = [self.scores[name][index] for name in conditions if np.isfinite(self.scores[name][index])]
             if (
                 rest
-                and np.isfinite(self.scores[GIVEN][place])
-                and rule(self.scores[GIVEN][place], sum(rest) / len(rest))
+                and np.isfinite(self.scores[GIVEN][index])
+                and rule(self.scores[GIVEN][index], sum(rest) / len(rest))
             ):
-                found.append(place)
-        return found
+                indices.append(index)
+        return indices
 
 
 def _mean(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _finite(value: float) -> float | None:

@@ -99,25 +99,25 @@ def read_questions(
 
 
 def _question(index: int, sample: Any, who: str, root: str | Path | None) -> MediaQuestion:
-    place = f"{who} sample {index}"
+    location = f"{who} sample {index}"
     if not isinstance(sample, Mapping):
         raise DataError(
-            place, expected='a dict with "image" or "audio", "question" and "answer"', got=repr(sample)[:80]
+            location, expected='a dict with "image" or "audio", "question" and "answer"', got=repr(sample)[:80]
         )
     text = sample.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(place, expected='a text "question"', got=_shown(text))
-    media = _media(sample, place, root)
+        raise DataError(location, expected='a text "question"', got=_shown(text))
+    media = _media(sample, location, root)
     category = sample.get("category")
-    choices = _choices(sample.get("choices"), place)
-    answers, target = _answer(sample.get("answer"), choices, place)
+    choices = _choices(sample.get("choices"), location)
+    answers, target = _answer(sample.get("answer"), choices, location)
     return MediaQuestion(
         index, sample, media, text.strip(), answers, choices, target, "" if category is None else str(category)
     )
 
 
-def _media(sample: Mapping[str, Any], place: str, root: str | Path | None) -> tuple[tuple[str, Any], ...]:
-    found: list[tuple[str, Any]] = []
+def _media(sample: Mapping[str, Any], location: str, root: str | Path | None) -> tuple[tuple[str, Any], ...]:
+    media: list[tuple[str, Any]] = []
     for field, name in FIELDS.items():
         value = sample.get(field)
         if value is None or (isinstance(value, str) and not value.strip()):
@@ -127,48 +127,48 @@ def _media(sample: Mapping[str, Any], place: str, root: str | Path | None) -> tu
             if isinstance(one, (str, Path)):
                 one = Path(one) if root is None else Path(root) / one
             elif not isinstance(one, (bytes, Mapping, Image.Image, np.ndarray)) and not hasattr(one, "__array__"):
-                raise DataError(place, expected=f"{field} as a file, a Pillow image or an array", got=_shown(one))
-            found.append((name, one))
-    if not found:
+                raise DataError(location, expected=f"{field} as a file, a Pillow image or an array", got=_shown(one))
+            media.append((name, one))
+    if not media:
         raise DataError(
-            place, expected='an "image", "images" or "audio"', got=f"the fields {', '.join(map(str, sample))}"
+            location, expected='an "image", "images" or "audio"', got=f"the fields {', '.join(map(str, sample))}"
         )
-    return tuple(found)
+    return tuple(media)
 
 
-def _choices(value: Any, place: str) -> tuple[str, ...]:
+def _choices(value: Any, location: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
         # A cell of a csv file.
         value = [part.strip() for part in value.split("|")] if value.strip() else []
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
-        raise DataError(place, expected='"choices" as a list of texts', got=_shown(value))
+        raise DataError(location, expected='"choices" as a list of texts', got=_shown(value))
     values = [one for one in value if one is not None]
     kinds = {"number" if isinstance(one, (int, float)) and not isinstance(one, bool) else type(one).__name__
              for one in values}  # fmt: skip
     if len(kinds) > 1 or kinds - {"str", "number"}:
         raise DataError(
-            place, expected='"choices" that are all texts, or all numbers', got=", ".join(sorted(kinds)),
+            location, expected='"choices" that are all texts, or all numbers', got=", ".join(sorted(kinds)),
             fix="Write all choices as texts.",
         )  # fmt: skip
     texts = tuple(str(one).strip() for one in values)
     if not texts:
         return ()
     if len(texts) == 1 or len(set(texts)) < len(texts) or not all(texts) or len(texts) > len(LETTERS):
-        raise DataError(place, expected="from 2 to 26 different choices", got=_shown(list(texts)))
+        raise DataError(location, expected="from 2 to 26 different choices", got=_shown(list(texts)))
     return texts
 
 
-def _answer(value: Any, choices: Sequence[str], place: str) -> tuple[tuple[str, ...], int | None]:
+def _answer(value: Any, choices: Sequence[str], location: str) -> tuple[tuple[str, ...], int | None]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     missing = [one for one in values if one is None or (isinstance(one, str) and not one.strip())]
     if not values or missing or not all(isinstance(one, (str, int, float)) for one in values):
-        raise DataError(place, expected='an "answer"', got=_shown(value), fix="Remove questions without an answer.")
+        raise DataError(location, expected='an "answer"', got=_shown(value), fix="Remove questions without an answer.")
     if not choices:
         return tuple(text for one in values for text in _texts(one)), None
     if len(values) > 1:
-        raise DataError(place, expected="a single right choice", got=_shown(value))
+        raise DataError(location, expected="a single right choice", got=_shown(value))
     (one,) = values
     if str(one).strip() in choices:
         target = choices.index(str(one).strip())
@@ -178,7 +178,7 @@ def _answer(value: Any, choices: Sequence[str], place: str) -> tuple[tuple[str, 
         target = LETTERS.index(one.strip().upper())
     else:
         raise DataError(
-            place, expected=f"an answer among the choices {_shown(list(choices))}", got=_shown(one),
+            location, expected=f"an answer among the choices {_shown(list(choices))}", got=_shown(one),
             fix="Give the choice itself, its letter, or its index from 0.",
         )  # fmt: skip
     return (choices[target],), target
@@ -196,7 +196,7 @@ def _shown(value: Any) -> str:
     return "none" if value is None else text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_choice(who: str, kind: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def check_choice(who: str, kind: str, values: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
     """Checks that all values are known and none occurs twice.
 
     Raises:
@@ -204,9 +204,9 @@ def check_choice(who: str, kind: str, values: Sequence[str], known: Sequence[str
     """
     if isinstance(values, str):
         values = (values,)
-    wrong = [value for value in values if value not in known]
+    wrong = [value for value in values if value not in choices]
     if wrong or not values or len(set(values)) < len(values):
         raise ConfigError(
-            f"{who} {kind}", expected=f"some of {', '.join(known)}, each once", got=_shown(list(values)),
+            f"{who} {kind}", expected=f"some of {', '.join(choices)}, each once", got=_shown(list(values)),
         )  # fmt: skip
     return tuple(values)

@@ -15,8 +15,8 @@ def verdict_sentences(result: Any) -> list[str]:
     """Returns the sentences for a ``QuestionResult``: how many questions need the medium, what the target uses, and what
     limits these statements."""
     medium = {"image": "the image", "audio": "the audio"}.get(result.medium, "the media")
-    given, without = result.accuracy["given"], result.without
-    if np.isnan(given):
+    accuracy, without = result.accuracy["given"], result.without
+    if np.isnan(accuracy):
         return ["No question was answered: every call failed."]
     sentences = []
     if without is not None and result.as_well is not None:
@@ -25,10 +25,10 @@ def verdict_sentences(result: Any) -> list[str]:
         between = "" if interval is None else f", 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
         sentences.append(
             f"{100 * result.as_well:.0f} % of these questions are answered as well without {medium} (accuracy "
-            f"{100 * given:.1f} % with it, {100 * result.accuracy[without]:.1f} % without, difference "
+            f"{100 * accuracy:.1f} % with it, {100 * result.accuracy[without]:.1f} % without, difference "
             f"{100 * change['difference']:.1f} points{between})."
         )
-        sentences.append(_use(result, medium, given, change))
+        sentences.append(_use(result, medium, accuracy, change))
     sentences += _other(result, medium)
     sentences += _bias(result, medium)
     if result.failed:
@@ -39,13 +39,13 @@ def verdict_sentences(result: Any) -> list[str]:
     return sentences
 
 
-def _use(result: Any, medium: str, given: float, change: dict[str, Any]) -> str:
+def _use(result: Any, medium: str, accuracy: float, change: dict[str, Any]) -> str:
     chance, interval = result.chance, result.interval("given")
     if chance == 1:
         return "All questions have the same answer, so that these scores say nothing about what is used."
-    if interval is None or (interval[0] <= chance and given <= chance + 0.5 * (1 - chance)):
+    if interval is None or (interval[0] <= chance and accuracy <= chance + 0.5 * (1 - chance)):
         return (
-            f"The answers are at random as far as {len(result.questions)} questions show: an accuracy of {100 * given:.1f} % "
+            f"The answers are at random as far as {len(result.questions)} questions show: an accuracy of {100 * accuracy:.1f} % "
             f"is not above chance, {100 * chance:.1f} %."
         )
     rest = result.accuracy[result.without]
@@ -80,17 +80,17 @@ def _other(result: Any, medium: str) -> list[str]:
 
 
 def _bias(result: Any, medium: str) -> list[str]:
-    found = result.yes_no.get("given")
-    if not found:
+    counts = result.yes_no.get("given")
+    if not counts:
         return []
-    difference = found["yes_replies"] - found["yes_answers"]
+    difference = counts["yes_replies"] - counts["yes_answers"]
     if abs(difference) < BIAS:
         return []
     word = "yes" if difference > 0 else "no"
     replied, right = (
-        (found["yes_replies"], found["yes_answers"])
+        (counts["yes_replies"], counts["yes_answers"])
         if word == "yes"
-        else (1 - found["yes_replies"], 1 - found["yes_answers"])
+        else (1 - counts["yes_replies"], 1 - counts["yes_answers"])
     )
     return [
         f"There is a bias to {word}: it is the reply to {100 * replied:.0f} % of the yes-or-no questions, and the answer to "

@@ -144,12 +144,12 @@ class TableGallery:
         first: dict[Any, int] = {}
         rows: list[list[int]] = []
         places: list[int] = []
-        for place, row in enumerate(self.rows.tolist()):
-            if row in allowed and bool(vectors[name][place].any()):
+        for position, row in enumerate(self.rows.tolist()):
+            if row in allowed and bool(vectors[name][position].any()):
                 key = self._entry_name(cells[row], found, row)
                 if first.setdefault(key, len(rows)) == len(rows):
                     rows.append([])
-                    places.append(place)
+                    places.append(position)
                 rows[first[key]].append(row)
         entries = [
             IndexEntry(key, keywords=self._captions(own) if found != "text" else (),

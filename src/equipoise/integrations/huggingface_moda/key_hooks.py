@@ -15,7 +15,7 @@ class KeyAlignmentHook(Protocol):
     def align(self, frame: HookFrame, key: Tensor, value: Tensor) -> Tensor: ...
 
     def attend(
-        self, frame: HookFrame, function: Callable[..., Any], backend: str | None, given: tuple, kwargs: dict
+        self, frame: HookFrame, function: Callable[..., Any], backend: str | None, args: tuple, kwargs: dict
     ) -> Any: ...
 
 
@@ -39,7 +39,7 @@ class HookFrame:
 def _patch_cache(frame: HookFrame) -> Iterator[None]:
     """Patches ``cache.update`` to align keys before they are cached, so that each key is aligned once."""
     cache = frame.cache
-    original, own = cache.update, vars(cache).get("update")
+    original, override = cache.update, vars(cache).get("update")
 
     def update(key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(frame.moda.align(frame, key, value), value, *args, **kwargs)
@@ -48,10 +48,10 @@ def _patch_cache(frame: HookFrame) -> Iterator[None]:
     try:
         yield
     finally:
-        if own is None:
+        if override is None:
             del cache.update
         else:
-            cache.update = own
+            cache.update = override
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def _patch_functions(frame: HookFrame) -> Iterator[None]:
         if getattr(function, "aligned_by", None) is frame:
             return function
 
-        def attend(*given: Any, **kwargs: Any) -> Any:
-            if not given or given[0] is not frame.module:
-                return function(*given, **kwargs)
-            return frame.moda.attend(frame, function, backend, given, kwargs)
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            if not args or args[0] is not frame.module:
+                return function(*args, **kwargs)
+            return frame.moda.attend(frame, function, backend, args, kwargs)
 
         attend.aligned_by = frame  # type: ignore[attr-defined]
         return attend

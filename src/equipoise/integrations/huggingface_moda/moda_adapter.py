@@ -140,16 +140,16 @@ class MODAAdapter:
         options = json.loads(json.dumps({"names": self.names, "merge": self.merge, **self.options}))
         if saved != options:
             raise SchemaError(f"MODAAdapter.load {path}", expected=f"MODA with {options}", got=str(saved))
-        own = self.state_dict()
-        wrong = sorted(own.keys() ^ tensors.keys()) or sorted(n for n in own if own[n].shape != tensors[n].shape)
+        state = self.state_dict()
+        wrong = sorted(state.keys() ^ tensors.keys()) or sorted(n for n in state if state[n].shape != tensors[n].shape)
         if wrong:
             raise SchemaError(
-                f"MODAAdapter.load {path}", expected=f"the {len(own)} tensors of this model",
+                f"MODAAdapter.load {path}", expected=f"the {len(state)} tensors of this model",
                 got=f"others, such as {wrong[0]}",
             )  # fmt: skip
         with torch.no_grad():
             for name, value in tensors.items():
-                own[name].copy_(value)
+                state[name].copy_(value)
 
     def remove(self) -> None:
         """Restores the original model."""
@@ -188,23 +188,23 @@ class MODAAdapter:
 
     def align(self, frame: HookFrame, key: Tensor, value: Tensor) -> Tensor:
         """Aligns new keys; the state that later keys continue from is stored per cache."""
-        known = self._map.labeled(AttentionCall(key, key, value), frame.module)
-        if known is None or isinstance(known, str):
+        labels = self._map.labeled(AttentionCall(key, key, value), frame.module)
+        if labels is None or isinstance(labels, str):
             raise ConfigError(
-                f"apply_moda {frame.path}", expected="keys whose modality is known", got=known or "keys without a modality",
+                f"apply_moda {frame.path}", expected="keys whose modality is known", got=labels or "keys without a modality",
                 fix="Give one label for each token: apply_moda(model, modality=..., names=...).",
             )  # fmt: skip
         past = self._states.get(frame.cache, {}) if frame.cache is not None else {}
-        state = past.get(frame.path) if known.continues else None
+        state = past.get(frame.path) if labels.continues else None
         state = None if state is None else _repeated(state, key.shape[0])
         prefix = None
         if self.prefix == "prompt":
             prefix = torch.full((key.shape[0],), key.shape[2], device=key.device)
-            if known.answer is not None:
-                first = known.answer.to(key.device).int().argmax(1) + 1
-                prefix = torch.where(known.answer.to(key.device).any(1), first, prefix)
+            if labels.answer is not None:
+                first = labels.answer.to(key.device).int().argmax(1) + 1
+                prefix = torch.where(labels.answer.to(key.device).any(1), first, prefix)
         aligned = frame.module.moda(
-            key, value, modality=known.keys, prefix=prefix, state=state,
+            key, value, modality=labels.keys, prefix=prefix, state=state,
             is_causal=bool(getattr(frame.module, "is_causal", False)),
         )  # type: ignore[operator]  # fmt: skip
         if frame.cache is not None:
@@ -229,11 +229,11 @@ class MODAAdapter:
         cache.reorder_cache = reorder_cache
 
     def attend(
-        self, frame: HookFrame, function: Callable[..., Any], backend: str | None, given: tuple, kwargs: dict
+        self, frame: HookFrame, function: Callable[..., Any], backend: str | None, args: tuple, kwargs: dict
     ) -> Any:
         """Computes the model's attention, or modular attention, with aligned keys."""
         frame.attended = True
-        module, query, key, value, mask, *rest = given
+        module, query, key, value, mask, *rest = args
         if frame.cache is None:
             key = self.align(frame, key, value)
         if self.merge == "mass" and self.pseudo is None:
@@ -245,12 +245,12 @@ class MODAAdapter:
                 expected="attention without softcap and sinks for another merge or pseudo-attention",
                 fix="Use merge='mass' and pseudo=None, which keep the attention of the model.",
             )  # fmt: skip
-        known = self._map.labeled(call, module)
-        if known is None or isinstance(known, str) or known.queries is None:
-            raise ConfigError(f"apply_moda {frame.path}", expected="keys whose modality is known", got=f"{known}")
+        labels = self._map.labeled(call, module)
+        if labels is None or isinstance(labels, str) or labels.queries is None:
+            raise ConfigError(f"apply_moda {frame.path}", expected="keys whose modality is known", got=f"{labels}")
         rows, keys = query.shape[2], key.shape[2]
         result = modular_attention(
-            query, key, value, modality=known.keys.to(key.device), query_modality=known.queries.to(key.device),
+            query, key, value, modality=labels.keys.to(key.device), query_modality=labels.queries.to(key.device),
             mask=call.mask, is_causal=call.is_causal, offset=0 if call.is_causal else keys - rows, scale=call.scale,
             merge=self.merge, gate=module.moda.gate, pseudo=self.pseudo,
             dropout=kwargs.get("dropout", 0.0) if module.training else 0.0,

@@ -237,7 +237,7 @@ class AdaptedModel(TaskLosses, nn.Module):
             features = torch.cat([part.pooled() for part in tokens.values()], dim=-1)
         elif features.ndim > 2:
             features = features.flatten(1, -2).mean(dim=1)
-        own = captured.returned if isinstance(captured.returned, Output) else None
+        output = captured.returned if isinstance(captured.returned, Output) else None
         unimodal = {name: _two_dim(self._raw_logits(part)) for name, part in captured.heads.items()}
         for name, head in self.unimodal_heads.items():
             pooled = tokens[name].pooled()
@@ -246,7 +246,7 @@ class AdaptedModel(TaskLosses, nn.Module):
             unimodal[name] = head(pooled.detach() if self.unimodal == "probe" else pooled)
         return Output(
             features=features, logits=logits, unimodal_logits=unimodal, tokens=tokens,
-            share=None if own is None else own.share, names=self.names,
+            share=None if output is None else output.share, names=self.names,
         )  # fmt: skip
 
     # Losses.

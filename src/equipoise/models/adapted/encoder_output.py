@@ -69,7 +69,7 @@ def _hidden(output: Any) -> Tensor | None:
     if isinstance(last, Tensor):
         return last
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next((found for part in parts if (found := _hidden(part)) is not None), None)
+    return next((hidden for part in parts if (hidden := _hidden(part)) is not None), None)
 
 
 def _rebuilt(output: Any, old: Tensor, new: Tensor, present: Tensor | None) -> Any:

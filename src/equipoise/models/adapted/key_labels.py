@@ -64,10 +64,10 @@ class MeasuredLabels:
             return LabeledKeys(torch.full((call.sizes[3],), index), self.names, constant=index, unimodal=True)
         if call.modality is not None and call.names == self.names:
             return label_keys(call, call.modality, self.names)
-        found = self.labels.get(keys, f"the modality of its {keys} keys is unknown")
-        if isinstance(found, str):
-            return found or None
-        return label_keys(call, torch.nn.functional.pad(found, (0, call.added), value=SPECIAL), self.names)
+        labels = self.labels.get(keys, f"the modality of its {keys} keys is unknown")
+        if isinstance(labels, str):
+            return labels or None
+        return label_keys(call, torch.nn.functional.pad(labels, (0, call.added), value=SPECIAL), self.names)
 
 
 class _KeyReader:
@@ -112,7 +112,7 @@ def measure_key_labels(
         for index, name in enumerate(names)
         if len(tokens[name])
     ]
-    known = [index for index, name in enumerate(names) if len(tokens[name])]
+    nonempty = [index for index, name in enumerate(names) if len(tokens[name])]
     result: KeyLabels = {}
     for call, keys in enumerate(clean):
         if any(len(other) != len(clean) or other[call].shape != keys.shape for other in changed):
@@ -123,8 +123,8 @@ def measure_key_labels(
         if bool((depends.sum(dim=-1) > 1).any()):
             result[count] = _first(result.get(count), MIXED.format(count))
             continue
-        order = torch.tensor([*known, SPECIAL], device=keys.device)
-        labels = order[torch.where(depends.any(dim=-1), depends.int().argmax(dim=-1), len(known))]
+        order = torch.tensor([*nonempty, SPECIAL], device=keys.device)
+        labels = order[torch.where(depends.any(dim=-1), depends.int().argmax(dim=-1), len(nonempty))]
         before = result.get(count)
         if not bool(depends.any()):
             result.setdefault(count, "")

@@ -95,16 +95,16 @@ def adapt(
     fusion_path = None if fusion is None else _path(model, fusion, "fusion")
     head_path = None if head is False else _head_path(model, head, paths)
     outputs = num_outputs or _outputs(model, head_path)
-    given, mode = _given_heads(model, heads, tuple(paths), unimodal)
+    head_paths, mode = _given_heads(model, heads, tuple(paths), unimodal)
     adapted = AdaptedModel(
-        model, encoders=paths, head=head_path, checked_head=head is not None, fusion=fusion_path, heads=given, task=task,
+        model, encoders=paths, head=head_path, checked_head=head is not None, fusion=fusion_path, heads=head_paths, task=task,
         num_outputs=outputs or 0, unimodal=mode, form=form, logits=logits, loss=loss,
     )  # fmt: skip
     adapted.train(model.training)
     if example is not None:
         with eval_mode_no_grad(adapted):
             adapted.num_outputs = adapted.check_example(example)
-    if given or heads is False:
+    if head_paths or heads is False:
         return adapted
     if not adapted.num_outputs:
         raise ConfigError(
@@ -151,18 +151,18 @@ def _encoder_paths(model: nn.Module, encoders: Mapping[str, Part], names: Sequen
 
 def _path(model: nn.Module, part: Any, who: str) -> str:
     """The dotted name of a part of the model."""
-    known = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     if isinstance(part, str):
-        if part not in known:
-            raise unknown_name(f"adapt {who}", "module", part, known)
+        if part not in modules:
+            raise unknown_name(f"adapt {who}", "module", part, modules)
         return part
-    found = next((path for path, module in known.items() if module is part), None)
-    if found is None:
+    path = next((path for path, module in modules.items() if module is part), None)
+    if path is None:
         raise ConfigError(
             f"adapt {who}", expected=f"a module inside {type(model).__name__}, or its dotted name",
-            got=type(part).__name__, fix=f"Choose among: {', '.join(list(known)[:12]) or 'it has no modules'}.",
+            got=type(part).__name__, fix=f"Choose among: {', '.join(list(modules)[:12]) or 'it has no modules'}.",
         )  # fmt: skip
-    return found
+    return path
 
 
 def _head_path(model: nn.Module, head: Part | None, encoders: Mapping[str, str]) -> str:
@@ -172,10 +172,10 @@ def _head_path(model: nn.Module, head: Part | None, encoders: Mapping[str, str])
         (path, module) for path, module in model.named_modules()
         if path and not any(path == e or path.startswith(f"{e}.") or e.startswith(f"{path}.") for e in encoders.values())
     ]  # fmt: skip
-    named = [path for path, module in outside if path.rpartition(".")[2] in HEADS and _has_parameters(module)]
+    candidates = [path for path, module in outside if path.rpartition(".")[2] in HEADS and _has_parameters(module)]
     linear = [path for path, module in outside if isinstance(module, nn.Linear)]
-    if named or linear:
-        return min(named, key=lambda path: path.count(".")) if named else linear[-1]
+    if candidates or linear:
+        return min(candidates, key=lambda path: path.count(".")) if candidates else linear[-1]
     raise ConfigError(
         "adapt", expected="a final head, whose input are the features", got=f"{type(model).__name__} without a linear layer "
         "outside of its encoders", fix="Pass head=model.classifier, or head=False: then features are the pooled tokens, "
@@ -214,8 +214,8 @@ def _given_heads(
     for name in names:
         inside = isinstance(heads[name], str) or heads[name] in modules
         result[name] = _path(model, heads[name], f"head '{name}'") if inside else heads[name]
-    own = all(isinstance(part, str) for part in result.values())
-    return result, unimodal or ("train" if own else "probe")
+    are_paths = all(isinstance(part, str) for part in result.values())
+    return result, unimodal or ("train" if are_paths else "probe")
 
 
 def _add_probes(adapted: AdaptedModel) -> None:

@@ -72,14 +72,14 @@ class CallForm:
     def __init__(self, model: nn.Module, names: Sequence[str], inputs: Mapping[str, str] | Convert | None) -> None:
         self.names = tuple(names)
         self.convert: Convert | None = None if inputs is None or isinstance(inputs, Mapping) else inputs
-        given = inputs if isinstance(inputs, Mapping) else {}
-        unknown = [name for name in given if name not in self.names]
+        mapping = inputs if isinstance(inputs, Mapping) else {}
+        unknown = [name for name in mapping if name not in self.names]
         if unknown:
             raise ConfigError(
                 "adapt inputs", expected=f"names of {', '.join(self.names)}", got=repr(unknown[0]),
                 fix="Map each modality to the name of its argument: inputs={'image': 'pixel_values'}.",
             )  # fmt: skip
-        self.keys = {name: given.get(name, name) for name in self.names}
+        self.keys = {name: mapping.get(name, name) for name in self.names}
         parameters = inspect.signature(_forward_of(model)).parameters.values()
         self.parameters = [
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -127,19 +127,19 @@ class CallForm:
         return ModelCall(args, kwargs, places, inputs)
 
     def _of_batch(self, batch: Mapping[str, Any]) -> ModelCall:
-        named = {name: batch[key] for name in self.names if (key := self._key(name, batch)) is not None}
-        inputs = {**named, **{key: batch[key] for key in ("mask", "target") if key in batch}}
+        values = {name: batch[key] for name in self.names if (key := self._key(name, batch)) is not None}
+        inputs = {**values, **{key: batch[key] for key in ("mask", "target") if key in batch}}
         if self.form == "dict":
-            places = {name: ("dict", self.keys[name]) for name in named}
+            places = {name: ("dict", self.keys[name]) for name in values}
             passed = {
                 **{k: v for k, v in batch.items() if k not in self.names},
-                **{self.keys[n]: named[n] for n in named},
+                **{self.keys[n]: values[n] for n in values},
             }
             return ModelCall((passed,), {}, places, inputs)
-        self._need(named, batch)
+        self._need(values, batch)
         if self.form == "positions":
             places = {name: ("position", index) for index, name in enumerate(self.names)}
-            return ModelCall(tuple(named[name] for name in self.names), {}, places, inputs)
+            return ModelCall(tuple(values[name] for name in self.names), {}, places, inputs)
         if self.form == "keywords":
             skipped = {*self.names, *self.keys.values(), "target", "mask"}
             others = {
@@ -148,7 +148,7 @@ class CallForm:
             }  # fmt: skip
             others |= {key: batch[key] for key in ("target", "mask") if key in batch and key in self.parameters}
             places = {name: ("keyword", self.keys[name]) for name in self.names}
-            return ModelCall((), {**{self.keys[n]: named[n] for n in self.names}, **others}, places, inputs)
+            return ModelCall((), {**{self.keys[n]: values[n] for n in self.names}, **others}, places, inputs)
         assert self.convert is not None
         return self._converted(self.convert(batch), inputs)
 
@@ -165,8 +165,8 @@ class CallForm:
     def _key(self, name: str, batch: Mapping[str, Any]) -> str | None:
         return next((key for key in (name, self.keys[name]) if key in batch), None)
 
-    def _need(self, named: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-        absent = [name for name in self.names if name not in named]
+    def _need(self, values: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+        absent = [name for name in self.names if name not in values]
         if absent:
             raise ShapeError(
                 f"AdaptedModel '{absent[0]}'", expected=f"a batch with {', '.join(self.keys.values())}",
@@ -180,8 +180,8 @@ class CallForm:
         Tuples contain the modalities in order, and optionally the target.
         """
         if isinstance(batch, Mapping):
-            own = {key: name for name, key in self.keys.items() if key in batch}
-            result: dict[str, Any] = {str(own.get(key, key)): value for key, value in batch.items()}
+            names = {key: name for name, key in self.keys.items() if key in batch}
+            result: dict[str, Any] = {str(names.get(key, key)): value for key, value in batch.items()}
             target = next((key for key in TARGETS if key in batch), "")
             return result if "target" in result or not target else {**result, "target": batch[target]}
         parts = _flat(batch) if isinstance(batch, list | tuple) else []

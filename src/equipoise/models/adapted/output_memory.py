@@ -33,12 +33,12 @@ class OutputMemory:
         self._last = (logits.data_ptr(), output)
 
     def find(self, logits: Tensor) -> Output | None:
-        found = self._outputs.get(logits)
-        if found is None and self._last is not None and self._last[0] == logits.data_ptr():
-            found = self._last[1]
-        if found is not None and self._last is not None and self._last[1] is found:
+        output = self._outputs.get(logits)
+        if output is None and self._last is not None and self._last[0] == logits.data_ptr():
+            output = self._last[1]
+        if output is not None and self._last is not None and self._last[1] is output:
             self._last = None
-        return found
+        return output
 
 
 def find_logits(returned: Any) -> Tensor | None:
@@ -47,12 +47,12 @@ def find_logits(returned: Any) -> Tensor | None:
     if isinstance(returned, Tensor):
         return returned
     if isinstance(returned, Mapping):
-        named: Any = next((returned[key] for key in LOGITS if isinstance(returned.get(key), Tensor)), None)
+        logits: Any = next((returned[key] for key in LOGITS if isinstance(returned.get(key), Tensor)), None)
         parts: Any = returned.values()
     else:
-        named = next((v for key in LOGITS if isinstance(v := getattr(returned, key, None), Tensor)), None)
+        logits = next((v for key in LOGITS if isinstance(v := getattr(returned, key, None), Tensor)), None)
         parts = returned if isinstance(returned, list | tuple) else ()
-    if named is not None:
-        return named
+    if logits is not None:
+        return logits
     tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
     return next((part for part in tensors if part.ndim == 2), next((p for p in tensors if p.ndim > 0), None))

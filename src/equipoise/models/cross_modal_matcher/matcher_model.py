@@ -190,11 +190,11 @@ class CrossModalMatcher(SelfContainedModel):
     def probe_logits(self, output: MatchingOutput) -> dict[str, Float[Tensor, "batch item num_classes"]]:
         """Class logits of each item from its own vector and those that the maps select; inputs are detached."""
         logits = {}
-        for name, own in output.items.items():
+        for name, items in output.items.items():
             inputs = [
-                own if other == name
+                items if other == name
                 else output.maps[name, other] @ output.items[other] if other in output.items
-                else torch.zeros_like(own)
+                else torch.zeros_like(items)
                 for other in self.names
             ]  # fmt: skip
             logits[name] = self.probes[name](torch.cat(inputs, dim=-1).detach())

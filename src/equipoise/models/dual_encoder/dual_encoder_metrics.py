@@ -63,8 +63,8 @@ def evaluate_dual_encoder(model: Embedder, source: Any, split: str) -> dict[str,
     """
     vectors, target = embed_split(model, source, split)
     if len(target) > MOST:
-        kept = torch.linspace(0, len(target) - 1, MOST).long()
-        vectors, target = {name: own[kept] for name, own in vectors.items()}, target[kept]
+        indices = torch.linspace(0, len(target) - 1, MOST).long()
+        vectors, target = {name: own[indices] for name, own in vectors.items()}, target[indices]
     metrics = retrieval_metrics(vectors, target) | embedding_metrics(vectors)
     others = [other for other in ("train", "val", "test") if other != split]
     if len(target) * (len(target) + sum(len(source.split(other).target) for other in others)) <= MOST**2:
@@ -137,8 +137,10 @@ def retrieval_by_group(vectors: Vectors, target: Int[Tensor, " sample"], groups:
         both = vectors[one].any(dim=1) & vectors[other].any(dim=1)
         if not bool(both.any()):
             continue
-        own = target[both]
-        recall = found_within(similarities(vectors[one][both], vectors[other][both]), 1, relevant=same_ids(own, own))
+        group_target = target[both]
+        recall = found_within(
+            similarities(vectors[one][both], vectors[other][both]), 1, relevant=same_ids(group_target, group_target)
+        )
         present_groups = [group for group, present in zip(groups, both.tolist(), strict=True) if present]
         for group, value in zip(present_groups, recall.tolist(), strict=True):
             recalls[group].append(value)
@@ -166,8 +168,8 @@ def full_gallery_metrics(
 def embedding_metrics(vectors: Vectors) -> dict[str, float]:
     """Modality gap, alignment and CKA of each pair of modalities, and uniformity of each modality."""
     figures = {}
-    for name, own in vectors.items():
-        present = own[own.any(dim=1)]
+    for name, values in vectors.items():
+        present = values[values.any(dim=1)]
         if len(present) > 1:
             figures[f"uniformity/{name}"] = float(uniformity(present))
     for one, other in combinations(vectors, 2):
@@ -194,13 +196,13 @@ def composition_metrics(model: Embedder, source: Any, split: str, vectors: Vecto
     part_vectors[present] = flat
     target = source.split(split).target[rows]
     metrics: dict[str, float] = {}
-    for name, own in vectors.items():
+    for name, values in vectors.items():
         if name != modality:
             queries = torch.nn.functional.normalize(part_vectors.sum(dim=1), dim=-1)
-            result, _ = retrieval(similarities(queries, own[rows]), relevant=same_ids(target, target), k=RANKS)
+            result, _ = retrieval(similarities(queries, values[rows]), relevant=same_ids(target, target), k=RANKS)
             metrics |= _direction_metrics(f"composed_to_{name}", result)
             metrics |= {f"chance/composed_to_{name}/recall@{k}": result.chance[k] for k in RANKS}
-            metrics[f"compositionality/{name}"] = float(additive_compositionality(part_vectors, own[rows]).mean())
+            metrics[f"compositionality/{name}"] = float(additive_compositionality(part_vectors, values[rows]).mean())
     return metrics
 
 

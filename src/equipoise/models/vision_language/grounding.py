@@ -162,9 +162,9 @@ def _record_word_attention(
     queries = torch.zeros(stream.labels.shape, dtype=torch.bool)
     queries[torch.arange(len(position)), column] = True
     part = model.language if stream.media is None else model.gates
-    with watch(part, modality=labels, queries=queries, **options) as seen:
+    with watch(part, modality=labels, queries=queries, **options) as record:
         model.logits(stream)
-    return seen
+    return record
 
 
 def stack_maps(record: AttentionRecord) -> Float[Tensor, "sample layer head label"]:

@@ -94,9 +94,9 @@ def _shared_layout(rows: Int[Tensor, "batch key"], bias: Bias | None) -> Int[Ten
         return rows[0]
     if bias is None or bias.shape[1] != 1 or bias.shape[2] != 1:
         return rows[0] if bool((rows == rows[0]).all()) else None
-    seen = (bias[:, 0, 0] != -math.inf).to(rows.device).expand_as(rows)
-    layout = rows.masked_fill(~seen, rows.min() - 1).amax(0)
-    return layout.clamp(min=-1) if bool(((rows == layout) | ~seen).all()) else None
+    visible = (bias[:, 0, 0] != -math.inf).to(rows.device).expand_as(rows)
+    layout = rows.masked_fill(~visible, rows.min() - 1).amax(0)
+    return layout.clamp(min=-1) if bool(((rows == layout) | ~visible).all()) else None
 
 
 def _group(samples: slice, row: Int[Tensor, " key"], is_causal: bool, grain: int) -> Group:

@@ -61,8 +61,8 @@ def blocks_of(
     labels, lengths = torch.unique_consecutive(shared, return_counts=True)
     if len(labels) == len(labels.unique()):
         return Blocks(tuple(labels.tolist()), tuple(lengths.tolist()))
-    found, order = torch.sort(shared, stable=True)
-    labels, lengths = torch.unique_consecutive(found, return_counts=True)
+    sorted_labels, order = torch.sort(shared, stable=True)
+    labels, lengths = torch.unique_consecutive(sorted_labels, return_counts=True)
     back = torch.argsort(order)
     return Blocks(tuple(labels.tolist()), tuple(lengths.tolist()), order.to(device), back.to(device))
 

@@ -81,15 +81,15 @@ def hidden_keys(
 ) -> tuple[Int[Tensor, "#batch #head query"], Int[Tensor, "#batch #head query"]]:
     """Counts the masked keys of the own modality and of other modalities for each query."""
     by_row = sides.bias is not None and sides.bias.shape[2] > 1
-    own, all_ = (_by_matrix if by_row else _by_counting)(pseudo, sides, query, key)
-    cross = all_ - own
+    same_modality, all_ = (_by_matrix if by_row else _by_counting)(pseudo, sides, query, key)
+    cross = all_ - same_modality
     missing = 0 if pseudo.reference is None else max(pseudo.reference - key.shape[2], 0)
     if missing:
         labels = _as_2d(sides.queries, query.device)
         same = (labels == labels[:, -1:]) & (labels >= 0)
-        own = own + missing * same[:, None]
+        same_modality = same_modality + missing * same[:, None]
         cross = cross + missing * ~same[:, None]
-    return own, cross
+    return same_modality, cross
 
 
 def _by_matrix(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
@@ -122,12 +122,12 @@ def _by_counting(pseudo, sides: Sides, query, key) -> tuple[Tensor, Tensor]:
     )
     columns = columns.expand(batch, -1, -1)
     total = (columns & counted[..., None]).sum(1, keepdim=True)
-    seen = (columns & real[..., None]).cumsum(1)
+    counts = (columns & real[..., None]).cumsum(1)
     places = (sides.offset + torch.arange(query.shape[2], device=device)).clamp(max=key.shape[2] - 1)
-    hidden = total - (seen[:, places] if sides.is_causal else seen[:, -1:].expand(-1, len(places), -1))
+    hidden = total - (counts[:, places] if sides.is_causal else counts[:, -1:].expand(-1, len(places), -1))
     label = queries.expand(batch, -1)
-    own = hidden.gather(2, label.clamp(min=0)[..., None])[..., 0].masked_fill(label < 0, 0)
-    return own[:, None], hidden[:, None, :, -1]
+    same_modality = hidden.gather(2, label.clamp(min=0)[..., None])[..., 0].masked_fill(label < 0, 0)
+    return same_modality[:, None], hidden[:, None, :, -1]
 
 
 def _as_2d(labels: Tensor, device: torch.device) -> Int[Tensor, "#batch token"]:

@@ -114,10 +114,10 @@ def _is_correct(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> boo
     bias = torch.zeros(2, 1, 1, 37, device=device, dtype=dtype).masked_fill(hidden, -math.inf)
     close = functools.partial(torch.allclose, rtol=0.05, atol=0.05 if dtype.itemsize < 4 else 1e-4)
     for some_bias, is_causal in ((None, False), (bias, False), (None, True), (bias, True)):
-        wanted = _by_formula(grad, query, key, value, some_bias, is_causal, 0.4)
+        expected = _by_formula(grad, query, key, value, some_bias, is_causal, 0.4)
         output, lse = kernel.forward(query, key, value, some_bias, is_causal, 0.4)
         grads = kernel.backward(grad, query, key, value, output, lse, some_bias, is_causal, 0.4)
-        if not all(close(a.double(), b) for a, b in zip((output, lse, *grads), wanted, strict=True)):
+        if not all(close(a.double(), b) for a, b in zip((output, lse, *grads), expected, strict=True)):
             return False
     return True
 

@@ -108,9 +108,9 @@ class SegmentedAttention(torch.autograd.Function):
         share = total.new_zeros(batch, heads, rows, num_modalities)
         q, k, v = _one_width(query, key, value)
         for group in groups:
-            here = group.samples
-            inputs = (q[here], k[here], v[here], _of_samples(bias, here), is_causal, scale)
-            _attend_group(kernel, group, inputs, (output[here], share[here], total[here]))
+            samples = group.samples
+            inputs = (q[samples], k[samples], v[samples], _of_samples(bias, samples), is_causal, scale)
+            _attend_group(kernel, group, inputs, (output[samples], share[samples], total[samples]))
         return output, share, total
 
     @staticmethod
@@ -221,9 +221,11 @@ def _correct_border_shares(strays: BorderKeys, query, key, bias, is_causal, scal
     attention = scores.sub_(total[..., None]).exp_()
     if is_causal:
         attention.mul_(torch.arange(query.shape[2], device=keys.device)[:, None] >= keys)
-    own, other = (modality_one_hot(labels, share.shape[-1], share) for labels in (strays.modality, strays.visited))
+    key_labels, other = (
+        modality_one_hot(labels, share.shape[-1], share) for labels in (strays.modality, strays.visited)
+    )
     # Rounding errors could make very small shares negative.
-    share.add_(attention @ (own - other)).clamp_(min=0.0)
+    share.add_(attention @ (key_labels - other)).clamp_(min=0.0)
 
 
 def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -66,14 +66,14 @@ def own_and_cross(
     for r, (label, q) in enumerate(zip(rows.labels, into_blocks(query, rows), strict=True)):
         mine = [n for n, other in enumerate(keys.labels) if other == label >= 0]
         others = [n for n in range(len(keys.labels)) if n not in mine]
-        for found, chosen in ((own, mine), (cross, others)):
-            seen = [n for n in chosen if not _all_later(sides, rows, keys, r, n)]
-            triangle = sides.is_causal and sides.same and sides.offset == 0 and seen == [r] and label >= 0
-            extra = None if triangle else _causal_bias(sides, rows, keys, r, seen, q)
-            part_k, part_v = _joined(k, seen), _joined(v, seen)
-            given = None if b is None or not seen else torch.cat([b[r][n] for n in seen], dim=3)
+        for parts, chosen in ((own, mine), (cross, others)):
+            visible = [n for n in chosen if not _all_later(sides, rows, keys, r, n)]
+            triangle = sides.is_causal and sides.same and sides.offset == 0 and visible == [r] and label >= 0
+            extra = None if triangle else _causal_bias(sides, rows, keys, r, visible, q)
+            part_k, part_v = _joined(k, visible), _joined(v, visible)
+            given = None if b is None or not visible else torch.cat([b[r][n] for n in visible], dim=3)
             total = given if extra is None else extra if given is None else given + extra
-            found.append(_part(kernel, q, part_k, part_v, total, triangle, scale))
+            parts.append(_part(kernel, q, part_k, part_v, total, triangle, scale))
     return tuple(
         Part(out_of_blocks([part.output for part in parts], rows),
              out_of_blocks([part.lse[..., None] for part in parts], rows)[..., 0])
@@ -145,15 +145,15 @@ def _all_later(sides: Sides, rows: Blocks, keys: Blocks, r: int, n: int) -> bool
     return sum(keys.lengths[:n]) > sides.offset + sum(rows.lengths[: r + 1]) - 1
 
 
-def _causal_bias(sides: Sides, rows: Blocks, keys: Blocks, r: int, seen: list[int], query) -> Bias | None:
+def _causal_bias(sides: Sides, rows: Blocks, keys: Blocks, r: int, visible: list[int], query) -> Bias | None:
     """Returns a bias of minus infinity for keys after the query."""
-    if not sides.is_causal or not seen:
+    if not sides.is_causal or not visible:
         return None
     places = rows.places(query.device).split(rows.lengths, dim=1)[r] + sides.offset
     others = keys.places(query.device).split(keys.lengths, dim=1)
-    others = torch.cat([others[n] for n in seen], dim=1)
+    others = torch.cat([others[n] for n in visible], dim=1)
     if len(places) == len(others) == 1 and rows.order is None and keys.order is None:
-        last = sum(keys.lengths[: seen[-1] + 1]) - 1
+        last = sum(keys.lengths[: visible[-1] + 1]) - 1
         if last <= sum(rows.lengths[:r]) + sides.offset:
             return None
     later = others[:, None, None, :] > places[:, None, :, None]

@@ -210,9 +210,9 @@ def known_times(tokens: Tokens) -> Times:
     """
     if tokens.times is None:
         raise ShapeError("known_times", expected="tokens with times", got="times=None")
-    known = tokens.valid() if tokens.modality is None else tokens.valid() & (tokens.modality != SPECIAL)
+    valid = tokens.valid() if tokens.modality is None else tokens.valid() & (tokens.modality != SPECIAL)
     return (
-        tokens.times if tokens.mask is None and tokens.modality is None else tokens.times.masked_fill(~known, torch.nan)
+        tokens.times if tokens.mask is None and tokens.modality is None else tokens.times.masked_fill(~valid, torch.nan)
     )
 
 

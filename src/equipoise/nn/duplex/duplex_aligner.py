@@ -79,9 +79,9 @@ class DuplexAligner(nn.Module):
         options = {"basis": (basis, Basis), "norm": (norm, Norm), "fuse": (fuse, Fuse), "mix": (mix, Mix)}
         if basis_scope is not None:
             options["basis_scope"] = (basis_scope, Scope)
-        for name, (given, known) in options.items():
-            if given not in get_args(known):
-                raise unknown_name("DuplexAligner", name, str(given), get_args(known))
+        for name, (value, choices) in options.items():
+            if value not in get_args(choices):
+                raise unknown_name("DuplexAligner", name, str(value), get_args(choices))
         if dim < 1 or num_modalities < 1:
             got = f"dim = {dim}, num_modalities = {num_modalities}"
             raise ConfigError("DuplexAligner", expected="dim >= 1 and num_modalities >= 1", got=got)

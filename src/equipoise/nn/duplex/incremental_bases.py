@@ -58,6 +58,6 @@ def _chunk(maps_of, kind: BasisKind, key, value, labels, product, total, count) 
     maps = maps_of(normed_bases(Moments(products, totals, counts), kind))
     aligned = key
     for direction, label in enumerate(kind.directions):
-        found = torch.einsum("bhki,bkhij->bhkj", key, maps[:, :, direction].to(key.dtype))
-        aligned = torch.where((labels == label)[:, None, :, None], found, aligned)
+        mapped = torch.einsum("bhki,bkhij->bhkj", key, maps[:, :, direction].to(key.dtype))
+        aligned = torch.where((labels == label)[:, None, :, None], mapped, aligned)
     return aligned, products[:, -1], totals[:, -1], counts[:, -1]

@@ -130,11 +130,11 @@ def moments_of(
         inside = [r if i is None else r & i for r, i in zip(real, inside, strict=True)]
     dtype = torch.promote_types(keys[0].dtype, torch.float32)
     zeros = {"dtype": dtype, "device": keys[0].device}
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    moments: list[tuple[Tensor, Tensor, Tensor]] = []
     for label in range(kind.num_modalities):
         if label not in blocks.labels:
             shape = (batch, heads, width)
-            found.append(
+            moments.append(
                 (torch.zeros(*shape, width, **zeros), torch.zeros(shape, **zeros), torch.zeros(batch, **zeros))
             )
             continue
@@ -150,5 +150,5 @@ def moments_of(
             if chosen is None
             else chosen.sum(1).to(dtype).expand(batch)
         )
-        found.append((unit.transpose(-1, -2) @ other, unit.sum(2), count))
-    return Moments(*(torch.stack(parts, dim=1) for parts in zip(*found, strict=True)))
+        moments.append((unit.transpose(-1, -2) @ other, unit.sum(2), count))
+    return Moments(*(torch.stack(parts, dim=1) for parts in zip(*moments, strict=True)))

@@ -92,10 +92,10 @@ class TrainOptions:
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise unknown_name("train", name, shorten_repr(value), known)
+            if not isinstance(value, str) or value not in choices:
+                raise unknown_name("train", name, shorten_repr(value), choices)
         for name, (kind, expected, holds) in LIMITS.items():
             value = getattr(self, name)
             if value is None and name in ("clip", "checkpoint_steps"):
@@ -185,10 +185,10 @@ def find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    known = f"Packaged recipes: {', '.join(recipe_names())}."
+    hint = f"Packaged recipes: {', '.join(recipe_names())}."
     if path.is_dir() and path.name.removesuffix(".yaml") not in recipe_names():
         raise ConfigError("recipe", expected="a file or the name of a packaged recipe", got=f"the folder '{path}'",
-                          fix=known)  # fmt: skip
+                          fix=hint)  # fmt: skip
     packaged = FOLDER / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and packaged.is_file():
         return packaged
@@ -197,7 +197,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
             "recipe",
             expected="an existing file or the name of a packaged recipe",
             got=str(path),
-            fix=known,
+            fix=hint,
         )
     raise unknown_name("recipe", "recipe", path.name.removesuffix(".yaml"), recipe_names())
 

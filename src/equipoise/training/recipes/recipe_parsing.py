@@ -73,17 +73,17 @@ def _check_node(node: yaml.Node, who: str, sizes: dict[int, int], above: set[int
         return sizes[id(node)]
     size, parts = 1, []
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        visited = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
+                if key.value in visited:
                     raise ConfigError(
                         who,
                         expected="each key once",
                         got=f"{shorten_repr(key.value)} twice{_line(key)}",
                         fix="Remove one.",
                     )
-                seen.add(key.value)
+                visited.add(key.value)
             parts += [key, value]
     elif isinstance(node, yaml.SequenceNode):
         parts = node.value
