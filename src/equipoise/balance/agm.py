@@ -39,7 +39,7 @@ def coefficients(
     Args:
         errors: (modality,) e_m of this step.
         usual: (modality,) means of e_m over the previous steps.
-        known: (modality,) False if the modality has no error in this step or had none before; its coefficient is 1.
+        valid: (modality,) False if the modality has no error in this step or had none before; its coefficient is 1.
         alpha: strength.
 
     Example:

@@ -41,7 +41,7 @@ def keep_masks(
 def mask_tokens(
     tokens: Mapping[str, Tokens], mask: Bool[Tensor, "batch modality"], *, scale: Tensor | float = 1.0
 ) -> dict[str, Tokens]:
-    """Masks the tokens of samples and modalities that are not kept; multiplies values by ``scale``."""
+    """Masks the tokens of samples and modalities where ``mask`` is False; multiplies values by ``scale``."""
     return {
         name: replace(part, values=part.values * scale, mask=part.valid() & mask[:, index, None])
         for index, (name, part) in enumerate(tokens.items())

@@ -94,19 +94,19 @@ def _read_recipe(options: Namespace) -> tuple[Recipe, str]:
     return recipe_overrides.apply(recipe, changes, f"recipe of '{title}'"), title
 
 
-def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[str], str]:
+def _derived(options: Namespace, data_options: dict[str, Any]) -> tuple[Recipe, list[str], str]:
     from ..training import recipes
     from ..training.own_data import own_data_recipe
     from .console import err
     from .progress_bars import counted_progress
 
-    if "pair" in given:
-        if "target" in given:
+    if "pair" in data_options:
+        if "target" in data_options:
             raise ConfigError("command line", expected="--target or --pair", got="both")
-        given["pair"] = _names(given["pair"])
-    if "target" in given:
-        names = _names(given["target"])
-        given["target"] = names[0] if len(names) == 1 else names
+        data_options["pair"] = _names(data_options["pair"])
+    if "target" in data_options:
+        names = _names(data_options["target"])
+        data_options["target"] = names[0] if len(names) == 1 else names
     kinds = {}
     for text in options.kind:
         column, sign, kind = text.rpartition("=")
@@ -114,11 +114,11 @@ def _derived(options: Namespace, given: dict[str, Any]) -> tuple[Recipe, list[st
             raise ConfigError("--kind", expected="COLUMN=KIND", got=f"'{text}'")
         kinds[column] = kind
     if kinds:
-        given["kinds"] = kinds
+        data_options["kinds"] = kinds
     base = None if options.config is None else recipes.load_recipe(options.config)
     with counted_progress("checking files", "rows", err) as progress:
         recipe, lines = own_data_recipe(
-            options.data, options=given, skip_bad=options.skip_bad, progress=progress, base=base,
+            options.data, options=data_options, skip_bad=options.skip_bad, progress=progress, base=base,
             encoders=_options_of(options.changes, ENCODERS), readers=_options_of(options.changes, READERS),
         )  # fmt: skip
     return recipe, lines, check_path_component(Path(options.data.rstrip("/")).stem or "data", "--data")

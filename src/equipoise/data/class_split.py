@@ -43,11 +43,11 @@ def sample_kept_classes(held_out: Sequence[int], count: int, who: str) -> Int[Te
 
 
 def split_by_class(split: Split, retained: Int[Tensor, " class"]) -> tuple[Split, Split]:
-    """Splits samples into those of the kept classes, relabeled from 0, and the others, with unchanged targets.
+    """Splits samples into those of the retained classes, relabeled from 0, and the others, with unchanged targets.
 
     Args:
         split: with integer targets (sample,).
-        kept: (class,) in ascending order.
+        retained: (class,) in ascending order.
 
     Example:
         >>> known, unknown = split_by_class(Split({}, torch.tensor([3, 0, 9, 3])), torch.tensor([0, 3]))

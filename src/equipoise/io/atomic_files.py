@@ -134,7 +134,7 @@ def check_folder(folder: Path, who: str) -> None:
                     got=f"the link '{path}'", fix="Replace it with what it leads to, or choose another --out.",
                 )  # fmt: skip
         # wandb writes each run to a new folder, with links to its own log files, which nothing follows.
-        folders[:] = [name for name in folders if Path(place, name) != Path(folder, "logs", "wandb")]
+        folders[:] = [name for name in folders if Path(directory, name) != Path(folder, "logs", "wandb")]
 
 
 def make_folder(folder: Path, who: str) -> None:

@@ -58,7 +58,7 @@ def read_forward_inputs(arguments: dict[str, Any], *, embedded: Tensor | None = 
     """Reads the inputs of a decoder, or of an encoder.
 
     Args:
-        given: arguments by name.
+        arguments: arguments by name.
         embedded: the token ids that were embedded last, for a pass with embeddings only.
     """
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")

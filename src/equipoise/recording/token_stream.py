@@ -25,7 +25,7 @@ class TokenStream:
     Args:
         names: modality names of the labels.
         placeholders: token id -> modality name.
-        given: (key,) or (batch, key) labels of the prompt, from the user.
+        labels: (key,) or (batch, key) labels of the prompt, from the user.
 
     Attributes:
         labels: (batch, token), or (1, token) for all samples; None if they are unknown.
@@ -110,7 +110,7 @@ class TokenStream:
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
     def _why_cache_differs(self, length: int, inputs: ForwardInputs) -> str:
-        """Returns why ``known`` labels do not fit the cache; a cache may have been cropped, but not within the prompt."""
+        """Returns why ``length`` labels do not fit the cache; a cache may have been cropped, but not within the prompt."""
         past = inputs.past
         if self._given is not None and not self._given.shape[-1] <= past and not inputs.partial:
             return f"modality is given for {self._given.shape[-1]} tokens, and the prompt has {past}"

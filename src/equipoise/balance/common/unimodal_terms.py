@@ -105,7 +105,7 @@ def score_sums(model: Multimodal, output: Output, target: Tensor, who: str) -> F
 
 
 def mean_of_others(values: Float[Tensor, " modality"], valid: Bool[Tensor, " modality"]) -> Float[Tensor, " modality"]:
-    """Returns, for each modality, the mean over the other known modalities; its own value if there is none.
+    """Returns, for each modality, the mean over the other valid modalities; its own value if there is none.
 
     Example:
         >>> mean_of_others(torch.tensor([1.0, 4.0, 6.0]), torch.tensor([True, True, True]))

@@ -178,12 +178,12 @@ QUESTIONS = tuple(kind for kind in KINDS if kind != "caption")
 def placed_objects(
     question: Question, rng: np.random.Generator, *, size: int, sides: Sequence[int], step: int, overlap: float
 ) -> Question:  # fmt: skip
-    """Samples positions and sizes of the objects by rejection; the result satisfies ``asked.order``.
+    """Samples positions and sizes of the objects by rejection; the result satisfies ``question.order``.
 
     No two centers are closer than ``APART`` along either axis, so that "left of" and "above" are unambiguous.
 
     Args:
-        asked: question whose objects are placed.
+        question: question whose objects are placed.
         rng: generator of the sample.
         size: side of the image, in pixels.
         sides: possible sides of an object, in pixels.

@@ -192,8 +192,8 @@ def format_samples(sample: Question, kind: str) -> tuple[list[int], list[int]]:
     """Returns the ids of a text and its labels, both padded to ``LONGEST``; captions end with the end token.
 
     Example:
-        >>> asked = Question((), (("what", ()), ("is", ()), ("red", (0,))), (("car", (0,)),))
-        >>> [WORDS[number] for number in format_samples(asked, "object")[0][:6]]
+        >>> question = Question((), (("what", ()), ("is", ()), ("red", (0,))), (("car", (0,)),))
+        >>> [WORDS[number] for number in format_samples(question, "object")[0][:6]]
         ['<image>', 'what', 'is', 'red', 'car', '<pad>']
     """
     question = [IDS[IMAGE], *(IDS[word] for word, _ in sample.question)]

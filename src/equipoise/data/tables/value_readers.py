@@ -112,9 +112,9 @@ class TableReader(ModalityReader):
             cells = block.column(column).to_pylist()
             present |= np.array([cell is not None for cell in cells], dtype=bool)
             hot = np.zeros((len(rows), len(values)))
-            for place, cell in enumerate(cells):
+            for index, cell in enumerate(cells):
                 if cell is not None and str(cell) in number:
-                    hot[place, number[str(cell)]] = 1.0
+                    hot[index, number[str(cell)]] = 1.0
             parts.append(hot)
         values = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
         return values.masked_fill(~torch.from_numpy(present)[:, None], 0.0), torch.from_numpy(present)
