@@ -162,7 +162,7 @@ class AGM(Balancer):
         tokens = {name: replace(part, values=part.values.to(dtype)) for name, part in output.tokens.items()}
         tokens = derived(output.tokens, tokens)
         with eval_mode_no_grad(model):  # type: ignore[arg-type]
-            logits = torch.stack([subset_logits(model, tokens, kept) for kept in modality_subsets(model.names)])
+            logits = torch.stack([subset_logits(model, tokens, subset) for subset in modality_subsets(model.names)])
         columns = []
         for name, response in zip(model.names, shapley_values(logits), strict=True):
             present = has_modality(output, name)

@@ -127,7 +127,7 @@ class MMPareto(Balancer):
                 continue
             totals = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             alone = _shaped(all_reduce_sum(sums) * ratio, parameters)
-            joint = [total - own for total, own in zip(totals, alone, strict=True)]
+            joint = [total - unimodal for total, unimodal in zip(totals, alone, strict=True)]
             combined = pareto_gradient(joint, alone, gamma=self.gamma)
             for parameter, gradient in zip(parameters, combined, strict=True):
                 if parameter.grad is not None:

@@ -152,7 +152,7 @@ def supermatrix_from_attention(
         )  # fmt: skip
     count = int(modality.max()) + 1 if num_modalities is None else num_modalities
     places = [torch.nonzero(modality == number).flatten() for number in range(count)]
-    if any(len(place) == 0 for place in places):
+    if any(len(indices) == 0 for indices in places):
         raise ShapeError("supermatrix_from_attention", expected="tokens of every modality", got="one without any")
     blocks = {}
     for i, rows in enumerate(places):

@@ -263,8 +263,8 @@ def _row_names(
     """Name of each row: that of the user, or the index of its token or group."""
     rows = []
     for index, (name, few) in enumerate(zip(names, sizes, strict=True)):
-        most = max(own[index] for own in each)
-        alike = all(own[index] == most for own in each)
+        most = max(counts[index] for counts in each)
+        alike = all(counts[index] == most for counts in each)
         labels = [f"'{word}'" for word in tokens[name]] if name in tokens else None
         if labels is not None and len(labels) < most:
             raise ShapeError(

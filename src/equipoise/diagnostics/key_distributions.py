@@ -58,8 +58,8 @@ class KeyGeometry:
     def to_dict(self) -> dict[str, Any]:
         """Returns the values in JSON-able form."""
         modalities = {
-            name: {**own, "air": self.air[name], "shift": self.shift.get(name)}
-            for name, own in self.distribution.items()
+            name: {**statistics, "air": self.air[name], "shift": self.shift.get(name)}
+            for name, statistics in self.distribution.items()
         }
         gaps = [asdict(gap) for gap in self.gaps]
         return {"modalities": modalities, "range": self.range, "gaps": gaps, "replaced": self.replaced}
@@ -177,7 +177,7 @@ def geometry_of(
             "key_geometry", expected="a model with attention over its modalities", got="a static fusion", fix=fix
         )
     distribution = key_distribution(clean)
-    means = {name: own["cosine_mean"] for name, own in distribution.items()}
+    means = {name: statistics["cosine_mean"] for name, statistics in distribution.items()}
     defined = [mean for mean in means.values() if mean is not None]
     cosines = dict(zip(clean.names, clean.cosine.clamp(-1.0, 1.0).unbind(dim=-1), strict=True))
     gaps = []

@@ -69,7 +69,7 @@ def mean_over_present(vectors: Sequence[Tensor], parts: Sequence[Tokens]) -> lis
     shape = (-1, *[1] * (vectors[0].ndim - 1))
     # Divide by the count; its inverse would be rounded in half precision.
     count = present.sum(dim=0).clamp(min=1).view(shape)
-    return [v.masked_fill(~here.view(shape), 0.0) / count for v, here in zip(vectors, present, strict=True)]
+    return [v.masked_fill(~mask.view(shape), 0.0) / count for v, mask in zip(vectors, present, strict=True)]
 
 
 def ranks(part: Tokens) -> Int[Tensor, "batch token"]:

@@ -70,16 +70,16 @@ def trace_readers(
     """
     room = max(1, min(MAX_TOKENS, VALUES // max(1, num_layers * len(texts)) - len(WHOLE)))
     return [
-        TraceReader(texts[place], "prompt", place, place) if place < length else
-        TraceReader(texts[place], "answer", place, place - 1)
-        for place in sorted(selectable_tokens(length, names, labels)[:room])
+        TraceReader(texts[index], "prompt", index, index) if index < length else
+        TraceReader(texts[index], "answer", index, index - 1)
+        for index in sorted(selectable_tokens(length, names, labels)[:room])
     ]  # fmt: skip
 
 
 def selectable_tokens(length: int, names: tuple[str, ...], labels: Int[Tensor, " token"]) -> list[int]:
     """Returns the positions of selectable tokens, by priority."""
     word = (labels == (names.index("text") if "text" in names else 0)).tolist()
-    return [*range(length, len(word)), *(place for place in reversed(range(length)) if word[place])]
+    return [*range(length, len(word)), *(index for index in reversed(range(length)) if word[index])]
 
 
 def build_attention_maps(

@@ -113,7 +113,7 @@ def look(
     first = record["answer"]
     if not first.layers:
         raise first.nothing()
-    target = next((kind for kind, given in (("image", picture), ("audio", sound)) if given is not None), None)
+    target = next((kind for kind, medium in (("image", picture), ("audio", sound)) if medium is not None), None)
     labels = trace.labels
     count = 0 if labels is None or target is None else int((labels == first.names.index(target)).sum())
     maps = build_attention_maps(first.layers, record, trace, prompt.length)

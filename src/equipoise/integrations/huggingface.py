@@ -245,7 +245,7 @@ class WatchCallback(TrainerCallback):
             self._watcher.begin(state.global_step, given["model"])
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self._watcher.open:
             return

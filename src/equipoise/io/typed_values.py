@@ -46,7 +46,7 @@ def matches_type(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(matches_type(value, part) for part in parts)
     if origin is Literal:
-        return any(type(value) is type(known) and value == known for known in parts)
+        return any(type(value) is type(literal) and value == literal for literal in parts)
     kind = origin or hint
     if kind is tuple and parts and parts[-1] is not ...:
         same = isinstance(value, (list, tuple)) and len(value) == len(parts)

@@ -93,9 +93,9 @@ class AttentionRecord:
         for step, layer, like, block in waiting:
             if step.loop is not loop:
                 self._pending.append((step, layer, like, block))
-            elif (chosen_record := chosen(step)) is not None:
-                keep = chosen_record.keep.to(block.share.device)
-                part = block.take(chosen_record.index.to(block.share.device), keep)
+            elif (selection := chosen(step)) is not None:
+                keep = selection.keep.to(block.share.device)
+                part = block.take(selection.index.to(block.share.device), keep)
                 record = self._layers.setdefault(layer, like)
                 record.add(part, continues=step.draft > 0 or layer in begun, alive=keep)
                 begun.add(layer)

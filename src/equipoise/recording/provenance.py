@@ -356,13 +356,13 @@ def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _combined(codes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    codes_out = _thin(_aligned(codes[0], shape))
+    combined = _thin(_aligned(codes[0], shape))
     for more in codes[1:]:
         more = _thin(_aligned(more, shape))
-        low, high = torch.minimum(codes_out, more), torch.maximum(codes_out, more)
+        low, high = torch.minimum(combined, more), torch.maximum(combined, more)
         other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
-        codes_out = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
-    return codes_out.expand(shape)
+        combined = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
+    return combined.expand(shape)
 
 
 def _explicit(equation: str, *dims: int) -> str:

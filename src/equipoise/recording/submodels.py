@@ -33,7 +33,7 @@ def outermost_pretrained_models(model: nn.Module) -> list[nn.Module]:
 
     if isinstance(model, PreTrainedModel):
         return [model]
-    return [found for part in model.children() for found in outermost_pretrained_models(part)]
+    return [inner for part in model.children() for inner in outermost_pretrained_models(part)]
 
 
 def modalities_of(root: nn.Module) -> tuple[str, ...]:

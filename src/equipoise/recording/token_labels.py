@@ -227,12 +227,12 @@ def recorded_rows(queries: str | Tensor, call: AttentionCall, known: LabeledKeys
 
 def _prompt_queries(queries: Tensor, known: LabeledKeys, valid: Tensor) -> QueryRows | str | None:
     """Selects the queries of this pass of ``generate`` from a mask of the prompt's queries."""
-    (batch, rows), (batch_given, total) = valid.shape, queries.shape
+    (batch, rows), (mask_batch, total) = valid.shape, queries.shape
     prompt: int = known.length - known.text  # type: ignore[operator]
-    if batch % batch_given or (prompt > total if known.partial else prompt != total):
-        return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(batch_given, total)}"
+    if batch % mask_batch or (prompt > total if known.partial else prompt != total):
+        return f"it has (batch, query) = {(batch, prompt)}, and queries is a mask of shape {(mask_batch, total)}"
     first: int = known.length - rows  # type: ignore[operator]
-    selected = queries[:, first : first + rows].repeat_interleave(batch // batch_given, dim=0)
+    selected = queries[:, first : first + rows].repeat_interleave(batch // mask_batch, dim=0)
     return (
         query_rows(F.pad(selected, (0, rows - selected.shape[1]), value=False) & valid) if selected.shape[1] else None
     )

@@ -100,4 +100,4 @@ def mix_predictions(
 
 def subset_names(subsets: Bool[Tensor, "subset modality"], names: Sequence[str]) -> list[list[str]]:
     """Returns the names of the modalities of each subset."""
-    return [[name for name, kept in zip(names, row, strict=True) if kept] for row in subsets.tolist()]
+    return [[name for name, present in zip(names, row, strict=True) if present] for row in subsets.tolist()]

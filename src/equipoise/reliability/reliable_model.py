@@ -207,8 +207,10 @@ class Reliability(nn.Module):
         tokens, present = self._without_nonfinite(tokens)
         if self.form == "conformal":
             return self._conformal(tokens, present, rho)
-        outputs = [self.model.fuse(keep_modalities(tokens, kept)) for kept in self._names]  # type: ignore[operator]
-        singles = {kept[0]: output.logits for kept, output in zip(self._names, outputs, strict=True) if len(kept) == 1}
+        outputs = [self.model.fuse(keep_modalities(tokens, subset)) for subset in self._names]  # type: ignore[operator]
+        singles = {
+            subset[0]: output.logits for subset, output in zip(self._names, outputs, strict=True) if len(subset) == 1
+        }
         reliability = self._forced(
             self._reliability(self._log_distances(tokens, outputs[0], singles), present), rho, present
         )

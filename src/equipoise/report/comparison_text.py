@@ -95,14 +95,14 @@ def notices(results: Mapping[str, Any]) -> list[str]:
 
 def headline(readings: ResultsView) -> str:
     """Title of the page: the largest significant effect, or that there is no significant difference."""
-    effect_found, names = largest(readings), readings.methods
-    if effect_found is not None:
-        course = "higher" if effect_found.more else "lower"
-        words = describe_effect(effect_found.metric).removesuffix(" r")
-        much = format_delta(effect_found.metric, effect_found.difference) + (
-            "" if effect_found.pairs > 1 else f", one {effect_found.unit} only"
+    strongest, names = largest(readings), readings.methods
+    if strongest is not None:
+        course = "higher" if strongest.more else "lower"
+        words = describe_effect(strongest.metric).removesuffix(" r")
+        much = format_delta(strongest.metric, strongest.difference) + (
+            "" if strongest.pairs > 1 else f", one {strongest.unit} only"
         )
-        return f"{effect_found.method} has a {course} {words} than {effect_found.reference} ({much})"
+        return f"{strongest.method} has a {course} {words} than {strongest.reference} ({much})"
     if len(names) < 2:
         return f"Results of {names[0]}" if names else "No run yet"
     if _tested(readings):
@@ -186,9 +186,9 @@ def _ranking_text(readings: ResultsView) -> list[str]:
             "no significant difference": [gap for gap in gaps if not gap.sure],
         }
         parts = [
-            f"{group}: {join_and([f'{gap.method} ({gap.proof})' for gap in found])}"
-            for group, found in groups.items()
-            if found
+            f"{group}: {join_and([f'{gap.method} ({gap.proof})' for gap in methods])}"
+            for group, methods in groups.items()
+            if methods
         ]
         baseline = f"The best unimodal baseline is {best} with {_mean(readings, best)}"
         sentences.append(f"{baseline}. Compared with it, {'; '.join(parts)}." if parts else f"{baseline}.")

@@ -179,7 +179,7 @@ def gradients(column: ReportColumn) -> FigureBlock | None:
 def keys(column: ReportColumn) -> FigureBlock | None:
     """Cosine of the query and the mean key of each modality; the modality under noise as an outline."""
     details = column.details("keys")
-    histograms = {n: as_histogram(own.get("cosine")) for n, own in (details.get("modalities") or {}).items()}
+    histograms = {n: as_histogram(stats.get("cosine")) for n, stats in (details.get("modalities") or {}).items()}
     histograms = {name: part for name, part in histograms.items() if part is not None}
     if not histograms:
         return None
@@ -216,7 +216,7 @@ def attention(column: ReportColumn) -> FigureBlock | None:
                 start += value
         for name in rows[0]:
             axes.barh(0, 0, color=column.color(name), alpha=0.75, label=name)
-        name_rows(axes, [f"layer {place + 1}" for place in range(len(rows))] if layers else ["readout"])
+        name_rows(axes, [f"layer {index + 1}" for index in range(len(rows))] if layers else ["readout"])
         axes.set_xlim(0, 1)
         percent(axes.xaxis)
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)

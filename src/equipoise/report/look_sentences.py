@@ -108,10 +108,10 @@ def effect_text(shares: MeanShares) -> str:
 
 
 def sinks_text(shares: MeanShares) -> str:
-    shares_all, without = shares.part("answer"), shares.part("answer", without=True)
+    total, without = shares.part("answer"), shares.part("answer", without=True)
     return (
         f"Excluding the {pluralize(shares.left_out, 'token')} with the most attention in each layer (likely attention sinks) "
-        f"changes the share of the {shares.target} from {percent(shares_all)} to {percent(without)}. Dotted line: uniform "
+        f"changes the share of the {shares.target} from {percent(total)} to {percent(without)}. Dotted line: uniform "
         "attention over all visible tokens."
     )
 

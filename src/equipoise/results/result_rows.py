@@ -195,7 +195,7 @@ def paired_values(
 ) -> list[tuple[float, float]]:
     """Returns (value of the method, value of the reference) of every seed and fold where both are comparable."""
     pairs = run_pairs(runs, method, reference, metric)
-    return [(float(own["metrics"][metric] or 0), float(other["metrics"][metric] or 0)) for own, other in pairs]
+    return [(float(run["metrics"][metric] or 0), float(other["metrics"][metric] or 0)) for run, other in pairs]
 
 
 def run_pairs(

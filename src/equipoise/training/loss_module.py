@@ -24,7 +24,7 @@ def gather_predictions(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor,
         return parts
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, parts)
-    return [part for own in every for part in own]
+    return [part for process_parts in every for part in process_parts]
 
 
 class BalancedTraining(TrainingLoop):

@@ -85,7 +85,7 @@ def method_recipe(method: Method, recipe: Recipe) -> Recipe:
             if name not in recipe.encoders:
                 raise unknown_name(f"fusion '{method.base}'", "encoder", str(name), recipe.encoders)
         recipe = replace(
-            recipe, encoders={name: {**own, **added.get(name, {})} for name, own in recipe.encoders.items()}
+            recipe, encoders={name: {**options, **added.get(name, {})} for name, options in recipe.encoders.items()}
         )
     changes = (recipe.variants if recipe.model else recipe.fusions).get(method.base, {}).get("train") or {}
     if not isinstance(changes, dict):

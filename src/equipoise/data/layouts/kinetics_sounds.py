@@ -94,7 +94,7 @@ def _positions(available: int, count: int) -> list[int]:
     """The published rule: the first frame only in clips of six or fewer, and never a frame after the ninth."""
     if available <= 6:
         return [0] * count
-    return [min(place, 8) for place in middle_frames(available, count)]
+    return [min(index, 8) for index in middle_frames(available, count)]
 
 
 def _audio(path: Path, kind: str) -> np.ndarray | Path:

@@ -141,7 +141,7 @@ class Layout(ABC):
         checked = {name: option.default for name, option in self.options.items()}
         for name, value in options.items():
             if name not in self.options:
-                raise unknown_name(who, "option", f"--{name}", [f"--{known}" for known in self.options])
+                raise unknown_name(who, "option", f"--{name}", [f"--{option}" for option in self.options])
             option = self.options[name]
             if option.choices is not None and value not in option.choices:
                 raise unknown_name(who, f"value of --{name}", str(value), map(str, option.choices))

@@ -75,7 +75,9 @@ class RawFolder:
 
     def describe(self) -> str:
         """Returns the expected files in one sentence."""
-        parts = (f"{place.candidates[0]} ({place.content})" for place in self.places.values() if place.required)
+        parts = (
+            f"{location.candidates[0]} ({location.content})" for location in self.places.values() if location.required
+        )
         return f"Expected in it: {'; '.join(parts)}."
 
     def find(self, name: str) -> Path | None:

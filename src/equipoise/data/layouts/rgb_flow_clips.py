@@ -109,5 +109,5 @@ def _place(folder: Path, clip: str, label: str) -> str:
 def _videos(folder: Path | None, stem: str, label: str) -> list[str]:
     if folder is None:
         return []
-    paths = (place / f"{stem}{suffix}" for place in (folder / label, folder) for suffix in VIDEOS)
+    paths = (directory / f"{stem}{suffix}" for directory in (folder / label, folder) for suffix in VIDEOS)
     return [str(path) for path in paths if path.exists()][:1]

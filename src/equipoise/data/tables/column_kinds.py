@@ -193,7 +193,7 @@ def find_modalities(
             "Manifest", expected="at least one column of inputs", got=f"columns {', '.join(table.column_names)}",
             fix="Name the kind of a column with kinds={'column': 'text'} or --kind column=text.",
         )  # fmt: skip
-    order = {column: place for place, column in enumerate(table.column_names)}
+    order = {column: index for index, column in enumerate(table.column_names)}
     return dict(sorted(result.items(), key=lambda item: order[item[1].columns[0]])), unused
 
 

@@ -108,7 +108,7 @@ class TableReader(ModalityReader):
         parts = [np.nan_to_num((numbers - self._mean) / self._std)]
         present = (~np.isnan(numbers)).any(axis=1)
         for column, values in self._values.items():
-            number = {value: place for place, value in enumerate(values)}
+            number = {value: index for index, value in enumerate(values)}
             cells = block.column(column).to_pylist()
             present |= np.array([cell is not None for cell in cells], dtype=bool)
             hot = np.zeros((len(rows), len(values)))

@@ -155,12 +155,12 @@ def _chosen_metrics(
 ) -> tuple[Metric | None, list[Metric]]:
     """The main metric, None for the score of the task, and the others."""
     task = getattr(model, "task", None)
-    mine = {found.name: found for found in select_metrics((), task, "diagnose", user_metrics)}
+    mine = {metric.name: metric for metric in select_metrics((), task, "diagnose", user_metrics)}
     if isinstance(metric, str) and metric in mine:
         main = mine[metric]
     else:
         main = find_metric(metric, task, "diagnose") if metric is not None else next(iter(mine.values()), None)
-    return main, [found for found in mine.values() if found is not main]
+    return main, [metric for metric in mine.values() if metric is not main]
 
 
 def _default_name(model: nn.Module) -> str:

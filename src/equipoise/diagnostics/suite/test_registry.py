@@ -64,7 +64,7 @@ def score(context: DiagnosticContext) -> TestResult:
         values = {
             m.name: m.evaluate(clean.logits, clean.target, str(context.task)) for m in (*measured, *context.others)
         }
-        details["undefined"] = {metric: found.reason for metric, found in values.items() if found.reason}
+        details["undefined"] = {metric: value.reason for metric, value in values.items() if value.reason}
         details["target"] = digest_of(clean.target)
         metrics |= {metric.name: values[metric.name].value for metric in context.others}
     return TestResult(metrics, details)
@@ -155,7 +155,7 @@ def response(context: DiagnosticContext) -> TestResult:
     answer = answers[target]
     metrics = {"noise_attention_r": answer.r, "noise_attention_r_same": answer.r_same, "noise_attention_p": answer.p}
     metrics["noise_attention_r_own"] = own_level.r
-    each = {name: {"r": own.r, "r_same": own.r_same, "p": own.p} for name, own in answers.items()}
+    each = {name: {"r": result.r, "r_same": result.r_same, "p": result.p} for name, result in answers.items()}
     shares = {"clean": _histogram(answer.clean, 0, 1), "noise": _histogram(answer.noise, 0, 1)}
     return TestResult(
         metrics, {"modality": target, "chosen": context.modality is not None, "each": each, "shares": shares}
@@ -243,7 +243,7 @@ def attention(context: DiagnosticContext) -> TestResult:
     if share is None:
         return TestResult({}, details)
     spread = share_spread(share)
-    metrics = {f"share/{name}": float(share[..., place].nanmean()) for place, name in enumerate(context.names)}
+    metrics = {f"share/{name}": float(share[..., index].nanmean()) for index, name in enumerate(context.names)}
     metrics |= {f"share_spread/{name}": float(value) for name, value in zip(context.names, spread.spread, strict=True)}
     if len(context.names) > 1:
         metrics["share_entropy"] = float(share_entropy(share, normalized=True).nanmean())

@@ -117,14 +117,14 @@ def result_of(
     scores: dict[str, np.ndarray] = {}
     errors = {}
     for condition in conditions:
-        condition_replies = [replies[condition, place] for place in range(len(questions))]
+        condition_replies = [replies[condition, index] for index in range(len(questions))]
         texts[condition] = [reply.text for reply in condition_replies]
         scores[condition] = np.array([
             np.nan if reply.text is None else score(reply.text, question)
             for reply, question in zip(condition_replies, questions, strict=True)
         ], dtype=float)  # fmt: skip
         errors |= {
-            (condition, place): reply.error for place, reply in enumerate(condition_replies) if reply.text is None
+            (condition, index): reply.error for index, reply in enumerate(condition_replies) if reply.text is None
         }
     return QuestionResult(questions, conditions, texts, scores, errors, metric, name, extra or {})
 
@@ -143,7 +143,7 @@ def ask_all(
     Raises:
         DataError: ``STOP_AFTER`` calls failed one after the other.
     """
-    tasks = [(condition, place) for place in range(len(questions)) for condition in conditions]
+    tasks = [(condition, index) for index in range(len(questions)) for condition in conditions]
     failures, done = 0, 0
     error = ""
 

@@ -110,7 +110,7 @@ def evaluate_questions(
             prompt=lambda question: template.replace("{}", question.text if by_likelihood else question.prompt),
             identity=f"{fingerprint(model)} {how} ",
         )  # fmt: skip
-    shares = [replies["given", place].extra.get("attention_share") for place in range(len(questions))]
+    shares = [replies["given", index].extra.get("attention_share") for index in range(len(questions))]
     return result_of(
         questions, chosen, replies, scoring, metric=metric_name, name=name, extra={"attention_share": shares}
     )

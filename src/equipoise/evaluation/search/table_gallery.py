@@ -60,7 +60,7 @@ class TableGallery:
         for name, own in self.kinds.items():
             if own == kind:
                 return name
-        have = " and ".join(f"{own} ({name})" for name, own in self.kinds.items())
+        have = " and ".join(f"{kind} ({name})" for name, kind in self.kinds.items())
         raise ConfigError(
             "search", expected=f"a model with a column of kind {kind}", got=f"one of {have}",
             fix="Search with the kind of one of its columns.",
@@ -119,7 +119,7 @@ class TableGallery:
         for start in range(0, len(self.rows), BATCH):
             for name, reader in self.source.readers.items():
                 parts[name].append(embed_batch(model, name, reader.read(self.rows[start : start + BATCH])))
-        return {name: torch.cat(own) for name, own in parts.items()}
+        return {name: torch.cat(chunks) for name, chunks in parts.items()}
 
     @cached_property
     def _texts(self) -> list[Any] | None:

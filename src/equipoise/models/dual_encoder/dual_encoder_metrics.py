@@ -64,12 +64,12 @@ def evaluate_dual_encoder(model: Embedder, source: Any, split: str) -> dict[str,
     vectors, target = embed_split(model, source, split)
     if len(target) > MOST:
         indices = torch.linspace(0, len(target) - 1, MOST).long()
-        vectors, target = {name: own[indices] for name, own in vectors.items()}, target[indices]
+        vectors, target = {name: values[indices] for name, values in vectors.items()}, target[indices]
     metrics = retrieval_metrics(vectors, target) | embedding_metrics(vectors)
     others = [other for other in ("train", "val", "test") if other != split]
     if len(target) * (len(target) + sum(len(source.split(other).target) for other in others)) <= MOST**2:
         parts = [embed_split(model, source, other) for other in others]
-        gallery = {name: torch.cat([own, *(part[0][name] for part in parts)]) for name, own in vectors.items()}
+        gallery = {name: torch.cat([values, *(part[0][name] for part in parts)]) for name, values in vectors.items()}
         metrics |= full_gallery_metrics(vectors, target, gallery, torch.cat([target, *(part[1] for part in parts)]))
     if hasattr(source, "groups"):
         metrics |= retrieval_by_group(vectors, target, source.groups(split))

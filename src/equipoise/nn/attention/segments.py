@@ -138,8 +138,8 @@ class SegmentedAttention(torch.autograd.Function):
         bias = None if bias is None else bias.to(dtype)
         gradients = ctx.kernel.backward(grads, q, k, v, outputs, total, bias, ctx.is_causal, ctx.scale)
         grad_query, grad_key, grad_value = (
-            grad[..., : wanted.shape[-1]].to(wanted.dtype)
-            for grad, wanted in zip(gradients, (query, key, value), strict=True)
+            grad[..., : source.shape[-1]].to(source.dtype)
+            for grad, source in zip(gradients, (query, key, value), strict=True)
         )
         return grad_query, grad_key, None if grad_output is None else grad_value, *(None,) * 7
 
