@@ -76,7 +76,7 @@ def test_core_dependencies():
         "jaxtyping",
         "safetensors",
     }
-    assert requirements("all") == {"equipoise[train,report,hf,lora]"}
+    assert requirements("all") == {"equipoise[train,report,hf,lora,cluster]"}
 
 
 def test_core_works_without_extras():
