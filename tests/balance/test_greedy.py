@@ -227,7 +227,7 @@ def test_errors():
         with pytest.raises(ConfigError, match=r"Greedy: expected window >= 1, threshold >= 0 and ratio > 0"):
             eq.balance.Greedy(fused(), **wrong)
     made, _, _ = build()
-    with pytest.raises(ConfigError, match="expected a fusion without gates, got a second Greedy"):
+    with pytest.raises(ConfigError, match="expected one Greedy for each model, got a second one"):
         eq.balance.Greedy(made)
 
 

@@ -251,5 +251,5 @@ def test_errors():
     for wrong in ({"alpha": -1}, {"momentum": 1.0}, {"fraction": 0.0}, {"entropy_epochs": -1}):
         with pytest.raises(ConfigError, match=f"expected .*{next(iter(wrong))}"):
             eq.balance.PMR(fused(), **wrong)
-    with pytest.raises(ConfigError, match="expected training batches to review, got none"):
+    with pytest.raises(ConfigError, match="expected one or more training batches in review, got none"):
         eq.balance.PMR(fused()).review([], [])

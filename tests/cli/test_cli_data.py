@@ -70,7 +70,7 @@ def test_dropped_samples_are_printed(raw_folder, capsys):
         (["prepare", "mosei", "nowhere"], "expected the folder of the published files, got no such folder"),
         (["prepare", "mosei", "raw", "--out", "raw"], "expected another folder than ROOT"),
         (["ls", "mosie"], "Did you mean 'mosi' or 'mosei'"),
-        (["ls", "mosei", "--workers", "2"], "data ls: expected its own options, got --workers, an option of prepare"),
+        (["ls", "mosei", "--workers", "2"], "data ls: expected no options of data prepare, got --workers"),
         (["verify"], "expected the folder that data prepare wrote, got none"),
         (["verify", "raw"], "expected a folder of data prepare, with prepare.json, got none"),
         (["verify", "raw", "--out", "x"], "got --out, an option of prepare"),

@@ -63,13 +63,13 @@ def test_verdict_names_the_modality_in_use(choices):
     assert image.needing == list(range(40))
     assert image.answered_without == []
     assert image.verdict.startswith("0 % of these questions are answered as well without the image (accuracy 100.0 %")
-    assert "The answers come from the image" in image.verdict
+    assert "The answers depend on the image" in image.verdict
     assert text.accuracy == dict.fromkeys(("given", "blank", "other", "none"), 1.0)
     assert text.as_well == 1.0
     assert text.answered_without == list(range(40))
     assert text.verdict.startswith("100 % of these questions are answered as well without the image")
-    assert "The answers come from the text alone" in text.verdict
-    assert "The answers are at random" in chance.verdict
+    assert "No significant use of the image" in text.verdict
+    assert "is not significantly above chance" in chance.verdict
     assert image.chance == pytest.approx(0.25, abs=0.05)
     assert image.by_category["odd"]["questions"] == 20
 
@@ -92,7 +92,7 @@ def test_scores_of_a_mixed_target():
     # McNemar's mid-p of 10 against 0.
     assert change["p"] == pytest.approx(0.5**10, rel=1e-6)
     assert (
-        "The answers come partly from the image: 10 questions need it, and 20 are answered without it" in result.verdict
+        "The answers depend partly on the image: 10 questions need it, and 20 are answered without it" in result.verdict
     )
     table = result.table().splitlines()
     assert table[0].split() == ["image", "accuracy", "95", "%", "interval", "difference", "p"]

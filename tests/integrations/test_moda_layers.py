@@ -247,7 +247,7 @@ def test_other_merges_are_trainable(merge):
         (lambda m: eq.hf.apply_moda(m, prefix="x"), r"expected a known prefix, got 'x'"),
         (lambda m: eq.hf.apply_moda(m, norm="x"), r"expected a known norm, got 'x'"),
         (lambda m: eq.hf.apply_moda(m, directions=("imag",)), r"got 'imag'\. Did you mean 'image'"),
-        (lambda m: [eq.hf.apply_moda(m) for _ in range(2)], r"expected a model without MODA, got one that has it at"),
+        (lambda m: [eq.hf.apply_moda(m) for _ in range(2)], r"expected a model without MODA, got a model with MODA at"),
     ],
 )
 def test_errors(call, message):

@@ -435,7 +435,9 @@ def test_views_of_a_record(monkeypatch):
     assert "<th>layer</th><th>audio</th>" in record._repr_html_()
     monkeypatch.setitem(sys.modules, "pandas", None)
     for view in (record, record.table()):
-        with pytest.raises(ConfigError, match=r"to_pandas: expected pandas, got no such package. Install it: pip"):
+        with pytest.raises(
+            ConfigError, match=r"to_pandas: expected the package pandas, got none installed. Install it: pip"
+        ):
             view.to_pandas()
     with eq.watch(made, modality=LABELS) as empty:
         pass

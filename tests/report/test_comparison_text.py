@@ -24,7 +24,7 @@ def test_verdict_for_an_increase():
     assert f"In joint, {noise} toward it (r = −0.20 ± 0.02, 3 seeds)" in text
     assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
     # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
-    effect = "attention–noise correlation r increases from −0.20 to 0.55 (+0.75, on 3 of 3 seeds, p = 0.002)"
+    effect = "attention–noise correlation r is significantly higher, 0.55 instead of −0.20 (+0.75, higher on 3 of 3 seeds, p = 0.002)"
     assert text.startswith(f"The largest significant effect is that of joint+x compared with joint: {effect}.")
     assert text.count(effect) == 1
 
@@ -44,14 +44,14 @@ def test_verdict_when_sign_depends_on_noise_level():
 def test_verdict_for_a_decrease():
     head, text = text_of_results([0.5, 0.6, 0.55], [-0.2, -0.22, -0.18])
     assert head == "joint+x has a lower attention–noise correlation than joint (−0.75)"
-    assert "r decreases from 0.55 to −0.20 (−0.75, on 3 of 3 seeds" in text
+    assert "r is significantly lower, −0.20 instead of 0.55 (−0.75, lower on 3 of 3 seeds" in text
 
 
 def test_verdict_for_weak_evidence():
     head, text = text_of_results([0.1, 0.3, 0.2], [0.3, 0.1, 0.45])
     assert head == "No significant difference between joint and joint+x"
-    assert "r does not change significantly, from 0.20 to 0.28 (+0.08, on 2 of 3 seeds, p = 0." in text
-    assert "increases" not in text
+    assert "r does not differ significantly, 0.28 instead of 0.20 (+0.08, higher on 2 of 3 seeds, p = 0." in text
+    assert "significantly higher" not in text
     assert "largest" not in text
 
 
@@ -59,8 +59,8 @@ def test_verdict_for_one_seed():
     head, text = text_of_results([-0.2], [0.6])
     assert head == "Comparison of joint and joint+x without a statistical test"
     assert text.startswith("Every method was run on one seed only, so no difference can be tested.")
-    assert "r changes from −0.20 to 0.60 (+0.80, one seed only)" in text
-    assert "increases" not in text
+    assert "r is 0.60 instead of −0.20 (+0.80, one seed only)" in text
+    assert "significantly higher" not in text
 
 
 def run_with_outcomes(method, right, seed=0, fold=None):
@@ -82,7 +82,7 @@ def test_one_seed_is_tested_over_samples():
     assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+15.0 points, one seed only)"
     text = " ".join(comparison_text.verdict(readings))
     assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
-    assert f"accuracy increases from 60.0 % to 75.0 % ({found.proof})" in text
+    assert f"accuracy is significantly higher, 75.0 % instead of 60.0 % ({found.proof})" in text
     assert "the difference to the second best, concat, is significant" in text
 
 
@@ -90,7 +90,7 @@ def test_one_seed_without_a_significant_difference():
     readings = read([run_with_outcomes("concat", FEW), run_with_outcomes("joint", FEW[3:] + "101")])
     assert effect(readings, "joint", "accuracy").p > 0.05
     assert comparison_text.headline(readings) == "No significant difference between concat and joint"
-    assert "accuracy does not change significantly, from 60.0 % to 59.0 %" in " ".join(
+    assert "accuracy does not differ significantly, 59.0 % instead of 60.0 %" in " ".join(
         comparison_text.verdict(readings)
     )
 
@@ -118,7 +118,7 @@ def test_several_seeds_are_tested_over_seeds():
 def test_equal_differences_are_never_significant():
     head, text = text_of_results([0.0, 0.25, 0.5], [0.25, 0.5, 0.75])
     assert head == "Comparison of joint and joint+x without a statistical test"
-    assert "r does not change significantly, from 0.25 to 0.50 (+0.25, on 3 of 3 seeds)" in text
+    assert "r does not differ significantly, 0.50 instead of 0.25 (+0.25, higher on 3 of 3 seeds)" in text
 
 
 def test_attention_without_consistent_response():
@@ -140,7 +140,7 @@ def test_headline_has_the_largest_significant_effect():
     assert comparison_text.headline(noisy) == "joint has a higher accuracy than concat (+10.7 points)"
     # A modality alone is a baseline, and counts where nothing else was compared.
     single = compared_runs({"image": (0.2, 0.21, 0.23), "concat": (0.6, 0.62, 0.61), "joint": (0.61, 0.6, 0.62)})
-    assert comparison_text.headline(single) == "No significant difference between image, concat and joint"
+    assert comparison_text.headline(single) == "No significant difference between concat and joint"
 
 
 def test_error_metrics_are_lower_is_better():
@@ -148,10 +148,13 @@ def test_error_metrics_are_lower_is_better():
     readings = compared_runs(errors, "negative_error")
     assert comparison_text.headline(readings) == "joint has a lower mean absolute error than concat (−0.10)"
     text = " ".join(comparison_text.verdict(readings))
-    assert "mean absolute error decreases from 0.610 to 0.507 (−0.10, on 3 of 3 seeds, p = 0." in text
+    assert (
+        "mean absolute error is significantly lower, 0.507 instead of 0.610 (−0.10, lower on 3 of 3 seeds, p = 0."
+        in text
+    )
     assert "joint has the lowest mean absolute error: 0.507 ± 0.012, 3 seeds" in text
     assert "The best unimodal baseline is image with 0.713 ± 0.015" in text
-    assert "significantly better: concat (−0.10, on 3 of 3 seeds" in text
+    assert "significantly better: concat (−0.10, lower on 3 of 3 seeds" in text
     assert comparison_text.scores_text(readings, "negative_error").startswith(
         "Mean absolute error: joint 0.507, concat 0.610"
     )
@@ -169,7 +172,7 @@ def test_values_and_tests_are_consistent_across_sentences():
         text = " ".join(comparison_text.verdict(readings))
         assert found.sentence in text
         assert found.proof in comparison_text.differences_text(readings, "accuracy")
-        assert ("does not change significantly" in found.sentence) != found.sure
+        assert ("does not differ significantly" in found.sentence) != found.sure
         assert comparison_text.headline(readings).startswith(f"{method} ") == found.sure
 
 
@@ -197,7 +200,7 @@ def test_verdict_compares_fusions_with_the_best_single_modality():
         "The best unimodal baseline is image with 65.5 ± 0.7 %, 2 seeds. Compared with it, significantly worse: joint"
         in text
     )
-    assert "significantly better: concat (+10.1 points, on 2 of 2 seeds, p = 0.0" in text
+    assert "significantly better: concat (+10.1 points, higher on 2 of 2 seeds, p = 0.0" in text
 
 
 def test_verdict_without_results():
@@ -238,7 +241,7 @@ def test_sentences_name_the_corrupted_modality_of_each_method():
     assert comparison_text.headline(readings) == "Comparison of joint and joint+x without a statistical test"
     with_accuracy = [run | {"metrics": run["metrics"] | {"accuracy": 0.5}} for run in runs]
     text = " ".join(comparison_text.verdict(read(with_accuracy)))
-    assert "accuracy remains at 50.0 %; r is not compared, since no pair of runs replaced the same modality" in text
+    assert "accuracy is the same, 50.0 %; r is not compared, since no pair of runs replaced the same modality" in text
 
 
 def test_unfinished_and_failed_runs_are_reported():

@@ -46,7 +46,7 @@ def test_page_contains_results_and_escapes_them(content, tmp_path):
     assert text.count('src="data:image/png;base64,') == 8
     assert "http" not in text.replace("http-equiv", "")
     assert "“red heart”" in text
-    assert "9 nearest images of 3\u202f395; 2 more have the same score as the last one." in text
+    assert "9 nearest images of 3,395; 2 more have the same score as the last one." in text
     assert "Not in the training captions: “hearty”." in text
 
 
@@ -54,7 +54,7 @@ def test_image_query_shows_captions(tmp_path):
     asked = result_to_dict(search_result("cat.png", colored(1, 2, 3), tied=0), model="")
     text = search_page(asked)
     assert "<h1>What is cat.png?</h1>" in text
-    assert "9 nearest captions of 3\u202f395." in text
+    assert "9 nearest captions of 3,395." in text
     assert text.count('src="data:image/png;base64,') == 9
 
 

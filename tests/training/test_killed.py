@@ -145,6 +145,8 @@ def test_killed_worker_raises_and_finished_runs_are_kept(tmp_path):
         for worker in workers_of(os.getpid()) - known:
             os.kill(worker, signal.SIGKILL)
 
-    with pytest.raises(ConfigError, match=r"compare: expected running worker processes, got one that was killed.*kept"):
+    with pytest.raises(
+        ConfigError, match=r"compare: expected running worker processes, got a worker process that was killed.*kept"
+    ):
         compare(plan, ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
     assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["concat"]

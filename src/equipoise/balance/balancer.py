@@ -157,7 +157,7 @@ class Balancer(nn.Module):
         """Called with the output of each training batch."""
 
     def penalty(self, output: Output, target: Tensor) -> Tensor | None:
-        """Returns a scalar that is added to the loss (in place of the terms in ``replaces``), or None."""
+        """Returns a scalar that is added to the loss (instead of the terms in ``replaces``), or None."""
         return None
 
     def gradient_scale(self, output: Output, target: Tensor) -> Mapping[str, Tensor | float] | None:

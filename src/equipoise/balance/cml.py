@@ -88,7 +88,7 @@ class CML(Balancer):
     epochs: Tensor
 
     def order(self) -> list[str]:
-        """Returns the order in which modalities are removed in this epoch; the last one stays."""
+        """Returns the order in which modalities are removed in this epoch; the last one is not removed."""
         names = self._model[0].names
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.epochs))
         return [names[index] for index in torch.randperm(len(names), generator=random).tolist()]

@@ -110,7 +110,7 @@ class Greedy(Balancer):
                 got=f"window = {window}, threshold = {threshold}, ratio = {ratio}",
             )  # fmt: skip
         if isinstance(model.fusion, GatedTokens):
-            raise ConfigError("Greedy", expected="a fusion without gates", got="a second Greedy on one model")
+            raise ConfigError("Greedy", expected="one Greedy for each model", got="a second one")
         self.window, self.threshold = window, threshold
         like = next(model.head.parameters())
         gate = CrossGate(model.names, model.fusion.dim, ratio).to(like.device, like.dtype)

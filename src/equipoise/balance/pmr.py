@@ -173,7 +173,7 @@ class PMR(Balancer):
                 batch_features, there = self._features(as_output(model, model(batch), "PMR"))
                 parts.append((batch_features, there & batch_features.isfinite().all(dim=-1), batch["target"]))
         if not parts:
-            raise ConfigError("PMR", expected="training batches to review", got="none")
+            raise ConfigError("PMR", expected="one or more training batches in review", got="none")
         features, present, targets = zip(*parts, strict=True)
         target = torch.cat(targets)
         if int(self.reviewed) == 0 and model.task == "regression":

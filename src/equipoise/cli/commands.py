@@ -178,7 +178,7 @@ def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
     if checkpoint.exists() and is_resumable(folder, job) is None and is_finished(job, folder) is None:
         raise ConfigError(
             "train --resume", expected="the recipe, method, seed and fold of the interrupted run",
-            got=f"others than in '{folder}'", fix="Its recipe is recipe.yaml in that folder; or choose another --out.",
+            got=f"settings that differ from those in '{folder}'", fix="Use recipe.yaml in that folder, or choose another --out.",
         )  # fmt: skip
 
 

@@ -68,9 +68,7 @@ def manage_data(options: Namespace) -> int:
     for name in used:
         if name not in allowed[options.action]:
             shown = "a third argument" if name == "root" else f"--{name}"
-            raise ConfigError(
-                f"data {options.action}", expected="its own options", got=f"{shown}, an option of prepare"
-            )
+            raise ConfigError(f"data {options.action}", expected="no options of data prepare", got=shown)
     if options.action == "ls":
         return _list(options)
     return _prepare(options) if options.action == "prepare" else _verify(options)

@@ -75,7 +75,7 @@ def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
 
 
 def apply(base: Recipe, changes: Sequence[Change], who: str) -> Recipe:
-    """Applies changes to a recipe; ``who`` begins the error messages.
+    """Applies changes to a recipe; error messages start with ``who``.
 
     Raises:
         ConfigError: unknown option, or a value of the wrong type.

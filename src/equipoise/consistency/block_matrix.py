@@ -23,7 +23,7 @@ def sizes_of(matrix: SquareMatrix, num_modalities: int | None, sizes: Sequence[i
     size = check_square(matrix, who)
     if (num_modalities is None) == (sizes is None):
         raise ConfigError(
-            who, expected="num_modalities, or sizes if modalities differ", got="both" if sizes else "neither"
+            who, expected="num_modalities, or sizes if the numbers of tokens differ", got="both" if sizes else "neither"
         )
     if sizes is not None:
         if sum(sizes) != size or min(sizes, default=0) < 1:

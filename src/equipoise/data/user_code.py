@@ -21,7 +21,7 @@ def allow_code(sources: Iterable[str]) -> None:
 
 
 def allowed_code() -> tuple[str, ...]:
-    """Returns the functions that this process may run, so that its worker processes can be told."""
+    """Returns the functions that this process may run, so that they can be passed to its worker processes."""
     return tuple(sorted(_allowed))
 
 

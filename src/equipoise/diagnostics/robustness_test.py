@@ -42,7 +42,7 @@ class Robustness:
     names: tuple[str, ...]
 
     def best_intact(self, modality: str) -> float:
-        """Returns the score of the best other modality alone, which remains whatever happens to this one; NaN without."""
+        """Returns the score of the best other modality alone, which does not depend on this one; NaN if there is no other."""
         return max((score for name, score in self.alone.items() if name != modality), default=math.nan)
 
     def mean(self, modality: str | None = None, corruption: str | None = None) -> float:

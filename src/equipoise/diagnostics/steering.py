@@ -30,7 +30,7 @@ Heads = Sequence[int] | Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class LogitOffsets:
-    """What ``steer`` adds to the logits of attention.
+    """Offsets that ``steer`` adds to the attention logits.
 
     Attributes:
         beta: modality -> number added to the logits of its keys.

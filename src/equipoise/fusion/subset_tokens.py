@@ -29,7 +29,7 @@ def keep_modalities(tokens: Mapping[str, Tokens], names: Collection[str]) -> dic
 
 
 def derived(tokens: Mapping[str, Tokens], changed: dict[str, Tokens]) -> dict[str, Tokens]:
-    """Returns changed tokens with what ``tokens`` carry: those of ``eq.adapt``, the call that computes the rest."""
+    """Returns changed tokens with the extra data of ``tokens``: for ``eq.adapt``, the call that runs the rest of the model."""
     derive = getattr(tokens, "derive", None)
     return changed if derive is None else derive(changed)
 
@@ -66,7 +66,7 @@ def shapley_values(worth: Tensor) -> Tensor:
 
 
 def _weight(count: int, m: int, number: int) -> float:
-    """What v of a subset counts in phi_m."""
+    """Weight of v(subset) in phi_m."""
     size = (number & ~(1 << m)).bit_count()
     weight = math.factorial(size) * math.factorial(count - size - 1) / math.factorial(count)
     return weight if number >> m & 1 else -weight

@@ -15,7 +15,7 @@ from ..recording.share_measurement import explicit_attention
 
 
 class TraceReader(NamedTuple):
-    """A query whose attention is kept.
+    """A query whose attention is stored.
 
     Attributes:
         text: the token, or the name of a group of tokens.

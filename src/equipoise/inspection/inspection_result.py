@@ -68,7 +68,7 @@ class InspectionView(NamedTuple):
     sinks: tuple[SinkToken, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
     """Result of ``look``.
 
@@ -138,6 +138,9 @@ class Inspection:
             ConfigError: pandas is not installed.
         """
         return to_pandas(self.rows(), "Inspection")
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(self.table())}\n\n{escape(self.answer)}</pre>"

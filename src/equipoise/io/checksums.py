@@ -28,7 +28,7 @@ def verify_checksum(content: Mapping[str, Any], who: str, fix: str) -> dict[str,
     """
     rest = {name: value for name, value in content.items() if name != "checksum"}
     if "checksum" in content and content["checksum"] != _text_checksum(rest):
-        raise SchemaError(who, expected="the content that was written", got="one that was changed since", fix=fix)
+        raise SchemaError(who, expected="unmodified content", got="content that does not match its checksum", fix=fix)
     return rest
 
 

@@ -22,7 +22,10 @@ def to_pandas(rows: Sequence[Mapping[str, Any]], who: str) -> Any:
         import pandas  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"{who}.to_pandas", expected="pandas", got="no such package", fix="Install it: pip install pandas."
+            f"{who}.to_pandas",
+            expected="the package pandas",
+            got="none installed",
+            fix="Install it: pip install pandas.",
         ) from error
     return pandas.DataFrame(list(rows))
 

@@ -26,7 +26,7 @@ class KeyOffsets(NamedTuple):
     values: Float[Tensor, "#batch #head #query group"]
 
     def by_key(self, rows: slice = slice(None)) -> Float[Tensor, "#batch #head #query key"]:
-        """Returns the number for each key, for some of the queries."""
+        """Returns the value of each key, for the selected queries."""
         values = self.values[:, :, rows] if self.values.shape[2] > 1 else self.values
         # A product of matrices would be rounded to a lower precision on some devices.
         total = values.new_zeros(1, 1, 1, 1)
@@ -127,7 +127,7 @@ class QueryRows(NamedTuple):
 
     Attributes:
         weight: (batch, query), or (batch, n) along ``index``: 1 for a query that counts, else 0.
-        index: (batch, n) places of the queries; None where all are taken as they stand.
+        index: (batch, n) indices of the queries; None if all queries are recorded.
     """
 
     weight: Float[Tensor, "batch n"]

@@ -1,4 +1,4 @@
-"""Attention summed over the watched queries of samples that went through a layer together."""
+"""Attention of the samples that passed through a layer in one batch, summed over the recorded queries."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def report_change(call: AttentionCall) -> None:
 
 @contextmanager
 def show_change(call: AttentionCall) -> Iterator[None]:
-    """Sessions that intercept the attention in the block record this call in place of the one that they intercept."""
+    """Context manager in which recording sessions record this call instead of the one that they intercept."""
     before, _CHANGES.shown = _CHANGES.shown, call
     try:
         yield

@@ -16,9 +16,10 @@ from .shared_patches import held, wrapped
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Runs everything that ``torch.compile`` has compiled, or compiles in the block, without its compiled code.
+    """Context manager in which modules compiled by ``torch.compile`` run uncompiled.
 
-    The setting is one of the process: other threads run uncompiled meanwhile. Compiled code is kept.
+    The setting applies to the whole process, so other threads run uncompiled code during the block as well. Compiled
+    code is not discarded.
     """
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:

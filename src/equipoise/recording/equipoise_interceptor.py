@@ -18,7 +18,7 @@ from .share_measurement import measure_share
 
 @contextmanager
 def intercept_own_layers(session: RecordingSession) -> Iterator[None]:
-    """Hooks on every ``Attention``'s core, behind whatever turns its query."""
+    """Registers hooks on the core of every ``Attention``, after a possible rotation of its query."""
     with ExitStack() as stack:
         for part in session.model.modules():
             if isinstance(part, Attention):

@@ -43,7 +43,7 @@ def intercept_multihead(session: RecordingSession) -> Iterator[None]:
 
 
 class _Ran:
-    """What has run in the thread that is watched.
+    """Modules that have run in the recorded thread.
 
     Attributes:
         calls: of ``nn.MultiheadAttention`` layers.
@@ -74,7 +74,7 @@ def _untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _plain(part: nn.Module) -> bool:
-    """Whether it is torch's own encoder layer, with nothing of its own inside."""
+    """Whether a module is torch's encoder layer without modified submodules."""
     return type(part) is nn.TransformerEncoderLayer and type(part.self_attn) is nn.MultiheadAttention
 
 

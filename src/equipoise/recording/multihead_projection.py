@@ -46,7 +46,7 @@ def project_heads(
     layer: HeadProjection, query: Tensor, key: Tensor, value: Tensor, *, batch_first: bool = True,
     padding: Tensor | None = None, mask: Tensor | None = None,
 ) -> AttentionCall:  # fmt: skip
-    """What a layer will do with its inputs, batched or not; masks are torch's, in which True hides a key."""
+    """Computes the queries, keys and values of a layer, for batched and unbatched inputs; masks are True for masked keys."""
     with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
         itself = key is query or (key.shape == query.shape and torch.equal(key, query))
         if query.ndim == 2:
@@ -91,7 +91,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 def _added(mask: Tensor) -> Tensor:
-    """As numbers to add to the scores."""
+    """Converts a mask to numbers that are added to the scores."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))

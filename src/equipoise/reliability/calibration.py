@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PENALTY = 1e-4
-"""Weight of a^2 + b^2, which keeps both finite where damage is told apart perfectly."""
+"""Weight of a^2 + b^2, which keeps both finite if damaged and clean samples are perfectly separable."""
 TEMPERATURE_PENALTY = 0.02
 """Weight of log(T)^2: at T = 0 rho alone would express all uncertainty."""
 STARTS = (0.0, 1.5)

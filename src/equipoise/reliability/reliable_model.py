@@ -276,7 +276,7 @@ class Reliability(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise DataError(
                 str(path), expected="a file of Reliability.save for this model", got=" ".join(str(error).split())[:400],
-                fix="Build the model as it was when the file was written.",
+                fix="Build the model with the architecture of the saved one.",
             ) from error  # fmt: skip
         return reliable.eval()
 
@@ -304,7 +304,7 @@ class Reliability(nn.Module):
     def _log_distances(
         self, tokens: Mapping[str, Tokens], output: Output | None, singles: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch modality"]:
-        """The log distance of each modality, or its energy in place of that."""
+        """Returns the log distance of each modality, or its energy."""
         distances = []
         for name in self.names:
             part = tokens[name]

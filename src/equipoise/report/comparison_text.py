@@ -106,7 +106,9 @@ def headline(readings: ResultsView) -> str:
     if len(names) < 2:
         return f"Results of {names[0]}" if names else "No run yet"
     if _tested(readings):
-        return f"No significant difference between {join_and(names)}"
+        # Unimodal baselines have no part in ``largest``, so they are not claimed to be equal.
+        fusions = [name for name in names if name not in readings.single]
+        return f"No significant difference between {join_and(fusions if len(fusions) > 1 else names)}"
     return f"Comparison of {join_and(names)} without a statistical test"
 
 
@@ -156,7 +158,7 @@ def _effects_text(readings: ResultsView, method: str, reported: Effect | None) -
     method_row, its = (readings.row(m, "noise_attention_r") for m in (method, reference))
     if method_row and its and method_row["difference"] is None:
         parts.append("r is not compared, since no pair of runs replaced the same modality")
-    return f"Compared with {reference}, {method}: {'; '.join(parts)}." if parts else ""
+    return f"{method} compared with {reference}: {'; '.join(parts)}." if parts else ""
 
 
 def _ranking_text(readings: ResultsView) -> list[str]:
@@ -249,8 +251,8 @@ def keys_text(readings: ResultsView, method: str, moment: str) -> str:
     noise = readings.histogram(method, "keys", moment, "noise", disturbed, "cosine")
     if noise is not None and disturbed in means:
         text += (
-            f" With noise, {disturbed} has a mean cosine of {format_signed(noise.mean)} "
-            f"({format_signed(noise.mean - means[disturbed])})."
+            f" With noise, the mean cosine of {disturbed} changes by {format_signed(noise.mean - means[disturbed])} "
+            f"to {format_signed(noise.mean)}."
         )
     return text
 

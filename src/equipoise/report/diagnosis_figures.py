@@ -97,7 +97,7 @@ def corruption_share(column: ReportColumn) -> FigureBlock | None:
 
     def format_share(axes: Axes) -> None:
         percent(axes.yaxis)
-        axes.set(ylim=(0, 1), ylabel="attention to the corrupted modality")
+        axes.set(ylim=(0, 1), ylabel="attention share")
 
     return _levels(column, "share", "share-", _part, format_share)
 

@@ -48,8 +48,8 @@ WORDS: dict[str, TestTexts] = {
         "Response of attention to noise",
         "Attention on the same samples, clean and with one modality replaced by noise. Attention that responds to input "
         "quality moves to the right. r is the correlation between the replacement (0 or 1) and the attention to the "
-        "other modalities: at +1 attention always leaves the noise, at 0 it does not respond, below 0 it moves toward "
-        "the noise.",
+        "other modalities: at +1 attention moves away from the noise in every sample, at 0 it does not respond, below 0 it "
+        "moves toward the noise.",
         "The test measures attention, not use: attention may change while the prediction still suffers. r depends on the "
         "variation between samples: if attention is nearly constant, a very small shift gives a large r, so the size of "
         "the shift should be reported as well. The modality should be selected on validation data.",
@@ -66,8 +66,8 @@ WORDS: dict[str, TestTexts] = {
     "corruption": TestTexts(
         "Score under increasing corruption",
         "Score with noise added to one modality at test time, from none to the standard deviation of the data. The score "
-        "of a robust model decreases slowly and stays at the level of the other modalities; attention that responds to "
-        "input quality decreases as well.",
+        "of a robust model does not fall below that of the other modalities alone; if attention responds to input quality, "
+        "the share of the corrupted modality decreases.",
         "All levels use the same random numbers, so the curve is smoother than the uncertainty of its points. The input "
         "is still present at the highest level, with noise of the same magnitude: this is a milder corruption than "
         "replacement.",
@@ -77,16 +77,16 @@ WORDS: dict[str, TestTexts] = {
         "Score with one modality damaged in each way of the catalog, mean (dot) and range (bar) over severities 1, 3 and 5. "
         "The dashed line is the score without damage, the solid line that of the best modality that is still intact: a "
         "robust fusion does not fall below it.",
-        "Severities of different corruptions are not equally hard. Damage that was part of the training is a test on the "
-        "training condition.",
+        "Severities of different corruptions are not equally hard. For damage that was part of the training, the test does "
+        "not measure generalization.",
     ),
     "shapley": TestTexts(
         "Contribution of each modality (Shapley values)",
         "Contribution of each modality to the score, averaged over all orders in which the modalities can be added. The "
         "values sum to the score minus that of a constant prediction. A negative value means that the modality reduces "
         "the score.",
-        "The average includes subsets of modalities on which the model was never trained: a modality may receive credit "
-        "for errors that the model makes on the others alone.",
+        "The average includes subsets of modalities on which the model was never trained: the value of a "
+        "modality may be too large because of errors that the model makes on the others alone.",
     ),
     "quag": TestTexts(
         "Score with averaged attention (QUAG)",
@@ -134,7 +134,7 @@ WORDS: dict[str, TestTexts] = {
     "gradients": TestTexts(
         "Gradient norms of the encoders",
         "Norm of the gradient of the fused loss at the output of each encoder, without balancing methods and auxiliary "
-        "heads. The fusion loss hardly trains a modality with a small norm.",
+        "heads. The fused loss hardly trains an encoder with a small norm.",
         "A small norm may also mean that the loss of this modality has converged. Norms decrease with the batch size and "
         "should be compared at the same batch size.",
     ),

@@ -67,17 +67,17 @@ class Effect:
 
     @property
     def course(self) -> str:
-        return f"from {format_value(self.metric, self.before)} to {format_value(self.metric, self.after)}"
+        return f"{format_value(self.metric, self.after)} instead of {format_value(self.metric, self.before)}"
 
     @property
     def proof(self) -> str:
-        """The difference, the number of pairs that agree, and the p-value if there is one."""
+        """The difference, the number of pairs with a difference of this sign, and the p-value if there is one."""
         parts = [format_delta(self.metric, self.difference)]
         if self.pairs < 2:
             tested = [] if self.p is None else [f"{format_p(self.p)} over the test samples"]
             return ", ".join([*parts, f"one {self.unit} only", *tested])
         if self.agree is not None:
-            parts.append(f"on {self.agree} of {pluralize(self.pairs, self.unit)}")
+            parts.append(f"{'higher' if self.more else 'lower'} on {self.agree} of {pluralize(self.pairs, self.unit)}")
         if self.p is not None:
             parts.append(format_p(self.p))
         return ", ".join(parts)
@@ -92,12 +92,12 @@ class Effect:
         """The effect in words, no stronger than its evidence."""
         words = describe_effect(self.metric)
         if self.difference == 0:
-            return f"{words} remains at {format_value(self.metric, self.after)}"
+            return f"{words} is the same, {format_value(self.metric, self.after)}"
         if self.sure:
-            return f"{words} {'increases' if self.more else 'decreases'} {self.course} ({self.proof})"
+            return f"{words} is significantly {'higher' if self.more else 'lower'}, {self.course} ({self.proof})"
         if self.p is None and self.pairs < 2:
-            return f"{words} changes {self.course} ({self.proof})"
-        return f"{words} does not change significantly, {self.course} ({self.proof})"
+            return f"{words} is {self.course} ({self.proof})"
+        return f"{words} does not differ significantly, {self.course} ({self.proof})"
 
 
 def describe_effect(metric: str) -> str:

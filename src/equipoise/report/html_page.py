@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..results.result_rows import to_jsonable
 from . import plot_style
@@ -34,7 +34,7 @@ def render_page(
     script and no external resource, whatever a name in the data contains.
 
     Args:
-        name: of the page: "report", "diagnosis", "look" or "search".
+        name: of the page: "report", "diagnosis", "look", "questions" or "search".
         data: embedded as JSON in the element with the id ``data_id`` of the template.
         filters: additional Jinja filters.
         **values: variables of the template.
@@ -43,7 +43,7 @@ def render_page(
         loader=PackageLoader("equipoise.report", "templates"),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"bound": bound, **(filters or {})}
+    environment.filters |= {"bound": bound, "breakable": breakable, **(filters or {})}
     script = _asset("base.js") + _asset(f"{name}.js")
     return environment.get_template(f"{name}.html.j2").render(
         style=_asset("base.css") + _asset(f"{name}.css"),
@@ -66,6 +66,16 @@ def bound(text: str) -> str:
     return re.sub(
         r"(?<=\d) (?=%|±|points|seed|run)|(?<=±) | (?=[=<] )|(?<=epoch) (?=\d)|(?<=[=<]) ", "\N{NO-BREAK SPACE}", text
     )
+
+
+def breakable(name: str) -> Markup:
+    """Allows line breaks in a long name after each dot and underscore.
+
+    Example:
+        >>> print(breakable("train.batch_size"))
+        train.<wbr>batch_<wbr>size
+    """
+    return Markup(re.sub(r"([._+])(?=.)", r"\1<wbr>", str(escape(name))))
 
 
 def embedded(content: Mapping[str, Any]) -> Markup:
@@ -93,10 +103,15 @@ def flatten_settings(part: Mapping[str, Any], prefix: str = "") -> list[tuple[st
         if isinstance(value, Mapping) and value:
             rows += flatten_settings(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "–"))
+            rows.append((f"{prefix}{key}", ", ".join(map(_setting, value)) or "–"))
         else:
-            rows.append((f"{prefix}{key}", "–" if value is None else str(value)))
+            rows.append((f"{prefix}{key}", "–" if value is None else _setting(value)))
     return rows
+
+
+def _setting(value: Any) -> str:
+    """A value as text; numbers with at most six significant digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _asset(name: str) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .html_page import render_page
-from .text_format import format_p
+from .text_format import MINUS, format_p
 
 MOST_ROWS = 200
 """Number of questions on the page; the csv file has all."""
@@ -26,11 +26,34 @@ def questions_page(content: Mapping[str, Any]) -> str:
             shown.append(row)
     return render_page(
         "questions",
-        title=content["name"] or "Questions",
+        title=headline(content),
         result=content,
         shown=shown,
-        filters={"percent": percent, "interval": interval, "p_value": format_p},
+        filters={"percent": percent, "points": points, "interval": interval, "p_value": format_p},
     )
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """Title of the page: the fraction of questions that do not need the image or sound.
+
+    Example:
+        >>> headline({"as_well": 0.612, "medium": "image"}), headline({"as_well": None, "medium": "image"})
+        ('61 % of the questions are answered as well without the image', 'Questions under several conditions')
+    """
+    medium = {"image": "the image", "audio": "the audio"}.get(content["medium"], "the media")
+    if content["as_well"] is None:
+        return "Questions under several conditions"
+    return f"{100 * content['as_well']:.0f} % of the questions are answered as well without {medium}"
+
+
+def points(value: float | None) -> str:
+    """A difference of two fractions in percentage points.
+
+    Example:
+        >>> points(0.25), points(-0.5)
+        ('25.0', '−50.0')
+    """
+    return "–" if value is None else f"{100 * value:z.1f}".replace("-", MINUS)
 
 
 def percent(value: float | None) -> str:
@@ -50,4 +73,4 @@ def interval(value: list[float] | None) -> str:
         >>> interval([0.25, 0.5])
         '25.0 to 50.0'
     """
-    return "–" if value is None else f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+    return "–" if value is None else f"{points(value[0])} to {points(value[1])}"

@@ -133,7 +133,7 @@ class ResultsView:
         return Counter({int(epoch): int(n) for epoch, n in zip(curve.epochs, steps.sum(axis=0), strict=True) if n})
 
     def histogram(self, method: str, *path: str) -> BinnedCounts | None:
-        """Pooled over runs, as in ``histogram("joint", "shares", "clean")``; each run weighs the same."""
+        """Returns a histogram pooled over runs with equal weight, as in ``histogram("joint", "shares", "clean")``."""
         parts = [part for run in self.of(method) if (part := as_histogram(_dig(run, path))) is not None]
         if not parts:
             return None

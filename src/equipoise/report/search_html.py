@@ -52,7 +52,7 @@ def headline(content: Mapping[str, Any]) -> str:
 def summary(content: Mapping[str, Any]) -> str:
     """The number of results, of entries, and of ties that were cut off."""
     kind = content.get("found") or ("caption" if content["image"] else "image")
-    text = f"{pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}".replace(",", "\u202f")
+    text = f"{pluralize(len(content['hits']), f'nearest {kind}')} of {content['entries']:,}"
     return text + (f"; {content['tied']} more have the same score as the last one." if content["tied"] else ".")
 
 

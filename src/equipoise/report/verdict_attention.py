@@ -120,7 +120,9 @@ def ood_detection(evidence: VerdictEvidence) -> Iterator[Verdict]:
     else:
         well = "well" if auroc >= KNOWS else "poorly" if auroc < GUESSES else "partly"
         ok: Judgment = "good" if auroc >= KNOWS else "bad" if auroc < GUESSES else "neutral"
-        text = f"Confidence separates out-of-distribution from in-distribution inputs {well} ({shown})."
+        text = (
+            f"Out-of-distribution inputs are {well} separated from in-distribution inputs by the confidence ({shown})."
+        )
         yield Verdict("ood", f"detects out-of-distribution inputs {well}", text, figures, "ood", ok)
 
 

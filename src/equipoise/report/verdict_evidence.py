@@ -87,7 +87,7 @@ class Comparison:
         return self.sure and self.gain < 0
 
     def within(self, size: float) -> bool:
-        """Whether the 95 % interval of the difference lies between -size and size."""
+        """Whether the 95 % interval of the difference is within [-size, size]."""
         return abs(self.difference) + self.reach <= size
 
 

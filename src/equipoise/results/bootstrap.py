@@ -99,5 +99,5 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
 
 
 def settings(samples: int) -> dict[str, Any]:
-    """What the resamples depend on, as results hold it."""
+    """Settings that determine the resamples, as stored in results."""
     return {"samples": samples, "resamples": COUNT, "seed": SEED, "level": 1 - SURE}

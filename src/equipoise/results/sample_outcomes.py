@@ -1,4 +1,4 @@
-"""How good the prediction for each sample is: 1 or 0 for a class, the fraction of correct labels, the negative error."""
+"""Outcomes of single samples: 1 or 0 for a class, the fraction of correct labels, or the negative error."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def own_metric(name: str, function: Any) -> Metric:
     if not valid or name in METRICS or name.rpartition("_")[2] in RESERVED:
         raise ConfigError(
             f"metric {name!r}", expected="a new name of letters, digits and underscores",
-            got="a name that is in use" if valid else "another name",
+            got="a name that is in use" if valid else "a name with other characters",
             fix=f"Names that are in use: {', '.join(METRICS)}; endings that are in use: {', '.join(RESERVED)}.",
         )  # fmt: skip
     title = name.removeprefix("negative_").replace("_", " ")

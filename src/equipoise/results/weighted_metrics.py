@@ -1,4 +1,4 @@
-"""Metrics of resampled data: of samples that are repeated as often as their weight says, for many resamples at once.
+"""Metrics of many resamples at once; the weight of a sample is the number of its repetitions in the resample.
 
 Every function takes predictions and targets like its namesake in ``metric_functions``, and weights of (resample, sample),
 float64; it returns (resample,), NaN where the metric is undefined.

@@ -77,7 +77,7 @@ def _outcome(future: Future) -> Any:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise ConfigError(
-            "compare", expected="running worker processes", got="one that was killed",
+            "compare", expected="running worker processes", got="a worker process that was killed",
             fix="It may have run out of memory. Repeat the command with fewer --workers; finished runs are kept.",
         ) from error  # fmt: skip
     return error if error is not None else future.result()
@@ -147,7 +147,7 @@ def _forward_progress(queue_: Any, done: threading.Event, todo: Sequence[RunSpec
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Context manager: blocks SIGINT; processes that start meanwhile inherit the block."""
+    """Context manager: blocks SIGINT; processes that are started in the block inherit this."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -129,7 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(prepared, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         prepare_raw("kinetics_sounds", raw, tmp_path / "out", progress=stop)
-    with pytest.raises(DataError, match="expected a finished preparation, got one that was interrupted"):
+    with pytest.raises(DataError, match="expected a finished preparation, got an interrupted one"):
         verify(tmp_path / "out")
     journal = tmp_path / "out" / "journal.jsonl"
     lines = journal.read_text().splitlines()
@@ -253,7 +253,7 @@ def test_kinds_of_columns_follow_the_options(prepared, tmp_path, options, kinds)
 
 def test_changed_options_require_another_folder(prepared):
     raw, out, _ = prepared("mosei")
-    with pytest.raises(ConfigError, match=r"the layout and options that .* was begun with, got others than mosei"):
+    with pytest.raises(ConfigError, match=r"the layout and options that .* was begun with, got other settings: mosei"):
         prepare_raw("mosei", raw, out, task="acc7")
 
 

@@ -203,7 +203,7 @@ class QFormer(nn.Module):
             raise ShapeError(
                 "QFormer input_ids",
                 expected=f"(batch, word) = ({batch}, at most {self.positions.num_embeddings})",
-                got=f"{tuple(input_ids.shape)}", fix="Every text needs its own row of media: media[pairs.a].",
+                got=f"{tuple(input_ids.shape)}", fix="Pass one row of media for each text: media[pairs.a].",
             )  # fmt: skip
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.words(input_ids) + self.positions(position)

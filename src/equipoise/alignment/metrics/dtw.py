@@ -52,7 +52,7 @@ def dtw_path(cost: Float[Tensor, "row column"]) -> Int[Tensor, "step 2"]:
 
 
 def _table(cost: Tensor, softness: float) -> list[Tensor]:
-    """Rows of D."""
+    """Computes the rows of the accumulated cost matrix D."""
     if cost.ndim < 2 or 0 in cost.shape[-2:]:
         raise ShapeError(
             "warping_cost", expected="costs (..., row, column) with at least one of each", got=f"{tuple(cost.shape)}"

@@ -32,7 +32,7 @@ class ForwardPass:
         self._prepares = False
 
     def attach(self, model: Any) -> None:
-        """Adds the callables to the model's lists, in place of those of an earlier ``BalancerList``.
+        """Adds the callables to the model's lists, and removes those of an earlier ``BalancerList``.
 
         Raises:
             ConfigError: a balancer that changes inputs or tokens, for a model without the list that would call it.

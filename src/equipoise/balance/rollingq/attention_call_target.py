@@ -1,4 +1,4 @@
-"""Rotation of queries at the attention itself, behind positions and norms that follow the projection."""
+"""Rotation of the queries that the attention function receives, after position embeddings and norms."""
 
 from __future__ import annotations
 

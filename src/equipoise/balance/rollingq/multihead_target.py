@@ -1,4 +1,4 @@
-"""Rotation of the queries of ``nn.MultiheadAttention``, whose projection is not a module of its own."""
+"""Rotation of the queries of ``nn.MultiheadAttention``, whose projection is a parameter and not a module."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _existing(folder: Path, split: str, name: str) -> Path | None:
-    """Returns where a file lies: in the folder, or in a folder of its split."""
+    """Returns the path of a file in the folder or in the subfolder of its split."""
     for path in (folder / name, folder / split / name, folder / f"{split}_img" / "Image-01-FPS" / name):
         if path.exists():
             return path

@@ -27,7 +27,7 @@ SCRATCH = ".scratch"
 
 @dataclass(frozen=True)
 class Preparation:
-    """What ``prepare`` did.
+    """Result of ``prepare``.
 
     Args:
         folder: the prepared folder.
@@ -112,7 +112,7 @@ def _check_out(out: Path, raw: RawFolder, layout: Layout, choice: Mapping[str, A
         if before["layout"] != layout.name or before.get("choice") != to_jsonable(choice):
             raise ConfigError(
                 who, expected=f"the layout and options that '{out}' was begun with",
-                got=f"others than {before['layout']} with {json.dumps(before.get('choice'), sort_keys=True)}",
+                got=f"other settings: {before['layout']} with {json.dumps(before.get('choice'), sort_keys=True)}",
                 fix="Choose another --out.",
             )  # fmt: skip
 

@@ -23,7 +23,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """What became of one sample.
+    """Result of the conversion of one sample.
 
     Args:
         id: of the sample.
@@ -126,7 +126,7 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> Path:
-    """Writes prepare.json with a checksum of its own."""
+    """Writes prepare.json, including its own checksum."""
     report = add_checksum(to_jsonable(content))
     return atomic_write(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 

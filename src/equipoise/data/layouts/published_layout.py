@@ -67,7 +67,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the conversion of a sample depends on besides its files.
+    """Options of the conversion of a sample.
 
     Args:
         raw: the raw folder.

@@ -116,7 +116,7 @@ class RawFolder:
         )  # fmt: skip
 
     def inside(self, path: Path) -> Path:
-        """Returns the path after checking that it stays in the root, or in a place that the user named.
+        """Returns the path after checking that it is inside the root or a folder that the user passed.
 
         Raises:
             DataError: a link leads elsewhere.

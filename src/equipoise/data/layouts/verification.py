@@ -40,7 +40,7 @@ class Verification:
 
     @property
     def complete(self) -> bool:
-        """Whether no file is missing or changed, and the manifest has as many samples as the report says."""
+        """Whether no file is missing or changed, and the manifest has the number of samples given in the report."""
         expected = sum(count for name, count in self.report["samples"].items() if name != "ood")
         return not self.missing and not self.changed and self.rows == expected
 
@@ -63,7 +63,7 @@ def verify(
     report = prepared_files.read_report(folder, who)
     if not report["complete"]:
         raise DataError(
-            f"{who} '{folder}'", expected="a finished preparation", got="one that was interrupted",
+            f"{who} '{folder}'", expected="a finished preparation", got="an interrupted one",
             fix="Run data prepare again with the same folder and options; it continues.",
         )  # fmt: skip
     path = folder / prepared_files.CHECKSUMS

@@ -73,7 +73,7 @@ class ManifestDataset(Dataset):
         if path is None:
             raise ConfigError(
                 "data", expected="the path of a table", got="none",
-                fix="Name your table: --data TABLE, with --target COLUMN or --pair COLUMN,COLUMN.",
+                fix="Pass your table: --data TABLE, with --target COLUMN or --pair COLUMN,COLUMN.",
             )  # fmt: skip
         if not re.fullmatch("[0-9]{1,9}", str(fold)):
             raise ConfigError("data", expected="a fold from 0 to folds - 1", got=f"fold = '{shorten_repr(str(fold))}'")
@@ -193,5 +193,5 @@ def unreadable(bad: Mapping[int, Sequence[str]], rows: int) -> DataError:
     more = f" (and {len(bad) - LISTED} more)" if len(bad) > LISTED else ""
     return DataError(
         "data", expected=f"readable files in all {rows} rows", got=f"{len(bad)} rows that cannot be read: {listed}{more}",
-        fix="Repair them, or add --skip-bad to leave these rows out.",
+        fix="Fix these files, or skip their rows with --skip-bad.",
     )  # fmt: skip

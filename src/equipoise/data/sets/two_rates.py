@@ -1,4 +1,4 @@
-"""`two_rates`: two streams with timestamps; the label says whether their events happen at the same time."""
+"""`two_rates`: two streams with timestamps; the label is whether their events happen at the same time."""
 
 from __future__ import annotations
 

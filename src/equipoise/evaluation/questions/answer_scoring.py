@@ -101,7 +101,7 @@ def normalize(text: str) -> str:
 
 
 def yes_or_no(reply: str) -> str | None:
-    """Returns "yes" or "no" as a reply begins; None for other replies.
+    """Returns "yes" or "no" if a reply starts with it, else None.
 
     Example:
         >>> yes_or_no("No, there is none."), yes_or_no("It is not clear.")

@@ -134,7 +134,7 @@ def ask_all(
     conditions: Sequence[str], sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
     prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, identity: str = "", who: str = "blind",
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
-    """Asks all questions under all conditions that the journal has no reply to.
+    """Asks all questions under all conditions for which the journal has no reply.
 
     Args:
         ask: (question, condition, media, prompt) -> reply.
@@ -181,7 +181,7 @@ def ask_all(
 
 
 def journal_key(index: int, prompt: str, condition: str, media: Media) -> str:
-    """Returns the key of a call: a digest of all that the target is asked, and of the position of the question."""
+    """Returns the key of a call: a digest of the media, the prompt and the position of the question."""
     return hashlib.sha256(
         "\0".join((str(index), condition, prompt, digest(media))).encode("utf-8", "surrogateescape")
     ).hexdigest()

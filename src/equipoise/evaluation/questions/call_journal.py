@@ -29,7 +29,7 @@ class Reply(NamedTuple):
 
 
 class CallJournal:
-    """Replies by a key of what was asked, in a file with one JSON object per line.
+    """Stores replies by the key of their question, in a file with one JSON object per line.
 
     Each reply is on disk before the next call begins. An incomplete last line, as after a power failure, is ignored.
     Failed calls are recorded too, and repeated by the next run.

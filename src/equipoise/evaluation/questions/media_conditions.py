@@ -108,7 +108,7 @@ def digest(media: Media) -> str:
 
 
 def _partners(identities: Sequence[str], seed: int) -> list[int]:
-    """For each question the index of one with other media."""
+    """Returns, for each question, the index of a question with different media."""
     count = len(identities)
     order = np.random.default_rng(seed).permutation(count)
     partners = [0] * count

@@ -234,7 +234,7 @@ def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of some of the weights, so that the replies of another model are not taken for those of this one."""
+    """Returns a hash of some of the weights, so that replies of another model are not reused for this one."""
     parts = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.state_dict().items():
         values = weight.flatten()[:64].detach().to("cpu", torch.float32) if weight.numel() else torch.zeros(0)

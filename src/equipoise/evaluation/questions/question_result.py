@@ -58,7 +58,7 @@ class QuestionResult:
 
     @property
     def medium(self) -> str:
-        """What the questions are about: "image", "audio", or "media" for both."""
+        """Kind of media of the questions: "image", "audio", or "media" for both."""
         names = {name for question in self.questions for name, _ in question.media}
         return names.pop() if len(names) == 1 else "media"
 
@@ -95,13 +95,13 @@ class QuestionResult:
 
     @property
     def without(self) -> str | None:
-        """The condition without the medium under which most questions are answered; None if there is none."""
+        """The condition without the medium that has the highest accuracy; None if there is none."""
         conditions = [name for name in WITHOUT if name in self.conditions and np.isfinite(self.scores[name]).any()]
         return max(conditions, key=lambda name: self.accuracy[name]) if conditions else None
 
     @property
     def as_well(self) -> float | None:
-        """The part of the questions whose score without the medium is at least the score as given."""
+        """Fraction of the questions whose score without the medium is at least the score as given."""
         if self.without is None:
             return None
         first, second = self._paired(self.without)
@@ -109,12 +109,12 @@ class QuestionResult:
 
     @property
     def needing(self) -> list[int]:
-        """Indices of the questions answered as given, and under fewer than half of the conditions without the medium."""
+        """Indices of the questions answered correctly as given, but under fewer than half of the conditions without media."""
         return self._indices(lambda given, rest: given >= 0.5 and rest < 0.5)
 
     @property
     def answered_without(self) -> list[int]:
-        """Indices of the questions that are also answered under at least half of the conditions without the medium."""
+        """Indices of the questions answered correctly as given and under at least half of the conditions without media."""
         return self._indices(lambda given, rest: given >= 0.5 and rest >= 0.5)
 
     @property
@@ -167,7 +167,7 @@ class QuestionResult:
 
     @property
     def verdict(self) -> str:
-        """What the scores say, in a few sentences."""
+        """Summary of the scores in a few sentences."""
         return " ".join(verdict_sentences(self))
 
     @property

@@ -1,4 +1,4 @@
-"""Sentences on what scores with and without the medium say."""
+"""Sentences that summarize the scores with and without the image or sound."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LEVEL = 0.05
 
 
 def verdict_sentences(result: Any) -> list[str]:
-    """Returns the sentences for a ``QuestionResult``: how many questions need the medium, what the target uses, and what
-    limits these statements."""
+    """Returns the sentences on a ``QuestionResult``: how many questions need the image or sound, whether the model uses
+    it, a bias to yes or no, and failed calls."""
     medium = {"image": "the image", "audio": "the audio"}.get(result.medium, "the media")
     accuracy, without = result.accuracy["given"], result.without
     if np.isnan(accuracy):
@@ -42,28 +42,26 @@ def verdict_sentences(result: Any) -> list[str]:
 def _use(result: Any, medium: str, accuracy: float, change: dict[str, Any]) -> str:
     chance, interval = result.chance, result.interval("given")
     if chance == 1:
-        return "All questions have the same answer, so that these scores say nothing about what is used."
+        return f"All questions have the same answer, so the scores do not show whether the model uses {medium}."
     if interval is None or (interval[0] <= chance and accuracy <= chance + 0.5 * (1 - chance)):
         return (
-            f"The answers are at random as far as {len(result.questions)} questions show: an accuracy of {100 * accuracy:.1f} % "
-            f"is not above chance, {100 * chance:.1f} %."
+            f"The accuracy of {100 * accuracy:.1f} % on {len(result.questions)} questions is not significantly above chance, "
+            f"{100 * chance:.1f} %."
         )
     rest = result.accuracy[result.without]
     if change["p"] < LEVEL and change["difference"] > 0:
         if result.interval(result.without) is not None and result.interval(result.without)[0] <= chance:
             return (
-                f"The answers come from {medium}: without it, the accuracy is not above chance, {100 * chance:.1f} %."
+                f"The answers depend on {medium}: without it, the accuracy is not significantly above chance, "
+                f"{100 * chance:.1f} %."
             )
         return (
-            f"The answers come partly from {medium}: {len(result.needing)} questions need it, and "
+            f"The answers depend partly on {medium}: {len(result.needing)} questions need it, and "
             f"{len(result.answered_without)} are answered without it."
         )
     if change["p"] < LEVEL:
-        return f"The accuracy is higher without {medium}: it distracts from the answers."
-    return (
-        f"The answers come from the text alone: no use of {medium} is found, and {100 * rest:.1f} % of the questions are "
-        "answered without it."
-    )
+        return f"The accuracy is significantly higher without {medium}."
+    return f"No significant use of {medium}: {100 * rest:.1f} % of the questions are answered correctly without it."
 
 
 def _other(result: Any, medium: str) -> list[str]:
@@ -74,7 +72,8 @@ def _other(result: Any, medium: str) -> list[str]:
         return []
     if result.accuracy["other"] < result.accuracy[result.without] - 0.02:
         return [
-            f"{medium[4:].capitalize()} of another question misleads: accuracy {100 * result.accuracy['other']:.1f} %."
+            f"With {medium} of another question, the accuracy is lower than without {medium}: "
+            f"{100 * result.accuracy['other']:.1f} %."
         ]
     return []
 

@@ -1,4 +1,4 @@
-"""Caches the embeddings of a data set next to the model's weights, so that later searches start at once."""
+"""Caches the embeddings of a data set next to the model's weights, so that later searches start quickly."""
 
 from __future__ import annotations
 

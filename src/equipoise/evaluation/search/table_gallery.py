@@ -1,4 +1,4 @@
-"""What a search needs of pairs of a table: entries, their embeddings, and queries read as the columns are."""
+"""Search over the pairs of a table: entries, their embeddings, and queries that are read in the same way as the columns."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class TableGallery:
 
     @property
     def pieces(self) -> str:
-        """What an unseen word is encoded by."""
+        """Units by which an unseen word is encoded."""
         return "word pieces" if "tokenizer" in self.source.options[self.named("text")] else "characters"
 
     def read_query(self, kind: str, file: str | Path | Image.Image) -> Read:

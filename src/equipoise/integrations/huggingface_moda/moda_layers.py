@@ -54,7 +54,7 @@ def find_moda_targets(root: nn.Module, parts: Submodels) -> dict[str, MODATarget
             targets[path] = MODATarget(module, dim, _heads(module))
         if hasattr(module, "moda"):
             raise ConfigError(
-                "apply_moda", expected="a model without MODA", got=f"one that has it at {path}",
+                "apply_moda", expected="a model without MODA", got=f"a model with MODA at {path}",
                 fix="Call remove() on the adapter that apply_moda returned first.",
             )  # fmt: skip
     if not targets:

@@ -200,7 +200,7 @@ class AdaptedModel(TaskLosses, nn.Module):
         if not tokens:
             raise ShapeError(
                 "AdaptedModel", expected=f"a forward pass through an encoder: {', '.join(self._paths.values())}",
-                got="none of them ran", fix="Name the modules that the forward pass calls.",
+                got="none that ran", fix="Pass the modules that the forward pass calls.",
             )  # fmt: skip
         like = next(iter(tokens.values())).values
         absent = {n: Tokens(like.new_zeros(len(like), 0, self.widths.get(n, like.shape[-1]))) for n in self.names}
@@ -348,7 +348,7 @@ class AdaptedModel(TaskLosses, nn.Module):
 
 
 class EncodedTokens(dict[str, Tokens]):
-    """Tokens of a batch, with the call of the model that computes the rest."""
+    """Tokens of a batch, with the model call that computes the output from them."""
 
     def __init__(self, tokens: Mapping[str, Tokens], context: tuple[ModelCall, dict[str, Any]]) -> None:
         super().__init__(tokens)
@@ -364,7 +364,7 @@ class EncodedTokens(dict[str, Tokens]):
 
 
 class AdaptedFusion:
-    """What balancers ask a fusion: the width of its tokens, and whether it concatenates them."""
+    """The properties of a fusion that balancers use: the width of its tokens, and whether it concatenates them."""
 
     def __init__(self, model: AdaptedModel) -> None:
         self._model, self.names, self.reads = model, model.names, model.names

@@ -162,7 +162,7 @@ def _changed(tokens: Tokens, index: int) -> Tokens:
 
 
 def _first(before: Tensor | str | None, reason: str) -> Tensor | str:
-    """What an earlier layer says, else the reason."""
+    """Returns the labels of an earlier layer, or the reason why there are none."""
     return reason if before is None or (isinstance(before, str) and before == "") else before
 
 

@@ -160,7 +160,7 @@ def _path(model: nn.Module, part: Any, who: str) -> str:
     if path is None:
         raise ConfigError(
             f"adapt {who}", expected=f"a module inside {type(model).__name__}, or its dotted name",
-            got=type(part).__name__, fix=f"Choose among: {', '.join(list(modules)[:12]) or 'it has no modules'}.",
+            got=type(part).__name__, fix=f"Choose one of: {', '.join(list(modules)[:12]) or 'it has no modules'}.",
         )  # fmt: skip
     return path
 

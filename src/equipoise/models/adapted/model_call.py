@@ -57,7 +57,7 @@ class ModelCall:
 
 
 class CallForm:
-    """How a model is called with a batch, found from the signature of its ``forward``.
+    """Converts a batch to the arguments of a model, according to the signature of its ``forward``.
 
     Args:
         model: the model.

@@ -14,7 +14,7 @@ LOGITS = ("logits", "output", "outputs", "prediction", "predictions", "out", "pr
 
 
 class OutputMemory:
-    """Outputs of forward passes, kept as long as the logits that the model returned exist.
+    """Stores outputs of forward passes as long as the logits that the model returned exist.
 
     The last one is kept longer, since data-parallel wrappers return new tensors with the same memory. A copy is empty.
     """

@@ -78,7 +78,7 @@ def matching_maps(
 def matched_items(
     target: Int[Tensor, "batch modality item"], one: int, other: int
 ) -> tuple[Int[Tensor, "batch item"], Bool[Tensor, "batch item"]]:
-    """For every item of modality ``one``, the index of its match in ``other`` and whether it has one.
+    """Returns, for every item of modality ``one``, the index of its match in ``other`` and whether it has one.
 
     Example:
         >>> matched_items(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 0, 1)

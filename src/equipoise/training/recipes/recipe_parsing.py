@@ -61,14 +61,14 @@ def _check_depth(text: str, who: str) -> None:
         if depth > DEPTH or count > NODES:
             raise ConfigError(
                 who, expected=f"lists and mappings nested at most {DEPTH} deep, and at most {NODES:,} values",
-                got="more than that",
+                got="more",
             )  # fmt: skip
 
 
 def _check_node(node: yaml.Node, who: str, sizes: dict[int, int], above: set[int]) -> int:
     """Returns the number of values of a node, with aliases expanded."""
     if id(node) in above:
-        raise ConfigError(who, expected="aliases of other parts", got=f"one that contains itself{_line(node)}")
+        raise ConfigError(who, expected="aliases without recursion", got=f"an alias that contains itself{_line(node)}")
     if id(node) in sizes:
         return sizes[id(node)]
     size, parts = 1, []
@@ -90,7 +90,7 @@ def _check_node(node: yaml.Node, who: str, sizes: dict[int, int], above: set[int
     for part in parts:
         size += _check_node(part, who, sizes, above | {id(node)})
         if size > NODES:
-            raise ConfigError(who, expected=f"at most {NODES:,} values, aliases written out", got="more than that")
+            raise ConfigError(who, expected=f"at most {NODES:,} values, aliases written out", got="more")
     sizes[id(node)] = size
     return size
 
