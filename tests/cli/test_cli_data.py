@@ -73,8 +73,8 @@ def test_dropped_samples_are_printed(raw_folder, capsys):
         (["ls", "mosei", "--workers", "2"], "data ls: expected no options of data prepare, got --workers"),
         (["verify"], "expected the folder that data prepare wrote, got none"),
         (["verify", "raw"], "expected a folder of data prepare, with prepare.json, got none"),
-        (["verify", "raw", "--out", "x"], "got --out, an option of prepare"),
-        (["verify", "raw", "more"], "got a third argument, an option of prepare"),
+        (["verify", "raw", "--out", "x"], "expected no options of data prepare, got --out"),
+        (["verify", "raw", "more"], "expected no options of data prepare, got a third argument"),
     ],
 )
 def test_errors_are_a_single_line(raw_folder, capsys, arguments, said):
