@@ -5,8 +5,8 @@ in Markdown next to the published values.
     python benchmarks/paper_tables.py RUNS --ood OODRUNS       # and 10
 
 RUNS is the output folder of `equipoise compare --config av_digits --out RUNS` with the methods joint, joint+rollingq,
-deep, deep+progressive, audio, image and ensemble+corruption; OODRUNS is that of `--config av_digits_ood`. Unfinished runs
-are omitted. The models are loaded and evaluated on the test split; nothing is trained.
+deep, deep+progressive, audio, image and ensemble+corruption; OODRUNS is that of `--config av_digits_ood`. Unfinished
+runs are omitted. The models are loaded and evaluated on the test split; nothing is trained.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def ratio_of(first: list[float], second: list[float]) -> float:
 
 
 def epoch_cost(dim: int, heads: int, steps: int, epochs: int, size: int) -> tuple[float, float, float, float]:
-    """Returns the median seconds of an epoch without and with RollingQ and of ``end_epoch``, and the ratio of epochs."""
+    """Returns the median seconds of an epoch without and with RollingQ and of ``end_epoch``, and the ratio of
+    epochs.
+    """
     plain, rolled = build(dim, heads), build(dim, heads)
     balancer = eq.balance.RollingQ(rolled.fusion.attention, rho=1.0, beta=0.0, max_rotations=None)
     one, other = training(plain), training(rolled)

@@ -4,7 +4,8 @@ python benchmarks/throughput.py [--samples 2000] [--large 4]
 
 For vectors, wav files and images, it generates a table, builds the model of ``equipoise train --data``, and trains one
 warm-up epoch and three measured ones with 0, 1 and 2 workers. The baseline iterates over prepared batches in memory.
-``--large GB`` also trains one epoch on a generated table of that size on disk and prints the peak memory of the process.
+``--large GB`` also trains one epoch on a generated table of that size on disk and prints the peak memory of the
+process.
 """
 
 from __future__ import annotations

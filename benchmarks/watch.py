@@ -6,8 +6,8 @@
 The layers have 28 heads of width 128, 4 key heads and an MLP of 18944 (a language model of seven billion parameters),
 random weights, float32, batch 1. Half of the context is an image. Only one of the 28 layers is run: all layers cost the
 same, so the ratio of times holds for 28 layers, and memory is printed for one and for 28. The variants alternate within
-each round; ratios are medians over rounds. Memory is the peak allocated memory without weights and inputs. The memory of
-eager attention at the full context is measured at half of it and multiplied by four, like the size of its matrix.
+each round; ratios are medians over rounds. Memory is the peak allocated memory without weights and inputs. The memory
+of eager attention at the full context is measured at half of it and multiplied by four, like the size of its matrix.
 """
 
 from __future__ import annotations

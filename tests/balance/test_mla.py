@@ -1,4 +1,6 @@
-"""MLA against its equations: alternation, the projector, predictions averaged by certainty, missing modalities, errors."""
+"""MLA against its equations: alternation, the projector, predictions averaged by certainty, missing modalities,
+errors.
+"""
 
 import copy
 

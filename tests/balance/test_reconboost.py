@@ -1,4 +1,6 @@
-"""ReconBoost against its equations: the trained modality, the boosting loss, rectification, missing modalities, errors."""
+"""ReconBoost against its equations: the trained modality, the boosting loss, rectification, missing modalities,
+errors.
+"""
 
 import copy
 

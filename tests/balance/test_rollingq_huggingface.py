@@ -1,4 +1,6 @@
-"""RollingQ on attention modules of Hugging Face: separate and fused projections, shared keys, rotary positions, LoRA."""
+"""RollingQ on attention modules of Hugging Face: separate and fused projections, shared keys, rotary positions,
+LoRA.
+"""
 
 import copy
 

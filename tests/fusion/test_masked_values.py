@@ -30,7 +30,9 @@ fusions = pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda part: s
 
 
 def padding_masks(names, *, seed=0):
-    """Returns (batch, token) masks with padding in the middle and at the end, and a sample without the last modality."""
+    """Returns (batch, token) masks with padding in the middle and at the end, and a sample without the last
+    modality.
+    """
     random = torch.Generator().manual_seed(seed)
     masks = {name: torch.rand(BATCH, LENGTHS[name], generator=random) < 0.6 for name in names}
     masks[names[-1]][1] = False

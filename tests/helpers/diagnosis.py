@@ -29,7 +29,9 @@ def weighing(**weights):
 
 
 def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
-    """Returns batches of random inputs whose targets are the predictions of the model, except for a fraction of them."""
+    """Returns batches of random inputs whose targets are the predictions of the model, except for a fraction of
+    them.
+    """
     random = torch.Generator().manual_seed(seed)
     batches = []
     for size in sizes:

@@ -104,7 +104,9 @@ LLAVA = "vlm.base_model.model.model."
 
 
 class LlavaNet(nn.Module):
-    """A tiny LLaVA with LoRA on the attention of its language model and a trained projector; a head on the last token."""
+    """A tiny LLaVA with LoRA on the attention of its language model and a trained projector; a head on the last
+    token.
+    """
 
     def __init__(self):
         super().__init__()

@@ -16,7 +16,9 @@ def fused(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64,
 
 
 def step(made, balancing, *batches):
-    """Computes the gradients of one step over several batches, weighted by their samples, without ``optimizer.step``."""
+    """Computes the gradients of one step over several batches, weighted by their samples, without
+    ``optimizer.step``.
+    """
     made.train().zero_grad()
     total = sum(len(inputs["target"]) for inputs in batches)
     for inputs in batches:

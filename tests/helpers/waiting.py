@@ -9,7 +9,9 @@ DEADLOCK = 1200
 
 
 def wait_until(condition, process, meanwhile=lambda: None):
-    """Waits until a condition is True; returns False if the process ended first. ``meanwhile`` must hold all the time."""
+    """Waits until a condition is True; returns False if the process ended first. ``meanwhile`` must hold all the
+    time.
+    """
     give_up = time.monotonic() + DEADLOCK
     while not condition():
         if process.poll() is not None:

@@ -32,7 +32,9 @@ def inspection(model):
 
 @pytest.fixture(scope="module")
 def explicit_attention(model, inspection):
-    """Returns the (head, query, key) attention of each layer for prompt and answer with eager attention, and the logits."""
+    """Returns the (head, query, key) attention of each layer for prompt and answer with eager attention, and the
+    logits.
+    """
     inputs = processor()(images=picture(), text=inspection.prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     ids = torch.tensor([[WORDS.index(token.text) for token in inspection.tokens]])

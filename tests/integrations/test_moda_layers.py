@@ -17,7 +17,9 @@ LABELS = torch.tensor([-1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 
 
 def unpadded_family(name):
-    """Returns a tiny model and inputs without padding, so that positions in a forward pass and in decoding are equal."""
+    """Returns a tiny model and inputs without padding, so that positions in a forward pass and in decoding are
+    equal.
+    """
     model, inputs = family(name)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     return model, inputs

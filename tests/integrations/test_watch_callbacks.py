@@ -1,4 +1,6 @@
-"""WatchCallback of Lightning and of transformers: logged values equal direct measurements, and training is unchanged."""
+"""WatchCallback of Lightning and of transformers: logged values equal direct measurements, and training is
+unchanged.
+"""
 
 import copy
 import csv

@@ -1,4 +1,6 @@
-"""Duplex alignment: loops in float64, properties of the basis, identity at initialization, causality, decoding, errors."""
+"""Duplex alignment: loops in float64, properties of the basis, identity at initialization, causality, decoding,
+errors.
+"""
 
 import itertools
 

@@ -6,7 +6,9 @@ import numpy as np
 
 
 def rotation_row(x, y):
-    """Row form of the rotation: R = I - G + G^2 / (1 + c) with G = y^T x - x^T y, for directions that are not opposite."""
+    """Row form of the rotation: R = I - G + G^2 / (1 + c) with G = y^T x - x^T y, for directions that are not
+    opposite.
+    """
     x, y = (np.asarray(v, dtype=np.float64) / np.linalg.norm(v) for v in (x, y))
     g = np.outer(y, x) - np.outer(x, y)
     return np.eye(len(x)) - g + g @ g / (1.0 + x @ y)

@@ -1,4 +1,6 @@
-"""``eq.watch`` on PyTorch models: every attention implementation against explicit attention; queries, layers, records."""
+"""``eq.watch`` on PyTorch models: every attention implementation against explicit attention; queries, layers,
+records.
+"""
 
 import math
 import sys

@@ -1,4 +1,6 @@
-"""``eq.watch`` restores the model: after a forward pass, after an error of the user, and after an error of the model."""
+"""``eq.watch`` restores the model: after a forward pass, after an error of the user, and after an error of the
+model.
+"""
 
 import pytest
 import torch

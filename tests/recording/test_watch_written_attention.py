@@ -1,4 +1,6 @@
-"""``eq.watch`` lists attention that is written with elementary functions in ``missing``, also beside recorded layers."""
+"""``eq.watch`` lists attention that is written with elementary functions in ``missing``, also beside recorded
+layers.
+"""
 
 import warnings
 

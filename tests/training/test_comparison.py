@@ -1,4 +1,6 @@
-"""compare: planning, reuse of finished runs, content of the results, failures, and independence of the number of workers."""
+"""compare: planning, reuse of finished runs, content of the results, failures, and independence of the number of
+workers.
+"""
 
 import json
 import math

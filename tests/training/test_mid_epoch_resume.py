@@ -1,4 +1,6 @@
-"""A run interrupted in the middle of an epoch continues as if it had not been interrupted, with worker processes too."""
+"""A run interrupted in the middle of an epoch continues as if it had not been interrupted, with worker processes
+too.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""Training and diagnosis on the published data sets: sequences with masks, windows with masked readings, and vectors."""
+"""Training and diagnosis on the published data sets: sequences with masks, windows with masked readings, and
+vectors.
+"""
 
 import json
 import math

@@ -68,8 +68,8 @@ class AMCo(Balancer):
         ConfigError: one modality, an option out of range; in training, logits that are not a sum over modalities.
 
     It helps if the logits of one modality dominate. As published it is a short curriculum: in the second epoch l grows
-    by 0.1 in each step, so that after three steps all logits of a dominant modality are masked; lower ``rate`` to extend
-    it. Dominance is decided on each batch, so accumulated batches are not exactly equivalent to one large batch.
+    by 0.1 in each step, so that after three steps all logits of a dominant modality are masked; lower ``rate`` to
+    extend it. Dominance is decided on each batch, so accumulated batches are not exactly equivalent to one large batch.
 
     Reference: Zhou et al., "Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (ICASSP 2023).
     Differs from the released code in: M starts as the identity; the dominant modality is decided over all processes,

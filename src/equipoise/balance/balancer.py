@@ -51,11 +51,12 @@ class Balancer(nn.Module):
     4. ``review`` with data, if ``reviews`` is True, and ``end_epoch``, once per epoch.
 
     The state of a balancer is stored in buffers, so that checkpoints contain it, and changes only in ``before_step``
-    and at the end of an epoch. Values computed in a forward pass or a loss are passed to ``note``, and ``noted`` returns
-    them in ``before_step``. Batches that the loop skips, steps with non-finite gradients and validation losses are
-    therefore discarded, and the recomputation of activation checkpointing is not counted twice. ``keep`` passes values
-    from the forward pass to the loss of the same batch. Statistics on which decisions depend are summed over processes,
-    so that all processes decide alike. The model is passed to the constructor and is not registered as a submodule.
+    and at the end of an epoch. Values computed in a forward pass or a loss are passed to ``note``, and ``noted``
+    returns them in ``before_step``. Batches that the loop skips, steps with non-finite gradients and validation losses
+    are therefore discarded, and the recomputation of activation checkpointing is not counted twice. ``keep`` passes
+    values from the forward pass to the loss of the same batch. Statistics on which decisions depend are summed over
+    processes, so that all processes decide alike. The model is passed to the constructor and is not registered as a
+    submodule.
 
     Attributes:
         replaces: terms of the loss that ``penalty`` replaces: ``"task"``, ``"unimodal"``.

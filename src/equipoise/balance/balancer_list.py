@@ -35,7 +35,8 @@ class BalancerList:
         balancing.end_epoch()
 
     Several batches may be accumulated before ``before_step``; under AMP call ``scaler.unscale_(optimizer)`` first; with
-    several processes call it after gradients are reduced, as ``DistributedDataParallel`` does. Clip gradients afterward.
+    several processes call it after gradients are reduced, as ``DistributedDataParallel`` does. Clip gradients
+    afterward.
 
     The state of the balancers changes only in ``before_step``, based on the batches that contributed to the current
     gradients, and only if all gradients are finite; it therefore stays consistent with the weights when ``GradScaler``
@@ -43,8 +44,8 @@ class BalancerList:
     back-propagated, gradients that the loop clears, and losses computed in evaluation mode or without gradient have no
     effect. Recomputation by activation checkpointing repeats the random numbers of the first pass.
 
-    Before training, ``balancing.attach_optimizer(optimizer)`` warns about an optimizer that cancels a method, and passes
-    it to the methods that reset optimizer state.
+    Before training, ``balancing.attach_optimizer(optimizer)`` warns about an optimizer that cancels a method, and
+    passes it to the methods that reset optimizer state.
 
     Args:
         model: a FusionModel, or any other model after ``eq.adapt``.

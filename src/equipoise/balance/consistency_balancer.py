@@ -35,8 +35,8 @@ class ConsistencyBalancer(Balancer):
         ConfigError: one modality, options out of range, a second Consistency on one model.
 
     It helps if correspondence is given for some pairs of modalities and needed for another; see the page on
-    consistency. In a classification where all modalities are present, measurements show no gain, and at weight 1 a lower
-    accuracy with a destroyed modality. Two modalities have no cycle: the term then only favors hard maps.
+    consistency. In a classification where all modalities are present, measurements show no gain, and at weight 1 a
+    lower accuracy with a destroyed modality. Two modalities have no cycle: the term then only favors hard maps.
 
     Reference: ours (no publication); the terms are defined in eq.consistency, see docs/methods/consistency.md.
     Differs from the paper in: not applicable; it uses r* instead of the nuclear norm, which uniform maps minimize.

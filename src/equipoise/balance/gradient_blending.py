@@ -27,8 +27,8 @@ def blending_weights(
         floor: minimum growth of overfitting.
 
     Returns:
-        (loss,) |G| / max(|dO|, floor)^2, normalized, with G the decrease of the validation loss and dO the growth of the
-        gap between validation and training. Equal weights if no loss changed.
+        (loss,) |G| / max(|dO|, floor)^2, normalized, with G the decrease of the validation loss and dO the growth of
+        the gap between validation and training. Equal weights if no loss changed.
 
     Example:
         >>> start, end = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.5], [1.5, 1.7]])
@@ -55,8 +55,8 @@ class GradientBlending(Balancer):
         epochs: number of epochs of the whole training, to skip the estimate after the last one; None: unknown.
         every: epochs from one estimate to the next.
         floor: minimum of |dO|, > 0.
-        copies: True trains a copy of the model for each loss alone for ``every`` epochs, as in the paper. False uses the
-            losses of the running model, and has its first weights after 1 + every epochs.
+        copies: True trains a copy of the model for each loss alone for ``every`` epochs, as in the paper. False uses
+            the losses of the running model, and has its first weights after 1 + every epochs.
         learning_rate: learning rate of AdamW for the copies.
         seed: seed of the copies' dropout.
 

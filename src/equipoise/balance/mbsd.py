@@ -64,8 +64,8 @@ class MBSD(Balancer):
     It helps if both modalities can predict the target and one lags behind. If they carry different information, pulling
     their predictions together discards it.
 
-    For other tasks p is ``true_score``, and a prediction is correct if it exceeds one half. A pair counts for samples that have
-    both modalities.
+    For other tasks p is ``true_score``, and a prediction is correct if it exceeds one half. A pair counts for samples
+    that have both modalities.
 
     Reference: balanced self-distillation (MBSD), as implemented in BalanceBenchmark (GeWu-Lab, 2025).
     Differs from the released code in: a divergence of probabilities, where the code, by a bug, passes probabilities to

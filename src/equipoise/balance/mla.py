@@ -89,9 +89,9 @@ class MLA(Balancer):
         ConfigError: one modality, a fusion of another kind.
 
     It helps if joint training undertrains a modality, and if samples lack modalities. Nothing is learned across
-    modalities, so interactions between them are lost. Each batch is used once per modality, by all encoders: an epoch of
-    N modalities costs N forward passes, and about one backward pass in total. P reduces gradients by about the square
-    root of d, which affects SGD and is canceled by Adam.
+    modalities, so interactions between them are lost. Each batch is used once per modality, by all encoders: an epoch
+    of N modalities costs N forward passes, and about one backward pass in total. P reduces gradients by about the
+    square root of d, which affects SGD and is canceled by Adam.
 
     Encoders of the other modalities get no gradient: with ``DistributedDataParallel`` in a custom loop, wrap a module
     that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.

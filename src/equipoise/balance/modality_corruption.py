@@ -74,14 +74,16 @@ class ModalityCorruption(Balancer):
         x <- sqrt(1 - d^2) x + d noise,     d = 1 if destroyed, else d ~ U(0, 1)
         L = L_task + weight * attention_target_loss(share, not destroyed)
 
-    Noise has the mean and standard deviation of the modality's valid values in the batch. Noise that replaces an input is white; noise
+    Noise has the mean and standard deviation of the modality's valid values in the batch. Noise that replaces an input
+    is white; noise
     that is mixed in has, with ``multiscale_noise``, a random scale per step: from single values to the whole input,
     which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors (token ids) are
     never corrupted.
 
-    With ``corruptions``, names of the catalog ``equipoise.diagnostics.corruptions`` replace this noise: in each step one of
-    them, drawn at random for each modality, destroys inputs at severity 5, and another one damages the others at a random
-    severity. Only corruptions after which nothing of the input is left destroy; token ids are corrupted as well.
+    With ``corruptions``, names of the catalog ``equipoise.diagnostics.corruptions`` replace this noise: in each step
+    one of them, drawn at random for each modality, destroys inputs at severity 5, and another one damages the others at
+    a random severity. Only corruptions after which nothing of the input is left destroy; token ids are corrupted as
+    well.
 
     Args:
         model: any fusion; attention is trained if the fusion has shares, otherwise inputs are only corrupted.
@@ -283,7 +285,9 @@ def _present_modalities(batch: Mapping[str, Any], names: tuple[str, ...]) -> Boo
 
 
 def _valid_values(batch: Mapping[str, Any], name: str, present: Bool[Tensor, " batch"]) -> Bool[Tensor, "batch ..."]:
-    """Returns which tokens of an input are valid, where ``batch["mask"]`` is a mask of them; otherwise which samples."""
+    """Returns which tokens of an input are valid, where ``batch["mask"]`` is a mask of them; otherwise which
+    samples.
+    """
     masks, values = batch.get("mask"), batch[name]
     mask = masks.get(name) if isinstance(masks, Mapping) else None
     if isinstance(mask, Tensor) and values.ndim == 3 and mask.shape == values.shape[:2]:

@@ -71,8 +71,8 @@ class PMR(Balancer):
     Raises:
         ConfigError: one modality, an option out of range.
 
-    It helps if one encoder converges long before another. It needs features that cluster by class: with many classes and
-    few samples the prototypes are noise. Weights are computed per batch, so accumulated batches are not exactly
+    It helps if one encoder converges long before another. It needs features that cluster by class: with many classes
+    and few samples the prototypes are noise. Weights are computed per batch, so accumulated batches are not exactly
     equivalent to one large batch.
 
     Reference: Fan et al., "PMR: Prototypical Modal Rebalance for Multimodal Learning" (CVPR 2023).

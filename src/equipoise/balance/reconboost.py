@@ -72,8 +72,8 @@ class ReconBoost(Balancer):
         ConfigError: one modality, a fusion of another kind, a weight out of range.
 
     It helps if one modality converges early and the others stop learning. It needs no additional passes, but a modality
-    is trained in only (N + 1) / 2N of the epochs, and logits start small (nu = 0.01): train for several rounds. An epoch
-    costs no more than in plain training.
+    is trained in only (N + 1) / 2N of the epochs, and logits start small (nu = 0.01): train for several rounds. An
+    epoch costs no more than in plain training.
 
     Encoders of the other modalities get no gradient: with ``DistributedDataParallel`` in a custom loop, wrap a module
     that returns the loss, as Lightning does, and set ``find_unused_parameters=True``.

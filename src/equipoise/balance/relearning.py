@@ -74,9 +74,9 @@ class DiagnoseRelearn(Balancer):
             (``BalancerList.attach_optimizer``; the Lightning callback calls it); later, an empty split.
 
     It helps if the encoder of the dominant modality memorizes. Pretrained encoders are reset to their pretrained
-    weights. Purity is imprecise on a small validation split, where small clusters are pure by chance. The initial weights
-    are part of the state, so checkpoints contain the encoders twice. Each reset takes one more pass over the data. In
-    distributed training each process clusters its own samples, and gaps are averaged.
+    weights. Purity is imprecise on a small validation split, where small clusters are pure by chance. The initial
+    weights are part of the state, so checkpoints contain the encoders twice. Each reset takes one more pass over the
+    data. In distributed training each process clusters its own samples, and gaps are averaged.
 
     Reference: Wei et al., "Diagnosing and Re-learning for Balanced Multimodal Learning" (ECCV 2024).
     Differs from the released code in: the optimizer state of the encoder is reset too, where the code, by a bug, keeps

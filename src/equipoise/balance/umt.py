@@ -48,9 +48,9 @@ class UMT(Balancer):
         ConfigError: one modality, a negative strength, a teacher for an unknown modality; in training, a modality
             without teacher. ShapeError: in training, a teacher whose width differs from that of the student.
 
-    It helps if encoders trained jointly are weaker than encoders trained alone, as in late fusion. It constrains encoders
-    if the target depends on interactions of modalities. Each teacher runs on each batch, without gradient, which takes
-    about a third more time for the encoders; the teachers must be trained before, for as long as the model.
+    It helps if encoders trained jointly are weaker than encoders trained alone, as in late fusion. It constrains
+    encoders if the target depends on interactions of modalities. Each teacher runs on each batch, without gradient,
+    which takes about a third more time for the encoders; the teachers must be trained before, for as long as the model.
 
     Reference: Du et al., "On Uni-Modal Feature Learning in Supervised Multi-Modal Learning" (ICML 2023), UMT.
     Differs from the released code in: any number of modalities, and samples that lack one are excluded from its mean.

@@ -1,4 +1,6 @@
-"""``equipoise evaluate``: evaluates a pretrained model on our benchmarks; prints a table and writes ``results.json``."""
+"""``equipoise evaluate``: evaluates a pretrained model on our benchmarks; prints a table and writes
+``results.json``.
+"""
 
 from __future__ import annotations
 

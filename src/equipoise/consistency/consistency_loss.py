@@ -49,7 +49,8 @@ class ConsistencyLoss(nn.Module):
         sinkhorn: number of Sinkhorn iterations, which make maps doubly stochastic; 0 uses a softmax over rows.
 
     Raises:
-        ConfigError: slots are given without dim, slots < 2, or kind is unknown; in ``forward``, fewer than two modalities.
+        ConfigError: slots are given without dim, slots < 2, or kind is unknown; in ``forward``, fewer than two
+            modalities.
         ShapeError: in ``forward``, tokens have another width, or unequal numbers without slots.
 
     Why r* is used instead of the nuclear norm: see docs/methods/consistency.md.

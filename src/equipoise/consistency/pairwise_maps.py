@@ -26,15 +26,15 @@ def supermatrix(
     Maps are consistent if P_ij P_jk = P_ik for all i, j, k; for permutations, if rank P = M, the number of concepts.
 
     Args:
-        blocks: (..., M_i, M_j) maps, as rows of blocks or as {(i, j): map} with indices or names. A missing map (i, j) is
-            the transpose of (j, i).
+        blocks: (..., M_i, M_j) maps, as rows of blocks or as {(i, j): map} with indices or names. A missing map (i, j)
+            is the transpose of (j, i).
         names: order of the modalities if blocks are given by name; default is the order of first occurrence.
         diagonal: ``"identity"`` for I, or ``"given"`` for the blocks (i, i).
         symmetrize: return (P + P^T) / 2, as required by the spectral scores.
 
     Raises:
-        ConfigError: both maps of a pair are missing, or a name is unknown. ShapeError: the sizes of maps do not match, or
-            there is no map. NonFiniteError: a map contains NaN or infinity.
+        ConfigError: both maps of a pair are missing, or a name is unknown. ShapeError: the sizes of maps do not match,
+            or there is no map. NonFiniteError: a map contains NaN or infinity.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])

@@ -31,12 +31,12 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
 
     Args:
         matrix: (..., size, size).
-        method: ``"gram"``: eigenvectors of P P^T, fastest on CPUs; ``"polar"``: Newton-Schulz iteration, which consists of
-            matrix products only, for GPUs; ``"svd"``: the reference; ``"auto"``: gram on CPUs, else polar.
+        method: ``"gram"``: eigenvectors of P P^T, fastest on CPUs; ``"polar"``: Newton-Schulz iteration, which consists
+            of matrix products only, for GPUs; ``"svd"``: the reference; ``"auto"``: gram on CPUs, else polar.
 
     Returns:
-        (...,), in float32 or higher precision. Relative error in float32, size 192 to 768: gram 2e-5, polar and svd below 1e-6;
-        polar ignores singular values below about 1e-5 of the norm.
+        (...,), in float32 or higher precision. Relative error in float32, size 192 to 768: gram 2e-5, polar and svd
+        below 1e-6; polar ignores singular values below about 1e-5 of the norm.
 
     Raises:
         ShapeError: the matrix is not square. NonFiniteError: it contains NaN or infinity. ConfigError: unknown method.
@@ -55,7 +55,9 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """Computes the norm and U V^T; U and V are not differentiated, since repeated singular values give infinite gradients."""
+    """Computes the norm and U V^T; U and V are not differentiated, since repeated singular values give infinite
+    gradients.
+    """
 
     @staticmethod
     def forward(matrix, method):
@@ -84,7 +86,9 @@ def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Uses eigenvectors of P P^T; small singular values are exact as norms of u^T P, unlike square roots of eigenvalues."""
+    """Uses eigenvectors of P P^T; small singular values are exact as norms of u^T P, unlike square roots of
+    eigenvalues.
+    """
     _, left = torch.linalg.eigh(matrix @ matrix.transpose(-1, -2))
     rows = left.transpose(-1, -2) @ matrix
     values = torch.linalg.vector_norm(rows, dim=-1)
@@ -125,7 +129,8 @@ def consistency_score(
     With unequal ``sizes``, T is their sum and M the smallest; many-to-one maps then cannot reach 1.
 
     Returns:
-        (...,). Soft maps can hide contradictions: half a swap has the score of half an alignment. Use with ``cycle_error``.
+        (...,). Soft maps can hide contradictions: half a swap has the score of half an alignment. Use with
+        ``cycle_error``.
 
     Raises:
         ConfigError: neither num_modalities nor sizes is given, or there is a single modality. ShapeError: the sizes do
@@ -147,7 +152,8 @@ def consistency_score(
 
 
 def contradiction_excess(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """Computes (|P|_* - tr P) / tr P >= 0, which is 0 for symmetric positive semidefinite P: maps without contradiction.
+    """Computes (|P|_* - tr P) / tr P >= 0, which is 0 for symmetric positive semidefinite P: maps without
+    contradiction.
 
     Also 0 for a zero matrix, the maps of a sample without tokens.
     """

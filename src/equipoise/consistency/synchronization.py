@@ -22,8 +22,8 @@ def synchronize(
 ) -> Float[Tensor, "... size size"]:
     """Computes consistent maps P* = [Q_i Q_j^T] from the M leading eigenvectors U of (P + P^T) / 2.
 
-    Q_i is the permutation nearest to X_i X_1^T with X = sqrt(N) U, by linear assignment. A few wrong maps among many are
-    corrected.
+    Q_i is the permutation nearest to X_i X_1^T with X = sqrt(N) U, by linear assignment. A few wrong maps among many
+    are corrected.
 
     Args:
         matrix: (..., N M, N M).

@@ -37,8 +37,8 @@ def dataset_from_code(source: str, fold: str | None = None) -> Dataset:
     ``MapDataset``. A parameter ``fold`` receives the fold. It is called once per process.
 
     Args:
-        source: "file.py:function". Only functions that ``allow_code`` allowed are run: a recipe or run folder that names
-            one is data, and must not run code by itself.
+        source: "file.py:function". Only functions that ``allow_code`` allowed are run: a recipe or run folder that
+            names one is data, and must not run code by itself.
         fold: name of the fold, or None.
 
     Raises:

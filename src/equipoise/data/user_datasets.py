@@ -33,8 +33,8 @@ class TensorDataset(Dataset):
     """A data set of tensors in memory.
 
     Args:
-        train, val, test: Split, or a dict {name: (sample, ...), "target": (sample, ...)}, with optional "mask" and "times"
-            as in ``Split``. Inputs are used as they are: standardize them with the training split.
+        train, val, test: Split, or a dict {name: (sample, ...), "target": (sample, ...)}, with optional "mask" and
+            "times" as in ``Split``. Inputs are used as they are: standardize them with the training split.
         task: "classification", "multilabel" or "regression"; by default classification for whole-number targets
             (sample,), else regression.
         num_outputs: number of classes or outputs; by default that of the targets.
@@ -76,10 +76,10 @@ class TensorDataset(Dataset):
 class MapDataset(Dataset):
     """Map-style data sets of torch, one per split, whose items are dicts.
 
-    An item is ``{name: tensor or None, ..., "target": ...}``; None is a missing modality. Tensors of a modality have one
-    shape, except that the first size of (token, feature) and of ids (token,) may vary: batches are padded and masked.
-    ``"times"`` may hold {name: (token,)} seconds, and ``"mask"`` {name: True or False, or (token,) booleans where the first
-    size may vary}; False is missing.
+    An item is ``{name: tensor or None, ..., "target": ...}``; None is a missing modality. Tensors of a modality have
+    one shape, except that the first size of (token, feature) and of ids (token,) may vary: batches are padded and
+    masked. ``"times"`` may hold {name: (token,)} seconds, and ``"mask"`` {name: True or False, or (token,) booleans
+    where the first size may vary}; False is missing.
 
     Args:
         train, val, test: map-style data sets, such as ``torch.utils.data.Dataset``.

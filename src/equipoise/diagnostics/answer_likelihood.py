@@ -31,8 +31,9 @@ def answer_effects(
 ) -> list[dict[str, Any]]:
     """Measures the effect of each modality and of averaged attention on the likelihood of a given answer.
 
-    The log-likelihood is the mean of log p(token | previous tokens) over the tokens of the answer: without intervention,
-    with each modality hidden from all queries (``without_modality``), and under QUAG operators (``with_quag``).
+    The log-likelihood is the mean of log p(token | previous tokens) over the tokens of the answer: without
+    intervention, with each modality hidden from all queries (``without_modality``), and under QUAG operators
+    (``with_quag``).
 
     Args:
         model: a Hugging Face causal or encoder-decoder model, on the device of the inputs.
@@ -44,8 +45,8 @@ def answer_effects(
         cls_rows: as in ``with_quag``.
 
     Returns:
-        Rows {"change", "of", "log_likelihood", "drop", "tokens", "sites"}: "change" is "none", "mask" or "quag", "of" the
-        modality or operator, "log_likelihood" in nats per token, "drop" the value without intervention minus it,
+        Rows {"change", "of", "log_likelihood", "drop", "tokens", "sites"}: "change" is "none", "mask" or "quag", "of"
+        the modality or operator, "log_likelihood" in nats per token, "drop" the value without intervention minus it,
         "tokens" the number of answer tokens, "sites" the number of changed attention layers. Interventions without any
         layer to change are omitted.
 

@@ -40,8 +40,8 @@ def attention_gap(
 
         gap_m = 100 |S_m - X_m| / (S_m + X_m)     S_m: attention m -> m,  X_m: m -> all other modalities
 
-    S and X are means over heads and samples in each layer; the gap is the mean over layers. 0 means equal attention, 100
-    that one of them receives all attention; the share shows which one. Attention to special tokens is excluded.
+    S and X are means over heads and samples in each layer; the gap is the mean over layers. 0 means equal attention,
+    100 that one of them receives all attention; the share shows which one. Attention to special tokens is excluded.
 
     Args:
         share: (layer, sample, head, modality of query, modality of key). Leading dimensions may be omitted, starting
@@ -64,7 +64,8 @@ def attention_gap(
     A gap may be appropriate if one modality is not informative.
 
     Reference: MODA (ICML 2025), attention discrepancy of modalities.
-    Differs from the paper in: the paper does not specify whether total attention or attention per token is compared; both are
+    Differs from the paper in: the paper does not specify whether total attention or attention per token is compared;
+        both are
     available.
 
     Example:
@@ -153,8 +154,8 @@ def share_table(
 ) -> GroupShares:
     """Computes the attention between modalities from explicit self-attention.
 
-    Only queries that see their own and another modality are included. Arguments and errors as in ``gap_from_attention``,
-    whose result is ``attention_gap(table.share, weights=table.rows[:, None])``.
+    Only queries that see their own and another modality are included. Arguments and errors as in
+    ``gap_from_attention``, whose result is ``attention_gap(table.share, weights=table.rows[:, None])``.
 
     Example:
         >>> attention = torch.tensor([[[[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.2, 0.3, 0.5]]]])

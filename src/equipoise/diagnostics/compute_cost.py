@@ -70,8 +70,8 @@ def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch
         batch_size: for ``gflops``; by default 1 for "full" and 64, as in the tables, for "thop".
 
     Returns:
-        Cost. FLOPs are averaged over the batch, including padding. They are a weak predictor of run time: a fused kernel
-        may be several times faster than separate operations.
+        Cost. FLOPs are averaged over the batch, including padding. They are a weak predictor of run time: a fused
+        kernel may be several times faster than separate operations.
 
     Raises:
         ConfigError: an unknown convention.

@@ -125,8 +125,8 @@ def attention_consistency(
 ) -> AttentionConsistency:
     """Measures the cycle consistency of the attention maps between modalities.
 
-    For each layer with attention between the modalities, block (i, j) of P is the attention of modality i to modality j,
-    averaged over heads and normalized to rows that sum to 1; the diagonal blocks are I::
+    For each layer with attention between the modalities, block (i, j) of P is the attention of modality i to modality
+    j, averaged over heads and normalized to rows that sum to 1; the diagonal blocks are I::
 
         score = (T - r*) / (T - K),  r* = |P|_*^2 / |P|_F^2      of (P + P^T) / 2, T tokens, K = min_i M_i
         cycle = mean |P_ij P_jk - P_ik|_F^2 / 2 M_i,  pair = mean |P_ij P_ji - I|_F^2 / 2 M_i      of P itself
@@ -152,7 +152,8 @@ def attention_consistency(
             modalities, or an invalid option. ShapeError: an empty loader, or names that do not fit.
 
     Two modalities have no cycles: the score then measures how close the maps are to one-to-one maps, and only the pair
-    error measures inconsistency. Soft maps hide inconsistencies, and maps with unequal numbers of tokens cannot reach 1.
+    error measures inconsistency. Soft maps hide inconsistencies, and maps with unequal numbers of tokens cannot reach
+    1.
     The mean matrix is taken by position: if positions have a different meaning in each sample, it is uniform.
 
     """

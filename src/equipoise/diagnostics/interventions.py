@@ -161,8 +161,8 @@ def with_quag(
     """Averages attention inside quadrants (modality of the query, modality of the key) inside the block.
 
     Within a quadrant all visible keys of a query receive the same attention, with an unchanged sum: the share of the
-    modality stays the same, but its tokens are no longer distinguished. This is applied to every head of every attention
-    layer with known labels.
+    modality stays the same, but its tokens are no longer distinguished. This is applied to every head of every
+    attention layer with known labels.
 
     Args:
         model, modality, names: as in ``without_modality``.

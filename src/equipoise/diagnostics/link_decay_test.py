@@ -32,8 +32,8 @@ class DecayedError(NamedTuple):
     """Summary of the alignment errors of all layers.
 
     Attributes:
-        log_product: sum_l (l log gamma + log error_l), since the product itself underflows; -inf if the error of a layer
-            is 0.
+        log_product: sum_l (l log gamma + log error_l), since the product itself underflows; -inf if the error of a
+            layer is 0.
         weighted_sum: sum_l gamma^l error_l.
     """
 

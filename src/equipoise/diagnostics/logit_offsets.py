@@ -28,8 +28,8 @@ Members = Bool[Tensor, "batch group key"]
 def add_offsets(call: AttentionCall, offsets: KeyOffsets) -> AttentionCall:
     """Returns the attention with s_ij + offset_ig in place of the score s_ij of each key j of group g.
 
-    A' = softmax(s + offset). The offset is folded into the mask where that takes no more memory than the keys; elsewhere
-    it is a product of additional features of queries and keys, so that fused kernels and causality remain.
+    A' = softmax(s + offset). The offset is folded into the mask where that takes no more memory than the keys;
+    elsewhere it is a product of additional features of queries and keys, so that fused kernels and causality remain.
     """
     if call.attention is not None:
         return replace(call, attention=_reweighted(call.attention, offsets))
@@ -42,8 +42,9 @@ def add_offsets(call: AttentionCall, offsets: KeyOffsets) -> AttentionCall:
 def offsets_for_shares(call: AttentionCall, members: Members, shares: Float[Tensor, " group"]) -> KeyOffsets:
     """Returns the offsets that give each group its share of the attention of each query.
 
-    b_ig = log(t_g / s_ig) - log((1 - sum_h t_h) / (1 - sum_h s_ih)) for the present share s_ig. All other keys keep their
-    proportions. Queries that see no key of a group, or no other key, keep the attention between the remaining groups.
+    b_ig = log(t_g / s_ig) - log((1 - sum_h t_h) / (1 - sum_h s_ih)) for the present share s_ig. All other keys keep
+    their proportions. Queries that see no key of a group, or no other key, keep the attention between the remaining
+    groups.
     """
     count = len(shares)
     other = ~members.any(dim=1)

@@ -95,7 +95,8 @@ def modality_links(
     only models of the same depth; a line through few layers always fits well.
 
     Reference: MODA (ICML 2025).
-    Differs from the paper in: see ``attention_gap``, ``alignment_error`` and ``e_dda`` for definitions that the paper leaves
+    Differs from the paper in: see ``attention_gap``, ``alignment_error`` and ``e_dda`` for definitions that the paper
+        leaves
     open.
 
     Example:

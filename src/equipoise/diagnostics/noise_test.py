@@ -79,7 +79,9 @@ def _constant(values: Tensor) -> bool:
 
 
 def most_attended(predictions: CollectedPredictions) -> str:
-    """The modality whose mean key has the largest average cosine with the class query; without keys, the largest share."""
+    """The modality whose mean key has the largest average cosine with the class query; without keys, the largest
+    share.
+    """
     ranked = predictions.share if predictions.cosine is None else predictions.cosine
     if ranked is None:
         raise ConfigError("most_attended", expected="a model with attention over its modalities", got="none")
@@ -145,7 +147,8 @@ def noise_response(
 
     Args:
         model: a FusionModel with attention, or any other model after ``eq.adapt``.
-        loader: batches, dicts with every modality, that can be iterated twice in the same order; targets are not needed.
+        loader: batches, dicts with every modality, that can be iterated twice in the same order; targets are not
+            needed.
         modality: the modality to replace; by default the one whose keys are closest to the query. Select it on
             validation data if results on test data are reported.
         noise: ``"sample"``: noise with the mean and standard deviation of the valid values of each sample, 0 and 1
@@ -161,7 +164,8 @@ def noise_response(
             a dict or lacks the modality.
 
     Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d.
-    Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned) nor the
+    Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned)
+        nor the
     statistics of its noise.
     """
     make_loader: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]

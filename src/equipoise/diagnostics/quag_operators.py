@@ -143,7 +143,8 @@ def quag_output(
         ConfigError: a quadrant without a column.
 
     Reference: RollingQ (ICML 2025), Table 9.
-    Differs from the released code in: no matrix; the efficient variant of that code, a mean token with log n added to its logit,
+    Differs from the released code in: no matrix; the efficient variant of that code, a mean token with log n added to
+        its logit,
     is not equivalent.
     """
     batch, heads, queries, keys = call.sizes

@@ -28,8 +28,8 @@ def modality_shapley(
 
     v(S) is the score of the model with only the modalities in S, the others masked as in ``mask_modality``. v of the
     empty set is the score of the best constant prediction: the most frequent class of the targets of the loader, the
-    more frequent value of each label, or the median target, which minimizes the mean absolute error; 0 for a metric that
-    is undefined for constant predictions.
+    more frequent value of each label, or the median target, which minimizes the mean absolute error; 0 for a metric
+    that is undefined for constant predictions.
 
     Args:
         model: a FusionModel with at most 8 modalities.
@@ -48,7 +48,8 @@ def modality_shapley(
 
     Reference: Wei et al., "Enhancing Multimodal Cooperation via Sample-level Modality Valuation" (CVPR 2024);
     BalanceBenchmark.
-    Differs from the paper in: the score of the data set instead of single samples, and the constant prediction as the empty set.
+    Differs from the paper in: the score of the data set instead of single samples, and the constant prediction as the
+        empty set.
     """
     names = record_fusion(model, "modality_shapley").names
     if len(names) > MOST:

@@ -61,8 +61,8 @@ def attention_entropy(
             given in this case.
 
     Returns:
-        (batch, head, query), in at least float32. NaN for a query without attention and, if normalized, for a query with a
-        single visible key.
+        (batch, head, query), in at least float32. NaN for a query without attention and, if normalized, for a query
+        with a single visible key.
 
     Raises:
         ShapeError: attention or mask do not fit.

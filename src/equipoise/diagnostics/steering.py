@@ -174,16 +174,17 @@ def steer(
         queries: queries whose attention is steered: ``"all"``, ``"last"``, ``"answer"``, the name of a modality, or a
             boolean mask (batch, query), as in ``watch``.
         modality, names: labels of the keys, as in ``watch``.
-        **beta: modality -> number to add to the logits of its keys; negative numbers lower its share. 0 changes nothing,
-            bit for bit.
+        **beta: modality -> number to add to the logits of its keys; negative numbers lower its share. 0 changes
+            nothing, bit for bit.
 
     Yields:
         Steering; its ``changed`` and ``missing`` list the layers that were and were not steered. A ``watch`` around or
         inside the block records the steered attention.
 
     Raises:
-        ConfigError: an unknown modality, layer or head, a number or share out of range, a model inside another such block;
-            or no attention could be steered, for example if a cross-attention has keys of a single modality only.
+        ConfigError: an unknown modality, layer or head, a number or share out of range, a model inside another such
+            block; or no attention could be steered, for example if a cross-attention has keys of a single modality
+            only.
 
     Warns:
         UserWarning: at the end of the block, if only some of the calls of a layer could be steered.

@@ -34,8 +34,8 @@ class Backbone(Encoder):
         lora: rank of LoRA matrices of every linear layer, trained instead of its weights; requires peft.
         dim: token width; by default the hidden size of the model.
         cls: whether token 0 is a class token, as in BERT and ViT, which ``pooled`` returns instead of the mean.
-        shift: what the data set has added to the ids of the tokenizer. If it is not 0, id 0 is padding: data sets with a
-            vocabulary have a shift of 1.
+        shift: what the data set has added to the ids of the tokenizer. If it is not 0, id 0 is padding: data sets with
+            a vocabulary have a shift of 1.
 
     Raises:
         ConfigError: the model is not a transformers model or has no hidden size, frozen is combined with LoRA, or a

@@ -15,7 +15,8 @@ class Encoder(nn.Module):
     Attributes:
         dim: token width.
         reads: description of the supported sample shapes, for error messages.
-        takes_ids: True if inputs are integer ids below a ``vocabulary``, False if they are not, None if both are possible.
+        takes_ids: True if inputs are integer ids below a ``vocabulary``, False if they are not, None if both are
+            possible.
     """
 
     dim: int

@@ -31,11 +31,12 @@ class ResNetEncoder(Encoder):
         channels: image channels: 3 for RGB, 1 for a spectrogram, 2 for optical flow.
         frames: images per sample; with several, the input is (batch, frame, channel, height, width).
         dim: token width.
-        pretrained: a folder or a name on the Hub of a ResNet18 with safetensors; for other numbers of channels, the first
-            kernel is the mean over colors.
+        pretrained: a folder or a name on the Hub of a ResNet18 with safetensors; for other numbers of channels, the
+            first kernel is the mean over colors.
 
     Raises:
-        ConfigError: the weights are of another network, or transformers is missing. DataError: the weights are not found.
+        ConfigError: the weights are of another network, or transformers is missing. DataError: the weights are not
+            found.
         ShapeError: the number of channels or frames does not match.
 
     Because of batch norm, the tokens of a sample depend on its batch in training: accumulated small batches are not

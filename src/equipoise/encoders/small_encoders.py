@@ -107,7 +107,8 @@ class SequenceEncoder(Encoder):
         ConfigError: stride below 1, unknown positions, ``"index"`` without ``max_length``, periods out of order.
         ShapeError: the sequences have another width, or are longer than ``max_length``; with ``"time"``, no times.
 
-    Returns (forward): Tokens, with ``times`` if times are given: (batch, token) seconds, NaN for the class token and for
+    Returns (forward): Tokens, with ``times`` if times are given: (batch, token) seconds, NaN for the class token and
+        for
     tokens of unknown time.
 
     Example:

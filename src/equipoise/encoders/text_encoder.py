@@ -18,7 +18,8 @@ from .encoder import Encoder
 class TextEncoder(Encoder):
     """Small transformer over words: word embeddings, positions, pre-norm blocks, final LayerNorm.
 
-    Index 0 is padding: its tokens are masked, and columns of padding at the end are removed. ``pooled`` is the mean over
+    Index 0 is padding: its tokens are masked, and columns of padding at the end are removed. ``pooled`` is the mean
+        over
     words. An empty text is a missing modality: its mask is a row of False.
 
     Args:

@@ -38,15 +38,16 @@ class ViTEncoder(Encoder):
         axes: names of the stored axes and their order in the patches, such as ``"frequency time -> time frequency"``,
             which transposes the input; by default the input is not transposed.
         pretrained: a folder or a name on the Hub of a ViT with safetensors. Its first ``depth`` blocks, class token and
-            final norm are copied. For other numbers of channels, the patch kernel is the mean over colors; positions are
-            interpolated bilinearly from the trained grid and repeated for each frame.
+            final norm are copied. For other numbers of channels, the patch kernel is the mean over colors; positions
+            are interpolated bilinearly from the trained grid and repeated for each frame.
 
     Raises:
         ConfigError: the size is smaller than a patch, dim is not divisible by heads, axes are invalid, the weights have
-            another shape, or transformers is missing. DataError: the weights are not found. ShapeError: the shape of the
-            images does not match.
+            another shape, or transformers is missing. DataError: the weights are not found. ShapeError: the shape of
+            the images does not match.
 
-    By default a block has 12 d^2 + 13 d = 7,087,872 parameters. Training from scratch requires far more data than common
+    By default a block has 12 d^2 + 13 d = 7,087,872 parameters. Training from scratch requires far more data than
+    common
     multimodal benchmarks contain: use ``PatchEncoder`` with a small width, or ``pretrained``.
 
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); RollingQ (ICML 2025).

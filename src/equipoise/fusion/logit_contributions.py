@@ -32,7 +32,8 @@ def modality_contributions(model: RecordedFusion, batch: Mapping[str, Any]) -> d
     """Computes the part of each modality in the logits; the parts add up to the logits.
 
     Fusions whose logits are a sum by construction (Concat, Sum, Unimodal, MBT) implement ``contributions``. Joint
-    attention of depth 1 with a linear head is linear in the values of its keys; with A the attention of the class token::
+    attention of depth 1 with a linear head is linear in the values of its keys; with A the attention of the class
+    token::
 
         part_m = W_y W_O (A V_m) + (W_y (W_O (A V_special) + b_O) + b_y) / N,    V_m: V, zero but for modality m
 

@@ -19,7 +19,8 @@ Exchange = Literal["bottleneck", "cross"]
 
 
 class MBT(Fusion):
-    """Multimodal Bottleneck Transformer (MBT): separate blocks per modality that exchange information through shared tokens F::
+    """Multimodal Bottleneck Transformer (MBT): separate blocks per modality that exchange information through shared
+    tokens F::
 
         [x_m ; F_m] <- Block_ml([x_m ; F])   for each modality m of layer l,      F <- mean_m F_m
         y = mean_m (W f_m + b),   f_m = norm_m(x_m) pooled: class token or mean
@@ -40,9 +41,9 @@ class MBT(Fusion):
 
     Returns (forward): Output with features (batch, N dim): each f_m divided by the number of modalities of the sample.
 
-    Suitable for long sequences that need to exchange little information; the cost is close to that of unimodal encoders.
-    The logits are a sum of one part per modality, but from the second layer on a part also depends on the other
-    modalities.
+    Suitable for long sequences that need to exchange little information; the cost is close to that of unimodal
+    encoders. The logits are a sum of one part per modality, but from the second layer on a part also depends on the
+    other modalities.
 
     Reference: Nagrani et al., "Attention Bottlenecks for Multimodal Fusion" (NeurIPS 2021).
     Differs from the released code in: any number of modalities; missing modalities are excluded from both means;

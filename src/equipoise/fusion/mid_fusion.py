@@ -44,7 +44,8 @@ class MidFusion(Fusion):
         ConfigError: depth is below 1, or below 2 with a time bias; width of the bias not positive.
         ShapeError: with a time bias, tokens without times.
 
-    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the last
+    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the
+        last
     block.
 
     Suitable for trained encoders, whose last blocks can initialize the fused blocks (``start_from``). From the second

@@ -47,7 +47,8 @@ class MMML(ReadoutFusion):
     its layers have the most parameters, 16 dim^2 per modality, and it overfits small data sets.
 
     Reference: Wu et al., "Multimodal Multi-loss Fusion Network for Sentiment Analysis" (NAACL 2024).
-    Differs from the released code in: one layer and one head by default (five and twelve in the release), and any number
+    Differs from the released code in: one layer and one head by default (five and twelve in the release), and any
+        number
     of modalities; the keys of each modality are the tokens of all others.
 
     Example:

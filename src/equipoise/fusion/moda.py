@@ -21,7 +21,8 @@ from .token_streams import pooled_by_cls
 class DuplexAttention(Attention):
     """`Attention` with aligned keys and a ``merge`` of the self-modality and cross-modality parts.
 
-    Hooks on ``core`` receive aligned keys. Merges other than "mass" and pseudo-attention bypass the core, except if only
+    Hooks on ``core`` receive aligned keys. Merges other than "mass" and pseudo-attention bypass the core, except if
+    only
     the class token is a query: it has no modality, so all keys form one part.
     """
 
@@ -73,8 +74,8 @@ class MODA(Fusion):
         dropout: dropout probability, in training only.
         merge: ``"mass"``, ``"gate"`` (one learned gate per head, initialized to 1/2), ``"sum"`` or ``"concat"``
             (a learned linear map of both, initialized to their mean).
-        pseudo: ``"none"``, or ``"all_masked"``: masked keys, those of missing modalities and padding, receive attention.
-            There is no causal mask here, so both are equal if all tokens are valid.
+        pseudo: ``"none"``, or ``"all_masked"``: masked keys, those of missing modalities and padding, receive
+            attention. There is no causal mask here, so both are equal if all tokens are valid.
         basis, norm, normalize_keys, fuse, mix: see `DuplexAligner`.
         directions: names of the modalities with aligned keys; None = all.
 
@@ -84,7 +85,8 @@ class MODA(Fusion):
     Raises:
         ConfigError: depth is below 1, an option is unknown, or directions are not names of modalities.
 
-    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the last
+    Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the
+        last
     block.
 
     Suitable if the keys of the modalities are far apart, so that a query attends to one of them only. The class token

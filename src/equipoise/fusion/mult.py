@@ -46,14 +46,16 @@ class MulT(ReadoutFusion):
     Raises:
         ConfigError: width or depth is below 1, width is not divisible by heads, or the readout is unknown.
 
-    Returns (forward): Output with features (batch, N (N - 1) w), preceded by the (N - 1) w features of the readout, if any.
+    Returns (forward): Output with features (batch, N (N - 1) w), preceded by the (N - 1) w features of the readout, if
+        any.
 
     Suitable if modalities complement each other at different times and sequences are short: there are N (N - 1) cross
     encoders. Each modality is represented by its last token, which is a poor summary if the end of a sequence carries
     little information.
 
     Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019).
-    Differs from the released code in: padding is masked and excluded from positions (the release attends to it, uses the
+    Differs from the released code in: padding is masked and excluded from positions (the release attends to it, uses
+        the
     last step even if it is padding, and treats tokens whose first value is 0 as padding); by default ``causal`` is off
     and there is one layer (on and five in the release).
 
@@ -164,7 +166,9 @@ class ResidualHead(nn.Module):
 
 
 def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token width"]:
-    """Computes sinusoidal positions: sines in the first half of the features, cosines in the second; an odd last one is 0."""
+    """Computes sinusoidal positions: sines in the first half of the features, cosines in the second; an odd last one is
+    0.
+    """
     half = like.shape[-1] // 2
     exact = torch.promote_types(like.dtype, torch.float32)
     steps = torch.arange(half, device=positions.device, dtype=exact)

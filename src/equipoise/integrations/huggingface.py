@@ -73,7 +73,8 @@ class BalancedModel(nn.Module):
             batch: inputs of the model: name -> input, and ``mask``.
 
         Returns:
-            ``logits``, and ``loss`` if there are targets: with auxiliary losses and penalties in training, only the task
+            ``logits``, and ``loss`` if there are targets: with auxiliary losses and penalties in training, only the
+                task
             loss in evaluation.
         """
         target = batch.pop("target", None) if labels is None else labels
@@ -202,18 +203,19 @@ class WatchCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=data)
         eq.hf.WatchCallback(every_n_steps=50).attach(trainer)
 
-    ``attach`` adds the callback, and logs to the reporters of ``report_to`` as well. Passed as ``Trainer(callbacks=[...])``,
-    it logs to ``trainer.state.log_history`` only, because Trainer gives callbacks no access to its reporters.
+    ``attach`` adds the callback, and logs to the reporters of ``report_to`` as well. Passed as
+    ``Trainer(callbacks=[...])``, it logs to ``trainer.state.log_history`` only, because Trainer gives callbacks no
+    access to its reporters.
 
     Training is not changed, bit for bit, and other steps cost one comparison. The names and values are those of
     ``eq.lightning.WatchCallback``; the step is the number of optimizer steps before. Trainer clips gradients before it
-    calls callbacks, so that the norms are those after clipping by ``max_grad_norm``. Gradients are left out under FSDP and
-    DeepSpeed, and in fp16 with ``max_grad_norm=0``, where Trainer does not unscale them.
+    calls callbacks, so that the norms are those after clipping by ``max_grad_norm``. Gradients are left out under FSDP
+    and DeepSpeed, and in fp16 with ``max_grad_norm=0``, where Trainer does not unscale them.
 
     Args:
         every_n_steps: number of optimizer steps from one measurement to the next, the first step included.
-        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``, ``encoders``,
-            ``share`` and ``gradients``.
+        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``,
+            ``encoders``, ``share`` and ``gradients``.
 
     Attributes:
         last: values of the last measured step.

@@ -120,22 +120,23 @@ class WatchCallback(pl.Callback):
 
     Training is not changed, bit for bit, and other steps cost one comparison. Logged names:
 
-    * ``watch/share/<modality>``: the share of attention as ``eq.watch`` measures it, mean over samples, heads and layers;
+    * ``watch/share/<modality>``: the share of attention as ``eq.watch`` measures it, mean over samples, heads and
+    layers;
       with ``per_layer``, ``watch/share/<layer>/<modality>``.
     * ``watch/air/<modality>``: the imbalance that ``RollingQ`` has measured in the epoch so far, if it is attached.
     * ``watch/gradient/<modality>``: the norm of the gradient over all trained parameters of the encoder.
 
-    What cannot be measured is left out, and a warning gives the reason once. Only the first process measures, on its own
-    batches. Gradients are read when they are accumulated, reduced and unscaled: put the callback before ``BalancerCallback`` in
-    the list to read them before balancers change them, and behind it to read them afterward. They are read before
-    clipping. Under FSDP, DeepSpeed and tensor parallelism, where a process has only a part of each gradient, they are
-    left out. The shares of a step include forward passes that balancers add to it.
+    What cannot be measured is left out, and a warning gives the reason once. Only the first process measures, on its
+    own batches. Gradients are read when they are accumulated, reduced and unscaled: put the callback before
+    ``BalancerCallback`` in the list to read them before balancers change them, and behind it to read them afterward.
+    They are read before clipping. Under FSDP, DeepSpeed and tensor parallelism, where a process has only a part of each
+    gradient, they are left out. The shares of a step include forward passes that balancers add to it.
 
     Args:
         every_n_steps: number of optimizer steps from one measurement to the next, the first step included.
         model: the module to measure; the LightningModule by default.
-        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``, ``encoders``,
-            ``share`` and ``gradients``.
+        options: arguments of ``StepWatcher``: ``per_layer``, ``layers``, ``queries``, ``modality``, ``names``,
+            ``encoders``, ``share`` and ``gradients``.
 
     Attributes:
         last: values of the last measured step.

@@ -64,9 +64,9 @@ def open_loggers(
     """Context manager: creates loggers that write to ``folder / "logs"``, and closes them at the end.
 
     ``csv`` writes ``csv/version_<n>/metrics.csv``, with another number for a resumed run; ``tensorboard`` writes event
-    files to ``tensorboard/``. ``wandb`` writes an offline run to ``wandb/``, which needs no account and no network and is
-    uploaded by ``wandb sync``; the environment variable ``WANDB_MODE=online`` uploads it directly. ``trackio`` writes
-    to its own local database, which ``trackio show`` reads (environment variable ``TRACKIO_DIR``).
+    files to ``tensorboard/``. ``wandb`` writes an offline run to ``wandb/``, which needs no account and no network and
+    is uploaded by ``wandb sync``; the environment variable ``WANDB_MODE=online`` uploads it directly. ``trackio``
+    writes to its own local database, which ``trackio show`` reads (environment variable ``TRACKIO_DIR``).
 
     Args:
         names: of ``LOGGERS``.

@@ -1,4 +1,6 @@
-"""Measures single training steps: shares of attention, AIR and gradient norms; used by the callbacks ``WatchCallback``."""
+"""Measures single training steps: shares of attention, AIR and gradient norms; used by the callbacks
+``WatchCallback``.
+"""
 
 from __future__ import annotations
 

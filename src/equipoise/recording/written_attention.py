@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 FIXED, PAIRS, SCORES, RECORDED, WEIGHTED = range(5)
 """States of tensors; tensors without a state depend on the inputs of the model.
 
-``FIXED``: independent of inputs, or computed from positions and other integers. ``SCORES``: products of two tensors that
+``FIXED``: independent of inputs, or computed from positions and other integers. ``SCORES``: products of two tensors
+    that
 depend on the inputs. ``PAIRS``: the same without a batch dimension, or of broadcast tensors; they count as scores after
 an exponential or a sigmoid. ``RECORDED``: the result of a softmax that an interceptor has handled. ``WEIGHTED``: values
 multiplied with scores, before the sum over keys."""

@@ -1,4 +1,6 @@
-"""Fits how reliability depends on the distance: by the likelihood of each modality alone, or by a conformal quantile."""
+"""Fits how reliability depends on the distance: by the likelihood of each modality alone, or by a conformal
+quantile.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class Calibration(NamedTuple):
         intercept: (modality,) a_m.
         log_slope: (modality,) b_m.
         center: (modality,) median of log d_m on the calibration data.
-        log_temperature: logarithm of the temperature; for a regression, of the standard deviation of its errors in units
-            of that of the targets.
+        log_temperature: logarithm of the temperature; for a regression, of the standard deviation of its errors in
+            units of that of the targets.
     """
 
     intercept: Tensor
@@ -75,9 +77,10 @@ def own_log_likelihood(
 ) -> Float[Tensor, " sample"]:  # fmt: skip
     """Computes ``log(rho p_m(y) + (1 - rho) p_0(y))`` from one modality alone.
 
-    ``p_0`` is uniform over the C classes, and over the 2^C combinations of labels of a multilabel task. For a regression,
-    ``p_m`` is a normal distribution around the prediction whose standard deviation is exp(log_temperature) times that of
-    the targets, and ``p_0`` the normal distribution with the ``moments`` (mean, standard deviation) of the training targets.
+    ``p_0`` is uniform over the C classes, and over the 2^C combinations of labels of a multilabel task. For a
+    regression, ``p_m`` is a normal distribution around the prediction whose standard deviation is exp(log_temperature)
+    times that of the targets, and ``p_0`` the normal distribution with the ``moments`` (mean, standard deviation) of
+    the training targets.
 
     Example:
         >>> known, unknown = torch.tensor([30.0]), torch.tensor([-30.0])

@@ -32,8 +32,8 @@ def input_features(value: Any, mask: Tensor | None, who: str) -> Float[Tensor, "
     """Returns statistics of the raw input of a modality, over its valid parts.
 
     Sequences (batch, time, ...): mean, standard deviation and mean absolute difference of consecutive frames of each
-    feature. Images (batch, ..., height, width): the same of each channel, with differences along both axes. Vectors: the
-    vector. Token ids: the logarithm of their number, and a histogram. Mappings: the features of all their tensors.
+    feature. Images (batch, ..., height, width): the same of each channel, with differences along both axes. Vectors:
+    the vector. Token ids: the logarithm of their number, and a histogram. Mappings: the features of all their tensors.
 
     Raises:
         ShapeError: the input contains no tensor.

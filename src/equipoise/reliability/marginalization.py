@@ -20,7 +20,8 @@ LEAST = 1e-6
 def usable_subsets(count: int) -> Bool[Tensor, "subset modality"]:
     """Lists the subsets of modalities that are marginalized over; the first one is the full set.
 
-    All non-empty subsets for up to four modalities; for more the full set, those without one modality, and the single ones.
+    All non-empty subsets for up to four modalities; for more the full set, those without one modality, and the single
+    ones.
 
     Example:
         >>> usable_subsets(2).tolist()
@@ -40,8 +41,8 @@ def subset_log_weights(
 
         w_S ∝ prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
 
-    Modalities that a sample lacks are masked in every subset, so that they have no factor; subsets that are equal without
-    them count once. A sample without any modality has the full set.
+    Modalities that a sample lacks are masked in every subset, so that they have no factor; subsets that are equal
+    without them count once. A sample without any modality has the full set.
 
     Args:
         rho: probability that a modality is usable.
@@ -80,7 +81,8 @@ def mix_predictions(
 ) -> Float[Tensor, "batch output"]:  # fmt: skip
     """Mixes the predictions of the subsets, ``p(y | x) = sum_S w_S p_S(y | x)``, in float32 or higher precision.
 
-    Classification: log-probabilities ``log sum_S w_S softmax(logits_S / T)``. Multilabel: the logit of the mixture of the
+    Classification: log-probabilities ``log sum_S w_S softmax(logits_S / T)``. Multilabel: the logit of the mixture of
+        the
     probabilities of each label. Regression: the weighted mean of the predictions; it has no temperature.
 
     Example:

@@ -50,15 +50,17 @@ class Reliability(nn.Module):
         rho_m(x) = P(u_m = 1 | x_m) = sigmoid(a_m - exp(b_m) (log d_m(x) - median))
         p(y | x) = sum_S w_S p_S(y | x),    w_S ∝ prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
 
-    The sum is over all non-empty subsets for up to four modalities; for more over the full set, the sets without one modality
-    and the single ones. The encoders run once and the fusion once for each subset.
+    The sum is over all non-empty subsets for up to four modalities; for more over the full set, the sets without one
+    modality and the single ones. The encoders run once and the fusion once for each subset.
 
-    ``fit`` measures d_m on training data, and fits a_m, b_m and one temperature of all p_S on validation data, with white
+    ``fit`` measures d_m on training data, and fits a_m, b_m and one temperature of all p_S on validation data, with
+    white
     noise mixed in to a random degree, by the likelihood of each modality alone: ``rho_m p_m(y) + (1 - rho_m) / C``. The
     model itself is not changed or trained.
 
     Missing modalities have rho = 0 and are masked in all subsets. Inputs whose encoding contains NaN or infinite values
-    count as missing. A regression predicts the mean of the mixture, and its likelihood is normal (``own_log_likelihood``).
+    count as missing. A regression predicts the mean of the mixture, and its likelihood is normal
+    (``own_log_likelihood``).
 
     Args:
         model: a FusionModel, or a module with names, encoders, encode, fuse, loss and task.
@@ -67,8 +69,8 @@ class Reliability(nn.Module):
             energy of the unimodal head, or of the model with this modality alone if it has no heads; ``"input"``: as
             knn, with statistics of the raw input.
         form: ``"marginal"``, or ``"conformal"``: a modality is masked (rho = 0) if its distance exceeds the (1 - alpha)
-            quantile of clean validation data, and used (rho = 1) otherwise; the fusion runs once. If all modalities of a
-            sample exceed it, all are used.
+            quantile of clean validation data, and used (rho = 1) otherwise; the fusion runs once. If all modalities of
+            a sample exceed it, all are used.
         alpha: upper bound of the probability of masking a clean modality, if test and validation are exchangeable.
 
     Validation data must differ from the training data as much as test data do (other people, other devices); otherwise
@@ -169,13 +171,13 @@ class Reliability(nn.Module):
 
         Args:
             batch: as for the model.
-            rho: replaces the estimated reliability: a number for all modalities, or name -> number or (batch,) for some.
-                ``rho=1`` returns the logits of the model itself, bit for bit, without temperature.
+            rho: replaces the estimated reliability: a number for all modalities, or name -> number or (batch,) for
+                some. ``rho=1`` returns the logits of the model itself, bit for bit, without temperature.
 
         Returns:
-            The output of the model with all modalities, with ``logits`` of the mixture (log-probabilities of the classes;
-            log-odds of labels; values of a regression), ``reliability`` {name: (batch,)} and the share of attention
-            averaged with the weights of the subsets.
+            The output of the model with all modalities, with ``logits`` of the mixture (log-probabilities of the
+            classes; log-odds of labels; values of a regression), ``reliability`` {name: (batch,)} and the share of
+            attention averaged with the weights of the subsets.
         """
         if isinstance(rho, int | float) and rho == 1:
             output = self.model(batch)

@@ -71,9 +71,9 @@ class TrainingFeatures:
 class TrainingDistance(nn.Module):
     """Logarithm of the distance of features to the training data.
 
-    Features are standardized with the mean and standard deviation of the training data. Without covariance, the distance is
-    the mean Euclidean distance to the five nearest training samples; with it, the Mahalanobis distance to the mean.
-    Features with NaN or infinite values have an infinite distance.
+    Features are standardized with the mean and standard deviation of the training data. Without covariance, the
+    distance is the mean Euclidean distance to the five nearest training samples; with it, the Mahalanobis distance to
+    the mean. Features with NaN or infinite values have an infinite distance.
     """
 
     center: Tensor

@@ -98,8 +98,8 @@ class VerdictEvidence:
         content: a ``Diagnosis.to_dict()`` with names, task, samples, metrics and details.
 
     Scores are compared on the same samples: classes by McNemar's test, labels and errors by a bootstrap over samples
-    (``equipoise.results.significance``). If the outcomes of single samples are unknown, for example if the score of another
-    model was provided as a number, a conservative normal test treats the two as scores of different samples.
+    (``equipoise.results.significance``). If the outcomes of single samples are unknown, for example if the score of
+    another model was provided as a number, a conservative normal test treats the two as scores of different samples.
 
     Example:
         >>> each = {"accuracy": "1" * 60 + "0" * 40, "accuracy_mask/a": "0" * 10 + "1" * 50 + "0" * 40}

@@ -30,8 +30,8 @@ class ComparisonResults(dict):
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row for each run and metric: run, method, seed, fold, metric, value, low, high.
 
-        ``value`` is None where a metric is undefined; ``low`` and ``high`` are the 95 % interval over test samples, if the
-        recipe names metrics.
+        ``value`` is None where a metric is undefined; ``low`` and ``high`` are the 95 % interval over test samples, if
+        the recipe names metrics.
         """
         return [
             {

@@ -137,8 +137,8 @@ def standardized(values: Tensor) -> Tensor:
 def sentiment_signs(values: Tensor, target: Tensor, *, zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(predicted, true, scored) of each sample.
 
-    With ``zeros``, the classes are negative and non-negative, and all samples are scored. Without, they are negative and
-    positive, and samples with a target of 0 are not scored; a prediction of 0 counts as negative.
+    With ``zeros``, the classes are negative and non-negative, and all samples are scored. Without, they are negative
+    and positive, and samples with a target of 0 are not scored; a prediction of 0 counts as negative.
     """
     values, target = check_sentiment(values, target)
     if zeros:

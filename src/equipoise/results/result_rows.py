@@ -148,7 +148,8 @@ def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
 def summarize_runs(
     runs: Sequence[RunResult], reference: Reference | None = None, *, default: str | None = None
 ) -> list[dict[str, Any]]:
-    """Summarizes runs: one row per method and metric with mean, standard deviation and paired difference to a reference.
+    """Summarizes runs: one row per method and metric with mean, standard deviation and paired difference to a
+    reference.
 
     d_i = metric(method, seed_i, fold_i) - metric(reference, seed_i, fold_i);  t = mean(d) sqrt(n) / sd(d), n-1 degrees
     of freedom, two-sided.
@@ -279,7 +280,8 @@ def load_results(path: str | os.PathLike[str]) -> ComparisonResults:
 
     Raises:
         DataError: there is no such file.
-        SchemaError: the file is not JSON, truncated, incomplete, of another schema, or was changed after it was written.
+        SchemaError: the file is not JSON, truncated, incomplete, of another schema, or was changed after it was
+            written.
     """
     path = Path(path, "results.json") if Path(path).is_dir() else Path(path)
     who = f"read '{path.name}'"

@@ -242,8 +242,8 @@ def own_metric(name: str, function: Any) -> Metric:
     """The metric of a function of your own; larger values are better.
 
     The function gets probabilities of (sample, class) or (sample, label), or values of (sample, output), and targets.
-    A metric of which smaller values are better returns its negative and is named ``negative_...``; pages then display it
-    without the sign, as an error.
+    A metric of which smaller values are better returns its negative and is named ``negative_...``; pages then display
+    it without the sign, as an error.
 
     Raises:
         ConfigError: not a function, or a name that is in use or that results could not hold.

@@ -1,7 +1,7 @@
 """Metrics of many resamples at once; the weight of a sample is the number of its repetitions in the resample.
 
-Every function takes predictions and targets like its namesake in ``metric_functions``, and weights of (resample, sample),
-float64; it returns (resample,), NaN where the metric is undefined.
+Every function takes predictions and targets like its namesake in ``metric_functions``, and weights of (resample,
+sample), float64; it returns (resample,), NaN where the metric is undefined.
 """
 
 from __future__ import annotations

@@ -22,10 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 class HistoryCallback(pl.Callback):
-    """Records loss, validation score, shares, imbalance and rotations of every epoch, and keys before the first rotation.
+    """Records loss, validation score, shares, imbalance and rotations of every epoch, and keys before the first
+    rotation.
 
-    Put it before ``BalancerCallback`` in the list of callbacks, pass ``look`` to ``BalancerCallback`` as ``before_end``,
-    and call ``note`` with the logs of the balancers afterward (``RunHistory`` does).
+    Put it before ``BalancerCallback`` in the list of callbacks, pass ``look`` to ``BalancerCallback`` as
+    ``before_end``, and call ``note`` with the logs of the balancers afterward (``RunHistory`` does).
 
     Args:
         source, recipe: data set and recipe of the run, to measure the keys.

@@ -108,7 +108,8 @@ def build_model(
         teachers: modality -> trained encoder, for balancers with ``needs_teachers``.
 
     Raises:
-        ConfigError: unknown option, modality that the data set lacks, metric of another task, or encoder that does not fit the data.
+        ConfigError: unknown option, modality that the data set lacks, metric of another task, or encoder that does not
+            fit the data.
         ShapeError: encoders of different widths.
     """
     recipe = method_recipe(method, recipe)

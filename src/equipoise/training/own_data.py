@@ -49,7 +49,8 @@ def own_data_recipe(
         progress: called with (rows checked, rows).
         base: with ``pair``, the recipe with the model and the training options, such as ``dual_encoder``.
         encoders: modality -> options of its encoder, which replace inferred ones. The images of a ``Backbone`` get its
-            size and statistics and the texts its tokenizer; with ``pair`` it is frozen unless ``frozen`` or ``lora`` is given.
+            size and statistics and the texts its tokenizer; with ``pair`` it is frozen unless ``frozen`` or ``lora`` is
+            given.
         readers: modality -> options of its reader, such as ``size`` of images and ``tokenizer`` of texts.
 
     Returns:

@@ -62,7 +62,8 @@ def execute_run(
 ) -> RunResult | None:  # fmt: skip
     """Trains and evaluates a run; loads a finished one, resumes an interrupted one after its last complete epoch.
 
-    The folder of the run then contains ``run.json``, ``model.safetensors``, ``recipe.yaml`` and ``checkpoints/last.ckpt``.
+    The folder of the run then contains ``run.json``, ``model.safetensors``, ``recipe.yaml`` and
+    ``checkpoints/last.ckpt``.
 
     Args:
         job: run to execute.

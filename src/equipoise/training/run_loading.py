@@ -28,8 +28,8 @@ def load(
     """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
     The data set of the recipe must be available, since it determines the shapes. No code from the folder is executed.
-    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is loaded
-    as ``eq.Reliability``, fitted.
+    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is
+    loaded as ``eq.Reliability``, fitted.
 
     Args:
         folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.

@@ -66,8 +66,8 @@ def run_on_slurm(
 ) -> Generator[tuple[RunSpec, Any], None, None]:  # fmt: skip
     """Submits every run as a job and yields (run, result or exception) in order of completion.
 
-    Jobs continue if this process is stopped. A second call with the same folder waits for the jobs that are still queued or
-    running and submits only the other runs.
+    Jobs continue if this process is stopped. A second call with the same folder waits for the jobs that are still
+    queued or running and submits only the other runs.
 
     Args:
         todo: runs to execute.

@@ -1,4 +1,6 @@
-"""What samples are converted to: spectrograms, frames, sentiment classes and splits, against slow or other computations."""
+"""What samples are converted to: spectrograms, frames, sentiment classes and splits, against slow or other
+computations.
+"""
 
 import numpy as np
 import pytest

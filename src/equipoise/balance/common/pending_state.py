@@ -199,7 +199,8 @@ class Pending:
         return list(self._open) if self.model is None else self._committed
 
     def commit(self, gradients: Sequence[Tensor]) -> list[Record]:
-        """Returns the records that contributed to the gradients (none if a gradient is not finite); discards the others.
+        """Returns the records that contributed to the gradients (none if a gradient is not finite); discards the
+        others.
 
         Assumes that the optimizer steps exactly if all gradients are finite, as with GradScaler. One GPU sync.
         """

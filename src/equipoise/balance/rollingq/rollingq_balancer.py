@@ -39,7 +39,8 @@ class RollingQ(Rotation):
     Args:
         layer: an ``Attention`` layer of this library (``model.fusion.attention``), or any module that contains one
             attention: ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``, attention of timm, or of Hugging Face.
-            Set the labels of its keys with ``layout``. Other projections are named by ``query``, ``key``, ``num_heads``.
+            Set the labels of its keys with ``layout``. Other projections are named by ``query``, ``key``,
+            ``num_heads``.
         rho: strength; see ``rolling_query``. Tune over 0, 0.5, 1, 2, 5 on validation data.
         beta: minimum difference of the modalities' indicators for a rotation; for cosines in [0, 2]. Tune over 0, 0.1,
             0.2, 0.4.

@@ -98,7 +98,8 @@ def corrupt_input(
 ) -> CorruptedInput:  # fmt: skip
     """Corrupts the input of one modality.
 
-    Masked values have no influence and keep their values: padding stays 0. The same seed gives the same damage for the same
+    Masked values have no influence and keep their values: padding stays 0. The same seed gives the same damage for the
+        same
     batch, and all severities use the same random numbers.
 
     Args:

@@ -15,7 +15,9 @@ def additive(frames: InputFrames, level: float) -> Tensor:
 
 
 def gain(frames: InputFrames, level: float) -> Tensor:
-    """Multiplies the values by ``level``; adds log(level) standard deviations to a spectrogram, which is logarithmic."""
+    """Multiplies the values by ``level``; adds log(level) standard deviations to a spectrogram, which is
+    logarithmic.
+    """
     if frames.kind == "spectrogram":
         return frames.values + frames.std * float(torch.tensor(level).log())
     return frames.values * level
@@ -39,7 +41,8 @@ def blur(frames: InputFrames, level: float) -> Tensor:
 def drift(frames: InputFrames, level: float) -> Tensor:
     """Adds a ramp from 0 to ``level`` standard deviations over the frames, up or down at random for each sample.
 
-    The features of a vector have a fixed offset with a random sign, the same in all samples: a sensor out of calibration.
+    The features of a vector have a fixed offset with a random sign, the same in all samples: a sensor out of
+        calibration.
     """
     size = level * frames.std
     if frames.kind == "vector":

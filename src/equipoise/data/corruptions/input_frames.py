@@ -27,8 +27,8 @@ FRAME_AXIS = {"spectrogram": -1, "image": -2}
 def infer_kind(values: Tensor, who: str = "infer_kind") -> InputKind:
     """Returns the kind of an input by its type and shape.
 
-    Integers (batch, token) are tokens; (batch, feature) is a vector, (batch, time, feature) a sequence and (batch, channel,
-    height, width) an image. Spectrograms have the shape of sequences or images: name their kind explicitly.
+    Integers (batch, token) are tokens; (batch, feature) is a vector, (batch, time, feature) a sequence and (batch,
+    channel, height, width) an image. Spectrograms have the shape of sequences or images: name their kind explicitly.
 
     Raises:
         ShapeError: another type or number of dimensions.

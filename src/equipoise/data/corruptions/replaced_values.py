@@ -49,7 +49,8 @@ def replaced(frames: InputFrames, level: float) -> Tensor:
 
 
 def swap_partners(present: Bool[Tensor, " batch"], random: torch.Generator) -> Int[Tensor, " batch"]:
-    """Returns another sample for each sample that has the modality, at random and each once; a single one keeps its own.
+    """Returns another sample for each sample that has the modality, at random and each once; a single one keeps its
+    own.
 
     Example:
         >>> swap_partners(torch.tensor([True, False, True]), torch.Generator()).tolist()

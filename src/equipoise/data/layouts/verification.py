@@ -56,8 +56,8 @@ def verify(
         progress: called with (files done, files in total).
 
     Raises:
-        DataError: the folder was not written by ``prepare``, the preparation is not finished, or its report or checksums
-            are damaged.
+        DataError: the folder was not written by ``prepare``, the preparation is not finished, or its report or
+            checksums are damaged.
     """
     folder, who = Path(folder), "data verify"
     report = prepared_files.read_report(folder, who)

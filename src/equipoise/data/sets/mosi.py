@@ -36,7 +36,8 @@ class MOSI(Dataset):
         root: folder that contains ``mosi``; searched after the environment's EQUIPOISE_DATA.
 
     Raises:
-        DataError: the folder or a file is missing, truncated or damaged, or the files of the modalities differ in labels.
+        DataError: the folder or a file is missing, truncated or damaged, or the files of the modalities differ in
+            labels.
     """
 
     names = ("text", "audio", "video")

@@ -120,7 +120,8 @@ def read_recording(path: Path, name: str) -> Float[Tensor, "time feature"]:
     """Reads a recording: (time, 6) of the inertial sensor, or (time, 60), joints relative to the first hip center.
 
     Raises:
-        DataError: the file is damaged or truncated, its array is missing or has another shape, or a value is not finite.
+        DataError: the file is damaged or truncated, its array is missing or has another shape, or a value is not
+            finite.
     """
     with require_extra("UTDMHAD"):
         from scipy.io import loadmat

@@ -189,7 +189,9 @@ class AudioReader(FileReader):
 
 
 class ImageReader(FileReader):
-    """Images (3, size, size), standardized per channel, by ``mean`` and ``std`` of pixels in [0, 1] if they are given."""
+    """Images (3, size, size), standardized per channel, by ``mean`` and ``std`` of pixels in [0, 1] if they are
+    given.
+    """
 
     feature_dim = 0
 

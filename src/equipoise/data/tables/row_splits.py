@@ -22,9 +22,9 @@ def split_rows(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Assigns rows to train, val and test.
 
-    A split column decides where it has all three names. Missing parts are taken from the training rows: one of ``folds``
-    equal parts for each, without a group in two parts and with the class frequencies of the whole where the target is a
-    class.
+    A split column decides where it has all three names. Missing parts are taken from the training rows: one of
+    ``folds`` equal parts for each, without a group in two parts and with the class frequencies of the whole where the
+    target is a class.
 
     Args:
         size: number of rows.

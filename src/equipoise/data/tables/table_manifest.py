@@ -34,15 +34,15 @@ class Manifest:
         source: csv, tsv, jsonl or parquet file, data set of Hugging Face ``datasets`` (folder, name or object), or
             pandas.DataFrame.
         target: column of the target: classes, or numbers for a regression. Several columns, or cells such as "a;b" or
-            lists, are a multi-label target where they hold labels, and a regression with several outputs where they hold
-            numbers. None with ``pair``.
+            lists, are a multi-label target where they hold labels, and a regression with several outputs where they
+            hold numbers. None with ``pair``.
         pair: columns to align instead of a target, such as images and their captions. Rows that lack one of them are
             not used; rows with the same text (case and punctuation aside) or the same file match each other.
         group: column of groups that must not be in two splits, such as the speaker.
         split: column with train, val or test in each row; by default the column "split" if there is one.
         weight: column of sampling weights of training rows.
-        kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "array", "number", "category",
-            "ignore"), or a dict with "kind" and options of the reader; replaces what is recognized.
+        kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "array", "number",
+            "category", "ignore"), or a dict with "kind" and options of the reader; replaces what is recognized.
         modalities: name -> {"kind", "column" or "columns", options}; replaces the grouping of columns altogether.
         task: "classification", "multilabel" or "regression"; by default recognized from the target.
         root: folder that relative paths refer to; by default that of the table.

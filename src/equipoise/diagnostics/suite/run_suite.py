@@ -40,8 +40,8 @@ def diagnose(
     """Runs all applicable diagnostics on a trained model and summarizes which modalities it uses.
 
     Attention is not evidence of use: modalities are also replaced by noise, masked and corrupted, and the effects on
-    score, predictions and attention are reported together. The model is not changed: weights, ``.grad``, training modes,
-    hooks and the RNG state are restored.
+    score, predictions and attention are reported together. The model is not changed: weights, ``.grad``, training
+    modes, hooks and the RNG state are restored.
 
     Args:
         model: a FusionModel, any other model after ``eq.adapt``, or a module with ``names`` that returns Output, to
@@ -74,7 +74,8 @@ def diagnose(
         Diagnosis. ``skipped`` lists the tests that do not apply or failed, with the reason.
 
     Raises:
-        ConfigError: an unknown test, modality or metric, batches that can be iterated only once, or a module without ``names``.
+        ConfigError: an unknown test, modality or metric, batches that can be iterated only once, or a module without
+            ``names``.
         ShapeError: an empty loader, or batches that do not fit the model. NonFiniteError: a prediction is NaN.
 
     Reference: RollingQ (ICML 2025), section 4.

@@ -23,8 +23,8 @@ def scoring_for(metric: Any, questions: list[MediaQuestion]) -> tuple[str, Scori
     """Returns the name and the function of a metric.
 
     Args:
-        metric: "exact", "normalized", "choice", or a function (reply, sample) -> number from 0 to 1; None is "choice" for
-            questions with choices and "normalized" for others.
+        metric: "exact", "normalized", "choice", or a function (reply, sample) -> number from 0 to 1; None is "choice"
+            for questions with choices and "normalized" for others.
         questions: all questions.
 
     Raises:

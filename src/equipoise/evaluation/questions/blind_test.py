@@ -47,14 +47,14 @@ def blind(
         target: (media, prompt) -> text. Media is a Pillow image, or an array (sample,) at 16 kHz for files with sound;
             objects other than files are passed as they are; a list for several; a dict {"image", "audio"} for both
             kinds; None without media.
-        samples: dicts with "image", "images" or "audio" (a file, a Pillow image, an array), "question", "answer" (a text
-            or a list of accepted ones; with "choices" the right one, its letter or index), and optionally "choices",
-            "category" and "id".
+        samples: dicts with "image", "images" or "audio" (a file, a Pillow image, an array), "question", "answer" (a
+            text or a list of accepted ones; with "choices" the right one, its letter or index), and optionally
+            "choices", "category" and "id".
         conditions: some of "given", "blank" (an image of the mean color of the data, or silence), "other" (the media of
             another question, by a seeded permutation) and "none"; "given" is required.
-        metric: "exact"; "normalized" (case, punctuation, articles and number words do not count); "choice" (the letter or
-            the text of a choice); or a function (reply, sample) -> number from 0 to 1. By default "choice" for questions
-            with choices, and "normalized" for others.
+        metric: "exact"; "normalized" (case, punctuation, articles and number words do not count); "choice" (the letter
+            or the text of a choice); or a function (reply, sample) -> number from 0 to 1. By default "choice" for
+            questions with choices, and "normalized" for others.
         prompt: sample -> the prompt; by default the question, followed by its choices with letters.
         seed: of the permutation.
         journal: file of replies, one JSON object per line. A later call with the same file asks only what has no reply.

@@ -48,8 +48,8 @@ def evaluate_questions(
     progress: Callable[[int, int], None] = lambda done, total: None,
     name: str = "",
 ) -> QuestionResult:
-    """Asks a model each question with its image or sound, with a blank one, with that of another question, with its tokens
-    hidden from attention, and without any.
+    """Asks a model each question with its image or sound, with a blank one, with that of another question, with its
+    tokens hidden from attention, and without any.
 
     Args:
         model: a decoder-only transformers model with images or audio (LLaVA, Qwen-VL, Gemma, Qwen-Audio, ...).
@@ -75,8 +75,8 @@ def evaluate_questions(
         the first token of the answer, as given, averaged over layers and heads.
 
     Raises:
-        ConfigError: a model without images and audio, a medium that it does not take, unknown options. DataError: samples
-            that cannot be read, or 20 failures in a row.
+        ConfigError: a model without images and audio, a medium that it does not take, unknown options. DataError:
+            samples that cannot be read, or 20 failures in a row.
     """
     chosen = check_choice("evaluate", "conditions", conditions, CONDITIONS)
     if "given" not in chosen:

@@ -75,8 +75,8 @@ def read_questions(
     """Reads samples with "image", "images" or "audio", "question", "answer" and optionally "choices" and "category".
 
     Args:
-        samples: dicts. "answer" is a text, a list of accepted texts, or with "choices" the right choice, its letter or its
-            index from 0. Media are files, Pillow images or arrays.
+        samples: dicts. "answer" is a text, a list of accepted texts, or with "choices" the right choice, its letter or
+            its index from 0. Media are files, Pillow images or arrays.
         who: start of the error messages.
         root: folder of relative paths.
         check_files: whether to check that all files exist.

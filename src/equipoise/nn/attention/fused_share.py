@@ -70,8 +70,8 @@ def attend(
 
     Returns:
         Attended(output, share). For a query without visible keys, output, share and gradient are 0. Keys and values
-        that are masked for every query have no influence, even if they are NaN or infinite. Otherwise the columns of the
-        share and the weight of the special keys sum to 1. A high attention share does not prove that a modality is
+        that are masked for every query have no influence, even if they are NaN or infinite. Otherwise the columns of
+        the share and the weight of the special keys sum to 1. A high attention share does not prove that a modality is
         used: values may be small or cancel out; confirm it with a causal test.
 
     Raises:
@@ -172,7 +172,9 @@ def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, sca
 
 
 def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, "batch head query dim"]:
-    """Calls `F.scaled_dot_product_attention` for grouped heads, unequal widths, masks, and rows without visible keys."""
+    """Calls `F.scaled_dot_product_attention` for grouped heads, unequal widths, masks, and rows without visible
+    keys.
+    """
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

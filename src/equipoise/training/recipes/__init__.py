@@ -66,8 +66,8 @@ class TrainOptions:
         unimodal: unimodal heads: ``"probe"`` (detached from the encoders), ``"train"`` (their losses train the
             encoders), ``"ensemble"`` (their logits are also added to the fused ones), or ``"none"``.
         workers: processes that read training batches in advance; the result does not depend on it.
-        checkpoint_steps: also save a checkpoint every so many optimizer steps, from which training resumes in the middle
-            of an epoch; None saves after every epoch only.
+        checkpoint_steps: also save a checkpoint every so many optimizer steps, from which training resumes in the
+            middle of an epoch; None saves after every epoch only.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or unknown.
@@ -117,23 +117,24 @@ class Recipe:
         methods: default methods of ``compare``.
         seeds: default number of seeds of ``compare``, starting at 0.
         folds: default folds of ``compare``; empty for data without folds.
-        fusions: name -> options; ``"fusion"`` is the class if the key is not one, ``"train"`` the training options of this
-            variant only, ``"encoders"`` options of its encoders, modality -> options.
+        fusions: name -> options; ``"fusion"`` is the class if the key is not one, ``"train"`` the training options of
+            this variant only, ``"encoders"`` options of its encoders, modality -> options.
         balancers: name -> options; ``"balancer"`` is the class if the key is not one.
         train: training options.
         model: a self-contained model to train instead of fusions: ``{"name": class in equipoise.models, option: value,
             ...}``; methods are then the names under ``variants``.
-        variants: name -> options of the model in this variant; ``"train"`` is the training options of this variant only.
+        variants: name -> options of the model in this variant; ``"train"`` is the training options of this variant
+            only.
         noise_modality: modality to replace by noise in the attention test; by default the one with the largest share
             on validation data.
         reference: method that others are compared with; by default the first static fusion.
         references: method -> its control, the method that it is compared with in tables and pages; other methods are
             compared as described in ``summarize_runs``.
-        metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on clean
-            test data and with each modality replaced by noise. The first one is the main metric of tables, verdicts and
-            paired tests.
-        logger: names of the loggers of each run: ``csv``, ``tensorboard``, ``wandb``, ``trackio``; see ``docs/logging.md``.
-            They do not change the results.
+        metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on
+            clean test data and with each modality replaced by noise. The first one is the main metric of tables,
+            verdicts and paired tests.
+        logger: names of the loggers of each run: ``csv``, ``tensorboard``, ``wandb``, ``trackio``; see
+            ``docs/logging.md``. They do not change the results.
     """
 
     data: dict[str, Any]
