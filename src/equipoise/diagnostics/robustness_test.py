@@ -42,7 +42,9 @@ class Robustness:
     names: tuple[str, ...]
 
     def best_intact(self, modality: str) -> float:
-        """Returns the score of the best other modality alone, which does not depend on this one; NaN if there is no other."""
+        """Returns the score of the best other modality alone, which does not depend on this one; NaN if there is no
+        other.
+        """
         return max((score for name, score in self.alone.items() if name != modality), default=math.nan)
 
     def mean(self, modality: str | None = None, corruption: str | None = None) -> float:
@@ -60,7 +62,9 @@ class Robustness:
         return sum(near) / len(near) if near else math.nan
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one row for each damage: score, drop from the clean score, and distance to the best intact modality."""
+        """Returns one row for each damage: score, drop from the clean score, and distance to the best intact
+        modality.
+        """
         return [
             {
                 "modality": modality, "corruption": corruption, "severity": severity, "score": score,
@@ -71,7 +75,9 @@ class Robustness:
         ]  # fmt: skip
 
     def table(self) -> str:
-        """Returns a text table: one row for each modality and corruption, one column for each severity, and their mean."""
+        """Returns a text table: one row for each modality and corruption, one column for each severity, and their
+        mean.
+        """
         severities = sorted({severity for _, _, severity in self.scores})
         head = ["modality", "corruption", *map(str, severities), "mean", "best intact"]
         lines = [head]
@@ -106,7 +112,8 @@ class Robustness:
         return html_table([*rows, {"modality": "none", "corruption": "clean", "mean": self.clean}])
 
     def figure(self) -> Any:
-        """Returns a matplotlib figure: the mean score under each corruption, the clean score and the best intact modality.
+        """Returns a matplotlib figure: the mean score under each corruption, the clean score and the best intact
+        modality.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -139,19 +146,20 @@ def robustness(
 ) -> Robustness:  # fmt: skip
     """Measures the score of a trained model with each modality damaged in each way of the catalog.
 
-    A robust fusion is never worse than the best modality that is still intact: ``distance`` of a row is its score minus that of
+    A robust fusion is never worse than the best modality that is still intact: ``distance`` of a row is its score minus
+        that of
     the best other modality, of which the model gets nothing else.
 
     Args:
         model: a FusionModel, ``eq.Reliability``, or a module with names, encode and fuse that returns Output.
-        loader: batches, dicts with every modality and targets, that can be iterated several times in the same order; or a
-            function that returns them.
+        loader: batches, dicts with every modality and targets, that can be iterated several times in the same order; or
+            a function that returns them.
         modalities: the modalities to damage; by default all.
         corruptions: names of ``equipoise.diagnostics.corruptions``; by default all that fit the kind of input.
         severities: some of 1 to 5.
         kinds: modality -> kind of input; by default as ``infer_kind`` returns: name spectrograms.
-        statistics: modality -> (mean, std) of the training inputs, as in ``Dataset.noise``; by default those of the inputs
-            of the loader.
+        statistics: modality -> (mean, std) of the training inputs, as in ``Dataset.noise``; by default those of the
+            inputs of the loader.
         seed: of the damage, which depends on the seed, the batch and the corruption alone.
         metric: name of a metric of ``equipoise.results`` that replaces the score of the task.
 

@@ -82,7 +82,8 @@ class QuestionResult:
         """The accuracy as given minus that under a condition, over the questions answered under both.
 
         Returns:
-            {"difference", "interval", "p", "questions"}: p by McNemar's test for scores of 0 and 1, else by a bootstrap.
+            {"difference", "interval", "p", "questions"}: p by McNemar's test for scores of 0 and 1, else by a
+            bootstrap.
         """
         first, second = self._paired(condition)
         if not len(first):
@@ -109,12 +110,16 @@ class QuestionResult:
 
     @property
     def needing(self) -> list[int]:
-        """Indices of the questions answered correctly as given, but under fewer than half of the conditions without media."""
+        """Indices of the questions answered correctly as given, but under fewer than half of the conditions without
+        media.
+        """
         return self._indices(lambda given, rest: given >= 0.5 and rest < 0.5)
 
     @property
     def answered_without(self) -> list[int]:
-        """Indices of the questions answered correctly as given and under at least half of the conditions without media."""
+        """Indices of the questions answered correctly as given and under at least half of the conditions without
+        media.
+        """
         return self._indices(lambda given, rest: given >= 0.5 and rest >= 0.5)
 
     @property
@@ -132,8 +137,8 @@ class QuestionResult:
 
     @property
     def yes_no(self) -> dict[str, dict[str, float]]:
-        """condition -> {"questions", "yes_answers", "yes_replies", "precision", "recall", "f1"} of questions whose answer
-        is yes or no; empty without such questions. A rate of yes above that of the answers is a bias."""
+        """condition -> {"questions", "yes_answers", "yes_replies", "precision", "recall", "f1"} of questions whose
+        answer is yes or no; empty without such questions. A rate of yes above that of the answers is a bias."""
         rates = {}
         for name in self.conditions:
             pairs = []
