@@ -3,6 +3,8 @@
 python scripts/language_examples.py
 
 The places are drawn by a seed, not chosen: the texts of OLD in the history are paired with those of the working tree.
+Two texts are a pair if they have the same owner and name, and if the code that they describe has mostly the same members
+or arguments; a name that another object has by now is no pair.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 OLD, SEED = "3b5858d", 0
 COUNTS = {"Docstrings": 20, "Error messages": 10, "Sentences of generated pages": 3}
 Key = tuple[str, str]
+Text = tuple[str, frozenset[str]]
 
 
 def git(*arguments: str) -> str:
@@ -33,6 +36,18 @@ def flatten(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def code_names(node: ast.FunctionDef | ast.ClassDef) -> frozenset[str]:
+    """The members of a class or the arguments of a function."""
+    if isinstance(node, ast.ClassDef):
+        return frozenset(part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.ClassDef))
+    return frozenset(part.arg for part in (*node.args.args, *node.args.kwonlyargs))
+
+
+def is_same_code(first: frozenset[str], second: frozenset[str]) -> bool:
+    """Whether at least a third of the names are shared."""
+    return not first | second or len(first & second) / len(first | second) >= 1 / 3
+
+
 def message(call: ast.Call) -> str | None:
     """The text of the error that a ``raise`` creates, without the values put into it."""
     strings = [part.value for part in ast.walk(call) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
@@ -40,10 +55,10 @@ def message(call: ast.Call) -> str | None:
     return text if len(text) > 40 else None
 
 
-def collect(sources: dict[str, str]) -> tuple[dict[Key, str], ...]:
-    """(owner, name) -> first docstring line, and (function, error class) -> message."""
-    docstrings: dict[Key, set[str]] = {}
-    errors: dict[Key, set[str]] = {}
+def collect(sources: dict[str, str]) -> tuple[dict[Key, Text], ...]:
+    """(owner, name) -> first docstring line, and (function, error class) -> message, each with the names of its code."""
+    docstrings: dict[Key, set[Text]] = {}
+    errors: dict[Key, set[Text]] = {}
     for text in sources.values():
         for owner in ast.walk(ast.parse(text)):
             if not isinstance(owner, ast.FunctionDef | ast.ClassDef):
@@ -53,12 +68,15 @@ def collect(sources: dict[str, str]) -> tuple[dict[Key, str], ...]:
                 if not isinstance(node, ast.FunctionDef | ast.ClassDef):
                     continue
                 if line := first_line(node):
-                    docstrings.setdefault((owner.name, node.name), set()).add(flatten(line))
+                    docstrings.setdefault((owner.name, node.name), set()).add((flatten(line), code_names(node)))
                 for part in ast.walk(node):
                     if isinstance(part, ast.Raise) and isinstance(part.exc, ast.Call) and (text_ := message(part.exc)):
-                        errors.setdefault((node.name, ast.unparse(part.exc.func)), set()).add(text_)
+                        errors.setdefault((node.name, ast.unparse(part.exc.func)), set()).add((text_, code_names(node)))
     # Only names that occur once: a text is compared with its own successor.
-    return tuple({key: min(texts) for key, texts in part.items() if len(texts) == 1} for part in (docstrings, errors))
+    return tuple(
+        {key: next(iter(texts)) for key, texts in part.items() if len({text for text, _ in texts}) == 1}
+        for part in (docstrings, errors)
+    )
 
 
 def page_sentences(text: str) -> list[str]:
@@ -85,9 +103,9 @@ def pairs() -> dict[str, list[tuple[str, str, str]]]:
     before, after = collect(old_files(".py")), collect(new_files(".py"))
     found = {
         section: [
-            (".".join(dict.fromkeys(key)), old[key], new[key])
+            (".".join(dict.fromkeys(key)), old[key][0], new[key][0])
             for key in sorted(old.keys() & new.keys())
-            if old[key] != new[key]
+            if old[key][0] != new[key][0] and is_same_code(old[key][1], new[key][1])
         ]
         for section, old, new in zip(("Docstrings", "Error messages"), before, after, strict=True)
     }

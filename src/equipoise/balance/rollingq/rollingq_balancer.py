@@ -228,7 +228,7 @@ class RollingQ(Rotation):
         self.detach()
 
     def check_foldable(self) -> None:
-        """Raises ConfigError if ``fold`` would change the output of the layer."""
+        """Raises ConfigError if merging the rotation would change the output of the layer."""
         if self.rotates():
             self._target.check_mergeable()
         if self.query_rows == "first" and self.rotates() and not self._target.only_first_row():
