@@ -31,6 +31,8 @@ ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 EXTRA = {
     "AGM": "fuses every subset of the modalities, without gradient",
     "CML": "fuses the other modalities once without each modality",
+    "DataRemixing": "fuses each modality alone, without gradient",
+    "DGL": "fuses each modality alone, forward and backward",
     "LFM": "two additional backward passes while its weight is learned",
     "MLA": "processes every batch once per modality",
     "MMPareto": "one backward pass per loss",

@@ -49,22 +49,26 @@ ADDS = {
     "Greedy": "the gates between modalities",
     "MLA": "a head that modalities share",
     "MMCosine": "class vectors in place of a linear head",
+    "QMF": "a head for each modality",
     "ReconBoost": "a head for each modality, and their shrinkage",
+    "TMC": "a head for each modality",
 }
 """Balancers that change the model's parameters, and by what."""
 
 MICRO_BATCHES = {
+    "CGGM": "gradients of heads are compared on each batch",
     "ModalityCorruption": "noise is drawn for each batch",
     "ModalityDropout": "unimodal heads average over the samples that were left a modality",
     "OPM": "unimodal heads average over the samples that were left a modality",
     "PMR": "prototype weights are decided on each batch",
+    "QMF": "samples are ranked in each batch",
     "SampleValuation": "copies are counted for each batch",
 }
 """Balancers for which accumulated batches are not one large batch, and why."""
 
 
 def test_tables_of_tests_list_existing_balancers():
-    for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL):
+    for table in (ADDS, MICRO_BATCHES, ATTENTION, cases.SIDE_BY_SIDE, cases.SMALL, cases.CLASSES_ONLY):
         assert set(table) <= set(BALANCERS)
 
 
@@ -84,9 +88,22 @@ def test_single_modality_raises(name):
         attached(name, ("audio",))
 
 
+def refuses(name, task, **options):
+    """Whether the balancer is defined for classes alone; checks that it then rejects a regression with the reason."""
+    if name not in cases.CLASSES_ONLY or task != "regression":
+        return False
+    with pytest.raises(
+        ConfigError, match=f"{name}: expected a task with classes or labels, .* got a regression.*Choose"
+    ):
+        attached(name, task=task, **options)
+    return True
+
+
 @everywhere
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(name, fusion, task):
+    if refuses(name, task):
+        return
     made, balancing = attached(name, fusion=fusion, task=task)
     before = answers(made, task)
     logs = train(made, balancing, sgd(made, balancing), 2, task=task)
@@ -97,6 +114,8 @@ def test_all_tasks(name, fusion, task):
 @every
 def test_one_output(name):
     """A regression whose targets are (batch,)."""
+    if refuses(name, "regression", outputs=1):
+        return
     made, balancing = attached(name, task="regression", outputs=1)
     optimizer = sgd(made, balancing)
     batches = [{**batch(seed=seed), "target": torch.linspace(-1, 1, 5)} for seed in range(3)]

@@ -17,6 +17,7 @@ EXACT = TOL[torch.float64]
 APART = {
     "ModalityCorruption": "noise is drawn for each process's batch",
     "DiagnoseRelearn": "each process clusters its own part of the data",
+    "QMF": "each process ranks the samples of its batch",
 }
 """Balancers for which two processes are not one on the doubled batch, and why; they must agree with each other all the
 same."""

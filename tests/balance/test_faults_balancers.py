@@ -20,7 +20,7 @@ from helpers.tasks import static
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
-APART = {"AGM", "Greedy", "MMPareto", "OGM", "OGM_GE", "DiagnoseRelearn", "UMT"}
+APART = {"AGM", "ARL", "CGGM", "Greedy", "InfoReg", "MMPareto", "OGM", "OGM_GE", "DiagnoseRelearn", "UMT"}
 """Balancers that change the gradients of each encoder separately."""
 
 

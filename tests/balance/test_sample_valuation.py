@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.balance.sample_valuation import correctness
+from equipoise.balance.common.unimodal_scores import correctness
 from equipoise.errors import ConfigError
 from equipoise.fusion.subset_tokens import modality_subsets, shapley_values
 from helpers.fusion import DIM, NAMES, batch

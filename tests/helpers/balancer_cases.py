@@ -24,6 +24,8 @@ BALANCERS = {
 
 ALWAYS = {"beta": 0.0, "tail": None, "max_rotations": None}
 SMALL = {
+    "ARL": {"start": 1},
+    "DataRemixing": {"warmup": 1},
     "Greedy": {"window": 2},
     "GradientBlending": {"every": 1},
     "PMR": {"fraction": 1.0},
@@ -36,8 +38,11 @@ SMALL = {
 ATTENTION = {"RollingQ": 1, "ProgressiveRollingQ": 2}
 """Balancers of attention -> depth of the joint attention to test them with; the others use Concat."""
 
-SIDE_BY_SIDE = {"AMCo", "MLA", "MMCosine", "ReconBoost"}
+SIDE_BY_SIDE = {"AMCo", "MLA", "MMCosine", "QMF", "ReconBoost", "TMC"}
 """Balancers that need concatenated features or additive logits, and reject joint attention."""
+
+CLASSES_ONLY = {"QMF", "TMC"}
+"""Balancers that reject regressions."""
 
 
 def joint(depth=1):

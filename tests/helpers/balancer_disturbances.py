@@ -365,7 +365,7 @@ CLEAN = {kind.__name__: kind for kind in (Loop, ScaledLoop, Accumulated, FrozenH
 REFUSED = {
     "TwoLosses": ("ModalityCorruption", "ModalityDropout", "OPM"),
     "CheckpointReentrant": ("LFM", "MMPareto"),
-    "CheckpointFusionReentrant": ("LFM",),
+    "CheckpointFusionReentrant": ("DGL", "LFM"),
 }
 """Loop -> balancers that raise an error in it."""
 

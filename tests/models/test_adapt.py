@@ -140,7 +140,9 @@ REFUSED = {
         "Greedy": "a fusion of equipoise, which a method can wrap",
         "MLA": "a linear head on the concatenated pooled tokens",
         "MMCosine": "a linear head on the concatenated pooled tokens",
+        "QMF": "a linear head on the concatenated pooled tokens",
         "ReconBoost": "a linear head on the concatenated pooled tokens",
+        "TMC": "a linear head on the concatenated pooled tokens",
     },
     "towers": {"Greedy": "a fusion of equipoise, which a method can wrap"},
 }

@@ -25,6 +25,14 @@ def build_method(name, made=None):
         ("concat", eq.fusion.Concat, ("audio", "image"), []),
         ("film", eq.fusion.FiLM, ("audio", "image"), []),
         (" joint + rollingq ", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.RollingQ]),
+        ("joint+dgl", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.DGL]),
+        ("concat+cggm", eq.fusion.Concat, ("audio", "image"), [eq.balance.CGGM]),
+        ("concat+data_remixing", eq.fusion.Concat, ("audio", "image"), [eq.balance.DataRemixing]),
+        ("joint+inforeg", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.InfoReg]),
+        ("joint+arl", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.ARL]),
+        ("qmf", eq.fusion.Concat, ("audio", "image"), [eq.balance.QMF]),
+        ("sum+qmf", eq.fusion.Sum, ("audio", "image"), [eq.balance.QMF]),
+        ("tmc", eq.fusion.Concat, ("audio", "image"), [eq.balance.TMC]),
         ("deep+progressive", eq.fusion.JointAttention, ("audio", "image"), [eq.balance.ProgressiveRollingQ]),
     ],
 )
@@ -33,6 +41,29 @@ def test_method_names(name, fusion, names, balancers):
     assert type(model.fusion) is fusion
     assert model.names == names
     assert [type(balancer) for balancer in attached] == balancers
+
+
+def test_methods_with_a_head_of_their_own_stand_for_a_fusion_and_themselves():
+    digits = recipe()
+    digits.balancers["tmc"] = {"annealing": 3}
+    digits.balancers["slow_tmc"] = {"balancer": "tmc", "annealing": 50}
+    names = {name: method_factory.parse_method(name, digits).name for name in ("tmc", "qmf", "slow_tmc", "concat+tmc")}
+    assert names == {
+        "tmc": "concat+tmc",
+        "qmf": "concat+qmf",
+        "slow_tmc": "concat+slow_tmc",
+        "concat+tmc": "concat+tmc",
+    }
+    assert [build_method(name, digits)[1][0].annealing for name in ("tmc", "slow_tmc")] == [3, 50]
+    with pytest.raises(ConfigError, match="expected a known fusion or modality, got 'ogm'"):
+        method_factory.parse_method("ogm", digits)
+    with pytest.raises(ConfigError, match="tmc"):
+        method_factory.parse_method("tnc", digits)
+
+
+def test_qmf_ranks_by_the_history_of_the_training_samples():
+    _, (balancer,) = build_method("qmf")
+    assert balancer.samples == len(load_run_dataset(recipe(), None).split("train"))
 
 
 def test_weights_depend_on_the_generator():

@@ -2,12 +2,17 @@
 
 from .agm import AGM as AGM
 from .amco import AMCo as AMCo
+from .arl import ARL as ARL
 from .balancer import Balancer as Balancer
 from .balancer_list import BalancerList as BalancerList
+from .cggm import CGGM as CGGM
 from .cml import CML as CML
 from .consistency_balancer import ConsistencyBalancer as ConsistencyBalancer
+from .data_remixing import DataRemixing as DataRemixing
+from .dgl import DGL as DGL
 from .gradient_blending import GradientBlending as GradientBlending
 from .greedy import Greedy as Greedy
+from .inforeg import InfoReg as InfoReg
 from .lfm import LFM as LFM
 from .mbsd import MBSD as MBSD
 from .mla import MLA as MLA
@@ -19,6 +24,7 @@ from .ogm import OGM as OGM
 from .ogm_ge import OGM_GE as OGM_GE
 from .opm import OPM as OPM
 from .pmr import PMR as PMR
+from .qmf import QMF as QMF
 from .reconboost import ReconBoost as ReconBoost
 from .relearning import DiagnoseRelearn as DiagnoseRelearn
 from .rollingq.progressive_rollingq import ProgressiveRollingQ as ProgressiveRollingQ
@@ -28,4 +34,5 @@ from .rollingq.rolling_step import rolling_query as rolling_query
 from .rollingq.rollingq_balancer import RollingQ as RollingQ
 from .rollingq.rotation_merge import merge_rotations as merge_rotations
 from .sample_valuation import SampleValuation as SampleValuation
+from .tmc import TMC as TMC
 from .umt import UMT as UMT

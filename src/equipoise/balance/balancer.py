@@ -44,7 +44,8 @@ class Balancer(nn.Module):
 
     ``BalancerList`` calls the hooks in this order; a balancer never sees the training loop:
 
-    1. ``prepare`` and ``transform`` in the forward pass, before and after the encoders, in training mode only;
+    1. ``prepare`` and ``transform`` in the forward pass, before and after the encoders, and ``finish`` with its output,
+       in training mode only;
     2. ``observe``, then ``penalty``, with the output of every batch;
     3. ``gradient_scale`` and ``before_step`` once per optimizer step, when gradients are complete: accumulated, reduced
        over processes, unscaled;
@@ -72,6 +73,7 @@ class Balancer(nn.Module):
         works_alone: True if the balancer needs no ``BalancerList``, only its own forward hooks and ``end_epoch``.
         gradient_scaling_only: True if the method only multiplies gradients by a factor; this has almost no effect under
             Adam, which normalizes gradients.
+        fusion_in_recipes: fusion that the balancer's name alone stands for in recipes: ``tmc`` is ``concat+tmc``.
         excludes: class names of methods that it cannot be combined with -> reason.
     """
 
@@ -86,6 +88,7 @@ class Balancer(nn.Module):
     notes_in_forward: ClassVar[bool] = False
     changes_gradients: ClassVar[bool] = True
     works_alone: ClassVar[bool] = False
+    fusion_in_recipes: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +156,10 @@ class Balancer(nn.Module):
     def transform(self, tokens: Mapping[str, Tokens], target: Tensor | None = None) -> Mapping[str, Tokens]:
         """Returns changed tokens, name -> Tokens, between encoders and fusion. ``target`` may be None."""
         return tokens
+
+    def finish(self, output: Output) -> Output:
+        """Returns a changed output at the end of the forward pass."""
+        return output
 
     def observe(self, output: Output, target: Tensor) -> None:
         """Called with the output of each training batch."""

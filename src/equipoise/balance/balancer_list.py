@@ -193,7 +193,7 @@ def encoder_weight_matrices(encoder: nn.Module) -> list[nn.Parameter]:
 
 def takes_part_in_steps(balancer: Balancer) -> bool:
     """Returns whether a BalancerList has to call it: it overrides a hook of the training step."""
-    hooks = ("prepare", "transform", "observe", "penalty", "gradient_scale", "before_step")
+    hooks = ("prepare", "transform", "finish", "observe", "penalty", "gradient_scale", "before_step")
     return not balancer.works_alone and any(overrides(balancer, hook) for hook in hooks)
 
 

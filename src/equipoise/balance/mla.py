@@ -8,12 +8,11 @@ from typing import ClassVar, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..nn.distributed import all_reduce_sum
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
-from .common.unimodal_scores import has_modality
+from .common.unimodal_scores import has_modality, prediction_entropy
 from .common.unimodal_terms import (
     at_least_single,
     check_concatenated,
@@ -58,12 +57,7 @@ def certainty_weights(
         >>> certainty_weights(logits, torch.tensor([[True, True]]), "classification")
         tensor([[0.6667, 0.3333]])
     """
-    if task == "classification":
-        entropy = -(logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
-    elif task == "multilabel":
-        entropy = F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").mean(dim=-1)
-    else:
-        entropy = torch.zeros_like(logits[..., 0])
+    entropy = prediction_entropy(logits, task)
     # The largest entropy cancels out. The finite fill value avoids NaN for samples without any modality.
     return (-entropy).masked_fill(~present, torch.finfo(entropy.dtype).min).softmax(dim=-1)
 

@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
+from .common.modality_heads import ModalityHeads, replace_head
 from .common.unimodal_scores import has_modality, true_score
-from .common.unimodal_terms import (
-    at_least_single,
-    check_concatenated,
-    check_modalities,
-    detach_unimodal_heads,
-    masked_mean,
-    split_concatenated,
-)
+from .common.unimodal_terms import at_least_single, check_concatenated, check_modalities, masked_mean
 
 
 def boosting_losses(
@@ -113,10 +107,7 @@ class ReconBoost(Balancer):
             )  # fmt: skip
         self._model = [model]
         self.task_weight, self.residual, self.agreement = task_weight, residual, agreement
-        like = next(model.head.parameters())
-        head = BoostedHead(len(model.names), model.fusion.dim, model.num_outputs, shrinkage)
-        model.head = head.to(like.device, like.dtype)
-        detach_unimodal_heads(model)
+        replace_head(model, BoostedHead, shrinkage)
         # Keep this buffer on the CPU: reading it must not sync the GPU.
         self.register_buffer("epochs", torch.tensor(0))
 
@@ -158,7 +149,7 @@ class ReconBoost(Balancer):
         return {"shrinkage": float(cast(BoostedHead, self._model[0].head).shrinkage.detach())}
 
 
-class BoostedHead(nn.Module):
+class BoostedHead(ModalityHeads):
     """A linear head per modality with added and scaled logits: nu sum_m (W_m f_m + b_m).
 
     A modality that a sample lacks contributes 0.
@@ -171,25 +162,8 @@ class BoostedHead(nn.Module):
     """
 
     def __init__(self, count: int, dim: int, num_outputs: int, shrinkage: float) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(dim, num_outputs) for _ in range(count))
+        super().__init__(count, dim, num_outputs)
         self.shrinkage = nn.Parameter(torch.tensor(shrinkage))
-
-    def modality_logits(self, index: int, vectors: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch output"]:
-        """Returns the logits of one modality, in the precision of the weights, also under autocast.
-
-        The loss is w_1 = 5 times a mean cross entropy, so that in float16 the gradient of a head would overflow at the
-        initial scale of ``GradScaler``.
-        """
-        part = cast(nn.Linear, self.parts[index])
-        with torch.autocast(vectors.device.type, enabled=False):
-            return part(vectors.to(part.weight.dtype))
-
-    def all_logits(self, features: Float[Tensor, "batch feature"]) -> tuple[Tensor, Tensor]:
-        """Returns (batch, modality, output) logits, zero for missing modalities, and (batch, modality) presence."""
-        vectors, present = split_concatenated(features, len(self.parts))
-        stacked = torch.stack([self.modality_logits(m, vectors[:, m]) for m in range(len(self.parts))], dim=1)
-        return at_least_single(stacked).masked_fill(~present[..., None], 0.0), present
 
     def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch output"]:
         return self.shrinkage * self.all_logits(features)[0].sum(dim=1)

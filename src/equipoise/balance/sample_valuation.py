@@ -15,21 +15,12 @@ from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.token_batch import Output
 from .balancer import Balancer, Multimodal
 from .common.subset_predictions import subset_logits
-from .common.unimodal_scores import has_modality, true_score
+from .common.unimodal_scores import correctness, has_modality
 from .common.unimodal_terms import at_least_single, check_modalities
 
 THRESHOLDS = (1.0, 0.4, -0.1)
 """Each threshold that a value is below adds one copy."""
 ROUNDING = 1e-6
-
-
-def correctness(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
-    """Returns 1 for correct predictions, else 0; multilabel: fraction of correct labels; regression: ``true_score``."""
-    if task == "classification":
-        return (logits.argmax(dim=-1) == target).to(logits.dtype)
-    if task == "multilabel":
-        return ((logits > 0) == (target.reshape(logits.shape) > 0.5)).to(logits.dtype).mean(dim=-1)
-    return true_score(logits, target, task)
 
 
 class SampleValuation(Balancer):

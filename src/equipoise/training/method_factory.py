@@ -58,13 +58,19 @@ def parse_method(name: str, recipe: Recipe) -> Method:
         >>> recipe = Recipe(data={"name": "digits"}, encoders={"audio": {}, "image": {}})
         >>> parse_method("joint+rollingq", recipe)
         Method(base='joint', balancers=('rollingq',))
+        >>> parse_method("qmf", recipe).name
+        'concat+qmf'
     """
     base, *added = (part.strip() for part in name.split("+"))
     if recipe.model:
         return Method(variant_options(name, recipe))
+    # A method with a head of its own, such as qmf, stands for a fusion and itself.
+    if base not in recipe.fusions and (implied := _implied_fusion(base, recipe)):
+        base, added = implied, [base, *added]
     bases = {*recipe.encoders, *recipe.fusions, *(set(available_classes(fusion, Fusion)) - {"unimodal"})}  # type: ignore[type-abstract]
     if base not in bases:
-        raise unknown_name(f"method '{name}'", "fusion or modality", base, bases)
+        complete = {key for key, cls in available_classes(balance, Balancer).items() if cls.fusion_in_recipes}
+        raise unknown_name(f"method '{name}'", "fusion or modality", base, bases | complete)
     balancers = {*recipe.balancers, *available_classes(balance, Balancer), RELIABILITY}
     for part in added:
         if part not in balancers:
@@ -153,7 +159,10 @@ def build_model(
     if method.reliable:
         # A wrong option is an error before training.
         wrap_reliability(model, method, recipe)
-    arguments = {"model": model, "epochs": recipe.train.epochs, "teachers": teachers or {}}
+    arguments = {
+        "model": model, "epochs": recipe.train.epochs, "teachers": teachers or {},
+        "samples": len(dataset.split("train")),
+    }  # fmt: skip
     return model, [_balancer(name, cls, recipe, arguments, method) for name, cls in classes.items()]
 
 
@@ -215,13 +224,20 @@ def _sizes(cls: type[Encoder], shape: tuple[int, ...], words: int | None) -> dic
     return {**sizes, "vocabulary": words} if cls.takes_ids else sizes
 
 
+def _implied_fusion(name: str, recipe: Recipe) -> str | None:
+    """Returns the fusion that a balancer's name alone stands for; None for other names."""
+    if name in recipe.encoders or name not in {*recipe.balancers, *available_classes(balance, Balancer)}:
+        return None
+    return _class(name, recipe).fusion_in_recipes
+
+
 def _class(name: str, recipe: Recipe) -> type[Balancer]:
     class_name = recipe.balancers.get(name, {}).get("balancer", name)
     return get_class(balance, Balancer, class_name, kind="balancer")
 
 
 def _balancer(name: str, cls: type[Balancer], recipe: Recipe, arguments: Mapping[str, Any], method: Method) -> Balancer:
-    """Builds a balancer with those of model, layer, fusion, epochs and teachers that its class accepts."""
+    """Builds a balancer with those of model, layer, fusion, epochs, teachers and samples that its class accepts."""
     options = dict(recipe.balancers.get(name, {}))
     options.pop("balancer", None)
     model = arguments["model"]

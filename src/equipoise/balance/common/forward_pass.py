@@ -28,6 +28,7 @@ class ForwardPass:
         self.pending = pending
         self.preparing = [b for b in balancers if overrides(b, "prepare")]
         self.transforming = [b for b in balancers if overrides(b, "transform")]
+        self.finishing = [b for b in balancers if overrides(b, "finish")]
         self._noting = any(b.notes_in_forward for b in balancers)
         self._prepares = False
 
@@ -39,7 +40,8 @@ class ForwardPass:
         """
         _check(model, "preparations", self.preparing, "before it encodes")
         _check(model, "transforms", self.transforming, "between encoders and fusion")
-        needed = bool(self.preparing or self.transforming or self._noting)
+        _check(model, "results", self.finishing, "at the end of its forward pass")
+        needed = bool(self.preparing or self.transforming or self.finishing or self._noting)
         self._prepares = hasattr(model, "preparations")
         begins = needed if self._prepares else bool(self.transforming)
         for attribute, call, is_needed in (
@@ -65,6 +67,8 @@ class ForwardPass:
         return tokens
 
     def finish(self, output: Output) -> Output:
+        for balancer in reversed(self.finishing):
+            output = balancer.finish(output)
         return self.pending.finish(output)
 
 

@@ -31,6 +31,29 @@ def true_score(logits: Float[Tensor, "batch output"], target: Tensor, task: str)
     return torch.exp(-F.mse_loss(logits, target, reduction="none").mean(dim=1))
 
 
+def correctness(logits: Float[Tensor, "batch output"], target: Tensor, task: str) -> Float[Tensor, " batch"]:
+    """Returns 1 for correct predictions, else 0; multilabel: fraction of correct labels; regression: ``true_score``."""
+    if task == "classification":
+        return (logits.argmax(dim=-1) == target).to(logits.dtype)
+    if task == "multilabel":
+        return ((logits > 0) == (target.reshape(logits.shape) > 0.5)).to(logits.dtype).mean(dim=-1)
+    return true_score(logits, target, task)
+
+
+def prediction_entropy(logits: Float[Tensor, "*batch output"], task: str) -> Float[Tensor, " *batch"]:
+    """Returns the entropy of each prediction in nats; multilabel: mean over labels; 0 for regressions, which have none.
+
+    Example:
+        >>> prediction_entropy(torch.tensor([[0.0, 0.0]]), "classification")
+        tensor([0.6931])
+    """
+    if task == "classification":
+        return -(logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
+    if task == "multilabel":
+        return F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").mean(dim=-1)
+    return torch.zeros_like(logits[..., 0])
+
+
 def modality_logits(model: Multimodal, output: Output, who: str, *, trains: bool = False) -> dict[str, Tensor]:
     """Returns name -> (batch, output) unimodal logits.
 

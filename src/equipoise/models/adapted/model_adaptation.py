@@ -179,7 +179,7 @@ def _head_path(model: nn.Module, head: Part | None, encoders: Mapping[str, str])
     raise ConfigError(
         "adapt", expected="a final head, whose input are the features", got=f"{type(model).__name__} without a linear layer "
         "outside of its encoders", fix="Pass head=model.classifier, or head=False: then features are the pooled tokens, "
-        "and only methods that replace the head (MLA, ReconBoost, MMCosine, AMCo) are refused.",
+        "and only methods that replace the head (MLA, ReconBoost, MMCosine, AMCo, QMF, TMC) are refused.",
     )  # fmt: skip
 
 
