@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from ..io.recorded_options import RecordedOptions
 
 
-class Encoder(nn.Module):
+class Encoder(RecordedOptions, nn.Module):
     """Base class of the encoders that recipes can name. Models accept any module that returns tokens.
 
     Attributes:

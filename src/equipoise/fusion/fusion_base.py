@@ -9,10 +9,11 @@ from typing import Self
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..io.recorded_options import RecordedOptions
 from ..tokens.token_batch import Output, Tokens
 
 
-class Fusion(nn.Module, ABC):
+class Fusion(RecordedOptions, nn.Module, ABC):
     """Base class of fusions.
 
     ``build(names)`` sets the modalities and creates the parameters that depend on them. ``FusionModel`` calls it. For a

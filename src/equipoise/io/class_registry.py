@@ -109,6 +109,7 @@ def instantiate(
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the type hints of the parameters, except types that are imported for type checking only."""
     target: Any = vars(function).get("__init__", function.__init__) if inspect.isclass(function) else function
+    target = inspect.unwrap(target)
     classes = {}
     for name, hint in getattr(target, "__annotations__", {}).items():
         with contextlib.suppress(NameError):

@@ -14,6 +14,7 @@ from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion
 from ..tokens.masks import bool_mask, without_masked
 from ..tokens.token_batch import Output, Tokens, as_tokens
+from .sharing import HubMethods
 from .task_losses import Task, TaskLosses
 
 Unimodal = Literal["probe", "train", "ensemble", "none"]
@@ -21,7 +22,7 @@ MASK = "a tensor (batch,) or (batch, token), boolean or all 0 and 1, True = pres
 UNIMODAL = ("probe", "train", "ensemble", "none")
 
 
-class FusionModel(TaskLosses, nn.Module):
+class FusionModel(HubMethods, TaskLosses, nn.Module):
     """A multimodal model: an encoder per modality, a fusion of their tokens, and a linear head.
 
     Args:

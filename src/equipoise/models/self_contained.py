@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from .sharing import HubMethods
+
 if TYPE_CHECKING:
     from typing import Self
 
 
-class SelfContainedModel(nn.Module, ABC):
+class SelfContainedModel(HubMethods, nn.Module, ABC):
     """Base class of the models that a recipe selects with ``model``: dual encoder, vision-language model, matcher.
 
     The training loop calls ``losses`` for every batch and ``evaluate`` after the last epoch; the content of a batch is

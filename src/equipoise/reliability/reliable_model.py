@@ -18,6 +18,7 @@ from ..diagnostics.prediction_collection import check_batch, to_device
 from ..errors import ConfigError, DataError, ShapeError, unknown_name
 from ..fusion.subset_tokens import keep_modalities
 from ..io.atomic_files import open_atomic, unshare_tensors
+from ..models.sharing import HubMethods
 from ..nn.eval_mode import eval_mode_no_grad
 from ..tokens.masks import at_least_float32
 from ..tokens.token_batch import Output, Tokens
@@ -42,7 +43,7 @@ class MeasuredTokens(Tokens):
     log_distance: Tensor | None = None
 
 
-class Reliability(nn.Module):
+class Reliability(HubMethods, nn.Module):
     """A trained model that estimates which modalities of each sample can be used, and predicts accordingly.
 
     With u_m = 1 if modality m of a sample can be used, and p_S the model with the modalities outside of S masked::

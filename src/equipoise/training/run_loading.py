@@ -11,9 +11,11 @@ import torch
 
 from ..data import Dataset
 from ..data.user_code import is_code
+from ..diagnostics.suite import Diagnosis
 from ..errors import ConfigError, DataError
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
+from ..models.sharing.hub_methods import HUB_ID, find_pretrained, is_pretrained, load_pretrained
 from ..reliability import Reliability
 from . import method_factory, recipes
 from .checkpoint import load_weights
@@ -27,17 +29,21 @@ def load(
 ) -> FusionModel | SelfContainedModel | Reliability:
     """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
-    The data set of the recipe must be available, since it determines the shapes. No code from the folder is executed.
-    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is
-    loaded as ``eq.Reliability``, fitted.
+    Also loads what ``save_pretrained`` and ``push_to_hub`` saved: ``eq.load("user/name")`` downloads a model from the Hugging
+    Face Hub if there is no such folder. The data set of the recipe must be available for the folder of a run, since it
+    determines the shapes; other folders need no data. No code from the folder is executed.
+    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is loaded
+    as ``eq.Reliability``, fitted.
 
     Args:
-        folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``.
+        folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``; or a
+            folder of ``save_pretrained``, or the name of a model on the Hub.
         data: the data set, if it was moved or is not named by the recipe: the new path of the table, or a ``Dataset``.
 
     Raises:
         DataError: not the folder of a finished run, or a file in it is damaged or belongs to another run.
-        ConfigError: the recipe no longer fits the data or the classes.
+        ConfigError: the recipe no longer fits the data or the classes, or ``data`` for a model that needs none.
+        MissingExtraError: a name on the Hub without ``huggingface_hub``.
 
     Example:
         >>> import tempfile
@@ -49,7 +55,13 @@ def load(
         >>> model.names, model.training
         (('image',), False)
     """
-    folder = Path(folder)
+    folder = find_pretrained(folder) if HUB_ID.fullmatch(os.fspath(folder)) else Path(folder)
+    if is_pretrained(folder):
+        if data is not None:
+            raise ConfigError(
+                "load", expected="no data for a model of save_pretrained", got="data", fix="Leave it out."
+            )
+        return load_pretrained(folder)
     content = _content(folder)
     run = content["run"]
     recipe = recipes.load_recipe(folder / "recipe.yaml")
@@ -61,7 +73,14 @@ def load(
     load_weights(model, folder / WEIGHTS)
     # The weights of another run can have the same shapes.
     check_weights(folder, content)
+    model.shared_from = {"run": run, "diagnosis": _diagnosis(folder)}
     return model.eval()
+
+
+def _diagnosis(folder: Path) -> Diagnosis | None:
+    """Returns the diagnosis of a run, which ``equipoise diagnose`` wrote to its folder; None if there is none."""
+    path = folder / "diagnosis"
+    return Diagnosis.load(path) if (path / "diagnosis.json").is_file() else None
 
 
 def with_data(recipe: recipes.Recipe, location: str | os.PathLike[str] | None) -> recipes.Recipe:

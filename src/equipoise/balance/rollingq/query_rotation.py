@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...geometry import orthogonalize
+from ...io.recorded_options import RecordedOptions
 from ...nn.distributed import is_distributed
 from ..balancer import Balancer
 from .compile_disabled import CompileDisabled
@@ -17,7 +18,7 @@ from .effective_rotation import EffectiveRotation
 from .rolling_step import RollingStep
 
 
-class Rotation(Balancer):
+class Rotation(RecordedOptions, Balancer):
     """Base class of RollingQ: rotations of the queries of one layer and their counters, as buffers.
 
     Args:
