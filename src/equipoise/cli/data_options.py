@@ -49,6 +49,10 @@ def add_data_options(parser: Parser) -> None:
         "--logger", action="append", default=[], metavar="NAME",
         help="logs of the training, repeatable or comma-separated: csv, tensorboard, wandb (offline), trackio (local)",
     )  # fmt: skip
+    parser.add_argument(
+        "--stream", "--streaming", action="store_true",
+        help="read the rows of --data in order with bounded memory, as datasets does with streaming=True",
+    )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows with files that cannot be read")
 
 
@@ -69,10 +73,10 @@ def _read_recipe(options: Namespace) -> tuple[Recipe, str]:
     given = {name: value for name in ("target", "pair", "group", "split", "weight", "task")
              if (value := getattr(options, name)) is not None}  # fmt: skip
     if options.data is None or (options.config is not None and "pair" not in given):
-        if given or options.kind or options.skip_bad:
+        if given or options.kind or options.skip_bad or options.stream:
             raise ConfigError(
                 "command line", expected="--data without --config for options of a table",
-                got=", ".join(f"--{name}" for name in given) or "--kind or --skip-bad",
+                got=", ".join(f"--{name}" for name in given) or "--kind, --stream or --skip-bad",
                 fix="Add --data TABLE; in a recipe, these options are under data.",
             )  # fmt: skip
         config = options.config or DEFAULT
@@ -83,7 +87,7 @@ def _read_recipe(options: Namespace) -> tuple[Recipe, str]:
     from ..data.user_code import is_code
 
     if is_code(options.data):
-        if given or options.kind:
+        if given or options.kind or options.stream:
             raise ConfigError("command line", expected="options of a table only with a table", got=options.data)
         recipe, lines, title = _from_code(options.data)
         changes = options.changes
@@ -120,6 +124,7 @@ def _derived(options: Namespace, data_options: dict[str, Any]) -> tuple[Recipe, 
         recipe, lines = own_data_recipe(
             options.data, options=data_options, skip_bad=options.skip_bad, progress=progress, base=base,
             encoders=_options_of(options.changes, ENCODERS), readers=_options_of(options.changes, READERS),
+            streaming=options.stream,
         )  # fmt: skip
     return recipe, lines, check_path_component(Path(options.data.rstrip("/")).stem or "data", "--data")
 

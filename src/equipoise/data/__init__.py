@@ -7,16 +7,17 @@ import inspect
 import pkgutil
 from typing import Any
 
-from ..errors import unknown_name
+from ..errors import ConfigError, unknown_name
 from . import sets
 from .batch_loader import loader
 from .dataset import Dataset, Split
 from .ood_splits import ood_split
+from .sets.stream import StreamDataset
 from .tables import Manifest
 from .user_datasets import MapDataset, TensorDataset
 
 __all__ = [
-    "Dataset", "Manifest", "MapDataset", "Split", "TensorDataset", "available_datasets", "load_dataset", "loader",
+    "Dataset", "Manifest", "MapDataset", "Split", "StreamDataset", "TensorDataset", "available_datasets", "load_dataset", "loader",
     "ood_split",
 ]  # fmt: skip
 
@@ -32,11 +33,12 @@ def available_datasets() -> dict[str, type[Dataset]]:
     return classes
 
 
-def load_dataset(name: str, **options: Any) -> Dataset:
+def load_dataset(name: str, *, streaming: bool = False, **options: Any) -> Dataset:
     """Loads a built-in data set.
 
     Args:
         name: such as "digits" or "av_digits".
+        streaming: read a table ("manifest") in order with bounded memory: the data set "stream".
         **options: arguments of the data set's class, such as ``fold="B"`` and ``root="data"``.
 
     Raises:
@@ -48,6 +50,9 @@ def load_dataset(name: str, **options: Any) -> Dataset:
         ('audio', 'image')
     """
     datasets = available_datasets()
+    if streaming and name not in ("manifest", "stream"):
+        raise ConfigError("load", expected="streaming only for a table, 'manifest'", got=f"'{name}'")
+    name = "stream" if streaming else name
     if name not in datasets:
         raise unknown_name("load", "data set", name, datasets)
     return datasets[name](**options)

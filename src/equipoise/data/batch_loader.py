@@ -69,7 +69,7 @@ def loader(
     order = ResumableBatchSampler(
         len(dataset.split(split)), batch_size, seed=seed, shuffle=train, drop_last=drop_last, rank=rank, world=world,
         steps_per_batch=steps_per_batch, group=group,
-        weights=dataset.sampling_weights if train and split == "train" else None,
+        weights=dataset.sampling_weights if train and split == "train" else None, ordered=dataset.ordered,
     )  # fmt: skip
     served = _BatchDataset(dataset, split, seed, train)
     # DataLoader draws one base seed; use a private generator so that the global RNG is not advanced.

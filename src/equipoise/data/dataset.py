@@ -81,6 +81,7 @@ class Dataset(ABC):
             replaces a whole modality.
         vocabulary: name -> number of token ids, for inputs of word or character ids; 0 is padding.
         sampling_weights: (sample,) weights of the training samples, see ``ResumableBatchSampler``; None for all alike.
+        ordered: whether the data set shuffles by itself: training batches are given by positions in the order of the epoch.
         near_ood: test samples of the held-out classes, with their original targets; None without held-out classes.
     """
 
@@ -94,6 +95,7 @@ class Dataset(ABC):
     vocabulary: dict[str, int] = {}  # noqa: RUF012
     sampling_weights: Tensor | None = None
     near_ood: Split | None = None
+    ordered: bool = False
 
     @abstractmethod
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
@@ -152,7 +154,9 @@ class Dataset(ABC):
 
     def batches(self, split: str, batch_size: int, *, seed: int, epoch: int, train: bool) -> Iterator[dict[str, Any]]:
         """Yields all batches of one epoch; shuffled if ``train``."""
-        order = ResumableBatchSampler(len(self.split(split)), batch_size, seed=seed, shuffle=train)
+        order = ResumableBatchSampler(
+            len(self.split(split)), batch_size, seed=seed, shuffle=train, ordered=self.ordered
+        )
         order.set_epoch(epoch)
         for _, index in order:
             yield self.batch(split, index, seed=seed, epoch=epoch, train=train)

@@ -37,6 +37,7 @@ class ResumableBatchSampler(DistributedSampler):
         steps_per_batch: how often each batch is repeated, for methods that train modalities in turn.
         weights: (size,) sampling weights: with ``shuffle``, an epoch draws ``size`` samples with replacement, each with
             probability proportional to its weight.
+        ordered: yield positions in the order of the epoch, for data sets that shuffle by themselves.
         group: batches per optimizer step; a whole group is repeated, not each of its batches. With repetitions, an
             incomplete last group is dropped: otherwise two repetitions would share one optimizer step.
 
@@ -52,7 +53,7 @@ class ResumableBatchSampler(DistributedSampler):
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool = False,
         rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, ordered: bool = False,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ConfigError("ResumableBatchSampler", expected="batch_size >= 1", got=f"{batch_size}")
@@ -60,6 +61,7 @@ class ResumableBatchSampler(DistributedSampler):
         self.shuffle, self.drop_last = shuffle, drop_last
         self._rank, self._world = rank, world
         self.steps_per_batch, self.group, self.weights = steps_per_batch, group, weights
+        self.ordered = ordered
         self.epoch = 0
         self._resume: tuple[int, int] | None = None
 
@@ -83,8 +85,8 @@ class ResumableBatchSampler(DistributedSampler):
 
     def _all(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
         rank, world = self.rank_and_world()
-        order = torch.arange(self.size)
-        if self.shuffle:
+        order = None if self.ordered else torch.arange(self.size)
+        if self.shuffle and order is not None:
             draws = CounterRNG(self.seed, self.epoch, order).uniform("order", 2 if self.weights is not None else 1)
             if self.weights is None:
                 order = torch.argsort(draws[:, 0], stable=True)
@@ -96,7 +98,8 @@ class ResumableBatchSampler(DistributedSampler):
         bounds = self._bounds(world)
         for first in range(0, len(bounds), self.group):
             for start, stop in bounds[first : first + self.group] * self.steps_per_batch:
-                yield self.epoch, order[start:stop][rank::world]
+                part = torch.arange(start, stop) if order is None else order[start:stop]
+                yield self.epoch, part[rank::world]
 
     def __len__(self) -> int:
         return len(self._bounds(self.rank_and_world()[1])) * self.steps_per_batch

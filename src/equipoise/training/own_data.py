@@ -10,7 +10,9 @@ from typing import Any
 
 from ..data import Dataset
 from ..data.sets.manifest import ManifestDataset, unreadable
+from ..data.sets.stream import StreamDataset
 from ..data.tables import Manifest
+from ..data.tables.column_kinds import Modality
 from ..data.user_code import dataset_from_code
 from ..errors import ConfigError, unknown_name
 from .recipes import Recipe, TrainOptions, load_recipe
@@ -39,6 +41,7 @@ def own_data_recipe(
     path: str, *, options: Mapping[str, Any] | None = None, skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None, base: Recipe | None = None,
     encoders: Mapping[str, Mapping[str, Any]] | None = None, readers: Mapping[str, Mapping[str, Any]] | None = None,
+    streaming: bool = False,
 ) -> tuple[Recipe, list[str]]:  # fmt: skip
     """Reads a table, checks all of its files, and derives a recipe from it.
 
@@ -52,6 +55,7 @@ def own_data_recipe(
             size and statistics and the texts its tokenizer; with ``pair`` it is frozen unless ``frozen`` or ``lora`` is
             given.
         readers: modality -> options of its reader, such as ``size`` of images and ``tokenizer`` of texts.
+        streaming: read the rows in order, with bounded memory; see ``StreamDataset``.
 
     Returns:
         The recipe, with everything that was inferred written out, and sentences that describe it.
@@ -68,21 +72,30 @@ def own_data_recipe(
     # A relative path would depend on the folder that a later command is started in.
     location = str(Path(path).resolve()) if Path(path).exists() else path
     chosen = {name: _absolute(one, "model") for name, one in (encoders or {}).items()}
+    build = StreamDataset if streaming else ManifestDataset
     if readers or chosen:
-        data_options["modalities"] = _reader_options(location, data_options, chosen, readers or {})
-    source = ManifestDataset(location, **data_options)
+        table: Manifest | StreamDataset
+        if streaming:
+            table = StreamDataset(location, **data_options)
+        else:
+            table = Manifest(
+                location, **{k: v for k, v in data_options.items() if k not in ("folds", "fold", "seed", "skip")}
+            )
+        data_options["modalities"] = _reader_options(table.modalities, chosen, readers or {})
+    source = build(location, **data_options)
     bad = source.check(progress)
     if bad and not skip_bad:
-        raise unreadable(bad, len(source.manifest))
+        raise unreadable(bad, _rows(source))
     if bad:
         data_options["skip"] = sorted({*data_options.get("skip", ()), *bad})
-        source = ManifestDataset(location, **data_options)
+        source = build(location, **data_options)
     data_options.pop("kinds", None)
-    data = {"name": "manifest", "path": location, **data_options, "task": source.task, "modalities": source.options,
-            "checksum": source.manifest.checksum()}  # fmt: skip
-    recipe = (
-        _recipe(source, data) if "pair" not in data_options else _pair_recipe(source, data, base or load_recipe(PAIRS))
-    )
+    data = {"name": "stream" if streaming else "manifest", "path": location, **data_options, "task": source.task,
+            "modalities": source.options, "checksum": source.checksum()}  # fmt: skip
+    if isinstance(source, ManifestDataset) and "pair" in data_options:
+        recipe = _pair_recipe(source, data, base or load_recipe(PAIRS))
+    else:
+        recipe = _recipe(source, data)
     for name, one in chosen.items():
         encoder_options = recipe.encoders[name]
         replaced = one.get("name", encoder_options["name"]) != encoder_options["name"]
@@ -98,17 +111,20 @@ def _absolute(options: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {**options, **({key: str(Path(folder).resolve())} if folder and Path(str(folder)).is_dir() else {})}
 
 
+def _rows(source: ManifestDataset | StreamDataset) -> int:
+    return len(source.rows) if isinstance(source, StreamDataset) else len(source.manifest)
+
+
 def _reader_options(
-    location: str, options: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]],
+    modalities: Mapping[str, Modality], encoders: Mapping[str, Mapping[str, Any]],
     readers: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the modalities of a table with options for their readers: those given, and those of backbones."""
-    manifest = Manifest(location, **{k: v for k, v in options.items() if k not in ("folds", "fold", "seed", "skip")})
+    """Returns the modalities of a table with options for their readers: those data_options, and those of backbones."""
     for name in (*encoders, *readers):
-        if name not in manifest.modalities:
-            raise unknown_name("--data", "modality", str(name), manifest.modalities)
+        if name not in modalities:
+            raise unknown_name("--data", "modality", str(name), modalities)
     result = {}
-    for name, one in manifest.modalities.items():
+    for name, one in modalities.items():
         folder = Path(str(encoders.get(name, {}).get("model", "")))
         follows: dict[str, Any] = {}
         if encoders.get(name, {}).get("name") == "Backbone":
@@ -196,7 +212,7 @@ def default_encoder(source: Dataset, name: str) -> dict[str, Any]:
         return {"name": "ConvEncoder", "dim": DIM, "widths": [32, 64, 128]}
     if len(shape) == 2:
         # Neighboring spectrogram frames overlap: at least four form a token.
-        least = 4 if isinstance(source, ManifestDataset) and source.manifest.modalities[name].kind == "audio" else 1
+        least = 4 if _kind(source, name) == "audio" else 1
         return {
             "name": "SequenceEncoder",
             "dim": DIM,
@@ -207,6 +223,12 @@ def default_encoder(source: Dataset, name: str) -> dict[str, Any]:
     return {"name": "VectorEncoder", "dim": DIM}
 
 
+def _kind(source: Dataset, name: str) -> str | None:
+    """Returns the kind of a modality of a table; None for other data sets."""
+    table = source.manifest if isinstance(source, ManifestDataset) else source
+    return table.modalities[name].kind if isinstance(table, (Manifest, StreamDataset)) else None
+
+
 def default_training(samples: int) -> TrainOptions:
     """Returns training options for a number of training samples."""
     batch = next(size for size in (64, 32, 16, 8) if samples >= 10 * size or size == 8)
@@ -214,18 +236,12 @@ def default_training(samples: int) -> TrainOptions:
     return TrainOptions(epochs=min(60, max(3, round(STEPS / steps))), batch_size=batch, clip=1.0)
 
 
-def describe(source: ManifestDataset, recipe: Recipe, bad: Mapping[int, Sequence[str]]) -> list[str]:
+def describe(source: ManifestDataset | StreamDataset, recipe: Recipe, bad: Mapping[int, Sequence[str]]) -> list[str]:
     """Returns sentences about the table and what was inferred from it."""
-    lines = source.manifest.describe()
+    lines = source.describe() if isinstance(source, StreamDataset) else source.manifest.describe()
     lines += _encoder_lines(source, recipe)
-    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in source.rows.items())
-    by = (
-        f"column '{source.manifest.split}'"
-        if source.manifest.split
-        else (
-            f"groups of '{by}'" if (by := source.manifest.group or source.manifest.shared_files()[0]) else "random rows"
-        )
-    )
+    sizes = ", ".join(f"{name} {len(source.split(name))}" for name in ("train", "val", "test"))
+    by = source.split_title() if isinstance(source, StreamDataset) else source.manifest.split_title()
     lines.append(f"rows: {sizes} (split by {by})")
     if bad:
         lines.append(f"left out: {len(bad)} rows with files that cannot be read: {unreadable(bad, 0).got}")

@@ -92,7 +92,7 @@ def with_data(recipe: recipes.Recipe, location: str | os.PathLike[str] | None) -
     if location is None:
         return recipe
     text = os.fspath(location)
-    kinds = {"manifest": "path", CODE: "source"}
+    kinds = {"manifest": "path", "stream": "path", CODE: "source"}
     key = kinds.get(recipe.data["name"], "root")
     if is_code(text) != (recipe.data["name"] == CODE):
         raise ConfigError(

@@ -144,6 +144,10 @@ class ManifestDataset(Dataset):
                 got=" ".join(str(error).split())[:160].rstrip("."),
             ) from error  # fmt: skip
 
+    def checksum(self) -> str:
+        """Returns a digest of the table; see ``Manifest.checksum``."""
+        return self.manifest.checksum()
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: reader.shape for name, reader in self.readers.items()}

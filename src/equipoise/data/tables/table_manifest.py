@@ -95,7 +95,7 @@ class Manifest:
             raise ConfigError(
                 "Manifest", expected="different columns for target, group, split and weight", got=", ".join(special)
             )
-        self.root = _root(source, root)
+        self.root = table_root(source, root)
         columns = [name for name in self.table.column_names if name not in special]
         self.unused: dict[str, str] = {}
         if modalities:
@@ -177,6 +177,13 @@ class Manifest:
                     return name, codes.tolist()
         return "", None
 
+    def split_title(self) -> str:
+        """Returns how rows are assigned to splits."""
+        if self.split is not None:
+            return f"column '{self.split}'"
+        by = self.group or self.shared_files()[0]
+        return f"groups of '{by}'" if by else "random rows"
+
     def describe(self) -> list[str]:
         """Returns one line per modality and for the target: what was recognized."""
         lines = []
@@ -202,7 +209,8 @@ class Manifest:
         return lines
 
 
-def _root(source: object, root: str | Path | None) -> Path:
+def table_root(source: object, root: str | Path | None) -> Path:
+    """Returns the folder that relative paths of a table refer to."""
     if root is not None:
         if not Path(root).is_dir():
             raise DataError("Manifest root", expected="a folder", got=f"'{root}'")

@@ -49,33 +49,48 @@ def read_table(source: str | Path | datasets.Dataset | datasets.DatasetDict | pa
             got=type(source).__name__,
         )  # fmt: skip
     if not len(table):
-        raise DataError(_who(source), expected="at least one row", got="none")
+        raise DataError(table_name(source), expected="at least one row", got="none")
     # Columns are also read from the Arrow table, which has the order of the rows only without an index mapping.
     return table.flatten_indices() if table._indices is not None else table
 
 
-def _who(source: Any) -> str:
+def table_name(source: Any) -> str:
+    """Returns the start of error messages about a table."""
     return f"table '{source}'" if isinstance(source, (str, Path)) else "table"
 
 
 def _read_path(source: str | Path) -> datasets.Dataset:
-    path, who = Path(source), _who(source)
+    path, who = Path(source), table_name(source)
+    check_folder_or_hub(source, who)
     if path.is_dir():
         return _read_folder(path, who)
+    return _read_file(path, path.suffix.lower(), who) if path.is_file() else _read_hub(str(source), who)
+
+
+def check_folder_or_hub(source: str | Path, who: str) -> None:
+    """Checks that a table is a folder, a file of a known format that is not empty, or may be a name on the hub.
+
+    Raises:
+        DataError: none of them.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return
     if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix not in FORMATS:
+        if path.suffix.lower() not in FORMATS:
             raise DataError(who, expected=f"a file that ends with {', '.join(FORMATS)}", got=f"'{path.suffix}'",
                             fix="Rename it, or convert it to csv.")  # fmt: skip
-        return _read_file(path, suffix, who)
+        if not path.stat().st_size:
+            raise DataError(who, expected="a table with a header", got="an empty file")
+        return
     if path.exists():
         raise DataError(who, expected="a file or folder", got="a device or pipe")
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() not in FORMATS:
-        return _read_hub(source, who)
-    raise DataError(
-        who, expected="an existing file or folder", got="none",
-        fix="If the file was moved, give its new location with --data.",
-    )  # fmt: skip
+    hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() not in FORMATS
+    if not hub:
+        raise DataError(
+            who, expected="an existing file or folder", got="none",
+            fix="If the file was moved, give its new location with --data.",
+        )  # fmt: skip
 
 
 def _read_file(path: Path, suffix: str, who: str) -> datasets.Dataset:
@@ -83,8 +98,6 @@ def _read_file(path: Path, suffix: str, who: str) -> datasets.Dataset:
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
-    if not path.stat().st_size:
-        raise DataError(who, expected="a table with a header", got="an empty file")
     try:
         if suffix == ".parquet":
             import pyarrow.parquet as pq
@@ -93,7 +106,7 @@ def _read_file(path: Path, suffix: str, who: str) -> datasets.Dataset:
                 return datasets.Dataset(pq.read_table(path))
             return _converted("parquet", path)
         if suffix in DELIMITERS:
-            delimiter = _delimiter(path, DELIMITERS[suffix], who)
+            delimiter = delimiter_of(path, DELIMITERS[suffix], who)
             if path.stat().st_size > LARGE:
                 return _converted("csv", path, sep=delimiter)
             return datasets.Dataset(_checked(_read_csv(path, delimiter), who))
@@ -139,7 +152,8 @@ EMPTY = ["", "NA", "N/A", "n/a", "nan", "NaN", "NULL", "null", "#N/A"]
 """Cells that count as missing."""
 
 
-def _delimiter(path: Path, usual: str, who: str) -> str:
+def delimiter_of(path: Path, usual: str, who: str) -> str:
+    """Returns the delimiter of a text table."""
     with open(path, "rb") as file:
         header = file.readline(1_000_000)
     if b"\0" in header:
