@@ -119,7 +119,7 @@ def _reader_options(
     modalities: Mapping[str, Modality], encoders: Mapping[str, Mapping[str, Any]],
     readers: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the modalities of a table with options for their readers: those data_options, and those of backbones."""
+    """Returns the modalities of a table with options for their readers: those given, and those of backbones."""
     for name in (*encoders, *readers):
         if name not in modalities:
             raise unknown_name("--data", "modality", str(name), modalities)
