@@ -46,8 +46,7 @@ class SampleValuation(Balancer):
     It helps if a modality is neglected for some samples only. Values are those of the running model, so early values
     are unreliable. The fusion runs 2^N - 1 more times without gradient and N more times with gradient, the encoders
     once: cheap for two modalities and a static fusion, expensive for five and a deep one. The loss is normalized per
-        batch, so
-    accumulated batches are not exactly equivalent to one large batch.
+    batch, so accumulated batches are not exactly equivalent to one large batch.
 
     Reference: Wei et al., "Enhancing Multimodal Cooperation via Sample-level Modality Valuation" (CVPR 2024).
     Differs from the released code in: values of the current batch, where the benchmark, by a bug, uses those of the

@@ -65,8 +65,7 @@ def attention_gap(
 
     Reference: MODA (ICML 2025), attention discrepancy of modalities.
     Differs from the paper in: the paper does not specify whether total attention or attention per token is compared;
-        both are
-    available.
+    both are available.
 
     Example:
         >>> attention_gap(torch.tensor([[0.75, 0.25], [0.25, 0.25]]))

@@ -45,8 +45,7 @@ def corrupt(
     Reference: Liang et al., "MultiBench: Multiscale Benchmarks for Multimodal Representation Learning" (NeurIPS
     2021); RollingQ (ICML 2025), Table 3.
     Differs from the released code in: samples that are not selected keep their values (the audio code of MultiBench
-        sets them
-    to 0); runs may start anywhere and overlap, and do not depend on other samples of the batch.
+    sets them to 0); runs may start anywhere and overlap, and do not depend on other samples of the batch.
 
     Example:
         >>> values = torch.ones(2, 3)

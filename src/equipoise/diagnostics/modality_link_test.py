@@ -96,8 +96,7 @@ def modality_links(
 
     Reference: MODA (ICML 2025).
     Differs from the paper in: see ``attention_gap``, ``alignment_error`` and ``e_dda`` for definitions that the paper
-        leaves
-    open.
+    leaves open.
 
     Example:
         >>> attention = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]]]])

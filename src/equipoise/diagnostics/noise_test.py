@@ -165,8 +165,7 @@ def noise_response(
 
     Reference: RollingQ (ICML 2025), Table 2 and Figures 1c, 4d.
     Differs from the paper in: the paper specifies neither the attention that is correlated (both signs are returned)
-        nor the
-    statistics of its noise.
+    nor the statistics of its noise.
     """
     make_loader: Callable[[], Loader] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
 

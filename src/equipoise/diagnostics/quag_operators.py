@@ -144,8 +144,7 @@ def quag_output(
 
     Reference: RollingQ (ICML 2025), Table 9.
     Differs from the released code in: no matrix; the efficient variant of that code, a mean token with log n added to
-        its logit,
-    is not equivalent.
+    its logit, is not equivalent.
     """
     batch, heads, queries, keys = call.sizes
     taken = averaged_attention(pairs, num_modalities, query_labels.to(call.value.device).expand(batch, queries))

@@ -147,8 +147,7 @@ def robustness(
     """Measures the score of a trained model with each modality damaged in each way of the catalog.
 
     A robust fusion is never worse than the best modality that is still intact: ``distance`` of a row is its score minus
-        that of
-    the best other modality, of which the model gets nothing else.
+    that of the best other modality alone.
 
     Args:
         model: a FusionModel, ``eq.Reliability``, or a module with names, encode and fuse that returns Output.

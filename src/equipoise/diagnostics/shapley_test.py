@@ -49,7 +49,7 @@ def modality_shapley(
     Reference: Wei et al., "Enhancing Multimodal Cooperation via Sample-level Modality Valuation" (CVPR 2024);
     BalanceBenchmark.
     Differs from the paper in: the score of the data set instead of single samples, and the constant prediction as the
-        empty set.
+    empty set.
     """
     names = record_fusion(model, "modality_shapley").names
     if len(names) > MOST:

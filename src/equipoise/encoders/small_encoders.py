@@ -108,8 +108,7 @@ class SequenceEncoder(Encoder):
         ShapeError: the sequences have another width, or are longer than ``max_length``; with ``"time"``, no times.
 
     Returns (forward): Tokens, with ``times`` if times are given: (batch, token) seconds, NaN for the class token and
-        for
-    tokens of unknown time.
+    for tokens of unknown time.
 
     Example:
         >>> encoder = SequenceEncoder(40, max_length=60, dim=16, stride=4, depth=1, heads=2)

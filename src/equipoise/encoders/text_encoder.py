@@ -19,8 +19,7 @@ class TextEncoder(Encoder):
     """Small transformer over words: word embeddings, positions, pre-norm blocks, final LayerNorm.
 
     Index 0 is padding: its tokens are masked, and columns of padding at the end are removed. ``pooled`` is the mean
-        over
-    words. An empty text is a missing modality: its mask is a row of False.
+    over words. An empty text is a missing modality: its mask is a row of False.
 
     Args:
         vocabulary: vocabulary size; indices are 0 to vocabulary - 1.

@@ -45,8 +45,7 @@ class MidFusion(Fusion):
         ShapeError: with a time bias, tokens without times.
 
     Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the
-        last
-    block.
+    last block.
 
     Suitable for trained encoders, whose last blocks can initialize the fused blocks (``start_from``). From the second
     fused block on, tokens contain information from the other modalities, so the share of a modality's positions is no

@@ -48,8 +48,7 @@ class MMML(ReadoutFusion):
 
     Reference: Wu et al., "Multimodal Multi-loss Fusion Network for Sentiment Analysis" (NAACL 2024).
     Differs from the released code in: one layer and one head by default (five and twelve in the release), and any
-        number
-    of modalities; the keys of each modality are the tokens of all others.
+    number of modalities; the keys of each modality are the tokens of all others.
 
     Example:
         >>> fusion = MMML(8, heads=2).build(("audio", "text")).eval()

@@ -86,8 +86,7 @@ class MODA(Fusion):
         ConfigError: depth is below 1, an option is unknown, or directions are not names of modalities.
 
     Returns (forward): Output with features (batch, dim) and share (batch, head, modality) of the class-token row in the
-        last
-    block.
+    last block.
 
     Suitable if the keys of the modalities are far apart, so that a query attends to one of them only. The class token
     belongs to no modality: it attends to all aligned keys at once, for every merge.

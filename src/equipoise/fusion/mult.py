@@ -47,7 +47,7 @@ class MulT(ReadoutFusion):
         ConfigError: width or depth is below 1, width is not divisible by heads, or the readout is unknown.
 
     Returns (forward): Output with features (batch, N (N - 1) w), preceded by the (N - 1) w features of the readout, if
-        any.
+    any.
 
     Suitable if modalities complement each other at different times and sequences are short: there are N (N - 1) cross
     encoders. Each modality is represented by its last token, which is a poor summary if the end of a sequence carries
@@ -55,9 +55,8 @@ class MulT(ReadoutFusion):
 
     Reference: Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences" (ACL 2019).
     Differs from the released code in: padding is masked and excluded from positions (the release attends to it, uses
-        the
-    last step even if it is padding, and treats tokens whose first value is 0 as padding); by default ``causal`` is off
-    and there is one layer (on and five in the release).
+    the last step even if it is padding, and treats tokens whose first value is 0 as padding); by default ``causal`` is
+    off and there is one layer (on and five in the release).
 
     Example:
         >>> fusion = MulT(8, width=10).build(("audio", "text")).eval()

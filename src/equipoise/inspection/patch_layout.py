@@ -26,7 +26,7 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
 
     The grid of the processor (``image_grid_thw`` divided by ``spatial_merge_size``) takes precedence, then a square.
     Images split into tiles, and tokens that end image rows, match neither: their grid is a single row in sequence
-        order.
+    order.
 
     Example:
         >>> patch_grid(9, {}, None)[:3], patch_grid(7, {}, None)[:3]

@@ -74,8 +74,7 @@ class BalancedModel(nn.Module):
 
         Returns:
             ``logits``, and ``loss`` if there are targets: with auxiliary losses and penalties in training, only the
-                task
-            loss in evaluation.
+            task loss in evaluation.
         """
         target = batch.pop("target", None) if labels is None else labels
         output = as_output(self.model, self.model({**batch, "target": target}), "BalancedModel")

@@ -121,8 +121,7 @@ class WatchCallback(pl.Callback):
     Training is not changed, bit for bit, and other steps cost one comparison. Logged names:
 
     * ``watch/share/<modality>``: the share of attention as ``eq.watch`` measures it, mean over samples, heads and
-    layers;
-      with ``per_layer``, ``watch/share/<layer>/<modality>``.
+      layers; with ``per_layer``, ``watch/share/<layer>/<modality>``.
     * ``watch/air/<modality>``: the imbalance that ``RollingQ`` has measured in the epoch so far, if it is attached.
     * ``watch/gradient/<modality>``: the norm of the gradient over all trained parameters of the encoder.
 

@@ -13,10 +13,9 @@ FIXED, PAIRS, SCORES, RECORDED, WEIGHTED = range(5)
 """States of tensors; tensors without a state depend on the inputs of the model.
 
 ``FIXED``: independent of inputs, or computed from positions and other integers. ``SCORES``: products of two tensors
-    that
-depend on the inputs. ``PAIRS``: the same without a batch dimension, or of broadcast tensors; they count as scores after
-an exponential or a sigmoid. ``RECORDED``: the result of a softmax that an interceptor has handled. ``WEIGHTED``: values
-multiplied with scores, before the sum over keys."""
+that depend on the inputs. ``PAIRS``: the same without a batch dimension, or of broadcast tensors; they count as scores
+after an exponential or a sigmoid. ``RECORDED``: the result of a softmax that an interceptor has handled. ``WEIGHTED``:
+values multiplied with scores, before the sum over keys."""
 PRODUCTS = {
     "matmul": (0, 1), "__matmul__": (0, 1), "__rmatmul__": (1, 0), "bmm": (0, 1), "mm": (0, 1), "mv": (0, 1),
     "baddbmm": (1, 2), "addmm": (1, 2), "addbmm": (1, 2), "einsum": (1, 2), "tensordot": (0, 1),

@@ -82,8 +82,7 @@ def mix_predictions(
     """Mixes the predictions of the subsets, ``p(y | x) = sum_S w_S p_S(y | x)``, in float32 or higher precision.
 
     Classification: log-probabilities ``log sum_S w_S softmax(logits_S / T)``. Multilabel: the logit of the mixture of
-        the
-    probabilities of each label. Regression: the weighted mean of the predictions; it has no temperature.
+    the probabilities of each label. Regression: the weighted mean of the predictions; it has no temperature.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 0.0], [9.0, -9.0]]])

@@ -30,7 +30,7 @@ class RollingQ(Rotation):
     ``BalancerList`` over batches on which the optimizer stepped, without one over all forward passes in training mode.
     ``end_epoch`` compares the modalities; if their indicators differ by ``beta`` or more and the budget allows, it
     multiplies the current rotation by the one of ``rolling_query``. All state is stored in the layer's own state dict,
-    so a reloaded model has the same rotation. ``fold`` merges the rotation into the weights.
+    so a reloaded model has the same rotation. ``merge_rotations`` merges the rotation into the weights.
 
     Create the RollingQ before loading such a state dict. Without it, ``load_state_dict`` raises an error, except with
     ``strict=False`` for a module of another library, where torch drops the rotation: look at the returned

@@ -99,8 +99,7 @@ def corrupt_input(
     """Corrupts the input of one modality.
 
     Masked values have no influence and keep their values: padding stays 0. The same seed gives the same damage for the
-        same
-    batch, and all severities use the same random numbers.
+    same batch, and all severities use the same random numbers.
 
     Args:
         values: (batch, ...) input, see ``KINDS``.

@@ -42,7 +42,7 @@ def drift(frames: InputFrames, level: float) -> Tensor:
     """Adds a ramp from 0 to ``level`` standard deviations over the frames, up or down at random for each sample.
 
     The features of a vector have a fixed offset with a random sign, the same in all samples: a sensor out of
-        calibration.
+    calibration.
     """
     size = level * frames.std
     if frames.kind == "vector":

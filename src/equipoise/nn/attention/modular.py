@@ -89,7 +89,7 @@ def modular_attention(
 
     Reference: MODA (ICML 2025), equations 7 and 8; pseudo-attention after StableMask (ICML 2024).
     Differs from the released code in: the release has no modular mask. The paper does not specify how the parts are
-        merged.
+    merged.
 
     Example:
         >>> x, value = torch.zeros(1, 1, 3, 2), torch.tensor([[[[0.0], [3.0], [6.0]]]])
