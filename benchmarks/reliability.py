@@ -1,13 +1,16 @@
-"""Score of trained runs under damage, with and without eq.Reliability, and the cost of a wrapped prediction.
+"""Accuracy of trained runs under damage, with and without eq.Reliability, and the cost of a wrapped prediction.
 
-    equipoise compare --config utd_mhad --methods inertial,skeleton,concat_aux+corruption,ensemble+corruption --seeds 3 --out runs
-    python benchmarks/reliability.py runs --methods concat_aux+corruption,ensemble+corruption --seeds 3
+    equipoise compare --config utd_mhad --methods inertial,skeleton,concat_aux+corruption,concat_aux+modality_dropout --seeds 3 --out runs
+    python benchmarks/reliability.py runs --seeds 3 --out utd_mhad.json
+    python benchmarks/reliability_table.py utd_mhad.json
 
 Each run is wrapped by Reliability.fit on its training and validation split and tested on the test split with one modality
-damaged at a time, at the given severities. "seen" are the damages that resemble the noise of the training and the
-calibration, "unseen" the other ones. The best intact modality is the better of the other modalities alone, trained
-separately (runs named after the modalities) or, without such runs, the model with all others masked. The cost is the
-median time of a wrapped prediction, relative to the model's.
+damaged at a time. The damage of a test was never used for calibration: the corruptions are divided into families (FAMILIES), and
+for each family another wrapper is calibrated with the corruptions of the other families alone. Clean inputs are predicted by the
+wrapper that is calibrated with all corruptions. The family "noise" resembles the damage in training with corruption.
+
+The best intact modality is the better of the other modalities alone, trained separately (runs named after the modalities). The
+cost is the median time of a wrapped prediction, relative to that of the model.
 """
 
 from __future__ import annotations
@@ -22,33 +25,27 @@ from typing import Any
 import torch
 
 import equipoise as eq
-from equipoise.data import loader
 from equipoise.diagnostics import corruptions
-from equipoise.diagnostics.task_scores import task_score
-from equipoise.fusion.subset_tokens import keep_modalities
 from equipoise.training import recipes
 from equipoise.training.run import load_run_dataset
 from equipoise.training.run_loading import with_data
 
-SEEN = ("white_noise", "own_noise", "additive", "partial")
-"""White noise in various ways: part of the training with corruption and of the calibration."""
-LEFT_OUT = ("missing",)
-"""Known to the model, not damage that has to be recognized."""
+FAMILIES = {
+    "loss": ("zeros", "constant", "frozen", "dropped"),
+    "gain": ("gain", "attenuation", "clipping"),
+    "time": ("blur", "shift", "shuffled"),
+    "noise": ("white_noise", "own_noise", "partial", "additive"),
+    "drift": ("drift",),
+    "swapped": ("swapped",),
+}
+FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
-def scores(
-    model: Any, reliable: eq.Reliability, batches: list[dict[str, Any]], alone: bool = False
-) -> dict[str, float]:
-    """Score of the model and of the wrapper, from the same encoder outputs; also of each modality alone."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for batch in batches:
-        tokens = model.encode(batch) if reliable.distance != "input" else reliable.encode(batch)
-        found.setdefault("plain", []).append(model.fuse(tokens).logits)
-        found.setdefault("reliable", []).append(reliable.fuse(tokens).logits)
-        for name in model.names if alone else ():
-            found.setdefault(name, []).append(model.fuse(keep_modalities(tokens, [name])).logits)
-    target = torch.cat([batch["target"] for batch in batches])
-    return {key: float(task_score(torch.cat(parts), target, model.task)) for key, parts in found.items()}
+def split_batches(source: Any, split: str, most: int) -> list[dict[str, Any]]:
+    """Batches of a split, of evenly spaced samples where it has more than ``most``."""
+    count = len(source.split(split))
+    index = torch.arange(count) if count <= most else torch.arange(most) * count // most
+    return [source.batch(split, part, seed=0, epoch=0, train=False) for part in index.split(256)]
 
 
 def seconds(call: Any, rounds: int = 7) -> float:
@@ -60,83 +57,111 @@ def seconds(call: Any, rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def measure(folder: Path, options: argparse.Namespace, unimodal: dict[str, float]) -> dict[str, Any]:
+def correct(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return (torch.cat(logits).argmax(dim=1) == target).double()
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Outcomes of a run: clean, and for each damage, with and without reliability."""
     model: Any = eq.load(folder, data=options.data)
+    if model.task != "classification":
+        raise SystemExit("this benchmark needs a classification")
     content = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
-    recipe = with_data(recipes.load_recipe(folder / "recipe.yaml"), options.data)
-    source = load_run_dataset(recipe, content["fold"])
-    train, val = (loader(source, split, 256, seed=0, train=False) for split in ("train", "val"))
-    reliable = eq.Reliability.fit(model, train, val, distance=options.distance, form=options.form)
-    batches = list(loader(source, "test", 256, seed=0, train=False))
-    with torch.no_grad():
-        clean = scores(model, reliable, batches, alone=True)
-        alone = {name: unimodal.get(name, clean[name]) for name in model.names}
-        result: dict[str, Any] = {"clean": clean, "alone": alone, "damaged": {}}
-        for name in model.names:
-            kind = corruptions.infer_kind(batches[0][name])
-            for corruption in corruptions.corruption_names(kind):
-                for severity in () if corruption in LEFT_OUT else options.severities:
-                    damaged = [
-                        corruptions.corrupt_batch(
-                            batch, name, corruption, severity=severity, seed=number, statistics=source.noise[name]
-                        )
-                        for number, batch in enumerate(batches)
-                    ]
-                    intact = max(score for other, score in alone.items() if other != name)
-                    result["damaged"][f"{name}/{corruption}/{severity}"] = scores(model, reliable, damaged) | {
-                        "intact": intact
+    source = load_run_dataset(with_data(recipes.load_recipe(folder / "recipe.yaml"), options.data), content["fold"])
+    train, val, test = (
+        split_batches(source, split, most)
+        for split, most in (("train", 10**9), ("val", options.most_val), ("test", options.most_test))
+    )
+    given = {"distance": options.distance, "form": options.form}
+    if options.corruptions:
+        given["corruptions"] = options.corruptions.split(",")
+    whole = eq.Reliability.fit(model, train, val, **given)
+    kinds = {name: corruptions.infer_kind(test[0][name]) for name in model.names}
+    tested = {c: FAMILY[c] for kind in kinds.values() for c in corruptions.corruption_names(kind) if c in FAMILY}
+    wrappers = dict.fromkeys(FAMILIES, whole)
+    if not options.corruptions:
+        for family in set(tested.values()):
+            others = [c for c in corruptions.corruption_names() if FAMILY.get(c, family) != family]
+            wrappers[family] = eq.Reliability.fit(model, train, val, **given, corruptions=others)
+    target = torch.cat([batch["target"] for batch in test])
+    encoded = [whole.encode(batch) for batch in test]
+    result: dict[str, Any] = {
+        "clean": [
+            float(correct([part.fuse(tokens).logits for tokens in encoded], target).mean()) for part in (model, whole)
+        ],
+        "agreement": float(whole.log_agreement.exp()),
+        "damaged": {},
+    }
+    sums = {key: [torch.zeros(len(target)).double(), torch.zeros(len(target)).double()] for key in ("seen", "unseen")}
+    counts = dict.fromkeys(sums, 0)
+    for name, kind in kinds.items():
+        for corruption in corruptions.corruption_names(kind):
+            for severity in options.severities if corruption in FAMILY else ():
+                found: tuple[list[Any], list[Any]] = ([], [])
+                reliable = wrappers[FAMILY[corruption]]
+                for number, (batch, tokens) in enumerate(zip(test, encoded, strict=True)):
+                    damaged = corruptions.corrupt_batch(
+                        batch, name, corruption, severity=severity, seed=number, statistics=source.noise[name]
+                    )
+                    # The other modalities are not encoded again.
+                    alone = {
+                        key: None if key in model.names and key != name else value for key, value in damaged.items()
                     }
-        inputs = batches[0]
-        result["cost"] = seconds(lambda: reliable(inputs)) / seconds(lambda: model(inputs))
+                    tokens = {**tokens, name: whole.encode(alone)[name]}
+                    found[0].append(model.fuse(tokens).logits)
+                    found[1].append(reliable.fuse(tokens).logits)
+                outcomes = [correct(part, target) for part in found]
+                result["damaged"][f"{name}/{corruption}/{severity}"] = [float(part.mean()) for part in outcomes]
+                key = "seen" if FAMILY[corruption] == "noise" else "unseen"
+                counts[key] += 1
+                for total, part in zip(sums[key], outcomes, strict=True):
+                    total += part
+    result["samples"] = {
+        key: [[round(value, 4) for value in (part / counts[key]).tolist()] for part in parts]
+        for key, parts in sums.items()
+    }
+    result["cost"] = seconds(lambda: whole(test[0])) / seconds(lambda: model(test[0])) if options.cost else None
     return result
-
-
-def summary(runs: list[dict[str, Any]], which: str) -> list[float]:
-    """Means over runs, in percent: clean, seen, unseen, worst, share of damages within two points of the best intact."""
-    rows = []
-    for run in runs:
-        seen = [one[which] for key, one in run["damaged"].items() if key.split("/")[1] in SEEN]
-        unseen = [one[which] for key, one in run["damaged"].items() if key.split("/")[1] not in SEEN]
-        near = [one[which] >= one["intact"] - 0.02 for one in run["damaged"].values()]
-        rows.append(
-            [run["clean"][which], statistics.mean(seen), statistics.mean(unseen), min(unseen), statistics.mean(near)]
-        )
-    return [100 * statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--methods", default="concat_aux+corruption,ensemble+corruption")
+    parser.add_argument("--methods", default=None, help="by default all runs of two or more modalities")
     parser.add_argument("--fold", default="all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--severities", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--distance", default="knn")
     parser.add_argument("--form", default="marginal")
+    parser.add_argument(
+        "--corruptions", default=None, help="calibrates with these alone, in place of the other families"
+    )
+    parser.add_argument("--most-val", type=int, default=500, help="largest number of validation samples")
+    parser.add_argument("--most-test", type=int, default=1000, help="largest number of test samples")
+    parser.add_argument("--cost", action="store_true", help="also measures the time of a prediction")
     parser.add_argument("--data", default=None, help="new location of the data set")
-    parser.add_argument("--out", type=Path, default=None, help="writes all scores as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="file of the results; known runs are not repeated")
     options = parser.parse_args()
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for method in options.methods.split(","):
-        for seed in range(options.seeds):
-            base = options.runs / "runs" / options.fold
-            unimodal = {}
-            for other in base.iterdir():
-                run = other / f"seed{seed}" / "run.json"
-                if "+" not in other.name and run.is_file():
-                    metrics = json.loads(run.read_text(encoding="utf-8"))["run"]["metrics"]
-                    unimodal[other.name] = metrics.get("accuracy", metrics.get("negative_error"))
-            kept.setdefault(method, []).append(measure(base / method / f"seed{seed}", options, unimodal))
+    base = options.runs / "runs" / options.fold
+    kept: dict[str, Any] = {"set": options.runs.name, "fold": options.fold, "alone": {}, "runs": {}}
+    if options.out.is_file():
+        kept = json.loads(options.out.read_text(encoding="utf-8"))
+    names = options.methods.split(",") if options.methods else sorted(path.name for path in base.iterdir())
+    for seed in range(options.seeds):
+        for method in names:
+            folder = base / method / f"seed{seed}"
+            if str(seed) in kept["runs"].get(method, {}) or not (folder / "run.json").is_file():
+                continue
+            with torch.no_grad():
+                if len(getattr(eq.load(folder, data=options.data), "names", ())) > 1:
+                    kept["runs"].setdefault(method, {})[str(seed)] = measure(folder, options)
+            options.out.write_text(json.dumps(kept), encoding="utf-8")
             print(f"{method}, seed {seed} done", flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    print("| method | clean | noise (seen) | unseen damage | worst unseen | near the best intact | cost |")
-    print("|---|---|---|---|---|---|---|")
-    for method, runs in kept.items():
-        for which, suffix in (("plain", ""), ("reliable", "+reliability")):
-            cells = [f"{value:.1f}" for value in summary(runs, which)]
-            cost = "1" if which == "plain" else f"{statistics.median(run['cost'] for run in runs):.2f}"
-            print(f"| {method}{suffix} | {' | '.join(cells)} | {cost} |")
+        for path in base.glob(f"*/seed{seed}/run.json"):
+            run = json.loads(path.read_text(encoding="utf-8"))["run"]
+            if run["method"] not in kept["runs"] and "+" not in run["method"]:
+                kept["alone"].setdefault(run["method"], {})[str(seed)] = run["metrics"]["accuracy"]
+    options.out.write_text(json.dumps(kept), encoding="utf-8")
 
 
 if __name__ == "__main__":

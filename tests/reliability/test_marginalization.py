@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from equipoise.reliability.marginalization import mix_predictions, subset_log_weights, usable_subsets
+from equipoise.reliability.marginalization import (
+    UNIFORM,
+    mix_predictions,
+    single_subsets,
+    subset_agreement,
+    subset_log_weights,
+    subset_log_weights_of_logits,
+    usable_subsets,
+)
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -105,3 +113,51 @@ def test_samples_without_matching_subset_have_finite_weights():
     none = subset_log_weights(torch.zeros(1, 5), present, subsets).exp()
     # All are unusable: the single modalities have equal weights.
     assert none[0, -5:].tolist() == pytest.approx([0.2] * 5, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_agreement_against_enumeration(count, task):
+    """Sums over targets, and for several labels over all their combinations."""
+    rho, present, _ = random_case(count, seed=2)
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(len(rho), count, 3, generator=random, dtype=torch.float64)
+    subsets = usable_subsets(count)
+    found = subset_agreement(logits, present, subsets, task, 1.7).exp()
+    for sample in range(len(rho)):
+        for number, subset in enumerate(subsets):
+            left = (subset & present[sample]).nonzero()[:, 0].tolist()
+            if task == "regression":
+                expected = 1.0
+            elif task == "classification":
+                p = {m: (1 - UNIFORM) * (logits[sample, m] / 1.7).softmax(dim=0) + UNIFORM / 3 for m in left}
+                expected = sum(math.prod(3 * float(p[m][y]) for m in left) / 3 for y in range(3))
+            else:
+                yes = {m: (1 - UNIFORM) * (logits[sample, m] / 1.7).sigmoid() + UNIFORM / 2 for m in left}
+                expected = 0.0
+                for labels in itertools.product((0, 1), repeat=3):
+                    each = [
+                        math.prod(2 * float(yes[m][k] if y else 1 - yes[m][k]) for m in left) / 2
+                        for k, y in enumerate(labels)
+                    ]
+                    expected += math.prod(each)
+            assert float(found[sample, number]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_odd_one_out_of_three_loses_weight():
+    logits = torch.tensor([[[8.0, 0.0, 0.0], [8.0, 0.0, 0.0], [0.0, 8.0, 0.0]]])
+    subsets, present = usable_subsets(3), torch.ones(1, 3, dtype=torch.bool)
+    rho = torch.full((1, 3), 0.7)
+    weights = subset_log_weights(rho, present, subsets, subset_agreement(logits, present, subsets, "classification"))
+    assert subsets[int(weights.argmax())].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_weights_from_logits_are_those_from_probabilities(count):
+    rho, present, _ = random_case(count)
+    subsets = usable_subsets(count)
+    agreement = torch.randn(len(rho), len(subsets), dtype=torch.float64)
+    expected = subset_log_weights(rho, present, subsets, agreement).exp()
+    found = subset_log_weights_of_logits(rho.logit(), present, subsets, agreement).exp()
+    assert torch.allclose(found, expected, **EXACT)
+    assert [subsets[i].nonzero().flatten().tolist() for i in single_subsets(subsets)] == [[m] for m in range(count)]

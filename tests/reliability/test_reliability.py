@@ -10,6 +10,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError, DataError, EquipoiseError, ShapeError
+from equipoise.reliability.damaged_validation import InputMoments, damaged_batch
 from helpers.fusion import FEATURES, OUTPUTS, batch, model
 from helpers.fusion_cases import FUSIONS
 from helpers.tolerance import TOL
@@ -54,10 +55,17 @@ def enumerated_prediction(reliable, inputs, names):
     """sum_S w_S softmax(logits_S / T), each subset as a batch that lacks the other modalities."""
     rho = reliable(inputs).reliability
     total, mixture = 0.0, 0.0
-    for subset in present_subsets(names):
+
+    def predicted(subset):
         left = {name: inputs[name] if name in subset else None for name in names}
+        return (reliable.model(left).logits / reliable.temperature.double()).softmax(dim=1)
+
+    alone = {name: 0.95 * predicted([name]) + 0.05 / OUTPUTS for name in names}
+    for subset in present_subsets(names):
         weight = math.prod([rho[name] if name in subset else 1 - rho[name] for name in names])
-        probabilities = (reliable.model(left).logits / reliable.temperature.double()).softmax(dim=1)
+        agreement = math.prod([OUTPUTS * alone[name] for name in subset]).mean(dim=1)
+        weight = weight * agreement ** reliable.log_agreement.double().exp()
+        probabilities = predicted(subset)
         total, mixture = total + weight, mixture + weight[:, None] * probabilities
     return mixture / total[:, None]
 
@@ -347,6 +355,40 @@ def test_token_ids_and_mappings():
         output = eq.Reliability.fit(net, [part(0)], [part(1)], distance=distance)(part(2))
         assert bool(output.logits.isfinite().all())
         assert bool(((output.rho > 0) & (output.rho <= 1)).all())
+
+
+def test_calibration_corruptions_can_be_chosen():
+    fitted = {
+        name: fit_reliability(trained_model(), corruptions=given).intercept
+        for name, given in (("all", None), ("noise", ["white_noise"]), ("again", ["white_noise"]))
+    }
+    assert torch.equal(fitted["noise"], fitted["again"])
+    assert not torch.equal(fitted["noise"], fitted["all"])
+    assert bool(fit_reliability(trained_model(), kinds={"audio": "spectrogram"}).intercept.isfinite().all())
+    for given, match in (
+        ({"corruptions": ["dust"]}, "known corruption, got 'dust'"),
+        ({"corruptions": ["missing"]}, "one or more corruptions other than 'missing'"),
+        ({"kinds": {"sound": "sequence"}}, "known modality, got 'sound'"),
+        ({"kinds": {"audio": "smell"}}, "known kind of input, got 'smell'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            fit_reliability(trained_model(), **given)
+
+
+def test_damaged_validation_data_keep_a_modality_and_all_corruptions_occur():
+    names = ("audio", "image")
+    inputs = batch(names, size=400, seed=1) | {"target": torch.zeros(400)}
+    moments = InputMoments(names)
+    moments.add(inputs)
+    random = torch.Generator().manual_seed(0)
+    found = damaged_batch(inputs, names, moments, random, ["zeros", "gain"], {})
+    changed = torch.stack([(found[name] != inputs[name]).flatten(1).any(dim=1) for name in names], dim=1)
+    assert not bool(changed.all(dim=1).any())
+    assert 0.2 < float(changed.double().mean()) < 0.45
+    zero = (found["audio"] == 0).flatten(1).any(dim=1)
+    assert 20 < int(zero.sum()) < int(changed[:, 0].sum()) - 20
+    again = damaged_batch(inputs, names, moments, torch.Generator().manual_seed(0), ["zeros", "gain"], {})
+    assert all(torch.equal(found[name], again[name]) for name in names)
 
 
 def test_errors():

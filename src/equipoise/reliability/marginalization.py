@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..tokens.masks import at_least_float32
 
+UNIFORM = 0.05
+"""Part of the uniform distribution in predictions whose agreement is measured: none is certain."""
 MOST_FOR_ALL = 4
 """Largest number of modalities for which all subsets are used."""
 LEAST = 1e-6
@@ -35,11 +38,12 @@ def usable_subsets(count: int) -> Bool[Tensor, "subset modality"]:
 
 
 def subset_log_weights(
-    rho: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"], subsets: Bool[Tensor, "subset modality"]
+    rho: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"], subsets: Bool[Tensor, "subset modality"],
+    agreement: Float[Tensor, "batch subset"] | None = None,
 ) -> Float[Tensor, "batch subset"]:  # fmt: skip
     """Computes the logarithm of the weights of the subsets, which sum to 1 for each sample::
 
-        w_S ∝ prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
+        w_S ∝ A_S prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
 
     Modalities that a sample lacks are masked in every subset, so that they have no factor; subsets that are equal
     without them count once. A sample without any modality has the full set.
@@ -48,6 +52,7 @@ def subset_log_weights(
         rho: probability that a modality is usable.
         present: which modalities each sample has.
         subsets: as ``usable_subsets`` returns them.
+        agreement: log A_S, as ``subset_agreement`` returns it; 0 by default.
 
     Example:
         >>> rho, present = torch.tensor([[0.5, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
@@ -55,7 +60,68 @@ def subset_log_weights(
         tensor([[0.5000, 0.0000, 0.5000]])
     """
     rho = at_least_float32(rho)
-    subsets = subsets.to(rho.device)
+    excluded = _excluded(present, subsets.to(rho.device))
+    exact = _log_products(rho.log(), torch.log1p(-rho), present, subsets, excluded)
+    impossible = exact.isneginf().all(dim=1, keepdim=True)
+    near = rho.clamp(LEAST, 1 - LEAST)
+    total = torch.where(
+        impossible, _log_products(near.log(), torch.log1p(-near), present, subsets, excluded), exact
+    )  # fmt: skip
+    return (total if agreement is None else total + agreement).log_softmax(dim=1)
+
+
+def subset_log_weights_of_logits(
+    logits: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"], subsets: Bool[Tensor, "subset modality"],
+    agreement: Float[Tensor, "batch subset"] | None = None,
+) -> Float[Tensor, "batch subset"]:  # fmt: skip
+    """Computes the same as ``subset_log_weights`` from the logits of rho, which must be finite."""
+    excluded = _excluded(present, subsets)
+    total = _log_products(F.logsigmoid(logits), F.logsigmoid(-logits), present, subsets, excluded)
+    return (total if agreement is None else total + agreement).log_softmax(dim=1)
+
+
+def subset_agreement(
+    logits: Float[Tensor, "batch modality output"], present: Bool[Tensor, "batch modality"],
+    subsets: Bool[Tensor, "subset modality"], task: str, temperature: Float[Tensor, ""] | float = 1.0,
+) -> Float[Tensor, "batch subset"]:  # fmt: skip
+    """Computes log A_S, how much the predictions from the modalities of a subset alone agree::
+
+        A_S = sum_y 1 / C prod_{m in S} C q_m(y),    q_m = (1 - e) p_m + e / C,   e = 0.05
+
+    This is the probability of the predictions if all modalities of S predict the same target, relative to that if each
+    predicts another one. It is 1 for a single modality and for uniform predictions, up to C^(|S| - 1) for certain
+    predictions of the same class, and small for contradictions. For several labels it is the product over labels, with C = 2.
+
+    Args:
+        logits: of the model with each modality alone.
+        present: which modalities each sample has; absent ones have no factor.
+        subsets: as ``usable_subsets`` returns them.
+        task: "classification" or "multilabel"; a regression has A_S = 1.
+        temperature: divides the logits.
+
+    Example:
+        >>> logits, present = torch.tensor([[[0.0, 0.0], [50.0, 0.0]]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> subset_agreement(logits, present, usable_subsets(2), "classification").abs().round(decimals=4)
+        tensor([[0., 0., 0.]])
+    """
+    subsets = subsets.to(logits.device)
+    if task == "regression":
+        return at_least_float32(logits).new_zeros(len(logits), len(subsets))
+    logits = at_least_float32(logits) / temperature
+    if task == "classification":
+        log_p, classes = logits.log_softmax(dim=-1), logits.shape[-1]
+    else:
+        log_p, classes = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1), 2
+    # Evidence of each class relative to a uniform prediction; 0 for absent modalities.
+    relative = ((1 - UNIFORM) * classes * log_p.exp() + UNIFORM).log()
+    relative = relative.masked_fill(~present.reshape(*present.shape, *[1] * (log_p.ndim - 2)), 0.0)
+    sums = torch.einsum("sm,bm...->bs...", subsets.to(relative.dtype), relative)
+    agreement = sums.logsumexp(dim=-1) - math.log(classes)
+    return agreement if task == "classification" else agreement.sum(dim=-1)
+
+
+def _excluded(present: Tensor, subsets: Tensor) -> Bool[Tensor, "batch subset"]:
+    """Subsets that contain no modality of a sample, or the same ones as an earlier subset."""
     left = subsets[None] & present[:, None]
     # Two subsets of a sample are equal if they differ in absent modalities alone: the earlier one counts.
     same = (left[:, :, None] == left[:, None]).all(dim=-1)
@@ -63,16 +129,13 @@ def subset_log_weights(
     excluded = repeated | ~left.any(dim=-1)
     # A sample without any modality has equal, empty subsets: the first one, the full set, is kept.
     excluded[:, 0] &= present.any(dim=1)
+    return excluded
 
-    def logarithm(rho: Tensor) -> Tensor:
-        factors = torch.where(subsets[None], rho.log()[:, None], torch.log1p(-rho)[:, None])
-        total = factors.masked_fill(~present[:, None], 0.0).sum(dim=-1)
-        return total.masked_fill(excluded, -torch.inf)
 
-    exact = logarithm(rho)
-    impossible = exact.isneginf().all(dim=1, keepdim=True)
-    total = torch.where(impossible, logarithm(rho.clamp(LEAST, 1 - LEAST)), exact)
-    return total.log_softmax(dim=1)
+def _log_products(log_usable: Tensor, log_not: Tensor, present: Tensor, subsets: Tensor, excluded: Tensor) -> Tensor:
+    factors = torch.where(subsets.to(present.device)[None], log_usable[:, None], log_not[:, None])
+    total = factors.masked_fill(~present[:, None], 0.0).sum(dim=-1)
+    return total.masked_fill(excluded, -torch.inf)
 
 
 def mix_predictions(
@@ -97,6 +160,17 @@ def mix_predictions(
         return (log_weights + logits.log_softmax(dim=-1)).logsumexp(dim=1)
     yes, no = ((log_weights + F.logsigmoid(part)).logsumexp(dim=1) for part in (logits, -logits))
     return yes - no
+
+
+def single_subsets(subsets: Bool[Tensor, "subset modality"]) -> Int[Tensor, " modality"]:
+    """Returns the index of the subset that contains each modality alone.
+
+    Example:
+        >>> single_subsets(usable_subsets(2))
+        tensor([1, 2])
+    """
+    alone = torch.eye(subsets.shape[1], dtype=torch.bool, device=subsets.device)
+    return (subsets[:, None] == alone).all(dim=-1).long().argmax(dim=0)
 
 
 def subset_names(subsets: Bool[Tensor, "subset modality"], names: Sequence[str]) -> list[list[str]]:

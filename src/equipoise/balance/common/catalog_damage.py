@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...data.corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, infer_kind
+from ...data.corruptions import CORRUPTIONS, SEVERITIES, InputKind, corrupt_batch, infer_kind, replace_samples
 
 
 def fitting_corruptions(
@@ -57,7 +57,7 @@ def damage_samples(
             batch, name, chosen, severity=SEVERITIES[-1] if destroys or by_sample else severity, kind=kind,
             statistics=statistics, seed=random,
         )  # fmt: skip
-        _replace_samples(result, damaged, name, hit)
+        replace_samples(result, damaged, name, hit)
         if by_sample:
             destroyed = destroyed | hit
     return destroyed
@@ -68,19 +68,3 @@ def _statistics(values: Tensor, valid: Bool[Tensor, "batch ..."]) -> tuple[float
     chosen = values[valid.to(values.device)] if values.is_floating_point() else values[:0]
     chosen = chosen[chosen.isfinite()]
     return (float(chosen.mean()), float(chosen.float().std())) if chosen.numel() > 1 else (0.0, 1.0)
-
-
-def _replace_samples(
-    result: dict[str, Any], damaged: Mapping[str, Any], name: str, hit: Bool[Tensor, " batch"]
-) -> None:  # fmt: skip
-    """Takes input and mask of one modality from a damaged batch for some samples."""
-    values = result[name]
-    selected = hit.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
-    result[name] = torch.where(selected, damaged[name], values)
-    mask = (damaged.get("mask") or {}).get(name)
-    if mask is not None:
-        masks = result.get("mask") or {}
-        before = masks.get(name)
-        before = torch.ones_like(mask) if before is None else before.to(mask.device).bool()
-        chosen = hit.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
-        result["mask"] = {**masks, name: torch.where(chosen, mask, before)}

@@ -8,6 +8,7 @@ from .catalog import check_corruptions as check_corruptions
 from .catalog import corrupt_batch as corrupt_batch
 from .catalog import corrupt_input as corrupt_input
 from .catalog import corruption_names as corruption_names
+from .catalog import replace_samples as replace_samples
 from .input_frames import KINDS as KINDS
 from .input_frames import InputFrames as InputFrames
 from .input_frames import InputKind as InputKind

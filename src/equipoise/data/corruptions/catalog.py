@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ...errors import ConfigError, ShapeError, unknown_name
@@ -177,6 +178,35 @@ def corrupt_batch(
     if corrupted.mask is not None:
         result["mask"] = {**masks, modality: corrupted.mask}
     return result
+
+
+def replace_samples(
+    result: dict[str, Any], damaged: Mapping[str, Any], modality: str, hit: Bool[Tensor, " batch"]
+) -> None:  # fmt: skip
+    """Takes input and mask of one modality from a damaged batch for some samples.
+
+    Args:
+        result: the batch that is changed.
+        damaged: as returned by ``corrupt_batch``.
+        modality: the damaged modality.
+        hit: the samples to replace.
+
+    Example:
+        >>> batch = {"audio": torch.ones(2, 3)}
+        >>> replace_samples(batch, {"audio": torch.zeros(2, 3)}, "audio", torch.tensor([True, False]))
+        >>> batch["audio"].sum(dim=1)
+        tensor([0., 3.])
+    """
+    values = result[modality]
+    here = hit.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+    result[modality] = torch.where(here, damaged[modality], values)
+    mask = (damaged.get("mask") or {}).get(modality)
+    if mask is not None:
+        masks = result.get("mask") or {}
+        before = masks.get(modality)
+        before = torch.ones_like(mask) if before is None else before.to(mask.device).bool()
+        chosen = hit.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
+        result["mask"] = {**masks, modality: torch.where(chosen, mask, before)}
 
 
 def check_corruptions(names: Any, who: str, *, kind: str | None = None) -> None:

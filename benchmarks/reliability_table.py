@@ -1,0 +1,112 @@
+"""Table of the results of benchmarks/reliability.py: accuracy under damage, paired tests, and the aim of eq.Reliability.
+
+    python benchmarks/reliability_table.py utd_mhad.json occupancy_estimation.json
+
+p-values compare each method with the control (concat_aux+corruption without reliability) on the same test samples: the difference of
+the mean outcomes of each sample over seeds and damages, with the bootstrap of equipoise.results.significance. They are corrected by
+Holm's method over all methods and sets of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equipoise.results.significance import bootstrap_p
+
+CONTROL = "concat_aux+corruption"
+NOISE = ("white_noise", "own_noise", "partial", "additive")
+
+
+def holm(values: list[float]) -> list[float]:
+    """Returns p-values corrected by Holm's method.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    result, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        result[index] = round(largest, 6)
+    return result
+
+
+def mean(values: Any) -> float:
+    return 100 * statistics.mean(values)
+
+
+def row(content: dict[str, Any], runs: list[dict[str, Any]], which: int) -> list[float]:
+    """Clean, damage seen and unseen in training, worst unseen, share within two points of the best intact: in percent."""
+    alone = {name: statistics.mean(values.values()) for name, values in content["alone"].items()}
+    parts: dict[str, list[float]] = {"seen": [], "unseen": []}
+    near = []
+    for key in runs[0]["damaged"]:
+        name, corruption, _ = key.split("/")
+        score = statistics.mean(run["damaged"][key][which] for run in runs)
+        parts["seen" if corruption in NOISE else "unseen"].append(score)
+        near.append(score >= max(value for other, value in alone.items() if other != name) - 0.02)
+    clean = statistics.mean(run["clean"][which] for run in runs)
+    return [100 * clean, mean(parts["seen"]), mean(parts["unseen"]), 100 * min(parts["unseen"]), mean(near)]
+
+
+def samples(runs: list[dict[str, Any]], which: int) -> np.ndarray:
+    return np.mean([run["samples"]["unseen"][which] for run in runs], axis=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]
+    lines, tests = [], []
+    for content in tables:
+        title = content["set"] + ("" if content["fold"] == "all" else f" {content['fold']}")
+        control = content["runs"][CONTROL]
+        for method, by_seed in content["runs"].items():
+            seeds = sorted(set(by_seed) & set(control))
+            runs, others = [by_seed[seed] for seed in seeds], [control[seed] for seed in seeds]
+            reference = row(content, others, 0)
+            for which, suffix in ((0, ""), (1, "+reliability")):
+                values = row(content, runs, which)
+                same = method == CONTROL and which == 0
+                if not same:
+                    tests.append(bootstrap_p(samples(runs, which) - samples(others, 0)))
+                better = sum(
+                    float(np.mean(run["samples"]["unseen"][which])) > float(np.mean(other["samples"]["unseen"][0]))
+                    for run, other in zip(runs, others, strict=True)
+                )
+                lines.append(
+                    (title, method + suffix, len(seeds), values, None if same else len(tests) - 1, reference, better)
+                )
+    corrected = holm(tests)
+    print(
+        "| set | method | seeds | clean | seen | unseen | worst unseen | near the best intact | unseen, difference | aim |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for title, method, seeds, values, test, reference, better in lines:
+        cells = [f"{value:.1f}" for value in values]
+        difference = aim = ""
+        if test is not None:
+            clean, unseen = values[0] - reference[0], values[2] - reference[2]
+            p = "< 0.001" if corrected[test] < 0.001 else f"= {corrected[test]:.3f}"
+            difference = f"{unseen:+.1f} (p {p}, higher on {better} of {seeds})"
+            fails = [
+                text
+                for text, fine in (
+                    (f"clean {clean:+.1f}", clean >= -0.5),
+                    (f"unseen {unseen:+.1f}", unseen >= 4 and corrected[test] < 0.05),
+                    (f"near {values[4]:.0f} %", values[4] >= 80),
+                )
+                if not fine
+            ]
+            aim = ", ".join(fails) or "met"
+        print(f"| {title} | {method} | {seeds} | {' | '.join(cells)} | {difference} | {aim} |")
+
+
+if __name__ == "__main__":
+    main()
