@@ -118,7 +118,7 @@ def damaged_batch(
 
 
 def check_calibration_corruptions(corruptions: Sequence[str] | None) -> list[str]:
-    """Returns the corruptions of the calibration; by default all but ``missing``, which the model is told about.
+    """Returns the corruptions of the calibration; by default all but ``missing``, which changes the mask.
 
     Raises:
         ConfigError: an unknown corruption, or none.
