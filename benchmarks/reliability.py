@@ -1,6 +1,6 @@
 """Accuracy of trained runs under damage, with and without eq.Reliability, and the cost of a wrapped prediction.
 
-    equipoise compare --config utd_mhad --methods inertial,skeleton,concat_aux+corruption,concat_aux+modality_dropout --seeds 3 --out runs
+    equipoise compare --config utd_mhad --methods inertial,skeleton,concat_aux+corruption --seeds 3 --out runs
     python benchmarks/reliability.py runs --seeds 3 --out utd_mhad.json
     python benchmarks/reliability_table.py utd_mhad.json
 
@@ -148,6 +148,10 @@ def main() -> None:
         kept = json.loads(options.out.read_text(encoding="utf-8"))
     names = options.methods.split(",") if options.methods else sorted(path.name for path in base.iterdir())
     for seed in range(options.seeds):
+        for path in base.glob(f"*/seed{seed}/run.json"):
+            run = json.loads(path.read_text(encoding="utf-8"))["run"]
+            if "+" not in run["method"]:
+                kept["alone"].setdefault(run["method"], {})[str(seed)] = run["metrics"]["accuracy"]
         for method in names:
             folder = base / method / f"seed{seed}"
             if str(seed) in kept["runs"].get(method, {}) or not (folder / "run.json").is_file():
@@ -157,10 +161,6 @@ def main() -> None:
                     kept["runs"].setdefault(method, {})[str(seed)] = measure(folder, options)
             options.out.write_text(json.dumps(kept), encoding="utf-8")
             print(f"{method}, seed {seed} done", flush=True)
-        for path in base.glob(f"*/seed{seed}/run.json"):
-            run = json.loads(path.read_text(encoding="utf-8"))["run"]
-            if run["method"] not in kept["runs"] and "+" not in run["method"]:
-                kept["alone"].setdefault(run["method"], {})[str(seed)] = run["metrics"]["accuracy"]
     options.out.write_text(json.dumps(kept), encoding="utf-8")
 
 

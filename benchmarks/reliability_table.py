@@ -43,7 +43,8 @@ def mean(values: Any) -> float:
 
 def row(content: dict[str, Any], runs: list[dict[str, Any]], which: int) -> list[float]:
     """Clean, damage seen and unseen in training, worst unseen, share within two points of the best intact: in percent."""
-    alone = {name: statistics.mean(values.values()) for name, values in content["alone"].items()}
+    names = {key.split("/")[0] for key in runs[0]["damaged"]}
+    alone = {name: statistics.mean(content["alone"][name].values()) for name in names}
     parts: dict[str, list[float]] = {"seen": [], "unseen": []}
     near = []
     for key in runs[0]["damaged"]:
