@@ -182,9 +182,10 @@ class QMF(Balancer):
                 "QMF", expected="batch['index'], the numbers of the samples", got=type(index).__name__,
                 fix="Add it to the batches, or create QMF(model, samples=None).",
             )  # fmt: skip
-        if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.samples:
+        samples = self.samples or 0
+        if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < samples:
             raise ConfigError(
-                "QMF", expected=f"sample numbers from 0 to samples - 1 = {(self.samples or 0) - 1}",
+                "QMF", expected=f"sample numbers from 0 to samples - 1 = {samples - 1}",
                 got=f"numbers from {int(index.min())} to {int(index.max())}",
             )  # fmt: skip
         return index

@@ -12,6 +12,10 @@ from .corruption_test import CorruptionCurve as CorruptionCurve
 from .corruption_test import corruption_curve as corruption_curve
 from .encoder_gradients import GradientNorms as GradientNorms
 from .encoder_gradients import gradient_norms as gradient_norms
+from .information_decomposition import InformationDecomposition as InformationDecomposition
+from .information_decomposition import Interaction as Interaction
+from .information_decomposition import decompose_information as decompose_information
+from .information_test import information as information
 from .input_corruption import corrupt as corrupt
 from .interventions import Intervention as Intervention
 from .interventions import with_quag as with_quag

@@ -80,6 +80,16 @@ WORDS: dict[str, TestTexts] = {
         "Severities of different corruptions are not equally hard. For damage that was part of the training, the test does "
         "not measure generalization.",
     ),
+    "information": TestTexts(
+        "Information of the modalities: the data or the model",
+        "Information on the target, in bits, in the outputs of the encoders, estimated by small networks on samples that "
+        "they were not trained on. Redundant information is in both modalities, unique information in one, synergy in both "
+        "together only. Fusion can add what all modalities have beyond the best one. Information that the encoders have and "
+        "the predictions lack is lost by the fusion.",
+        "Encoders of the model may have lost information of their inputs. The networks miss information if samples are few. "
+        "Redundancy depends on its measure: two independent modalities of equal information count as redundant and "
+        "synergistic.",
+    ),
     "shapley": TestTexts(
         "Contribution of each modality (Shapley values)",
         "Contribution of each modality to the score, averaged over all orders in which the modalities can be added. The "

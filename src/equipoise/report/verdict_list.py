@@ -9,6 +9,7 @@ from .text_format import join_and
 from .verdict_attention import collapse, constant_attention, level, needs_cross_modal, ood_detection, quality
 from .verdict_evidence import Verdict as Verdict
 from .verdict_evidence import VerdictEvidence
+from .verdict_information import information_gain, information_use
 from .verdict_use import chance, modality_use, robustness_fallback, vs_best_unimodal
 
 
@@ -29,6 +30,8 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
         level,
         robustness_fallback,
         vs_best_unimodal,
+        information_gain,
+        information_use,
         constant_attention,
         needs_cross_modal,
         ood_detection,

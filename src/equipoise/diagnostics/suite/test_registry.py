@@ -19,6 +19,7 @@ from ..compute_cost import cost as costs
 from ..consistency_test import attention_consistency
 from ..corruption_test import corruption_curve
 from ..encoder_gradients import gradient_norms
+from ..information_test import information as information_of
 from ..key_distributions import geometry_of
 from ..key_plot_data import key_distribution
 from ..modality_masking import mask_modality
@@ -334,6 +335,20 @@ def robustness(context: DiagnosticContext) -> TestResult:
     return TestResult(metrics, {"clean": result.clean, "alone": result.alone, "rows": result.rows()})
 
 
+def information(context: DiagnosticContext) -> TestResult:
+    """Information of the modalities on the target, and how much of it the predictions contain."""
+    context.needs_targets()
+    context.needs_several("there is nothing to decompose")
+    result = information_of(context.model, context.batches(), seed=context.seed)
+    metrics = {f"information/{name}": value for name, value in result.alone.items()}
+    metrics |= {"information_joint": result.joint, "information_gain": result.gain}
+    metrics |= {} if result.used is None else {"information_used": result.used}
+    for (one, other), part in result.pairs.items():
+        metrics |= {f"redundancy/{one}+{other}": part.redundancy, f"synergy/{one}+{other}": part.synergy}
+        metrics |= {f"unique/{one}-{other}": part.unique[0], f"unique/{other}-{one}": part.unique[1]}
+    return TestResult(metrics, result.to_dict())
+
+
 def _histogram(values: Tensor, low: float, high: float) -> dict[str, list[float]]:
     finite = values[~values.isnan()].clamp(low, high).numpy()
     counts, edges = np.histogram(finite, bins=40, range=(low, high if high > low else low + 1.0))
@@ -349,5 +364,8 @@ TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {
 }  # fmt: skip
 """Name -> test, in the order in which they run."""
 
-OPTIONAL_TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {"robustness": robustness}
+OPTIONAL_TESTS: dict[str, Callable[[DiagnosticContext], TestResult]] = {
+    "robustness": robustness,
+    "information": information,
+}
 """Tests that run only where they are named, since they take many times as long as all others."""
