@@ -52,7 +52,7 @@ def answer_context() -> dict[str, object]:
 
 def training_context() -> dict[str, object]:
     """The names of the blocks that train and test a model."""
-    model = fusion.model()
+    model = fusion.joint_model()
     loader = [fusion.batch(seed=seed) for seed in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return {"model": model, "optimizer": optimizer, "train_loader": loader, "test_loader": loader}

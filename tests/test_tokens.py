@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from equipoise.errors import ShapeError
 from equipoise.tokens.token_batch import SPECIAL, Output, Tokens, as_tokens, pack, segment_labels, unpack
 from helpers.tolerance import TOL
-from oracles.fusion import pooled
+from oracles.fusion import mean_pool
 
 BATCH, DIM = 3, 5
 LENGTHS = {"audio": 7, "image": 2, "text": 11}
@@ -116,7 +116,7 @@ def test_pooled_is_class_token_or_masked_mean(cls, masked):
     if part.mask is not None:
         part.mask[1] = False
     values = Tokens(part.values.double(), mask=part.mask, cls=cls).pooled()
-    torch.testing.assert_close(values, pooled(part.values, part.mask, cls), **TOL[torch.float64])
+    torch.testing.assert_close(values, mean_pool(part.values, part.mask, cls), **TOL[torch.float64])
 
 
 def test_pooled_ignores_padding():

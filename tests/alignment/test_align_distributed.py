@@ -6,7 +6,7 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from equipoise.alignment import InfoNCE, QFormer, QFormerLosses, SigLIP
-from helpers.processes import together
+from helpers.processes import process_group
 from helpers.tolerance import TOL
 
 pytestmark = pytest.mark.distributed
@@ -101,7 +101,7 @@ SCENES = {"by_itself": evaluate_in_one_process} | {name: lambda rank, name=name:
 
 
 def worker(rank, folder):
-    with together(rank, folder, WORLD):
+    with process_group(rank, folder, WORLD):
         torch.save({name: made(rank) for name, made in SCENES.items()}, f"{folder}/{rank}.pt")
 
 

@@ -84,7 +84,7 @@ def test_splice_against_a_loop(seed, side):
         media[name] = Tokens(values, mask=valid)
         lists[name] = [part[keep].tolist() for part, keep in zip(values, valid, strict=True)]
     made = splice(text, ids, places, media, labels=labels, mask=mask, side=side)
-    rows = slow.spliced(text.tolist(), ids.tolist(), labels.tolist(), mask.tolist(), places, lists)
+    rows = slow.splice(text.tolist(), ids.tolist(), labels.tolist(), mask.tolist(), places, lists)
     longest = max(len(row) for row in rows)
     assert made.embeddings.shape == (batch, longest, DIM)
     for i, row in enumerate(rows):

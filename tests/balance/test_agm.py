@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.agm import coefficients
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, OUTPUTS, batch, slices
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.fusion import DIM, NAMES, OUTPUTS, batch, split_batch
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_a import agm, agm_error, shapley
 
@@ -25,7 +25,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def build(names=("audio", "image"), *, make=fused, alpha=0.1, clip=math.inf, **options):
+def build(names=("audio", "image"), *, make=attention_model, alpha=0.1, clip=math.inf, **options):
     made = make(names, **options)
     balancer = eq.balance.AGM(made, alpha=alpha, clip=clip)
     return made, balancer, eq.BalancerList(made, [balancer])
@@ -37,11 +37,11 @@ def responses(made, inputs):
     made.eval()
     with torch.no_grad():
         nothing = eq.Tokens(torch.zeros(size, 0, DIM, dtype=torch.float64))
-        answers[frozenset()] = rows(made.fuse(dict.fromkeys(made.names, nothing)).logits)
+        answers[frozenset()] = to_lists(made.fuse(dict.fromkeys(made.names, nothing)).logits)
         for number in range(1, count + 1):
             for kept in itertools.combinations(range(count), number):
                 gone = {name: None for m, name in enumerate(made.names) if m not in kept}
-                answers[frozenset(kept)] = rows(made({**inputs, **gone}).logits)
+                answers[frozenset(kept)] = to_lists(made({**inputs, **gone}).logits)
     found = [[[0.0] * OUTPUTS for _ in range(size)] for _ in range(count)]
     for i, c in itertools.product(range(size), range(OUTPUTS)):
         for m, phi in enumerate(shapley({kept: answer[i][c] for kept, answer in answers.items()}, count)):
@@ -89,7 +89,7 @@ def test_coefficients_equal_the_oracle(now, usual, number, here, alpha):
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("make", [fused, static])
+@pytest.mark.parametrize("make", [attention_model, additive_model])
 def test_steps_equal_the_oracle(number, task, make):
     names = NAMES[:number]
     made, _, balancing = build(names, make=make, task=task, alpha=0.5)
@@ -110,7 +110,7 @@ def test_steps_equal_the_oracle(number, task, make):
 
 
 def test_shapley_response_of_additive_logits_is_the_contribution_without_bias():
-    made = static()
+    made = additive_model()
     with torch.no_grad():
         made.head.bias.normal_()
     inputs = batch(size=5)
@@ -134,7 +134,7 @@ def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
     for sizes in ((12,), (5, 3, 4)):
         made, _, balancing = build(unimodal="none")
         step(made, balancing, batch(seed=5))
-        found.append(step(made, balancing, *slices(whole, *sizes)))
+        found.append(step(made, balancing, *split_batch(whole, *sizes)))
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, **EXACT)
 
@@ -169,7 +169,7 @@ def test_after_autocast():
         loss = balancing.loss(made(inputs), inputs["target"])
     loss.backward()
     balancing.before_step()
-    exact = slow_errors(fused(), batch())
+    exact = slow_errors(attention_model(), batch())
     assert balancer.usual.tolist() == pytest.approx(exact, rel=TOL[torch.bfloat16]["rtol"])
 
 
@@ -201,11 +201,11 @@ def test_frozen_head_disables_clipping():
 
 def test_errors():
     with pytest.raises(ConfigError, match="AGM: expected two or more modalities, got audio"):
-        eq.balance.AGM(static(("audio",)))
+        eq.balance.AGM(additive_model(("audio",)))
     with pytest.raises(ConfigError, match=r"AGM: expected alpha >= 0 and clip > 0, got alpha = -1, clip = 5\.0"):
-        eq.balance.AGM(static(), alpha=-1)
+        eq.balance.AGM(additive_model(), alpha=-1)
     with pytest.raises(ConfigError, match=r"got alpha = 0\.1, clip = 0"):
-        eq.balance.AGM(static(), clip=0)
-    made = static()
+        eq.balance.AGM(additive_model(), clip=0)
+    made = additive_model()
     with pytest.raises(ConfigError, match="OGM_GE with AGM: both scale the encoders' gradients"):
         eq.BalancerList(made, [eq.balance.OGM_GE(made), eq.balance.AGM(made)])

@@ -10,8 +10,8 @@ import equipoise as eq
 from equipoise.balance.amco import hidden_part, masses
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, NAMES, batch
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, loss_of, penalty_of, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, loss_of, penalty_of, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import amco, mass_of
 
@@ -38,7 +38,7 @@ def amplify_modality(made, name, factor=99.0):
 def modality_parts(made, balancer, inputs):
     output = made(inputs)
     found = made.fusion.contributions(output, made.head.head)
-    return [rows(found[name]) for name in made.names]
+    return [to_lists(found[name]) for name in made.names]
 
 
 def test_curriculum_worked_example():
@@ -49,7 +49,7 @@ def test_curriculum_worked_example():
 
 
 def test_progress_per_step_is_proportional_to_epoch():
-    balancer, logs = eq.balance.AMCo(static(), rate=0.01), []
+    balancer, logs = eq.balance.AMCo(additive_model(), rate=0.01), []
     for _ in range(3):
         for _ in range(4):
             balancer.before_step()
@@ -59,18 +59,18 @@ def test_progress_per_step_is_proportional_to_epoch():
 
 
 def test_masked_class_count_is_rounded_down_and_classes_vary_by_step():
-    made = static(outputs=7)
+    made = additive_model(outputs=7)
     for progress, number in ((0.0, 0), (0.1, 3), (0.29, 6), (0.3, 7)):
         assert int(build_at_progress(made, progress).masked_classes().sum()) == number
     balancer, drawn = build_at_progress(made, 0.1), []
     state = torch.get_rng_state()
     for _ in range(9):
-        drawn.append(tuple(rows(balancer.masked_classes())))
-        assert tuple(rows(balancer.masked_classes())) == drawn[-1]
+        drawn.append(tuple(to_lists(balancer.masked_classes())))
+        assert tuple(to_lists(balancer.masked_classes())) == drawn[-1]
         balancer.before_step()
     assert len(set(drawn)) > 3
     assert torch.equal(torch.get_rng_state(), state)
-    assert drawn[0] != tuple(rows(build_at_progress(made, 0.1, seed=1).masked_classes()))
+    assert drawn[0] != tuple(to_lists(build_at_progress(made, 0.1, seed=1).masked_classes()))
 
 
 def test_masses_equal_the_oracle():
@@ -78,18 +78,18 @@ def test_masses_equal_the_oracle():
     here = torch.ones(3, 5, dtype=torch.bool)
     found = masses(parts, here, "classification")
     for i in range(5):
-        assert rows(found[:, i]) == pytest.approx(mass_of(rows(parts[:, i])), abs=1e-12)
+        assert to_lists(found[:, i]) == pytest.approx(mass_of(to_lists(parts[:, i])), abs=1e-12)
     # Of a sample that lacks the first modality, the others share everything.
     here[0, 2] = False
-    assert rows(masses(parts, here, "classification")[:, 2]) == pytest.approx([0, *mass_of(rows(parts[1:, 2]))])
+    assert to_lists(masses(parts, here, "classification")[:, 2]) == pytest.approx([0, *mass_of(to_lists(parts[1:, 2]))])
     signed = masses(doubles([[3.0, -1.0]], [[0.0, 4.0]]), here[:2, :1], "multilabel")
-    assert rows(signed[:, 0]) == pytest.approx([0.5, 0.5])
+    assert to_lists(signed[:, 0]) == pytest.approx([0.5, 0.5])
 
 
 @pytest.mark.parametrize("dominant", ["audio", "image", None])
 @pytest.mark.parametrize("progress", [0.0, 0.15, 0.3])
 def test_loss_equals_the_oracle(dominant, progress):
-    made, inputs = static(), batch(size=7)
+    made, inputs = additive_model(), batch(size=7)
     if dominant:
         amplify_modality(made, dominant)
     balancer = build_at_progress(made, progress, sigma=0.7)
@@ -99,17 +99,17 @@ def test_loss_equals_the_oracle(dominant, progress):
     parts = modality_parts(made, balancer, inputs)
     mass = [sum(mass_of([p[i] for p in parts])[m] for i in range(7)) / 7 for m in range(2)]
     assert [m > 0.7 for m in mass] == [name == dominant for name in made.names]
-    hidden = [c for c, hides in enumerate(rows(balancer.masked_classes())) if hides]
-    mix, bias = rows(made.head.mix.weight), rows(made.head.mix.bias)
-    expected = amco(parts, rows(inputs["target"]), hidden, mix, bias, 0.7)
+    hidden = [c for c, hides in enumerate(to_lists(balancer.masked_classes())) if hides]
+    mix, bias = to_lists(made.head.mix.weight), to_lists(made.head.mix.bias)
+    expected = amco(parts, to_lists(inputs["target"]), hidden, mix, bias, 0.7)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
-    plain = amco(parts, rows(inputs["target"]), [], mix, bias, 0.7)
+    plain = amco(parts, to_lists(inputs["target"]), [], mix, bias, 0.7)
     assert (expected != plain) == bool(dominant and progress)
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_head_starts_as_identity_and_learns(fusion):
-    made, plain, inputs = (*(static(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
+    made, plain, inputs = (*(additive_model(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
     state = torch.get_rng_state()
     balancing = eq.BalancerList(made, [eq.balance.AMCo(made)])
     assert torch.equal(torch.get_rng_state(), state)
@@ -125,7 +125,7 @@ def test_head_starts_as_identity_and_learns(fusion):
 
 
 def test_masked_modality_is_trained_by_its_unimodal_loss_only():
-    made, inputs = static(unimodal="none"), batch(size=7)
+    made, inputs = additive_model(unimodal="none"), batch(size=7)
     amplify_modality(made, "audio")
     balancer = build_at_progress(made, 0.3)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
@@ -136,15 +136,15 @@ def test_masked_modality_is_trained_by_its_unimodal_loss_only():
 
 
 def test_unimodal_samples_do_not_affect_dominance():
-    made, whole = static(), batch(size=13, missing=("image",))
+    made, whole = additive_model(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
     amplify_modality(made, "image")
     balancer = build_at_progress(made, 0.3)
     output = made(whole)
     parts = torch.stack(list(made.fusion.contributions(output, made.head.head).values())).detach()
     counted = torch.stack([torch.ones_like(here), here])
-    assert rows(balancer._dominant(parts, counted)) == [False, True]
-    assert rows(balancer._dominant(parts[:, here], counted[:, here])) == [False, True]
+    assert to_lists(balancer._dominant(parts, counted)) == [False, True]
+    assert to_lists(balancer._dominant(parts[:, here], counted[:, here])) == [False, True]
     gone = {**whole, "image": None, "mask": {}}
     # No sample has several modalities, so nothing is masked.
     audio = made.fusion.contributions(made(gone), made.head.head)["audio"]
@@ -156,7 +156,7 @@ def test_unimodal_samples_do_not_affect_dominance():
 @pytest.mark.parametrize("number", [2, 3])
 def test_all_tasks(task, number):
     names = NAMES[:number]
-    made, inputs = static(names, task=task), batch_for(task, names, size=7)
+    made, inputs = additive_model(names, task=task), batch_for(task, names, size=7)
     amplify_modality(made, "image")
     balancer = build_at_progress(made, 0.0)
     shown = float(penalty_of(balancer, made, inputs))
@@ -167,13 +167,13 @@ def test_all_tasks(task, number):
 
 
 def test_resume_from_saved_state():
-    made, inputs = static(), batch(size=7)
+    made, inputs = additive_model(), batch(size=7)
     amplify_modality(made, "audio")
     balancer = build_at_progress(made, 0.15)
     balancer.end_epoch()
     balancer.before_step()
     states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
-    fresh = static(seed=3)
+    fresh = additive_model(seed=3)
     other = eq.balance.AMCo(fresh)
     fresh.load_state_dict(states[0])
     other.load_state_dict(states[1])
@@ -182,7 +182,7 @@ def test_resume_from_saved_state():
 
 
 def test_autocast():
-    made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
+    made, inputs = additive_model(dtype=torch.float32), batch(dtype=torch.float32)
     balancer = build_at_progress(made, 0.15)
     exact = penalty_of(balancer, made, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,17 +192,17 @@ def test_autocast():
 
 def test_errors():
     with pytest.raises(ConfigError, match="AMCo: expected two or more modalities, got audio"):
-        eq.balance.AMCo(static(("audio",)))
+        eq.balance.AMCo(additive_model(("audio",)))
     for wrong in ({"sigma": 1.0}, {"epsilon": 0.0}, {"rate": 0.0}):
         with pytest.raises(ConfigError, match=f"AMCo: expected 0 < sigma < 1, .* got .*{next(iter(wrong))} = "):
-            eq.balance.AMCo(static(), **wrong)
-    made = fused()
+            eq.balance.AMCo(additive_model(), **wrong)
+    made = attention_model()
     with pytest.raises(ConfigError, match="expected logits that are a sum over modalities, got fusion JointAttention"):
         penalty_of(eq.balance.AMCo(made), made, batch())
 
 
 def test_ensemble_logits_are_added():
-    made, inputs = static(unimodal="ensemble"), batch()
+    made, inputs = additive_model(unimodal="ensemble"), batch()
     balancer = eq.balance.AMCo(made)
     output = made.train()(inputs)
     own = sum(made.loss(part, inputs["target"]) for part in made.fusion.contributions(output, made.head.head).values())

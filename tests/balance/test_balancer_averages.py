@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from helpers.balancer_cases import BALANCERS, answers, attached, finite, sgd, train
+from helpers.balancer_cases import BALANCERS, all_finite, build_with_balancer, eval_logits, sgd, train
 
 AVERAGES = {
     "mean of weights and buffers": lambda model: AveragedModel(model, use_buffers=True),
@@ -33,7 +33,7 @@ AVERAGES["state dict"] = StateDictAverage
 @pytest.mark.parametrize("kind", AVERAGES)
 @pytest.mark.parametrize("name", BALANCERS)
 def test_weight_average_does_not_change_training(name, kind):
-    (alone, first), (model, second) = attached(name), attached(name)
+    (alone, first), (model, second) = build_with_balancer(name), build_with_balancer(name)
     average = AVERAGES[kind](model)
     optimizers = sgd(alone, first), sgd(model, second)
     for number in range(2):
@@ -41,13 +41,13 @@ def test_weight_average_does_not_change_training(name, kind):
         [other] = train(model, second, optimizers[1], 1, first=number)
         assert other == pytest.approx(log, rel=0, abs=0, nan_ok=True)
         average.update_parameters(model)
-        answers(average.module)
+        eval_logits(average.module)
     average.update_parameters(model)
     for one, other in zip(alone.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
-    fresh, _ = attached(name, seed=9)
+    fresh, _ = build_with_balancer(name, seed=9)
     fresh.load_state_dict(average.module.state_dict())
-    assert torch.equal(answers(fresh), answers(average.module))
+    assert torch.equal(eval_logits(fresh), eval_logits(average.module))
 
 
 class ModelAndBalancers(torch.nn.Module):
@@ -61,7 +61,7 @@ class ModelAndBalancers(torch.nn.Module):
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("name", BALANCERS)
 def test_average_that_includes_the_balancers(name, use_buffers):
-    model, balancing = attached(name)
+    model, balancing = build_with_balancer(name)
     optimizer, both = sgd(model, balancing), ModelAndBalancers(model, balancing)
     average = AveragedModel(both, use_buffers=use_buffers)
     for number in range(2):
@@ -69,4 +69,4 @@ def test_average_that_includes_the_balancers(name, use_buffers):
         train(model, balancing, optimizer, 1, first=number)
     average.update_parameters(both)
     both.load_state_dict(average.module.state_dict())
-    assert finite(model, train(model, balancing, optimizer, 1))
+    assert all_finite(model, train(model, balancing, optimizer, 1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.balancer_cases import BALANCERS, attached, epoch, made_for, plain, sgd
+from helpers.balancer_cases import BALANCERS, build_balancer, build_plain_model, build_with_balancer, epoch, sgd
 from helpers.fusion import batch
 
 HALF = (torch.bfloat16, torch.float16)
@@ -11,7 +11,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def train_one_epoch(name, dtype):
     """A model after an epoch of three steps, its balancing, and what was logged."""
-    model, balancing = attached(name, dtype=dtype)
+    model, balancing = build_with_balancer(name, dtype=dtype)
     batches = [batch(seed=seed, dtype=dtype) for seed in range(3)]
     log = epoch(model, balancing, sgd(model, balancing), batches, [batch(seed=9, dtype=dtype)])
     return model, balancing, log
@@ -44,8 +44,8 @@ def test_models_of_other_dtypes(name, dtype):
 
 @pytest.mark.parametrize("name", BALANCERS)
 def test_model_cast_after_balancer_was_built(name):
-    model = plain(name, dtype=torch.float32)
-    balancer = made_for(model, name)
+    model = build_plain_model(name, dtype=torch.float32)
+    balancer = build_balancer(model, name)
     before = {key: buffer.dtype for key, buffer in balancer.named_buffers()}
     model.bfloat16()
     assert {key: buffer.dtype for key, buffer in balancer.named_buffers()} == before

@@ -8,9 +8,9 @@ import torch
 import equipoise as eq
 from equipoise.balance.cml import confidence, confidence_rise
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, assert_like_single_precision, batch_for, penalty_of, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import cml, softmax
 
@@ -29,10 +29,10 @@ def doubles(*values):
 
 def removal_chain(made, inputs, order):
     """Logits after each removal, with the removed modalities as inputs that are not there."""
-    left, chain = dict(inputs), [rows(made(inputs).logits)]
+    left, chain = dict(inputs), [to_lists(made(inputs).logits)]
     for name in order[:-1]:
         left[name] = None
-        chain.append(rows(made(left).logits))
+        chain.append(to_lists(made(left).logits))
     return chain
 
 
@@ -55,17 +55,17 @@ def test_confidence_of_every_task():
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_loss_equals_the_oracle(fusion, number):
     names = NAMES[:number]
-    made, inputs = fused(names, fusion=FUSIONS[fusion]()), batch(names, size=11)
+    made, inputs = attention_model(names, fusion=FUSIONS[fusion]()), batch(names, size=11)
     balancer = eq.balance.CML(made, strength=3.0)
     chain = removal_chain(made, inputs, balancer.order())
-    expected = cml(chain, rows(inputs["target"]), 3.0)
-    assert expected > cml(chain, rows(inputs["target"]), 0.0)
+    expected = cml(chain, to_lists(inputs["target"]), 3.0)
+    assert expected > cml(chain, to_lists(inputs["target"]), 0.0)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_removal_omits_the_modality_from_the_sum(fusion):
-    made, inputs = static(fusion=fusion(DIM)), batch(size=7)
+    made, inputs = additive_model(fusion=fusion(DIM)), batch(size=7)
     output = made(inputs)
     parts = made.contributions(output)
     biases = made.contributions(output.with_(features=torch.zeros_like(output.features)))
@@ -75,7 +75,7 @@ def test_removal_omits_the_modality_from_the_sum(fusion):
 
 
 def test_replaces_task_loss_and_trains_every_encoder():
-    made, inputs = static(NAMES[:3], unimodal="probe"), batch(NAMES[:3], size=7)
+    made, inputs = additive_model(NAMES[:3], unimodal="probe"), batch(NAMES[:3], size=7)
     balancer = eq.balance.CML(made)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     made.zero_grad()
@@ -85,7 +85,7 @@ def test_replaces_task_loss_and_trains_every_encoder():
 
 
 def test_removal_orders_are_drawn_once_per_epoch():
-    made = static(NAMES)
+    made = additive_model(NAMES)
 
     def orders(seed, epochs=8):
         balancer = eq.balance.CML(made, seed=seed)
@@ -105,14 +105,14 @@ def test_removal_orders_are_drawn_once_per_epoch():
 @pytest.mark.parametrize("include_cls_key", [True, False])
 def test_removing_a_missing_modality_keeps_the_logits(include_cls_key):
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, include_cls_key=include_cls_key)
-    made, inputs = fused(fusion=fusion), batch(size=11, missing=("audio", "image"))
+    made, inputs = attention_model(fusion=fusion), batch(size=11, missing=("audio", "image"))
     balancer = eq.balance.CML(made, strength=3.0)
     gone = balancer.order()[0]
     both = inputs["mask"]["audio"] & inputs["mask"]["image"]
     assert 0 < int(both.sum()) < 11
     whole, fewer = removal_chain(made, inputs, balancer.order())
-    chain = [whole, [b if ok else a for a, b, ok in zip(whole, fewer, rows(both), strict=True)]]
-    expected = cml(chain, rows(inputs["target"]), 3.0)
+    chain = [whole, [b if ok else a for a, b, ok in zip(whole, fewer, to_lists(both), strict=True)]]
+    expected = cml(chain, to_lists(inputs["target"]), 3.0)
     assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
@@ -124,32 +124,32 @@ def test_removing_a_missing_modality_keeps_the_logits(include_cls_key):
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
 def test_accumulated_batches_equal_one_large_batch(missing):
     whole = batch(size=12, missing=missing)
-    made = static(unimodal="probe")
+    made = additive_model(unimodal="probe")
     balancing = eq.BalancerList(made, [eq.balance.CML(made)])
-    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
     for name in (n for n in large if not n.startswith("unimodal")):
         torch.testing.assert_close(small[name], large[name], **EXACT)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task):
-    made, inputs = fused(task=task), batch_for(task, size=11)
+    made, inputs = attention_model(task=task), batch_for(task, size=11)
     gentle, strict = (step(made, eq.BalancerList(made, [eq.balance.CML(made, strength=s)]), inputs) for s in (0.0, 1.0))
     assert not torch.equal(gentle["encoders.audio.weight"], strict["encoders.audio.weight"])
     assert all(bool(gradient.isfinite().all()) for gradient in strict.values())
 
 
 def test_autocast():
-    made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
+    made, inputs = attention_model(dtype=torch.float32), batch(dtype=torch.float32)
     balancer = eq.balance.CML(made)
     assert_like_single_precision(balancer, made, inputs)
 
 
 def test_errors():
     with pytest.raises(ConfigError, match="CML: expected two or more modalities, got audio"):
-        eq.balance.CML(fused(("audio",)))
+        eq.balance.CML(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"CML: expected strength >= 0, got strength = -0\.1"):
-        eq.balance.CML(fused(), strength=-0.1)
-    made = fused()
+        eq.balance.CML(attention_model(), strength=-0.1)
+    made = attention_model()
     with pytest.raises(ConfigError, match="CML: expected an output with logits, got logits = None"):
         eq.balance.CML(made).penalty(made(batch()).with_(logits=None), batch()["target"])

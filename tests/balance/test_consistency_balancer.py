@@ -8,7 +8,7 @@ import torch
 import equipoise as eq
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, batch
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -17,7 +17,7 @@ NAMES = ("audio", "image", "text")
 
 def build(names=NAMES, **options):
     torch.manual_seed(0)
-    made = fused(names, fusion=eq.fusion.Concat(DIM))
+    made = attention_model(names, fusion=eq.fusion.Concat(DIM))
     return made, eq.balance.ConsistencyBalancer(made, **{"slots": 3, **options})
 
 

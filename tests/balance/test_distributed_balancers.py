@@ -5,9 +5,9 @@ import torch
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.balancer_cases import BALANCERS, Loss, answers, attached, epoch, finite, sgd
-from helpers.fusion import batch, slices
-from helpers.processes import together
+from helpers.balancer_cases import BALANCERS, Loss, all_finite, build_with_balancer, epoch, eval_logits, sgd
+from helpers.fusion import batch, split_batch
+from helpers.processes import process_group
 from helpers.tolerance import TOL
 
 pytestmark = pytest.mark.distributed
@@ -28,12 +28,12 @@ every = pytest.mark.parametrize("name", sorted(BALANCERS))
 def local_batch(rank, seed):
     """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, seed=seed)
-    return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
+    return whole if rank is None else split_batch(whole, SIZE, SIZE)[rank]
 
 
 def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
-    made, balancing = attached(name)
+    made, balancing = build_with_balancer(name)
     loss = Loss(made, balancing)
     if rank is not None:
         loss = DistributedDataParallel(loss, find_unused_parameters=balancing.partial_graph)
@@ -41,22 +41,22 @@ def train_in_process(rank, name):
     for number in range(EPOCHS):
         batches = [local_batch(rank, 10 * number + place) for place in range(STEPS)]
         logs.append(epoch(made, balancing, optimizer, batches, [local_batch(rank, 500)], loss=loss))
-    return {"logs": logs, "answers": answers(made)}
+    return {"logs": logs, "answers": eval_logits(made)}
 
 
 def train_with_missing_modality(rank, name):
     """Whether all went well where one process at a time has a modality that the other lacks altogether."""
-    made, balancing = attached(name)
+    made, balancing = build_with_balancer(name)
     loss = DistributedDataParallel(Loss(made, balancing), find_unused_parameters=True)
     batches = [local_batch(rank, place) for place in range(3)]
     batches[rank] = {**batches[rank], "image": None}
     batches[2] = {**batches[2], "image": None}
     logs = [epoch(made, balancing, sgd(made, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
-    return {"finite": finite(made, logs), "answers": answers(made)}
+    return {"finite": all_finite(made, logs), "answers": eval_logits(made)}
 
 
 def worker(rank, folder):
-    with together(rank, folder, WORLD):
+    with process_group(rank, folder, WORLD):
         found = {}
         for name in sorted(BALANCERS):
             try:
@@ -107,9 +107,9 @@ def test_modality_missing_in_one_process(results, name):
 @every
 def test_half_of_the_data_gives_a_different_result(results, name):
     """Checks that the equality above can fail."""
-    made, balancing = attached(name)
+    made, balancing = build_with_balancer(name)
     optimizer = sgd(made, balancing)
     for number in range(EPOCHS):
         batches = [local_batch(0, 10 * number + place) for place in range(STEPS)]
         epoch(made, balancing, optimizer, batches, [local_batch(0, 500)])
-    assert not torch.allclose(answers(made), results[0][name]["answers"], **EXACT)
+    assert not torch.allclose(eval_logits(made), results[0][name]["answers"], **EXACT)

@@ -6,11 +6,11 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import equipoise as eq
-from helpers.fusion import DIM, batch, slices
-from helpers.processes import together
-from helpers.steps import fused
+from helpers.fusion import DIM, batch, split_batch
+from helpers.processes import process_group
+from helpers.steps import attention_model
 from helpers.tolerance import TOL
-from helpers.umt import teachers
+from helpers.umt import build_teachers
 
 pytestmark = pytest.mark.distributed
 WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
@@ -22,14 +22,14 @@ MADE = {
     "greedy": lambda made: eq.balance.Greedy(made, window=2),
     "mla": lambda made: eq.balance.MLA(made),
     "reconboost": lambda made: eq.balance.ReconBoost(made),
-    "umt": lambda made: eq.balance.UMT(made, teachers=teachers()),
+    "umt": lambda made: eq.balance.UMT(made, teachers=build_teachers()),
 }
 
 
 def local_batch(rank, **options):
     """Returns the batch of one process: half of the samples if there are two."""
     whole = batch(size=WORLD * SIZE, **options)
-    return whole if rank is None else slices(whole, SIZE, SIZE)[rank]
+    return whole if rank is None else split_batch(whole, SIZE, SIZE)[rank]
 
 
 class TrainingStep(nn.Module):
@@ -45,7 +45,7 @@ class TrainingStep(nn.Module):
 
 def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
-    made = fused(fusion=eq.fusion.Concat(DIM))
+    made = attention_model(fusion=eq.fusion.Concat(DIM))
     balancing = eq.BalancerList(made, [MADE[name](made)])
     called = TrainingStep(made, balancing)
     if rank is not None:
@@ -65,7 +65,7 @@ def train_in_process(rank, name):
 
 
 def worker(rank, folder):
-    with together(rank, folder, WORLD):
+    with process_group(rank, folder, WORLD):
         torch.save({name: train_in_process(rank, name) for name in MADE}, f"{folder}/{rank}.pt")
 
 

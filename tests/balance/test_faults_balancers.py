@@ -15,8 +15,8 @@ from equipoise.training.checkpoint import load_weights, save_weights
 from helpers.balancer_cases import BALANCERS
 from helpers.balancer_disturbances import DISTURBANCES, REFUSED, outcome, shared
 from helpers.fusion import batch
-from helpers.steps import fused, step
-from helpers.tasks import static
+from helpers.steps import attention_model, step
+from helpers.tasks import additive_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -35,7 +35,7 @@ def test_disturbed_loop_gives_the_same_weights(name, disturbance):
 
 
 def test_losses_summed_before_backward_raise():
-    made = static()
+    made = additive_model()
     balancing = eq.BalancerList(made, [eq.balance.ModalityDropout(made)])
     losses = [balancing.loss(made(batch(seed=seed)), batch(seed=seed)["target"]) for seed in range(2)]
     with pytest.raises(EquipoiseError, match=r"a backward pass for each batch .*losses of several batches"):
@@ -43,7 +43,7 @@ def test_losses_summed_before_backward_raise():
 
 
 def test_recomputation_of_unknown_forward_pass_raises():
-    made = static()
+    made = additive_model()
     eq.BalancerList(made, [eq.balance.ModalityDropout(made)])
     value = torch.ones((), requires_grad=True)
     (value * 1).register_hook(lambda _: made(batch()))
@@ -64,7 +64,7 @@ def test_penalty_under_reentrant_checkpointing_raises():
 def test_mmpareto_scales_with_the_loss(factor):
     found = []
     for scale in (1.0, factor):
-        made = fused()
+        made = attention_model()
         balancing = eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=1.5)])
         (balancing.loss(made(batch()), batch()["target"]) * scale).backward()
         balancing.before_step()
@@ -74,7 +74,7 @@ def test_mmpareto_scales_with_the_loss(factor):
 
 
 def test_mmpareto_keeps_penalties_of_other_balancers():
-    made = fused(unimodal="train")
+    made = attention_model(unimodal="train")
     both = step(
         made,
         eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=1.0), eq.balance.MBSD(made, strength=0.0)]),
@@ -89,7 +89,7 @@ def test_mmpareto_keeps_penalties_of_other_balancers():
 def test_agm_clips_the_gradient_of_the_mean_loss(clip):
     found = []
     for scale in (1.0, 0.1, 1024.0):
-        made = static()
+        made = additive_model()
         balancing = eq.BalancerList(made, [eq.balance.AGM(made, clip=clip)])
         (balancing.loss(made(batch()), batch()["target"]) * scale).backward()
         balancing.before_step()

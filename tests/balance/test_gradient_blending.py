@@ -11,8 +11,8 @@ import equipoise as eq
 from equipoise.balance.common.probe_training import evaluate_losses
 from equipoise.balance.gradient_blending import blending_weights
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import fused
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model
 from helpers.tolerance import TOL
 from oracles.balance_c import blending
 
@@ -25,7 +25,7 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, every=1, copies=False, epochs=None, floor=1e-3, seed=0, **options):
-    made = fused(names, seed=seed, **options)
+    made = attention_model(names, seed=seed, **options)
     balancer = eq.balance.GradientBlending(
         made, every=every, copies=copies, epochs=epochs, floor=floor, learning_rate=0.05
     )
@@ -112,7 +112,7 @@ def test_weights_use_losses_of_the_current_model():
             balancing.before_step()
             optimizer.step()
         val = batch(size=7, seed=500)
-        balancing.review(train, slices(val, 4, 3))
+        balancing.review(train, split_batch(val, 4, 3))
         with torch.no_grad():
             looks.append(
                 [((5 * a + 3 * b) / 8, float(v)) for a, b, v in zip(*seen, mean_losses(made.eval(), val), strict=True)]
@@ -152,7 +152,7 @@ def test_dropout_of_copies_depends_on_their_seed():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        made = fused(fusion=eq.fusion.JointAttention(DIM, dropout=0.5))
+        made = attention_model(fusion=eq.fusion.JointAttention(DIM, dropout=0.5))
         balancer = eq.balance.GradientBlending(made, every=1, copies=True, seed=seed)
         balancer.review([batch(seed=1)], [batch(seed=3)])
         found.append(balancer.weights.tolist())
@@ -185,7 +185,7 @@ def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12, missing=("audio", "image")), []
     for sizes in ((12,), (5, 7)):
         made, balancer, balancing = build()
-        for part in slices(whole, *sizes):
+        for part in split_batch(whole, *sizes):
             balancing.loss(made(part), part["target"]).backward()
         balancing.before_step()
         found.append(balancer.running[0] / balancer.running[1])
@@ -215,16 +215,16 @@ def test_losses_are_means_over_valid_samples():
     here = whole["mask"]["image"]
     output = made(whole)
     own = made.loss(output.unimodal_logits["image"][here], whole["target"][here]).detach()
-    torch.testing.assert_close(evaluate_losses(made, slices(whole, 5, 7))[1], own, **EXACT)
+    torch.testing.assert_close(evaluate_losses(made, split_batch(whole, 5, 7))[1], own, **EXACT)
 
 
 def test_errors():
     with pytest.raises(ConfigError, match="GradientBlending: expected two or more modalities, got audio"):
-        eq.balance.GradientBlending(fused(("audio",)))
+        eq.balance.GradientBlending(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"expected every >= 1, floor > 0 .* got every = 0"):
-        eq.balance.GradientBlending(fused(), every=0)
+        eq.balance.GradientBlending(attention_model(), every=0)
     with pytest.raises(ConfigError, match="floor = 0"):
-        eq.balance.GradientBlending(fused(), floor=0.0)
+        eq.balance.GradientBlending(attention_model(), floor=0.0)
     made, balancer, balancing = build(copies=True)
     with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
         balancer.review([batch()], [])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.greedy import bypass_lead, learning_speed
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import flat, fused, step
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, flatten, step
 from helpers.tolerance import TOL
 from oracles.balance_c import bypass_lead as slow_lead
 from oracles.balance_c import learning_speed as slow_speed
@@ -27,7 +27,7 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, fusion=None, seed=0, unimodal="train", dtype=torch.float64, **options):
-    made = fused(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
+    made = attention_model(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
     balancer = eq.balance.Greedy(made, **options)
     return made, balancer, eq.BalancerList(made, [balancer])
 
@@ -92,7 +92,7 @@ def test_speeds_add_up_over_steps():
         for kind, modules in (("main", made.encoders), ("bypass", made.fusion.gate.excite)):
             for place, name in enumerate(made.names):
                 group = list(modules[name].parameters())
-                expected[kind][place] += slow_speed([flat(p.grad) for p in group], [flat(p) for p in group])
+                expected[kind][place] += slow_speed([flatten(p.grad) for p in group], [flatten(p) for p in group])
     assert balancer.main.tolist() == pytest.approx(expected["main"], rel=1e-10)
     assert balancer.bypass.tolist() == pytest.approx(expected["bypass"], rel=1e-10)
     rates, _ = slow_lead(list(zip(expected["main"], expected["bypass"], strict=True)))
@@ -148,7 +148,7 @@ def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12), []
     for sizes in ((12,), (5, 4, 3)):
         made, balancer, balancing = build()
-        step(made, balancing, *slices(whole, *sizes))
+        step(made, balancing, *split_batch(whole, *sizes))
         found.append([balancer.main, balancer.bypass, made.fusion.gate.mean])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
@@ -222,10 +222,10 @@ def test_autocast():
 
 def test_errors():
     with pytest.raises(ConfigError, match="Greedy: expected two or more modalities, got audio"):
-        eq.balance.Greedy(fused(("audio",)))
+        eq.balance.Greedy(attention_model(("audio",)))
     for wrong in ({"window": 0}, {"threshold": -1.0}, {"ratio": 0.0}):
         with pytest.raises(ConfigError, match=r"Greedy: expected window >= 1, threshold >= 0 and ratio > 0"):
-            eq.balance.Greedy(fused(), **wrong)
+            eq.balance.Greedy(attention_model(), **wrong)
     made, _, _ = build()
     with pytest.raises(ConfigError, match="expected one Greedy for each model, got a second one"):
         eq.balance.Greedy(made)
@@ -240,7 +240,7 @@ def test_overflowing_gradients_do_not_change_speeds():
 
 @pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
 def test_incompatible_balancers_raise(other):
-    made = fused(fusion=eq.fusion.Concat(DIM))
+    made = attention_model(fusion=eq.fusion.Concat(DIM))
     first = getattr(eq.balance, other)(made)
     with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors before the gates"):
         eq.BalancerList(made, [first, eq.balance.Greedy(made)])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.lfm import divergence, hyper_gradient
 from equipoise.errors import ConfigError
-from helpers.fusion import NAMES, batch, slices
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, penalty_of, rows, static
+from helpers.fusion import NAMES, batch, split_batch
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, penalty_of, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import jensen_shannon, lfm, softmax
 
@@ -31,7 +31,7 @@ def trained_weight(made, balancer, *batches):
 
 
 def test_overflowing_step_changes_nothing():
-    made, inputs = static(), batch()
+    made, inputs = additive_model(), batch()
     balancer = eq.balance.LFM(made, a1=0.5, rate=1e-3)
     assert trained_weight(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
     assert trained_weight(made, balancer, inputs) != 0.5
@@ -51,7 +51,7 @@ def test_worked_examples():
 def test_divergence_equals_the_oracle_and_is_symmetric(pairs):
     one, other = (doubles(list(column)) for column in zip(*pairs, strict=True))
     found = float(divergence(one, other, "classification"))
-    assert found == pytest.approx(jensen_shannon(softmax(rows(one)[0]), softmax(rows(other)[0])), abs=1e-12)
+    assert found == pytest.approx(jensen_shannon(softmax(to_lists(one)[0]), softmax(to_lists(other)[0])), abs=1e-12)
     assert found == pytest.approx(float(divergence(other, one, "classification")), abs=1e-12)
     assert -1e-12 <= found <= math.log(2) + 1e-12
     both = [[1 / (1 + math.exp(-x)) for x in pair] for pair in pairs]
@@ -60,18 +60,18 @@ def test_divergence_equals_the_oracle_and_is_symmetric(pairs):
 
 
 @pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("kind", [static, fused])
+@pytest.mark.parametrize("kind", [additive_model, attention_model])
 def test_loss_equals_the_oracle(kind, number):
     names = NAMES[:number]
     made, inputs = kind(names), batch(names, size=7)
     output = made(inputs)
     alone = made.contributions(output) or output.unimodal_logits
-    expected = lfm(rows(output.logits), [rows(alone[name]) for name in names], rows(inputs["target"]), 0.3)
+    expected = lfm(to_lists(output.logits), [to_lists(alone[name]) for name in names], to_lists(inputs["target"]), 0.3)
     assert float(penalty_of(eq.balance.LFM(made, a1=0.3), made, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_weight_follows_task_loss_after_a_gradient_step():
-    made, inputs = static(unimodal="probe"), batch(size=7)
+    made, inputs = additive_model(unimodal="probe"), batch(size=7)
     weights, small = copy.deepcopy(made.state_dict()), 1e-4
 
     def after(a1):
@@ -98,7 +98,7 @@ def test_worked_hyper_gradient():
 
 
 def test_rate_halves_every_twenty_epochs_and_weight_is_bounded():
-    made, inputs = static(), batch(size=7)
+    made, inputs = additive_model(), batch(size=7)
     changes = []
     for epochs in (0, 19, 20, 40):
         balancer = eq.balance.LFM(made, rate=1e-3)
@@ -110,16 +110,16 @@ def test_rate_halves_every_twenty_epochs_and_weight_is_bounded():
 
 
 def test_fixed_weight_does_not_change():
-    made, inputs = static(), batch(size=7)
+    made, inputs = additive_model(), batch(size=7)
     balancer = eq.balance.LFM(made, a1=0.99, schedule="fixed")
     assert trained_weight(made, balancer, inputs) == 0.99
     assert balancer.end_epoch() == {"a1": 0.99}
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole, made = batch(size=12), static(unimodal="probe")
+    whole, made = batch(size=12), additive_model(unimodal="probe")
     found = []
-    for parts in ((whole,), slices(whole, 5, 3, 4)):
+    for parts in ((whole,), split_batch(whole, 5, 3, 4)):
         balancer = eq.balance.LFM(made, rate=1e-2)
         balancing = eq.BalancerList(made, [balancer])
         found.append((step(made, balancing, *parts), float(balancer.a1)))
@@ -130,12 +130,12 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 def test_samples_without_a_modality_form_no_pair():
-    made, whole = static(), batch(size=13, missing=("image",))
+    made, whole = additive_model(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
     output = made(whole)
-    parts = [rows(part[here]) for part in made.contributions(output).values()]
-    task = lfm(rows(output.logits), parts, rows(whole["target"]), 0.0)
-    apart = lfm(rows(output.logits[here]), parts, rows(whole["target"][here]), 1.0)
+    parts = [to_lists(part[here]) for part in made.contributions(output).values()]
+    task = lfm(to_lists(output.logits), parts, to_lists(whole["target"]), 0.0)
+    apart = lfm(to_lists(output.logits[here]), parts, to_lists(whole["target"][here]), 1.0)
     expected = (task + apart) / 2
     assert float(penalty_of(eq.balance.LFM(made), made, whole)) == pytest.approx(expected, rel=1e-9)
     gone = {**whole, "image": None, "mask": {}}
@@ -145,7 +145,7 @@ def test_samples_without_a_modality_form_no_pair():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task):
-    made, inputs = fused(task=task), batch_for(task, size=7)
+    made, inputs = attention_model(task=task), batch_for(task, size=7)
     balancer = eq.balance.LFM(made, rate=1e-2)
     found = step(made, eq.BalancerList(made, [balancer]), inputs)
     assert float(balancer.a1) != 0.5
@@ -153,7 +153,7 @@ def test_all_tasks(task):
 
 
 def test_resume_from_saved_state():
-    made, inputs = static(), batch(size=7)
+    made, inputs = additive_model(), batch(size=7)
     balancer, other = eq.balance.LFM(made, rate=1e-2), eq.balance.LFM(made, rate=1e-2)
     trained_weight(made, balancer, inputs)
     balancer.end_epoch()
@@ -163,7 +163,7 @@ def test_resume_from_saved_state():
 
 
 def test_autocast():
-    made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
+    made, inputs = attention_model(dtype=torch.float32), batch(dtype=torch.float32)
     balancer = eq.balance.LFM(made)
     exact = penalty_of(balancer, made, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -173,11 +173,11 @@ def test_autocast():
 
 def test_errors():
     with pytest.raises(ConfigError, match="LFM: expected two or more modalities, got audio"):
-        eq.balance.LFM(fused(("audio",)))
+        eq.balance.LFM(attention_model(("audio",)))
     for wrong in ({"a1": 1.5}, {"rate": 0.0}, {"schedule": "random"}):
         with pytest.raises(ConfigError, match=f"LFM: expected 0 <= a1 <= 1, .* got .*{next(iter(wrong))} = "):
-            eq.balance.LFM(fused(), **wrong)
-    made = fused(unimodal="probe")
+            eq.balance.LFM(attention_model(), **wrong)
+    made = attention_model(unimodal="probe")
     with pytest.raises(ConfigError, match=r"LFM: expected logits that are a sum .* unimodal='probe'"):
         penalty_of(eq.balance.LFM(made), made, batch())
     with pytest.raises(ConfigError, match="LFM: expected an output with logits, got logits = None"):
@@ -185,7 +185,7 @@ def test_errors():
 
 
 def test_loss_without_gradient():
-    made = static()
+    made = additive_model()
     balancer, inputs = eq.balance.LFM(made), batch()
     balancing = eq.BalancerList(made, [balancer])
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 import equipoise as eq
 from equipoise.training.run import quiet_lightning
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 OPTIONS = {"swa": {}, "ema": {"avg_fn": get_ema_avg_fn(0.5)}, "ema of weights": {
     "avg_fn": get_ema_avg_fn(0.5), "use_buffers": False,
@@ -18,7 +18,7 @@ OPTIONS = {"swa": {}, "ema": {"avg_fn": get_ema_avg_fn(0.5)}, "ema of weights": 
 class Module(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = model()
+        self.net = joint_model()
         self.rolling = eq.balance.RollingQ(self.net.fusion.attention, beta=0.0, max_rotations=None)
         self.balancing = eq.BalancerList(self.net, [self.rolling])
         self.validated = []
@@ -65,7 +65,7 @@ def test_lightning_weight_averaging(kind):
     assert [log["rotated"] for log in logs] == [1.0] * 3
     for log, expected in zip(logs, alone, strict=True):
         assert log == pytest.approx(expected, rel=0, abs=0)
-    fresh = model(seed=5)
+    fresh = joint_model(seed=5)
     eq.balance.RollingQ(fresh.fusion.attention)
     for logits, state in [*module.validated, (module.net.eval()(batch(seed=9)).logits, module.net.state_dict())]:
         fresh.load_state_dict(state)

@@ -11,8 +11,8 @@ import equipoise as eq
 from equipoise.balance.mbsd import self_distillation
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_a import mbsd, mbsd_pair
 
@@ -28,7 +28,7 @@ def distillation_term(one, other, target):
     return self_distillation(doubles(one), doubles(other), torch.tensor([target]), "classification")
 
 
-def build(names=("audio", "image"), *, make=static, strength=1.0, **options):
+def build(names=("audio", "image"), *, make=additive_model, strength=1.0, **options):
     made = make(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MBSD(made, strength=strength)])
 
@@ -62,7 +62,9 @@ def test_pair_equals_the_oracle(seed, task):
     one, other, wanted = torch.randn(3, 7, 5, generator=random, dtype=torch.float64)
     target = {"classification": wanted.argmax(dim=1), "multilabel": (wanted > 0).double(), "regression": wanted}[task]
     found = self_distillation(one, other, target, task)
-    expected = [mbsd_pair(a, b, t, task) for a, b, t in zip(rows(one), rows(other), target.tolist(), strict=True)]
+    expected = [
+        mbsd_pair(a, b, t, task) for a, b, t in zip(to_lists(one), to_lists(other), target.tolist(), strict=True)
+    ]
     torch.testing.assert_close(found, doubles(*expected), **EXACT)
 
 
@@ -80,7 +82,10 @@ def test_stronger_modality_gets_gradient_from_squared_error_only():
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
-@pytest.mark.parametrize(("make", "heads"), [(static, "none"), (static, "probe"), (static, "train"), (fused, "train")])
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [(additive_model, "none"), (additive_model, "probe"), (additive_model, "train"), (attention_model, "train")],
+)
 def test_loss_equals_the_oracle(number, task, missing, make, heads):
     names = NAMES[:number]
     made, balancing = build(names, make=make, strength=0.7, task=task, unimodal=heads)
@@ -93,7 +98,7 @@ def test_loss_equals_the_oracle(number, task, missing, make, heads):
         expected = expected + made.loss(answers[name][here[name]], target[here[name]])
     if heads == "probe":
         expected = expected + made.unimodal_loss(output, target)
-    slow = mbsd([rows(answers[n]) for n in names], target.tolist(), [here[n].tolist() for n in names], task)
+    slow = mbsd([to_lists(answers[n]) for n in names], target.tolist(), [here[n].tolist() for n in names], task)
     assert slow > 0
     torch.testing.assert_close(balancing.loss(output, target), expected + 0.7 * slow, **EXACT)
 
@@ -110,7 +115,7 @@ def test_modalities_that_never_occur_together():
 
 
 def test_gradients_reach_both_encoders():
-    made, balancing = build(make=fused, strength=1.0)
+    made, balancing = build(make=attention_model, strength=1.0)
     found = step(made, balancing, batch())
     plain = step(made, eq.BalancerList(made), batch())
     for name in made.names:
@@ -119,7 +124,7 @@ def test_gradients_reach_both_encoders():
 
 
 def test_autocast():
-    made, balancing = build(make=fused, dtype=torch.float32)
+    made, balancing = build(make=attention_model, dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     exact = balancing.loss(made(inputs), inputs["target"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -138,14 +143,14 @@ def test_one_output():
 
 def test_errors():
     with pytest.raises(ConfigError, match="MBSD: expected two or more modalities, got audio"):
-        eq.balance.MBSD(static(("audio",)))
+        eq.balance.MBSD(additive_model(("audio",)))
     with pytest.raises(ConfigError, match=r"MBSD: expected strength >= 0, got strength = -0\.5"):
-        eq.balance.MBSD(static(), strength=-0.5)
-    made, balancing = build(make=fused, unimodal="probe")
+        eq.balance.MBSD(additive_model(), strength=-0.5)
+    made, balancing = build(make=attention_model, unimodal="probe")
     with pytest.raises(
         ConfigError, match=r"MBSD: expected logits that are a sum .* that train the encoders.* unimodal='probe'"
     ):
         step(made, balancing, batch())
-    made = static()
+    made = additive_model()
     with pytest.raises(ConfigError, match="MBSD with GradientBlending: both set the weights of the unimodal losses"):
         eq.BalancerList(made, [eq.balance.MBSD(made), eq.balance.GradientBlending(made)])

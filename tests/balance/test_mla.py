@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.mla import certainty_weights, next_projector
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import fused, gradients, step
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, gradients, step
 from helpers.tolerance import TOL
 from oracles.balance_c import by_entropy, mean, projector
 
@@ -25,7 +25,7 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, projected=True, **options):
-    made = fused(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
+    made = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
     balancer = eq.balance.MLA(made, projected=projected)
     return made, balancer, eq.BalancerList(made, [balancer])
 
@@ -137,7 +137,7 @@ def test_accumulated_batches_equal_one_large_batch():
     made, _, balancing = build()
     other, _, rebalancing = build()
     for _ in range(2):
-        large, small = step(made, balancing, whole), step(other, rebalancing, *slices(whole, 5, 3, 4))
+        large, small = step(made, balancing, whole), step(other, rebalancing, *split_batch(whole, 5, 3, 4))
         assert large.keys() == small.keys()
         for name, gradient in large.items():
             torch.testing.assert_close(small[name], gradient, **EXACT)
@@ -217,15 +217,15 @@ def test_autocast():
 
 def test_errors():
     with pytest.raises(ConfigError, match="MLA: expected two or more modalities, got audio"):
-        eq.balance.MLA(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
+        eq.balance.MLA(attention_model(("audio",), fusion=eq.fusion.Concat(DIM)))
     with pytest.raises(
         ConfigError, match=r"MLA: expected a fusion whose features are .*, got JointAttention. Use Concat"
     ):
-        eq.balance.MLA(fused())
+        eq.balance.MLA(attention_model())
 
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
 def test_balancers_that_need_trained_heads_raise(other):
-    made = fused(fusion=eq.fusion.Concat(DIM))
+    made = attention_model(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])

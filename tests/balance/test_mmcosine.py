@@ -12,8 +12,8 @@ import equipoise as eq
 from equipoise.balance.mmcosine import cosine_logits
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, NAMES, OUTPUTS, batch
-from helpers.steps import fused, step
-from helpers.tasks import rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import additive_model, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_a import cosine_logits as slow
 
@@ -22,7 +22,7 @@ quick = settings(max_examples=25, deadline=None)
 
 
 def build(names=("audio", "image"), *, scale=15.0, **options):
-    made = static(names, **options)
+    made = additive_model(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MMCosine(made, scale=scale)])
 
 
@@ -41,8 +41,8 @@ def test_logits_equal_the_oracle_in_training_and_at_test_time(number, fusion, tr
     made, _ = build(names, scale=7.0, fusion=fusion(DIM))
     inputs = batch(names, missing=("image",))
     output = made.train(training)(inputs)
-    features = [rows(output.tokens[name].pooled()) for name in names]
-    weights = [rows(weight) for weight in made.head.weight]
+    features = [to_lists(output.tokens[name].pooled()) for name in names]
+    weights = [to_lists(weight) for weight in made.head.weight]
     expected = [slow([f[i] for f in features], weights, 7.0) for i in range(5)]
     torch.testing.assert_close(output.logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
@@ -121,25 +121,25 @@ def test_autocast_computes_cosines_in_float32():
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
 def test_invalid_scale_raises(scale):
     with pytest.raises(ConfigError, match=f"MMCosine: expected scale > 0 and finite, got scale = {scale}"):
-        eq.balance.MMCosine(static(), scale=scale)
+        eq.balance.MMCosine(additive_model(), scale=scale)
 
 
 def test_errors():
     with pytest.raises(ConfigError, match="MMCosine: expected two or more modalities, got audio"):
-        eq.balance.MMCosine(static(("audio",)))
+        eq.balance.MMCosine(additive_model(("audio",)))
     with pytest.raises(ConfigError, match=r"the concatenated pooled vectors, got JointAttention\. Use Concat or Sum"):
-        eq.balance.MMCosine(fused())
+        eq.balance.MMCosine(attention_model())
     for fusion in (eq.fusion.MBT(DIM, heads=2), eq.fusion.MMML(DIM, heads=2)):
-        made = fused(fusion=fusion)
+        made = attention_model(fusion=fusion)
         assert made.fusion.out_dim == 2 * DIM
         with pytest.raises(ConfigError, match=f"the concatenated pooled vectors, got {type(fusion).__name__}"):
             eq.balance.MMCosine(made)
-    made = static()
+    made = additive_model()
     with pytest.raises(ConfigError, match="MMCosine with MLA: both replace the model's head"):
         eq.BalancerList(made, [eq.balance.MMCosine(made), eq.balance.MLA(made)])
 
 
 def test_custom_head_has_no_contributions():
-    made = static()
+    made = additive_model()
     made.head = nn.Sequential(nn.Linear(2 * DIM, OUTPUTS), nn.Tanh()).double()
     assert made.contributions(made(batch())) is None

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.mmpareto import pareto_gradient, pareto_weights
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import flat, fused, gradients, step
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, flatten, gradients, step
 from helpers.tolerance import TOL
 from oracles.balance_c import min_norm, pareto
 
@@ -29,7 +29,7 @@ def random_vectors(seed, *sizes):
 
 
 def build(names=("audio", "image"), *, gamma=1.5, **options):
-    made = fused(names, **options)
+    made = attention_model(names, **options)
     return made, eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=gamma)])
 
 
@@ -78,7 +78,7 @@ def test_conflicting_gradients_have_equal_inner_products_with_the_result(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_tensors_equal_the_oracle(seed):
     joint, alone = random_vectors(seed, 11, 3), random_vectors(seed + 100, 11, 3)
-    expected = pareto([flat(t) for t in joint], [flat(t) for t in alone], 1.5)
+    expected = pareto([flatten(t) for t in joint], [flatten(t) for t in alone], 1.5)
     found = pareto_gradient(joint, alone, gamma=1.5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, doubles(*other), **EXACT)
@@ -95,7 +95,7 @@ def test_step_equals_the_oracle(number):
         parameters = list(made.encoders[name].parameters())
         joint = gradients(made.loss(output.logits, target), parameters)
         alone = gradients(made.loss(output.unimodal_logits[name], target), parameters)
-        expected = pareto([flat(g) for g in joint], [flat(g) for g in alone], 1.5)
+        expected = pareto([flatten(g) for g in joint], [flatten(g) for g in alone], 1.5)
         for part, numbers in zip(("weight", "bias"), expected, strict=True):
             gradient = found[f"encoders.{name}.{part}"]
             torch.testing.assert_close(gradient.reshape(-1), doubles(*numbers), **EXACT)
@@ -129,7 +129,7 @@ def test_decomposable_logits_need_no_heads(fusion):
 def test_accumulated_batches_equal_one_large_batch():
     whole = batch(size=12)
     made, balancing = build()
-    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
     for name in (n for n in large if n.startswith("encoders")):
         torch.testing.assert_close(small[name], large[name], **EXACT)
 
@@ -200,9 +200,9 @@ def test_autocast():
 
 def test_errors():
     with pytest.raises(ConfigError, match=r"MMPareto: expected two or more modalities, got audio"):
-        eq.balance.MMPareto(fused(("audio",)))
+        eq.balance.MMPareto(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"MMPareto: expected gamma > 0, got gamma = 0"):
-        eq.balance.MMPareto(fused(), gamma=0)
+        eq.balance.MMPareto(attention_model(), gamma=0)
     made, balancing = build(unimodal="probe")
     with pytest.raises(ConfigError, match=r"MMPareto: expected logits that are a sum .* unimodal='probe'"):
         step(made, balancing, batch())
@@ -215,4 +215,4 @@ def test_errors():
 def test_opposite_gradients_cancel(dtype):
     for joint, alone in ([20.0], [-40.0]), ([0.3, 0.7, -0.1], [-0.9, -2.1, 0.3]):
         found = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
-        assert flat(found[0]) == [0.0] * len(joint)
+        assert flatten(found[0]) == [0.0] * len(joint)

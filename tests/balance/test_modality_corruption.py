@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import equipoise as eq
 from equipoise.balance.modality_corruption import attention_target_loss, smooth_noise
 from equipoise.errors import ConfigError
-from helpers.fusion import NAMES, batch, model
+from helpers.fusion import NAMES, batch, joint_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -75,7 +75,7 @@ def test_noise_of_every_scale_has_unit_size_and_its_own_smoothness(scale):
 
 
 def test_rates_of_corruption_and_replacement():
-    made = model(dtype=torch.float64)
+    made = joint_model(dtype=torch.float64)
     inputs = batch(size=SIZE)
     balancer = eq.balance.ModalityCorruption(made, probability=0.4, replace_prob=0.5)
     found = corrupt(made, balancer, inputs)
@@ -96,20 +96,20 @@ def test_rates_of_corruption_and_replacement():
 
 
 def test_input_batch_is_not_modified_and_evaluation_is_not_corrupted():
-    made = model(dtype=torch.float64)
+    made = joint_model(dtype=torch.float64)
     balancing = eq.BalancerList(made, [eq.balance.ModalityCorruption(made, probability=1.0)])
     inputs = batch()
     kept = {name: value.clone() for name, value in inputs.items()}
     trained = made.train()(inputs).logits
     assert all(torch.equal(kept[name], inputs[name]) for name in kept)
-    twin = model(dtype=torch.float64)
+    twin = joint_model(dtype=torch.float64)
     assert not torch.equal(trained, twin.train()(inputs).logits)
     assert torch.equal(made.eval()(inputs).logits, twin.eval()(inputs).logits)
     assert balancing.steps_per_batch == 1
 
 
 def test_random_numbers_depend_on_the_step():
-    made = model(dtype=torch.float64)
+    made = joint_model(dtype=torch.float64)
     inputs, draws = batch(size=31), []
     for steps in (0, 1, 1):
         balancer = eq.balance.ModalityCorruption(made)
@@ -120,7 +120,7 @@ def test_random_numbers_depend_on_the_step():
 
 
 def test_token_ids_and_missing_modalities_are_not_corrupted():
-    made = model(NAMES[:3], dtype=torch.float64)
+    made = joint_model(NAMES[:3], dtype=torch.float64)
     inputs = {**batch(NAMES[:3], size=SIZE), "text": torch.ones(SIZE, 3, dtype=torch.int64), "image": None}
     balancer = eq.balance.ModalityCorruption(made, probability=1.0)
     found = corrupt(made, balancer, inputs)
@@ -130,7 +130,7 @@ def test_token_ids_and_missing_modalities_are_not_corrupted():
 
 
 def test_one_modality_of_each_sample_is_kept():
-    made = model(NAMES[:3], dtype=torch.float64)
+    made = joint_model(NAMES[:3], dtype=torch.float64)
     inputs = batch(NAMES[:3], size=SIZE, missing=("audio", "image"))
     inputs["audio"][~inputs["mask"]["audio"]] = torch.nan
     balancer = eq.balance.ModalityCorruption(made, probability=1.0, replace_prob=1.0)
@@ -141,7 +141,7 @@ def test_one_modality_of_each_sample_is_kept():
 
 
 def test_mapping_inputs_and_invalid_batches():
-    made = model(dtype=torch.float64)
+    made = joint_model(dtype=torch.float64)
     balancer = eq.balance.ModalityCorruption(made, probability=1.0)
     words = {"input_ids": torch.ones(5, 3, dtype=torch.int64)}
     found = balancer.prepare({"audio": words, "image": torch.randn(5, 4, 5)})
@@ -173,7 +173,7 @@ def test_options_out_of_range_raise(options):
     with pytest.raises(
         ConfigError, match=r"ModalityCorruption: expected 0 <= probability <= 1, 0 <= replace_prob <= 1 and weight >= 0"
     ):
-        eq.balance.ModalityCorruption(model(), **options)
+        eq.balance.ModalityCorruption(joint_model(), **options)
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.JointAttention])
@@ -216,7 +216,7 @@ def build_with_catalog(made, names, **options):
 
 
 def test_catalog_corrupts_only_drawn_samples():
-    made = model()
+    made = joint_model()
     inputs = batch(size=SIZE)
     balancer = build_with_catalog(made, ["zeros", "gain"], probability=0.5)
     found = corrupt(made, balancer, inputs)
@@ -235,7 +235,7 @@ def test_catalog_corrupts_only_drawn_samples():
 
 
 def test_informative_corruptions_are_not_marked_destroyed():
-    made = model()
+    made = joint_model()
     balancer = build_with_catalog(made, ["gain", "shuffled"])
     found = corrupt(made, balancer, batch(size=SIZE))
     assert not bool(destroyed_mask(balancer).any())
@@ -243,7 +243,7 @@ def test_informative_corruptions_are_not_marked_destroyed():
 
 
 def test_missing_and_swapped_samples_are_masked():
-    made = model()
+    made = joint_model()
     inputs = batch(size=SIZE)
     balancer = build_with_catalog(made, ["missing"])
     found = corrupt(made, balancer, inputs)
@@ -261,7 +261,7 @@ def test_missing_and_swapped_samples_are_masked():
 
 
 def test_training_with_the_catalog_has_finite_gradients():
-    made = model().train()
+    made = joint_model().train()
     names = eq.diagnostics.corruptions.corruption_names("sequence")
     balancing = eq.BalancerList(made, [build_with_catalog(made, names)])
     inputs = batch(size=37, missing=("image",))
@@ -274,7 +274,7 @@ def test_training_with_the_catalog_has_finite_gradients():
 
 
 def test_token_ids_are_corrupted_by_the_catalog():
-    made = model()
+    made = joint_model()
     ids = torch.arange(1, 5 * SIZE + 1).view(SIZE, 5)
     found = build_with_catalog(made, ["replaced", "gain"]).prepare({"audio": ids, "image": batch(size=SIZE)["image"]})
     assert not torch.equal(found["audio"], ids)
@@ -282,7 +282,7 @@ def test_token_ids_are_corrupted_by_the_catalog():
 
 
 def test_errors_of_catalog_options():
-    made = model()
+    made = joint_model()
     with pytest.raises(ConfigError, match="known corruption, got 'frosen'"):
         build_with_catalog(made, ["frosen"])
     with pytest.raises(ConfigError, match="one or more corruptions, or None"):

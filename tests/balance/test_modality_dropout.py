@@ -11,16 +11,16 @@ import equipoise as eq
 from equipoise.balance.common.step_rng import step_generator, uniform_per_sample
 from equipoise.balance.modality_dropout import keep_masks
 from equipoise.errors import ConfigError
-from helpers.fusion import NAMES, batch, slices
-from helpers.steps import fused, step
-from helpers.tasks import static
+from helpers.fusion import NAMES, batch, split_batch
+from helpers.steps import attention_model, step
+from helpers.tasks import additive_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
 quick = settings(max_examples=25, deadline=None)
 
 
-def build(names=("audio", "image"), *, make=fused, model=(), **options):
+def build(names=("audio", "image"), *, make=attention_model, model=(), **options):
     made = make(names, **dict(model))
     balancer = eq.balance.ModalityDropout(made, **options)
     return made.train(), balancer, eq.BalancerList(made, [balancer])
@@ -63,7 +63,7 @@ def test_single_rate_for_all_modalities():
     assert bool(found.any(dim=1).all())
 
 
-@pytest.mark.parametrize("make", [fused, static])
+@pytest.mark.parametrize("make", [attention_model, additive_model])
 def test_dropped_modality_equals_missing_modality(make):
     made, balancer, _ = build(make=make, p={"audio": 1.0})
     inputs = batch(size=7, missing=("image",))
@@ -99,7 +99,7 @@ def test_accumulated_batches_equal_one_large_batch():
     whole, found = batch(size=12), []
     for sizes in ((12,), (5, 3, 4)):
         made, _, balancing = build(p=0.4, model={"unimodal": "none"})
-        found.append([step(made, balancing, *slices(whole, *sizes)) for _ in range(2)])
+        found.append([step(made, balancing, *split_batch(whole, *sizes)) for _ in range(2)])
     for one, other in zip(*found, strict=True):
         for key, gradient in one.items():
             torch.testing.assert_close(other[key], gradient, **EXACT)
@@ -115,7 +115,7 @@ def test_micro_batches_draw_the_masks_of_the_full_batch(sizes, seed):
 
 
 def test_randomness_depends_on_seed_and_step_only():
-    tokens = static().encode(batch(size=101))
+    tokens = additive_model().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
         _, balancer, _ = build(p=0.5, seed=seed)
@@ -151,9 +151,9 @@ def test_resumed_run_draws_the_same_masks():
 )
 def test_invalid_options_raise(p, message):
     with pytest.raises(ConfigError, match=message):
-        eq.balance.ModalityDropout(static(), p=p)
+        eq.balance.ModalityDropout(additive_model(), p=p)
 
 
 def test_single_modality_raises():
     with pytest.raises(ConfigError, match="ModalityDropout: expected two or more modalities, got audio"):
-        eq.balance.ModalityDropout(static(("audio",)))
+        eq.balance.ModalityDropout(additive_model(("audio",)))

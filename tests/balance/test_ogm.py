@@ -13,10 +13,10 @@ from equipoise.balance.ogm import modulation
 from equipoise.errors import ConfigError
 from equipoise.training import method_factory
 from equipoise.training.run import load_run_dataset
-from helpers.fusion import DIM, NAMES, batch, slices
+from helpers.fusion import DIM, NAMES, batch, split_batch
 from helpers.runs import recipe
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_a import mean_scores, ogm
 
@@ -29,7 +29,7 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, alpha=0.3, start=0, stop=50, **options):
-    made = static(names, **options)
+    made = additive_model(names, **options)
     balancer = eq.balance.OGM(made, alpha=alpha, start=start, stop=stop)
     return made, balancer, eq.BalancerList(made, [balancer])
 
@@ -39,7 +39,7 @@ def expected_factors(made, inputs, alpha, task="classification"):
     parts = made.contributions(made(inputs))
     size = len(inputs["target"])
     here = [inputs.get("mask", {}).get(name, torch.ones(size, dtype=torch.bool)).tolist() for name in made.names]
-    scores = mean_scores([rows(parts[name]) for name in made.names], inputs["target"].tolist(), here, task)
+    scores = mean_scores([to_lists(parts[name]) for name in made.names], inputs["target"].tolist(), here, task)
     return dict(zip(made.names, ogm(scores, alpha), strict=True))
 
 
@@ -128,20 +128,20 @@ def test_zero_alpha_applies_no_scaling():
 def test_accumulated_batches_are_scaled_as_one_large_batch(missing):
     made, _, balancing = build(unimodal="none")
     whole = batch(size=12, missing=missing)
-    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
     for key, gradient in large.items():
         torch.testing.assert_close(small[key], gradient, **EXACT)
 
 
 def test_unimodal_heads_are_used_if_logits_do_not_decompose():
-    made = fused(unimodal="probe")
+    made = attention_model(unimodal="probe")
     inputs = batch(size=7)
     found, plain = (
         step(made, eq.BalancerList(made, [eq.balance.OGM(made)]), inputs),
         step(made, eq.BalancerList(made), inputs),
     )
     heads = made(inputs).unimodal_logits
-    scores = mean_scores([rows(heads[name]) for name in made.names], inputs["target"].tolist(), [[True] * 7] * 2)
+    scores = mean_scores([to_lists(heads[name]) for name in made.names], inputs["target"].tolist(), [[True] * 7] * 2)
     for name, factor in zip(made.names, ogm(scores, 0.3), strict=True):
         weight = f"encoders.{name}.weight"
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
@@ -152,7 +152,7 @@ def test_modality_missing_from_all_samples_is_excluded():
     inputs = {**batch(NAMES[:3], size=7), "text": None}
     found, plain = step(made, balancing, inputs), step(made, eq.BalancerList(made), inputs)
     pair = {name: parts for name, parts in made.contributions(made(inputs)).items() if name != "text"}
-    scores = mean_scores([rows(part) for part in pair.values()], inputs["target"].tolist(), [[True] * 7] * 2)
+    scores = mean_scores([to_lists(part) for part in pair.values()], inputs["target"].tolist(), [[True] * 7] * 2)
     for name, factor in zip(pair, ogm(scores, 0.3), strict=True):
         weight = f"encoders.{name}.weight"
         torch.testing.assert_close(found[weight], factor * plain[weight], **EXACT)
@@ -218,13 +218,13 @@ def test_adam_warns_and_sgd_does_not():
 )
 def test_invalid_options_raise(options, message):
     with pytest.raises(ConfigError, match=message):
-        eq.balance.OGM(static(), **options)
+        eq.balance.OGM(additive_model(), **options)
 
 
 def test_model_without_unimodal_logits_raises():
     with pytest.raises(ConfigError, match="OGM: expected two or more modalities, got audio"):
-        eq.balance.OGM(static(("audio",)))
-    made = fused(unimodal="none")
+        eq.balance.OGM(additive_model(("audio",)))
+    made = attention_model(unimodal="none")
     with pytest.raises(ConfigError, match="OGM: expected logits that are a sum over modalities, or unimodal heads"):
         step(made, eq.BalancerList(made, [eq.balance.OGM(made)]), batch())
 
@@ -238,7 +238,7 @@ def test_model_without_unimodal_logits_raises():
     ],
 )
 def test_incompatible_balancers_raise(other, message):
-    made = static()
+    made = additive_model()
     with pytest.raises(ConfigError, match=message):
         eq.BalancerList(made, [eq.balance.OGM(made), other(made)])
 

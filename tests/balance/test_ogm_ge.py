@@ -12,14 +12,14 @@ from equipoise.balance.ogm_ge import noise_scale
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch
 from helpers.steps import step
-from helpers.tasks import static
+from helpers.tasks import additive_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
 
 
 def build(names=("audio", "image"), *, dtype=torch.float64, **options):
-    made = static(names, dtype=dtype)
+    made = additive_model(names, dtype=dtype)
     balancer = eq.balance.OGM_GE(made, **options)
     return made, balancer, eq.BalancerList(made, [balancer])
 
@@ -139,6 +139,6 @@ def test_no_warning_with_adam():
 
 def test_errors():
     with pytest.raises(ConfigError, match="OGM_GE: expected two or more modalities, got audio"):
-        eq.balance.OGM_GE(static(("audio",)))
+        eq.balance.OGM_GE(additive_model(("audio",)))
     with pytest.raises(ConfigError, match="OGM_GE: expected alpha >= 0 and 0 <= start <= stop, got alpha = -1"):
-        eq.balance.OGM_GE(static(), alpha=-1)
+        eq.balance.OGM_GE(additive_model(), alpha=-1)

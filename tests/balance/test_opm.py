@@ -11,9 +11,9 @@ import equipoise as eq
 from equipoise.balance.common.unimodal_terms import discrepancy_ratio
 from equipoise.balance.opm import drop_rates
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_a import mean_scores, opm
 
@@ -25,7 +25,7 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def build(names=("audio", "image"), *, make=static, model=(), **options):
+def build(names=("audio", "image"), *, make=additive_model, model=(), **options):
     made = make(names, **dict(model))
     balancer = eq.balance.OPM(made, **options)
     return made.train(), balancer, eq.BalancerList(made, [balancer])
@@ -61,7 +61,7 @@ def test_rates_equal_the_oracle(scores, q_base, alpha):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("make", [static, fused])
+@pytest.mark.parametrize("make", [additive_model, attention_model])
 def test_rates_use_scores_of_the_previous_step(task, make):
     made, balancer, balancing = build(NAMES[:3], make=make, model={"task": task})
     inputs = batch_for(task, NAMES[:3], size=7, missing=("audio", "image"))
@@ -72,14 +72,14 @@ def test_rates_use_scores_of_the_previous_step(task, make):
     step(made, balancing, inputs)
     answers = made.contributions(output) or output.unimodal_logits
     here = (~dropped_mask(output)).T.tolist()
-    scores = mean_scores([rows(answers[name]) for name in made.names], inputs["target"].tolist(), here, task)
+    scores = mean_scores([to_lists(answers[name]) for name in made.names], inputs["target"].tolist(), here, task)
     assert balancer.rates.tolist() == pytest.approx(opm(scores, 0.4, 0.5))
     assert max(balancer.rates.tolist()) > 0.3
 
 
 def test_first_step_drops_nothing():
     made, _, balancing = build(p_exe=1.0)
-    found, twin = step(made, balancing, batch()), static()
+    found, twin = step(made, balancing, batch()), additive_model()
     plain = step(twin, eq.BalancerList(twin), batch())
     for key, gradient in plain.items():
         torch.testing.assert_close(found[key], gradient, **EXACT)
@@ -142,7 +142,7 @@ def test_accumulated_batches_equal_one_large_batch():
         made, balancer, balancing = build(p_exe=1.0, model={"unimodal": "none"})
         steps = []
         for _ in range(3):
-            steps.append(step(made, balancing, *slices(whole, *sizes)))
+            steps.append(step(made, balancing, *split_batch(whole, *sizes)))
         assert float(balancer.rates.max()) > 0
         found.append((steps, balancer.rates))
     torch.testing.assert_close(found[0][1], found[1][1], **EXACT)
@@ -152,7 +152,7 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 def test_randomness_depends_on_seed_and_step_only():
-    tokens = static().encode(batch(size=101))
+    tokens = additive_model().encode(batch(size=101))
     state, found = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
         _, balancer, _ = build(p_exe=1.0, seed=seed)
@@ -200,12 +200,12 @@ def test_log_contains_the_mean_rate():
 )
 def test_invalid_options_raise(options, message):
     with pytest.raises(ConfigError, match=message):
-        eq.balance.OPM(static(), **options)
+        eq.balance.OPM(additive_model(), **options)
 
 
 def test_model_without_unimodal_logits_raises():
     with pytest.raises(ConfigError, match="OPM: expected two or more modalities, got audio"):
-        eq.balance.OPM(static(("audio",)))
-    made, _, balancing = build(make=fused, model={"unimodal": "none"})
+        eq.balance.OPM(additive_model(("audio",)))
+    made, _, balancing = build(make=attention_model, model={"unimodal": "none"})
     with pytest.raises(ConfigError, match="OPM: expected logits that are a sum over modalities, or unimodal heads"):
         step(made, balancing, batch())

@@ -7,20 +7,20 @@ import torch
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, batch, forward, model
+from helpers.fusion import DIM, batch, joint_model, run_forward
 from helpers.tolerance import TOL
 
 DEPTH, HEADS = 3, 2
 
 
 def build(epochs=7, *, seed=0, **options):
-    made = model(heads=HEADS, depth=DEPTH, seed=seed)
+    made = joint_model(heads=HEADS, depth=DEPTH, seed=seed)
     options = {"beta": 0.0, "max_rotations": 1, "query_rows": "all", **options}
     return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=epochs, **options)
 
 
 def train_epoch(made, balancer, seed):
-    forward(made, [batch(seed=seed)])
+    run_forward(made, [batch(seed=seed)])
     return balancer.end_epoch()
 
 
@@ -79,7 +79,7 @@ def test_checkpoint_of_model_and_balancer_restores_state(stop, middle):
     for number in range(stop):
         train_epoch(straight, balancer, number)
     if middle:
-        forward(straight, [batch(seed=50)])
+        run_forward(straight, [batch(seed=50)])
     file = io.BytesIO()
     torch.save({"model": straight.state_dict(), "balancer": balancer.state_dict()}, file)
     file.seek(0)
@@ -135,7 +135,7 @@ def test_fewer_epochs_than_stages():
 
 
 def test_depth_one_is_plain_rollingq():
-    made, plain = model(), model()
+    made, plain = joint_model(), joint_model()
     balancer = eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0)
     rolling = eq.balance.RollingQ(plain.fusion.attention, beta=0.0)
     for number in range(2):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import equipoise as eq
-from helpers.fusion import DIM, batch, forward, model
+from helpers.fusion import DIM, batch, joint_model, run_forward
 from helpers.tolerance import TOL
 
 
@@ -18,9 +18,9 @@ def build_balancer(made, **options):
 
 
 def build_rotated(dtype=torch.float64, **options):
-    made = model(dtype=dtype)
+    made = joint_model(dtype=dtype)
     rolling = build_balancer(made, **options)
-    forward(made, [batch(dtype=dtype)])
+    run_forward(made, [batch(dtype=dtype)])
     assert rolling.end_epoch()["rotated"] == 1.0
     return made, rolling
 
@@ -34,7 +34,7 @@ def identity_rotation():
 def test_safetensors_round_trip_is_exact(tmp_path, dtype, heads):
     made, rolling = build_rotated(dtype, heads=heads)
     save_file(made.state_dict(), tmp_path / "weights.safetensors")
-    fresh = model(dtype=dtype, seed=9)
+    fresh = joint_model(dtype=dtype, seed=9)
     other = build_balancer(fresh, heads=heads)
     fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     inputs = batch(seed=5, dtype=dtype)
@@ -48,16 +48,16 @@ def test_rotation_loads_with_weights_only():
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
-    fresh = model(seed=9)
+    fresh = joint_model(seed=9)
     build_balancer(fresh)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh.eval()(batch()).logits, made.eval()(batch()).logits)
 
 
 def test_checkpoint_without_rotation_loads_identity():
-    old = model(seed=9)
+    old = joint_model(seed=9)
     made, rolling = build_rotated()
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     made.load_state_dict(old.state_dict())
     assert torch.equal(rolling.rotation, identity_rotation())
     assert (int(rolling.rotations), int(rolling.epochs), int(rolling.last_epoch)) == (0, 0, 0)
@@ -69,12 +69,12 @@ def test_checkpoint_without_rotation_loads_identity():
 def test_rotated_checkpoint_in_plain_model_raises():
     made, _ = build_rotated()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*attention\.core\.rolling\.rotation"):
-        model().load_state_dict(made.state_dict())
+        joint_model().load_state_dict(made.state_dict())
 
 
 def test_checkpoint_with_other_head_count_raises():
     made, _ = build_rotated()
-    fresh = model()
+    fresh = joint_model()
     build_balancer(fresh, heads="joint")
     with pytest.raises(RuntimeError, match=r"size mismatch for fusion\.attention\.core\.rolling\.rotation"):
         fresh.load_state_dict(made.state_dict())
@@ -83,26 +83,26 @@ def test_checkpoint_with_other_head_count_raises():
 @pytest.mark.parametrize("tail", [3, None])
 def test_resume_within_an_epoch_matches_uninterrupted_run(tmp_path, tail):
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 2, 3, 7, 4))]
-    whole, first, second = model(), model(), model(seed=9)
+    whole, first, second = joint_model(), joint_model(), joint_model(seed=9)
     rolling, _, resumed = (build_balancer(made, tail=tail) for made in (whole, first, second))
-    forward(whole, batches)
-    forward(first, batches[:2])
+    run_forward(whole, batches)
+    run_forward(first, batches[:2])
     save_file(first.state_dict(), tmp_path / "middle.safetensors")
     second.load_state_dict(load_file(tmp_path / "middle.safetensors"))
-    forward(second, batches[2:])
+    run_forward(second, batches[2:])
     assert resumed.end_epoch() == rolling.end_epoch()
     assert torch.equal(resumed.rotation, rolling.rotation)
 
 
 def test_resume_between_epochs_keeps_the_schedule():
     options = {"max_rotations": 2, "min_epochs_between": 2}
-    straight, stopped = model(), model()
+    straight, stopped = joint_model(), joint_model()
     one, other = build_balancer(straight, **options), build_balancer(stopped, **options)
     for epoch in range(5):
-        forward(straight, [batch(seed=epoch)])
-        forward(stopped, [batch(seed=epoch)])
+        run_forward(straight, [batch(seed=epoch)])
+        run_forward(stopped, [batch(seed=epoch)])
         assert one.end_epoch() == other.end_epoch()
-        state, stopped = stopped.state_dict(), model(seed=9)
+        state, stopped = stopped.state_dict(), joint_model(seed=9)
         other = build_balancer(stopped, **options)
         stopped.load_state_dict(state)
     assert torch.equal(one.rotation, other.rotation)
@@ -130,7 +130,7 @@ def test_rotation_follows_model_to_float64():
     made.double()
     assert rolling.rotation.dtype == torch.float64
     assert torch.equal(rolling.rotation, before.double())
-    forward(made, [batch(seed=1)])
+    run_forward(made, [batch(seed=1)])
     rolling.end_epoch()
     product = rolling.rotation @ rolling.rotation.mT
     torch.testing.assert_close(product, identity_rotation(), **TOL[torch.float64])
@@ -143,7 +143,7 @@ def test_copy_is_independent():
     assert other is not rolling
     assert torch.equal(twin.eval()(batch()).logits, made.eval()(batch()).logits)
     kept = rolling.rotation.clone()
-    forward(twin, [batch(seed=7)])
+    run_forward(twin, [batch(seed=7)])
     assert rolling.end_epoch()["rotated"] == 0.0
     assert other.end_epoch()["rotated"] == 1.0
     assert torch.equal(rolling.rotation, kept)
@@ -170,14 +170,14 @@ def test_pickled_model_keeps_its_rotation():
     file.seek(0)
     again = torch.load(file, weights_only=False)
     assert torch.equal(again.eval()(batch()).logits, made.eval()(batch()).logits)
-    forward(again, [batch(seed=3)])
+    run_forward(again, [batch(seed=3)])
     assert again.fusion.attention.core.rolling.end_epoch()["rotated"] == 1.0
 
 
 def test_many_products_stay_orthogonal():
     made, rolling = build_rotated(torch.float32)
     for epoch in range(100):
-        forward(made, [batch(size=2, seed=epoch, dtype=torch.float32)])
+        run_forward(made, [batch(size=2, seed=epoch, dtype=torch.float32)])
         rolling.end_epoch()
     assert int(rolling.rotations) == 101
     product = rolling.rotation @ rolling.rotation.mT
@@ -187,5 +187,5 @@ def test_many_products_stay_orthogonal():
 def test_rotation_is_a_buffer_without_gradient():
     made, rolling = build_rotated()
     assert "fusion.attention.core.rolling.rotation" in dict(made.named_buffers())
-    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in model().parameters())
+    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in joint_model().parameters())
     assert not rolling.rotation.requires_grad

@@ -10,8 +10,8 @@ import torch
 import equipoise as eq
 from equipoise.balance.reconboost import boosting_losses
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, slices
-from helpers.steps import fused, gradients, step
+from helpers.fusion import DIM, NAMES, batch, split_batch
+from helpers.steps import attention_model, gradients, step
 from helpers.tolerance import TOL
 from oracles.balance_c import boosting
 
@@ -23,7 +23,7 @@ def build(
     names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, unimodal="none", **options
 ):
     task = options.pop("task", "classification")
-    made = fused(names, fusion=fusion(DIM), seed=seed, dtype=dtype, unimodal=unimodal, task=task)
+    made = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, unimodal=unimodal, task=task)
     balancer = eq.balance.ReconBoost(made, **options)
     return made, balancer, eq.BalancerList(made, [balancer])
 
@@ -86,7 +86,7 @@ def test_last_term_has_a_gradient():
         made, balancer, balancing = build(agreement=agreement)
         advance(balancer, 2)
         found.append(step(made, balancing, batch())["encoders.image.weight"])
-    made, inputs = fused(fusion=eq.fusion.Concat(DIM), unimodal="none"), batch()
+    made, inputs = attention_model(fusion=eq.fusion.Concat(DIM), unimodal="none"), batch()
     eq.balance.ReconBoost(made)
     said = modality_logits(made, inputs)
     distance = said["image"].softmax(dim=1) - said["audio"].softmax(dim=1).detach()
@@ -149,7 +149,7 @@ def test_accumulated_batches_equal_one_large_batch(epochs):
     whole = batch(size=12)
     made, balancer, balancing = build()
     advance(balancer, epochs)
-    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
@@ -201,9 +201,9 @@ def test_autocast(epochs):
 
 def test_errors():
     with pytest.raises(ConfigError, match="ReconBoost: expected two or more modalities, got audio"):
-        eq.balance.ReconBoost(fused(("audio",), fusion=eq.fusion.Concat(DIM)))
+        eq.balance.ReconBoost(attention_model(("audio",), fusion=eq.fusion.Concat(DIM)))
     with pytest.raises(ConfigError, match=r"ReconBoost: expected a fusion whose features .*, got JointAttention"):
-        eq.balance.ReconBoost(fused())
+        eq.balance.ReconBoost(attention_model())
     for wrong in ({"residual": 5.0}, {"residual": -1.0}, {"agreement": -1.0}, {"shrinkage": 0.0}):
         with pytest.raises(ConfigError, match=r"ReconBoost: expected task_weight > residual >= 0, agreement >= 0"):
             build(**wrong)
@@ -215,6 +215,6 @@ def test_errors():
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
 def test_balancers_that_need_trained_heads_raise(other):
-    made = fused(fusion=eq.fusion.Concat(DIM))
+    made = attention_model(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that train the encoders"):
         eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.ReconBoost(made)])

@@ -14,8 +14,8 @@ import equipoise as eq
 from equipoise.balance.relearning import kmeans_labels, purity
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, batch
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, batch_for, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, batch_for, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import purity as slow_purity
 
@@ -25,7 +25,7 @@ quick = settings(max_examples=25, deadline=None)
 
 def build(made=None, optimizer=torch.optim.SGD, **options):
     """A model, a balancer of it that acts every epoch, and the optimizer attached to it."""
-    made = made or static()
+    made = made or additive_model()
     balancer = eq.balance.DiagnoseRelearn(made, **{"every": 1, **options})
     chosen = optimizer(made.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
     eq.BalancerList(made, [balancer]).attach_optimizer(chosen)
@@ -52,7 +52,7 @@ def separable_batch(size=30, *, apart, seed=0):
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=30))
 def test_purity_equals_the_oracle(samples):
     clusters, first, second = (torch.tensor(column) for column in zip(*samples, strict=True))
-    expected = [slow_purity(rows(clusters), rows(labels)) for labels in (first, second)]
+    expected = [slow_purity(to_lists(clusters), to_lists(labels)) for labels in (first, second)]
     assert purity(clusters, first[:, None]) == pytest.approx(expected[0])
     assert purity(clusters, torch.stack([first, second], dim=1)) == pytest.approx(sum(expected) / 2)
 
@@ -67,7 +67,7 @@ def test_clustering_uses_scaled_features_and_is_deterministic():
     assert purity(found, group[:, None]) == 1
     assert torch.equal(kmeans_labels(1000 * features - 7, 3, seed=0), found)
     assert torch.equal(torch.get_rng_state(), state)
-    assert rows(kmeans_labels(torch.ones(5, 2), 3, seed=0)) == [0] * 5
+    assert to_lists(kmeans_labels(torch.ones(5, 2), 3, seed=0)) == [0] * 5
 
 
 def test_gaps_are_purity_differences():
@@ -75,7 +75,7 @@ def test_gaps_are_purity_differences():
     train, val = separable_batch(apart=5.0), separable_batch(apart=0.0, seed=1)
     gaps = balancer.gaps([train], [val])
     features = made.eval().encode(val)["audio"].pooled().detach()
-    pure = slow_purity(rows(kmeans_labels(features, 3, seed=0)), rows(val["target"]))
+    pure = slow_purity(to_lists(kmeans_labels(features, 3, seed=0)), to_lists(val["target"]))
     assert pure < 0.8
     assert float(gaps[0]) == pytest.approx(1 - pure)
     # All images are alike: one cluster, as pure as the most frequent class.
@@ -89,7 +89,7 @@ def test_encoders_are_reset_in_proportion_to_overfitting():
     perturb_weights(made)
     last = copy.deepcopy(made.state_dict())
     train, val = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)]
-    weights = [math.tanh(2.0 * gap) for gap in rows(balancer.gaps(train, val))]
+    weights = [math.tanh(2.0 * gap) for gap in to_lists(balancer.gaps(train, val))]
     assert weights[0] > 0.3
     balancer.review(train, val)
     for name, found in made.state_dict().items():
@@ -135,7 +135,7 @@ def test_state_dict_contains_the_initial_weights():
     made, balancer, _ = build()
     perturb_weights(made)
     states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
-    fresh, other, _ = build(static(seed=9))
+    fresh, other, _ = build(additive_model(seed=9))
     fresh.load_state_dict(states[0])
     other.load_state_dict(states[1])
     train, val = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)]
@@ -147,17 +147,17 @@ def test_state_dict_contains_the_initial_weights():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task):
-    made, balancer, _ = build(fused(task=task))
+    made, balancer, _ = build(attention_model(task=task))
     data = [batch_for(task, size=size, seed=size, missing=("audio", "image")) for size in (13, 11, 17)]
     gaps = balancer.gaps(data[:2], data[2:])
-    assert all(0 < gap < 1 for gap in rows(gaps))
+    assert all(0 < gap < 1 for gap in to_lists(gaps))
     balancer.review(data[:2], [{**data[2], "image": None, "mask": {}}])
     assert float(balancer.end_epoch()["reset/image"]) == 0
     assert all(bool(p.isfinite().all()) for p in made.parameters())
 
 
 def test_training_modes_and_rng_state_are_restored():
-    made, balancer, _ = build(fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
+    made, balancer, _ = build(attention_model(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
     made.train()
     state = torch.get_rng_state()
     balancer.review([batch(size=7)], [batch(size=7, seed=1)])
@@ -183,7 +183,7 @@ class Plain(pl.LightningModule):
 
 
 def test_lightning_attaches_the_optimizer(tmp_path):
-    made = static()
+    made = additive_model()
     module = Plain(made, eq.balance.DiagnoseRelearn(made, every=1, times=1))
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -207,11 +207,11 @@ def test_lightning_attaches_the_optimizer(tmp_path):
 
 def test_errors():
     with pytest.raises(ConfigError, match="DiagnoseRelearn: expected two or more modalities, got audio"):
-        eq.balance.DiagnoseRelearn(fused(("audio",)))
+        eq.balance.DiagnoseRelearn(attention_model(("audio",)))
     for wrong in ({"every": 0}, {"times": -1}, {"strength": 0.0}, {"bins": 1}):
         with pytest.raises(ConfigError, match=f"DiagnoseRelearn: expected every >= 1, .* got .*{next(iter(wrong))} = "):
-            eq.balance.DiagnoseRelearn(fused(), **wrong)
+            eq.balance.DiagnoseRelearn(attention_model(), **wrong)
     with pytest.raises(ConfigError, match=r"expected the optimizer, .* Call balancing.attach_optimizer\(optimizer\)"):
-        eq.balance.DiagnoseRelearn(fused()).review([batch()], [batch()])
+        eq.balance.DiagnoseRelearn(attention_model()).review([batch()], [batch()])
     with pytest.raises(ConfigError, match="expected training and validation batches to review, got none"):
         build()[1].review([batch()], [])

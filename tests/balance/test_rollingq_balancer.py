@@ -6,7 +6,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from helpers.fusion import DIM, NAMES, batch, forward, model, samples, slices
+from helpers.fusion import DIM, NAMES, batch, joint_model, oracle_samples, run_forward, split_batch
 from helpers.tolerance import TOL
 from oracles.rollingq import means, shares, step
 
@@ -40,11 +40,11 @@ def assert_log(log, air, names):
 @pytest.mark.parametrize("names", [TWO, NAMES[:3], NAMES])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_rotation_against_loops(names, heads, indicator):
-    made = model(names, heads=heads)
+    made = joint_model(names, heads=heads)
     rolling = build_balancer(made, indicator=indicator, rho=0.7)
     batches = [batch(names, size=size, seed=size) for size in (5, 3, 2)]
-    forward(made, batches)
-    rotation, air = expected_rotation(samples(made, batches), names, heads, rho=0.7, kind=indicator)
+    run_forward(made, batches)
+    rotation, air = expected_rotation(oracle_samples(made, batches), names, heads, rho=0.7, kind=indicator)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, names)
@@ -56,33 +56,33 @@ def test_rotation_against_loops(names, heads, indicator):
 
 
 def test_samples_without_a_modality_contribute_the_others():
-    made = model(NAMES[:3], heads=2)
+    made = joint_model(NAMES[:3], heads=2)
     rolling = build_balancer(made)
     batches = [batch(NAMES[:3], size=7, seed=1, missing=("audio", "text")), batch(NAMES[:3], size=5, seed=2)]
-    forward(made, batches)
-    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
+    run_forward(made, batches)
+    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, NAMES[:3])
 
 
 def test_batches_without_one_modality():
-    made = model(NAMES[:3])
+    made = joint_model(NAMES[:3])
     rolling = build_balancer(made)
     batches = [batch(NAMES[:3], seed=seed) for seed in range(3)]
     batches[1]["image"] = None
-    forward(made, batches)
-    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
+    run_forward(made, batches)
+    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
     assert_log(rolling.end_epoch(), air, NAMES[:3])
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
 def test_epoch_without_one_of_three_modalities_balances_the_others():
-    made = model(NAMES[:3])
+    made = joint_model(NAMES[:3])
     rolling = build_balancer(made)
     batches = [{**batch(NAMES[:3], seed=seed), "text": None} for seed in range(2)]
-    forward(made, batches)
-    rotation, air = expected_rotation(samples(made, batches), NAMES[:3], 2)
+    run_forward(made, batches)
+    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert log["air/text"] != log["air/text"]
@@ -91,9 +91,9 @@ def test_epoch_without_one_of_three_modalities_balances_the_others():
 
 
 def test_epoch_with_one_modality_warns_without_rotation():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made, [{**batch(), "image": None}])
+    run_forward(made, [{**batch(), "image": None}])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities have statistics"):
         log = rolling.end_epoch()
     assert log["rotated"] == 0.0
@@ -101,24 +101,24 @@ def test_epoch_with_one_modality_warns_without_rotation():
 
 
 def test_zero_query_warns_without_rotation():
-    made = model(heads=1)
+    made = joint_model(heads=1)
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
         made.fusion.attention.query.bias.zero_()
     rolling = build_balancer(made)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: the mean query is zero"):
         assert rolling.end_epoch()["rotated"] == 0.0
 
 
 def test_rotations_are_composed():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
     total = torch.eye(DIM // 2, dtype=torch.float64)
     for epoch in range(4):
         batches = [batch(size=3, seed=10 * epoch + seed) for seed in range(2)]
-        forward(made, batches)
-        rotation, _ = expected_rotation(samples(made, batches, rolling.rotation), TWO, 2)
+        run_forward(made, batches)
+        rotation, _ = expected_rotation(oracle_samples(made, batches, rolling.rotation), TWO, 2)
         total = total @ rotation
         assert rolling.end_epoch()["rotations"] == epoch + 1
         torch.testing.assert_close(rolling.rotation, total, **EXACT)
@@ -129,9 +129,9 @@ def test_rotations_are_composed():
 @pytest.mark.parametrize("query_rows", ["first", "all"])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 def test_layer_output_uses_rotated_queries(query_rows, heads):
-    made = model(shortcut=False).eval()
+    made = joint_model(shortcut=False).eval()
     rolling = build_balancer(made, query_rows=query_rows, heads=heads)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     rolling.end_epoch()
     layer, tokens = made.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
     block = torch.block_diag(*rolling.rotation)
@@ -145,29 +145,29 @@ def test_layer_output_uses_rotated_queries(query_rows, heads):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_joint_heads_equal_one_wide_head(heads):
-    made, wide = model(heads=heads), model(heads=1)
+    made, wide = joint_model(heads=heads), joint_model(heads=1)
     rolling, reference = build_balancer(made, heads="joint"), build_balancer(wide)
     for each in (made, wide):
-        forward(each, [batch()])
+        run_forward(each, [batch()])
     assert rolling.end_epoch()["air"] == pytest.approx(reference.end_epoch()["air"])
     torch.testing.assert_close(rolling.rotation, reference.rotation, **EXACT)
 
 
 @pytest.mark.parametrize("tail", [1, 2, 3, 16])
 def test_tail_uses_the_last_batches(tail):
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made, tail=tail)
     batches = [batch(size=size, seed=size) for size in (5, 2, 3, 7)]
-    forward(made, batches)
-    rotation, _ = expected_rotation(samples(made, batches[-tail:]), TWO, 2)
+    run_forward(made, batches)
+    rotation, _ = expected_rotation(oracle_samples(made, batches[-tail:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
 def test_statistics_are_reset_each_epoch():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made, [batch(seed=1)])
+    run_forward(made, [batch(seed=1)])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
     assert rolling.end_epoch()["rotated"] == 0.0
@@ -179,18 +179,18 @@ def test_accumulated_batches_equal_one_batch(indicator):
     rotations = []
     whole = batch(size=12, missing=("image",))
     for sizes in ((12,), (5, 3, 4)):
-        made = model()
+        made = joint_model()
         rolling = build_balancer(made, indicator=indicator)
-        forward(made, slices(whole, *sizes))
+        run_forward(made, split_batch(whole, *sizes))
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     torch.testing.assert_close(*rotations, **EXACT)
 
 
 def test_evaluation_is_not_observed():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made.eval(), [])
+    run_forward(made.eval(), [])
     made.eval()
     made(batch())
     log = rolling.end_epoch()
@@ -199,9 +199,9 @@ def test_evaluation_is_not_observed():
 
 
 def test_only_the_rotation_is_modified():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     before = {name: value.clone() for name, value in made.state_dict().items()}
     rolling.end_epoch()
     after = made.state_dict()
@@ -211,7 +211,7 @@ def test_only_the_rotation_is_modified():
 
 
 def test_observation_does_not_change_gradients():
-    plain, rolled = model(), model()
+    plain, rolled = joint_model(), joint_model()
     build_balancer(rolled)
     for made in (plain, rolled):
         made.loss(made(batch()).logits, batch()["target"]).backward()
@@ -221,12 +221,12 @@ def test_observation_does_not_change_gradients():
 
 
 def test_autocast_statistics_are_float32():
-    made, low = model(dtype=torch.float32), model(dtype=torch.float32)
+    made, low = joint_model(dtype=torch.float32), joint_model(dtype=torch.float32)
     exact, rolling = build_balancer(made), build_balancer(low)
     inputs = batch(dtype=torch.float32, size=17)
-    forward(made, [inputs])
+    run_forward(made, [inputs])
     with torch.autocast("cpu", torch.bfloat16):
-        forward(low, [inputs])
+        run_forward(low, [inputs])
     exact.end_epoch()
     rolling.end_epoch()
     assert rolling.rotation.dtype == torch.float32
@@ -242,7 +242,7 @@ def rotation_epochs(rolling, made, epochs):
     """Returns the epochs with a rotation."""
     rotated = []
     for epoch in range(1, epochs + 1):
-        forward(made, [batch(seed=epoch)])
+        run_forward(made, [batch(seed=epoch)])
         if rolling.end_epoch()["rotated"]:
             rotated.append(epoch)
     return rotated
@@ -262,30 +262,30 @@ def rotation_epochs(rolling, made, epochs):
     ],
 )
 def test_rotation_schedule(options, epochs):
-    made = model()
+    made = joint_model()
     assert rotation_epochs(build_balancer(made, **options), made, 7) == epochs
 
 
 def test_due_predicts_end_epoch():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made, warmup_epochs=1, max_rotations=1)
     told = []
     for epoch in range(4):
-        forward(made, [batch(seed=epoch)])
+        run_forward(made, [batch(seed=epoch)])
         told.append((rolling.due(), bool(rolling.end_epoch()["rotated"])))
     assert told == [(False, False), (True, True), (False, False), (False, False)]
     assert not rolling.due()
 
 
 def test_beta_threshold_is_per_head():
-    made = model(seed=3)
-    _, air = expected_rotation(samples(made, [batch()]), TWO, 2)
+    made = joint_model(seed=3)
+    _, air = expected_rotation(oracle_samples(made, [batch()]), TWO, 2)
     spreads = [abs(row["audio"]) for row in air]
     assert min(spreads) < max(spreads) - 0.05
     for beta in (min(spreads) - 0.01, min(spreads) + 0.01, max(spreads) + 0.01):
-        rolled = model(seed=3)
+        rolled = joint_model(seed=3)
         rolling = build_balancer(rolled, beta=max(beta, 0.0))
-        forward(rolled, [batch()])
+        run_forward(rolled, [batch()])
         rolling.end_epoch()
         turned = [not torch.equal(r, torch.eye(DIM // 2, dtype=torch.float64)) for r in rolling.rotation]
         assert turned == [spread >= beta for spread in spreads]
@@ -293,9 +293,9 @@ def test_beta_threshold_is_per_head():
 
 
 def test_frozen_keeps_the_rotation_and_skips_statistics():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
     rolling.freeze()
@@ -307,10 +307,10 @@ def test_frozen_keeps_the_rotation_and_skips_statistics():
 
 @pytest.mark.parametrize("wanted", [0.4, 0.6])
 def test_target_share_is_reached_on_mean_keys(wanted):
-    made = model(heads=1, seed=4)
+    made = joint_model(heads=1, seed=4)
     rolling = build_balancer(made, target_share={"audio": wanted, "image": 1 - wanted})
-    forward(made, [batch(size=11)])
-    found = samples(made, [batch(size=11)])
+    run_forward(made, [batch(size=11)])
+    found = oracle_samples(made, [batch(size=11)])
     assert rolling.end_epoch()["rotated"] == 1.0
     query, keys, _, tokens = means(found, TWO, 0)
     turned = (torch.from_numpy(query) @ rolling.rotation[0]).numpy()
@@ -320,10 +320,10 @@ def test_target_share_is_reached_on_mean_keys(wanted):
 def test_svd_reaches_the_same_anchor():
     pair = []
     for method in ("minimal", "svd"):
-        made = model(heads=1)
+        made = joint_model(heads=1)
         rolling = build_balancer(made, rotation=method)
-        forward(made, [batch()])
-        query = torch.from_numpy(means(samples(made, [batch()]), TWO, 0)[0])
+        run_forward(made, [batch()])
+        query = torch.from_numpy(means(oracle_samples(made, [batch()]), TWO, 0)[0])
         rolling.end_epoch()
         pair.append((query @ rolling.rotation[0], rolling.rotation[0]))
     torch.testing.assert_close(pair[0][0], pair[1][0], **EXACT)
@@ -349,7 +349,7 @@ class Noisy(nn.Linear):
 
 
 def build_full_pass(statistics="full_pass"):
-    made = model(dropout=0.3)
+    made = joint_model(dropout=0.3)
     made.encoders["audio"].__class__ = Noisy
     made.encoders["image"].eval()
     made.loss(made(batch()).logits, batch()["target"]).backward()
@@ -362,7 +362,7 @@ def test_full_pass_runs_in_eval_mode_and_restores_state():
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
     rolling.measure(made, batches)
     assert_unchanged(made, before)
-    rotation, _ = expected_rotation(samples(made, batches), TWO, 2)
+    rotation, _ = expected_rotation(oracle_samples(made, batches), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -370,9 +370,9 @@ def test_full_pass_runs_in_eval_mode_and_restores_state():
 def test_full_pass_batch_limit():
     made, rolling = build_full_pass("tail")
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
-    forward(made, [batch(seed=99)])
+    run_forward(made, [batch(seed=99)])
     rolling.measure(made, iter(batches), max_batches=2)
-    rotation, _ = expected_rotation(samples(made, batches[:2]), TWO, 2)
+    rotation, _ = expected_rotation(oracle_samples(made, batches[:2]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -384,7 +384,7 @@ def failing_batches():
 
 def test_failing_full_pass_restores_state():
     made, rolling = build_full_pass("tail")
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     before, sums = snapshot(made), rolling.get_extra_state()
     with pytest.raises(KeyError, match="broken"):
         rolling.measure(made, failing_batches())
@@ -394,12 +394,12 @@ def test_failing_full_pass_restores_state():
 
 def test_training_is_not_observed_with_full_pass():
     made, rolling = build_full_pass()
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     assert rolling.end_epoch()["rotated"] == 0.0
 
 
 def test_compiled_model_is_observed_without_recompilation():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made, tail=2)
     compiles = []
 
@@ -410,11 +410,11 @@ def test_compiled_model_is_observed_without_recompilation():
     compiled = torch.compile(made, backend=backend)
     batches = [batch(seed=seed) for seed in range(5)]
     with torch.no_grad():
-        forward(compiled, batches[:2])
+        run_forward(compiled, batches[:2])
         first = len(compiles)
-        forward(compiled, batches[2:])
+        run_forward(compiled, batches[2:])
     assert len(compiles) == first > 0
-    rotation, _ = expected_rotation(samples(made, batches[-2:]), TWO, 2)
+    rotation, _ = expected_rotation(oracle_samples(made, batches[-2:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -443,7 +443,7 @@ def test_compiled_model_is_observed_without_recompilation():
     ],
 )
 def test_options_out_of_range_raise(options, message):
-    made = model()
+    made = joint_model()
     with pytest.raises(ConfigError, match=message):
         build_balancer(made, **options)
     assert not hasattr(made.fusion.attention.core, "rolling")
@@ -454,7 +454,7 @@ def test_width_one_raises():
     with pytest.raises(
         ConfigError, match=r"expected heads of width d >= 2, got d = 1\. There is no rotation in one dimension"
     ):
-        build_balancer(model(heads=DIM))
+        build_balancer(joint_model(heads=DIM))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e308])
@@ -469,9 +469,9 @@ def test_non_finite_samples_are_excluded(bad, options):
     harmed["audio"][5, 0, 0] = harmed["image"][6, 1, 2] = bad
     rollings = []
     for inputs in (good, harmed):
-        made = model()
+        made = joint_model()
         rollings.append(build_balancer(made, **options))
-        forward(made, [batch(seed=1), inputs])
+        run_forward(made, [batch(seed=1), inputs])
     one, other = (rolling.end_epoch() for rolling in rollings)
     assert one == pytest.approx(other, abs=1e-12)
     assert one["rotated"] == 1.0
@@ -481,11 +481,11 @@ def test_non_finite_samples_are_excluded(bad, options):
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 @pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
 def test_epoch_of_non_finite_batches_rotates_nothing(statistics, options):
-    made = model(heads=1)
+    made = joint_model(heads=1)
     rolling = build_balancer(made, statistics=statistics, **options)
     inputs = batch()
     inputs["audio"][:] = float("nan")
-    rolling.measure(made, [inputs]) if statistics == "full_pass" else forward(made, [inputs])
+    rolling.measure(made, [inputs]) if statistics == "full_pass" else run_forward(made, [inputs])
     before = {name: value.clone() for name, value in rolling.named_buffers()}
     log = rolling.end_epoch()
     assert (log["rotated"], log["rotations"]) == (0.0, 0.0)
@@ -495,8 +495,8 @@ def test_epoch_of_non_finite_batches_rotates_nothing(statistics, options):
 
 
 def test_checkpoint_with_non_finite_sums_is_reset():
-    made = model()
+    made = joint_model()
     rolling = build_balancer(made)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     rolling.set_extra_state(torch.full_like(rolling.get_extra_state(), torch.nan))
     assert not rolling.get_extra_state().any()

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import equipoise as eq
 from equipoise.nn.attention import Attended
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -34,7 +34,7 @@ class Single:
 
 def run_epoch(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumulate=1, **options):
     """State and log after an epoch of training steps; every step has a batch of its own."""
-    made = model(depth=kind.depth)
+    made = joint_model(depth=kind.depth)
     balancer, rolling = kind.attach(made, beta=0.0, **{"tail": 3, **options})
     balancing = None if alone else eq.BalancerList(made, [balancer])
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)

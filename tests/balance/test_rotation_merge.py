@@ -7,8 +7,8 @@ from torch.overrides import TorchFunctionMode
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from helpers.foreign import Reader, labels
-from helpers.fusion import DIM, batch, forward, model
+from helpers.foreign import GroupedAttention, labels
+from helpers.fusion import DIM, batch, joint_model, run_forward
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -17,7 +17,7 @@ HALF_ULPS = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 
 
 def build_rotated(made, **options):
     rolling = eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, **options})
-    forward(made, [batch(dtype=made.head.weight.dtype)])
+    run_forward(made, [batch(dtype=made.head.weight.dtype)])
     assert rolling.end_epoch()["rotated"] == 1.0
     return rolling
 
@@ -26,7 +26,7 @@ def build_rotated(made, **options):
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 @pytest.mark.parametrize(("number", "depth"), [(1, 1), (3, 1), (2, 3)])
 def test_merged_layer_equals_rotated_layer(dtype, heads, number, depth):
-    made = model(heads=number, depth=depth, dtype=dtype)
+    made = joint_model(heads=number, depth=depth, dtype=dtype)
     plain = made.eval()(batch(dtype=dtype)).logits
     build_rotated(made, heads=heads)
     made.eval()
@@ -37,7 +37,7 @@ def test_merged_layer_equals_rotated_layer(dtype, heads, number, depth):
 
 
 def test_merge_restores_the_original_layer_type():
-    made, plain = model(), model()
+    made, plain = joint_model(), joint_model()
     nn.init.normal_(made.fusion.attention.query.bias)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     build_rotated(made)
@@ -52,7 +52,7 @@ def test_merge_restores_the_original_layer_type():
 
 
 def test_merge_without_rotation_keeps_weights():
-    made, plain = model(), model()
+    made, plain = joint_model(), joint_model()
     eq.balance.RollingQ(made.fusion.attention)
     eq.merge_rotations(made)
     for name, value in plain.state_dict().items():
@@ -60,7 +60,7 @@ def test_merge_without_rotation_keeps_weights():
 
 
 def test_merged_layer_can_be_balanced_again():
-    made = model()
+    made = joint_model()
     build_rotated(made)
     eq.merge_rotations(made)
     again = build_rotated(made)
@@ -74,7 +74,7 @@ def test_merged_layer_can_be_balanced_again():
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 def test_foreign_modules_with_grouped_keys(bias, keyheads, heads):
     torch.manual_seed(0)
-    reader = Reader(DIM, 4, keyheads, bias=bias).double()
+    reader = GroupedAttention(DIM, 4, keyheads, bias=bias).double()
     rolling = eq.balance.RollingQ(
         reader, query="q_proj", key="k_proj", num_heads=4, names=("a", "b"), beta=0.0, query_rows="all", heads=heads
     )
@@ -90,7 +90,7 @@ def test_foreign_modules_with_grouped_keys(bias, keyheads, heads):
 
 def test_merge_of_partially_rotated_rows_raises():
     torch.manual_seed(0)
-    reader = Reader(DIM, 2, 2)
+    reader = GroupedAttention(DIM, 2, 2)
     rolling = eq.balance.RollingQ(
         reader, query="q_proj", key="k_proj", num_heads=2, names=("a", "b"), beta=0.0, query_rows="first"
     )
@@ -107,7 +107,7 @@ def test_merge_of_partially_rotated_rows_raises():
 
 
 def test_merge_is_atomic():
-    made = model(depth=3)
+    made = joint_model(depth=3)
     last = build_rotated(made, query_rows="first")
     for layer, query_rows in zip(made.fusion.layers, ("all", "first"), strict=False):
         rolling = eq.balance.RollingQ(layer, query_rows=query_rows)
@@ -136,13 +136,13 @@ class WithoutFloat64(TorchFunctionMode):
 
 
 def test_rotate_and_merge_without_float64_support():
-    made = model(dtype=torch.float32)
+    made = joint_model(dtype=torch.float32)
     rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
     layer = made.fusion.attention.query
     with WithoutFloat64([rolling.rotation, rolling.air, layer.weight, layer.bias]):
         with pytest.raises(TypeError, match="no float64"):
             layer.weight[0].double()
-        forward(made, [batch(dtype=torch.float32)])
+        run_forward(made, [batch(dtype=torch.float32)])
         assert rolling.end_epoch()["rotated"] == 1.0
         unfolded = made.eval()(batch(dtype=torch.float32)).logits
         eq.merge_rotations(made)

@@ -8,8 +8,8 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError, ShapeError
-from helpers.foreign import DecoderLayer, Reader, labels
-from helpers.fusion import DIM, batch, forward, model
+from helpers.foreign import DecoderLayer, GroupedAttention, labels
+from helpers.fusion import DIM, batch, joint_model, run_forward
 from helpers.tolerance import TOL
 from oracles.rollingq import means, step
 
@@ -30,7 +30,7 @@ def split_heads(linear, tokens, width):
 @pytest.mark.parametrize("masked", [False, True])
 def test_foreign_module_rotation_against_loops(keyheads, masked):
     torch.manual_seed(0)
-    reader = Reader(DIM, 4, keyheads).double()
+    reader = GroupedAttention(DIM, 4, keyheads).double()
     rolling = build_balancer(reader)
     tokens, modality = torch.randn(5, 7, DIM, dtype=torch.float64), labels(7)
     valid = torch.ones(5, 7, dtype=torch.bool)
@@ -53,7 +53,7 @@ def test_foreign_module_rotation_against_loops(keyheads, masked):
 
 def test_interleaved_per_sample_labels():
     torch.manual_seed(0)
-    reader = Reader(DIM, 1, 1).double()
+    reader = GroupedAttention(DIM, 1, 1).double()
     rolling = build_balancer(reader, num_heads=1)
     tokens = torch.randn(3, 7, DIM, dtype=torch.float64)
     modality = torch.randint(0, 2, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -84,13 +84,13 @@ def test_inside_a_decoder_layer(query_rows):
 
 def test_foreign_module_copy_and_state_include_rotation():
     torch.manual_seed(0)
-    reader = Reader(DIM, 4, 2)
+    reader = GroupedAttention(DIM, 4, 2)
     rolling = build_balancer(reader)
     rolling.layout(labels(7))
     tokens = torch.randn(5, 7, DIM)
     reader(tokens)
     rolling.end_epoch()
-    twin, fresh = copy.deepcopy(reader), Reader(DIM, 4, 2)
+    twin, fresh = copy.deepcopy(reader), GroupedAttention(DIM, 4, 2)
     build_balancer(fresh)
     fresh.load_state_dict(reader.state_dict())
     for other in (twin, fresh):
@@ -102,9 +102,9 @@ def test_foreign_module_copy_and_state_include_rotation():
 
 
 def test_detach_removes_hooks_and_buffers():
-    made, plain = model(), model()
+    made, plain = joint_model(), joint_model()
     rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     rolling.end_epoch()
     rolling.detach()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in made.modules())
@@ -122,7 +122,7 @@ def test_names_are_accepted_for_equipoise_layers():
 
 @pytest.mark.parametrize("names", [("left", "right"), ("image", "audio"), ("audio", "image", "text")])
 def test_names_that_contradict_the_layer_raise(names):
-    made = model()
+    made = joint_model()
     with pytest.raises(
         ConfigError, match=r"the names of the layer, \('audio', 'image'\), in the same order.* got names = "
     ):
@@ -130,7 +130,7 @@ def test_names_that_contradict_the_layer_raise(names):
     assert eq.balance.RollingQ(made.fusion.attention, names=("audio", "image")).names == ("audio", "image")
 
 
-class Rotary(Reader):
+class Rotary(GroupedAttention):
     def forward(self, tokens, position_embeddings=None):
         return super().forward(tokens)
 
@@ -151,7 +151,7 @@ def test_rotary_positions_warn():
         ),
         (lambda: nn.Linear(3, 3), {}, r"an equipoise Attention layer, or.*got Linear\. Pass query=\"q_proj\""),
         (
-            lambda: Reader(DIM, 4, 4),
+            lambda: GroupedAttention(DIM, 4, 4),
             {"query": "query", "key": "k_proj", "num_heads": 4, "names": NAMES},
             r"Linear named 'query' in Reader, got no such module\. Linear layers in this module: q_proj, k_proj, v_proj",
         ),
@@ -161,22 +161,22 @@ def test_rotary_positions_warn():
             r"a torch.nn.Linear named 'cross' in DecoderLayer, got Reader\.",
         ),
         (
-            lambda: Reader(DIM, 4, 4),
+            lambda: GroupedAttention(DIM, 4, 4),
             {"query": "q_proj", "key": "k_proj", "num_heads": 5, "names": NAMES},
             r"num_heads that divides the width 12 of 'q_proj', got num_heads = 5",
         ),
         (
-            lambda: Reader(DIM, 4, 4),
+            lambda: GroupedAttention(DIM, 4, 4),
             {"query": "q_proj", "key": "k_proj", "names": NAMES},
             r"num_heads that divides the width 12 of 'q_proj', got num_heads = None",
         ),
         (
-            lambda: Reader(DIM, 4, 3),
+            lambda: GroupedAttention(DIM, 4, 3),
             {"query": "q_proj", "key": "k_proj", "num_heads": 4, "names": NAMES},
             r"'k_proj' of a width that groups 4 query heads of 3, got width 9",
         ),
         (
-            lambda: Reader(DIM, 4, 4),
+            lambda: GroupedAttention(DIM, 4, 4),
             {"query": "q_proj", "key": "k_proj", "num_heads": 4},
             r"two or more modalities, got names = \(\)",
         ),
@@ -188,7 +188,7 @@ def test_unsupported_layers_raise(build, options, message):
 
 
 def test_second_balancer_raises():
-    made = model()
+    made = joint_model()
     eq.balance.RollingQ(made.fusion.attention)
     with pytest.raises(
         ConfigError, match=r"a layer without a RollingQ, got a layer that already has one\. Call fold or detach"
@@ -197,7 +197,7 @@ def test_second_balancer_raises():
 
 
 def test_missing_or_wrong_labels():
-    reader, tokens = Reader(DIM, 4, 4), torch.randn(3, 7, DIM)
+    reader, tokens = GroupedAttention(DIM, 4, 4), torch.randn(3, 7, DIM)
     rolling = build_balancer(reader)
     with pytest.raises(ConfigError, match=r"a modality label for every key, got no labels\. Call balancer.layout"):
         reader(tokens)
@@ -211,14 +211,14 @@ def test_missing_or_wrong_labels():
 
 
 def test_unbatched_projections():
-    reader = Reader(DIM, 4, 4)
+    reader = GroupedAttention(DIM, 4, 4)
     build_balancer(reader)
     with pytest.raises(ShapeError, match=r"projections of shape \(batch, token, dim\), got \(7, 12\)"):
         reader(torch.randn(7, DIM))
 
 
 def test_attention_layers_define_their_layout():
-    rolling = eq.balance.RollingQ(model().fusion.attention)
+    rolling = eq.balance.RollingQ(joint_model().fusion.attention)
     with pytest.raises(
         ConfigError, match=r"RollingQ\.layout: expected a RollingQ on an external module, got one on an Attention"
     ):

@@ -13,8 +13,8 @@ from equipoise.balance.common.unimodal_scores import correctness
 from equipoise.errors import ConfigError
 from equipoise.fusion.subset_tokens import modality_subsets, shapley_values
 from helpers.fusion import DIM, NAMES, batch
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, assert_like_single_precision, batch_for, penalty_of, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, assert_like_single_precision, batch_for, penalty_of, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import copies_of, cross_entropy, shapley
 
@@ -36,11 +36,11 @@ def subset_output(made, inputs, kept):
 
 def oracle_values(made, inputs, *, sized=False):
     """values[i][m] from one forward pass for every subset."""
-    names, target = made.names, rows(inputs["target"])
+    names, target = made.names, to_lists(inputs["target"])
     right = {frozenset(): [0] * len(target)}
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(range(len(names)), size):
-            scores = rows(subset_output(made, inputs, [names[m] for m in chosen]).logits)
+            scores = to_lists(subset_output(made, inputs, [names[m] for m in chosen]).logits)
             hits = [int(max(row) == row[y]) for row, y in zip(scores, target, strict=True)]
             right[frozenset(chosen)] = [hit * (size if sized else 1) for hit in hits]
     return [shapley({s: v[i] for s, v in right.items()}, len(names)) for i in range(len(target))]
@@ -70,21 +70,21 @@ def test_values_equal_the_oracle_and_sum_to_the_total(count, seed):
         named = {
             frozenset(chosen): float(v) for chosen, v in zip(modality_subsets(range(count)), worth[:, i], strict=True)
         }
-        assert rows(found[:, i]) == pytest.approx(shapley(named, count), abs=1e-9)
+        assert to_lists(found[:, i]) == pytest.approx(shapley(named, count), abs=1e-9)
     torch.testing.assert_close(found.sum(dim=0), worth[-1] - worth[0], **EXACT)
 
 
 def test_correctness_of_every_task():
     logits = doubles([1.0, -2.0, 0.5], [0.0, 3.0, -1.0])
-    assert rows(correctness(logits, torch.tensor([0, 2]), "classification")) == [1, 0]
+    assert to_lists(correctness(logits, torch.tensor([0, 2]), "classification")) == [1, 0]
     labels = doubles([1, 0, 0], [0, 1, 1])
-    assert rows(correctness(logits, labels, "multilabel")) == pytest.approx([2 / 3, 2 / 3])
-    assert rows(correctness(logits, logits, "regression")) == [1, 1]
+    assert to_lists(correctness(logits, labels, "multilabel")) == pytest.approx([2 / 3, 2 / 3])
+    assert to_lists(correctness(logits, logits, "regression")) == [1, 1]
 
 
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("kind", [static, fused])
+@pytest.mark.parametrize("kind", [additive_model, attention_model])
 def test_values_of_a_model_equal_the_oracle(kind, number, sized):
     names = NAMES[:number]
     made, inputs = kind(names), batch(names, size=31)
@@ -101,13 +101,13 @@ def test_values_of_a_model_equal_the_oracle(kind, number, sized):
 @pytest.mark.parametrize("number", [2, 3])
 def test_sample_copies_equal_the_oracle(number):
     names = NAMES[:number]
-    made, inputs = fused(names), batch(names, size=31)
-    values, target = oracle_values(made, inputs), rows(inputs["target"])
+    made, inputs = attention_model(names), batch(names, size=31)
+    values, target = oracle_values(made, inputs), to_lists(inputs["target"])
     total, weight = 0.0, 0
-    for row, y in zip(rows(subset_output(made, inputs, names).logits), target, strict=True):
+    for row, y in zip(to_lists(subset_output(made, inputs, names).logits), target, strict=True):
         total, weight = total + cross_entropy(row, y), weight + 1
     for m, name in enumerate(names):
-        for row, y, value in zip(rows(subset_output(made, inputs, [name]).logits), target, values, strict=True):
+        for row, y, value in zip(to_lists(subset_output(made, inputs, [name]).logits), target, values, strict=True):
             total, weight = total + copies_of(round(value[m], 9)) * cross_entropy(row, y), weight
             weight += copies_of(round(value[m], 9))
     assert weight > 31
@@ -117,7 +117,7 @@ def test_sample_copies_equal_the_oracle(number):
 
 def test_lagging_modality_gets_copies():
     names = NAMES[:3]
-    made, inputs = static(names), batch(names, size=11)
+    made, inputs = additive_model(names), batch(names, size=11)
     balancer = eq.balance.SampleValuation(made, level="modality")
     gaps = [0.9, 0.3, 0.5]
     balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(1), "gaps": doubles(*gaps)})
@@ -133,7 +133,7 @@ def test_lagging_modality_gets_copies():
 
 
 def test_gaps_use_the_previous_epoch():
-    made, data = static(), [batch(size=11, seed=seed) for seed in range(2)]
+    made, data = additive_model(), [batch(size=11, seed=seed) for seed in range(2)]
     balancer = eq.balance.SampleValuation(made, level="modality")
     for inputs in data:
         penalty_of(balancer, made, inputs)
@@ -148,13 +148,13 @@ def test_gaps_use_the_previous_epoch():
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
 def test_first_epoch_adds_no_copies(level):
-    made, inputs = fused(), batch(size=7)
+    made, inputs = attention_model(), batch(size=7)
     balancer = eq.balance.SampleValuation(made, level=level)
     assert float(penalty_of(balancer, made, inputs)) == float(made.loss(made(inputs).logits, inputs["target"]).detach())
 
 
 def test_training_modes_and_rng_state_are_restored():
-    made = fused(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5))
+    made = attention_model(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5))
     inputs, balancer = batch(size=7), eq.balance.SampleValuation(made)
     output = made.train()(inputs)
     state = torch.get_rng_state()
@@ -165,7 +165,7 @@ def test_training_modes_and_rng_state_are_restored():
 
 @pytest.mark.parametrize("level", ["sample", "modality"])
 def test_samples_without_the_modality_are_not_copied(level):
-    made, whole = static(), batch(size=13, missing=("image",))
+    made, whole = additive_model(), batch(size=13, missing=("image",))
     here = whole["mask"]["image"]
     balancer = build_after_first_epoch(made, level=level)
     values = balancer.values(made(whole), whole["target"])
@@ -182,7 +182,7 @@ def test_samples_without_the_modality_are_not_copied(level):
 @pytest.mark.parametrize("level", ["sample", "modality"])
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task, level):
-    made, inputs = fused(task=task), batch_for(task, size=11)
+    made, inputs = attention_model(task=task), batch_for(task, size=11)
     balancer = eq.balance.SampleValuation(made, level=level)
     first = float(penalty_of(balancer, made, inputs))
     assert sum(balancer.end_epoch().values()) > 0
@@ -192,7 +192,7 @@ def test_all_tasks(task, level):
 
 
 def test_resume_from_saved_state():
-    made, inputs = static(), batch(size=11)
+    made, inputs = additive_model(), batch(size=11)
     balancer, other = (eq.balance.SampleValuation(made, level="modality") for _ in range(2))
     penalty_of(balancer, made, inputs)
     balancer.end_epoch()
@@ -203,17 +203,17 @@ def test_resume_from_saved_state():
 
 
 def test_autocast():
-    made, inputs = static(dtype=torch.float32), batch(dtype=torch.float32)
+    made, inputs = additive_model(dtype=torch.float32), batch(dtype=torch.float32)
     balancer = build_after_first_epoch(made, level="modality")
     assert_like_single_precision(balancer, made, inputs)
 
 
 def test_errors():
     with pytest.raises(ConfigError, match="SampleValuation: expected two or more modalities, got audio"):
-        eq.balance.SampleValuation(fused(("audio",)))
+        eq.balance.SampleValuation(attention_model(("audio",)))
     for wrong in ({"level": "batch"}, {"value": "right"}):
         with pytest.raises(ConfigError, match=f"expected level 'sample' or .* got .*{next(iter(wrong))} = "):
-            eq.balance.SampleValuation(fused(), **wrong)
-    made = fused()
+            eq.balance.SampleValuation(attention_model(), **wrong)
+    made = attention_model()
     with pytest.raises(ConfigError, match="SampleValuation: expected an output with logits, got logits = None"):
         eq.balance.SampleValuation(made).penalty(made(batch()).with_(logits=None), batch()["target"])

@@ -11,19 +11,19 @@ import equipoise as eq
 from equipoise.balance.umt import distillation
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.training.run import execute_run
-from helpers.fusion import NAMES, batch, slices
-from helpers.runs import job
-from helpers.steps import fused, step
+from helpers.fusion import NAMES, batch, split_batch
+from helpers.runs import run_spec
+from helpers.steps import attention_model, step
 from helpers.tolerance import TOL
-from helpers.umt import teachers
+from helpers.umt import build_teachers
 from oracles.balance_c import distillation as slow
 
 EXACT = TOL[torch.float64]
 
 
 def build(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):
-    made = fused(names, seed=seed, dtype=dtype, unimodal="none", **options)
-    balancer = eq.balance.UMT(made, teachers=teachers(names, dtype=dtype), strength=strength)
+    made = attention_model(names, seed=seed, dtype=dtype, unimodal="none", **options)
+    balancer = eq.balance.UMT(made, teachers=build_teachers(names, dtype=dtype), strength=strength)
     return made, balancer, eq.BalancerList(made, [balancer])
 
 
@@ -84,8 +84,8 @@ def test_training_brings_students_closer():
 
 
 def test_teachers_are_copies_in_evaluation_mode():
-    given = teachers()
-    made = fused()
+    given = build_teachers()
+    made = attention_model()
     balancer = eq.balance.UMT(made, teachers=given)
     nn.ModuleList([balancer]).train()
     assert not any(part.training for part in balancer.modules())
@@ -129,7 +129,7 @@ def test_copies_have_separate_teachers(twin):
 def test_accumulated_batches_equal_one_large_batch():
     whole = batch(size=12)
     made, _, balancing = build()
-    large, small = step(made, balancing, whole), step(made, balancing, *slices(whole, 5, 3, 4))
+    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
@@ -156,7 +156,7 @@ def test_autocast():
 
 def test_teachers_are_saved():
     made, balancer, _ = build()
-    other = eq.balance.UMT(made, teachers=teachers())
+    other = eq.balance.UMT(made, teachers=build_teachers())
     other.teachers["audio"][0].weight.data.zero_()
     other.load_state_dict(balancer.state_dict())
     assert torch.equal(other.teachers["audio"][0].weight, balancer.teachers["audio"][0].weight)
@@ -164,17 +164,17 @@ def test_teachers_are_saved():
 
 def test_errors():
     with pytest.raises(ConfigError, match="UMT: expected two or more modalities, got audio"):
-        eq.balance.UMT(fused(("audio",)))
+        eq.balance.UMT(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"UMT: expected strength >= 0 .* got strength = -1"):
-        eq.balance.UMT(fused(), strength=-1)
+        eq.balance.UMT(attention_model(), strength=-1)
     with pytest.raises(ConfigError, match=r"UMT: expected .* teachers for audio, image, got .* teachers for text"):
-        eq.balance.UMT(fused(), teachers=teachers(("text",)))
-    made = fused()
-    balancer = eq.balance.UMT(made, teachers=teachers(("audio",)))
+        eq.balance.UMT(attention_model(), teachers=build_teachers(("text",)))
+    made = attention_model()
+    balancer = eq.balance.UMT(made, teachers=build_teachers(("audio",)))
     with pytest.raises(ConfigError, match="UMT: expected a teacher for 'image', got teachers for audio"):
         balancer.penalty(made(batch()), batch()["target"])
-    made = fused()
-    balancing = eq.BalancerList(made, [eq.balance.UMT(made, teachers=teachers(dim=7))])
+    made = attention_model()
+    balancing = eq.BalancerList(made, [eq.balance.UMT(made, teachers=build_teachers(dim=7))])
     with pytest.raises(
         ShapeError, match=r"UMT 'audio': expected a teacher of the student's width dim = 12, got width 7"
     ):
@@ -182,7 +182,7 @@ def test_errors():
 
 
 def test_run_trains_teachers_first(tmp_path):
-    run = execute_run(job("concat+umt", epochs=1, batch_size=500), tmp_path)
+    run = execute_run(run_spec("concat+umt", epochs=1, batch_size=500), tmp_path)
     assert run["method"] == "concat+umt"
     assert sorted(path.name for path in (tmp_path / "teachers").iterdir()) == ["audio", "image"]
     assert eq.load(tmp_path).names == ("audio", "image")

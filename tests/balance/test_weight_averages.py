@@ -13,7 +13,7 @@ import equipoise as eq
 from equipoise.balance.rollingq.effective_rotation import EffectiveRotation, cached_or_raw
 from equipoise.errors import ConfigError
 from equipoise.geometry import nearest_rotation
-from helpers.fusion import DIM, batch, forward, model
+from helpers.fusion import DIM, batch, joint_model, run_forward
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -21,7 +21,7 @@ ROTATION = "fusion.attention.core.rolling.rotation"
 
 
 def build(seed=0, *, query_rows="all", **options):
-    made = model(seed=seed, **options)
+    made = joint_model(seed=seed, **options)
     return made, eq.balance.RollingQ(
         made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, query_rows=query_rows
     )
@@ -30,7 +30,7 @@ def build(seed=0, *, query_rows="all", **options):
 def build_rotated(seed=0, epochs=1, **options):
     made, rolling = build(seed, **options)
     for epoch in range(epochs):
-        forward(made, [batch(seed=epoch, dtype=made.head.weight.dtype)])
+        run_forward(made, [batch(seed=epoch, dtype=made.head.weight.dtype)])
         assert rolling.end_epoch()["rotated"] == 1.0
     return made.eval()
 
@@ -50,7 +50,7 @@ def load_model(state):
 def expected_logits(made):
     """Logits computed without RollingQ, from weights into which the rotation of the buffer's SVD is multiplied."""
     u, _, vt = torch.linalg.svd(made.state_dict()[ROTATION])
-    plain = model(seed=5)
+    plain = joint_model(seed=5)
     plain.load_state_dict({name: value for name, value in made.state_dict().items() if "rolling" not in name})
     with torch.no_grad():
         block = torch.block_diag(*(u @ vt))
@@ -127,7 +127,7 @@ def test_state_dict_of_other_layers_keeps_the_rotation():
     encoders = {name: value for name, value in made.state_dict().items() if name.startswith("encoders.")}
     made.load_state_dict(encoders, strict=False)
     assert torch.equal(made.state_dict()[ROTATION], before)
-    made.load_state_dict(model(seed=2).state_dict(), strict=False)
+    made.load_state_dict(joint_model(seed=2).state_dict(), strict=False)
     assert torch.equal(made.state_dict()[ROTATION], torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
 
 
@@ -167,7 +167,7 @@ def test_averaged_model_predicts_with_its_state_dict(options, use_buffers):
     average = AveragedModel(made, use_buffers=use_buffers, **options)
     average.update_parameters(made)
     for epoch in range(3):
-        forward(made, [batch(seed=epoch)])
+        run_forward(made, [batch(seed=epoch)])
         rolling.end_epoch()
         with torch.no_grad():
             made.fusion.attention.query.weight.mul_(1.1)
@@ -196,7 +196,7 @@ def test_average_continues_from_its_applied_rotation():
     for epochs in (1, 2):
         average.update_parameters(build_rotated(epochs=epochs))
     rolling = average.module.fusion.attention.core.rolling
-    forward(average.module, [batch(seed=7)])
+    run_forward(average.module, [batch(seed=7)])
     assert rolling.end_epoch()["rotated"] == 1.0
     identity = torch.eye(DIM // 2, dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, identity, **EXACT)
@@ -207,12 +207,12 @@ def test_averaged_counter_does_not_allow_extra_rotations():
     rolling.max_rotations = 1
     average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
     average.update_parameters(made)
-    forward(made, [batch()])
+    run_forward(made, [batch()])
     assert rolling.end_epoch()["rotations"] == 1.0
     average.update_parameters(made)
     other = average.module.fusion.attention.core.rolling
     assert int(other.rotations) == 0
-    forward(average.module, [batch(seed=3)])
+    run_forward(average.module, [batch(seed=3)])
     log = other.end_epoch()
     assert (log["rotated"], log["rotations"]) == (0.0, 1.0)
 
@@ -233,7 +233,7 @@ def test_average_without_rotation_raises(corner):
 
 def test_layer_without_rotation_is_bitwise_unchanged():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        plain, (made, _) = model(dtype=dtype), build(dtype=dtype)
+        plain, (made, _) = joint_model(dtype=dtype), build(dtype=dtype)
         outputs = [each.train()(batch(dtype=dtype)).logits for each in (plain, made)]
         assert torch.equal(*outputs)
         for output in outputs:
@@ -285,11 +285,11 @@ def test_nearest_rotation_of_a_rotation_is_itself():
 @pytest.mark.parametrize("write", [copy_values, copy_data])
 def test_copied_weights_use_the_depth_of_their_buffer(write):
     def staged(seed):
-        made = model(depth=2, seed=seed)
+        made = joint_model(depth=2, seed=seed)
         return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, query_rows="first")
 
     (source, balancer), (target, _) = staged(0), staged(3)
-    forward(source, [batch()])
+    run_forward(source, [batch()])
     balancer.end_epoch()
     with torch.no_grad():
         write(target, source)
@@ -298,7 +298,7 @@ def test_copied_weights_use_the_depth_of_their_buffer(write):
 
 
 def test_average_of_depths_uses_the_later_depth():
-    made = model(depth=2)
+    made = joint_model(depth=2)
     average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
     made.fusion.use_depth(1)
     average.update_parameters(made)
@@ -310,7 +310,7 @@ def test_average_of_depths_uses_the_later_depth():
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_rotation_without_matching_layer_raises(depth):
-    state, plain = build_rotated(depth=depth).state_dict(), model(seed=3, depth=depth)
+    state, plain = build_rotated(depth=depth).state_dict(), joint_model(seed=3, depth=depth)
     message = r"load_state_dict: expected a model with a RollingQ, got none to load 'fusion\..*rolling\.rotation'"
     with pytest.raises(RuntimeError, match=message):
         plain.load_state_dict(state, strict=False)

@@ -11,7 +11,7 @@ from equipoise.cli.commands import COMMANDS
 from equipoise.cli.recipe_overrides import load_with_changes, split_recipe_options
 from equipoise.results import result_rows
 from equipoise.training import recipes
-from helpers.runs import program, recipe, weights, write_recipe
+from helpers.runs import recipe, run_program, weights, write_recipe
 
 
 def exit_status(*arguments):
@@ -151,7 +151,7 @@ def test_train_does_not_overwrite_results(tmp_path, capsys):
 def test_two_processes_match_one_process(tmp_path):
     config = write_recipe(tmp_path / "r.yaml", recipe(epochs=2), fusions={"joint": {"dropout": 0.0}})
     command = ["train", "--config", config, "--method", "joint+rollingq", "--accelerator", "cpu", "--devices"]
-    process = program(*command, 2, "--strategy", "ddp", "--out", tmp_path / "two")
+    process = run_program(*command, 2, "--strategy", "ddp", "--out", tmp_path / "two")
     assert run([*command, "1", "--out", str(tmp_path / "one")]) == 0
     said = process.communicate()[0]
     assert process.returncode == 0, said
@@ -176,7 +176,7 @@ def test_two_processes_match_one_process(tmp_path):
 def test_stages_train_in_two_processes(tmp_path):
     """Blocks of later stages get no gradient, which plain DDP does not bear."""
     config = write_recipe(tmp_path / "r.yaml", recipe(epochs=2))
-    process = program(
+    process = run_program(
         "train", "--config", config, "--method", "deep+progressive", "--accelerator", "cpu", "--devices", 2,
         "--strategy", "ddp", "--out", tmp_path / "o",
     )  # fmt: skip

@@ -14,12 +14,12 @@ from equipoise.evaluation.search.embedding_cache import NAME
 from equipoise.evaluation.search.terminal_image import HALF
 from equipoise.training import RunSpec, execute_run
 from equipoise.training import load as load_run
-from helpers.search import recipe, space, write_run
+from helpers.search import build_dual_encoder, recipe, write_run
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "emoji", space())
+    return write_run(tmp_path_factory.mktemp("runs") / "emoji", build_dual_encoder())
 
 
 def error_message(capsys, *arguments):
@@ -111,10 +111,10 @@ def test_invalid_images_and_folders_raise(run_folder, capsys, tmp_path):
 
 def test_folder_without_run_raises(run_folder, capsys, tmp_path):
     assert "expected the folder of a finished run" in error_message(capsys, "--model", tmp_path / "none", "dog")
-    broken = write_run(tmp_path / "broken", space())
+    broken = write_run(tmp_path / "broken", build_dual_encoder())
     (broken / "model.safetensors").write_bytes(b"half")
     assert "model.safetensors" in error_message(capsys, "--model", broken, "dog")
-    other = write_run(tmp_path / "other", space())
+    other = write_run(tmp_path / "other", build_dual_encoder())
     text = (other / "run.json").read_text().replace("info_nce", "clip")
     (other / "run.json").write_text(text)
     assert "expected a known variant, got 'clip'" in error_message(capsys, "--model", other, "dog")

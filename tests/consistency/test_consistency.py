@@ -335,9 +335,9 @@ def test_slots_accept_any_number_of_tokens():
 
 
 def test_loss_of_a_model_and_of_samples_with_missing_modalities():
-    from helpers.fusion import batch, model
+    from helpers.fusion import batch, joint_model
 
-    made = model()
+    made = joint_model()
     loss = eq.consistency.ConsistencyLoss(12, slots=2).double()
     output = made(batch(missing=("audio",)))
     whole = made({name: value[[1, 2, 4]] for name, value in batch().items()})

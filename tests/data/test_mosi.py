@@ -9,7 +9,7 @@ import torch
 from equipoise.data import load_dataset
 from equipoise.data.sets.mosi import FEATURES, ROWS, VAL_VIDEOS
 from equipoise.errors import DataError
-from helpers.published_data import DATA, needs
+from helpers.published_data import DATA, requires_data
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def synthetic_folder(tmp_path_factory):
     return folder
 
 
-@needs("mosi")
+@requires_data("mosi")
 def test_published_splits(published_data):
     assert published_data.shapes == {"text": (100,), "audio": (73,), "video": (100,)}
     assert [len(split) for split in (published_data.train, published_data.val, published_data.test)] == [1211, 236, 752]

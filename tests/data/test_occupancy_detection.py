@@ -8,7 +8,7 @@ import torch
 from equipoise.data import load_dataset
 from equipoise.data.sets.occupancy_detection import ROWS
 from equipoise.errors import ConfigError, DataError
-from helpers.published_data import DATA, needs
+from helpers.published_data import DATA, requires_data
 
 HEADER = '"date","Temperature","Humidity","Light","CO2","HumidityRatio","Occupancy"\n'
 
@@ -27,7 +27,7 @@ def synthetic_folder(tmp_path_factory):
     return folder
 
 
-@needs("occupancy")
+@requires_data("occupancy")
 @pytest.mark.parametrize(("fold", "test"), [("1", [1693, 972]), ("2", [7703, 2049])])
 def test_published_splits(fold, test):
     data = load_dataset("occupancy_detection", root=DATA, fold=fold)

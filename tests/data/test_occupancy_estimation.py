@@ -9,7 +9,7 @@ import torch
 from equipoise.data import load_dataset
 from equipoise.data.sets.occupancy_estimation import COLUMNS, DAYS, LONGEST_GAP, ROWS, SENSORS
 from equipoise.errors import ConfigError, DataError
-from helpers.published_data import DATA, needs
+from helpers.published_data import DATA, requires_data
 
 PER_DAY = 1447
 """Readings of each day of the synthetic table."""
@@ -38,7 +38,7 @@ def table_copy(synthetic_folder, tmp_path, monkeypatch):
     return tmp_path / "occupancy/est.csv"
 
 
-@needs("occupancy")
+@requires_data("occupancy")
 def test_published_splits():
     data = load_dataset("occupancy_estimation", root=DATA)
     assert data.shapes == {name: (10, len(columns)) for name, columns in SENSORS.items()}

@@ -15,7 +15,7 @@ from equipoise.data.sets.far_ood import photo_patches, synthetic_sounds
 from equipoise.errors import ConfigError
 from equipoise.training import recipes
 from equipoise.training.run import load_run_dataset
-from helpers.runs import Made, recipe
+from helpers.runs import RandomData, recipe
 from helpers.tolerance import TOL
 from oracles import data as oracles_data
 
@@ -214,7 +214,7 @@ def test_data_without_ood_split_raises():
     with pytest.raises(ConfigError, match=r"expected a data set with held-out classes, got Digits with none\."):
         data.ood_split(whole, "near")
     assert len(data.ood_split(whole, "far").test) == FAR_SAMPLES
-    for other in (data.load_dataset("generated", samples=20), Made(("text",))):
+    for other in (data.load_dataset("generated", samples=20), RandomData(("text",))):
         with pytest.raises(
             ConfigError, match=rf"ood_split: expected a data set of images and sounds, got {type(other).__name__}"
         ):

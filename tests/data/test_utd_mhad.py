@@ -8,7 +8,7 @@ from scipy.io import loadmat, savemat
 from equipoise.data import load_dataset
 from equipoise.data.sets.utd_mhad import ACTIONS, SUBJECTS, TRIALS, UNPUBLISHED, list_recordings, read_recording
 from equipoise.errors import ConfigError, DataError
-from helpers.published_data import DATA, needs
+from helpers.published_data import DATA, requires_data
 
 NAMES = [
     f"a{a}_s{s}_t{t}" for a in ACTIONS for s in SUBJECTS for t in TRIALS if (a, s, t) not in UNPUBLISHED
@@ -28,7 +28,7 @@ def write_recording(folder, name="inertial", length=7, **changes):
     return path, values
 
 
-@needs("utd_mhad/Inertial", "utd_mhad/Skeleton")
+@requires_data("utd_mhad/Inertial", "utd_mhad/Skeleton")
 def test_published_splits(published_data):
     assert published_data.shapes == {"inertial": (326, 6), "skeleton": (125, 60)}
     assert [len(split) for split in (published_data.train, published_data.val, published_data.test)] == [323, 108, 430]
@@ -45,7 +45,7 @@ def test_published_splits(published_data):
     torch.testing.assert_close(valid.std(dim=0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
 
 
-@needs("utd_mhad/Inertial", "utd_mhad/Skeleton")
+@requires_data("utd_mhad/Inertial", "utd_mhad/Skeleton")
 def test_splits_by_subject(published_data):
     def length(action, subject, trial):
         path = f"{DATA}/utd_mhad/Inertial/a{action}_s{subject}_t{trial}_inertial.mat"

@@ -24,9 +24,9 @@ from equipoise.consistency import (
 from equipoise.diagnostics.suite import diagnose
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.report.diagnosis_html import diagnosis_page
-from helpers.consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concepts, planted
-from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
-from helpers.model_state import Broken, state
+from helpers.consistency import CONCEPTS, EYE, NAMES, SWAP, TOKENS, concept_batch, planted_fusion
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, joint_model
+from helpers.model_state import FailingModel, model_state
 from helpers.pages import CONTRAST, EVIL
 from helpers.tolerance import TOL
 from oracles import consistency as slow
@@ -58,7 +58,7 @@ PLANTED = {
 @pytest.mark.parametrize("case", PLANTED)
 def test_planted_maps_match_the_worked_example(case):
     maps, score, error = PLANTED[case]
-    layer = single_layer(eq.diagnostics.attention_consistency(planted(*maps), [concepts()]))
+    layer = single_layer(eq.diagnostics.attention_consistency(planted_fusion(*maps), [concept_batch()]))
     assert layer.site == "fusion.blocks.0.attention"
     assert (layer.score, layer.cycle_error) == pytest.approx((score, error), abs=1e-4)
     assert (layer.pair_error, layer.spread) == pytest.approx((0, 0), abs=1e-6)
@@ -71,7 +71,7 @@ def test_planted_maps_match_the_worked_example(case):
 
 
 def test_planted_swap_is_reported_as_inconsistent_cycle():
-    found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=2)
+    found = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch()], tokens=TOKENS, worst=2)
     assert [str(cycle) for cycle in found.worst.cycles] == [
         "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise'",
         "audio 'bark' -> text 'dog' -> video 'man' -> audio 'noise'",
@@ -83,22 +83,22 @@ def test_planted_swap_is_reported_as_inconsistent_cycle():
     assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
     # What the swap leaves alone goes round well.
     all_ = single_layer(
-        eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts()], tokens=TOKENS, worst=99)
+        eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch()], tokens=TOKENS, worst=99)
     ).cycles
     assert not any("silence" in station or "none" in station for cycle in all_ for station in cycle.way)
-    assert single_layer(eq.diagnostics.attention_consistency(planted(), [concepts()])).cycles == ()
+    assert single_layer(eq.diagnostics.attention_consistency(planted_fusion(), [concept_batch()])).cycles == ()
 
 
 def test_two_modalities_have_round_trips_only():
-    made = planted(SWAP, names=NAMES[:2])
-    layer = single_layer(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    made = planted_fusion(SWAP, names=NAMES[:2])
+    layer = single_layer(eq.diagnostics.attention_consistency(made, [concept_batch(NAMES[:2])]))
     assert layer.score == pytest.approx(1, abs=1e-4)
     assert layer.cycle_error == layer.pair_error == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         # audio goes by the swap, and video back by identity.
         weight = made.fusion.blocks[0].attention.query.weight
         weight.copy_(weight.max() * eq.consistency.supermatrix({(0, 1): SWAP, (1, 0): EYE}).t())
-    layer = single_layer(eq.diagnostics.attention_consistency(made, [concepts(NAMES[:2])]))
+    layer = single_layer(eq.diagnostics.attention_consistency(made, [concept_batch(NAMES[:2])]))
     assert layer.cycle_error == layer.pair_error == pytest.approx(2 / 3, abs=1e-5)
     assert layer.cycles[0].way == ("audio token 1", "video token 2", "audio token 2")
 
@@ -158,7 +158,7 @@ def slow_scores(blocks, count):
 
 @pytest.mark.parametrize("names", [THREE[:2], THREE])
 def test_scores_against_loops_with_padding_and_missing_modalities(names):
-    made = model(names, depth=2)
+    made = joint_model(names, depth=2)
     loader = [batch(names, size=5), batch(names, size=7, seed=1)]
     # Ends of audio are padding in some samples, and one sample has no text or image at all.
     lengths = torch.tensor([7, 3, 5, 7, 2])
@@ -181,7 +181,7 @@ def test_scores_against_loops_with_padding_and_missing_modalities(names):
 
 
 def test_padding_changes_nothing():
-    made, short = model(THREE, depth=2), batch(THREE)
+    made, short = joint_model(THREE, depth=2), batch(THREE)
     long = {name: values if name == "target" else nn.functional.pad(values, (0, 0, 0, 4), value=9.0)
             for name, values in short.items()}  # fmt: skip
     long["mask"] = {name: torch.arange(short[name].shape[1] + 4).expand(5, -1) < short[name].shape[1] for name in THREE}
@@ -193,7 +193,7 @@ def test_padding_changes_nothing():
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), order=st.permutations(range(CONCEPTS)))
 def test_token_names_do_not_matter(seed, order):
-    made, plain = model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
+    made, plain = joint_model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
     other = {**plain, "text": plain["text"][:, list(order)]}
     one, two = (single_layer(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (plain, other))
     for figure in ("score", "effective_rank", "contradiction_excess", "top_energy", "cycle_error", "pair_error"):
@@ -252,17 +252,19 @@ def test_loader_is_read_up_to_the_limit():
             seen.append(seed)
             yield batch(THREE, seed=seed)
 
-    found = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), loader(), samples=7))
+    found = single_layer(eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), loader(), samples=7))
     assert (found.samples, seen) == (7, [0, 1])
     both = {name: torch.cat([batch(THREE, seed=s)[name] for s in range(2)])[:7] for name in batch(THREE)}
-    again = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), [both]))
+    again = single_layer(eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), [both]))
     torch.testing.assert_close(found.matrix, again.matrix, **EXACT)
 
 
 def test_long_sequences_are_pooled():
     long = {**batch(THREE), "audio": torch.randn(5, 13, 3, dtype=torch.float64)}
     words = {"audio": [f"w{n}" for n in range(13)]}
-    layer = single_layer(eq.diagnostics.attention_consistency(model(THREE, depth=2), [long], tokens=words, parts=4))
+    layer = single_layer(
+        eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), [long], tokens=words, parts=4)
+    )
     assert layer.sizes == (4, 4, 3)
     assert layer.tokens[:5] == (
         "audio 'w0' to 'w3'", "audio 'w3' to 'w6'", "audio 'w6' to 'w9'", "audio 'w9' to 'w12'", "image tokens 1 to 2",
@@ -359,15 +361,15 @@ def test_missing_maps_have_a_reason(case):
 )
 def test_invalid_options_raise(options, kind, message):
     with pytest.raises(kind, match=message):
-        eq.diagnostics.attention_consistency(model(THREE, depth=2), [batch(THREE)], **options)
+        eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), [batch(THREE)], **options)
 
 
 def test_invalid_data_raise():
-    made = model(THREE, depth=2)
+    made = joint_model(THREE, depth=2)
     with pytest.raises(ShapeError, match="expected at least one batch, got none"):
         eq.diagnostics.attention_consistency(made, [])
     with pytest.raises(ConfigError, match="expected two or more modalities, got one, 'audio'"):
-        eq.diagnostics.attention_consistency(model(("audio",), depth=2), [batch(("audio",))])
+        eq.diagnostics.attention_consistency(joint_model(("audio",), depth=2), [batch(("audio",))])
     broken = batch(THREE)
     broken["audio"][0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="expected finite numbers, got NaN or infinity"):
@@ -381,12 +383,12 @@ def test_invalid_data_raise():
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(ends):
-    made, loader = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    made, loader = joint_model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
     made.fusion.eval()
     made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
     if ends == "with the model's error":
-        made.encoders["audio"] = Broken()
-    before = state(made, loader)
+        made.encoders["audio"] = FailingModel()
+    before = model_state(made, loader)
     if ends == "well":
         eq.diagnostics.attention_consistency(made, loader)
     elif ends == "with a user's error":
@@ -395,17 +397,19 @@ def test_model_state_is_restored(ends):
     else:
         with pytest.raises(RuntimeError, match="broken"):
             eq.diagnostics.attention_consistency(made, loader)
-    assert state(made, loader) == before
+    assert model_state(made, loader) == before
 
 
 @pytest.fixture(scope="module")
 def swapped_diagnosis():
-    return diagnose(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS, tests=["consistency"], name="swapped")
+    return diagnose(
+        planted_fusion(on=SWAP), [concept_batch(size=7)], tokens=TOKENS, tests=["consistency"], name="swapped"
+    )
 
 
 def test_diagnosis_contains_score_and_maps(swapped_diagnosis, tmp_path):
     site = "fusion.blocks.0.attention"
-    found = eq.diagnostics.attention_consistency(planted(on=SWAP), [concepts(size=7)], tokens=TOKENS)
+    found = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch(size=7)], tokens=TOKENS)
     assert swapped_diagnosis.metrics[f"consistency/{site}"] == found.worst.score
     assert swapped_diagnosis.metrics[f"cycle_error/{site}"] == found.worst.cycle_error
     assert swapped_diagnosis.metrics[f"pair_error/{site}"] == found.worst.pair_error
@@ -413,13 +417,13 @@ def test_diagnosis_contains_score_and_maps(swapped_diagnosis, tmp_path):
     details = eq.Diagnosis.load(tmp_path).details["consistency"]["layers"][0]
     assert details["cycles"][0]["way"] == list(found.worst.cycles[0].way)
     torch.testing.assert_close(torch.tensor(details["matrix"]).double(), found.worst.matrix, rtol=0, atol=1e-4)
-    two = diagnose(planted(names=NAMES[:2]), [concepts(NAMES[:2])], tests=["consistency"])
+    two = diagnose(planted_fusion(names=NAMES[:2]), [concept_batch(NAMES[:2])], tests=["consistency"])
     assert f"pair_error/{site}" in two.metrics
     assert f"cycle_error/{site}" not in two.metrics
-    one = diagnose(model(("audio",), depth=2, dtype=torch.float32), [batch(("audio",), dtype=torch.float32)])
+    one = diagnose(joint_model(("audio",), depth=2, dtype=torch.float32), [batch(("audio",), dtype=torch.float32)])
     assert one.skipped["consistency"] == "the model has one modality: consistency needs at least two"
     with pytest.raises(ConfigError, match="diagnose tokens: expected a known modality, got 'sound'"):
-        diagnose(planted(), [concepts()], tokens={"sound": ()})
+        diagnose(planted_fusion(), [concept_batch()], tokens={"sound": ()})
 
 
 def test_page_shows_maps_and_worst_cycle(swapped_diagnosis):
@@ -431,14 +435,14 @@ def test_page_shows_maps_and_worst_cycle(swapped_diagnosis):
     assert "are 73\N{NO-BREAK SPACE}% of the sum; 100\N{NO-BREAK SPACE}% for consistent maps" in shown
     # A cell for each 1 of the nine blocks, and each of them a path.
     assert len(re.findall(r"<path[^>]*clip-path[^>]*fill: var\(--fig-(?:accent|grid)", shown)) >= 27
-    well = diagnosis_page([diagnose(planted(), [concepts()], tests=["consistency"]).to_dict()])
+    well = diagnosis_page([diagnose(planted_fusion(), [concept_batch()], tests=["consistency"]).to_dict()])
     assert "All cycles are consistent." in well
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_token_names_are_escaped(evil):
     tokens = {**TOKENS, "video": (evil, "man", "street")}
-    found = diagnose(planted(on=SWAP), [concepts()], tokens=tokens, tests=["consistency"])
+    found = diagnose(planted_fusion(on=SWAP), [concept_batch()], tokens=tokens, tests=["consistency"])
     text = diagnosis_page([found.to_dict()])
     assert evil not in text
     assert text.count("<script") == 2
@@ -448,7 +452,7 @@ def test_token_names_are_escaped(evil):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_figure_is_legible_on_small_screens(swapped_diagnosis, open_page, tmp_path, scheme):
     long = {name: tuple(f"{word} without a place to break" * 3 for word in words) for name, words in TOKENS.items()}
-    other = diagnose(planted(on=ROUND), [concepts()], tokens=long, tests=["consistency"])
+    other = diagnose(planted_fusion(on=ROUND), [concept_batch()], tokens=long, tests=["consistency"])
     (tmp_path / "page.html").write_text(
         diagnosis_page([swapped_diagnosis.to_dict(), other.to_dict()]), encoding="utf-8"
     )
@@ -468,10 +472,10 @@ def test_figure_is_legible_on_small_screens(swapped_diagnosis, open_page, tmp_pa
 
 
 def test_uniform_maps_have_no_inconsistent_cycles_and_no_warnings():
-    even = planted(sharpness=0.0)
+    even = planted_fusion(sharpness=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = diagnose(even, [concepts()], tests=["consistency"])
+        found = diagnose(even, [concept_batch()], tests=["consistency"])
     layer = found.details["consistency"]["layers"][0]
     assert layer["score"] == pytest.approx(layer["even"])
     assert layer["score"] == pytest.approx(0.6)

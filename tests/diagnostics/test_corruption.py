@@ -12,8 +12,8 @@ from equipoise.diagnostics.corruption_test import corruption_curve
 from equipoise.diagnostics.input_corruption import AUDIO_RUN, KINDS, TIMESERIES_RUN, corrupt
 from equipoise.diagnostics.noise_test import input_statistics
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from helpers.fusion import batch, model
-from helpers.steps import fused
+from helpers.fusion import batch, joint_model
+from helpers.steps import attention_model
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
 from oracles.task_scores import slow_score
@@ -149,7 +149,7 @@ def result_values(found):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [("image",), ("audio", "image"), ("audio", "image", "text")], ids=len)
 def test_on_a_model(task, names):
-    made = fused(names, task=task, unimodal="none")
+    made = attention_model(names, task=task, unimodal="none")
     batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
     found = corruption_curve(made, batches, modality="image", kind="mix", levels=(1, 0, 0.3), seed=5, std=2.0)
     made.eval()
@@ -171,7 +171,7 @@ def test_on_a_model(task, names):
 
 
 def test_drop_is_relative_to_clean_input():
-    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")]
+    made, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")]
     whole = corruption_curve(made, batches, modality="audio", levels=(0, 0.5, 1))
     part = corruption_curve(made, lambda: batches, modality="audio", levels=[0.5, 1])
     assert part.drop == whole.drop[1:]
@@ -181,7 +181,10 @@ def test_drop_is_relative_to_clean_input():
 
 
 def test_default_std_is_that_of_the_data():
-    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression", seed=seed) for seed in range(2)]
+    made, batches = (
+        attention_model(task="regression", unimodal="none"),
+        [batch_for("regression", seed=seed) for seed in range(2)],
+    )
     std = torch.cat([part["audio"].flatten() for part in batches]).std(correction=0)
     assert float(std) == pytest.approx(input_statistics(batches, "audio", who="test")[1])
     default, given = (corruption_curve(made, batches, modality="audio", std=value) for value in (None, float(std)))
@@ -190,7 +193,7 @@ def test_default_std_is_that_of_the_data():
 
 
 def test_noise_depends_on_seed_and_batch_index():
-    made, batches = fused(task="regression", unimodal="none"), [batch_for("regression")] * 2
+    made, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")] * 2
     first = corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))
     # The same batch as number 0 and 1 has different noise; noise of number 0 does not hang on what follows.
     alone = corruption_curve(made, batches[:1], modality="audio", seed=1, levels=(0.5,))
@@ -207,7 +210,7 @@ def test_noise_depends_on_seed_and_batch_index():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_on_a_static_fusion(kind):
-    made = fused(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
+    made = attention_model(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
     found = corruption_curve(made, [batch_for("regression")], modality="audio", kind=kind)
     assert found.share is None
     assert found.levels == (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -215,7 +218,7 @@ def test_all_kinds_on_a_static_fusion(kind):
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     with pytest.raises(
         ConfigError, match=r"corruption_curve: expected a known modality, got 'imag'. Did you mean 'ima"
     ):

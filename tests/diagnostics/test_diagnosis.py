@@ -12,8 +12,8 @@ from equipoise.diagnostics import mask_modality, modality_shapley, noise_respons
 from equipoise.diagnostics.noise_test import input_statistics
 from equipoise.diagnostics.suite import TESTS, diagnose
 from equipoise.errors import ConfigError, EquipoiseError, NonFiniteError, ShapeError
-from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
-from helpers.model_state import Broken, state
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, joint_model
+from helpers.model_state import FailingModel, model_state
 from helpers.tolerance import TOL
 
 CLOSE = TOL[torch.float32]
@@ -36,7 +36,7 @@ def with_targets(loader, target):
 
 @pytest.fixture(scope="module")
 def deep_diagnosis():
-    made, loader = model(depth=2, dtype=torch.float32), random_batches()
+    made, loader = joint_model(depth=2, dtype=torch.float32), random_batches()
     outside = [{name: 3 * values for name, values in inputs.items() if name != "target"} for inputs in random_batches()]
     return made, loader, outside, diagnose(made, loader, outside=outside, modality="image", seed=3)
 
@@ -158,7 +158,7 @@ def test_all_applicable_tests_are_run(deep_diagnosis):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_any_number_of_modalities(count, depth):
     names = NAMES[count]
-    found = diagnose(model(names, depth=depth, dtype=torch.float32), random_batches(names))
+    found = diagnose(joint_model(names, depth=depth, dtype=torch.float32), random_batches(names))
     assert {f"accuracy_noise/{name}" for name in names} <= set(found.metrics)
     assert ("masking" in found.skipped) == ("response" in found.skipped) == (count == 1)
     assert ("collapse" in found.details) == (depth == 2)
@@ -229,7 +229,7 @@ def test_regression_of_one_number():
 
 
 def test_samples_with_missing_modality():
-    made = model(dtype=torch.float32)
+    made = joint_model(dtype=torch.float32)
     loader = random_batches(missing=NAMES[2])
     found = diagnose(made, loader)
     assert set(found.skipped) == {"ood", "gap", "consistency", "collapse"}
@@ -243,7 +243,7 @@ def test_samples_with_missing_modality():
 
 def test_missing_modality_of_a_batch_is_not_replaced():
     loader = [*random_batches(), {**batch(size=3, dtype=torch.float32), "image": None}]
-    found = diagnose(model(dtype=torch.float32), loader)
+    found = diagnose(joint_model(dtype=torch.float32), loader)
     for test in ("noise", "corruption", "response"):
         assert "'image': expected a floating tensor or word ids in every batch" in found.skipped[test]
     assert "accuracy_mask/image" in found.metrics
@@ -251,7 +251,7 @@ def test_missing_modality_of_a_batch_is_not_replaced():
 
 def test_attention_without_targets():
     loader = [{name: values for name, values in inputs.items() if name != "target"} for inputs in random_batches()]
-    found = diagnose(model(dtype=torch.float32), loader)
+    found = diagnose(joint_model(dtype=torch.float32), loader)
     assert found.skipped["score"] == found.skipped["masking"] == "the batches have no target"
     assert {"response", "attention", "keys", "cost"} == set(found.details)
     assert "share/audio" in found.metrics
@@ -286,7 +286,7 @@ def test_foreign_model():
 
 def test_selected_tests_and_progress():
     heard = []
-    made, loader = model(dtype=torch.float32), random_batches()
+    made, loader = joint_model(dtype=torch.float32), random_batches()
     found = diagnose(made, loader, tests=["masking", "cost"], progress=lambda *told: heard.append(told))
     assert set(found.details) == {"score", "masking", "cost"}
     assert heard == [("score", 0, 3), ("masking", 1, 3), ("cost", 2, 3), ("", 3, 3)]
@@ -294,7 +294,7 @@ def test_selected_tests_and_progress():
 
 
 def test_scores_of_unimodal_models_override_heads():
-    made, alone = model(dtype=torch.float32), {"audio": 0.25, "image": 0.75}
+    made, alone = joint_model(dtype=torch.float32), {"audio": 0.25, "image": 0.75}
     found = diagnose(made, random_batches(), tests=[], alone=alone)
     assert {name: found.metrics[f"accuracy_alone/{name}"] for name in alone} == alone
     assert found.details["score"]["alone_from"] == "models"
@@ -303,7 +303,7 @@ def test_scores_of_unimodal_models_override_heads():
 
 
 def test_shuffled_loader_gives_the_same_result():
-    made, rows = model(dtype=torch.float32), batch(size=29, dtype=torch.float32)
+    made, rows = joint_model(dtype=torch.float32), batch(size=29, dtype=torch.float32)
     samples = [{name: values[i] for name, values in rows.items()} for i in range(29)]
     torch.manual_seed(7)
     shuffled = diagnose(made, DataLoader(samples, batch_size=29, shuffle=True))
@@ -316,7 +316,7 @@ def test_shuffled_loader_gives_the_same_result():
 
 
 def test_results_are_deterministic():
-    made, loader = model(depth=2, dropout=0.5, dtype=torch.float32).train(), random_batches()
+    made, loader = joint_model(depth=2, dropout=0.5, dtype=torch.float32).train(), random_batches()
     first, second = diagnose(made, loader), diagnose(made, lambda: iter(loader))
     assert first.to_dict() == second.to_dict()
     assert diagnose(made, loader, seed=1).metrics != first.metrics
@@ -337,11 +337,11 @@ ERRORS = {
 def test_invalid_options_raise(what):
     options, kind, message = ERRORS[what]
     with pytest.raises(kind, match=message):
-        diagnose(model(dtype=torch.float32), random_batches(), **options)
+        diagnose(joint_model(dtype=torch.float32), random_batches(), **options)
 
 
 def test_unsupported_models_raise():
-    made, loader = model(dtype=torch.float32), random_batches()
+    made, loader = joint_model(dtype=torch.float32), random_batches()
     with pytest.raises(ConfigError, match=r"iterated several times: .*, got a list_iterator\. Pass list\(loader\)"):
         diagnose(made, iter(loader))
     with pytest.raises(ConfigError, match="got a int"):
@@ -358,15 +358,15 @@ def test_unsupported_models_raise():
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(depth, ends):
-    made = model(depth=depth, dropout=0.5, dtype=torch.float32).train()
+    made = joint_model(depth=depth, dropout=0.5, dtype=torch.float32).train()
     made.fusion.eval()
     made.head.weight.requires_grad_(False)
     loader = random_batches()
     made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
     made.head.bias.grad = None
     if ends == "with the model's error":
-        made.encoders["audio"] = Broken()
-    before = state(made, loader)
+        made.encoders["audio"] = FailingModel()
+    before = model_state(made, loader)
     if ends == "well":
         diagnose(made, loader, outside=loader)
     elif ends == "with a user's error":
@@ -375,4 +375,4 @@ def test_model_state_is_restored(depth, ends):
     else:
         with pytest.raises(RuntimeError, match="broken"):
             diagnose(made, loader)
-    assert state(made, loader) == before
+    assert model_state(made, loader) == before

@@ -11,7 +11,7 @@ import torch
 from equipoise.diagnostics.suite import TESTS, Diagnosis, diagnose, results
 from equipoise.errors import DataError, SchemaError
 from equipoise.results import result_rows
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 
 def random_batches():
@@ -20,7 +20,9 @@ def random_batches():
 
 @pytest.fixture(scope="module")
 def diagnosis():
-    return diagnose(model(depth=2, dtype=torch.float32), random_batches(), modality="image", outside=random_batches())
+    return diagnose(
+        joint_model(depth=2, dtype=torch.float32), random_batches(), modality="image", outside=random_batches()
+    )
 
 
 def test_save_and_load(diagnosis, tmp_path):
@@ -40,7 +42,7 @@ def test_save_and_load(diagnosis, tmp_path):
 
 
 def test_non_finite_values_round_trip(tmp_path):
-    made = model(dtype=torch.float32)
+    made = joint_model(dtype=torch.float32)
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
         made.fusion.attention.query.bias.zero_()
@@ -52,7 +54,7 @@ def test_non_finite_values_round_trip(tmp_path):
 
 
 def test_several_diagnoses_in_one_file(diagnosis, tmp_path):
-    other = diagnose(model(dtype=torch.float32), random_batches(), tests=["noise"], name="other")
+    other = diagnose(joint_model(dtype=torch.float32), random_batches(), tests=["noise"], name="other")
     content = results([diagnosis, other])
     result_rows.write_results(tmp_path / "results.json", content)
     assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["joint", "other"]
@@ -108,7 +110,7 @@ def test_documentation_code_runs(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     exec(code.replace("eq.diagnose", "diagnose"), {
-        "model": model(dtype=torch.float32), "test_loader": random_batches(), "diagnose": diagnose,
+        "model": joint_model(dtype=torch.float32), "test_loader": random_batches(), "diagnose": diagnose,
     })  # fmt: skip
     assert capsys.readouterr().out.startswith("joint ")
     assert {path.name for path in tmp_path.iterdir()} == {"diagnosis", "report.html"}

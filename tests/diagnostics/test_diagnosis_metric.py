@@ -8,15 +8,15 @@ import torch
 import equipoise as eq
 from equipoise.errors import ConfigError
 from equipoise.report.verdict_evidence import VerdictEvidence
-from helpers.diagnosis import answered, weighing
+from helpers.diagnosis import labeled_batches, weighted_model
 
 TESTS = ["noise", "masking"]
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    model = weighing(audio=3.0, image=0.0)
-    return model, answered(model, sizes=(150,), wrong=0.2, seed=5)
+    model = weighted_model(audio=3.0, image=0.0)
+    return model, labeled_batches(model, sizes=(150,), wrong=0.2, seed=5)
 
 
 def test_verdicts_use_the_given_metric(classifier):
@@ -39,9 +39,9 @@ def test_accuracy_metric_equals_the_default(classifier):
 
 
 def test_lower_errors_are_better():
-    model = weighing(audio=1.0, image=0.0)
+    model = weighted_model(audio=1.0, image=0.0)
     model.task = "regression"
-    batches = answered(model, sizes=(150,), seed=5)
+    batches = labeled_batches(model, sizes=(150,), seed=5)
     with torch.no_grad():
         for batch in batches:
             batch["target"] = model(batch).logits + 0.05 * torch.randn(
@@ -61,8 +61,8 @@ def test_lower_errors_are_better():
 
 
 def test_undefined_metric_has_a_reason():
-    model = weighing(audio=1.0, image=0.0)
-    batches = answered(model, sizes=(40,), seed=5)
+    model = weighted_model(audio=1.0, image=0.0)
+    batches = labeled_batches(model, sizes=(40,), seed=5)
     for batch in batches:
         batch["target"] = torch.zeros(40, dtype=torch.long)
     found = eq.diagnose(model, batches, metric="auroc", tests=TESTS)

@@ -11,9 +11,9 @@ import equipoise as eq
 from equipoise.diagnostics.encoder_gradients import gradient_norms, ratios
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion import DIM, batch, model
+from helpers.fusion import DIM, batch, joint_model
 from helpers.fusion_cases import FUSIONS
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
 
@@ -57,7 +57,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES], ids=len)
 def test_against_backward(task, names):
-    made = fused(names, task=task)
+    made = attention_model(names, task=task)
     batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
     found = gradient_norms(made, batches)
     expected = slow_norms(made, batches)
@@ -73,7 +73,7 @@ def test_against_backward(task, names):
 @pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
 @pytest.mark.parametrize("unimodal", ["train", "ensemble"])
 def test_every_fusion_with_the_task_loss(kind, unimodal):
-    made = fused(NAMES, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), unimodal=unimodal)
+    made = attention_model(NAMES, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), unimodal=unimodal)
     batches = [batch(NAMES, seed=seed) for seed in range(2)]
     found = gradient_norms(made, batches)
     assert_equal(found, slow_norms(made, batches))
@@ -100,7 +100,7 @@ def test_hand_computed_values():
 
 
 def test_frozen_shared_and_plain_encoders():
-    made = fused(NAMES)
+    made = attention_model(NAMES)
     made.encoders["audio"].requires_grad_(False)
     made.encoders["image"] = nn.Identity()
     inputs = batch(NAMES)
@@ -114,7 +114,7 @@ def test_frozen_shared_and_plain_encoders():
     assert found.parameters["text"] == pytest.approx(expected["text"][0], rel=SINGLE["rtol"])
     # Who is frozen is no standard for the others.
     assert math.isnan(found.ratio["text"])
-    shared = fused(("audio", "image"))
+    shared = attention_model(("audio", "image"))
     shared.encoders["image"] = shared.encoders["audio"]
     twice = {**batch(), "image": batch(seed=1)["audio"]}
     found = gradient_norms(shared, [twice])
@@ -123,7 +123,7 @@ def test_frozen_shared_and_plain_encoders():
 
 
 def test_batches_without_the_modality_are_excluded():
-    made = model(NAMES)
+    made = joint_model(NAMES)
     out = {"image": torch.zeros(5, dtype=torch.bool)}
     batches = [batch(NAMES), {**batch(NAMES, seed=1), "text": None}, {**batch(NAMES, seed=2), "mask": out}]
     found = gradient_norms(made, batches)
@@ -136,7 +136,7 @@ def test_batches_without_the_modality_are_excluded():
 
 
 def test_max_batches():
-    made = model()
+    made = joint_model()
     batches = [batch(seed=seed) for seed in range(3)]
     first, whole = gradient_norms(made, batches, max_batches=2), gradient_norms(made, batches, max_batches=7)
     assert_equal(first, slow_norms(made, batches[:2]))
@@ -157,7 +157,7 @@ class Steep(nn.Module):
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     with pytest.raises(ConfigError, match=r"gradient_norms: expected max_batches >= 1 or None, got 0"):
         gradient_norms(made, [batch()], max_batches=0)
     with pytest.raises(ConfigError, match=r"gradient_norms: expected a FusionModel, .* got Linear without names, enc"):

@@ -11,11 +11,11 @@ import equipoise as eq
 from equipoise.diagnostics.interventions import with_quag, without_modality
 from equipoise.diagnostics.modality_masking import mask_modality
 from equipoise.errors import ConfigError
-from helpers.explicit_attention import changed_by, written_out
-from helpers.foreign import Reader
-from helpers.fusion import DIM, batch, model
+from helpers.explicit_attention import intervened, with_explicit_attention
+from helpers.foreign import GroupedAttention
+from helpers.fusion import DIM, batch, joint_model
 from helpers.model_state import hooks
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tasks import batch_for
 from helpers.tolerance import TOL
 from helpers.vlms import IMAGE, family
@@ -43,13 +43,13 @@ EVERY = ("joint", "joint, 3 layers", "joint, all rows", "mid", "mbt", "mbt, cros
 @pytest.mark.parametrize("kind", EVERY)
 def test_equipoise_layers(kind, missing):
     names = NAMES if kind in ("joint", "mid") else NAMES[:2]
-    made, inputs = fused(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
+    made, inputs = attention_model(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
     with torch.no_grad():
         plain = made(inputs).logits
         for change, block in intervention_cases(names):
             with block(made) as found:
                 logits = made(inputs).logits
-            torch.testing.assert_close(logits, written_out(made, change)(inputs).logits, **EXACT)
+            torch.testing.assert_close(logits, with_explicit_attention(made, change)(inputs).logits, **EXACT)
             assert not torch.equal(logits, plain)
             assert all(site.startswith("fusion.") for site in found.changed)
         assert torch.equal(made(inputs).logits, plain)
@@ -78,14 +78,14 @@ def intervention_cases(names):
 
 @pytest.mark.parametrize("operator", ["unimodal", "crossmodal"])
 def test_class_row_without_keys_is_not_averaged(operator):
-    made, deep, inputs = model(), model(depth=2), batch()
+    made, deep, inputs = joint_model(), joint_model(depth=2), batch()
     message = f"with_quag: expected attention with quadrants of '{operator}', got none"
     with pytest.raises(ConfigError, match=message), with_quag(made, operator):
         made(inputs)
     with with_quag(deep.eval(), operator) as found:
         logits = deep(inputs).logits
     assert found.changed == ("fusion.blocks.0.attention",)
-    expected = written_out(deep, ("quag", operator, 2, "keys"))(inputs).logits
+    expected = with_explicit_attention(deep, ("quag", operator, 2, "keys"))(inputs).logits
     torch.testing.assert_close(logits, expected, **EXACT)
     assert not torch.equal(logits, deep(inputs).logits)
 
@@ -93,7 +93,7 @@ def test_class_row_without_keys_is_not_averaged(operator):
 @pytest.mark.parametrize("kind", ["joint", "joint, 3 layers", "joint, all rows", "mid"])
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), NAMES], ids=len)
 def test_without_modality_equals_masking(kind, names):
-    made = fused(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
+    made = attention_model(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
     batches = [batch_for("regression", names, seed=seed, missing=names[1:2]) for seed in range(2)]
     for name in names:
         masked = mask_modality(made, batches, modality=name)
@@ -106,7 +106,7 @@ def test_without_modality_equals_masking(kind, names):
 
 
 def test_several_modalities_at_once():
-    made, inputs = model(NAMES, depth=2).eval(), batch(NAMES)
+    made, inputs = joint_model(NAMES, depth=2).eval(), batch(NAMES)
     with torch.no_grad(), without_modality(made, ("audio", "text")):
         logits = made(inputs).logits
     alone = made({**inputs, "audio": None, "text": None}).logits
@@ -114,7 +114,7 @@ def test_several_modalities_at_once():
 
 
 def test_masked_inputs_may_be_nan():
-    made, inputs = model(depth=2).eval(), batch()
+    made, inputs = joint_model(depth=2).eval(), batch()
     broken = {**inputs, "image": torch.full_like(inputs["image"], torch.nan)}
     with torch.no_grad(), without_modality(made, "image"):
         assert torch.equal(made(broken).logits, made(inputs).logits)
@@ -172,7 +172,7 @@ def expected_output(made, tokens, columns, change):
     attention = slow.matrix(query, key, scale=scale, is_causal=causal)
     seen = slow.visible(None, causal, attention.shape)
     columns = columns.expand(len(tokens), -1)
-    output = slow.output(changed_by(attention, columns, columns, seen, change), value)
+    output = slow.output(intervened(attention, columns, columns, seen, change), value)
     if isinstance(made, ExplicitAttention):
         return output
     merged = output.transpose(1, 2).flatten(2)
@@ -182,7 +182,7 @@ def expected_output(made, tokens, columns, change):
 FOREIGN = {
     "MultiheadAttention": lambda: MultiheadSelfAttention(12, 2, batch_first=True),
     "MultiheadAttention, tokens first": lambda: MultiheadSelfAttention(12, 2),
-    "scaled_dot_product_attention": lambda: Reader(12, 6, 3),
+    "scaled_dot_product_attention": lambda: GroupedAttention(12, 6, 3),
     "softmax": lambda: ExplicitAttention(12, 2),
     "softmax, causal": lambda: ExplicitAttention(12, 2, causal=True),
     "softmax, flat": lambda: ExplicitAttention(12, 2, flat=True),
@@ -241,7 +241,7 @@ class Eager:
         mask = None if attention_mask is None else attention_mask[..., :keys]
         attention = slow.matrix(query, key, mask=mask, scale=scaling)
         seen = slow.visible(mask, False, attention.shape)
-        attention = changed_by(attention, columns, columns[:, -rows:], seen, self.change)
+        attention = intervened(attention, columns, columns[:, -rows:], seen, self.change)
         return slow.output(attention, value).to(value.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -351,7 +351,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 @pytest.mark.parametrize("block", [lambda m: without_modality(m, "image"), lambda m: with_quag(m, "all")])
 def test_model_state_is_restored(block, ends):
-    made = model(depth=2, dropout=0.5).train()
+    made = joint_model(depth=2, dropout=0.5).train()
     made.fusion.eval()
     made(batch()).logits.sum().backward()
     kept = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
@@ -398,7 +398,7 @@ def test_transformers_state_is_restored(fails):
 
 
 def test_errors():
-    made, inputs = model(), batch()
+    made, inputs = joint_model(), batch()
     with (
         pytest.raises(ConfigError, match=r"without_modality: expected a known modality, got 'imag'. Did you mean"),
         without_modality(made, "imag"),
@@ -432,7 +432,7 @@ def test_errors():
 
 
 def test_unsupported_attention_raises():
-    static, inputs = fused(fusion=eq.fusion.Concat(DIM)), batch()
+    static, inputs = attention_model(fusion=eq.fusion.Concat(DIM)), batch()
     message = r"with_quag: expected attention with quadrants of 'all', got no attention whose keys have known .* Static"
     with pytest.raises(ConfigError, match=message), with_quag(static, "all"):
         static(inputs)
@@ -460,7 +460,7 @@ def test_unsupported_attention_raises():
 
 
 def test_queries_of_unknown_modality():
-    made, inputs = fused(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
+    made, inputs = attention_model(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
     message = (
         r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 more layers\)"
     )
@@ -475,7 +475,7 @@ def test_queries_of_unknown_modality():
 
 @pytest.mark.parametrize("inner", ["the model", "a part of it"])
 def test_nested_interventions_raise(inner):
-    made, inputs = model(depth=2), batch()
+    made, inputs = joint_model(depth=2), batch()
     part = made if inner == "the model" else made.fusion
     message = (
         r"with_quag: expected a model without another active intervention, got one inside a block of without_modality"
@@ -488,7 +488,7 @@ def test_nested_interventions_raise(inner):
         with pytest.raises(ConfigError, match=message), with_quag(made, "all"):
             raise AssertionError("never reached")
         made(inputs)
-    other = model(depth=2, seed=1)
+    other = joint_model(depth=2, seed=1)
     with torch.no_grad(), without_modality(made, "image"), with_quag(other, "all") as found:
         made(inputs), other(inputs)
     assert len(found.changed) == 2

@@ -15,7 +15,7 @@ from equipoise.diagnostics.key_plot_data import key_distribution
 from equipoise.diagnostics.noise_test import input_statistics
 from equipoise.diagnostics.prediction_collection import NoiseSource, collect_predictions
 from equipoise.errors import ConfigError, ShapeError
-from helpers.fusion import NAMES, batch, model, samples
+from helpers.fusion import NAMES, batch, joint_model, oracle_samples
 from helpers.tolerance import TOL
 from oracles.plain import mean
 
@@ -35,7 +35,7 @@ def slow_wasserstein(a, b):
 def expected_cosines(made, batches, count):
     """Of the class query and the mean key of each modality, over all samples and heads, from the parameters alone."""
     found = [[] for _ in range(count)]
-    for query, key, labels, valid, _ in samples(made, batches):
+    for query, key, labels, valid, _ in oracle_samples(made, batches):
         for head in range(query.shape[0]):
             for label in range(count):
                 own = [k for k, m, v in zip(key[head], labels, valid, strict=True) if m == label and v]
@@ -49,7 +49,7 @@ def expected_cosines(made, batches, count):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_against_loops(count):
     names = NAMES[:count]
-    made = model(names)
+    made = joint_model(names)
     missing = ("image",) if count > 1 else ()
     batches = [batch(names, seed=seed, missing=missing) for seed in range(3)]
     found = key_geometry(made, batches)
@@ -76,7 +76,7 @@ def test_against_loops(count):
 @pytest.mark.parametrize("count", [2, 3])
 def test_noise_shifts_the_replaced_modality(count, given):
     names = NAMES[:count]
-    made, batches = model(names), [batch(names, seed=seed) for seed in range(3)]
+    made, batches = joint_model(names), [batch(names, seed=seed) for seed in range(3)]
     found = key_geometry(made, lambda: iter(batches), replaced="image", noise=given, seed=5)
     level = (0.5, 2.0) if given else input_statistics(batches, "image", who="test")
     noisy = [
@@ -93,7 +93,7 @@ def test_noise_shifts_the_replaced_modality(count, given):
 
 
 def test_to_dict():
-    made, batches = model(NAMES[:3]), [batch(NAMES[:3])]
+    made, batches = joint_model(NAMES[:3]), [batch(NAMES[:3])]
     plain = key_geometry(made, batches).to_dict()
     made_of = json.loads(json.dumps(key_geometry(made, batches, replaced="text").to_dict(), allow_nan=False))
     assert plain["replaced"] is None
@@ -107,7 +107,7 @@ def test_to_dict():
 
 
 def test_modality_without_samples():
-    made, lacking = model(NAMES[:2]), [{**batch(), "image": None}]
+    made, lacking = joint_model(NAMES[:2]), [{**batch(), "image": None}]
     found = key_geometry(made, lacking)
     assert found.air == {"audio": None, "image": None}
     assert found.range == 0.0
@@ -160,7 +160,7 @@ def test_imbalance_sums_to_zero_and_matches_the_paper_for_two(means):
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
     with pytest.raises(ConfigError, match=r"key_geometry: expected a model with attention.*, got a static fusion\. St"):
         key_geometry(eq.FusionModel(encoders, eq.fusion.Concat(12), 3).double(), [batch()])
@@ -185,7 +185,7 @@ class Broken(torch.nn.Linear):
 
 @pytest.mark.parametrize("goes", ["well", "user error", "model error"])
 def test_model_state_is_restored(goes):
-    made = model(dropout=0.5).train()
+    made = joint_model(dropout=0.5).train()
     made.fusion.eval()
     if goes == "model error":
         made.encoders["audio"] = Broken(3, 12)

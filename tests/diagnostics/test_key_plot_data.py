@@ -9,18 +9,18 @@ import torch
 from equipoise.diagnostics.key_plot_data import key_distribution
 from equipoise.diagnostics.prediction_collection import CollectedPredictions, collect_predictions
 from equipoise.errors import ConfigError
-from helpers.fusion import batch, model, samples
+from helpers.fusion import batch, joint_model, oracle_samples
 
 NAMES = ("audio", "image", "text")
 
 
 def test_against_loops():
-    made = model(NAMES)
+    made = joint_model(NAMES)
     batches = [batch(NAMES, seed=seed, missing=("image",)) for seed in range(2)]
     found = key_distribution(collect_predictions(made, batches))
     for label, name in enumerate(NAMES):
         cosines, lengths = [], []
-        for query, key, labels, valid, _ in samples(made, batches):
+        for query, key, labels, valid, _ in oracle_samples(made, batches):
             for head in range(query.shape[0]):
                 own = [k for k, m, v in zip(key[head], labels, valid, strict=True) if m == label and v]
                 if own:

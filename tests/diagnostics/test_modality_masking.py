@@ -9,9 +9,9 @@ import equipoise as eq
 from equipoise.diagnostics.modality_ablation import remove_modality, zero_modality
 from equipoise.diagnostics.modality_masking import mask_modality
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from helpers.fusion import DIM, batch, model
+from helpers.fusion import DIM, batch, joint_model
 from helpers.fusion_cases import FUSIONS
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
 from oracles.task_scores import slow_score
@@ -22,7 +22,7 @@ HEADS = {"MulT": {"heads": 2, "width": 4}}
 
 def build_model(kind, names, **options):
     """A model with that fusion, in evaluation mode."""
-    return fused(names, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), **options).eval()
+    return attention_model(names, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), **options).eval()
 
 
 def expected_score(made, batches, task):
@@ -53,7 +53,7 @@ def test_masking_removes_the_modality_in_every_fusion(kind, names, unimodal):
 @pytest.mark.parametrize("task", TASKS)
 def test_key_columns_of_minus_infinity(task):
     names = ("audio", "image", "text")
-    made = fused(names, task=task, unimodal="none").eval()
+    made = attention_model(names, task=task, unimodal="none").eval()
     layer, inputs = made.fusion.attention, batch_for(task, names)
     tokens = made.encode(inputs)
     found, answers = mask_modality(made, [inputs], modality="image"), []
@@ -78,7 +78,7 @@ def test_key_columns_of_minus_infinity(task):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_masked_modality_has_no_influence_at_any_depth(depth):
-    made = model(depth=depth)
+    made = joint_model(depth=depth)
     made.task, inputs = "regression", batch_for("regression")
     moved = {**inputs, "image": inputs["image"] * 7 + 1}
     first, second = (mask_modality(made, [part]) for part in (inputs, moved))
@@ -104,7 +104,7 @@ def test_zero_semantics(kind):
 
 
 def test_removed_modality_may_be_nan_and_masks_are_kept():
-    made, inputs = model(), batch(missing=("image",))
+    made, inputs = joint_model(), batch(missing=("image",))
     broken = {**inputs, "audio": torch.full_like(inputs["audio"], math.nan)}
     with pytest.raises(NonFiniteError, match=r"mask_modality: expected logits without NaN, got NaN for 5 of 5"):
         mask_modality(made, [broken])
@@ -116,7 +116,7 @@ def test_removed_modality_may_be_nan_and_masks_are_kept():
 
 @pytest.mark.parametrize("semantics", ["mask", "zero"])
 def test_single_modality_and_batches_with_missing_modality(semantics):
-    alone, inputs = model(("audio",)).eval(), batch(("audio",))
+    alone, inputs = joint_model(("audio",)).eval(), batch(("audio",))
     tokens = alone.encode(inputs)["audio"].values
     left = {"mask": tokens[:, :0], "zero": torch.zeros_like(tokens)}[semantics]
     # The same prediction for all samples, from the class token and biases alone.
@@ -125,15 +125,15 @@ def test_single_modality_and_batches_with_missing_modality(semantics):
     expected = slow_score(logits, inputs["target"].tolist(), "classification")
     assert mask_modality(alone, [inputs], semantics=semantics).without["audio"] == pytest.approx(expected)
     batches = [batch(), {**batch(seed=1), "image": None}]
-    found = mask_modality(model(), batches, modality="image", semantics=semantics)
-    whole = mask_modality(model(), batches[:1], modality="image", semantics=semantics)
-    rest = mask_modality(model(), batches[1:], modality="image", semantics=semantics)
+    found = mask_modality(joint_model(), batches, modality="image", semantics=semantics)
+    whole = mask_modality(joint_model(), batches[:1], modality="image", semantics=semantics)
+    rest = mask_modality(joint_model(), batches[1:], modality="image", semantics=semantics)
     assert rest.drop["image"] == 0
     assert found.drop["image"] == pytest.approx(whole.drop["image"] / 2)
 
 
 def test_encoders_run_once():
-    made, calls = model(("audio", "image", "text")), []
+    made, calls = joint_model(("audio", "image", "text")), []
     handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
     mask_modality(made, [batch(("audio", "image", "text"))] * 2)
     for handle in handles:
@@ -142,7 +142,7 @@ def test_encoders_run_once():
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     with pytest.raises(
         ConfigError, match=r"mask_modality: expected a known modality, got 'imag'. Did you mean 'image'"
     ):

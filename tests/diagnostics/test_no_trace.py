@@ -7,8 +7,8 @@ import torch
 
 from equipoise.diagnostics import corruption_curve, gradient_norms, mask_modality, modality_shapley, ood
 from equipoise.errors import EquipoiseError
-from helpers.fusion import batch, model
-from helpers.model_state import Broken, state
+from helpers.fusion import batch, joint_model
+from helpers.model_state import FailingModel, model_state
 
 RUNS = {
     "ood": lambda made, loader: ood(made, loader, loader),
@@ -29,7 +29,7 @@ WRONG = {
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(name, ends):
-    made = model(dropout=0.5).train()
+    made = joint_model(dropout=0.5).train()
     made.fusion.eval()
     made.head.weight.requires_grad_(False)
     batches = [batch(seed=seed) for seed in range(2)]
@@ -37,8 +37,8 @@ def test_model_state_is_restored(name, ends):
     made.loss(made(batches[0]).logits, batches[0]["target"]).backward()
     made.head.bias.grad = None
     if ends == "with the model's error":
-        made.encoders["audio"] = Broken()
-    before, given = state(made, batches), copy.deepcopy(batches)
+        made.encoders["audio"] = FailingModel()
+    before, given = model_state(made, batches), copy.deepcopy(batches)
     if ends == "well":
         RUNS[name](made, batches)
     elif ends == "with a user's error":
@@ -47,12 +47,12 @@ def test_model_state_is_restored(name, ends):
     else:
         with pytest.raises(RuntimeError, match="broken"):
             RUNS[name](made, batches)
-    assert state(made, batches) == before
+    assert model_state(made, batches) == before
     assert all(torch.equal(a[key], b[key]) for a, b in zip(batches, given, strict=True) for key in a)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_figures_again(name):
-    made, batches = model(dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    made, batches = joint_model(dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
     first, second = (RUNS[name](made, batches) for _ in range(2))
     assert str(first) == str(second)

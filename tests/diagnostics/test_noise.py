@@ -24,7 +24,7 @@ from equipoise.diagnostics.prediction_collection import (
     valid_of,
 )
 from equipoise.errors import ConfigError, ShapeError
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 from helpers.tolerance import TOL
 
 EXACT = TOL[torch.float64]
@@ -86,7 +86,7 @@ def test_response_against_loops_for_three_modalities():
 
 @pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
 def test_on_a_model(names):
-    made = model(names)
+    made = joint_model(names)
     batches = [batch(names, seed=seed) for seed in range(3)]
     answer = noise_response(made, batches, modality="image", noise={"image": (0.5, 2.0)}, seed=3)
     assert -1 <= answer.r <= 1
@@ -105,7 +105,7 @@ def test_on_a_model(names):
 
 def test_per_sample_noise_level():
     """A loop over samples: the mean and deviation of the values that a mask leaves, NaN under it left alone."""
-    made, inputs = model(), batch(size=6)
+    made, inputs = joint_model(), batch(size=6)
     inputs["audio"] = inputs["audio"] * torch.arange(1.0, 7.0).double()[:, None, None] + 3
     token = torch.ones(6, 7, dtype=torch.bool)
     token[1, 4:], token[2, :] = False, False
@@ -139,7 +139,7 @@ def test_sample_masks_and_encoder_token_masks():
 
 
 def test_samples_without_the_modality_are_excluded():
-    made, inputs = model(), batch(size=7, missing=("audio",))
+    made, inputs = joint_model(), batch(size=7, missing=("audio",))
     has = inputs["mask"]["audio"]
     kept = {name: values[has] for name, values in inputs.items() if name != "mask"}
     found, alone = (
@@ -151,7 +151,7 @@ def test_samples_without_the_modality_are_excluded():
 
 def test_sign_can_depend_on_the_level():
     """Noise of another level moves attention this way or that way, noise of the own level less."""
-    made = model(names=("audio", "image"), heads=1)
+    made = joint_model(names=("audio", "image"), heads=1)
     batches = [batch(seed=seed, size=50) for seed in range(2)]
     own = noise_response(made, batches, modality="audio").r
     loud, quiet = (noise_response(made, batches, modality="audio", noise={"audio": (m, 1.0)}).r for m in (6.0, -6.0))
@@ -160,7 +160,7 @@ def test_sign_can_depend_on_the_level():
 
 
 def test_constant_attention_has_no_response():
-    made = model(depth=1)
+    made = joint_model(depth=1)
     with torch.no_grad():
         made.fusion.attention.query.weight.zero_()
         made.fusion.attention.query.bias.zero_()
@@ -171,7 +171,7 @@ def test_constant_attention_has_no_response():
 def test_errors():
     import equipoise as eq
 
-    made = model()
+    made = joint_model()
     static = eq.FusionModel(
         {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}, eq.fusion.Concat(12), 3
     ).double()
@@ -191,7 +191,7 @@ def test_errors():
 
 
 def test_target_is_not_required():
-    made, batches = model(), [batch(seed=seed) for seed in range(3)]
+    made, batches = joint_model(), [batch(seed=seed) for seed in range(3)]
     without = [{name: value for name, value in inputs.items() if name != "target"} for inputs in batches]
     assert noise_response(made, without).r == noise_response(made, batches).r
     assert collect_predictions(made, without).target.shape == (0,)
@@ -203,7 +203,7 @@ def test_target_is_not_required():
 
 
 def test_batches_without_the_modality_are_unchanged():
-    made = model()
+    made = joint_model()
     lacking = [batch(), {**batch(), "image": None}]
     assert collect_predictions(made, lacking).share[5:, :, 1].abs().max() == 0
     assert collect_predictions(made, lacking, noise=NoiseSource("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
@@ -222,7 +222,7 @@ class UnnamedModel(torch.nn.Linear):
 
 
 def test_unsupported_models_raise():
-    made = model()
+    made = joint_model()
     with pytest.raises(ShapeError, match=r"read: expected batches that are dicts: .* got tuple\. Wrap the loader"):
         collect_predictions(made, [tuple(batch().values())])
     with pytest.raises(ShapeError, match=r"noise_response: expected batches that are dicts"):
@@ -239,7 +239,7 @@ def test_unsupported_models_raise():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_state_is_restored(fails):
-    made = model(dropout=0.5).train()
+    made = joint_model(dropout=0.5).train()
     made.fusion.eval()
     batches = [batch(), {"audio": torch.zeros(2, 3)} if fails else batch()]
     modes = [module.training for module in made.modules()]

@@ -13,7 +13,7 @@ from equipoise.diagnostics.ood_scores import CONFIDENCES, energy, gen_score, max
 from equipoise.diagnostics.ood_test import ood
 from equipoise.diagnostics.prediction_collection import collect_predictions
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 from helpers.tolerance import TOL
 
 EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
@@ -136,7 +136,7 @@ def test_separable_and_equal_scores():
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
 def test_on_a_model(names):
-    made = model(names)
+    made = joint_model(names)
     known = [batch(names, seed=seed, missing=names[1:]) for seed in range(3)]
     unknown = [{**batch(names, seed=9, size=7), "target": torch.full((7,), 99)}]
     for score, confidence in CONFIDENCES.items():
@@ -155,7 +155,7 @@ def test_on_a_model(names):
 
 
 def test_targets_are_needed_for_accuracy_only():
-    made = model()
+    made = joint_model()
     without = [{name: value for name, value in batch().items() if name != "target"}]
     found = ood(made, without, without, score=lambda logits: logits[:, 0])
     assert math.isnan(found.accuracy)
@@ -201,7 +201,7 @@ def test_invalid_scores_raise(figure):
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     with pytest.raises(ConfigError, match=r"fpr95: expected positive 'ood' or 'id', got 'in'"):
         fpr95(torch.zeros(3), torch.zeros(3), positive="in")
     with pytest.raises(ConfigError, match=r"ood: expected a known score, got 'energie'. Did you mean 'energy'"):
@@ -214,8 +214,8 @@ def test_errors():
     with pytest.raises(ConfigError, match="got Linear with task = None"):
         ood(torch.nn.Linear(2, 3), [batch()], [batch()])
     with pytest.raises(ShapeError, match="at least one batch, got none"):
-        ood(model(), [batch()], [])
+        ood(joint_model(), [batch()], [])
     broken = batch()
     broken["audio"][1] = math.nan
     with pytest.raises(NonFiniteError, match=r"gen_score: .* for 1 of 5 samples, the first is number 1"):
-        ood(model(), [batch()], [broken])
+        ood(joint_model(), [batch()], [broken])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 PAGES = Path(__file__).parents[2] / "docs" / "diagnostics"
 NAMES = sorted(page.stem for page in PAGES.glob("*.md"))
@@ -21,7 +21,7 @@ def test_page_is_complete_and_its_code_runs(page, capsys):
     assert all(f"\n## {heading}\n" in text for heading in HEADINGS)
     loader = [batch(seed=seed) for seed in range(2)]
     # A later block goes on where an earlier one ended.
-    given = {"model": model(), "loader": loader, "known_loader": loader, "unknown_loader": [batch(seed=5)]}
+    given = {"model": joint_model(), "loader": loader, "known_loader": loader, "unknown_loader": [batch(seed=5)]}
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:

@@ -6,10 +6,10 @@ import torch
 import equipoise as eq
 from equipoise.diagnostics.quag_test import quag
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from helpers.explicit_attention import written_out
-from helpers.fusion import DIM, batch, model
-from helpers.model_state import Broken, state
-from helpers.steps import fused
+from helpers.explicit_attention import with_explicit_attention
+from helpers.fusion import DIM, batch, joint_model
+from helpers.model_state import FailingModel, model_state
+from helpers.steps import attention_model
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
 from oracles.task_scores import slow_score
@@ -19,7 +19,7 @@ NAMES = ("audio", "image", "text")
 
 
 def expected_score(made, batches, task, change=None):
-    made = made.eval() if change is None else written_out(made.eval(), change)
+    made = made.eval() if change is None else with_explicit_attention(made.eval(), change)
     with torch.no_grad():
         logits = torch.cat([made(inputs).logits for inputs in batches])
     return slow_score(logits.tolist(), torch.cat([inputs["target"] for inputs in batches]).tolist(), task)
@@ -33,7 +33,7 @@ def oracle_change(name, names, cls_rows="keys"):
     ("task", "names"), [*((task, NAMES[:2]) for task in TASKS), ("regression", NAMES[:1]), ("regression", NAMES)]
 )
 def test_against_explicit_attention(names, task):
-    made = fused(names, fusion=eq.fusion.JointAttention(DIM, heads=2, depth=2, dropout=0.3), task=task)
+    made = attention_model(names, fusion=eq.fusion.JointAttention(DIM, heads=2, depth=2, dropout=0.3), task=task)
     batches = [batch_for(task, names, seed=seed, missing=names[1:2]) for seed in range(2)]
     found = quag(made, batches)
     assert found.origin == pytest.approx(expected_score(made, batches, task), rel=SINGLE["rtol"])
@@ -49,7 +49,7 @@ def test_against_explicit_attention(names, task):
 
 @pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
 def test_class_token_row(cls_rows):
-    made, inputs = fused(task="regression").eval(), batch_for("regression")
+    made, inputs = attention_model(task="regression").eval(), batch_for("regression")
     found = quag(made, [inputs], cls_rows=cls_rows)
     acts = {"keys": {"avg-audio", "avg-image", "all"}, "skip": set(), "all": set(found.scores)}[cls_rows]
     for name in found.scores:
@@ -63,7 +63,7 @@ def test_class_token_row(cls_rows):
 
 def test_class_token_without_key():
     fusion = eq.fusion.JointAttention(DIM, heads=2, dropout=0.0, cls_std=1.0, include_cls_key=False)
-    made, inputs = fused(fusion=fusion, task="regression").eval(), batch_for("regression")
+    made, inputs = attention_model(fusion=fusion, task="regression").eval(), batch_for("regression")
     found = quag(made, [inputs])
     acts = {name: bool(changed) for name, changed in found.changed.items()}
     assert acts == {"unimodal": False, "crossmodal": False, "avg-audio": True, "avg-image": True, "all": True}
@@ -71,7 +71,7 @@ def test_class_token_without_key():
 
 
 def test_selected_operators_and_single_encoder_pass():
-    made, calls = model(NAMES, depth=2), []
+    made, calls = joint_model(NAMES, depth=2), []
     handles = [encoder.register_forward_hook(lambda *_: calls.append(1)) for encoder in made.encoders.values()]
     found = quag(made, iter([batch(NAMES), batch(NAMES, seed=1)]), operators=("avg-text", "unimodal"))
     for handle in handles:
@@ -86,18 +86,18 @@ def test_selected_operators_and_single_encoder_pass():
 
 @pytest.mark.parametrize("kind", [eq.fusion.MidFusion, eq.fusion.MBT, eq.fusion.MMML])
 def test_other_fusions_with_attention(kind):
-    made = fused(NAMES, fusion=kind(DIM, heads=2), task="regression").eval()
+    made = attention_model(NAMES, fusion=kind(DIM, heads=2), task="regression").eval()
     found = quag(made, [batch_for("regression", NAMES)], operators=("avg-image",))
     assert found.changed["avg-image"]
     assert found.drops["avg-image"] != 0
 
 
 def test_errors():
-    made = model()
+    made = joint_model()
     for kind in (eq.fusion.Concat, eq.fusion.Sum):
         message = rf"quag: expected a fusion with attention over keys .* got {kind.__name__}, which has none. Static"
         with pytest.raises(ConfigError, match=message):
-            quag(fused(fusion=kind(DIM)), [batch()])
+            quag(attention_model(fusion=kind(DIM)), [batch()])
     with pytest.raises(ConfigError, match=r"quag: expected a FusionModel, .* got Linear without names, encoders"):
         quag(torch.nn.Linear(2, 3), [batch()])
     with pytest.raises(ConfigError, match=r"quag: expected a known operator, got 'avg-imag'. Did you mean 'avg-image'"):
@@ -116,12 +116,12 @@ def test_errors():
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(ends):
-    made, batches = model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    made, batches = joint_model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
     made.fusion.eval()
     made.loss(made(batches[0]).logits, batches[0]["target"]).backward()
     if ends == "with the model's error":
-        made.encoders["audio"] = Broken()
-    before = state(made, batches)
+        made.encoders["audio"] = FailingModel()
+    before = model_state(made, batches)
     if ends == "well":
         assert str(quag(made, batches)) == str(quag(made, batches))
     elif ends == "with a user's error":
@@ -130,4 +130,4 @@ def test_model_state_is_restored(ends):
     else:
         with pytest.raises(RuntimeError, match="broken"):
             quag(made, batches)
-    assert state(made, batches) == before
+    assert model_state(made, batches) == before

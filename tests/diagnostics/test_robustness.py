@@ -10,12 +10,12 @@ from equipoise.diagnostics import corruptions, robustness
 from equipoise.diagnostics.suite import diagnose
 from equipoise.errors import ConfigError, ShapeError
 from helpers import fusion
-from helpers.diagnosis import answered, weighing
+from helpers.diagnosis import labeled_batches, weighted_model
 
 
 def test_corruption_of_the_only_used_modality():
-    model = weighing(audio=1.0, image=0.0)
-    loader = answered(model)
+    model = weighted_model(audio=1.0, image=0.0)
+    loader = labeled_batches(model)
     found = robustness(model, loader, corruptions=["white_noise", "missing", "gain"], severities=[1, 5])
     assert found.clean == 1.0
     assert found.scores["audio", "white_noise", 5] < 0.6 < 0.8 < found.scores["audio", "white_noise", 1]
@@ -31,8 +31,8 @@ def test_corruption_of_the_only_used_modality():
 
 
 def test_scores_match_corrupted_batches():
-    model = weighing(audio=1.0, image=0.7)
-    loader = answered(model, sizes=(53, 31))
+    model = weighted_model(audio=1.0, image=0.7)
+    loader = labeled_batches(model, sizes=(53, 31))
     statistics = {"audio": (0.5, 2.0)}
     found = robustness(model, lambda: iter(loader), modalities=["audio"], severities=[3], seed=7, statistics=statistics)
     assert {kind for _, kind, _ in found.scores} == set(corruptions.corruption_names("sequence"))
@@ -52,20 +52,20 @@ def test_scores_match_corrupted_batches():
 
 
 def test_model_below_its_intact_modality():
-    model = weighing(audio=100.0, image=1.0)
-    loader = answered(weighing(audio=0.0, image=1.0))
+    model = weighted_model(audio=100.0, image=1.0)
+    loader = labeled_batches(weighted_model(audio=0.0, image=1.0))
     found = robustness(model, loader, corruptions=["swapped"], modalities=["audio"], severities=[5])
     assert found.rows()[0]["distance"] < -0.3
     assert found.share_near_intact == 0.0
 
 
 def test_other_inputs_and_models():
-    single = weighing(audio=1.0)
-    found = robustness(single, answered(single), corruptions=["zeros"], severities=[5])
+    single = weighted_model(audio=1.0)
+    found = robustness(single, labeled_batches(single), corruptions=["zeros"], severities=[5])
     assert math.isnan(found.best_intact("audio"))
     assert math.isnan(found.share_near_intact)
     assert "nan" not in found.table()
-    model = fusion.model().eval()
+    model = fusion.joint_model().eval()
     loader = [fusion.batch(size=11, missing=("image",)), fusion.batch(size=1, seed=2)]
     found = robustness(model, loader, severities=[5], kinds={"audio": "spectrogram"})
     assert {kind for name, kind, _ in found.scores if name == "audio"} == set(
@@ -75,8 +75,8 @@ def test_other_inputs_and_models():
 
 
 def test_table_frame_and_figure(tmp_path):
-    model = weighing(audio=1.0, image=0.7)
-    found = robustness(model, answered(model), corruptions=["zeros", "frozen"], severities=[1, 5])
+    model = weighted_model(audio=1.0, image=0.7)
+    found = robustness(model, labeled_batches(model), corruptions=["zeros", "frozen"], severities=[1, 5])
     lines = found.table().splitlines()
     assert lines[0].split() == ["modality", "corruption", "1", "5", "mean", "best", "intact"]
     assert len(lines) == 1 + 4 + 2
@@ -91,8 +91,8 @@ def test_table_frame_and_figure(tmp_path):
 
 
 def test_optional_test_of_a_diagnosis(tmp_path):
-    model = weighing(audio=1.0, image=0.7)
-    loader = answered(model, sizes=(23,))
+    model = weighted_model(audio=1.0, image=0.7)
+    loader = labeled_batches(model, sizes=(23,))
     assert "robustness" not in diagnose(model, loader, tests=["score"]).details
     found = diagnose(model, loader, tests=["robustness"])
     direct = robustness(model, loader, severities=(1, 3, 5))
@@ -107,8 +107,8 @@ def test_optional_test_of_a_diagnosis(tmp_path):
 
 
 def test_errors():
-    model = weighing(audio=1.0, image=0.7)
-    loader = answered(model)
+    model = weighted_model(audio=1.0, image=0.7)
+    loader = labeled_batches(model)
     with pytest.raises(ConfigError, match="known modality, got 'sound'"):
         robustness(model, loader, modalities=["sound"])
     with pytest.raises(ConfigError, match="known corruption, got 'zero'"):
@@ -120,4 +120,4 @@ def test_errors():
     with pytest.raises(ShapeError, match="at least one batch"):
         robustness(model, [])
     with pytest.raises(ShapeError, match="'audio': expected a floating tensor or word ids"):
-        robustness(fusion.model(), [{**fusion.batch(), "audio": None}])
+        robustness(fusion.joint_model(), [{**fusion.batch(), "audio": None}])

@@ -13,8 +13,8 @@ from equipoise.diagnostics.shapley_test import modality_shapley
 from equipoise.diagnostics.task_scores import constant_answer
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
 from equipoise.fusion.subset_tokens import modality_subsets, shapley_values
-from helpers.fusion import DIM, NAMES, batch, model
-from helpers.steps import fused
+from helpers.fusion import DIM, NAMES, batch, joint_model
+from helpers.steps import attention_model
 from helpers.tasks import TASKS, batch_for
 from helpers.tolerance import TOL
 from oracles.task_scores import slow_score
@@ -62,7 +62,7 @@ def test_hand_computed_values():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES[:3]], ids=len)
 def test_on_a_model(task, names):
-    made = fused(names, task=task, unimodal="none").eval()
+    made = attention_model(names, task=task, unimodal="none").eval()
     batches = [batch_for(task, names, seed=seed, missing=names[:-1]) for seed in range(2)]
     target = torch.cat([inputs["target"] for inputs in batches])
     worth = {}
@@ -82,7 +82,7 @@ def test_on_a_model(task, names):
 
 
 def test_unused_modality_has_shapley_value_zero():
-    made = fused(fusion=eq.fusion.Unimodal(DIM, modality="image"), task="regression", unimodal="none")
+    made = attention_model(fusion=eq.fusion.Unimodal(DIM, modality="image"), task="regression", unimodal="none")
     batches = [batch_for("regression", seed=seed) for seed in range(2)]
     found = modality_shapley(made, batches)
     assert found["image"] != 0
@@ -102,10 +102,10 @@ def test_errors():
     with pytest.raises(ConfigError, match=r"modality_shapley: expected a FusionModel, .* got Linear without names"):
         modality_shapley(torch.nn.Linear(2, 3), [batch()])
     with pytest.raises(ShapeError, match="at least one batch, got none"):
-        modality_shapley(model(), [])
+        modality_shapley(joint_model(), [])
     without = {name: value for name, value in batch().items() if name != "target"}
     with pytest.raises(ShapeError, match="modality_shapley: expected a target for each of 5 samples, got 0"):
-        modality_shapley(model(), [without])
+        modality_shapley(joint_model(), [without])
     broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
     with pytest.raises(NonFiniteError, match="modality_shapley: expected logits without NaN, got NaN for 5 of 5"):
-        modality_shapley(model(), [broken])
+        modality_shapley(joint_model(), [broken])

@@ -15,8 +15,8 @@ from equipoise.errors import ConfigError, ShapeError
 from equipoise.recording import AttentionCall
 from equipoise.recording.attention_call import KeyOffsets
 from equipoise.recording.share_measurement import attention_output, measure_share
-from helpers.foreign import Reader
-from helpers.fusion import batch, model
+from helpers.foreign import GroupedAttention
+from helpers.fusion import batch, joint_model
 from helpers.model_state import hooks
 from helpers.vlms import IMAGE, family
 from oracles import quag as slow
@@ -396,7 +396,7 @@ class MultiheadSelfAttention(nn.Module):
 
 FOREIGN = {
     "MultiheadAttention": MultiheadSelfAttention, "encoder": lambda: nn.TransformerEncoderLayer(12, 2, 5, batch_first=True),
-    "scaled_dot_product_attention": lambda: Reader(12, 6, 3), "softmax": ExplicitAttention,
+    "scaled_dot_product_attention": lambda: GroupedAttention(12, 6, 3), "softmax": ExplicitAttention,
 }  # fmt: skip
 COLUMNS = torch.tensor([-1, 0, 0, 1, 1, 1, 0])
 KNOWN = {"modality": COLUMNS, "names": ("audio", "image")}
@@ -406,7 +406,7 @@ def build_scene(kind):
     """(model, function that runs it, labels)."""
     torch.manual_seed(0)
     if kind == "fusion":
-        made, inputs = model(depth=2).eval(), batch()
+        made, inputs = joint_model(depth=2).eval(), batch()
         return made, lambda: made(inputs).logits, {}
     if kind in ("llava", "gemma3"):
         made, inputs = build_vlm(kind)
@@ -454,7 +454,7 @@ def test_watch_records_the_target_share(kind):
 
 
 def test_output_share_is_steered():
-    made, inputs = model().eval(), batch()
+    made, inputs = joint_model().eval(), batch()
     with torch.no_grad(), eq.steer(made, share={"image": 0.3}):
         share = made(inputs).share
     torch.testing.assert_close(share[..., 1], torch.full_like(share[..., 1], 0.3), **CLOSE)

@@ -17,7 +17,7 @@ from equipoise.diagnostics.task_scores import (
     task_score,
 )
 from equipoise.errors import ConfigError, NonFiniteError, ShapeError
-from helpers.fusion import model
+from helpers.fusion import joint_model
 from helpers.tolerance import TOL
 from oracles.task_scores import slow_score
 
@@ -89,7 +89,7 @@ def test_tied_logits_share_the_credit():
 
 
 def test_errors():
-    made, logits = model(), torch.tensor([[1.0, 0.0]] * 3)
+    made, logits = joint_model(), torch.tensor([[1.0, 0.0]] * 3)
     assert score_name(made, logits, torch.tensor([0, 0, 1]), "who") == pytest.approx(2 / 3)
     with pytest.raises(ConfigError, match=r"who: expected a model with task = classification, .* task = None\. Set"):
         score_name(torch.nn.Linear(2, 3), logits, torch.zeros(3), "who")

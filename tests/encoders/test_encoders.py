@@ -6,7 +6,7 @@ import torch
 from equipoise.encoders import PatchEncoder, SequenceEncoder
 from equipoise.errors import ConfigError, ShapeError
 from helpers.tolerance import TOL
-from oracles.fusion import doubles, patch_encoder, sequence_encoder
+from oracles.fusion import patch_encoder, sequence_encoder, state_as_float64
 
 EXACT = TOL[torch.float64]
 
@@ -21,7 +21,7 @@ def test_patch_encoder():
     tokens = encoder(pixels)
     assert tokens.values.shape == (5, 2 * 5 + 1, 14)
     assert tokens.cls
-    torch.testing.assert_close(tokens.values, patch_encoder(doubles(encoder), pixels, 2, 2, 7), **EXACT)
+    torch.testing.assert_close(tokens.values, patch_encoder(state_as_float64(encoder), pixels, 2, 2, 7), **EXACT)
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -32,7 +32,7 @@ def test_sequence_encoder(stride, masked):
     frames, mask = normal(2, 3, 11, 5), torch.ones(3, 11, dtype=torch.bool)
     mask[0, 4:], mask[1, [2, 5]], mask[2] = False, False, False
     tokens = encoder(frames, mask=mask if masked else None)
-    values, valid = sequence_encoder(doubles(encoder), frames, mask if masked else None, stride, 2, 2)
+    values, valid = sequence_encoder(state_as_float64(encoder), frames, mask if masked else None, stride, 2, 2)
     torch.testing.assert_close(tokens.values, values, **EXACT)
     assert tokens.cls
     assert torch.equal(tokens.valid(), valid)

@@ -14,7 +14,7 @@ from equipoise.encoders.vit import interpolate_positions
 from equipoise.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from equipoise.training import method_factory
 from helpers.tolerance import TOL
-from oracles.fusion import doubles, transformer
+from oracles.fusion import state_as_float64, transformer
 
 EXACT = TOL[torch.float64]
 SMALL = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
@@ -42,7 +42,7 @@ def perturb(module):
 def vit_oracle(encoder, videos, patch, depth, heads, swap):
     """Computes patches of each frame in row-major order, position embeddings over all of them, blocks and norm."""
     state = {}
-    for name, value in doubles(encoder.vit).items():
+    for name, value in state_as_float64(encoder.vit).items():
         for theirs, ours in OURS.items():
             name = name.replace(theirs, ours)
         state[name] = value
@@ -154,7 +154,8 @@ def test_pretrained_vit(vit_folder):
     options = {"frames": 2, "patch": 2, "dim": 12, "depth": 2, "heads": 3}
     encoder = eq.encoders.ViTEncoder(1, (5, 14), pretrained=str(vit_folder), **options)
     state, trained = (
-        doubles(part) for part in (encoder.vit, transformers.ViTModel.from_pretrained(vit_folder, dtype=torch.float32))
+        state_as_float64(part)
+        for part in (encoder.vit, transformers.ViTModel.from_pretrained(vit_folder, dtype=torch.float32))
     )
     kernel = "embeddings.patch_embeddings.projection.weight"
     torch.testing.assert_close(state[kernel][:, 0], sum(trained[kernel].unbind(1)) / 3, **TOL[torch.float32])

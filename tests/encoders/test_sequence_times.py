@@ -11,7 +11,7 @@ from equipoise.encoders import SequenceEncoder
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.nn.time_features import group_times
 from helpers.tolerance import TOL
-from oracles.fusion import doubles, linear, transformer
+from oracles.fusion import linear, state_as_float64, transformer
 
 EXACT = TOL[torch.float64]
 NAN = math.nan
@@ -62,7 +62,7 @@ def test_time_positions(stride, masked):
         mask[0, 4:], mask[1, [2, 5]], mask[2] = False, False, False
     times[1, 3] = NAN
     tokens = made(frames, mask=mask if masked else None, times=times)
-    state, stamps = doubles(made), loop_times(times, mask, stride)
+    state, stamps = state_as_float64(made), loop_times(times, mask, stride)
     assert "positions" not in state
     for n, sample in enumerate(frames):
         rows, valid = [state["cls"]], [bool(mask[n].any())]

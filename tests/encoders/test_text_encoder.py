@@ -10,7 +10,7 @@ from equipoise.data.sets.word_vocabulary import WordVocabulary, pad_sequences, s
 from equipoise.encoders import ConvEncoder, TextEncoder
 from equipoise.errors import ConfigError, ShapeError
 from helpers.tolerance import TOL
-from oracles.fusion import doubles, gelu, transformer
+from oracles.fusion import gelu, state_as_float64, transformer
 
 EXACT = TOL[torch.float64]
 CAPTIONS = ["red heart", "blue heart", "Kiss: woman, man", "o’clock"]
@@ -21,7 +21,7 @@ def test_word_embedding_plus_position_embedding(depth):
     torch.manual_seed(0)
     encoder = TextEncoder(11, max_length=7, dim=6, depth=depth, heads=3).double()
     ids = torch.tensor([[4, 2, 0, 0, 0], [7, 7, 10, 0, 0], [0, 0, 0, 0, 0]])
-    tokens, state = encoder(ids), doubles(encoder)
+    tokens, state = encoder(ids), state_as_float64(encoder)
     assert tokens.values.shape == (3, 3, 6)
     assert tokens.mask.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
     assert tokens.present().tolist() == [True, True, False]
@@ -91,7 +91,7 @@ def test_conv_encoder_against_loops():
     torch.manual_seed(0)
     encoder = ConvEncoder(3, (6, 10), dim=5, widths=(8, 16)).double().eval()
     pixels = torch.randn(2, 3, 6, 10, dtype=torch.float64)
-    tokens, state = encoder(pixels), doubles(encoder)
+    tokens, state = encoder(pixels), state_as_float64(encoder)
     assert tokens.values.shape == (2, 2 * 3, 5)
     for sample in (0, 1):
         x = pixels[sample]

@@ -10,7 +10,7 @@ from equipoise.encoders import SequenceEncoder, TextEncoder, VectorEncoder
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.training.method_factory import build_encoder
 from helpers.tolerance import TOL
-from oracles.fusion import doubles, gelu
+from oracles.fusion import gelu, state_as_float64
 
 EXACT = TOL[torch.float64]
 
@@ -25,7 +25,7 @@ def test_single_token_against_hidden_layers(depth):
     torch.manual_seed(0)
     encoder = VectorEncoder(7, dim=6, depth=depth, hidden=11, dropout=0.5).double().eval()
     values = torch.randn(3, 7, dtype=torch.float64)
-    tokens, state = encoder(values), doubles(encoder)
+    tokens, state = encoder(values), state_as_float64(encoder)
     assert tokens.values.shape == (3, 1, 6)
     for row in range(3):
         x = values[row]

@@ -242,7 +242,7 @@ def test_model_state_is_restored(emoji):
 
 def test_unsupported_models_and_data_raise(scenes, emoji):
     with pytest.raises(ConfigError, match=r"an image and a text encoder.*got LlamaForCausalLM"):
-        evaluate(small_look.llama(), small_published.Processor(), emoji)
+        evaluate(small_look.build_llama(), small_published.Processor(), emoji)
     with pytest.raises(ConfigError, match="evaluate: expected the data set emoji or scenes, got Digits"):
         evaluate(small_published.clip(), small_published.Processor(), load_dataset("digits"))
     asker = build_vlm()
@@ -253,7 +253,7 @@ def test_unsupported_models_and_data_raise(scenes, emoji):
 def test_models_are_loaded_from_folders(tmp_path):
     folder = small_published.saved_clip(tmp_path / "clip")
     assert matching_benchmark(folder) == "emoji"
-    for name, model in (("writes", small_look.llava()), ("finds", small_published.blip2())):
+    for name, model in (("writes", small_look.build_llava()), ("finds", small_published.blip2())):
         model.save_pretrained(tmp_path / name)
     assert (matching_benchmark(tmp_path / "writes"), matching_benchmark(tmp_path / "finds")) == ("scenes", "emoji")
     model, processor = load_for_benchmark("emoji", folder, device="cpu")

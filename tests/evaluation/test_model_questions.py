@@ -237,10 +237,10 @@ def test_audio(tmp_path):
 
 
 def test_text_only_model_raises():
-    from helpers.look import llama
+    from helpers.look import build_llama
 
     with pytest.raises(ConfigError, match=r"evaluate: expected a generative model with images or audio.*Llama.*text"):
-        evaluate_questions(llama(), build_processor(), build_samples(2))
+        evaluate_questions(build_llama(), build_processor(), build_samples(2))
 
 
 def test_invalid_arguments_raise(trained_models):

@@ -16,7 +16,7 @@ from equipoise.models.vision_language.grounding import (
     pointing_metrics,
     region_attention,
 )
-from helpers.language import batch, language, scenes
+from helpers.language import batch, build_vlm, small_scenes
 from helpers.tolerance import TOL
 
 pytest.importorskip("transformers")
@@ -52,7 +52,7 @@ def explicit_attention(model, image, text):
 @pytest.mark.parametrize("kind", ["linear", "mlp", "gated"])
 @torch.no_grad()
 def test_scores_against_explicit_attention(kind):
-    model, held = language(kind), batch(7)
+    model, held = build_vlm(kind), batch(7)
     for gate in model.gates:
         torch.nn.init.ones_(gate.attention_gate)
     torch.manual_seed(2)
@@ -73,7 +73,7 @@ def test_scores_against_explicit_attention(kind):
 @pytest.mark.parametrize("kind", ["linear", "gated"])
 @torch.no_grad()
 def test_maps_against_explicit_attention(kind):
-    model, held = language(kind), batch(5)
+    model, held = build_vlm(kind), batch(5)
     place = torch.tensor([1, 3, 2, 5, 4])
     patches = explicit_attention(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
     found = attention_map(model, held["image"], held["text"], place)
@@ -83,7 +83,7 @@ def test_maps_against_explicit_attention(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_means_over_words_by_a_loop(kind):
-    model, source = language("mlp"), scenes()
+    model, source = build_vlm("mlp"), small_scenes()
     masses, choices, sizes, rest = [], [], [], []
     for place in range(len(source.test)):
         words = source.words("test", place)
@@ -113,7 +113,7 @@ def test_means_over_words_by_a_loop(kind):
 @torch.no_grad()
 def test_uniform_attention_is_at_chance():
     """Queries that are 0 look at everything alike."""
-    model, source = language("gated"), scenes()
+    model, source = build_vlm("gated"), small_scenes()
     for gate in model.gates:
         torch.nn.init.zeros_(gate.reading.query.weight)
     for kind in KINDS:
@@ -131,7 +131,7 @@ def test_best_head_is_selected_on_validation_data(monkeypatch):
         return part.PointingResult(mass, mass / 2, mass / 4, 0.125, 0.25, 3)
 
     monkeypatch.setattr(part, "pointing", fake)
-    found = pointing_metrics(language("mlp"), scenes())
+    found = pointing_metrics(build_vlm("mlp"), small_scenes())
     assert found["pointing/color"] == pytest.approx(0.4)
     assert found["pointing_mean/color"] == pytest.approx(0.6)
     assert found["pointing_choice/shape"] == pytest.approx(0.2)
@@ -139,7 +139,7 @@ def test_best_head_is_selected_on_validation_data(monkeypatch):
 
 
 def test_labeled_words():
-    source = scenes()
+    source = small_scenes()
     for kind in KINDS:
         for index, place, region in labeled_words(source, "test", kind):
             words = [WORDS[source.test.inputs["text"][i, p]] for i, p in zip(index, place, strict=True)]
@@ -150,12 +150,12 @@ def test_labeled_words():
 
 @pytest.mark.parametrize("kind", ["qformer", "resampler"])
 def test_merged_patches_are_not_scored(kind):
-    model = language(kind)
+    model = build_vlm(kind)
     with pytest.raises(ConfigError, match=rf"pointing: expected a connector that keeps .* patches, got '{kind}'\. Its"):
-        pointing(model, scenes(), "test", "color")
-    assert pointing_metrics(model, scenes()) == {}
+        pointing(model, small_scenes(), "test", "color")
+    assert pointing_metrics(model, small_scenes()) == {}
 
 
 def test_unknown_words_raise():
     with pytest.raises(ConfigError, match=r"pointing: expected a known kind of words, got 'colors'\. Did you mean"):
-        pointing(language(), scenes(), "test", "colors")
+        pointing(build_vlm(), small_scenes(), "test", "colors")

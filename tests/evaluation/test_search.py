@@ -21,7 +21,7 @@ from equipoise.evaluation.search import (
 from equipoise.evaluation.search.embedding_cache import NAME
 from equipoise.evaluation.search.search_index import check_searchable, embed_entries
 from equipoise.evaluation.search.terminal_image import HALF, image_to_blocks
-from helpers.search import space
+from helpers.search import build_dual_encoder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def emoji():
 
 @pytest.fixture(scope="module")
 def model(emoji):
-    return space(emoji)
+    return build_dual_encoder(emoji)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import equipoise as eq
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.fusion import Concat, FiLM, Gated, JointAttention, Unimodal
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, EXACT, FUSIONS, NAMES, OUTPUTS, SINGLE, STATIC, built, sequences
-from oracles.fusion import doubles, joint, pooled, static
+from helpers.fusion_cases import BATCH, DIM, EXACT, FUSIONS, NAMES, OUTPUTS, SINGLE, STATIC, build_fusion, random_tokens
+from oracles.fusion import joint_attention, mean_pool, state_as_float64, static
 
 
 def values_and_masks(tokens):
@@ -25,12 +25,12 @@ def values_and_masks(tokens):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cls", [False, True])
 def test_static_fusion(kind, count, masked, cls):
-    tokens = sequences(NAMES[:count], masked=masked, cls=cls)
-    fusion = built(STATIC[kind], NAMES[:count])
+    tokens = random_tokens(NAMES[:count], masked=masked, cls=cls)
+    fusion = build_fusion(STATIC[kind], NAMES[:count])
     head = fusion.head(OUTPUTS).double()
-    vectors = [pooled(part.values, part.mask, cls) for part in tokens.values()]
+    vectors = [mean_pool(part.values, part.mask, cls) for part in tokens.values()]
     output = fusion(tokens)
-    expected = static(kind, doubles(fusion), doubles(head), vectors)
+    expected = static(kind, state_as_float64(fusion), state_as_float64(head), vectors)
     torch.testing.assert_close(head(output.features), expected, **EXACT)
     assert output.features.shape == (BATCH, fusion.out_dim)
     assert output.share is None
@@ -39,23 +39,23 @@ def test_static_fusion(kind, count, masked, cls):
 
 @pytest.mark.parametrize("kind", ["film", "gated", "unimodal"])
 def test_source_order(kind):
-    tokens, option = sequences(NAMES[:3]), "modality" if kind == "unimodal" else "source"
-    fusion = built(STATIC[kind], NAMES[:3], **{option: "image"})
+    tokens, option = random_tokens(NAMES[:3]), "modality" if kind == "unimodal" else "source"
+    fusion = build_fusion(STATIC[kind], NAMES[:3], **{option: "image"})
     head = fusion.head(OUTPUTS).double()
-    vectors = [pooled(part.values, None) for part in tokens.values()]
-    expected = static(kind, doubles(fusion), doubles(head), vectors, source=1)
+    vectors = [mean_pool(part.values, None) for part in tokens.values()]
+    expected = static(kind, state_as_float64(fusion), state_as_float64(head), vectors, source=1)
     torch.testing.assert_close(head(fusion(tokens).features), expected, **EXACT)
 
 
 def test_concat_with_zero_weights_is_unimodal_and_logits_are_additive():
-    tokens = sequences(NAMES[:3])
-    fusion = built(Concat, NAMES[:3])
+    tokens = random_tokens(NAMES[:3])
+    fusion = build_fusion(Concat, NAMES[:3])
     head, f = fusion.head(OUTPUTS).double(), fusion(tokens).features
     blocks = head.weight.chunk(3, dim=1)
     per_modality = [f[:, m * DIM : (m + 1) * DIM] @ blocks[m].T + head.bias / 3 for m in range(3)]
     torch.testing.assert_close(head(f), sum(per_modality), **EXACT)
 
-    alone = built(Unimodal, NAMES[:3], modality="image")
+    alone = build_fusion(Unimodal, NAMES[:3], modality="image")
     head_alone = alone.head(OUTPUTS).double()
     with torch.no_grad():
         head.weight.zero_()
@@ -73,10 +73,14 @@ def test_concat_with_zero_weights_is_unimodal_and_logits_are_additive():
 @pytest.mark.parametrize("include_cls_key", [True, False])
 @pytest.mark.parametrize("shortcut", [True, False])
 def test_joint_attention(heads, count, masked, include_cls_key, shortcut):
-    tokens = sequences(NAMES[:count], masked=masked)
-    fusion = built(JointAttention, NAMES[:count], heads=heads, include_cls_key=include_cls_key, shortcut=shortcut)
+    tokens = random_tokens(NAMES[:count], masked=masked)
+    fusion = build_fusion(
+        JointAttention, NAMES[:count], heads=heads, include_cls_key=include_cls_key, shortcut=shortcut
+    )
     output = fusion(tokens)
-    features, share = joint(doubles(fusion), values_and_masks(tokens), heads=heads, include_cls_key=include_cls_key)
+    features, share = joint_attention(
+        state_as_float64(fusion), values_and_masks(tokens), heads=heads, include_cls_key=include_cls_key
+    )
     torch.testing.assert_close(output.features, features, **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
     if not masked:
@@ -88,19 +92,19 @@ def test_joint_attention(heads, count, masked, include_cls_key, shortcut):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shortcut", [True, False])
 def test_deep_joint_attention(depth, masked, shortcut):
-    tokens = sequences(NAMES[:2], masked=masked)
-    fusion = built(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
+    tokens = random_tokens(NAMES[:2], masked=masked)
+    fusion = build_fusion(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
     output = fusion(tokens)
-    features, share = joint(doubles(fusion), values_and_masks(tokens), heads=2, depth=depth)
+    features, share = joint_attention(state_as_float64(fusion), values_and_masks(tokens), heads=2, depth=depth)
     torch.testing.assert_close(output.features, features, **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_shortcut_equals_the_full_computation_with_gradients(depth):
-    tokens, results = sequences(NAMES[:2], masked=True), []
+    tokens, results = random_tokens(NAMES[:2], masked=True), []
     for shortcut in (True, False):
-        fusion = built(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
+        fusion = build_fusion(JointAttention, NAMES[:2], heads=2, depth=depth, shortcut=shortcut)
         output = fusion(tokens)
         (output.features.square().sum() + output.share.square().sum()).backward()
         results.append([output.features, output.share, *(p.grad for p in fusion.parameters())])
@@ -109,8 +113,8 @@ def test_shortcut_equals_the_full_computation_with_gradients(depth):
 
 
 def test_active_depth_equals_a_shallower_model_and_is_saved():
-    tokens = sequences(NAMES[:2])
-    fusion = built(JointAttention, NAMES[:2], depth=3)
+    tokens = random_tokens(NAMES[:2])
+    fusion = build_fusion(JointAttention, NAMES[:2], depth=3)
     whole = fusion(tokens).features
     for depth in (1, 2, 3):
         fusion.use_depth(depth)
@@ -125,10 +129,10 @@ def test_active_depth_equals_a_shallower_model_and_is_saved():
 
 
 def test_modality_embedding_is_added_to_the_tokens_of_its_modality():
-    tokens = sequences(NAMES[:2])
-    fusion = built(JointAttention, NAMES[:2], modality_embedding=True)
+    tokens = random_tokens(NAMES[:2])
+    fusion = build_fusion(JointAttention, NAMES[:2], modality_embedding=True)
     moved = [(part.values + fusion.embedding[m].detach(), None) for m, part in enumerate(tokens.values())]
-    features, share = joint(doubles(fusion), moved, heads=1)
+    features, share = joint_attention(state_as_float64(fusion), moved, heads=1)
     torch.testing.assert_close(fusion(tokens).features, features, **EXACT)
     torch.testing.assert_close(fusion(tokens).share.double(), share, **SINGLE)
 
@@ -136,9 +140,9 @@ def test_modality_embedding_is_added_to_the_tokens_of_its_modality():
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_permuting_modalities_permutes_shares_but_not_features(depth, order):
-    tokens = sequences(NAMES[:3], masked=True)
+    tokens = random_tokens(NAMES[:3], masked=True)
     permuted = tuple(NAMES[m] for m in order)
-    one = built(JointAttention, NAMES[:3], heads=2, depth=depth)
+    one = build_fusion(JointAttention, NAMES[:3], heads=2, depth=depth)
     other = JointAttention(DIM, heads=2, depth=depth).build(permuted).double().eval()
     other.load_state_dict(one.state_dict())
     torch.testing.assert_close(other(tokens).features, one(tokens).features, **EXACT)
@@ -169,7 +173,7 @@ def test_permuting_modalities_permutes_shares_but_not_features(depth, order):
             r"JointAttention\.use_depth: expected 1 <= depth <= 2, got 3",
         ),
         (
-            lambda: built(Concat, NAMES[:2])(
+            lambda: build_fusion(Concat, NAMES[:2])(
                 {"audio": Tokens(torch.zeros(2, 3, DIM)), "image": Tokens(torch.zeros(3, 3, DIM))}
             ),
             ShapeError,

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from equipoise.errors import EquipoiseError
 from equipoise.fusion import Unimodal
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, EXACT, FUSIONS, LENGTHS, NAMES, OUTPUTS, SINGLE, built, sequences
+from helpers.fusion_cases import (
+    BATCH,
+    DIM,
+    EXACT,
+    FUSIONS,
+    LENGTHS,
+    NAMES,
+    OUTPUTS,
+    SINGLE,
+    build_fusion,
+    random_tokens,
+)
 from helpers.tolerance import TOL
 
 
@@ -47,8 +58,8 @@ every = pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
 @every
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_any_number_of_modalities(kind, count):
-    fusion = built(kind, NAMES[:count])
-    output = fusion(sequences(NAMES[:count]))
+    fusion = build_fusion(kind, NAMES[:count])
+    output = fusion(random_tokens(NAMES[:count]))
     assert output.features.shape == (BATCH, fusion.out_dim)
     assert output.features.isfinite().all()
     assert output.names == NAMES[:count]
@@ -64,7 +75,7 @@ def test_any_number_of_modalities(kind, count):
 @settings(max_examples=10, deadline=None)
 @given(places=st.lists(st.integers(0, 6), max_size=4), name=st.sampled_from(NAMES[:3]))
 def test_padding_position_has_no_effect(kind, places, name):
-    fusion, tokens = built(kind, NAMES[:3]), sequences(NAMES[:3], masked=True)
+    fusion, tokens = build_fusion(kind, NAMES[:3]), random_tokens(NAMES[:3], masked=True)
     before, after = fusion(tokens), fusion(tokens | {name: insert_padding(tokens[name], places)})
     torch.testing.assert_close(after.features, before.features, **EXACT)
     if before.share is not None:
@@ -74,7 +85,7 @@ def test_padding_position_has_no_effect(kind, places, name):
 @every
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_modality_absent_from_the_batch_equals_absent_in_every_sample(kind, name):
-    fusion, tokens = built(kind, NAMES[:3]), sequences(NAMES[:3])
+    fusion, tokens = build_fusion(kind, NAMES[:3]), random_tokens(NAMES[:3])
     empty = Tokens(torch.zeros(BATCH, 0, DIM, dtype=torch.float64))
     masked = Tokens(tokens[name].values, mask=torch.zeros(BATCH, LENGTHS[name], dtype=torch.bool))
     output, same = fusion(tokens | {name: empty}), fusion(tokens | {name: masked})
@@ -87,7 +98,7 @@ def test_modality_absent_from_the_batch_equals_absent_in_every_sample(kind, name
 
 @every
 def test_missing_modality_affects_only_its_sample(kind):
-    fusion, tokens = built(kind, NAMES[:2]), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(kind, NAMES[:2]), random_tokens(NAMES[:2])
     present = torch.tensor([True, False, True])
     for name in NAMES[:2]:
         mask = present[:, None].expand(-1, LENGTHS[name])
@@ -100,7 +111,7 @@ def test_missing_modality_affects_only_its_sample(kind):
 
 @every
 def test_empty_samples_have_finite_outputs_and_gradients(kind):
-    fusion, tokens = built(kind, NAMES[:2]), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(kind, NAMES[:2]), random_tokens(NAMES[:2])
     for name, part in tokens.items():
         values = part.values.requires_grad_()
         tokens[name] = Tokens(values, mask=torch.zeros(BATCH, LENGTHS[name], dtype=torch.bool))
@@ -117,10 +128,10 @@ def test_empty_samples_have_finite_outputs_and_gradients(kind):
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(kind, dtype):
-    tokens = sequences(NAMES[:3], masked=True)
+    tokens = random_tokens(NAMES[:3], masked=True)
     low = {name: Tokens(part.values.to(dtype), mask=part.mask) for name, part in tokens.items()}
-    output = built(kind, NAMES[:3])(tokens)
-    rounded = built(kind, NAMES[:3]).to(dtype)(low)
+    output = build_fusion(kind, NAMES[:3])(tokens)
+    rounded = build_fusion(kind, NAMES[:3]).to(dtype)(low)
     assert rounded.features.dtype == dtype
     # Rounding errors accumulate, so the error is relative to the largest feature.
     error = (rounded.features.double() - output.features).norm() / output.features.norm()
@@ -129,8 +140,8 @@ def test_half_precision_is_close(kind, dtype):
 
 @every
 def test_save_and_load_gives_the_same_output(kind):
-    tokens = sequences(NAMES[:3], masked=True)
-    fusion = built(kind, NAMES[:3])
+    tokens = random_tokens(NAMES[:3], masked=True)
+    fusion = build_fusion(kind, NAMES[:3])
     torch.manual_seed(5)
     other = kind(DIM).build(NAMES[:3]).double().eval()
     if list(fusion.parameters()):
@@ -141,8 +152,8 @@ def test_save_and_load_gives_the_same_output(kind):
 
 @every
 def test_deep_copy_is_equal_and_independent(kind):
-    tokens = sequences(NAMES[:3])
-    fusion = built(kind, NAMES[:3])
+    tokens = random_tokens(NAMES[:3])
+    fusion = build_fusion(kind, NAMES[:3])
     twin, before = copy.deepcopy(fusion), fusion(tokens).features
     assert torch.equal(twin(tokens).features, before)
     with torch.no_grad():
@@ -155,7 +166,7 @@ def test_deep_copy_is_equal_and_independent(kind):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_gradients_reach_used_inputs_and_every_parameter(kind, count):
     names = NAMES[:count]
-    tokens, fusion = sequences(names), built(kind, names)
+    tokens, fusion = random_tokens(names), build_fusion(kind, names)
     for part in tokens.values():
         part.values.requires_grad_()
     fusion_logits(fusion, tokens).square().sum().backward()
@@ -169,9 +180,9 @@ def test_gradients_reach_used_inputs_and_every_parameter(kind, count):
 
 @every
 def test_accumulated_batches_equal_one_batch(kind):
-    tokens, gradients = sequences(NAMES[:2], masked=True), []
+    tokens, gradients = random_tokens(NAMES[:2], masked=True), []
     for pieces in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
-        fusion = built(kind, NAMES[:2])
+        fusion = build_fusion(kind, NAMES[:2])
         torch.manual_seed(1)
         head = fusion.head(OUTPUTS).double().eval()
         for piece in pieces:
@@ -184,7 +195,7 @@ def test_accumulated_batches_equal_one_batch(kind):
 
 @every
 def test_mapping_order_does_not_matter_after_build(kind):
-    tokens, fusion = sequences(NAMES[:3]), built(kind, NAMES[:3])
+    tokens, fusion = random_tokens(NAMES[:3]), build_fusion(kind, NAMES[:3])
     backwards = dict(reversed(tokens.items()))
     assert torch.equal(fusion(backwards).features, fusion(tokens).features)
 
@@ -192,7 +203,7 @@ def test_mapping_order_does_not_matter_after_build(kind):
 @every
 def test_first_call_builds_the_fusion(kind):
     fusion = kind(DIM)
-    output = fusion(sequences(NAMES[:2], dtype=torch.float32))
+    output = fusion(random_tokens(NAMES[:2], dtype=torch.float32))
     assert fusion.names == NAMES[:2]
     assert output.features.shape == (BATCH, fusion.out_dim)
 
@@ -212,7 +223,7 @@ def test_first_call_builds_the_fusion(kind):
             r"{}: expected the modalities it was built for, .*'a', 'b'.*Create a new fusion",
         ),
         (
-            lambda kind: kind(DIM).build(("audio", "image"))(sequences(("audio",))),
+            lambda kind: kind(DIM).build(("audio", "image"))(random_tokens(("audio",))),
             r"{}: expected tokens for audio, image, got tokens for audio\. A modality that is missing",
         ),
         (lambda kind: kind(DIM).build(("audio",))({}), r"{}: expected tokens for audio, got tokens for none"),

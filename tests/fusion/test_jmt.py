@@ -9,8 +9,8 @@ from equipoise.errors import ConfigError
 from equipoise.fusion import JMT
 from equipoise.fusion.token_streams import equal_lengths
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, EXACT, NAMES, built, right_gradients, sequences
-from oracles.fusion import doubles
+from helpers.fusion_cases import BATCH, DIM, EXACT, NAMES, build_fusion, check_gradients, random_tokens
+from oracles.fusion import state_as_float64
 from oracles.fusion_transformers import jmt
 
 
@@ -18,9 +18,9 @@ from oracles.fusion_transformers import jmt
 @pytest.mark.parametrize(("masked", "cls"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("count", "depth"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 def test_forward(output, masked, cls, count, depth):
-    tokens = sequences(NAMES[:count], masked=masked, cls=cls)
-    fusion = built(JMT, NAMES[:count], heads=2, depth=depth, output=output)
-    expected = jmt(doubles(fusion), tokens, heads=2, depth=depth, output=output)
+    tokens = random_tokens(NAMES[:count], masked=masked, cls=cls)
+    fusion = build_fusion(JMT, NAMES[:count], heads=2, depth=depth, output=output)
+    expected = jmt(state_as_float64(fusion), tokens, heads=2, depth=depth, output=output)
     found = fusion(tokens)
     torch.testing.assert_close(found.features, expected, **EXACT)
     assert found.features.shape == (BATCH, fusion.out_dim)
@@ -36,20 +36,20 @@ def test_six_pairs_of_the_paper():
 @pytest.mark.parametrize("output", ["fc", "attention"])
 @pytest.mark.parametrize("missing", NAMES[:2])
 def test_missing_modality(output, missing):
-    tokens = sequences(NAMES[:2])
+    tokens = random_tokens(NAMES[:2])
     present = torch.tensor([True, False, True])
     values = tokens[missing].values
     tokens[missing] = Tokens(values, mask=present[:, None].expand(values.shape[:2]))
-    fusion = built(JMT, NAMES[:2], output=output)
-    expected = jmt(doubles(fusion), tokens, heads=1, depth=1, output=output)
+    fusion = build_fusion(JMT, NAMES[:2], output=output)
+    expected = jmt(state_as_float64(fusion), tokens, heads=1, depth=1, output=output)
     torch.testing.assert_close(fusion(tokens).features, expected, **EXACT)
 
 
 @pytest.mark.parametrize("output", ["fc", "attention"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_order_of_modalities_has_no_effect(output, order):
-    tokens = sequences(NAMES[:3], masked=True)
-    one = built(JMT, NAMES[:3], output=output)
+    tokens = random_tokens(NAMES[:3], masked=True)
+    one = build_fusion(JMT, NAMES[:3], output=output)
     other = JMT(DIM, output=output).build(tuple(NAMES[m] for m in order)).double().eval()
     other.load_state_dict(one.state_dict())
     assert torch.equal(other(tokens).features, one(tokens).features)
@@ -81,8 +81,8 @@ def test_equal_lengths_keeps_equal_sequences_and_fills_missing():
 
 @pytest.mark.parametrize("output", ["fc", "attention"])
 def test_gradients(output):
-    fusion = built(JMT, NAMES[:2], output=output)
-    assert right_gradients(fusion)
+    fusion = build_fusion(JMT, NAMES[:2], output=output)
+    assert check_gradients(fusion)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError
 from helpers.fusion import DIM, FEATURES, NAMES, OUTPUTS, batch
-from helpers.fusion import model as fresh
+from helpers.fusion import joint_model as fresh
 from helpers.fusion_cases import EXACT
-from oracles.fusion import doubles
+from oracles.fusion import state_as_float64
 from oracles.fusion_transformers import joint_contributions
 
 
@@ -37,7 +37,11 @@ def test_joint_attention(options, count, missing):
     assert tuple(parts) == NAMES[:count]
     heads, keys = options.get("heads", 2), options.get("include_cls_key", True)
     expected = joint_contributions(
-        doubles(made.fusion), doubles(made.head), made.encode(inputs), heads=heads, include_cls_key=keys
+        state_as_float64(made.fusion),
+        state_as_float64(made.head),
+        made.encode(inputs),
+        heads=heads,
+        include_cls_key=keys,
     )
     for index, part in enumerate(parts.values()):
         torch.testing.assert_close(part, expected[:, index], **EXACT)

@@ -12,8 +12,8 @@ from equipoise.encoders import Backbone, SequenceEncoder, TextEncoder
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.tokens.masks import bool_mask, zero_loss
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, FUSIONS, LENGTHS, NAMES, built, sequences
-from helpers.masked_cases import FILLS, assert_equal_and_finite, derived
+from helpers.fusion_cases import BATCH, DIM, FUSIONS, LENGTHS, NAMES, build_fusion, random_tokens
+from helpers.masked_cases import FILLS, assert_equal_and_finite, outputs_and_gradients
 
 FEATURES = {"audio": 3, "image": 7, "text": 11}
 # Every fusion with its defaults, and options with other code paths for masks.
@@ -46,14 +46,14 @@ class TestFusions:
     def test_tokens(self, kind, options, cls):
         names, found = NAMES[:3], []
         masks = padding_masks(names)
-        fusion = built(FUSIONS[kind], names, **options)
+        fusion = build_fusion(FUSIONS[kind], names, **options)
         for fill in (0.0, *FILLS):
             tokens, leaves = {}, []
-            for name, part in sequences(names).items():
+            for name, part in random_tokens(names).items():
                 values = part.values.masked_fill(~masks[name][..., None], fill).requires_grad_()
                 tokens[name], leaves = Tokens(values, mask=masks[name], cls=cls), [*leaves, values]
             output = fusion(tokens)
-            found.append(derived((output.features, output.share), [*leaves, *fusion.parameters()]))
+            found.append(outputs_and_gradients((output.features, output.share), [*leaves, *fusion.parameters()]))
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])
 
@@ -76,7 +76,7 @@ class TestFusions:
             loss = model.loss(output.logits, torch.tensor([0, 1, 1])) + model.unimodal_loss(
                 output, torch.zeros(3).long()
             )
-            found.append(derived((output.logits, output.share, loss), [*leaves, *model.parameters()]))
+            found.append(outputs_and_gradients((output.logits, output.share, loss), [*leaves, *model.parameters()]))
             tokens = [output.tokens[name] for name in model.fusion.reads]
             assert not any(part.values[~part.mask].any() for part in tokens)
         for made in found[1:]:
@@ -150,7 +150,7 @@ class TestModel:
 
     def test_unimodal_fusion_accepts_other_modalities_of_any_size(self):
         fusion = eq.fusion.Unimodal(DIM, modality="image").build(("audio", "image"))
-        tokens = sequences(("image",), dtype=torch.float32)
+        tokens = random_tokens(("image",), dtype=torch.float32)
         output = fusion({"audio": Tokens(torch.full((7, 2, 5), math.nan)), **tokens})
         assert torch.equal(output.features, tokens["image"].pooled())
 
@@ -176,7 +176,9 @@ class TestModel:
             image = torch.ones(shape)
             image[1] = value
             batch = {"image": image, "audio": torch.ones(BATCH, 2, 3), "mask": {"image": present}}
-            found.append(derived((model(batch).logits,), [p for p in model.parameters() if p.requires_grad]))
+            found.append(
+                outputs_and_gradients((model(batch).logits,), [p for p in model.parameters() if p.requires_grad])
+            )
         assert_equal_and_finite(found[1], found[0])
 
     def test_channels_are_not_treated_as_tokens(self):
@@ -231,7 +233,9 @@ class TestEncoders:
         found = []
         for value in (0.0, fill):
             tokens = encoder(frames.masked_fill(~mask[..., None], value), mask=mask)
-            found.append(derived((tokens.pooled(), tokens.values[tokens.mask]), list(encoder.parameters())))
+            found.append(
+                outputs_and_gradients((tokens.pooled(), tokens.values[tokens.mask]), list(encoder.parameters()))
+            )
         assert_equal_and_finite(found[1], found[0])
 
     def test_text(self):

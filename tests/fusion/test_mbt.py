@@ -8,8 +8,8 @@ import torch
 from equipoise.errors import ConfigError
 from equipoise.fusion import MBT
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, right_gradients, sequences
-from oracles.fusion import doubles, linear
+from helpers.fusion_cases import BATCH, DIM, EXACT, NAMES, OUTPUTS, SINGLE, build_fusion, check_gradients, random_tokens
+from oracles.fusion import linear, state_as_float64
 from oracles.fusion_transformers import mbt
 
 
@@ -17,13 +17,13 @@ from oracles.fusion_transformers import mbt
 @pytest.mark.parametrize(("masked", "cls"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_forward(exchange, masked, cls, count):
-    tokens = sequences(NAMES[:count], masked=masked, cls=cls)
-    fusion = built(MBT, NAMES[:count], depth=2, heads=5, bottlenecks=3, exchange=exchange)
-    vectors = mbt(doubles(fusion), tokens, depth=2, heads=5, exchange=exchange)
+    tokens = random_tokens(NAMES[:count], masked=masked, cls=cls)
+    fusion = build_fusion(MBT, NAMES[:count], depth=2, heads=5, bottlenecks=3, exchange=exchange)
+    vectors = mbt(state_as_float64(fusion), tokens, depth=2, heads=5, exchange=exchange)
     output = fusion(tokens)
     torch.testing.assert_close(output.features, vectors.flatten(1), **EXACT)
     head = fusion.head(OUTPUTS).double()
-    state = doubles(head)
+    state = state_as_float64(head)
     # A shared head: the mean of the logits of the modalities if every sample has all of them.
     if not masked:
         scores = [[linear(state, "linear.", count * v) for v in sample] for sample in vectors]
@@ -39,7 +39,7 @@ def test_forward(exchange, masked, cls, count):
 
 
 def test_contributions_after_autocast():
-    fusion, tokens = built(MBT, NAMES[:2], dtype=torch.float32), sequences(NAMES[:2], dtype=torch.float32)
+    fusion, tokens = build_fusion(MBT, NAMES[:2], dtype=torch.float32), random_tokens(NAMES[:2], dtype=torch.float32)
     head = fusion.head(OUTPUTS)
     with torch.autocast("cpu", torch.bfloat16):
         output = fusion(tokens)
@@ -51,7 +51,7 @@ def test_contributions_after_autocast():
 
 def audio_change(fusion):
     """Returns the largest change of the audio features when the image changes."""
-    tokens = sequences(NAMES[:2])
+    tokens = random_tokens(NAMES[:2])
     # Not a constant, which the norms would remove.
     changed = tokens | {"image": Tokens(-tokens["image"].values)}
     parts = [fusion(t).features[:, :DIM] for t in (tokens, changed)]
@@ -60,11 +60,11 @@ def audio_change(fusion):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_without_bottleneck_tokens_modalities_are_independent(depth):
-    fusion = built(MBT, NAMES[:2], depth=depth, bottlenecks=0)
+    fusion = build_fusion(MBT, NAMES[:2], depth=depth, bottlenecks=0)
     assert audio_change(fusion) == 0
     assert "bottleneck" not in fusion.state_dict()
-    tokens = sequences(NAMES[:2])
-    expected = mbt(doubles(fusion), tokens, depth=depth, heads=1).flatten(1)
+    tokens = random_tokens(NAMES[:2])
+    expected = mbt(state_as_float64(fusion), tokens, depth=depth, heads=1).flatten(1)
     torch.testing.assert_close(fusion(tokens).features, expected, **EXACT)
 
 
@@ -73,7 +73,7 @@ def test_without_bottleneck_tokens_modalities_are_independent(depth):
     [(1, {}, False), (2, {}, True), (3, {}, True), (1, {"exchange": "cross"}, True), (2, {"bottlenecks": 1}, True)],
 )
 def test_exchange_between_modalities_needs_a_second_layer(depth, options, crosses):
-    fusion, tokens = built(MBT, NAMES[:2], depth=depth, **options), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(MBT, NAMES[:2], depth=depth, **options), random_tokens(NAMES[:2])
     for part in tokens.values():
         part.values.requires_grad_()
     # A loss of the audio features only.
@@ -86,10 +86,10 @@ def test_exchange_between_modalities_needs_a_second_layer(depth, options, crosse
 
 
 def test_missing_modality_is_excluded_from_the_logits():
-    both, alone = built(MBT, NAMES[:2]), MBT(DIM).build(NAMES[:1]).double().eval()
+    both, alone = build_fusion(MBT, NAMES[:2]), MBT(DIM).build(NAMES[:1]).double().eval()
     own = {name: value for name, value in both.state_dict().items() if "image" not in name}
     alone.load_state_dict(own)
-    tokens = sequences(NAMES[:2])
+    tokens = random_tokens(NAMES[:2])
     gone = Tokens(tokens["image"].values, mask=torch.zeros(BATCH, 2, dtype=torch.bool))
     features = both(tokens | {"image": gone}).features
     torch.testing.assert_close(features[:, :DIM], alone({"audio": tokens["audio"]}).features, **EXACT)
@@ -99,8 +99,8 @@ def test_missing_modality_is_excluded_from_the_logits():
 @pytest.mark.parametrize("exchange", ["bottleneck", "cross"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_order_of_modalities_does_not_change_logits(exchange, order):
-    tokens = sequences(NAMES[:3], masked=True)
-    one = built(MBT, NAMES[:3], exchange=exchange)
+    tokens = random_tokens(NAMES[:3], masked=True)
+    one = build_fusion(MBT, NAMES[:3], exchange=exchange)
     other = MBT(DIM, exchange=exchange).build(tuple(NAMES[m] for m in order)).double().eval()
     other.load_state_dict(one.state_dict())
     head = one.head(OUTPUTS).double()
@@ -109,8 +109,8 @@ def test_order_of_modalities_does_not_change_logits(exchange, order):
 
 @pytest.mark.parametrize("exchange", ["bottleneck", "cross"])
 def test_gradients(exchange):
-    fusion = built(MBT, NAMES[:2], bottlenecks=1, exchange=exchange)
-    assert right_gradients(fusion)
+    fusion = build_fusion(MBT, NAMES[:2], bottlenecks=1, exchange=exchange)
+    assert check_gradients(fusion)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from equipoise.fusion import MidFusion
 from equipoise.io.class_registry import available_classes
 from equipoise.nn.transformer import Transformer
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
-from oracles.fusion import doubles
+from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, build_fusion, random_tokens
+from oracles.fusion import state_as_float64
 from oracles.fusion_transformers import mid
 
 
@@ -22,9 +22,9 @@ from oracles.fusion_transformers import mid
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize(("count", "depth"), [(1, 1), (2, 1), (2, 3), (3, 2)])
 def test_forward(masked, shortcut, count, depth):
-    tokens = sequences(NAMES[:count], masked=masked)
-    fusion = built(MidFusion, NAMES[:count], depth=depth, heads=2, shortcut=shortcut)
-    features, share = mid(doubles(fusion), tokens, heads=2, depth=depth)
+    tokens = random_tokens(NAMES[:count], masked=masked)
+    fusion = build_fusion(MidFusion, NAMES[:count], depth=depth, heads=2, shortcut=shortcut)
+    features, share = mid(state_as_float64(fusion), tokens, heads=2, depth=depth)
     output = fusion(tokens)
     torch.testing.assert_close(output.features, features, **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
@@ -32,8 +32,8 @@ def test_forward(masked, shortcut, count, depth):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_order_permutes_shares_but_not_features(order):
-    tokens = sequences(NAMES[:3], masked=True)
-    one = built(MidFusion, NAMES[:3])
+    tokens = random_tokens(NAMES[:3], masked=True)
+    one = build_fusion(MidFusion, NAMES[:3])
     other = MidFusion(DIM).build(tuple(NAMES[m] for m in order)).double().eval()
     other.load_state_dict(one.state_dict())
     torch.testing.assert_close(other(tokens).features, one(tokens).features, **EXACT)
@@ -79,8 +79,8 @@ def test_rollingq_rotates_the_last_block():
 
 
 def test_gradients():
-    fusion = built(MidFusion, NAMES[:2])
-    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+    fusion = build_fusion(MidFusion, NAMES[:2])
+    inputs = [part.values[:1].clone().requires_grad_() for part in random_tokens(NAMES[1:3]).values()]
 
     def features(*values):
         return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features

@@ -14,8 +14,8 @@ from equipoise.errors import ConfigError, ShapeError
 from equipoise.fusion import MidFusion
 from equipoise.fusion.subset_tokens import keep_modalities
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import BATCH, DIM, EXACT, LENGTHS, NAMES, OUTPUTS, SINGLE, built, sequences
-from oracles.fusion import doubles, layer_norm, linear
+from helpers.fusion_cases import BATCH, DIM, EXACT, LENGTHS, NAMES, OUTPUTS, SINGLE, build_fusion, random_tokens
+from oracles.fusion import layer_norm, linear, state_as_float64
 
 NAN = math.nan
 
@@ -23,7 +23,7 @@ NAN = math.nan
 def tokens_with_times(names, *, masked=False, unknown=False):
     random = torch.Generator().manual_seed(1)
     made = {}
-    for name, part in sequences(names, masked=masked).items():
+    for name, part in random_tokens(names, masked=masked).items():
         times = 3 * torch.rand(BATCH, LENGTHS[name], generator=random, dtype=torch.float64)
         if unknown:
             times[0, 0] = NAN
@@ -85,8 +85,10 @@ def loop_features(state, tokens, *, heads, depth, kind):
 @pytest.mark.parametrize(("count", "depth"), [(1, 2), (2, 2), (3, 3)])
 def test_forward(kind, shortcut, masked, count, depth):
     tokens = tokens_with_times(NAMES[:count], masked=masked, unknown=True)
-    fusion = built(MidFusion, NAMES[:count], depth=depth, heads=2, time_bias=kind, time_width=0.5, shortcut=shortcut)
-    expected = loop_features(doubles(fusion), tokens, heads=2, depth=depth, kind=kind)
+    fusion = build_fusion(
+        MidFusion, NAMES[:count], depth=depth, heads=2, time_bias=kind, time_width=0.5, shortcut=shortcut
+    )
+    expected = loop_features(state_as_float64(fusion), tokens, heads=2, depth=depth, kind=kind)
     torch.testing.assert_close(fusion(tokens).features, expected, **EXACT)
 
 
@@ -95,14 +97,14 @@ def test_forward(kind, shortcut, masked, count, depth):
 def test_common_time_shift_has_no_effect(shift, kind):
     tokens, fusion = (
         tokens_with_times(NAMES[:2], masked=True, unknown=True),
-        built(MidFusion, NAMES[:2], time_bias=kind),
+        build_fusion(MidFusion, NAMES[:2], time_bias=kind),
     )
     moved = {name: replace(part, times=part.times + shift) for name, part in tokens.items()}
     torch.testing.assert_close(fusion(moved).features, fusion(tokens).features, rtol=1e-8, atol=1e-8)
 
 
 def test_learned_lag_compensates_a_delayed_stream():
-    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2]), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     late = tokens | {"image": replace(tokens["image"], times=tokens["image"].times + 0.7)}
     before = fusion(tokens).features
     assert (fusion(late).features - before).abs().max() > 1e-3
@@ -114,7 +116,7 @@ def test_learned_lag_compensates_a_delayed_stream():
 
 
 def test_wide_time_bias_has_no_effect():
-    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2]), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     plain = MidFusion(DIM).build(NAMES[:2]).double().eval()
     plain.load_state_dict({name: v for name, v in fusion.state_dict().items() if not name.startswith("biases")})
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_wide_time_bias_has_no_effect():
 
 @pytest.mark.parametrize("bad", [NAN, 1e30])
 def test_times_of_padding_and_missing_samples_have_no_influence(bad):
-    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     changed = {name: replace(p, times=p.times.masked_fill(~p.valid(), bad)) for name, p in tokens.items()}
     expected = fusion(tokens)
     found = fusion(changed)
@@ -135,7 +137,7 @@ def test_times_of_padding_and_missing_samples_have_no_influence(bad):
 
 
 def test_modalities_missing_from_the_batch():
-    tokens, fusion = tokens_with_times(NAMES[:2]), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2]), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     absent = replace(tokens["image"], mask=torch.zeros(BATCH, LENGTHS["image"], dtype=torch.bool))
     found = fusion(keep_modalities(tokens, ["audio"])).features
     torch.testing.assert_close(found, fusion(tokens | {"image": absent}).features, **EXACT)
@@ -143,7 +145,7 @@ def test_modalities_missing_from_the_batch():
 
 
 def test_gradients():
-    fusion = built(MidFusion, NAMES[:2], time_bias="gaussian", heads=2)
+    fusion = build_fusion(MidFusion, NAMES[:2], time_bias="gaussian", heads=2)
     tokens = tokens_with_times(NAMES[:2])
     inputs = [part.values[:1].clone().requires_grad_() for part in tokens.values()]
 
@@ -156,7 +158,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    fusion, tokens = built(MidFusion, NAMES[:2], time_bias="gaussian"), tokens_with_times(NAMES[:2], masked=True)
+    fusion, tokens = build_fusion(MidFusion, NAMES[:2], time_bias="gaussian"), tokens_with_times(NAMES[:2], masked=True)
     low = {name: replace(part, values=part.values.to(dtype)) for name, part in tokens.items()}
     expected, found = fusion(tokens).features, fusion.to(dtype)(low).features
     assert found.dtype == dtype
@@ -232,7 +234,7 @@ def test_balancers_that_join_batches_keep_times():
     ("call", "kind", "message"),
     [
         (
-            lambda: MidFusion(DIM, time_bias="gaussian")(tokens_with_times(NAMES[:1]) | sequences(NAMES[1:2])),
+            lambda: MidFusion(DIM, time_bias="gaussian")(tokens_with_times(NAMES[:1]) | random_tokens(NAMES[1:2])),
             ShapeError,
             r"MidFusion 'image': expected tokens with times, for the time bias, got times=None\. Pass batch",
         ),
@@ -251,7 +253,7 @@ def test_errors(call, kind, message):
 
 
 def test_shares_come_from_the_last_block():
-    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), built(MidFusion, NAMES[:2], time_bias="gaussian")
+    tokens, fusion = tokens_with_times(NAMES[:2], masked=True), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     share = fusion(tokens).share
     assert share.shape == (BATCH, 1, 2)
     assert (share.sum(dim=-1) <= 1 + SINGLE["atol"]).all()

@@ -10,8 +10,8 @@ from equipoise.errors import ConfigError
 from equipoise.fusion import MMML
 from equipoise.fusion.mmml import CrossModalLayer
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
-from oracles.fusion import doubles, linear
+from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, build_fusion, random_tokens
+from oracles.fusion import linear, state_as_float64
 from oracles.fusion_transformers import mmml, readout, relu
 
 
@@ -19,12 +19,12 @@ from oracles.fusion_transformers import mmml, readout, relu
 @pytest.mark.parametrize(("masked", "cls"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("count", "depth"), [(1, 1), (2, 2), (3, 1)])
 def test_forward(with_readout, masked, cls, count, depth):
-    tokens = sequences(NAMES[:count], masked=masked, cls=cls)
-    fusion = built(MMML, NAMES[:count], depth=depth, heads=2, readout="attention" if with_readout else "none")
-    expected, streams = mmml(doubles(fusion), tokens, heads=2, depth=depth)
+    tokens = random_tokens(NAMES[:count], masked=masked, cls=cls)
+    fusion = build_fusion(MMML, NAMES[:count], depth=depth, heads=2, readout="attention" if with_readout else "none")
+    expected, streams = mmml(state_as_float64(fusion), tokens, heads=2, depth=depth)
     output = fusion(tokens)
     if with_readout:
-        read, share = readout(doubles(fusion), streams)
+        read, share = readout(state_as_float64(fusion), streams)
         expected = torch.cat([read, expected], dim=1)
         torch.testing.assert_close(output.share.double(), share, **SINGLE)
     torch.testing.assert_close(output.features, expected, **EXACT)
@@ -32,9 +32,9 @@ def test_forward(with_readout, masked, cls, count, depth):
 
 
 def test_head():
-    fusion = built(MMML, NAMES[:2], hidden=11)
-    head, features = fusion.head(OUTPUTS).double().eval(), fusion(sequences(NAMES[:2])).features
-    state = doubles(head)
+    fusion = build_fusion(MMML, NAMES[:2], hidden=11)
+    head, features = fusion.head(OUTPUTS).double().eval(), fusion(random_tokens(NAMES[:2])).features
+    state = state_as_float64(head)
     rows = [relu(linear(state, "3.", relu(linear(state, "1.", row)))) for row in features]
     torch.testing.assert_close(head(features), torch.stack([linear(state, "5.", row) for row in rows]), **EXACT)
     assert [head[i].weight.shape for i in (1, 3, 5)] == [(DIM, 2 * DIM), (11, DIM), (OUTPUTS, 11)]
@@ -49,7 +49,7 @@ def test_parameters_of_a_layer():
 
 def test_both_streams_attend_to_the_inputs_of_the_layer():
     # With sequential updates, the second stream would attend to the updated first one.
-    fusion, tokens = built(MMML, NAMES[:2]), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(MMML, NAMES[:2]), random_tokens(NAMES[:2])
     layer = fusion.layers[0]
     backwards = layer(dict(reversed(tokens.items())))
     for name, part in layer(tokens).items():
@@ -58,8 +58,8 @@ def test_both_streams_attend_to_the_inputs_of_the_layer():
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_order_permutes_shares_and_parts_of_the_features(order):
-    tokens = sequences(NAMES[:3], masked=True)
-    one = built(MMML, NAMES[:3], readout="attention")
+    tokens = random_tokens(NAMES[:3], masked=True)
+    one = build_fusion(MMML, NAMES[:3], readout="attention")
     other = MMML(DIM, readout="attention").build(tuple(NAMES[m] for m in order)).double().eval()
     other.load_state_dict(one.state_dict())
     before, after = one(tokens), other(tokens)
@@ -74,8 +74,8 @@ def test_order_permutes_shares_and_parts_of_the_features(order):
 
 
 def test_gradients():
-    fusion = built(MMML, NAMES[:2], readout="attention")
-    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+    fusion = build_fusion(MMML, NAMES[:2], readout="attention")
+    inputs = [part.values[:1].clone().requires_grad_() for part in random_tokens(NAMES[1:3]).values()]
 
     def features(*values):
         return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features

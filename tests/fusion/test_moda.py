@@ -11,7 +11,7 @@ from equipoise.io.class_registry import available_classes
 from equipoise.nn.attention.modular import modular_attention
 from equipoise.nn.duplex import DuplexAligner
 from equipoise.tokens.token_batch import Tokens
-from helpers.fusion_cases import DIM, EXACT, NAMES, SINGLE, built, right_gradients, sequences
+from helpers.fusion_cases import DIM, EXACT, NAMES, SINGLE, build_fusion, check_gradients, random_tokens
 
 MERGES = ("mass", "gate", "sum", "concat")
 
@@ -23,7 +23,7 @@ MERGES = ("mass", "gate", "sum", "concat")
 )
 def test_equals_mid_fusion_at_initialization(count, dtype, options):
     names = NAMES[:count]
-    tokens = sequences(names, masked=True, dtype=dtype)
+    tokens = random_tokens(names, masked=True, dtype=dtype)
     torch.manual_seed(0)
     plain = MidFusion(DIM, depth=2, heads=2).build(names).eval().to(dtype)
     moda = MODA(DIM, depth=2, heads=2, **options).build(names).eval().to(dtype)
@@ -61,7 +61,7 @@ def expected_features(fusion, tokens):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_equals_its_components(merge, count):
     names = NAMES[:count]
-    fusion, tokens = built(MODA, names, merge=merge, heads=2, depth=3), sequences(names)
+    fusion, tokens = build_fusion(MODA, names, merge=merge, heads=2, depth=3), random_tokens(names)
     features = fusion(tokens).features
     for sample in range(3):
         alone = {name: Tokens(part.values[sample : sample + 1]) for name, part in tokens.items()}
@@ -71,7 +71,7 @@ def test_equals_its_components(merge, count):
 @pytest.mark.parametrize("merge", MERGES)
 def test_every_merge_is_trainable_and_ignores_padding(merge):
     names = NAMES[:2]
-    fusion, tokens = built(MODA, names, merge=merge, fuse="add"), sequences(names, masked=True)
+    fusion, tokens = build_fusion(MODA, names, merge=merge, fuse="add"), random_tokens(names, masked=True)
     features = fusion(tokens).features
     features.square().sum().backward()
     silent = {n for n, p in fusion.named_parameters() if p.grad is None or not p.grad.any()}
@@ -81,12 +81,12 @@ def test_every_merge_is_trainable_and_ignores_padding(merge):
 
 
 def test_gradients():
-    assert right_gradients(built(MODA, NAMES[:2], heads=2, merge="gate"))
+    assert check_gradients(build_fusion(MODA, NAMES[:2], heads=2, merge="gate"))
 
 
 def test_order_permutes_shares_but_not_features():
-    tokens, order = sequences(NAMES[:3], masked=True), (2, 0, 1)
-    one = built(MODA, NAMES[:3])
+    tokens, order = random_tokens(NAMES[:3], masked=True), (2, 0, 1)
+    one = build_fusion(MODA, NAMES[:3])
     other = MODA(DIM).build(tuple(NAMES[m] for m in order)).double().eval()
     state = {name: value[list(order)] if ".aligner." in name else value for name, value in one.state_dict().items()}
     other.load_state_dict(state)
@@ -95,21 +95,21 @@ def test_order_permutes_shares_but_not_features():
 
 
 def test_pseudo_attention_of_hidden_keys():
-    tokens = sequences(NAMES[:2], masked=True)
-    plain, soaked = (built(MODA, NAMES[:2], pseudo=pseudo) for pseudo in ("none", "all_masked"))
+    tokens = random_tokens(NAMES[:2], masked=True)
+    plain, soaked = (build_fusion(MODA, NAMES[:2], pseudo=pseudo) for pseudo in ("none", "all_masked"))
     assert not torch.allclose(plain(tokens).features, soaked(tokens).features)
-    whole = sequences(NAMES[:2])
+    whole = random_tokens(NAMES[:2])
     torch.testing.assert_close(plain(whole).features, soaked(whole).features, **EXACT)
 
 
 def test_directions_by_name():
-    fusion = built(MODA, NAMES[:3], directions=("text",))
+    fusion = build_fusion(MODA, NAMES[:3], directions=("text",))
     aligners = [part for part in fusion.modules() if isinstance(part, DuplexAligner)]
     assert [part.directions for part in aligners] == [(2,), (2,)]
 
 
 def test_watch_records_aligned_keys_and_their_share():
-    fusion, tokens = built(MODA, NAMES[:2], heads=2), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(MODA, NAMES[:2], heads=2), random_tokens(NAMES[:2])
     model = eq.FusionModel({n: torch.nn.Identity() for n in NAMES[:2]}, fusion, 3).double().eval()
     with eq.watch(model) as seen:
         output = model({name: part.values for name, part in tokens.items()})
@@ -117,7 +117,7 @@ def test_watch_records_aligned_keys_and_their_share():
 
 
 def test_rollingq_attaches():
-    fusion = built(MODA, NAMES[:2], dtype=torch.float32)
+    fusion = build_fusion(MODA, NAMES[:2], dtype=torch.float32)
     model = eq.FusionModel({n: torch.nn.Linear(4, DIM) for n in NAMES[:2]}, fusion, 3)
     balancer = eq.balance.RollingQ(model.fusion.attention, rho=1.0, beta=0.0)
     model.train()

@@ -13,9 +13,9 @@ from equipoise.fusion.mult import CrossEncoder
 from equipoise.tokens.token_batch import Tokens
 from equipoise.training import method_factory
 from equipoise.training.run import load_run_dataset
-from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, built, sequences
+from helpers.fusion_cases import DIM, EXACT, NAMES, OUTPUTS, SINGLE, build_fusion, random_tokens
 from helpers.runs import recipe
-from oracles.fusion import doubles
+from oracles.fusion import state_as_float64
 from oracles.fusion_transformers import mult, positions, readout, residual_head
 
 SMALL = {"width": 6, "heads": 3}
@@ -26,9 +26,9 @@ SMALL = {"width": 6, "heads": 3}
     ("count", "depth", "causal"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True), (2, 5, False)]
 )
 def test_forward(count, depth, causal, masked):
-    tokens = sequences(NAMES[:count], masked=masked)
-    fusion = built(MulT, NAMES[:count], depth=depth, causal=causal, **SMALL)
-    expected, _ = mult(doubles(fusion), tokens, heads=3, depth=depth, causal=causal)
+    tokens = random_tokens(NAMES[:count], masked=masked)
+    fusion = build_fusion(MulT, NAMES[:count], depth=depth, causal=causal, **SMALL)
+    expected, _ = mult(state_as_float64(fusion), tokens, heads=3, depth=depth, causal=causal)
     output = fusion(tokens)
     torch.testing.assert_close(output.features, expected, **EXACT)
     assert output.features.shape[1] == max(count - 1, 1) * count * 6
@@ -38,10 +38,10 @@ def test_forward(count, depth, causal, masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_readout_attends_to_the_final_streams(count, masked):
-    tokens = sequences(NAMES[:count], masked=masked)
-    fusion = built(MulT, NAMES[:count], readout="attention", readout_heads=2, **SMALL)
-    pooled, streams = mult(doubles(fusion), tokens, heads=3, depth=1)
-    read, share = readout(doubles(fusion), streams, heads=2)
+    tokens = random_tokens(NAMES[:count], masked=masked)
+    fusion = build_fusion(MulT, NAMES[:count], readout="attention", readout_heads=2, **SMALL)
+    pooled, streams = mult(state_as_float64(fusion), tokens, heads=3, depth=1)
+    read, share = readout(state_as_float64(fusion), streams, heads=2)
     output = fusion(tokens)
     torch.testing.assert_close(output.features, torch.cat([read, pooled], dim=1), **EXACT)
     torch.testing.assert_close(output.share.double(), share, **SINGLE)
@@ -49,16 +49,16 @@ def test_readout_attends_to_the_final_streams(count, masked):
 
 
 def test_head_is_a_residual_and_a_linear_layer():
-    fusion = built(MulT, NAMES[:2], **SMALL)
-    head, h = fusion.head(OUTPUTS).double(), fusion(sequences(NAMES[:2])).features
-    torch.testing.assert_close(head(h), residual_head(doubles(head), h), **EXACT)
+    fusion = build_fusion(MulT, NAMES[:2], **SMALL)
+    head, h = fusion.head(OUTPUTS).double(), fusion(random_tokens(NAMES[:2])).features
+    torch.testing.assert_close(head(h), residual_head(state_as_float64(head), h), **EXACT)
 
 
 def test_missing_source_does_not_depend_on_its_values():
-    fusion = built(MulT, NAMES[:2], causal=True, **SMALL)
-    tokens = sequences(NAMES[:2])
+    fusion = build_fusion(MulT, NAMES[:2], causal=True, **SMALL)
+    tokens = random_tokens(NAMES[:2])
     absent = Tokens(tokens["image"].values, mask=torch.zeros(3, 2, dtype=torch.bool))
-    expected, _ = mult(doubles(fusion), tokens | {"image": absent}, heads=3, depth=1, causal=True)
+    expected, _ = mult(state_as_float64(fusion), tokens | {"image": absent}, heads=3, depth=1, causal=True)
     features = fusion(tokens | {"image": absent}).features
     torch.testing.assert_close(features, expected, **EXACT)
     assert not features[:, 6:].any()
@@ -66,9 +66,9 @@ def test_missing_source_does_not_depend_on_its_values():
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
 def test_order_permutes_shares_and_parts_of_the_features(order):
-    tokens = sequences(NAMES[:3], masked=True)
+    tokens = random_tokens(NAMES[:3], masked=True)
     permuted = tuple(NAMES[m] for m in order)
-    one = built(MulT, NAMES[:3], readout="attention", **SMALL)
+    one = build_fusion(MulT, NAMES[:3], readout="attention", **SMALL)
     other = MulT(DIM, readout="attention", **SMALL).build(permuted).double().eval()
     other.load_state_dict(one.state_dict())
     before, after = one(tokens), other(tokens)
@@ -118,8 +118,8 @@ def test_hand_computed_positions():
 
 
 def test_gradients():
-    fusion = built(MulT, NAMES[:2], readout="attention", width=4, heads=2)
-    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+    fusion = build_fusion(MulT, NAMES[:2], readout="attention", width=4, heads=2)
+    inputs = [part.values[:1].clone().requires_grad_() for part in random_tokens(NAMES[1:3]).values()]
 
     def features(*values):
         return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features
@@ -128,7 +128,7 @@ def test_gradients():
 
 
 def test_dropout_in_training_only():
-    fusion, tokens = built(MulT, NAMES[:2], dropout=0.0, embed_dropout=0.5, **SMALL), sequences(NAMES[:2])
+    fusion, tokens = build_fusion(MulT, NAMES[:2], dropout=0.0, embed_dropout=0.5, **SMALL), random_tokens(NAMES[:2])
     assert torch.equal(fusion(tokens).features, fusion(tokens).features)
     fusion.train()
     assert not torch.equal(fusion(tokens).features, fusion(tokens).features)

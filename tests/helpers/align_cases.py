@@ -41,7 +41,7 @@ def normal(*shape, dtype=torch.float64, seed=0, keep=None, fill=0.0):
     return values.requires_grad_()
 
 
-def prepared(module, dtype):
+def prepare(module, dtype):
     torch.manual_seed(0)
     module = module().to(dtype).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def module_case(make, inputs, call):
     """Returns the case of a module: ``inputs(dtype, fill)`` returns leaves, ``call(module, *leaves)`` the outputs."""
 
     def case(dtype, fill):
-        module, leaves = prepared(make, dtype), inputs(dtype, fill)
+        module, leaves = prepare(make, dtype), inputs(dtype, fill)
         return Case(module, leaves, lambda: [x for x in call(module, *leaves) if x is not None])
 
     return case
@@ -400,7 +400,7 @@ WITHOUT = {
 MASKS = {"mask", "masks", "valid", "present", "positives", "ignored", "relevant", "rows", "columns"}
 
 
-def found(*packages):
+def public_mask_names(*packages):
     """Returns the names of all public modules, losses and functions with a mask argument."""
     names = set()
     for name, value in [pair for package in packages for pair in vars(package).items() if pair[0][0] != "_"]:
@@ -411,5 +411,5 @@ def found(*packages):
     return names
 
 
-FOUND = found(align, consistency)
+FOUND = public_mask_names(align, consistency)
 EVERY = [(name, number) for name, cases in CASES.items() for number in range(len(cases))]

@@ -11,7 +11,7 @@ import equipoise as eq
 from equipoise import balance as package
 from equipoise.balance import Balancer
 from helpers.fusion import DIM, FEATURES
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tasks import batch_for
 
 EPOCHS, STEPS = 4, 3
@@ -45,44 +45,44 @@ CLASSES_ONLY = {"QMF", "TMC"}
 """Balancers that reject regressions."""
 
 
-def joint(depth=1):
+def joint_attention(depth=1):
     return eq.fusion.JointAttention(DIM, heads=2, depth=depth, dropout=0.0, cls_std=1.0)
 
 
-def teachers(names, dtype):
+def build_teachers(names, dtype):
     """Returns encoders with other weights."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return {name: nn.Linear(FEATURES[name], DIM).to(dtype) for name in names}
 
 
-def plain(name, names=("audio", "image"), *, fusion=None, **options):
+def build_plain_model(name, names=("audio", "image"), *, fusion=None, **options):
     """Returns the model to test a balancer with, without the balancer.
 
     ``fusion()`` creates the fusion; by default joint attention for balancers of attention, otherwise Concat.
     """
     torch.manual_seed(options.get("seed", 0))
     if fusion is None:
-        fusion = partial(joint, ATTENTION[name]) if name in ATTENTION else partial(eq.fusion.Concat, DIM)
+        fusion = partial(joint_attention, ATTENTION[name]) if name in ATTENTION else partial(eq.fusion.Concat, DIM)
     heads = "train" if BALANCERS[name].needs_heads else "probe"
-    return fused(names, fusion=fusion(), **{"unimodal": heads, **options})
+    return attention_model(names, fusion=fusion(), **{"unimodal": heads, **options})
 
 
-def made_for(model, name):
+def build_balancer(model, name):
     """Returns the balancer, created with the arguments that its constructor accepts."""
     kind, fusion = BALANCERS[name], model.fusion
     given = {
         "model": model, "fusion": fusion, "layer": getattr(fusion, "attention", None), "epochs": EPOCHS,
-        "teachers": teachers(model.names, next(model.parameters()).dtype),
+        "teachers": build_teachers(model.names, next(model.parameters()).dtype),
     }  # fmt: skip
     taken = inspect.signature(kind).parameters
     return kind(**{key: value for key, value in given.items() if key in taken}, **SMALL.get(name, {}))
 
 
-def attached(name, names=("audio", "image"), **options):
+def build_with_balancer(name, names=("audio", "image"), **options):
     """Returns a model and its BalancerList."""
-    model = plain(name, names, **options)
-    return model, eq.BalancerList(model, [made_for(model, name)])
+    model = build_plain_model(name, names, **options)
+    return model, eq.BalancerList(model, [build_balancer(model, name)])
 
 
 def sgd(model, balancing):
@@ -138,13 +138,13 @@ def train(model, balancing, optimizer, epochs, *, task="classification", first=0
     return logs
 
 
-def answers(model, task="classification", **options):
+def eval_logits(model, task="classification", **options):
     """Returns the logits in evaluation mode."""
     with torch.no_grad():
         return model.eval()(batch_for(task, model.names, seed=77, **options)).logits
 
 
-def finite(model, logs):
+def all_finite(model, logs):
     """Returns True if all values of a log are finite."""
     values = [value for log in logs for value in log.values()]
     return all(isinstance(value, float) and math.isfinite(value) for value in values) and all(

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import equipoise as eq
 from equipoise.errors import EquipoiseError
-from helpers.balancer_cases import ATTENTION, BALANCERS, attached, joint, sgd
+from helpers.balancer_cases import ATTENTION, BALANCERS, build_with_balancer, joint_attention, sgd
 from helpers.fusion import batch
 from helpers.tasks import batch_for
 from helpers.tolerance import TOL
@@ -25,7 +25,7 @@ class Loop:
     scaled = False
 
     def __init__(self, name, **options):
-        self.model, self.balancing = attached(name, **options)
+        self.model, self.balancing = build_with_balancer(name, **options)
         self.optimizer = sgd(self.model, self.balancing)
         # Without momentum, gradients times s and the learning rate divided by s give the same step.
         self.optimizer.param_groups[0]["momentum"] = 0.0
@@ -400,7 +400,7 @@ def shared(name):
     torch.manual_seed(0)
     one = torch.nn.Linear(3, 12)
     encoders = {"left": one, "right": one, "image": torch.nn.Linear(5, 12)}
-    fusion = joint(ATTENTION[name]) if name in ATTENTION else eq.fusion.Concat(12)
+    fusion = joint_attention(ATTENTION[name]) if name in ATTENTION else eq.fusion.Concat(12)
     model = eq.FusionModel(encoders, fusion, 3, unimodal="train" if BALANCERS[name].needs_heads else "probe").double()
     whole = batch()
     audio = whole.pop("audio")

@@ -12,7 +12,7 @@ EYE = torch.eye(CONCEPTS)
 SWAP = EYE[[1, 0, 2]]
 
 
-def planted(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40.0, dtype=torch.float32):
+def planted_fusion(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40.0, dtype=torch.float32):
     """Returns a fusion whose first block has the given maps audio-video, audio-text and video-text.
 
     Tokens are orthogonal; query times key is ``sharpness`` where the map is 1, otherwise 0.
@@ -34,7 +34,7 @@ def planted(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40.0, dty
     return model.to(dtype)
 
 
-def concepts(names=NAMES, *, size=5, dtype=torch.float32):
+def concept_batch(names=NAMES, *, size=5, dtype=torch.float32):
     """Returns the tokens, equal in every sample."""
     all_ = torch.eye(len(names) * CONCEPTS, dtype=dtype)
     made = {n: all_[i * CONCEPTS : (i + 1) * CONCEPTS].expand(size, -1, -1) for i, n in enumerate(names)}

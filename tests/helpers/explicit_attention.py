@@ -10,7 +10,7 @@ from equipoise.nn.transformer import AttentionCore
 from oracles import quag as slow
 
 
-def changed_by(attention, columns, rows, seen, change):
+def intervened(attention, columns, rows, seen, change):
     """Applies an intervention: ("hide", modality indices) or ("quag", operator, number of modalities, cls_rows)."""
     kind, *rest = change
     if kind == "hide":
@@ -18,7 +18,7 @@ def changed_by(attention, columns, rows, seen, change):
     return slow.quag(attention, rows, columns, slow.pairs_of(*rest), seen)
 
 
-class WrittenOut(AttentionCore):
+class ExplicitAttention(AttentionCore):
     """An attention core that builds the matrix explicitly and changes it."""
 
     def __init__(self, change):
@@ -34,14 +34,14 @@ class WrittenOut(AttentionCore):
         columns = modality.expand(len(query), -1)
         rows = columns[:, : query.shape[2]]
         share = torch.stack([(attention * (columns == m)[:, None, None]).sum(-1) for m in range(num_modalities)], -1)
-        attention = changed_by(attention, columns, rows, seen, self.change_to)
+        attention = intervened(attention, columns, rows, seen, self.change_to)
         return Attended(slow.output(attention, value), share)
 
 
-def written_out(model, change):
+def with_explicit_attention(model, change):
     """Returns a copy of a model in which every attention is computed by `WrittenOut`."""
     copied = copy.deepcopy(model)
     for part in copied.modules():
         if isinstance(part, eq.nn.Attention):
-            part.core = WrittenOut(change)
+            part.core = ExplicitAttention(change)
     return copied

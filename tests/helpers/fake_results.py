@@ -88,14 +88,14 @@ def _keys(rng, air, rotated):
     return {"before": moment(0.41), "after": moment(air)} if rotated else {"after": moment(air)}
 
 
-def one(method, seed, fold=None, history=(), **metrics):
+def fake_run(method, seed, fold=None, history=(), **metrics):
     return {"method": method, "seed": seed, "fold": fold, "metrics": metrics, "history": list(history)}
 
 
-def read(runs, **protocol):
+def results_view(runs, **protocol):
     return ResultsView({"protocol": protocol, "runs": runs, "summary": []})
 
 
-def attending(method, seed, destroyed, r=0.5):
+def fake_run_with_r(method, seed, destroyed, r=0.5):
     metrics = {"noise_attention_r": r, "share/audio": 0.5, "share/image": 0.5}
-    return one(method, seed, **metrics) | {"noise_modality": destroyed}
+    return fake_run(method, seed, **metrics) | {"noise_modality": destroyed}

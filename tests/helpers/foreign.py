@@ -10,7 +10,7 @@ def labels(tokens):
     return torch.tensor([-1] + [0] * 2 + [1] * (tokens - 3))
 
 
-class Reader(nn.Module):
+class GroupedAttention(nn.Module):
     """Self-attention whose keys are shared by groups of query heads."""
 
     def __init__(self, dim, heads, keyheads, *, bias=True):
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.cross = Reader(dim, heads, heads)
+        self.cross = GroupedAttention(dim, heads, heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, tokens, memory):

@@ -11,7 +11,7 @@ NAMES = tuple(FEATURES)
 DIM, OUTPUTS = 12, 3
 
 
-def model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float64, seed=0, **options):
+def joint_model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float64, seed=0, **options):
     """Returns linear encoders and joint attention; different biases separate the modalities and create an imbalance."""
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
@@ -38,7 +38,7 @@ def batch(names=("audio", "image"), *, size=5, seed=0, dtype=torch.float64, miss
     return made
 
 
-def slices(whole, *sizes):
+def split_batch(whole, *sizes):
     """Splits a batch into smaller ones."""
     start, parts = 0, []
     for size in sizes:
@@ -51,7 +51,7 @@ def slices(whole, *sizes):
     return parts
 
 
-def samples(model, batches, rotation=None):
+def oracle_samples(model, batches, rotation=None):
     """Returns the inputs of the oracle: query rows, keys, labels, valid keys and rows of each sample."""
     layer, found = model.fusion.attention, []
     heads = (layer.heads, layer.head_dim)
@@ -69,7 +69,7 @@ def samples(model, batches, rotation=None):
     return found
 
 
-def forward(model, batches):
+def run_forward(model, batches):
     """Runs a forward pass in training mode."""
     model.train()
     for inputs in batches:

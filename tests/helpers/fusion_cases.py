@@ -21,7 +21,7 @@ FUSIONS = {
 }
 
 
-def sequences(names, *, seed=0, dtype=torch.float64, masked=False, cls=False):
+def random_tokens(names, *, seed=0, dtype=torch.float64, masked=False, cls=False):
     random = torch.Generator().manual_seed(seed)
     made = {}
     for name in names:
@@ -31,7 +31,7 @@ def sequences(names, *, seed=0, dtype=torch.float64, masked=False, cls=False):
     return made
 
 
-def built(kind, names, *, dtype=torch.float64, **options):
+def build_fusion(kind, names, *, dtype=torch.float64, **options):
     """Returns a fusion in evaluation mode with perturbed parameters."""
     torch.manual_seed(0)
     fusion = kind(DIM, **options).build(names).eval().to(dtype)
@@ -41,9 +41,9 @@ def built(kind, names, *, dtype=torch.float64, **options):
     return fusion
 
 
-def right_gradients(fusion):
+def check_gradients(fusion):
     """Runs ``gradcheck`` on the features of a fusion of two modalities with respect to the tokens of one sample."""
-    inputs = [part.values[:1].clone().requires_grad_() for part in sequences(NAMES[1:3]).values()]
+    inputs = [part.values[:1].clone().requires_grad_() for part in random_tokens(NAMES[1:3]).values()]
 
     def features(*values):
         return fusion(dict(zip(NAMES[:2], map(Tokens, values), strict=True))).features

@@ -28,13 +28,13 @@ from equipoise.errors import EquipoiseError
 from equipoise.training import compare, load, recipes
 from equipoise.training.comparison import _check, plan_runs
 from helpers.runs import recipe, write_recipe
-from helpers.search import space, write_run
+from helpers.search import build_dual_encoder, write_run
 
 os.environ["EQUIPOISE_TRACEBACK"] = "1"
 RESULTS = ("ok", "told", "usage")
 
 
-def deep(levels=3000):
+def nested_json(levels=3000):
     return "[" * levels + "]" * levels
 
 
@@ -124,7 +124,7 @@ class JsonDamage(Damage):
     structure2 = structure3 = structure4 = structure5 = structure6 = structure
 
     def nest(self, rng, path):
-        path.write_text(deep(rng.choice((50, 100_000))))
+        path.write_text(nested_json(rng.choice((50, 100_000))))
 
     def huge(self, rng, path):
         path.write_text(path.read_text().replace("0", "9" * 5000, 1))
@@ -138,7 +138,7 @@ class YamlDamage(Damage):
     structure2 = structure3 = structure4 = structure5 = structure6 = structure7 = structure8 = structure
 
     def nest(self, rng, path):
-        path.write_text(f"data: {deep(rng.choice((50, 3000)))}\n" + path.read_text().replace("data:", "data_:"))
+        path.write_text(f"data: {nested_json(rng.choice((50, 3000)))}\n" + path.read_text().replace("data:", "data_:"))
 
     def bomb(self, rng, path):
         lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
@@ -159,7 +159,7 @@ class YamlDamage(Damage):
         path.write_text(path.read_text().replace("seeds: 1", "seeds: " + "9" * 5000))
 
 
-def ways(kind):
+def damage_names(kind):
     return [name for name in dir(kind) if not name.startswith("_")]
 
 
@@ -168,7 +168,7 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        with quietly():
+        with suppress_output():
             self.config = Path(write_recipe(folder / "r.yaml", recipe(epochs=1)))
             train = ["train", "--config", str(self.config), "--method", "joint", "--accelerator", "cpu"]
             assert run([*train, "--out", str(folder / "train")]) == 0
@@ -176,7 +176,7 @@ class World:
             assert content["complete"]
             trained = str(folder / "train")
             assert run(["diagnose", trained, "--tests", "cost,noise", "--out", str(folder / "diagnosis")]) == 0
-        write_run(folder / "emoji", space())
+        write_run(folder / "emoji", build_dual_encoder())
         Image.fromarray(load_data("emoji").pictures[3].numpy()).save(folder / "a.png")
         with wave.open(str(folder / "a.wav"), "wb") as file:
             file.setparams((1, 2, 8000, 0, "NONE", ""))
@@ -184,7 +184,7 @@ class World:
 
 
 @contextlib.contextmanager
-def quietly():
+def suppress_output():
     streams = io.StringIO(), io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         warnings.simplefilter("ignore")
@@ -193,7 +193,7 @@ def quietly():
 
 def outcome(action):
     """Returns "ok", "told", "usage", or the unexpected error and its location."""
-    with quietly() as (said, errors):
+    with suppress_output() as (said, errors):
         try:
             status = action()
         except OSError as error:
@@ -225,7 +225,7 @@ def damaged(world, seed):
     subject = rng.choices(list(SUBJECTS), [weight for _, weight in SUBJECTS.values()])[0]
     act, _ = SUBJECTS[subject]
     kind = YamlDamage if subject.endswith("yaml") else JsonDamage if subject.endswith("json") else Damage
-    way = rng.choice(ways(kind))
+    way = rng.choice(damage_names(kind))
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         action = act(world, here, lambda path: getattr(kind(), way)(rng, path))
@@ -298,7 +298,7 @@ def searched(part, *words):
     def prepared(world, here, damage):
         out = copied(world, "emoji", here)
         if part == "search.safetensors":
-            with quietly():
+            with suppress_output():
                 run(["search", "--model", str(out), "dog"])
         damage(out / part)
         return lambda: run(["search", "--model", str(out), "dog", "--html", str(here / "p.html")])

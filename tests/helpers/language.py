@@ -10,17 +10,17 @@ from equipoise.models.vision_language import VisionLanguageModel
 
 
 @lru_cache(maxsize=1)
-def scenes():
+def small_scenes():
     return Scenes(samples=128)
 
 
-def language(connector="mlp", seed=0, **options):
+def build_vlm(connector="mlp", seed=0, **options):
     """Returns a model of width 20 with an encoder of width 12, two blocks and five latents."""
     torch.manual_seed(seed)
     encoder = PatchEncoder(3, (48, 48), patch=8, dim=12, depth=1, heads=2)
     options = {"dim": 20, "depth": 2, "heads": 2, "latents": 5, **options}
-    return VisionLanguageModel(encoder, scenes().lexicon, connector=connector, **options).eval()
+    return VisionLanguageModel(encoder, small_scenes().lexicon, connector=connector, **options).eval()
 
 
 def batch(count=7, split="train"):
-    return scenes().batch(split, torch.arange(count), seed=0, epoch=0, train=False)
+    return small_scenes().batch(split, torch.arange(count), seed=0, epoch=0, train=False)

@@ -36,7 +36,7 @@ def tokenizer():
     )  # fmt: skip
 
 
-def processor(size=12, patch=4, chat_template=None):
+def build_processor(size=12, patch=4, chat_template=None):
     pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return hf.LlavaProcessor(
         image_processor=pictures, tokenizer=tokenizer(), patch_size=patch, num_additional_image_tokens=1,
@@ -44,7 +44,7 @@ def processor(size=12, patch=4, chat_template=None):
     )  # fmt: skip
 
 
-def llava(size=12, patch=4, seed=0):
+def build_llava(size=12, patch=4, seed=0):
     """Returns a model with clearly nonuniform attention, which default initialization would not give."""
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**{**VISION, "image_size": size, "patch_size": patch}),
@@ -55,7 +55,7 @@ def llava(size=12, patch=4, seed=0):
     return sharpened(hf.LlavaForConditionalGeneration(config))
 
 
-def llama(seed=0):
+def build_llama(seed=0):
     torch.manual_seed(seed)
     return sharpened(hf.LlamaForCausalLM(hf.LlamaConfig(**{**TEXT, "vocab_size": len(WORDS)})))
 
@@ -69,12 +69,12 @@ def sharpened(model):
 
 
 def saved_llava(folder, **options):
-    llava().save_pretrained(folder)
-    processor(**options).save_pretrained(folder)
+    build_llava().save_pretrained(folder)
+    build_processor(**options).save_pretrained(folder)
     return folder
 
 
-def picture(width=26, height=18):
+def wide_image(width=26, height=18):
     """Returns an image that is wider than high, so that it is center-cropped."""
     rows, columns = np.indices((height, width))
     return Image.fromarray(np.stack([9 * columns, 13 * rows, 7 * (rows + columns)], axis=-1).astype("uint8"))

@@ -7,7 +7,7 @@ import torch
 FILLS = (math.nan, math.inf, -math.inf, 3e38)
 
 
-def derived(result, leaves):
+def outputs_and_gradients(result, leaves):
     """Returns the outputs and the gradients of their sum of squares with respect to the leaves."""
     parts = [part for part in result if part is not None]
     total = sum(part.square().sum() for part in parts if part.requires_grad)

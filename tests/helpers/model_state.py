@@ -3,7 +3,7 @@
 import torch
 
 
-class Broken(torch.nn.Module):
+class FailingModel(torch.nn.Module):
     """Raises an error on its second batch."""
 
     def __init__(self):
@@ -24,7 +24,7 @@ def hooks(model):
     return modules, [len(parameter._backward_hooks or ()) for parameter in model.parameters()]
 
 
-def state(model, batches):
+def model_state(model, batches):
     """Returns all state of a model, its batches and the process that a diagnostic must not change."""
     return {
         "modes": [module.training for module in model.modules()],

@@ -11,7 +11,7 @@ from helpers.waiting import DEADLOCK
 
 
 @contextmanager
-def together(rank, folder, world=2):
+def process_group(rank, folder, world=2):
     """Context manager of a gloo process group; the process exits at its end.
 
     It ends without destructors: that of DistributedDataParallel's reducer waits for gloo's thread while it holds the

@@ -23,7 +23,7 @@ def tokenizer():
     )  # fmt: skip
 
 
-def pictures():
+def image_processor():
     return hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
@@ -53,7 +53,7 @@ def blip2(seed=0):
 
 def saved_clip(folder):
     clip().save_pretrained(folder)
-    hf.CLIPProcessor(image_processor=pictures(), tokenizer=tokenizer()).save_pretrained(folder)
+    hf.CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -61,4 +61,4 @@ class Processor:
     """A processor with its two parts."""
 
     def __init__(self):
-        self.image_processor, self.tokenizer = pictures(), tokenizer()
+        self.image_processor, self.tokenizer = image_processor(), tokenizer()

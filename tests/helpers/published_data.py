@@ -8,7 +8,7 @@ import pytest
 DATA = os.environ.get("EQUIPOISE_DATA", "")
 
 
-def needs(*folders):
+def requires_data(*folders):
     """Returns a mark that skips a test unless EQUIPOISE_DATA contains all folders."""
     absent = [folder for folder in folders if not DATA or not (Path(DATA) / folder).is_dir()]
     return pytest.mark.skipif(bool(absent), reason=f"EQUIPOISE_DATA has no folder {', '.join(absent)}")

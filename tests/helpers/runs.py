@@ -47,15 +47,15 @@ def write_recipe(path, made=None, **changes):
     return str(path)
 
 
-def figures(run):
+def reproducible_metrics(run):
     """Returns the reproducible metrics of a run: all except times."""
     metrics = {name: value for name, value in run["metrics"].items() if name != "seconds_per_epoch"}
     return {**run, "metrics": metrics}
 
 
-def table(content):
+def metrics_by_run(content):
     """Returns the reproducible metrics of every run."""
-    return [figures(run) for run in content["runs"]]
+    return [reproducible_metrics(run) for run in content["runs"]]
 
 
 def weights(folder):
@@ -74,7 +74,7 @@ class Interruption(Exception):
     """Simulates a crash."""
 
 
-def interrupted(job, folder, *moments):
+def run_interrupted(job, folder, *moments):
     """Runs training, interrupts it at the given points, and resumes it."""
     for moment in moments:
 
@@ -87,11 +87,11 @@ def interrupted(job, folder, *moments):
     return execute_run(job, folder)
 
 
-def job(method="joint", *, seed=0, balancers=None, **train):
+def run_spec(method="joint", *, seed=0, balancers=None, **train):
     return RunSpec(recipe(balancers=balancers, **train), method, seed)
 
 
-def program(*arguments, **options):
+def run_program(*arguments, **options):
     """Runs the program in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-W", "error::DeprecationWarning", "-m", "equipoise", *map(str, arguments)],
@@ -173,7 +173,7 @@ def command_line(pid):
         return b""
 
 
-class Made(Dataset):
+class RandomData(Dataset):
     """Random data with any names and task; each modality contains a third of the information on the target."""
 
     def __init__(self, names=("audio", "image"), task="classification", outputs=3, sizes=(61, 17, 23), seed=0):

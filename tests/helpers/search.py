@@ -22,7 +22,7 @@ def recipe():
     return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "dual_encoder", "dim": 6}})
 
 
-def space(made=None):
+def build_dual_encoder(made=None):
     """Returns an untrained dual encoder; its search results are arbitrary."""
     torch.manual_seed(0)
     model, _ = method_factory.build_model(

@@ -7,7 +7,7 @@ import equipoise as eq
 from helpers.fusion import DIM, FEATURES, OUTPUTS
 
 
-def fused(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64, outputs=OUTPUTS, **options):
+def attention_model(names=("audio", "image"), *, fusion=None, seed=0, dtype=torch.float64, outputs=OUTPUTS, **options):
     """Returns a model with linear encoders; by default with joint attention and heads that train the encoders."""
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
@@ -31,5 +31,5 @@ def gradients(loss, parameters):
     return torch.autograd.grad(loss, list(parameters), retain_graph=True)
 
 
-def flat(tensor):
+def flatten(tensor):
     return tensor.detach().reshape(-1).tolist()

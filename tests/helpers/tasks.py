@@ -4,7 +4,7 @@ import torch
 
 import equipoise as eq
 from helpers.fusion import DIM, OUTPUTS, batch
-from helpers.steps import fused
+from helpers.steps import attention_model
 from helpers.tolerance import TOL
 
 TASKS = ("classification", "multilabel", "regression")
@@ -20,12 +20,12 @@ def batch_for(task, *args, **options):
     return made
 
 
-def static(names=("audio", "image"), **options):
+def additive_model(names=("audio", "image"), **options):
     """Returns a model whose logits are a sum over modalities."""
-    return fused(names, fusion=options.pop("fusion", None) or eq.fusion.Concat(DIM), **options)
+    return attention_model(names, fusion=options.pop("fusion", None) or eq.fusion.Concat(DIM), **options)
 
 
-def rows(tensor):
+def to_lists(tensor):
     """Converts to nested lists of numbers for the oracles."""
     return tensor.detach().tolist()
 

@@ -6,6 +6,6 @@ from torch import nn
 from helpers.fusion import DIM, FEATURES
 
 
-def teachers(names=("audio", "image"), *, dim=DIM, dtype=torch.float64):
+def build_teachers(names=("audio", "image"), *, dim=DIM, dtype=torch.float64):
     torch.manual_seed(5)
     return {name: nn.Sequential(nn.Linear(FEATURES[name], dim), nn.Dropout()).to(dtype) for name in names}

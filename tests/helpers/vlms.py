@@ -15,7 +15,7 @@ VISION = {
 IMAGE, VIDEO, AUDIO = 90, 91, 92
 
 
-def ids(places, length=13, batch=2, token=IMAGE, seed=0):
+def random_ids(places, length=13, batch=2, token=IMAGE, seed=0):
     """Returns random ids with placeholders at ``places``, the second sample left-padded by two, and the mask."""
     random = torch.Generator().manual_seed(seed)
     found = torch.randint(3, 80, (batch, length), generator=random)
@@ -25,7 +25,7 @@ def ids(places, length=13, batch=2, token=IMAGE, seed=0):
     return {"input_ids": found, "attention_mask": mask}
 
 
-def pictures(*shape, seed=1):
+def random_images(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ def llava():
         vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE,
         vision_feature_select_strategy="default", vision_feature_layer=-1,
     )  # fmt: skip
-    return hf.LlavaForConditionalGeneration(config), {**ids(4), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.LlavaForConditionalGeneration(config), {**random_ids(4), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def internvl():
@@ -44,7 +44,7 @@ def internvl():
     config = hf.InternVLConfig(
         vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, downsample_ratio=0.5
     )
-    return hf.InternVLForConditionalGeneration(config), {**ids(4), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.InternVLForConditionalGeneration(config), {**random_ids(4), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def gemma3():
@@ -53,7 +53,7 @@ def gemma3():
         text_config=text, vision_config=hf.SiglipVisionConfig(**VISION), image_token_id=IMAGE, mm_tokens_per_image=4,
         boi_token_index=93, eoi_token_index=94,
     )  # fmt: skip
-    inputs = {**ids(4), "pixel_values": pictures(2, 3, 8, 8)}
+    inputs = {**random_ids(4), "pixel_values": random_images(2, 3, 8, 8)}
     inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return hf.Gemma3ForConditionalGeneration(config), inputs
 
@@ -63,14 +63,14 @@ def paligemma():
         text_config=hf.GemmaConfig(**TEXT), vision_config=hf.SiglipVisionConfig(**VISION, projection_dim=16),
         image_token_id=IMAGE, projection_dim=16, hidden_size=16,
     )  # fmt: skip
-    return hf.PaliGemmaForConditionalGeneration(config), {**ids(4), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.PaliGemmaForConditionalGeneration(config), {**random_ids(4), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def idefics3():
     config = hf.Idefics3Config(
         vision_config=dict(VISION), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
     )
-    return hf.Idefics3ForConditionalGeneration(config), {**ids(1), "pixel_values": pictures(2, 1, 3, 8, 8)}
+    return hf.Idefics3ForConditionalGeneration(config), {**random_ids(1), "pixel_values": random_images(2, 1, 3, 8, 8)}
 
 
 def qwen2_vl(kind="Qwen2_5_VL"):
@@ -86,11 +86,11 @@ def qwen2_vl(kind="Qwen2_5_VL"):
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=95,
         vision_end_token_id=96,
     )  # fmt: skip
-    inputs = ids(4)
+    inputs = random_ids(4)
     inputs["input_ids"][:, 3] = 95
     types = (inputs["input_ids"] == IMAGE).long()
     grid = torch.tensor([[1, 4, 4]] * 2)
-    inputs |= {"pixel_values": pictures(32, 96), "image_grid_thw": grid, "mm_token_type_ids": types}
+    inputs |= {"pixel_values": random_images(32, 96), "image_grid_thw": grid, "mm_token_type_ids": types}
     return getattr(hf, f"{kind}ForConditionalGeneration")(made), inputs
 
 
@@ -98,7 +98,7 @@ def smolvlm():
     config = hf.SmolVLMConfig(
         vision_config=dict(VISION), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
     )
-    return hf.SmolVLMForConditionalGeneration(config), {**ids(1), "pixel_values": pictures(2, 1, 3, 8, 8)}
+    return hf.SmolVLMForConditionalGeneration(config), {**random_ids(1), "pixel_values": random_images(2, 1, 3, 8, 8)}
 
 
 def blip2():
@@ -114,7 +114,7 @@ def blip2():
         num_query_tokens=4, image_token_id=IMAGE, image_text_hidden_size=16,
     )  # fmt: skip
     config.image_token_id = config.image_token_index = IMAGE
-    return hf.Blip2ForConditionalGeneration(config), {**ids(4), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.Blip2ForConditionalGeneration(config), {**random_ids(4), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def qwen2_audio():
@@ -123,9 +123,9 @@ def qwen2_audio():
         max_source_positions=8,
     )  # fmt: skip
     config = hf.Qwen2AudioConfig(audio_config=audio, text_config=hf.Qwen2Config(**TEXT), audio_token_index=AUDIO)
-    inputs = ids(4, token=AUDIO)
+    inputs = random_ids(4, token=AUDIO)
     inputs |= {
-        "input_features": pictures(2, 5, 16), "feature_attention_mask": torch.ones(2, 16, dtype=torch.long)
+        "input_features": random_images(2, 5, 16), "feature_attention_mask": torch.ones(2, 16, dtype=torch.long)
     }  # fmt: skip
     return hf.Qwen2AudioForConditionalGeneration(config), inputs
 
@@ -141,9 +141,9 @@ def mllama():
         supported_aspect_ratios=[[1, 1]],
     )  # fmt: skip
     config = hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    inputs = ids(1)
+    inputs = random_ids(1)
     inputs |= {
-        "pixel_values": pictures(2, 1, 1, 3, 8, 8), "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+        "pixel_values": random_images(2, 1, 1, 3, 8, 8), "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
         "cross_attention_mask": torch.ones(2, 13, 1, 1, dtype=torch.long),
     }  # fmt: skip
@@ -157,9 +157,9 @@ def whisper():
         max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
         suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
-    words = ids(0, length=7)["input_ids"].clamp(min=3)
+    words = random_ids(0, length=7)["input_ids"].clamp(min=3)
     return hf.WhisperForConditionalGeneration(config), {
-        "input_features": pictures(2, 5, 16), "decoder_input_ids": words
+        "input_features": random_images(2, 5, 16), "decoder_input_ids": words
     }  # fmt: skip
 
 
@@ -167,13 +167,13 @@ def clip():
     text = {**TEXT, "num_key_value_heads": None}
     text = {k: v for k, v in text.items() if k not in ("num_key_value_heads", "head_dim")}
     config = hf.CLIPConfig(text_config=text, vision_config=dict(VISION), projection_dim=8)
-    words = ids(0)
+    words = random_ids(0)
     words["input_ids"][:, -1] = 2
-    return hf.CLIPModel(config), {**words, "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.CLIPModel(config), {**words, "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def llama():
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)), ids(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)), random_ids(0)
 
 
 BERT = {
@@ -187,7 +187,10 @@ def llava_next():
         vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE,
         image_grid_pinpoints=[[8, 8], [8, 16], [16, 8]], vision_feature_layer=-1,
     )  # fmt: skip
-    inputs = ids(10, length=19) | {"pixel_values": pictures(2, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]] * 2)}
+    inputs = random_ids(10, length=19) | {
+        "pixel_values": random_images(2, 2, 3, 8, 8),
+        "image_sizes": torch.tensor([[8, 8]] * 2),
+    }
     return hf.LlavaNextForConditionalGeneration(config), inputs
 
 
@@ -199,7 +202,7 @@ def mistral3():
         vision_config=vision, text_config=hf.MistralConfig(**TEXT, sliding_window=5), image_token_index=IMAGE,
         spatial_merge_size=2, vision_feature_layer=-1,
     )  # fmt: skip
-    inputs = ids(4) | {"pixel_values": pictures(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)}
+    inputs = random_ids(4) | {"pixel_values": random_images(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)}
     return hf.Mistral3ForConditionalGeneration(config), inputs
 
 
@@ -211,7 +214,7 @@ def kosmos2():
     config = hf.Kosmos2Config(text_config=text, vision_config=dict(VISION), latent_query_num=4)
     places = torch.zeros(2, 13, dtype=torch.long)
     places[:, 4:8] = 1
-    inputs = ids(0) | {"pixel_values": pictures(2, 3, 8, 8), "image_embeds_position_mask": places}
+    inputs = random_ids(0) | {"pixel_values": random_images(2, 3, 8, 8), "image_embeds_position_mask": places}
     return hf.Kosmos2ForConditionalGeneration(config), inputs
 
 
@@ -221,8 +224,8 @@ def instructblip():
         qformer_config={**BERT, "encoder_hidden_size": 16, "cross_attention_frequency": 2}, image_token_index=IMAGE,
     )  # fmt: skip
     config.image_token_id = config.image_token_index = IMAGE
-    question = ids(0, length=6)
-    inputs = ids(4) | {"pixel_values": pictures(2, 3, 8, 8)}
+    question = random_ids(0, length=6)
+    inputs = random_ids(4) | {"pixel_values": random_images(2, 3, 8, 8)}
     inputs |= {"qformer_input_ids": question["input_ids"], "qformer_attention_mask": question["attention_mask"]}
     return hf.InstructBlipForConditionalGeneration(config), inputs
 
@@ -245,9 +248,9 @@ def florence2():
         text_config=bart_config().to_dict(), vision_config=vision.to_dict(), image_token_id=IMAGE,
         is_encoder_decoder=True,
     )  # fmt: skip
-    inputs = ids(5) | {
-        "pixel_values": pictures(2, 3, 8, 8),
-        "decoder_input_ids": ids(0, length=7)["input_ids"].clamp(3),
+    inputs = random_ids(5) | {
+        "pixel_values": random_images(2, 3, 8, 8),
+        "decoder_input_ids": random_ids(0, length=7)["input_ids"].clamp(3),
     }
     return hf.Florence2ForConditionalGeneration(config), inputs
 
@@ -258,7 +261,10 @@ def voxtral():
         max_source_positions=8,
     )  # fmt: skip
     config = hf.VoxtralConfig(audio_config=audio, text_config=hf.LlamaConfig(**TEXT), audio_token_id=AUDIO)
-    return hf.VoxtralForConditionalGeneration(config), {**ids(2, token=AUDIO), "input_features": pictures(2, 5, 16)}
+    return hf.VoxtralForConditionalGeneration(config), {
+        **random_ids(2, token=AUDIO),
+        "input_features": random_images(2, 5, 16),
+    }
 
 
 def idefics():
@@ -275,18 +281,18 @@ def idefics():
         },
     )  # fmt: skip
     sees = torch.ones(2, 13, 1, dtype=torch.long)
-    inputs = ids(0) | {"pixel_values": pictures(2, 1, 3, 8, 8), "image_attention_mask": sees}
+    inputs = random_ids(0) | {"pixel_values": random_images(2, 1, 3, 8, 8), "image_attention_mask": sees}
     return hf.IdeficsForVisionText2Text(config), inputs
 
 
 def blip():
     text = {**BERT, "encoder_hidden_size": 16, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
     config = hf.BlipConfig(text_config={**text, "is_decoder": True}, vision_config=dict(VISION), projection_dim=8)
-    return hf.BlipForConditionalGeneration(config), {**ids(0), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.BlipForConditionalGeneration(config), {**random_ids(0), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def bart():
-    inputs = ids(0) | {"decoder_input_ids": ids(0, length=7)["input_ids"].clamp(3)}
+    inputs = random_ids(0) | {"decoder_input_ids": random_ids(0, length=7)["input_ids"].clamp(3)}
     return hf.BartForConditionalGeneration(bart_config()), inputs
 
 
@@ -294,7 +300,7 @@ def t5():
     config = hf.T5Config(
         vocab_size=97, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
-    inputs = ids(0) | {"decoder_input_ids": ids(0, length=7)["input_ids"].clamp(3)}
+    inputs = random_ids(0) | {"decoder_input_ids": random_ids(0, length=7)["input_ids"].clamp(3)}
     return hf.T5ForConditionalGeneration(config), inputs
 
 
@@ -303,30 +309,34 @@ def gpt_oss():
         **TEXT, num_local_experts=2, num_experts_per_tok=1, sliding_window=5,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
-    return hf.GptOssForCausalLM(config), ids(0)
+    return hf.GptOssForCausalLM(config), random_ids(0)
 
 
 def gemma2():
     config = hf.Gemma2Config(**TEXT, sliding_window=5, attn_logit_softcapping=2.0)
-    return hf.Gemma2ForCausalLM(config), ids(0)
+    return hf.Gemma2ForCausalLM(config), random_ids(0)
 
 
 def git():
     config = hf.GitConfig(vision_config=dict(VISION), **BERT)
-    return hf.GitForCausalLM(config), {**ids(0), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.GitForCausalLM(config), {**random_ids(0), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def vilt():
     config = hf.ViltConfig(**BERT, image_size=8, patch_size=4, max_image_length=-1)
-    words = ids(0)
+    words = random_ids(0)
     words["token_type_ids"] = torch.zeros_like(words["input_ids"])
-    return hf.ViltModel(config), {**words, "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.ViltModel(config), {**words, "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def visual_bert():
     config = hf.VisualBertConfig(**BERT, visual_embedding_dim=6)
     ones = torch.ones(2, 5, dtype=torch.long)
-    inputs = ids(0) | {"visual_embeds": pictures(2, 5, 6), "visual_attention_mask": ones, "visual_token_type_ids": ones}
+    inputs = random_ids(0) | {
+        "visual_embeds": random_images(2, 5, 6),
+        "visual_attention_mask": ones,
+        "visual_token_type_ids": ones,
+    }
     return hf.VisualBertModel(config), inputs
 
 
@@ -336,7 +346,7 @@ def flava():
         image_config={**part, "image_size": 8, "patch_size": 4}, text_config=dict(BERT), multimodal_config=part,
         hidden_size=16, projection_dim=8,
     )  # fmt: skip
-    return hf.FlavaModel(config), {**ids(0), "pixel_values": pictures(2, 3, 8, 8)}
+    return hf.FlavaModel(config), {**random_ids(0), "pixel_values": random_images(2, 3, 8, 8)}
 
 
 def lxmert():
@@ -344,15 +354,19 @@ def lxmert():
         vocab_size=97, hidden_size=16, num_attention_heads=2, intermediate_size=20, l_layers=1, x_layers=1, r_layers=1,
         visual_feat_dim=6, max_position_embeddings=64,
     )  # fmt: skip
-    return hf.LxmertModel(config), {**ids(0), "visual_feats": pictures(2, 5, 6), "visual_pos": pictures(2, 5, 4).abs()}
+    return hf.LxmertModel(config), {
+        **random_ids(0),
+        "visual_feats": random_images(2, 5, 6),
+        "visual_pos": random_images(2, 5, 4).abs(),
+    }
 
 
 def roberta():
-    return hf.RobertaModel(hf.RobertaConfig(**BERT)), ids(0)
+    return hf.RobertaModel(hf.RobertaConfig(**BERT)), random_ids(0)
 
 
 def vit():
-    return hf.ViTForImageClassification(hf.ViTConfig(**VISION)), {"pixel_values": pictures(2, 3, 8, 8)}
+    return hf.ViTForImageClassification(hf.ViTConfig(**VISION)), {"pixel_values": random_images(2, 3, 8, 8)}
 
 
 FAMILIES = {

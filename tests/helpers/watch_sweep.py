@@ -51,7 +51,7 @@ def check_family(family: Family, form: int) -> Outcome:
         warnings.simplefilter("ignore")
         with EagerAttention(eager) as written:
             first = eager(**inputs)[0]
-        if not agree(first, model(**inputs)[0], inputs):
+        if not outputs_equal(first, model(**inputs)[0], inputs):
             # The model builds other masks with its own backend, so compute explicit matrices for it.
             eager = model
             with EagerAttention(eager) as written:
@@ -76,12 +76,14 @@ def _compare(family: Family, inputs: dict, seen: Any, written: dict[str, list[Te
             outcome.wrong.append(f"{site}: no attention was written out there")
             continue
         if spec is None:
-            outcome.wrong.append(f"{site}: no expectation; shares {shown(seen, share)}")
+            outcome.wrong.append(f"{site}: no expectation; shares {format_share(seen, share)}")
             continue
         if isinstance(spec, str) and spec != IDS:
             expected = torch.tensor([float(known == spec) for known in seen.names]).expand(share.shape)
             rest = after_first(written[name], number)
-            ok = near(share, expected) or (rest.shape == share.shape[:2] and near(share, expected * rest[..., None]))
+            ok = shares_close(share, expected) or (
+                rest.shape == share.shape[:2] and shares_close(share, expected * rest[..., None])
+            )
         else:
             matrix = written[name][int(number or 1) - 1]
             expected = expected_share(
@@ -89,11 +91,13 @@ def _compare(family: Family, inputs: dict, seen: Any, written: dict[str, list[Te
             )
             if len(expected) > len(share):
                 expected = expected.unflatten(0, (len(share), -1)).mean(dim=1)
-            ok = expected.shape == share.shape and near(share, expected)
+            ok = expected.shape == share.shape and shares_close(share, expected)
         if ok:
             outcome.right.append(site)
         else:
-            outcome.wrong.append(f"{site}: shares {shown(seen, share)}, expected {shown(seen, expected)} ({spec})")
+            outcome.wrong.append(
+                f"{site}: shares {format_share(seen, share)}, expected {format_share(seen, expected)} ({spec})"
+            )
     told = {site.partition("#")[0] for site in (*everything, *seen.missing)}
     for name in written:
         if re.search("att", type_path(name), re.IGNORECASE) and not any(related(name, other) for other in told):
@@ -120,9 +124,9 @@ def _check_generate(family: Family, model: nn.Module, eager: nn.Module, inputs: 
             labels = labels_of(spec, inputs, step.shape[-1], grown=True)
             total = total + expected_share(step[:, :, -1:], labels, torch.ones(len(step), 1).bool(), seen.names)
         compared += 1
-        if not near(seen.share(site), total / 3):
-            outcome.wrong.append(f"generate, {site}: shares {shown(seen, seen.share(site))}, expected "
-                                 f"{shown(seen, total / 3)}")  # fmt: skip
+        if not shares_close(seen.share(site), total / 3):
+            outcome.wrong.append(f"generate, {site}: shares {format_share(seen, seen.share(site))}, expected "
+                                 f"{format_share(seen, total / 3)}")  # fmt: skip
     outcome.generate = "right" if compared else "refused" if seen.missing else "not compared"
 
 
@@ -175,7 +179,7 @@ def expected_share(matrix: Tensor, labels: list, rows: Tensor, names: tuple[str,
     return found.float()
 
 
-def agree(one: Tensor, other: Tensor, inputs: dict) -> bool:
+def outputs_equal(one: Tensor, other: Tensor, inputs: dict) -> bool:
     """Returns True if two backends give equal outputs, except for padding."""
     mask = inputs.get("attention_mask")
     if mask is not None and one.ndim == 3 and mask.shape == one.shape[:2]:
@@ -188,11 +192,11 @@ def after_first(matrices: list[Tensor], number: str) -> Tensor:
     return matrices[int(number or 1) - 1][..., 1:].sum(dim=-1).mean(dim=-1)
 
 
-def near(share: Tensor, expected: Tensor) -> bool:
+def shares_close(share: Tensor, expected: Tensor) -> bool:
     return bool((share.float() - expected).abs().nan_to_num(0.0).max() < NEAR)
 
 
-def shown(seen: Any, share: Tensor) -> str:
+def format_share(seen: Any, share: Tensor) -> str:
     mean = share.float().nanmean(dim=(0, 1)).tolist()
     return ", ".join(f"{name} {value:.4f}" for name, value in zip(seen.names, mean, strict=True))
 

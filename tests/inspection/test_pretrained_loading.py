@@ -14,7 +14,7 @@ from equipoise.cli.look_command import look as command
 from equipoise.cli.look_command import look_parser
 from equipoise.errors import ConfigError, DataError, EquipoiseError, MissingExtraError
 from equipoise.inspection import load_pretrained, look
-from helpers.look import CHAT, QUESTION, llama, llava, picture, processor, saved_llava, tokenizer
+from helpers.look import CHAT, QUESTION, build_llama, build_llava, build_processor, saved_llava, tokenizer, wide_image
 from helpers.vlms import family
 
 
@@ -22,7 +22,7 @@ from helpers.vlms import family
 def model_folder(tmp_path_factory):
     """A folder with a complete LLaVA and an image."""
     place = saved_llava(tmp_path_factory.mktemp("llava"))
-    picture().save(place / "cat.png")
+    wide_image().save(place / "cat.png")
     return place
 
 
@@ -43,9 +43,9 @@ def flat_weights(model):
 def test_loading_restores_the_saved_folder(model_folder):
     model, made = load_pretrained(model_folder, device="cpu")
     assert type(model) is hf.LlavaForConditionalGeneration
-    assert torch.equal(flat_weights(model), flat_weights(llava()))
+    assert torch.equal(flat_weights(model), flat_weights(build_llava()))
     assert not model.training
-    assert made(images=picture(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
+    assert made(images=wide_image(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
 
 
 def test_random_weights_need_only_a_configuration_and_are_deterministic(model_folder, bare_folder):
@@ -57,7 +57,7 @@ def test_random_weights_need_only_a_configuration_and_are_deterministic(model_fo
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(flat_weights(first), flat_weights(second))
     assert torch.equal(flat_weights(first), flat_weights(third))
-    assert not torch.equal(flat_weights(first), flat_weights(llava()))
+    assert not torch.equal(flat_weights(first), flat_weights(build_llava()))
     assert first.dtype == torch.float32
     with pytest.raises(DataError, match=r"look: expected a folder with config.json and model.safetensors.*--random"):
         load_pretrained(bare_folder)
@@ -70,13 +70,13 @@ def test_folder_with_only_a_configuration(name, tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     loaded = load_pretrained(tmp_path, random=True)
-    found = look(*loaded, image=picture(), text="what?", answer="cat")
+    found = look(*loaded, image=wide_image(), text="what?", answer="cat")
     kinds = [token.modality for token in found.tokens]
     assert kinds == [*["image"] * 4, *["text"] * 8]
     assert "".join(token.text for token in found.tokens[4:]) == "what?cat"
     with pytest.raises(DataError, match="a configuration without weights needs random=True, or --random"):
         load_pretrained(tmp_path)
-    picture().save(tmp_path / "cat.png")
+    wide_image().save(tmp_path / "cat.png")
     asked = ("--random", "--image", tmp_path / "cat.png", "--text", "what?", "--max_new_tokens", 2)
     assert run_command(tmp_path, *asked, "--out", tmp_path / "out") == 0
     assert "every byte of the text is a token" in capsys.readouterr().out
@@ -95,18 +95,18 @@ def test_missing_processor_raises(name, words, got, tmp_path):
     config.get_text_config().vocab_size = words
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"without the files of a tokenizer and processor, got {got}"):
-        look(*load_pretrained(tmp_path, random=True), image=picture(), text="what?", answer="cat")
+        look(*load_pretrained(tmp_path, random=True), image=wide_image(), text="what?", answer="cat")
 
 
 def test_dtype_option(model_folder):
     model, made = load_pretrained(model_folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
-    found = look(model, made, image=picture(), text=QUESTION, answer="cat")
+    found = look(model, made, image=wide_image(), text=QUESTION, answer="cat")
     assert found.views["answer"].share.dtype == torch.float32
 
 
 def test_text_model_uses_a_tokenizer(tmp_path):
-    llama().save_pretrained(tmp_path)
+    build_llama().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     model, made = load_pretrained(tmp_path)
     assert type(model) is hf.LlamaForCausalLM
@@ -125,7 +125,7 @@ def test_processor_without_its_video_part(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(CHAT.replace("<image>", "<|image_pad|>"))
     loaded = load_pretrained(tmp_path)
     assert type(loaded.processor).__name__ == "Qwen2_5_VLProcessor"
-    found = look(*loaded, image=picture(32, 24), text="what", answer="cat")
+    found = look(*loaded, image=wide_image(32, 24), text="what", answer="cat")
     assert found.prompt == "USER : <|image_pad|> what ASSISTANT :"
     assert found.grid[:3] == (3, 4, True)
     assert "image_grid_thw" in found.grid.why
@@ -146,7 +146,7 @@ def test_unloadable_models_raise(tmp_path, model_folder, monkeypatch):
         load_pretrained(tmp_path)
     shutil.copytree(model_folder, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
-    torch.save(llava().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    torch.save(build_llava().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(DataError, match="pickled weights and code from the hub are not run"):
         load_pretrained(tmp_path / "pickled")
     shutil.copytree(model_folder, tmp_path / "torn")
@@ -280,4 +280,4 @@ def test_documentation_page_runs(model_folder, tmp_path, monkeypatch, capsys):
 
 
 def test_test_processor_is_saved_completely(model_folder):
-    assert type(load_pretrained(model_folder).processor) is type(processor())
+    assert type(load_pretrained(model_folder).processor) is type(build_processor())

@@ -18,8 +18,8 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError
 from equipoise.training.run import quiet_lightning
-from helpers.fusion import batch, model
-from helpers.processes import together
+from helpers.fusion import batch, joint_model
+from helpers.processes import process_group
 from helpers.tolerance import TOL
 
 CLOSE = TOL[torch.float32]
@@ -36,7 +36,7 @@ def samples(size=SIZE, seed=0):
 def build_model(fusion=None, **options):
     torch.manual_seed(0)
     if fusion is None:
-        return model(dtype=torch.float32, **options)
+        return joint_model(dtype=torch.float32, **options)
     encoders = {"audio": nn.Linear(3, 12), "image": nn.Linear(5, 12)}
     return eq.FusionModel(encoders, fusion, 3, unimodal="train")
 
@@ -397,7 +397,7 @@ def worker(rank, folder):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
     # Initialize the process group first, so that Trainer does not search for a free port.
-    with together(rank, folder):
+    with process_group(rank, folder):
         made = build_model()
         options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
         run = train(folder, made, build_both(made), in_order=True, save_strategy="epoch", **options)

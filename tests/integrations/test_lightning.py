@@ -17,7 +17,7 @@ from equipoise.training import BalancedTraining
 from equipoise.training.recipes import TrainOptions
 from equipoise.training.run import quiet_lightning
 from equipoise.training.run_evaluation import evaluate_run
-from helpers.runs import Made, loaders, recipe
+from helpers.runs import RandomData, loaders, recipe
 from helpers.tolerance import TOL
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,7 +55,7 @@ def fit(module, source, *callbacks, epochs=2, **options):
 
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 def test_callback_in_a_custom_module(statistics):
-    source = Made()
+    source = RandomData()
     mine = CustomModule(source)
     if statistics == "full_pass":
         mine.model = mine.net
@@ -70,7 +70,7 @@ def test_callback_in_a_custom_module(statistics):
 
 
 def test_callback_saves_the_balancer_state():
-    one, other, third = (eq.balance.RollingQ(build_model(Made()).fusion.attention) for _ in range(3))
+    one, other, third = (eq.balance.RollingQ(build_model(RandomData()).fusion.attention) for _ in range(3))
     one.epochs += 5
     state = eq.lightning.BalancerCallback(one).state_dict()
     eq.lightning.BalancerCallback([other]).load_state_dict(state)
@@ -82,7 +82,7 @@ def test_callback_saves_the_balancer_state():
 
 
 def test_unused_balancer_raises():
-    made = build_model(Made())
+    made = build_model(RandomData())
     with pytest.raises(
         ConfigError, match=r"the BalancerList of OGM, which acts in training steps, got OGM alone\. Return"
     ):
@@ -124,7 +124,7 @@ class Gradients(pl.Callback):
 
 
 def recorded_gradients(balancer, fusion=None):
-    source, keep = Made(), Gradients()
+    source, keep = RandomData(), Gradients()
     module = BalancedTraining(build_model(source, fusion), TrainOptions(epochs=1), balancers=[balancer])
     fit(module, source, keep, epochs=1, limit_train_batches=1)
     return keep.found
@@ -145,7 +145,7 @@ def test_gradient_scale_affects_only_encoder_weights(fusion):
 def test_penalty_is_added_and_observe_gets_every_batch():
     probe = Probe(weight=2.0)
     with_penalty, without = recorded_gradients(probe), recorded_gradients(Probe())
-    source = Made()
+    source = RandomData()
     model = build_model(source)
     batch = next(iter(loaders(source)[0]))
     (2.0 * model(batch).logits.square().mean()).backward()
@@ -157,7 +157,7 @@ def test_penalty_is_added_and_observe_gets_every_batch():
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 def test_tasks_with_three_modalities(task):
-    source = Made(("audio", "image", "text"), task)
+    source = RandomData(("audio", "image", "text"), task)
     model = build_model(source)
     balancer = eq.balance.RollingQ(model.fusion.attention, beta=0.0, max_rotations=1)
     options = TrainOptions(epochs=2, unimodal="train")
@@ -180,7 +180,7 @@ def test_tasks_with_three_modalities(task):
 
 
 def test_non_finite_target_raises():
-    source = Made(task="regression")
+    source = RandomData(task="regression")
     source.train.target[5] = torch.inf
     with pytest.raises(NonFiniteError, match=r"training, epoch 1, batch \d, target: expected finite values.*index 5\."):
         fit(BalancedTraining(build_model(source), TrainOptions(epochs=1)), source)
@@ -214,7 +214,7 @@ def without_tokens(values):
 @pytest.mark.parametrize("encoder", [nn.Linear, Encoder])
 @pytest.mark.parametrize("mask_of", [without_sample, without_tokens])
 def test_masked_values_are_not_checked(mask_of, encoder):
-    source = Made()
+    source = RandomData()
     options = TrainOptions(epochs=1, optimizer="sgd", learning_rate=0.1)
     batch = masked_batch(source, mask_of=mask_of)
 
@@ -244,7 +244,7 @@ def fit_batches(module, batches):
 
 
 def test_non_finite_loss_raises():
-    source = Made()
+    source = RandomData()
     options = TrainOptions(epochs=9, optimizer="sgd", learning_rate=1e30, warmup=0.0)
     with pytest.raises(NonFiniteError, match=r"although all inputs are finite\. Lower train\.learning_rate"):
         fit(BalancedTraining(build_model(source), options), source, epochs=9)

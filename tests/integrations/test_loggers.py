@@ -15,7 +15,7 @@ from equipoise.training import recipes
 from equipoise.training.comparison import compare
 from equipoise.training.run import execute_run
 from equipoise.training.run_spec import RunSpec
-from helpers.runs import Interruption, figures, recipe, write_recipe
+from helpers.runs import Interruption, recipe, reproducible_metrics, write_recipe
 
 
 def job(*names, **train):
@@ -47,7 +47,7 @@ def test_csv_and_tensorboard_files_have_the_history_and_the_test_metrics(tmp_pat
     pytest.importorskip("tensorboard")
     logged = execute_run(job("csv", "tensorboard"), tmp_path / "logged")
     plain = execute_run(job(), tmp_path / "plain")
-    assert figures(logged) == figures(plain)
+    assert reproducible_metrics(logged) == reproducible_metrics(plain)
     rows, tags = csv_rows(tmp_path / "logged"), scalars(tmp_path / "logged")
     for name in ("loss", "val_accuracy", "air"):
         expected = [entry[name] for entry in logged["history"]]
@@ -157,7 +157,9 @@ def test_wandb_writes_an_offline_run_for_each_training(tmp_path, monkeypatch):
         assert b"val_accuracy" in content
         assert b"test/accuracy" in content
         # The folder can be used again, although wandb creates links to its own files.
-        assert figures(execute_run(job("wandb", epochs=1), tmp_path / str(number))) == figures(runs[number])
+        assert reproducible_metrics(
+            execute_run(job("wandb", epochs=1), tmp_path / str(number))
+        ) == reproducible_metrics(runs[number])
     (tmp_path / "0" / "logs" / "csv").symlink_to(tmp_path)
     with pytest.raises(ConfigError, match="no links"):
         execute_run(job("csv", epochs=1), tmp_path / "0")

@@ -14,7 +14,7 @@ from equipoise.training.loop import TrainingLoop
 from equipoise.training.loss_module import SelfContainedTraining
 from equipoise.training.run import execute_run, load_run_dataset
 from equipoise.training.run_spec import RunSpec
-from helpers.runs import assert_same_weights, figures, interrupted, weights, write_recipe
+from helpers.runs import assert_same_weights, reproducible_metrics, run_interrupted, weights, write_recipe
 
 
 def recipe(**train):
@@ -37,9 +37,9 @@ def recipe(**train):
 def test_resume_matches_uninterrupted_run(tmp_path):
     job = RunSpec(recipe(), "softmax", 0)
     straight = execute_run(job, tmp_path / "straight")
-    resumed = interrupted(job, tmp_path / "resumed", 1, 3)
+    resumed = run_interrupted(job, tmp_path / "resumed", 1, 3)
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
-    assert figures(resumed) == figures(straight)
+    assert reproducible_metrics(resumed) == reproducible_metrics(straight)
     assert [entry["epoch"] for entry in straight["history"]] == [1, 2, 3]
     # Three pairs of modalities, each logged by its name, and their sum.
     last = straight["history"][-1]

@@ -15,7 +15,7 @@ from equipoise.models.vision_language import CONNECTORS, VisionLanguageModel, ev
 from equipoise.models.vision_language.vlm_evaluation import derangement, generate_answers, word_f1
 from equipoise.training.method_factory import build_model, parse_method
 from equipoise.training.recipes import load_recipe
-from helpers.language import batch, language, scenes
+from helpers.language import batch, build_vlm, small_scenes
 from helpers.tolerance import TOL
 
 pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ def encode(text):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_image_tokens_replace_the_placeholder(kind):
-    model, part = language(kind), batch()
+    model, part = build_vlm(kind), batch()
     patches = model.patches(part["image"])
     assert patches.shape == (7, PATCHES, 12)
     # Without the class token, which stands in front.
@@ -51,12 +51,12 @@ def test_image_tokens_replace_the_placeholder(kind):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_losses_cover_predicted_words_only(kind):
-    model, part = language(kind), batch()
+    model, part = build_vlm(kind), batch()
     stream = model.stream(model.patches(part["image"]), part["text"], part["labels"])
     logits = model.logits(stream).double()
     terms = {"answer": [], "caption": []}
     for row in range(7):
-        name = "caption" if scenes().kinds("train")[row] == "caption" else "answer"
+        name = "caption" if small_scenes().kinds("train")[row] == "caption" else "answer"
         for place, word in enumerate(stream.labels[row].tolist()):
             if word != IGNORED:
                 terms[name].append(-logits[row, place - 1].log_softmax(dim=0)[word])
@@ -68,7 +68,7 @@ def test_losses_cover_predicted_words_only(kind):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_words_attend_to_image_and_previous_words(kind):
-    model, part = language(kind), batch()
+    model, part = build_vlm(kind), batch()
     if kind == "gated":
         for gate in model.gates:
             torch.nn.init.ones_(gate.attention_gate)
@@ -81,7 +81,7 @@ def test_words_attend_to_image_and_previous_words(kind):
 
 
 def test_closed_gates_block_the_image():
-    model, part = language("gated"), batch()
+    model, part = build_vlm("gated"), batch()
     stream = model.stream(model.patches(part["image"]), part["text"])
     alone = model.language(inputs_embeds=stream.embeddings).logits
     assert torch.equal(model.logits(stream), alone)
@@ -90,7 +90,7 @@ def test_closed_gates_block_the_image():
 
 
 def test_hooks_are_removed_after_an_error(monkeypatch):
-    model, part = language("gated"), batch()
+    model, part = build_vlm("gated"), batch()
     stream = model.stream(model.patches(part["image"]), part["text"])
     monkeypatch.setattr(model.gates[1], "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -100,7 +100,7 @@ def test_hooks_are_removed_after_an_error(monkeypatch):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_answer_is_the_most_likely_next_word(kind):
-    model, data = language(kind), scenes()
+    model, data = build_vlm(kind), small_scenes()
     part = batch(16)
     asks = part["target"] != IGNORED
     part = {name: values[asks] for name, values in part.items()}
@@ -115,7 +115,7 @@ def test_answer_is_the_most_likely_next_word(kind):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_captions_are_greedy(kind):
-    model, part = language(kind, seed=3), batch(5)
+    model, part = build_vlm(kind, seed=3), batch(5)
     found = model.caption(part, longest=6)
     assert found.shape[1] <= 6
     text = torch.cat([encode("describe").expand(5, -1), found], dim=1)
@@ -129,7 +129,7 @@ def test_captions_are_greedy(kind):
 
 
 def test_caption_contains_no_image_token():
-    model = language()
+    model = build_vlm()
     picture = torch.tensor(IDS["<image>"])
     # What it would say all the time.
     model.language.lm_head.register_forward_hook(lambda module, args, said: said.index_fill(-1, picture, 99.0))
@@ -139,7 +139,7 @@ def test_caption_contains_no_image_token():
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_training_reduces_loss_and_depends_on_seed_only(kind):
     def trained():
-        model, part = language(kind, seed=1), batch()
+        model, part = build_vlm(kind, seed=1), batch()
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
         values = []
         for _ in range(6):
@@ -177,7 +177,7 @@ class StoredAnswers(VisionLanguageModel):
 
 
 def test_metrics_of_a_model_with_stored_answers():
-    source = scenes()
+    source = small_scenes()
     row = evaluate_vlm(StoredAnswers(source, "test"), source)
     found = row["metrics"]
     kinds = set(source.kinds("test"))
@@ -200,7 +200,7 @@ def test_metrics_of_a_model_with_stored_answers():
 
 
 def test_every_sample_has_a_reply_and_a_swapped_image():
-    source, model = scenes(), language()
+    source, model = small_scenes(), build_vlm()
     assert sorted(place for place, _ in generate_answers(model, source, "test")) == list(range(len(source.test)))
     order = derangement(11).tolist()
     place, met = 0, []
@@ -222,7 +222,7 @@ def test_hand_computed_word_f1():
 def test_recipe_builds_every_variant(kind):
     recipe = load_recipe("scenes_vlm")
     assert kind in recipe.methods
-    model, balancers = build_model(parse_method(kind, recipe), recipe, scenes())
+    model, balancers = build_model(parse_method(kind, recipe), recipe, small_scenes())
     assert isinstance(model, VisionLanguageModel)
     assert model.kind == kind
     assert not balancers
@@ -230,7 +230,7 @@ def test_recipe_builds_every_variant(kind):
 
 
 def test_errors():
-    model, part = language(), batch(3)
+    model, part = build_vlm(), batch(3)
     with pytest.raises(
         ConfigError, match=r"VisionLanguageModel: expected 'image' in the batch, got \['labels', 'target'"
     ):
@@ -265,17 +265,17 @@ def test_errors():
     ):
         model.answer({"image": part["image"], "text": long})
     with pytest.raises(ShapeError, match=r"at most context = 40 tokens, .* got 49"):
-        language(context=40).losses(part)
+        build_vlm(context=40).losses(part)
     with pytest.raises(ShapeError, match=r"at most context = 10 tokens, .* got 14"):
-        language("gated", context=10).losses(part)
+        build_vlm("gated", context=10).losses(part)
     with pytest.raises(
         ConfigError, match=r"VisionLanguageModel: expected a known connector, got 'qforner'\. Did you mean"
     ):
-        language("qforner")
+        build_vlm("qforner")
     with pytest.raises(ConfigError, match=r"VisionLanguageModel: expected latents >= 1, got latents = 0"):
-        language("resampler", latents=0)
+        build_vlm("resampler", latents=0)
     with pytest.raises(ConfigError, match=r"dim a multiple of 2 heads, for rotary positions, got depth = 2, dim = 20"):
-        language(heads=4)
+        build_vlm(heads=4)
 
 
 def test_recipe_errors():
@@ -285,17 +285,17 @@ def test_recipe_errors():
     ):
         VisionLanguageModel.for_data(load_dataset("generated", samples=20), encoders)
     with pytest.raises(ConfigError, match=r"model 'vision_language_model': expected one encoder, image, got \[\]"):
-        VisionLanguageModel.for_data(scenes(), {})
+        VisionLanguageModel.for_data(small_scenes(), {})
     with pytest.raises(ConfigError, match=r"expected a known option of VisionLanguageModel, got 'conector'\. Did"):
-        VisionLanguageModel.for_data(scenes(), encoders, conector="mlp")
+        VisionLanguageModel.for_data(small_scenes(), encoders, conector="mlp")
 
 
 def test_missing_transformers_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"VisionLanguageModel: expected the package 'transformers', got none"):
-        language()
+        build_vlm()
 
 
 def test_data_other_than_scenes_raise():
-    assert isinstance(scenes(), Scenes)
-    assert language().words == scenes().lexicon
+    assert isinstance(small_scenes(), Scenes)
+    assert build_vlm().words == small_scenes().lexicon

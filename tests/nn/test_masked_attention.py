@@ -10,7 +10,7 @@ from equipoise.nn.attention import attend, shares
 from equipoise.nn.attention.modular import PseudoAttention, modular_attention
 from equipoise.nn.duplex import DuplexAligner
 from equipoise.nn.transformer import Attention, Block, PostNormAttention, PostNormBlock, Transformer
-from helpers.masked_cases import FILLS, assert_equal_and_finite, derived
+from helpers.masked_cases import FILLS, assert_equal_and_finite, outputs_and_gradients
 
 
 def random_heads(*shape, seed):
@@ -48,7 +48,7 @@ class TestAttention:
             key, value = (random_heads(2, 2, 41, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
             options = {"modality": modality, "num_modalities": 2} if labels else {}
             result = attend(query, key, value, mask=mask, is_causal=causal, **options)
-            found.append(derived(result, (query, key, value)))
+            found.append(outputs_and_gradients(result, (query, key, value)))
             if labels:
                 share = shares(query, key, mask=mask, is_causal=causal, **options)
                 torch.testing.assert_close(share, result.share)
@@ -63,7 +63,7 @@ class TestAttention:
             query, key = random_heads(2, 1, 3, 8, seed=0).requires_grad_(), random_heads(2, 1, 5, 8, seed=1)
             key[:, :, 3:] = fill
             key.requires_grad_()
-            found.append(derived(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
+            found.append(outputs_and_gradients(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
         assert_equal_and_finite(found[1], found[0])
 
     @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
@@ -84,7 +84,7 @@ class TestAttention:
                 query, key, value, modality=modality, mask=mask, is_causal=causal, merge=merge, gate=gate,
                 pseudo=PseudoAttention(count="all_masked"),
             )  # fmt: skip
-            found.append(derived((result.output,), (query, key, value)))
+            found.append(outputs_and_gradients((result.output,), (query, key, value)))
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])
 
@@ -105,7 +105,7 @@ class TestAttention:
             key, value = (random_heads(2, 3, 17, 4, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
             made = aligner(key, value, modality=modality, mask=mask).key
             seen = made.masked_fill(hidden, 0.0)
-            found.append(derived((seen,), (key, *aligner.parameters())))
+            found.append(outputs_and_gradients((seen,), (key, *aligner.parameters())))
             assert torch.equal(made.isfinite(), key.isfinite())
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])
@@ -119,7 +119,7 @@ class TestAttention:
             tokens = random_heads(2, 5, 8, seed=0).masked_fill(~mask[..., None], fill).requires_grad_()
             made = layer(tokens, mask=mask)
             made = (made if isinstance(made, torch.Tensor) else made.output)[mask]
-            found.append(derived((made,), (tokens, *layer.parameters())))
+            found.append(outputs_and_gradients((made,), (tokens, *layer.parameters())))
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])
         with pytest.raises(ShapeError, match=r"mask: expected a boolean mask .*, got torch\.float"):
@@ -137,6 +137,6 @@ class TestAttention:
             source = random_heads(2, 5, 8, seed=1).masked_fill(~mask[..., None], fill).requires_grad_()
             made = layer(tokens, source, mask=given)
             made = made if isinstance(made, torch.Tensor) else made.output
-            found.append(derived((made,), (tokens, source, *layer.parameters())))
+            found.append(outputs_and_gradients((made,), (tokens, source, *layer.parameters())))
         for made in found[1:]:
             assert_equal_and_finite(made, found[0])

@@ -6,7 +6,7 @@ import torch
 from equipoise.errors import ConfigError, ShapeError
 from equipoise.nn.transformer import Attention, Block, PostNormAttention, PostNormBlock, Transformer, learned_token
 from helpers.tolerance import TOL
-from oracles.fusion import attention, block, doubles, layer_norm, linear, transformer
+from oracles.fusion import attention, block, layer_norm, linear, state_as_float64, transformer
 from oracles.fusion_transformers import post_attention, post_block, relu
 
 BATCH, DIM, HEADS, QUERIES, KEYS = 2, 14, 7, 3, 5
@@ -27,7 +27,7 @@ def test_cross_attention(heads, masked):
     attended = layer(rows, source, modality=LABELS, num_modalities=2, mask=VALID if masked else None)
     for sample in range(BATCH):
         valid = VALID[sample] if masked else [True] * KEYS
-        output, share = attention(doubles(layer), "", rows[sample], source[sample], LABELS, valid, heads, 2)
+        output, share = attention(state_as_float64(layer), "", rows[sample], source[sample], LABELS, valid, heads, 2)
         torch.testing.assert_close(attended.output[sample], output, **TOL[torch.float64])
         # Shares are computed in float32 or higher precision.
         torch.testing.assert_close(attended.share[sample].double(), share, **TOL[torch.float32])
@@ -47,7 +47,7 @@ def test_causal_attention():
     attended = layer(rows, is_causal=True)
     for row in range(KEYS):
         valid = [j <= row for j in range(KEYS)]
-        output, _ = attention(doubles(layer), "", rows[0], rows[0], LABELS, valid, 2, 2)
+        output, _ = attention(state_as_float64(layer), "", rows[0], rows[0], LABELS, valid, 2, 2)
         torch.testing.assert_close(attended.output[0, row], output[row], **TOL[torch.float64])
 
 
@@ -57,7 +57,7 @@ def test_per_query_masks():
     mask = torch.tensor([[[True, False, True, False, True], [False, True, True, True, True], [True] * 5]])
     attended = layer(rows, source, mask=mask)
     for row in range(QUERIES):
-        output, _ = attention(doubles(layer), "", rows[0], source[0], LABELS, mask[0, row], 2, 2)
+        output, _ = attention(state_as_float64(layer), "", rows[0], source[0], LABELS, mask[0, row], 2, 2)
         torch.testing.assert_close(attended.output[0, row], output[row], **TOL[torch.float64])
 
 
@@ -87,7 +87,7 @@ def test_block(masked):
     attended = layer(rows, modality=LABELS, num_modalities=2, mask=VALID if masked else None)
     for sample in range(BATCH):
         valid = VALID[sample] if masked else [True] * KEYS
-        output, share = block(doubles(layer), "", rows[sample], LABELS, valid, 2, 2)
+        output, share = block(state_as_float64(layer), "", rows[sample], LABELS, valid, 2, 2)
         torch.testing.assert_close(attended.output[sample], output, **TOL[torch.float64])
         torch.testing.assert_close(attended.share[sample].double(), share, **TOL[torch.float32])
 
@@ -106,7 +106,7 @@ def test_block_with_cross_attention_shared_norm_and_activation():
     layer = Block(DIM, 2, activation=torch.nn.ReLU).double()
     with torch.no_grad():
         layer.norm_attention.weight.normal_()
-    rows, source, state = normal(11, 1, QUERIES, DIM), normal(12, 1, KEYS, DIM), doubles(layer)
+    rows, source, state = normal(11, 1, QUERIES, DIM), normal(12, 1, KEYS, DIM), state_as_float64(layer)
     queries, keys = (torch.stack([layer_norm(state, "norm_attention.", row) for row in x[0]]) for x in (rows, source))
     read, _ = attention(state, "attention.", queries, keys, LABELS, VALID[0], 2, 2)
     after = rows[0] + read
@@ -123,10 +123,10 @@ def test_post_norm_layers(eps):
     rows, source = normal(13, BATCH, KEYS, DIM), normal(14, BATCH, QUERIES, DIM)
     for sample in range(BATCH):
         readable = rows[sample][VALID[sample]]
-        expected = post_block(doubles(layer), "", rows[sample], readable, 2, eps)
+        expected = post_block(state_as_float64(layer), "", rows[sample], readable, 2, eps)
         torch.testing.assert_close(layer(rows, mask=VALID)[sample], expected, **TOL[torch.float64])
     reading = PostNormAttention(DIM, 2, eps=eps).double()
-    expected = post_attention(doubles(reading), "", rows[0], source[0], 2, eps)
+    expected = post_attention(state_as_float64(reading), "", rows[0], source[0], 2, eps)
     torch.testing.assert_close(reading(rows, source)[0], expected, **TOL[torch.float64])
 
 
@@ -136,7 +136,7 @@ def test_transformer(depth):
     layer, rows = Transformer(DIM, depth, 2).double(), normal(10, BATCH, KEYS, DIM)
     output = layer(rows, mask=VALID)
     for sample in range(BATCH):
-        expected = transformer(doubles(layer), "", rows[sample], VALID[sample], depth, 2)
+        expected = transformer(state_as_float64(layer), "", rows[sample], VALID[sample], depth, 2)
         torch.testing.assert_close(output[sample], expected, **TOL[torch.float64])
 
 

@@ -72,7 +72,7 @@ def captioning(logits, labels):
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def spliced(text, ids, labels, mask, places, media):
+def splice(text, ids, labels, mask, places, media):
     """Rows of (embedding, label, modality), one placeholder for a whole medium; ``places``: kind -> id, in order."""
     left, rows = {kind: list(parts) for kind, parts in media.items()}, []
     for sample in range(len(ids)):

@@ -99,13 +99,13 @@ def cosine_logits(features, weights, scale):
     ]
 
 
-def right(row, target, task):
+def is_correct(row, target, task):
     if task == "classification":
         return row.index(max(row)) == target
     return true_score(row, target, task) > 0.5
 
 
-def coins(p, q):
+def bernoulli_kl(p, q):
     """KL divergence of two Bernoulli distributions."""
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
@@ -113,10 +113,10 @@ def coins(p, q):
 def mbsd_pair(one, other, target, task="classification"):
     """Term of one sample and the rows of logits of two modalities."""
     p, q = true_score(one, target, task), true_score(other, target, task)
-    if not right(one, target, task) and not right(other, target, task):
+    if not is_correct(one, target, task) and not is_correct(other, target, task):
         return 0.0
     apart = sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one)
-    return abs(p - q) * (apart + coins(max(p, q), min(p, q)))
+    return abs(p - q) * (apart + bernoulli_kl(max(p, q), min(p, q)))
 
 
 def mbsd(answers, targets, present, task="classification"):

@@ -33,7 +33,7 @@ def gelu(x):
     return torch.stack([0.5 * e * (1 + torch.special.erf(e / math.sqrt(2.0))) for e in x])
 
 
-def read(query, keys, values, labels, valid, num_modalities):
+def read_out(query, keys, values, labels, valid, num_modalities):
     """One query row of one head: softmax over the valid keys; zeros if there are none. Returns output and share."""
     share, output = torch.zeros(num_modalities, dtype=torch.float64), torch.zeros(values.shape[-1], dtype=torch.float64)
     allowed = [j for j in range(len(keys)) if valid[j]]
@@ -62,7 +62,9 @@ def attention(state, prefix, rows, source, labels, valid, heads, num_modalities)
         parts = []
         for head in range(heads):
             here = slice(head * width, (head + 1) * width)
-            part, shares[head, i] = read(query[i, here], key[:, here], value[:, here], labels, valid, num_modalities)
+            part, shares[head, i] = read_out(
+                query[i, here], key[:, here], value[:, here], labels, valid, num_modalities
+            )
             parts.append(part)
         outputs.append(linear(state, prefix + "out.", torch.cat(parts)))
     return torch.stack(outputs), shares
@@ -84,7 +86,7 @@ def transformer(state, prefix, rows, valid, depth, heads):
     return torch.stack([layer_norm(state, prefix + "norm.", row) for row in rows])
 
 
-def joint(state, tokens, *, heads, depth=1, include_cls_key=True):
+def joint_attention(state, tokens, *, heads, depth=1, include_cls_key=True):
     """Joint attention over all rows; tokens: a list of (values, mask). Returns features and shares."""
     names, features, shares = len(tokens), [], []
     for sample in range(len(tokens[0][0])):
@@ -109,7 +111,7 @@ def joint(state, tokens, *, heads, depth=1, include_cls_key=True):
     return torch.stack(features), torch.stack(shares)
 
 
-def pooled(values, mask, cls=False):
+def mean_pool(values, mask, cls=False):
     """The class token, or the mean over valid tokens; zeros for a sample without tokens."""
     result = torch.zeros(values.shape[0], values.shape[2], dtype=torch.float64)
     for sample in range(values.shape[0]):
@@ -182,6 +184,6 @@ def sequence_encoder(state, frames, mask, stride, depth, heads):
     return torch.stack(result), torch.tensor(masks)
 
 
-def doubles(module):
+def state_as_float64(module):
     """The state dict of a module, in float64."""
     return {name: value.double() for name, value in module.state_dict().items()}

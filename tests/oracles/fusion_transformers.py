@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from oracles.fusion import attention, block, joint, layer_norm, linear
+from oracles.fusion import attention, block, joint_attention, layer_norm, linear
 
 
 def samples(tokens):
@@ -119,7 +119,7 @@ def readout(state, streams, heads=1):
     found = []
     for final in streams:
         parts = [(rows[None], None) for rows in final.values()]
-        found.append(joint(substate(state, "joint."), parts, heads=heads))
+        found.append(joint_attention(substate(state, "joint."), parts, heads=heads))
     return torch.cat([features for features, _ in found]), torch.cat([share for _, share in found])
 
 

@@ -19,7 +19,7 @@ from equipoise.nn.transformer import Block
 from equipoise.recording import AttentionCall
 from equipoise.recording.attention_call import select_queries
 from equipoise.recording.share_measurement import attention_output, explicit_attention, measure_share
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 from helpers.tolerance import TOL
 
 BATCH, HEADS, KEYS, DIM = 3, 2, 7, 10
@@ -230,7 +230,7 @@ def test_transformer_decoder_with_memory():
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
 def test_equipoise_layers(names):
-    made, inputs = model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
+    made, inputs = joint_model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
     with torch.no_grad():
         plain = made(inputs)
         with eq.watch(made) as record:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import equipoise as eq
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 LABELS = torch.tensor([0, 0, 1, 1, -1])
 
@@ -50,7 +50,7 @@ def test_torch_layers(reentrant, whole):
 
 
 def test_equipoise_model():
-    made = model(dropout=0.0).train()
+    made = joint_model(dropout=0.0).train()
     inputs = batch()
     with eq.watch(made) as plain:
         made(inputs).logits.sum().backward()

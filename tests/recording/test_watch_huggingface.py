@@ -14,7 +14,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError
 from helpers.tolerance import TOL
-from helpers.vlms import AUDIO, BERT, IMAGE, VIDEO, family, ids, pictures
+from helpers.vlms import AUDIO, BERT, IMAGE, VIDEO, family, random_ids, random_images
 
 NEAR = TOL[torch.float32]
 JOINT = (
@@ -344,20 +344,20 @@ def test_half_precision(dtype, backend):
 
 def test_text_interleaved_images_and_video():
     model, _ = family("qwen2_vl")
-    words = ids(0)
+    words = random_ids(0)
     with torch.no_grad(), eq.watch(model) as record:
         model(**words)
     assert record.share(record.layers[0]).unique().tolist() == [0.0, 1.0]
     assert record.share(record.layers[0])[..., 0].unique().tolist() == [1.0]
-    both = ids(0, length=23)
+    both = random_ids(0, length=23)
     both["input_ids"][:, [3, 10, 16]] = 95
     both["input_ids"][:, 4:8] = both["input_ids"][:, 17:21] = IMAGE
     both["input_ids"][:, 11:15] = VIDEO
     types = (both["input_ids"] == IMAGE).long() + 2 * (both["input_ids"] == VIDEO)
     grid = [1, 4, 4]
     both |= {
-        "pixel_values": pictures(64, 96), "image_grid_thw": torch.tensor([grid] * 4), "mm_token_type_ids": types,
-        "pixel_values_videos": pictures(32, 96, seed=7), "video_grid_thw": torch.tensor([grid] * 2),
+        "pixel_values": random_images(64, 96), "image_grid_thw": torch.tensor([grid] * 4), "mm_token_type_ids": types,
+        "pixel_values_videos": random_images(32, 96, seed=7), "video_grid_thw": torch.tensor([grid] * 2),
     }  # fmt: skip
     with torch.no_grad():
         with eq.watch(model) as record:
@@ -437,7 +437,7 @@ class JoinedModels(nn.Module):
 
 def test_nested_models():
     model = JoinedModels().eval()
-    inputs = {"input_ids": ids(0)["input_ids"].clamp(3), "pixel_values": pictures(2, 3, 8, 8)}
+    inputs = {"input_ids": random_ids(0)["input_ids"].clamp(3), "pixel_values": random_images(2, 3, 8, 8)}
     with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         attention = model(**inputs)
     assert record.layers == ["fusion"]

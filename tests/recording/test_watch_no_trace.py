@@ -10,7 +10,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import equipoise as eq
 from equipoise.errors import EquipoiseError
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 LABELS = torch.tensor([0, 0, 1, 1, -1])
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
@@ -35,7 +35,7 @@ class FailingModel(nn.Module):
 
 
 def fusion():
-    made = model(dropout=0.5).train()
+    made = joint_model(dropout=0.5).train()
     made.fusion.eval()
     made.encoders["audio"] = FailingModel(made.encoders["audio"])
     return made, made.encoders["audio"], lambda: made(batch()), {}

@@ -12,13 +12,13 @@ from torch.nn.modules import module as registry
 
 import equipoise as eq
 from equipoise.errors import ConfigError
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 LABELS = torch.tensor([0, 0, 1, 1, -1])
 
 
 def fusion():
-    made, inputs = model().eval(), batch()
+    made, inputs = joint_model().eval(), batch()
     return made, lambda: made(inputs), {}
 
 

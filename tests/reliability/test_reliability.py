@@ -11,7 +11,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError, DataError, EquipoiseError, ShapeError
 from equipoise.reliability.damaged_validation import InputMoments, damaged_batch
-from helpers.fusion import FEATURES, OUTPUTS, batch, model
+from helpers.fusion import FEATURES, OUTPUTS, batch, joint_model
 from helpers.fusion_cases import FUSIONS
 from helpers.tolerance import TOL
 
@@ -89,7 +89,7 @@ def test_predictions_against_enumeration(names, attention):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("form", FORMS)
 def test_reliability_of_1_equals_the_model(distance, form):
-    net = model().eval()
+    net = joint_model().eval()
     reliable = fit_reliability(net, distance=distance, form=form)
     inputs = batch(size=11, seed=9)
     plain, found = net(inputs), reliable(inputs, rho=1)

@@ -9,7 +9,7 @@ import pytest
 
 from equipoise.report import comparison_figures, comparison_text, plot_style
 from equipoise.report.results_view import ResultsView
-from helpers.fake_results import attending, fake_results, one, read
+from helpers.fake_results import fake_results, fake_run, fake_run_with_r, results_view
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -27,7 +27,7 @@ DRAWN = {
 
 
 @pytest.fixture(scope="module")
-def results_view():
+def view():
     return ResultsView(fake_results())
 
 
@@ -36,10 +36,10 @@ def svg_texts(svg):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_figures_are_labeled_scalable_themed_and_deterministic(results_view, name):
+def test_figures_are_labeled_scalable_themed_and_deterministic(view, name):
     before = dict(matplotlib.rcParams)
-    svg = DRAWN[name](results_view)
-    assert svg == DRAWN[name](results_view)
+    svg = DRAWN[name](view)
+    assert svg == DRAWN[name](view)
     assert dict(matplotlib.rcParams) == before
     root = ElementTree.fromstring(svg)
     assert root.attrib["role"] == "img"
@@ -53,19 +53,17 @@ def test_figures_are_labeled_scalable_themed_and_deterministic(results_view, nam
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", svg)
 
 
-def test_figure_ids_are_distinct(results_view):
-    found = [set(re.findall(r'\bid="([^"]+)"', draw(results_view))) for draw in DRAWN.values()]
+def test_figure_ids_are_distinct(view):
+    found = [set(re.findall(r'\bid="([^"]+)"', draw(view))) for draw in DRAWN.values()]
     assert sum(map(len, found)) == len(set().union(*found))
     for draw in DRAWN.values():
-        svg = draw(results_view)
+        svg = draw(view)
         assert set(re.findall(r'(?:url\(|href=")#([^")]+)', svg)) <= set(re.findall(r'\bid="([^"]+)"', svg))
 
 
-def test_title_contains_r(results_view):
-    mean = np.mean([run["metrics"]["noise_attention_r"] for run in results_view.runs if run["method"] == "joint"])
-    assert f"joint · r = {mean:+.2f}".replace("-", "−") in svg_texts(
-        comparison_figures.share_on_noise(results_view, "joint")
-    )
+def test_title_contains_r(view):
+    mean = np.mean([run["metrics"]["noise_attention_r"] for run in view.runs if run["method"] == "joint"])
+    assert f"joint · r = {mean:+.2f}".replace("-", "−") in svg_texts(comparison_figures.share_on_noise(view, "joint"))
 
 
 @pytest.mark.parametrize(
@@ -95,10 +93,10 @@ def test_missing_values_are_not_drawn():
     assert comparison_figures.summary_png(bare) is None
 
 
-def test_png_signature(results_view):
-    png = comparison_figures.summary_png(results_view)
+def test_png_signature(view):
+    png = comparison_figures.summary_png(view)
     assert png.startswith(b"\x89PNG")
-    assert png == comparison_figures.summary_png(results_view)
+    assert png == comparison_figures.summary_png(view)
 
 
 def luminance(color):
@@ -129,7 +127,7 @@ def test_key_plot_shows_the_noise_level():
         "clean": {"audio": part([1, 3]), "image": part([3, 1])},
         "noise": {"audio": part([1, 3]), "image": part([0, 4])},
     }
-    readings = read([attending("joint", 0, "audio") | {"keys": {"after": state}}])
+    readings = results_view([fake_run_with_r("joint", 0, "audio") | {"keys": {"after": state}}])
     assert readings.replaced("joint", "after") == "image"
     assert "image replaced by noise" in svg_texts(comparison_figures.key_cosines(readings, "joint", "after"))
     state["noise"]["audio"] = part([2, 2])
@@ -142,7 +140,9 @@ def test_key_plot_shows_the_noise_level():
 
 def test_curve_labels_do_not_overlap():
     history = [{"epoch": e, "share": {"audio": 0.5, "image": 0.501, "text": 0.499}} for e in (1, 2)]
-    root = ElementTree.fromstring(comparison_figures.attention_share(read([one("m", 0, history=history)]), "m"))
+    root = ElementTree.fromstring(
+        comparison_figures.attention_share(results_view([fake_run("m", 0, history=history)]), "m")
+    )
     heights = sorted(float(t.attrib["y"]) for t in root.iter(f"{SVG}text") if t.text in ("audio", "image", "text"))
     assert len(heights) == 3
     assert min(np.diff(heights)) > 9
@@ -155,7 +155,7 @@ def test_tick_labels_of_small_ranges_differ(draw, span):
     for number, run in enumerate(result["runs"]):
         run["metrics"]["accuracy"] = 0.5 + span * number / 100
     labels = re.findall(
-        r"^[+−]?[\d.]+(?: %)?$", "\n".join(svg_texts(draw(read(result["runs"]), "accuracy"))), re.MULTILINE
+        r"^[+−]?[\d.]+(?: %)?$", "\n".join(svg_texts(draw(results_view(result["runs"]), "accuracy"))), re.MULTILINE
     )
     assert len(labels) >= 3
     assert len(labels) == len(set(labels))

@@ -13,7 +13,7 @@ from equipoise.errors import ConfigError
 from equipoise.report.diagnosis_html import diagnosis_page
 from equipoise.report.diagnosis_metrics import label, ordered, shown, source_of
 from equipoise.report.diagnosis_words import WORDS
-from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, model
+from helpers.fusion import DIM, FEATURES, OUTPUTS, batch, joint_model
 from helpers.pages import CONTRAST, EVIL
 
 LONG = "a-name-that-has-no-place-to-break-" * 3
@@ -25,7 +25,7 @@ def random_batches(names=("audio", "image")):
 
 @pytest.fixture(scope="module")
 def deep_diagnosis():
-    return diagnose(model(depth=3, dtype=torch.float32), random_batches(), outside=random_batches(), name="deep")
+    return diagnose(joint_model(depth=3, dtype=torch.float32), random_batches(), outside=random_batches(), name="deep")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def static_diagnosis():
 
 @pytest.fixture(scope="module")
 def unimodal_diagnosis():
-    return diagnose(model(("audio",), heads=1, dtype=torch.float32), random_batches(("audio",)), name="audio")
+    return diagnose(joint_model(("audio",), heads=1, dtype=torch.float32), random_batches(("audio",)), name="audio")
 
 
 @pytest.fixture(scope="module")
 def three_modality_diagnosis():
     names = ("audio", "image", "text")
-    return diagnose(model(names, heads=3, dtype=torch.float32), random_batches(names), name=LONG)
+    return diagnose(joint_model(names, heads=3, dtype=torch.float32), random_batches(names), name=LONG)
 
 
 def page(*found):

@@ -13,7 +13,7 @@ from equipoise.report import plot_style
 from equipoise.report.look_figures import DEEPEST
 from equipoise.report.look_html import look_page, look_report
 from equipoise.report.look_sentences import MeanShares, percent, verdict
-from helpers.look import EVIL, QUESTION, llama, llava, picture, processor, tokenizer
+from helpers.look import EVIL, QUESTION, build_llama, build_llava, build_processor, tokenizer, wide_image
 from helpers.pages import CONTRAST
 
 ASKED = f"{QUESTION} {EVIL} a cat"
@@ -22,9 +22,9 @@ ASKED = f"{QUESTION} {EVIL} a cat"
 @pytest.fixture(scope="module")
 def inspection():
     return look(
-        llava(seed=4),
-        processor(),
-        image=picture(260, 180),
+        build_llava(seed=4),
+        build_processor(),
+        image=wide_image(260, 180),
         text=ASKED,
         max_new_tokens=4,
         name=EVIL,
@@ -308,7 +308,7 @@ def test_single_heads_of_large_models_cover_the_answer(opened_page, inspection, 
 
 @pytest.mark.browser
 def test_text_model_page_has_words_only(opened_page):
-    alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
+    alone = look(build_llama(), tokenizer(), text=QUESTION, answer="a cat")
     view = opened_page(alone.to_dict(), width=390)
     assert view.locator("canvas, img").count() == 0
     view.get_by_role("button", name="mat", exact=True).click()

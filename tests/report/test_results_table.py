@@ -7,7 +7,7 @@ from rich.console import Console
 
 from equipoise.cli.results_table import show
 from equipoise.results import result_rows
-from helpers.fake_results import METHODS, fake_results, one
+from helpers.fake_results import METHODS, fake_results, fake_run
 
 HEADERS = ["audio = noise", "image = noise", "attention r", "accuracy against", "s/epoch"]
 
@@ -64,7 +64,7 @@ def test_seed_counts_are_shown_if_they_differ():
 
 def test_error_metrics_are_lower_is_better():
     errors = {"concat": (-0.5, -0.52, -0.51), "joint": (-0.4, -0.43, -0.42)}
-    runs = [one(method, seed, negative_error=v) for method, each in errors.items() for seed, v in enumerate(each)]
+    runs = [fake_run(method, seed, negative_error=v) for method, each in errors.items() for seed, v in enumerate(each)]
     lines = render(80, result_rows.build_results(runs, {}))
     assert lines[0].split() == ["method", "MAE", "MAE", "against"]
     assert lines[3].split() == ["joint", "0.417", "±", "0.015", "concat", "\N{MINUS SIGN}0.093,", "p", "=", "0.001"]

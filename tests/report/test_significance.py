@@ -27,7 +27,7 @@ from equipoise.results.significance import (
     unpack_outcomes,
     unpaired_p,
 )
-from helpers.diagnosis import answered, weighing
+from helpers.diagnosis import labeled_batches, weighted_model
 
 TASKS = ("classification", "multilabel", "regression")
 
@@ -253,8 +253,8 @@ def test_constant_model_uses_no_modality(task):
 
 
 def test_unimodal_scores_use_samples_with_the_modality():
-    model = weighing(audio=1.0, image=1.0)
-    loader = answered(model)
+    model = weighted_model(audio=1.0, image=1.0)
+    loader = labeled_batches(model)
     samples = sum(len(batch["target"]) for batch in loader)
     # The model is always right, and so is audio alone on the half of the samples that has it.
     half = torch.ones(samples, dtype=torch.double)
@@ -273,9 +273,9 @@ def test_unimodal_scores_use_samples_with_the_modality():
 
 
 def test_outcomes_of_different_length_raise():
-    model = weighing(audio=1.0, image=1.0)
+    model = weighted_model(audio=1.0, image=1.0)
     with pytest.raises(ShapeError, match=r"diagnose alone 'audio': expected a score, or the outcomes of 308"):
-        diagnose(model, answered(model), alone={"audio": torch.ones(3), "image": 0.5})
+        diagnose(model, labeled_batches(model), alone={"audio": torch.ones(3), "image": 0.5})
 
 
 def test_models_are_paired_on_common_samples():

@@ -13,7 +13,7 @@ from equipoise.report.verdict_evidence import Verdict, VerdictEvidence
 from equipoise.report.verdict_list import headline, verdicts
 from equipoise.report.verdict_use import GRACE, SMALL, dominant_modality
 from equipoise.results.significance import SURE
-from helpers.diagnosis import answered, looking, marked, weighing
+from helpers.diagnosis import labeled_batches, quality_attention, quality_batches, weighted_model
 
 MANY = 10_000
 
@@ -252,8 +252,8 @@ def test_no_measurements_give_no_verdicts():
 
 
 def test_model_with_zero_weights_ignores_the_modality():
-    model = weighing(audio=1.0, image=0.0)
-    found = diagnose(model, answered(model))
+    model = weighted_model(audio=1.0, image=0.0)
+    found = diagnose(model, labeled_batches(model))
     by_key = {verdict.key: verdict for verdict in found.verdicts}
     assert by_key["use"].claim == "uses audio and ignores image"
     assert by_key["use/image"].figures["changed_noise/image"] == 0.0
@@ -263,8 +263,8 @@ def test_model_with_zero_weights_ignores_the_modality():
 
 
 def test_model_with_both_weights_uses_both():
-    model = weighing(audio=1.0, image=1.0)
-    found = diagnose(model, answered(model))
+    model = weighted_model(audio=1.0, image=1.0)
+    found = diagnose(model, labeled_batches(model))
     assert {v.key: v.claim for v in found.verdicts}["use"] == "uses both modalities"
     # A static model has no attention to look at quality with.
     assert "quality" not in {verdict.key for verdict in found.verdicts}
@@ -280,8 +280,10 @@ def test_model_with_both_weights_uses_both():
     ],
 )
 def test_attention_that_follows_or_ignores_noise(sharpness, mean, claim):
-    model = looking(sharpness)
-    found = diagnose(model, marked(model), noise={"audio": (mean, 0.1), "image": (mean, 0.1)}, modality="audio")
+    model = quality_attention(sharpness)
+    found = diagnose(
+        model, quality_batches(model), noise={"audio": (mean, 0.1), "image": (mean, 0.1)}, modality="audio"
+    )
     by_key = {verdict.key: verdict for verdict in found.verdicts}
     assert by_key["quality"].claim == claim
     # With even attention every sample is divided alike.

@@ -9,7 +9,7 @@ from equipoise.errors import ConfigError
 from equipoise.io.table_display import html_table
 from equipoise.results import ComparisonResults, build_results, load_results, write_results
 from equipoise.training import compare
-from helpers.diagnosis import answered, weighing
+from helpers.diagnosis import labeled_batches, weighted_model
 from helpers.runs import recipe
 
 pandas = pytest.importorskip("pandas")
@@ -68,8 +68,8 @@ def test_compare_writes_results_csv(tmp_path):
 
 
 def test_a_diagnosis_is_shown_with_its_findings():
-    model = weighing(audio=1.0, image=0.3)
-    found = eq.diagnose(model, answered(model), tests=["score", "noise", "keys"])
+    model = weighted_model(audio=1.0, image=0.3)
+    found = eq.diagnose(model, labeled_batches(model), tests=["score", "noise", "keys"])
     frame = found.to_pandas()
     assert dict(zip(frame.metric, frame.value, strict=True)) == pytest.approx(found.metrics, nan_ok=True)
     shown = found._repr_html_()

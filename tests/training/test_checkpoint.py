@@ -8,7 +8,7 @@ from equipoise.training import method_factory
 from equipoise.training.checkpoint import AtomicCheckpointIO, load_weights, read_state_dict, save_weights
 from equipoise.training.run import execute_run, load_run_dataset
 from equipoise.training.run_evaluation import evaluate_run
-from helpers.runs import job, recipe
+from helpers.runs import recipe, run_spec
 
 
 def build_model(method="joint+rollingq"):
@@ -19,7 +19,7 @@ def build_model(method="joint+rollingq"):
 
 
 def test_weights_restore_the_model(tmp_path):
-    this = job("joint+rollingq", epochs=2)
+    this = run_spec("joint+rollingq", epochs=2)
     run = execute_run(this, tmp_path)
     model = build_model()
     load_weights(model, tmp_path / "model.safetensors")

@@ -14,7 +14,7 @@ from equipoise.results.significance import unpack_outcomes
 from equipoise.training import comparison, run_evaluation
 from equipoise.training import run as experiment
 from equipoise.training.comparison import compare, device, plan_runs
-from helpers.runs import recipe, table
+from helpers.runs import metrics_by_run, recipe
 
 METHODS = ["concat", "joint", "joint+rollingq"]
 
@@ -126,8 +126,10 @@ def test_statistics_are_paired(finished_comparison):
 
 def test_workers_do_not_change_results(finished_comparison, tmp_path):
     content = compare(recipe(epochs=2), METHODS[1:], seeds=1, out=tmp_path, workers=2)
-    wanted = [run for run in table(finished_comparison[0]) if run["method"] in METHODS[1:] and run["seed"] == 0]
-    assert table(content) == wanted
+    wanted = [
+        run for run in metrics_by_run(finished_comparison[0]) if run["method"] in METHODS[1:] and run["seed"] == 0
+    ]
+    assert metrics_by_run(content) == wanted
 
 
 def test_only_new_runs_are_executed(finished_comparison):

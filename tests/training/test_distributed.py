@@ -6,8 +6,8 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import equipoise as eq
-from helpers.fusion import batch, forward, model, slices
-from helpers.processes import together
+from helpers.fusion import batch, joint_model, run_forward, split_batch
+from helpers.processes import process_group
 from helpers.tolerance import TOL
 
 pytestmark = pytest.mark.distributed
@@ -26,7 +26,7 @@ def full_batch(epoch, step):
 
 def train_in_process(rank):
     """Rotations, logs and logits of a few epochs; of one process on everything where ``rank`` is None."""
-    made = model()
+    made = joint_model()
     rolling = build(made)
     called = made if rank is None else DistributedDataParallel(made)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
@@ -36,7 +36,7 @@ def train_in_process(rank):
         for step in range(STEPS):
             inputs = full_batch(epoch, step)
             if rank is not None:
-                inputs = slices(inputs, SIZE, SIZE)[rank]
+                inputs = split_batch(inputs, SIZE, SIZE)[rank]
             output = called(inputs)
             loss = made.loss(output.logits, inputs["target"])
             for scores in output.unimodal_logits.values():
@@ -52,19 +52,19 @@ def train_in_process(rank):
 
 def train_uneven(rank):
     """The second process sees nothing at all."""
-    made = model()
+    made = joint_model()
     rolling = build(made, tail=None)
-    forward(made, [batch(seed=1), batch(seed=2)] if rank in (None, 0) else [])
+    run_forward(made, [batch(seed=1), batch(seed=2)] if rank in (None, 0) else [])
     return {"log": rolling.end_epoch(), "rotation": rolling.rotation}
 
 
 def train_disagreeing(rank):
     """The second process would rotate otherwise, or not at all."""
-    made, other = model(), model()
+    made, other = joint_model(), joint_model()
     rolling = build(made, rho=1.0 if rank in (None, 0) else 5.0)
     idle = build(other, beta=0.0 if rank in (None, 0) else 2.0)
     for each in (made, other):
-        forward(each, [batch(seed=1)])
+        run_forward(each, [batch(seed=1)])
     rolling.end_epoch()
     log = idle.end_epoch()
     logits = other.eval()(batch()).logits.detach()
@@ -73,7 +73,7 @@ def train_disagreeing(rank):
 
 def measure_full_pass(rank):
     """A pass of which each process has its own half."""
-    made = model()
+    made = joint_model()
     rolling = build(made, statistics="full_pass")
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 3, 2, 7))]
     rolling.measure(made, batches if rank is None else batches[rank::WORLD])
@@ -86,7 +86,7 @@ def train_with_unused_parameters(rank):
     passed = {}
     for told in (False, True):
         for what in ("stage", "modality"):
-            made = model(depth=3 if what == "stage" else 1)
+            made = joint_model(depth=3 if what == "stage" else 1)
             if what == "stage":
                 eq.balance.ProgressiveRollingQ(made.fusion, epochs=3)
             called = DistributedDataParallel(made, find_unused_parameters=told)
@@ -114,7 +114,7 @@ SCENES = {
 
 
 def worker(rank, folder):
-    with together(rank, folder, WORLD):
+    with process_group(rank, folder, WORLD):
         torch.save({name: scene(rank) for name, scene in SCENES.items()}, f"{folder}/{rank}.pt")
 
 
@@ -146,9 +146,9 @@ def test_half_of_the_data_gives_a_different_rotation():
     """The equality above is worth something: the statistics of one process are not those of both."""
     rotations = []
     for take in (slice(0, 2), slice(0, 1), slice(1, 2)):
-        made = model()
+        made = joint_model()
         rolling = build(made)
-        forward(made, slices(full_batch(0, 0), SIZE, SIZE)[take])
+        run_forward(made, split_batch(full_batch(0, 0), SIZE, SIZE)[take])
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     assert float((rotations[0] - rotations[1]).abs().max()) > 1e-3

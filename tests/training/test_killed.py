@@ -14,10 +14,10 @@ from helpers.runs import (
     Forked,
     assert_same_weights,
     children,
-    figures,
-    program,
+    metrics_by_run,
     recipe,
-    table,
+    reproducible_metrics,
+    run_program,
     weights,
     workers_of,
     write_recipe,
@@ -53,7 +53,9 @@ def test_compare_killed_three_times(uninterrupted_results, tmp_path):
     # The first of them has workers: everything is still to be done when they are killed.
     for several in (True, False, False):
         process = (
-            program(*command, "--workers", 2) if several else Forked(*command, "--workers", 0, said=tmp_path / "said")
+            run_program(*command, "--workers", 2)
+            if several
+            else Forked(*command, "--workers", 0, said=tmp_path / "said")
         )
         before = modification_times(out)
         running = wait_until(lambda before=before: modification_times(out) != before, process, whole_results)
@@ -67,7 +69,7 @@ def test_compare_killed_three_times(uninterrupted_results, tmp_path):
     last = Forked(*command, "--workers", 0, said=tmp_path / "said")
     assert wait_until(lambda: False, last, whole_results) is False
     content = result_rows.load_results(out)
-    assert table(content) == table(whole)
+    assert metrics_by_run(content) == metrics_by_run(whole)
     assert content["complete"] is True
     assert (out / "report.html").is_file()
     for run in ("concat/seed1", "joint+rollingq/seed0"):
@@ -91,7 +93,7 @@ def test_train_killed_three_times(uninterrupted_results, tmp_path):
     process = Forked(*command, said=tmp_path / "said")
     said = process.communicate()
     assert process.returncode == 0, said
-    assert figures(result_rows.load_results(out)["runs"][0]) == figures(whole)
+    assert reproducible_metrics(result_rows.load_results(out)["runs"][0]) == reproducible_metrics(whole)
 
 
 def test_ctrl_c_in_compare(tmp_path):

@@ -24,7 +24,7 @@ from equipoise.training.comparison import compare
 from equipoise.training.run import load_run_dataset
 from equipoise.training.run_evaluation import collect_test_predictions, evaluate_run
 from equipoise.training.run_spec import RunSpec
-from helpers.runs import job, recipe
+from helpers.runs import recipe, run_spec
 from helpers.tolerance import TOL
 
 NAMES = ("audio", "image", "sensor")
@@ -158,7 +158,7 @@ def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(comparison, 
 
 
 def test_fingerprint_without_metrics_is_unchanged():
-    spec = job()
+    spec = run_spec()
     assert "metrics" not in json.loads(spec.fingerprint())["recipe"]
     named = replace(spec, recipe=replace(spec.recipe, metrics=["auroc"]))
     assert named.fingerprint() != spec.fingerprint()

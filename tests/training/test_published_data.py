@@ -14,13 +14,13 @@ from equipoise.cli import run
 from equipoise.io.class_registry import available_classes
 from equipoise.training import method_factory, recipes
 from equipoise.training.run import load_run_dataset
-from helpers.published_data import DATA, needs
+from helpers.published_data import DATA, requires_data
 
 SETS = [
-    pytest.param("utd_mhad", marks=needs("utd_mhad/Inertial", "utd_mhad/Skeleton")),
-    pytest.param("mosi", marks=needs("mosi")),
-    pytest.param("occupancy_detection", marks=needs("occupancy")),
-    pytest.param("occupancy_estimation", marks=needs("occupancy")),
+    pytest.param("utd_mhad", marks=requires_data("utd_mhad/Inertial", "utd_mhad/Skeleton")),
+    pytest.param("mosi", marks=requires_data("mosi")),
+    pytest.param("occupancy_detection", marks=requires_data("occupancy")),
+    pytest.param("occupancy_estimation", marks=requires_data("occupancy")),
 ]
 BALANCERS = sorted(set(available_classes(balance, Balancer)) - {"progressive_rollingq"})
 

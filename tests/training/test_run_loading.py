@@ -11,7 +11,7 @@ from equipoise.training import compare, execute_run
 from equipoise.training import run as experiment
 from equipoise.training.run import load_run_dataset
 from equipoise.training.run_loading import finished_run
-from helpers.runs import job, recipe
+from helpers.runs import recipe, run_spec
 
 METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive", "joint+corruption+reliability"]
 
@@ -26,7 +26,7 @@ def trained_run(tmp_path_factory):
         patch.setattr(experiment, "save_weights", lambda model, path: models.append(model) or real(model, path))
         for method in METHODS:
             folder = tmp_path_factory.mktemp("run")
-            execute_run(job(method, epochs=2), folder)
+            execute_run(run_spec(method, epochs=2), folder)
             found[method] = folder, models[-1].eval()
     return found
 
@@ -56,7 +56,7 @@ def test_reliability_does_not_change_training(trained_run, tmp_path):
     assert isinstance(loaded, eq.Reliability)
     assert loaded.is_fitted
     assert loaded.names == ("audio", "image")
-    plain = execute_run(job("joint+corruption", epochs=2), tmp_path / "plain")
+    plain = execute_run(run_spec("joint+corruption", epochs=2), tmp_path / "plain")
     weights = eq.load(tmp_path / "plain").state_dict()
     assert all(torch.equal(weights[name], value) for name, value in loaded.model.state_dict().items())
     wrapped = finished_run(folder)

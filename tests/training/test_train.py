@@ -10,7 +10,16 @@ from equipoise.errors import ConfigError
 from equipoise.training import run as experiment
 from equipoise.training.run import execute_run
 from equipoise.training.run_spec import RunSpec, is_finished
-from helpers.runs import BALANCERS, Interruption, assert_same_weights, figures, interrupted, job, recipe, weights
+from helpers.runs import (
+    BALANCERS,
+    Interruption,
+    assert_same_weights,
+    recipe,
+    reproducible_metrics,
+    run_interrupted,
+    run_spec,
+    weights,
+)
 
 CASES = {
     "joint": ("joint", {}, {}),
@@ -31,12 +40,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_run_is_bit_exact(case, tmp_path):
     method, balancers, train = CASES[case]
-    this = job(method, balancers=balancers, **train)
+    this = run_spec(method, balancers=balancers, **train)
     straight = execute_run(this, tmp_path / "straight")
     # A progress report comes before its epoch's checkpoint: a crash at 1 loses all, one at 3 keeps two epochs.
-    resumed = interrupted(this, tmp_path / "resumed", 1, 3)
+    resumed = run_interrupted(this, tmp_path / "resumed", 1, 3)
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
-    assert figures(resumed) == figures(straight)
+    assert reproducible_metrics(resumed) == reproducible_metrics(straight)
     assert [entry["epoch"] for entry in resumed["history"]] == list(range(1, this.recipe.train.epochs + 1))
     if "+" in method:
         assert resumed["history"][-1]["rotations"] >= 1
@@ -54,28 +63,31 @@ def test_skipped_rotation_warns_once_per_epoch(tmp_path):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         patch.setattr(RollingQ, "_step", one_modality)
-        execute_run(job("joint+rollingq", balancers=still, epochs=3), tmp_path)
+        execute_run(run_spec("joint+rollingq", balancers=still, epochs=3), tmp_path)
     assert sum("skipped a rotation" in str(warning.message) for warning in told) == 2
 
 
 def test_resumed_run_does_not_restart(tmp_path):
     """The equality above is worth something: the second sitting trains only what is missing."""
     with pytest.raises(Interruption):
-        execute_run(job(), tmp_path, progress=raise_at(3))
+        execute_run(run_spec(), tmp_path, progress=raise_at(3))
     seen = []
-    execute_run(job(), tmp_path, progress=lambda done, epochs: seen.append((done, epochs)))
+    execute_run(run_spec(), tmp_path, progress=lambda done, epochs: seen.append((done, epochs)))
     assert seen == [(3, 3)]
 
 
 def test_weights_depend_on_seed_and_dropout(tmp_path):
-    first, other = execute_run(job(epochs=1), tmp_path / "0"), execute_run(job(epochs=1, seed=1), tmp_path / "1")
-    assert figures(first)["metrics"] != figures(other)["metrics"]
-    still = execute_run(job("still", epochs=1), tmp_path / "still")
+    first, other = (
+        execute_run(run_spec(epochs=1), tmp_path / "0"),
+        execute_run(run_spec(epochs=1, seed=1), tmp_path / "1"),
+    )
+    assert reproducible_metrics(first)["metrics"] != reproducible_metrics(other)["metrics"]
+    still = execute_run(run_spec("still", epochs=1), tmp_path / "still")
     assert still["history"][0]["loss"] != first["history"][0]["loss"]
 
 
 def test_killed_between_the_last_epoch_and_the_evaluation(tmp_path):
-    this = job("joint+rollingq")
+    this = run_spec("joint+rollingq")
     whole = execute_run(this, tmp_path)
     before = weights(tmp_path)
     (tmp_path / "run.json").unlink()
@@ -83,24 +95,24 @@ def test_killed_between_the_last_epoch_and_the_evaluation(tmp_path):
     seen = []
     again = execute_run(this, tmp_path, progress=lambda *state: seen.append(state))
     assert seen == []
-    assert figures(again) == figures(whole)
+    assert reproducible_metrics(again) == reproducible_metrics(whole)
     assert again["keys"]["before"] == whole["keys"]["before"]
     assert_same_weights(before, weights(tmp_path))
 
 
 def test_finished_run_is_loaded(tmp_path):
-    first = execute_run(job(epochs=1), tmp_path)
-    assert execute_run(job(epochs=1), tmp_path, progress=raise_at(1)) == first
-    assert is_finished(job(epochs=1), tmp_path) == first
-    assert is_finished(job(epochs=2), tmp_path) is None
+    first = execute_run(run_spec(epochs=1), tmp_path)
+    assert execute_run(run_spec(epochs=1), tmp_path, progress=raise_at(1)) == first
+    assert is_finished(run_spec(epochs=1), tmp_path) == first
+    assert is_finished(run_spec(epochs=2), tmp_path) is None
     (tmp_path / "run.json").write_text("{")
-    assert is_finished(job(epochs=1), tmp_path) is None
+    assert is_finished(run_spec(epochs=1), tmp_path) is None
 
 
 def test_checkpoint_of_another_recipe_is_not_used(tmp_path):
-    execute_run(job(epochs=1), tmp_path)
+    execute_run(run_spec(epochs=1), tmp_path)
     seen = []
-    changed = execute_run(job(epochs=2), tmp_path, progress=lambda *state: seen.append(state))
+    changed = execute_run(run_spec(epochs=2), tmp_path, progress=lambda *state: seen.append(state))
     assert seen == [(1, 2), (2, 2)]
     assert len(changed["history"]) == 2
 
@@ -143,7 +155,7 @@ def test_ctrl_c_in_training_raises_keyboard_interrupt(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute_run(job(epochs=2), tmp_path, progress=press)
+        execute_run(run_spec(epochs=2), tmp_path, progress=press)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -157,7 +169,7 @@ def test_ctrl_c_in_training_raises_keyboard_interrupt(tmp_path):
 )
 def test_options_unsupported_by_lightning_raise(options, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
-        execute_run(job(), tmp_path, trainer_options=options)
+        execute_run(run_spec(), tmp_path, trainer_options=options)
 
 
 def raise_at(moment):
