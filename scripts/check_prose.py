@@ -23,7 +23,16 @@ RULES = {
     r"\b(optimiser|standardised|normalised|initialised|behaviour)": "use American spelling, also in identifiers",
     r"\b(as if nothing had happened|goes? on from there|turns? deaf|deaf to)\b": "no metaphors",
     r"\bcut short\b": "write truncated or interrupted",
-    r"\b(nobody|somebody|everybody|anybody)\b": "name the object: module, user, process",
+    r"\b(nobody|somebody|everybody|anybody|whoever|strangeness)\b": "name the object: module, user, process",
+    r"\b(layer|model|module|method|optimizer|process|tensor|signature|balancer|head)s? (itself )?(knows?|tells?|says|wants?|asks?)\b": (
+        "a module is not a person: it has, returns, computes or stores"
+    ),
+    r"\b(files?|frames?|tensors?|keys|pixels|values|it|they|what) (lies?|stands?)\b(?! (for|between|in \[|at or))": (
+        "write is located, is stored or is at"
+    ),
+    r"\b(leaves? no trace|nothing is lost|keeps? to itself|is worth something|sitting)\b": "say which state is restored or kept",
+    r"\bdef test_\w*_(told|refused|left_out|left_behind|no_trace)\b": "name the outcome: raises, is_excluded, is_reported, is_restored",
+    r"\bdef test_(what|whoever|nothing|nobody|where)_\w+": "begin with the thing that is tested",
     r"\b(eyesight|towers that|speaks? of|is told (?!apart)|are told (?!apart))": "name the thing first, then say what is done to it",
     r"\bjudg(e|ed|es|ing|ement)\b": "use evaluate",
 }

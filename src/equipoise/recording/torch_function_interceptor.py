@@ -144,7 +144,7 @@ class _InterceptionMode(TorchFunctionMode):
         return (merged[0] if of["query"].ndim == 2 else merged.transpose(0, 1)), None
 
     def _heads(self, tensor: Tensor) -> int:
-        """Heads that were merged with the samples, where the module that attends tells how many it has."""
+        """Heads that were merged with the samples, where the attention module defines their number."""
         if tensor.ndim != 3:
             return 1
         module: nn.Module | None = self._session.attention_module()

@@ -49,7 +49,7 @@ class ResultsView:
 
     Attributes:
         methods: in the order of the runs.
-        score: main metric; ``text_format.gain`` tells which sign of a difference is better.
+        score: main metric; ``text_format.gain`` gives the sign of a better difference.
         modalities: every modality named by a metric or a history.
         single: unimodal baselines.
         dynamic: methods with attention between modalities.

@@ -39,7 +39,7 @@ def run_in_workers(
         yield from _run_in_process(todo, out, listener, accelerator)
         return
     context = multiprocessing.get_context("spawn")
-    # This pipe carries no data; it closes when the parent exits, which tells the workers to stop.
+    # This pipe carries no data; it closes when the parent exits, which signals the workers to stop.
     lifeline, parent_end = context.Pipe(duplex=False)
     queue_ = context.Queue()
     pool = ProcessPoolExecutor(

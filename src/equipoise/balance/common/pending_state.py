@@ -341,7 +341,7 @@ class Pending:
         elif gradient is None:
             cleared = True
         else:
-            # If backward produced zeros here, all other gradients tell.
+            # If backward produced zeros here, check all other gradients.
             now = [gradient] if bool(raw.any()) else [p.grad for p in self.model.parameters() if p.grad is not None]
             cleared = gradient._version != self._version and not any(bool(value.any()) for value in now)
         if cleared:

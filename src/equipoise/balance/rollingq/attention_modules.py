@@ -115,7 +115,7 @@ def _separate(part: nn.Module) -> tuple[str, str] | None:
 
 
 def _fused(part: nn.Module) -> str | None:
-    # Other modules, such as Mamba, also have an "in_proj": heads tell attention.
+    # Other modules, such as Mamba, also have an "in_proj"; only attention has a number of heads.
     children = dict(part.named_children())
     return next((name for name in FUSED if is_linear(children.get(name)) and _number(part, HEADS)), None)
 

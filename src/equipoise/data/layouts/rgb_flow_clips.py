@@ -30,7 +30,7 @@ CLIPS = {
 class RGBFlowClips(Layout):
     """Base class of layouts of clips with RGB frames and optical flow of two channels, horizontal and vertical.
 
-    Frames lie in the middle of equal segments of a clip, in training as in the test.
+    Frames are taken from the middle of equal segments of a clip, in training as in the test.
     """
 
     groups = "source video"

@@ -110,7 +110,7 @@ def _seconds(table: Table) -> Float[Tensor, " reading"]:
 def _windows(
     table: Table, days: tuple[str, ...], seconds: Tensor, window: int, stride: int, split: str
 ) -> Int[Tensor, "sample window"]:
-    """Returns the readings of all windows that lie in the days of a split and have no gap."""
+    """Returns the readings of all windows within the days of a split and have no gap."""
     inside: Bool[Tensor, " reading"] = torch.tensor([day in days for day in table.texts("Date")])
     rows = inside.nonzero()[:, 0]
     if len(rows) < window:

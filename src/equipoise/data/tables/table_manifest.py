@@ -133,7 +133,7 @@ class Manifest:
         return len(self.table)
 
     def checksum(self) -> str:
-        """Returns a digest of the table, so that a run can tell whether it still has its data."""
+        """Returns a digest of the table, which lets a run detect changed data."""
         if isinstance(self.source, (str, Path)) and Path(self.source).is_file():
             digest = hashlib.sha256()
             with open(self.source, "rb") as file:

@@ -95,7 +95,7 @@ def by_query(record: AttentionRecord, site: str) -> Tensor | None:
     try:
         table = record.by_query(site)
     except ConfigError:
-        # In cross-attention between streams the layer does not know the modality of the queries.
+        # In cross-attention between streams the modality of the queries is not available in the layer.
         return None
     return None if bool(table.isnan().all()) else table
 

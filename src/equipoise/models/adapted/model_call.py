@@ -66,7 +66,7 @@ class CallForm:
             keyword arguments or a tuple of arguments.
 
     Raises:
-        ConfigError: the signature does not tell where the modalities go.
+        ConfigError: the arguments of the modalities cannot be inferred from the signature.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], inputs: Mapping[str, str] | Convert | None) -> None:
